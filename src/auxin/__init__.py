@@ -1,0 +1,1 @@
+"""Auxin changes the size of a transformer without starting over."""

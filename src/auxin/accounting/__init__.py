@@ -1,0 +1,17 @@
+"""Accounting: parameters, FLOPs, memory, and the ledger of a run."""
+
+from auxin.accounting.flops import FlopsPerToken, flops_per_token
+from auxin.accounting.ledger import Ledger, StageRecord
+from auxin.accounting.memory import TrainingMemory, training_memory
+from auxin.accounting.parameters import ParameterCount, count_parameters
+
+__all__ = [
+    "FlopsPerToken",
+    "Ledger",
+    "ParameterCount",
+    "StageRecord",
+    "TrainingMemory",
+    "count_parameters",
+    "flops_per_token",
+    "training_memory",
+]

@@ -1,0 +1,59 @@
+"""FLOPs per token of any causal language model, counted on shapes alone.
+
+A multiply-add is two FLOPs. Matrix products and token-token attention are counted, elementwise work is not, as in
+`torch.utils.flop_counter` and in the published tables. Attention is counted over the whole T x T square, causal or not.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from auxin.accounting.shapes import shape_only_copy
+from auxin.settings import Settings
+
+BACKWARD_PER_FORWARD = 2
+"""Every product Y = X W costs two of its size in the backward pass (for X and for W); recomputation is not counted,
+since it is a property of a kernel and not of the model."""
+
+
+class FlopsPerToken(Settings):
+    """FLOPs per token at one sequence length."""
+
+    forward: float
+    sequence_length: int
+
+    @property
+    def backward(self) -> float:
+        """Gradients of activations and parameters, without recomputation."""
+        return BACKWARD_PER_FORWARD * self.forward
+
+    @property
+    def training(self) -> float:
+        """Forward and backward."""
+        return self.forward + self.backward
+
+
+def flops_per_token(model: nn.Module, sequence_length: int) -> FlopsPerToken:
+    """Count the FLOPs per token of one forward pass of `model` over one sequence of `sequence_length` tokens.
+
+    Args:
+        model: a causal language model that takes `input_ids` (batch, sequence).
+        sequence_length: tokens of the sequence; attention makes the cost per token grow with it.
+    """
+    with shape_only_copy(model) as copy, FlopCounterMode(display=False) as counter, countable_kernels(copy):
+        copy.eval()(input_ids=torch.zeros(1, sequence_length, dtype=torch.long), use_cache=False)
+    return FlopsPerToken(forward=counter.get_total_flops() / sequence_length, sequence_length=sequence_length)
+
+
+@contextmanager
+def countable_kernels(model: nn.Module) -> Iterator[None]:
+    """Run `model` on kernels whose FLOPs torch's counter knows: it counts neither the CPU's fused attention nor grouped
+    expert products, and would leave them out without a word."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("batched_mm")
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        yield

@@ -1,0 +1,111 @@
+"""The books of a run: what each stage cost and what it bought, its ancestors included."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+import transformers
+from pydantic import Field
+
+from auxin.errors import CheckpointError
+from auxin.settings import Settings
+
+LEDGER_FILE = "ledger.json"
+
+StageKind = Literal["build", "train", "grow", "evaluate", "convert"]
+
+
+class StageRecord(Settings):
+    """One stage: what was done, what it cost, what came out."""
+
+    name: str
+    kind: StageKind
+    parameters: int
+    """Parameters of the model at the end of the stage, tied ones once."""
+    tokens: int = 0
+    """Training tokens seen in this stage."""
+    flops: float = 0.0
+    """Training FLOPs (forward and backward) of this stage."""
+    seconds: float = 0.0
+    """Wall time of this stage, evaluations included; of a resumed stage, the sum over its pieces."""
+    loss_before: float | None = None
+    """Validation loss at the start, in nats per token; None where it was not measured."""
+    loss_after: float | None = None
+    """Validation loss at the end, in nats per token."""
+    plan: dict[str, Any] | None = None
+    """The plan that a growth applied."""
+    receipt: dict[str, Any] | None = None
+    """What the executor measured while it applied the plan."""
+    data_fingerprint: str | None = None
+    seed: int | None = None
+    versions: dict[str, str] = Field(default_factory=lambda: software_versions())
+    started_at: str = Field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    notes: list[str] = []
+    """What a reader must know: skipped batches, rewinds, interruptions."""
+
+
+class Ledger(Settings):
+    """The stages of one model from its beginning; a child's ledger starts as a copy of its parent's."""
+
+    stages: list[StageRecord] = []
+
+    @property
+    def total_tokens(self) -> int:
+        """Training tokens of all stages, ancestors included."""
+        return sum(stage.tokens for stage in self.stages)
+
+    @property
+    def total_flops(self) -> float:
+        """Training FLOPs of all stages, ancestors included."""
+        return sum(stage.flops for stage in self.stages)
+
+    @property
+    def total_seconds(self) -> float:
+        """Wall time of all stages, ancestors included."""
+        return sum(stage.seconds for stage in self.stages)
+
+    def append(self, stage: StageRecord) -> Self:
+        """Return a new ledger with `stage` at its end."""
+        return type(self)(stages=[*self.stages, stage])
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `ledger.json` into `directory` so that a reader sees the old file or the new one, never half of one."""
+        path = Path(directory) / LEDGER_FILE
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(self.model_dump_json(indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a ledger from its file or from the folder that holds it.
+
+        Raises:
+            CheckpointError: there is none, or it is not JSON.
+        """
+        path = Path(path)
+        path = path / LEDGER_FILE if path.is_dir() else path
+        try:
+            return cls.parse(json.loads(path.read_text(encoding="utf-8")), source=str(path))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} does not exist: this folder carries no ledger.") from error
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{path} is not valid JSON ({error}). Restore it from a backup.") from error
+
+
+def software_versions() -> dict[str, str]:
+    """The versions on which a number depends."""
+    return {
+        "auxin": importlib.metadata.version("auxin"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,53 @@
+"""Bytes a model takes to train and to serve, counted on shapes alone."""
+
+import torch
+from torch import Tensor, nn
+
+from auxin.accounting.shapes import shape_only_copy
+from auxin.settings import Settings
+
+FLOAT32_BYTES = 4
+ADAM_MOMENTS = 2
+
+
+class TrainingMemory(Settings):
+    """Bytes of one training step with AdamW and float32 master weights."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """What the backward pass keeps of the forward pass; without activation checkpointing."""
+
+    @property
+    def total(self) -> int:
+        """All of it, in bytes; temporaries and fragmentation come on top."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def training_memory(model: nn.Module, batch_size: int, sequence_length: int) -> TrainingMemory:
+    """Count the bytes to train `model` on batches of `batch_size` sequences of `sequence_length` tokens.
+
+    Activations are what autograd saves in a forward pass with loss, parameters left out, each storage once.
+    """
+    saved: dict[int, Tensor] = {}
+    with shape_only_copy(model) as copy:
+        parameters = {id(p) for p in copy.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            base = tensor if tensor._base is None else tensor._base
+            if id(base) not in parameters:
+                # The tensor itself is held, so that no later tensor can be given its id.
+                saved[id(base)] = base
+            return tensor
+
+        input_ids = torch.zeros(batch_size, sequence_length, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            copy.train()(input_ids=input_ids, labels=input_ids, use_cache=False)
+    parameter_bytes = FLOAT32_BYTES * sum(p.numel() for p in model.parameters())
+    return TrainingMemory(
+        weights=parameter_bytes,
+        gradients=parameter_bytes,
+        optimizer=ADAM_MOMENTS * parameter_bytes,
+        activations=sum(t.numel() * t.element_size() for t in saved.values()),
+    )

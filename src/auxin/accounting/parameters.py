@@ -1,0 +1,29 @@
+"""How many parameters a model has; a tied parameter counts once."""
+
+from torch import nn
+
+from auxin.settings import Settings
+
+
+class ParameterCount(Settings):
+    """Numbers of scalar parameters."""
+
+    total: int
+    """All parameters, tied ones once."""
+    embedding: int
+    """Embedding tables (tokens, learned positions) and the output head, tied ones once."""
+
+    @property
+    def non_embedding(self) -> int:
+        """All parameters but the embedding tables and the output head."""
+        return self.total - self.embedding
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count the parameters of `model`; the meta device serves as well as any other."""
+    embedding_modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if isinstance(head, nn.Module):
+        embedding_modules.append(head)
+    embedding = {id(p): p.numel() for module in embedding_modules for p in module.parameters()}
+    return ParameterCount(total=sum(p.numel() for p in model.parameters()), embedding=sum(embedding.values()))

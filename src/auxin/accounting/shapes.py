@@ -1,0 +1,27 @@
+"""A copy of a model that has shapes and no data, on which costs are counted without doing the work."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+@contextmanager
+def shape_only_copy(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the context, a structural copy of `model` on fake CPU tensors; whatever runs on it allocates nothing.
+
+    Fake tensors serve where the meta device does not: transformers asks for values while it builds its masks, except
+    of tensors it knows to be fake. Copying through deepcopy's memo keeps whatever surgery the model went through (a
+    rebuilt `type(model)(config)` would not) and keeps tied parameters tied. `model` is not touched.
+    """
+    with FakeTensorMode():
+        memo: dict[int, object] = {}
+        for parameter in model.parameters():
+            data = torch.empty(parameter.shape, dtype=parameter.dtype)
+            memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
+        for buffer in model.buffers():
+            memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        yield copy.deepcopy(model, memo)

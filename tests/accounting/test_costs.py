@@ -1,0 +1,90 @@
+"""Parameters, FLOPs and memory, against torch's own counter on real passes and against closed forms."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen3Config,
+)
+
+from auxin.accounting import count_parameters, flops_per_token, training_memory
+from auxin.accounting.flops import countable_kernels
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+CONFIGS = {
+    "llama-gqa": LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, max_position_embeddings=64),
+    "qwen3": Qwen3Config(**SMALL, intermediate_size=48, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True),
+    "gpt-neox": GPTNeoXConfig(**SMALL, intermediate_size=128, max_position_embeddings=64),
+    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96, n_positions=64),
+    "mixtral": MixtralConfig(
+        **SMALL, intermediate_size=48, num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64
+    ),
+}
+
+
+@pytest.fixture(params=CONFIGS, scope="module")
+def model(request):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[request.param])
+
+
+@pytest.mark.parametrize("length", [7, 32])
+def test_flops_agree_with_a_counted_real_pass(model, length):
+    ids = torch.randint(96, (2, length))
+    with FlopCounterMode(display=False) as counter, countable_kernels(model):
+        model.eval()(input_ids=ids, use_cache=False)
+    assert flops_per_token(model, length).forward == pytest.approx(counter.get_total_flops() / ids.numel(), rel=0.01)
+
+
+def test_flops_of_a_dense_model_follow_the_closed_form():
+    config = CONFIGS["gpt-neox"]
+    d, layers, vocabulary, length = 32, 2, 96, 16
+    model = AutoModelForCausalLM.from_config(config)
+    expected = 2 * layers * 12 * d * d + 4 * layers * d * length + 2 * vocabulary * d
+    counted = flops_per_token(model, length)
+    assert counted.forward == expected
+    assert counted.backward == 2 * expected
+    assert counted.training == 3 * expected
+
+
+def test_counting_leaves_the_model_as_it_was(model):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()
+    flops_per_token(model, 8)
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_tied_table_counts_once():
+    tied = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, intermediate_size=48, tie_word_embeddings=True))
+    untied = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, intermediate_size=48, tie_word_embeddings=False))
+    table = 96 * 32
+    assert count_parameters(untied).total - count_parameters(tied).total == table
+    assert count_parameters(tied).embedding == table
+    assert count_parameters(untied).embedding == 2 * table
+    assert count_parameters(tied).non_embedding == count_parameters(untied).non_embedding
+
+
+def test_training_memory_is_what_a_real_step_saves():
+    model = AutoModelForCausalLM.from_config(CONFIGS["gpt-neox"])
+    parameters = {p.data_ptr() for p in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    ids = torch.randint(96, (3, 16))
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or keep(t), lambda t: t):
+        model(input_ids=ids, labels=ids, use_cache=False)
+    estimate = training_memory(model, 3, 16)
+    assert estimate.weights == 4 * count_parameters(model).total
+    assert estimate.optimizer == 2 * estimate.weights
+    assert estimate.activations == pytest.approx(sum(storages.values()), rel=0.1)
