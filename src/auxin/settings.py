@@ -1,4 +1,4 @@
-"""The base of every settings class: strict, immutable pydantic models whose errors name the field and the nearest right one."""
+"""The base of every settings class: strict, immutable, with errors that name the field and the nearest right one."""
 
 from difflib import get_close_matches
 from pathlib import Path
@@ -48,7 +48,7 @@ class Settings(BaseModel):
 
 
 def describe(error: ValidationError, cls: type[BaseModel], source: str | None) -> str:
-    """Turn a pydantic error into lines that name each wrong field, its value and, for an unknown field, the nearest one."""
+    """Turn a pydantic error into lines that name each wrong field, its value and, if unknown, the nearest right one."""
     lines = []
     for item in error.errors():
         # Discriminators of unions appear in `loc` as tags; they say nothing to the person who wrote the file.

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from auxin.accounting.shapes import shape_only_copy
 from auxin.settings import Settings
@@ -53,7 +54,7 @@ def flops_per_token(model: nn.Module, sequence_length: int) -> FlopsPerToken:
 def countable_kernels(model: nn.Module) -> Iterator[None]:
     """Run `model` on kernels whose FLOPs torch's counter knows: it counts neither the CPU's fused attention nor grouped
     expert products, and would leave them out without a word."""
-    if hasattr(model, "set_experts_implementation"):
+    if isinstance(model, PreTrainedModel):
         model.set_experts_implementation("batched_mm")
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         yield

@@ -1,6 +1,7 @@
 """How many parameters a model has; a tied parameter counts once."""
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from auxin.settings import Settings
 
@@ -21,9 +22,8 @@ class ParameterCount(Settings):
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Count the parameters of `model`; the meta device serves as well as any other."""
-    embedding_modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if isinstance(head, nn.Module):
-        embedding_modules.append(head)
-    embedding = {id(p): p.numel() for module in embedding_modules for p in module.parameters()}
+    tables: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if isinstance(model, PreTrainedModel) and (head := model.get_output_embeddings()) is not None:
+        tables.append(head)
+    embedding = {id(p): p.numel() for module in tables for p in module.parameters()}
     return ParameterCount(total=sum(p.numel() for p in model.parameters()), embedding=sum(embedding.values()))
