@@ -1,0 +1,167 @@
+"""Configuration of TokenFormer language models."""
+
+import math
+from typing import Any, Literal, get_args
+
+from transformers import PreTrainedConfig
+
+from auxin.errors import ConfigError, unknown_name
+from auxin.nn.pattention import Gelu, ScoreFunction
+
+Slot = Literal["qkv", "proj", "ffn"]
+SLOTS: tuple[Slot, ...] = get_args(Slot)
+"""The three places of a layer whose parameter tokens are counted separately."""
+
+
+class TokenFormerConfig(PreTrainedConfig):
+    """Shape and constants of a TokenFormer (arXiv 2410.23168, section 3); the defaults are the released 150M model's.
+
+    Parameter tokens are given per slot: `qkv` (query, key and value have this many each), `proj` (the output projection
+    of the attention) and `ffn`. A slot's tokens form one or more groups, each normalised on its own; an int means one
+    group. The lists of the three slots may differ in length. `*_tau` holds the scale of each group's normalised scores;
+    None means the square root of the group's size, the rule of the official code.
+
+    Args:
+        vocab_size: rows of the token embedding.
+        hidden_size: width d of the residual stream; growth never changes it.
+        num_hidden_layers: number of layers L.
+        num_attention_heads: heads of the token-token attention; must divide `hidden_size`.
+        qkv_tokens: parameter tokens of query, key and value each: an int, or the sizes of the groups.
+        proj_tokens: parameter tokens of the attention's output projection, likewise.
+        ffn_tokens: parameter tokens of the feed-forward part, likewise.
+        qkv_tau: scale of each group of `qkv_tokens`, or None.
+        proj_tau: scale of each group of `proj_tokens`, or None.
+        ffn_tau: scale of each group of `ffn_tokens`, or None.
+        score_function: "l2_norm_gelu" (the paper's default), "gelu_l2_norm" or "softmax".
+        gelu: "erf" (the official PyTorch code) or "tanh" (the official JAX code).
+        pattention_eps: added to the norm of the scores.
+        partial_rotary_factor: fraction of each head's dimensions that is rotated; 0 means no position encoding.
+        rope_theta: base of the rotary frequencies.
+        layer_norm_eps: epsilon of all layer norms; those inside the layers have no parameters, the final one has.
+        max_position_embeddings: context length in tokens; nothing is allocated by it.
+        tie_word_embeddings: whether the output head is the embedding.
+        initializer_range: standard deviation of keys and embeddings at initialisation; values get 2 / (L sqrt(d)).
+        use_cache: whether the model returns its keys and values for decoding.
+        bos_token_id: id that starts a text; `<|endoftext|>` of the official tokenizer.
+        eos_token_id: id (or ids) that ends a text.
+        pad_token_id: id of padding.
+
+    Raises:
+        ConfigError: a value is impossible; the message names the field, the value and the mend.
+    """
+
+    model_type = "tokenformer"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 50304
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    qkv_tokens: int | list[int] = 768
+    proj_tokens: int | list[int] = 768
+    ffn_tokens: int | list[int] = 3072
+    qkv_tau: list[float] | None = None
+    proj_tau: list[float] | None = None
+    ffn_tau: list[float] | None = None
+    score_function: ScoreFunction = "l2_norm_gelu"
+    gelu: Gelu = "erf"
+    pattention_eps: float = 1e-6
+    partial_rotary_factor: float = 0.25
+    rope_theta: float = 10000.0
+    layer_norm_eps: float = 1e-5
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            _check_positive_int(field, getattr(self, field))
+        for slot in SLOTS:
+            setattr(self, f"{slot}_tokens", _group_sizes(f"{slot}_tokens", getattr(self, f"{slot}_tokens")))
+            setattr(self, f"{slot}_tau", self._checked_tau(slot))
+        self._check_heads()
+        for field, known in (("score_function", get_args(ScoreFunction)), ("gelu", get_args(Gelu))):
+            if getattr(self, field) not in known:
+                raise ConfigError(unknown_name(field, str(getattr(self, field)), known))
+        super().__post_init__(**kwargs)
+
+    def _checked_tau(self, slot: Slot) -> list[float] | None:
+        tau, sizes = getattr(self, f"{slot}_tau"), self.group_sizes(slot)
+        if tau is None:
+            return None
+        if not isinstance(tau, (list, tuple)) or len(tau) != len(sizes):
+            raise ConfigError(
+                f"{slot}_tau must be None or a list of one number per group of {slot}_tokens ({len(sizes)}), "
+                f"received {tau!r}."
+            )
+        if not all(_is_number(value) and math.isfinite(value) and value > 0 for value in tau):
+            raise ConfigError(f"{slot}_tau must hold positive finite numbers, received {tau!r}.")
+        return [float(value) for value in tau]
+
+    def _check_heads(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"num_attention_heads must divide hidden_size, received {self.num_attention_heads} heads for a hidden "
+                f"size of {self.hidden_size}. Choose one of "
+                f"{[n for n in range(1, min(self.hidden_size, 64) + 1) if self.hidden_size % n == 0]}."
+            )
+        if not _is_number(self.partial_rotary_factor) or not 0 <= self.partial_rotary_factor <= 1:
+            raise ConfigError(f"partial_rotary_factor must lie in 0..1, received {self.partial_rotary_factor!r}.")
+        if self.rotary_dim % 2 or (self.partial_rotary_factor > 0 and self.rotary_dim == 0):
+            raise ConfigError(
+                f"partial_rotary_factor {self.partial_rotary_factor} of {self.head_dim} dimensions per head rotates "
+                f"{self.rotary_dim}, which must be even and not zero (0.0 asks for no position encoding). "
+                "Use fewer heads or another factor."
+            )
+
+    def group_sizes(self, slot: Slot) -> list[int]:
+        """The sizes of the groups of `slot`, oldest first."""
+        return list(getattr(self, f"{slot}_tokens"))
+
+    def group_tau(self, slot: Slot) -> list[float]:
+        """The scale of each group of `slot`, defaults filled in."""
+        tau = getattr(self, f"{slot}_tau")
+        return [math.sqrt(size) for size in self.group_sizes(slot)] if tau is None else list(tau)
+
+    @property
+    def num_groups(self) -> int:
+        """The number of groups of the slot that has most."""
+        return max(len(self.group_sizes(slot)) for slot in SLOTS)
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Rotated dimensions of one attention head."""
+        return int(self.partial_rotary_factor * self.head_dim)
+
+    def num_parameters(self) -> int:
+        """Parameters of the language model: 2 L d (3 n_qkv + n_proj + n_ffn) + V d (twice when untied) + 2 d."""
+        tokens = 3 * sum(self.group_sizes("qkv")) + sum(self.group_sizes("proj")) + sum(self.group_sizes("ffn"))
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return 2 * self.num_hidden_layers * self.hidden_size * tokens + embeddings + 2 * self.hidden_size
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_positive_int(field: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{field} must be a positive whole number, received {value!r}.")
+
+
+def _group_sizes(field: str, value: Any) -> list[int]:
+    sizes = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not sizes:
+        raise ConfigError(f"{field} must be a positive whole number or a list of them, received an empty list.")
+    for size in sizes:
+        _check_positive_int(field, size)
+    return sizes
