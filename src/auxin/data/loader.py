@@ -1,0 +1,126 @@
+"""Batches of packed contexts in an order that the seed decides, from any position on."""
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from auxin.errors import DataError
+
+
+# torchdata 0.11 calls a function that torch 2.13 deprecates; nobody who trains can do anything about it.
+warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
+
+
+class ShuffledBatches(Sampler[list[int]]):
+    """Endless batches of row numbers; every epoch is a permutation of its own, drawn from (seed, epoch).
+
+    Batch p holds rows p * batch_size ... (p + 1) * batch_size - 1 of the epochs laid end to end, so that no row is left
+    out and jumping to a batch costs one permutation.
+    """
+
+    def __init__(self, num_contexts: int, batch_size: int, seed: int, position: int = 0) -> None:
+        self.num_contexts = num_contexts
+        self.batch_size = batch_size
+        self.seed = seed
+        self.position = position
+        self._epoch = -1
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    def batch(self, position: int) -> list[int]:
+        """The rows of batch number `position`."""
+        rows: list[int] = []
+        start = position * self.batch_size
+        while len(rows) < self.batch_size:
+            epoch, offset = divmod(start + len(rows), self.num_contexts)
+            rows += self._permutation(epoch)[offset : offset + self.batch_size - len(rows)].tolist()
+        return rows
+
+    def _permutation(self, epoch: int) -> torch.Tensor:
+        if epoch != self._epoch:
+            digest = hashlib.sha256(f"{self.seed}:{epoch}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            self._order = torch.randperm(self.num_contexts, generator=generator)
+            self._epoch = epoch
+        return self._order
+
+    def __iter__(self) -> "_BatchIterator":
+        return _BatchIterator(self)
+
+
+class _BatchIterator(Iterator[list[int]]):
+    """Walks over the batches; its state, which the loader saves, is one number."""
+
+    def __init__(self, batches: ShuffledBatches) -> None:
+        self._batches = batches
+        self._position = batches.position
+
+    def __next__(self) -> list[int]:
+        rows = self._batches.batch(self._position)
+        self._position += 1
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._position = state["position"]
+
+
+class _Contexts(Dataset[dict[str, torch.Tensor]]):
+    """Rows of a token array; a whole batch is read at once."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitems__(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.from_numpy(self._array[list(rows)].astype(np.int64))}
+
+
+def _as_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return batch
+
+
+def make_loader(
+    array: np.ndarray, batch_size: int, seed: int, position: int = 0, num_workers: int = 0
+) -> StatefulDataLoader:
+    """An endless loader of shuffled batches {"input_ids": LongTensor (batch_size, context_length)}.
+
+    The order depends on the number of rows, `batch_size` and `seed` alone, not on `num_workers`; torch's global random
+    state is not touched. Restore with `load_state_dict(state_dict())`, or start at `position`, at no cost either way.
+
+    Args:
+        array: token ids (num_contexts, context_length).
+        batch_size: contexts per batch; may exceed the number of contexts.
+        seed: of the order.
+        position: batches to leave out at the start.
+        num_workers: reading processes; 0 reads in this one.
+
+    Raises:
+        DataError: the array has no rows, or a number is out of range.
+    """
+    if array.ndim != 2 or not len(array):
+        raise DataError(f"Token array of shape {array.shape}: expected (num_contexts, context_length) with rows.")
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("position", position, 0),
+        ("num_workers", num_workers, 0),
+    ):
+        if value < least:
+            raise DataError(f"{name} is {value}. Give {least} or more.")
+    return StatefulDataLoader(
+        _Contexts(array),
+        batch_sampler=ShuffledBatches(len(array), batch_size, seed, position),
+        num_workers=num_workers,
+        collate_fn=_as_is,
+        # Without one of its own the loader draws from the global generator and so disturbs dropout's stream.
+        generator=torch.Generator().manual_seed(seed),
+    )

@@ -1,0 +1,199 @@
+"""Documents from the standard library, local files and Hugging Face datasets, each with the reason if skipped."""
+
+import glob
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from auxin.data.settings import CorpusSettings
+from auxin.errors import DataError
+
+# Folders of the standard library that hold no source of its own, or its tests.
+_NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+_ROWS_PER_BATCH = 1024
+
+
+class Document(NamedTuple):
+    """A document's UTF-8 bytes, or the reason why it was skipped (then `data` is None)."""
+
+    name: str
+    data: bytes | None
+    skipped: str | None = None
+
+
+def read_documents(settings: CorpusSettings) -> Iterator[Document]:
+    """Yield every document of the source, in a fixed order, one at a time.
+
+    Raises:
+        DataError: the source can't be found or reached, or its rows have no text field.
+    """
+    if settings.source == "huggingface":
+        yield from _huggingface_documents(settings)
+        return
+    for name, path in source_files(settings):
+        if settings.source == "files" and _is_hidden(name):
+            yield Document(name, None, "hidden file")
+        elif path.suffix == ".jsonl":
+            yield from _jsonl_documents(name, path, settings.text_field)
+        elif path.suffix == ".parquet":
+            yield from _parquet_documents(name, path, settings.text_field)
+        else:
+            yield _checked(name, _read(path))
+
+
+def source_files(settings: CorpusSettings) -> list[tuple[str, Path]]:
+    """The files that a `stdlib` or `files` source reads: (name, path), sorted by name, each file once.
+
+    Raises:
+        DataError: a path does not exist, a glob matches nothing, or there is no readable standard library.
+    """
+    if settings.source == "stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        found = {
+            path.relative_to(root).as_posix(): path
+            for path in root.rglob("*.py")
+            if path.is_file() and not _NOT_STDLIB & set(path.relative_to(root).parts)
+        }
+        if not found:
+            raise DataError(f"{root} holds no .py files of the standard library. Use source 'files' instead.")
+        return sorted(found.items())
+    # The same file can be named by a folder and by a glob.
+    named = {path.resolve(): (str(path), path) for pattern in settings.paths for path in _expand(pattern)}
+    return sorted(named.values())
+
+
+def source_signature(settings: CorpusSettings) -> str | None:
+    """A cheap digest (names, sizes, times) that stays equal while no file is touched; None for a remote source."""
+    if settings.source == "huggingface":
+        return None
+    digest = hashlib.sha256()
+    for name, path in source_files(settings):
+        status = path.stat()
+        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _expand(pattern: Path) -> Iterator[Path]:
+    if pattern.is_file():
+        yield pattern
+        return
+    if pattern.is_dir():
+        matches = [path for path in pattern.rglob("*") if path.is_file()]
+    elif glob.has_magic(str(pattern)):
+        matches = [path for path in map(Path, glob.glob(str(pattern), recursive=True)) if path.is_file()]
+    else:
+        raise DataError(f"{pattern} does not exist. Give an existing file, folder or glob in `paths`.")
+    if not matches:
+        raise DataError(f"{pattern} matches no file. Give a folder or glob in `paths` that holds files.")
+    yield from matches
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") and part not in {".", ".."} for part in Path(name).parts)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror}. Make it readable or leave it out.") from error
+
+
+def _checked(name: str, data: bytes) -> Document:
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return Document(name, None, "not UTF-8")
+    return Document(name, data) if text.strip() else Document(name, None, "empty")
+
+
+def _text_document(name: str, value: Any) -> Document:
+    """The document of one row's text field."""
+    if not isinstance(value, str):
+        return Document(name, None, "text field is not a string")
+    try:
+        return _checked(name, value.encode("utf-8"))
+    except UnicodeEncodeError:  # JSON can hold half of a surrogate pair
+        return Document(name, None, "not valid Unicode")
+
+
+def _no_field(where: str, field: str, known: list[str]) -> DataError:
+    return DataError(f"{where} has no field {field!r}. Set `text_field` to one of: {', '.join(known) or '(none)'}.")
+
+
+def _jsonl_documents(name: str, path: Path, field: str) -> Iterator[Document]:
+    try:
+        lines = path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror}. Make it readable or leave it out.") from error
+    with lines:
+        seen_a_row, number = False, 0
+        for number, line in enumerate(lines, start=1):
+            row_name = f"{name}:{number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except UnicodeDecodeError:
+                yield Document(row_name, None, "not UTF-8")
+                continue
+            except json.JSONDecodeError:
+                yield Document(row_name, None, "not valid JSON")
+                continue
+            if not isinstance(row, dict):
+                yield Document(row_name, None, "not a JSON object")
+                continue
+            if field not in row:
+                # The first row decides whether the setting is wrong or one row is.
+                if not seen_a_row:
+                    raise _no_field(row_name, field, sorted(row))
+                yield Document(row_name, None, f"no field {field!r}")
+                continue
+            seen_a_row = True
+            yield _text_document(row_name, row[field])
+        if number == 0:
+            yield Document(name, None, "empty")
+
+
+def _parquet_documents(name: str, path: Path, field: str) -> Iterator[Document]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if field not in file.schema_arrow.names:
+                raise _no_field(name, field, file.schema_arrow.names)
+            if file.metadata.num_rows == 0:
+                yield Document(name, None, "empty")
+            number = 0
+            for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=[field]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield _text_document(f"{name}:{number}", value)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable Parquet file: {error}") from error
+
+
+def _huggingface_documents(settings: CorpusSettings) -> Iterator[Document]:
+    import datasets
+
+    where = f"dataset {settings.name!r}" + (f" ({settings.config})" if settings.config else "")
+    try:
+        dataset = datasets.load_dataset(settings.name, settings.config, split=settings.split)
+    # Depending on what is missing, datasets raises its own, requests', httpx's or Python's errors.
+    except Exception as error:
+        raise DataError(
+            f"The {where}, split {settings.split!r}, could not be loaded: {type(error).__name__}: {error} "
+            "Check the name, config and split, and that the Hub can be reached (or that the dataset is cached)."
+        ) from error
+    if settings.text_field not in dataset.column_names:
+        raise _no_field(f"The {where}", settings.text_field, dataset.column_names)
+    rows = dataset.select_columns([settings.text_field])
+    number = 0
+    for batch in rows.iter(batch_size=_ROWS_PER_BATCH):
+        for value in batch[settings.text_field]:
+            number += 1
+            yield _text_document(f"{settings.name}:{number}", value)

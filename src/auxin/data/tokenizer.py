@@ -1,0 +1,108 @@
+"""Train a byte-level BPE tokenizer, load one, and encode documents so that no text turns into a special token."""
+
+import copy
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from auxin.errors import DataError
+
+SEPARATOR = "<|endoftext|>"
+"""The special token of a trained tokenizer: ends each document, and begins and pads generated text."""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, context_length: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE (no text is unknown to it, and decoding gives the text back byte by byte).
+
+    Args:
+        texts: the documents of the training split.
+        vocab_size: entries wanted, the separator included; fewer when the text has no more pairs to merge.
+        context_length: tokens, stored as the tokenizer's `model_max_length`.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[SEPARATOR],
+        # All 256 bytes, so that a byte that the training split lacks can still be encoded.
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=SEPARATOR,
+        eos_token=SEPARATOR,
+        pad_token=SEPARATOR,
+        model_max_length=context_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from a folder or a `tokenizer.json`; nothing is fetched and no code of the folder is run.
+
+    Raises:
+        DataError: nothing there, not a fast tokenizer, or it has no end-of-text token to separate documents with.
+    """
+    if not path.exists():
+        raise DataError(f"Tokenizer {path} does not exist. Give a folder or a tokenizer.json, or leave it out.")
+    try:
+        tokenizer: Any
+        if path.is_file():
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    # The Rust library raises bare Exception for a file that it can't read.
+    except Exception as error:
+        raise DataError(f"{path} holds no tokenizer that can be loaded: {type(error).__name__}: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise DataError(f"{path} holds a {type(tokenizer).__name__}; a fast tokenizer (tokenizer.json) is needed.")
+    if tokenizer.eos_token_id is None:
+        if SEPARATOR not in tokenizer.get_vocab():
+            raise DataError(
+                f"The tokenizer {path} has no end-of-text token to separate documents with. "
+                f"Set its eos_token, or add {SEPARATOR!r} to it."
+            )
+        tokenizer.eos_token = SEPARATOR
+    return tokenizer
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Hex SHA-256 of everything that decides how documents are encoded and separated."""
+    backend = plain_backend(tokenizer)
+    return hashlib.sha256(f"{tokenizer.eos_token_id}\n{backend.to_str()}".encode()).hexdigest()
+
+
+def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy of the Rust tokenizer without truncation and padding, for which special tokens in a text are text."""
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def encode_documents(
+    backend: Tokenizer, texts: Iterable[str], batch_characters: int
+) -> Iterator[tuple[str, Sequence[int]]]:
+    """Yield each text with its token ids, encoding about `batch_characters` at a time on all threads."""
+    batch: list[str] = []
+    waiting = 0
+    for text in texts:
+        batch.append(text)
+        waiting += len(text)
+        if waiting >= batch_characters:
+            yield from _encode_batch(backend, batch)
+            batch, waiting = [], 0
+    yield from _encode_batch(backend, batch)
+
+
+def _encode_batch(backend: Tokenizer, batch: list[str]) -> Iterator[tuple[str, Sequence[int]]]:
+    for text, encoding in zip(batch, backend.encode_batch_fast(batch, add_special_tokens=False), strict=True):
+        yield text, encoding.ids

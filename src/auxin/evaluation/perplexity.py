@@ -1,0 +1,163 @@
+"""Loss on packed contexts, and perplexity and bits per byte of any text with a strided window."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from auxin.errors import DataError
+from auxin.settings import Settings
+
+
+class Perplexity(Settings):
+    """How well a model predicts a text."""
+
+    nats_per_token: float
+    """Mean negative log-likelihood of a scored token."""
+    perplexity: float
+    """exp(nats_per_token)."""
+    bits_per_byte: float
+    """Total negative log2-likelihood of the scored tokens divided by `bytes`; comparable across tokenizers."""
+    tokens: int
+    """Scored tokens."""
+    bytes: int
+    """UTF-8 bytes of the text that was scored."""
+    unscored_tokens: int
+    """1 when the tokenizer has no bos or eos token to put in front of the first token, which is then not scored (and
+    whose text is not in `bytes`); else 0."""
+
+
+def evaluate_loss(model: nn.Module, array: np.ndarray, batch_size: int, max_batches: int | None = None) -> float:
+    """Mean loss, in nats per predicted token, of a causal language model on packed contexts.
+
+    Each context of length T predicts its tokens 2 ... T. The first `max_batches` batches in the array's order are used
+    (None: all), every predicted token weighs the same, and the model's training mode is restored afterwards.
+
+    Args:
+        model: takes `input_ids` (batch, T) and returns an output with `logits` (batch, T, vocabulary).
+        array: token ids (num_contexts, T), T >= 2.
+        batch_size: contexts per forward pass.
+        max_batches: batches to use.
+
+    Raises:
+        DataError: the array has no row or no token to predict, or a number is out of range.
+    """
+    if array.ndim != 2 or not len(array) or array.shape[1] < 2:
+        raise DataError(f"Token array of shape {array.shape}: expected (num_contexts >= 1, context_length >= 2).")
+    for name, value in (("batch_size", batch_size), ("max_batches", max_batches)):
+        if value is not None and value < 1:
+            raise DataError(f"{name} is {value}. Give 1 or more.")
+    rows = len(array) if max_batches is None else min(len(array), max_batches * batch_size)
+    total = 0.0
+    with _evaluating(model):
+        for start in range(0, rows, batch_size):
+            batch = torch.from_numpy(array[start : min(start + batch_size, rows)].astype(np.int64))
+            total += float(_token_losses(model, batch).sum(dtype=torch.float64))
+    return total / (rows * (array.shape[1] - 1))
+
+
+def perplexity(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    context_length: int,
+    stride: int | None = None,
+    batch_size: int = 8,
+) -> Perplexity:
+    """Score every token of a text once, with a window that moves by `stride` tokens.
+
+    A bos (else eos) token is put in front, so that the first token is scored too; without either it is not, and
+    `unscored_tokens` says so. Tokens of the first window see all that precedes them; later ones see at least
+    context_length - stride tokens. Special tokens written out in the text are scored as ordinary text.
+
+    Args:
+        model: takes `input_ids` (batch, T) and returns an output with `logits` (batch, T, vocabulary).
+        tokenizer: the model's tokenizer.
+        text: any text that is not empty.
+        context_length: tokens per window, the one in front included.
+        stride: tokens by which the window moves, 1 ... context_length - 1; None is half of context_length. Smaller
+            ones give more context and cost more.
+        batch_size: windows per forward pass.
+
+    Raises:
+        DataError: the text has nothing to score, or a number is out of range.
+    """
+    stride = context_length // 2 if stride is None else stride
+    _check_window(model, context_length, stride, batch_size)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    scored_bytes = len(text.encode())
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is not None:
+        ids = [first, *ids]
+    elif ids:
+        scored_bytes -= len(str(tokenizer.decode(ids[:1], clean_up_tokenization_spaces=False)).encode())
+    if len(ids) < 2:
+        raise DataError(f"The text of {len(text)} characters has no token to score. Give a longer text.")
+    sequence = torch.tensor(ids)
+    total = 0.0
+    with _evaluating(model):
+        for windows, scored in _windows(len(ids), context_length, stride, batch_size):
+            batch = torch.stack([sequence[start:end] for start, end in windows])
+            total += float(_token_losses(model, batch)[:, -scored:].sum(dtype=torch.float64))
+    tokens = len(ids) - 1
+    nats = total / tokens
+    return Perplexity(
+        nats_per_token=nats,
+        perplexity=math.exp(nats) if nats < 700 else math.inf,
+        bits_per_byte=total / math.log(2) / scored_bytes,
+        tokens=tokens,
+        bytes=scored_bytes,
+        unscored_tokens=0 if first is not None else 1,
+    )
+
+
+def _windows(
+    length: int, context_length: int, stride: int, batch_size: int
+) -> Iterator[tuple[list[tuple[int, int]], int]]:
+    """Yield batches of windows (start, end) of equal length, with how many tokens at their end are scored in each."""
+    first_end = min(context_length, length)
+    yield [(0, first_end)], first_end - 1
+    full = [(end - context_length, end) for end in range(first_end + stride, length + 1, stride)]
+    for start in range(0, len(full), batch_size):
+        yield full[start : start + batch_size], stride
+    covered = full[-1][1] if full else first_end
+    if covered < length:
+        yield [(covered + stride - context_length, length)], length - covered
+
+
+def _check_window(model: nn.Module, context_length: int, stride: int, batch_size: int) -> None:
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if limit is not None and context_length > limit:
+        raise DataError(
+            f"context_length is {context_length}, but the model has {limit} positions. Give {limit} or less."
+        )
+    if context_length < 2:
+        raise DataError(f"context_length is {context_length}. Give 2 or more.")
+    if not 1 <= stride < context_length:
+        raise DataError(f"stride is {stride}. Give 1 ... {context_length - 1}, less than context_length.")
+    if batch_size < 1:
+        raise DataError(f"batch_size is {batch_size}. Give 1 or more.")
+
+
+def _token_losses(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """The loss of tokens 2 ... T in float32, (batch, T - 1)."""
+    input_ids = input_ids.to(next(model.parameters()).device)
+    logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.float().transpose(1, 2), input_ids[:, 1:], reduction="none")
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode of every submodule comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
