@@ -1,0 +1,64 @@
+"""The config says what a TokenFormer is, survives the disk and refuses the impossible."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig
+
+import auxin.models  # noqa: F401 - registers the Auto classes
+from auxin.errors import ConfigError
+from auxin.models.tokenformer import TokenFormerConfig
+
+groups = st.one_of(st.integers(1, 40), st.lists(st.integers(1, 40), min_size=1, max_size=3))
+
+
+@given(qkv=groups, proj=groups, ffn=groups, tied=st.booleans(), with_tau=st.booleans())
+def test_survives_save_and_load(tmp_path_factory, qkv, proj, ffn, tied, with_tau):
+    config = TokenFormerConfig(qkv_tokens=qkv, proj_tokens=proj, ffn_tokens=ffn, tie_word_embeddings=tied)
+    if with_tau:
+        config.ffn_tau = [1 / 3 + index for index in range(len(config.ffn_tokens))]
+    directory = tmp_path_factory.mktemp("config")
+    config.save_pretrained(directory)
+    loaded = AutoConfig.from_pretrained(directory)
+    assert isinstance(loaded, TokenFormerConfig)
+    assert loaded.to_json_string() == config.to_json_string()
+    assert loaded.group_tau("ffn") == config.group_tau("ffn")
+
+
+def test_an_int_is_one_group():
+    config = TokenFormerConfig(qkv_tokens=7)
+    assert config.qkv_tokens == [7]
+    assert config.group_tau("qkv") == [math.sqrt(7)]
+
+
+def test_a_saved_config_may_hold_ints(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "tokenformer", "ffn_tokens": 12}))
+    assert AutoConfig.from_pretrained(tmp_path).ffn_tokens == [12]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_attention_heads": 5}, "must divide hidden_size.*5 heads.*768"),
+        ({"hidden_size": 0}, "hidden_size must be a positive whole number, received 0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"vocab_size": 1.5}, "vocab_size"),
+        ({"qkv_tokens": -1}, "qkv_tokens.*-1"),
+        ({"proj_tokens": []}, "proj_tokens.*empty list"),
+        ({"ffn_tokens": [8, 0]}, "ffn_tokens.*0"),
+        ({"ffn_tokens": [8, 8], "ffn_tau": [1.0]}, r"ffn_tau.*\(2\)"),
+        ({"qkv_tau": [math.nan]}, "qkv_tau.*positive finite"),
+        ({"qkv_tau": 3.0}, "qkv_tau must be None or a list"),
+        ({"score_function": "softmx"}, "Did you mean 'softmax'"),
+        ({"gelu": "exact"}, "gelu"),
+        ({"hidden_size": 12, "num_attention_heads": 1}, "rotates 3, which must be even"),
+        ({"hidden_size": 4, "num_attention_heads": 2}, "not zero"),
+        ({"partial_rotary_factor": 2}, "partial_rotary_factor"),
+    ],
+)
+def test_says_what_is_wrong(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        TokenFormerConfig(**wrong)
