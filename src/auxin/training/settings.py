@@ -1,0 +1,143 @@
+"""Settings of one training stage."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from auxin.errors import ConfigError
+from auxin.settings import Settings
+
+
+class GuardSettings(Settings):
+    """What counts as a bad step, and what to do about it.
+
+    A non-finite loss or gradient is always bad. A finite loss is bad when it lies more than `spike_multiple` robust
+    standard deviations (1.4826 times the median absolute deviation) above the median of the last `window` good losses.
+    """
+
+    action: Literal["skip", "rewind"] = "skip"
+    """skip: leave this batch's update out and go on. rewind: go back to the weights of the last periodic checkpoint and
+    go on with the batch after the bad one."""
+    spike_multiple: float | None = Field(default=10.0, gt=0)
+    """Robust standard deviations above the median that a loss may lie; None looks for non-finite values only."""
+    window: int = Field(default=128, ge=2)
+    """Good losses that are remembered."""
+    minimum_history: int = Field(default=32, ge=2)
+    """Good losses needed before a finite loss can be called a spike."""
+    minimum_spread: float = Field(default=0.02, ge=0)
+    """Least standard deviation to reckon with, in nats, so that a very smooth run is not stopped by a ripple."""
+    maximum_events: int = Field(default=3, ge=0)
+    """Training stops when more bad steps than this lie within `window` batches."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.minimum_history > self.window:
+            raise ValueError(
+                f"minimum_history ({self.minimum_history}) is larger than window ({self.window}), so that no spike could "
+                "be found. Lower it."
+            )
+        return self
+
+
+class TrainingSettings(Settings):
+    """How to train; the budget is exactly one of `steps`, `tokens` and `flops`."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Training tokens; rounded to whole steps, at least one."""
+    flops: float | None = Field(default=None, gt=0)
+    """Training FLOPs (forward and backward); rounded to whole steps, at least one."""
+    batch_size: int = Field(default=32, ge=1)
+    """Sequences per optimizer step."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Sequences per forward pass; gradients are accumulated over the batch. None is `batch_size`."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    """wsd: warmup, stable, linear decay. All start with the warmup, so a stage after a growth re-warms."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warmup at the start of this stage."""
+    decay_fraction: float = Field(default=0.2, ge=0, le=1)
+    """Share of the steps over which wsd decays at the end; 0 leaves the model in the stable phase, to be trained on."""
+    minimum_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Where decay and cosine end, as a fraction of `learning_rate`."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's moments."""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay of matrices; norms, biases and other vectors have none."""
+    gradient_clip: float | None = Field(default=1.0, gt=0)
+    """Largest L2 norm of all gradients together; None does not clip."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products (autocast; weights stay float32). auto: bfloat16 on a CUDA device that has it, else float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    evaluation_interval: int | None = Field(default=None, ge=1)
+    """Steps between evaluations on the validation split; None evaluates only at the start and at the end."""
+    evaluation_batches: int | None = Field(default=None, ge=1)
+    """Micro-batches of the evaluations at the start and on the way; None is the whole split, as at the end."""
+    checkpoint_interval: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints; None writes one at the start and one at the end."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept; the guard's rewind target stays in any case."""
+    log_interval: int = Field(default=10, ge=1)
+    """Steps between lines of metrics."""
+    tensorboard: bool = True
+    """Write TensorBoard event files beside metrics.jsonl."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of the data order and of dropout."""
+    guard: GuardSettings = GuardSettings()
+    """Protection against bad steps."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = {name: value for name in ("steps", "tokens", "flops") if (value := getattr(self, name)) is not None}
+        if len(given) != 1:
+            raise ValueError(f"the budget needs exactly one of steps, tokens and flops, not {given or 'none of them'}.")
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size ({self.micro_batch_size}) is larger than batch_size ({self.batch_size}). Lower it."
+            )
+        for beta in self.adam_betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"adam_betas {self.adam_betas} must lie in [0, 1).")
+        return self
+
+    @property
+    def sequences_per_forward(self) -> int:
+        """The micro-batch size in effect."""
+        return self.micro_batch_size or self.batch_size
+
+    def total_steps(self, context_length: int, flops_per_token: float) -> int:
+        """Optimizer steps that the budget buys: the nearest whole number, at least one.
+
+        Args:
+            context_length: tokens per sequence.
+            flops_per_token: training FLOPs per token at that length.
+
+        Raises:
+            ConfigError: the schedule's warmup and decay do not fit into the steps.
+        """
+        tokens_per_step = self.batch_size * context_length
+        if self.steps is not None:
+            steps = self.steps
+        elif self.tokens is not None:
+            steps = max(1, round(self.tokens / tokens_per_step))
+        else:
+            assert self.flops is not None
+            steps = max(1, round(self.flops / (tokens_per_step * flops_per_token)))
+        decay = self.decay_steps(steps)
+        if self.warmup_steps + decay > steps:
+            raise ConfigError(
+                f"warmup_steps: {self.warmup_steps} of warmup and {decay} of decay do not fit into the {steps} steps of "
+                "this stage. Lower warmup_steps or decay_fraction, or raise the budget."
+            )
+        return steps
+
+    def decay_steps(self, total_steps: int) -> int:
+        """Steps of the decay phase of wsd; 0 for the other schedules."""
+        return round(self.decay_fraction * total_steps) if self.schedule == "wsd" else 0
