@@ -1,15 +1,31 @@
-"""Pattention: attention of the input over learned key and value parameter tokens (TokenFormer, arXiv 2410.23168, eq. 4 and 16)."""
+"""Pattention: attention of the input over learned key and value parameter tokens.
+
+Source: "TokenFormer: Rethinking Transformer Scaling with Tokenized Model Parameters" (arXiv 2410.23168), eq. 4 and 16.
+With several groups of tokens, each with a norm and a scale of its own, groups can be appended without touching the
+function of the old ones.
+
+Shapes: x (..., in_features), scores A = x K^T and weights S = f(A) (..., n), output S V (..., out_features); n is the
+sum of the group sizes.
+"""
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from auxin.errors import ConfigError, unknown_name
 
 ScoreFunction = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 Gelu = Literal["erf", "tanh"]
+
+# On a CPU the elementwise work goes through blocks of rows that stay in the cache (and are still large enough to be
+# shared between threads); elsewhere the blocks only bound the temporaries.
+CPU_BLOCK_ELEMENTS_PER_THREAD = 2**16
+DEVICE_BLOCK_ELEMENTS = 2**24
 
 
 def pattention(
@@ -22,24 +38,61 @@ def pattention(
     gelu: Gelu = "erf",
     eps: float = 1e-6,
 ) -> Tensor:
-    """sum over groups g of f(A_g * tau_g / ||A_g||) V_g with A = x K^T."""
-    approximate = "none" if gelu == "erf" else "tanh"
-    scores = F.linear(x, keys)
-    outputs = []
-    for index, block in enumerate(scores.split(list(group_sizes), dim=-1)):
-        if score_function == "softmax":
-            outputs.append((block.float().softmax(-1) * tau[index] ** 2).to(block.dtype))
-            continue
-        if score_function == "gelu_l2_norm":
-            block = F.gelu(block, approximate=approximate)
-        scale = tau[index] / (block.float().norm(dim=-1, keepdim=True) + eps)
-        block = block * scale.to(block.dtype)
-        outputs.append(block if score_function == "gelu_l2_norm" else F.gelu(block, approximate=approximate))
-    return torch.cat(outputs, dim=-1) @ values
+    """Sum over groups g of f(A_g) V_g, where A = x K^T: one score GEMM and one value GEMM, however many the groups.
+
+    f by name (for each row and group; norms over the group's tokens, in float32 for 16-bit scores):
+      l2_norm_gelu (default)  GELU(tau A_g / (||A_g||_2 + eps))
+      gelu_l2_norm            tau G / (||G||_2 + eps), G = GELU(A_g)
+      softmax                 tau^2 softmax(A_g)
+    A row of zero scores gives zeros under the first two, and the gradient there is the formula's own (its slope at zero
+    is tau/eps): large, but finite; under float16, which can't hold it, it is zero.
+
+    In eager mode autograd keeps what it keeps for linear -> GELU -> linear plus one float per row and group. Second
+    derivatives are refused there, with torch's error for functions that are differentiable once.
+
+    Args:
+        x: (..., in_features).
+        keys: (n, in_features), groups contiguous.
+        values: (n, out_features).
+        tau: (number of groups,) float32, not trained; its values may change without recompilation.
+        group_sizes: tokens of each group; sums to n.
+        score_function, gelu: by name; "erf" is the exact GELU, "tanh" its approximation.
+        eps: added to the norm, in the norm's precision.
+
+    Raises:
+        ConfigError: sizes, scales and tensors don't fit each other.
+    """
+    if sum(group_sizes) != keys.shape[0] or values.shape[0] != keys.shape[0] or tau.shape != (len(group_sizes),):
+        raise ConfigError(
+            f"group_sizes {list(group_sizes)} do not fit keys {tuple(keys.shape)}, values {tuple(values.shape)} and "
+            f"tau {tuple(tau.shape)}; keys and values need one row per token (the sum of group_sizes), tau one value "
+            "per group."
+        )
+    rule = _Rule(score_function, gelu, eps, tuple(group_sizes))
+    scores = F.linear(x.reshape(-1, x.shape[-1]), keys)
+    return (_weights(scores, tau, rule) @ values).reshape(*x.shape[:-1], values.shape[1])
 
 
 class Pattention(nn.Module):
-    """Token-parameter attention."""
+    """Token-parameter attention: `pattention` with its keys, values and scales.
+
+    Parameters `keys` (n, in_features) and `values` (n, out_features); non-persistent float32 buffer `tau` (number of
+    groups,), a constant of the layer and no parameter. The buffer stays float32 whatever dtype the module is cast to.
+    `initial_tau` holds the values last set as plain numbers: what `reset_tau` fills the buffer with, and what belongs
+    into a model's config, since the buffer is not in the state dict.
+
+    Args:
+        in_features, out_features: widths of input and output.
+        group_sizes: parameter tokens of each group, oldest group first.
+        tau: scale of each group; default sqrt(group size), with which one group is the published model.
+        score_function, gelu, eps: see `pattention`.
+        device, dtype: of keys and values (and the device of tau).
+
+    Raises:
+        ConfigError: a size or scale is not positive, their counts differ, or a name is unknown.
+    """
+
+    tau: Tensor
 
     def __init__(
         self,
@@ -54,14 +107,248 @@ class Pattention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check_settings(group_sizes, score_function, gelu, eps)
         self.in_features, self.out_features, self.group_sizes = in_features, out_features, tuple(group_sizes)
         self.score_function, self.gelu, self.eps = score_function, gelu, eps
-        self.initial_tau = tuple(math.sqrt(size) for size in group_sizes) if tau is None else tuple(tau)
         self.keys = nn.Parameter(torch.empty(sum(group_sizes), in_features, device=device, dtype=dtype))
         self.values = nn.Parameter(torch.empty(sum(group_sizes), out_features, device=device, dtype=dtype))
-        self.register_buffer("tau", torch.tensor(self.initial_tau, dtype=torch.float32, device=device), persistent=False)
+        self.register_buffer(
+            "tau", torch.empty(len(self.group_sizes), dtype=torch.float32, device=device), persistent=False
+        )
+        self.set_tau([math.sqrt(size) for size in group_sizes] if tau is None else tau)
+        self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
         return pattention(
             x, self.keys, self.values, self.tau, self.group_sizes, self.score_function, self.gelu, self.eps
         )
+
+    def set_tau(self, values: Sequence[float]) -> None:
+        """Set every group's scale, in place (compiled code sees the new values without recompiling)."""
+        self.initial_tau = _checked_tau(values, self.group_sizes)
+        self.reset_tau()
+
+    @torch.no_grad()
+    def reset_tau(self) -> None:
+        """Fill the buffer with the configured scales, as is needed after a meta-device or empty initialisation."""
+        self.tau.copy_(torch.tensor(self.initial_tau, dtype=torch.float32))
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Keys N(0, 1/in_features) and values N(0, 1/n), as the JAX reference draws them in its attention layers: with
+        one group the output's standard deviation is 0.65. A model that knows its depth overrides this."""
+        nn.init.normal_(self.keys, std=self.in_features**-0.5, generator=generator)
+        nn.init.normal_(self.values, std=sum(self.group_sizes) ** -0.5, generator=generator)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, group_sizes={list(self.group_sizes)}, "
+            f"tau={[round(value, 4) for value in self.initial_tau]}, score_function={self.score_function}, "
+            f"gelu={self.gelu}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.tau
+        super()._apply(fn, recurse)
+        if before.is_meta and not self.tau.is_meta:  # `to_empty` leaves no values
+            self.reset_tau()
+        elif self.tau.dtype != torch.float32:  # a cast must not round the scales
+            self.tau = before.to(self.tau.device)
+        return self
+
+
+def _check_settings(group_sizes: Sequence[int], score_function: str, gelu: str, eps: float) -> None:
+    if not group_sizes or not all(isinstance(size, int) and size > 0 for size in group_sizes):
+        raise ConfigError(
+            f"group_sizes must be one or more positive integers, got {list(group_sizes)!r}; give the number of tokens "
+            "of each group."
+        )
+    if score_function not in get_args(ScoreFunction):
+        raise ConfigError(unknown_name("score_function", score_function, get_args(ScoreFunction)))
+    if gelu not in get_args(Gelu):
+        raise ConfigError(unknown_name("gelu", gelu, get_args(Gelu)))
+    if not (eps > 0 and math.isfinite(eps)):
+        raise ConfigError(
+            f"eps must be a positive number, got {eps!r}; without it a row of zero scores divides by zero."
+        )
+
+
+def _checked_tau(values: Sequence[float], group_sizes: tuple[int, ...]) -> tuple[float, ...]:
+    tau = tuple(float(value) for value in values)
+    if len(tau) != len(group_sizes):
+        raise ConfigError(
+            f"tau has {len(tau)} values {list(tau)} for {len(group_sizes)} groups of sizes {list(group_sizes)}; "
+            "give one per group."
+        )
+    if not all(value > 0 and math.isfinite(value) for value in tau):
+        raise ConfigError(
+            f"tau must be positive and finite, got {list(tau)}; the usual value is the square root of the group's size."
+        )
+    return tau
+
+
+class _Rule:
+    """How scores become weights: the settings that are no tensors."""
+
+    __slots__ = ("approximate", "eps", "group_sizes", "score_function")
+
+    def __init__(self, score_function: ScoreFunction, gelu: Gelu, eps: float, group_sizes: tuple[int, ...]) -> None:
+        self.score_function, self.eps, self.group_sizes = score_function, eps, group_sizes
+        self.approximate = "none" if gelu == "erf" else "tanh"
+
+
+def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _weights(scores: Tensor, tau: Tensor, rule: _Rule) -> Tensor:
+    """S = f(A) for scores (rows, n) that nobody else uses: eager mode overwrites them."""
+    if torch.compiler.is_compiling() or type(scores) is not Tensor or tau.requires_grad:
+        return _plain_weights(scores, tau, rule)
+    if torch.is_grad_enabled() and scores.requires_grad:
+        return _Weights.apply(scores, tau, rule)
+    _compute_weights(scores, tau, rule, out=scores)
+    return scores
+
+
+def _plain_weights(scores: Tensor, tau: Tensor, rule: _Rule) -> Tensor:
+    """The formula as written, for compilers (which fuse it and derive its gradient) and for tensor subclasses."""
+    weights = []
+    for index, block in enumerate(scores.split(list(rule.group_sizes), dim=-1)):
+        if rule.score_function == "softmax":
+            block = torch.softmax(block, dim=-1, dtype=_norm_dtype(scores.dtype)) * tau[index].square()
+        else:
+            if rule.score_function == "gelu_l2_norm":
+                block = F.gelu(block, approximate=rule.approximate)
+            norm = torch.linalg.vector_norm(block, dim=-1, keepdim=True, dtype=_norm_dtype(scores.dtype))
+            block = block * (tau[index] / (norm + rule.eps))
+            if rule.score_function == "l2_norm_gelu":
+                block = F.gelu(block.to(scores.dtype), approximate=rule.approximate)
+        weights.append(block.to(scores.dtype))
+    return torch.cat(weights, dim=-1) if len(weights) > 1 else weights[0]
+
+
+def _row_blocks(matrix: Tensor) -> Iterator[slice]:
+    """Slices of rows that hold about as many elements as are worth handling at once."""
+    rows, columns = matrix.shape
+    limit = (
+        CPU_BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads()
+        if matrix.device.type == "cpu"
+        else DEVICE_BLOCK_ELEMENTS
+    )
+    step = max(1, limit // columns)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _compute_weights(scores: Tensor, tau: Tensor, rule: _Rule, out: Tensor) -> Tensor | None:
+    """Write S = f(A) to `out`, which may be `scores`, and return the norms (groups, rows), None for softmax.
+
+    l2_norm_gelu leaves Z = tau A / (||A|| + eps) in `scores`, the others leave `scores` as they are (unless overwritten
+    as `out`)."""
+    sizes, dtype = list(rule.group_sizes), _norm_dtype(scores.dtype)
+    if rule.score_function == "softmax":
+        for rows in _row_blocks(scores):
+            blocks = zip(scores[rows].split(sizes, dim=-1), out[rows].split(sizes, dim=-1), tau.square(), strict=True)
+            for block, target, factor in blocks:
+                torch.mul(torch.softmax(block, dim=-1, dtype=dtype), factor, out=target)
+        return None
+    norms = torch.empty(len(sizes), scores.shape[0], dtype=dtype, device=scores.device)
+    norm_first = rule.score_function == "l2_norm_gelu"
+    normalised = scores if norm_first else out
+    for rows in _row_blocks(scores):
+        if not norm_first:
+            torch.ops.aten.gelu.out(scores[rows], approximate=rule.approximate, out=out[rows])
+        blocks = normalised[rows].split(sizes, dim=-1)
+        for norm, block in zip(norms[:, rows], blocks, strict=True):
+            torch.linalg.vector_norm(block, dim=-1, dtype=dtype, out=norm)
+        scale = _scale(norms[:, rows], tau, rule)
+        for factor, block in zip(scale.unsqueeze(-1), blocks, strict=True):
+            block.mul_(factor)
+        if norm_first:
+            torch.ops.aten.gelu.out(scores[rows], approximate=rule.approximate, out=out[rows])
+    return norms
+
+
+def _scale(norms: Tensor, tau: Tensor, rule: _Rule) -> Tensor:
+    return tau.to(norms.dtype).unsqueeze(-1) / (norms + rule.eps)
+
+
+class _Weights(torch.autograd.Function):
+    """S = f(A), keeping one matrix of the scores' size and the norms.
+
+    Two things go on in place. The forward pass overwrites the scores. The backward pass overwrites the gradient of S: S
+    has one consumer, the value GEMM, whose backward pass has just made that gradient for this function alone.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, scores: Tensor, tau: Tensor, rule: _Rule) -> Tensor:
+        weights = torch.empty_like(scores)
+        norms = _compute_weights(scores, tau, rule, out=weights)
+        ctx.rule = rule  # type: ignore[attr-defined]
+        ctx.save_for_backward(weights if norms is None else scores, tau, *([] if norms is None else [norms]))
+        return weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        rule, (kept, tau, *norms) = ctx.rule, ctx.saved_tensors
+        for rows in _row_blocks(kept):
+            if rule.score_function == "softmax":
+                _softmax_backward(gradient[rows], kept[rows], tau, rule)
+            elif rule.score_function == "gelu_l2_norm":
+                _gelu_l2_norm_backward(gradient[rows], kept[rows], norms[0][:, rows], tau, rule)
+            else:
+                _l2_norm_gelu_backward(gradient[rows], kept[rows], norms[0][:, rows], tau, rule)
+        return gradient, None, None
+
+
+def _softmax_backward(gradient: Tensor, weights: Tensor, tau: Tensor, rule: _Rule) -> None:
+    """S = tau^2 p:  dA = S (dS - <S, dS> / tau^2)."""
+    sums = _group_sums(gradient * weights, rule, tau.dtype) / tau.square().unsqueeze(-1)
+    for sum_, block in zip(sums.unsqueeze(-1), gradient.split(list(rule.group_sizes), dim=-1), strict=True):
+        block.sub_(sum_)
+    gradient.mul_(weights)
+
+
+def _l2_norm_gelu_backward(gradient: Tensor, normalised: Tensor, norms: Tensor, tau: Tensor, rule: _Rule) -> None:
+    """Z = s A, s = tau / (||A|| + eps):  dA = s dZ - Z <Z, dZ> / (tau ||A||), eq. 25 of the paper with eps."""
+    _gelu_backward_(gradient, normalised, rule)
+    along = _group_sums(gradient * normalised, rule, norms.dtype) / _positive(norms) / tau.unsqueeze(-1)
+    _subtract_projection_(gradient, normalised, _backward_scale(gradient, norms, tau, rule), along, rule)
+
+
+def _gelu_l2_norm_backward(gradient: Tensor, scores: Tensor, norms: Tensor, tau: Tensor, rule: _Rule) -> None:
+    """S = s G, s = tau / (||G|| + eps), G = GELU(A):  dG = s (dS - G <G, dS> / (||G|| (||G|| + eps))), dA from dG."""
+    activated = F.gelu(scores, approximate=rule.approximate)
+    scale = _backward_scale(gradient, norms, tau, rule)
+    along = _group_sums(gradient * activated, rule, norms.dtype) / _positive(norms) * scale / (norms + rule.eps)
+    _subtract_projection_(gradient, activated, scale, along, rule)
+    _gelu_backward_(gradient, scores, rule)
+
+
+def _gelu_backward_(gradient: Tensor, preactivation: Tensor, rule: _Rule) -> None:
+    torch.ops.aten.gelu_backward.grad_input(gradient, preactivation, approximate=rule.approximate, grad_input=gradient)
+
+
+def _group_sums(products: Tensor, rule: _Rule, dtype: torch.dtype) -> Tensor:
+    """(rows, n) -> (groups, rows)."""
+    return torch.stack([block.sum(dim=-1, dtype=dtype) for block in products.split(list(rule.group_sizes), dim=-1)])
+
+
+def _subtract_projection_(gradient: Tensor, vectors: Tensor, scale: Tensor, along: Tensor, rule: _Rule) -> None:
+    """gradient <- scale gradient - along vectors, group by group."""
+    sizes = list(rule.group_sizes)
+    columns = (scale.unsqueeze(-1), along.unsqueeze(-1), gradient.split(sizes, dim=-1), vectors.split(sizes, dim=-1))
+    for factor, coefficient, block, vector in zip(*columns, strict=True):
+        block.mul_(factor).addcmul_(vector, coefficient, value=-1)
+
+
+def _positive(norms: Tensor) -> Tensor:
+    """Norms fit for a division: where the norm is zero so is what is divided."""
+    return norms.clamp_min(torch.finfo(norms.dtype).tiny)
+
+
+def _backward_scale(gradient: Tensor, norms: Tensor, tau: Tensor, rule: _Rule) -> Tensor:
+    scale = _scale(norms, tau, rule)
+    return scale.masked_fill_(norms == 0, 0) if gradient.dtype == torch.float16 else scale
