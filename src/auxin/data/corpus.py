@@ -53,7 +53,7 @@ class CorpusReport(Settings):
     limit: str | None
     """The limit (`max_documents` or `max_bytes`) at which reading stopped; None when all was read."""
     vocab_size: int
-    """Entries of the tokenizer: a trained one can have fewer than asked for."""
+    """The tokenizer's largest id plus one: a trained one can have fewer entries than asked for."""
     train: SplitReport
     validation: SplitReport
 
@@ -67,6 +67,7 @@ class _Manifest(Settings):
     source_signature: str | None
     documents_digest: str
     tokenizer_digest: str
+    loaded_tokenizer_digest: str | None
     separator: int
     report: CorpusReport
 
@@ -180,6 +181,9 @@ def prepare(settings: CorpusSettings, directory: str | Path, progress: ProgressC
     directory = Path(directory).absolute()
     if directory.exists() and not directory.is_dir():
         raise DataError(f"{directory} is a file. Give a folder for the prepared corpus.")
+    for path in settings.paths:
+        if path.is_dir() and directory.is_relative_to(path.absolute()):
+            raise DataError(f"{directory} lies inside {path}, so that its files would become documents. Give another.")
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(directory.parent / f".{directory.name}.lock"):
         if directory.exists() and any(directory.iterdir()):
@@ -192,6 +196,10 @@ def prepare(settings: CorpusSettings, directory: str | Path, progress: ProgressC
                 _build(settings, partial, advance)
             os.replace(partial, directory)
             _fsync(directory.parent)
+        except OSError as error:
+            raise DataError(
+                f"The corpus could not be written to {directory}: {error}. Nothing was left there."
+            ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return PackedData.load(directory)
@@ -202,11 +210,12 @@ def _build(settings: CorpusSettings, directory: Path, advance: ProgressCallback)
     signature = source_signature(settings)
     loaded = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
     collected = _collect(settings, directory, advance)
-    tokenizer = loaded or train_tokenizer(
-        _announced(collected.train, advance), settings.vocab_size, settings.context_length
-    )
+    _save_tokenizer(loaded, collected.train, settings, directory / "tokenizer", advance)
+    # What is read back later encodes the documents: saving may normalize a loaded tokenizer.
+    tokenizer = load_tokenizer(directory / "tokenizer")
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
     backend, separator = plain_backend(tokenizer), int(tokenizer.eos_token_id)
-    dtype = token_dtype(len(tokenizer))
+    dtype = token_dtype(vocab_size)
     splits = {
         name: _pack_split(name, spool, backend, separator, directory, settings, dtype, advance)
         for name, spool in (("train", collected.train), ("validation", collected.validation))
@@ -218,11 +227,10 @@ def _build(settings: CorpusSettings, directory: Path, advance: ProgressCallback)
         duplicates=collected.duplicates,
         skipped={reason: Skipped(count=n, examples=tuple(names)) for reason, (n, names) in collected.skipped.items()},
         limit=collected.limit,
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         train=splits["train"],
         validation=splits["validation"],
     )
-    tokenizer.save_pretrained(directory / "tokenizer")
     manifest = _Manifest(
         format=FORMAT,
         fingerprint=_fingerprint(settings, collected.digest(), tokenizer_digest(tokenizer), report),
@@ -230,6 +238,7 @@ def _build(settings: CorpusSettings, directory: Path, advance: ProgressCallback)
         source_signature=signature,
         documents_digest=collected.digest(),
         tokenizer_digest=tokenizer_digest(tokenizer),
+        loaded_tokenizer_digest=tokenizer_digest(loaded) if loaded else None,
         separator=separator,
         report=report,
     )
@@ -237,6 +246,18 @@ def _build(settings: CorpusSettings, directory: Path, advance: ProgressCallback)
         file.write(manifest.model_dump_json(indent=1))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _save_tokenizer(
+    loaded: PreTrainedTokenizerFast | None,
+    documents: DocumentSpool,
+    settings: CorpusSettings,
+    path: Path,
+    advance: ProgressCallback,
+) -> None:
+    texts = _announced(documents, advance)
+    tokenizer = loaded or train_tokenizer(texts, settings.vocab_size, settings.context_length)
+    tokenizer.save_pretrained(path)
 
 
 class _Collected:
@@ -370,7 +391,7 @@ def _reuse(settings: CorpusSettings, directory: Path) -> PackedData:
             f"The source has changed since {directory} was prepared from it. Delete the folder to prepare it again, "
             "or give another one."
         )
-    if tokenizer not in (None, manifest.tokenizer_digest):
+    if tokenizer != manifest.loaded_tokenizer_digest:
         raise DataError(f"The tokenizer {settings.tokenizer} is not the one that {directory} was prepared with.")
     return data
 

@@ -12,7 +12,6 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from auxin.errors import DataError
 
-
 # torchdata 0.11 calls a function that torch 2.13 deprecates; nobody who trains can do anything about it.
 warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
 

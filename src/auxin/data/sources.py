@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ def read_documents(settings: CorpusSettings) -> Iterator[Document]:
         yield from _huggingface_documents(settings)
         return
     for name, path in source_files(settings):
-        if settings.source == "files" and _is_hidden(name):
+        if path is None:
             yield Document(name, None, "hidden file")
         elif path.suffix == ".jsonl":
             yield from _jsonl_documents(name, path, settings.text_field)
@@ -44,25 +45,30 @@ def read_documents(settings: CorpusSettings) -> Iterator[Document]:
             yield _checked(name, _read(path))
 
 
-def source_files(settings: CorpusSettings) -> list[tuple[str, Path]]:
-    """The files that a `stdlib` or `files` source reads: (name, path), sorted by name, each file once.
+def source_files(settings: CorpusSettings) -> list[tuple[str, Path | None]]:
+    """The files of a `stdlib` or `files` source: (name, path), sorted by name, each once.
+
+    The path is None where a folder holds a hidden file, which is not read.
 
     Raises:
         DataError: a path does not exist, a glob matches nothing, or there is no readable standard library.
     """
     if settings.source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        found = {
-            path.relative_to(root).as_posix(): path
-            for path in root.rglob("*.py")
-            if path.is_file() and not _NOT_STDLIB & set(path.relative_to(root).parts)
-        }
+        found: list[tuple[str, Path | None]] = []
+        for folder, folders, files in os.walk(root):
+            folders[:] = set(folders) - _NOT_STDLIB
+            paths = [Path(folder, file) for file in files if file.endswith(".py")]
+            found += [(path.relative_to(root).as_posix(), path) for path in paths]
         if not found:
             raise DataError(f"{root} holds no .py files of the standard library. Use source 'files' instead.")
-        return sorted(found.items())
+        return sorted(found, key=lambda entry: entry[0])
     # The same file can be named by a folder and by a glob.
-    named = {path.resolve(): (str(path), path) for pattern in settings.paths for path in _expand(pattern)}
-    return sorted(named.values())
+    named: dict[Path, tuple[str, Path | None]] = {}
+    for pattern in settings.paths:
+        for path, hidden in _expand(pattern.expanduser()):
+            named.setdefault(path.resolve(), (str(path), None if hidden else path))
+    return sorted(named.values(), key=lambda entry: entry[0])
 
 
 def source_signature(settings: CorpusSettings) -> str | None:
@@ -71,28 +77,30 @@ def source_signature(settings: CorpusSettings) -> str | None:
         return None
     digest = hashlib.sha256()
     for name, path in source_files(settings):
+        if path is None:
+            continue
         status = path.stat()
         digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
-def _expand(pattern: Path) -> Iterator[Path]:
+def _expand(pattern: Path) -> list[tuple[Path, bool]]:
+    """The files that one entry of `paths` names, each with whether it is hidden inside the named folder."""
     if pattern.is_file():
-        yield pattern
-        return
+        return [(pattern, False)]
     if pattern.is_dir():
-        matches = [path for path in pattern.rglob("*") if path.is_file()]
+        matches = [(path, _is_hidden(path.relative_to(pattern))) for path in pattern.rglob("*") if path.is_file()]
     elif glob.has_magic(str(pattern)):
-        matches = [path for path in map(Path, glob.glob(str(pattern), recursive=True)) if path.is_file()]
+        matches = [(Path(path), False) for path in glob.glob(str(pattern), recursive=True) if Path(path).is_file()]
     else:
         raise DataError(f"{pattern} does not exist. Give an existing file, folder or glob in `paths`.")
     if not matches:
         raise DataError(f"{pattern} matches no file. Give a folder or glob in `paths` that holds files.")
-    yield from matches
+    return matches
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") and part not in {".", ".."} for part in Path(name).parts)
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _read(path: Path) -> bytes:
@@ -130,17 +138,18 @@ def _jsonl_documents(name: str, path: Path, field: str) -> Iterator[Document]:
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror}. Make it readable or leave it out.") from error
     with lines:
-        seen_a_row, number = False, 0
+        seen_a_row = seen_the_field = False
         for number, line in enumerate(lines, start=1):
             row_name = f"{name}:{number}"
             if not line.strip():
                 continue
+            seen_a_row = True
             try:
                 row = json.loads(line)
             except UnicodeDecodeError:
                 yield Document(row_name, None, "not UTF-8")
                 continue
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 yield Document(row_name, None, "not valid JSON")
                 continue
             if not isinstance(row, dict):
@@ -148,13 +157,13 @@ def _jsonl_documents(name: str, path: Path, field: str) -> Iterator[Document]:
                 continue
             if field not in row:
                 # The first row decides whether the setting is wrong or one row is.
-                if not seen_a_row:
+                if not seen_the_field:
                     raise _no_field(row_name, field, sorted(row))
                 yield Document(row_name, None, f"no field {field!r}")
                 continue
-            seen_a_row = True
+            seen_the_field = True
             yield _text_document(row_name, row[field])
-        if number == 0:
+        if not seen_a_row:
             yield Document(name, None, "empty")
 
 

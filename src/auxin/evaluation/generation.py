@@ -1,9 +1,9 @@
 """Continue a prompt."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
-from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from auxin.errors import DataError
 
@@ -59,8 +59,8 @@ def generate_text(
         model.eval()
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            # A PreTrainedModel of a causal LM mixes GenerationMixin in; the base class does not say so.
-            output = cast(GenerationMixin, model).generate(
+            # Causal models mix GenerationMixin in; the base class does not say so.
+            output = cast(Any, model).generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 max_new_tokens=max_new_tokens,
