@@ -1,0 +1,47 @@
+"""The machine that a number was measured on."""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+
+def describe_machine() -> dict[str, str]:
+    """Processor, cores, memory, accelerator and system, as a report prints them."""
+    description = {
+        "processor": processor_name(),
+        "cores": str(usable_cores()),
+        "threads": str(torch.get_num_threads()),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+    if (memory := memory_bytes()) is not None:
+        description["memory"] = f"{memory / 2**30:.1f} GiB"
+    if torch.cuda.is_available():
+        description["accelerator"] = torch.cuda.get_device_name()
+    return description
+
+
+def processor_name() -> str:
+    """The processor's name as the system tells it; its architecture where it tells none."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory_bytes() -> int | None:
+    """Physical memory; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
