@@ -1,0 +1,177 @@
+"""Reading documents: every format, and a reason for everything that is left out."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from auxin.data import CorpusSettings
+from auxin.data.sources import read_documents, source_files
+from auxin.data.tokenizer import load_tokenizer, train_tokenizer
+from auxin.errors import DataError
+
+
+def read(*paths: Path, **changes: Any) -> tuple[list[str], dict[str, str]]:
+    """The texts, and the reasons by the last part of the names."""
+    found = list(read_documents(CorpusSettings(source="files", paths=paths, **changes)))
+    texts = [document.data.decode() for document in found if document.data is not None]
+    return texts, {Path(document.name).name: document.skipped for document in found if document.skipped}
+
+
+def write_parquet(path: Path, columns: dict[str, list[Any]]) -> None:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+def test_text_files_keep_every_byte_and_bad_ones_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("one\r\n\N{SNOWMAN}".encode())
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.md").write_text("two")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "blank.txt").write_text(" \n\t")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / ".hidden").write_text("no")
+    texts, skipped = read(tmp_path)
+    assert texts == ["one\r\n\N{SNOWMAN}", "two"]
+    assert skipped == {
+        "empty.txt": "empty",
+        "blank.txt": "empty",
+        "latin.txt": "not UTF-8",
+        ".hidden": "hidden file",
+    }
+
+
+def test_a_folder_below_a_hidden_one_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / ".cache" / "corpus"
+    folder.mkdir(parents=True)
+    (folder / "a.txt").write_text("one")
+    assert read(folder) == (["one"], {})
+
+
+def test_globs_folders_and_files_name_a_file_once(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    for name in ("a.txt", "deep/b.txt", "deep/er/c.txt", "deep/er/d.md"):
+        (tmp_path / name).write_text(name)
+    assert read(tmp_path / "**" / "*.txt")[0] == ["a.txt", "deep/b.txt", "deep/er/c.txt"]
+    assert len(read(tmp_path, tmp_path / "*.txt", tmp_path / "deep" / ".." / "a.txt")[0]) == 4
+
+
+def test_jsonl_rows(tmp_path: Path) -> None:
+    rows = ['{"body": "one"}', "", "{oops", "[1]", '{"other": 1}', '{"body": null}', '{"body": "\\ud800"}']
+    rows += ['{"body": ""}', '{"body": "two"}', '{"body": ' + "9" * 5000 + "}"]
+    (tmp_path / "a.jsonl").write_bytes("\n".join(rows).encode() + b'\n{"body": "caf\xe9"}\n')
+    texts, skipped = read(tmp_path / "a.jsonl", text_field="body")
+    assert texts == ["one", "two"]
+    assert skipped == {
+        "a.jsonl:3": "not valid JSON",
+        "a.jsonl:4": "not a JSON object",
+        "a.jsonl:5": "no field 'body'",
+        "a.jsonl:6": "text field is not a string",
+        "a.jsonl:7": "not valid Unicode",
+        "a.jsonl:8": "empty",
+        "a.jsonl:10": "not valid JSON",
+        "a.jsonl:11": "not UTF-8",
+    }
+    (tmp_path / "b.jsonl").write_text("\n\n")
+    assert read(tmp_path / "b.jsonl") == ([], {"b.jsonl": "empty"})
+
+
+def test_parquet_rows(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", {"text": ["one", None, "", "two"], "n": [1, 2, 3, 4]})
+    texts, skipped = read(tmp_path / "a.parquet")
+    assert texts == ["one", "two"]
+    assert skipped == {"a.parquet:2": "text field is not a string", "a.parquet:3": "empty"}
+    write_parquet(tmp_path / "b.parquet", {"text": pyarrow.array([], pyarrow.string())})
+    assert read(tmp_path / "b.parquet") == ([], {"b.parquet": "empty"})
+
+
+def test_a_missing_text_field_names_those_there_are(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "one", "id": 3}\n')
+    write_parquet(tmp_path / "a.parquet", {"body": ["one"], "id": [3]})
+    for name in ("a.jsonl", "a.parquet"):
+        with pytest.raises(DataError, match=r"no field 'text'.*one of: body, id"):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "nowhere.txt", "nowhere.txt does not exist"),
+        (lambda folder: folder / "*.txt", "matches no file"),
+        (lambda folder: folder, "matches no file"),
+    ],
+)
+def test_paths_without_files(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read(make(tmp_path))
+
+
+def test_a_broken_parquet_file(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(DataError, match="not a readable Parquet file"):
+        read(tmp_path / "a.parquet")
+
+
+def test_the_standard_library_without_its_tests() -> None:
+    files = source_files(CorpusSettings())
+    names = [name for name, _ in files]
+    assert "statistics.py" in names
+    assert "json/decoder.py" in names
+    assert names == sorted(names)
+    assert not [name for name in names if {"test", "tests", "site-packages"} & set(name.split("/"))]
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_hugging_face_dataset(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    write_parquet(tmp_path / "set" / "train.parquet", {"body": ["one", None, "two"], "n": [1, 2, 3]})
+    settings = CorpusSettings(source="huggingface", name=str(tmp_path / "set"), text_field="body")
+    found = list(read_documents(settings))
+    assert [document.data for document in found] == [b"one", None, b"two"]
+    assert found[1].skipped == "text field is not a string"
+    with pytest.raises(DataError, match=r"no field 'text'.*one of: body, n"):
+        list(read_documents(settings.model_copy(update={"text_field": "text"})))
+    with pytest.raises(DataError, match="split 'nope', could not be loaded"):
+        list(read_documents(settings.model_copy(update={"split": "nope"})))
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_dataset_that_can_not_be_reached() -> None:
+    with pytest.raises(DataError, match=r"'nobody/nothing'.*could not be loaded.*Check the name"):
+        list(read_documents(CorpusSettings(source="huggingface", name="nobody/nothing")))
+
+
+def test_tokenizers_load_from_a_folder_and_a_file(tmp_path: Path) -> None:
+    trained = train_tokenizer(["some text"], 260, 16)
+    trained.save_pretrained(tmp_path)
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        loaded = load_tokenizer(path)
+        assert loaded.eos_token_id == trained.eos_token_id
+        assert loaded("some text")["input_ids"] == trained("some text")["input_ids"]
+
+
+def test_tokenizers_that_can_not_be_used(tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path / "bad.json")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path / "empty")
+    content = train_tokenizer(["some text"], 260, 16).backend_tokenizer.to_str()
+    (tmp_path / "plain.json").write_text(content.replace("<|endoftext|>", "<other>"))
+    with pytest.raises(DataError, match="no end-of-text token"):
+        load_tokenizer(tmp_path / "plain.json")
+    assert json.loads(content)["model"]["type"] == "BPE"

@@ -1,0 +1,150 @@
+"""Loss and perplexity against an oracle that recomputes everything for each token."""
+
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from auxin.data.tokenizer import SEPARATOR, train_tokenizer
+from auxin.errors import DataError
+from auxin.evaluation import evaluate_loss, perplexity
+from oracles.perplexity import strided_losses
+
+TOKENIZER = train_tokenizer(["the cat sat on the mat and the hat"] * 3, 280, 32)
+TEXT = "the cat sat on a \N{SNOWMAN} hat, twice. "
+
+
+def tiny(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=280,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.5,
+    )
+    return LlamaForCausalLM(config).double()
+
+
+MODEL = tiny()
+
+
+def next_token_logits(ids: Sequence[int]) -> np.ndarray:
+    with torch.no_grad():
+        return MODEL(torch.tensor([list(ids)])).logits[0, -1].numpy()
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 40), st.integers(2, 12), st.data(), st.integers(1, 4))
+def test_strided_perplexity(characters: int, context_length: int, data: st.DataObject, batch_size: int) -> None:
+    stride = data.draw(st.integers(1, context_length - 1))
+    text = TEXT[:characters]
+    ids = [TOKENIZER.bos_token_id, *TOKENIZER(text)["input_ids"]]
+    expected = strided_losses(next_token_logits, ids, context_length, stride)
+    result = perplexity(MODEL, TOKENIZER, text, context_length, stride, batch_size)
+    assert result.tokens == len(expected) == len(ids) - 1
+    assert result.nats_per_token == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(sum(expected) / len(expected)), rel=1e-4)
+    assert result.bytes == len(text.encode())
+    assert result.bits_per_byte == pytest.approx(sum(expected) / math.log(2) / result.bytes, rel=1e-5)
+    assert result.unscored_tokens == 0
+
+
+def test_without_a_token_in_front_the_first_is_not_scored() -> None:
+    bare = train_tokenizer(["the cat sat on the mat and the hat"] * 3, 280, 32)
+    bare.bos_token = bare.eos_token = None
+    ids = bare(TEXT)["input_ids"]
+    result = perplexity(MODEL, bare, TEXT, 8, 4)
+    expected = strided_losses(next_token_logits, ids, 8, 4)
+    assert result.unscored_tokens == 1
+    assert result.tokens == len(ids) - 1
+    assert result.nats_per_token == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert result.bytes == len(TEXT.encode()) - len(bare.decode(ids[:1]).encode())
+    with pytest.raises(DataError, match="no token to score"):
+        perplexity(MODEL, bare, "a", 8, 4)
+
+
+def test_a_special_token_in_the_text_is_text() -> None:
+    result = perplexity(MODEL, TOKENIZER, SEPARATOR, 32, 16)
+    assert result.tokens > 1
+    assert result.bytes == len(SEPARATOR)
+
+
+@pytest.mark.parametrize(
+    ("text", "context_length", "stride", "message"),
+    [
+        ("", 8, 4, "no token to score"),
+        ("a", 33, 4, "the model has 32 positions"),
+        ("a", 8, 8, "stride is 8"),
+        ("a", 8, 0, "stride is 0"),
+        ("a", 1, 1, "context_length is 1"),
+    ],
+)
+def test_windows_that_can_not_be(text: str, context_length: int, stride: int, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        perplexity(MODEL, TOKENIZER, text, context_length, stride)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "max_batches", "rows"), [(3, None, 7), (3, 2, 6), (2, 9, 7), (7, 1, 7), (4, 1, 4)]
+)
+def test_evaluate_loss_is_the_mean_over_tokens(batch_size: int, max_batches: int | None, rows: int) -> None:
+    array = np.random.default_rng(0).integers(0, 280, (7, 9)).astype(np.uint16)
+    expected = [loss for row in array[:rows] for loss in strided_losses(next_token_logits, row.tolist(), len(row), 1)]
+    found = evaluate_loss(MODEL, array, batch_size, max_batches)
+    assert found == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+class _Uniform(nn.Module):
+    """Says the same of every token, remembers in which state it was asked, and fails when told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.frozen = nn.Dropout(0.5).eval()
+        self.seen: list[tuple[bool, bool]] = []
+        self.fails = False
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        self.seen.append((self.training, torch.is_inference_mode_enabled()))
+        if self.fails:
+            raise RuntimeError("no")
+        return SimpleNamespace(logits=self.weight.expand(*input_ids.shape, 50))
+
+
+def test_modes_are_restored_also_after_a_failure() -> None:
+    model = _Uniform().train()
+    model.frozen.eval()
+    array = np.zeros((3, 5), np.uint16)
+    assert evaluate_loss(model, array, 2) == pytest.approx(math.log(50))
+    assert model.seen == [(False, True)] * 2
+    assert model.training
+    assert not model.frozen.training
+    model.fails = True
+    with pytest.raises(RuntimeError, match="no"):
+        evaluate_loss(model, array, 2)
+    assert model.training
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments", "message"),
+    [
+        ((0, 5), (2, None), "shape \\(0, 5\\)"),
+        ((3, 1), (2, None), "shape \\(3, 1\\)"),
+        ((3, 5), (0, None), "batch_size is 0"),
+        ((3, 5), (2, 0), "max_batches is 0"),
+    ],
+)
+def test_nothing_to_evaluate(shape: tuple[int, int], arguments: tuple[int, int | None], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        evaluate_loss(_Uniform(), np.zeros(shape, np.uint16), *arguments)
