@@ -162,9 +162,8 @@ class TokenFormerPreTrainedModel(PreTrainedModel):
             init.normal_(module.keys, mean=0.0, std=config.initializer_range)
             init.normal_(module.values, mean=0.0, std=values_std)
             # A buffer that checkpoints don't hold: after loading on the meta device nothing else fills it.
-            init.copy_(module.get_buffer("tau"), torch.tensor(module.initial_tau, dtype=torch.float32))
+            module.reset_tau()
 
-    @torch.no_grad()
     def set_tau(
         self,
         qkv: Sequence[float] | None = None,
@@ -184,7 +183,7 @@ class TokenFormerPreTrainedModel(PreTrainedModel):
                 raise ConfigError(f"{slot} tau must hold {size} positive finite numbers, one a group; received {tau}.")
         for slot, module in self._slot_modules():
             if slot in checked:
-                module.get_buffer("tau").copy_(torch.tensor(checked[slot], dtype=torch.float32))
+                module.set_tau(checked[slot])
         for slot, tau in checked.items():
             setattr(self.config, f"{slot}_tau", tau)
 
@@ -215,7 +214,7 @@ class TokenFormerPreTrainedModel(PreTrainedModel):
         smaller.load_state_dict(weights, assign=True)
         smaller.tie_weights()
         for (_, old), (_, new) in zip(self._slot_modules(), smaller._slot_modules(), strict=True):
-            new.tau = old.get_buffer("tau")[: len(new.group_sizes)].clone()
+            new.tau = old.tau[: len(new.group_sizes)].clone()
         if self.can_generate():
             smaller.generation_config = self.generation_config
         return smaller.train(self.training)
