@@ -1,5 +1,27 @@
 """Training: the loop, its schedules, guard, metrics and checkpoints."""
 
+from auxin.training.checkpoint import (
+    latest_checkpoint,
+    load_model,
+    load_optimizer,
+    write_checkpoint_folder,
+)
+from auxin.training.interruption import TrainingInterrupted
+from auxin.training.loop import TrainingResult, train
+from auxin.training.schedule import learning_rate
 from auxin.training.settings import GuardSettings, TrainingSettings
+from auxin.training.state import Hook
 
-__all__ = ["GuardSettings", "TrainingSettings"]
+__all__ = [
+    "GuardSettings",
+    "Hook",
+    "TrainingInterrupted",
+    "TrainingResult",
+    "TrainingSettings",
+    "latest_checkpoint",
+    "learning_rate",
+    "load_model",
+    "load_optimizer",
+    "train",
+    "write_checkpoint_folder",
+]

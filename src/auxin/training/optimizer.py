@@ -18,14 +18,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     """Split the trainable parameters of `model`, each in exactly one group, into those that decay and those that don't.
 
     Matrices (two axes or more: embeddings, projections, parameter tokens) decay. Vectors and scalars (norms, biases,
-    scales such as tau) do not: they set a scale, and pulling it to zero fights the loss without regularizing it.
-    A tied parameter counts once.
+    scales such as tau) and stacked biases do not: they set a scale or an origin, and pulling it to zero fights the
+    loss without regularizing it. A tied parameter counts once.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    decaying: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            bias = name.rpartition(".")[2].endswith("bias")
+            (others if parameter.ndim < 2 or bias else decaying).append(parameter)
+    return [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> AdamW:
@@ -66,11 +68,11 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Mapping[s
         for name, parameter in model.named_parameters()
         for moment in MOMENTS
     }
-    for key, tensor in tensors.items():
-        if key.startswith(PREFIX) and tensor.shape != expected.get(key):
+    for key, value in tensors.items():
+        if key.startswith(PREFIX) and value.shape != expected.get(key):
             wanted = f"has shape {tuple(expected[key])}" if key in expected else "does not exist in this model"
             raise CheckpointError(
-                f"The optimizer state {key} has shape {tuple(tensor.shape)}, but its parameter {wanted}. Grow the "
+                f"The optimizer state {key} has shape {tuple(value.shape)}, but its parameter {wanted}. Grow the "
                 "optimizer together with the model, or train without the old optimizer state."
             )
     optimizer.state.clear()

@@ -33,8 +33,8 @@ class GuardSettings(Settings):
     def _check(self) -> Self:
         if self.minimum_history > self.window:
             raise ValueError(
-                f"minimum_history ({self.minimum_history}) is larger than window ({self.window}), so that no spike could "
-                "be found. Lower it."
+                f"minimum_history ({self.minimum_history}) is larger than window ({self.window}), so that no spike "
+                "could be found. Lower it."
             )
         return self
 
@@ -71,7 +71,7 @@ class TrainingSettings(Settings):
     gradient_clip: float | None = Field(default=1.0, gt=0)
     """Largest L2 norm of all gradients together; None does not clip."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products (autocast; weights stay float32). auto: bfloat16 on a CUDA device that has it, else float32."""
+    """Of matrix products (autocast; weights stay float32). auto: bfloat16 on CUDA where it has it, else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
     compile: bool = False
@@ -133,8 +133,8 @@ class TrainingSettings(Settings):
         decay = self.decay_steps(steps)
         if self.warmup_steps + decay > steps:
             raise ConfigError(
-                f"warmup_steps: {self.warmup_steps} of warmup and {decay} of decay do not fit into the {steps} steps of "
-                "this stage. Lower warmup_steps or decay_fraction, or raise the budget."
+                f"warmup_steps: {self.warmup_steps} of warmup and {decay} of decay do not fit into the {steps} steps "
+                "of this stage. Lower warmup_steps or decay_fraction, or raise the budget."
             )
         return steps
 

@@ -1,0 +1,87 @@
+"""What a run is: what must be the same when it is resumed."""
+
+import json
+from typing import Any, Self
+
+from transformers import PreTrainedConfig
+
+from auxin.errors import CheckpointError
+from auxin.settings import Settings
+from auxin.training.settings import TrainingSettings
+
+MAY_CHANGE = frozenset(
+    {
+        "micro_batch_size",
+        "device",
+        "compile",
+        "evaluation_interval",
+        "evaluation_batches",
+        "checkpoint_interval",
+        "keep_checkpoints",
+        "log_interval",
+        "tensorboard",
+        "guard",
+    }
+)
+"""Settings that leave what is computed as it is, but for rounding; a run may be resumed with other values of them."""
+
+_ORIGIN_KEYS = ("transformers_version", "_name_or_path", "dtype", "architectures")
+
+
+class RunIdentity(Settings):
+    """Settings, data and model of a stage, as they were at its start."""
+
+    stage_name: str
+    settings: dict[str, Any]
+    data_fingerprint: str
+    data_position: int
+    """Batch of the data order at which the stage starts."""
+    model_config_values: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, stage_name: str, settings: TrainingSettings, fingerprint: str, position: int, config: PreTrainedConfig
+    ) -> Self:
+        """The identity of a stage about to start."""
+        values = {key: value for key, value in config.to_dict().items() if key not in _ORIGIN_KEYS}
+        return cls(
+            stage_name=stage_name,
+            settings=settings.model_dump(mode="json"),
+            data_fingerprint=fingerprint,
+            data_position=position,
+            # Through JSON, as the stored one went: tuples become lists, integer keys strings.
+            model_config_values=json.loads(json.dumps(values, default=str)),
+        )
+
+    def check(self, saved: Self, output_dir: str) -> list[str]:
+        """Compare with the identity saved in a run's folder.
+
+        Returns:
+            Notes on settings that differ and may.
+
+        Raises:
+            CheckpointError: something differs that must not.
+        """
+        pairs: dict[str, tuple[Any, Any]] = {
+            "stage_name": (saved.stage_name, self.stage_name),
+            "data fingerprint": (saved.data_fingerprint, self.data_fingerprint),
+            "data_position": (saved.data_position, self.data_position),
+        }
+        for prefix, old, new in (
+            ("settings", saved.settings, self.settings),
+            ("model config", saved.model_config_values, self.model_config_values),
+        ):
+            for key in sorted(old.keys() | new.keys()):
+                pairs[f"{prefix}.{key}"] = (old.get(key), new.get(key))
+        notes = []
+        for field, (old, new) in pairs.items():
+            if old == new:
+                continue
+            if field.removeprefix("settings.") in MAY_CHANGE:
+                notes.append(f"resumed with {field} {new!r} instead of {old!r}")
+                continue
+            raise CheckpointError(
+                f"{output_dir} was started with {field} {old!r}, but is resumed with {new!r}. Resume with {old!r}, or "
+                "train into another folder (from this run's checkpoint, if you like)."
+            )
+        return notes

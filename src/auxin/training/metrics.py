@@ -1,0 +1,107 @@
+"""Metrics of a run: metrics.jsonl, the record, and TensorBoard event files, a view of it."""
+
+import contextlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from auxin.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+
+TAGS = {
+    "loss": "loss/training",
+    "validation_loss": "loss/validation",
+    "learning_rate": "optimizer/learning_rate",
+    "gradient_norm": "optimizer/gradient_norm",
+    "tokens_per_second": "speed/tokens_per_second",
+    "flops_per_second": "speed/flops_per_second",
+    "mfu": "speed/mfu",
+}
+"""TensorBoard's tags of the metrics."""
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl`, one JSON object per line, each line flushed when it is complete.
+
+    Every line has `step` (optimizer steps done) and `data_position` (batches drawn). The latter only grows along one
+    history of a run, also through a rewind, so it tells which lines belong to the history that a checkpoint ends.
+    """
+
+    def __init__(self, output_dir: Path, tensorboard: bool, resume_position: int | None = None, step: int = 0) -> None:
+        """
+        Args:
+            output_dir: folder of the run.
+            tensorboard: write event files too.
+            resume_position: data position of the checkpoint that is resumed; lines beyond it are removed. None: all.
+            step: its step.
+        """
+        self.path = output_dir / METRICS_FILE
+        self._directory = output_dir / "tensorboard" if tensorboard else None
+        self._keep(lambda line: resume_position is not None and line["data_position"] <= resume_position)
+        self._open(step)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line; values that JSON has no form for (nan, infinities) become null."""
+        clean = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
+        }
+        try:
+            self._file.write(json.dumps(clean) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} could not be written: {error}. Free space on the disk, then run again to resume."
+            ) from error
+        if self._summary is not None:
+            for key, tag in TAGS.items():
+                if clean.get(key) is not None:
+                    self._summary.add_scalar(tag, clean[key], line["step"])
+
+    def rewind(self, step: int) -> None:
+        """Remove the metrics of steps beyond `step`, which training forgets; events stay."""
+        self.close()
+        self._keep(lambda line: line["step"] <= step or "event" in line)
+        self._open(step)
+
+    def close(self) -> None:
+        """Close the files."""
+        # A full disk was reported by the write that met it; what it left in the buffer would be reported again.
+        with contextlib.suppress(OSError):
+            self._file.close()
+        if self._summary is not None:
+            self._summary.close()
+
+    def _open(self, step: int) -> None:
+        self._file = self.path.open("a", buffering=1, encoding="utf-8")
+        self._summary = None if self._directory is None else _summary_writer(self._directory, step)
+
+    def _keep(self, wanted: Any) -> None:
+        """Rewrite the file with the lines that are `wanted`; a line cut short by a kill is dropped."""
+        if not self.path.exists():
+            return
+        kept = []
+        for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue
+            if wanted(line):
+                kept.append(text + "\n")
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+
+
+def _summary_writer(directory: Path, step: int) -> "SummaryWriter":
+    # Imported here: it costs a second that a run without event files need not pay.
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(directory), purge_step=step + 1 if step else None)

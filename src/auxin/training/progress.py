@@ -1,0 +1,54 @@
+"""What a person sees of a run: a bar on a terminal, sparse lines elsewhere."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_INTERVAL = 30.0
+"""Seconds between lines where there is no terminal."""
+
+
+class ProgressDisplay:
+    """Shows steps, loss, tokens per second and the time left, on standard error."""
+
+    def __init__(self, name: str, total_steps: int, step: int, enabled: bool) -> None:
+        self._console = Console(stderr=True, quiet=not enabled)
+        self._name = name
+        self._total = total_steps
+        self._bar: Progress | None = None
+        self._first = (time.perf_counter(), step)
+        self._last_line = time.perf_counter()
+        if enabled and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+                refresh_per_second=4,
+            )
+            self._task = self._bar.add_task(name, total=total_steps, completed=step, status="")
+            self._bar.start()
+
+    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Show the state after `step` steps."""
+        status = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, status=status)
+        elif time.perf_counter() - self._last_line >= LINE_INTERVAL:
+            self._last_line = time.perf_counter()
+            started, first = self._first
+            left = (self._last_line - started) / max(1, step - first) * (self._total - step)
+            self.line(f"step {step}/{self._total}  {status}  {left:.0f} s left")
+
+    def line(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(f"{self._name}: {text}", highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
