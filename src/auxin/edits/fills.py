@@ -1,0 +1,138 @@
+"""How the new rows of a padded tensor come from the old ones, and how optimizer moments follow."""
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from torch import Tensor
+
+from auxin.settings import Settings
+
+
+class Tagged(Settings):
+    """One member of a union that is told apart by its field `kind`, which is therefore always written."""
+
+    @model_serializer(mode="wrap")
+    def _with_kind(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {"kind": self.__dict__["kind"], **handler(self)}
+
+
+class _FreshFill(Tagged):
+    """New rows that owe nothing to a particular old row."""
+
+    def restore(self, new: Tensor, axis: int, size: int) -> Tensor:
+        """The old tensor out of the padded one (a view)."""
+        return new.narrow(axis, 0, size)
+
+    def write_moment(self, new: Tensor, axis: int, size: int, order: int) -> None:
+        """Fill the new rows of an optimizer moment of `order` 1 or 2; the old rows, already in place, stay.
+
+        A second moment of zero in an old tensor, whose step count is large, would make the first updates several
+        times the learning rate. The new rows start from the mean of the old rows instead.
+        """
+        rows = new.narrow(axis, size, new.shape[axis] - size)
+        rows.copy_(
+            new.narrow(axis, 0, size).mean(dim=axis, keepdim=True).expand_as(rows)
+        ) if order == 2 else rows.zero_()
+
+
+class ZeroFill(_FreshFill):
+    """New rows of zeros."""
+
+    kind: Literal["zeros"] = "zeros"
+
+    def write(self, new: Tensor, axis: int, size: int, generator: torch.Generator) -> None:
+        """Fill the new rows of `new`, whose first `size` along `axis` are the old ones."""
+        new.narrow(axis, size, new.shape[axis] - size).zero_()
+
+    def __str__(self) -> str:
+        return "zeros"
+
+
+class NormalFill(_FreshFill):
+    """New rows of independent normal numbers."""
+
+    kind: Literal["normal"] = "normal"
+    std: float | None = Field(default=None, gt=0)
+    """Standard deviation; None means the root mean square of the old tensor."""
+
+    def write(self, new: Tensor, axis: int, size: int, generator: torch.Generator) -> None:
+        """Fill the new rows of `new`, whose first `size` along `axis` are the old ones."""
+        rows = new.narrow(axis, size, new.shape[axis] - size)
+        std = root_mean_square(new.narrow(axis, 0, size)) if self.std is None else self.std
+        rows.copy_(torch.randn(rows.shape, generator=generator).mul_(std))
+
+    def __str__(self) -> str:
+        return f"normal, std {'of the old' if self.std is None else format(self.std, '.3g')}"
+
+
+class RepeatFill(Tagged):
+    """Copies of the old rows from `first` on, in order, over and over."""
+
+    kind: Literal["repeat"] = "repeat"
+    first: int = Field(default=0, ge=0)
+    """The first old row that is copied; those before it stay alone."""
+    divide: bool = False
+    """Whether every row is divided by the number of its copies, itself included; for readers of duplicated units."""
+    noise: float = Field(default=0.0, ge=0)
+    """Root mean square of the noise, relative to that of the result. With `divide` it sums to zero over the copies of a
+    row, so that it breaks their symmetry without changing their sum; without, it is added to the new rows only."""
+
+    def write(self, new: Tensor, axis: int, size: int, generator: torch.Generator) -> None:
+        """Fill the new rows of `new`, whose first `size` along `axis` are the old ones, and divide if asked."""
+        sources = self._sources(new, axis, size)
+        new.copy_(new.narrow(axis, 0, size).index_select(axis, sources))
+        if self.divide:
+            new.div_(self._counts(new, axis, size).index_select(axis, sources))
+        if self.noise:
+            self._add_noise(new, sources, axis, size, generator)
+
+    def _add_noise(self, new: Tensor, sources: Tensor, axis: int, size: int, generator: torch.Generator) -> None:
+        noise = torch.randn(new.shape, generator=generator).mul_(self.noise * root_mean_square(new)).to(new.device)
+        if self.divide:
+            counts = self._counts(noise, axis, size)
+            mean = torch.zeros_like(noise.narrow(axis, 0, size)).index_add_(axis, sources, noise).div_(counts)
+            noise.sub_(mean.index_select(axis, sources))
+        else:
+            noise.narrow(axis, 0, size).zero_()
+        new.add_(noise.to(new.dtype))
+
+    def restore(self, new: Tensor, axis: int, size: int) -> Tensor:
+        """The old tensor out of the padded one; up to rounding, and up to the noise, when the rows were divided."""
+        old = new.narrow(axis, 0, size)
+        return old * self._counts(new, axis, size) if self.divide else old
+
+    def write_moment(self, new: Tensor, axis: int, size: int, order: int) -> None:
+        """Map a moment as the gradient maps: the adjoint of the duplication.
+
+        Copies that are averaged by their readers get an equal share of the gradient each; their readers (`divide`)
+        get the full gradient each.
+        """
+        sources = self._sources(new, axis, size)
+        new.copy_(new.narrow(axis, 0, size).index_select(axis, sources))
+        if not self.divide:
+            new.div_(self._counts(new, axis, size).index_select(axis, sources) ** order)
+
+    def _sources(self, new: Tensor, axis: int, size: int) -> Tensor:
+        """The old row that each row of `new` is a copy of."""
+        rows = torch.arange(new.shape[axis], device=new.device)
+        return torch.where(rows < size, rows, self.first + (rows - self.first) % (size - self.first))
+
+    def _counts(self, new: Tensor, axis: int, size: int) -> Tensor:
+        """How many copies each old row has, shaped to be broadcast along `axis`."""
+        counts = torch.bincount(self._sources(new, axis, size), minlength=size).to(new.dtype)
+        return counts.view([-1 if dim == axis else 1 for dim in range(new.dim())])
+
+    def __str__(self) -> str:
+        parts = [f"copies of rows {self.first}.."]
+        parts += ["divided"] if self.divide else []
+        parts += [f"noise {self.noise:g}"] if self.noise else []
+        return ", ".join(parts)
+
+
+Fill = Annotated[ZeroFill | NormalFill | RepeatFill, Field(discriminator="kind")]
+
+
+def root_mean_square(tensor: Tensor) -> float:
+    """The root mean square of all entries, accumulated in float64 so that threads can't change the bits."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) / tensor.numel() ** 0.5

@@ -1,0 +1,418 @@
+"""Growing a TokenFormer by appending parameter tokens (arXiv 2410.23168, section 3.3), under several rules.
+
+A rule says where new keys and new values come from and how the scores of the new tokens are scaled:
+
+| regime | new keys | new values | scale | at growth |
+|---|---|---|---|---|
+| grouped (default) | random at the old keys' scale | zeros | a group with a norm of its own, sqrt(its size) | exact |
+| zero_keys (the paper's proof) | zeros | random | one norm, the old tau kept | exact |
+| annealed | zeros | random | as zero_keys; train with the hook `TauAnneal` | exact |
+| duplicate | copies | copies; all divided | one norm, tau = sqrt(n') | exact |
+| random_keys_zero_values | random at the old keys' scale | zeros | one norm, tau = sqrt(n') | approximate |
+| official (as released) | random as at initialisation | random as at initialisation | one norm, tau = sqrt(n') | none |
+
+All but "grouped" enlarge the newest group of each slot; older groups stay as they are, which keeps every promise.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedConfig
+
+from auxin.edits import Edit, NormalFill, PadParameter, Plan, Promise, Receipt, RepeatFill, SetConfig, ZeroFill, apply
+from auxin.edits.structure import config_values
+from auxin.errors import ConfigError, PlanError
+from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
+from auxin.models.tokenformer.configuration import SLOTS, Slot
+from auxin.models.tokenformer.modeling import SLOT_OF_MODULE, TokenFormerPreTrainedModel
+from auxin.models.tokenformer.presets import check_growable, preset_config
+from auxin.nn.pattention import Pattention
+from auxin.settings import Settings
+
+Regime = Literal["grouped", "zero_keys", "annealed", "duplicate", "random_keys_zero_values", "official"]
+KeyRule = Literal["matched", "initial", "zeros", "copies"]
+ValueRule = Literal["zeros", "initial", "copies"]
+ScaleRule = Literal["own_group", "kept", "recomputed"]
+
+REGIMES: dict[Regime, tuple[KeyRule, ValueRule, ScaleRule]] = {
+    "grouped": ("matched", "zeros", "own_group"),
+    "zero_keys": ("zeros", "initial", "kept"),
+    "annealed": ("zeros", "initial", "kept"),
+    "duplicate": ("copies", "copies", "recomputed"),
+    "random_keys_zero_values": ("matched", "zeros", "recomputed"),
+    "official": ("initial", "initial", "recomputed"),
+}
+"""Keys, values and scale of every regime."""
+
+
+class TokenGrowth(Settings):
+    """How many parameter tokens a TokenFormer shall have, and by which rule it gets them."""
+
+    qkv_tokens: int | None = Field(default=None, gt=0)
+    """Tokens of query, key and value each after the growth, all groups together; None leaves them."""
+    proj_tokens: int | None = Field(default=None, gt=0)
+    """Tokens of the attention's output projection after the growth; None leaves them."""
+    ffn_tokens: int | None = Field(default=None, gt=0)
+    """Tokens of the feed-forward part after the growth; None leaves them."""
+    regime: Regime = "grouped"
+    """The rule for the new tokens."""
+    keys: KeyRule | None = None
+    """Overrides the regime's rule for new keys: "matched" (normal, at the root mean square of the old keys), "initial"
+    (normal, the config's initializer_range), "zeros" or "copies"."""
+    values: ValueRule | None = None
+    """Overrides the regime's rule for new values: "zeros", "initial" (normal, 2 / (L sqrt(d))) or "copies"."""
+    scale: ScaleRule | None = None
+    """Overrides the regime's scale: "own_group" (a new group with its own norm), "kept" (the newest group grows and
+    keeps its tau) or "recomputed" (the newest group grows and gets tau = sqrt of its size)."""
+    noise: float = Field(default=0.0, ge=0)
+    """Only for copies: noise on the divided values, relative to their root mean square. It sums to zero over the copies
+    of a value, so that the function stays and the copies can part."""
+    seed: int = 0
+    """Seed of the new tokens' random numbers."""
+
+    @property
+    def rules(self) -> tuple[KeyRule, ValueRule, ScaleRule]:
+        """Keys, values and scale, overrides applied."""
+        keys, values, scale = REGIMES[self.regime]
+        return self.keys or keys, self.values or values, self.scale or scale
+
+
+def token_growth_to(config: TokenFormerConfig, preset: str, **settings: Any) -> TokenGrowth:
+    """The growth that turns a model of `config` into the size of the preset called `preset`.
+
+    Args:
+        config: the model's config.
+        preset: for example "757m".
+        settings: further fields of `TokenGrowth`.
+
+    Raises:
+        PlanError: the preset is no growth stage of this model.
+        ConfigError: there is no such preset.
+    """
+    _check_config(config)
+    check_growable(config, preset)
+    target = preset_config(preset)
+    tokens = {f"{slot}_tokens": sum(target.group_sizes(slot)) for slot in SLOTS}
+    return TokenGrowth.parse({**tokens, **settings})
+
+
+def plan_token_growth(config: PreTrainedConfig, settings: TokenGrowth) -> Plan:
+    """Plan the growth of a TokenFormer of `config`; weights are not needed.
+
+    Raises:
+        PlanError: no TokenFormer, nothing to grow, fewer tokens than there are, copies that do not come out even, or a
+            mixture of rules that would damage the model; the message says what to ask for instead.
+    """
+    config = _check_config(config)
+    promise = _check_rules(config, settings)
+    grown = _grown_slots(config, settings)
+    edits: list[Edit] = [SetConfig(values=_new_config_values(config, settings, grown))]
+    for module, slot in SLOT_OF_MODULE.items():
+        if slot in grown:
+            for name, fill in _fills(config, settings, slot).items():
+                path = f"model.layers.*.{module}.{name}"
+                edits.append(PadParameter(parameter=path, axis=0, size=grown[slot], fill=fill))
+    return Plan(
+        method="tokenformer",
+        settings=settings.model_dump(mode="json", exclude_defaults=True),
+        promise=promise,
+        seed=settings.seed,
+        edits=edits,
+        made_for=config_values(config),
+    )
+
+
+def grow(
+    model: TokenFormerForCausalLM,
+    qkv_tokens: int | None = None,
+    proj_tokens: int | None = None,
+    ffn_tokens: int | None = None,
+    regime: Regime = "grouped",
+    optimizer: Optimizer | None = None,
+    seed: int = 0,
+    noise: float = 0.0,
+    probe: Tensor | None = None,
+) -> Receipt:
+    """Append parameter tokens to `model` in place; the state of `optimizer` follows.
+
+    Args:
+        model: a TokenFormer.
+        qkv_tokens: tokens of query, key and value each after the growth; None leaves them, as for the next two.
+        proj_tokens: tokens of the output projection after the growth.
+        ffn_tokens: tokens of the feed-forward part after the growth.
+        regime: the rule for the new tokens, see the module's table.
+        optimizer: the optimizer that trains the model, if there is one.
+        seed: seed of the new tokens' random numbers.
+        noise: relative noise on copied values, for the regime "duplicate".
+        probe: token ids (batch, sequence) on which the promise is checked; default: two random sequences.
+
+    Returns:
+        What was done, with the largest change of a logit.
+
+    Raises:
+        PlanError: the growth is impossible, see `plan_token_growth`.
+        PromiseError: the function changed although the regime is exact; the model is as before.
+    """
+    wanted = {
+        "qkv_tokens": qkv_tokens,
+        "proj_tokens": proj_tokens,
+        "ffn_tokens": ffn_tokens,
+        "regime": regime,
+        "seed": seed,
+        "noise": noise,
+    }
+    return apply(plan_token_growth(model.config, TokenGrowth.parse(wanted)), model, optimizer, probe)
+
+
+def _check_config(config: PreTrainedConfig) -> TokenFormerConfig:
+    if not isinstance(config, TokenFormerConfig):
+        raise PlanError(
+            f"Only a TokenFormer can grow by parameter tokens, received a model of type "
+            f"{getattr(config, 'model_type', type(config).__name__)!r}."
+        )
+    return config
+
+
+def _check_rules(config: TokenFormerConfig, settings: TokenGrowth) -> Promise:
+    """What the combination of rules promises; PlanError for those that damage the model."""
+    keys, values, scale = settings.rules
+    mixture = f"keys {keys!r}, values {values!r}, scale {scale!r}"
+    if reason := _harm(config, keys, values, scale):
+        raise PlanError(f"The mixture {mixture} is refused: {reason}")
+    if settings.noise and keys != "copies":
+        raise PlanError(
+            f"noise = {settings.noise} has no effect on {mixture}. Leave it out, or use regime 'duplicate'."
+        )
+    if scale != "recomputed" and (scale == "kept" or values == "zeros"):
+        return "exact"
+    if keys == "copies":
+        return "exact"
+    return "approximate" if values == "zeros" else "none"
+
+
+def _harm(config: TokenFormerConfig, keys: KeyRule, values: ValueRule, scale: ScaleRule) -> str | None:
+    """Why a mixture of rules is refused, and what to do instead; None when it is not."""
+    if keys == "zeros" and values == "zeros":
+        return "with keys and values both zero, neither gets a gradient and the new tokens never wake. Make one random."
+    if (keys == "copies") != (values == "copies") or (keys == "copies" and scale != "recomputed"):
+        return (
+            "copies keep the function only when keys and values are both copied and the scale is recomputed. "
+            "Use regime 'duplicate'."
+        )
+    if keys == "zeros" and scale == "recomputed":
+        return (
+            "zero keys leave the norm as it is, so a recomputed scale multiplies every old score by sqrt(n'/n) (37.5 % "
+            "change of one layer's output for 1024 -> 1792 tokens). Keep the scale: regime 'zero_keys' or 'annealed'."
+        )
+    if keys == "zeros" and scale == "own_group":
+        return (
+            "a group of nothing but zero keys has a norm of zero, on which its scores and their gradients depend. "
+            "Use random keys: regime 'grouped'."
+        )
+    if keys != "zeros" and scale == "kept":
+        return (
+            "random keys raise the norm that the old scores are divided by, and a kept scale does not make up for it. "
+            "Recompute the scale ('random_keys_zero_values') or give the new tokens their own norm ('grouped')."
+        )
+    if keys == "zeros" and config.score_function == "softmax":
+        return (
+            "under the softmax score function a zero key has weight exp(0) = 1 and takes from the old tokens. "
+            "Use regime 'grouped' or 'duplicate'."
+        )
+    return None
+
+
+def _grown_slots(config: TokenFormerConfig, settings: TokenGrowth) -> dict[Slot, int]:
+    """Total tokens after the growth of each slot that grows."""
+    grown: dict[Slot, int] = {}
+    for slot in SLOTS:
+        field, now = f"{slot}_tokens", sum(config.group_sizes(slot))
+        wanted = getattr(settings, field)
+        if wanted is None or wanted == now:
+            continue
+        if wanted < now:
+            raise PlanError(
+                f"{field} = {wanted} is fewer than the {now} that the model has; growth can't shrink. Ask for more "
+                f"than {now}, or use truncate_groups for the smaller models inside a grown one."
+            )
+        if "copies" in settings.rules:
+            _check_even_copies(field, wanted, now, config.group_sizes(slot)[-1])
+        grown[slot] = wanted
+    if not grown:
+        have = ", ".join(f"{slot}_tokens = {sum(config.group_sizes(slot))}" for slot in SLOTS)
+        raise PlanError(f"There is nothing to grow: the model already has {have}. Ask for more of one of them.")
+    return grown
+
+
+def _check_even_copies(field: str, wanted: int, now: int, newest: int) -> None:
+    if (wanted - now) % newest:
+        below = now + (wanted - now) // newest * newest
+        near = [total for total in (below, below + newest) if total > now]
+        raise PlanError(
+            f"{field} = {wanted}: copying keeps the function only when every token of the newest group ({newest} of "
+            f"{now}) is copied equally often. The nearest possible totals are {' and '.join(map(str, near))}."
+        )
+
+
+def _new_config_values(config: TokenFormerConfig, settings: TokenGrowth, grown: dict[Slot, int]) -> dict[str, Any]:
+    """Group sizes and scales after the growth, for every slot that grows."""
+    scale = settings.rules[2]
+    values: dict[str, Any] = {}
+    for slot, total in grown.items():
+        sizes, tau = config.group_sizes(slot), config.group_tau(slot)
+        added = total - sum(sizes)
+        if scale == "own_group":
+            sizes, tau = [*sizes, added], [*tau, math.sqrt(added)]
+        else:
+            sizes[-1] += added
+            tau[-1] = math.sqrt(sizes[-1]) if scale == "recomputed" else tau[-1]
+        values[f"{slot}_tokens"] = sizes
+        # None says "the square root of every group's size" and is left in place where it stays true.
+        values[f"{slot}_tau"] = None if tau == [math.sqrt(size) for size in sizes] else tau
+    return values
+
+
+def _fills(config: TokenFormerConfig, settings: TokenGrowth, slot: Slot) -> dict[str, Any]:
+    """Where the new rows of keys and values come from."""
+    key_rule, value_rule, _ = settings.rules
+    first = sum(config.group_sizes(slot)[:-1])
+    values_std = 2 / (config.num_hidden_layers * math.sqrt(config.hidden_size))
+    keys = {
+        "matched": NormalFill(),
+        "initial": NormalFill(std=config.initializer_range),
+        "zeros": ZeroFill(),
+        "copies": RepeatFill(first=first),
+    }
+    values = {
+        "zeros": ZeroFill(),
+        "initial": NormalFill(std=values_std),
+        "copies": RepeatFill(first=first, divide=True, noise=settings.noise),
+    }
+    return {"keys": keys[key_rule], "values": values[value_rule]}
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, TokenFormerPreTrainedModel):
+        raise PlanError(f"This hook works on a TokenFormer, received a {type(model).__name__}. Leave the hook out.")
+
+
+def _token_modules(model: nn.Module) -> Iterator[tuple[Slot, Pattention]]:
+    """Every Pattention of a TokenFormer with the slot whose tokens it holds."""
+    _check_model(model)
+    for name, module in model.named_modules():
+        if isinstance(module, Pattention):
+            yield next(slot for path, slot in SLOT_OF_MODULE.items() if name.endswith(path)), module
+
+
+class TauAnneal:
+    """Training hook: moves tau^2 of every group linearly from its stored value to the group's size in `steps` steps.
+
+    For models grown with the regime "annealed": the scores of a group whose scale was kept are too small once its new
+    keys are active. The value is a function of the step alone.
+
+    Args:
+        steps: optimizer steps, counted from the start of the training stage, after which tau is sqrt(size).
+    """
+
+    def __init__(self, steps: int) -> None:
+        if steps < 1:
+            raise ConfigError(f"TauAnneal: steps must be at least 1, received {steps}.")
+        self.steps = steps
+        self._start: dict[Slot, list[float]] = {}
+
+    def attach(self, model: TokenFormerPreTrainedModel, optimizer: Optimizer) -> None:
+        """Note the scales from which to start; those of a restored state take precedence."""
+        _check_model(model)
+        self._model = model
+        self._start = self._start or {slot: model.config.group_tau(slot) for slot in SLOTS}
+
+    def before_step(self, step: int) -> None:
+        """Nothing: the first step sees the model as it was grown."""
+
+    def after_step(self, step: int) -> None:
+        """Set the scales of the next step."""
+        if step >= self.steps:
+            return
+        done = (step + 1) / self.steps
+        taus: dict[Slot, list[float]] = {}
+        for slot, start in self._start.items():
+            sizes = self._model.config.group_sizes(slot)
+            taus[slot] = [math.sqrt((1 - done) * tau**2 + done * size) for tau, size in zip(start, sizes, strict=True)]
+        self._model.set_tau(**taus)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scales from which the hook started."""
+        return {"steps": self.steps, "start": self._start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as the hook that gave `state`."""
+        self.steps, self._start = state["steps"], state["start"]
+
+
+class OldTokenRates:
+    """Training hook: the rows of old tokens move by `ratio` times what the optimizer moves them, weight decay included.
+
+    With a ratio of 0 they are frozen, bit by bit. Costs a copy of the old rows during the step.
+
+    Args:
+        ratio: 0 (frozen) to 1 (as all others).
+        old_counts: number of old tokens per slot, {"qkv": ..., "proj": ..., "ffn": ...}; None means all but the newest
+            group of a slot that has as many groups as any, and all of one that has fewer (it did not grow lately).
+    """
+
+    def __init__(self, ratio: float, old_counts: Mapping[Slot, int] | None = None) -> None:
+        if not 0 <= ratio <= 1:
+            raise ConfigError(f"OldTokenRates: ratio must lie in 0..1, received {ratio}.")
+        self.ratio = ratio
+        self.old_counts = None if old_counts is None else dict(old_counts)
+        self._rows: list[Tensor] = []
+        self._before: list[Tensor] = []
+
+    def attach(self, model: TokenFormerPreTrainedModel, optimizer: Optimizer) -> None:
+        """Find the old rows; PlanError when there is no telling which they are."""
+        modules = list(_token_modules(model))
+        counts = self._counts(model.config)
+        self._rows = [
+            parameter.detach()[: counts.get(slot, 0)] for slot, module in modules for parameter in module.parameters()
+        ]
+
+    def _counts(self, config: TokenFormerConfig) -> dict[Slot, int]:
+        if self.old_counts is not None:
+            for slot, count in self.old_counts.items():
+                have = sum(config.group_sizes(slot)) if slot in SLOTS else 0
+                if not 0 <= count <= have:
+                    raise PlanError(
+                        f"OldTokenRates: old_counts[{slot!r}] = {count}, but the model has {have} such tokens."
+                    )
+            return self.old_counts
+        if config.num_groups == 1:
+            raise PlanError(
+                "OldTokenRates: every slot of the model is one group, so there is no telling old tokens from new ones. "
+                "Give old_counts, or leave the hook out."
+            )
+        sizes = {slot: config.group_sizes(slot) for slot in SLOTS}
+        return {slot: sum(s[:-1]) if len(s) == config.num_groups else sum(s) for slot, s in sizes.items()}
+
+    def before_step(self, step: int) -> None:
+        """Remember the old rows."""
+        if self.ratio < 1:
+            self._before = [rows.clone() for rows in self._rows]
+
+    def after_step(self, step: int) -> None:
+        """Put the old rows back, or part of the way."""
+        for rows, before in zip(self._rows, self._before, strict=False):
+            rows.copy_(before if self.ratio == 0 else torch.lerp(before, rows, self.ratio))
+        self._before = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Ratio and counts."""
+        return {"ratio": self.ratio, "old_counts": self.old_counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as the hook that gave `state`."""
+        self.ratio, self.old_counts = state["ratio"], state["old_counts"]
