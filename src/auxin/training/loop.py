@@ -59,6 +59,8 @@ class TrainingResult:
     """Wall time of the stage, evaluations included, summed over its pieces."""
     steps: int
     """Optimizer steps done."""
+    data_position: int
+    """Batch of the data order that a next stage with the same batch size would start at to see new data."""
     ledger: Ledger
     """The parent's books with this stage at their end."""
 
@@ -121,9 +123,8 @@ def train(
             start_position=data_position,
             data_position=data_position,
         )
-        loop = _Loop(
-            state, data, settings, output_dir, identity, total_steps, flops, tokenizer or data.tokenizer(), ledger
-        )
+        tokenizer = data.tokenizer() if tokenizer is None else tokenizer
+        loop = _Loop(state, data, settings, output_dir, identity, total_steps, flops, tokenizer, ledger)
         return loop.run(optimizer_from, stop_after, progress)
 
 
@@ -247,7 +248,7 @@ class _Loop:
                 with self._off_the_clock():
                     loss = self._evaluate(settings.evaluation_batches)
                     self._log({"validation_loss": loss})
-                    self.display.line(f"step {step}/{self.total_steps}  validation loss {loss:.4f}")
+                    self.display.show_validation(loss)
             if self._checkpoint_due():
                 with self._off_the_clock():
                     self._save()
@@ -428,7 +429,16 @@ class _Loop:
 
     def _result(self, checkpoint: Path, final_loss: float | None, ledger: Ledger) -> TrainingResult:
         state = self.state
-        return TrainingResult(checkpoint, final_loss, self._tokens(), self._flops(), state.seconds, state.step, ledger)
+        return TrainingResult(
+            checkpoint,
+            final_loss,
+            self._tokens(),
+            self._flops(),
+            state.seconds,
+            state.step,
+            state.data_position,
+            ledger,
+        )
 
     def _evaluate(self, batches: int | None) -> float:
         with self._autocast():

@@ -104,4 +104,4 @@ def _summary_writer(directory: Path, step: int) -> "SummaryWriter":
     # Imported here: it costs a second that a run without event files need not pay.
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(directory), purge_step=step + 1 if step else None)
+    return SummaryWriter(str(directory), purge_step=step + 1 if step else 0)

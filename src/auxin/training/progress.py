@@ -19,6 +19,7 @@ class ProgressDisplay:
         self._bar: Progress | None = None
         self._first = (time.perf_counter(), step)
         self._last_line = time.perf_counter()
+        self._validation = ""
         if enabled and self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -35,7 +36,7 @@ class ProgressDisplay:
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Show the state after `step` steps."""
-        status = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+        status = f"loss {loss:.4f}{self._validation}  {tokens_per_second:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=status)
         elif time.perf_counter() - self._last_line >= LINE_INTERVAL:
@@ -43,6 +44,10 @@ class ProgressDisplay:
             started, first = self._first
             left = (self._last_line - started) / max(1, step - first) * (self._total - step)
             self.line(f"step {step}/{self._total}  {status}  {left:.0f} s left")
+
+    def show_validation(self, loss: float) -> None:
+        """Show a validation loss from now on."""
+        self._validation = f"  validation {loss:.4f}"
 
     def line(self, text: str) -> None:
         """Print a line above the bar."""
