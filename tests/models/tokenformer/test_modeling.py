@@ -281,17 +281,40 @@ def test_truncate_groups_refuses(model, num_groups):
         model.truncate_groups(num_groups)
 
 
+def test_the_vocabulary_can_be_resized():
+    model = tiny_model()
+    before = model(tokens()).logits
+    model.resize_token_embeddings(VOCABULARY + 7)
+    assert model.config.vocab_size == VOCABULARY + 7
+    assert model.config.num_parameters() == model.num_parameters()
+    torch.testing.assert_close(model(tokens()).logits[..., :VOCABULARY], before)
+
+
+def test_one_graph_under_compile():
+    model = tiny_model()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected, output = (m(tokens(), labels=tokens(), use_cache=False) for m in (model, compiled))
+    torch.testing.assert_close(output.loss, expected.loss)
+    output.loss.backward()
+    gradient = model.model.layers[0].mlp.keys.grad.clone()
+    model.zero_grad()
+    expected.loss.backward()
+    torch.testing.assert_close(gradient, model.model.layers[0].mlp.keys.grad)
+
+
 def test_exactly_one_input(model):
     with pytest.raises(ConfigError, match="exactly one"):
         model()
 
 
-def test_text_generation_pipeline(model):
+def test_text_generation_pipeline_of_a_folder(model, tmp_path):
     words = {f"w{index}": index for index in range(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w1", padding_side="left")
-    generate = pipeline("text-generation", model=model, tokenizer=fast)
+    model.save_pretrained(tmp_path)
+    fast.save_pretrained(tmp_path)
+    generate = pipeline("text-generation", model=str(tmp_path))
     prompts = ["w5 w6 w7", "w9"]
     batched = generate(prompts, max_new_tokens=5, do_sample=False, batch_size=2)
     assert [texts[0]["generated_text"].startswith(prompt) for texts, prompt in zip(batched, prompts, strict=True)]

@@ -2,5 +2,13 @@
 
 from auxin.models.tokenformer.configuration import TokenFormerConfig
 from auxin.models.tokenformer.modeling import TokenFormerForCausalLM, TokenFormerModel
+from auxin.models.tokenformer.presets import PRESETS, check_growable, preset_config
 
-__all__ = ["TokenFormerConfig", "TokenFormerForCausalLM", "TokenFormerModel"]
+__all__ = [
+    "PRESETS",
+    "TokenFormerConfig",
+    "TokenFormerForCausalLM",
+    "TokenFormerModel",
+    "check_growable",
+    "preset_config",
+]

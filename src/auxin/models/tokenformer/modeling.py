@@ -1,5 +1,6 @@
 """TokenFormer language model (arXiv 2410.23168): a pre-norm transformer whose weights all sit in Pattention layers."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self, cast
@@ -216,7 +217,7 @@ class TokenFormerPreTrainedModel(PreTrainedModel):
         for (_, old), (_, new) in zip(self._slot_modules(), smaller._slot_modules(), strict=True):
             new.tau = old.tau[: len(new.group_sizes)].clone()
         if self.can_generate():
-            smaller.generation_config = self.generation_config
+            smaller.generation_config = copy.deepcopy(self.generation_config)
         return smaller.train(self.training)
 
     def _slot_modules(self) -> list[tuple[Slot, Pattention]]:
