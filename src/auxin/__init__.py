@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from auxin import models  # noqa: F401 - registers the architectures with transformers' Auto classes
+
 
 def __getattr__(name: str) -> Any:
     """Load `grow` when it is first asked for."""

@@ -1,6 +1,8 @@
 """TokenFormerForCausalLM is an ordinary Hugging Face model."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -53,6 +55,17 @@ def tokens(batch=2, length=10, seed=0):
 
 def greedy(model, input_ids, **kwargs):
     return model.generate(input_ids, max_new_tokens=8, do_sample=False, eos_token_id=None, **kwargs)
+
+
+def test_importing_the_package_registers_the_auto_classes(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    script = (
+        "import sys, auxin; from transformers import AutoConfig, AutoModel, AutoModelForCausalLM;"
+        "config = AutoConfig.from_pretrained(sys.argv[1]);"
+        "print(*(type(auto.from_config(config)).__name__ for auto in (AutoModel, AutoModelForCausalLM)))"
+    )
+    result = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["TokenFormerModel", "TokenFormerForCausalLM"]
 
 
 def test_parameter_names(model):
