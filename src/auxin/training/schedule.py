@@ -21,7 +21,7 @@ def learning_rate(settings: TrainingSettings, step: int, total_steps: int) -> fl
     peak, minimum = settings.learning_rate, settings.minimum_learning_rate_ratio
     warmup = settings.warmup_steps
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return peak * ((step + 1) / warmup)
     if settings.schedule == "wsd":
         decay = settings.decay_steps(total_steps)
         since = step - (total_steps - decay)

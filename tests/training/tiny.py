@@ -1,0 +1,120 @@
+"""Models, data and comparisons small enough to train in a blink."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from auxin.models import TokenFormerConfig, TokenFormerForCausalLM
+from auxin.training import TrainingSettings
+
+VOCABULARY = 64
+CONTEXT = 16
+POISON = VOCABULARY - 1
+"""A token that only bad batches contain."""
+
+
+class TinyData:
+    """Contexts that count upwards from a random start: easy to learn, so losses are smooth."""
+
+    def __init__(self, contexts: int = 64, fingerprint: str = "f1", poisoned_rows: tuple[int, ...] = ()) -> None:
+        generator = np.random.default_rng(0)
+        starts = generator.integers(0, POISON, (contexts + 8, 1))
+        rows = ((starts + np.arange(CONTEXT)) % POISON).astype(np.uint16)
+        self.train, self.validation = rows[:contexts].copy(), rows[contexts:]
+        for row in poisoned_rows:
+            self.train[row, CONTEXT // 2] = POISON
+        self.context_length = CONTEXT
+        self.vocab_size = VOCABULARY
+        self.fingerprint = fingerprint
+
+    def tokenizer(self) -> None:
+        return None
+
+
+def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    values = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        **changes,
+    }
+    return LlamaForCausalLM(LlamaConfig(**values))
+
+
+def tiny_gpt2(seed: int = 0, dropout: float = 0.1) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def tiny_tokenformer(seed: int = 0) -> TokenFormerForCausalLM:
+    torch.manual_seed(seed)
+    config = TokenFormerConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        qkv_tokens=[24, 8],
+        proj_tokens=[24, 8],
+        ffn_tokens=[48, 16],
+        max_position_embeddings=64,
+    )
+    return TokenFormerForCausalLM(config)
+
+
+MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "tokenformer": tiny_tokenformer}
+
+
+def poisoned_llama(seed: int = 0) -> LlamaForCausalLM:
+    """A model whose loss is nan on any batch with the poison token, and untouched by it otherwise."""
+    model = tiny_llama(seed)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[POISON] = torch.nan
+    return model
+
+
+def tiny_settings(**changes: object) -> TrainingSettings:
+    values = {"batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 2, "tensorboard": False, "log_interval": 5}
+    return TrainingSettings(**{**values, **changes})
+
+
+def weights(model: PreTrainedModel) -> torch.Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in model.state_dict().values()])
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """Compares nan with nan, and 0 with -0, as different bits are different."""
+    return tensor.contiguous().numpy().tobytes()
+
+
+def checkpoint_bits(checkpoint: Path) -> dict[str, bytes]:
+    """Weights, moments and random state of a checkpoint, from its files."""
+    files = [*checkpoint.glob("*.safetensors"), *(checkpoint / "training").glob("*.safetensors")]
+    assert len(files) == 2
+    return {f"{file.parent.name == 'training'}:{key}": bits(t) for file in files for key, t in load_file(file).items()}
+
+
+def read_metrics(output_dir: Path, timed: bool = False) -> list[dict]:
+    """The lines of metrics.jsonl; without what depends on the clock unless `timed`."""
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    clock = () if timed else ("seconds", "tokens_per_second", "flops_per_second")
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
