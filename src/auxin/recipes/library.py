@@ -1,0 +1,81 @@
+"""Find a recipe: by the name of a built-in one or by its file; and change single values of it."""
+
+import contextlib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from auxin.errors import ConfigError, unknown_name
+from auxin.recipes.schema import Recipe
+
+BUILTIN = files("auxin.recipes") / "builtin"
+
+
+def builtin_recipes() -> dict[str, Recipe]:
+    """The recipes that come with the package, by name."""
+    found = sorted(path.name for path in BUILTIN.iterdir() if path.name.endswith(".yaml"))
+    return {name.removesuffix(".yaml"): load_recipe(name.removesuffix(".yaml")) for name in found}
+
+
+def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
+    """Load a recipe.
+
+    Args:
+        name_or_path: a built-in recipe's name, or a YAML file (anything with a suffix or a folder in it).
+        overrides: "key=value" changes with dotted keys, values in YAML ("seed=1", "training.learning_rate=1e-3").
+
+    Raises:
+        ConfigError: no such recipe, broken YAML, or a field that is unknown or wrong.
+    """
+    path = Path(name_or_path)
+    if path.suffix in {".yaml", ".yml"} or path.name != name_or_path:
+        if not path.is_file():
+            raise ConfigError(
+                f"Recipe file {name_or_path} does not exist. Give an existing YAML file or a built-in name."
+            )
+        text = path.read_text(encoding="utf-8")
+    else:
+        resource = BUILTIN / f"{name_or_path}.yaml"
+        if not resource.is_file():
+            known = [path.name.removesuffix(".yaml") for path in BUILTIN.iterdir() if path.name.endswith(".yaml")]
+            raise ConfigError(unknown_name("recipe", name_or_path, known) + " A file needs its .yaml suffix.")
+        text = resource.read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name_or_path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name_or_path} holds no recipe: expected a mapping with name, title, corpus and branches.")
+    for override in overrides or []:
+        apply_override(values, override)
+    return Recipe.parse(values, source=name_or_path)
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one value in place; `override` is "dotted.key=value" with the value in YAML; list items go by their index."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r} is no key=value. Write for example --set training.learning_rate=1e-3.")
+    *path, last = key.split(".")
+    target: Any = values
+    for part in path:
+        try:
+            target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
+        except (ValueError, IndexError) as error:
+            raise ConfigError(f"--set {override!r}: {part!r} is no index of a list of {len(target)}.") from error
+        if not isinstance(target, dict | list):
+            raise ConfigError(f"--set {override!r}: {part!r} holds the value {target!r}, not a group of values.")
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        # YAML 1.1 takes 1e-3 for text, as it wants a dot in the mantissa.
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if isinstance(target, list):
+        try:
+            target[int(last)] = value
+        except (ValueError, IndexError) as error:
+            raise ConfigError(f"--set {override!r}: {last!r} is no index of a list of {len(target)}.") from error
+    else:
+        target[last] = value

@@ -1,0 +1,124 @@
+"""The price of a recipe before it runs: parameters, tokens, FLOPs and memory of every stage."""
+
+from transformers import PreTrainedConfig
+
+from auxin.accounting import FlopsPerToken, count_parameters, flops_per_token, training_memory
+from auxin.accounting.memory import TrainingMemory
+from auxin.edits.structure import skeleton
+from auxin.recipes.schema import Branch, Recipe, TrainStage
+from auxin.recipes.structure import Structures, resolve_structures
+from auxin.settings import Settings
+
+
+class StagePrice(Settings):
+    """What one stage will cost."""
+
+    branch: str
+    stage: str
+    kind: str
+    parameters: int
+    """Of the model that the stage leaves."""
+    steps: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    """Training FLOPs, forward and backward."""
+    memory_bytes: int | None = None
+    """Of one process that holds the whole model: float32 weights, gradients and moments, and the activations of one
+    micro-batch in float32 without checkpointing."""
+
+
+class RecipePrice(Settings):
+    """What a recipe will cost; printed as a table."""
+
+    name: str
+    stages: list[StagePrice]
+    branch_flops: dict[str, float]
+    """Training FLOPs of every branch, those before its fork included."""
+
+    def __str__(self) -> str:
+        rows = [("branch", "stage", "parameters", "steps", "tokens", "training FLOPs", "memory")]
+        for stage in self.stages:
+            costs = ("", "", "", "")
+            if stage.kind == "train":
+                memory = "" if stage.memory_bytes is None else f"{stage.memory_bytes / 2**30:.2f} GiB"
+                costs = (f"{stage.steps:,}", f"{stage.tokens:,}", f"{stage.flops:.3g}", memory)
+            rows.append((stage.branch, f"{stage.stage} ({stage.kind})", f"{stage.parameters:,}", *costs))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if column < 2 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        lines += ["", "Training FLOPs of each branch, those before its fork included:"]
+        return "\n".join([*lines, *(f"  {name}  {flops:.3g}" for name, flops in self.branch_flops.items())])
+
+
+def price_recipe(recipe: Recipe) -> RecipePrice:
+    """Price every stage of `recipe` on shapes alone; nothing is read, trained or written.
+
+    Where the recipe loads a tokenizer, models keep their own vocabulary size; where it trains one, the size asked for
+    counts (a small corpus may not fill it).
+
+    Raises:
+        ConfigError, PlanError: the recipe can't be run as it stands.
+    """
+    vocabulary = {} if recipe.corpus.tokenizer is not None else {"vocab_size": recipe.corpus.vocab_size}
+    return _Pricing(recipe, resolve_structures(recipe, vocabulary)).price()
+
+
+class _Pricing:
+    """Follows a recipe's branches; a model is counted once however many stages train it."""
+
+    def __init__(self, recipe: Recipe, structures: Structures) -> None:
+        self.recipe, self.structures = recipe, structures
+        self.spent: dict[tuple[str, str], float] = {}
+        self.costs: dict[str, tuple[int, FlopsPerToken]] = {}
+
+    def price(self) -> RecipePrice:
+        stages: list[StagePrice] = []
+        totals: dict[str, float] = {}
+        for branch in self.recipe.branches:
+            parent, _, stage = (branch.fork or "").partition("/")
+            stages += self._branch(branch, self.spent[parent, stage] if parent else 0.0, totals)
+            totals[branch.name] = self.spent[branch.name, branch.stages[-1].name]
+        return RecipePrice(name=self.recipe.name, stages=stages, branch_flops=totals)
+
+    def _branch(self, branch: Branch, flops: float, totals: dict[str, float]) -> list[StagePrice]:
+        prices = []
+        for stage in branch.stages:
+            config = self.structures[branch.name][stage.name]
+            parameters, per_token = self._cost(config)
+            price = StagePrice(branch=branch.name, stage=stage.name, kind=stage.kind, parameters=parameters)
+            if isinstance(stage, TrainStage):
+                budget = totals[stage.flops_of] - flops if stage.flops_of is not None else None
+                settings = self.recipe.training_settings(stage, flops=budget)
+                length = self.recipe.corpus.context_length
+                steps = settings.total_steps(length, per_token.training)
+                tokens = steps * settings.batch_size * length
+                price = price.model_copy(
+                    update={
+                        "steps": steps,
+                        "tokens": tokens,
+                        "flops": tokens * per_token.training,
+                        "memory_bytes": self._memory(config, settings.sequences_per_forward).total,
+                    }
+                )
+                flops += price.flops
+            self.spent[branch.name, stage.name] = flops
+            prices.append(price)
+        return prices
+
+    def _cost(self, config: PreTrainedConfig) -> tuple[int, FlopsPerToken]:
+        key = config.to_json_string()
+        if key not in self.costs:
+            model = skeleton(config)
+            self.costs[key] = (
+                count_parameters(model).total,
+                flops_per_token(model, self.recipe.corpus.context_length),
+            )
+        return self.costs[key]
+
+    def _memory(self, config: PreTrainedConfig, micro_batch_size: int) -> TrainingMemory:
+        return training_memory(skeleton(config), micro_batch_size, self.recipe.corpus.context_length)

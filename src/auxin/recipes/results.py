@@ -1,0 +1,157 @@
+"""Gather what the branches of a run measured, and say what it shows."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from auxin.accounting import Ledger, StageRecord
+from auxin.accounting.ledger import software_versions
+from auxin.accounting.machine import describe_machine
+from auxin.accounting.results import BranchResult, CurvePoint, GrowthPoint, RunResults
+from auxin.data import PackedData
+from auxin.recipes.schema import Branch, Recipe
+from auxin.training.metrics import METRICS_FILE
+
+EXACT_LOSS_CHANGE = 1e-5
+"""Largest change of the held-out loss, in nats per token, at a growth that promised to be exact."""
+
+
+def collect_results(
+    recipe: Recipe, directory: Path, data: PackedData, final_checkpoints: dict[str, Path], command: str
+) -> RunResults:
+    """Read the ledgers and metrics of a finished run.
+
+    Args:
+        recipe: the recipe that ran.
+        directory: the run's folder.
+        data: its corpus.
+        final_checkpoints: the last checkpoint of each branch.
+        command: the command line that reproduces the run.
+    """
+    branches: dict[str, BranchResult] = {}
+    for branch in recipe.branches:
+        ledger = Ledger.load(final_checkpoints[branch.name])
+        branches[branch.name] = branch_result(branch, ledger, directory, data, branches)
+    main = recipe.main_branch or recipe.branches[0].name
+    report = data.report
+    return RunResults(
+        name=recipe.name,
+        title=recipe.title,
+        description=recipe.description,
+        command=command,
+        seed=recipe.seed,
+        machine=describe_machine(),
+        versions=software_versions(),
+        corpus={
+            "source": recipe.corpus.source,
+            "documents": f"{report.documents:,}",
+            "vocabulary": f"{data.vocab_size:,}",
+            "context length": f"{data.context_length:,}",
+            "training tokens": f"{report.train.tokens:,}",
+            "validation tokens": f"{report.validation.tokens:,}",
+            "fingerprint": data.fingerprint,
+        },
+        main_branch=main,
+        branches=list(branches.values()),
+        conclusions=conclusions(branches[main], [b for b in branches.values() if b.name != main]),
+    )
+
+
+def branch_result(
+    branch: Branch, ledger: Ledger, directory: Path, data: PackedData, earlier: dict[str, BranchResult]
+) -> BranchResult:
+    """The costs and the curve of one branch; a fork's begin with its parent's up to the fork."""
+    parent, _, fork_stage = (branch.fork or "").partition("/")
+    own = ledger.stages[len(ledger.stages) - len(branch.stages) :]
+    inherited = ledger.stages[: len(ledger.stages) - len(branch.stages)]
+    curve: list[CurvePoint] = []
+    growths: list[GrowthPoint] = []
+    if parent:
+        stages_before = {record.name for record in inherited}
+        curve = [point for point in earlier[parent].curve if point.stage in stages_before]
+        growths = [point for point in earlier[parent].growths if point.stage in stages_before]
+    spent = Ledger(stages=inherited)
+    parameters_before = inherited[-1].parameters if inherited else 0
+    for number, record in enumerate(own, start=1):
+        if record.kind == "train":
+            folder = directory / "branches" / branch.name / f"{number:02d}-{record.name}"
+            curve += stage_curve(folder, record, spent)
+        spent = spent.append(record)
+        if record.kind == "grow":
+            growths.append(growth_point(record, spent, parameters_before))
+        parameters_before = record.parameters
+    loss = own[-1].loss_after
+    return BranchResult(
+        name=branch.name,
+        title=branch.title,
+        parent=parent or None,
+        fork_stage=fork_stage or None,
+        ledger=ledger,
+        curve=curve,
+        growths=growths,
+        parameters=own[-1].parameters,
+        tokens=ledger.total_tokens,
+        flops=ledger.total_flops,
+        seconds=ledger.total_seconds,
+        validation_loss=loss,
+        perplexity=None if loss is None else math.exp(loss),
+        bits_per_byte=None if loss is None else loss / math.log(2) / data.bytes_per_token,
+    )
+
+
+def stage_curve(folder: Path, record: StageRecord, spent: Ledger) -> list[CurvePoint]:
+    """The measurements of one train stage; `spent` is what was spent before it."""
+    lines: list[dict[str, Any]] = [
+        json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    ]
+    return [
+        CurvePoint(
+            stage=record.name,
+            tokens=spent.total_tokens + line["tokens"],
+            flops=spent.total_flops + line["flops"],
+            seconds=spent.total_seconds + line["seconds"],
+            training_loss=line.get("loss"),
+            validation_loss=line.get("validation_loss"),
+        )
+        for line in lines
+        if "event" not in line
+    ]
+
+
+def growth_point(record: StageRecord, spent: Ledger, parameters_before: int) -> GrowthPoint:
+    """A growth as a point on the curve; `spent` includes it."""
+    return GrowthPoint(
+        stage=record.name,
+        tokens=spent.total_tokens,
+        flops=spent.total_flops,
+        seconds=spent.total_seconds,
+        parameters_before=parameters_before,
+        parameters_after=record.parameters,
+        loss_before=math.nan if record.loss_before is None else record.loss_before,
+        loss_after=math.nan if record.loss_after is None else record.loss_after,
+        promise=str((record.plan or {}).get("promise", "none")),
+    )
+
+
+def conclusions(main: BranchResult, others: list[BranchResult]) -> list[str]:
+    """What the numbers say about `main`, whether it won or lost."""
+    sentences = []
+    exact = [point for point in main.growths if point.promise == "exact"]
+    if exact:
+        largest = max(abs(point.change) for point in exact)
+        kept = "kept" if largest < EXACT_LOSS_CHANGE else "BROKEN"
+        sentences.append(
+            f"Promise {kept}: over {len(exact)} exact growths the held-out loss changed by at most {largest:.1e} nats."
+        )
+    for other in others:
+        if main.validation_loss is None or other.validation_loss is None:
+            continue
+        gap = main.validation_loss - other.validation_loss
+        verdict = "below" if gap < 0 else "above"
+        sentences.append(
+            f"{main.title} ends {abs(gap):.3f} nats per token {verdict} {other.title}, at "
+            f"{main.flops / other.flops:.2f} times its training FLOPs and {main.seconds / other.seconds:.2f} times its "
+            "wall time."
+        )
+    return sentences

@@ -1,0 +1,279 @@
+"""Run a recipe: every stage of every branch, each of which is done once however often the run is started."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from auxin.accounting import Ledger, StageRecord, count_parameters
+from auxin.accounting.results import RunResults
+from auxin.data import PackedData, prepare
+from auxin.edits import apply_to_checkpoint
+from auxin.edits.checkpoint import TRAINING_FOLDER
+from auxin.errors import ConfigError
+from auxin.evaluation import evaluate_loss
+from auxin.methods.grow.tokenformer import OldTokenRates, TauAnneal, plan_token_growth
+from auxin.recipes.results import collect_results
+from auxin.recipes.schema import Branch, BuildStage, EvaluateStage, GrowStage, Recipe, Stage, TrainStage
+from auxin.recipes.structure import Structures, growth_settings, resolve_structures
+from auxin.report import write_report
+from auxin.settings import Settings
+from auxin.training import load_model, train, write_checkpoint_folder
+
+RECIPE_FILE = "recipe.yaml"
+OUTCOME_FILE = "stage.json"
+
+Announce = Callable[[str], None]
+"""Takes one line for the person who waits."""
+
+
+class StageOutcome(Settings):
+    """What a finished stage left; its presence in the stage's folder says that the stage is finished."""
+
+    name: str
+    kind: str
+    checkpoint: str
+    """The checkpoint's folder, relative to the run's."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all stages of a run share."""
+
+    recipe: Recipe
+    directory: Path
+    data: PackedData
+    structures: Structures
+    announce: Announce
+
+    def stage_directory(self, branch: Branch, stage: Stage) -> Path:
+        """Where `stage` of `branch` keeps everything it writes."""
+        return self.directory / "branches" / branch.name / f"{branch.stages.index(stage) + 1:02d}-{stage.name}"
+
+    def checkpoint(self, branch_name: str, stage_name: str) -> Path:
+        """The checkpoint that a finished stage left."""
+        branch = next(branch for branch in self.recipe.branches if branch.name == branch_name)
+        stage = next(stage for stage in branch.stages if stage.name == stage_name)
+        outcome = json.loads((self.stage_directory(branch, stage) / OUTCOME_FILE).read_text(encoding="utf-8"))
+        return self.directory / outcome["checkpoint"]
+
+    def final_checkpoint(self, branch_name: str) -> Path:
+        """The checkpoint that a finished branch left."""
+        branch = next(branch for branch in self.recipe.branches if branch.name == branch_name)
+        return self.checkpoint(branch_name, branch.stages[-1].name)
+
+    def validation_loss(self, checkpoint: Path) -> float:
+        """Loss of `checkpoint` on the whole held-out split, in nats per token."""
+        return evaluate_loss(load_model(checkpoint), self.data.validation, batch_size=self.evaluation_batch_size)
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Sequences per forward pass of an evaluation: as many as a training step has."""
+        return int(self.recipe.training.get("batch_size", 32))
+
+
+def run_recipe(recipe: Recipe, output: str | Path, command: str, announce: Announce = print) -> RunResults:
+    """Run `recipe` into the folder `output`, or go on where an earlier run into it stopped.
+
+    Args:
+        recipe: what to do.
+        output: the run's folder; made if it does not exist.
+        command: the command line that reproduces the run, for the report.
+        announce: is told what happens, a line at a time.
+
+    Returns:
+        What the run measured; also written to `results.json` and `report.html` in `output`.
+
+    Raises:
+        ConfigError: `output` holds another recipe's run, or the recipe asks for what can't be built.
+    """
+    directory = Path(output)
+    claim_directory(recipe, directory)
+    announce(f"Corpus: {recipe.corpus.source}")
+    data = prepare(recipe.corpus, directory / "data", progress=True)
+    structures = resolve_structures(recipe, vocabulary_fields(data))
+    run = Run(recipe, directory, data, structures, announce)
+    for branch in recipe.branches:
+        run_branch(run, branch)
+    finals = {branch.name: run.final_checkpoint(branch.name) for branch in recipe.branches}
+    results = collect_results(recipe, directory, data, finals, command)
+    write_atomically(directory / "results.json", results.model_dump_json(indent=2) + "\n")
+    write_report(results, directory / "report.html")
+    return results
+
+
+def vocabulary_fields(data: PackedData) -> dict[str, int]:
+    """The config fields that the corpus's tokenizer decides."""
+    tokenizer = data.tokenizer()
+    fields = {"vocab_size": data.vocab_size}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if (value := getattr(tokenizer, name)) is not None:
+            fields[name] = value
+    return fields
+
+
+def claim_directory(recipe: Recipe, directory: Path) -> None:
+    """Make `directory` the folder of `recipe`'s run, or make sure that it is.
+
+    Raises:
+        ConfigError: it holds the run of another recipe, or something else.
+    """
+    path = directory / RECIPE_FILE
+    if path.exists():
+        if Recipe.from_yaml(path) != recipe:
+            raise ConfigError(
+                f"{directory} holds a run of another recipe or of other settings (see {path}). "
+                "Give another --output, or remove that folder."
+            )
+        return
+    if directory.exists() and any(directory.iterdir()):
+        raise ConfigError(f"{directory} is not empty and holds no run. Give another --output.")
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f".{RECIPE_FILE}"
+    recipe.to_yaml(temporary)
+    temporary.replace(path)
+
+
+def run_branch(run: Run, branch: Branch) -> None:
+    """Do the stages of `branch` that are not done yet."""
+    run.announce(f"\n{branch.title}")
+    previous = run.checkpoint(*branch.fork.split("/", 1)) if branch.fork is not None else None
+    for stage in branch.stages:
+        directory = run.stage_directory(branch, stage)
+        if not (directory / OUTCOME_FILE).exists():
+            directory.mkdir(parents=True, exist_ok=True)
+            config = run.structures[branch.name][stage.name]
+            checkpoint = run_stage(run, stage, directory, previous, config)
+            outcome = StageOutcome(
+                name=stage.name, kind=stage.kind, checkpoint=checkpoint.relative_to(run.directory).as_posix()
+            )
+            write_atomically(directory / OUTCOME_FILE, outcome.model_dump_json(indent=2) + "\n")
+        previous = run.checkpoint(branch.name, stage.name)
+        run.announce(f"  {describe_last_stage(Ledger.load(previous))}")
+
+
+def run_stage(run: Run, stage: Stage, directory: Path, previous: Path | None, config: PreTrainedConfig) -> Path:
+    """Do one stage that starts from the checkpoint `previous`; returns the checkpoint it left."""
+    if isinstance(stage, BuildStage):
+        return build(run, stage, directory, config)
+    assert previous is not None  # the schema: what does not begin with a build is forked
+    if isinstance(stage, TrainStage):
+        return train_stage(run, stage, directory, previous)
+    if isinstance(stage, GrowStage):
+        return grow(run, stage, directory, previous)
+    return evaluate(run, stage, directory, previous)
+
+
+def build(run: Run, stage: BuildStage, directory: Path, config: PreTrainedConfig) -> Path:
+    """Make a model with random weights from the recipe's seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(run.recipe.seed)
+        model = AutoModelForCausalLM.from_config(config)
+    record = StageRecord(name=stage.name, kind="build", parameters=count_parameters(model).total, seed=run.recipe.seed)
+    return write_checkpoint_folder(
+        directory / "checkpoint", model=model, tokenizer=run.data.tokenizer(), ledger=Ledger().append(record)
+    )
+
+
+def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path) -> Path:
+    """Train on; the data goes on where the ancestors stopped."""
+    ledger = Ledger.load(previous)
+    flops = None
+    if stage.flops_of is not None:
+        flops = Ledger.load(run.final_checkpoint(stage.flops_of)).total_flops - ledger.total_flops
+        if flops <= 0:
+            raise ConfigError(f"{stage.name}: flops_of: {stage.flops_of!r} used no more FLOPs than were used before.")
+    settings = run.recipe.training_settings(stage, flops=flops)
+    carried = not stage.fresh_optimizer and (previous / TRAINING_FOLDER).exists()
+    hooks: list[TauAnneal | OldTokenRates] = []
+    if stage.tau_anneal_steps:
+        hooks.append(TauAnneal(steps=stage.tau_anneal_steps))
+    if stage.old_tokens_rate != 1.0:
+        hooks.append(OldTokenRates(ratio=stage.old_tokens_rate))
+    result = train(
+        load_model(previous),
+        run.data,
+        settings,
+        directory,
+        tokenizer=run.data.tokenizer(),
+        optimizer_from=previous if carried else None,
+        ledger=ledger,
+        hooks=hooks,
+        stage_name=stage.name,
+        data_position=ledger.total_tokens // (settings.batch_size * run.data.context_length),
+    )
+    return result.checkpoint
+
+
+def grow(run: Run, stage: GrowStage, directory: Path, previous: Path) -> Path:
+    """Grow the checkpoint `previous`, its optimizer's moments along with it, and measure what that did to the loss."""
+    started = time.perf_counter()
+    output = directory / "checkpoint"
+    if output.exists():
+        # Without the stage's outcome beside it, it is of a run that was stopped before the ledger was written.
+        shutil.rmtree(output)
+    config = load_model(previous).config
+    plan = plan_token_growth(config, growth_settings(stage, config, run.recipe.seed))
+    receipt = apply_to_checkpoint(plan, previous, output)
+    record = StageRecord(
+        name=stage.name,
+        kind="grow",
+        parameters=receipt.parameters_after,
+        loss_before=run.validation_loss(previous),
+        loss_after=run.validation_loss(output),
+        plan=plan.model_dump(mode="json"),
+        receipt=receipt.model_dump(mode="json", exclude={"plan"}),
+        data_fingerprint=run.data.fingerprint,
+        seed=plan.seed,
+        seconds=time.perf_counter() - started,
+    )
+    Ledger.load(previous).append(record).save(output)
+    return output
+
+
+def evaluate(run: Run, stage: EvaluateStage, directory: Path, previous: Path) -> Path:
+    """Measure the held-out loss; the checkpoint stays the one before, its ledger gains the measurement."""
+    started = time.perf_counter()
+    loss = run.validation_loss(previous)
+    ledger = Ledger.load(previous)
+    record = StageRecord(
+        name=stage.name,
+        kind="evaluate",
+        parameters=ledger.stages[-1].parameters,
+        loss_after=loss,
+        data_fingerprint=run.data.fingerprint,
+        seconds=time.perf_counter() - started,
+    )
+    output = directory / "checkpoint"
+    shutil.copytree(previous, output, dirs_exist_ok=True)
+    ledger.append(record).save(output)
+    return output
+
+
+def describe_last_stage(ledger: Ledger) -> str:
+    """One line on what the last stage did and cost."""
+    stage = ledger.stages[-1]
+    parts = [f"{stage.name}: {stage.parameters:,} parameters"]
+    if stage.kind == "train":
+        parts.append(f"{stage.tokens:,} tokens, {stage.flops:.3g} FLOPs, {stage.seconds:.0f} s")
+    if stage.kind == "grow" and stage.loss_before is not None and stage.loss_after is not None:
+        parts.append(f"validation loss {stage.loss_before:.6f}, changed by {stage.loss_after - stage.loss_before:+.1e}")
+    elif stage.loss_after is not None:
+        parts.append(f"validation loss {stage.loss_after:.4f}")
+    return ", ".join(parts)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

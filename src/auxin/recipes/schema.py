@@ -1,0 +1,174 @@
+"""What a recipe file says: stages in branches, and what the branches are compared by."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from auxin.data import CorpusSettings
+from auxin.errors import ConfigError, unknown_name
+from auxin.methods.grow.tokenformer import TokenGrowth
+from auxin.settings import Settings
+from auxin.training import TrainingSettings
+
+BUDGETS = ("steps", "tokens", "flops", "flops_of")
+
+
+class BuildStage(Settings):
+    """Start a branch with a new model."""
+
+    kind: Literal["build"]
+    name: str = "build"
+    preset: str | None = None
+    """A TokenFormer preset by name ("124m", "pile-450m", ...)."""
+    model_type: str | None = None
+    """A transformers model type ("tokenformer", "gpt_neox", "llama", ...), configured by `config`."""
+    config: dict[str, Any] = {}
+    """Fields of the model's config; the vocabulary and the special tokens come from the corpus."""
+    pad_to_multiple_of: int = Field(default=1, ge=1)
+    """Rows of the embedding table are padded to a multiple of this; rows beyond the tokenizer's are unused."""
+    like: str | None = None
+    """Build the structure that this branch ends with: the final size from scratch."""
+    parameters_of: str | None = None
+    """With `model_type`: choose the width at which the parameter count comes nearest to this branch's final one."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [name for name in ("preset", "model_type", "like") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"a build stage takes exactly one of preset, model_type and like; given: {given or 'none'}"
+            )
+        if self.parameters_of is not None and self.model_type is None:
+            raise ValueError("parameters_of goes with model_type")
+        return self
+
+
+class TrainStage(Settings):
+    """Train for a budget; what is not set here comes from the recipe's `training`."""
+
+    kind: Literal["train"]
+    name: str
+    flops_of: str | None = None
+    """Train until this branch's total training FLOPs (its ancestors and earlier stages included) equal that one's."""
+    settings: dict[str, Any] = {}
+    """Fields of TrainingSettings that this stage sets, its budget (steps, tokens or flops) among them."""
+    fresh_optimizer: bool = False
+    """Forget the moments of the stage before (default: they are carried along)."""
+    tau_anneal_steps: int = Field(default=0, ge=0)
+    """After a growth with the regime "annealed": steps over which the score scale goes to the grown size's."""
+    old_tokens_rate: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Learning rate of the tokens from before the last growth, relative to the new ones'; 0 freezes them."""
+
+
+class GrowStage(Settings):
+    """Grow a TokenFormer by parameter tokens."""
+
+    kind: Literal["grow"]
+    name: str = "grow"
+    to: str | None = None
+    """A preset to grow to."""
+    tokens: TokenGrowth | None = None
+    """Token counts after the growth, and the regime."""
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if (self.to is None) == (self.tokens is None):
+            raise ValueError("a grow stage takes exactly one of `to` (a preset) and `tokens`")
+        return self
+
+
+class EvaluateStage(Settings):
+    """Measure the loss on the whole held-out split and write it into the ledger."""
+
+    kind: Literal["evaluate"]
+    name: str = "evaluate"
+
+
+Stage = Annotated[BuildStage | TrainStage | GrowStage | EvaluateStage, Field(discriminator="kind")]
+
+
+class Branch(Settings):
+    """A line of stages: from scratch, or forked from a stage of another branch."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    title: str
+    """How tables and plots call it."""
+    fork: str | None = None
+    """"branch/stage": start from what that stage left."""
+    stages: list[Stage] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _begins_once(self) -> Self:
+        builds = [index for index, stage in enumerate(self.stages) if stage.kind == "build"]
+        if builds != ([] if self.fork else [0]):
+            raise ValueError("a branch begins with one build stage, or with `fork` and no build stage")
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stage names of a branch must differ; given: {names}")
+        return self
+
+
+class Recipe(Settings):
+    """Branches to train and compare on the same data."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    title: str
+    description: str = ""
+    seed: int = Field(default=0, ge=0)
+    """Seeds the initial weights, the data order and the growths of every branch."""
+    corpus: CorpusSettings
+    training: dict[str, Any] = {}
+    """Fields of TrainingSettings shared by all train stages."""
+    branches: list[Branch] = Field(min_length=1)
+    main_branch: str | None = None
+    """The branch that the others are compared with; default: the first."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        known: dict[str, Branch] = {}
+        for branch in self.branches:
+            if branch.name in known:
+                raise ValueError(f"branch names must differ; {branch.name!r} stands twice")
+            if branch.fork is not None:
+                self._check_fork(branch, known)
+            for stage in branch.stages:
+                for field in ("like", "parameters_of", "flops_of"):
+                    other = getattr(stage, field, None)
+                    if other is not None and other not in known:
+                        message = unknown_name("branch", other, known)
+                        raise ValueError(f"{branch.name}/{stage.name}: {field}: {message} Name a branch written above.")
+                if isinstance(stage, TrainStage):
+                    self.training_settings(stage, flops=1.0)
+            known[branch.name] = branch
+        if self.main_branch is not None and self.main_branch not in known:
+            raise ValueError("main_branch: " + unknown_name("branch", self.main_branch, known))
+        return self
+
+    def _check_fork(self, branch: Branch, known: dict[str, Branch]) -> None:
+        parent, _, stage = str(branch.fork).partition("/")
+        if parent not in known:
+            raise ValueError(
+                f"{branch.name}: fork: {unknown_name('branch', parent, known)} Name a branch written above."
+            )
+        stages = [candidate.name for candidate in known[parent].stages]
+        if stage not in stages:
+            raise ValueError(f"{branch.name}: fork: {unknown_name('stage', stage, stages)}")
+
+    def training_settings(self, stage: TrainStage, flops: float | None = None) -> TrainingSettings:
+        """The full settings of a train stage.
+
+        Args:
+            stage: the stage; its settings override the recipe's.
+            flops: the budget of a stage that has `flops_of`, in FLOPs of this stage.
+
+        Raises:
+            ConfigError: an unknown or wrong field, or not exactly one budget.
+        """
+        values: dict[str, Any] = {"seed": self.seed, **self.training, **stage.settings}
+        given = [name for name in BUDGETS[:3] if values.get(name) is not None]
+        if stage.flops_of is not None:
+            given.append("flops_of")
+            values["flops"] = flops
+        if len(given) != 1:
+            raise ConfigError(f"{stage.name}: give exactly one of {', '.join(BUDGETS)}; given: {given or 'none'}")
+        return TrainingSettings.parse(values, source=f"train stage {stage.name!r}")

@@ -1,0 +1,137 @@
+"""The model that each stage of a recipe leaves, known before anything is trained."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import cast
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from auxin.accounting import count_parameters
+from auxin.edits import planned_config
+from auxin.edits.structure import edited_config, skeleton
+from auxin.errors import ConfigError, PlanError
+from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth, token_growth_to
+from auxin.models.tokenformer import TokenFormerConfig
+from auxin.models.tokenformer.presets import preset_config
+from auxin.recipes.schema import BuildStage, GrowStage, Recipe
+
+Structures = dict[str, dict[str, PreTrainedConfig]]
+"""Branch name -> stage name -> the config of the model which that stage leaves."""
+
+
+def resolve_structures(recipe: Recipe, vocabulary: dict[str, int]) -> Structures:
+    """Follow every branch of `recipe` on configs alone.
+
+    Args:
+        recipe: the recipe.
+        vocabulary: config fields that the corpus decides (vocab_size, bos_token_id, ...); without them a model keeps
+            its own.
+
+    Raises:
+        ConfigError, PlanError: a model that can't be built or a growth that can't be done, before any work starts.
+    """
+    structures: Structures = {}
+    for branch in recipe.branches:
+        config: PreTrainedConfig | None = None
+        if branch.fork is not None:
+            parent, _, stage_name = branch.fork.partition("/")
+            config = structures[parent][stage_name]
+        stages: dict[str, PreTrainedConfig] = {}
+        for stage in branch.stages:
+            if isinstance(stage, BuildStage):
+                config = _built_config(stage, structures, vocabulary)
+            elif isinstance(stage, GrowStage):
+                assert config is not None  # the schema: a branch begins with a build or a fork
+                plan = plan_token_growth(config, growth_settings(stage, config, recipe.seed))
+                config = planned_config(plan, config)
+            assert config is not None
+            stages[stage.name] = config
+        structures[branch.name] = stages
+    return structures
+
+
+def growth_settings(stage: GrowStage, config: PreTrainedConfig, seed: int) -> TokenGrowth:
+    """The growth that `stage` asks for, of a model with `config`; the recipe's `seed` where the stage sets none."""
+    if stage.tokens is None and not isinstance(config, TokenFormerConfig):
+        raise PlanError(
+            f"grow stage {stage.name!r}: only a TokenFormer grows by tokens, this is a {config.model_type}."
+        )
+    settings = stage.tokens or token_growth_to(cast(TokenFormerConfig, config), str(stage.to))
+    return settings if "seed" in settings.model_fields_set else settings.model_copy(update={"seed": seed})
+
+
+def final_config(structures: Structures, branch: str) -> PreTrainedConfig:
+    """The config that `branch` ends with."""
+    return list(structures[branch].values())[-1]
+
+
+def _built_config(stage: BuildStage, structures: Structures, vocabulary: dict[str, int]) -> PreTrainedConfig:
+    if "vocab_size" in vocabulary:
+        rows = math.ceil(vocabulary["vocab_size"] / stage.pad_to_multiple_of) * stage.pad_to_multiple_of
+        vocabulary = {**vocabulary, "vocab_size": rows}
+    if stage.like is not None:
+        return _ungrown(final_config(structures, stage.like))
+    if stage.preset is not None:
+        return edited_config(preset_config(stage.preset), {**vocabulary, **stage.config})
+    try:
+        config = AutoConfig.for_model(str(stage.model_type), **{**vocabulary, **stage.config})
+    except ValueError as error:
+        raise ConfigError(f"build stage {stage.name!r}: {error}") from error
+    if stage.parameters_of is not None:
+        target = count_parameters(skeleton(final_config(structures, stage.parameters_of))).total
+        config = match_parameters(config, target)
+    return config
+
+
+def _ungrown(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same size as it is built from scratch: a TokenFormer's groups are one."""
+    if not isinstance(config, TokenFormerConfig):
+        return config
+    one_group = {f"{part}_tokens": [sum(getattr(config, f"{part}_tokens"))] for part in ("qkv", "proj", "ffn")}
+    return edited_config(config, {**one_group, "qkv_tau": None, "proj_tau": None, "ffn_tau": None})
+
+
+def match_parameters(config: PreTrainedConfig, target: int) -> PreTrainedConfig:
+    """Set the hidden and intermediate size of a dense `config` so that its parameter count comes nearest to `target`.
+
+    The hidden size is the largest (in steps that keep head sizes even) that does not exceed `target` with an
+    intermediate size of four times as much; the intermediate size then takes up what is left.
+
+    Raises:
+        ConfigError: the smallest such model is larger than `target`, or the family has no such sizes.
+    """
+    step = 2 * config.num_attention_heads
+
+    def sized(hidden_size: int, intermediate_size: int) -> PreTrainedConfig:
+        return edited_config(config, {"hidden_size": hidden_size, "intermediate_size": intermediate_size})
+
+    def count(candidate: PreTrainedConfig) -> int:
+        return count_parameters(skeleton(candidate)).total
+
+    width = step * _last_below(lambda steps: count(sized(step * steps, 4 * step * steps)) <= target)
+    if width == 0:
+        raise ConfigError(
+            f"parameters_of: no {config.model_type} of {config.num_hidden_layers} layers and "
+            f"{config.num_attention_heads} heads is as small as {target} parameters. Use fewer layers or heads."
+        )
+    intermediate = _last_below(lambda size: count(sized(width, size)) <= target)
+    return min(_neighbours(sized, width, intermediate), key=lambda candidate: abs(count(candidate) - target))
+
+
+def _neighbours(
+    sized: Callable[[int, int], PreTrainedConfig], width: int, intermediate: int
+) -> Iterator[PreTrainedConfig]:
+    yield sized(width, intermediate)
+    yield sized(width, intermediate + 1)
+
+
+def _last_below(holds: Callable[[int], bool]) -> int:
+    """The largest n for which `holds(n)`, which holds up to some n and not above it; 0 if it never holds."""
+    high = 1
+    while holds(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
