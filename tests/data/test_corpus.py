@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -32,12 +32,16 @@ def corpus_of(path: Path, texts: list[str] = TEXTS, **changes: Any) -> CorpusSet
 
 
 def documents(array: np.ndarray, data: PackedData) -> set[str]:
-    """The complete documents of a packed array."""
-    return set(data.tokenizer().decode(array.reshape(-1)).split(SEPARATOR)[:-1])
+    """The complete documents of a packed array; a separator spelled out in a document is no separator."""
+    tokenizer = data.tokenizer()
+    tokens = array.reshape(-1)
+    ends = np.flatnonzero(tokens == tokenizer.eos_token_id)
+    return {tokenizer.decode(tokens[start:end]) for start, end in zip([0, *(ends[:-1] + 1)], ends, strict=False)}
 
 
 @settings(deadline=None, max_examples=15)
 @given(st.lists(st.text(min_size=1, max_size=20), min_size=8, max_size=30), st.integers(0, 1000))
+@example([SEPARATOR, f"a{SEPARATOR}", *"abcdefgh"], 0)
 def test_every_document_is_on_one_side(texts: list[str], seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings_ = corpus_of(Path(folder) / "a.jsonl", texts, context_length=2, seed=seed)
@@ -61,6 +65,8 @@ def test_a_document_keeps_its_side_when_others_come(tmp_path: Path) -> None:
     all_ = prepare(settings_, tmp_path / "all")
     assert not documents(few.train, few) & documents(all_.validation, all_)
     assert not documents(few.validation, few) & documents(all_.train, all_)
+    other_seed = prepare(corpus_of(tmp_path / "a.jsonl", seed=1), tmp_path / "other seed")
+    assert documents(other_seed.validation, other_seed) != documents(all_.validation, all_)
     share = sum(is_validation(document_key(b"%d" % n, 0), settings_) for n in range(20_000)) / 20_000
     assert share == pytest.approx(0.3, abs=0.02)  # six standard deviations
 
@@ -92,6 +98,10 @@ def test_fingerprint_follows_content_and_settings(tmp_path: Path) -> None:
     }
     prints = {name: prepare(value, tmp_path / f"x-{name}").fingerprint for name, value in changed.items()}
     assert len({base, *prints.values()}) == len(prints) + 1
+    # The same tokens in other rows are other data, also where no tail gives it away.
+    report = PackedData.load(tmp_path / "base").report
+    rows = [corpus._fingerprint(CorpusSettings(context_length=n), "d", "t", report) for n in (16, 8)]
+    assert rows[0] != rows[1]
     assert all(len(value) == 64 and int(value, 16) >= 0 for value in prints.values())
 
 
@@ -115,7 +125,9 @@ def test_a_finished_folder_is_reused_untouched(tmp_path: Path, monkeypatch: pyte
     settings_ = corpus_of(tmp_path / "a.jsonl")
     first = prepare(settings_, tmp_path / "my data")
     monkeypatch.setattr(corpus, "_build", lambda *arguments: pytest.fail("built again"))
-    assert prepare(settings_, tmp_path / "my data").fingerprint == first.fingerprint
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "read_documents", lambda *arguments: pytest.fail("read again"))
+        assert prepare(settings_, tmp_path / "my data").fingerprint == first.fingerprint
     # A source that was only touched is compared by content.
     os.utime(tmp_path / "a.jsonl", (1, 1))
     assert prepare(settings_, tmp_path / "my data").fingerprint == first.fingerprint
