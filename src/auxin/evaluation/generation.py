@@ -40,11 +40,7 @@ def generate_text(
             f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}: give max_new_tokens >= 1, "
             "temperature >= 0 and top_p in (0, 1]."
         )
-    ids: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if not ids and start is None:
-        raise DataError("The prompt is empty and the tokenizer has no bos or eos token to start from. Give a prompt.")
-    ids = ids or [start]
+    ids = _prompt_ids(tokenizer, prompt)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and len(ids) + max_new_tokens > limit:
         raise DataError(
@@ -71,3 +67,11 @@ def generate_text(
     finally:
         model.train(training)
     return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if not ids and start is None:
+        raise DataError("The prompt is empty and the tokenizer has no bos or eos token to start from. Give a prompt.")
+    return ids or [start]
