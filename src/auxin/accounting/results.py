@@ -26,16 +26,18 @@ class GrowthPoint(Settings):
     seconds: float
     parameters_before: int
     parameters_after: int
-    loss_before: float
-    """Held-out nats per token right before."""
-    loss_after: float
+    loss_before: float | None = None
+    """Held-out nats per token right before; None where it was not measured."""
+    loss_after: float | None = None
     """Held-out nats per token right after."""
     promise: str
     """What the growth's plan promised: exact, approximate or none."""
 
     @property
-    def change(self) -> float:
+    def change(self) -> float | None:
         """What the growth did to the held-out loss, in nats per token."""
+        if self.loss_before is None or self.loss_after is None:
+            return None
         return self.loss_after - self.loss_before
 
 

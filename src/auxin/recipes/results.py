@@ -128,8 +128,8 @@ def growth_point(record: StageRecord, spent: Ledger, parameters_before: int) -> 
         seconds=spent.total_seconds,
         parameters_before=parameters_before,
         parameters_after=record.parameters,
-        loss_before=math.nan if record.loss_before is None else record.loss_before,
-        loss_after=math.nan if record.loss_after is None else record.loss_after,
+        loss_before=record.loss_before,
+        loss_after=record.loss_after,
         promise=str((record.plan or {}).get("promise", "none")),
     )
 
@@ -137,9 +137,9 @@ def growth_point(record: StageRecord, spent: Ledger, parameters_before: int) -> 
 def conclusions(main: BranchResult, others: list[BranchResult]) -> list[str]:
     """What the numbers say about `main`, whether it won or lost."""
     sentences = []
-    exact = [point for point in main.growths if point.promise == "exact"]
+    exact = [abs(point.change) for point in main.growths if point.promise == "exact" and point.change is not None]
     if exact:
-        largest = max(abs(point.change) for point in exact)
+        largest = max(exact)
         kept = "kept" if largest < EXACT_LOSS_CHANGE else "BROKEN"
         sentences.append(
             f"Promise {kept}: over {len(exact)} exact growths the held-out loss changed by at most {largest:.1e} nats."
