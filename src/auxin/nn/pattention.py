@@ -203,6 +203,7 @@ def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _weights(scores: Tensor, tau: Tensor, rule: _Rule) -> Tensor:
     """S = f(A) for scores (rows, n) that nobody else uses: eager mode overwrites them."""
+    tau = tau.to(_norm_dtype(scores.dtype))
     if torch.compiler.is_compiling() or type(scores) is not Tensor or tau.requires_grad:
         return _plain_weights(scores, tau, rule)
     if torch.is_grad_enabled() and scores.requires_grad:
@@ -275,7 +276,7 @@ def _compute_weights(scores: Tensor, tau: Tensor, rule: _Rule, out: Tensor) -> T
 
 
 def _scale(norms: Tensor, tau: Tensor, rule: _Rule) -> Tensor:
-    return tau.to(norms.dtype).unsqueeze(-1) / (norms + rule.eps)
+    return tau.unsqueeze(-1) / (norms + rule.eps)
 
 
 class _Weights(torch.autograd.Function):
