@@ -87,6 +87,8 @@ class PadParameter(Tagged):
     def map_parameter(self, old: Tensor, seed: int, name: str) -> Tensor:
         """The new tensor; its random numbers depend on `seed`, the parameter's name and the old shape only."""
         new = self._room_for(old)
+        if old.is_meta:
+            return new
         self.fill.write(new, self.axis, old.shape[self.axis], _generator(seed, name, tuple(old.shape)))
         return new
 

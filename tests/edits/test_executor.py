@@ -1,0 +1,204 @@
+"""Applying plans to models in memory."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import auxin
+from auxin.edits import NormalFill, PadParameter, Plan, SetConfig, ZeroFill, apply
+from auxin.errors import PlanError, PromiseError
+from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth
+from edits.models import assert_same, everything, tiny_model, token_ids, trained, training_step
+
+FFN = "model.layers.*.mlp"
+
+
+def ffn_plan(size=30, promise="exact", keys=None, values=None, sizes=None):
+    return Plan(
+        method="by hand",
+        promise=promise,
+        edits=[
+            SetConfig(values={"ffn_tokens": sizes or [20, size - 20]}),
+            PadParameter(parameter=f"{FFN}.keys", size=size, fill=keys or NormalFill()),
+            PadParameter(parameter=f"{FFN}.values", size=size, fill=values or ZeroFill()),
+        ],
+    )
+
+
+def test_apply_grows_in_place_and_leaves_the_rest_alone():
+    model = tiny_model()
+    optimizer = trained(model)
+    before = everything(model, optimizer)
+    receipt = apply(ffn_plan(), model, optimizer)
+    after = everything(model, optimizer)
+    assert receipt.parameters_after - receipt.parameters_before == 2 * 2 * 10 * 32
+    assert receipt.parameters_after == model.config.num_parameters()
+    assert receipt.max_relative_change <= 1e-6
+    for name, parameter in model.named_parameters():
+        if ".mlp." in name:
+            assert parameter.shape == (30, 32)
+            assert torch.equal(parameter[:20], before[name])
+            assert parameter.grad is None
+        else:
+            assert_same(after[name], before[name])
+        assert after[f"{name}/identity"] == before[f"{name}/identity"]
+    assert model.model.layers[1].mlp.group_sizes == (20, 10)
+    assert after["groups"] == before["groups"]
+    assert model.training
+
+
+def test_new_keys_have_the_scale_of_the_old_ones_and_differ_between_tensors_and_growths():
+    model = tiny_model()
+    apply(ffn_plan(20 + 400), model)
+    layers = [layer.mlp.keys.detach() for layer in model.model.layers]
+    assert (layers[0][20:].pow(2).mean().sqrt() / layers[0][:20].pow(2).mean().sqrt()).item() == pytest.approx(
+        1, abs=0.03
+    )
+    assert not torch.allclose(layers[0][20:], layers[1][20:], atol=0.1)
+    again = PadParameter(parameter=f"{FFN}.keys", size=820, fill=NormalFill(std=1.0))
+    apply(Plan(method="x", promise="none", edits=[
+        SetConfig(values={"ffn_tokens": [20, 400, 400]}), again,
+        PadParameter(parameter=f"{FFN}.values", size=820, fill=ZeroFill()),
+    ]), model)  # fmt: skip
+    keys = model.model.layers[0].mlp.keys.detach()
+    first, second = keys[20:420], keys[420:]
+    correlation = (first * second).mean() / (first.pow(2).mean() * second.pow(2).mean()).sqrt()
+    assert abs(correlation) < 0.05
+
+
+def test_the_same_seed_gives_the_same_bits_in_any_order_of_the_edits():
+    plan = ffn_plan()
+    models = [tiny_model() for _ in range(3)]
+    apply(plan, models[0])
+    apply(plan.model_copy(update={"edits": plan.edits[::-1]}), models[1])
+    apply(plan.model_copy(update={"seed": 1}), models[2])
+    keys = [model.model.layers[0].mlp.keys for model in models]
+    assert torch.equal(keys[0], keys[1])
+    assert not torch.equal(keys[0], keys[2])
+
+
+@pytest.mark.parametrize("regime", ["grouped", "zero_keys", "duplicate", "official"])
+@pytest.mark.parametrize("failure", ["in the weights", "in the moments", "in the promise"])
+def test_a_failed_apply_leaves_model_and_optimizer_as_they_were(regime, failure, monkeypatch):
+    model = tiny_model()
+    optimizer = trained(model)
+    model.model.layers[0].eval()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    ids = token_ids(7)
+    model(input_ids=ids, labels=ids).loss.backward()
+    noise = 0.3 if regime == "duplicate" else 0.0
+    settings = TokenGrowth(qkv_tokens=36, proj_tokens=36, ffn_tokens=60, regime=regime, noise=noise)
+    plan = plan_token_growth(model.config, settings).model_copy(update={"promise": "exact"})
+    if failure == "in the promise":
+        # One number in a new value row of a plan that is otherwise right (or the regime that keeps no promise).
+        original, error = PadParameter.map_parameter, PromiseError
+
+        def spoiled(self, old, seed, name):
+            new = original(self, old, seed, name)
+            if name == "model.layers.1.attention.proj.values":
+                new[-1, 3] += 1.0
+                new[0, 5] += 0.1
+            return new
+
+        monkeypatch.setattr(PadParameter, "map_parameter", spoiled)
+    else:
+        attribute, error = ("map_parameter" if failure == "in the weights" else "map_moment"), MemoryError
+        original, calls = getattr(PadParameter, attribute), []
+
+        def failing(self, *arguments):
+            calls.append(arguments)
+            if len(calls) == 8:
+                raise MemoryError("no room")
+            return original(self, *arguments)
+
+        monkeypatch.setattr(PadParameter, attribute, failing)
+    before = everything(model, optimizer)
+    with pytest.raises(error):
+        apply(plan, model, optimizer)
+    assert_same(everything(model, optimizer), before)
+    monkeypatch.undo()
+    training_step(model, optimizer, 50)
+
+
+def test_a_broken_promise_names_change_and_tolerance():
+    model = tiny_model()
+    plan = ffn_plan(values=NormalFill(std=1.0))
+    with pytest.raises(PromiseError, match=r"by hand promised .* moved by .* \(allowed: 1e-05\)"):
+        apply(plan, model)
+    assert model.config.ffn_tokens == [20]
+    assert apply(plan.model_copy(update={"promise": "approximate"}), model).max_relative_change > 1e-3
+
+
+def test_weights_that_are_not_finite_are_refused_by_name():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].attention.key.values[3, 2] = float("nan")
+    before = everything(model)
+    with pytest.raises(PlanError, match=r"model\.layers\.1\.attention\.key\.values holds 1 value"):
+        apply(ffn_plan(), model)
+    assert model.config.to_dict() == before["config"]
+    assert model.model.layers[0].mlp.keys.shape == (20, 32)
+
+
+def test_the_probe_can_be_given_and_flags_come_back():
+    model = tiny_model()
+    model.model.layers[0].eval()
+    model.model.layers[1].mlp.train()
+    flags = [module.training for module in model.modules()]
+    assert apply(ffn_plan(), model, probe=token_ids(3, 1, 5)).max_relative_change <= 1e-6
+    assert [module.training for module in model.modules()] == flags
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_weights_stay_tied_and_a_tied_weight_can_be_meant_by_either_name(tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    name = "lm_head.weight" if tied else "model.embed_tokens.weight"
+    edits = [SetConfig(values={"vocab_size": 100}), PadParameter(parameter=name, size=100, fill=ZeroFill())]
+    if not tied:
+        edits.append(PadParameter(parameter="lm_head.weight", size=100, fill=ZeroFill()))
+    apply(Plan(method="by hand", promise="none", edits=edits), model)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert model.lm_head.weight.shape == model.model.embed_tokens.weight.shape == (100, 32)
+    assert model.model.embed_tokens.num_embeddings == model.lm_head.out_features == 100
+    assert model(input_ids=token_ids()).logits.shape[-1] == 100
+
+
+def test_on_the_meta_device_only_the_structure_changes():
+    with torch.device("meta"):
+        model = tiny_model_on_meta()
+    receipt = apply(ffn_plan(), model)
+    assert receipt.max_relative_change is None
+    assert model.model.layers[0].mlp.keys.shape == (30, 32)
+    assert model.model.layers[0].mlp.keys.is_meta
+
+
+def tiny_model_on_meta():
+    return type(tiny_model())(tiny_model().config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_tolerance_follows_the_data_type(dtype):
+    model = tiny_model(dtype=dtype)
+    receipt = apply(ffn_plan(), model)
+    assert receipt.tolerance == {torch.float64: 1e-10, torch.bfloat16: 2**-4, torch.float16: 2**-7}[dtype]
+    assert receipt.max_relative_change <= receipt.tolerance
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_two_plans_in_a_row_equal_a_model_loaded_from_disk(tmp_path):
+    model = tiny_model()
+    auxin.grow(model, ffn_tokens=30)
+    auxin.grow(model, qkv_tokens=20, regime="zero_keys")
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(loaded(input_ids=token_ids()).logits, model(input_ids=token_ids()).logits)
+
+
+def test_growing_needs_no_more_memory_than_the_new_model_and_one_tensor():
+    script = Path(__file__).parents[2] / "benchmarks" / "growth_memory.py"
+    command = [sys.executable, str(script), "--megabytes", "200", "--check", "--modes", "memory"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -1,0 +1,133 @@
+"""Plans as data: validation before anything changes, the table, YAML."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from auxin.accounting import flops_per_token
+from auxin.edits import NormalFill, PadParameter, Plan, RepeatFill, SetConfig, ZeroFill, apply, planned_config
+from auxin.edits.plan import resolve
+from auxin.errors import ConfigError, PlanError
+from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth
+from edits.models import tiny_model
+
+
+def plan_of(*edits, promise="none"):
+    return Plan(method="by hand", promise=promise, edits=list(edits))
+
+
+def pad(parameter="model.layers.*.mlp.keys", size=30, **values):
+    return PadParameter(parameter=parameter, size=size, **{"fill": ZeroFill(), **values})
+
+
+FFN_30 = SetConfig(values={"ffn_tokens": [20, 10]})
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        ([pad("model.layers.*.mlp.kyes")], r"Edit 1 .*kyes.*nearest is model\.layers\.\*\.mlp\.keys"),
+        ([pad("model.layers.7.mlp.keys")], r"nearest is model\.layers\.[01]\.mlp\.keys"),
+        ([FFN_30, pad(size=20)], r"Edit 2 .*not fit model\.layers\.0\.mlp\.keys: size 20 must be more than the 20"),
+        ([pad(axis=2)], r"axis 2 is beyond the 2 axes"),
+        ([pad(fill=RepeatFill(first=20))], r"first row to repeat 20 is beyond the 20"),
+        ([FFN_30, pad(), pad("model.layers.0.mlp.*", size=31)], r"Edit 3 .*collides with edit 2: .*0\.mlp\.keys"),
+        ([FFN_30, pad()], r"No edit: model\.layers\.0\.mlp\.values has shape \[20, 32\].*asks for \[30, 32\]"),
+        ([pad(), pad("model.layers.*.mlp.values")], r"Edit 1 .*\[30, 32\] after the plan's edits.*asks for \[20, 32\]"),
+        ([SetConfig(values={"ffn_tokns": 3})], r"Edit 1 \(set ffn_tokns = 3\): .*no value 'ffn_tokns'"),
+        ([SetConfig(values={"num_attention_heads": 5})], r"Edit 1 .*refuses it: num_attention_heads must divide"),
+        ([FFN_30, FFN_30], r"Edit 2 .*ffn_tokens was set by an earlier edit"),
+        ([SetConfig(values={"num_hidden_layers": 3})], r"other parameters than before \(model\.layers\.2\."),
+        ([pad("lm_head.weight", 99), pad("model.embed_tokens.weight", 99)], r"Edit 2 .*collides with edit 1"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_does_not_fit_is_refused_and_says_where(edits, message):
+    model = tiny_model()
+    with pytest.raises(PlanError, match=message):
+        apply(plan_of(*edits), model)
+    assert model.config.ffn_tokens == [20]
+    assert {tuple(p.shape) for p in model.model.layers[0].mlp.parameters()} == {(20, 32)}
+
+
+def test_edits_along_two_axes_of_one_parameter_do_not_collide():
+    plan = plan_of(pad(size=30), pad(size=40, axis=1), promise="none")
+    with pytest.raises(PlanError, match=r"has shape \[30, 40\]"):
+        resolve(plan, tiny_model())
+
+
+fills = st.one_of(
+    st.just(ZeroFill()),
+    st.builds(NormalFill, std=st.none() | st.floats(1e-3, 10)),
+    st.builds(RepeatFill, first=st.integers(0, 9), divide=st.booleans(), noise=st.floats(0, 1)),
+)
+edits = st.one_of(
+    st.builds(
+        SetConfig, values=st.dictionaries(st.sampled_from(["a", "b"]), st.integers() | st.lists(st.floats(0, 1)))
+    ),
+    st.builds(
+        PadParameter, parameter=st.text("abc.*", min_size=1), axis=st.integers(0, 3), size=st.integers(1), fill=fills
+    ),
+)
+
+
+@given(st.lists(edits, max_size=4), st.sampled_from(["exact", "approximate", "none"]), st.integers(0, 2**40))
+def test_a_plan_survives_yaml(tmp_path_factory, edits, promise, seed):
+    path = tmp_path_factory.mktemp("plan") / "plan.yaml"
+    plan = Plan(method="x", settings={"a": [1, None]}, promise=promise, seed=seed, edits=edits)
+    plan.to_yaml(path)
+    assert Plan.from_yaml(path) == plan
+
+
+def test_a_growth_plan_survives_yaml_and_does_the_same(tmp_path):
+    model, other = tiny_model(), tiny_model()
+    plan = plan_token_growth(model.config, TokenGrowth(ffn_tokens=40, regime="duplicate", noise=0.1, seed=3))
+    plan.to_yaml(tmp_path / "plan.yaml")
+    read = Plan.from_yaml(tmp_path / "plan.yaml")
+    assert read == plan
+    assert str(read) == str(plan)
+    apply(plan, model)
+    apply(read, other)
+    assert all(a.equal(b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_wrong_field_in_a_plan_file_is_named(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        "method: x\npromise: exact\nedits:\n- kind: pad_parameter\n  parameter: a\n  sice: 3\n  fill: {kind: zeros}\n"
+    )
+    with pytest.raises(ConfigError, match="sice"):
+        Plan.from_yaml(path)
+
+
+def test_the_table_has_one_row_for_all_layers_and_counts_what_the_model_has():
+    model = tiny_model(num_hidden_layers=3)
+    plan = plan_token_growth(model.config, TokenGrowth(ffn_tokens=50))
+    table = str(plan)
+    lines = table.splitlines()
+    row = next(line for line in lines if line.startswith("model.layers.*.mlp.keys"))
+    assert f"{3 * 20 * 32:,} -> {3 * 50 * 32:,}" in row
+    assert f"{3 * 20 * 32 * 2:,} -> {3 * 50 * 32 * 2:,}" in row
+    assert len([line for line in lines if "mlp" in line]) == 2
+    assert "exact" in lines[0]
+    flops = flops_per_token(model, 32).forward
+    parameters = model.num_parameters()
+    apply(plan, model)
+    assert f"{parameters:,} -> {model.num_parameters():,}" in lines[-1]
+    assert f"{round(flops):,} -> {round(flops_per_token(model, 32).forward):,}" in lines[-1]
+    assert flops_per_token(model, 32).forward - flops == pytest.approx(2 * 3 * 30 * 32 * 2)
+
+
+def test_a_plan_by_hand_for_single_layers_is_one_row_too():
+    plan = plan_of(FFN_30, *(pad(f"model.layers.{i}.mlp.{name}") for i in range(2) for name in ("keys", "values")))
+    rows = plan.table(tiny_model()).splitlines()
+    assert len([row for row in rows if "model.layers.*" in row]) == 2
+    assert "set ffn_tokens" in str(plan)
+
+
+def test_the_planned_config_is_that_of_the_grown_model():
+    model = tiny_model()
+    plan = plan_token_growth(model.config, TokenGrowth(qkv_tokens=30, regime="zero_keys"))
+    planned = planned_config(plan, model.config)
+    assert model.config.qkv_tokens == [12]
+    apply(plan, model)
+    assert planned.to_dict() == model.config.to_dict()
