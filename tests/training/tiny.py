@@ -84,9 +84,9 @@ def tiny_tokenformer(seed: int = 0) -> TokenFormerForCausalLM:
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "tokenformer": tiny_tokenformer}
 
 
-def poisoned_llama(seed: int = 0) -> LlamaForCausalLM:
+def poisoned_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
     """A model whose loss is nan on any batch with the poison token, and untouched by it otherwise."""
-    model = tiny_llama(seed)
+    model = tiny_llama(seed, **changes)
     with torch.no_grad():
         model.model.embed_tokens.weight[POISON] = torch.nan
     return model

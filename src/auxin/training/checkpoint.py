@@ -156,7 +156,7 @@ def prune_checkpoints(output_dir: Path, keep: Collection[str]) -> None:
 def remove_folder(folder: Path) -> None:
     """Remove a folder, if it is there, so that at no time half of it is seen under its name."""
     if folder.exists():
-        doomed = folder.with_name(f".{folder.name.lstrip('.')}.removed")
+        doomed = _aside(folder)
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
         shutil.rmtree(doomed)
@@ -313,9 +313,25 @@ def _write_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def _move_into_place(folder: Path, target: Path) -> None:
-    remove_folder(target)
-    folder.rename(target)
-    _flush(target.parent)
+    aside = _aside(target)
+    shutil.rmtree(aside, ignore_errors=True)
+    if target.exists():
+        target.rename(aside)
+    try:
+        folder.rename(target)
+    except OSError:
+        if aside.exists():
+            aside.rename(target)
+        raise
+    try:
+        _flush(target.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    """Where a folder that is about to go is moved first."""
+    return folder.with_name(f".{folder.name.lstrip('.')}.removed")
 
 
 def _flush_tree(folder: Path) -> None:

@@ -171,6 +171,8 @@ class _Loop:
             hook.attach(self.model, self.state.optimizer)
         if checkpoint is not None:
             saved = self._resume(checkpoint)
+            # A kill may have come between naming the checkpoint and removing what it made superfluous.
+            self._prune(checkpoint)
             if saved["finished"]:
                 return self._result(checkpoint, self.parent.stages[-1].loss_after, self.parent)
         else:

@@ -1,0 +1,113 @@
+"""Trains in forked children on request, so that a test can kill real processes without paying torch's start each time.
+
+Reads one JSON request per line from standard input and answers with one JSON line. The parent never computes anything:
+forking a process whose libraries have started threads would not be safe.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from auxin.errors import AuxinError
+from auxin.training import GuardSettings, train
+from training.tiny import TinyData, poisoned_llama, tiny_settings
+
+FILE_OPERATIONS = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink")
+
+
+class Mischief:
+    """A hook that hits its own process, at a given step: fills the disk, or sends signals."""
+
+    def __init__(self, request: dict) -> None:
+        self.request = request
+
+    def attach(self, model, optimizer) -> None: ...
+
+    def before_step(self, step: int) -> None:
+        if step == self.request.get("disk_full_at"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        if step == self.request.get("signal_at"):
+            for _ in range(self.request.get("times", 1)):
+                os.kill(os.getpid(), getattr(signal, self.request["signal"]))
+                time.sleep(0.01)
+
+    def after_step(self, step: int) -> None: ...
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+def count_file_operations(kill_at: int | None, report: Path) -> None:
+    """Count the calls that change names or flush files; die by SIGKILL just before number `kill_at`."""
+    calls = 0
+
+    def wrap(function):
+        def wrapped(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            report.write_text(str(calls))
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    for name in FILE_OPERATIONS:
+        setattr(os, name, wrap(getattr(os, name)))
+
+
+def child(request: dict) -> None:
+    output_dir = Path(request["output_dir"])
+    if "count" in request:
+        count_file_operations(request.get("kill_at"), Path(request["count"]))
+    settings = tiny_settings(
+        steps=17,
+        checkpoint_interval=5,
+        evaluation_interval=6,
+        log_interval=2,
+        guard=GuardSettings(action="rewind", maximum_events=9),
+    )
+    # Dropout draws from the generator whose state a checkpoint must carry; two rows are poisoned.
+    model = poisoned_llama(attention_dropout=0.2)
+    train(model, TinyData(poisoned_rows=(5, 40)), settings, output_dir, hooks=[Mischief(request)], progress=False)
+
+
+def serve(request: dict) -> dict:
+    errors = Path(request["output_dir"] + ".err")
+    pid = os.fork()
+    if pid == 0:
+        with errors.open("w") as file:
+            code = 0
+            try:
+                child(request)
+            except AuxinError as error:
+                file.write(str(error))
+                code = error.exit_code
+            except KeyboardInterrupt:
+                code = 99
+            except BaseException:
+                traceback.print_exc(file=file)
+                code = 98
+        os._exit(code)
+    if "kill_after" in request:
+        time.sleep(request["kill_after"])
+        os.kill(pid, signal.SIGKILL)
+    started = time.perf_counter()
+    _, status = os.waitpid(pid, 0)
+    waited = time.perf_counter() - started
+    return {"code": os.waitstatus_to_exitcode(status), "message": errors.read_text(), "seconds": waited}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print(json.dumps(serve(json.loads(line))), flush=True)

@@ -1,0 +1,158 @@
+"""Checkpoint folders: whole or not at all, loadable by transformers, clear about what is wrong with them."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from auxin.accounting.ledger import Ledger, StageRecord
+from auxin.errors import CheckpointError
+from auxin.training import latest_checkpoint, load_model, load_optimizer, write_checkpoint_folder
+from auxin.training.checkpoint import (
+    load_weights,
+    name_latest,
+    prune_checkpoints,
+    read_state,
+    read_tensors,
+)
+from auxin.training.optimizer import build_optimizer, optimizer_tensors
+from training.tiny import MODELS, bits, tiny_llama, tiny_settings, weights
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def with_moments(seed: int = 0):
+    model = tiny_llama(seed)
+    optimizer = build_optimizer(model, tiny_settings(steps=1))
+    ids = torch.arange(32).view(2, 16)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_transformers_loads_what_was_written(tmp_path, kind):
+    model = MODELS[kind]()
+    folder = write_checkpoint_folder(tmp_path / "c", model)
+    ids = torch.arange(16)[None]
+    expected = model.eval()(input_ids=ids).logits
+    for loaded in (load_model(folder), AutoModelForCausalLM.from_pretrained(folder)):
+        assert type(loaded) is type(model)
+        assert torch.equal(loaded.eval()(input_ids=ids).logits, expected)
+    assert load_model(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_everything_comes_back(tmp_path):
+    model, optimizer = with_moments()
+    ledger = Ledger(stages=[StageRecord(name="a", kind="build", parameters=5)])
+    folder = write_checkpoint_folder(
+        tmp_path / "c", model, ledger=ledger, optimizer=optimizer, tensors={"x": torch.arange(3)}, state={"step": 7}
+    )
+    assert Ledger.load(folder) == ledger
+    assert read_state(folder) == {"step": 7}
+    assert torch.equal(read_tensors(folder)["x"], torch.arange(3))
+    restored = load_optimizer(folder, model, tiny_settings(steps=1))
+    before, after = optimizer_tensors(model, optimizer), optimizer_tensors(model, restored)
+    assert before.keys() == after.keys()
+    assert all(bits(before[key]) == bits(after[key]) for key in before)
+    # Named as documented, in safetensors and nothing else.
+    (file,) = (folder / "training").glob("*.safetensors")
+    assert "optimizer.exp_avg_sq.model.layers.0.mlp.up_proj.weight" in load_file(file)
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    other = tiny_llama(1)
+    load_weights(folder, other)
+    assert bits(weights(other)) == bits(weights(model))
+
+
+@pytest.mark.parametrize("operation", ["fsync", "rename"])
+def test_no_failure_harms_what_was_there(tmp_path, monkeypatch, operation):
+    """Fail each call of a save in turn: the folder is the old one to the byte, or the new one."""
+    target = write_checkpoint_folder(tmp_path / "run" / "c", tiny_llama(0), state={"old": True})
+    old = contents(target)
+    new = contents(write_checkpoint_folder(tmp_path / "new" / "c", tiny_llama(1), state={"old": False}))
+    real = getattr(os, operation)
+    for failing in range(1, 100):
+        calls = 0
+
+        def fail(*arguments, failing=failing, **options):
+            nonlocal calls
+            calls += 1
+            if calls == failing:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, operation, fail)
+            try:
+                write_checkpoint_folder(target, tiny_llama(1), state={"old": False})
+                message = ""
+            except CheckpointError as error:
+                message = str(error)
+        assert [path.name for path in target.parent.iterdir()] == ["c"]
+        if calls < failing:
+            break
+        assert "No space left on device" in message
+        assert "Free space" in message
+        assert contents(target) in (old, new)
+    # The loop ended because a save went through, after each of its calls had failed once.
+    assert message == ""
+    assert failing > {"fsync": 5, "rename": 2}[operation]
+    assert contents(target) == new
+
+
+def test_latest(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    folder = write_checkpoint_folder(tmp_path / "checkpoints" / "step-00000001", tiny_llama())
+    name_latest(tmp_path, folder)
+    assert latest_checkpoint(tmp_path) == folder
+    assert (tmp_path / "latest").read_text() == "checkpoints/step-00000001\n"
+    (tmp_path / "latest").write_text("checkpoints/step-00000002\n")
+    with pytest.raises(CheckpointError, match=r"step-00000002.*does not exist.*there are: step-00000001"):
+        latest_checkpoint(tmp_path)
+
+
+def test_prune_keeps_the_named_and_sweeps_the_half_written(tmp_path):
+    for name in ("step-00000001", "step-00000002", ".step-00000003.partial"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    prune_checkpoints(tmp_path, {"step-00000002"})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("harm", "read", "message"),
+    [
+        (lambda c: shutil.rmtree(c), load_model, "does not exist"),
+        (lambda c: (c / "config.json").unlink(), load_model, "no config.json"),
+        (lambda c: (c / "config.json").write_text("{"), load_model, "can't be loaded as a causal language model"),
+        (lambda c: (c / "model.safetensors").unlink(), load_model, "can't be loaded as a causal language model"),
+        (lambda c: cut(c / "model.safetensors"), load_model, "can't be loaded as a causal language model"),
+        (lambda c: shutil.rmtree(c / "training"), read_state, "a model without training state"),
+        (lambda c: shutil.rmtree(c / "training"), read_tensors, "no optimizer state"),
+        (lambda c: cut(c / "training/state.json"), read_state, "can't be read"),
+        (lambda c: (c / "training/state.json").write_text("3"), read_state, "holds no mapping"),
+        (lambda c: cut(next((c / "training").glob("*.safetensors"))), read_tensors, "is damaged"),
+    ],
+)
+def test_a_damaged_folder_says_so(tmp_path, harm, read, message):
+    model, optimizer = with_moments()
+    folder = write_checkpoint_folder(tmp_path / "c", model, optimizer=optimizer, state={"step": 1})
+    harm(folder)
+    with pytest.raises(CheckpointError, match=message):
+        read(folder)
+
+
+def test_weights_of_another_structure_are_refused(tmp_path):
+    folder = write_checkpoint_folder(tmp_path / "c", tiny_llama(intermediate_size=96))
+    with pytest.raises(CheckpointError, match=r"mlp.down_proj.weight has shape \(32, 96\) there and \(32, 64\)"):
+        load_weights(folder, tiny_llama())

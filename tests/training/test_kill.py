@@ -1,0 +1,149 @@
+"""Real processes that are really killed, interrupted, or out of disk, and what is left of their runs."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from auxin.training import latest_checkpoint
+from training.tiny import checkpoint_bits, read_metrics
+
+TESTS = Path(__file__).parents[1]
+SOURCES = Path(__file__).parents[2] / "src"
+SIGKILLED = -9
+
+Run = Callable[..., dict]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Ask the fork server for a run."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(SOURCES), str(TESTS)]),
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(TESTS / "training" / "fork_server.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def ask(output_dir: Path, **request: object) -> dict:
+            process.stdin.write(json.dumps({"output_dir": str(output_dir), **request}) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield ask
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def alone(run, tmp_path_factory) -> tuple[Path, int, float]:
+    """The run left alone: its folder, how many file operations it made, and how long it took."""
+    folder = tmp_path_factory.mktemp("alone")
+    answer = run(folder / "run", count=str(folder / "calls"))
+    assert answer["code"] == 0, answer["message"]
+    events = [line for line in read_metrics(folder / "run") if "event" in line]
+    assert len(events) >= 2, "the run must rewind more than once to be worth killing"
+    return folder / "run", int((folder / "calls").read_text()), answer["seconds"]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Weights, moments, random state and metrics are equal to the bit."""
+    checkpoints = [latest_checkpoint(folder) for folder in (one, other)]
+    assert checkpoints[0] is not None
+    assert checkpoints[1] is not None
+    assert checkpoint_bits(checkpoints[0]) == checkpoint_bits(checkpoints[1])
+    assert read_metrics(one) == read_metrics(other)
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """As assert_same_end, and the rest of the state and the folders' contents are equal too."""
+    assert_same_end(one, other)
+    names = [sorted(path.name for path in (folder / "checkpoints").iterdir()) for folder in (one, other)]
+    assert names[0] == names[1]
+    states = [
+        json.loads((folder / "checkpoints" / names[0][-1] / "training" / "state.json").read_text())
+        for folder in (one, other)
+    ]
+    for state in states:
+        del state["state"]["seconds"], state["state"]["started_at"]
+    assert states[0] == states[1]
+
+
+def test_killed_at_random_moments_again_and_again(run, alone, tmp_path):
+    reference, _, seconds = alone
+    moments = random.Random(1)
+    longest, killed, folder = 0.6 * seconds, 0, tmp_path / "0"
+    for attempt in range(1, 9):
+        answer = run(folder, kill_after=moments.uniform(0.05, longest))
+        if answer["code"] == 0:
+            assert_same(reference, folder)
+            # The machine is quicker than it was: start over and kill sooner.
+            longest, folder = 0.6 * longest, tmp_path / str(attempt)
+        else:
+            assert answer["code"] == SIGKILLED, answer["message"]
+            killed += 1
+    assert killed >= 3
+    answer = run(folder)
+    assert answer["code"] == 0, answer["message"]
+    assert_same(reference, folder)
+
+
+def test_killed_in_the_middle_of_saving(run, alone, tmp_path):
+    """Just before a rename, a flush, a removal: moments that a random one would rarely meet."""
+    reference, calls, _ = alone
+    for kill_at in sorted(random.Random(2).sample(range(1, calls + 1), 9)):
+        folder = tmp_path / str(kill_at)
+        answer = run(folder, count=str(tmp_path / "calls"), kill_at=kill_at)
+        assert answer["code"] == SIGKILLED, answer["message"]
+        answer = run(folder)
+        assert answer["code"] == 0, f"killed at file operation {kill_at}: {answer['message']}"
+        assert_same(reference, folder)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_saves_and_says_how_to_go_on(run, alone, tmp_path, name):
+    answer = run(tmp_path / "run", signal=name, signal_at=13)
+    assert answer["code"] == 130
+    assert f"Interrupted by {name} after step 14 of 17" in answer["message"]
+    assert str(tmp_path / "run") in answer["message"]
+    checkpoint = latest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    assert checkpoint.name == "step-00000014"
+    assert run(tmp_path / "run")["code"] == 0
+    assert_same_end(alone[0], tmp_path / "run")
+
+
+def test_the_second_ctrl_c_quits_at_once(run, tmp_path):
+    answer = run(tmp_path / "run", signal="SIGINT", signal_at=13, times=2)
+    assert answer["code"] == 99
+    checkpoint = latest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    assert checkpoint.name == "step-00000010"
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(run, alone, tmp_path):
+    folder = tmp_path / "run"
+    answer = run(folder, disk_full_at=12)
+    assert answer["code"] == 1
+    assert "step-00000015 could not be saved" in answer["message"]
+    assert "File too large" in answer["message"]
+    assert "Free space" in answer["message"]
+    checkpoint = latest_checkpoint(folder)
+    assert checkpoint is not None
+    assert checkpoint.name == "step-00000010"
+    assert [path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    assert run(folder)["code"] == 0
+    assert_same(alone[0], folder)
