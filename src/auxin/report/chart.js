@@ -1,0 +1,206 @@
+"use strict";
+(() => {
+  const branches = JSON.parse(document.getElementById("data").textContent);
+  const chart = document.getElementById("chart");
+  const AXES = {
+    tokens: { title: "training tokens", hover: "%{x:.4s} tokens" },
+    flops: { title: "training FLOPs", hover: "%{x:.3e} FLOPs" },
+    seconds: { title: "wall time", hover: "%{x:.0f} s" },
+  };
+  const WIDE = 760;
+  const LABEL_HEIGHT = 17;
+  const LATE_SHARE = 0.12; // of the cost: before it the loss falls steeply and hides everything after
+  const state = { axis: "flops", range: "late", scale: "linear", training: false, hidden: new Set() };
+  const shown = () => branches.filter((branch) => !state.hidden.has(branch.name));
+  const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const isDark = () => document.documentElement.dataset.theme === "dark";
+  const hue = (branch) => (isDark() ? branch.dark : branch.light);
+
+  function traces() {
+    // The main branch is drawn last, over the others.
+    const order = [...shown()].reverse();
+    const result = [];
+    if (state.training) order.forEach((branch) => result.push(curve(branch, branch.training, true)));
+    order.forEach((branch) => result.push(curve(branch, branch.validation, false)));
+    order.forEach((branch) => { if (branch.growths.length) result.push(growths(branch)); });
+    return result;
+  }
+
+  function curve(branch, points, training) {
+    const few = points.loss.length <= 40;
+    return {
+      type: "scatter", name: branch.title, x: points[state.axis], y: points.loss, customdata: points.stage,
+      mode: training || !few ? "lines" : "lines+markers", opacity: training ? 0.4 : 1,
+      line: { color: hue(branch), width: training ? 1 : branch.main ? 3 : 2 },
+      marker: { symbol: branch.symbol, size: 6, color: hue(branch) },
+      hovertemplate: `<b>%{y:.4f}</b> ${training ? "training" : "validation"} loss<br>${AXES[state.axis].hover}` +
+        "<br>%{customdata}<extra>%{fullData.name}</extra>",
+    };
+  }
+
+  function growths(branch) {
+    return {
+      type: "scatter", mode: "markers", name: branch.title, x: branch.growths.map((growth) => growth[state.axis]),
+      y: branch.growths.map((growth) => growth.loss), customdata: branch.growths.map((growth) => growth.label),
+      marker: { symbol: "diamond", size: 13, color: hue(branch), line: { color: style("--card"), width: 2 } },
+      hovertemplate: `<b>growth</b> %{customdata} parameters<br>%{y:.4f} validation loss<br>${AXES[state.axis].hover}` +
+        "<extra>%{fullData.name}</extra>",
+    };
+  }
+
+  function ranges() {
+    const largest = Math.max(0, ...shown().flatMap((branch) => branch.validation[state.axis]));
+    const from = state.range === "late" ? LATE_SHARE * largest : 0;
+    const losses = [];
+    for (const branch of shown()) {
+      for (const points of state.training ? [branch.validation, branch.training] : [branch.validation]) {
+        points.loss.forEach((loss, index) => { if (points[state.axis][index] >= from) losses.push(loss); });
+      }
+    }
+    if (!losses.length || largest === 0) return null;
+    const transform = state.scale === "log" ? Math.log10 : (value) => value;
+    const low = transform(Math.min(...losses)), high = transform(Math.max(...losses));
+    const room = 0.06 * (high - low || 0.1);
+    return { x: [from - 0.01 * (largest - from), largest + 0.015 * (largest - from)], y: [low - room, high + room] };
+  }
+
+  /** Titles beside the ends of their curves, moved apart where they would overlap. */
+  function endLabels(range, height) {
+    const position = (loss) => {
+      const value = state.scale === "log" ? Math.log10(loss) : loss;
+      return (height * (value - range.y[0])) / (range.y[1] - range.y[0]);
+    };
+    const ends = shown().filter((branch) => branch.validation.loss.length).map((branch) => {
+      const loss = branch.validation.loss.at(-1);
+      return { branch, loss, place: Math.min(Math.max(position(loss), 0), height) };
+    }).sort((a, b) => a.place - b.place);
+    let lowest = -Infinity;
+    for (const end of ends) {
+      end.moved = Math.max(end.place, lowest);
+      lowest = end.moved + LABEL_HEIGHT * lines(end.branch.title).length + 3;
+    }
+    // What was pushed out at the top comes back down, pushing the others.
+    let highest = height;
+    for (const end of [...ends].reverse()) {
+      end.moved = Math.min(end.moved, highest);
+      highest = end.moved - LABEL_HEIGHT * lines(end.branch.title).length - 3;
+    }
+    return ends.map((end) => ({
+      xref: "paper", yref: "paper", x: 1, y: end.moved / height, xanchor: "left", yanchor: "middle", xshift: 6,
+      align: "left", showarrow: false, font: { color: hue(end.branch), size: 13 },
+      text: `${lines(end.branch.title).map(escapeText).join("<br>")} <b>${end.loss.toFixed(3)}</b>`,
+    }));
+  }
+
+  function lines(title) {
+    const result = [""];
+    for (const word of title.split(" ")) {
+      if (result.at(-1) && result.at(-1).length + word.length > 20) result.push("");
+      result[result.length - 1] += (result.at(-1) ? " " : "") + word;
+    }
+    return result;
+  }
+
+  const escapeText = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+
+  function growthLabels(range) {
+    const inside = (growth) => !range || (growth[state.axis] >= range.x[0] && growth[state.axis] <= range.x[1]);
+    return shown().filter((branch) => branch.main).flatMap((branch) => branch.growths.filter(inside).map((growth) => ({
+      x: growth[state.axis], y: state.scale === "log" ? Math.log10(growth.loss) : growth.loss, text: growth.label,
+      showarrow: true, arrowhead: 0, arrowwidth: 1, arrowcolor: style("--soft"), ax: 26, ay: -34, xanchor: "left",
+      standoff: 8, font: { size: 12, color: style("--soft") },
+    })));
+  }
+
+  function timeTicks(largest) {
+    const steps = [1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 28800, 43200, 86400];
+    let step = steps.find((candidate) => largest / candidate <= 8);
+    if (!step) step = 86400 * Math.ceil(largest / 86400 / 8);
+    const [unit, name] = step >= 86400 ? [86400, "d"] : step >= 3600 ? [3600, "h"] : step >= 60 ? [60, "min"] : [1, "s"];
+    const values = Array.from({ length: Math.floor(largest / step) + 1 }, (_, index) => index * step);
+    return { tickvals: values, ticktext: values.map((value) => (value ? `${+(value / unit).toFixed(1)} ${name}` : "0")) };
+  }
+
+  function layout() {
+    const wide = chart.clientWidth >= WIDE;
+    const range = ranges();
+    const margin = { l: 58, r: wide ? 190 : 14, t: 18, b: 52 };
+    const axis = {
+      gridcolor: style("--line"), linecolor: style("--line"), zeroline: false, tickcolor: style("--line"),
+      exponentformat: "power", automargin: false,
+    };
+    const ticks = state.axis === "seconds" && range ? timeTicks(range.x[1]) : state.axis === "tokens" ? { exponentformat: "SI" } : {};
+    return {
+      font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: style("--soft") },
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, margin, hovermode: "closest",
+      hoverlabel: { bgcolor: style("--card"), bordercolor: style("--line"), font: { color: style("--ink") }, align: "left" },
+      xaxis: { ...axis, ...ticks, title: { text: `${AXES[state.axis].title}, ancestors included`, standoff: 12 }, range: range?.x },
+      yaxis: {
+        ...axis, title: { text: "loss, nats per token", standoff: 8 }, type: state.scale, range: range?.y,
+        ...(state.scale === "log" ? { nticks: 8, minor: { showgrid: false }, tickformat: ".2~f" } : {}),
+      },
+      annotations: range
+        ? [...growthLabels(range), ...(wide ? endLabels(range, chart.clientHeight - margin.t - margin.b) : [])]
+        : [{ text: "no loss was measured", xref: "paper", yref: "paper", x: 0.5, y: 0.5, showarrow: false }],
+    };
+  }
+
+  function draw() {
+    document.querySelectorAll("[data-setting]").forEach((group) => {
+      group.querySelectorAll("button").forEach((button) => {
+        button.setAttribute("aria-pressed", String(state[group.dataset.setting] === button.dataset.value));
+      });
+    });
+    Plotly.react(chart, traces(), layout(), {
+      displaylogo: false, responsive: false, displayModeBar: "hover",
+      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+    });
+  }
+
+  function pressable(button, press) {
+    button.addEventListener("click", () => { press(); draw(); });
+  }
+
+  document.querySelectorAll("[data-setting] button").forEach((button) => {
+    pressable(button, () => { state[button.parentElement.dataset.setting] = button.dataset.value; });
+  });
+  const training = document.getElementById("training");
+  pressable(training, () => {
+    state.training = !state.training;
+    training.setAttribute("aria-pressed", String(state.training));
+  });
+  branches.forEach((branch, index) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.setAttribute("aria-pressed", "true");
+    button.style.setProperty("--hue", `var(--branch-${index})`);
+    button.innerHTML = '<span class="swatch"></span>';
+    button.append(branch.title);
+    pressable(button, () => {
+      if (!state.hidden.delete(branch.name)) state.hidden.add(branch.name);
+      button.setAttribute("aria-pressed", String(!state.hidden.has(branch.name)));
+    });
+    document.getElementById("legend").append(button);
+  });
+  const copy = document.getElementById("copy");
+  copy.addEventListener("click", async () => {
+    const command = document.getElementById("command");
+    try {
+      await navigator.clipboard.writeText(command.textContent);
+      copy.textContent = "Copied";
+      setTimeout(() => { copy.textContent = "Copy"; }, 1500);
+    } catch {
+      // Pages from disk may not write to the clipboard: select the text, so that one key press copies it.
+      getSelection().selectAllChildren(command);
+    }
+  });
+  let width = 0;
+  new ResizeObserver(() => {
+    if (chart.clientWidth !== width) {
+      width = chart.clientWidth;
+      draw();
+    }
+  }).observe(chart);
+  window.addEventListener("themechange", draw);
+  draw();
+})();

@@ -1,0 +1,70 @@
+"""What a run shows, as sentences made of its numbers; also that growing lost, where it did."""
+
+from auxin.accounting.results import BranchResult, GrowthPoint, RunResults
+from auxin.report.formatting import change, decimal, difference, power, short
+
+EXACT_CHANGE = 1e-5
+"""Largest change of the held-out loss, in nats per token, at a growth that kept its promise to be exact."""
+SAME_COST = 0.02
+"""Relative difference of costs up to which two branches are said to have cost the same."""
+TIE = 0.005
+"""Difference of losses, in nats per token, up to which they are said to be equal."""
+
+
+def main_result(results: RunResults) -> BranchResult | None:
+    """The branch that the others are compared with; None where it is missing."""
+    return next((branch for branch in results.branches if branch.name == results.main_branch), None)
+
+
+def headline(results: RunResults) -> str:
+    """One sentence: what the main branch reached, against each of the others."""
+    main = main_result(results)
+    if main is None:
+        return "The main branch has no results yet."
+    if difference(main.validation_loss, 0.0) is None:
+        return f"{main.title} has no final validation loss: the run is not finished, or it failed."
+    reached = (
+        f"{main.title} reached {decimal(main.validation_loss, 3)} nats per token for {power(main.flops)} training FLOPs"
+    )
+    clauses = [
+        _comparison(main, other)
+        for other in results.branches
+        if other.name != main.name and difference(other.validation_loss, 0.0) is not None
+    ]
+    return f"{reached}{': ' if clauses else ''}{'; '.join(clauses)}."
+
+
+def standing(main: BranchResult, other: BranchResult) -> str | None:
+    """Whether `main` is "ahead", "behind" or "level" in final loss; None where one has none."""
+    gap = difference(main.validation_loss, other.validation_loss)
+    if gap is None:
+        return None
+    return "level" if abs(gap) <= TIE else "ahead" if gap < 0 else "behind"
+
+
+def growth_sentence(results: RunResults) -> str | None:
+    """Whether the growths of the main branch kept their promise; None where there was none to keep."""
+    main = main_result(results)
+    promised = [growth for growth in main.growths if growth.promise == "exact"] if main else []
+    changes = [abs(value) for growth in promised if (value := growth.change) is not None]
+    if not changes:
+        return None
+    largest = max(changes)
+    if largest < EXACT_CHANGE:
+        at_most = "did not change at all" if largest == 0 else f"changed by at most {change(largest).lstrip('+')} nats"
+        times = "growth" if len(changes) == 1 else f"{len(changes)} growths"
+        return f"At the {times} from {_sizes(promised)} parameters the validation loss {at_most}."
+    return f"A growth that promised to be exact changed the validation loss by {change(largest).lstrip('+')} nats."
+
+
+def _sizes(growths: list[GrowthPoint]) -> str:
+    return " to ".join([short(growths[0].parameters_before), *(short(g.parameters_after) for g in growths)])
+
+
+def _comparison(main: BranchResult, other: BranchResult) -> str:
+    gap = difference(main.validation_loss, other.validation_loss) or 0.0
+    words = {"level": "level with", "ahead": "below", "behind": "above"}[standing(main, other) or "level"]
+    amount = "" if words == "level with" else f"{abs(gap):.3f} "
+    ratio = other.flops / main.flops if main.flops else float("nan")
+    cost = "" if abs(ratio - 1) <= SAME_COST or ratio != ratio else f", which cost {ratio:.2f} times as much"
+    return f"{amount}{words} {other.title}{cost}"

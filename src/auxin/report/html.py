@@ -1,0 +1,114 @@
+"""The report of a run as one HTML file that needs no network."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from auxin.accounting.results import BranchResult, GrowthPoint, RunResults
+from auxin.report import formatting
+from auxin.report.curves import branch_colours, branch_order, chart_data
+from auxin.report.findings import EXACT_CHANGE, growth_sentence, headline, main_result, standing
+from auxin.report.lineage import lineage
+
+TEMPLATE = "report.html"
+SCRIPT = "chart.js"
+
+
+def write_report(results: RunResults, path: str | Path) -> Path:
+    """Write the report of `results` to `path`, whole or not at all.
+
+    The page holds everything it shows, its chart library included (about 5 MB), follows the light or dark setting of
+    the reader's system, and prints. What was not measured appears as a dash.
+    """
+    return write_whole(Path(path), render_report(results))
+
+
+def render_report(results: RunResults) -> str:
+    """The report's HTML."""
+    environment = Environment(
+        loader=PackageLoader("auxin.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for name in ("exact", "short", "power", "duration", "decimal", "signed", "change"):
+        environment.filters[name] = getattr(formatting, name)
+    main = main_result(results)
+    return environment.get_template(TEMPLATE).render(
+        results=results,
+        headline=headline(results),
+        growth_sentence=growth_sentence(results),
+        rows=[_row(branch, main) for branch in branch_order(results)],
+        best=_best(results),
+        growths=_growth_rows(results),
+        trees=lineage(results),
+        titles={branch.name: branch.title for branch in results.branches},
+        colours=branch_colours(results),
+        chart=_script_json(chart_data(results)),
+        order={branch.name: index for index, branch in enumerate(branch_order(results))},
+        plotly=Markup(get_plotlyjs()),
+        script=Markup(files("auxin.report").joinpath(SCRIPT).read_text(encoding="utf-8")),
+        fork_of={branch.name: branch.parent for branch in results.branches},
+    )
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write `text` so that a reader of `path` sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _row(branch: BranchResult, main: BranchResult | None) -> dict[str, Any]:
+    """One line of the table; `gap` is how far the branch's loss lies from the main one's."""
+    other = main is not None and branch.name != main.name
+    return {
+        "branch": branch,
+        "gap": formatting.difference(branch.validation_loss, main.validation_loss) if main and other else None,
+        "standing": standing(main, branch) if main and other else None,
+    }
+
+
+def _best(results: RunResults) -> float | None:
+    losses = [b.validation_loss for b in results.branches if formatting.is_number(b.validation_loss)]
+    return min((loss for loss in losses if loss is not None), default=None)
+
+
+def _growth_rows(results: RunResults) -> list[dict[str, Any]]:
+    """Every growth once, in the branch that did it; a fork's results repeat those of its parent."""
+    rows: list[dict[str, Any]] = []
+    seen: set[tuple[str, int, float]] = set()
+    for branch in branch_order(results):
+        for growth in branch.growths:
+            key = (growth.stage, growth.tokens, growth.flops)
+            if key not in seen:
+                seen.add(key)
+                rows.append({"title": branch.title, "growth": growth, "verdict": _verdict(growth)})
+    return rows
+
+
+def _verdict(growth: GrowthPoint) -> str:
+    """What became of the promise: "kept", "broken", "none" (nothing exact was promised) or "unknown"."""
+    change = formatting.difference(growth.loss_after, growth.loss_before)
+    if growth.promise != "exact":
+        return "none"
+    if change is None:
+        return "unknown"
+    return "kept" if abs(change) < EXACT_CHANGE else "broken"
+
+
+def _script_json(value: Any) -> Markup:
+    """JSON for a script element: no text in it can end the element."""
+    text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))

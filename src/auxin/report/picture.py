@@ -1,0 +1,204 @@
+"""A static picture of a run: validation loss against training FLOPs, as SVG that reads on white and on black."""
+
+import math
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+from xml.sax.saxutils import escape
+
+from auxin.accounting.results import BranchResult, CurvePoint, RunResults
+from auxin.report.curves import branch_colours, branch_order, drawable_growths, growth_label, points
+from auxin.report.formatting import SUPERSCRIPTS
+from auxin.report.html import write_whole
+
+WIDTH, HEIGHT = 880, 460
+LEFT, RIGHT, TOP, BOTTOM = 62, 236, 50, 56
+TEXT, GRID = "#7d8590", "#7d8590"
+"""A grey of at least 3.5:1 on white and on black; the grid has it almost transparent."""
+LATE_SHARE = 0.12
+"""Share of the costs that is left out at the start, where the loss falls steeply and hides what comes after."""
+LABEL_HEIGHT = 34
+LABEL_CHARACTERS = 30
+
+
+def write_chart_svg(results: RunResults, path: str | Path) -> Path:
+    """Write the picture to `path`, whole or not at all; no font, script or image from elsewhere is needed."""
+    return write_whole(Path(path), chart_svg(results))
+
+
+def chart_svg(results: RunResults) -> str:
+    """The picture's SVG."""
+    order = branch_order(results)
+    curves = {branch.name: measured for branch in order if (measured := points(branch, "validation_loss"))}
+    body = [_text(LEFT, 24, results.title, size=17, weight=600)]
+    plane = _Plane.around(curves)
+    if plane is None:
+        body.append(_text(WIDTH / 2, HEIGHT / 2, "no loss was measured", anchor="middle"))
+    else:
+        colours = {name: colour.both for name, colour in branch_colours(results).items()}
+        body += _axes(plane)
+        drawn = [branch for branch in reversed(order) if branch.name in curves]
+        body += [_curve(plane, branch, curves[branch.name], colours[branch.name], results) for branch in drawn]
+        for branch in drawn:
+            body += _growths(plane, branch, colours[branch.name], labelled=branch.name == results.main_branch)
+        body += _labels(plane, drawn, curves, colours)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        'role="img" font-family="system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif" '
+        f'font-size="13">\n<title>{escape(results.title)}: validation loss against training FLOPs</title>\n'
+        + "\n".join(body)
+        + "\n</svg>\n"
+    )
+
+
+class _Plane(NamedTuple):
+    """From costs and losses to places in the picture."""
+
+    left: float
+    right: float
+    low: float
+    high: float
+
+    @classmethod
+    def around(cls, curves: dict[str, list[CurvePoint]]) -> "_Plane | None":
+        """The late part of all curves; None when there is nothing to draw."""
+        largest = max((point.flops for curve in curves.values() for point in curve), default=0.0)
+        if largest <= 0:
+            return None
+        left = LATE_SHARE * largest
+        losses = [
+            loss
+            for curve in curves.values()
+            for point in curve
+            if point.flops >= left and (loss := point.validation_loss) is not None
+        ]
+        room = 0.06 * (max(losses) - min(losses) or 0.1)
+        return cls(left, largest, min(losses) - room, max(losses) + room)
+
+    def x(self, flops: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (flops - self.left) / (self.right - self.left)
+
+    def y(self, loss: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (self.high - loss) / (self.high - self.low)
+
+
+def _axes(plane: _Plane) -> list[str]:
+    parts = []
+    for loss in _ticks(plane.low, plane.high):
+        y = plane.y(loss)
+        parts.append(_line(LEFT, y, WIDTH - RIGHT, y, opacity=0.22))
+        parts.append(_text(LEFT - 8, y + 4.5, f"{loss:.6g}", anchor="end"))
+    ticks = _ticks(plane.left, plane.right)
+    exponent = math.floor(math.log10(plane.right))
+    for flops in ticks:
+        x = plane.x(flops)
+        parts.append(_line(x, HEIGHT - BOTTOM, x, HEIGHT - BOTTOM + 5, opacity=0.6))
+        parts.append(_text(x, HEIGHT - BOTTOM + 21, f"{flops / 10**exponent:.3g}", anchor="middle"))
+    parts.append(_line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, opacity=0.6))
+    power = f"10{str(exponent).translate(SUPERSCRIPTS)}"
+    parts.append(
+        _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, f"training FLOPs × {power}, ancestors included", anchor="middle")
+    )
+    middle = (TOP + HEIGHT - BOTTOM) / 2
+    title = _text(0, 0, "validation loss, nats per token", anchor="middle")
+    parts.append(f'<g transform="translate(15 {middle:.0f}) rotate(-90)">{title}</g>')
+    return parts
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers between `low` and `high`, about five."""
+    rough = (high - low) / 5
+    scale = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * scale for factor in (1, 2, 5, 10) if factor * scale >= rough)
+    return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _curve(plane: _Plane, branch: BranchResult, measured: list[CurvePoint], colour: str, results: RunResults) -> str:
+    # The last point before the visible part is kept at its edge, so that no curve begins in the middle of nowhere.
+    visible = _clip([(point.flops, point.validation_loss or 0.0) for point in measured], plane)
+    path = " ".join(f"{plane.x(x):.1f},{plane.y(y):.1f}" for x, y in visible)
+    width = 3.2 if branch.name == results.main_branch else 2
+    return (
+        f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}" stroke-linejoin="round" '
+        'stroke-linecap="round"/>'
+    )
+
+
+def _clip(curve: list[tuple[float, float]], plane: _Plane) -> list[tuple[float, float]]:
+    """The part of `curve` that lies in the plane, begun on its edge."""
+    result: list[tuple[float, float]] = []
+    previous: tuple[float, float] | None = None
+    for x, y in curve:
+        if x >= plane.left:
+            if previous is not None and previous[0] < plane.left:
+                share = (plane.left - previous[0]) / (x - previous[0])
+                entry = previous[1] + share * (y - previous[1])
+                if entry <= plane.high:
+                    result.append((plane.left, entry))
+            result.append((x, y))
+        previous = (x, y)
+    return result
+
+
+def _growths(plane: _Plane, branch: BranchResult, colour: str, labelled: bool) -> list[str]:
+    parts = []
+    for growth in drawable_growths(branch):
+        loss = growth.loss_after
+        if loss is None or growth.flops < plane.left or not plane.low <= loss <= plane.high:
+            continue
+        x, y = plane.x(growth.flops), plane.y(loss)
+        parts.append(f'<path d="M{x:.1f} {y - 7.5:.1f}l7.5 7.5l-7.5 7.5l-7.5 -7.5z" fill="{colour}"/>')
+        if labelled:
+            parts.append(_line(x + 4, y - 9, x + 16, y - 26, opacity=0.7))
+            parts.append(_text(x + 19, y - 28, growth_label(growth)))
+    return parts
+
+
+def _labels(
+    plane: _Plane, branches: list[BranchResult], curves: dict[str, list[CurvePoint]], colours: dict[str, str]
+) -> list[str]:
+    """Title and last loss of every branch beside the end of its curve, moved apart where they would overlap."""
+    order = sorted(branches, key=lambda branch: curves[branch.name][-1].validation_loss or 0.0, reverse=True)
+    places = [plane.y(curves[branch.name][-1].validation_loss or 0.0) for branch in order]
+    parts = []
+    for branch, place, moved in zip(order, places, _spread(places), strict=True):
+        end, colour = curves[branch.name][-1], colours[branch.name]
+        x = plane.x(end.flops)
+        parts.append(f'<circle cx="{x:.1f}" cy="{place:.1f}" r="3.5" fill="{colour}"/>')
+        parts.append(
+            f'<polyline points="{x + 6:.1f},{place:.1f} {WIDTH - RIGHT + 12},{moved:.1f} {WIDTH - RIGHT + 17},{moved:.1f}" '
+            f'fill="none" stroke="{colour}" stroke-opacity="0.6"/>'
+        )
+        lines = textwrap.wrap(branch.title, LABEL_CHARACTERS)[:2]
+        lines[-1] += f"  {end.validation_loss:.3f}"
+        for index, line in enumerate(lines):
+            y = moved + 4.5 + 16 * (index - (len(lines) - 1) / 2)
+            parts.append(_text(WIDTH - RIGHT + 22, y, line, colour=colour, weight=600))
+    return parts
+
+
+def _spread(places: list[float]) -> list[float]:
+    """Ascending places, moved as little down and then up as keeps labels apart and inside the picture."""
+    moved: list[float] = []
+    for place in places:
+        moved.append(max(place, moved[-1] + LABEL_HEIGHT) if moved else place)
+    limit = float(HEIGHT - BOTTOM)
+    for index in reversed(range(len(moved))):
+        moved[index] = min(moved[index], limit)
+        limit = moved[index] - LABEL_HEIGHT
+    return moved
+
+
+def _text(
+    x: float, y: float, text: str, size: int = 13, anchor: str = "start", weight: int = 400, colour: str = TEXT
+) -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" font-size="{size}" text-anchor="{anchor}" '
+        f'font-weight="{weight}">{escape(text)}</text>'
+    )
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, opacity: float) -> str:
+    return (
+        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{GRID}" stroke-opacity="{opacity}"/>'
+    )
