@@ -16,7 +16,7 @@ FLOORS = [
     {"data", "models"},
     {"edits", "evaluation", "report"},
     {"methods", "training"},
-    {"recipes"},
+    {"recipes", "doctor"},
     {"cli"},
     {"__main__"},
 ]
@@ -72,8 +72,9 @@ def test_modules_form_no_cycle():
         relative = path.relative_to(ROOT).with_suffix("")
         parts = relative.parts[:-1] if relative.name == "__init__" else relative.parts
         graph[".".join(("auxin", *parts))] = imported_modules(path)
+    # `from package import room` imports the room; `from room import name` the room that holds the name.
     resolved = {
-        module: {other for name in names for other in (name, name.rpartition(".")[0]) if other in graph} - {module}
+        module: {name if name in graph else name.rpartition(".")[0] for name in names} & set(graph) - {module}
         for module, names in graph.items()
     }
     # A package's face imports its rooms; a room that imports its own face's names would be a circle.

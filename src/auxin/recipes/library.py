@@ -1,6 +1,7 @@
 """Find a recipe: by the name of a built-in one or by its file; and change single values of it."""
 
 import contextlib
+import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import yaml
 
 from auxin.errors import ConfigError, unknown_name
+from auxin.models.tokenformer.presets import PRESETS
 from auxin.recipes.schema import Recipe
 
 BUILTIN = files("auxin.recipes") / "builtin"
@@ -51,6 +53,63 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
     for override in overrides or []:
         apply_override(values, override)
     return Recipe.parse(values, source=name_or_path)
+
+
+def training_recipe(
+    model: str, corpus: dict[str, Any], training: dict[str, Any], seed: int = 0, overrides: list[str] | None = None
+) -> Recipe:
+    """The recipe of one branch that trains one model.
+
+    Args:
+        model: a preset's name, a checkpoint's folder (its moments, books and tokenizer are taken over), or a
+            `config.json`.
+        corpus: fields of CorpusSettings; None values are left out.
+        training: fields of TrainingSettings, the budget among them; None values are left out.
+        seed: the recipe's seed.
+        overrides: as for `load_recipe`.
+
+    Raises:
+        ConfigError: there is no such model, or a field is unknown or wrong.
+    """
+    corpus = {key: value for key, value in corpus.items() if value is not None}
+    path = Path(model)
+    if path.is_dir():
+        build: dict[str, Any] = {"checkpoint": model}
+        corpus.setdefault("tokenizer", model)
+    elif path.suffix == ".json":
+        build = _configured(path)
+    elif model.lower() in PRESETS:
+        build = {"preset": model}
+    else:
+        raise ConfigError(
+            f"--model {model!r} is no folder and no config.json. " + unknown_name("preset", model.lower(), PRESETS)
+        )
+    stages = [
+        {"kind": "build", **build},
+        {"kind": "train", "name": "train"},
+    ]
+    values = {
+        "name": "train",
+        "title": f"Train {path.name}",
+        "seed": seed,
+        "corpus": corpus,
+        "training": {key: value for key, value in training.items() if value is not None},
+        "branches": [{"name": "main", "title": path.name, "stages": stages}],
+    }
+    for override in overrides or []:
+        apply_override(values, override)
+    return Recipe.parse(values)
+
+
+def _configured(path: Path) -> dict[str, Any]:
+    """The fields of a build stage from a config.json."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"--model {path} can't be read: {error}. Give a model's config.json.") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ConfigError(f"--model {path} has no model_type: it is no config of a transformers model.")
+    return {"model_type": config.pop("model_type"), "config": {k: v for k, v in config.items() if k != "vocab_size"}}
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

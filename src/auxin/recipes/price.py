@@ -2,10 +2,11 @@
 
 from transformers import PreTrainedConfig
 
-from auxin.accounting import FlopsPerToken, count_parameters, flops_per_token, training_memory
+from auxin.accounting import FlopsPerToken, Ledger, count_parameters, flops_per_token, training_memory
+from auxin.accounting.ledger import LEDGER_FILE
 from auxin.accounting.memory import TrainingMemory
 from auxin.edits.structure import skeleton
-from auxin.recipes.schema import Branch, Recipe, TrainStage
+from auxin.recipes.schema import Branch, BuildStage, Recipe, TrainStage
 from auxin.recipes.structure import Structures, resolve_structures
 from auxin.settings import Settings
 
@@ -90,6 +91,12 @@ class _Pricing:
         for stage in branch.stages:
             config = self.structures[branch.name][stage.name]
             parameters, per_token = self._cost(config)
+            if (
+                isinstance(stage, BuildStage)
+                and stage.checkpoint is not None
+                and (stage.checkpoint / LEDGER_FILE).exists()
+            ):
+                flops = Ledger.load(stage.checkpoint).total_flops
             price = StagePrice(branch=branch.name, stage=stage.name, kind=stage.kind, parameters=parameters)
             if isinstance(stage, TrainStage):
                 budget = totals[stage.flops_of] - flops if stage.flops_of is not None else None

@@ -12,22 +12,24 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from auxin.accounting import Ledger, StageRecord, count_parameters
+from auxin.accounting.ledger import LEDGER_FILE
 from auxin.accounting.results import RunResults
 from auxin.data import PackedData, prepare
 from auxin.edits import apply_to_checkpoint
 from auxin.edits.checkpoint import TRAINING_FOLDER
-from auxin.errors import ConfigError
+from auxin.errors import CheckpointError, ConfigError
 from auxin.evaluation import evaluate_loss
 from auxin.methods.grow.tokenformer import OldTokenRates, TauAnneal, plan_token_growth
 from auxin.recipes.results import collect_results
 from auxin.recipes.schema import Branch, BuildStage, EvaluateStage, GrowStage, Recipe, Stage, TrainStage
 from auxin.recipes.structure import Structures, growth_settings, resolve_structures
-from auxin.report import write_report
+from auxin.report import write_chart_svg, write_report
 from auxin.settings import Settings
 from auxin.training import load_model, train, write_checkpoint_folder
 
 RECIPE_FILE = "recipe.yaml"
 OUTCOME_FILE = "stage.json"
+RESULTS_FILE = "results.json"
 
 Announce = Callable[[str], None]
 """Takes one line for the person who waits."""
@@ -103,9 +105,29 @@ def run_recipe(recipe: Recipe, output: str | Path, command: str, announce: Annou
         run_branch(run, branch)
     finals = {branch.name: run.final_checkpoint(branch.name) for branch in recipe.branches}
     results = collect_results(recipe, directory, data, finals, command)
-    write_atomically(directory / "results.json", results.model_dump_json(indent=2) + "\n")
-    write_report(results, directory / "report.html")
+    write_atomically(directory / RESULTS_FILE, results.model_dump_json(indent=2) + "\n")
+    rewrite_report(directory)
     return results
+
+
+def rewrite_report(directory: str | Path) -> list[Path]:
+    """Write `report.html` and `chart.svg` of the run in `directory` from its `results.json`; returns their paths.
+
+    Raises:
+        CheckpointError: the folder holds no finished run.
+    """
+    directory = Path(directory)
+    try:
+        values = json.loads((directory / RESULTS_FILE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{directory}/{RESULTS_FILE} can't be read ({error}). Give the folder of a finished run."
+        ) from error
+    results = RunResults.parse(values, source=f"{directory}/{RESULTS_FILE}")
+    paths = [directory / "report.html", directory / "chart.svg"]
+    write_report(results, paths[0])
+    write_chart_svg(results, paths[1])
+    return paths
 
 
 def vocabulary_fields(data: PackedData) -> dict[str, int]:
@@ -171,7 +193,9 @@ def run_stage(run: Run, stage: Stage, directory: Path, previous: Path | None, co
 
 
 def build(run: Run, stage: BuildStage, directory: Path, config: PreTrainedConfig) -> Path:
-    """Make a model with random weights from the recipe's seed."""
+    """Make a model with random weights from the recipe's seed, or take over a checkpoint."""
+    if stage.checkpoint is not None:
+        return adopt(run, stage, stage.checkpoint, directory / "checkpoint")
     with torch.random.fork_rng():
         torch.manual_seed(run.recipe.seed)
         model = AutoModelForCausalLM.from_config(config)
@@ -179,6 +203,19 @@ def build(run: Run, stage: BuildStage, directory: Path, config: PreTrainedConfig
     return write_checkpoint_folder(
         directory / "checkpoint", model=model, tokenizer=run.data.tokenizer(), ledger=Ledger().append(record)
     )
+
+
+def adopt(run: Run, stage: BuildStage, source: Path, output: Path) -> Path:
+    """Copy the checkpoint `source` into the run, its moments and books along with it."""
+    ledger = Ledger.load(source) if (source / LEDGER_FILE).exists() else Ledger()
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    parameters = count_parameters(load_model(partial)).total
+    note = f"started from {source}"
+    ledger.append(StageRecord(name=stage.name, kind="build", parameters=parameters, notes=[note])).save(partial)
+    partial.replace(output)
+    return output
 
 
 def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path) -> Path:

@@ -1,5 +1,6 @@
 """What a recipe file says: stages in branches, and what the branches are compared by."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -14,7 +15,7 @@ BUDGETS = ("steps", "tokens", "flops", "flops_of")
 
 
 class BuildStage(Settings):
-    """Start a branch with a new model."""
+    """Start a branch: with a new model, or with a checkpoint whose moments and books are carried along."""
 
     kind: Literal["build"]
     name: str = "build"
@@ -26,6 +27,8 @@ class BuildStage(Settings):
     """Fields of the model's config; the vocabulary and the special tokens come from the corpus."""
     pad_to_multiple_of: int = Field(default=1, ge=1)
     """Rows of the embedding table are padded to a multiple of this; rows beyond the tokenizer's are unused."""
+    checkpoint: Path | None = None
+    """A checkpoint folder to start from; any local Hugging Face causal language model."""
     like: str | None = None
     """Build the structure that this branch ends with: the final size from scratch."""
     parameters_of: str | None = None
@@ -33,10 +36,10 @@ class BuildStage(Settings):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        given = [name for name in ("preset", "model_type", "like") if getattr(self, name) is not None]
+        given = [name for name in ("preset", "model_type", "checkpoint", "like") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"a build stage takes exactly one of preset, model_type and like; given: {given or 'none'}"
+                f"a build stage takes exactly one of preset, model_type, checkpoint and like; given: {given or 'none'}"
             )
         if self.parameters_of is not None and self.model_type is None:
             raise ValueError("parameters_of goes with model_type")

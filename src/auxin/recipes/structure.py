@@ -11,6 +11,7 @@ from auxin.edits import planned_config
 from auxin.edits.structure import edited_config, skeleton
 from auxin.errors import ConfigError, PlanError
 from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth, token_growth_to
+from auxin.models.loading import load_config
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.models.tokenformer.presets import preset_config
 from auxin.recipes.schema import BuildStage, GrowStage, Recipe
@@ -71,6 +72,8 @@ def _built_config(stage: BuildStage, structures: Structures, vocabulary: dict[st
         vocabulary = {**vocabulary, "vocab_size": rows}
     if stage.like is not None:
         return _ungrown(final_config(structures, stage.like))
+    if stage.checkpoint is not None:
+        return load_config(stage.checkpoint)
     if stage.preset is not None:
         return edited_config(preset_config(stage.preset), {**vocabulary, **stage.config})
     try:

@@ -1,0 +1,109 @@
+"""A recipe says what it means or is refused with the field, the value and the mend, before any work starts."""
+
+import copy
+
+import pytest
+import yaml
+
+from auxin.accounting import count_parameters
+from auxin.edits.structure import skeleton
+from auxin.errors import ConfigError, PlanError
+from auxin.models.tokenformer import TokenFormerConfig
+from auxin.recipes import Recipe, builtin_recipes, load_recipe, price_recipe
+from auxin.recipes.structure import final_config, match_parameters, resolve_structures
+
+DEMO = yaml.safe_load(load_recipe.__globals__["BUILTIN"].joinpath("demo.yaml").read_text())
+
+
+def changed(**changes):
+    """The demo's values with dotted keys (dots written as two underscores) set, or removed by None."""
+    values = copy.deepcopy(DEMO)
+    for key, value in changes.items():
+        *path, last = [int(part) if part.isdigit() else part for part in key.split("__")]
+        target = values
+        for part in path:
+            target = target[part]
+        target[last] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainning": {}}, "trainning: unknown field. Did you mean 'training'"),
+        ({"corpus__vocabsize": 512}, "Did you mean 'vocab_size'"),
+        ({"corpus__source": "web"}, "corpus.source"),
+        ({"branches__0__stages__2__tokens__ffn_token": 9}, "Did you mean 'ffn_tokens'"),
+        ({"branches__0__stages__1__settings": {"step": 5}}, "exactly one of steps, tokens, flops, flops_of"),
+        ({"branches__0__stages__1__settings": {"steps": 5, "learning_rat": 1}}, "Did you mean 'learning_rate'"),
+        ({"branches__1__fork": "grwn/base"}, "Did you mean 'grown'"),
+        ({"branches__1__fork": "grown/bse"}, "Did you mean 'base'"),
+        ({"branches__1__stages__0__flops_of": "dense"}, "Unknown branch 'dense'"),
+        ({"branches__2__name": "grown"}, "stands twice"),
+        ({"branches__1__fork": None}, "begins with one build stage"),
+        ({"branches__0__stages__0__preset": "124m"}, "exactly one of preset, model_type, checkpoint and like"),
+        ({"main_branch": "growm"}, "Did you mean 'grown'"),
+    ],
+)
+def test_a_wrong_recipe_names_the_field_and_the_mend(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        Recipe.parse(changed(**changes))
+
+
+def test_builtin_recipes_are_valid():
+    assert set(builtin_recipes()) == {"demo", "tokenformer-124m-to-1.4b"}
+
+
+def test_the_demo_is_priced_at_equal_flops():
+    price = price_recipe(load_recipe("demo"))
+    for flops in price.branch_flops.values():
+        assert flops == pytest.approx(price.branch_flops["grown"], rel=2e-3)
+    assert str(price).count("\n") == 1 + len(price.stages) + 1 + len(price.branch_flops)
+
+
+def test_unknown_recipes_and_overrides_are_named():
+    with pytest.raises(ConfigError, match="Did you mean 'demo'"):
+        load_recipe("dmo")
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_recipe("nowhere/demo.yaml")
+    with pytest.raises(ConfigError, match="no key=value"):
+        load_recipe("demo", ["seed"])
+    with pytest.raises(ConfigError, match="no index"):
+        load_recipe("demo", ["branches.9.name=x"])
+    recipe = load_recipe("demo", ["seed=3", "training.learning_rate=1e-3", "branches.0.title=A"])
+    assert (recipe.seed, recipe.training["learning_rate"], recipe.branches[0].title) == (3, 1e-3, "A")
+
+
+def test_structures_are_known_before_training():
+    structures = resolve_structures(load_recipe("demo"), {"vocab_size": 512})
+    grown, scratch = final_config(structures, "grown"), final_config(structures, "scratch")
+    assert isinstance(grown, TokenFormerConfig)
+    assert list(grown.ffn_tokens) == [32, 64, 160]
+    assert list(scratch.ffn_tokens) == [256]
+    counts = {name: count_parameters(skeleton(final_config(structures, name))).total for name in structures}
+    assert counts["grown"] == counts["scratch"]
+    assert counts["dense"] == pytest.approx(counts["grown"], rel=1e-3)
+
+
+def test_the_papers_recipe_has_its_sizes_and_budgets():
+    price = price_recipe(load_recipe("tokenformer-124m-to-1.4b"))
+    grown = [stage for stage in price.stages if stage.branch == "grown" and stage.kind == "train"]
+    assert [stage.parameters for stage in grown] == [123_569_664, 354_190_848, 753_796_608, 1_309_705_728]
+    assert [round(stage.tokens / 1e9) for stage in grown] == [300, 30, 30, 30]
+    # Forward and backward: 6 N per token for the products, and three times the paper's 4 L d T for attention.
+    base = grown[0]
+    per_token = 3 * (2 * (84_934_656 + 50304 * 768) + 4 * 12 * 768 * 1024)
+    assert base.flops == pytest.approx(base.tokens * per_token, rel=1e-9)
+    assert price.branch_flops["grown"] < price.branch_flops["scratch"]
+
+
+def test_an_impossible_growth_is_refused_before_anything_runs():
+    values = changed(branches__0__stages__2__tokens={"qkv_tokens": 4})
+    with pytest.raises(PlanError, match="qkv_tokens"):
+        resolve_structures(Recipe.parse(values), {"vocab_size": 512})
+
+
+def test_a_dense_model_too_large_to_match_is_refused():
+    config = final_config(resolve_structures(load_recipe("demo"), {"vocab_size": 512}), "dense")
+    with pytest.raises(ConfigError, match="parameters_of"):
+        match_parameters(config, 100)
