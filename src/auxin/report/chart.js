@@ -133,6 +133,7 @@
     return {
       font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: style("--soft") },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, margin, hovermode: "closest",
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: style("--soft"), activecolor: style("--ink") },
       hoverlabel: { bgcolor: style("--card"), bordercolor: style("--line"), font: { color: style("--ink") }, align: "left" },
       xaxis: { ...axis, ...ticks, title: { text: `${AXES[state.axis].title}, ancestors included`, standoff: 12 }, range: range?.x },
       yaxis: {
@@ -152,8 +153,7 @@
       });
     });
     Plotly.react(chart, traces(), layout(), {
-      displaylogo: false, responsive: false, displayModeBar: "hover",
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+      displaylogo: false, responsive: false, modeBarButtons: [["toImage", "resetScale2d"]],
     });
   }
 

@@ -1,5 +1,7 @@
 """What a run shows, as sentences made of its numbers; also that growing lost, where it did."""
 
+import math
+
 from auxin.accounting.results import BranchResult, GrowthPoint, RunResults
 from auxin.report.formatting import change, decimal, difference, power, short
 
@@ -24,14 +26,15 @@ def headline(results: RunResults) -> str:
     if difference(main.validation_loss, 0.0) is None:
         return f"{main.title} has no final validation loss: the run is not finished, or it failed."
     reached = (
-        f"{main.title} reached {decimal(main.validation_loss, 3)} nats per token for {power(main.flops)} training FLOPs"
+        f"For {power(main.flops)} training FLOPs, “{main.title}” reached a validation loss of "
+        f"{decimal(main.validation_loss, 3)} nats per token"
     )
     clauses = [
         _comparison(main, other)
         for other in results.branches
         if other.name != main.name and difference(other.validation_loss, 0.0) is not None
     ]
-    return f"{reached}{': ' if clauses else ''}{'; '.join(clauses)}."
+    return f"{reached}{': ' if clauses else ''}{', '.join(clauses)}."
 
 
 def standing(main: BranchResult, other: BranchResult) -> str | None:
@@ -46,7 +49,9 @@ def growth_sentence(results: RunResults) -> str | None:
     """Whether the growths of the main branch kept their promise; None where there was none to keep."""
     main = main_result(results)
     promised = [growth for growth in main.growths if growth.promise == "exact"] if main else []
-    changes = [abs(value) for growth in promised if (value := growth.change) is not None]
+    changes = [
+        abs(value) for growth in promised if (value := difference(growth.loss_after, growth.loss_before)) is not None
+    ]
     if not changes:
         return None
     largest = max(changes)
@@ -62,9 +67,12 @@ def _sizes(growths: list[GrowthPoint]) -> str:
 
 
 def _comparison(main: BranchResult, other: BranchResult) -> str:
-    gap = difference(main.validation_loss, other.validation_loss) or 0.0
-    words = {"level": "level with", "ahead": "below", "behind": "above"}[standing(main, other) or "level"]
-    amount = "" if words == "level with" else f"{abs(gap):.3f} "
-    ratio = other.flops / main.flops if main.flops else float("nan")
-    cost = "" if abs(ratio - 1) <= SAME_COST or ratio != ratio else f", which cost {ratio:.2f} times as much"
-    return f"{amount}{words} {other.title}{cost}"
+    gap = abs(difference(main.validation_loss, other.validation_loss) or 0.0)
+    verdict = {
+        "ahead": f"{gap:.3f} better than",
+        "behind": f"{gap:.3f} worse than",
+        "level": f"within {TIE} of",
+    }[standing(main, other) or "level"]
+    ratio = other.flops / main.flops if main.flops else math.nan
+    cost = "" if math.isnan(ratio) or abs(ratio - 1) <= SAME_COST else f" (at {ratio:.2f} times these FLOPs)"
+    return f"{verdict} “{other.title}”{cost}"

@@ -18,7 +18,7 @@ TEXT, GRID = "#7d8590", "#7d8590"
 LATE_SHARE = 0.12
 """Share of the costs that is left out at the start, where the loss falls steeply and hides what comes after."""
 LABEL_HEIGHT = 34
-LABEL_CHARACTERS = 30
+LABEL_CHARACTERS = 25
 
 
 def write_chart_svg(results: RunResults, path: str | Path) -> Path:
@@ -106,10 +106,10 @@ def _axes(plane: _Plane) -> list[str]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers between `low` and `high`, about five."""
-    rough = (high - low) / 5
+    """Round numbers between `low` and `high`, about six."""
+    rough = (high - low) / 6
     scale = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * scale for factor in (1, 2, 5, 10) if factor * scale >= rough)
+    step = next(factor * scale for factor in (1, 2, 2.5, 5, 10) if factor * scale >= rough)
     return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
@@ -169,8 +169,7 @@ def _labels(
             f'<polyline points="{x + 6:.1f},{place:.1f} {WIDTH - RIGHT + 12},{moved:.1f} {WIDTH - RIGHT + 17},{moved:.1f}" '
             f'fill="none" stroke="{colour}" stroke-opacity="0.6"/>'
         )
-        lines = textwrap.wrap(branch.title, LABEL_CHARACTERS)[:2]
-        lines[-1] += f"  {end.validation_loss:.3f}"
+        lines = textwrap.wrap(f"{branch.title} {end.validation_loss:.3f}", LABEL_CHARACTERS)
         for index, line in enumerate(lines):
             y = moved + 4.5 + 16 * (index - (len(lines) - 1) / 2)
             parts.append(_text(WIDTH - RIGHT + 22, y, line, colour=colour, weight=600))
@@ -199,6 +198,4 @@ def _text(
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, opacity: float) -> str:
-    return (
-        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{GRID}" stroke-opacity="{opacity}"/>'
-    )
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{GRID}" stroke-opacity="{opacity}"/>'
