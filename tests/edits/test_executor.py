@@ -183,7 +183,7 @@ def tiny_model_on_meta():
 def test_tolerance_follows_the_data_type(dtype):
     model = tiny_model(dtype=dtype)
     receipt = apply(ffn_plan(), model)
-    assert receipt.tolerance == {torch.float64: 1e-10, torch.bfloat16: 2**-4, torch.float16: 2**-7}[dtype]
+    assert receipt.tolerance == {torch.float64: 1e-5, torch.bfloat16: 2**-4, torch.float16: 2**-7}[dtype]
     assert receipt.max_relative_change <= receipt.tolerance
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 

@@ -37,9 +37,9 @@ def apply(
 ) -> Receipt:
     """Change `model` in place as `plan` says, and the state of `optimizer` with it.
 
-    Parameters keep their identity, so the optimizer's groups, tied weights and hooks stay valid; gradients are dropped.
-    One parameter is changed at a time: the peak is the new model and one tensor. On any error, a broken promise
-    included, model and optimizer are as before.
+    Parameters keep their identity, so the optimizer's groups, tied weights and hooks stay valid; gradients of
+    changed parameters are dropped. One parameter is changed at a time: the peak is the new model and one tensor. On any
+    error, a broken promise included, model and optimizer are as before.
 
     Args:
         plan: what to do.

@@ -88,14 +88,16 @@ class RepeatFill(Tagged):
             self._add_noise(new, sources, axis, size, generator)
 
     def _add_noise(self, new: Tensor, sources: Tensor, axis: int, size: int, generator: torch.Generator) -> None:
-        noise = torch.randn(new.shape, generator=generator).mul_(self.noise * root_mean_square(new)).to(new.device)
+        # On the CPU, where the sums below are deterministic.
+        noise, sources = torch.randn(new.shape, generator=generator), sources.cpu()
+        noise.mul_(self.noise * root_mean_square(new))
         if self.divide:
             counts = self._counts(noise, axis, size)
             mean = torch.zeros_like(noise.narrow(axis, 0, size)).index_add_(axis, sources, noise).div_(counts)
             noise.sub_(mean.index_select(axis, sources))
         else:
             noise.narrow(axis, 0, size).zero_()
-        new.add_(noise.to(new.dtype))
+        new.add_(noise.to(device=new.device, dtype=new.dtype))
 
     def restore(self, new: Tensor, axis: int, size: int) -> Tensor:
         """The old tensor out of the padded one; up to rounding, and up to the noise, when the rows were divided."""
