@@ -18,7 +18,9 @@ class BuildStage(Settings):
     """Start a branch: with a new model, or with a checkpoint whose moments and books are carried along."""
 
     kind: Literal["build"]
+    """Says that this is a build stage."""
     name: str = "build"
+    """The stage's name, unique in its branch."""
     preset: str | None = None
     """A TokenFormer preset by name ("124m", "pile-450m", ...)."""
     model_type: str | None = None
@@ -50,7 +52,9 @@ class TrainStage(Settings):
     """Train for a budget; what is not set here comes from the recipe's `training`."""
 
     kind: Literal["train"]
+    """Says that this is a train stage."""
     name: str
+    """The stage's name, unique in its branch."""
     flops_of: str | None = None
     """Train until this branch's total training FLOPs (its ancestors and earlier stages included) equal that one's."""
     settings: dict[str, Any] = {}
@@ -67,7 +71,9 @@ class GrowStage(Settings):
     """Grow a TokenFormer by parameter tokens."""
 
     kind: Literal["grow"]
+    """Says that this is a grow stage."""
     name: str = "grow"
+    """The stage's name, unique in its branch."""
     to: str | None = None
     """A preset to grow to."""
     tokens: TokenGrowth | None = None
@@ -84,7 +90,9 @@ class EvaluateStage(Settings):
     """Measure the loss on the whole held-out split and write it into the ledger."""
 
     kind: Literal["evaluate"]
+    """Says that this is an evaluate stage."""
     name: str = "evaluate"
+    """The stage's name, unique in its branch."""
 
 
 Stage = Annotated[BuildStage | TrainStage | GrowStage | EvaluateStage, Field(discriminator="kind")]
@@ -94,11 +102,13 @@ class Branch(Settings):
     """A line of stages: from scratch, or forked from a stage of another branch."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """Lower case letters, digits, _ and -; names the branch's folder."""
     title: str
     """How tables and plots call it."""
     fork: str | None = None
     """"branch/stage": start from what that stage left."""
     stages: list[Stage] = Field(min_length=1)
+    """Done in this order; the first is a build, unless the branch is a fork."""
 
     @model_validator(mode="after")
     def _begins_once(self) -> Self:
@@ -115,14 +125,19 @@ class Recipe(Settings):
     """Branches to train and compare on the same data."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    """Lower case letters, digits, dots, _ and -."""
     title: str
+    """Heading of the report."""
     description: str = ""
+    """A paragraph for the report."""
     seed: int = Field(default=0, ge=0)
     """Seeds the initial weights, the data order and the growths of every branch."""
     corpus: CorpusSettings
+    """The text that all branches learn and are measured on."""
     training: dict[str, Any] = {}
     """Fields of TrainingSettings shared by all train stages."""
     branches: list[Branch] = Field(min_length=1)
+    """Run in this order; a branch may refer to those above it."""
     main_branch: str | None = None
     """The branch that the others are compared with; default: the first."""
 
