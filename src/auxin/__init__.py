@@ -1,8 +1,12 @@
 """Auxin changes the size of a transformer without starting over."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
-from auxin import models  # noqa: F401 - registers the architectures with transformers' Auto classes
+if Path(sys.argv[0] if sys.argv else "").name not in {"auxin", "auxin.exe", "-m"}:
+    # The command line does this in the commands that load a model: its help need not wait seconds for torch.
+    from auxin import models  # noqa: F401 - registers the architectures with transformers' Auto classes
 
 
 def __getattr__(name: str) -> Any:

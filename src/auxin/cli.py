@@ -1,6 +1,7 @@
 """The command line: reads arguments, calls the library, prints what it returns."""
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.tree import Tree
 
 from auxin.errors import AuxinError, ConfigError
 
@@ -36,16 +38,19 @@ Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="Folder of a ch
 def main() -> None:
     """Entry point: an error of the user's is one message and an exit code, never a traceback (unless AUXIN_DEBUG=1)."""
     try:
-        app()
-    except AuxinError as error:
-        if os.environ.get("AUXIN_DEBUG"):
-            raise
-        Console(stderr=True, highlight=False).print(f"[bold red]auxin:[/] {_escaped(str(error))}", soft_wrap=True)
-        sys.exit(error.exit_code)
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe can be dealt with, and not when the interpreter ends
     except BrokenPipeError:
         # The reader of a pipe went away (`auxin show ... | head`): no more output is wanted.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except (AuxinError, OSError) as error:
+        if os.environ.get("AUXIN_DEBUG"):
+            raise
+        Console(stderr=True, highlight=False).print(f"[bold red]auxin:[/] {_escaped(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code if isinstance(error, AuxinError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -69,7 +74,7 @@ def run(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The recipe's seed; the same as --set seed=N.")] = None,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option(help="Print stages, costs and memory; train nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print stages, costs and memory; train nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: train, grow and compare its branches, and write a report. Resumes where it stopped."""
@@ -117,6 +122,7 @@ def train(
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer's folder; default: the checkpoint's.")] = None,
     seed: Annotated[int, typer.Option(help="Seeds weights and data order.")] = 0,
     overrides: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train a model on text. Further settings: --set training.warmup_steps=100 and so on, as in a recipe."""
     from auxin.recipes import run_recipe, training_recipe
@@ -140,7 +146,8 @@ def train(
         overrides=overrides or [],
     )
     command = shlex.join(["auxin", *sys.argv[1:]])
-    _print_results(run_recipe(recipe, output, command, announce=_print_line), output, as_json=False)
+    results = run_recipe(recipe, output, command, announce=_to_stderr if as_json else _print_line)
+    _print_results(results, output, as_json)
 
 
 @app.command(epilog="Example: [bold]auxin grow runs/demo/.../checkpoint --to 757m -o grown[/]")
@@ -153,13 +160,13 @@ def grow(
     ffn_tokens: Annotated[int | None, typer.Option(help="Tokens of the feed-forward part, after growth.")] = None,
     regime: Annotated[str, typer.Option(help="Rule for the new tokens; see docs/tokenformer.md.")] = "grouped",
     seed: Annotated[int, typer.Option(help="Seeds the new tokens.")] = 0,
-    dry_run: Annotated[bool, typer.Option(help="Print the plan; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Grow a TokenFormer by appending parameter tokens; its optimizer's moments follow."""
-    from auxin.edits import apply_to_checkpoint
     from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth, token_growth_to
     from auxin.models.loading import load_config
+    from auxin.recipes.growth import grow_checkpoint
 
     config: Any = load_config(checkpoint)
     counts = {"qkv_tokens": qkv_tokens, "proj_tokens": proj_tokens, "ffn_tokens": ffn_tokens}
@@ -175,7 +182,7 @@ def grow(
         return
     if output is None:
         raise ConfigError("--output: give the folder of the grown checkpoint, or --dry-run to see the plan only.")
-    receipt = apply_to_checkpoint(plan, checkpoint, output)
+    receipt = grow_checkpoint(plan, checkpoint, output)
     if as_json:
         print(receipt.model_dump_json(indent=2))
         return
@@ -194,7 +201,9 @@ def grow(
 def convert(
     source: Annotated[Path, typer.Argument(help="An official file or folder; with --to-official, one of ours.")],
     output: Output,
-    to_official: Annotated[bool, typer.Option(help="Write the official format instead of reading it.")] = False,
+    to_official: Annotated[
+        bool, typer.Option("--to-official", help="Write the official format instead of reading it.")
+    ] = False,
     num_attention_heads: Annotated[int | None, typer.Option(help="Where no released model has these sizes.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Folder whose tokenizer files are copied along.")] = None,
     as_json: AsJson = False,
@@ -230,27 +239,38 @@ def generate(
 ) -> None:
     """Continue a text."""
     from auxin.evaluation import generate_text
-    from auxin.training import load_model
 
-    text = generate_text(
-        load_model(checkpoint), _tokenizer(checkpoint), prompt, max_new_tokens, temperature, top_p, seed
-    )
+    model, tokenizer = _load(checkpoint)
+    text = generate_text(model, tokenizer, prompt, max_new_tokens, temperature, top_p, seed)
     print(json.dumps({"prompt": prompt, "continuation": text}) if as_json else prompt + text)
 
 
-@app.command(epilog="Example: [bold]auxin evaluate CKPT --text notes.txt --stride 64[/]")
+@app.command(
+    epilog="Example: [bold]auxin evaluate CKPT --text notes.txt --stride 64[/]\n\n"
+    "Held-out split of a run: [bold]auxin evaluate CKPT --corpus runs/demo/data[/]"
+)
 def evaluate(
     checkpoint: Checkpoint,
-    text: Annotated[list[Path], typer.Option(help="A UTF-8 text file to score; repeatable.")],
-    context_length: Annotated[int | None, typer.Option(help="Window in tokens; default: the model's.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="A UTF-8 text file to score; repeatable.")] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="A prepared corpus (the data/ folder of a run): score its held-out split.")
+    ] = None,
+    context_length: Annotated[
+        int | None, typer.Option(help="Window in tokens, of texts; default: the model's, at most 1024.")
+    ] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between windows; default: half the window.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity and bits per byte of a model on texts, with a strided window."""
+    """Perplexity and bits per byte of a model on texts, with a strided window, or on a run's held-out split."""
+    from auxin.data import PackedData
+    from auxin.evaluation.corpus import score_held_out
     from auxin.evaluation.files import score_files
-    from auxin.training import load_model
 
-    scores = score_files(load_model(checkpoint), _tokenizer(checkpoint), text, context_length, stride)
+    if not text and corpus is None:
+        raise ConfigError("Nothing to score. Give --text FILE or --corpus FOLDER.")
+    model, tokenizer = _load(checkpoint)
+    scores = {str(corpus): score_held_out(model, tokenizer, PackedData.load(corpus))} if corpus else {}
+    scores |= score_files(model, tokenizer, text or [], context_length, stride)
     if as_json:
         print(json.dumps({path: score.model_dump() for path, score in scores.items()}, indent=2))
         return
@@ -321,13 +341,19 @@ def report(directory: Annotated[Path, typer.Argument(metavar="RUN", help="The fo
         print(path)
 
 
-def _tokenizer(checkpoint: Path) -> Any:
+def _load(checkpoint: Path) -> tuple[Any, Any]:
+    """The model of a checkpoint, on the device that training would use, and its tokenizer."""
+    from auxin import models  # noqa: F401 - registers the architectures
     from auxin.data.tokenizer import load_tokenizer
+    from auxin.training import load_model
+    from auxin.training.hardware import choose_device
 
-    return load_tokenizer(checkpoint)
+    return load_model(checkpoint, device=choose_device("auto")), load_tokenizer(checkpoint)
 
 
 def _print_results(results: Any, directory: Path, as_json: bool) -> None:
+    from auxin.report import findings
+
     if as_json:
         print(results.model_dump_json(indent=2))
         return
@@ -356,24 +382,30 @@ def _print_results(results: Any, directory: Path, as_json: bool) -> None:
                 for branch, point in growths
             ],
         )
-    for sentence in results.conclusions:
+    for sentence in findings(results):
         print(sentence)
     print(f"\nReport: {(directory / 'report.html').resolve()}")
 
 
 def _print_lineage(ledger: Any) -> None:
-    rows = [
-        [
-            *(f"{'  ' * depth}{stage.name}", stage.kind, f"{stage.parameters:,}"),
-            *(f"{stage.tokens:,}" if stage.tokens else "", f"{stage.flops:.3g}" if stage.flops else ""),
-            *(f"{stage.seconds:.1f}", _number(stage.loss_before, 4), _number(stage.loss_after, 4)),
-        ]
-        for depth, stage in enumerate(ledger.stages)
-    ]
-    rows.append(
-        ["total", "", "", f"{ledger.total_tokens:,}", f"{ledger.total_flops:.3g}", f"{ledger.total_seconds:.1f}"]
+    tree = Tree("[bold]lineage[/]", guide_style="dim")
+    node = tree
+    for stage in ledger.stages:
+        costs = [f"{stage.parameters:,} parameters"]
+        if stage.tokens:
+            costs.append(f"{stage.tokens:,} tokens, {stage.flops:.3g} FLOPs")
+        costs.append(f"{stage.seconds:.1f} s")
+        if stage.loss_after is not None:
+            before = "" if stage.loss_before is None else f"{stage.loss_before:.4f} -> "
+            costs.append(f"loss {before}{stage.loss_after:.4f}")
+        name = stage.name if stage.name == stage.kind else f"{stage.name} ({stage.kind})"
+        node = node.add(f"[bold]{_escaped(name)}[/]  {', '.join(costs)}")
+        for note in stage.notes:
+            node.add(f"[yellow]{_escaped(note)}[/]")
+    _print_wide(tree)
+    print(
+        f"In all {ledger.total_tokens:,} tokens, {ledger.total_flops:.3g} training FLOPs, {ledger.total_seconds:.1f} s"
     )
-    _print_table(["lineage", "kind", "parameters", "tokens", "FLOPs", "seconds", "loss before", "after"], rows)
 
 
 def _print_table(header: list[str], rows: list[list[str]]) -> None:
@@ -384,12 +416,16 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
         )
     for row in rows:
         table.add_row(*(_escaped(cell) for cell in row))
+    _print_wide(table)
+
+
+def _print_wide(content: Any) -> None:
     # On a pipe rich would cut at 80 columns; a script wants whole lines.
-    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(content)
 
 
 def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def _escaped(text: str) -> str:

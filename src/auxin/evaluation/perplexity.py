@@ -27,8 +27,8 @@ class Perplexity(Settings):
     bytes: int
     """UTF-8 bytes of the text that was scored."""
     unscored_tokens: int
-    """1 when the tokenizer has no bos or eos token to put in front of the first token, which is then not scored (and
-    whose text is not in `bytes`); else 0."""
+    """Tokens that had nothing in front of them to be predicted from: of a text, 1 when the tokenizer has no bos or eos
+    token to begin with (its text is then not in `bytes`), else 0; of packed contexts, the first of each."""
 
 
 def evaluate_loss(model: nn.Module, array: np.ndarray, batch_size: int, max_batches: int | None = None) -> float:

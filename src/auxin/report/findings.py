@@ -18,6 +18,11 @@ def main_result(results: RunResults) -> BranchResult | None:
     return next((branch for branch in results.branches if branch.name == results.main_branch), None)
 
 
+def findings(results: RunResults) -> list[str]:
+    """What the run shows, in sentences: whether growths kept their promise, and what the main branch reached."""
+    return [sentence for sentence in (growth_sentence(results), headline(results)) if sentence is not None]
+
+
 def headline(results: RunResults) -> str:
     """One sentence: what the main branch reached, against each of the others."""
     main = main_result(results)

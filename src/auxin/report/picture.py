@@ -165,8 +165,9 @@ def _labels(
         end, colour = curves[branch.name][-1], colours[branch.name]
         x = plane.x(end.flops)
         parts.append(f'<circle cx="{x:.1f}" cy="{place:.1f}" r="3.5" fill="{colour}"/>')
+        elbow = WIDTH - RIGHT + 12
         parts.append(
-            f'<polyline points="{x + 6:.1f},{place:.1f} {WIDTH - RIGHT + 12},{moved:.1f} {WIDTH - RIGHT + 17},{moved:.1f}" '
+            f'<polyline points="{x + 6:.1f},{place:.1f} {elbow},{moved:.1f} {elbow + 5},{moved:.1f}" '
             f'fill="none" stroke="{colour}" stroke-opacity="0.6"/>'
         )
         lines = textwrap.wrap(f"{branch.title} {end.validation_loss:.3f}", LABEL_CHARACTERS)

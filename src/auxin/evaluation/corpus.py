@@ -1,0 +1,41 @@
+"""Scoring the held-out split of a prepared corpus."""
+
+import math
+
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from auxin.data import PackedData
+from auxin.data.tokenizer import tokenizer_digest
+from auxin.errors import DataError
+from auxin.evaluation.perplexity import Perplexity, evaluate_loss
+
+
+def score_held_out(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: PackedData, batch_size: int = 16
+) -> Perplexity:
+    """Loss, perplexity and bits per byte on the whole held-out split, context by context, as training reports them.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer, which must be the corpus's.
+        data: a prepared corpus.
+        batch_size: contexts per forward pass.
+
+    Raises:
+        DataError: the corpus was prepared with another tokenizer.
+    """
+    if tokenizer_digest(tokenizer) != tokenizer_digest(data.tokenizer()):
+        raise DataError(
+            f"{data.directory} was prepared with another tokenizer than the model's, so its tokens mean nothing to it. "
+            "Prepare the corpus with the model's tokenizer, or score text files."
+        )
+    nats = evaluate_loss(model, data.validation, batch_size)
+    contexts, length = data.validation.shape
+    return Perplexity(
+        nats_per_token=nats,
+        perplexity=math.exp(nats) if nats < 700 else math.inf,
+        bits_per_byte=nats / math.log(2) / data.bytes_per_token,
+        tokens=contexts * (length - 1),
+        bytes=round(contexts * (length - 1) * data.bytes_per_token),
+        unscored_tokens=contexts,
+    )
