@@ -82,5 +82,3 @@ class RunResults(Settings):
     main_branch: str
     """The branch that the others are compared with."""
     branches: list[BranchResult]
-    conclusions: list[str] = []
-    """What the numbers say, in sentences; also what they fail to show."""

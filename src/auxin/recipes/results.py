@@ -1,4 +1,4 @@
-"""Gather what the branches of a run measured, and say what it shows."""
+"""Gather what the branches of a run measured."""
 
 import json
 import math
@@ -12,9 +12,6 @@ from auxin.accounting.results import BranchResult, CurvePoint, GrowthPoint, RunR
 from auxin.data import PackedData
 from auxin.recipes.schema import Branch, Recipe
 from auxin.training.metrics import METRICS_FILE
-
-EXACT_LOSS_CHANGE = 1e-5
-"""Largest change of the held-out loss, in nats per token, at a growth that promised to be exact."""
 
 
 def collect_results(
@@ -33,7 +30,6 @@ def collect_results(
     for branch in recipe.branches:
         ledger = Ledger.load(final_checkpoints[branch.name])
         branches[branch.name] = branch_result(branch, ledger, directory, data, branches)
-    main = recipe.main_branch or recipe.branches[0].name
     report = data.report
     return RunResults(
         name=recipe.name,
@@ -52,9 +48,8 @@ def collect_results(
             "validation tokens": f"{report.validation.tokens:,}",
             "fingerprint": data.fingerprint,
         },
-        main_branch=main,
+        main_branch=recipe.main_branch or recipe.branches[0].name,
         branches=list(branches.values()),
-        conclusions=conclusions(branches[main], [b for b in branches.values() if b.name != main]),
     )
 
 
@@ -132,26 +127,3 @@ def growth_point(record: StageRecord, spent: Ledger, parameters_before: int) -> 
         loss_after=record.loss_after,
         promise=str((record.plan or {}).get("promise", "none")),
     )
-
-
-def conclusions(main: BranchResult, others: list[BranchResult]) -> list[str]:
-    """What the numbers say about `main`, whether it won or lost."""
-    sentences = []
-    exact = [abs(point.change) for point in main.growths if point.promise == "exact" and point.change is not None]
-    if exact:
-        largest = max(exact)
-        kept = "kept" if largest < EXACT_LOSS_CHANGE else "BROKEN"
-        sentences.append(
-            f"Promise {kept}: over {len(exact)} exact growths the held-out loss changed by at most {largest:.1e} nats."
-        )
-    for other in others:
-        if main.validation_loss is None or other.validation_loss is None:
-            continue
-        gap = main.validation_loss - other.validation_loss
-        verdict = "below" if gap < 0 else "above"
-        sentences.append(
-            f"{main.title} ends {abs(gap):.3f} nats per token {verdict} {other.title}, at "
-            f"{main.flops / other.flops:.2f} times its training FLOPs and {main.seconds / other.seconds:.2f} times its "
-            "wall time."
-        )
-    return sentences

@@ -151,7 +151,6 @@ def results() -> RunResults:
         corpus={"source": "stdlib", "documents": "1,021", "fingerprint": "9f2c" * 16},
         main_branch="grown",
         branches=branches,
-        conclusions=["The dense Transformer needed 0.8 times the wall time."],
     )
 
 
@@ -171,4 +170,4 @@ def partial_results() -> RunResults:
     empty = small.model_copy(
         update={"curve": [], "ledger": Ledger(), "validation_loss": None, "perplexity": None, "bits_per_byte": None}
     )
-    return whole.model_copy(update={"branches": [broken, empty], "conclusions": [], "machine": {}})
+    return whole.model_copy(update={"branches": [broken, empty], "machine": {}})
