@@ -474,8 +474,15 @@ def test_compiled_models_train_alike(tmp_path, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_resumed_in_pieces_gives_the_same_bits(tmp_path):
+    """With kernels that are deterministic: the fused backward passes of attention are not."""
+
+    def model(seed: int = 0):
+        made = tiny_gpt2(seed)
+        made.set_attn_implementation("eager")
+        return made
+
     options = {"steps": 10, "checkpoint_interval": 4, "device": "cuda"}
-    alone = run(tiny_gpt2(), tmp_path / "alone", **options)
+    alone = run(model(), tmp_path / "alone", **options)
     for stop in (3, 6, None):
-        pieces = run(tiny_gpt2(seed=1), tmp_path / "pieces", stop_after=stop, **options)
+        pieces = run(model(seed=1), tmp_path / "pieces", stop_after=stop, **options)
     assert checkpoint_bits(alone.checkpoint) == checkpoint_bits(pieces.checkpoint)

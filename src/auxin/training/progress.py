@@ -3,7 +3,7 @@
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LINE_INTERVAL = 30.0
 """Seconds between lines where there is no terminal."""
@@ -23,11 +23,11 @@ class ProgressDisplay:
         if enabled and self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(),
+                # Narrow, so that the numbers are whole on a terminal of 80 columns.
+                BarColumn(bar_width=8),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[status]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
+                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
                 console=self._console,
                 refresh_per_second=4,
             )
@@ -36,7 +36,7 @@ class ProgressDisplay:
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Show the state after `step` steps."""
-        status = f"loss {loss:.4f}{self._validation}  {tokens_per_second:,.0f} tokens/s"
+        status = f"loss {loss:.4f}{self._validation}  {_short(tokens_per_second)} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=status)
         elif time.perf_counter() - self._last_line >= LINE_INTERVAL:
@@ -47,7 +47,7 @@ class ProgressDisplay:
 
     def show_validation(self, loss: float) -> None:
         """Show a validation loss from now on."""
-        self._validation = f"  validation {loss:.4f}"
+        self._validation = f"  val. {loss:.4f}"
 
     def line(self, text: str) -> None:
         """Print a line above the bar."""
@@ -57,3 +57,12 @@ class ProgressDisplay:
         """Leave the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
+
+
+def _short(number: float) -> str:
+    """Three digits and a unit: 13.7k."""
+    for unit in ("", "k", "M"):
+        if number < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}G"

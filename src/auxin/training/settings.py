@@ -16,8 +16,8 @@ class GuardSettings(Settings):
     """
 
     action: Literal["skip", "rewind"] = "skip"
-    """skip: leave this batch's update out and go on. rewind: go back to the weights of the last periodic checkpoint and
-    go on with the batch after the bad one."""
+    """skip: leave this batch's update out and go on. rewind: go back to the weights of the last periodic checkpoint (or
+    of the start) and go on with the batch after the bad one."""
     spike_multiple: float | None = Field(default=10.0, gt=0)
     """Robust standard deviations above the median that a loss may lie; None looks for non-finite values only."""
     window: int = Field(default=128, ge=2)
@@ -80,8 +80,8 @@ class TrainingSettings(Settings):
     """Steps between evaluations on the validation split; None evaluates only at the start and at the end."""
     evaluation_batches: int | None = Field(default=None, ge=1)
     """Micro-batches of the evaluations at the start and on the way; None is the whole split, as at the end."""
-    checkpoint_interval: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints; None writes one at the start and one at the end."""
+    checkpoint_interval: int | None = Field(default=500, ge=1)
+    """Steps between periodic checkpoints; None writes one at the start and one at the end only."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept; the guard's rewind target stays in any case."""
     log_interval: int = Field(default=10, ge=1)
