@@ -26,6 +26,8 @@ Gelu = Literal["erf", "tanh"]
 # shared between threads); elsewhere the blocks only bound the temporaries.
 CPU_BLOCK_ELEMENTS_PER_THREAD = 2**18
 DEVICE_BLOCK_ELEMENTS = 2**24
+# Below this width (a vector register of float32) compiled code gains nothing from looking at rows as pieces.
+SMALLEST_PIECE = 16
 
 
 def pattention(
@@ -213,23 +215,42 @@ def _weights(scores: Tensor, tau: Tensor, rule: _Rule) -> Tensor:
 
 
 def _plain_weights(scores: Tensor, tau: Tensor, rule: _Rule) -> Tensor:
-    """The formula as written, for compilers (which fuse it and derive its gradient) and for tensor subclasses."""
+    """The formula as written, for compilers (which fuse it and derive its gradient) and for tensor subclasses.
+
+    Compilers make a loop of its own from each group that is a slice of the scores, and those loops run across memory.
+    Where the group sizes have a large common divisor, whole rows are handled instead, seen as pieces of that size."""
     sizes = list(rule.group_sizes)
-    if len(set(sizes)) == 1:  # one loop over all groups compiles to faster code than a loop for each
-        groups = scores.unflatten(-1, (len(sizes), sizes[0]))
+    piece = math.gcd(*sizes)
+    if piece == max(sizes):
+        groups = scores.unflatten(-1, (len(sizes), piece))
         return _formula(groups, tau.unsqueeze(-1), rule).flatten(-2)
+    if rule.score_function != "softmax" and piece >= SMALLEST_PIECE:
+        return _formula(scores.unflatten(-1, (-1, piece)), tau, rule, [size // piece for size in sizes]).flatten(-2)
     blocks = zip(scores.split(sizes, dim=-1), tau.split(1), strict=True)
     return torch.cat([_formula(block, factor, rule) for block, factor in blocks], dim=-1)
 
 
-def _formula(scores: Tensor, tau: Tensor, rule: _Rule) -> Tensor:
+def _formula(scores: Tensor, tau: Tensor, rule: _Rule, pieces: Sequence[int] = ()) -> Tensor:
+    """f(A) over the last dimension, or, if `pieces` says how many of them make up each group, over the last two."""
     dtype = _norm_dtype(scores.dtype)
     if rule.score_function == "softmax":
         return (torch.softmax(scores, dim=-1, dtype=dtype) * tau.square()).to(scores.dtype)
     if rule.score_function == "gelu_l2_norm":
         scores = F.gelu(scores, approximate=rule.approximate)
-    norm = torch.linalg.vector_norm(scores, dim=-1, keepdim=True, dtype=dtype)
-    normalised = (scores * (tau / (norm + rule.eps))).to(scores.dtype)
+    # The root of a sum, kept off zero where its slope is infinite: its gradient costs one factor for each row, that of
+    # `vector_norm` a division for each score.
+    squares = scores.to(dtype).square().sum(dim=-1, keepdim=True)
+    sums = [part.sum(dim=-2, keepdim=True) for part in squares.split(list(pieces), dim=-2)] if pieces else [squares]
+    scales = [
+        factor / (total.clamp_min(torch.finfo(dtype).tiny).sqrt() + rule.eps)
+        for factor, total in zip(tau.split(1) if pieces else [tau], sums, strict=True)
+    ]
+    if scores.dtype == torch.float16:
+        scales = [scale.masked_fill(total == 0, 0) for scale, total in zip(scales, sums, strict=True)]
+    scale = scales[0]
+    if pieces:
+        scale = torch.cat([one.expand(-1, count, -1) for one, count in zip(scales, pieces, strict=True)], dim=-2)
+    normalised = (scores * scale).to(scores.dtype)
     return F.gelu(normalised, approximate=rule.approximate) if rule.score_function == "l2_norm_gelu" else normalised
 
 
