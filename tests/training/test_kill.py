@@ -104,7 +104,7 @@ def test_killed_at_random_moments_again_and_again(run, alone, tmp_path):
 def test_killed_in_the_middle_of_saving(run, alone, tmp_path):
     """Just before a rename, a flush, a removal: moments that a random one would rarely meet."""
     reference, calls, _ = alone
-    for kill_at in sorted(random.Random(2).sample(range(1, calls + 1), 9)):
+    for kill_at in sorted(random.Random(2).sample(range(1, calls + 1), 6)):
         folder = tmp_path / str(kill_at)
         answer = run(folder, count=str(tmp_path / "calls"), kill_at=kill_at)
         assert answer["code"] == SIGKILLED, answer["message"]
