@@ -161,7 +161,7 @@ def _labels(
     order = sorted(branches, key=lambda branch: curves[branch.name][-1].validation_loss or 0.0, reverse=True)
     places = [plane.y(curves[branch.name][-1].validation_loss or 0.0) for branch in order]
     parts = []
-    for branch, place, moved in zip(order, places, _spread(places), strict=True):
+    for branch, place, moved in zip(order, places, spread(places), strict=True):
         end, colour = curves[branch.name][-1], colours[branch.name]
         x = plane.x(end.flops)
         parts.append(f'<circle cx="{x:.1f}" cy="{place:.1f}" r="3.5" fill="{colour}"/>')
@@ -177,7 +177,7 @@ def _labels(
     return parts
 
 
-def _spread(places: list[float]) -> list[float]:
+def spread(places: list[float]) -> list[float]:
     """Ascending places, moved as little down and then up as keeps labels apart and inside the picture."""
     moved: list[float] = []
     for place in places:
