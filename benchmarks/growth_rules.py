@@ -2,10 +2,10 @@
 
 A byte-level TokenFormer (4 layers, width 128) is trained on the Python standard library, grown to 64 parameter tokens
 per projection (256 in the feed-forward part) by every regime, and trained on. Beside them: the small model trained on,
-and a model of the final size trained from scratch, both to the grown models' total training FLOPs. All branches of one factor
-and seed start from the same base and see the same batches in the same order. AdamW's moments are carried through the
-growth. Schedule: warmup, stable, linear decay over the last third of the steps after the growth (from scratch: over the
-last third of all steps).
+and a model of the final size trained from scratch, both to the grown models' total training FLOPs. All branches of one
+factor and seed start from the same base and see the same batches in the same order. AdamW's moments are carried through
+the growth. Schedule: warmup, stable, linear decay over the last third of the steps after the growth (from scratch: over
+the last third of all steps).
 
     python benchmarks/growth_rules.py --workers 2          about 35 minutes on 2 free cores
     python benchmarks/growth_rules.py --quick              two minutes, to see that it runs
@@ -24,6 +24,7 @@ import shlex
 import statistics
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -273,11 +274,11 @@ def table(results: dict[str, Any]) -> str:
         "# Growth rules compared",
         "",
         f"Byte-level TokenFormer on the Python standard library: {trial['layers']} layers, width "
-        f"{trial['hidden_size']}, grown to {trial['tokens']} parameter tokens per projection ({4 * trial['tokens']} in the feed-forward part) "
-        f"after {trial['base_steps']} steps, then {trial['growth_steps']} steps more; {trial['batch_size']} x "
-        f"{trial['sequence_length']} bytes a step, AdamW with its moments carried through the growth, learning rate "
-        f"{trial['learning_rate']:g}, linear decay over the last third. All branches of a factor end at the same total "
-        "training FLOPs. Held-out loss in nats per byte: mean over the seeds (least to largest).",
+        f"{trial['hidden_size']}, grown to {trial['tokens']} parameter tokens per projection ({4 * trial['tokens']} in "
+        f"the feed-forward part) after {trial['base_steps']} steps, then {trial['growth_steps']} steps more; "
+        f"{trial['batch_size']} x {trial['sequence_length']} bytes a step, AdamW with its moments carried through the "
+        f"growth, learning rate {trial['learning_rate']:g}, linear decay over the last third. All branches of a factor "
+        "end at the same total training FLOPs. Held-out loss in nats per byte: mean over the seeds (least to largest).",
         "",
         f"Command: `{results['command']}`. Machine: {results['machine']}. Seeds: {trial['seeds']}. "
         f"Versions: {results['versions']}. Corpus: {results['corpus']}.",
@@ -335,8 +336,8 @@ def main() -> None:
     trial = QUICK if arguments.quick else replace(Trial(), seeds=tuple(arguments.seeds))
     path, page = arguments.results, arguments.table
     if arguments.quick:
-        path, page = path.with_name("growth_rules.quick.json"), path.with_name("growth_rules.quick.md")
-        path.unlink(missing_ok=True)
+        folder = Path(tempfile.mkdtemp())
+        path, page = folder / RESULTS.name, folder / TABLE.name
     for folder in (path.parent, page.parent):
         folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(asdict(trial)))

@@ -6,12 +6,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 import auxin.edits.checkpoint
 from auxin.edits import NormalFill, PadParameter, Plan, SetConfig, apply, apply_to_checkpoint
 from auxin.errors import CheckpointError, PlanError, PromiseError
 from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth
 from auxin.models.tokenformer import TokenFormerForCausalLM
+from auxin.training.checkpoint import write_checkpoint_folder
 from edits.models import tiny_model, token_ids, trained
 
 
@@ -156,6 +158,23 @@ def test_weights_that_do_not_fit_are_refused_before_a_byte_is_written(change, er
     with pytest.raises(error, match=message):
         apply_to_checkpoint(plan_token_growth(model.config, TokenGrowth(ffn_tokens=30)), source, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_checkpoint_of_the_training_engine_grows_with_its_optimizer(tmp_path):
+    model = tiny_model()
+    optimizer = trained(model)
+    write_checkpoint_folder(
+        tmp_path / "old", model, optimizer=optimizer, tensors={"rng.cpu": torch.get_rng_state()}, state={"step": 3}
+    )
+    plan = plan_token_growth(model.config, TokenGrowth(qkv_tokens=20, ffn_tokens=44))
+    apply_to_checkpoint(plan, tmp_path / "old", tmp_path / "new")
+    apply(plan, model, optimizer)
+    wanted = {name: tensor for name, tensor in optimizer_tensors(model, optimizer).items() if name != "rng.cpu"}
+    read = {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}
+    reader = HuggingFaceStorageReader(str(tmp_path / "new" / "training"))
+    torch.distributed.checkpoint.load(read, storage_reader=reader, no_dist=True)
+    assert_equal_tensors(read, wanted)
+    assert (tmp_path / "new" / "training" / "state.json").exists()
 
 
 def test_training_state_in_pieces_is_refused(tmp_path):

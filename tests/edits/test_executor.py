@@ -143,6 +143,13 @@ def test_weights_that_are_not_finite_are_refused_by_name():
     assert model.model.layers[0].mlp.keys.shape == (20, 32)
 
 
+def test_the_global_random_numbers_are_left_alone():
+    model = tiny_model()
+    before = torch.get_rng_state()
+    apply(ffn_plan(), model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_probe_can_be_given_and_flags_come_back():
     model = tiny_model()
     model.model.layers[0].eval()

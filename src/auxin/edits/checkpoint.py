@@ -58,6 +58,7 @@ def apply_to_checkpoint(
     reference, allowed = _logits(source, probe)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.parent / f".{output.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
         _copy_other_files(source, temporary, rewrites)
         rewrites.write(temporary)

@@ -1,5 +1,6 @@
 """How the new rows of a padded tensor come from the old ones, and how optimizer moments follow."""
 
+import math
 from typing import Annotated, Any, Literal
 
 import torch
@@ -136,5 +137,6 @@ Fill = Annotated[ZeroFill | NormalFill | RepeatFill, Field(discriminator="kind")
 
 
 def root_mean_square(tensor: Tensor) -> float:
-    """The root mean square of all entries, accumulated in float64 so that threads can't change the bits."""
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) / tensor.numel() ** 0.5
+    """The root mean square of all entries, accumulated in float64, piece by piece to need no copy of the tensor."""
+    norms = [float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in tensor.flatten().split(2**20)]
+    return math.hypot(*norms) / math.sqrt(tensor.numel())

@@ -78,7 +78,7 @@ class Restructuring:
             self._change_buffers(module, before[name], after[name])
         old, new = self._before.config.to_dict(), self._after.config.to_dict()
         for key in new:
-            if key in vars(self.model.config) and old.get(key) != new[key]:
+            if old.get(key) != new[key]:
                 self._set(vars(self.model.config), key, copy.deepcopy(getattr(self._after.config, key)))
 
     def undo(self) -> None:
