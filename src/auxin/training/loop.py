@@ -204,8 +204,11 @@ class _Loop:
 
     def _begin(self) -> None:
         """Evaluate and save the untrained state: the guard needs a way back, and a disk that is full shows at once."""
-        self.state.loss_before = self._evaluate(self.settings.evaluation_batches)
-        self._log({"validation_loss": self.state.loss_before})
+        loss = self._evaluate(self.settings.evaluation_batches)
+        if self.settings.evaluation_batches is None:
+            # The books set it beside the final loss, which is that of the whole split.
+            self.state.loss_before = loss
+        self._log({"validation_loss": loss})
         self._save()
 
     def _resume(self, checkpoint: Path) -> dict[str, Any]:
