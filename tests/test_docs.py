@@ -29,6 +29,7 @@ LINKED = sorted({*PAGES, *(ROOT / "docs").rglob("*.md")})
 MAXIMUM_SKIPPED = 8
 """Blocks that may stay unrun, over all pages."""
 NOTE = re.compile(r"<!-- (?P<kind>not run|file): (?P<value>.+?) -->\s*\Z")
+FENCE = re.compile(r"(?P<indent> *)```")
 RUNNABLE = {"python", "sh"}
 LANGUAGES = {*RUNNABLE, "text", "yaml", "toml", "json", "math", "bibtex"}
 
@@ -41,6 +42,8 @@ class Block:
     code: str
     line: int
     """Line number of its first line of code."""
+    follows: bool
+    """Whether nothing but empty lines stands between it and the block before."""
     not_run: str | None = None
     """The reason why it is not run."""
     file: str | None = None
@@ -51,22 +54,25 @@ def blocks(page: Path) -> list[Block]:
     found: list[Block] = []
     lines = page.read_text(encoding="utf-8").splitlines()
     start: int | None = None
+    indent = ""
+    last_end = -1
     for number, line in enumerate(lines):
-        if not line.startswith("```"):
+        if (fence := FENCE.match(line)) is None:
             continue
         if start is None:
-            start = number
+            start, indent = number, fence["indent"]
             continue
         note = NOTE.search("\n".join(lines[max(0, start - 2) : start]))
         found.append(
             Block(
-                language=lines[start][3:].strip(),
-                code="\n".join(lines[start + 1 : number]) + "\n",
+                language=lines[start].strip().removeprefix("```"),
+                code="".join(line.removeprefix(indent) + "\n" for line in lines[start + 1 : number]),
                 line=start + 2,
+                follows=not any(line.strip() for line in lines[last_end + 1 : start]),
                 **({note["kind"].replace(" ", "_"): note["value"]} if note else {}),
             )
         )
-        start = None
+        start, last_end = None, number
     assert start is None, f"{page}: the block of line {start} has no end"
     return found
 
@@ -135,7 +141,7 @@ def test_code_and_commands_run_and_print_what_is_written(page, tmp_path, monkeyp
             printed = None
             if block.not_run is None:
                 printed = run_python(block, page, namespace) if block.language == "python" else run_shell(block)
-        elif block.language == "text" and printed is not None:
+        elif block.language == "text" and block.follows and printed is not None:
             same = checker.check_output(block.code, printed, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
             assert same, (
                 f"{name(page)}, line {block.line}: the page says\n{block.code}\nbut this is printed:\n{printed}"
