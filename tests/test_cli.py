@@ -1,0 +1,279 @@
+"""The command line: every command end to end on a tiny model; errors are one message and an exit code."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from auxin import cli
+from auxin.accounting import Ledger
+from auxin.errors import AuxinError, ConfigError, TrainingError
+from auxin.models import TokenFormerForCausalLM
+
+COMMANDS = ["run", "recipes", "train", "grow", "convert", "generate", "evaluate", "show", "doctor", "report"]
+CONFIG = {
+    "model_type": "tokenformer",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "qkv_tokens": 6,
+    "proj_tokens": 6,
+    "ffn_tokens": 24,
+    "max_position_embeddings": 32,
+}
+
+
+def call(*arguments: object, code: int = 0) -> SimpleNamespace:
+    """Run a command in this process; an unexpected error is raised, so that its traceback is seen."""
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return SimpleNamespace(out=result.stdout, err=result.stderr)
+
+
+def main(monkeypatch, capfd, *arguments: object) -> SimpleNamespace:
+    """Run the entry point, which turns errors into messages and exit codes."""
+    monkeypatch.setattr(sys, "argv", ["auxin", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    captured = capfd.readouterr()
+    return SimpleNamespace(code=exit_.value.code, out=captured.out, err=captured.err)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts with a space")
+    for number in range(30):
+        (folder / f"{number}.txt").write_text(f"document {number}: " + "roots and shoots grow towards light. " * 12)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(texts, tmp_path_factory) -> SimpleNamespace:
+    """What `auxin train` leaves after three steps, and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    arguments = ["--steps", 3, "--batch-size", 2, "--context-length", 32, "--vocab-size", 280, "--seed", 3]
+    settings = ["--set", "training.tensorboard=false", "--set", "corpus.validation_fraction=0.2"]
+    output = folder / "out"
+    printed = call(
+        "train", "--model", folder / "config.json", "--corpus", texts, *arguments, *settings, "-o", output, "--json"
+    )
+    results = json.loads(printed.out)
+    (checkpoint,) = (output / "branches" / "main").glob("*-train/checkpoints/step-00000003")
+    return SimpleNamespace(output=output, checkpoint=checkpoint, results=results)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command):
+    text = call(command, "--help").out
+    assert "Example" in text
+    assert f"auxin {command}" in text
+
+
+def test_train_trains_and_reports(trained):
+    (branch,) = trained.results["branches"]
+    assert branch["tokens"] == 3 * 2 * 32
+    assert trained.results["seed"] == 3
+    assert trained.results["command"].startswith("auxin ")
+    assert "plotly" in (trained.output / "report.html").read_text(encoding="utf-8")
+
+
+def test_train_goes_on_from_a_checkpoint(trained, texts, tmp_path):
+    printed = call(
+        *("train", "--model", trained.checkpoint, "--corpus", texts, "--steps", 2, "--batch-size", 2),
+        *("--context-length", 32, "-o", tmp_path / "on", "--json"),
+        *("--set", "training.tensorboard=false", "--set", "corpus.validation_fraction=0.2"),
+    )
+    (branch,) = json.loads(printed.out)["branches"]
+    assert branch["tokens"] == (3 + 2) * 2 * 32, "the ancestors' tokens count"
+
+
+def test_grow_shows_its_plan_and_writes_nothing(trained, tmp_path):
+    printed = call("grow", trained.checkpoint, "--ffn-tokens", 40, "--dry-run", "-o", tmp_path / "grown")
+    assert "exact" in printed.out
+    assert "24 -> 40" in printed.out or "ffn" in printed.out
+    assert not (tmp_path / "grown").exists()
+
+
+def test_grow_keeps_the_function_and_the_books(trained, tmp_path):
+    printed = call("grow", trained.checkpoint, "--qkv-tokens", 10, "--ffn-tokens", 40, "-o", tmp_path / "g", "--json")
+    receipt = json.loads(printed.out)
+    assert receipt["max_relative_change"] <= 1e-6
+    old, new = (TokenFormerForCausalLM.from_pretrained(path) for path in (trained.checkpoint, tmp_path / "g"))
+    ids = torch.arange(20)[None]
+    assert torch.allclose(old(ids).logits, new(ids).logits, atol=1e-6)
+    before, after = Ledger.load(trained.checkpoint), Ledger.load(tmp_path / "g")
+    assert after.stages[:-1] == before.stages
+    assert (after.stages[-1].kind, after.stages[-1].parameters) == ("grow", receipt["parameters_after"])
+    described = json.loads(call("show", tmp_path / "g", "--json").out)
+    assert {group["slot"]: group["sizes"] for group in described["token_groups"]} == {
+        "qkv": [6, 4],
+        "proj": [6],
+        "ffn": [24, 16],
+    }
+    assert described["nested_parameters"] == [receipt["parameters_before"], receipt["parameters_after"]]
+    shown = call("show", tmp_path / "g").out
+    assert "24 + 16" in shown
+    assert shown.index("train") < shown.index("grow"), "the lineage, in order"
+
+
+def test_generate_continues_a_text_reproducibly(trained):
+    arguments = ("generate", trained.checkpoint, "roots and", "--max-new-tokens", 8, "--json", "--seed", 5)
+    first, second = (json.loads(call(*arguments).out) for _ in range(2))
+    assert first == second
+    assert first["prompt"] == "roots and"
+    assert call(*arguments[:-3]).out.startswith("roots and")
+
+
+def test_evaluate_scores_texts_and_the_held_out_split(trained, texts):
+    text = texts / "0.txt"
+    data = trained.output / "data"
+    printed = call("evaluate", trained.checkpoint, "--text", text, "--corpus", data, "--stride", 8, "--json")
+    scores = json.loads(printed.out)
+    assert scores[str(text)]["bytes"] == text.stat().st_size
+    (branch,) = trained.results["branches"]
+    assert scores[str(data)]["nats_per_token"] == pytest.approx(branch["validation_loss"], rel=1e-5)
+    assert scores[str(data)]["bits_per_byte"] == pytest.approx(branch["bits_per_byte"], rel=1e-5)
+    assert str(text) in call("evaluate", trained.checkpoint, "--text", text).out
+
+
+def test_evaluate_refuses_a_corpus_of_another_tokenizer(trained, texts, tmp_path):
+    other = shutil.copytree(trained.checkpoint, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].pop()
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(AuxinError, match="another tokenizer"):
+        call("evaluate", other, "--corpus", trained.output / "data")
+
+
+def test_convert_there_and_back(trained, tmp_path):
+    call("convert", trained.checkpoint, "--to-official", "-o", tmp_path / "official.bin")
+    printed = call(
+        *("convert", tmp_path / "official.bin", "-o", tmp_path / "back", "--num-attention-heads", 2, "--json"),
+        *("--tokenizer", trained.checkpoint),
+    )
+    assert json.loads(printed.out)["max_relative_difference"] <= 1e-4
+    old, new = (
+        TokenFormerForCausalLM.from_pretrained(path).state_dict() for path in (trained.checkpoint, tmp_path / "back")
+    )
+    assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_report_is_made_again(trained):
+    page = trained.output / "report.html"
+    page.unlink()
+    assert str(page) in call("report", trained.output).out
+    assert page.stat().st_size > 1_000_000
+
+
+def test_recipes_and_their_price():
+    known = json.loads(call("recipes", "--json").out)
+    assert {"demo", "tokenformer-124m-to-1.4b"} <= set(known)
+    price = json.loads(call("run", "demo", "--dry-run", "--json", "--set", "seed=4").out)
+    assert {stage["branch"] for stage in price["stages"]} >= {"grown", "small", "scratch", "dense"}
+
+
+def test_doctor_says_what_will_be_used():
+    found = json.loads(call("doctor", "--json").out)
+    assert found["used"]["device"].startswith(("cpu", "cuda"))
+    assert found["versions"]["torch"] == torch.__version__
+    assert "Will be used" in call("doctor").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["show", "no/such/folder"], 1, "no/such/folder does not exist"),
+        (["run", "dmeo"], 2, "Did you mean 'demo'?"),
+        (["run", "demo", "--dry-run", "--set", "training.batchsize=3"], 2, "Did you mean 'batch_size'?"),
+        (["train", "--model", "124n", "--steps", "1", "-o", "x"], 2, "Did you mean '124m'"),
+        (["evaluate", "x"], 2, "Give --text FILE or --corpus FOLDER"),
+        (["report", "."], 1, "Give the folder of a finished run"),
+    ],
+)
+def test_a_mistake_is_one_message_and_an_exit_code(monkeypatch, capfd, tmp_path, arguments, code, words):
+    monkeypatch.chdir(tmp_path)
+    done = main(monkeypatch, capfd, *arguments)
+    assert done.code == code
+    assert done.out == ""
+    assert words in done.err
+    assert done.err.startswith("auxin: ")
+    assert "Traceback" not in done.err
+
+
+def test_usage_errors_exit_with_2(monkeypatch, capfd):
+    assert main(monkeypatch, capfd, "grow").code == 2
+    assert main(monkeypatch, capfd, "grwo").code == 2
+
+
+def test_grow_wants_one_target(trained, tmp_path):
+    for target in ([], ["--to", "757m", "--qkv-tokens", "9"]):
+        with pytest.raises(ConfigError, match="Give either --to"):
+            call("grow", trained.checkpoint, *target, "-o", tmp_path / "x")
+    with pytest.raises(ConfigError, match="--output"):
+        call("grow", trained.checkpoint, "--qkv-tokens", 9)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(KeyboardInterrupt(), 130), (TrainingError("a [bold] loss"), 1), (PermissionError(13, "Permission denied"), 1)],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_stops_a_command_becomes_its_exit_code(monkeypatch, capfd, error, code):
+    def stop():
+        raise error
+
+    monkeypatch.setattr("auxin.recipes.builtin_recipes", stop)
+    done = main(monkeypatch, capfd, "recipes")
+    assert done.code == code
+    assert "Traceback" not in done.err
+    assert code == 130 or str(error) in done.err, "brackets in a message are no markup"
+
+
+def test_debugging_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("AUXIN_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", ["auxin", "run", "dmeo"])
+    with pytest.raises(ConfigError):
+        cli.main()
+
+
+def auxin(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "100"}
+    return subprocess.run(
+        [sys.executable, "-m", "auxin", *arguments], capture_output=True, text=True, env=environment, **options
+    )
+
+
+def test_help_and_version_come_at_once():
+    best = float("inf")
+    for arguments in (["--version"], ["--help"], ["train", "--help"]):
+        start = time.perf_counter()
+        done = auxin(*arguments)
+        best = min(best, time.perf_counter() - start)
+        assert done.returncode == 0
+    assert best < 2, "torch must not be imported; it takes several seconds"
+    loaded = "import sys; sys.argv[0] = 'auxin'; import auxin.cli; print({'torch', 'transformers'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_a_reader_who_goes_away_is_no_error():
+    # The pipe's reading end is closed before the command writes.
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run([sys.executable, "-m", "auxin", "--version"], stdout=write, stderr=subprocess.PIPE)
+    finally:
+        os.close(write)
+    assert done.stderr == b""
+    assert done.returncode in (1, 141)
