@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if Path(sys.argv[0] if sys.argv else "").name not in {"auxin", "auxin.exe", "-m"}:
+if Path(sys.argv[0] if sys.argv else "").name not in {"auxin", "auxin.exe"}:
     # The command line does this in the commands that load a model: its help need not wait seconds for torch.
     from auxin import models  # noqa: F401 - registers the architectures with transformers' Auto classes
 
