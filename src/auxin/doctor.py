@@ -43,6 +43,8 @@ def diagnose(folder: str | Path = ".") -> Diagnosis:
         "free disk": f"{free / 2**30:.1f} GiB in {Path(folder).resolve()}",
     }
     available = {
+        "CUDA": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "Apple GPU (MPS)": "there, but not used yet" if torch.backends.mps.is_available() else "none",
         "torch.compile on the CPU": f"yes, with {compiler}" if compiler else "no: needs a C++ compiler (g++)",
         "report test in a browser": shutil.which("chromium") or "no chromium",
     }

@@ -74,16 +74,16 @@
       const loss = branch.validation.loss.at(-1);
       return { branch, loss, place: Math.min(Math.max(position(loss), 0), height) };
     }).sort((a, b) => a.place - b.place);
-    let lowest = -Infinity;
-    for (const end of ends) {
-      end.moved = Math.max(end.place, lowest);
-      lowest = end.moved + LABEL_HEIGHT * lines(end.branch.title).length + 3;
-    }
+    const tall = (end) => LABEL_HEIGHT * lines(end.branch.title).length;
+    const apart = (one, other) => (tall(one) + tall(other)) / 2 + 3;
+    ends.forEach((end, index) => {
+      const below = ends[index - 1];
+      end.moved = below ? Math.max(end.place, below.moved + apart(below, end)) : end.place;
+    });
     // What was pushed out at the top comes back down, pushing the others.
-    let highest = height;
-    for (const end of [...ends].reverse()) {
-      end.moved = Math.min(end.moved, highest);
-      highest = end.moved - LABEL_HEIGHT * lines(end.branch.title).length - 3;
+    for (let index = ends.length - 1; index >= 0; index--) {
+      const above = ends[index + 1];
+      ends[index].moved = Math.min(ends[index].moved, above ? above.moved - apart(above, ends[index]) : height);
     }
     return ends.map((end) => ({
       xref: "paper", yref: "paper", x: 1, y: end.moved / height, xanchor: "left", yanchor: "middle", xshift: 6,
