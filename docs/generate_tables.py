@@ -1,12 +1,15 @@
-"""Write the tables of the documentation that come from the code, between their markers in the pages.
+"""Write the tables of the documentation that come from code or measurements, between their markers in the pages.
 
     python docs/generate_tables.py           rewrites what is out of date
     python docs/generate_tables.py --check   changes nothing, exits with 1 when something is out of date
 
-A table stands between `<!-- generated:begin NAME -->` and `<!-- generated:end NAME -->`; NAME is a key of `TABLES`.
+A table stands between `<!-- generated:begin NAME -->` and `<!-- generated:end NAME -->`; NAME is a key of `TABLES`. The
+README's table of the demo, between `<!-- demo-table:begin -->` and `<!-- demo-table:end -->`, is that of
+docs/results/demo.md.
 """
 
 import argparse
+import json
 import re
 import sys
 import types
@@ -25,7 +28,9 @@ from auxin.recipes.schema import Branch, BuildStage, EvaluateStage, GrowStage, R
 from auxin.training import GuardSettings, TrainingSettings
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("docs/recipes.md", "docs/tokenformer.md")
+PAGES = ("README.md", "docs/recipes.md", "docs/tokenformer.md", "docs/results/pattention.md")
+DEMO_PAGE = ROOT / "docs" / "results" / "demo.md"
+MEASURED = ROOT / "benchmarks" / "results"
 SETTINGS: tuple[type[BaseModel], ...] = (
     Recipe,
     CorpusSettings,
@@ -42,6 +47,7 @@ SETTINGS: tuple[type[BaseModel], ...] = (
 MARKED = re.compile(
     r"(<!-- generated:begin (?P<name>\S+) -->\n)(?P<body>.*?)(<!-- generated:end (?P=name) -->)", re.DOTALL
 )
+DEMO_TABLE = re.compile(r"<!-- demo-table:begin -->\n(?P<table>.*?)<!-- demo-table:end -->", re.DOTALL)
 BEYOND_SENSE = 1e18
 """Limits from here on are the machine's and say nothing to a person."""
 SYMBOLS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -72,8 +78,57 @@ def presets_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def pattention_tables() -> str:
+    """What benchmarks/pattention.py measured: a table for each device that it has a record of."""
+    parts = [
+        _pattention_table(json.loads(path.read_text(encoding="utf-8")))
+        for device in ("cpu", "cuda")
+        if (path := MEASURED / f"pattention-{device}.json").exists()
+    ]
+    return "\n".join(parts or ["Not measured yet.\n"])
+
+
+def _pattention_table(record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    broken = [f"- {message}" for message in record["broken"]] or ["All bounds hold."]
+    lines = [
+        f"## {machine['gpu'] or 'CPU'}",
+        "",
+        f"Command: `{' '.join(record['command'])}`. Machine: {machine['gpu'] or machine['cpu']}, {machine['cores']} "
+        f"CPU cores, {machine['threads']} threads, load average {record['load_average_at_start']:.1f} at the start. "
+        f"{record['dtype']}, {record['clock']} time, {record['repetitions']} repetitions, seed {record['seed']}, "
+        f"Python {record['python']}, torch {record['torch']}.",
+        "",
+        f"Bounds on the ratio of forward and backward: eager {record['bounds']['eager']}, compiled "
+        f"{record['bounds']['compiled']}.",
+        "",
+        *broken,
+        "",
+        "| rows x width x tokens | layer | kind | forward, ms | ratio | forward and backward, ms | ratio (quartiles) "
+        "| peak, MiB | beyond dense, bytes |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in record["results"]:
+        forward, both = row["forward"], row["forward_backward"]
+        low, high = both["ratio_quartiles"]
+        cells = [
+            " x ".join(map(str, row["shape"].values())),
+            row["name"],
+            row["kind"],
+            f"{forward['median_seconds'] * 1e3:.2f}",
+            f"{forward['ratio_to_dense']:.3f}",
+            f"{both['median_seconds'] * 1e3:.2f}",
+            f"{both['ratio_to_dense']:.3f} ({low:.3f} to {high:.3f})",
+            f"{row['peak_bytes'] / 2**20:.2f}",
+            f"{row['peak_bytes_beyond_dense']:+,}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "presets": presets_table,
+    "pattention": pattention_tables,
     **{settings.__name__: (lambda settings=settings: fields_table(settings)) for settings in SETTINGS},
 }
 
@@ -135,7 +190,9 @@ def _default(field: FieldInfo) -> str:
 
 def filled(text: str) -> str:
     """`text` of a page with every generated part brought up to date."""
-    return MARKED.sub(lambda match: match[1] + "\n" + TABLES[match["name"]]() + "\n" + match[4], text)
+    text = MARKED.sub(lambda match: match[1] + "\n" + TABLES[match["name"]]() + "\n" + match[4], text)
+    measured = DEMO_TABLE.search(DEMO_PAGE.read_text(encoding="utf-8")) if DEMO_PAGE.exists() else None
+    return DEMO_TABLE.sub(lambda match: measured[0], text) if measured else text
 
 
 def main() -> None:
