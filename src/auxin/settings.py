@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from auxin.errors import ConfigError
+from auxin.files import write_text
 
 
 class Settings(BaseModel):
@@ -41,10 +42,8 @@ class Settings(BaseModel):
         return cls.parse(values, source=str(path))
 
     def to_yaml(self, path: str | Path) -> None:
-        """Write the settings, defaults left out, as YAML."""
-        Path(path).write_text(
-            yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False), encoding="utf-8"
-        )
+        """Write the settings, defaults left out, as YAML; a reader sees the old file or the whole new one."""
+        write_text(Path(path), yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False))
 
 
 def describe(error: ValidationError, cls: type[BaseModel], source: str | None) -> str:
@@ -52,7 +51,7 @@ def describe(error: ValidationError, cls: type[BaseModel], source: str | None) -
     lines = []
     for item in error.errors():
         # Discriminators of unions appear in `loc` as tags; they say nothing to the person who wrote the file.
-        field = ".".join(str(part) for part in item["loc"]) or "(the whole)"
+        field = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             near = get_close_matches(str(item["loc"][-1]), _field_names(cls), n=1)
             lines.append(f"{field}: unknown field." + (f" Did you mean {near[0]!r}?" if near else ""))
@@ -60,7 +59,9 @@ def describe(error: ValidationError, cls: type[BaseModel], source: str | None) -
             lines.append(f"{field}: required, but not given.")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{field}: {message} (received {item['input']!r})")
+            # A check of several fields at once names them itself; repeating the whole mapping would bury its message.
+            received = "" if isinstance(item["input"], dict) else f" (received {item['input']!r})"
+            lines.append((f"{field}: " if field else "") + message + received)
     head = f"{source}: " if source else ""
     return head + "; ".join(lines)
 

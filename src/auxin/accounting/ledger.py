@@ -3,7 +3,6 @@
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,6 +12,7 @@ import transformers
 from pydantic import Field
 
 from auxin.errors import CheckpointError
+from auxin.files import write_text
 from auxin.settings import Settings
 
 LEDGER_FILE = "ledger.json"
@@ -76,12 +76,7 @@ class Ledger(Settings):
     def save(self, directory: str | Path) -> Path:
         """Write `ledger.json` into `directory` so that a reader sees the old file or the new one, never half of one."""
         path = Path(directory) / LEDGER_FILE
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(self.model_dump_json(indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_text(path, self.model_dump_json(indent=2) + "\n")
         return path
 
     @classmethod

@@ -23,6 +23,7 @@ from auxin.data.settings import CorpusSettings
 from auxin.data.sources import Document, read_documents, source_signature
 from auxin.data.tokenizer import load_tokenizer, plain_backend, tokenizer_digest, train_tokenizer
 from auxin.errors import DataError
+from auxin.files import flush, write_text
 from auxin.settings import Settings
 
 FORMAT = 1
@@ -195,7 +196,7 @@ def prepare(settings: CorpusSettings, directory: str | Path, progress: ProgressC
             with _progress(progress) as advance:
                 _build(settings, partial, advance)
             os.replace(partial, directory)
-            _fsync(directory.parent)
+            flush(directory.parent)
         except OSError as error:
             raise DataError(
                 f"The corpus could not be written to {directory}: {error}. Nothing was left there."
@@ -242,10 +243,7 @@ def _build(settings: CorpusSettings, directory: Path, advance: ProgressCallback)
         separator=separator,
         report=report,
     )
-    with (directory / _MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(manifest.model_dump_json(indent=1))
-        file.flush()
-        os.fsync(file.fileno())
+    write_text(directory / _MANIFEST, manifest.model_dump_json(indent=1))
 
 
 def _save_tokenizer(
@@ -437,11 +435,3 @@ def _progress(progress: ProgressCallback | bool) -> Iterator[ProgressCallback]:
             bars.update(tasks[stage], completed=done, total=total)
 
         yield advance
-
-
-def _fsync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,17 +1,15 @@
 """Applying a plan to a checkpoint folder: tensors stream from the old files to the new ones, one at a time."""
 
 import json
-import os
 import re
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from auxin.accounting import count_parameters
 from auxin.edits.executor import Receipt, check_finite, check_moment, map_moment, map_parameter
@@ -20,6 +18,8 @@ from auxin.edits.promise import check_promise, default_probe, probe_logits, rela
 from auxin.edits.safetensors_file import TensorPlace, write_safetensors
 from auxin.edits.structure import skeleton
 from auxin.errors import CheckpointError
+from auxin.files import new_folder
+from auxin.models.loading import load_config, load_model
 
 TRAINING_FOLDER = "training"
 INDEX_ENDING = ".safetensors.index.json"
@@ -49,32 +49,21 @@ def apply_to_checkpoint(
     start = time.perf_counter()
     source, output = Path(source_dir), Path(output_dir)
     _check_folders(source, output)
-    before = skeleton(AutoConfig.from_pretrained(source))
+    before = skeleton(load_config(source))
     resolved = resolve(plan, before)
     rewrites = _Rewrites(plan, resolved, source)
     rewrites.check()
     probe = default_probe(plan, before) if probe is None else probe
     # The old model is gone before the new one is loaded.
     reference, allowed = _logits(source, probe)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.parent / f".{output.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        _copy_other_files(source, temporary, rewrites)
-        rewrites.write(temporary)
+    with new_folder(output) as folder:
+        _copy_other_files(source, folder, rewrites)
+        rewrites.write(folder)
         config = resolved.after.config
         config.architectures = before.config.architectures
-        config.save_pretrained(temporary)
-        change = relative_change(reference, _logits(temporary, probe)[0])
+        config.save_pretrained(folder)
+        change = relative_change(reference, _logits(folder, probe)[0])
         check_promise(plan, change, allowed)
-        _sync(temporary)
-        if output.exists():
-            output.rmdir()
-        temporary.rename(output)
-        _sync_folder(output.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return Receipt(
         plan=plan,
         parameters_before=count_parameters(before).total,
@@ -187,7 +176,7 @@ def _copy_other_files(source: Path, target: Path, rewrites: _Rewrites) -> None:
     def ignore(folder: str, names: list[str]) -> list[str]:
         return [name for name in names if (Path(folder) / name).relative_to(source) in rewritten]
 
-    shutil.copytree(source, target, ignore=ignore)
+    shutil.copytree(source, target, ignore=ignore, dirs_exist_ok=True)
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -214,28 +203,9 @@ def _refuse_sharded(path: Path) -> None:
 
 def _logits(folder: Path, probe: Tensor) -> tuple[Tensor, float]:
     """The logits of the model in `folder` on `probe`, and the change that its data type allows."""
-    model = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(folder, dtype="auto"))
+    model = load_model(folder)
     return probe_logits(model, probe), tolerance(model)
 
 
 def _bytes(piece: Any) -> int:
     return TensorPlace("", piece.get_dtype(), tuple(piece.get_shape())).num_bytes
-
-
-def _sync(folder: Path) -> None:
-    """Make sure that every file below `folder` is on the disk."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            _sync_folder(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,9 +1,14 @@
-"""Reading what a model folder says about itself."""
+"""Reading models and what their folders say about themselves."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from transformers import AutoConfig, PreTrainedConfig
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from auxin.errors import CheckpointError
 
@@ -14,12 +19,73 @@ def load_config(folder: str | Path) -> PreTrainedConfig:
     Raises:
         CheckpointError: the folder is missing, has no config.json, or holds one that transformers can't read.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} does not exist or is no folder. Give the folder of a checkpoint.")
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json: it is no model folder, or an incomplete copy of one.")
+    folder = _model_folder(folder)
     try:
         return cast(PreTrainedConfig, AutoConfig.from_pretrained(folder, local_files_only=True))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}/config.json can't be read: {error}") from error
+
+
+def load_model(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    model_class: Any = AutoModelForCausalLM,
+) -> PreTrainedModel:
+    """Load the model of a checkpoint folder, or of any local Hugging Face folder of a causal language model.
+
+    Args:
+        folder: the folder.
+        device: where to put it.
+        dtype: of its weights; None is the type they were saved in. Training needs torch.float32.
+        model_class: what loads it; default: the class that its config names.
+
+    Raises:
+        CheckpointError: the folder is missing, incomplete, damaged or no causal language model. A weight that is
+            missing is an error, where transformers would warn and draw a random one.
+    """
+    folder = _model_folder(folder)
+    try:
+        with no_progress_bar():
+            model, info = model_class.from_pretrained(
+                folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise CheckpointError(
+            f"{folder} can't be loaded as a causal language model: {reason}. Restore it or use another one."
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} weight(s) that its config asks for, the first: {missing[0]}. "
+            "Restore it or use another one."
+        )
+    torch.nn.Module.to(model, device)
+    return cast(PreTrainedModel, model)
+
+
+@contextlib.contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Within the context, transformers draws no bar of its own for every folder it reads or writes."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
+
+
+def existing_folder(path: str | Path) -> Path:
+    """`path`; CheckpointError when it is no folder."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} does not exist or is no folder. Give the folder of a checkpoint.")
+    return folder
+
+
+def _model_folder(path: str | Path) -> Path:
+    folder = existing_folder(path)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: it is no model folder, or an incomplete copy of one.")
+    return folder

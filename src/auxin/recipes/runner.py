@@ -1,7 +1,6 @@
 """Run a recipe: every stage of every branch, each of which is done once however often the run is started."""
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -19,17 +18,21 @@ from auxin.edits import apply_to_checkpoint
 from auxin.edits.checkpoint import TRAINING_FOLDER
 from auxin.errors import CheckpointError, ConfigError
 from auxin.evaluation import evaluate_loss
+from auxin.files import new_folder, write_text
 from auxin.methods.grow.tokenformer import OldTokenRates, TauAnneal, plan_token_growth
+from auxin.models.loading import load_config, load_model
 from auxin.recipes.results import collect_results
 from auxin.recipes.schema import Branch, BuildStage, EvaluateStage, GrowStage, Recipe, Stage, TrainStage
 from auxin.recipes.structure import Structures, growth_settings, resolve_structures
 from auxin.report import write_chart_svg, write_report
 from auxin.settings import Settings
-from auxin.training import load_model, train, write_checkpoint_folder
+from auxin.training import train, write_checkpoint_folder
 
 RECIPE_FILE = "recipe.yaml"
 OUTCOME_FILE = "stage.json"
 RESULTS_FILE = "results.json"
+STAGE_CHECKPOINT = "checkpoint"
+"""Folder in a stage's that holds what it left; a train stage keeps several in `checkpoints` instead."""
 
 Announce = Callable[[str], None]
 """Takes one line for the person who waits."""
@@ -105,7 +108,7 @@ def run_recipe(recipe: Recipe, output: str | Path, command: str, announce: Annou
         run_branch(run, branch)
     finals = {branch.name: run.final_checkpoint(branch.name) for branch in recipe.branches}
     results = collect_results(recipe, directory, data, finals, command)
-    write_atomically(directory / RESULTS_FILE, results.model_dump_json(indent=2) + "\n")
+    write_text(directory / RESULTS_FILE, results.model_dump_json(indent=2) + "\n")
     rewrite_report(directory)
     return results
 
@@ -157,9 +160,7 @@ def claim_directory(recipe: Recipe, directory: Path) -> None:
     if directory.exists() and any(directory.iterdir()):
         raise ConfigError(f"{directory} is not empty and holds no run. Give another --output.")
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{RECIPE_FILE}"
-    recipe.to_yaml(temporary)
-    temporary.replace(path)
+    recipe.to_yaml(path)
 
 
 def run_branch(run: Run, branch: Branch) -> None:
@@ -170,12 +171,14 @@ def run_branch(run: Run, branch: Branch) -> None:
         directory = run.stage_directory(branch, stage)
         if not (directory / OUTCOME_FILE).exists():
             directory.mkdir(parents=True, exist_ok=True)
+            # Without the outcome beside it, what is there is of a run that was stopped before the stage was complete.
+            shutil.rmtree(directory / STAGE_CHECKPOINT, ignore_errors=True)
             config = run.structures[branch.name][stage.name]
             checkpoint = run_stage(run, stage, directory, previous, config)
             outcome = StageOutcome(
                 name=stage.name, kind=stage.kind, checkpoint=checkpoint.relative_to(run.directory).as_posix()
             )
-            write_atomically(directory / OUTCOME_FILE, outcome.model_dump_json(indent=2) + "\n")
+            write_text(directory / OUTCOME_FILE, outcome.model_dump_json(indent=2) + "\n")
         previous = run.checkpoint(branch.name, stage.name)
         run.announce(f"  {describe_last_stage(Ledger.load(previous))}")
 
@@ -195,26 +198,24 @@ def run_stage(run: Run, stage: Stage, directory: Path, previous: Path | None, co
 def build(run: Run, stage: BuildStage, directory: Path, config: PreTrainedConfig) -> Path:
     """Make a model with random weights from the recipe's seed, or take over a checkpoint."""
     if stage.checkpoint is not None:
-        return adopt(run, stage, stage.checkpoint, directory / "checkpoint")
+        return adopt(run, stage, stage.checkpoint, directory / STAGE_CHECKPOINT)
     with torch.random.fork_rng():
         torch.manual_seed(run.recipe.seed)
         model = AutoModelForCausalLM.from_config(config)
     record = StageRecord(name=stage.name, kind="build", parameters=count_parameters(model).total, seed=run.recipe.seed)
     return write_checkpoint_folder(
-        directory / "checkpoint", model=model, tokenizer=run.data.tokenizer(), ledger=Ledger().append(record)
+        directory / STAGE_CHECKPOINT, model=model, tokenizer=run.data.tokenizer(), ledger=Ledger().append(record)
     )
 
 
 def adopt(run: Run, stage: BuildStage, source: Path, output: Path) -> Path:
     """Copy the checkpoint `source` into the run, its moments and books along with it."""
     ledger = Ledger.load(source) if (source / LEDGER_FILE).exists() else Ledger()
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
-    parameters = count_parameters(load_model(partial)).total
+    parameters = count_parameters(load_model(source)).total
     note = f"started from {source}"
-    ledger.append(StageRecord(name=stage.name, kind="build", parameters=parameters, notes=[note])).save(partial)
-    partial.replace(output)
+    with new_folder(output) as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        ledger.append(StageRecord(name=stage.name, kind="build", parameters=parameters, notes=[note])).save(folder)
     return output
 
 
@@ -251,11 +252,8 @@ def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path) ->
 def grow(run: Run, stage: GrowStage, directory: Path, previous: Path) -> Path:
     """Grow the checkpoint `previous`, its optimizer's moments along with it, and measure what that did to the loss."""
     started = time.perf_counter()
-    output = directory / "checkpoint"
-    if output.exists():
-        # Without the stage's outcome beside it, it is of a run that was stopped before the ledger was written.
-        shutil.rmtree(output)
-    config = load_model(previous).config
+    output = directory / STAGE_CHECKPOINT
+    config = load_config(previous)
     plan = plan_token_growth(config, growth_settings(stage, config, run.recipe.seed))
     receipt = apply_to_checkpoint(plan, previous, output)
     record = StageRecord(
@@ -287,9 +285,10 @@ def evaluate(run: Run, stage: EvaluateStage, directory: Path, previous: Path) ->
         data_fingerprint=run.data.fingerprint,
         seconds=time.perf_counter() - started,
     )
-    output = directory / "checkpoint"
-    shutil.copytree(previous, output, dirs_exist_ok=True)
-    ledger.append(record).save(output)
+    output = directory / STAGE_CHECKPOINT
+    with new_folder(output) as folder:
+        shutil.copytree(previous, folder, dirs_exist_ok=True)
+        ledger.append(record).save(folder)
     return output
 
 
@@ -304,13 +303,3 @@ def describe_last_stage(ledger: Ledger) -> str:
     elif stage.loss_after is not None:
         parts.append(f"validation loss {stage.loss_after:.4f}")
     return ", ".join(parts)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` so that a reader sees the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

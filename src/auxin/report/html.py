@@ -10,6 +10,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from auxin.accounting.results import BranchResult, GrowthPoint, RunResults
+from auxin.files import write_text
 from auxin.report import formatting
 from auxin.report.curves import branch_colours, branch_order, chart_data
 from auxin.report.findings import EXACT_CHANGE, growth_sentence, headline, main_result, standing
@@ -25,7 +26,10 @@ def write_report(results: RunResults, path: str | Path) -> Path:
     The page holds everything it shows, its chart library included (about 5 MB), follows the light or dark setting of
     the reader's system, and prints. What was not measured appears as a dash.
     """
-    return write_whole(Path(path), render_report(results))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, render_report(results))
+    return path
 
 
 def render_report(results: RunResults) -> str:
@@ -56,18 +60,6 @@ def render_report(results: RunResults) -> str:
         script=Markup(files("auxin.report").joinpath(SCRIPT).read_text(encoding="utf-8")),
         fork_of={branch.name: branch.parent for branch in results.branches},
     )
-
-
-def write_whole(path: Path, text: str) -> Path:
-    """Write `text` so that a reader of `path` sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 def _row(branch: BranchResult, main: BranchResult | None) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 from auxin.accounting.results import BranchResult, CurvePoint, RunResults
+from auxin.files import write_text
 from auxin.report.curves import branch_colours, branch_order, drawable_growths, growth_label, points
 from auxin.report.formatting import SUPERSCRIPTS
-from auxin.report.html import write_whole
 
 WIDTH, HEIGHT = 880, 460
 LEFT, RIGHT, TOP, BOTTOM = 62, 236, 50, 56
@@ -23,7 +23,10 @@ LABEL_CHARACTERS = 25
 
 def write_chart_svg(results: RunResults, path: str | Path) -> Path:
     """Write the picture to `path`, whole or not at all; no font, script or image from elsewhere is needed."""
-    return write_whole(Path(path), chart_svg(results))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, chart_svg(results))
+    return path
 
 
 def chart_svg(results: RunResults) -> str:

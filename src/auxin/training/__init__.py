@@ -1,8 +1,8 @@
 """Training: the loop, its schedules, guard, metrics and checkpoints."""
 
+from auxin.models.loading import load_model
 from auxin.training.checkpoint import (
     latest_checkpoint,
-    load_model,
     load_optimizer,
     write_checkpoint_folder,
 )

@@ -7,7 +7,6 @@ with the tensors of the training state, written by torch.distributed.checkpoint 
 
 import contextlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -22,11 +21,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import AdamW, Optimizer
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from auxin.accounting.ledger import Ledger
 from auxin.errors import CheckpointError
+from auxin.files import flush, flush_tree, write_text
+from auxin.models.loading import existing_folder, load_model, no_progress_bar
 from auxin.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from auxin.training.settings import TrainingSettings
 
@@ -77,7 +77,7 @@ def write_checkpoint_folder(
         directory.parent.mkdir(parents=True, exist_ok=True)
         remove_folder(partial)
         (partial / TRAINING).mkdir(parents=True)
-        with _no_progress_bar():
+        with no_progress_bar():
             model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -92,7 +92,7 @@ def write_checkpoint_folder(
             (partial / TRAINING / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         if not any((partial / TRAINING).iterdir()):
             (partial / TRAINING).rmdir()
-        _flush_tree(partial)
+        flush_tree(partial)
         _move_into_place(partial, directory)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -108,16 +108,10 @@ def write_checkpoint_folder(
 def name_latest(output_dir: Path, checkpoint: Path) -> None:
     """Name `checkpoint`, a folder in `output_dir`, as the newest one; a reader sees the old name or the new one."""
     path = output_dir / LATEST_FILE
-    temporary = path.with_suffix(".tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(checkpoint.relative_to(output_dir).as_posix() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _flush(output_dir)
+        write_text(path, checkpoint.relative_to(output_dir).as_posix() + "\n")
+        flush(output_dir)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"{checkpoint} was saved, but {path} could not be written: {error}. Free space on the disk, then run again."
         ) from error
@@ -168,7 +162,7 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the folder is missing or has no (valid) training state.
     """
-    path = _existing(checkpoint) / TRAINING / STATE_FILE
+    path = existing_folder(checkpoint) / TRAINING / STATE_FILE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -189,7 +183,7 @@ def read_tensors(checkpoint: str | Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: there are none, or a file is cut short or damaged.
     """
-    folder = _existing(checkpoint) / TRAINING
+    folder = existing_folder(checkpoint) / TRAINING
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder} holds no tensors: the checkpoint has no optimizer state.")
     try:
@@ -209,24 +203,6 @@ def read_tensors(checkpoint: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_model(
-    checkpoint: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> PreTrainedModel:
-    """Load the model of a checkpoint folder, or any local Hugging Face folder of a causal language model.
-
-    Args:
-        checkpoint: the folder.
-        device: where to put it.
-        dtype: of its weights; None is the type they were saved in. Training needs torch.float32.
-
-    Raises:
-        CheckpointError: the folder is missing, incomplete, damaged or no causal language model.
-    """
-    model = _load(AutoModelForCausalLM, checkpoint, dtype)
-    torch.nn.Module.to(model, device)
-    return model
-
-
 def load_optimizer(checkpoint: str | Path, model: PreTrainedModel, settings: TrainingSettings) -> AdamW:
     """AdamW over `model` with the moments of a checkpoint; parameters it has none for start fresh.
 
@@ -244,7 +220,7 @@ def load_weights(checkpoint: str | Path, model: PreTrainedModel) -> None:
     Raises:
         CheckpointError: the folder is unusable, or its tensors have other names or shapes.
     """
-    saved = _load(type(model), checkpoint, model.dtype)
+    saved = load_model(checkpoint, dtype=model.dtype, model_class=type(model))
     for kind in ("named_parameters", "named_buffers"):
         source = dict(getattr(saved, kind)())
         target = dict(getattr(model, kind)())
@@ -264,39 +240,6 @@ def load_weights(checkpoint: str | Path, model: PreTrainedModel) -> None:
             current = getattr(model.config, key, None)
             if current != value and isinstance(value, int | float | str | list | None):
                 setattr(model.config, key, value)
-
-
-def _load(factory: Any, checkpoint: str | Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    folder = _existing(checkpoint)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json: it is no model folder, or an incomplete copy of one.")
-    try:
-        with _no_progress_bar():
-            model: PreTrainedModel = factory.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
-    except (*_FAILURES, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{folder} can't be loaded as a causal language model: {_reason(error)}. Restore it or use another one."
-        ) from error
-    return model
-
-
-def _existing(checkpoint: str | Path) -> Path:
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} does not exist or is no folder. Give the folder of a checkpoint.")
-    return folder
-
-
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers draws a bar of its own for every folder it writes or reads, which would tear the training's."""
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -324,7 +267,7 @@ def _move_into_place(folder: Path, target: Path) -> None:
             aside.rename(target)
         raise
     try:
-        _flush(target.parent)
+        flush(target.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -332,22 +275,6 @@ def _move_into_place(folder: Path, target: Path) -> None:
 def _aside(folder: Path) -> Path:
     """Where a folder that is about to go is moved first."""
     return folder.with_name(f".{folder.name.lstrip('.')}.removed")
-
-
-def _flush_tree(folder: Path) -> None:
-    """Force all of a folder to the disk: a rename must not arrive there before what it names."""
-    for parent, _, files in os.walk(folder):
-        for name in files:
-            _flush(Path(parent) / name)
-        _flush(Path(parent))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: BaseException) -> str:

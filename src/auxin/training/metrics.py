@@ -3,11 +3,11 @@
 import contextlib
 import json
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from auxin.errors import CheckpointError
+from auxin.files import write_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -92,12 +92,7 @@ class MetricsLog:
                 continue
             if wanted(line):
                 kept.append(text + "\n")
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        write_text(self.path, "".join(kept))
 
 
 def _summary_writer(directory: Path, step: int) -> "SummaryWriter":

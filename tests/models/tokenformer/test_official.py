@@ -250,7 +250,7 @@ def test_missing_source_tensor_or_model(tmp_path):
         import_official(state, tmp_path / "model", num_attention_heads=HEADS)
     with pytest.raises(CheckpointError, match="no official TokenFormer checkpoint"):
         import_official({"model.embed_tokens.weight": torch.ones(2, 2)}, tmp_path / "model")
-    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
         export_official(tmp_path, tmp_path / "out.bin")
 
 
@@ -304,5 +304,5 @@ def test_export_refuses_an_incomplete_checkpoint(imported, tmp_path):
     del weights["model.layers.0.mlp.keys"], weights["lm_head.weight"]
     model.config.save_pretrained(tmp_path)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"lacks \['model.layers.0.mlp.keys'\]"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 weight.*model\.layers\.0\.mlp\.keys"):
         export_official(tmp_path, tmp_path / "pytorch_model.bin")

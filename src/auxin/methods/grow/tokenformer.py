@@ -296,15 +296,15 @@ def _fills(config: TokenFormerConfig, settings: TokenGrowth, slot: Slot) -> dict
     return {"keys": keys[key_rule], "values": values[value_rule]}
 
 
-def _check_model(model: nn.Module) -> None:
+def _tokenformer(model: nn.Module) -> TokenFormerPreTrainedModel:
     if not isinstance(model, TokenFormerPreTrainedModel):
         raise PlanError(f"This hook works on a TokenFormer, received a {type(model).__name__}. Leave the hook out.")
+    return model
 
 
 def _token_modules(model: nn.Module) -> Iterator[tuple[Slot, Pattention]]:
     """Every Pattention of a TokenFormer with the slot whose tokens it holds."""
-    _check_model(model)
-    for name, module in model.named_modules():
+    for name, module in _tokenformer(model).named_modules():
         if isinstance(module, Pattention):
             yield next(slot for path, slot in SLOT_OF_MODULE.items() if name.endswith(path)), module
 
@@ -325,11 +325,10 @@ class TauAnneal:
         self.steps = steps
         self._start: dict[Slot, list[float]] = {}
 
-    def attach(self, model: TokenFormerPreTrainedModel, optimizer: Optimizer) -> None:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Note the scales from which to start; those of a restored state take precedence."""
-        _check_model(model)
-        self._model = model
-        self._start = self._start or {slot: model.config.group_tau(slot) for slot in SLOTS}
+        self._model = _tokenformer(model)
+        self._start = self._start or {slot: self._model.config.group_tau(slot) for slot in SLOTS}
 
     def before_step(self, step: int) -> None:
         """Nothing: the first step sees the model as it was grown."""
@@ -373,10 +372,10 @@ class OldTokenRates:
         self._rows: list[Tensor] = []
         self._before: list[Tensor] = []
 
-    def attach(self, model: TokenFormerPreTrainedModel, optimizer: Optimizer) -> None:
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Find the old rows; PlanError when there is no telling which they are."""
         modules = list(_token_modules(model))
-        counts = self._counts(model.config)
+        counts = self._counts(_tokenformer(model).config)
         self._rows = [
             parameter.detach()[: counts.get(slot, 0)] for slot, module in modules for parameter in module.parameters()
         ]

@@ -12,20 +12,20 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig
 
 from auxin.errors import CheckpointError, ConfigError
+from auxin.files import flush, new_folder
+from auxin.models.loading import load_config, load_model
 from auxin.models.tokenformer.configuration import SLOTS, TokenFormerConfig
 from auxin.models.tokenformer.modeling import TokenFormerForCausalLM
 from auxin.models.tokenformer.presets import PRESETS
@@ -95,11 +95,11 @@ def import_official(
         model = TokenFormerForCausalLM(config)
     model.load_state_dict({ours: state[theirs] for ours, theirs in names.items()}, strict=False, assign=True)
     model.tie_weights()
-    with _new_folder(output_dir) as folder:
+    with new_folder(output_dir) as folder:
         model.save_pretrained(folder)
         notes += _copy_tokenizer(tokenizer_dir, path, folder)
         del model  # What is compared is what lies on the disk.
-        written = TokenFormerForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        written = cast(TokenFormerForCausalLM, load_model(folder, dtype=torch.float32))
         difference = _compare(state, written, "import")
     return ConversionReport(
         direction="import",
@@ -137,10 +137,8 @@ def export_official(checkpoint_dir: str | Path, output_path: str | Path) -> Conv
     output_path.parent.mkdir(parents=True, exist_ok=True)
     temporary = output_path.with_name(f".{output_path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)  # The one place where this format is written: it is what the official code loads.
-            file.flush()
-            os.fsync(file.fileno())
+        torch.save(state, temporary)  # The one place where this format is written: the official code loads no other.
+        flush(temporary)
         del state
         difference = _compare(_tensors(_read(temporary)), model, "export")
         os.replace(temporary, output_path)
@@ -383,21 +381,21 @@ def _require_official_form(config: TokenFormerConfig) -> None:
 
 
 def _read_config(checkpoint_dir: Path) -> TokenFormerConfig:
-    if not (checkpoint_dir / "config.json").is_file():
-        raise CheckpointError(f"{checkpoint_dir} holds no config.json. Give the folder of a Hugging Face checkpoint.")
-    config = AutoConfig.from_pretrained(checkpoint_dir)
+    config = load_config(checkpoint_dir)
     if not isinstance(config, TokenFormerConfig):
         raise CheckpointError(f"{checkpoint_dir} holds a model of type {config.model_type!r}, expected 'tokenformer'.")
     return config
 
 
 def _load_complete(checkpoint_dir: Path) -> tuple[TokenFormerForCausalLM, list[str]]:
-    """The model in float32 and the keys it did not use; CheckpointError when any of its own is missing."""
-    loaded: Any = TokenFormerForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.float32, output_loading_info=True)
-    model, keys = loaded
-    if keys["missing_keys"]:
-        raise CheckpointError(f"{checkpoint_dir} lacks {sorted(keys['missing_keys'])[:5]}. Is the checkpoint complete?")
-    return model, sorted(keys["unexpected_keys"])
+    """The model in float32 and the keys of its files that it did not use."""
+    model = cast(TokenFormerForCausalLM, load_model(checkpoint_dir, dtype=torch.float32))
+    known = model.state_dict().keys()
+    unused: list[str] = []
+    for path in sorted(checkpoint_dir.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            unused += [key for key in file.keys() if key not in known]  # noqa: SIM118 - a file, not a dict
+    return model, sorted(unused)
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
@@ -427,21 +425,3 @@ def _copy_tokenizer(tokenizer_dir: str | Path | None, checkpoint: Path | None, f
     for file in files:
         shutil.copyfile(file, folder / file.name)
     return [f"Tokenizer copied from {origin}."]
-
-
-@contextmanager
-def _new_folder(output_dir: Path) -> Iterator[Path]:
-    """A temporary sibling of `output_dir` that takes its name when the body succeeds and vanishes when it fails."""
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise CheckpointError(f"{output_dir} exists and is not an empty folder. Remove it or give another one.")
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output_dir.with_name(f".{output_dir.name}.{uuid.uuid4().hex}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in temporary.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, output_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

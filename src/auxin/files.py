@@ -1,0 +1,61 @@
+"""Writing so that a reader, also one after a crash, sees the old content or the whole new one."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from auxin.errors import CheckpointError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 to `path` atomically: to a sibling, flushed to the disk, then renamed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """An empty sibling of `path` that takes its name, flushed to the disk, when the body succeeds, and vanishes else.
+
+    Raises:
+        CheckpointError: `path` is there already and is not an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(f"{path} exists and is not an empty folder. Remove it or give another one.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        flush_tree(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def flush_tree(folder: Path) -> None:
+    """Force all of a folder to the disk: a rename must not arrive there before what it names."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            flush(Path(parent) / name)
+        flush(Path(parent))
+
+
+def flush(path: Path) -> None:
+    """Force a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
