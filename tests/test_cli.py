@@ -121,7 +121,12 @@ def test_grow_keeps_the_function_and_the_books(trained, tmp_path):
         "proj": [6],
         "ffn": [24, 16],
     }
-    assert described["nested_parameters"] == [receipt["parameters_before"], receipt["parameters_after"]]
+    sizes = [receipt["parameters_before"], receipt["parameters_after"]]
+    assert [nested["parameters"] for nested in described["nested"]] == sizes
+    scored = json.loads(call("show", tmp_path / "g", "--corpus", trained.output / "data", "--json").out)["nested"]
+    # Right after an exact growth, the model inside is as good as the whole.
+    assert scored[0]["validation_loss"] == pytest.approx(scored[1]["validation_loss"], abs=1e-6)
+    assert scored[0]["validation_loss"] == pytest.approx(before.stages[-1].loss_after, abs=1e-5)
     shown = call("show", tmp_path / "g").out
     assert "24 + 16" in shown
     assert shown.index("train") < shown.index("grow"), "the lineage, in order"

@@ -285,11 +285,18 @@ def evaluate(
 
 
 @app.command(epilog="Example: [bold]auxin show runs/demo/branches/grown/06-final/checkpoints/step-00000350[/]")
-def show(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
+def show(
+    checkpoint: Checkpoint,
+    corpus: Annotated[
+        Path | None, typer.Option(help="A prepared corpus (the data/ folder of a run): score the nested models on it.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """What a checkpoint is: structure, token groups, costs, and the lineage with what each stage cost."""
+    from auxin.data import PackedData
     from auxin.evaluation.inspection import describe_checkpoint
 
-    found = describe_checkpoint(checkpoint)
+    found = describe_checkpoint(checkpoint, None if corpus is None else PackedData.load(corpus))
     if as_json:
         print(found.model_dump_json(indent=2))
         return
@@ -305,9 +312,9 @@ def show(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
             for g in found.token_groups
         ]
         _print_table(["parameter tokens", "total", "groups", "tau"], rows)
-    if len(found.nested_parameters) > 1:
-        sizes = ", ".join(f"{k}: {n:,}" for k, n in enumerate(found.nested_parameters, start=1))
-        print(f"Nested models by truncate_groups(k), parameters: {sizes} (their loss carries no promise)")
+    if len(found.nested) > 1:
+        rows = [[f"first {n.num_groups}", f"{n.parameters:,}", _number(n.validation_loss, 4)] for n in found.nested]
+        _print_table(["nested models (truncate_groups, no promise)", "parameters", "validation loss"], rows)
     if found.ledger is not None:
         _print_lineage(found.ledger)
 
