@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from auxin.accounting import Ledger
 from auxin.training import latest_checkpoint
 from training.tiny import checkpoint_bits, read_metrics
 
@@ -79,6 +80,8 @@ def assert_same(one: Path, other: Path) -> None:
     ]
     for state in states:
         del state["state"]["seconds"], state["state"]["started_at"]
+        # What a kill cost is told in a note, with the seconds; all other notes must be the same.
+        state["state"]["notes"] = [note for note in state["state"]["notes"] if not note.startswith("resumed at step")]
     assert states[0] == states[1]
 
 
@@ -124,6 +127,34 @@ def test_a_signal_saves_and_says_how_to_go_on(run, alone, tmp_path, name):
     assert checkpoint.name == "step-00000014"
     assert run(tmp_path / "run")["code"] == 0
     assert_same_end(alone[0], tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_in_the_last_step_ends_the_command_and_not_only_the_stage(run, alone, tmp_path, name):
+    answer = run(tmp_path / "run", signal=name, signal_at=16)
+    assert answer["code"] == 130
+    assert f"Interrupted by {name} after step 17 of 17; the stage is finished and saved" in answer["message"]
+    assert_same(alone[0], tmp_path / "run")
+    assert run(tmp_path / "run")["code"] == 0
+    assert_same(alone[0], tmp_path / "run")
+
+
+def test_the_books_count_the_time_of_killed_processes(run, alone, tmp_path):
+    spent = []
+    for _ in range(2):
+        assert run(tmp_path / "run", signal="SIGKILL", signal_at=9)["code"] == SIGKILLED
+        spent.append(max(line["seconds"] for line in read_metrics(tmp_path / "run", timed=True)))
+    assert spent[1] > spent[0], "the second piece goes on counting where the first was killed"
+    assert run(tmp_path / "run")["code"] == 0
+    assert_same(alone[0], tmp_path / "run")
+    checkpoint = latest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    record, reference = (Ledger.load(folder).stages[-1] for folder in (checkpoint, latest_checkpoint(alone[0])))
+    assert record.seconds > spent[1]
+    assert (record.tokens, record.flops) == (reference.tokens, reference.flops)
+    notes = [note for note in record.notes if note not in reference.notes]
+    assert len(notes) == 2
+    assert all(note.startswith("resumed at step 5; at least ") and "lost and done again" in note for note in notes)
 
 
 def test_the_second_ctrl_c_quits_at_once(run, tmp_path):

@@ -7,14 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertLMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from auxin.accounting.flops import flops_per_token
 from auxin.accounting.ledger import Ledger, StageRecord
 from auxin.data import CorpusSettings, make_loader, prepare
 from auxin.errors import CheckpointError, ConfigError, TrainingError
 from auxin.evaluation.perplexity import evaluate_loss
+from auxin.nn import Pattention
 from auxin.training import latest_checkpoint, load_model, train
 from auxin.training import loop as loop_module
+from auxin.training.fit import check_fit
 from auxin.training.hardware import choose_precision, peak_flops
 from training.tiny import (
     CONTEXT,
@@ -30,6 +33,35 @@ from training.tiny import (
     tiny_tokenformer,
     weights,
 )
+
+
+def tiny_bert(is_decoder: bool = False) -> BertLMHeadModel:
+    """Bidirectional, unless it is a decoder."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        is_decoder=is_decoder,
+    )
+    return BertLMHeadModel(config)
+
+
+def tiny_mixtral() -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+    )
+    return MixtralForCausalLM(config)
 
 
 def run(model, folder: Path, data: TinyData | None = None, **changes: object):
@@ -345,6 +377,8 @@ def test_a_scale_that_a_hook_changes_is_resumed(tmp_path):
     run(pieces, tmp_path / "pieces", steps=8, hooks=[Anneal()])
     assert bits(weights(alone)) == bits(weights(pieces))
     assert pieces.config.qkv_tau == alone.config.qkv_tau == [6.0, 2.0]
+    scales = [m.initial_tau for m in pieces.modules() if isinstance(m, Pattention) and m.tau.tolist() == [6.0, 2.0]]
+    assert scales == [(6.0, 2.0)] * 6, "query, key and value of both layers, whose plain numbers follow the buffers"
 
 
 def test_checkpoints_are_kept_and_pruned(tmp_path):
@@ -392,12 +426,23 @@ def test_settings_that_change_no_result_may_change(tmp_path):
         (lambda: tiny_llama().requires_grad_(False), TinyData(), "no trainable parameter"),
         (lambda: tiny_llama(vocab_size=50), TinyData(), "64 tokens, but the model's vocab_size is 50"),
         (lambda: tiny_llama(max_position_embeddings=8), TinyData(), "context_length is 16, but.* is 8"),
+        (lambda: tiny_bert(), TinyData(), "BertLMHeadModel is not causal.*is_decoder: true"),
     ],
 )
 def test_models_and_data_that_do_not_fit(tmp_path, model, data, message):
     with pytest.raises(ConfigError, match=message):
         run(model(), tmp_path, data, steps=5)
     assert not (tmp_path / "latest").exists()
+
+
+@pytest.mark.parametrize("make", [*MODELS.values(), lambda: tiny_bert(is_decoder=True), tiny_mixtral])
+def test_causal_models_pass_the_probe_which_leaves_no_trace(make):
+    model = make().train()
+    before = torch.random.get_rng_state(), bits(weights(model))
+    check_fit(model, TinyData())
+    assert (torch.equal(torch.random.get_rng_state(), before[0]), bits(weights(model))) == (True, before[1])
+    assert all(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_one_folder_one_run(tmp_path):

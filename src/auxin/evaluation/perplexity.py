@@ -53,7 +53,7 @@ def evaluate_loss(model: nn.Module, array: np.ndarray, batch_size: int, max_batc
             raise DataError(f"{name} is {value}. Give 1 or more.")
     rows = len(array) if max_batches is None else min(len(array), max_batches * batch_size)
     total = 0.0
-    with _evaluating(model):
+    with evaluating(model):
         for start in range(0, rows, batch_size):
             batch = torch.from_numpy(array[start : min(start + batch_size, rows)].astype(np.int64))
             total += float(_token_losses(model, batch).sum(dtype=torch.float64))
@@ -99,7 +99,7 @@ def perplexity(
         raise DataError(f"The text of {len(text)} characters has no token to score. Give a longer text.")
     sequence = torch.tensor(ids)
     total = 0.0
-    with _evaluating(model):
+    with evaluating(model):
         for windows, scored in _windows(len(ids), context_length, stride, batch_size):
             batch = torch.stack([sequence[start:end] for start, end in windows])
             total += float(_token_losses(model, batch)[:, -scored:].sum(dtype=torch.float64))
@@ -151,7 +151,7 @@ def _token_losses(model: nn.Module, input_ids: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; the mode of every submodule comes back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -27,6 +27,7 @@ from auxin.accounting.ledger import Ledger
 from auxin.errors import CheckpointError
 from auxin.files import flush, flush_tree, write_text
 from auxin.models.loading import existing_folder, load_model, no_progress_bar
+from auxin.nn import Pattention
 from auxin.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from auxin.training.settings import TrainingSettings
 
@@ -89,7 +90,7 @@ def write_checkpoint_folder(
         if training:
             _write_tensors(training, partial / TRAINING)
         if state is not None:
-            (partial / TRAINING / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            (partial / TRAINING / STATE_FILE).write_text(_state_text(state), encoding="utf-8")
         if not any((partial / TRAINING).iterdir()):
             (partial / TRAINING).rmdir()
         flush_tree(partial)
@@ -177,6 +178,11 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
     return state
 
 
+def rewrite_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
+    """Replace the JSON part of a checkpoint's training state; a reader sees the old one or the whole new one."""
+    write_text(checkpoint / TRAINING / STATE_FILE, _state_text(state))
+
+
 def read_tensors(checkpoint: str | Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint's training state, on the CPU.
 
@@ -234,12 +240,20 @@ def load_weights(checkpoint: str | Path, model: PreTrainedModel) -> None:
         with torch.no_grad():
             for name, tensor in target.items():
                 tensor.copy_(source[name])
+    for module in model.modules():
+        if isinstance(module, Pattention):
+            # The copy went past the plain numbers that belong to the buffer.
+            module.set_tau(module.tau.tolist())
     # Hooks may have changed config values (a scale under annealing) since the model was built.
     for key, value in saved.config.to_dict().items():
         if key not in ("transformers_version", "dtype", "architectures", "_name_or_path"):
             current = getattr(model.config, key, None)
             if current != value and isinstance(value, int | float | str | list | None):
                 setattr(model.config, key, value)
+
+
+def _state_text(state: Mapping[str, Any]) -> str:
+    return json.dumps(state, indent=2) + "\n"
 
 
 @contextlib.contextmanager

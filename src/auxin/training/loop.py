@@ -18,7 +18,7 @@ from auxin.accounting.flops import flops_per_token
 from auxin.accounting.ledger import Ledger, StageRecord
 from auxin.accounting.parameters import count_parameters
 from auxin.data import PackedData, make_loader
-from auxin.errors import CheckpointError, ConfigError, TrainingError
+from auxin.errors import CheckpointError, TrainingError
 from auxin.evaluation.perplexity import evaluate_loss
 from auxin.training.checkpoint import (
     CHECKPOINTS,
@@ -29,13 +29,15 @@ from auxin.training.checkpoint import (
     prune_checkpoints,
     read_state,
     read_tensors,
+    rewrite_state,
     write_checkpoint_folder,
 )
+from auxin.training.fit import check_fit
 from auxin.training.guard import Guard, GuardEvent
 from auxin.training.hardware import choose_device, choose_precision, peak_flops
 from auxin.training.identity import RunIdentity
 from auxin.training.interruption import Interruption, TrainingInterrupted
-from auxin.training.metrics import MetricsLog
+from auxin.training.metrics import MetricsLog, last_progress
 from auxin.training.optimizer import build_optimizer, restore_optimizer
 from auxin.training.progress import ProgressDisplay
 from auxin.training.schedule import learning_rate
@@ -108,7 +110,7 @@ def train(
     """
     output_dir = Path(output_dir)
     device = choose_device(settings.device)
-    _check_fit(model, data)
+    check_fit(model, data)
     flops = flops_per_token(model, data.context_length).training
     total_steps = settings.total_steps(data.context_length, flops)
     identity = RunIdentity.of(stage_name, settings, data.fingerprint, data_position, model.config)
@@ -187,7 +189,11 @@ class _Loop:
             with Interruption() as interruption:
                 if checkpoint is None:
                     self._begin()
-                return self._train(interruption, stop_after)
+                result = self._train(interruption, stop_after)
+            # In the last step or while the end was measured and saved: who asked to stop wants no next stage.
+            if interruption.signal_name is not None:
+                self._interrupted(interruption.signal_name)
+            return result
         finally:
             self.display.close()
             self.metrics.close()
@@ -219,11 +225,30 @@ class _Loop:
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{checkpoint} has no usable training state: {error}") from error
         self._load(checkpoint, saved)
-        self.state.notes += notes
         if not saved["finished"]:
+            self._book_lost_work(checkpoint, saved)
             # The record of the stage in progress is written anew with every checkpoint.
             self.parent = Ledger(stages=self.parent.stages[:-1])
+        self.state.notes += notes
         return saved
+
+    def _book_lost_work(self, checkpoint: Path, saved: dict[str, Any]) -> None:
+        """Add the time that a killed process spent after the checkpoint to its state, as far as the metrics tell.
+
+        Written to the disk before the metrics beyond the checkpoint are dropped: the next kill may come at any moment.
+        """
+        state = self.state
+        seconds, position = last_progress(self.output_dir)
+        steps, more = position - state.data_position, seconds - state.seconds
+        if steps <= 0 or more <= 0:
+            return
+        state.seconds = seconds
+        state.notes.append(
+            f"resumed at step {state.step}; at least {steps} steps after it were lost and done again ({more:.1f} s; "
+            "their FLOPs are not in the totals)"
+        )
+        values = {**saved["state"], "seconds": state.seconds, "notes": state.notes}
+        rewrite_state(checkpoint, {**saved, "state": values})
 
     def _load(self, checkpoint: Path, saved: dict[str, Any], position: int | None = None) -> None:
         """Go back to a checkpoint; draw batches from `position` on (None: from the checkpoint's)."""
@@ -332,7 +357,7 @@ class _Loop:
                 f"within {self.settings.guard.window} batches; the last: {problem}. The last good weights are in "
                 f"{latest_checkpoint(self.output_dir)}. Lower learning_rate or look at the batches named in "
                 f"{self.metrics.path}; if the data is right and the spikes harmless, raise guard.spike_multiple or "
-                "guard.maximum_events."
+                "guard.maximum_events (--set training.guard.maximum_events=50) and give the same output folder again."
             )
         if action == "rewind":
             self._rewind()
@@ -400,8 +425,9 @@ class _Loop:
 
     def _interrupted(self, signal_name: str) -> None:
         checkpoint = self._save_unplanned()
+        done = "the stage is finished and saved" if self.state.step == self.total_steps else "saved"
         raise TrainingInterrupted(
-            f"Interrupted by {signal_name} after step {self.state.step} of {self.total_steps}; saved in {checkpoint}. "
+            f"Interrupted by {signal_name} after step {self.state.step} of {self.total_steps}; {done} in {checkpoint}. "
             f"Give the same command (or call train with the same output_dir, {self.output_dir}) to go on from there.",
             checkpoint,
         )
@@ -508,30 +534,6 @@ class _Loop:
     def _draw_from(self, position: int) -> None:
         loader = make_loader(self.data.train, self.settings.batch_size, self.settings.seed, position=position)
         self.batches = iter(loader)
-
-
-def _check_fit(model: PreTrainedModel, data: PackedData) -> None:
-    """Refuse combinations of model and data that would fail later, or worse, not fail."""
-    wrong = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)}
-    if wrong:
-        raise ConfigError(
-            f"The model's weights are {', '.join(sorted(wrong))}; updates would be lost to rounding. Load it with "
-            "dtype=torch.float32; precision='bfloat16' computes in bfloat16 all the same."
-        )
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError("The model has no trainable parameter: requires_grad is False everywhere.")
-    vocabulary = getattr(model.config, "vocab_size", None)
-    if vocabulary is not None and data.vocab_size > vocabulary:
-        raise ConfigError(
-            f"The data's tokenizer has {data.vocab_size} tokens, but the model's vocab_size is {vocabulary}. "
-            "Use the model's tokenizer for the data, or build the model with the data's vocabulary."
-        )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and data.context_length > positions:
-        raise ConfigError(
-            f"The data's context_length is {data.context_length}, but the model's max_position_embeddings is "
-            f"{positions}. Prepare the data with a shorter context_length."
-        )
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,15 +85,27 @@ class MetricsLog:
         """Rewrite the file with the lines that are `wanted`; a line cut short by a kill is dropped."""
         if not self.path.exists():
             return
-        kept = []
-        for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            if wanted(line):
-                kept.append(text + "\n")
-        write_text(self.path, "".join(kept))
+        write_text(self.path, "".join(text + "\n" for text, line in _read_lines(self.path) if wanted(line)))
+
+
+def last_progress(output_dir: Path) -> tuple[float, int]:
+    """How far the metrics of a run's folder go: seconds of the stage, and data position; zeros where there are none."""
+    path = output_dir / METRICS_FILE
+    lines = [line for _, line in _read_lines(path)] if path.exists() else []
+    return max((line["seconds"] for line in lines), default=0.0), max(
+        (line["data_position"] for line in lines), default=0
+    )
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of metrics.jsonl as text and as what they hold; one cut short by a kill is left out."""
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict):
+            yield text, line
 
 
 def _summary_writer(directory: Path, step: int) -> "SummaryWriter":
