@@ -14,6 +14,7 @@ from transformers import (
 
 from auxin.accounting import count_parameters, flops_per_token, training_memory
 from auxin.accounting.flops import countable_kernels
+from auxin.models.tokenformer import TokenFormerConfig
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 CONFIGS = {
@@ -25,6 +26,18 @@ CONFIGS = {
         **SMALL, intermediate_size=48, num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64
     ),
 }
+TOKENFORMERS = {
+    f"tokenformer-{score_function}-{len(groups)}": TokenFormerConfig(
+        **SMALL,
+        qkv_tokens=groups,
+        proj_tokens=groups,
+        ffn_tokens=[2 * n for n in groups],
+        score_function=score_function,
+    )
+    for score_function in ("l2_norm_gelu", "gelu_l2_norm", "softmax")
+    for groups in ([48], [32, 16, 13])
+}
+CONFIGS |= TOKENFORMERS
 
 
 @pytest.fixture(params=CONFIGS, scope="module")
@@ -70,8 +83,9 @@ def test_a_tied_table_counts_once():
     assert count_parameters(tied).non_embedding == count_parameters(untied).non_embedding
 
 
-def test_training_memory_is_what_a_real_step_saves():
-    model = AutoModelForCausalLM.from_config(CONFIGS["gpt-neox"])
+@pytest.mark.parametrize("name", ["gpt-neox", *TOKENFORMERS])
+def test_training_memory_is_what_a_real_step_saves(name):
+    model = AutoModelForCausalLM.from_config(CONFIGS[name])
     parameters = {p.data_ptr() for p in model.parameters()}
     storages: dict[int, int] = {}
 

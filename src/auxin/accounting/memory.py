@@ -30,15 +30,15 @@ def training_memory(model: nn.Module, batch_size: int, sequence_length: int) -> 
 
     Activations are what autograd saves in a forward pass with loss, parameters left out, each storage once.
     """
-    saved: dict[int, Tensor] = {}
+    saved: dict[int, tuple[Tensor, int]] = {}
     with shape_only_copy(model) as copy:
-        parameters = {id(p) for p in copy.parameters()}
+        parameters = {p.untyped_storage()._cdata for p in copy.parameters()}
 
         def keep(tensor: Tensor) -> Tensor:
-            base = tensor if tensor._base is None else tensor._base
-            if id(base) not in parameters:
-                # The tensor itself is held, so that no later tensor can be given its id.
-                saved[id(base)] = base
+            storage = tensor.untyped_storage()
+            if storage._cdata not in parameters:
+                # The tensor is held, so that no later storage can be given the address of its own.
+                saved[storage._cdata] = tensor, storage.nbytes()
             return tensor
 
         input_ids = torch.zeros(batch_size, sequence_length, dtype=torch.long)
@@ -49,5 +49,5 @@ def training_memory(model: nn.Module, batch_size: int, sequence_length: int) -> 
         weights=parameter_bytes,
         gradients=parameter_bytes,
         optimizer=ADAM_MOMENTS * parameter_bytes,
-        activations=sum(t.numel() * t.element_size() for t in saved.values()),
+        activations=sum(size for _, size in saved.values()),
     )

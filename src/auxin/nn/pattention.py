@@ -15,6 +15,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from auxin.errors import ConfigError, unknown_name
@@ -50,7 +51,8 @@ def pattention(
     is tau/eps): large, but finite; under float16, which can't hold it, it is zero.
 
     In eager mode autograd keeps what it keeps for linear -> GELU -> linear plus one float per row and group. Second
-    derivatives are refused there, with torch's error for functions that are differentiable once.
+    derivatives are refused there, with torch's error for functions that are differentiable once; forward-mode
+    differentiation and the transforms of torch.func (grad, vmap, jvp, ...) are not supported there either.
 
     Args:
         x: (..., in_features).
@@ -206,7 +208,7 @@ def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
 def _weights(scores: Tensor, tau: Tensor, rule: _Rule) -> Tensor:
     """S = f(A) for scores (rows, n) that nobody else uses: eager mode overwrites them."""
     tau = tau.to(_norm_dtype(scores.dtype))
-    if torch.compiler.is_compiling() or type(scores) is not Tensor or tau.requires_grad:
+    if torch.compiler.is_compiling() or type(scores) not in (Tensor, FakeTensor) or tau.requires_grad:
         return _plain_weights(scores, tau, rule)
     if torch.is_grad_enabled() and scores.requires_grad:
         return _Weights.apply(scores, tau, rule)
