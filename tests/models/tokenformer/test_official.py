@@ -2,6 +2,7 @@
 
 import math
 import os
+import zipfile
 from itertools import combinations
 
 import pytest
@@ -134,6 +135,30 @@ def test_untied_head(tmp_path):
     assert set(torch.load(tmp_path / "pytorch_model.bin", weights_only=True)) == set(state)
 
 
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_tied_head_that_is_stored_too(tmp_path, copied):
+    state, head = tiny_state(), f"sequential.{LAYERS + 4}.final_linear.weight"
+    embedding = state["sequential.0.word_embeddings.weight"]
+    state[head] = embedding.clone() if copied else embedding
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    report = import_official(tmp_path, tmp_path / "model", num_attention_heads=HEADS)
+    assert (report.missing_keys, report.unused_keys) == ([], [head])
+    assert TokenFormerConfig.from_pretrained(tmp_path / "model").tie_word_embeddings
+    config = infer_config(tiny_state(), HEADS)
+    config.tie_word_embeddings = False
+    report = import_official(tmp_path, tmp_path / "untied", config=config)
+    assert (report.missing_keys, report.unused_keys) == ([], [])
+    model = TokenFormerForCausalLM.from_pretrained(tmp_path / "untied")
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+
+
+def test_entries_that_are_no_named_tensors_are_reported(tmp_path):
+    torch.save({**tiny_state(), 7: torch.ones(2), "step": 3}, tmp_path / "pytorch_model.bin")
+    report = import_official(tmp_path, tmp_path / "model", num_attention_heads=HEADS)
+    assert report.unused_keys == ["7", "step"]
+
+
 def test_safetensors_and_unused_keys(tmp_path):
     state = {**tiny_state(), "sequential.2.attention.rotary_emb.inv_freq": torch.ones(2)}
     save_file(state, tmp_path / "official.safetensors")
@@ -241,6 +266,25 @@ def test_truncated_file(tmp_path):
         import_official(tmp_path, tmp_path / "model")
 
 
+def test_a_damaged_pickle_inside_the_file(tmp_path):
+    torch.save(tiny_state(), tmp_path / "whole.bin")
+    with zipfile.ZipFile(tmp_path / "whole.bin") as whole:
+        entries = {name: whole.read(name) for name in whole.namelist()}
+    pickled = next(name for name in entries if name.endswith("data.pkl"))
+    original = entries[pickled]
+    raised = set()
+    for position in range(2, 300, 3):
+        entries[pickled] = original[:position] + b"\xff" + original[position + 1 :]
+        with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w") as damaged:
+            for name, content in entries.items():
+                damaged.writestr(name, content)
+        try:
+            official._read(tmp_path / "pytorch_model.bin")
+        except CheckpointError as error:
+            raised.add(type(error.__cause__).__name__)
+    assert len(raised) > 1, raised
+
+
 def test_missing_source_tensor_or_model(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         import_official(tmp_path / "nowhere.bin", tmp_path / "model")
@@ -258,6 +302,8 @@ def test_heads_come_from_the_released_models_or_from_the_caller():
     assert infer_config(tiny_state(layers=12, width=768, tokens=5, ffn_tokens=5)).num_attention_heads == 12
     with pytest.raises(ConfigError, match="Give num_attention_heads"):
         infer_config(tiny_state())
+    with pytest.raises(ConfigError, match=r"num_attention_heads must be a positive whole number, received 0"):
+        infer_config(tiny_state(), 0)
 
 
 def test_a_given_config_is_checked_against_the_shapes(tmp_path):

@@ -19,7 +19,7 @@ from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -93,7 +93,7 @@ def import_official(
     notes = _vocabulary_notes(config)
     with torch.device("meta"):
         model = TokenFormerForCausalLM(config)
-    model.load_state_dict({ours: state[theirs] for ours, theirs in names.items()}, strict=False, assign=True)
+    model.load_state_dict(_unshared(state, names), strict=False, assign=True)
     model.tie_weights()
     with new_folder(output_dir) as folder:
         model.save_pretrained(folder)
@@ -105,8 +105,8 @@ def import_official(
         direction="import",
         parameters=config.num_parameters(),
         max_relative_difference=difference,
-        unused_keys=sorted(set(entries) - set(names.values())),
-        missing_keys=["lm_head.weight"] if config.tie_word_embeddings else [],
+        unused_keys=sorted(str(key) for key in entries if key not in set(names.values())),
+        missing_keys=["lm_head.weight"] if config.tie_word_embeddings and head_name(config) not in state else [],
         notes=notes,
     )
 
@@ -166,18 +166,24 @@ def official_names(config: TokenFormerConfig) -> dict[str, str]:
     for kind in ("weight", "bias"):
         names[f"model.norm.{kind}"] = f"sequential.{layers + 3}.norm.{kind}"
     if not config.tie_word_embeddings:
-        names["lm_head.weight"] = f"sequential.{layers + 4}.final_linear.weight"
+        names["lm_head.weight"] = head_name(config)
     return names
+
+
+def head_name(config: TokenFormerConfig) -> str:
+    """The official name of the output head."""
+    return f"sequential.{config.num_hidden_layers + 4}.final_linear.weight"
 
 
 def infer_config(state: State, num_attention_heads: int | None = None) -> TokenFormerConfig:
     """Read the config off the shapes of an official checkpoint.
 
     The number of heads is in no shape. It is taken from the published model of the same depth and width unless given.
+    The output head counts as tied when it is not stored or equals the embedding.
 
     Raises:
         CheckpointError: this is no official checkpoint.
-        ConfigError: no published model has this depth and width, and `num_attention_heads` is None.
+        ConfigError: no published model has this depth and width and `num_attention_heads` is None, or it is impossible.
     """
     layers = sorted(
         int(match[1]) for name in state if (match := re.fullmatch(r"sequential\.(\d+)\.mlp\..*keys?_.*", name))
@@ -187,13 +193,16 @@ def infer_config(state: State, num_attention_heads: int | None = None) -> TokenF
             f"This is no official TokenFormer checkpoint: it needs {EMBEDDING!r} and layers numbered from "
             f"'sequential.2.' without gaps; received layers {layers} and the keys {sorted(state)[:5]} ..."
         )
-    vocab_size, hidden_size = state[EMBEDDING].shape
-    heads = num_attention_heads or _published_heads(len(layers), hidden_size)
+    embedding = state[EMBEDDING]
+    if embedding.dim() != 2:
+        raise CheckpointError(f"{EMBEDDING} has the shape {tuple(embedding.shape)}, expected (vocabulary, width).")
+    vocab_size, hidden_size = embedding.shape
+    heads = _published_heads(len(layers), hidden_size) if num_attention_heads is None else num_attention_heads
 
     def tokens(part: str) -> int:
         name = f"sequential.2.{part}.key_param_tokens"
-        if name not in state:
-            raise CheckpointError(f"The checkpoint has no {name!r}. Is it complete?")
+        if name not in state or not state[name].dim():
+            raise CheckpointError(f"The checkpoint has no {name!r}, or a single number there. Is it complete?")
         return state[name].shape[0]
 
     lengths = {
@@ -202,6 +211,7 @@ def infer_config(state: State, num_attention_heads: int | None = None) -> TokenF
         if preset.tokens == tokens("attention.query")
         and (preset.num_hidden_layers, preset.hidden_size) == (len(layers), hidden_size)
     }
+    head = state.get(f"sequential.{len(layers) + 4}.final_linear.weight")
     return TokenFormerConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -211,7 +221,7 @@ def infer_config(state: State, num_attention_heads: int | None = None) -> TokenF
         proj_tokens=tokens("attention.proj"),
         ffn_tokens=tokens("mlp"),
         max_position_embeddings=max(lengths, default=2048),
-        tie_word_embeddings=f"sequential.{len(layers) + 4}.final_linear.weight" not in state,
+        tie_word_embeddings=head is None or (head.dtype == embedding.dtype and torch.equal(head, embedding)),
         pad_token_id=1,
     )
 
@@ -292,14 +302,14 @@ def _read(path: Path) -> Mapping[str, object]:
     """Map a checkpoint file into memory without running anything that is in it."""
     with path.open("rb") as file:
         head = file.read(4)
+    if path.suffix != ".safetensors" and not head.startswith((b"PK\x03\x04", b"\x80")):
+        raise CheckpointError(
+            f"{path} is no PyTorch file (it begins with {head!r}). A file of about 130 bytes is a git-LFS pointer: "
+            "download the file itself."
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        if not head.startswith((b"PK\x03\x04", b"\x80")):
-            raise CheckpointError(
-                f"{path} is no PyTorch file (it begins with {head!r}). A file of about 130 bytes is a git-LFS pointer: "
-                "download the file itself."
-            )
         # The format before 2019 ("\x80...") can't be mapped, only read.
         entries = torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
     except UnpicklingError as error:
@@ -309,15 +319,27 @@ def _read(path: Path) -> Mapping[str, object]:
             "torch.load(..., weights_only=False), write its tensors with safetensors.torch.save_file, and give that "
             "file instead."
         ) from error
-    except (RuntimeError, EOFError, OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} can't be read, it may be incomplete: {error}") from error
+    except Exception as error:  # Damaged bytes can make the unpickler fail in any way.
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} can't be read, it may be incomplete or damaged: {reason}") from error
     if not isinstance(entries, Mapping):
         raise CheckpointError(f"{path} holds a {type(entries).__name__}, expected a dictionary of tensors.")
     return entries
 
 
 def _tensors(entries: Mapping[str, object]) -> dict[str, Tensor]:
-    return {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in entries.items() if isinstance(name, str) and isinstance(value, Tensor)}
+
+
+def _unshared(state: State, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors by our names, copied where two are one memory: saving would keep one of them only."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for ours, theirs in names.items():
+        place = state[theirs].data_ptr()
+        tensors[ours] = state[theirs].clone() if place in seen else state[theirs]
+        seen.add(place)
+    return tensors
 
 
 def _settle_config(state: State, config: TokenFormerConfig | None, heads: int | None) -> TokenFormerConfig:
