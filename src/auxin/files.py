@@ -30,6 +30,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: `path` is there already and is not an empty folder.
     """
+    path = path.resolve()  # "." has no name of its own, and a link to a folder can't be replaced by one
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"{path} exists and is not an empty folder. Remove it or give another one.")
     path.parent.mkdir(parents=True, exist_ok=True)
