@@ -141,6 +141,46 @@ def test_folders_that_can_not_be_used_are_refused(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_an_output_inside_the_source_is_refused_before_anything_is_written(tmp_path):
+    model = tiny_model()
+    source = save(model, tmp_path / "old")
+    before = sorted(source.rglob("*"))
+    (tmp_path / "link").symlink_to(source)
+    for output in (source / "new", source / "deep" / "new", tmp_path / "link" / "new"):
+        with pytest.raises(CheckpointError, match="lies in the folder that is read"):
+            apply_to_checkpoint(plan_token_growth(model.config, TokenGrowth(ffn_tokens=30)), source, output)
+    assert sorted(source.rglob("*")) == before
+
+
+def test_older_copies_of_the_weights_stay_behind(tmp_path):
+    model = tiny_model()
+    source = save(model, tmp_path / "old")
+    (source / "notes").mkdir()
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.pth", "notes/kept.bin"):
+        (source / name).write_text("old")
+    apply_to_checkpoint(plan_token_growth(model.config, TokenGrowth(ffn_tokens=30)), source, tmp_path / "new")
+    copies = {
+        path.name for path in (tmp_path / "new").rglob("*") if path.suffix in {".bin", ".pth"} or ".bin." in path.name
+    }
+    assert copies == {"kept.bin"}
+
+
+def test_unsigned_tensors_pass_and_unknown_types_are_refused(tmp_path):
+    model = tiny_model()
+    source = save(model, tmp_path / "old", trained(model))
+    path = source / "training" / "state.safetensors"
+    extra = {f"counts.{n}": torch.arange(5).to(getattr(torch, f"uint{n}")) for n in (16, 32, 64)}
+    save_file({**load_file(path), **extra}, path)
+    plan = plan_token_growth(model.config, TokenGrowth(ffn_tokens=30))
+    apply_to_checkpoint(plan, source, tmp_path / "new")
+    written = load_file(tmp_path / "new" / "training" / "state.safetensors")
+    assert_equal_tensors({name: written[name] for name in extra}, extra)
+    save_file({**load_file(path), "scales": torch.ones(4, dtype=torch.float8_e8m0fnu)}, path)
+    with pytest.raises(CheckpointError, match="scales has the data type F8_E8M0"):
+        apply_to_checkpoint(plan, source, tmp_path / "newer")
+    assert not (tmp_path / "newer").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

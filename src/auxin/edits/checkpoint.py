@@ -15,7 +15,7 @@ from auxin.accounting import count_parameters
 from auxin.edits.executor import Receipt, check_finite, check_moment, map_moment, map_parameter
 from auxin.edits.plan import ParameterChange, Plan, ResolvedPlan, parameter_names, resolve
 from auxin.edits.promise import check_promise, default_probe, probe_logits, relative_change, tolerance
-from auxin.edits.safetensors_file import TensorPlace, write_safetensors
+from auxin.edits.safetensors_file import TensorPlace, torch_dtype, write_safetensors
 from auxin.edits.structure import skeleton
 from auxin.errors import CheckpointError
 from auxin.files import new_folder
@@ -23,6 +23,7 @@ from auxin.models.loading import load_config, load_model
 
 TRAINING_FOLDER = "training"
 INDEX_ENDING = ".safetensors.index.json"
+OLD_WEIGHTS = (".bin", ".bin.index.json", ".pth")
 OPTIMIZER_TENSOR = re.compile(r"optimizer\.(?P<state>[^.]+)\.(?P<parameter>.+)")
 
 
@@ -33,13 +34,14 @@ def apply_to_checkpoint(
 
     Weights (`*.safetensors`, in one file or several) and the optimizer's state (`training/*.safetensors`, tensors named
     `optimizer.<state>.<parameter>`) are read, changed and written one tensor at a time, bit by bit as `apply` would
-    have it; every other file (tokenizer, ledger, ...) is copied. The folder appears under its name when it is complete
+    have it; every other file (tokenizer, ledger, ...) is copied, but for older copies of the weights (`*.bin`, `*.pth`)
+    in the folder itself. The folder appears under its name when it is complete
     and the promise was checked, by loading the old model and, after it, the new one.
 
     Args:
         plan: what to do.
         source_dir: a checkpoint folder of a causal language model, as `save_pretrained` writes it.
-        output_dir: a folder that does not exist or is empty.
+        output_dir: a folder that does not exist or is empty, and does not lie in `source_dir`.
         probe: token ids (batch, sequence) on which the promise is checked; default: two random sequences.
 
     Raises:
@@ -166,6 +168,8 @@ def _check_folders(source: Path, output: Path) -> None:
         raise CheckpointError(
             f"{source} holds no *.safetensors file. Convert its weights first: load the model and call save_pretrained."
         )
+    if output.resolve().is_relative_to(source.resolve()) and output.resolve() != source.resolve():
+        raise CheckpointError(f"{output} lies in the folder that is read, {source}. Choose another output folder.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output} exists and is not empty. Choose another output folder, or remove it.")
 
@@ -174,7 +178,11 @@ def _copy_other_files(source: Path, target: Path, rewrites: _Rewrites) -> None:
     rewritten = rewrites.files()
 
     def ignore(folder: str, names: list[str]) -> list[str]:
-        return [name for name in names if (Path(folder) / name).relative_to(source) in rewritten]
+        stale = names if Path(folder) == source else []  # weights that would stay those of the old model
+        return [
+            *(name for name in names if (Path(folder) / name).relative_to(source) in rewritten),
+            *(name for name in stale if name.endswith(OLD_WEIGHTS)),
+        ]
 
     shutil.copytree(source, target, ignore=ignore, dirs_exist_ok=True)
 
@@ -183,6 +191,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.offset_keys():
+                torch_dtype(name, file.get_slice(name).get_dtype())
                 yield name, file.get_tensor(name)
     except SafetensorError as error:
         raise CheckpointError(f"{path} can't be read: {error}. Restore it from an earlier checkpoint.") from error

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from auxin.errors import CheckpointError
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -20,6 +22,9 @@ DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
     "C64": torch.complex64,
@@ -38,7 +43,17 @@ class TensorPlace:
     @property
     def num_bytes(self) -> int:
         """Bytes of the tensor's data."""
-        return prod(self.shape) * DTYPES[self.dtype].itemsize
+        return prod(self.shape) * torch_dtype(self.name, self.dtype).itemsize
+
+
+def torch_dtype(name: str, dtype: str) -> torch.dtype:
+    """The torch type that the format calls `dtype`; CheckpointError, naming the tensor `name`, when there is none."""
+    if dtype not in DTYPES:
+        raise CheckpointError(
+            f"{name} has the data type {dtype}, which can't be rewritten. Known types: {', '.join(DTYPES)}. Convert "
+            "the checkpoint to one of them."
+        )
+    return DTYPES[dtype]
 
 
 def write_safetensors(
@@ -60,6 +75,6 @@ def write_safetensors(
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for place, tensor in zip(places, tensors, strict=True):
-            if tensor.dtype != DTYPES[place.dtype] or tuple(tensor.shape) != place.shape:
+            if tensor.dtype != torch_dtype(place.name, place.dtype) or tuple(tensor.shape) != place.shape:
                 raise RuntimeError(f"{place} was announced, but {tensor.dtype} {tuple(tensor.shape)} came")
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
