@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import auxin
 from auxin.edits import NormalFill, PadParameter, Plan, SetConfig, ZeroFill, apply
+from auxin.edits.promise import relative_change
 from auxin.errors import PlanError, PromiseError
 from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth
 from edits.models import assert_same, everything, tiny_model, token_ids, trained, training_step
@@ -202,6 +205,89 @@ def test_two_plans_in_a_row_equal_a_model_loaded_from_disk(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert torch.equal(loaded(input_ids=token_ids()).logits, model(input_ids=token_ids()).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_loss_that_is_still_alive_does_not_disturb_training_on(fails, dtype):
+    model = tiny_model(dtype=dtype)
+    optimizer = trained(model, eps=1e-3)
+    fired = []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: fired.append(name))
+    ids = token_ids()
+    kept = model(input_ids=ids, labels=ids).loss
+    kept.backward(retain_graph=True)
+    if fails:
+        with pytest.raises(PromiseError):
+            apply(ffn_plan(values=NormalFill(std=1.0)), model, optimizer)
+    else:
+        auxin.grow(model, qkv_tokens=30, ffn_tokens=40, optimizer=optimizer)
+    fired.clear()
+    optimizer.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert sorted(fired) == sorted(name for name, _ in model.named_parameters())
+    assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
+    assert kept.isfinite()
+
+
+def test_growing_under_autocast_or_with_short_products_is_exact_and_leaves_the_settings():
+    model = tiny_model()
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        backends[0].fp32_precision, backends[1].fp32_precision = "tf32", "bf16"
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            receipt = auxin.grow(model, 30, 30, 50)
+            assert torch.is_autocast_enabled("cpu")
+        assert [backend.fp32_precision for backend in backends] == ["tf32", "bf16"]
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+    assert 0 <= receipt.max_relative_change <= 1e-6
+
+
+def test_growing_in_inference_mode_leaves_a_model_that_trains():
+    model = tiny_model()
+    optimizer = trained(model)
+    with torch.inference_mode():
+        auxin.grow(model, 20, 20, 30, optimizer=optimizer)
+        small = model.truncate_groups(1)
+    training_step(model, optimizer, 20)
+    training_step(small, torch.optim.AdamW(small.parameters()), 20)
+    tensors = [*model.parameters(), *model.buffers(), *small.parameters(), *small.buffers()]
+    assert not any(tensor.is_inference() for tensor in tensors)
+
+
+def test_a_compiled_model_grows():
+    model = tiny_model().eval()
+    compiled = torch.compile(model, backend="eager")
+    before = compiled(input_ids=token_ids()).logits
+    auxin.grow(compiled, 20, 20, 30)
+    after = compiled(input_ids=token_ids()).logits
+    assert model.config.ffn_tokens == [20, 10]
+    assert ((after - before).abs().max() / before.abs().max()).item() <= 1e-6
+
+
+def test_a_sharded_model_is_refused():
+    model = tiny_model()
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(PlanError, match=r"model\.embed_tokens\.weight is distributed"):
+            auxin.grow(model, ffn_tokens=30)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_the_change_of_nothing_is_nothing():
+    zeros, ones = torch.zeros(2, 3), torch.ones(2, 3)
+    assert relative_change(zeros, zeros) == 0
+    assert relative_change(ones, 3 * ones) == 2
+    for broken in ((zeros, ones), (ones, ones * float("nan")), (ones * float("inf"), ones), (ones, ones[:1])):
+        assert relative_change(*broken) == float("inf")
 
 
 def test_growing_needs_no_more_memory_than_the_new_model_and_one_tensor():

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from auxin.accounting import flops_per_token
 from auxin.edits import NormalFill, PadParameter, Plan, RepeatFill, SetConfig, ZeroFill, apply, planned_config
@@ -47,6 +48,18 @@ def test_a_plan_that_does_not_fit_is_refused_and_says_where(edits, message):
         apply(plan_of(*edits), model)
     assert model.config.ffn_tokens == [20]
     assert {tuple(p.shape) for p in model.model.layers[0].mlp.parameters()} == {(20, 32)}
+
+
+def test_a_config_value_that_makes_another_module_is_refused():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=96))
+    with pytest.raises(
+        PlanError, match=r"set hidden_act = relu.*model\.layers\.0\.mlp\.act_fn would be ReLU instead of SiLU"
+    ):
+        apply(plan_of(SetConfig(values={"hidden_act": "relu"}), promise="exact"), model)
+    assert model.config.hidden_act == "silu"
+    assert apply(plan_of(SetConfig(values={"attention_dropout": 0.5})), model).max_relative_change == 0
+    assert model.model.layers[0].self_attn.attention_dropout == 0.5
 
 
 def test_edits_along_two_axes_of_one_parameter_do_not_collide():

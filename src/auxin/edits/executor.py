@@ -4,6 +4,7 @@ import time
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -32,28 +33,38 @@ class Receipt(Settings):
     """Wall time, the probe included."""
 
 
+@torch.inference_mode(False)
 def apply(
     plan: Plan, model: PreTrainedModel, optimizer: Optimizer | None = None, probe: Tensor | None = None
 ) -> Receipt:
     """Change `model` in place as `plan` says, and the state of `optimizer` with it.
 
     Parameters keep their identity, so the optimizer's groups, tied weights and hooks stay valid; gradients of
-    changed parameters are dropped. One parameter is changed at a time: the peak is the new model and one tensor. On any
+    changed parameters are dropped, and a loss computed before can't be differentiated any more. A
+    DistributedDataParallel wrapper holds buckets of the old shapes: grow the model inside and wrap it again. On any
     error, a broken promise included, model and optimizer are as before.
+
+    One parameter is changed at a time: the peak is the new model, the new optimizer state and one tensor. Where old
+    entries can't be had back bit by bit from the new ones (values divided between copies, moments of copied keys), the
+    old tensors stay until the promise was checked, so that "duplicate" needs more.
 
     Args:
         plan: what to do.
-        model: the model; on the meta device only the structure changes and no promise is checked.
+        model: the model, or what torch.compile made of it; on the meta device only the structure changes and no promise
+            is checked.
         optimizer: the optimizer that trains the model, any of torch's whose state has the parameters' shape.
         probe: token ids (batch, sequence) on which the promise is checked; default: two random sequences.
 
     Raises:
-        PlanError: the plan does not fit the model, or a weight is not finite; found before anything changes.
+        PlanError: the plan does not fit the model, which may be sharded, or a weight is not finite; found before
+            anything changes.
         PromiseError: the plan promised to keep the function and did not.
     """
     start = time.perf_counter()
-    resolved = resolve(plan, model)
+    model = getattr(model, "_orig_mod", model)  # torch.compile wraps
     parameters = dict(model.named_parameters())
+    _refuse_sharded(parameters)
+    resolved = resolve(plan, model)
     _check_optimizer(resolved.changes, parameters, optimizer)
     has_data = not any(parameter.is_meta for parameter in parameters.values())
     count, allowed = count_parameters(model).total, tolerance(model)
@@ -84,6 +95,15 @@ def apply(
         tolerance=allowed,
         seconds=time.perf_counter() - start,
     )
+
+
+def _refuse_sharded(parameters: dict[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        if isinstance(parameter, DTensor):
+            raise PlanError(
+                f"{name} is distributed over several processes (DTensor). Grow the model before it is sharded, or its "
+                "checkpoint."
+            )
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -155,7 +175,7 @@ class _Surgery:
         kept = None if self._restores(change, data, parameter.data) else parameter.data
         self._done.append((change, parameter, kept, parameter.grad))
         parameter.grad = None
-        parameter.data = data
+        _replace_data(parameter, data)
         state = {} if self.optimizer is None else self.optimizer.state.get(parameter, {})
         for name, tensor in state.items():
             if isinstance(tensor, Tensor) and tuple(tensor.shape) == change.old_shape:
@@ -172,9 +192,9 @@ class _Surgery:
         while self._done:
             change, parameter, kept, gradient = self._done.pop()
             if kept is not None:
-                parameter.data = kept
+                _replace_data(parameter, kept)
             elif tuple(parameter.shape) != change.old_shape:
-                parameter.data = self._restored(change, parameter.data).clone()
+                _replace_data(parameter, self._restored(change, parameter.data).clone())
             parameter.grad = gradient
 
     def _restores(self, change: ParameterChange, new: Tensor, old: Tensor) -> bool:
@@ -185,6 +205,17 @@ class _Surgery:
         for (_, edit), shape in zip(reversed(change.edits), reversed(change.shapes[:-1]), strict=True):
             new = edit.restore_parameter(new, shape)
         return new
+
+
+def _replace_data(parameter: nn.Parameter, data: Tensor) -> None:
+    """Give `parameter` other data, of any shape.
+
+    The node that accumulates its gradient lives as long as a graph that leads to it (a loss that was kept) and knows
+    the shape. Only a change of data type or device makes the parameter forget it, so that it takes one on the way.
+    """
+    other = torch.float16 if data.dtype != torch.float16 else torch.float32
+    parameter.data = torch.empty(0, dtype=other, device=data.device)
+    parameter.data = data
 
 
 def _first_rows(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

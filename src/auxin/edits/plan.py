@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from math import prod
 from typing import Any, Literal
 
+from pydantic import Field
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -28,7 +29,7 @@ class Plan(Settings):
     """The method's settings."""
     promise: Promise
     """What holds at the moment of the edit: `exact` (the same function, checked by `apply`), `approximate`, `none`."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of all random numbers that the edits draw."""
     edits: list[Edit]
     """The edits, in order."""
@@ -174,13 +175,14 @@ def _add_changes(
 
 
 def _check_against_config(plan: Plan, resolved: ResolvedPlan, shapes: dict[str, tuple[int, ...]]) -> None:
-    """The shapes that the edits give must be those that the new config asks for."""
+    """The shapes that the edits give must be those that the new config asks for, and no module may become another."""
     expected = {name: tuple(parameter.shape) for name, parameter in resolved.after.named_parameters()}
     if unknown := sorted(set(expected) ^ set(shapes)):
         raise PlanError(
             f"With the plan's config values the model has other parameters than before ({unknown[0]} and "
             f"{len(unknown) - 1} more), which no edit provides. Leave out the config value that changes them."
         )
+    _check_modules(plan, resolved)
     for name, shape in expected.items():
         change = resolved.changes.get(name)
         result = change.shapes[-1] if change else shapes[name]
@@ -191,6 +193,20 @@ def _check_against_config(plan: Plan, resolved: ResolvedPlan, shapes: dict[str, 
             f"{blamed}: {name} has shape {list(result)} after the plan's edits, but the plan's config asks for "
             f"{list(shape)}. Make sizes and config values agree."
         )
+
+
+def _check_modules(plan: Plan, resolved: ResolvedPlan) -> None:
+    """Modules stay the objects they are, so that a config value that asks for other ones can't be followed."""
+    before, after = ({n: type(m) for n, m in model.named_modules()} for model in (resolved.before, resolved.after))
+    if before == after:
+        return
+    name = min(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    old, new = (types[name].__name__ if name in types else "nothing" for types in (before, after))
+    values = ", ".join(str(edit) for edit in plan.edits if isinstance(edit, SetConfig))
+    raise PlanError(
+        f"With the plan's config values ({values}) the module {name} would be {new} instead of {old}, which is another "
+        "function and which no edit provides. Leave out the config value that changes it."
+    )
 
 
 def _wrong(index: int, edit: Edit, problem: str) -> PlanError:

@@ -35,9 +35,29 @@ def default_probe(plan: Plan, model: PreTrainedModel) -> Tensor:
 
 
 def probe_logits(model: PreTrainedModel, probe: Tensor) -> Tensor:
-    """The logits on `probe`, (batch, sequence, vocabulary), in evaluation mode; training flags are put back."""
-    with evaluation_mode(model), torch.no_grad():
+    """The logits on `probe`, (batch, sequence, vocabulary), in evaluation mode; training flags are put back.
+
+    Under autocast or with TF32 products two exact models would differ by the rounding of the shorter type, so both are
+    off here, whatever the caller's settings.
+    """
+    with evaluation_mode(model), torch.no_grad(), full_precision(model.device.type):
         return cast(Tensor, model(input_ids=probe.to(model.device), use_cache=False).logits)
+
+
+@contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
+    """Within the context, products are computed in the type of their factors."""
+    # One by one: torch refuses to read its summary of them where a caller has set one.
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    precisions = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, precisions, strict=True):
+            backend.fp32_precision = precision
 
 
 @contextmanager
@@ -53,12 +73,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def relative_change(before: Tensor, after: Tensor) -> float:
-    """max |after - before| / max |before|; infinite when the shapes differ or a value is not finite."""
+    """max |after - before| / max |before|: 0 when nothing moved, infinite when shapes differ or values aren't finite."""
     if before.shape != after.shape:
         return float("inf")
     dtype = torch.promote_types(before.dtype, torch.float32)
-    change = ((after.to(dtype) - before.to(dtype)).abs().max() / before.to(dtype).abs().max()).item()
-    return change if change == change else float("inf")
+    largest, moved = before.to(dtype).abs().max().item(), (after.to(dtype) - before.to(dtype)).abs().max().item()
+    if moved == 0:
+        return 0.0
+    return moved / largest if 0 < largest < float("inf") and moved == moved else float("inf")
 
 
 def check_promise(plan: Plan, change: float, allowed: float) -> None:

@@ -188,11 +188,14 @@ class TokenFormerPreTrainedModel(PreTrainedModel):
         for slot, tau in checked.items():
             setattr(self.config, f"{slot}_tau", tau)
 
+    @torch.inference_mode(False)
     def truncate_groups(self, num_groups: int) -> Self:
         """Return a new model of the first `num_groups` groups of each slot; a slot that has fewer keeps all of its own.
 
         The new model shares no memory with this one. Nothing is promised about its loss: only where the later groups
-        were trained for it is it a good model.
+        were trained for it is it a good model. Groups are counted in each slot on its own: where the slots did not
+        always grow together, the first groups of one may be younger than those of another, and the result is no
+        earlier stage of this model.
 
         Raises:
             PlanError: `num_groups` is less than 1 or more than the model has.
