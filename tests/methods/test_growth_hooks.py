@@ -99,15 +99,21 @@ def test_counts_say_which_rows_are_old_where_groups_do_not():
     assert not torch.equal(query.keys[:12], free[:12])
 
 
-def test_a_slot_that_did_not_grow_with_the_others_is_old():
+def test_after_uneven_growth_the_counts_have_to_be_given():
     model = tiny_model()
     optimizer = trained(model)
-    auxin.grow(model, ffn_tokens=30, optimizer=optimizer)
-    hook = OldTokenRates(0.0)
+    for tokens in ({"ffn_tokens": 30}, {"ffn_tokens": 40}, {"qkv_tokens": 18}):
+        auxin.grow(model, **tokens, optimizer=optimizer)
+    with pytest.raises(PlanError, match=r"\(qkv 2, proj 1, ffn 3\).*Give old_counts"):
+        OldTokenRates(0.0).attach(model, optimizer)
+    hook = OldTokenRates(0.0, {"qkv": 12, "proj": 12, "ffn": 40})
     hook.attach(model, optimizer)
-    keys = model.model.layers[0].attention.query.keys.detach().clone()
+    query, mlp = model.model.layers[0].attention.query, model.model.layers[0].mlp
+    before, values = query.keys.detach().clone(), mlp.values.detach().clone()
     run(model, optimizer, hook, 2)
-    assert torch.equal(model.model.layers[0].attention.query.keys, keys)
+    assert torch.equal(query.keys[:12], before[:12])
+    assert (query.keys[12:] != before[12:]).any(dim=1).all()
+    assert torch.equal(mlp.values, values)
 
 
 def test_wrong_arguments_and_models_are_refused():

@@ -81,6 +81,19 @@ def test_exact_regimes_keep_the_function_of_a_trained_model(regime, rounds):
     training_step(model, optimizer, 9)
 
 
+@pytest.mark.parametrize("score_function", ["l2_norm_gelu", "gelu_l2_norm"])
+@pytest.mark.parametrize("first", ["zero_keys", "annealed"])
+def test_copies_after_a_kept_scale_keep_the_function_too(first, score_function):
+    model = tiny_model(score_function=score_function)
+    trained(model)
+    before = logits(model)
+    auxin.grow(model, 18, 18, 30, first)
+    receipt = auxin.grow(model, 36, 36, 90, "duplicate", noise=0.2)
+    assert receipt.plan.promise == "exact"
+    assert change(before, logits(model)) <= 1e-5
+    assert model.config.ffn_tau == pytest.approx([math.sqrt(20 * 3)])
+
+
 @pytest.mark.parametrize(("regime", "promise"), [("random_keys_zero_values", "approximate"), ("official", "none")])
 def test_the_other_regimes_do_not_and_do_not_promise_it(regime, promise):
     model = tiny_model()
@@ -279,6 +292,9 @@ def test_wrong_settings_and_wrong_models_are_refused():
         auxin.grow(tiny_model(), ffn_tokens=40, regime="groped")
     with pytest.raises(ConfigError, match="ffn_tokens"):
         auxin.grow(tiny_model(), ffn_tokens=0)
+    for wrong in ({"seed": -1}, {"seed": 2**63}, {"noise": math.inf, "regime": "duplicate"}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            auxin.grow(tiny_model(), ffn_tokens=40, **wrong)
     with pytest.raises(PlanError, match="type 'llama'"):
         plan_token_growth(LlamaConfig(), TokenGrowth(ffn_tokens=40))
 

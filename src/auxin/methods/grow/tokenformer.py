@@ -7,7 +7,7 @@ A rule says where new keys and new values come from and how the scores of the ne
 | grouped (default) | random at the old keys' scale | zeros | a group with a norm of its own, sqrt(its size) | exact |
 | zero_keys (the paper's proof) | zeros | random | one norm, the old tau kept | exact |
 | annealed | zeros | random | as zero_keys; train with the hook `TauAnneal` | exact |
-| duplicate | copies | copies; all divided | one norm, tau = sqrt(n') | exact |
+| duplicate | copies | copies; all divided | one norm, tau times sqrt(n'/n), so sqrt(n') if it was sqrt(n) | exact |
 | random_keys_zero_values | random at the old keys' scale | zeros | one norm, tau = sqrt(n') | approximate |
 | official (as released) | random as at initialisation | random as at initialisation | one norm, tau = sqrt(n') | none |
 
@@ -68,11 +68,12 @@ class TokenGrowth(Settings):
     """Overrides the regime's rule for new values: "zeros", "initial" (normal, 2 / (L sqrt(d))) or "copies"."""
     scale: ScaleRule | None = None
     """Overrides the regime's scale: "own_group" (a new group with its own norm), "kept" (the newest group grows and
-    keeps its tau) or "recomputed" (the newest group grows and gets tau = sqrt of its size)."""
-    noise: float = Field(default=0.0, ge=0)
+    keeps its tau) or "recomputed" (the newest group grows and gets tau = sqrt of its size; for copies its tau times the
+    square root of the growth factor, which is the same unless the tau was another)."""
+    noise: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Only for copies: noise on the divided values, relative to their root mean square. It sums to zero over the copies
     of a value, so that the function stays and the copies can part."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the new tokens' random numbers."""
 
     @property
@@ -261,7 +262,7 @@ def _check_even_copies(field: str, wanted: int, now: int, newest: int) -> None:
 
 def _new_config_values(config: TokenFormerConfig, settings: TokenGrowth, grown: dict[Slot, int]) -> dict[str, Any]:
     """Group sizes and scales after the growth, for every slot that grows."""
-    scale = settings.rules[2]
+    keys, _, scale = settings.rules
     values: dict[str, Any] = {}
     for slot, total in grown.items():
         sizes, tau = config.group_sizes(slot), config.group_tau(slot)
@@ -270,11 +271,20 @@ def _new_config_values(config: TokenFormerConfig, settings: TokenGrowth, grown: 
             sizes, tau = [*sizes, added], [*tau, math.sqrt(added)]
         else:
             sizes[-1] += added
-            tau[-1] = math.sqrt(sizes[-1]) if scale == "recomputed" else tau[-1]
+            if scale == "recomputed":
+                tau[-1] = _recomputed_tau(tau[-1], sizes[-1] - added, sizes[-1], keys)
         values[f"{slot}_tokens"] = sizes
         # None says "the square root of every group's size" and is left in place where it stays true.
         values[f"{slot}_tau"] = None if tau == [math.sqrt(size) for size in sizes] else tau
     return values
+
+
+def _recomputed_tau(tau: float, old_size: int, new_size: int, keys: KeyRule) -> float:
+    """The scale of a group that grew. Copies raise the norm by sqrt(new_size / old_size) and the scale must follow from
+    where it was, which after "zero_keys" is not the square root of the size."""
+    if keys != "copies" or tau == math.sqrt(old_size):
+        return math.sqrt(new_size)
+    return tau * math.sqrt(new_size / old_size)
 
 
 def _fills(config: TokenFormerConfig, settings: TokenGrowth, slot: Slot) -> dict[str, Any]:
@@ -361,7 +371,7 @@ class OldTokenRates:
     Args:
         ratio: 0 (frozen) to 1 (as all others).
         old_counts: number of old tokens per slot, {"qkv": ..., "proj": ..., "ffn": ...}; None means all but the newest
-            group of a slot that has as many groups as any, and all of one that has fewer (it did not grow lately).
+            group of each slot, for models whose slots grew together.
     """
 
     def __init__(self, ratio: float, old_counts: Mapping[Slot, int] | None = None) -> None:
@@ -373,7 +383,7 @@ class OldTokenRates:
         self._before: list[Tensor] = []
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Find the old rows; PlanError when there is no telling which they are."""
+        """Find the old rows; PlanError when the groups don't tell which they are."""
         modules = list(_token_modules(model))
         counts = self._counts(_tokenformer(model).config)
         self._rows = [
@@ -395,7 +405,13 @@ class OldTokenRates:
                 "Give old_counts, or leave the hook out."
             )
         sizes = {slot: config.group_sizes(slot) for slot in SLOTS}
-        return {slot: sum(s[:-1]) if len(s) == config.num_groups else sum(s) for slot, s in sizes.items()}
+        if len({len(groups) for groups in sizes.values()}) > 1:
+            listed = ", ".join(f"{slot} {len(groups)}" for slot, groups in sizes.items())
+            raise PlanError(
+                f"OldTokenRates: the slots have different numbers of groups ({listed}), which does not tell which of "
+                "them grew last. Give old_counts, the number of old tokens of each slot."
+            )
+        return {slot: sum(groups[:-1]) for slot, groups in sizes.items()}
 
     def before_step(self, step: int) -> None:
         """Remember the old rows."""
