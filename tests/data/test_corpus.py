@@ -244,6 +244,18 @@ def test_progress_reaches_its_end(tmp_path: Path) -> None:
     assert seen["train"] == (data.report.train.bytes, data.report.train.bytes)
 
 
+def test_progress_bars_leave_standard_output_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(corpus_of(tmp_path / "a.jsonl"), tmp_path / "quiet", progress=True)
+    assert capfd.readouterr() == ("", ""), "there is no terminal"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    prepare(corpus_of(tmp_path / "b.jsonl"), tmp_path / "colored", progress=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "corpus: train" in err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

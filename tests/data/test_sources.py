@@ -8,6 +8,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import GPTNeoXConfig
 
 from auxin.data import CorpusSettings
 from auxin.data.sources import read_documents, source_files
@@ -168,8 +170,15 @@ def test_tokenizers_that_can_not_be_used(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no tokenizer"):
         load_tokenizer(tmp_path / "bad.json")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no tokenizer"):
+    # transformers makes an empty tokenizer up for the folder of such a model.
+    GPTNeoXConfig().save_pretrained(tmp_path / "empty")
+    with pytest.raises(DataError, match=r"no tokenizer.json in .*empty. Give .* --tokenizer"):
         load_tokenizer(tmp_path / "empty")
+    hollow = Tokenizer(models.BPE())
+    hollow.add_special_tokens(["<|endoftext|>"])
+    hollow.save(str(tmp_path / "hollow.json"))
+    with pytest.raises(DataError, match="turns the text 'a' into no token"):
+        load_tokenizer(tmp_path / "hollow.json")
     content = train_tokenizer(["some text"], 260, 16).backend_tokenizer.to_str()
     (tmp_path / "plain.json").write_text(content.replace("<|endoftext|>", "<other>"))
     with pytest.raises(DataError, match="no end-of-text token"):

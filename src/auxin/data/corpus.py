@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from pydantic import ValidationError
+from rich.console import Console
 from rich.progress import Progress, TaskID
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -426,7 +427,9 @@ def _progress(progress: ProgressCallback | bool) -> Iterator[ProgressCallback]:
     if callable(progress):
         yield progress
         return
-    with Progress(disable=not progress, transient=True) as bars:
+    # Standard output belongs to what the caller prints; FORCE_COLOR would send the bars to a pipe there.
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not (progress and console.is_terminal), transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 
         def advance(stage: str, done: int, total: int | None) -> None:

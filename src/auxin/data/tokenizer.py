@@ -14,6 +14,19 @@ from auxin.errors import DataError
 SEPARATOR = "<|endoftext|>"
 """The special token of a trained tokenizer: ends each document, and begins and pads generated text."""
 
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    # What slow tokenizers are made of and fast ones can be made from.
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "spm.model",
+    "tekken.json",
+    "tiktoken.model",
+)
+
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, context_length: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE (no text is unknown to it, and decoding gives the text back byte by byte).
@@ -52,6 +65,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """
     if not path.exists():
         raise DataError(f"Tokenizer {path} does not exist. Give a folder or a tokenizer.json, or leave it out.")
+    if path.is_dir() and not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        # For some architectures transformers would make up an empty one, which turns every text into nothing.
+        raise DataError(f"There is no tokenizer.json in {path}. Give another folder or file with --tokenizer.")
     try:
         tokenizer: Any
         if path.is_file():
@@ -63,6 +79,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         raise DataError(f"{path} holds no tokenizer that can be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(f"{path} holds a {type(tokenizer).__name__}; a fast tokenizer (tokenizer.json) is needed.")
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise DataError(f"The tokenizer {path} turns the text 'a' into no token: it is empty or damaged. Give another.")
     if tokenizer.eos_token_id is None:
         if SEPARATOR not in tokenizer.get_vocab():
             raise DataError(
