@@ -1,12 +1,15 @@
 """Continuing a prompt: greedy by argmax, sampling by seed, and nothing else disturbed."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from auxin.data.tokenizer import train_tokenizer
 from auxin.errors import DataError
-from auxin.evaluation import generate_text
+from auxin.evaluation import generate_text, perplexity
+from auxin.evaluation.files import score_files
 
 TOKENIZER = train_tokenizer(["the cat sat on the mat and the hat"] * 3, 280, 32)
 
@@ -56,8 +59,42 @@ def test_an_empty_prompt_starts_from_the_first_token(model: LlamaForCausalLM) ->
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_new_tokens": 32}]
+    "arguments",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"max_new_tokens": 32},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": 1e-45},
+        {"top_p": float("nan")},
+        {"seed": 99999999999999999999},
+        {"seed": -1},
+    ],
 )
 def test_wrong_arguments(model: LlamaForCausalLM, arguments: dict[str, float]) -> None:
     with pytest.raises(DataError, match="max_new_tokens"):
         generate_text(model, TOKENIZER, "the", **arguments)  # type: ignore[arg-type]
+
+
+def test_without_a_number_the_text_ends_where_the_positions_do(model: LlamaForCausalLM) -> None:
+    ids = TOKENIZER("the cat")["input_ids"]
+    expected = generate_text(model, TOKENIZER, "the cat", max_new_tokens=32 - len(ids), temperature=0)
+    assert generate_text(model, TOKENIZER, "the cat", temperature=0) == expected
+    with pytest.raises(DataError, match="exceed the model's 32 positions"):
+        generate_text(model, TOKENIZER, "the cat " * 40)
+
+
+def test_a_prompt_that_is_no_text(model: LlamaForCausalLM) -> None:
+    with pytest.raises(DataError, match="no valid Unicode text"):
+        generate_text(model, TOKENIZER, "the \udcff cat")
+
+
+def test_files_are_scored_byte_by_byte(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    text = "the cat\r\nsat on\rthe mat\n"
+    (tmp_path / "dos.txt").write_bytes(text.encode())
+    (score,) = score_files(model, TOKENIZER, [tmp_path / "dos.txt"]).values()
+    assert score == perplexity(model, TOKENIZER, text, 32)
+    assert score.bytes == len(text)

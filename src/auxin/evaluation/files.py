@@ -39,7 +39,8 @@ def score_files(
 
 def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        # As it is: reading as text would turn the line ends of Windows into others.
+        text = path.read_bytes().decode("utf-8")
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist. Give an existing text file.") from error
     except (OSError, UnicodeDecodeError) as error:
