@@ -1,5 +1,7 @@
 """The base of every settings class: strict, immutable, with errors that name the field and the nearest right one."""
 
+import re
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self
@@ -27,7 +29,7 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError(describe(error, cls, source)) from error
+            raise ConfigError(describe(error, cls, source, values)) from error
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
@@ -46,24 +48,56 @@ class Settings(BaseModel):
         write_text(Path(path), yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False))
 
 
-def describe(error: ValidationError, cls: type[BaseModel], source: str | None) -> str:
-    """Turn a pydantic error into lines that name each wrong field, its value and, if unknown, the nearest right one."""
+def describe(error: ValidationError, cls: type[BaseModel], source: str | None, values: Any) -> str:
+    """Turn a pydantic error on `values` into lines that name each wrong field, its value and the nearest right one."""
     lines = []
     for item in error.errors():
-        # Discriminators of unions appear in `loc` as tags; they say nothing to the person who wrote the file.
-        field = ".".join(str(part) for part in item["loc"])
+        field = ".".join(_written_path(item["loc"], values, item["type"]))
+        context = item.get("ctx", {})
         if item["type"] == "extra_forbidden":
-            near = get_close_matches(str(item["loc"][-1]), _field_names(cls), n=1)
-            lines.append(f"{field}: unknown field." + (f" Did you mean {near[0]!r}?" if near else ""))
+            lines.append(f"{field}: unknown field.{_nearest(item['loc'][-1], _field_names(cls) - {item['loc'][-1]})}")
         elif item["type"] == "missing":
             lines.append(f"{field}: required, but not given.")
+        elif item["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            field = ".".join(part for part in (field, context["discriminator"].strip("'")) if part)
+            if "tag" not in context:
+                lines.append(f"{field}: required, but not given.")
+                continue
+            near = _nearest(context["tag"], _QUOTED.findall(context["expected_tags"]))
+            lines.append(f"{field}: {context['tag']!r} is none of {context['expected_tags']}.{near}")
         else:
             message = item["msg"].removeprefix("Value error, ")
             # A check of several fields at once names them itself; repeating the whole mapping would bury its message.
             received = "" if isinstance(item["input"], dict) else f" (received {item['input']!r})"
+            if item["type"] == "literal_error" and (near := _nearest(item["input"], _QUOTED.findall(item["msg"]))):
+                received += "." + near
             lines.append((f"{field}: " if field else "") + message + received)
     head = f"{source}: " if source else ""
     return head + "; ".join(lines)
+
+
+_QUOTED = re.compile(r"'([^']*)'")
+
+
+def _nearest(name: Any, known: Iterable[str]) -> str:
+    near = get_close_matches(str(name), sorted(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _written_path(loc: Sequence[str | int], values: Any, kind: str) -> list[str]:
+    """`loc` without what pydantic puts in between: a union's member says nothing to the person who wrote the values."""
+    path = []
+    node = values
+    for number, part in enumerate(loc):
+        is_key = isinstance(node, dict) and part in node
+        is_index = isinstance(node, list | tuple) and isinstance(part, int) and part < len(node)
+        is_missing = kind == "missing" and number == len(loc) - 1
+        if is_key or is_index:
+            node = node[part]
+        elif isinstance(node, dict | list | tuple | str | int | float | None) and not is_missing:
+            continue
+        path.append(str(part))
+    return path
 
 
 def _field_names(cls: type[BaseModel], seen: frozenset[type] = frozenset()) -> set[str]:

@@ -1,0 +1,50 @@
+"""Messages about wrong settings: the field as it was written, and the nearest right name."""
+
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from auxin.errors import ConfigError
+from auxin.settings import Settings
+
+
+class Root(Settings):
+    kind: Literal["root"] = "root"
+    depth: int = 1
+
+
+class Shoot(Settings):
+    kind: Literal["shoot"] = "shoot"
+    regime: Literal["straight", "bent"] = "straight"
+    leaves: int
+
+
+class Plant(Settings):
+    parts: list[Annotated[Root | Shoot, Field(discriminator="kind")]] = []
+    height: int | float = 1
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"kind": "shoot", "leaves": 1, "leafs": 2}, "parts.0.leafs: unknown field. Did you mean 'leaves'?"),
+        ({"kind": "shoot", "leaves": "x"}, "parts.0.leaves: Input should be a valid integer"),
+        ({"kind": "shoot"}, "parts.0.leaves: required, but not given."),
+        ({"kind": "shot"}, "parts.0.kind: 'shot' is none of 'root', 'shoot'. Did you mean 'shoot'?"),
+        ({"leaves": 1}, "parts.0.kind: required, but not given."),
+        ({"kind": "shoot", "leaves": 1, "regime": "strait"}, "(received 'strait'). Did you mean 'straight'?"),
+        (5, "parts.0: Input should be"),
+    ],
+)
+def test_the_message_names_what_was_written(part, message):
+    with pytest.raises(ConfigError) as raised:
+        Plant.parse({"parts": [part]}, source="plant.yaml")
+    assert message in str(raised.value)
+    assert str(raised.value).startswith("plant.yaml: parts.0")
+
+
+def test_members_of_plain_unions_are_no_fields():
+    with pytest.raises(ConfigError, match=r"^height: .*; height: ") as raised:
+        Plant.parse({"height": "tall"})
+    assert "height.int" not in str(raised.value)
