@@ -1,6 +1,7 @@
 """The command line: every command end to end on a tiny model; errors are one message and an exit code."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from auxin import cli
 from auxin.accounting import Ledger
-from auxin.errors import AuxinError, ConfigError, TrainingError
+from auxin.errors import AuxinError, CheckpointError, ConfigError, TrainingError
 from auxin.models import TokenFormerForCausalLM
 
 COMMANDS = ["run", "recipes", "train", "grow", "convert", "generate", "evaluate", "show", "doctor", "report"]
@@ -150,6 +151,68 @@ def test_evaluate_scores_texts_and_the_held_out_split(trained, texts):
     assert scores[str(data)]["nats_per_token"] == pytest.approx(branch["validation_loss"], rel=1e-5)
     assert scores[str(data)]["bits_per_byte"] == pytest.approx(branch["bits_per_byte"], rel=1e-5)
     assert str(text) in call("evaluate", trained.checkpoint, "--text", text).out
+
+
+def test_scores_that_are_no_numbers_are_null_in_json(trained, texts, monkeypatch):
+    from auxin.evaluation import Perplexity
+
+    values = {"nats_per_token": math.nan, "perplexity": math.inf, "bits_per_byte": math.nan}
+    score = Perplexity(**values, tokens=1, bytes=1, unscored_tokens=0)
+    monkeypatch.setattr("auxin.evaluation.files.score_files", lambda *arguments: {"x": score})
+    printed = call("evaluate", trained.checkpoint, "--text", texts / "0.txt", "--json").out
+    assert "NaN" not in printed
+    assert "Infinity" not in printed
+    assert json.loads(printed)["x"] == {**dict.fromkeys(values), "tokens": 1, "bytes": 1, "unscored_tokens": 0}
+
+
+@pytest.mark.parametrize("command", ["show", "evaluate", "generate", "grow", "train"])
+def test_the_folder_of_a_run_points_to_its_checkpoints(trained, texts, tmp_path, command):
+    further = {
+        "show": [],
+        "evaluate": ["--text", texts / "0.txt"],
+        "generate": ["roots"],
+        "grow": ["--qkv-tokens", 9, "-o", tmp_path / "x"],
+        "train": ["--steps", 1, "-o", tmp_path / "x"],
+    }[command]
+    place = ["--model", trained.output] if command == "train" else [trained.output]
+    with pytest.raises(CheckpointError, match="the folder of a run") as raised:
+        call(command, *place, *further)
+    assert str(trained.checkpoint) in str(raised.value)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_that_is_no_model_is_told_before_its_tokenizer_is_missed(tmp_path):
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        call("train", "--model", tmp_path, "--steps", 1, "-o", tmp_path / "x")
+
+
+def test_seeds_that_torch_can_not_take(trained, monkeypatch, capfd):
+    seed = 99999999999999999999
+    done = main(monkeypatch, capfd, "grow", trained.checkpoint, "--qkv-tokens", 9, "--dry-run", "--seed", seed)
+    assert done.code == 2
+    assert "Traceback" not in done.err
+    done = main(monkeypatch, capfd, "generate", trained.checkpoint, "roots", "--seed", seed)
+    assert done.code == 2
+    assert f"seed {seed}" in done.err
+
+
+def test_a_prompt_in_another_encoding_is_one_message(trained, monkeypatch, capfd):
+    done = main(monkeypatch, capfd, "generate", trained.checkpoint, "roots \udce4")
+    assert done.code == 2
+    assert done.err.startswith("auxin: The prompt is no valid Unicode text")
+
+
+def test_a_source_that_is_gone_is_one_line(trained, texts, tmp_path, monkeypatch, capfd):
+    corpus, run = shutil.copytree(texts, tmp_path / "texts"), tmp_path / "run"
+    arguments = ["train", "--model", trained.checkpoint, "--corpus", corpus, "--batch-size", 2, "--context-length", 32]
+    arguments += ["--steps", 1, "--set", "training.tensorboard=false", "--set", "corpus.validation_fraction=0.2"]
+    assert main(monkeypatch, capfd, *arguments, "-o", run).code == 0
+    shutil.rmtree(corpus)
+    done = main(monkeypatch, capfd, *arguments, "-o", run)
+    assert done.code == 0
+    (line,) = [line for line in done.err.splitlines() if "can't be compared any more" in line]
+    assert line.startswith(f"auxin: warning: {run / 'data'} is used as prepared")
+    assert "warnings.warn" not in done.err
 
 
 def test_evaluate_refuses_a_corpus_of_another_tokenizer(trained, texts, tmp_path):

@@ -5,15 +5,16 @@ import math
 import os
 import shlex
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
-from auxin.errors import AuxinError, ConfigError
+from auxin.errors import AuxinError, CheckpointError, ConfigError
 
 # The library is imported inside the commands: torch and transformers take seconds that `--help` need not wait for.
 
@@ -32,6 +33,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value; repeatable.")
 ]
+LARGEST_SEED = 2**63 - 1
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="Folder of a checkpoint.")]
 
 
@@ -39,7 +41,9 @@ def main() -> None:
     """Entry point: an error of the user's is one message and an exit code, never a traceback (unless AUXIN_DEBUG=1)."""
     try:
         try:
-            app()
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                app()
         finally:
             sys.stdout.flush()  # here, where a closed pipe can be dealt with, and not when the interpreter ends
     except BrokenPipeError:
@@ -72,7 +76,9 @@ def run(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The run's folder; the same one resumes. Default: runs/NAME.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="The recipe's seed; the same as --set seed=N.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=LARGEST_SEED, help="The recipe's seed; the same as --set seed=N.")
+    ] = None,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print stages, costs and memory; train nothing.")] = False,
     as_json: AsJson = False,
@@ -120,13 +126,16 @@ def train(
     context_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     vocab_size: Annotated[int, typer.Option(help="Of the tokenizer to train, where none is given.")] = 4096,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer's folder; default: the checkpoint's.")] = None,
-    seed: Annotated[int, typer.Option(help="Seeds weights and data order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seeds weights and data order.")] = 0,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a model on text. Further settings: --set training.warmup_steps=100 and so on, as in a recipe."""
+    from auxin.models.loading import load_config
     from auxin.recipes import run_recipe, training_recipe
 
+    if Path(model).is_dir():
+        load_config(_model_folder(Path(model)))  # what is wrong with the folder is said before its tokenizer is missed
     recipe = training_recipe(
         model,
         corpus={
@@ -159,7 +168,7 @@ def grow(
     proj_tokens: Annotated[int | None, typer.Option(help="Tokens of the output projection, after growth.")] = None,
     ffn_tokens: Annotated[int | None, typer.Option(help="Tokens of the feed-forward part, after growth.")] = None,
     regime: Annotated[str, typer.Option(help="Rule for the new tokens; see docs/tokenformer.md.")] = "grouped",
-    seed: Annotated[int, typer.Option(help="Seeds the new tokens.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seeds the new tokens.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -168,7 +177,7 @@ def grow(
     from auxin.models.loading import load_config
     from auxin.recipes.growth import grow_checkpoint
 
-    config: Any = load_config(checkpoint)
+    config: Any = load_config(_model_folder(checkpoint))
     counts = {"qkv_tokens": qkv_tokens, "proj_tokens": proj_tokens, "ffn_tokens": ffn_tokens}
     if (to is None) == all(count is None for count in counts.values()):
         raise ConfigError("Give either --to PRESET or token counts (--qkv-tokens, --proj-tokens, --ffn-tokens).")
@@ -212,7 +221,7 @@ def convert(
     from auxin.models.tokenformer.official import export_official, import_official
 
     if to_official:
-        report = export_official(source, output)
+        report = export_official(_model_folder(source), output)
     else:
         report = import_official(source, output, num_attention_heads=num_attention_heads, tokenizer_dir=tokenizer)
     if as_json:
@@ -231,7 +240,9 @@ def convert(
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write, at most.")] = 64,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to write, at most; default: 64, or what the model's positions allow.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
@@ -262,7 +273,10 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Perplexity and bits per byte of a model on texts, with a strided window, or on a run's held-out split."""
+    from pydantic import TypeAdapter
+
     from auxin.data import PackedData
+    from auxin.evaluation import Perplexity
     from auxin.evaluation.corpus import score_held_out
     from auxin.evaluation.files import score_files
 
@@ -272,7 +286,8 @@ def evaluate(
     scores = {str(corpus): score_held_out(model, tokenizer, PackedData.load(corpus))} if corpus else {}
     scores |= score_files(model, tokenizer, text or [], context_length, stride)
     if as_json:
-        print(json.dumps({path: score.model_dump() for path, score in scores.items()}, indent=2))
+        # Not the json module: it writes NaN and Infinity, which are no JSON.
+        print(TypeAdapter(dict[str, Perplexity]).dump_json(scores, indent=2).decode())
         return
     header = ["text", "tokens", "nats/token", "perplexity", "bits/byte"]
     _print_table(
@@ -296,7 +311,7 @@ def show(
     from auxin.data import PackedData
     from auxin.evaluation.inspection import describe_checkpoint
 
-    found = describe_checkpoint(checkpoint, None if corpus is None else PackedData.load(corpus))
+    found = describe_checkpoint(_model_folder(checkpoint), None if corpus is None else PackedData.load(corpus))
     if as_json:
         print(found.model_dump_json(indent=2))
         return
@@ -355,7 +370,38 @@ def _load(checkpoint: Path) -> tuple[Any, Any]:
     from auxin.training import load_model
     from auxin.training.hardware import choose_device
 
-    return load_model(checkpoint, device=choose_device("auto")), load_tokenizer(checkpoint)
+    return load_model(_model_folder(checkpoint), device=choose_device("auto")), load_tokenizer(checkpoint)
+
+
+def _model_folder(folder: Path) -> Path:
+    """`folder`; where it is the folder of a run (or of a stage), an error that names the checkpoints in it."""
+    marks = ("recipe.yaml", "branches", "checkpoints", "checkpoint")
+    if (folder / "config.json").is_file() or not any((folder / mark).exists() for mark in marks):
+        return folder
+    configs = sorted(path for path in folder.rglob("config.json") if not path.parent.name.startswith("."))
+    # The last of each stage: names of checkpoints sort by step.
+    newest = {path.parent.parent: path.parent for path in configs}
+    if not newest:
+        raise CheckpointError(f"{folder} is the folder of a run, which has saved no checkpoint yet.")
+    raise CheckpointError(
+        f"{folder} is the folder of a run, not of a checkpoint. Give one of those in it: "
+        + ", ".join(map(str, newest.values()))
+    )
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning of the package's own is for whoever runs the command: one line, without the place in the code."""
+    if issubclass(category, UserWarning) and Path(filename).is_relative_to(Path(__file__).parent):
+        _to_stderr(f"auxin: warning: {message}")
+    else:
+        _to_stderr(warnings.formatwarning(message, category, filename, lineno, line).rstrip("\n"))
 
 
 def _print_results(results: Any, directory: Path, as_json: bool) -> None:
