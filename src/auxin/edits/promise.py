@@ -73,7 +73,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def relative_change(before: Tensor, after: Tensor) -> float:
-    """max |after - before| / max |before|: 0 when nothing moved, infinite when shapes differ or values aren't finite."""
+    """max |after - before| / max |before|: 0 when nothing moved, infinite if shapes differ or values aren't finite."""
     if before.shape != after.shape:
         return float("inf")
     dtype = torch.promote_types(before.dtype, torch.float32)
