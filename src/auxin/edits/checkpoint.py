@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,11 @@ OPTIMIZER_TENSOR = re.compile(r"optimizer\.(?P<state>[^.]+)\.(?P<parameter>.+)")
 
 
 def apply_to_checkpoint(
-    plan: Plan, source_dir: str | Path, output_dir: str | Path, probe: Tensor | None = None
+    plan: Plan,
+    source_dir: str | Path,
+    output_dir: str | Path,
+    probe: Tensor | None = None,
+    finish: Callable[[Path, Receipt], None] | None = None,
 ) -> Receipt:
     """Write the checkpoint that `plan` makes of the one in `source_dir` to `output_dir`.
 
@@ -43,6 +47,8 @@ def apply_to_checkpoint(
         source_dir: a checkpoint folder of a causal language model, as `save_pretrained` writes it.
         output_dir: a folder that does not exist or is empty, and does not lie in `source_dir`.
         probe: token ids (batch, sequence) on which the promise is checked; default: two random sequences.
+        finish: called with the complete folder, before it takes its name, and the receipt; writes what else belongs
+            into it.
 
     Raises:
         CheckpointError: the source can't be read or the output is in use.
@@ -66,14 +72,17 @@ def apply_to_checkpoint(
         config.save_pretrained(folder)
         change = relative_change(reference, _logits(folder, probe)[0])
         check_promise(plan, change, allowed)
-    return Receipt(
-        plan=plan,
-        parameters_before=count_parameters(before).total,
-        parameters_after=count_parameters(resolved.after).total,
-        max_relative_change=change,
-        tolerance=allowed,
-        seconds=time.perf_counter() - start,
-    )
+        receipt = Receipt(
+            plan=plan,
+            parameters_before=count_parameters(before).total,
+            parameters_after=count_parameters(resolved.after).total,
+            max_relative_change=change,
+            tolerance=allowed,
+            seconds=time.perf_counter() - start,
+        )
+        if finish is not None:
+            finish(folder, receipt)
+    return receipt
 
 
 class _Rewrites:

@@ -1,28 +1,60 @@
-"""Growing one checkpoint outside of a recipe, its books kept."""
+"""Growing one checkpoint, its books kept: the folder appears with weights, moments and ledger of one model."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from auxin.accounting import Ledger, StageRecord
 from auxin.accounting.ledger import LEDGER_FILE
 from auxin.edits import Plan, Receipt, apply_to_checkpoint
+from auxin.errors import CheckpointError
 
 
-def grow_checkpoint(plan: Plan, source: str | Path, output: str | Path) -> Receipt:
+def grow_checkpoint(
+    plan: Plan,
+    source: str | Path,
+    output: str | Path,
+    *,
+    stage_name: str = "grow",
+    validation_loss: Callable[[Path], float] | None = None,
+    data_fingerprint: str | None = None,
+) -> Receipt:
     """Apply `plan` to the checkpoint `source` and write the result to `output`, its ledger one stage longer.
 
+    Args:
+        plan: the growth.
+        source: the checkpoint to grow.
+        output: a folder that does not exist or is empty; it appears when all of it, the ledger too, is written.
+        stage_name: of the ledger's record.
+        validation_loss: measures a checkpoint folder, in nats per token; None: the record says nothing about the loss.
+        data_fingerprint: of the data that it measures on.
+
     Raises:
-        CheckpointError, PlanError, PromiseError: as `apply_to_checkpoint`; nothing is written.
+        CheckpointError, PlanError, PromiseError: as `apply_to_checkpoint`, or the output can't be written; nothing is
+            left behind.
     """
-    receipt = apply_to_checkpoint(plan, source, output)
-    ledger = Ledger.load(source) if (Path(source) / LEDGER_FILE).exists() else Ledger()
-    record = StageRecord(
-        name="grow",
-        kind="grow",
-        parameters=receipt.parameters_after,
-        seconds=receipt.seconds,
-        seed=plan.seed,
-        plan=plan.model_dump(mode="json"),
-        receipt=receipt.model_dump(mode="json", exclude={"plan"}),
-    )
-    ledger.append(record).save(output)
-    return receipt
+    started = time.perf_counter()
+    source, output = Path(source), Path(output)
+    ledger = Ledger.load(source) if (source / LEDGER_FILE).exists() else Ledger()
+
+    def keep_books(folder: Path, receipt: Receipt) -> None:
+        record = StageRecord(
+            name=stage_name,
+            kind="grow",
+            parameters=receipt.parameters_after,
+            loss_before=None if validation_loss is None else validation_loss(source),
+            loss_after=None if validation_loss is None else validation_loss(folder),
+            plan=plan.model_dump(mode="json"),
+            receipt=receipt.model_dump(mode="json", exclude={"plan"}),
+            data_fingerprint=data_fingerprint,
+            seed=plan.seed,
+            seconds=time.perf_counter() - started,
+        )
+        ledger.append(record).save(folder)
+
+    try:
+        return apply_to_checkpoint(plan, source, output, finish=keep_books)
+    except OSError as error:
+        raise CheckpointError(
+            f"{output} can't be written: {error}. Nothing was left there. Free space, or choose another output folder."
+        ) from error

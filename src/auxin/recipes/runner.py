@@ -14,13 +14,13 @@ from auxin.accounting import Ledger, StageRecord, count_parameters
 from auxin.accounting.ledger import LEDGER_FILE
 from auxin.accounting.results import RunResults
 from auxin.data import PackedData, prepare
-from auxin.edits import apply_to_checkpoint
 from auxin.edits.checkpoint import TRAINING_FOLDER
 from auxin.errors import CheckpointError, ConfigError
 from auxin.evaluation import evaluate_loss
 from auxin.files import new_folder, write_text
 from auxin.methods.grow.tokenformer import OldTokenRates, TauAnneal, plan_token_growth
 from auxin.models.loading import load_config, load_model
+from auxin.recipes.growth import grow_checkpoint
 from auxin.recipes.results import collect_results
 from auxin.recipes.schema import Branch, BuildStage, EvaluateStage, GrowStage, Recipe, Stage, TrainStage
 from auxin.recipes.structure import Structures, growth_settings, resolve_structures
@@ -251,24 +251,17 @@ def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path) ->
 
 def grow(run: Run, stage: GrowStage, directory: Path, previous: Path) -> Path:
     """Grow the checkpoint `previous`, its optimizer's moments along with it, and measure what that did to the loss."""
-    started = time.perf_counter()
     output = directory / STAGE_CHECKPOINT
     config = load_config(previous)
     plan = plan_token_growth(config, growth_settings(stage, config, run.recipe.seed))
-    receipt = apply_to_checkpoint(plan, previous, output)
-    record = StageRecord(
-        name=stage.name,
-        kind="grow",
-        parameters=receipt.parameters_after,
-        loss_before=run.validation_loss(previous),
-        loss_after=run.validation_loss(output),
-        plan=plan.model_dump(mode="json"),
-        receipt=receipt.model_dump(mode="json", exclude={"plan"}),
+    grow_checkpoint(
+        plan,
+        previous,
+        output,
+        stage_name=stage.name,
+        validation_loss=run.validation_loss,
         data_fingerprint=run.data.fingerprint,
-        seed=plan.seed,
-        seconds=time.perf_counter() - started,
     )
-    Ledger.load(previous).append(record).save(output)
     return output
 
 
