@@ -1,7 +1,17 @@
 """What a run of several branches measured: the content of `results.json` and of the report."""
 
+import math
+
 from auxin.accounting.ledger import Ledger
 from auxin.settings import Settings
+
+_LARGEST_EXPONENT = 700
+"""exp of a little more than this exceeds the largest float."""
+
+
+def perplexity_of(nats: float) -> float:
+    """exp of a loss in nats per token; infinite for the loss of a model that diverged."""
+    return math.exp(nats) if nats < _LARGEST_EXPONENT else math.inf
 
 
 class CurvePoint(Settings):
@@ -61,7 +71,7 @@ class BranchResult(Settings):
     validation_loss: float | None = None
     """Final held-out loss in nats per token."""
     perplexity: float | None = None
-    """exp(validation_loss)."""
+    """exp(validation_loss), infinite where that is too large for a number (JSON then has null)."""
     bits_per_byte: float | None = None
     """Held-out bits per UTF-8 byte of the text."""
 

@@ -4,6 +4,7 @@ import math
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from auxin.accounting.results import perplexity_of
 from auxin.data import PackedData
 from auxin.data.tokenizer import tokenizer_digest
 from auxin.errors import DataError
@@ -33,7 +34,7 @@ def score_held_out(
     contexts, length = data.validation.shape
     return Perplexity(
         nats_per_token=nats,
-        perplexity=math.exp(nats) if nats < 700 else math.inf,
+        perplexity=perplexity_of(nats),
         bits_per_byte=nats / math.log(2) / data.bytes_per_token,
         tokens=contexts * (length - 1),
         bytes=round(contexts * (length - 1) * data.bytes_per_token),

@@ -8,10 +8,16 @@ from typing import Any
 from auxin.accounting import Ledger, StageRecord
 from auxin.accounting.ledger import software_versions
 from auxin.accounting.machine import describe_machine
-from auxin.accounting.results import BranchResult, CurvePoint, GrowthPoint, RunResults
-from auxin.data import PackedData
+from auxin.accounting.results import BranchResult, CurvePoint, GrowthPoint, RunResults, perplexity_of
+from auxin.data import CorpusReport, PackedData
 from auxin.recipes.schema import Branch, Recipe
 from auxin.training.metrics import METRICS_FILE
+
+_EXAMPLES = 3
+"""Names of skipped documents that are shown for each reason."""
+
+Course = tuple[list[CurvePoint], list[GrowthPoint]]
+"""Curve and growths from the first ancestor up to the end of a stage."""
 
 
 def collect_results(
@@ -26,10 +32,11 @@ def collect_results(
         final_checkpoints: the last checkpoint of each branch.
         command: the command line that reproduces the run.
     """
-    branches: dict[str, BranchResult] = {}
+    branches: list[BranchResult] = []
+    courses: dict[str, Course] = {}
     for branch in recipe.branches:
         ledger = Ledger.load(final_checkpoints[branch.name])
-        branches[branch.name] = branch_result(branch, ledger, directory, data, branches)
+        branches.append(branch_result(branch, ledger, directory, data, courses))
     report = data.report
     return RunResults(
         name=recipe.name,
@@ -42,6 +49,7 @@ def collect_results(
         corpus={
             "source": recipe.corpus.source,
             "documents": f"{report.documents:,}",
+            "left out": describe_left_out(report),
             "vocabulary": f"{data.vocab_size:,}",
             "context length": f"{data.context_length:,}",
             "training tokens": f"{report.train.tokens:,}",
@@ -49,33 +57,32 @@ def collect_results(
             "fingerprint": data.fingerprint,
         },
         main_branch=recipe.main_branch or recipe.branches[0].name,
-        branches=list(branches.values()),
+        branches=branches,
     )
 
 
 def branch_result(
-    branch: Branch, ledger: Ledger, directory: Path, data: PackedData, earlier: dict[str, BranchResult]
+    branch: Branch, ledger: Ledger, directory: Path, data: PackedData, courses: dict[str, Course]
 ) -> BranchResult:
-    """The costs and the curve of one branch; a fork's begin with its parent's up to the fork."""
+    """The costs and the curve of one branch; a fork's begin with its parent's up to the fork.
+
+    `courses` holds those of the stages before, by "branch/stage"; the branch's own are added.
+    """
     parent, _, fork_stage = (branch.fork or "").partition("/")
     own = ledger.stages[len(ledger.stages) - len(branch.stages) :]
     inherited = ledger.stages[: len(ledger.stages) - len(branch.stages)]
-    curve: list[CurvePoint] = []
-    growths: list[GrowthPoint] = []
-    if parent:
-        stages_before = {record.name for record in inherited}
-        curve = [point for point in earlier[parent].curve if point.stage in stages_before]
-        growths = [point for point in earlier[parent].growths if point.stage in stages_before]
+    curve, growths = courses[branch.fork] if branch.fork else ([], [])
     spent = Ledger(stages=inherited)
     parameters_before = inherited[-1].parameters if inherited else 0
     for number, record in enumerate(own, start=1):
         if record.kind == "train":
             folder = directory / "branches" / branch.name / f"{number:02d}-{record.name}"
-            curve += stage_curve(folder, record, spent)
+            curve = [*curve, *stage_curve(folder, record, spent)]
         spent = spent.append(record)
         if record.kind == "grow":
-            growths.append(growth_point(record, spent, parameters_before))
+            growths = [*growths, growth_point(record, spent, parameters_before)]
         parameters_before = record.parameters
+        courses[f"{branch.name}/{record.name}"] = (curve, growths)
     loss = own[-1].loss_after
     return BranchResult(
         name=branch.name,
@@ -90,9 +97,20 @@ def branch_result(
         flops=ledger.total_flops,
         seconds=ledger.total_seconds,
         validation_loss=loss,
-        perplexity=None if loss is None else math.exp(loss),
+        perplexity=None if loss is None else perplexity_of(loss),
         bits_per_byte=None if loss is None else loss / math.log(2) / data.bytes_per_token,
     )
+
+
+def describe_left_out(report: CorpusReport) -> str:
+    """What of the source is not in the corpus, in one line: duplicates, skipped documents with examples, the limit."""
+    parts = [f"{report.duplicates:,} duplicates"]
+    for reason, skipped in report.skipped.items():
+        examples = ", ".join(skipped.examples[:_EXAMPLES]) + (", ..." if skipped.count > _EXAMPLES else "")
+        parts.append(f"{skipped.count:,} skipped: {reason} ({examples})")
+    if report.limit is not None:
+        parts.append(f"everything after {report.limit} was reached")
+    return "; ".join(parts)
 
 
 def stage_curve(folder: Path, record: StageRecord, spent: Ledger) -> list[CurvePoint]:
