@@ -11,6 +11,9 @@ from auxin.methods.grow.tokenformer import TokenGrowth
 from auxin.settings import Settings
 from auxin.training import TrainingSettings
 
+STAGE_NAME = r"^[a-z0-9][a-z0-9._-]*$"
+"""A stage's name is part of a folder's."""
+
 BUDGETS = ("steps", "tokens", "flops", "flops_of")
 
 
@@ -19,8 +22,8 @@ class BuildStage(Settings):
 
     kind: Literal["build"]
     """Says that this is a build stage."""
-    name: str = "build"
-    """The stage's name, unique in its branch."""
+    name: str = Field(default="build", pattern=STAGE_NAME)
+    """Lower case letters, digits, dots, _ and -; unique in its branch."""
     preset: str | None = None
     """A TokenFormer preset by name ("124m", "pile-450m", ...)."""
     model_type: str | None = None
@@ -53,8 +56,8 @@ class TrainStage(Settings):
 
     kind: Literal["train"]
     """Says that this is a train stage."""
-    name: str
-    """The stage's name, unique in its branch."""
+    name: str = Field(pattern=STAGE_NAME)
+    """Lower case letters, digits, dots, _ and -; unique in its branch."""
     flops_of: str | None = None
     """Train until this branch's total training FLOPs (its ancestors and earlier stages included) equal that one's."""
     settings: dict[str, Any] = {}
@@ -72,8 +75,8 @@ class GrowStage(Settings):
 
     kind: Literal["grow"]
     """Says that this is a grow stage."""
-    name: str = "grow"
-    """The stage's name, unique in its branch."""
+    name: str = Field(default="grow", pattern=STAGE_NAME)
+    """Lower case letters, digits, dots, _ and -; unique in its branch."""
     to: str | None = None
     """A preset to grow to."""
     tokens: TokenGrowth | None = None
@@ -91,8 +94,8 @@ class EvaluateStage(Settings):
 
     kind: Literal["evaluate"]
     """Says that this is an evaluate stage."""
-    name: str = "evaluate"
-    """The stage's name, unique in its branch."""
+    name: str = Field(default="evaluate", pattern=STAGE_NAME)
+    """Lower case letters, digits, dots, _ and -; unique in its branch."""
 
 
 Stage = Annotated[BuildStage | TrainStage | GrowStage | EvaluateStage, Field(discriminator="kind")]
