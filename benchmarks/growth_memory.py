@@ -1,9 +1,13 @@
-"""How much memory a growth needs: peak of the resident set while a model grows, against the new model's size.
+"""How much memory a growth needs: peak of the resident set while a model grows, against what is there afterwards.
 
-    python benchmarks/growth_memory.py                      a model of 1 GB, in memory and as a checkpoint on disk
+    python benchmarks/growth_memory.py                      a model of 1 GB: in memory, with AdamW, and on the disk
     python benchmarks/growth_memory.py --megabytes 5000     any other size
+    python benchmarks/growth_memory.py --regime duplicate   another rule for the new tokens
 
-Each measurement runs in a process of its own, on Linux (the peak is read from /proc/self/status).
+What is there afterwards is the new model and, in the mode "optimizer", AdamW's two moments of it. The claim, checked
+by --check for every regime but "duplicate" (which keeps old tensors until its promise was checked): the peak is that
+and one tensor, the largest at its new size, and at most 8 MiB of the interpreter's own. Each measurement runs in a
+process of its own, on Linux (the peak is read from /proc/self/status).
 """
 
 import argparse
@@ -17,6 +21,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
+# Freed tensors go back to the system at once: what is measured is what the growth holds, not what malloc keeps.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "MALLOC_MMAP_THRESHOLD_": "65536"}
+INTERPRETER = 8 * MIB
+MODES = ["memory", "optimizer", "disk"]
 
 
 def resident(kind: str) -> int:
@@ -45,7 +53,7 @@ def config_of(megabytes: int) -> Any:
     )
 
 
-def measure(mode: str, megabytes: int, folder: Path) -> None:
+def measure(mode: str, megabytes: int, regime: Any, folder: Path) -> None:
     """Grow the tokens by a half and print the peak, in this process."""
     import torch
 
@@ -55,39 +63,56 @@ def measure(mode: str, megabytes: int, folder: Path) -> None:
 
     torch.set_num_threads(1)
     config = config_of(megabytes)
-    tokens = config.qkv_tokens[0] * 3 // 2
-    growth = TokenGrowth(qkv_tokens=tokens, proj_tokens=tokens, ffn_tokens=4 * tokens)
+    tokens = config.qkv_tokens[0] * (2 if regime == "duplicate" else 1.5)
+    growth = TokenGrowth(qkv_tokens=tokens, proj_tokens=tokens, ffn_tokens=4 * tokens, regime=regime)
     plan = plan_token_growth(config, growth)
     small = TokenFormerForCausalLM(config_of(1))
     apply(plan_token_growth(small.config, TokenGrowth(ffn_tokens=2 * small.config.ffn_tokens[0])), small)
     del small
     base = resident("RssAnon")
     model = TokenFormerForCausalLM(config)
-    old = sum(p.numel() * p.element_size() for p in model.parameters())
+    optimizer = trained_once(model) if mode == "optimizer" else None
+    copies = 3 if optimizer else 1  # the model, two moments
+    old = copies * sum(p.numel() * p.element_size() for p in model.parameters())
     if mode == "disk":
         model.save_pretrained(folder / "old", max_shard_size="200MB")
         del model
     Path("/proc/self/clear_refs").write_text("5")
-    receipt = apply(plan, model) if mode == "memory" else apply_to_checkpoint(plan, folder / "old", folder / "new")
+    if mode == "disk":
+        receipt = apply_to_checkpoint(plan, folder / "old", folder / "new")
+    else:
+        receipt = apply(plan, model, optimizer)
     peak = resident("VmHWM") - resident("RssFile") - base
-    new = old + 4 * (receipt.parameters_after - receipt.parameters_before)
-    largest = 4 * 4 * tokens * config.hidden_size
+    new = old + copies * 4 * (receipt.parameters_after - receipt.parameters_before)
+    largest = 4 * growth.ffn_tokens * config.hidden_size
     print(json.dumps({"mode": mode, "old": old, "new": new, "largest_tensor": largest, "peak": peak}))
+
+
+def trained_once(model: Any) -> Any:
+    """An AdamW with both moments of every parameter, the gradients gone."""
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    for parameter in model.parameters():
+        moments = {name: torch.rand_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}
+    return optimizer
 
 
 def main() -> None:
     """Measure each mode in its own process and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=1000, help="size of the model before the growth")
-    parser.add_argument("--modes", nargs="+", choices=["memory", "disk"], default=["memory", "disk"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument(
-        "--check", action="store_true", help="fail when the peak is above the new model and two tensors"
+        "--check", action="store_true", help="fail when the peak is above what is there afterwards and one tensor"
     )
+    parser.add_argument("--regime", default="grouped", help="rule for the new tokens")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        measure(arguments.child, arguments.megabytes, arguments.folder)
+        measure(arguments.child, arguments.megabytes, arguments.regime, arguments.folder)
         return
     failed = False
     for mode in arguments.modes:
@@ -101,16 +126,19 @@ def main() -> None:
                 folder,
                 "--megabytes",
                 str(arguments.megabytes),
+                "--regime",
+                arguments.regime,
             ]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+            environment = {**os.environ, **ENVIRONMENT}
             output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
         result = json.loads(output.splitlines()[-1])
-        excess = (result["peak"] - result["new"]) / result["largest_tensor"]
+        excess = result["peak"] - result["new"]
+        sizes = ", peak ".join(f"{result[key] / MIB:.0f}" for key in ("new", "peak"))
         print(
-            f"{mode}: {result['old'] / MIB:.0f} -> {result['new'] / MIB:.0f} MiB, peak {result['peak'] / MIB:.0f} MiB, "
-            f"{result['peak'] / result['new']:.3f} times the new model (new model and {excess:+.2f} largest tensors)"
+            f"{mode}: {result['old'] / MIB:.0f} -> {sizes} MiB, {result['peak'] / result['new']:.3f} times what is there "
+            f"afterwards ({excess / result['largest_tensor']:+.2f} largest tensors)"
         )
-        failed |= excess > 2
+        failed |= excess > result["largest_tensor"] + INTERPRETER
     sys.exit(1 if arguments.check and failed else 0)
 
 

@@ -292,6 +292,6 @@ def test_the_change_of_nothing_is_nothing():
 
 def test_growing_needs_no_more_memory_than_the_new_model_and_one_tensor():
     script = Path(__file__).parents[2] / "benchmarks" / "growth_memory.py"
-    command = [sys.executable, str(script), "--megabytes", "200", "--check", "--modes", "memory"]
+    command = [sys.executable, str(script), "--megabytes", "200", "--check", "--modes", "memory", "optimizer"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -46,7 +46,7 @@ def apply(
 
     One parameter is changed at a time: the peak is the new model, the new optimizer state and one tensor. Where old
     entries can't be had back bit by bit from the new ones (values divided between copies, moments of copied keys), the
-    old tensors stay until the promise was checked, so that "duplicate" needs more.
+    old tensors stay until the promise was checked: "duplicate" needs up to the old model and state more.
 
     Args:
         plan: what to do.
