@@ -4,8 +4,8 @@ from transformers import PreTrainedConfig
 
 from auxin.accounting import FlopsPerToken, Ledger, count_parameters, flops_per_token, training_memory
 from auxin.accounting.ledger import LEDGER_FILE
-from auxin.accounting.memory import TrainingMemory
 from auxin.edits.structure import skeleton
+from auxin.errors import ConfigError
 from auxin.recipes.schema import Branch, BuildStage, Recipe, TrainStage
 from auxin.recipes.structure import Structures, resolve_structures
 from auxin.settings import Settings
@@ -56,24 +56,29 @@ class RecipePrice(Settings):
         return "\n".join([*lines, *(f"  {name}  {flops:.3g}" for name, flops in self.branch_flops.items())])
 
 
-def price_recipe(recipe: Recipe) -> RecipePrice:
+def price_recipe(recipe: Recipe, memory: bool = True, vocabulary: dict[str, int] | None = None) -> RecipePrice:
     """Price every stage of `recipe` on shapes alone; nothing is read, trained or written.
 
-    Where the recipe loads a tokenizer, models keep their own vocabulary size; where it trains one, the size asked for
-    counts (a small corpus may not fill it).
+    Args:
+        recipe: the recipe.
+        memory: count the memory too, which takes longer than all the rest.
+        vocabulary: config fields that the corpus decides, where they are known. None: where the recipe loads a
+            tokenizer, models keep their own vocabulary size; where it trains one, the size asked for counts (a small
+            corpus may not fill it).
 
     Raises:
         ConfigError, PlanError: the recipe can't be run as it stands.
     """
-    vocabulary = {} if recipe.corpus.tokenizer is not None else {"vocab_size": recipe.corpus.vocab_size}
-    return _Pricing(recipe, resolve_structures(recipe, vocabulary)).price()
+    if vocabulary is None:
+        vocabulary = {} if recipe.corpus.tokenizer is not None else {"vocab_size": recipe.corpus.vocab_size}
+    return _Pricing(recipe, resolve_structures(recipe, vocabulary), memory).price()
 
 
 class _Pricing:
     """Follows a recipe's branches; a model is counted once however many stages train it."""
 
-    def __init__(self, recipe: Recipe, structures: Structures) -> None:
-        self.recipe, self.structures = recipe, structures
+    def __init__(self, recipe: Recipe, structures: Structures, memory: bool) -> None:
+        self.recipe, self.structures, self.memory = recipe, structures, memory
         self.spent: dict[tuple[str, str], float] = {}
         self.costs: dict[str, tuple[int, FlopsPerToken]] = {}
 
@@ -99,7 +104,10 @@ class _Pricing:
                 flops = Ledger.load(stage.checkpoint).total_flops
             price = StagePrice(branch=branch.name, stage=stage.name, kind=stage.kind, parameters=parameters)
             if isinstance(stage, TrainStage):
-                budget = totals[stage.flops_of] - flops if stage.flops_of is not None else None
+                self._check_length(branch, stage, config)
+                budget = None
+                if stage.flops_of is not None:
+                    budget = remaining_flops(stage, totals[stage.flops_of], flops)
                 settings = self.recipe.training_settings(stage, flops=budget)
                 length = self.recipe.corpus.context_length
                 steps = settings.total_steps(length, per_token.training)
@@ -109,7 +117,7 @@ class _Pricing:
                         "steps": steps,
                         "tokens": tokens,
                         "flops": tokens * per_token.training,
-                        "memory_bytes": self._memory(config, settings.sequences_per_forward).total,
+                        "memory_bytes": self._memory(config, settings.sequences_per_forward),
                     }
                 )
                 flops += price.flops
@@ -127,5 +135,29 @@ class _Pricing:
             )
         return self.costs[key]
 
-    def _memory(self, config: PreTrainedConfig, micro_batch_size: int) -> TrainingMemory:
-        return training_memory(skeleton(config), micro_batch_size, self.recipe.corpus.context_length)
+    def _memory(self, config: PreTrainedConfig, micro_batch_size: int) -> int | None:
+        if not self.memory:
+            return None
+        return training_memory(skeleton(config), micro_batch_size, self.recipe.corpus.context_length).total
+
+    def _check_length(self, branch: Branch, stage: TrainStage, config: PreTrainedConfig) -> None:
+        length, positions = self.recipe.corpus.context_length, getattr(config, "max_position_embeddings", None)
+        if positions is not None and length > positions:
+            raise ConfigError(
+                f"{branch.name}/{stage.name}: corpus.context_length is {length}, but the model's "
+                f"max_position_embeddings is {positions}. Lower the first or raise the second."
+            )
+
+
+def remaining_flops(stage: TrainStage, total: float, spent: float) -> float:
+    """The budget of a stage with `flops_of`: what is left of that branch's `total` when `spent` was used before.
+
+    Raises:
+        ConfigError: nothing is left.
+    """
+    if total <= spent:
+        raise ConfigError(
+            f"{stage.name}: flops_of: {stage.flops_of!r} used no more FLOPs than were used before ({total:.4g} and "
+            f"{spent:.4g}). Name a branch that is trained longer, or give steps or tokens."
+        )
+    return total - spent

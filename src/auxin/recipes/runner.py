@@ -6,45 +6,44 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from auxin.accounting import Ledger, StageRecord, count_parameters
 from auxin.accounting.ledger import LEDGER_FILE
 from auxin.accounting.results import RunResults
 from auxin.data import PackedData, prepare
+from auxin.data.tokenizer import load_tokenizer, tokenizer_digest
 from auxin.edits.checkpoint import TRAINING_FOLDER
+from auxin.edits.structure import config_from_values
 from auxin.errors import CheckpointError, ConfigError
 from auxin.evaluation import evaluate_loss
 from auxin.files import new_folder, write_text
 from auxin.methods.grow.tokenformer import OldTokenRates, TauAnneal, plan_token_growth
 from auxin.models.loading import load_config, load_model
+from auxin.models.tokenformer import TokenFormerConfig
+from auxin.models.tokenformer.configuration import SLOTS, Slot
+from auxin.recipes.folder import DATA, OUTCOME_FILE, StageOutcome, claim_directory, left_checkpoint, stage_directory
 from auxin.recipes.growth import grow_checkpoint
-from auxin.recipes.results import collect_results
+from auxin.recipes.price import price_recipe, remaining_flops
+from auxin.recipes.results import collect_results, describe_left_out
 from auxin.recipes.schema import Branch, BuildStage, EvaluateStage, GrowStage, Recipe, Stage, TrainStage
 from auxin.recipes.structure import Structures, growth_settings, resolve_structures
 from auxin.report import write_chart_svg, write_report
-from auxin.settings import Settings
 from auxin.training import train, write_checkpoint_folder
+from auxin.training.hardware import choose_device
 
-RECIPE_FILE = "recipe.yaml"
-OUTCOME_FILE = "stage.json"
 RESULTS_FILE = "results.json"
 STAGE_CHECKPOINT = "checkpoint"
 """Folder in a stage's that holds what it left; a train stage keeps several in `checkpoints` instead."""
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+"""One of these is in every folder that holds a tokenizer."""
+
 Announce = Callable[[str], None]
 """Takes one line for the person who waits."""
-
-
-class StageOutcome(Settings):
-    """What a finished stage left; its presence in the stage's folder says that the stage is finished."""
-
-    name: str
-    kind: str
-    checkpoint: str
-    """The checkpoint's folder, relative to the run's."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +58,13 @@ class Run:
 
     def stage_directory(self, branch: Branch, stage: Stage) -> Path:
         """Where `stage` of `branch` keeps everything it writes."""
-        return self.directory / "branches" / branch.name / f"{branch.stages.index(stage) + 1:02d}-{stage.name}"
+        return stage_directory(self.directory, branch, stage)
 
     def checkpoint(self, branch_name: str, stage_name: str) -> Path:
         """The checkpoint that a finished stage left."""
         branch = next(branch for branch in self.recipe.branches if branch.name == branch_name)
         stage = next(stage for stage in branch.stages if stage.name == stage_name)
-        outcome = json.loads((self.stage_directory(branch, stage) / OUTCOME_FILE).read_text(encoding="utf-8"))
-        return self.directory / outcome["checkpoint"]
+        return left_checkpoint(self.directory, branch, stage)
 
     def final_checkpoint(self, branch_name: str) -> Path:
         """The checkpoint that a finished branch left."""
@@ -75,12 +73,14 @@ class Run:
 
     def validation_loss(self, checkpoint: Path) -> float:
         """Loss of `checkpoint` on the whole held-out split, in nats per token."""
-        return evaluate_loss(load_model(checkpoint), self.data.validation, batch_size=self.evaluation_batch_size)
+        device = choose_device(self.recipe.training.get("device", "auto"))
+        return evaluate_loss(load_model(checkpoint, device), self.data.validation, self.evaluation_batch_size)
 
     @property
     def evaluation_batch_size(self) -> int:
-        """Sequences per forward pass of an evaluation: as many as a training step has."""
-        return int(self.recipe.training.get("batch_size", 32))
+        """Sequences per forward pass of an evaluation: as many as one of training has."""
+        training = self.recipe.training
+        return int(training.get("micro_batch_size") or training.get("batch_size", 32))
 
 
 def run_recipe(recipe: Recipe, output: str | Path, command: str, announce: Announce = print) -> RunResults:
@@ -96,13 +96,17 @@ def run_recipe(recipe: Recipe, output: str | Path, command: str, announce: Annou
         What the run measured; also written to `results.json` and `report.html` in `output`.
 
     Raises:
-        ConfigError: `output` holds another recipe's run, or the recipe asks for what can't be built.
+        ConfigError, PlanError: `output` holds another recipe's run, or the recipe asks for what can't be built or
+            does not fit together; found before anything is written, as far as it does not depend on the corpus.
     """
     directory = Path(output)
-    claim_directory(recipe, directory)
+    price_recipe(recipe, memory=False, vocabulary=_known_vocabulary(recipe))
+    claim_directory(recipe, directory, announce)
     announce(f"Corpus: {recipe.corpus.source}")
-    data = prepare(recipe.corpus, directory / "data", progress=True)
-    structures = resolve_structures(recipe, vocabulary_fields(data))
+    data = prepare(recipe.corpus, directory / DATA, progress=True)
+    announce(f"{data.report.documents:,} documents; left out: {describe_left_out(data.report)}")
+    check_tokenizers(recipe, data)
+    structures = resolve_structures(recipe, vocabulary_fields(data.tokenizer()))
     run = Run(recipe, directory, data, structures, announce)
     for branch in recipe.branches:
         run_branch(run, branch)
@@ -133,34 +137,39 @@ def rewrite_report(directory: str | Path) -> list[Path]:
     return paths
 
 
-def vocabulary_fields(data: PackedData) -> dict[str, int]:
+def vocabulary_fields(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """The config fields that the corpus's tokenizer decides."""
-    tokenizer = data.tokenizer()
-    fields = {"vocab_size": data.vocab_size}
+    fields = {"vocab_size": max(tokenizer.get_vocab().values()) + 1}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if (value := getattr(tokenizer, name)) is not None:
             fields[name] = value
     return fields
 
 
-def claim_directory(recipe: Recipe, directory: Path) -> None:
-    """Make `directory` the folder of `recipe`'s run, or make sure that it is.
+def _known_vocabulary(recipe: Recipe) -> dict[str, int] | None:
+    """What the corpus's tokenizer decides, where the recipe names one and does not train it."""
+    return None if recipe.corpus.tokenizer is None else vocabulary_fields(load_tokenizer(recipe.corpus.tokenizer))
+
+
+def check_tokenizers(recipe: Recipe, data: PackedData) -> None:
+    """Make sure that adopted checkpoints meet the tokens they know.
 
     Raises:
-        ConfigError: it holds the run of another recipe, or something else.
+        ConfigError: the corpus has another tokenizer than a checkpoint that a branch starts from.
     """
-    path = directory / RECIPE_FILE
-    if path.exists():
-        if Recipe.from_yaml(path) != recipe:
+    given = recipe.corpus.tokenizer
+    # Saving a tokenizer with the corpus may have normalized it: the one that was loaded counts as well.
+    tokenizers = [data.tokenizer(), *([] if given is None else [load_tokenizer(given)])]
+    digests = {tokenizer_digest(tokenizer) for tokenizer in tokenizers}
+    for branch in recipe.branches:
+        source = getattr(branch.stages[0], "checkpoint", None)
+        if source is None or not any((source / name).is_file() for name in TOKENIZER_FILES):
+            continue
+        if tokenizer_digest(load_tokenizer(source)) not in digests:
             raise ConfigError(
-                f"{directory} holds a run of another recipe or of other settings (see {path}). "
-                "Give another --output, or remove that folder."
+                f"{branch.name}: the checkpoint {source} has another tokenizer than the corpus, so that its embeddings "
+                f"would be taken for other tokens. Set corpus.tokenizer: {source}"
             )
-        return
-    if directory.exists() and any(directory.iterdir()):
-        raise ConfigError(f"{directory} is not empty and holds no run. Give another --output.")
-    directory.mkdir(parents=True, exist_ok=True)
-    recipe.to_yaml(path)
 
 
 def run_branch(run: Run, branch: Branch) -> None:
@@ -211,31 +220,49 @@ def build(run: Run, stage: BuildStage, directory: Path, config: PreTrainedConfig
 def adopt(run: Run, stage: BuildStage, source: Path, output: Path) -> Path:
     """Copy the checkpoint `source` into the run, its moments and books along with it."""
     ledger = Ledger.load(source) if (source / LEDGER_FILE).exists() else Ledger()
-    parameters = count_parameters(load_model(source)).total
-    note = f"started from {source}"
+    model = load_model(source)
+    notes = [f"started from {source}"]
+    if half := sorted({str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}):
+        notes.append(f"its weights are {', '.join(half)}; they are trained in float32")
+    if others := sorted(other_data(ledger, run.data.fingerprint)):
+        notes.append(
+            f"trained before on other data (fingerprint {', '.join(others)}): held-out documents may have been seen"
+        )
+    record = StageRecord(name=stage.name, kind="build", parameters=count_parameters(model).total, notes=notes)
     with new_folder(output) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
-        ledger.append(StageRecord(name=stage.name, kind="build", parameters=parameters, notes=[note])).save(folder)
+        ledger.append(record).save(folder)
     return output
 
 
+def other_data(ledger: Ledger, fingerprint: str) -> set[str]:
+    """Fingerprints of the data other than that of `fingerprint` on which stages of `ledger` were trained."""
+    return {
+        record.data_fingerprint or "unknown"
+        for record in ledger.stages
+        if record.tokens and record.data_fingerprint != fingerprint
+    }
+
+
 def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path) -> Path:
-    """Train on; the data goes on where the ancestors stopped."""
+    """Train on; the data goes on where the ancestors that learnt from the same data stopped."""
     ledger = Ledger.load(previous)
     flops = None
     if stage.flops_of is not None:
-        flops = Ledger.load(run.final_checkpoint(stage.flops_of)).total_flops - ledger.total_flops
-        if flops <= 0:
-            raise ConfigError(f"{stage.name}: flops_of: {stage.flops_of!r} used no more FLOPs than were used before.")
+        flops = remaining_flops(
+            stage, Ledger.load(run.final_checkpoint(stage.flops_of)).total_flops, ledger.total_flops
+        )
     settings = run.recipe.training_settings(stage, flops=flops)
     carried = not stage.fresh_optimizer and (previous / TRAINING_FOLDER).exists()
     hooks: list[TauAnneal | OldTokenRates] = []
     if stage.tau_anneal_steps:
         hooks.append(TauAnneal(steps=stage.tau_anneal_steps))
     if stage.old_tokens_rate != 1.0:
-        hooks.append(OldTokenRates(ratio=stage.old_tokens_rate))
+        hooks.append(OldTokenRates(ratio=stage.old_tokens_rate, old_counts=old_token_counts(stage, ledger)))
+    fingerprint = run.data.fingerprint
+    seen = sum(record.tokens for record in ledger.stages if record.data_fingerprint == fingerprint)
     result = train(
-        load_model(previous),
+        load_model(previous, dtype=torch.float32),
         run.data,
         settings,
         directory,
@@ -244,9 +271,25 @@ def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path) ->
         ledger=ledger,
         hooks=hooks,
         stage_name=stage.name,
-        data_position=ledger.total_tokens // (settings.batch_size * run.data.context_length),
+        data_position=seen // (settings.batch_size * run.data.context_length),
     )
     return result.checkpoint
+
+
+def old_token_counts(stage: TrainStage, ledger: Ledger) -> dict[Slot, int]:
+    """The number of tokens that each slot had before the last growth in `ledger`.
+
+    Raises:
+        ConfigError: it holds no growth.
+    """
+    for record in reversed(ledger.stages):
+        if record.kind == "grow" and record.plan is not None and record.plan.get("made_for") is not None:
+            before = cast(TokenFormerConfig, config_from_values(record.plan["made_for"]))
+            return {slot: sum(before.group_sizes(slot)) for slot in SLOTS}
+    raise ConfigError(
+        f"{stage.name}: old_tokens_rate: {stage.old_tokens_rate} is for the tokens from before the last growth, but "
+        "the model's ledger records no growth. Leave it out, or train after a grow stage."
+    )
 
 
 def grow(run: Run, stage: GrowStage, directory: Path, previous: Path) -> Path:
