@@ -135,8 +135,8 @@ def main() -> None:
         excess = result["peak"] - result["new"]
         sizes = ", peak ".join(f"{result[key] / MIB:.0f}" for key in ("new", "peak"))
         print(
-            f"{mode}: {result['old'] / MIB:.0f} -> {sizes} MiB, {result['peak'] / result['new']:.3f} times what is there "
-            f"afterwards ({excess / result['largest_tensor']:+.2f} largest tensors)"
+            f"{mode}: {result['old'] / MIB:.0f} -> {sizes} MiB, {result['peak'] / result['new']:.3f} times what is "
+            f"there afterwards ({excess / result['largest_tensor']:+.2f} largest tensors)"
         )
         failed |= excess > result["largest_tensor"] + INTERPRETER
     sys.exit(1 if arguments.check and failed else 0)
