@@ -9,7 +9,7 @@ from auxin.accounting import count_parameters
 from auxin.edits.structure import skeleton
 from auxin.errors import ConfigError, PlanError
 from auxin.models.tokenformer import TokenFormerConfig
-from auxin.recipes import Recipe, builtin_recipes, load_recipe, price_recipe
+from auxin.recipes import Recipe, builtin_recipes, load_recipe, price_recipe, training_recipe
 from auxin.recipes.structure import final_config, match_parameters, resolve_structures
 
 DEMO = yaml.safe_load(load_recipe.__globals__["BUILTIN"].joinpath("demo.yaml").read_text())
@@ -42,12 +42,55 @@ def changed(**changes):
         ({"branches__2__name": "grown"}, "stands twice"),
         ({"branches__1__fork": None}, "begins with one build stage"),
         ({"branches__0__stages__0__preset": "124m"}, "exactly one of preset, model_type, checkpoint and like"),
+        ({"branches__0__stages__1__name": "../../base"}, "branches.0.stages.1"),
         ({"main_branch": "growm"}, "Did you mean 'grown'"),
     ],
 )
 def test_a_wrong_recipe_names_the_field_and_the_mend(changes, message):
     with pytest.raises(ConfigError, match=message):
         Recipe.parse(changed(**changes))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        ({"model_type": "lama"}, "unknown model_type 'lama'. Did you mean"),
+        ({"model_type": "llama", "config": {"hidden_size": 30, "num_attention_heads": 4}}, "multiple of the number"),
+        ({"model_type": "gpt2", "config": {"hiden_size": 32}}, "Did you mean 'hidden_size'"),
+        ({"model_type": "tokenformer", "config": {"qkv_token": 8}}, "Did you mean 'qkv_tokens'"),
+    ],
+)
+def test_a_model_that_cant_be_built_is_refused_in_one_short_message(build, message):
+    recipe = Recipe.parse(changed(branches__0__stages__0={"kind": "build", **build}))
+    with pytest.raises(ConfigError, match=message) as caught:
+        resolve_structures(recipe, {"vocab_size": 512})
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1500
+
+
+def test_fields_under_former_names_are_known():
+    config = {"rotary_emb_base": 500.0, "rotary_pct": 0.5, "num_hidden_layers": 1, "hidden_size": 32}
+    build = {"kind": "build", "model_type": "gpt_neox", "config": {**config, "num_attention_heads": 4}}
+    values = {**changed(), "branches": [{"name": "a", "title": "a", "stages": [build]}]}
+    values["main_branch"] = "a"
+    rope = final_config(resolve_structures(Recipe.parse(values), {"vocab_size": 512}), "a").rope_parameters
+    assert (rope["rope_theta"], rope["partial_rotary_factor"]) == (500.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"branches__0__stages__1__settings": {"steps": 50, "warmup_steps": 100}}, "warmup_steps"),
+        ({"corpus__context_length": 256}, "context_length is 256"),
+        (
+            {"branches__1__fork": "grown/final", "branches__1__stages__0__flops_of": "grown"},
+            "flops_of: 'grown' used no more FLOPs than were used before",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_has_no_price(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        price_recipe(Recipe.parse(changed(**changes)), memory=False)
 
 
 def test_builtin_recipes_are_valid():
@@ -68,10 +111,21 @@ def test_unknown_recipes_and_overrides_are_named():
         load_recipe("nowhere/demo.yaml")
     with pytest.raises(ConfigError, match="no key=value"):
         load_recipe("demo", ["seed"])
+    with pytest.raises(ConfigError, match="is not valid YAML"):
+        load_recipe("demo", ["training.steps=[1"])
     with pytest.raises(ConfigError, match="no index"):
         load_recipe("demo", ["branches.9.name=x"])
     recipe = load_recipe("demo", ["seed=3", "training.learning_rate=1e-3", "branches.0.title=A"])
     assert (recipe.seed, recipe.training["learning_rate"], recipe.branches[0].title) == (3, 1e-3, "A")
+
+
+def test_files_that_are_no_text_are_refused(tmp_path):
+    for name in ("recipe.yaml", "config.json"):
+        (tmp_path / name).write_bytes(b"name: \xff\xfe")
+    with pytest.raises(ConfigError, match="can't be read"):
+        load_recipe(str(tmp_path / "recipe.yaml"))
+    with pytest.raises(ConfigError, match="can't be read"):
+        training_recipe(str(tmp_path / "config.json"), {}, {"steps": 1})
 
 
 def test_structures_are_known_before_training():

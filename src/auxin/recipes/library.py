@@ -37,7 +37,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
             raise ConfigError(
                 f"Recipe file {name_or_path} does not exist. Give an existing YAML file or a built-in name."
             )
-        text = path.read_text(encoding="utf-8")
+        text = _read(path)
     else:
         resource = BUILTIN / f"{name_or_path}.yaml"
         if not resource.is_file():
@@ -53,6 +53,13 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
     for override in overrides or []:
         apply_override(values, override)
     return Recipe.parse(values, source=name_or_path)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} can't be read as UTF-8 text: {error}.") from error
 
 
 def training_recipe(
@@ -105,7 +112,7 @@ def _configured(path: Path) -> dict[str, Any]:
     """The fields of a build stage from a config.json."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # broken JSON and broken UTF-8 are ValueErrors
         raise ConfigError(f"--model {path} can't be read: {error}. Give a model's config.json.") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise ConfigError(f"--model {path} has no model_type: it is no config of a transformers model.")
@@ -126,7 +133,11 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override!r}: {part!r} is no index of a list of {len(target)}.") from error
         if not isinstance(target, dict | list):
             raise ConfigError(f"--set {override!r}: {part!r} holds the value {target!r}, not a group of values.")
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = str(getattr(error, "problem", None) or error)
+        raise ConfigError(f"--set {override!r}: the value {text!r} is not valid YAML: {reason}.") from error
     if isinstance(value, str):
         # YAML 1.1 takes 1e-3 for text, as it wants a dot in the mantissa.
         with contextlib.suppress(ValueError):

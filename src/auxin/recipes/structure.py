@@ -2,19 +2,33 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import cast
+from difflib import get_close_matches
+from typing import Any, cast
 
-from transformers import AutoConfig, PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from auxin.accounting import count_parameters
 from auxin.edits import planned_config
 from auxin.edits.structure import edited_config, skeleton
-from auxin.errors import ConfigError, PlanError
+from auxin.errors import ConfigError, PlanError, unknown_name
 from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth, token_growth_to
 from auxin.models.loading import load_config
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.models.tokenformer.presets import preset_config
 from auxin.recipes.schema import BuildStage, GrowStage, Recipe
+
+_HIDDEN_FIELDS = {"_name_or_path", "transformers_version", "architectures", "auto_map", "torch_dtype"}
+"""Fields that saved configs have and nobody sets."""
+_COMMON_FIELDS = _HIDDEN_FIELDS | {
+    *("rope_theta", "rope_scaling", "partial_rotary_factor", "tie_word_embeddings", "use_cache", "dtype"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "is_decoder", "is_encoder_decoder"),
+    *("output_attentions", "output_hidden_states", "return_dict", "attn_implementation", "pruned_heads"),
+    *("add_cross_attention", "cross_attention_hidden_size", "decoder_start_token_id", "prefix", "task_specific_params"),
+    *("tie_encoder_decoder", "torchscript", "use_bfloat16", "finetuning_task", "tf_legacy_loss", "tokenizer_class"),
+    *("quantization_config",),
+}
+"""Fields that any transformers config may have, today or in files written by earlier versions."""
 
 Structures = dict[str, dict[str, PreTrainedConfig]]
 """Branch name -> stage name -> the config of the model which that stage leaves."""
@@ -76,13 +90,38 @@ def _built_config(stage: BuildStage, structures: Structures, vocabulary: dict[st
         return load_config(stage.checkpoint)
     if stage.preset is not None:
         return edited_config(preset_config(stage.preset), {**vocabulary, **stage.config})
-    try:
-        config = AutoConfig.for_model(str(stage.model_type), **{**vocabulary, **stage.config})
-    except ValueError as error:
-        raise ConfigError(f"build stage {stage.name!r}: {error}") from error
+    config = _configured(stage, {**vocabulary, **stage.config})
     if stage.parameters_of is not None:
         target = count_parameters(skeleton(final_config(structures, stage.parameters_of))).total
         config = match_parameters(config, target)
+    return config
+
+
+def _configured(stage: BuildStage, values: dict[str, Any]) -> PreTrainedConfig:
+    """The config of `stage`'s model type with `values`.
+
+    Raises:
+        ConfigError: an unknown type, a field that it does not have, or values that it refuses.
+    """
+    where, model_type = f"build stage {stage.name!r}", str(stage.model_type)
+    if model_type not in CONFIG_MAPPING:
+        near = get_close_matches(model_type, list(CONFIG_MAPPING), n=3)
+        hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "Give one that transformers has."
+        raise ConfigError(f"{where}: unknown model_type {model_type!r}. {hint}")
+    try:
+        config = AutoConfig.for_model(model_type, **values)
+    # The checks of transformers' configs raise a plain Exception of their own.
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ConfigError(f"{where}: {model_type} refuses its config: {reason}") from error
+    own = type(config)
+    known = {*own().to_dict(), *own.attribute_map, *_COMMON_FIELDS}
+    # A config keeps what it does not know; what it translates (a former name of a field) it does not keep.
+    if unknown := [
+        key for key in stage.config if key not in known and not key.startswith("_") and key in config.to_dict()
+    ]:
+        message = unknown_name(f"{model_type} config field", unknown[0], known - _HIDDEN_FIELDS)
+        raise ConfigError(f"{where}: config: {message}")
     return config
 
 
