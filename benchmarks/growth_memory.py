@@ -54,7 +54,7 @@ def config_of(megabytes: int) -> Any:
 
 
 def measure(mode: str, megabytes: int, regime: Any, folder: Path) -> None:
-    """Grow the tokens by a half and print the peak, in this process."""
+    """Grow the tokens by a half (double them to duplicate) and print the peak, in this process."""
     import torch
 
     from auxin.edits import apply, apply_to_checkpoint
@@ -63,7 +63,8 @@ def measure(mode: str, megabytes: int, regime: Any, folder: Path) -> None:
 
     torch.set_num_threads(1)
     config = config_of(megabytes)
-    tokens = config.qkv_tokens[0] * (2 if regime == "duplicate" else 1.5)
+    old_tokens = config.group_sizes("qkv")[0]
+    tokens = 2 * old_tokens if regime == "duplicate" else old_tokens * 3 // 2
     growth = TokenGrowth(qkv_tokens=tokens, proj_tokens=tokens, ffn_tokens=4 * tokens, regime=regime)
     plan = plan_token_growth(config, growth)
     small = TokenFormerForCausalLM(config_of(1))
@@ -84,7 +85,7 @@ def measure(mode: str, megabytes: int, regime: Any, folder: Path) -> None:
         receipt = apply(plan, model, optimizer)
     peak = resident("VmHWM") - resident("RssFile") - base
     new = old + copies * 4 * (receipt.parameters_after - receipt.parameters_before)
-    largest = 4 * growth.ffn_tokens * config.hidden_size
+    largest = 4 * 4 * tokens * config.hidden_size
     print(json.dumps({"mode": mode, "old": old, "new": new, "largest_tensor": largest, "peak": peak}))
 
 
