@@ -68,7 +68,7 @@ def measure(mode: str, megabytes: int, regime: Any, folder: Path) -> None:
     growth = TokenGrowth(qkv_tokens=tokens, proj_tokens=tokens, ffn_tokens=4 * tokens, regime=regime)
     plan = plan_token_growth(config, growth)
     small = TokenFormerForCausalLM(config_of(1))
-    apply(plan_token_growth(small.config, TokenGrowth(ffn_tokens=2 * small.config.ffn_tokens[0])), small)
+    apply(plan_token_growth(small.config, TokenGrowth(ffn_tokens=2 * small.config.group_sizes("ffn")[0])), small)
     del small
     base = resident("RssAnon")
     model = TokenFormerForCausalLM(config)
