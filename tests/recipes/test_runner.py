@@ -1,6 +1,9 @@
 """A recipe runs end to end, goes on where it stopped, and its books add up."""
 
 import json
+import math
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -10,10 +13,18 @@ import torch
 from safetensors.torch import load_file
 
 from auxin.accounting import Ledger
-from auxin.accounting.results import RunResults
-from auxin.errors import ConfigError
+from auxin.accounting.results import RunResults, perplexity_of
+from auxin.data import CorpusReport
+from auxin.data.corpus import Skipped
+from auxin.errors import CheckpointError, ConfigError
+from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth
+from auxin.models.loading import load_config, load_model
 from auxin.recipes import Recipe, price_recipe, run_recipe
-from auxin.report import findings
+from auxin.recipes.growth import grow_checkpoint
+from auxin.recipes.results import describe_left_out
+from auxin.recipes.runner import Run, old_token_counts
+from auxin.recipes.schema import TrainStage
+from auxin.report import findings, write_chart_svg, write_report
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
 
@@ -148,6 +159,131 @@ def test_another_recipe_is_kept_out_of_a_runs_folder(run, corpus, tmp_path):
     with pytest.raises(ConfigError, match="not empty"):
         run_recipe(tiny_recipe(corpus), tmp_path, "")
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_what_a_corpus_leaves_out_is_told(run):
+    _, results, lines = run
+    assert any("documents; left out: 0 duplicates" in line for line in lines)
+    assert results.corpus["left out"] == "0 duplicates"
+    report = CorpusReport.model_construct(
+        duplicates=2, skipped={"not UTF-8": Skipped(count=4, examples=("a", "b", "c", "d"))}, limit="max_bytes"
+    )
+    told = describe_left_out(report)
+    assert told == "2 duplicates; 4 skipped: not UTF-8 (a, b, c, ...); everything after max_bytes was reached"
+
+
+def test_a_run_that_cant_be_done_writes_nothing(corpus, tmp_path):
+    with pytest.raises(ConfigError, match="warmup_steps"):
+        run_recipe(tiny_recipe(corpus, warmup_steps=50), tmp_path / "out", "")
+    assert not (tmp_path / "out").exists()
+
+
+def adopting(corpus, checkpoint, *stages, tokenizer=None, **corpus_changes):
+    values = tiny_recipe(corpus).model_dump(mode="json", exclude_defaults=True)
+    values["corpus"] |= {"tokenizer": None if tokenizer is None else str(tokenizer), **corpus_changes}
+    build = {"kind": "build", "checkpoint": str(checkpoint)}
+    values["branches"] = [{"name": "main", "title": "main", "stages": [build, *stages]}]
+    return Recipe.parse(values)
+
+
+TRAIN = {"kind": "train", "name": "train", "settings": {"steps": 2, "decay_fraction": 0.0}}
+
+
+def test_evaluations_take_no_more_memory_than_training(corpus, tmp_path):
+    for settings, expected in (({}, 4), ({"micro_batch_size": 2}, 2)):
+        assert Run(tiny_recipe(corpus, **settings), tmp_path, None, {}, print).evaluation_batch_size == expected
+
+
+def test_a_checkpoint_keeps_its_tokens(run, corpus, tmp_path):
+    directory, _, _ = run
+    checkpoint = directory / "branches/grown/03-grow/checkpoint"
+    # With fewer entries, the tokenizer that this corpus would train is another.
+    recipe = adopting(corpus, checkpoint, TRAIN, vocab_size=280)
+    with pytest.raises(ConfigError, match=re.escape(f"Set corpus.tokenizer: {checkpoint}")):
+        run_recipe(recipe, tmp_path / "out", "", announce=lambda line: None)
+    assert not (tmp_path / "out/branches").exists()
+
+
+def test_a_half_precision_checkpoint_of_other_data_trains_on(run, corpus, tmp_path):
+    directory, _, _ = run
+    source = directory / "branches/grown/03-grow/checkpoint"
+    half, other = tmp_path / "half", tmp_path / "other"
+    shutil.copytree(source, half)
+    load_model(source, dtype=torch.bfloat16).save_pretrained(half)
+    other.mkdir()
+    for path in corpus.iterdir():
+        (other / path.name).write_text(path.read_text().replace("growing", "going on"))
+    recipe = adopting(other, half, TRAIN | {"old_tokens_rate": 0.0}, tokenizer=source)
+    results = run_recipe(recipe, tmp_path / "out", "", announce=lambda line: None)
+    notes = results.branches[0].ledger.stages[-2].notes
+    assert any("torch.bfloat16" in note for note in notes)
+    assert any("other data" in note for note in notes)
+    # Nothing of this corpus was seen before: its first batch comes first, whatever the ancestors' tokens.
+    line = json.loads((tmp_path / "out/branches/main/02-train/metrics.jsonl").read_text().splitlines()[0])
+    assert line["data_position"] == line["step"] == 0
+    # The tokens from before the growth were frozen, the others not.
+    trained = load_model(tmp_path / "out/branches/main/02-train/checkpoints/step-00000002").state_dict()
+    before = load_model(half, dtype=torch.float32).state_dict()
+    name = "model.layers.0.mlp.values"
+    assert torch.equal(trained[name][:8], before[name][:8])
+    assert not torch.equal(trained[name][8:], before[name][8:])
+
+
+def test_old_tokens_are_those_before_the_last_growth(run):
+    directory, _, _ = run
+    stage = TrainStage(kind="train", name="train", old_tokens_rate=0.5)
+    grown = Ledger.load(directory / "branches/grown/03-grow/checkpoint")
+    assert old_token_counts(stage, grown) == {"qkv": 2, "proj": 2, "ffn": 8}
+    with pytest.raises(ConfigError, match="old_tokens_rate"):
+        old_token_counts(stage, Ledger(stages=grown.stages[:2]))
+
+
+def test_a_forks_curve_ends_with_the_fork_though_stage_names_repeat(corpus, tmp_path):
+    values = tiny_recipe(corpus).model_dump(mode="json", exclude_defaults=True)
+    build = values["branches"][0]["stages"][0]
+    grow = {"kind": "grow", "name": "grow", "tokens": {"qkv_tokens": 4}}
+    values["branches"] = [
+        {"name": "a", "title": "a", "stages": [build, TRAIN]},
+        {"name": "d", "title": "d", "fork": "a/train", "stages": [grow, TRAIN]},
+        {"name": "e", "title": "e", "fork": "d/grow", "stages": [TRAIN]},
+    ]
+    results = run_recipe(Recipe.parse(values), tmp_path, "", announce=lambda line: None)
+    d, e = results.branches[1:]
+    assert [point.tokens for point in e.curve] == [point.tokens for point in d.curve]
+    assert [point.tokens for point in e.curve] == sorted(point.tokens for point in e.curve)
+    assert len(e.growths) == 1
+    assert e.growths == d.growths
+
+
+def test_a_diverged_branch_has_an_infinite_perplexity_and_a_report(run, tmp_path):
+    _, results, _ = run
+    assert perplexity_of(2.0) == pytest.approx(7.389056)
+    assert perplexity_of(1e4) == math.inf
+    diverged = results.branches[1].model_copy(update={"validation_loss": 1e4, "perplexity": math.inf})
+    infinite = results.model_copy(update={"branches": [results.branches[0], diverged]})
+    write_report(infinite, tmp_path / "report.html")
+    write_chart_svg(infinite, tmp_path / "chart.svg")
+    assert "</html>" in (tmp_path / "report.html").read_text()
+    assert RunResults.parse(json.loads(infinite.model_dump_json())).branches[1].validation_loss == 1e4
+
+
+def test_a_grown_checkpoint_appears_with_its_own_ledger_or_not_at_all(run, tmp_path, monkeypatch):
+    directory, _, _ = run
+    source = directory / "branches/small/01-on"
+    source = source / (source / "latest").read_text().strip()
+    config = load_config(source)
+    plan = plan_token_growth(config, TokenGrowth(qkv_tokens=6))
+    grow_checkpoint(plan, source, tmp_path / "grown")
+    kinds = [stage.kind for stage in Ledger.load(tmp_path / "grown").stages]
+    assert kinds == [*(stage.kind for stage in Ledger.load(source).stages), "grow"]
+
+    def full(self, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Ledger, "save", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        grow_checkpoint(plan, source, tmp_path / "again")
+    assert [path.name for path in tmp_path.iterdir()] == ["grown"]
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(run, corpus, tmp_path):

@@ -100,7 +100,7 @@ def run_recipe(recipe: Recipe, output: str | Path, command: str, announce: Annou
             does not fit together; found before anything is written, as far as it does not depend on the corpus.
     """
     directory = Path(output)
-    price_recipe(recipe, memory=False, vocabulary=_known_vocabulary(recipe))
+    price_recipe(recipe, memory=False, vocabulary=_known_vocabulary(recipe, directory))
     claim_directory(recipe, directory, announce)
     announce(f"Corpus: {recipe.corpus.source}")
     data = prepare(recipe.corpus, directory / DATA, progress=True)
@@ -146,9 +146,12 @@ def vocabulary_fields(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     return fields
 
 
-def _known_vocabulary(recipe: Recipe) -> dict[str, int] | None:
-    """What the corpus's tokenizer decides, where the recipe names one and does not train it."""
-    return None if recipe.corpus.tokenizer is None else vocabulary_fields(load_tokenizer(recipe.corpus.tokenizer))
+def _known_vocabulary(recipe: Recipe, directory: Path) -> dict[str, int] | None:
+    """What the corpus's tokenizer decides, where the recipe names one or a run in `directory` has trained it."""
+    trained = directory / DATA / "tokenizer"
+    if recipe.corpus.tokenizer is None and not trained.exists():
+        return None
+    return vocabulary_fields(load_tokenizer(recipe.corpus.tokenizer or trained))
 
 
 def check_tokenizers(recipe: Recipe, data: PackedData) -> None:
