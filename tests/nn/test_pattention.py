@@ -70,7 +70,19 @@ def test_equals_the_oracle(group_sizes, rows, widths, score_function, gelu, dtyp
     # 16-bit scores and weights are rounded: relative to the size of what is summed, not of the sum.
     scale = max(tau) ** (2 if score_function == "softmax" else 1) * float(values.double().norm()) + 1
     unit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
-    np.testing.assert_allclose(ours.double().numpy(), expected, rtol=0, atol=unit * scale)
+    lost = lost_digits(x, keys, group_sizes) if score_function == "gelu_l2_norm" else np.ones((rows, 1))
+    assert (np.abs(ours.double().numpy() - expected) <= unit * scale * lost).all()
+
+
+def lost_digits(x, keys, group_sizes):
+    """(rows, 1): how much larger than its relative error that of a normalised GELU is.
+
+    1 + erf(a) cancels for a very negative score a, so that GELU(a) is off by a rounding of a, not of itself; where a
+    group has no other scores, the norm then divides by what is left.
+    """
+    blocks = (x.detach().double() @ keys.double().T).split(list(group_sizes), dim=-1)
+    ratios = [block.norm(dim=-1) / F.gelu(block).norm(dim=-1).clamp_min(1e-300) for block in blocks]
+    return torch.stack(ratios).nan_to_num(1.0).max(dim=0).values.clamp_min(1.0)[:, None].numpy()
 
 
 def test_one_group_is_the_published_layer():
