@@ -28,12 +28,17 @@ def logits(model, seed=11):
     return model(input_ids=token_ids(seed)).logits
 
 
+# A group of very few tokens now and then has a norm near zero, and dividing by it magnifies the rounding of the scores:
+# a single token's normalised score is a sign, which no arithmetic keeps at zero.
+GROUP = st.integers(4, 20)
+
+
 @given(
     heads=st.sampled_from([1, 2, 4]),
     head_dim=st.sampled_from([8, 16]),
     layers=st.integers(1, 3),
-    start=st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(1, 40)),
-    added=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(1, 30)), min_size=1, max_size=3),
+    start=st.tuples(GROUP, GROUP, st.integers(4, 40)),
+    added=st.lists(st.tuples(st.just(0) | GROUP, st.just(0) | GROUP, st.integers(4, 30)), min_size=1, max_size=3),
     score_function=st.sampled_from(["l2_norm_gelu", "gelu_l2_norm", "softmax"]),
     tied=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
