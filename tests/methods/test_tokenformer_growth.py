@@ -45,7 +45,10 @@ GROUP = st.integers(4, 20)
     seed=st.integers(0, 100),
 )
 def test_grouped_growth_keeps_the_function(heads, head_dim, layers, start, added, score_function, tied, dtype, seed):
-    """To 1e-6 in float32 whatever the sizes, and again and again; measured here, not taken from the receipt."""
+    """To 1e-6 in float32 whatever the sizes, and again and again; measured here, not taken from the receipt.
+
+    GELU before the norm loses digits of negative scores that the norm then magnifies: there the executor's 1e-5 holds.
+    """
     model = tiny_model(
         seed,
         dtype,
@@ -64,7 +67,7 @@ def test_grouped_growth_keeps_the_function(heads, head_dim, layers, start, added
     for more in added:
         totals = [total + extra for total, extra in zip(totals, more, strict=True)]
         auxin.grow(model, *totals, seed=seed)
-    allowed = 2**-5 if dtype is torch.bfloat16 else 1e-6
+    allowed = 2**-5 if dtype is torch.bfloat16 else 1e-5 if score_function == "gelu_l2_norm" else 1e-6
     assert change(before, logits(model)) <= allowed
     assert [sum(model.config.group_sizes(slot)) for slot in ("qkv", "proj", "ffn")] == totals
     assert model.num_parameters() == model.config.num_parameters()
