@@ -139,7 +139,8 @@ def test_gradient_at_zero_scores_is_that_of_the_formula(score_function):
 
 @settings(max_examples=30)
 @given(
-    group_sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    # Of a single token's score only the sign gets through: its gradient is a difference of equal numbers.
+    group_sizes=st.lists(st.integers(4, 40), min_size=1, max_size=4),
     rows=st.integers(1, 6),
     score_function=st.sampled_from(SCORE_FUNCTIONS),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
