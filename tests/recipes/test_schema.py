@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from auxin.accounting import count_parameters
-from auxin.edits.structure import skeleton
 from auxin.errors import ConfigError, PlanError
+from auxin.models.loading import skeleton
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.recipes import Recipe, builtin_recipes, load_recipe, price_recipe, training_recipe
 from auxin.recipes.structure import final_config, match_parameters, resolve_structures

@@ -16,10 +16,9 @@ from auxin.edits.executor import Receipt, check_finite, check_moment, map_moment
 from auxin.edits.plan import ParameterChange, Plan, ResolvedPlan, parameter_names, resolve
 from auxin.edits.promise import check_promise, default_probe, probe_logits, relative_change, tolerance
 from auxin.edits.safetensors_file import TensorPlace, torch_dtype, write_safetensors
-from auxin.edits.structure import skeleton
 from auxin.errors import CheckpointError
 from auxin.files import new_folder
-from auxin.models.loading import load_config, load_model
+from auxin.models.loading import load_config, load_model, skeleton
 
 TRAINING_FOLDER = "training"
 INDEX_ENDING = ".safetensors.index.json"

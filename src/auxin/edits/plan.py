@@ -13,8 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.accounting import count_parameters, flops_per_token
 from auxin.edits.edit import Edit, PadParameter, ParameterEdit, SetConfig
-from auxin.edits.structure import config_from_values, edited_config, skeleton
+from auxin.edits.structure import config_from_values, edited_config
 from auxin.errors import PlanError
+from auxin.models.loading import skeleton
 from auxin.settings import Settings
 
 Promise = Literal["exact", "approximate", "none"]

@@ -2,11 +2,11 @@
 
 import copy
 import json
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from auxin.errors import PlanError
 
@@ -29,27 +29,6 @@ def edited_config(config: PreTrainedConfig, values: dict[str, Any]) -> PreTraine
         return type(config).from_dict({**config.to_dict(), **copy.deepcopy(values)})
     except (ValueError, TypeError) as error:
         raise PlanError(f"the config refuses it: {error}") from error
-
-
-def skeleton(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
-    """A model of `config` on the meta device, its non-persistent buffers real, as after loading a checkpoint.
-
-    Args:
-        config: the config; the skeleton gets a copy.
-        model_class: the class of the model; None means the causal language model that the config belongs to.
-    """
-    config = copy.deepcopy(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config) if model_class is None else model_class(config)
-    for module in model.modules():
-        names = [name for name in module._non_persistent_buffers_set if module._buffers[name] is not None]
-        for name in names:
-            module._buffers[name] = torch.zeros_like(cast(Tensor, module._buffers[name]), device="cpu")
-        if names:
-            # Buffers outside of checkpoints are filled by a model's own initialisation; on parameters without data
-            # that does nothing.
-            model._init_weights(module)
-    return cast(PreTrainedModel, model)
 
 
 def config_from_values(values: dict[str, Any]) -> PreTrainedConfig:

@@ -3,15 +3,12 @@
 from pathlib import Path
 from typing import cast
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-
 from auxin.accounting import Ledger, ParameterCount, count_parameters, flops_per_token
 from auxin.accounting.ledger import LEDGER_FILE
 from auxin.data import PackedData
 from auxin.data.tokenizer import load_tokenizer
 from auxin.evaluation.corpus import score_held_out
-from auxin.models.loading import load_config, load_model
+from auxin.models.loading import load_config, load_model, skeleton
 from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
 from auxin.models.tokenformer.configuration import SLOTS
 from auxin.settings import Settings
@@ -73,7 +70,7 @@ def describe_checkpoint(folder: str | Path, corpus: PackedData | None = None) ->
     """
     folder = Path(folder)
     config = load_config(folder)
-    model = _skeleton(config)
+    model = skeleton(config)
     length = min(LONGEST_SEQUENCE, getattr(config, "max_position_embeddings", None) or LONGEST_SEQUENCE)
     groups: list[TokenGroups] = []
     nested: list[NestedModel] = []
@@ -101,7 +98,7 @@ def describe_checkpoint(folder: str | Path, corpus: PackedData | None = None) ->
 
 def _nested_models(folder: Path, config: TokenFormerConfig, corpus: PackedData | None) -> list[NestedModel]:
     if corpus is None:
-        model, tokenizer = cast(TokenFormerForCausalLM, _skeleton(config)), None
+        model, tokenizer = cast(TokenFormerForCausalLM, skeleton(config)), None
     else:
         model, tokenizer = cast(TokenFormerForCausalLM, load_model(folder)), load_tokenizer(folder)
     nested = []
@@ -114,8 +111,3 @@ def _nested_models(folder: Path, config: TokenFormerConfig, corpus: PackedData |
             NestedModel(num_groups=num_groups, parameters=count_parameters(smaller).total, validation_loss=loss)
         )
     return nested
-
-
-def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)

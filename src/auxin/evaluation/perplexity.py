@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from auxin.accounting.results import perplexity_of
 from auxin.errors import DataError
 from auxin.settings import Settings
 
@@ -107,7 +108,7 @@ def perplexity(
     nats = total / tokens
     return Perplexity(
         nats_per_token=nats,
-        perplexity=math.exp(nats) if nats < 700 else math.inf,
+        perplexity=perplexity_of(nats),
         bits_per_byte=total / math.log(2) / scored_bytes,
         tokens=tokens,
         bytes=scored_bytes,

@@ -1,12 +1,14 @@
-"""Reading models and what their folders say about themselves."""
+"""Models from folders and from configs: with their weights, as configs alone, or with shapes and no data."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -61,6 +63,27 @@ def load_model(
             "Restore it or use another one."
         )
     torch.nn.Module.to(model, device)
+    return cast(PreTrainedModel, model)
+
+
+def skeleton(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """A model of `config` on the meta device, its non-persistent buffers real, as after loading a checkpoint.
+
+    Args:
+        config: the config; the skeleton gets a copy.
+        model_class: the class of the model; None means the causal language model that the config belongs to.
+    """
+    config = copy.deepcopy(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config) if model_class is None else model_class(config)
+    for module in model.modules():
+        names = [name for name in module._non_persistent_buffers_set if module._buffers[name] is not None]
+        for name in names:
+            module._buffers[name] = torch.zeros_like(cast(Tensor, module._buffers[name]), device="cpu")
+        if names:
+            # Buffers outside of checkpoints are filled by a model's own initialisation; on parameters without data
+            # that does nothing.
+            model._init_weights(module)
     return cast(PreTrainedModel, model)
 
 

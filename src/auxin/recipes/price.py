@@ -4,8 +4,8 @@ from transformers import PreTrainedConfig
 
 from auxin.accounting import FlopsPerToken, Ledger, count_parameters, flops_per_token, training_memory
 from auxin.accounting.ledger import LEDGER_FILE
-from auxin.edits.structure import skeleton
 from auxin.errors import ConfigError
+from auxin.models.loading import skeleton
 from auxin.recipes.schema import Branch, BuildStage, Recipe, TrainStage
 from auxin.recipes.structure import Structures, resolve_structures
 from auxin.settings import Settings

@@ -10,10 +10,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from auxin.accounting import count_parameters
 from auxin.edits import planned_config
-from auxin.edits.structure import edited_config, skeleton
+from auxin.edits.structure import edited_config
 from auxin.errors import ConfigError, PlanError, unknown_name
 from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth, token_growth_to
-from auxin.models.loading import load_config
+from auxin.models.loading import load_config, skeleton
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.models.tokenformer.presets import preset_config
 from auxin.recipes.schema import BuildStage, GrowStage, Recipe
