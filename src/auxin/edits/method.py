@@ -1,0 +1,43 @@
+"""What a method is to the rest of the package: a name, settings, and a function that returns a plan."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+from auxin.edits.plan import Plan
+from auxin.settings import Settings
+
+Intent = Literal["grow", "prune", "factorize", "moe", "quantize", "restructure", "adapt"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One published technique. A module defines one as `METHOD` (or several as `METHODS`); other packages name theirs
+    in the entry point group "auxin.methods". Everything that lists, runs or tests methods goes by these."""
+
+    name: str
+    """By which it is called: lower case, digits and hyphens, for example "hypercloning"."""
+    title: str
+    """What it does, in one line."""
+    paper: str
+    """Where it comes from, for example "arXiv 2409.12903"."""
+    intent: Intent
+    """What it is for."""
+    settings: type[Settings]
+    """Its settings, every field with a docstring."""
+    plan: Callable[[PreTrainedModel, Any], Plan]
+    """(model, settings) -> plan; the model may be on the meta device unless `needs_weights`. Raises PlanError with the
+    reason, and the nearest possible target, for what it can't do."""
+    examples: Callable[[PreTrainedModel], dict[str, Any]]
+    """(model) -> settings that make sense for a small model of that architecture, for tests and the capability matrix;
+    PlanError where there are none."""
+    needs_weights: bool = False
+    """Whether `plan` looks at the weights."""
+    promise: str = ""
+    """What its plans promise and under which conditions, in a few words; the plan itself says what it is."""
+    finish: Callable[[Plan, Path, Path], None] | None = None
+    """(plan, source, new) writes what else belongs into the new checkpoint's folder, for example a tokenizer; called
+    after the weights are there and before the folder appears under its name."""
