@@ -22,9 +22,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.edits import Edit, NormalFill, PadParameter, Plan, Promise, Receipt, RepeatFill, SetConfig, ZeroFill, apply
+from auxin.edits.method import Method
 from auxin.edits.structure import config_values
 from auxin.errors import ConfigError, PlanError
 from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
@@ -168,6 +169,23 @@ def grow(
         "noise": noise,
     }
     return apply(plan_token_growth(model.config, TokenGrowth.parse(wanted)), model, optimizer, probe)
+
+
+def _example(model: PreTrainedModel) -> dict[str, Any]:
+    config = _check_config(model.config)
+    return {f"{slot}_tokens": 2 * sum(config.group_sizes(slot)) for slot in SLOTS}
+
+
+METHOD = Method(
+    name="tokenformer",
+    title="Append parameter tokens to a TokenFormer",
+    paper="arXiv 2410.23168, section 3.3",
+    intent="grow",
+    settings=TokenGrowth,
+    plan=lambda model, settings: plan_token_growth(model.config, settings),
+    examples=_example,
+    promise="exact with regimes grouped, zero_keys, annealed, duplicate; else less",
+)
 
 
 def _check_config(config: PreTrainedConfig) -> TokenFormerConfig:
