@@ -1,0 +1,223 @@
+"""Tiny models of every known architecture, with nothing trivial in them: random gains, biases and epsilon 1e-2."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
+
+VOCABULARY = 19
+LENGTH = 7
+EPSILON = 1e-2
+
+_LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 12,
+    "max_position_embeddings": 32,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+_NEOX = {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"}
+_ENCODER = {key: value for key, value in _NEOX.items() if not key.startswith(("bos", "eos", "pad"))}
+
+MODELS: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
+    "llama": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {**_LLAMA, "rms_norm_eps": EPSILON, "attention_bias": True, "mlp_bias": True},
+    ),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {**_LLAMA, "rms_norm_eps": EPSILON}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {**_LLAMA, "rms_norm_eps": EPSILON, "head_dim": 6}),
+    "olmo": (OlmoForCausalLM, OlmoConfig, _LLAMA),
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config, {**_LLAMA, "rms_norm_eps": EPSILON}),
+    "gpt2": (
+        GPT2LMHeadModel,
+        GPT2Config,
+        {
+            "vocab_size": VOCABULARY,
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_inner": 12,
+            "n_positions": 32,
+            "layer_norm_epsilon": EPSILON,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+        },
+    ),
+    "gpt_neox": (
+        GPTNeoXForCausalLM,
+        GPTNeoXConfig,
+        {
+            **_NEOX,
+            "hidden_size": 32,
+            "layer_norm_eps": EPSILON,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "t5": (
+        T5ForConditionalGeneration,
+        T5Config,
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 16,
+            "d_kv": 5,
+            "d_ff": 12,
+            "num_layers": 2,
+            "num_heads": 4,
+            "relative_attention_num_buckets": 6,
+            "relative_attention_max_distance": 10,
+            "layer_norm_epsilon": EPSILON,
+            "dropout_rate": 0.0,
+            "decoder_start_token_id": 0,
+        },
+    ),
+    "bert": (
+        BertForMaskedLM,
+        BertConfig,
+        {
+            **_ENCODER,
+            "layer_norm_eps": EPSILON,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "pad_token_id": None,
+        },
+    ),
+    "vit": (
+        ViTForImageClassification,
+        ViTConfig,
+        {
+            **{key: value for key, value in _ENCODER.items() if key not in ("vocab_size", "max_position_embeddings")},
+            "layer_norm_eps": EPSILON,
+            "image_size": 8,
+            "patch_size": 4,
+            "num_labels": 3,
+        },
+    ),
+    "tokenformer": (
+        TokenFormerForCausalLM,
+        TokenFormerConfig,
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "qkv_tokens": 10,
+            "proj_tokens": 9,
+            "ffn_tokens": 14,
+            "layer_norm_eps": EPSILON,
+            "max_position_embeddings": 32,
+        },
+    ),
+}
+FAMILIES = list(MODELS)
+"""Every architecture, by its model type."""
+ALWAYS_TIED = ("t5",)
+
+
+def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **config: Any) -> PreTrainedModel:
+    """A tiny model of `family` in evaluation mode, weights normal with standard deviation 0.5, gains around 1.
+
+    Args:
+        family: one of `FAMILIES`.
+        seed: of the weights.
+        dtype: of the weights.
+        config: values of its config that differ from the usual ones, e.g. tie_word_embeddings=True.
+    """
+    model_class, config_class, values = MODELS[family]
+    model = model_class(config_class(**{**values, **config}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            is_gain = parameter.dim() == 1 and name.endswith("weight")
+            parameter.copy_(1 + 0.3 * noise if is_gain else 0.5 * noise)
+    return model.to(dtype).eval()
+
+
+def inputs(model: PreTrainedModel, seed: int = 1, batch: int = 2, length: int = LENGTH) -> dict[str, Tensor]:
+    """Inputs of `model`'s forward, without labels."""
+    generator = torch.Generator().manual_seed(seed)
+    config: Any = model.config
+    if config.model_type == "vit":
+        shape = (batch, config.num_channels, config.image_size, config.image_size)
+        return {"pixel_values": torch.randn(shape, generator=generator, dtype=torch.float64).to(model.dtype)}
+
+    def ids(size: int) -> Tensor:
+        return torch.randint(config.vocab_size, (batch, size), generator=generator)
+
+    if config.model_type == "t5":
+        return {"input_ids": ids(length), "decoder_input_ids": ids(length - 2)}
+    if config.model_type == "bert":
+        return {"input_ids": ids(length), "token_type_ids": torch.randint(2, (batch, length), generator=generator)}
+    return {"input_ids": ids(length)}
+
+
+def labels(model: PreTrainedModel, seed: int = 2, batch: int = 2, length: int = LENGTH) -> Tensor:
+    """Labels that fit `inputs`."""
+    generator = torch.Generator().manual_seed(seed)
+    config: Any = model.config
+    if config.model_type == "vit":
+        return torch.randint(config.num_labels, (batch,), generator=generator)
+    size = length - 2 if config.model_type == "t5" else length
+    return torch.randint(config.vocab_size, (batch, size), generator=generator)
+
+
+class InDouble(TorchFunctionMode):
+    """Within the context a float64 model computes in float64 throughout: norms and softmax that go to float32 on the
+    way, whatever the model's type, stay. For tests that look for errors below float32's rounding."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        double = bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
+        if double and func is torch.Tensor.float:
+            return args[0]
+        if double and func is torch.Tensor.to:
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        if double and kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def logits(model: PreTrainedModel, seed: int = 1) -> Tensor:
+    """The logits on `inputs`, in the model's type throughout."""
+    with torch.no_grad(), InDouble():
+        return model(**inputs(model, seed)).logits
+
+
+def change(before: Tensor, after: Tensor) -> float:
+    """max |after - before| / max |before|."""
+    return ((after - before).abs().max() / before.abs().max()).item()
