@@ -18,6 +18,7 @@ from auxin.accounting.flops import flops_per_token
 from auxin.accounting.ledger import Ledger, StageRecord
 from auxin.accounting.parameters import count_parameters
 from auxin.data import PackedData, make_loader
+from auxin.edits.hooks import Hook
 from auxin.errors import CheckpointError, TrainingError
 from auxin.evaluation.perplexity import evaluate_loss
 from auxin.training.checkpoint import (
@@ -42,7 +43,7 @@ from auxin.training.optimizer import build_optimizer, restore_optimizer
 from auxin.training.progress import ProgressDisplay
 from auxin.training.schedule import learning_rate
 from auxin.training.settings import TrainingSettings
-from auxin.training.state import Hook, TrainingState
+from auxin.training.state import TrainingState
 
 
 @dataclass(frozen=True)

@@ -3,37 +3,19 @@
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from auxin.edits.hooks import Hook
 from auxin.errors import CheckpointError
 from auxin.training.guard import Guard
 from auxin.training.optimizer import optimizer_tensors, restore_optimizer
 
 RNG_CPU, RNG_CUDA = "rng.cpu", "rng.cuda"
-
-
-class Hook(Protocol):
-    """Takes part in the training loop. Its methods are called in the order of the hooks given."""
-
-    def attach(self, model: PreTrainedModel, optimizer: Optimizer) -> None:
-        """Called once, before the first step, with the model on its device."""
-
-    def before_step(self, step: int) -> None:
-        """Called before the forward pass of optimizer step `step` (0-based, of this stage)."""
-
-    def after_step(self, step: int) -> None:
-        """Called right after the optimizer's update; not called when the guard left the update out."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed hook needs, as JSON."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`."""
 
 
 @dataclass

@@ -18,13 +18,13 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.edits import Edit, NormalFill, PadParameter, Plan, Promise, Receipt, RepeatFill, SetConfig, ZeroFill, apply
+from auxin.edits.hooks import OldRates
 from auxin.edits.method import Method
 from auxin.edits.structure import config_values
 from auxin.errors import ConfigError, PlanError
@@ -330,11 +330,11 @@ def _tokenformer(model: nn.Module) -> TokenFormerPreTrainedModel:
     return model
 
 
-def _token_modules(model: nn.Module) -> Iterator[tuple[Slot, Pattention]]:
-    """Every Pattention of a TokenFormer with the slot whose tokens it holds."""
-    for name, module in _tokenformer(model).named_modules():
+def _token_modules(model: nn.Module) -> Iterator[tuple[str, Slot, Pattention]]:
+    """Every Pattention of a TokenFormer with its path and the slot whose tokens it holds."""
+    for path, module in _tokenformer(model).named_modules():
         if isinstance(module, Pattention):
-            yield next(slot for path, slot in SLOT_OF_MODULE.items() if name.endswith(path)), module
+            yield path, next(slot for end, slot in SLOT_OF_MODULE.items() if path.endswith(end)), module
 
 
 class TauAnneal:
@@ -381,7 +381,7 @@ class TauAnneal:
         self.steps, self._start = state["steps"], state["start"]
 
 
-class OldTokenRates:
+class OldTokenRates(OldRates):
     """Training hook: the rows of old tokens move by `ratio` times what the optimizer moves them, weight decay included.
 
     With a ratio of 0 they are frozen, bit by bit. Costs a copy of the old rows during the step.
@@ -390,23 +390,23 @@ class OldTokenRates:
         ratio: 0 (frozen) to 1 (as all others).
         old_counts: number of old tokens per slot, {"qkv": ..., "proj": ..., "ffn": ...}; None means all but the newest
             group of each slot, for models whose slots grew together.
+        steps: optimizer steps of the stage for which this holds; None: all.
     """
 
-    def __init__(self, ratio: float, old_counts: Mapping[Slot, int] | None = None) -> None:
-        if not 0 <= ratio <= 1:
-            raise ConfigError(f"OldTokenRates: ratio must lie in 0..1, received {ratio}.")
-        self.ratio = ratio
+    def __init__(self, ratio: float, old_counts: Mapping[Slot, int] | None = None, steps: int | None = None) -> None:
+        super().__init__(ratio, {}, steps)
         self.old_counts = None if old_counts is None else dict(old_counts)
-        self._rows: list[Tensor] = []
-        self._before: list[Tensor] = []
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Find the old rows; PlanError when the groups don't tell which they are."""
-        modules = list(_token_modules(model))
         counts = self._counts(_tokenformer(model).config)
-        self._rows = [
-            parameter.detach()[: counts.get(slot, 0)] for slot, module in modules for parameter in module.parameters()
-        ]
+        self.blocks = {
+            f"{path}.{name}": (counts[slot], *parameter.shape[1:])
+            for path, slot, module in _token_modules(model)
+            if counts.get(slot)
+            for name, parameter in module.named_parameters()
+        }
+        super().attach(model, optimizer)
 
     def _counts(self, config: TokenFormerConfig) -> dict[Slot, int]:
         if self.old_counts is not None:
@@ -431,21 +431,11 @@ class OldTokenRates:
             )
         return {slot: sum(groups[:-1]) for slot, groups in sizes.items()}
 
-    def before_step(self, step: int) -> None:
-        """Remember the old rows."""
-        if self.ratio < 1:
-            self._before = [rows.clone() for rows in self._rows]
-
-    def after_step(self, step: int) -> None:
-        """Put the old rows back, or part of the way."""
-        for rows, before in zip(self._rows, self._before, strict=False):
-            rows.copy_(before if self.ratio == 0 else torch.lerp(before, rows, self.ratio))
-        self._before = []
-
     def state_dict(self) -> dict[str, Any]:
-        """Ratio and counts."""
-        return {"ratio": self.ratio, "old_counts": self.old_counts}
+        """Ratio, steps and counts."""
+        return {**super().state_dict(), "old_counts": self.old_counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the hook that gave `state`."""
-        self.ratio, self.old_counts = state["ratio"], state["old_counts"]
+        super().load_state_dict(state)
+        self.old_counts = state["old_counts"]
