@@ -1,6 +1,7 @@
-"""What takes part in the training that follows an edit: the loop's hook, and the one that holds old entries back."""
+"""What takes part in the training that follows an edit: the loop's hook, and those that hold old entries back."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from auxin.errors import ConfigError, PlanError
+from auxin.errors import CheckpointError, ConfigError, PlanError
 
 Blocks = dict[str, tuple[int, ...]]
 """By a parameter's name the lengths of its leading block, one per axis."""
@@ -88,6 +89,63 @@ class OldRates:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the hook that gave `state`."""
         self.ratio, self.steps = state["ratio"], state.get("steps")
+
+
+class TrainOnly:
+    """Training hook: only the modules and parameters at `paths` are trained, all others stay to the last bit.
+
+    Frozen parameters get no gradient, no weight decay and no optimizer state, which saves their share of time and
+    memory; moments that they had are not saved with the stage. They stay frozen on the model when the stage is over:
+    load its checkpoint, or call `model.requires_grad_(True)`, to train all of it again.
+
+    Args:
+        paths: dotted paths of modules or parameters, `*` for any one part: "model.layers.4", "lm_head.weight",
+            "model.layers.*.mlp".
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        if not paths or isinstance(paths, str):
+            raise ConfigError(f"TrainOnly: paths must be a list of at least one path, received {paths!r}.")
+        self.paths = list(paths)
+
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Freeze the rest; ConfigError when a path means nothing in this model."""
+        patterns = [re.compile(re.escape(path).replace(r"\*", r"[^.]+") + r"(\..*)?") for path in self.paths]
+        names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        every = [name for aliases in names.values() for name in aliases]
+        for path, pattern in zip(self.paths, patterns, strict=True):
+            if not any(pattern.fullmatch(name) for name in every):
+                raise ConfigError(
+                    f"TrainOnly: {path} is no module with parameters and no parameter of this model, which has for "
+                    f"example {every[-1]}. Give the paths of the model that is trained."
+                )
+        for parameter in model.parameters():
+            aliases = names[id(parameter)]
+            trained = any(pattern.fullmatch(name) for pattern in patterns for name in aliases)
+            parameter.requires_grad_(trained)
+            if not trained:
+                parameter.grad = None
+                optimizer.state.pop(parameter, None)
+
+    def before_step(self, step: int) -> None:
+        """Nothing: what is frozen gets no gradient."""
+
+    def after_step(self, step: int) -> None:
+        """Nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The paths."""
+        return {"paths": self.paths}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Check that the resumed run freezes what the started one did."""
+        if state["paths"] != self.paths:
+            raise CheckpointError(
+                f"TrainOnly: the run was started with paths {state['paths']}, but is resumed with {self.paths}. Give "
+                "the same."
+            )
 
 
 def leading(tensor: Tensor, block: tuple[int, ...]) -> Tensor:

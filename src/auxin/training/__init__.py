@@ -1,13 +1,12 @@
 """Training: the loop, its schedules, guard, metrics and checkpoints."""
 
-from auxin.edits.hooks import Hook, OldRates
+from auxin.edits.hooks import Hook, OldRates, TrainOnly
 from auxin.models.loading import load_model
 from auxin.training.checkpoint import (
     latest_checkpoint,
     load_optimizer,
     write_checkpoint_folder,
 )
-from auxin.training.freezing import TrainOnly
 from auxin.training.interruption import TrainingInterrupted
 from auxin.training.loop import TrainingResult, train
 from auxin.training.schedule import learning_rate
