@@ -19,7 +19,8 @@ from auxin.accounting import Ledger
 from auxin.errors import AuxinError, CheckpointError, ConfigError, TrainingError
 from auxin.models import TokenFormerForCausalLM
 
-COMMANDS = ["run", "recipes", "train", "grow", "convert", "generate", "evaluate", "show", "doctor", "report"]
+COMMANDS = ["run", "recipes", "train", "grow", "methods", "plan", "apply", "diff", "convert", "generate", "evaluate"]
+COMMANDS += ["show", "doctor", "report"]
 CONFIG = {
     "model_type": "tokenformer",
     "hidden_size": 32,
@@ -131,6 +132,48 @@ def test_grow_keeps_the_function_and_the_books(trained, tmp_path):
     shown = call("show", tmp_path / "g").out
     assert "24 + 16" in shown
     assert shown.index("train") < shown.index("grow"), "the lineage, in order"
+
+
+def test_methods_are_listed_and_explained():
+    found = json.loads(call("methods", "--json").out)
+    assert found["tokenformer"]["paper"].startswith("arXiv")
+    text = call("methods").out
+    assert all(name in text for name in found)
+    explained = call("methods", "tokenformer").out
+    assert "ffn_tokens" in explained
+    assert "the feed-forward part after the growth" in explained
+    assert '"grouped"' in explained
+
+
+def test_a_plan_is_made_applied_and_its_difference_shown(trained, tmp_path):
+    arguments = (trained.checkpoint, "tokenformer", "--set", "ffn_tokens=40", "--set", "noise=0", "--set", "keys=null")
+    printed = call("plan", *arguments, "-o", tmp_path / "plan.yaml").out
+    assert "promise exact" in printed
+    assert "pad axis 0 to 40" in printed
+    assert str(tmp_path / "plan.yaml") in printed
+    # A config is enough for a method that looks at no weights.
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(trained.checkpoint / "config.json", bare)
+    for place in (bare, bare / "config.json"):
+        assert json.loads(call("plan", place, *arguments[1:], "--json").out)["settings"] == {"ffn_tokens": 40}
+    applied = call("apply", trained.checkpoint, tmp_path / "plan.yaml", "-o", tmp_path / "grown").out
+    assert "Promise 'exact'" in applied
+    assert Ledger.load(tmp_path / "grown").stages[-1].kind == "grow"
+    shown = call("diff", trained.checkpoint, tmp_path / "grown").out
+    assert "ffn_tokens" in shown
+    assert "model.layers.*.mlp.keys (2)" in shown
+    assert "old block kept" in shown
+    assert call("diff", trained.checkpoint, trained.checkpoint).out == "No difference.\n"
+
+
+def test_two_plans_are_compared(trained, tmp_path):
+    for name, tokens in (("a", 40), ("b", 48)):
+        call("plan", trained.checkpoint, "tokenformer", "--set", f"ffn_tokens={tokens}", "-o", tmp_path / name)
+    found = json.loads(call("diff", tmp_path / "a", tmp_path / "b", "--json").out)
+    assert found["fields"] == {"settings.ffn_tokens": [40, 48]}
+    assert len(found["changed"]) == 3, "the config, keys and values"
+    assert "48" in call("diff", tmp_path / "a", tmp_path / "b").out
 
 
 def test_generate_continues_a_text_reproducibly(trained):
@@ -267,13 +310,33 @@ def test_doctor_says_what_will_be_used():
         (["train", "--model", "124n", "--steps", "1", "-o", "x"], 2, "Did you mean '124m'"),
         (["evaluate", "x"], 2, "Give --text FILE or --corpus FOLDER"),
         (["report", "."], 1, "Give the folder of a finished run"),
+        (["methods", "tokenfromer"], 2, "Did you mean 'tokenformer'?"),
+        (["plan", "model", "tokenfromer"], 2, "Did you mean 'tokenformer'?"),
+        (["plan", "model", "tokenformer", "--set", "ffn_token=9"], 2, "Did you mean 'ffn_tokens'?"),
+        (["plan", "model", "tokenformer", "--set", "ffn_tokens=many"], 2, "received 'many'"),
+        (["plan", "model", "tokenformer", "--set", "ffn_tokens"], 2, "is no key=value"),
+        (["plan", "model", "tokenformer"], 2, "nothing to grow"),
+        (["plan", "model", "tokenformer", "--set", "ffn_tokens=9"], 2, "Ask for more than 24"),
+        (["plan", "plan.yaml", "tokenformer"], 2, "Give a checkpoint's folder, or a config.json"),
+        (["plan", "nowhere", "tokenformer"], 1, "nowhere does not exist"),
+        (["apply", "model", "nowhere.yaml", "-o", "x"], 2, "nowhere.yaml does not exist"),
+        (["apply", "model", "plan.yaml", "-o", "x"], 1, "holds no *.safetensors file"),
+        (["apply", "model", "model/config.json", "-o", "x"], 2, "unknown field"),
+        (["diff", "model", "plan.yaml"], 2, "can't be compared"),
+        (["diff", "model", "nowhere"], 2, "can't be compared"),
+        (["diff", "model", "model"], 1, "there are no weights to compare"),
+        (["diff", "plan.yaml", "nowhere.yaml"], 2, "nowhere.yaml does not exist"),
     ],
 )
 def test_a_mistake_is_one_message_and_an_exit_code(monkeypatch, capfd, tmp_path, arguments, code, words):
     monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("model/config.json").write_text(json.dumps(CONFIG))
+    Path("plan.yaml").write_text("method: by hand\npromise: exact\nedits: []\n")
     done = main(monkeypatch, capfd, *arguments)
     assert done.code == code
     assert done.out == ""
+    assert not Path("x").exists()
     assert words in done.err
     assert done.err.startswith("auxin: ")
     assert "Traceback" not in done.err

@@ -7,7 +7,10 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
+from auxin.edits.hooks import Hook
 from auxin.edits.plan import Plan
+from auxin.errors import ConfigError
+from auxin.models.loading import load_config, load_model, skeleton
 from auxin.settings import Settings
 
 Intent = Literal["grow", "prune", "factorize", "moe", "quantize", "restructure", "adapt"]
@@ -41,3 +44,35 @@ class Method:
     finish: Callable[[Plan, Path, Path], None] | None = None
     """(plan, source, new) writes what else belongs into the new checkpoint's folder, for example a tokenizer; called
     after the weights are there and before the folder appears under its name."""
+    hooks: Callable[[Plan], list[Hook]] | None = None
+    """(plan) -> what takes part in the training after the growth, for a method that is only complete with it."""
+    outline: Callable[[PreTrainedModel, Any], Plan] | None = None
+    """(model on the meta device, settings) -> a plan that has the shapes of the real one and can't be applied; for a
+    method that needs weights, so that what it makes has a size and a price before work starts."""
+
+
+def plan_for(method: Method, source: str | Path, values: dict[str, Any]) -> Plan:
+    """The plan that `method` makes for the model in a folder.
+
+    Args:
+        method: the method.
+        source: a checkpoint folder, or its config.json; weights are needed only where the method looks at them.
+        values: settings of the method by name.
+
+    Raises:
+        ConfigError: a setting is unknown or wrong.
+        CheckpointError: the folder can't be read.
+        PlanError: the method can't do it.
+    """
+    path = Path(source)
+    if path.is_file() and path.name != "config.json":
+        raise ConfigError(f"{path} is no model. Give a checkpoint's folder, or a config.json.")
+    folder = path.parent if path.is_file() else path
+    settings = method.settings.parse(values, source=method.name)
+    config = load_config(folder)
+    if method.needs_weights and not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"{method.name} looks at the model's weights, and {folder} holds no *.safetensors file. Give a whole "
+            "checkpoint."
+        )
+    return method.plan(load_model(folder) if method.needs_weights else skeleton(config), settings)

@@ -1,0 +1,9 @@
+"""The command line: reads arguments, calls the library, prints what it returns.
+
+The library is imported inside the commands: torch and transformers take seconds that `--help` need not wait for.
+"""
+
+from auxin.cli import checkpoints, editing, running
+from auxin.cli.app import app, main
+
+__all__ = ["app", "checkpoints", "editing", "main", "running"]

@@ -1,0 +1,172 @@
+"""Commands that change the size of a model: methods, plans, what they make of a checkpoint, and differences."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from auxin.cli.app import LARGEST_SEED, AsJson, Checkpoint, Output, Overrides, app, model_folder
+from auxin.cli.printing import print_table
+from auxin.errors import ConfigError
+
+
+@app.command(epilog="Example: [bold]auxin grow runs/demo/.../checkpoint --to 757m -o grown[/]")
+def grow(
+    checkpoint: Checkpoint,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the grown checkpoint.")] = None,
+    to: Annotated[str | None, typer.Option(metavar="PRESET", help="A preset to grow to.")] = None,
+    qkv_tokens: Annotated[int | None, typer.Option(help="Tokens of query, key and value each, after growth.")] = None,
+    proj_tokens: Annotated[int | None, typer.Option(help="Tokens of the output projection, after growth.")] = None,
+    ffn_tokens: Annotated[int | None, typer.Option(help="Tokens of the feed-forward part, after growth.")] = None,
+    regime: Annotated[str, typer.Option(help="Rule for the new tokens; see docs/tokenformer.md.")] = "grouped",
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seeds the new tokens.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Grow a TokenFormer by appending parameter tokens; its optimizer's moments follow."""
+    from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth, token_growth_to
+    from auxin.models.loading import load_config
+    from auxin.recipes.growth import grow_checkpoint
+
+    config: Any = load_config(model_folder(checkpoint))
+    counts = {"qkv_tokens": qkv_tokens, "proj_tokens": proj_tokens, "ffn_tokens": ffn_tokens}
+    if (to is None) == all(count is None for count in counts.values()):
+        raise ConfigError("Give either --to PRESET or token counts (--qkv-tokens, --proj-tokens, --ffn-tokens).")
+    if to is not None:
+        settings = token_growth_to(config, to, regime=regime, seed=seed)
+    else:
+        settings = TokenGrowth.parse({**counts, "regime": regime, "seed": seed})
+    plan = plan_token_growth(config, settings)
+    if dry_run:
+        print(plan.model_dump_json(indent=2) if as_json else plan)
+        return
+    if output is None:
+        raise ConfigError("--output: give the folder of the grown checkpoint, or --dry-run to see the plan only.")
+    receipt = grow_checkpoint(plan, checkpoint, output)
+    _print_receipt(receipt, output, as_json)
+
+
+@app.command(epilog="Example: [bold]auxin methods[/]\n\nOne of them: [bold]auxin methods tokenformer[/]")
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method: print its settings.")] = None, as_json: AsJson = False
+) -> None:
+    """List the methods that change a model, those of installed plugins too, or the settings of one."""
+    from auxin.methods import method, methods
+
+    if name is None:
+        found = methods()
+        if as_json:
+            print(json.dumps({key: _described(item) for key, item in found.items()}, indent=2))
+        else:
+            header = ["method", "for", "what it does", "promise", "paper", "settings"]
+            rows = [
+                [*(key, item.intent, item.title, item.promise, item.paper), ", ".join(item.settings.model_fields)]
+                for key, item in found.items()
+            ]
+            print_table(header, rows, words=True)
+        return
+    item = method(name)
+    if as_json:
+        print(json.dumps(_described(item), indent=2))
+        return
+    print(f"{item.name}: {item.title} ({item.paper}). Promise: {item.promise or 'see the plan'}.\n")
+    rows = [[field["name"], field["default"], field["meaning"]] for field in _described(item)["settings"]]
+    print_table(["setting", "default", "meaning"], rows, words=True)
+
+
+@app.command(
+    epilog="Example: [bold]auxin plan CKPT tokenformer --set ffn_tokens=1024 -o plan.yaml[/]\n\n"
+    "Then: [bold]auxin apply CKPT plan.yaml -o grown[/]"
+)
+def plan(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint's folder, or its config.json.")],
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="One of `auxin methods`.")],
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="YAML file for the plan.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a method would do to a model: every edit, parameters and FLOPs before and after, and what is promised."""
+    from auxin.edits.method import plan_for
+    from auxin.methods import method as find_method
+    from auxin.recipes.library import apply_override
+
+    values: dict[str, Any] = {}
+    for change in overrides or []:
+        apply_override(values, change)
+    made = plan_for(find_method(method), model_folder(model) if model.is_dir() else model, values)
+    if output is not None:
+        made.to_yaml(output)
+    print(made.model_dump_json(indent=2) if as_json else made)
+    if output is not None and not as_json:
+        print(f"\nWritten to {output}")
+
+
+@app.command(epilog="Example: [bold]auxin apply CKPT plan.yaml -o grown[/]")
+def apply(
+    checkpoint: Checkpoint,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan's YAML file, of `auxin plan` or your own.")],
+    output: Output,
+    as_json: AsJson = False,
+) -> None:
+    """Apply a plan to a checkpoint, tensor by tensor; its optimizer's moments follow, its books are kept."""
+    from auxin.edits import Plan
+    from auxin.recipes.growth import grow_checkpoint
+
+    receipt = grow_checkpoint(Plan.from_yaml(plan), model_folder(checkpoint), output)
+    _print_receipt(receipt, output, as_json)
+
+
+@app.command(epilog="Example: [bold]auxin diff CKPT grown[/]\n\nTwo plans: [bold]auxin diff plan.yaml other.yaml[/]")
+def diff(
+    old: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint's folder, or a plan's YAML file.")],
+    new: Annotated[Path, typer.Argument(metavar="B", help="The other one, of the same kind.")],
+    as_json: AsJson = False,
+) -> None:
+    """What differs between two checkpoints (config, shapes, values) or between two plans (edits)."""
+    from auxin.edits import Plan
+    from auxin.edits.diff import diff_checkpoints, diff_plans
+
+    if old.is_dir() != new.is_dir():
+        raise ConfigError(f"{old} and {new} can't be compared. Give two checkpoint folders, or two plans' YAML files.")
+    if old.is_dir():
+        found: Any = diff_checkpoints(model_folder(old), model_folder(new))
+    else:
+        found = diff_plans(Plan.from_yaml(old), Plan.from_yaml(new))
+    if as_json:
+        print(found.model_dump_json(indent=2))
+    elif rows := found.rows():
+        print_table(["what", "name", "A", "B"], rows, words=True)
+    else:
+        print("No difference.")
+
+
+def _described(method: Any) -> dict[str, Any]:
+    """A method as JSON."""
+    fields = [
+        {
+            "name": name,
+            "default": "required"
+            if field.is_required()
+            else json.dumps(field.get_default(call_default_factory=True), default=str),
+            "meaning": " ".join((field.description or "").split()),
+        }
+        for name, field in method.settings.model_fields.items()
+    ]
+    return {
+        **{key: getattr(method, key) for key in ("name", "title", "paper", "intent", "promise", "needs_weights")},
+        "settings": fields,
+    }
+
+
+def _print_receipt(receipt: Any, output: Path, as_json: bool) -> None:
+    if as_json:
+        print(receipt.model_dump_json(indent=2))
+        return
+    plan = receipt.plan
+    print(plan)
+    print(
+        f"\n{receipt.parameters_before:,} -> {receipt.parameters_after:,} parameters in {receipt.seconds:.1f} s. "
+        f"Promise {plan.promise!r}: the probe's logits moved by {receipt.max_relative_change:.1e} relative "
+        f"(allowed for an exact plan: {receipt.tolerance:.0e}).\nWritten to {output}"
+    )
