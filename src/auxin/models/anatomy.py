@@ -20,6 +20,7 @@ Access = Literal["writes", "reads"]
 Kind = Literal["matrix", "bias", "embedding", "gain", "offset", "head", "query_gain", "key_gain"]
 """What a parameter is: a matrix between streams, its bias, an embedding (of tokens, positions, types), a norm's gain or
 its offset (the norm's bias), the output head, or the gain of a norm on queries or keys."""
+HeadPart = Literal["query", "key", "value"]
 NormPosition = Literal["before", "after_output", "after_residual"]
 
 
@@ -30,6 +31,9 @@ class Segment:
     stream: Stream
     unit: int
     count: int
+    parts: tuple[HeadPart, ...] = ()
+    """What a head's unit is made of, a head dimension each: its query, key or value, or all three one after another.
+    The attention's output is read as values are. Empty where a unit has no head dimensions."""
 
     @property
     def size(self) -> int:
@@ -122,8 +126,12 @@ class Anatomy:
     """The output head's module."""
     embeddings: tuple[str, ...]
     """The parameters that are added up to the first residual."""
+    epsilon: float = 0.0
+    """Epsilon of the norms; set where the config holds it."""
     rotary_dim: int = 0
     """How many of a head's dimensions are rotated by position; 0: none."""
+    rope_type: str = "default"
+    """How the rotary frequencies depend on the dimension, in the words of transformers."""
     attention_scaled: bool = True
     """Whether attention scores are divided by the square root of the head dimension."""
     logits_scaled: bool = False
@@ -132,6 +140,8 @@ class Anatomy:
     """Whether token embeddings are multiplied by the square root of the hidden size (Gemma)."""
     gain_offset: float = 0.0
     """What the norms add to their stored gain (Gemma: 1)."""
+    heads_divide_hidden_size: bool = False
+    """Whether the config insists on it although the head dimension is its own."""
     qk_norm: Literal["none", "head", "all_heads"] = "none"
     """RMS norms on queries and keys: over each head, or over all heads together."""
 
@@ -175,7 +185,8 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     found = _FAMILIES[family](model)
     names = [name for name, _ in model.named_parameters()]
     used = [role for role in found.roles if any(role.matches(name) for name in names)]
-    found = replace(found, roles=tuple(used))
+    epsilon = getattr(model.config, found.fields.epsilon) if found.fields.epsilon else 0.0
+    found = replace(found, roles=tuple(used), epsilon=epsilon)
     for name in names:
         found.role(name)
     return found
@@ -197,7 +208,10 @@ class Axes:
 
     residual: tuple[Segment, ...]
     query: tuple[Segment, ...]
-    key_value: tuple[Segment, ...]
+    key: tuple[Segment, ...]
+    value: tuple[Segment, ...]
+    attended: tuple[Segment, ...]
+    """The attention's output before it goes back to the residual."""
     ffn: tuple[Segment, ...]
     vocabulary: tuple[Segment, ...]
 
@@ -206,8 +220,10 @@ class Axes:
         """The axes of a model of these sizes."""
         return cls(
             residual=(Segment("residual", 1, sizes.residual),),
-            query=(Segment("query", sizes.head_dim, sizes.query_heads),),
-            key_value=(Segment("key_value", sizes.head_dim, sizes.key_value_heads),),
+            query=(Segment("query", sizes.head_dim, sizes.query_heads, ("query",)),),
+            key=(Segment("key_value", sizes.head_dim, sizes.key_value_heads, ("key",)),),
+            value=(Segment("key_value", sizes.head_dim, sizes.key_value_heads, ("value",)),),
+            attended=(Segment("query", sizes.head_dim, sizes.query_heads, ("value",)),),
             ffn=(Segment("ffn", 1, sizes.ffn),) if sizes.ffn else (),
             vocabulary=(Segment("vocabulary", 1, vocabulary),),
         )
@@ -265,13 +281,13 @@ def _llama_like(model: PreTrainedModel) -> Anatomy:
     norms = ("post_attention_layernorm", "post_feedforward_layernorm" if after else "input_layernorm")
     # Qwen3 norms each head with one gain for all; OLMo2 norms all heads together.
     qk_norm = {"qwen3": "head", "olmo2": "all_heads"}.get(family, "none")
-    qk_axes = (axes.query, axes.key_value) if qk_norm == "all_heads" else ((), ())
+    qk_axes = (axes.query, axes.key) if qk_norm == "all_heads" else ((), ())
     roles = [
         embedding("model.embed_tokens.weight", axes.vocabulary, axes.residual),
         *linear(f"{layer}.self_attn.q_proj", axes.query, axes.residual),
-        *linear(f"{layer}.self_attn.k_proj", axes.key_value, axes.residual),
-        *linear(f"{layer}.self_attn.v_proj", axes.key_value, axes.residual),
-        *linear(f"{layer}.self_attn.o_proj", axes.residual, axes.query),
+        *linear(f"{layer}.self_attn.k_proj", axes.key, axes.residual),
+        *linear(f"{layer}.self_attn.v_proj", axes.value, axes.residual),
+        *linear(f"{layer}.self_attn.o_proj", axes.residual, axes.attended),
         *norm(f"{layer}.self_attn.q_norm", qk_axes[0], "query_gain"),
         *norm(f"{layer}.self_attn.k_norm", qk_axes[1], "key_gain"),
         *linear(f"{layer}.mlp.gate_proj", axes.ffn, axes.residual),
@@ -308,6 +324,8 @@ def _llama_like(model: PreTrainedModel) -> Anatomy:
         head="lm_head",
         embeddings=("model.embed_tokens.weight",),
         rotary_dim=sizes.head_dim,
+        rope_type=(config.rope_parameters or {}).get("rope_type", "default"),
+        heads_divide_hidden_size=family == "llama",
         qk_norm=qk_norm,  # type: ignore[arg-type]
     )
 
@@ -321,8 +339,8 @@ def _gpt2(model: PreTrainedModel) -> Anatomy:
         embedding("transformer.wte.weight", axes.vocabulary, axes.residual),
         embedding("transformer.wpe.weight", (), axes.residual),
         *norm(f"{layer}.ln_1", axes.residual),
-        *conv1d(f"{layer}.attn.c_attn", axes.query + axes.key_value * 2, axes.residual),
-        *conv1d(f"{layer}.attn.c_proj", axes.residual, axes.query),
+        *conv1d(f"{layer}.attn.c_attn", axes.query + axes.key + axes.value, axes.residual),
+        *conv1d(f"{layer}.attn.c_proj", axes.residual, axes.attended),
         *norm(f"{layer}.ln_2", axes.residual),
         *conv1d(f"{layer}.mlp.c_fc", axes.ffn, axes.residual),
         *conv1d(f"{layer}.mlp.c_proj", axes.residual, axes.ffn),
@@ -351,13 +369,13 @@ def _gpt_neox(model: PreTrainedModel) -> Anatomy:
     axes = Axes.of(sizes, config.vocab_size)
     layer = "gpt_neox.layers.*"
     # Query, key and value of one head lie together: a unit is three head dimensions.
-    fused = (Segment("query", 3 * sizes.head_dim, sizes.query_heads),)
+    fused = (Segment("query", 3 * sizes.head_dim, sizes.query_heads, ("query", "key", "value")),)
     roles = [
         embedding("gpt_neox.embed_in.weight", axes.vocabulary, axes.residual),
         *norm(f"{layer}.input_layernorm", axes.residual),
         *norm(f"{layer}.post_attention_layernorm", axes.residual),
         *linear(f"{layer}.attention.query_key_value", fused, axes.residual),
-        *linear(f"{layer}.attention.dense", axes.residual, axes.query),
+        *linear(f"{layer}.attention.dense", axes.residual, axes.attended),
         *linear(f"{layer}.mlp.dense_h_to_4h", axes.ffn, axes.residual),
         *linear(f"{layer}.mlp.dense_4h_to_h", axes.residual, axes.ffn),
         *norm("gpt_neox.final_layer_norm", axes.residual),
@@ -377,6 +395,7 @@ def _gpt_neox(model: PreTrainedModel) -> Anatomy:
         head="lm_head",
         embeddings=("gpt_neox.embed_in.weight",),
         rotary_dim=int(sizes.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)),
+        rope_type=config.rope_parameters.get("rope_type", "default"),
     )
 
 
@@ -394,9 +413,9 @@ def _t5(model: PreTrainedModel) -> Anatomy:
         for number, attention in enumerate(attentions):
             module = f"{block}.{number}.{attention}"
             roles += linear(f"{module}.q", axes.query, axes.residual)
-            roles += linear(f"{module}.k", axes.key_value, axes.residual)
-            roles += linear(f"{module}.v", axes.key_value, axes.residual)
-            roles += linear(f"{module}.o", axes.residual, axes.query)
+            roles += linear(f"{module}.k", axes.key, axes.residual)
+            roles += linear(f"{module}.v", axes.value, axes.residual)
+            roles += linear(f"{module}.o", axes.residual, axes.attended)
             roles.append(embedding(f"{module}.relative_attention_bias.weight", (), heads))
             outputs.append(f"layer.{number}.{attention}.o")
         feed = f"{block}.{len(attentions)}.DenseReluDense"
@@ -435,9 +454,9 @@ def _bert(model: PreTrainedModel) -> Anatomy:
         *(embedding(f"bert.embeddings.{part}.weight", (), axes.residual) for part in parts[1:]),
         *norm("bert.embeddings.LayerNorm", axes.residual),
         *linear(f"{layer}.attention.self.query", axes.query, axes.residual),
-        *linear(f"{layer}.attention.self.key", axes.key_value, axes.residual),
-        *linear(f"{layer}.attention.self.value", axes.key_value, axes.residual),
-        *linear(f"{layer}.attention.output.dense", axes.residual, axes.query),
+        *linear(f"{layer}.attention.self.key", axes.key, axes.residual),
+        *linear(f"{layer}.attention.self.value", axes.value, axes.residual),
+        *linear(f"{layer}.attention.output.dense", axes.residual, axes.attended),
         *norm(f"{layer}.attention.output.LayerNorm", axes.residual),
         *linear(f"{layer}.intermediate.dense", axes.ffn, axes.residual),
         *linear(f"{layer}.output.dense", axes.residual, axes.ffn),
@@ -484,9 +503,9 @@ def _vit(model: PreTrainedModel) -> Anatomy:
         embedding(f"{patches}.weight", axes.residual, (), (), ()),
         embedding(f"{patches}.bias", axes.residual),
         *linear(f"{layer}.attention.q_proj", axes.query, axes.residual),
-        *linear(f"{layer}.attention.k_proj", axes.key_value, axes.residual),
-        *linear(f"{layer}.attention.v_proj", axes.key_value, axes.residual),
-        *linear(f"{layer}.attention.o_proj", axes.residual, axes.query),
+        *linear(f"{layer}.attention.k_proj", axes.key, axes.residual),
+        *linear(f"{layer}.attention.v_proj", axes.value, axes.residual),
+        *linear(f"{layer}.attention.o_proj", axes.residual, axes.attended),
         *norm(f"{layer}.layernorm_before", axes.residual),
         *norm(f"{layer}.layernorm_after", axes.residual),
         *linear(f"{layer}.mlp.fc1", axes.ffn, axes.residual),
@@ -518,9 +537,9 @@ def _tokenformer(model: PreTrainedModel) -> Anatomy:
     layer = "model.layers.*"
     ends: dict[str, tuple[tuple[Segment, ...], tuple[Segment, ...]]] = {
         "attention.query": (axes.residual, axes.query),
-        "attention.key": (axes.residual, axes.key_value),
-        "attention.value": (axes.residual, axes.key_value),
-        "attention.proj": (axes.query, axes.residual),
+        "attention.key": (axes.residual, axes.key),
+        "attention.value": (axes.residual, axes.value),
+        "attention.proj": (axes.attended, axes.residual),
         "mlp": (axes.residual, axes.residual),
     }
     roles = [
