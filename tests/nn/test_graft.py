@@ -103,7 +103,7 @@ def test_on_the_meta_device_it_has_shapes_and_its_scales_come_back():
         assert graft_of(nn.Linear(3, 3), [2]).branch.tau.is_meta
     # As a loader does it: buffers that are in no checkpoint are made empty, then filled by their owner.
     graft.branch.tau = torch.full((2,), math.nan)
-    graft.reset_buffers()
+    graft.branch.reset_buffers()
     assert graft.branch.tau.tolist() == [2.5, 1.0]
 
 

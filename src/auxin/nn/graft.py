@@ -10,7 +10,7 @@ The classes are subclasses of the layers that they replace, so `weight` and `bia
 for whatever reads them (PEFT, transformers' own code, exporters).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -22,16 +22,27 @@ from auxin.nn.bricks import brick
 from auxin.nn.pattention import Pattention
 
 
-class Grafted(nn.Module):
-    """What all grafted layers have: the module `branch` (Pattention) beside the layer's own `weight` and `bias`.
+class Branch(Pattention):
+    """The Pattention of a graft. Fresh ones have keys N(0, 1/in_features), on which an input of root mean square 1 has
+    scores of 1, and values of zero. Keys of zero would not do: their scores have a norm of zero, which scores and
+    gradients are divided by."""
 
-    Fresh branches have keys N(0, 1/in_features), on which an input of root mean square 1 has scores of 1, and values of
-    zero. Keys of zero would not do: their scores have a norm of zero, which scores and gradients are divided by.
-    """
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Random keys, values of zero."""
+        super().reset_parameters(generator)
+        nn.init.zeros_(self.values)
+
+    def reset_buffers(self) -> None:
+        """Fill the scales, which no checkpoint holds, from the settings."""
+        self.reset_tau()
+
+
+class Grafted(nn.Module):
+    """What all grafted layers have: the module `branch` beside the layer's own `weight` and `bias`."""
 
     layer: ClassVar[type[nn.Module]]
     """The class that it is a graft on."""
-    branch: Pattention
+    branch: Branch
 
     @classmethod
     def replacing(cls, module: nn.Module, tokens: Sequence[int], **settings: Any) -> Self:
@@ -64,7 +75,7 @@ class Grafted(nn.Module):
             cls._init_layer(graft, module)
         for name, parameter in module.named_parameters(recurse=False):
             graft.register_parameter(name, parameter)
-        graft.branch = _fresh_branch(*cls._features(module), tokens, settings, weight.device, weight.dtype)
+        graft.branch = Branch(*cls._features(module), tokens, device=weight.device, dtype=weight.dtype, **settings)
         if isinstance(module, Grafted):
             _keep_rows(module.branch, graft.branch)
         return graft.train(module.training)
@@ -82,10 +93,6 @@ class Grafted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         return cast(Tensor, super().forward(x) + self.branch(x))
-
-    def reset_buffers(self) -> None:
-        """Fill the branch's scales, which no checkpoint holds, from its settings."""
-        self.branch.reset_tau()
 
 
 @brick("grafted_linear")
@@ -113,7 +120,7 @@ class GraftedLinear(Grafted, nn.Linear):
         **settings: Any,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
-        self.branch = _fresh_branch(in_features, out_features, tokens, settings, device, dtype)
+        self.branch = Branch(in_features, out_features, tokens, device=device, dtype=dtype, **settings)
 
     @staticmethod
     def _init_layer(graft: Any, module: Any) -> None:
@@ -139,7 +146,7 @@ class GraftedConv1D(Grafted, Conv1D):
 
     def __init__(self, nf: int, nx: int, tokens: Sequence[int], **settings: Any) -> None:
         Conv1D.__init__(self, nf, nx)
-        self.branch = _fresh_branch(nx, nf, tokens, settings, self.weight.device, self.weight.dtype)
+        self.branch = Branch(nx, nf, tokens, device=self.weight.device, dtype=self.weight.dtype, **settings)
 
     @staticmethod
     def _init_layer(graft: Any, module: Any) -> None:
@@ -157,22 +164,8 @@ class GraftedConv1D(Grafted, Conv1D):
         return f"nf={self.nf}, nx={self.nx}"
 
 
-def _fresh_branch(
-    in_features: int,
-    out_features: int,
-    tokens: Sequence[int],
-    settings: Mapping[str, Any],
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> Pattention:
-    """Random keys at the scale of `Pattention.reset_parameters`, values of zero."""
-    branch = Pattention(in_features, out_features, tokens, device=device, dtype=dtype, **settings)
-    nn.init.zeros_(branch.values)
-    return branch
-
-
 @torch.no_grad()
-def _keep_rows(old: Pattention, new: Pattention) -> None:
+def _keep_rows(old: Branch, new: Branch) -> None:
     """Put the tokens of `old` in front of those of `new`; the same parameters where their number is the same."""
     if old.keys.shape == new.keys.shape:
         new.keys, new.values = old.keys, old.values
