@@ -14,7 +14,7 @@ from auxin.errors import DataError
 SEPARATOR = "<|endoftext|>"
 """The special token of a trained tokenizer: ends each document, and begins and pads generated text."""
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     # What slow tokenizers are made of and fast ones can be made from.
     "tokenizer.model",
@@ -26,6 +26,7 @@ _TOKENIZER_FILES = (
     "tekken.json",
     "tiktoken.model",
 )
+"""Files of which any one makes a tokenizer."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, context_length: int) -> PreTrainedTokenizerFast:
@@ -58,14 +59,31 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, context_length: int) 
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """As `read_tokenizer`, for encoding documents: it has an end-of-text token to separate them with.
+
+    Raises:
+        DataError: as `read_tokenizer`, or there is no such token.
+    """
+    tokenizer = read_tokenizer(path)
+    if tokenizer.eos_token_id is None:
+        if SEPARATOR not in tokenizer.get_vocab():
+            raise DataError(
+                f"The tokenizer {path} has no end-of-text token to separate documents with. "
+                f"Set its eos_token, or add {SEPARATOR!r} to it."
+            )
+        tokenizer.eos_token = SEPARATOR
+    return tokenizer
+
+
+def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a folder or a `tokenizer.json`; nothing is fetched and no code of the folder is run.
 
     Raises:
-        DataError: nothing there, not a fast tokenizer, or it has no end-of-text token to separate documents with.
+        DataError: nothing there, or not a fast tokenizer.
     """
     if not path.exists():
         raise DataError(f"Tokenizer {path} does not exist. Give a folder or a tokenizer.json, or leave it out.")
-    if path.is_dir() and not any((path / name).is_file() for name in _TOKENIZER_FILES):
+    if path.is_dir() and not any((path / name).is_file() for name in TOKENIZER_FILES):
         # For some architectures transformers would make up an empty one, which turns every text into nothing.
         raise DataError(f"There is no tokenizer.json in {path}. Give another folder or file with --tokenizer.")
     try:
@@ -81,13 +99,6 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         raise DataError(f"{path} holds a {type(tokenizer).__name__}; a fast tokenizer (tokenizer.json) is needed.")
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise DataError(f"The tokenizer {path} turns the text 'a' into no token: it is empty or damaged. Give another.")
-    if tokenizer.eos_token_id is None:
-        if SEPARATOR not in tokenizer.get_vocab():
-            raise DataError(
-                f"The tokenizer {path} has no end-of-text token to separate documents with. "
-                f"Set its eos_token, or add {SEPARATOR!r} to it."
-            )
-        tokenizer.eos_token = SEPARATOR
     return tokenizer
 
 
