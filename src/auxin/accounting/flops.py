@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from auxin.accounting.inputs import example_inputs
 from auxin.accounting.shapes import shape_only_copy
 from auxin.settings import Settings
 
@@ -42,12 +43,20 @@ def flops_per_token(model: nn.Module, sequence_length: int) -> FlopsPerToken:
     """Count the FLOPs per token of one forward pass of `model` over one sequence of `sequence_length` tokens.
 
     Args:
-        model: a causal language model that takes `input_ids` (batch, sequence).
+        model: a language model; with an encoder and a decoder both see as many tokens. Of a model of images the FLOPs
+            are those per image.
         sequence_length: tokens of the sequence; attention makes the cost per token grow with it.
     """
     with shape_only_copy(model) as copy, FlopCounterMode(display=False) as counter, countable_kernels(copy):
-        copy.eval()(input_ids=torch.zeros(1, sequence_length, dtype=torch.long), use_cache=False)
-    return FlopsPerToken(forward=counter.get_total_flops() / sequence_length, sequence_length=sequence_length)
+        copy.eval()
+        if isinstance(copy, PreTrainedModel):
+            inputs = example_inputs(copy, batch=1, length=sequence_length)
+            extra = {"use_cache": False} if copy.can_generate() else {}
+        else:
+            inputs, extra = {"input_ids": torch.zeros(1, sequence_length, dtype=torch.long)}, {"use_cache": False}
+        copy(**inputs, **extra)
+    tokens = sequence_length if "input_ids" in inputs else 1
+    return FlopsPerToken(forward=counter.get_total_flops() / tokens, sequence_length=sequence_length)
 
 
 @contextmanager

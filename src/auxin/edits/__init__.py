@@ -1,22 +1,51 @@
 """The edit language: edits and plans as data, and the executor that applies them to models and checkpoints."""
 
+from auxin.edits import replay  # noqa: F401 - edited models load wherever edits are known
 from auxin.edits.checkpoint import apply_to_checkpoint
-from auxin.edits.edit import Edit, PadParameter, SetConfig
+from auxin.edits.continuation import continue_exactly
+from auxin.edits.edit import Edit, SetConfig
 from auxin.edits.executor import Receipt, apply
-from auxin.edits.fills import NormalFill, RepeatFill, ZeroFill
-from auxin.edits.plan import Plan, Promise, planned_config
+from auxin.edits.fills import ConstantFill, Fill, MeanFill, NormalFill, RepeatFill, ZeroFill
+from auxin.edits.inverse import inverse_plan
+from auxin.edits.layer_edits import ArrangeLayers
+from auxin.edits.module_edits import RemoveModule, ReplaceModule, TieParameters, WrapModule
+from auxin.edits.parameter_edits import (
+    CentreParameter,
+    PadParameter,
+    ProjectParameter,
+    ScaleParameter,
+    SliceParameter,
+)
+from auxin.edits.plan import Plan, Promise
+from auxin.edits.rate import Rate
+from auxin.edits.resolution import planned_config
 
 __all__ = [
+    "ArrangeLayers",
+    "CentreParameter",
+    "ConstantFill",
     "Edit",
+    "Fill",
+    "MeanFill",
     "NormalFill",
     "PadParameter",
     "Plan",
+    "ProjectParameter",
     "Promise",
+    "Rate",
     "Receipt",
+    "RemoveModule",
     "RepeatFill",
+    "ReplaceModule",
+    "ScaleParameter",
     "SetConfig",
+    "SliceParameter",
+    "TieParameters",
+    "WrapModule",
     "ZeroFill",
     "apply",
     "apply_to_checkpoint",
+    "continue_exactly",
+    "inverse_plan",
     "planned_config",
 ]

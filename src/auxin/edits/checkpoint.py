@@ -5,24 +5,32 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from auxin.accounting import count_parameters
-from auxin.edits.executor import Receipt, check_finite, check_moment, map_moment, map_parameter
-from auxin.edits.plan import ParameterChange, Plan, ResolvedPlan, parameter_names, resolve
-from auxin.edits.promise import check_promise, default_probe, probe_logits, relative_change, tolerance
-from auxin.edits.safetensors_file import TensorPlace, torch_dtype, write_safetensors
+from auxin.edits import replay  # noqa: F401 - edited checkpoints load
+from auxin.edits.executor import Receipt, blend, check_finite, check_moment, continuation, map_moment, map_parameter
+from auxin.edits.fresh import FreshValues
+from auxin.edits.plan import Plan
+from auxin.edits.promise import Probe, check_promise, default_probe, probe_logits, relative_change, tolerance
+from auxin.edits.resolution import Origin, ResolvedPlan, resolve, shapes_of, tensor_names
+from auxin.edits.safetensors_file import DTYPES, TensorPlace, torch_dtype, write_safetensors
+from auxin.edits.structure import edited_skeleton
 from auxin.errors import CheckpointError
 from auxin.files import new_folder
-from auxin.models.loading import load_config, load_model, skeleton
+from auxin.models.loading import load_config, load_model
 
 TRAINING_FOLDER = "training"
 INDEX_ENDING = ".safetensors.index.json"
 OLD_WEIGHTS = (".bin", ".bin.index.json", ".pth")
+SAVED_OFFSETS = '"saved_offsets"'
 OPTIMIZER_TENSOR = re.compile(r"optimizer\.(?P<state>[^.]+)\.(?P<parameter>.+)")
 
 
@@ -30,7 +38,7 @@ def apply_to_checkpoint(
     plan: Plan,
     source_dir: str | Path,
     output_dir: str | Path,
-    probe: Tensor | None = None,
+    probe: Probe | None = None,
     finish: Callable[[Path, Receipt], None] | None = None,
 ) -> Receipt:
     """Write the checkpoint that `plan` makes of the one in `source_dir` to `output_dir`.
@@ -43,9 +51,10 @@ def apply_to_checkpoint(
 
     Args:
         plan: what to do.
-        source_dir: a checkpoint folder of a causal language model, as `save_pretrained` writes it.
+        source_dir: a checkpoint folder of a transformers model, as `save_pretrained` writes it.
         output_dir: a folder that does not exist or is empty, and does not lie in `source_dir`.
-        probe: token ids (batch, sequence) on which the promise is checked; default: two random sequences.
+        probe: token ids (batch, sequence) on which the promise is checked, or the model's inputs by name; default: two
+            random sequences or images.
         finish: called with the complete folder, before it takes its name, and the receipt; writes what else belongs
             into it.
 
@@ -56,7 +65,7 @@ def apply_to_checkpoint(
     start = time.perf_counter()
     source, output = Path(source_dir), Path(output_dir)
     _check_folders(source, output)
-    before = skeleton(load_config(source))
+    before = edited_skeleton(load_config(source))
     resolved = resolve(plan, before)
     rewrites = _Rewrites(plan, resolved, source)
     rewrites.check()
@@ -77,6 +86,7 @@ def apply_to_checkpoint(
             parameters_after=count_parameters(resolved.after).total,
             max_relative_change=change,
             tolerance=allowed,
+            continuation=continuation(resolved),
             seconds=time.perf_counter() - start,
         )
         if finish is not None:
@@ -84,16 +94,32 @@ def apply_to_checkpoint(
     return receipt
 
 
+@dataclass
+class _Output:
+    """A tensor that will be written."""
+
+    place: TensorPlace
+    make: Callable[[], Tensor]
+
+
 class _Rewrites:
-    """The safetensors files of a checkpoint and what the plan does to each tensor in them."""
+    """The safetensors files of a checkpoint, and what the plan makes of the tensors in them."""
 
     def __init__(self, plan: Plan, resolved: ResolvedPlan, source: Path) -> None:
-        self.seed, self.source = plan.seed, source
-        names = parameter_names(resolved.before)
-        self._changes = {alias: change for name, change in resolved.changes.items() for alias in names[name]}
-        self._canonical = resolved.changes
+        self.seed, self.source, self.resolved = plan.seed, source, resolved
+        self._names = tensor_names(resolved.before)
+        self._canonical = {alias: name for name, aliases in self._names.items() for alias in aliases}
+        self._fresh = FreshValues(resolved, plan.seed)
         self.weights = sorted(source.glob("*.safetensors"))
         self.training = sorted((source / TRAINING_FOLDER).glob("*.safetensors"))
+        self._files = {name: path for path in self.weights for name in _names_in(path)}
+        self._stored = {
+            name: [alias for alias in aliases if alias in self._files] for name, aliases in self._names.items()
+        }
+        self._heirs: dict[str, list[str]] = {}
+        for name, origin in resolved.origins.items():
+            if origin.source is not None:
+                self._heirs.setdefault(origin.source, []).append(name)
 
     def files(self) -> set[Path]:
         """The files that are rewritten and not copied: relative paths."""
@@ -104,67 +130,137 @@ class _Rewrites:
 
     def check(self) -> None:
         """Read everything once: a checkpoint that can't be changed is refused before a byte is written."""
-        found: set[str] = set()
+        shapes = shapes_of(self.resolved.before)
         for path in self.weights:
             for name, tensor in _tensors(path):
                 check_finite(name, tensor)
-                if change := self._changes.get(name):
-                    found.add(change.name)
-                    if tuple(tensor.shape) != change.old_shape:
-                        raise CheckpointError(
-                            f"{path}: {name} has shape {list(tensor.shape)}, but config.json says "
-                            f"{list(change.old_shape)}. The folder mixes two models."
-                        )
-        if missing := sorted(set(self._canonical) - found):
-            raise CheckpointError(f"{self.source} holds no tensor {missing[0]}. The checkpoint is incomplete.")
+                known = self._canonical.get(name)
+                if known is not None and tuple(tensor.shape) != shapes[known]:
+                    raise CheckpointError(
+                        f"{path}: {name} has shape {list(tensor.shape)}, but config.json says {list(shapes[known])}. "
+                        "The folder mixes two models."
+                    )
+        needed = {source for origin in self.resolved.origins.values() for _, source in origin.sources}
+        if missing := sorted(name for name in needed if not self._stored[name]):
+            raise CheckpointError(
+                f"{self.source} holds no tensor {missing[0]}. The checkpoint is incomplete, or names its tensors in an "
+                "older way: load the model and call save_pretrained, then edit that folder."
+            )
         for path in self.training:
             _refuse_sharded(path)
             for name, tensor in _tensors(path):
                 if moment := self._moment(name):
-                    check_moment(*moment, tensor)
+                    state, parameter = moment
+                    for heir in self._heirs.get(parameter, []):
+                        check_moment(self.resolved.origins[heir], state, parameter, tensor)
 
     def write(self, output: Path) -> None:
         """Write the changed files below `output`."""
+        outputs = self._weight_outputs()
         for path in self.weights:
-            self._rewrite(path, output / path.name, self._new_parameter)
+            self._write_file(path, output / path.name, outputs[path])
         for path in self.training:
-            self._rewrite(path, output / TRAINING_FOLDER / path.name, self._new_state)
+            self._write_file(path, output / TRAINING_FOLDER / path.name, self._training_outputs(path))
         for path in self._indices():
             self._write_index(path, output / path.relative_to(self.source))
 
-    def _rewrite(self, source: Path, target: Path, new_tensor: Any) -> None:
+    def _weight_outputs(self) -> dict[Path, list[_Output]]:
+        """The tensors of every file: each goes where its first old one was, a fresh one to its neighbours."""
+        outputs: dict[Path, list[_Output]] = {path: [] for path in self.weights}
+        aliases = tensor_names(self.resolved.after)
+        path = self.weights[0]
+        for name, origin in self.resolved.origins.items():
+            stored = self._stored[origin.sources[0][1]] if origin.sources else []
+            path = self._files[stored[0]] if stored else path
+            dtype = self._dtype(stored[0]) if stored else self._dtype_in(path, name)
+            kept = [alias for alias in stored if alias in aliases[name]]
+            for new in kept or [self._unshared(aliases[name])]:
+                make = partial(self._new_parameter, name, origin, torch_dtype(name, dtype))
+                outputs[path].append(_Output(TensorPlace(new, dtype, origin.shape), make))
+        written = {output.place.name for found in outputs.values() for output in found}
+        for name, file in self._files.items():
+            if name not in self._canonical and name not in written:
+                outputs[file].append(self._unchanged(file, name))
+        return outputs
+
+    def _training_outputs(self, path: Path) -> list[_Output]:
+        outputs = []
+        with safe_open(path, framework="pt") as file:
+            for name in file.offset_keys():
+                moment = self._moment(name)
+                if moment is None:
+                    outputs.append(self._unchanged(path, name))
+                    continue
+                state, parameter = moment
+                piece = file.get_slice(name)
+                shape = tuple(piece.get_shape())
+                for heir in self._heirs.get(parameter, []):
+                    origin = self.resolved.origins[heir]
+                    new_shape = origin.shape if shape == origin.old_shape and shape else shape
+                    make = partial(self._new_moment, path, name, origin, state, parameter)
+                    place = TensorPlace(f"optimizer.{state}.{heir}", piece.get_dtype(), new_shape)
+                    outputs.append(_Output(place, make))
+        return outputs
+
+    def _unchanged(self, path: Path, name: str) -> _Output:
+        with safe_open(path, framework="pt") as file:
+            piece = file.get_slice(name)
+            place = TensorPlace(name, piece.get_dtype(), tuple(piece.get_shape()))
+        return _Output(place, partial(_tensor, path, name))
+
+    def _new_parameter(self, name: str, origin: Origin, dtype: torch.dtype) -> Tensor:
+        if not origin.sources:
+            value = self._fresh.value(name, origin)
+            return value.to(dtype) if value.is_floating_point() else value
+        return map_parameter(origin, blend(origin.sources, self._old), self.seed)
+
+    def _old(self, name: str) -> Tensor:
+        stored = self._stored[name][0]
+        return _tensor(self._files[stored], stored)
+
+    def _new_moment(self, path: Path, name: str, origin: Origin, state: str, parameter: str) -> Tensor:
+        return map_moment(origin, state, parameter, _tensor(path, name))
+
+    def _moment(self, name: str) -> tuple[str, str] | None:
+        """State and old parameter (the first of its names) that the training tensor called `name` belongs to."""
+        match = OPTIMIZER_TENSOR.fullmatch(name)
+        parameter = self._canonical.get(match["parameter"]) if match else None
+        return (match["state"], parameter) if match and parameter else None
+
+    def _dtype(self, name: str) -> str:
+        with safe_open(self._files[name], framework="pt") as file:
+            return str(file.get_slice(name).get_dtype())
+
+    def _dtype_in(self, path: Path, name: str) -> str:
+        """The type in which a fresh tensor is written: that of the weights around it."""
+        placeholder = self._fresh.placeholder(name)
+        with safe_open(path, framework="pt") as file:
+            types = {str(file.get_slice(key).get_dtype()) for key in file.offset_keys()}
+        floating = sorted(dtype for dtype in types if torch_dtype(name, dtype).is_floating_point)
+        if placeholder.is_floating_point() and floating:
+            return floating[0]
+        return next(key for key, dtype in DTYPES.items() if dtype == placeholder.dtype)
+
+    def _unshared(self, aliases: list[str]) -> str:
+        """The name under which transformers saves a tensor of several names."""
+        shared = self.resolved.after.all_tied_weights_keys
+        return next((alias for alias in aliases if alias not in shared), aliases[0])
+
+    def _write_file(self, source: Path, target: Path, outputs: list[_Output]) -> None:
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata()
-            places = [TensorPlace(name, *self._place(name, file)) for name in file.offset_keys()]
-        write_safetensors(target, places, (new_tensor(name, tensor) for name, tensor in _tensors(source)), metadata)
-
-    def _place(self, name: str, file: Any) -> tuple[str, tuple[int, ...]]:
-        """Data type and shape that the tensor called `name` will have."""
-        piece = file.get_slice(name)
-        shape = tuple(piece.get_shape())
-        moment = self._moment(name)
-        change = moment[0] if moment else self._changes.get(name)
-        return piece.get_dtype(), change.shapes[-1] if change and shape == change.old_shape else shape
-
-    def _new_parameter(self, name: str, tensor: Tensor) -> Tensor:
-        change = self._changes.get(name)
-        return map_parameter(change, tensor, self.seed) if change else tensor
-
-    def _new_state(self, name: str, tensor: Tensor) -> Tensor:
-        moment = self._moment(name)
-        return map_moment(*moment, tensor) if moment else tensor
-
-    def _moment(self, name: str) -> tuple[ParameterChange, str] | None:
-        match = OPTIMIZER_TENSOR.fullmatch(name)
-        change = self._changes.get(match["parameter"]) if match else None
-        return (change, match["state"]) if match and change else None
+        places = [output.place for output in outputs]
+        write_safetensors(target, places, (output.make() for output in outputs), _metadata_for(metadata, places))
 
     def _write_index(self, source: Path, target: Path) -> None:
         index = json.loads(source.read_text(encoding="utf-8"))
-        total = 0
-        for path in {target.parent / name for name in index.get("weight_map", {}).values()}:
+        total, places = 0, {}
+        for path in sorted({target.parent / name for name in index.get("weight_map", {}).values()}):
             with safe_open(path, framework="pt") as file:
-                total += sum(_bytes(file.get_slice(name)) for name in file.offset_keys())
+                for name in file.offset_keys():
+                    total += _bytes(file.get_slice(name))
+                    places[name] = path.name
+        index["weight_map"] = dict(sorted(places.items()))
         index.setdefault("metadata", {})["total_size"] = total
         target.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -205,12 +301,36 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise CheckpointError(f"{path} can't be read: {error}. Restore it from an earlier checkpoint.") from error
 
 
+def _tensor(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
+
+
+def _names_in(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.offset_keys())
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} can't be read: {error}. Restore it from an earlier checkpoint.") from error
+
+
+def _metadata_for(metadata: dict[str, str] | None, places: list[TensorPlace]) -> dict[str, str] | None:
+    """The file's metadata; what torch.distributed.checkpoint notes there of every tensor is noted of the new ones."""
+    return {
+        key: json.dumps({place.name: {"saved_offsets": [0] * len(place.shape)} for place in places})
+        if SAVED_OFFSETS in text
+        else text
+        for key, text in (metadata or {}).items()
+    } or None
+
+
 def _refuse_sharded(path: Path) -> None:
     """Training state written by several processes holds pieces of tensors, which can't be changed one by one."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
     for text in metadata.values():
-        if '"saved_offsets"' not in text:
+        if SAVED_OFFSETS not in text:
             continue
         if any(any(place.get("saved_offsets", ())) for place in json.loads(text).values()):
             raise CheckpointError(
@@ -218,7 +338,7 @@ def _refuse_sharded(path: Path) -> None:
             )
 
 
-def _logits(folder: Path, probe: Tensor) -> tuple[Tensor, float]:
+def _logits(folder: Path, probe: Probe) -> tuple[Tensor, float]:
     """The logits of the model in `folder` on `probe`, and the change that its data type allows."""
     model = load_model(folder)
     return probe_logits(model, probe), tolerance(model)

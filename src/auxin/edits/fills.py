@@ -67,6 +67,35 @@ class NormalFill(_FreshFill):
         return f"normal, std {'of the old' if self.std is None else format(self.std, '.3g')}"
 
 
+class ConstantFill(_FreshFill):
+    """New rows of one number."""
+
+    kind: Literal["constant"] = "constant"
+    value: float
+    """The number."""
+
+    def write(self, new: Tensor, axis: int, size: int, generator: torch.Generator) -> None:
+        """Fill the new rows of `new`, whose first `size` along `axis` are the old ones."""
+        new.narrow(axis, size, new.shape[axis] - size).fill_(self.value)
+
+    def __str__(self) -> str:
+        return f"all {self.value:g}"
+
+
+class MeanFill(_FreshFill):
+    """New rows that are the mean of the old ones."""
+
+    kind: Literal["mean"] = "mean"
+
+    def write(self, new: Tensor, axis: int, size: int, generator: torch.Generator) -> None:
+        """Fill the new rows of `new`, whose first `size` along `axis` are the old ones."""
+        rows = new.narrow(axis, size, new.shape[axis] - size)
+        rows.copy_(new.narrow(axis, 0, size).mean(dim=axis, keepdim=True).expand_as(rows))
+
+    def __str__(self) -> str:
+        return "mean of the old"
+
+
 class RepeatFill(Tagged):
     """Copies of the old rows from `first` on, in order, over and over."""
 
@@ -133,7 +162,7 @@ class RepeatFill(Tagged):
         return ", ".join(parts)
 
 
-Fill = Annotated[ZeroFill | NormalFill | RepeatFill, Field(discriminator="kind")]
+Fill = Annotated[ZeroFill | ConstantFill | NormalFill | MeanFill | RepeatFill, Field(discriminator="kind")]
 
 
 def root_mean_square(tensor: Tensor) -> float:

@@ -1,6 +1,6 @@
 """Checking that an edited model computes what it computed before."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from auxin.accounting.inputs import example_inputs
 from auxin.edits.plan import Plan
 from auxin.errors import PromiseError
 
@@ -26,22 +27,31 @@ def tolerance(model: nn.Module) -> float:
     return max([TOLERANCE, *(8 * torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize < 4)])
 
 
-def default_probe(plan: Plan, model: PreTrainedModel) -> Tensor:
-    """Two sequences of token ids drawn with the plan's seed, (2, at most 64)."""
-    limit = getattr(model.config, "max_position_embeddings", None) or PROBE_LENGTH
-    generator = torch.Generator().manual_seed(plan.seed)
-    shape = (PROBE_SEQUENCES, min(PROBE_LENGTH, limit))
-    return torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator)
+Probe = Tensor | Mapping[str, Tensor]
+"""Token ids (batch, sequence), or inputs of the model by name."""
 
 
-def probe_logits(model: PreTrainedModel, probe: Tensor) -> Tensor:
-    """The logits on `probe`, (batch, sequence, vocabulary), in evaluation mode; training flags are put back.
+def default_probe(plan: Plan, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Two inputs drawn with the plan's seed: sequences of at most 64 token ids, or images."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or PROBE_LENGTH
+    return example_inputs(model, PROBE_SEQUENCES, min(PROBE_LENGTH, limit), seed=plan.seed)
+
+
+def probe_logits(model: PreTrainedModel, probe: Probe) -> Tensor:
+    """The logits on `probe` in evaluation mode; training flags are put back.
 
     Under autocast or with TF32 products two exact models would differ by the rounding of the shorter type, so both are
     off here, whatever the caller's settings.
     """
+    inputs = {"input_ids": probe} if isinstance(probe, Tensor) else dict(probe)
+    inputs = {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
+    extra = {"use_cache": False} if model.can_generate() else {}
     with evaluation_mode(model), torch.no_grad(), full_precision(model.device.type):
-        return cast(Tensor, model(input_ids=probe.to(model.device), use_cache=False).logits)
+        return cast(Tensor, model(**inputs, **extra).logits)
 
 
 @contextmanager

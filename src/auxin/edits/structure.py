@@ -1,17 +1,22 @@
-"""The structure of a model without its weights: skeletons on the meta device, and what a new config changes in one."""
+"""The structure of a model without its weights: configs as values, and skeletons of edited models."""
 
 import copy
 import json
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from auxin.errors import PlanError
+from auxin.edits.module_edits import StructuralEdit
+from auxin.errors import CheckpointError, PlanError
+from auxin.models.loading import skeleton
 
-ABSENT = object()
-PLAIN = (bool, int, float, str, tuple, list, dict, type(None))
+REPLAY_METHOD = "auxin"
+"""Our name in the config's `quantization_config`, transformers' extension point for rewriting a model before loading."""
+
+_EDITS: TypeAdapter[list[Any]] = TypeAdapter(list[StructuralEdit])
 
 
 def config_values(config: PreTrainedConfig) -> dict[str, Any]:
@@ -37,52 +42,82 @@ def config_from_values(values: dict[str, Any]) -> PreTrainedConfig:
     return AutoConfig.for_model(values["model_type"], **rest)
 
 
-class Restructuring:
-    """The difference between two configs' skeletons, done to a model in place, and undone.
+def structural_edits(config: PreTrainedConfig) -> list[Any]:
+    """The edits of the module tree that a model of `config` has gone through.
 
-    Modules keep their identity (hooks, flags and whatever else was put on them stay); only the plain attributes and the
-    non-persistent buffers that differ between the skeletons, and the config's values, change.
+    Raises:
+        CheckpointError: they can't be read.
     """
+    stored = _stored(config)
+    if stored.get("quant_method") != REPLAY_METHOD:
+        return []
+    try:
+        return _EDITS.validate_python(stored.get("edits", []))
+    except ValidationError as error:
+        raise CheckpointError(
+            f"the config's quantization_config holds edits that this version of auxin can't read: {error}. Use the "
+            "version that wrote them, or a later one."
+        ) from error
 
-    def __init__(self, model: PreTrainedModel, before: PreTrainedModel, after: PreTrainedModel) -> None:
-        self.model = model
-        self._undo: list[tuple[dict[str, Any], str, Any]] = []
-        self._before, self._after = before, after
 
-    def do(self) -> None:
-        """Change the attributes and buffers of the model's modules and the values of its config."""
-        before, after = dict(self._before.named_modules()), dict(self._after.named_modules())
-        for name, module in self.model.named_modules():
-            self._change_attributes(module, before[name], after[name])
-            self._change_buffers(module, before[name], after[name])
-        old, new = self._before.config.to_dict(), self._after.config.to_dict()
-        for key in new:
-            if old.get(key) != new[key]:
-                self._set(vars(self.model.config), key, copy.deepcopy(getattr(self._after.config, key)))
+def with_structural_edits(config: PreTrainedConfig, edits: list[Any]) -> None:
+    """Write `edits` into `config`, which then builds the edited model wherever auxin is imported."""
+    if edits:
+        values = _EDITS.dump_python(edits, mode="json")
+        config.quantization_config = {"quant_method": REPLAY_METHOD, "edits": values}
+    elif _stored(config).get("quant_method") == REPLAY_METHOD:
+        del config.quantization_config
 
-    def undo(self) -> None:
-        """Put everything back, last change first."""
-        while self._undo:
-            owner, key, value = self._undo.pop()
-            if value is ABSENT:
-                del owner[key]
-            else:
-                owner[key] = value
 
-    def _change_attributes(self, module: nn.Module, before: nn.Module, after: nn.Module) -> None:
-        for key, value in vars(after).items():
-            if key.startswith("_") or not isinstance(value, PLAIN):
-                continue
-            if key not in vars(before) or vars(before)[key] != value:
-                self._set(vars(module), key, copy.copy(value))
+def refuse_quantized(config: PreTrainedConfig) -> None:
+    """PlanError when the weights of a model of `config` are packed by a quantizer."""
+    method = _stored(config).get("quant_method")
+    if method not in (None, REPLAY_METHOD):
+        raise PlanError(
+            f"The model is quantized ({method}); its packed weights can't be edited. Dequantize it first, save it, and "
+            "remove quantization_config from its config."
+        )
 
-    def _change_buffers(self, module: nn.Module, before: nn.Module, after: nn.Module) -> None:
-        for key in after._non_persistent_buffers_set:
-            new, old, current = after._buffers[key], before._buffers.get(key), module._buffers.get(key)
-            if new is None or current is None or (old is not None and torch.equal(old, new)):
-                continue
-            self._set(module._buffers, key, new.to(device=current.device, dtype=current.dtype))
 
-    def _set(self, owner: dict[str, Any], key: str, value: Any) -> None:
-        self._undo.append((owner, key, owner.get(key, ABSENT)))
-        owner[key] = value
+def edited_skeleton(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """A model of `config` on the meta device, its structural edits done; buffers that no checkpoint holds are real.
+
+    Args:
+        config: the config; the skeleton gets a copy.
+        model_class: the class of the model; None means the one that the config was saved with.
+    """
+    model = skeleton(config, model_class)
+    if edits := structural_edits(config):
+        rebuild(model, edits)
+    return model
+
+
+def rebuild(model: PreTrainedModel, edits: list[Any]) -> None:
+    """Do structural `edits` to a model on the meta device; the buffers of bricks become real."""
+    for edit in edits:
+        edit.rebuild(model)
+    fill_brick_buffers(model)
+
+
+def fill_brick_buffers(model: nn.Module) -> None:
+    """Give the bricks' buffers that have no data the values that follow from the bricks' settings."""
+    for module in model.modules():
+        if not hasattr(module, "reset_buffers"):
+            continue
+        loaded = {
+            name: buffer
+            for name, buffer in module._buffers.items()
+            if buffer is not None and not buffer.is_meta and name not in module._non_persistent_buffers_set
+        }
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+        module.reset_buffers()
+        module._buffers.update(loaded)
+
+
+def _stored(config: PreTrainedConfig) -> dict[str, Any]:
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return {}
+    return dict(stored if isinstance(stored, dict) else stored.to_dict())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -32,9 +33,9 @@ def load_model(
     folder: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-    model_class: Any = AutoModelForCausalLM,
+    model_class: Any = None,
 ) -> PreTrainedModel:
-    """Load the model of a checkpoint folder, or of any local Hugging Face folder of a causal language model.
+    """Load the model of a checkpoint folder, or of any local Hugging Face model folder.
 
     Args:
         folder: the folder.
@@ -43,10 +44,12 @@ def load_model(
         model_class: what loads it; default: the class that its config names.
 
     Raises:
-        CheckpointError: the folder is missing, incomplete, damaged or no causal language model. A weight that is
-            missing is an error, where transformers would warn and draw a random one.
+        CheckpointError: the folder is missing, incomplete, damaged or holds no model. A weight that is missing is an
+            error, where transformers would warn and draw a random one.
     """
     folder = _model_folder(folder)
+    if model_class is None:
+        model_class = model_class_of(load_config(folder))
     try:
         with no_progress_bar():
             model, info = model_class.from_pretrained(
@@ -55,7 +58,7 @@ def load_model(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise CheckpointError(
-            f"{folder} can't be loaded as a causal language model: {reason}. Restore it or use another one."
+            f"{folder} can't be loaded as {_in_words(model_class)}: {reason}. Restore it or use another one."
         ) from error
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
@@ -66,16 +69,25 @@ def load_model(
     return cast(PreTrainedModel, model)
 
 
+def model_class_of(config: PreTrainedConfig) -> Any:
+    """The class that `config` was saved with, one of transformers'; without one, the causal language model of its type.
+    """
+    name = next(iter(config.architectures or []), "")
+    found = getattr(transformers, name, None)
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else AutoModelForCausalLM
+
+
 def skeleton(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
     """A model of `config` on the meta device, its non-persistent buffers real, as after loading a checkpoint.
 
     Args:
         config: the config; the skeleton gets a copy.
-        model_class: the class of the model; None means the causal language model that the config belongs to.
+        model_class: the class of the model; None means the one that the config was saved with.
     """
     config = copy.deepcopy(config)
+    found = model_class or model_class_of(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config) if model_class is None else model_class(config)
+        model = found.from_config(config) if found is AutoModelForCausalLM else found(config)
     for module in model.modules():
         names = [name for name in module._non_persistent_buffers_set if module._buffers[name] is not None]
         for name in names:
@@ -105,6 +117,10 @@ def existing_folder(path: str | Path) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} does not exist or is no folder. Give the folder of a checkpoint.")
     return folder
+
+
+def _in_words(model_class: Any) -> str:
+    return "a causal language model" if model_class is AutoModelForCausalLM else f"a {model_class.__name__}"
 
 
 def _model_folder(path: str | Path) -> Path:

@@ -1,0 +1,31 @@
+"""Inputs of the kind that a model takes, on which it is probed and counted."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def example_inputs(model: PreTrainedModel, batch: int, length: int, seed: int | None = None) -> dict[str, Tensor]:
+    """Random inputs of `model` by name: token ids, those of a decoder too, or pixels.
+
+    Args:
+        model: the model, its weights are not looked at.
+        batch: number of sequences or images.
+        length: tokens per sequence; images have the size that the config says.
+        seed: of the random numbers; None: zeros.
+    """
+    config = model.config
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    if model.main_input_name == "pixel_values":
+        size = config.image_size if isinstance(config.image_size, (list, tuple)) else [config.image_size] * 2
+        shape = (batch, config.num_channels, *size)
+        pixels = torch.zeros(shape) if generator is None else torch.randn(shape, generator=generator)
+        return {"pixel_values": pixels}
+
+    def ids() -> Tensor:
+        shape, vocabulary = (batch, length), config.get_text_config().vocab_size
+        if generator is None:
+            return torch.zeros(shape, dtype=torch.long)
+        return torch.randint(vocabulary, shape, generator=generator)
+
+    return {"input_ids": ids()} | ({"decoder_input_ids": ids()} if config.is_encoder_decoder else {})

@@ -1,0 +1,82 @@
+"""The plan that takes a plan back."""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from auxin.edits.edit import SetConfig, describe_edit
+from auxin.edits.layer_edits import ArrangeLayers
+from auxin.edits.module_edits import RemoveModule, WrapModule
+from auxin.edits.parameter_edits import ParameterEdit
+from auxin.edits.plan import Plan
+from auxin.edits.resolution import Step, resolve
+from auxin.edits.structure import config_values
+from auxin.errors import PlanError
+
+
+def inverse_plan(plan: Plan, model: PreTrainedModel) -> Plan:
+    """The plan that makes of the edited model what `model` is now, up to rounding and noise.
+
+    Padded entries are cut off, copies dropped, divisions multiplied back, wrappers taken off, layers put where they
+    were.
+
+    Args:
+        plan: a plan that fits `model`.
+        model: the model before `plan`; its weights are not looked at.
+
+    Raises:
+        PlanError: an edit loses what can't be had back; the message names it.
+    """
+    resolved = resolve(plan, model)
+    steps: dict[int, list[Step]] = {}
+    for origin in resolved.origins.values():
+        for step in origin.steps:
+            steps.setdefault(step.index, []).append(step)
+    back: list[Any] = []
+    for index in reversed(range(len(plan.edits))):
+        back += _undone(plan, index, model, steps.get(index, []))
+    old = resolved.before.config.to_dict()
+    changed = {key: value for edit in plan.edits if isinstance(edit, SetConfig) for key, value in edit.values.items()}
+    if changed:
+        back.append(SetConfig(values={key: old[key] for key in changed}))
+    return Plan(
+        method=f"inverse of {plan.method}",
+        promise=plan.promise,
+        seed=plan.seed,
+        edits=back,
+        made_for=config_values(resolved.after.config),
+    )
+
+
+def _undone(plan: Plan, index: int, model: PreTrainedModel, steps: list[Step]) -> list[Any]:
+    """The edits that take one edit back."""
+    edit: Any = plan.edits[index]
+    found: list[Any] | None = None
+    if isinstance(edit, SetConfig):
+        return []
+    if isinstance(edit, ParameterEdit):
+        found = _parameter_undone(edit, steps)
+    elif isinstance(edit, ArrangeLayers):
+        stack = model.get_submodule(edit.layers)
+        assert isinstance(stack, nn.ModuleList)
+        arranged = edit.inverse(len(stack))
+        found = None if arranged is None else [arranged]
+    elif isinstance(edit, WrapModule):
+        found = [RemoveModule(module=edit.module, leaves="inner")]
+    if found is None:
+        raise PlanError(f"Edit {index + 1} ({describe_edit(edit)}) has no inverse: it loses what can't be had back.")
+    return found
+
+
+def _parameter_undone(edit: ParameterEdit, steps: list[Step]) -> list[ParameterEdit] | None:
+    """One edit for all parameters where they had one shape, otherwise one for each."""
+    if len({step.old_shape for step in steps}) == 1:
+        return edit.inverse(steps[0].old_shape)
+    undone: list[ParameterEdit] = []
+    for step in {step.name: step for step in steps}.values():
+        inverse = edit.model_copy(update={"parameter": step.name}).inverse(step.old_shape)
+        if inverse is None:
+            return None
+        undone += inverse
+    return undone

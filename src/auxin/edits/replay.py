@@ -1,0 +1,62 @@
+"""Loading edited models: transformers calls us before it reads the weights, and the structural edits are done again.
+
+transformers has one public way to rewrite a model between building it and loading its weights, which it made for
+quantizers. A config whose `quantization_config` names the method "auxin" is handed to the class below. An edited model
+is quantized in nothing else: once it is loaded, it is a plain model to Trainer, PEFT and whoever asks.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from auxin.edits.structure import REPLAY_METHOD, fill_brick_buffers, rebuild, structural_edits
+
+
+@register_quantization_config(REPLAY_METHOD)
+class EditsConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The structural edits of a model, as they stand in config.json."""
+
+    def __init__(self, edits: list[dict[str, Any]] | None = None, quant_method: str = REPLAY_METHOD) -> None:
+        self.quant_method = quant_method
+        self.edits = edits or []
+
+
+@register_quantizer(REPLAY_METHOD)
+class EditsReplay(HfQuantizer):  # type: ignore[misc]
+    """Does the edits of a checkpoint again on the model that its weights are about to be loaded into."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        rebuild(model, structural_edits(model.config))
+        return model
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Fill what no checkpoint holds, and take back the marks of a quantized model, which this is not."""
+        fill_brick_buffers(model)
+        self._unmark(model)
+        return model
+
+    def _unmark(self, model: PreTrainedModel) -> None:
+        model.config.quantization_config = self.quantization_config.to_dict()
+        for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+            vars(model).pop(name, None)
+
+    def is_serializable(self) -> bool:
+        """The edited model is saved like any other."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """All its weights are ordinary parameters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """As `is_trainable`."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Bricks compile."""
+        return True

@@ -1,0 +1,184 @@
+"""Turning a model's tree of modules into that of another skeleton, in place and with a way back."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from auxin.edits.resolution import ResolvedPlan, tensor_names
+
+ABSENT = object()
+PLAIN = (bool, int, float, str, tuple, list, dict, type(None))
+
+
+class Undo:
+    """What must be done, last first, for everything to be as before."""
+
+    def __init__(self) -> None:
+        self._actions: list[Callable[[], Any]] = []
+
+    def add(self, action: Callable[[], Any]) -> None:
+        """Remember `action`."""
+        self._actions.append(action)
+
+    def set(self, owner: dict[str, Any], key: str, value: Any) -> None:
+        """Put `value` into `owner` and remember what was there."""
+        old = owner.get(key, ABSENT)
+        self.add(lambda: owner.pop(key, None) if old is ABSENT else owner.__setitem__(key, old))
+        owner[key] = value
+
+    def refill(self, owner: dict[str, Any], values: dict[str, Any]) -> None:
+        """Make `owner`, the same dictionary, hold `values` in their order, and remember what was there."""
+        old = dict(owner)
+        if [(key, id(value)) for key, value in old.items()] == [(key, id(value)) for key, value in values.items()]:
+            return
+
+        def put_back() -> None:
+            owner.clear()
+            owner.update(old)
+
+        self.add(put_back)
+        owner.clear()
+        owner.update(values)
+
+    def everything(self) -> None:
+        """Put everything back."""
+        while self._actions:
+            self._actions.pop()()
+
+
+def rebuild_tree(model: PreTrainedModel, resolved: ResolvedPlan, tensors: dict[str, Tensor], undo: Undo) -> None:
+    """Give `model` the tree of `resolved.after`, holding `tensors`.
+
+    Modules that live on keep their identity (hooks, flags and whatever else was put on them stay); the plain
+    attributes, buffers outside of checkpoints and config values that differ between the two skeletons change. Copies of
+    a module start with all that it has.
+    """
+    _Rebuilding(model, resolved, tensors, undo).do()
+
+
+class _Rebuilding:
+    def __init__(self, model: PreTrainedModel, resolved: ResolvedPlan, tensors: dict[str, Tensor], undo: Undo) -> None:
+        self.model, self.resolved, self.undo = model, resolved, undo
+        self.before = dict(resolved.before.named_modules(remove_duplicate=False))
+        self.old = dict(model.named_modules(remove_duplicate=False))
+        self.tensors = {
+            alias: tensors[name] for name, aliases in tensor_names(resolved.after).items() for alias in aliases
+        }
+        self.placed: dict[int, nn.Module] = {}
+        self.taken: set[int] = set()
+        self.configs: dict[int, PreTrainedConfig] = {}
+
+    def do(self) -> None:
+        """Change the tree, then the config."""
+        self._change_configs()
+        self._place(self.resolved.after, "")
+        ties = {**self.resolved.after.all_tied_weights_keys}
+        if self.model.all_tied_weights_keys != ties:
+            self.undo.set(vars(self.model), "all_tied_weights_keys", ties)
+
+    def _place(self, after: nn.Module, path: str) -> nn.Module:
+        """The module that stands at `path` from now on; `after` is the one there in the skeleton."""
+        if id(after) in self.placed:
+            return self.placed[id(after)]
+        old_path = self.resolved.modules.get(path)
+        old = None if old_path is None else self.old.get(old_path)
+        children = list(after._modules.items())
+        if old is None or type(old) is not type(after):
+            module = after
+            device = next((tensor.device for tensor in self.tensors.values()), torch.device("cpu"))
+            module.training = old.training if old is not None else self.model.training
+            self._adopt_config(module)
+            buffers = {key: value if value is None else value.to(device) for key, value in after._buffers.items()}
+        else:
+            module = old if id(old) not in self.taken else _twin(old)
+            self.taken.add(id(old))
+            before = self.before[str(old_path)]
+            self._change_attributes(module, before, after)
+            buffers = self._buffers(module, before, after)
+        self.placed[id(after)] = module
+        new_children = {
+            key: None if child is None else self._place(child, f"{path}.{key}" if path else key)
+            for key, child in children
+        }
+        prefix = f"{path}." if path else ""
+        parameters = {
+            key: None if value is None else self.tensors[f"{prefix}{key}"] for key, value in after._parameters.items()
+        }
+        for key in buffers:
+            if f"{prefix}{key}" in self.tensors:
+                buffers[key] = self.tensors[f"{prefix}{key}"]
+        self.undo.refill(module._modules, new_children)
+        self.undo.refill(module._parameters, parameters)
+        self.undo.refill(module._buffers, buffers)
+        return module
+
+    def _change_attributes(self, module: nn.Module, before: nn.Module, after: nn.Module) -> None:
+        for key, value in vars(after).items():
+            if key.startswith("_") or not isinstance(value, PLAIN) or key == "all_tied_weights_keys":
+                continue
+            if key not in vars(before) or vars(before)[key] != value:
+                self.undo.set(vars(module), key, copy.copy(value))
+        if module is not self.model:
+            self._adopt_config(module)
+
+    def _buffers(self, module: nn.Module, before: nn.Module, after: nn.Module) -> dict[str, Any]:
+        buffers: dict[str, Any] = {}
+        for key, new in after._buffers.items():
+            old, current = before._buffers.get(key), module._buffers.get(key)
+            unchanged = old is not None and new is not None and not new.is_meta and torch.equal(old, new)
+            if new is None or current is None or new.is_meta or unchanged:
+                buffers[key] = current if key in module._buffers else new
+            else:
+                buffers[key] = new.to(device=current.device, dtype=current.dtype)
+        return buffers
+
+    def _change_configs(self) -> None:
+        """The config values that differ; encoder and decoder may have configs of their own."""
+        after = dict(self.resolved.after.named_modules(remove_duplicate=False))
+        for path, old_path in self.resolved.modules.items():
+            new, old = getattr(after[path], "config", None), None
+            if old_path is not None:
+                old = getattr(self.old.get(old_path), "config", None)
+            if (
+                not isinstance(new, PreTrainedConfig)
+                or id(new) in self.configs
+                or not isinstance(old, PreTrainedConfig)
+            ):
+                continue
+            self.configs[id(new)] = old
+            was = getattr(self.before[str(old_path)], "config", old)
+            self._change_values(old, was, new)
+
+    def _change_values(self, config: PreTrainedConfig, before: PreTrainedConfig, after: PreTrainedConfig) -> None:
+        old, new = before.to_dict(), after.to_dict()
+        for key in new:
+            if key not in old or old[key] != new[key]:
+                self.undo.set(vars(config), key, copy.deepcopy(getattr(after, key)))
+        for key in old.keys() - new.keys():
+            if key in vars(config):
+                value = vars(config).pop(key)
+                self.undo.add(lambda key=key, value=value: vars(config).__setitem__(key, value))
+
+    def _adopt_config(self, module: nn.Module) -> None:
+        """New modules must read the model's config and not the skeleton's."""
+        config = vars(module).get("config")
+        known = self.configs.get(id(config))
+        if known is not None and config is not known:
+            vars(module)["config"] = known
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A second module like `module`, hooks included, whose children and tensors can be set apart."""
+    twin = copy.copy(module)
+    for name in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[name] = dict(getattr(module, name))
+    for name, value in vars(module).items():
+        if name.endswith("_hooks"):
+            twin.__dict__[name] = copy.copy(value)
+    for key, buffer in twin._buffers.items():
+        twin._buffers[key] = None if buffer is None else buffer.clone()
+    return twin
