@@ -1,0 +1,560 @@
+"""One language for all methods that make a model wider: a map per stream, and the edits that follow from the maps.
+
+With y = x W^T + b every stream s (residual, query heads, key-value heads, feed-forward units) has an **encoder** R_s,
+whose rows say where each new unit comes from, and a **decoder** C_s with C_s R_s = I, which readers use:
+
+    embeddings E' = E R^T          matrices W' = R_out W C_in          biases and gains b' = R b
+    untied head W' = W C           tied head: E' is given, so that the last norm's gain and offset take C instead
+
+A `StreamMap` copies every unit some number of times, which its readers divide by, and can add units that copy none. It
+comes out exact iff every norm commutes with the residual's encoder (equal copies, or padding with the norm's gain and
+epsilon scaled), query heads keep the key-value head they read, and every old unit is still there. `widen` knows these
+conditions and refuses, or promises less, where one does not hold.
+
+Sources: Net2Net (1511.05641), staged training (2203.06211), LEMON (2310.07999), HyperCloning (2409.12903).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from auxin.edits.block_edits import RouteParameter, ScaleEntries
+from auxin.edits.edit import Edit, SetConfig
+from auxin.edits.fills import Fill, MeanFill, NormalFill, ZeroFill
+from auxin.edits.parameter_edits import CentreParameter, PadParameter, ScaleParameter, SliceParameter
+from auxin.edits.plan import Promise
+from auxin.errors import PlanError
+from auxin.models.anatomy import Anatomy, HeadPart, ParameterRole, Segment, Sizes
+
+Padding = Literal["zeros", "mean"]
+ROPE_BY_FREQUENCY = ("default", "linear", "llama3")
+"""Rotary embeddings whose treatment of a pair depends on its frequency alone, not on the head dimension."""
+
+
+@dataclass(frozen=True)
+class StreamMap:
+    """Where the units of a stream come from."""
+
+    old: int
+    """Units before."""
+    index: tuple[int, ...]
+    """New unit i is a copy of old unit index[i]."""
+    added: int = 0
+    """Further units after these that copy none. In the residual they are padding, which the norms see; heads and
+    feed-forward units get random writers and readers of zeros."""
+
+    @property
+    def size(self) -> int:
+        """Units after."""
+        return len(self.index) + self.added
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many copies every old unit has."""
+        counts = [0] * self.old
+        for unit in self.index:
+            counts[unit] += 1
+        return tuple(counts)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing changes."""
+        return self.added == 0 and self.index == tuple(range(self.old))
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every old unit has equally many copies, at least one."""
+        return len(set(self.counts)) == 1 and self.counts[0] > 0
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether the copies are the old units in order, over and over."""
+        return self.is_even and self.index == tuple(range(self.old)) * (len(self.index) // self.old)
+
+
+def circular(old: int, new: int) -> StreamMap:
+    """New unit j copies old unit j mod `old`: n equal copies where `new` = n `old`."""
+    return StreamMap(old, tuple(unit % old for unit in range(new)))
+
+
+def padded(old: int, new: int) -> StreamMap:
+    """As many whole copies as fit into `new` units, and the rest padding."""
+    return StreamMap(old, tuple(range(old)) * (new // old), new % old)
+
+
+def drawn(old: int, new: int, draw: Sequence[int]) -> StreamMap:
+    """The old units and then copies of those that `draw` names, in that order (Net2Net's random map)."""
+    return StreamMap(old, (*range(old), *draw[: new - old]))
+
+
+def head_maps(
+    sizes: Sizes, query_heads: int, key_value_heads: int, chosen: Sequence[int] = ()
+) -> tuple[StreamMap, ...]:
+    """The maps of query and key-value heads that keep every query head with its key-value head.
+
+    Query head j reads key-value head floor(j / (H/K)). New key-value heads are copies, the old ones over and over; the
+    query heads of all copies of one go through its group in a circle, so that their counts differ by one at most. Where
+    the number of query heads stays, they stay where they are and their key-value heads are repeated next to each other.
+
+    Args:
+        sizes: the model's.
+        query_heads: H' after the growth.
+        key_value_heads: K' after the growth; divides H'.
+        chosen: which old key-value heads those after the old ones copy; default: in a circle.
+
+    Raises:
+        PlanError: H' and K' do not go together, or some query head would be lost.
+    """
+    old_groups, groups = sizes.query_heads // sizes.key_value_heads, query_heads // key_value_heads
+    keys = [*range(sizes.key_value_heads), *chosen] if chosen else list(range(key_value_heads))
+    keys = [key % sizes.key_value_heads for key in keys]
+    if query_heads == sizes.query_heads and key_value_heads % sizes.key_value_heads == 0 and not chosen:
+        keys = [head // (key_value_heads // sizes.key_value_heads) for head in range(key_value_heads)]
+    seen = [0] * sizes.key_value_heads
+    queries: list[int] = []
+    for key in keys:
+        # A copy begins anew with the first query head where a whole number of rounds fits into it.
+        start = seen[key] if groups % old_groups else 0
+        queries += [key * old_groups + (start + slot) % old_groups for slot in range(groups)]
+        seen[key] += groups
+    query, key_value = StreamMap(sizes.query_heads, tuple(queries)), StreamMap(sizes.key_value_heads, tuple(keys))
+    if 0 in query.counts:
+        lost = query.counts.index(0)
+        raise PlanError(
+            f"{query_heads} query heads on {key_value_heads} key-value heads: head {lost} would be lost, since its "
+            f"key-value head has room for {max(seen)} of the {old_groups} that read it. "
+            f"{_nearest_heads(sizes, query_heads, key_value_heads)}"
+        )
+    return query, key_value
+
+
+@dataclass(frozen=True)
+class Widening:
+    """What becomes of every stream of a model."""
+
+    residual: StreamMap
+    query: StreamMap
+    key_value: StreamMap
+    ffn: StreamMap | None
+    """None where the feed-forward part has no units of its own."""
+    head_dim: int
+    """After the growth."""
+    padding: Padding = "zeros"
+    """What the residual's added units hold: zeros, or the mean of the others (for LayerNorm)."""
+    noise: float = 0.0
+    """Relative root mean square of the noise by which the shares of the readers of copied units differ; it sums to zero
+    over the copies of a unit, so that the function stays and the copies can part."""
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether there is nothing to do but for the head dimension."""
+        return all(m is None or m.is_identity for m in (self.residual, self.query, self.key_value, self.ffn))
+
+    def stream(self, segment: Segment) -> StreamMap | None:
+        """The map of the stream that `segment` runs along; None for one that never grows here."""
+        if segment.stream == "vocabulary":
+            return None
+        return {"residual": self.residual, "query": self.query, "key_value": self.key_value, "ffn": self.ffn}[
+            segment.stream
+        ]
+
+
+@dataclass(frozen=True)
+class Widened:
+    """What a widening comes to."""
+
+    edits: list[Edit]
+    """The edits, the config's values first."""
+    promise: Promise
+    """What they promise."""
+    reasons: tuple[str, ...]
+    """Why that is not "exact"."""
+
+
+def widen(anatomy: Anatomy, widening: Widening, approximate: bool = False, from_above: bool = False) -> Widened:
+    """The edits of a widening.
+
+    Args:
+        anatomy: of the model.
+        widening: the maps.
+        approximate: accept maps that do not keep the function; the promise is then "approximate".
+        from_above: further output units of a layer's matrices are those of the layer above (bert2BERT's AKI).
+
+    Raises:
+        PlanError: the maps do not keep the function and `approximate` is false, or they would make nonsense of it; the
+            message says why and what would do.
+    """
+    fatal = [*_lost(widening), *_head_of_no_norm(anatomy, widening)]
+    reasons = [*fatal, *_residual_reasons(anatomy, widening), *_head_reasons(anatomy, widening)]
+    if fatal or (reasons and not approximate):
+        raise PlanError(reasons[0])
+    writer = _Writer(anatomy, widening)
+    edits: list[Edit] = [SetConfig(values=values)] if (values := writer.config_values()) else []
+    for role in anatomy.roles:
+        edits += writer.edits(role)
+    if not edits:
+        raise PlanError(f"There is nothing to widen: the model already has {describe_sizes(anatomy)}. Ask for more.")
+    return Widened(edits, "approximate" if reasons else "exact", tuple(reasons))
+
+
+def diagonal_edits(anatomy: Anatomy, widening: Widening) -> list[Edit]:
+    """What makes copy j of every matrix's outputs read copy j of its inputs, where `widening` made n equal copies of
+    all streams. Readers whose outputs were not copied (the head) stay as they are."""
+    copies = len(widening.residual.index) // widening.residual.old
+    edits: list[Edit] = []
+    for role in anatomy.roles:
+        if role.kind == "matrix" and set(role.access) == {"writes", "reads"}:
+            output_axis = role.access.index("writes")
+            stretches = [copies * segment.size for segment in role.axes[output_axis]]
+            edits.append(
+                RouteParameter(
+                    parameter=role.pattern,
+                    output_axis=output_axis,
+                    input_axis=role.access.index("reads"),
+                    copies=copies,
+                    stretches=stretches,
+                )
+            )
+    return edits
+
+
+def describe_sizes(anatomy: Anatomy) -> str:
+    """The model's widths by their names in the settings of methods."""
+    sizes = anatomy.sizes
+    parts = [f"hidden_size = {sizes.residual}", f"num_attention_heads = {sizes.query_heads}"]
+    parts += [f"num_key_value_heads = {sizes.key_value_heads}"] if anatomy.fields.key_value_heads else []
+    parts += [f"intermediate_size = {sizes.ffn}"] if sizes.ffn else []
+    return ", ".join(parts)
+
+
+def _residual_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
+    """Why the norms or the head do not commute with the residual's map; empty where they do."""
+    residual = widening.residual
+    if residual.is_identity:
+        return []
+    old, new = residual.old, residual.size
+    below, above = new // old * old, (new // old + 1) * old
+    whole = f"The nearest sizes that are whole copies are {below} and {above}." if new % old else ""
+    reasons = []
+    if not residual.is_even:
+        reasons.append(
+            f"hidden_size = {new}: with unequal copies of the {old} units the norm's statistics are weighted anew for "
+            f"each token. {whole or 'Use whole copies, or padding.'}"
+        )
+    if not residual.added:
+        return reasons
+    head = f"hidden_size = {new} is no whole number of copies of the {old} units, and padding"
+    if anatomy.norm_position == "after_residual":
+        reasons.append(f"{head} does not pass a norm that comes after the residual sum. {whole}")
+    elif not anatomy.norm_has_gain or anatomy.final_norm is None or anatomy.epsilon_field is None:
+        reasons.append(f"{head} needs norms with a gain and an epsilon that can be scaled; these have none. {whole}")
+    elif anatomy.norm == "rms" and widening.padding == "mean":
+        reasons.append(f"{head} with the mean changes the mean square that an RMSNorm divides by. Pad with zeros.")
+    elif anatomy.norm == "layer" and widening.padding == "zeros" and anatomy.tied:
+        reasons.append(
+            f"{head} with zeros needs a residual without mean, which a LayerNorm does not notice but a tied head does. "
+            "Pad with the mean, or untie the head first."
+        )
+    return reasons
+
+
+def _head_of_no_norm(anatomy: Anatomy, widening: Widening) -> list[str]:
+    if widening.residual.is_identity or not anatomy.tied or anatomy.final_norm is not None:
+        return []
+    return [
+        f"hidden_size = {widening.residual.size}: the head is the token embedding and the last norm has no gain that "
+        "could take up the number of copies, so this can't grow. Untie the head first, or leave hidden_size out."
+    ]
+
+
+def _head_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
+    """Why attention does not keep its function; empty where it does."""
+    query, key_value, sizes = widening.query, widening.key_value, anatomy.sizes
+    reasons = []
+    old_groups, groups = sizes.query_heads // sizes.key_value_heads, query.size // key_value.size
+    for place, head in enumerate(query.index):
+        reads = place // groups
+        if reads >= len(key_value.index) or key_value.index[reads] != head // old_groups:
+            reasons.append(
+                f"Query head {head} at place {place} of {query.size} would read another key-value head than before. "
+                "Copy query and key-value heads group by group."
+            )
+            break
+    if anatomy.qk_norm == "all_heads" and not (query.is_even and key_value.is_even and query.added == 0):
+        reasons.append(
+            f"{query.size} query and {key_value.size} key-value heads: the norm over all heads together asks for "
+            f"equally many copies of each. Ask for multiples of {sizes.query_heads} and {sizes.key_value_heads}."
+        )
+    if widening.head_dim != sizes.head_dim:
+        reasons += _head_dim_reasons(anatomy, widening.head_dim)
+    return reasons
+
+
+def _head_dim_reasons(anatomy: Anatomy, head_dim: int) -> list[str]:
+    old, rotary = anatomy.sizes.head_dim, anatomy.rotary_dim
+    if anatomy.qk_norm != "none":
+        return [
+            f"A head dimension of {head_dim} instead of {old}: the norm on queries and keys would divide by another "
+            f"mean square. Keep {old} and ask for more heads."
+        ]
+    if not rotary:
+        return []
+    if anatomy.rope_type not in ROPE_BY_FREQUENCY:
+        return [
+            f"A head dimension of {head_dim} instead of {old}: rotary embeddings of the type {anatomy.rope_type!r} "
+            f"change with it. Keep {old} and ask for more heads."
+        ]
+    if rotary_after(anatomy, head_dim) % rotary:
+        below, above = max(head_dim // old, 1) * old, (head_dim // old + 1) * old
+        return [
+            f"A head dimension of {head_dim} instead of {old}: every rotary frequency must exist again, which only "
+            f"multiples give. The nearest are {below} and {above}."
+        ]
+    return []
+
+
+def rotary_after(anatomy: Anatomy, head_dim: int) -> int:
+    """How many of `head_dim` dimensions are rotated when the rotated share stays."""
+    return int(anatomy.rotary_dim / anatomy.sizes.head_dim * head_dim + 1e-9)
+
+
+def _lost(widening: Widening) -> list[str]:
+    maps = {"hidden": widening.residual, "query head": widening.query, "feed-forward": widening.ffn}
+    return [f"{name} unit {m.counts.index(0)} would be lost." for name, m in maps.items() if m and 0 in m.counts]
+
+
+def _nearest_heads(sizes: Sizes, query_heads: int, key_value_heads: int) -> str:
+    """The nearest numbers of heads that keep every query head with its key-value head."""
+    least = math.ceil(sizes.query_heads / key_value_heads) * key_value_heads
+    copies = max(key_value_heads // sizes.key_value_heads, 1)
+    group = math.ceil(sizes.query_heads / sizes.key_value_heads / copies)
+    heads = max(least, group * key_value_heads)
+    return f"The nearest possible: num_attention_heads = {heads} with num_key_value_heads = {key_value_heads}."
+
+
+class _Writer:
+    """Writes down the edits of one parameter after the other."""
+
+    def __init__(self, anatomy: Anatomy, widening: Widening) -> None:
+        self.anatomy, self.widening = anatomy, widening
+        residual = widening.residual
+        kept = len(residual.index)
+        # The norm's input keeps its sum of squares and is spread over more units: gain times eta, epsilon times eta^2.
+        self.eta = math.sqrt(kept / residual.size) if residual.added else 1.0
+        self.growth = math.sqrt(residual.size / residual.old)
+
+    def config_values(self) -> dict[str, Any]:
+        """The config's values after the widening, those that change."""
+        fields, sizes, widening = self.anatomy.fields, self.anatomy.sizes, self.widening
+        values: dict[str, Any] = {}
+        new = (
+            (fields.hidden_size, sizes.residual, widening.residual.size),
+            (fields.heads, sizes.query_heads, widening.query.size),
+            (fields.key_value_heads, sizes.key_value_heads, widening.key_value.size),
+            (fields.head_dim, sizes.head_dim, widening.head_dim),
+            (fields.ffn, sizes.ffn, widening.ffn.size if widening.ffn else None),
+        )
+        values = {field: after for field, before, after in new if field and before != after}
+        # A feed-forward size that the config derives from the hidden size must be said once that changes.
+        if fields.ffn and fields.hidden_size in values and widening.ffn:
+            values[fields.ffn] = widening.ffn.size
+        if self.eta != 1 and fields.epsilon:
+            values[fields.epsilon] = self.anatomy.epsilon * self.eta**2
+        return values
+
+    def edits(self, role: ParameterRole) -> list[Edit]:
+        """The edits of the parameters of one role."""
+        edits: list[Edit] = []
+        if self._is_centred(role):
+            edits += [
+                CentreParameter(parameter=role.pattern, axis=axis)
+                for axis in range(len(role.axes))
+                if self._runs_along_residual(role, axis)
+            ]
+        for axis, segments in enumerate(role.axes):
+            if segments:
+                edits += self._along(role, axis, segments)
+        return edits + self._scales(role)
+
+    def _along(self, role: ParameterRole, axis: int, segments: tuple[Segment, ...]) -> list[Edit]:
+        maps = [self.widening.stream(segment) for segment in segments]
+        turned = self.widening.head_dim != self.anatomy.sizes.head_dim and any(segment.parts for segment in segments)
+        if not turned and all(m is None or m.is_identity for m in maps):
+            return []
+        if turned or len(segments) > 1:
+            return self._by_entries(role, axis, segments)
+        (stream,), (segment,) = maps, segments
+        assert stream is not None
+        divide = role.access[axis] == "reads" or self._is_read_by_tied_head(role)
+        edits: list[Edit] = []
+        if stream.index != tuple(range(stream.old)):
+            index, unit = list(stream.index), segment.unit
+            if stream.is_tiled:  # the same, said shortly
+                index, unit = [0] * (len(index) // stream.old), unit * stream.old
+            edits.append(self._slice(role, axis, index, unit, divide))
+        if stream.added:
+            fill = self._padding(role, axis) if segment.stream == "residual" else _silent(role.access[axis])
+            size = stream.size * segment.unit
+            edits.append(PadParameter(parameter=role.pattern, axis=axis, size=size, fill=fill))
+        return edits
+
+    def _slice(self, role: ParameterRole, axis: int, index: list[int], unit: int, divide: bool) -> SliceParameter:
+        noisy = divide and role.access[axis] == "reads"
+        noise = self.widening.noise if noisy else 0.0
+        return SliceParameter(parameter=role.pattern, axis=axis, index=index, unit=unit, divide=divide, noise=noise)
+
+    def _padding(self, role: ParameterRole, axis: int) -> Fill:
+        """What the residual's added units get: what they hold does not matter to readers, whose input there is zero
+        behind the norm, so that these start random and can learn."""
+        if role.access[axis] == "reads":
+            return NormalFill()
+        if role.kind == "gain":
+            return MeanFill()
+        return MeanFill() if self.widening.padding == "mean" and role.kind != "offset" else ZeroFill()
+
+    def _by_entries(self, role: ParameterRole, axis: int, segments: tuple[Segment, ...]) -> list[Edit]:
+        """Heads entry by entry: several in one axis, or of another dimension than before."""
+        reads = role.access[axis] == "reads"
+        places = _Places(self.anatomy, self.widening, reads, sum(segment.size for segment in segments))
+        index = places.index(segments)
+        edits: list[Edit] = []
+        if places.fresh > places.old:
+            edits.append(PadParameter(parameter=role.pattern, axis=axis, size=places.fresh, fill=NormalFill()))
+        return [*edits, self._slice(role, axis, index, 1, reads)]
+
+    def _scales(self, role: ParameterRole) -> list[Edit]:
+        """Factors on whole parameters: norms of a padded residual, tied heads, queries of another head dimension."""
+        edits: list[Edit] = []
+        offset = self.anatomy.gain_offset if role.kind == "gain" else 0.0
+        factor = self.eta if role.kind == "gain" and self._runs_along_residual(role, 0) else 1.0
+        if self._is_read_by_tied_head(role):
+            if self.anatomy.gain_offset and role.kind == "gain":
+                factor /= len(self.widening.residual.index) / self.widening.residual.old
+            if self.anatomy.logits_scaled or self.anatomy.embedding_scaled:
+                factor *= self.growth
+        if role.pattern == self.anatomy.embeddings[0] and self.anatomy.embedding_scaled:
+            factor /= self.growth
+        if role.kind in ("matrix", "bias") and self.anatomy.qk_norm != "none" and _parts(role) & {"query", "key"}:
+            # The norm on queries and keys has the same epsilon, which shrank; its input shrinks with it.
+            factor *= self.eta
+        if factor != 1:
+            edits.append(ScaleParameter(parameter=role.pattern, factor=factor, offset=offset))
+        return edits + self._query_scale(role)
+
+    def _query_scale(self, role: ParameterRole) -> list[Edit]:
+        """Scores are divided by the root of the head dimension, so that queries make up for a larger one."""
+        old, new = self.anatomy.sizes.head_dim, self.widening.head_dim
+        if old == new or not self.anatomy.attention_scaled:
+            return []
+        axis = next((a for a, how in enumerate(role.access) if how == "writes" and _has_query(role.axes[a])), None)
+        if axis is None:
+            return []
+        factor, segments = math.sqrt(new / old), role.axes[axis]
+        if segments[0].parts == ("query",) and len(segments) == 1:
+            return [ScaleParameter(parameter=role.pattern, factor=factor)]
+        heads, step = self.widening.query.size, len(segments[0].parts) * new
+        index = [head * step + dim for head in range(heads) for dim in range(new)]
+        return [ScaleEntries(parameter=role.pattern, factor=factor, axis=axis, index=index)]
+
+    def _is_read_by_tied_head(self, role: ParameterRole) -> bool:
+        """Whether the parameter belongs to the last norm, whose output the token embedding reads as a head."""
+        final, residual = self.anatomy.final_norm, self.widening.residual
+        return (
+            self.anatomy.tied
+            and final is not None
+            and not residual.is_identity
+            and role.pattern.rpartition(".")[0] == final
+        )
+
+    def _is_centred(self, role: ParameterRole) -> bool:
+        """Whether the mean of what the parameter writes is taken off, for a LayerNorm to take padding with zeros."""
+        return (
+            self.anatomy.norm == "layer"
+            and self.widening.residual.added > 0
+            and self.widening.padding == "zeros"
+            and role.kind in ("matrix", "bias", "embedding")
+            and role.along("residual", "writes")
+        )
+
+    @staticmethod
+    def _runs_along_residual(role: ParameterRole, axis: int) -> bool:
+        return role.access[axis] == "writes" and any(segment.stream == "residual" for segment in role.axes[axis])
+
+
+class _Places:
+    """Where the entries of the new heads come from, one by one."""
+
+    def __init__(self, anatomy: Anatomy, widening: Widening, reads: bool, old: int) -> None:
+        self.anatomy, self.widening, self.reads = anatomy, widening, reads
+        self.old = old
+        """Entries of the axis before."""
+        self.fresh = old
+        """As many after padding with random entries, which the new heads take one after the other."""
+        self.dims = (anatomy.sizes.head_dim, widening.head_dim)
+        self.rotary = (anatomy.rotary_dim, rotary_after(anatomy, widening.head_dim))
+
+    def index(self, segments: tuple[Segment, ...]) -> list[int]:
+        """The old entry of every new one; -1 for zeros, those from `old` on for random ones."""
+        index: list[int] = []
+        start = 0
+        for segment in segments:
+            stream = self.widening.stream(segment)
+            assert stream is not None
+            for unit in (*stream.index, *(None,) * stream.added):
+                for number, part in enumerate(segment.parts):
+                    offset = None if unit is None else start + unit * segment.unit + number * self.dims[0]
+                    index += [self._entry(part, offset, dim) for dim in range(self.dims[1])]
+                if not segment.parts:
+                    whole = range(segment.unit)
+                    index += [self._new() if unit is None else start + unit * segment.unit + dim for dim in whole]
+            start += segment.size
+        return index
+
+    def _entry(self, part: HeadPart, offset: int | None, dim: int) -> int:
+        """The old entry for dimension `dim` of a part whose old dimensions begin at `offset`; None for a new head."""
+        if offset is None:
+            return self._new()
+        old = dim % self.dims[0] if part == "value" else self._turned(dim)
+        if old is not None:
+            return offset + old
+        # A product of two zeros would never learn: queries get zeros, keys random numbers.
+        return self._new() if part == "key" else -1
+
+    def _turned(self, dim: int) -> int | None:
+        """The old dimension of a query or key at `dim`: rotated pairs (i, i + r/2) go to (m i, m i + r'/2), which turns
+        as fast; the others stay in order behind them."""
+        (old, new), (old_dims, _) = self.rotary, self.dims
+        if dim >= new:
+            kept = old + dim - new
+            return kept if kept < old_dims else None
+        times, half = new // old, new // 2
+        pair, second = dim % half, dim >= half
+        return pair // times + (old // 2 if second else 0) if pair % times == 0 else None
+
+    def _new(self) -> int:
+        """The next random entry, or a zero where the axis is read."""
+        if self.reads:
+            return -1
+        self.fresh += 1
+        return self.fresh - 1
+
+
+def _silent(access: str | None) -> Fill:
+    """What an added head or feed-forward unit gets: random writers whose output is read by zeros."""
+    return ZeroFill() if access == "reads" else NormalFill()
+
+
+def _has_query(segments: tuple[Segment, ...]) -> bool:
+    return any("query" in segment.parts for segment in segments)
+
+
+def _parts(role: ParameterRole) -> set[str]:
+    """Which parts of heads the parameter writes."""
+    return {
+        part
+        for segments, access in zip(role.axes, role.access, strict=True)
+        if access == "writes"
+        for segment in segments
+        for part in segment.parts
+    }
