@@ -54,7 +54,7 @@ def test_a_config_value_that_makes_another_module_is_refused():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=96))
     with pytest.raises(
-        PlanError, match=r"set hidden_act = relu.*model\.layers\.0\.mlp\.act_fn would be ReLU instead of SiLU"
+        PlanError, match=r"hidden_act = relu.*model\.layers\.0\.mlp\.act_fn would be ReLU instead of SiLU"
     ):
         apply(plan_of(SetConfig(values={"hidden_act": "relu"}), promise="exact"), model)
     assert model.config.hidden_act == "silu"
