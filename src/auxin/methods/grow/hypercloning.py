@@ -1,0 +1,122 @@
+"""HyperCloning: a model n times as wide whose streams are n equal copies (Samragh et al., arXiv 2409.12903).
+
+| variant | matrix for n = 2 | C of a reader |
+|---|---|---|
+| symmetric (default) | [[W/2, W/2], [W/2, W/2]] | [I I]/2 |
+| noisy | [[W/2+N, W/2-N], [W/2+M, W/2-M]], 10 dB below | the same plus noise that sums to zero |
+| diagonal | [[W, 0], [0, W]] | copy j reads copy j |
+
+All are exact, with RMSNorm and LayerNorm, gated or not, with biases, tied or not. The paper ranks symmetric and noisy
+above diagonal, and leaves it to dropout to part the copies: without dropout or noise they stay equal to the last bit
+for ever, so that noise should be asked for where there is no dropout. With plain rates Adam moves the function n times
+too far at first; the receipt says so, and `continue_exactly` has the rates that do not.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field
+from transformers import PreTrainedModel
+
+from auxin.edits import Edit, Plan
+from auxin.edits.method import Method
+from auxin.edits.structure import config_values
+from auxin.edits.width import StreamMap, Widening, circular, diagonal_edits, head_maps, widen
+from auxin.edits.width_targets import WidthTargets, refuse_unchanged
+from auxin.errors import PlanError
+from auxin.models.anatomy import Anatomy, Sizes, anatomy
+
+
+class HyperCloning(WidthTargets):
+    """How wide the model shall be: a factor for everything, or widths one by one."""
+
+    factor: int | None = Field(default=None, ge=2)
+    """Every width that is not given itself becomes so many times as large; a single key-value head stays single."""
+    variant: Literal["symmetric", "noisy", "diagonal"] = "symmetric"
+    """The shares of the copies, see the module's table."""
+    snr_db: float = Field(default=10.0, allow_inf_nan=False)
+    """With "noisy": how far the noise lies below the weights, in decibels (paper: 10)."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the noise."""
+
+
+def plan_hypercloning(model: PreTrainedModel, settings: HyperCloning) -> Plan:
+    """Plan a wider model of equal copies; weights are not needed.
+
+    Raises:
+        PlanError: an unknown architecture, a hidden size that is no whole number of copies, heads that do not go
+            together; the message names the nearest possible target.
+    """
+    body = anatomy(model)
+    sizes = _targets(body, settings).sizes(body)
+    refuse_unchanged(body, sizes)
+    query, key_value = head_maps(body.sizes, sizes.query_heads, sizes.key_value_heads)
+    widening = Widening(
+        residual=circular(body.sizes.residual, sizes.residual),
+        query=query,
+        key_value=key_value,
+        ffn=circular(body.sizes.ffn, sizes.ffn) if body.sizes.ffn and sizes.ffn else None,
+        head_dim=sizes.head_dim,
+        noise=10 ** (-settings.snr_db / 20) if settings.variant == "noisy" else 0.0,
+    )
+    edits: list[Edit] = widen(body, widening).edits
+    if settings.variant == "diagonal":
+        edits += _diagonal(body, widening, sizes)
+    return Plan(
+        method="hypercloning",
+        settings=settings.model_dump(mode="json", exclude_defaults=True),
+        promise="exact",
+        seed=settings.seed,
+        edits=edits,
+        made_for=config_values(model.config),
+    )
+
+
+def _targets(body: Anatomy, settings: HyperCloning) -> WidthTargets:
+    """The widths asked for, those that follow from the factor filled in."""
+    old, factor = body.sizes, settings.factor
+    wanted = settings.model_dump(include=set(WidthTargets.model_fields))
+    if factor is not None:
+        kept = old.key_value_heads if old.key_value_heads == 1 < old.query_heads else factor * old.key_value_heads
+        multiples = {
+            "hidden_size": factor * old.residual,
+            "num_attention_heads": factor * old.query_heads,
+            "num_key_value_heads": kept if body.fields.key_value_heads else None,
+            "intermediate_size": factor * old.ffn if old.ffn else None,
+        }
+        wanted = {name: multiples[name] if value is None else value for name, value in wanted.items()}
+    return WidthTargets.parse(wanted)
+
+
+def _diagonal(body: Anatomy, widening: Widening, sizes: Sizes) -> list[Edit]:
+    """What makes copy j of every matrix's output read copy j of its input."""
+    maps: list[tuple[str, StreamMap | None]] = [
+        ("hidden_size", widening.residual),
+        ("num_attention_heads", widening.query),
+        ("num_key_value_heads", widening.key_value),
+        ("intermediate_size", widening.ffn),
+    ]
+    times = sizes.residual // body.sizes.residual
+    for name, stream in maps:
+        if stream is not None and stream.index != tuple(range(stream.old)) * times:
+            raise PlanError(
+                f"{name} = {stream.size}: the diagonal variant needs {times} copies of everything, as of hidden_size. "
+                f"Ask for {name} = {stream.old * times}, or for variant symmetric."
+            )
+    return diagonal_edits(body, widening)
+
+
+def _examples(model: PreTrainedModel) -> dict[str, Any]:
+    anatomy(model)
+    return {"factor": 2, "variant": "noisy"}
+
+
+METHOD = Method(
+    name="hypercloning",
+    title="HyperCloning: every stream becomes n equal copies",
+    paper="arXiv 2409.12903",
+    intent="grow",
+    settings=HyperCloning,
+    plan=plan_hypercloning,
+    examples=_examples,
+    promise="exact at whole multiples of the hidden size, any norm",
+)
