@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -32,8 +33,8 @@ def edited_config(config: PreTrainedConfig, values: dict[str, Any]) -> PreTraine
         raise PlanError(f"{type(config).__name__} has no value {unknown[0]!r}")
     try:
         return type(config).from_dict({**config.to_dict(), **copy.deepcopy(values)})
-    except (ValueError, TypeError) as error:
-        raise PlanError(f"the config refuses it: {error}") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise PlanError(f"the config refuses it: {error.__cause__ or error}") from error
 
 
 def config_from_values(values: dict[str, Any]) -> PreTrainedConfig:
