@@ -6,7 +6,9 @@ from typing import Any
 
 if Path(sys.argv[0] if sys.argv else "").name not in {"auxin", "auxin.exe"}:
     # The command line does this in the commands that load a model: its help need not wait seconds for torch.
-    from auxin import models  # noqa: F401 - registers the architectures with transformers' Auto classes
+    # Register the architectures with transformers' Auto classes, and the loading of edited models.
+    from auxin import models  # noqa: F401
+    from auxin.edits import replay  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:

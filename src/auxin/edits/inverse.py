@@ -29,10 +29,13 @@ def inverse_plan(plan: Plan, model: PreTrainedModel) -> Plan:
         PlanError: an edit loses what can't be had back; the message names it.
     """
     resolved = resolve(plan, model)
+    gone = _copies(plan, model)
     steps: dict[int, list[Step]] = {}
     for origin in resolved.origins.values():
         for step in origin.steps:
-            steps.setdefault(step.index, []).append(step)
+            # What happened to a copied layer goes with it.
+            if not any(step.index > index and step.name.startswith(layer) for layer, index in gone.items()):
+                steps.setdefault(step.index, []).append(step)
     back: list[Any] = []
     for index in reversed(range(len(plan.edits))):
         back += _undone(plan, index, model, steps.get(index, []))
@@ -49,6 +52,23 @@ def inverse_plan(plan: Plan, model: PreTrainedModel) -> Plan:
     )
 
 
+def _copies(plan: Plan, model: PreTrainedModel) -> dict[str, int]:
+    """Path prefixes of the copied and fresh layers that the way back drops, with the edits that made them."""
+    found: dict[str, int] = {}
+    for index, edit in enumerate(plan.edits):
+        if isinstance(edit, ArrangeLayers):
+            back = edit.inverse(_length(model, edit))
+            kept = set(range(len(edit.order))) if back is None else set(back.order)
+            found |= {f"{edit.layers}.{place}.": index for place in range(len(edit.order)) if place not in kept}
+    return found
+
+
+def _length(model: PreTrainedModel, edit: ArrangeLayers) -> int:
+    stack = model.get_submodule(edit.layers)
+    assert isinstance(stack, nn.ModuleList)
+    return len(stack)
+
+
 def _undone(plan: Plan, index: int, model: PreTrainedModel, steps: list[Step]) -> list[Any]:
     """The edits that take one edit back."""
     edit: Any = plan.edits[index]
@@ -58,9 +78,7 @@ def _undone(plan: Plan, index: int, model: PreTrainedModel, steps: list[Step]) -
     if isinstance(edit, ParameterEdit):
         found = _parameter_undone(edit, steps)
     elif isinstance(edit, ArrangeLayers):
-        stack = model.get_submodule(edit.layers)
-        assert isinstance(stack, nn.ModuleList)
-        arranged = edit.inverse(len(stack))
+        arranged = edit.inverse(_length(model, edit))
         found = None if arranged is None else [arranged]
     elif isinstance(edit, WrapModule):
         found = [RemoveModule(module=edit.module, leaves="inner")]
@@ -71,6 +89,8 @@ def _undone(plan: Plan, index: int, model: PreTrainedModel, steps: list[Step]) -
 
 def _parameter_undone(edit: ParameterEdit, steps: list[Step]) -> list[ParameterEdit] | None:
     """One edit for all parameters where they had one shape, otherwise one for each."""
+    if not steps:
+        return []
     if len({step.old_shape for step in steps}) == 1:
         return edit.inverse(steps[0].old_shape)
     undone: list[ParameterEdit] = []

@@ -54,6 +54,8 @@ class Origin:
     """What is then done to the sum, in order."""
     fill: Fill | None = None
     """Where a fresh one gets its values; None: as the architecture initialises it."""
+    fresh_moments: bool = False
+    """Whether its optimizer state starts anew although it has a source."""
 
     @property
     def source(self) -> str | None:
@@ -68,7 +70,7 @@ class Origin:
     @property
     def rate(self) -> Rate:
         """How AdamW must go on with it."""
-        if self.source is None:
+        if self.source is None or self.fresh_moments:
             return Rate(exact=False)
         rate = Rate()
         for step in self.steps:
@@ -187,7 +189,9 @@ class _Tracker:
             self.structure = merged([*self.structure, edit])
         else:
             self._change_modules(edit)
-            self.structure = merged([*self.structure, edit])
+            # Fills tell where values come from, and checkpoints hold values.
+            kept = edit.model_copy(update={"fills": {}}) if isinstance(edit, WrapModule | ReplaceModule) else edit
+            self.structure = merged([*self.structure, kept])
 
     def _set_values(self, values: dict[str, Any]) -> None:
         if twice := [key for key in values if key in self.values and self.values[key] != values[key]]:
@@ -230,13 +234,16 @@ class _Tracker:
         # T5's first layer alone holds the relative positions of all: copies of a layer may have fewer parts.
         self.copies += [f"{edit.layers}.{i}" for i, source in enumerate(edit.order) if source in edit.order[:i]]
         self.fresh_layers += [f"{edit.layers}.{place}" for place, source in enumerate(edit.order) if source is None]
+        # New to the tree, so that later edits of modules (a wrapper around a new layer) find them.
+        self.modules |= {path: None for path in self.fresh_layers if path not in self.modules}
 
     def _renamed_tensors(self, edit: ArrangeLayers) -> tuple[dict[str, Origin], dict[str, str]]:
         origins: dict[str, Origin] = {}
         aliases: dict[str, str] = {}
+        anew = {f"{edit.layers}.{place}" for place in edit.fresh_moments}
         for name, origin in self.origins.items():
             for new in edit.renamed(name):
-                origins[new] = origin
+                origins[new] = replace(origin, fresh_moments=True) if edit.layer_of(new) in anew else origin
         for alias, name in self.aliases.items():
             for new in edit.renamed(alias):
                 targets = edit.renamed(name)

@@ -64,7 +64,7 @@ def structural_edits(config: PreTrainedConfig) -> list[Any]:
 def with_structural_edits(config: PreTrainedConfig, edits: list[Any]) -> None:
     """Write `edits` into `config`, which then builds the edited model wherever auxin is imported."""
     if edits:
-        values = _EDITS.dump_python(edits, mode="json")
+        values = _EDITS.dump_python(edits, mode="json", exclude_defaults=True)
         config.quantization_config = {"quant_method": REPLAY_METHOD, "edits": values}
     elif _stored(config).get("quant_method") == REPLAY_METHOD:
         del config.quantization_config
