@@ -196,6 +196,8 @@ class _Rewrites:
                 shape = tuple(piece.get_shape())
                 for heir in self._heirs.get(parameter, []):
                     origin = self.resolved.origins[heir]
+                    if origin.fresh_moments:
+                        continue
                     new_shape = origin.shape if shape == origin.old_shape and shape else shape
                     make = partial(self._new_moment, path, name, origin, state, parameter)
                     place = TensorPlace(f"optimizer.{state}.{heir}", piece.get_dtype(), new_shape)

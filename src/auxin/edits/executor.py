@@ -259,7 +259,7 @@ class _Surgery:
             return data
         parameter = nn.Parameter(data, requires_grad=trainable and data.is_floating_point())
         if self.optimizer is not None:
-            if origin.source is not None:
+            if origin.source is not None and not origin.fresh_moments:
                 self._copy_state(name, origin, parameter)
             self._relatives.append((parameter, origin.sources[0][1] if origin.sources else self._relative_name(name)))
         return parameter
@@ -268,6 +268,8 @@ class _Surgery:
         """The old tensor itself, with new data where something happens to it."""
         source = str(origin.source)
         old = self.old[source]
+        if origin.fresh_moments and self.optimizer is not None and old in self.optimizer.state:
+            self._forget(old)
         if not origin.steps:
             return old
         data = map_parameter(origin, old.detach(), self.seed)

@@ -1,0 +1,165 @@
+"""What methods share that make a model deeper: an order of the old layers, and layers whose output is scaled or zero.
+
+A pre-norm layer computes x + f(norm(x)). With the output modules of f zeroed, weights and biases, it is an identity
+block: the function is the same to the last bit, whatever else the layer holds (LLaMA Pro, arXiv 2401.02415). Where a
+norm stands between f and the residual (OLMo2) it would make anything of a small output, so that its gain is zeroed
+instead. Where the norm comes after the sum (BERT, the original transformer) norm(x + 0) is not x: there is no identity
+block.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from auxin.edits.edit import ArrangeLayers, Edit, ScaleParameter
+from auxin.edits.plan import Plan
+from auxin.errors import PlanError
+from auxin.models.anatomy import Anatomy, LayerStack
+from auxin.nn.pattention import Pattention
+
+
+def chosen_stacks(anatomy: Anatomy, part: str | None) -> list[LayerStack]:
+    """The stacks of layers that a method works on: all, or the one that `part` names.
+
+    Args:
+        anatomy: of the model.
+        part: a part of the stack's path, for example "encoder" or "decoder"; None means every stack.
+
+    Raises:
+        PlanError: no stack has such a part in its path.
+    """
+    chosen = [stack for stack in anatomy.stacks if part is None or part in stack.path.split(".")]
+    if not chosen:
+        paths = ", ".join(stack.path for stack in anatomy.stacks)
+        raise PlanError(f"part = {part!r} names no layers of this model, which has {paths}. Leave part out for all.")
+    return chosen
+
+
+def depth(model: PreTrainedModel, stack: LayerStack) -> int:
+    """The number of layers in `stack`."""
+    layers = model.get_submodule(stack.path)
+    assert isinstance(layers, nn.ModuleList)
+    return len(layers)
+
+
+def arrange(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    stack: LayerStack,
+    order: Sequence[int],
+    scales: Mapping[int, float] | None = None,
+    exact: bool = False,
+) -> list[Edit]:
+    """The edits that give `stack` the layers `order`, some with a scaled output.
+
+    Args:
+        model: the model, on any device.
+        anatomy: of the model.
+        stack: one of its stacks.
+        order: the old layer that each new one is or copies, bottom first.
+        scales: factor of the output of a new layer, by its index; 0 makes it an identity block, whose moments start
+            fresh. Others stay as they are.
+        exact: refuse what would change the function although the order only adds identity blocks: factors that a model
+            derives from the number of a layer.
+
+    Raises:
+        PlanError: an identity block where the norm comes after the sum; a first layer that lacks what only the old
+            first one holds; with `exact`, a model whose layers depend on their number.
+    """
+    scales = {} if scales is None else {index: factor for index, factor in scales.items() if factor != 1}
+    _check_first_layer(model, stack, order)
+    if any(factor == 0 for factor in scales.values()):
+        refuse_post_norm(stack)
+    if exact:
+        _refuse_numbered_layers(model)
+    fresh = sorted(index for index, factor in scales.items() if factor == 0)
+    edits: list[Edit] = [ArrangeLayers(layers=stack.path, order=list(order), fresh_moments=fresh)]
+    for index in sorted(scales):
+        edits += _scaled_output(model, anatomy, stack, order[index], index, scales[index])
+    return edits
+
+
+def identity_layers(plan: Plan) -> dict[str, list[int]]:
+    """The identity blocks that `plan` inserts: their indices in the grown model, by the path of their stack."""
+    return {
+        edit.layers: list(edit.fresh_moments)
+        for edit in plan.edits
+        if isinstance(edit, ArrangeLayers) and edit.fresh_moments
+    }
+
+
+def is_exact(order: Sequence[int], identities: Collection[int], layers: int) -> bool:
+    """Whether `order` without the new layers `identities` is the old model of `layers` layers."""
+    return [old for index, old in enumerate(order) if index not in identities] == list(range(layers))
+
+
+def identity_order(layers: int, wanted: int) -> tuple[list[int], list[int]]:
+    """Copies spread evenly among `layers` old layers, each right after its original.
+
+    Args:
+        layers: how many there are.
+        wanted: how many there shall be.
+
+    Returns:
+        The old layer of each new one, and the indices of the copies among the new ones.
+
+    Raises:
+        PlanError: `wanted` is less than there are.
+    """
+    if wanted < layers:
+        raise PlanError(
+            f"num_hidden_layers = {wanted} is less than the {layers} that the model has; growth can't shrink. The "
+            f"nearest possible: {layers}."
+        )
+    order = [index * layers // wanted for index in range(wanted)]
+    return order, [index for index in range(1, wanted) if order[index] == order[index - 1]]
+
+
+def refuse_post_norm(stack: LayerStack) -> None:
+    """Raise PlanError when `stack` can hold no identity block."""
+    if stack.norm_position == "after_residual":
+        raise PlanError(
+            f"{stack.path}: an identity block is impossible in this architecture, whose norms come after the residual "
+            "sum: norm(x + 0) is not x, whatever the new layer's weights are. Use a method without that promise, for "
+            "example stacking, or one that masks the new layers."
+        )
+
+
+def _refuse_numbered_layers(model: PreTrainedModel) -> None:
+    if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
+        raise PlanError(
+            "scale_attn_by_inverse_layer_idx = True: this model divides attention scores by the number of the layer, "
+            "so that a layer that moves up is another function and no inserted layer keeps the model's. Use a method "
+            "without that promise, for example stacking."
+        )
+
+
+def _check_first_layer(model: PreTrainedModel, stack: LayerStack, order: Sequence[int]) -> None:
+    """T5's first layer holds the position bias that all layers use."""
+    layers = model.get_submodule(stack.path)
+    assert isinstance(layers, nn.ModuleList)
+    names = [{name for name, _ in layer.named_parameters()} for layer in layers]
+    if missing := sorted(names[0] - names[order[0]]):
+        raise PlanError(
+            f"{stack.path}: layer {order[0]} can't come first, since it lacks {missing[0]}, which layer 0 holds for "
+            "all of them. Begin with layer 0."
+        )
+
+
+def _scaled_output(
+    model: PreTrainedModel, anatomy: Anatomy, stack: LayerStack, old: int, new: int, factor: float
+) -> list[Edit]:
+    """Scale what the new layer `new`, made of the layer `old`, adds to the residual."""
+    after_output = stack.norm_position == "after_output"
+    edits: list[Edit] = []
+    for module in stack.output_norms if after_output else stack.outputs:
+        owner = model.get_submodule(f"{stack.path}.{old}.{module}")
+        for name, _ in owner.named_parameters(recurse=False):
+            # The output of a Pattention is linear in its values alone; its keys stay, or it would never wake.
+            if isinstance(owner, Pattention) and name != "values":
+                continue
+            offset = anatomy.gain_offset if after_output and name == "weight" else 0.0
+            path = f"{stack.path}.{new}.{module}.{name}"
+            edits.append(ScaleParameter(parameter=path, factor=factor, offset=offset))
+    return edits

@@ -1,0 +1,103 @@
+"""Stacking and interleaving: a deeper model whose layers are copies of the old ones.
+
+| order | layer l' of L' = gL | paper |
+|---|---|---|
+| stack (default) | l' mod L: the whole stack, g times | StackBERT (ICML 2019), G_stack (arXiv 2405.15319) |
+| interleave | floor(l' / g): every layer g times in a row | both, as the alternative |
+
+Neither keeps the function: the loss jumps at the growth and then falls below that of training from scratch. G_stack
+finds growth factors of 2 to 4 best (a stack of one layer loses), one growth better than several small ones, and
+interleaving worse; its recipe warms the learning rate up again after the growth. Embeddings, final norm and head are
+kept; moments are copied with their layers.
+
+Where L' is no multiple of L, stacking puts copies of the top L' mod L layers last (bert2BERT, arXiv 2110.07143; copies
+of the bottom layers alone are G_stack's one bad choice), and interleaving repeats as evenly as can be:
+floor(l' L / L').
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+from transformers import PreTrainedModel
+
+from auxin.edits import Edit, Plan
+from auxin.edits.depth import arrange, chosen_stacks, depth
+from auxin.edits.method import Method
+from auxin.edits.structure import config_values
+from auxin.errors import PlanError
+from auxin.models.anatomy import anatomy
+from auxin.settings import Settings
+
+
+class LayerStacking(Settings):
+    """How deep the model shall be, and in which order its layers are copied; give `factor` or `layers`."""
+
+    factor: int | None = Field(default=None, ge=2)
+    """How many times as many layers."""
+    layers: int | None = Field(default=None, gt=0)
+    """Number of layers after the growth, instead of a factor; for gradual growth too: 6, then 12, then 24."""
+    order: Literal["stack", "interleave"] = "stack"
+    """stack: the whole stack again and again. interleave: every layer several times in a row."""
+    part: str | None = None
+    """Of a model with an encoder and a decoder, the one to grow; None grows both."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.factor is None) == (self.layers is None):
+            raise ValueError(
+                f"give exactly one of factor ({self.factor}) and layers ({self.layers}), for example factor = 2."
+            )
+        return self
+
+
+def plan_stacking(model: PreTrainedModel, settings: LayerStacking) -> Plan:
+    """Plan a deeper model of copied layers; weights are not needed.
+
+    Raises:
+        PlanError: an unknown architecture, or no more layers than there are.
+    """
+    body = anatomy(model)
+    edits: list[Edit] = []
+    for stack in chosen_stacks(body, settings.part):
+        old = depth(model, stack)
+        new = old * settings.factor if settings.factor is not None else settings.layers
+        assert new is not None
+        if new < old:
+            raise PlanError(
+                f"layers = {new} is fewer than the {old} of {stack.path}; stacking can't shrink. Ask for at least "
+                f"{old + 1}."
+            )
+        if new > old:
+            edits += arrange(model, body, stack, layer_order(old, new, settings.order))
+    if not edits:
+        raise PlanError(f"The model has {settings.layers} layers already. Ask for more, for example factor = 2.")
+    return Plan(
+        method="stacking",
+        settings=settings.model_dump(mode="json", exclude_defaults=True),
+        promise="none",
+        edits=edits,
+        made_for=config_values(model.config),
+    )
+
+
+def layer_order(old: int, new: int, order: Literal["stack", "interleave"]) -> list[int]:
+    """Which of `old` layers each of `new` ones copies, bottom first."""
+    if order == "interleave":
+        return [index * old // new for index in range(new)]
+    return [*range(old)] * (new // old) + [*range(old - new % old, old)]
+
+
+def _examples(model: PreTrainedModel) -> dict[str, Any]:
+    return {"factor": 2}
+
+
+METHOD = Method(
+    name="stacking",
+    title="Deeper by copies of the layers, stacked or interleaved (StackBERT, G_stack)",
+    paper="arXiv 2405.15319",
+    intent="grow",
+    settings=LayerStacking,
+    plan=plan_stacking,
+    examples=_examples,
+    promise="none: the loss jumps at the growth, then falls below that of training from scratch",
+)
