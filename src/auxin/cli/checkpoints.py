@@ -147,6 +147,7 @@ def _load(checkpoint: Path) -> tuple[Any, Any]:
     """The model of a checkpoint, on the device that training would use, and its tokenizer."""
     from auxin import models  # noqa: F401 - registers the architectures
     from auxin.data.tokenizer import load_tokenizer
+    from auxin.edits import replay  # noqa: F401 - and the loading of edited models
     from auxin.training import load_model
     from auxin.training.hardware import choose_device
 

@@ -7,8 +7,9 @@ from auxin.accounting import Ledger, ParameterCount, count_parameters, flops_per
 from auxin.accounting.ledger import LEDGER_FILE
 from auxin.data import PackedData
 from auxin.data.tokenizer import load_tokenizer
+from auxin.edits.structure import edited_skeleton
 from auxin.evaluation.corpus import score_held_out
-from auxin.models.loading import load_config, load_model, skeleton
+from auxin.models.loading import load_config, load_model
 from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
 from auxin.models.tokenformer.configuration import SLOTS
 from auxin.settings import Settings
@@ -70,7 +71,7 @@ def describe_checkpoint(folder: str | Path, corpus: PackedData | None = None) ->
     """
     folder = Path(folder)
     config = load_config(folder)
-    model = skeleton(config)
+    model = edited_skeleton(config)
     length = min(LONGEST_SEQUENCE, getattr(config, "max_position_embeddings", None) or LONGEST_SEQUENCE)
     groups: list[TokenGroups] = []
     nested: list[NestedModel] = []
@@ -98,7 +99,7 @@ def describe_checkpoint(folder: str | Path, corpus: PackedData | None = None) ->
 
 def _nested_models(folder: Path, config: TokenFormerConfig, corpus: PackedData | None) -> list[NestedModel]:
     if corpus is None:
-        model, tokenizer = cast(TokenFormerForCausalLM, skeleton(config)), None
+        model, tokenizer = cast(TokenFormerForCausalLM, edited_skeleton(config)), None
     else:
         model, tokenizer = cast(TokenFormerForCausalLM, load_model(folder)), load_tokenizer(folder)
     nested = []
