@@ -123,7 +123,7 @@ def head_maps(
         lost = query.counts.index(0)
         raise PlanError(
             f"{query_heads} query heads on {key_value_heads} key-value heads: head {lost} would be lost, since its "
-            f"key-value head has room for {max(seen)} of the {old_groups} that read it. "
+            f"key-value head has room for {seen[lost // old_groups]} of the {old_groups} that read it. "
             f"{_nearest_heads(sizes, query_heads, key_value_heads)}"
         )
     return query, key_value

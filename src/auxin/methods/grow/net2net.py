@@ -1,0 +1,115 @@
+"""Net2Net on transformers: wider attention and feed-forward parts by a random map, deeper by identity blocks
+(Chen, Goodfellow and Shlens, ICLR 2016, arXiv 1511.05641).
+
+The random map keeps the old units and draws every further one from them; readers divide by the number of copies, which
+differ. That is exact for feed-forward units and heads, and not for the residual, whose norm would weight its units
+anew: for a larger hidden size use lemon or hypercloning, or bert2bert for the random map without the promise. Key-value
+heads are drawn with all their query heads; where only query heads are added, those of every group are repeated in turn.
+A block becomes an identity by an output of zero.
+"""
+
+import random
+from typing import Any
+
+from pydantic import Field
+from transformers import PreTrainedModel
+
+from auxin.edits import Edit, Plan
+from auxin.edits.depth import arrange, chosen_stacks, depth, identity_order
+from auxin.edits.method import Method
+from auxin.edits.structure import config_values
+from auxin.edits.width import Widening, circular, drawn, head_maps, widen
+from auxin.edits.width_targets import WidthTargets
+from auxin.errors import PlanError
+from auxin.models.anatomy import anatomy
+from auxin.settings import Settings
+
+
+class Net2Net(Settings):
+    """The widths of attention and feed-forward part, and the depth, after the growth; what is not given stays."""
+
+    num_attention_heads: int | None = Field(default=None, gt=0)
+    """Query heads, where the head dimension is a value of its own."""
+    num_key_value_heads: int | None = Field(default=None, gt=0)
+    """Key-value heads; they follow the query heads in their old ratio."""
+    intermediate_size: int | None = Field(default=None, gt=0)
+    """Hidden units of the feed-forward part."""
+    num_hidden_layers: int | None = Field(default=None, gt=0)
+    """Layers; of an encoder and a decoder, of each."""
+    noise: float = Field(default=0.05, ge=0, allow_inf_nan=False)
+    """Noise on the shares of the copies, relative to the root mean square of the weights; it sums to zero over the
+    copies of a unit. Without it copies of units that are read equally stay equal for ever."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the random map and of the noise."""
+
+
+def plan_net2net(model: PreTrainedModel, settings: Net2Net) -> Plan:
+    """Plan wider attention and feed-forward parts and identity blocks; weights are not needed.
+
+    Raises:
+        PlanError: an unknown architecture, a target that is smaller than the model, heads that do not go together or
+            that would need another hidden size, identity blocks in a post-norm architecture, or nothing to grow.
+    """
+    body = anatomy(model)
+    old = body.sizes
+    wanted = settings.model_dump(include={"num_attention_heads", "num_key_value_heads", "intermediate_size"})
+    if body.fields.head_dim is None and settings.num_attention_heads not in (None, old.query_heads):
+        raise PlanError(
+            f"num_attention_heads = {settings.num_attention_heads}: in this architecture the head dimension is hidden "
+            "size / heads, so that heads grow with the hidden size alone. Use lemon or hypercloning with hidden_size = "
+            f"{settings.num_attention_heads * old.head_dim}."
+        )
+    sizes = WidthTargets.parse(wanted).sizes(body)
+    draw = random.Random(settings.seed)
+    edits: list[Edit] = []
+    if sizes != old:
+        groups = old.query_heads // old.key_value_heads
+        added = sizes.key_value_heads - old.key_value_heads
+        whole = added > 0 and sizes.query_heads == sizes.key_value_heads * groups
+        chosen = [draw.randrange(old.key_value_heads) for _ in range(added)] if whole else []
+        query, key_value = head_maps(old, sizes.query_heads, sizes.key_value_heads, chosen)
+        ffn = None
+        if old.ffn and sizes.ffn:
+            ffn = drawn(old.ffn, sizes.ffn, [draw.randrange(old.ffn) for _ in range(sizes.ffn - old.ffn)])
+        residual = circular(old.residual, old.residual)
+        edits += widen(body, Widening(residual, query, key_value, ffn, old.head_dim, noise=settings.noise)).edits
+    if settings.num_hidden_layers is not None:
+        for stack in chosen_stacks(body, None):
+            order, new = identity_order(depth(model, stack), settings.num_hidden_layers)
+            if new:
+                edits += arrange(model, body, stack, order, dict.fromkeys(new, 0.0), exact=True)
+    if not edits:
+        raise PlanError(
+            f"There is nothing to grow: the model already has num_attention_heads = {old.query_heads}, "
+            f"intermediate_size = {old.ffn} and the layers asked for. Ask for more of one of them."
+        )
+    return Plan(
+        method="net2net",
+        settings=settings.model_dump(mode="json", exclude_defaults=True),
+        promise="exact",
+        seed=settings.seed,
+        edits=edits,
+        made_for=config_values(model.config),
+    )
+
+
+def _examples(model: PreTrainedModel) -> dict[str, Any]:
+    body = anatomy(model)
+    settings: dict[str, Any] = {}
+    if body.sizes.ffn:
+        settings["intermediate_size"] = body.sizes.ffn * 3 // 2
+    if body.norm_position != "after_residual":
+        settings["num_hidden_layers"] = max(depth(model, stack) for stack in body.stacks) + 1
+    return settings
+
+
+METHOD = Method(
+    name="net2net",
+    title="Net2Net: random copies of heads and feed-forward units, identity blocks",
+    paper="arXiv 1511.05641",
+    intent="grow",
+    settings=Net2Net,
+    plan=plan_net2net,
+    examples=_examples,
+    promise="exact; heads and feed-forward units only, deeper only with norms before or inside the residual sum",
+)
