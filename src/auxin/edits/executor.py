@@ -1,6 +1,7 @@
 """The executor: the only code that changes a model."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -163,10 +164,10 @@ def check_moment(origin: Origin, state: str, name: str, tensor: Tensor) -> None:
         )
 
 
-def blend(sources: tuple[tuple[float, str], ...], tensor: Any) -> Tensor:
+def blend(sources: tuple[tuple[float, str], ...], tensor: Callable[[str], Tensor]) -> Tensor:
     """The weighted sum of the old tensors that `tensor(name)` gives."""
     if len(sources) == 1 and sources[0][0] == 1.0:
-        return tensor(sources[0][1])  # type: ignore[no-any-return]
+        return tensor(sources[0][1])
     total: Tensor | None = None
     for weight, name in sources:
         term = tensor(name) * weight
@@ -307,7 +308,7 @@ class _Surgery:
     def _copy_state(self, name: str, origin: Origin, parameter: nn.Parameter) -> None:
         assert self.optimizer is not None
         old = self.old[str(origin.source)]
-        state = self.optimizer.state.get(old)  # type: ignore[call-overload]
+        state = self.optimizer.state.get(old)
         if not state:
             return
         copied: dict[str, Any] = {}
@@ -329,9 +330,9 @@ class _Surgery:
         for group in self.optimizer.param_groups:
             self._restore_list_later(group)
         for parameter, relative in self._relatives:
-            group = homes.get(id(self.old.get(relative)))
-            if group is not None and id(parameter) in alive:
-                group["params"].append(parameter)
+            home = homes.get(id(self.old.get(relative)))
+            if home is not None and id(parameter) in alive:
+                home["params"].append(parameter)
         for group in self.optimizer.param_groups:
             before = [p for p in group["params"] if id(p) in ours]
             sorted_before = [alive.get(id(p), -1) for p in before if id(p) in alive]
@@ -380,24 +381,25 @@ class _Surgery:
         return min((key for key, value in self.old.items() if isinstance(value, nn.Parameter)), key=distance)
 
 
-def _restored(origin: Origin, new: Tensor) -> Tensor:
-    restored: Tensor | None = new
+def _back(origin: Origin, new: Tensor) -> Tensor | None:
+    """The old tensor out of the new one; None where it can't be had."""
+    back: Tensor | None = new
     for step in reversed(origin.steps):
-        assert restored is not None
-        restored = step.edit.restore_parameter(restored, step.old_shape)
-    assert restored is not None
-    return restored
+        back = None if back is None else step.edit.restore_parameter(back, step.old_shape)
+    return back
+
+
+def _restored(origin: Origin, new: Tensor) -> Tensor:
+    """As `_back`, where it was found that it can be had."""
+    back = _back(origin, new)
+    assert back is not None
+    return back
 
 
 def _restores(origin: Origin, new: Tensor, old: Tensor) -> bool:
-    if new.is_meta:
-        return False
-    back: Tensor | None = new
-    for step in reversed(origin.steps):
-        back = step.edit.restore_parameter(back, step.old_shape)
-        if back is None:
-            return False
-    return torch.equal(back, old)
+    """Whether the old tensor can be had back, bit by bit, from the new one."""
+    back = None if new.is_meta else _back(origin, new)
+    return back is not None and torch.equal(back, old)
 
 
 def _replace_data(parameter: nn.Parameter, data: Tensor) -> None:

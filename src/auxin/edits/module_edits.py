@@ -154,7 +154,7 @@ def _built(name: str, way: Literal["replacing", "wrapping"], old: nn.Module, set
     if build is None:
         raise PlanError(f"the brick {name} can't replace a module; wrap it")
     try:
-        return build(old, **settings)  # type: ignore[no-any-return]
+        return build(old, **settings)
     except (TypeError, ValueError, AttributeError) as error:
         raise PlanError(f"the brick {name} refuses a {type(old).__name__} with {settings}: {error}") from error
 

@@ -264,7 +264,7 @@ class SliceParameter(ParameterEdit):
         noise.mul_(self.noise * root_mean_square(new))
         absent = self._absent_entries()
         noise.index_fill_(self.axis, absent, 0)
-        mean = noise.new_zeros(old_shape[: self.axis] + (old_shape[self.axis],) + tuple(new.shape[self.axis + 1 :]))
+        mean = noise.new_zeros(self._piece(new, old_shape[self.axis]))
         mean.index_add_(self.axis, sources, noise)
         mean.div_(self._along_axis(counts.clamp(min=1), mean))
         noise.sub_(mean.index_select(self.axis, sources)).index_fill_(self.axis, absent, 0)

@@ -15,16 +15,16 @@ from auxin.edits.structure import REPLAY_METHOD, fill_brick_buffers, rebuild, st
 
 
 @register_quantization_config(REPLAY_METHOD)
-class EditsConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class EditsConfig(QuantizationConfigMixin):
     """The structural edits of a model, as they stand in config.json."""
 
     def __init__(self, edits: list[dict[str, Any]] | None = None, quant_method: str = REPLAY_METHOD) -> None:
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment] # its enumeration knows the built-in ones only
         self.edits = edits or []
 
 
 @register_quantizer(REPLAY_METHOD)
-class EditsReplay(HfQuantizer):  # type: ignore[misc]
+class EditsReplay(HfQuantizer):
     """Does the edits of a checkpoint again on the model that its weights are about to be loaded into."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

@@ -1,12 +1,10 @@
 """Following a plan on shapes: where every parameter of the new model comes from. All checks happen here."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -26,8 +24,13 @@ from auxin.edits.structure import (
 )
 from auxin.errors import PlanError
 
-if TYPE_CHECKING:
-    from auxin.edits.plan import Plan
+
+class Planned(Protocol):
+    """What is resolved: a Plan."""
+
+    @property
+    def edits(self) -> Sequence[Any]:
+        """The edits, in order."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Origin:
     shape: tuple[int, ...]
     """Its shape after all edits."""
     sources: tuple[tuple[float, str], ...]
-    """Weights and names (the first of each tensor's names) of the old parameters whose sum it starts from. None: fresh."""
+    """Weights and names (the first of each tensor's names) of the old parameters that it is the sum of; a fresh one has
+    none."""
     steps: tuple[Step, ...] = ()
     """What is then done to the sum, in order."""
     fill: Fill | None = None
@@ -101,7 +105,7 @@ class ResolvedPlan:
         }
 
 
-def resolve(plan: Plan, model: PreTrainedModel) -> ResolvedPlan:
+def resolve(plan: Planned, model: PreTrainedModel) -> ResolvedPlan:
     """Check that `plan` fits `model` (weights are not looked at; the meta device serves) and find what it changes.
 
     Raises:
@@ -120,7 +124,7 @@ def resolve(plan: Plan, model: PreTrainedModel) -> ResolvedPlan:
     return tracker.finish(plan)
 
 
-def planned_config(plan: Plan, config: PreTrainedConfig) -> PreTrainedConfig:
+def planned_config(plan: Planned, config: PreTrainedConfig) -> PreTrainedConfig:
     """The config of the model that `plan` makes of a model of `config`, which stays as it is.
 
     Raises:
@@ -337,7 +341,7 @@ class _Tracker:
         self.aliases = {alias: kept if name == gone else name for alias, name in self.aliases.items()}
         del self.origins[gone]
 
-    def finish(self, plan: Plan) -> ResolvedPlan:
+    def finish(self, plan: Planned) -> ResolvedPlan:
         """Build the new skeleton and find the origin of everything in it."""
         config = edited_config(self.before.config, self.values)
         with_structural_edits(config, self.structure)
@@ -355,7 +359,7 @@ class _Tracker:
         self._check_modules(resolved)
         return resolved
 
-    def _origins(self, plan: Plan, after: PreTrainedModel) -> dict[str, Origin]:
+    def _origins(self, plan: Planned, after: PreTrainedModel) -> dict[str, Origin]:
         names, shapes = tensor_names(after), shapes_of(after)
         origins: dict[str, Origin] = {}
         for name, aliases in names.items():
@@ -400,7 +404,7 @@ class _Tracker:
         module = after.get_submodule(name.rpartition(".")[0])
         return name.rpartition(".")[2] in module._buffers and hasattr(module, "reset_buffers")
 
-    def _check_shape(self, plan: Plan, name: str, origin: Origin, expected: tuple[int, ...]) -> None:
+    def _check_shape(self, plan: Planned, name: str, origin: Origin, expected: tuple[int, ...]) -> None:
         if origin.shape == expected:
             return
         blamed = "No edit"
@@ -413,7 +417,7 @@ class _Tracker:
         )
 
     def _check_modules(self, resolved: ResolvedPlan) -> None:
-        """Modules stay the objects they are unless an edit says otherwise: a config value can't turn one into another."""
+        """Modules stay what they are unless an edit says otherwise: a config value can't turn one into another."""
         before = dict(resolved.before.named_modules(remove_duplicate=False))
         for path, module in resolved.after.named_modules(remove_duplicate=False):
             old_path = resolved.modules.get(path)
@@ -436,7 +440,7 @@ class _Tracker:
             path = min(gone)
             raise PlanError(
                 f"With the plan's config values ({self._set_in_words()}) the module {path} would be nothing instead of "
-                f"{type(before.get(self.modules[path] or '', None)).__name__}, which is another function and which no "
+                f"{type(before.get(self.modules[path] or '')).__name__}, which is another function and which no "
                 "edit provides. Leave out the config value that changes it."
             )
 

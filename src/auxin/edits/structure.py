@@ -2,7 +2,7 @@
 
 import copy
 import json
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -15,7 +15,7 @@ from auxin.errors import CheckpointError, PlanError
 from auxin.models.loading import skeleton
 
 REPLAY_METHOD = "auxin"
-"""Our name in the config's `quantization_config`, transformers' extension point for rewriting a model before loading."""
+"""Our name in the config's `quantization_config`, through which transformers lets a model be rewritten before loading."""
 
 _EDITS: TypeAdapter[list[Any]] = TypeAdapter(list[StructuralEdit])
 
@@ -113,7 +113,7 @@ def fill_brick_buffers(model: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.zeros_like(buffer, device="cpu")
-        module.reset_buffers()
+        cast(Any, module).reset_buffers()
         module._buffers.update(loaded)
 
 

@@ -30,6 +30,11 @@ class Undo:
         self.add(lambda: owner.pop(key, None) if old is ABSENT else owner.__setitem__(key, old))
         owner[key] = value
 
+    def remove(self, owner: dict[str, Any], key: str) -> None:
+        """Take `key` out of `owner` and remember what it held."""
+        value = owner.pop(key)
+        self.add(lambda: owner.__setitem__(key, value))
+
     def refill(self, owner: dict[str, Any], values: dict[str, Any]) -> None:
         """Make `owner`, the same dictionary, hold `values` in their order, and remember what was there."""
         old = dict(owner)
@@ -160,8 +165,7 @@ class _Rebuilding:
                 self.undo.set(vars(config), key, copy.deepcopy(getattr(after, key)))
         for key in old.keys() - new.keys():
             if key in vars(config):
-                value = vars(config).pop(key)
-                self.undo.add(lambda key=key, value=value: vars(config).__setitem__(key, value))
+                self.undo.remove(vars(config), key)
 
     def _adopt_config(self, module: nn.Module) -> None:
         """New modules must read the model's config and not the skeleton's."""
