@@ -10,6 +10,7 @@ from auxin.edits.inverse import inverse_plan
 from auxin.edits.layer_edits import ArrangeLayers
 from auxin.edits.module_edits import RemoveModule, ReplaceModule, TieParameters, WrapModule
 from auxin.edits.parameter_edits import (
+    AverageRows,
     CentreParameter,
     PadParameter,
     ProjectParameter,
@@ -22,6 +23,7 @@ from auxin.edits.resolution import planned_config
 
 __all__ = [
     "ArrangeLayers",
+    "AverageRows",
     "CentreParameter",
     "ConstantFill",
     "Edit",

@@ -71,14 +71,14 @@ def apply_to_checkpoint(
     rewrites.check()
     probe = default_probe(plan, before) if probe is None else probe
     # The old model is gone before the new one is loaded.
-    reference, allowed = _logits(source, probe)
+    reference, allowed = _logits(source, probe, plan.vocabulary)
     with new_folder(output) as folder:
         _copy_other_files(source, folder, rewrites)
         rewrites.write(folder)
         config = resolved.after.config
         config.architectures = before.config.architectures
         config.save_pretrained(folder)
-        change = relative_change(reference, _logits(folder, probe)[0])
+        change = relative_change(reference, _logits(folder, probe, plan.vocabulary)[0])
         check_promise(plan, change, allowed)
         receipt = Receipt(
             plan=plan,
@@ -340,10 +340,10 @@ def _refuse_sharded(path: Path) -> None:
             )
 
 
-def _logits(folder: Path, probe: Probe) -> tuple[Tensor, float]:
+def _logits(folder: Path, probe: Probe, vocabulary: int | None) -> tuple[Tensor, float]:
     """The logits of the model in `folder` on `probe`, and the change that its data type allows."""
     model = load_model(folder)
-    return probe_logits(model, probe), tolerance(model)
+    return probe_logits(model, probe, vocabulary), tolerance(model)
 
 
 def _bytes(piece: Any) -> int:

@@ -13,6 +13,7 @@ from auxin.edits.fills import Tagged
 from auxin.edits.layer_edits import ArrangeLayers
 from auxin.edits.module_edits import RemoveModule, ReplaceModule, TieParameters, WrapModule
 from auxin.edits.parameter_edits import (
+    AverageRows,
     CentreParameter,
     PadParameter,
     ParameterEdit,
@@ -60,6 +61,7 @@ class SetConfig(Tagged):
 Edit = Annotated[
     SetConfig
     | PadParameter
+    | AverageRows
     | SliceParameter
     | ScaleParameter
     | CentreParameter

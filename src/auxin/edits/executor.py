@@ -42,8 +42,8 @@ class Receipt(Settings):
     @property
     def overshoot(self) -> float:
         """How many times too far the first steps move the function if the old learning rates are kept: the largest
-        factor among the parameters; 1 says that they can be kept."""
-        return max([1.0, *(rate.overshoot for rate in self.continuation.values() if rate.exact)])
+        factor among the parameters, also of those that no rate serves exactly; 1 says that they can be kept."""
+        return max([1.0, *(rate.overshoot for rate in self.continuation.values())])
 
     @property
     def continues_exactly(self) -> bool:
@@ -92,7 +92,7 @@ def apply(
         for name, parameter in parameters.items():
             check_finite(name, parameter)
         probe = default_probe(plan, model) if probe is None else probe
-        reference = probe_logits(model, probe)
+        reference = probe_logits(model, probe, plan.vocabulary)
     undo = Undo()
     change: float | None = None
     try:
@@ -101,7 +101,7 @@ def apply(
         rebuild_tree(model, resolved, surgery.tensors, undo)
         surgery.join_groups()
         if has_data and probe is not None:
-            change = relative_change(reference, probe_logits(model, probe))
+            change = relative_change(reference, probe_logits(model, probe, plan.vocabulary))
             check_promise(plan, change, allowed)
     except BaseException:
         undo.everything()

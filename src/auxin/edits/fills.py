@@ -86,14 +86,25 @@ class MeanFill(_FreshFill):
     """New rows that are the mean of the old ones."""
 
     kind: Literal["mean"] = "mean"
+    rows: int | None = Field(default=None, gt=0)
+    """Only the first so many old rows count, of values and of moments: those of a table that hold something. None: all.
+    """
 
     def write(self, new: Tensor, axis: int, size: int, generator: torch.Generator) -> None:
         """Fill the new rows of `new`, whose first `size` along `axis` are the old ones."""
         rows = new.narrow(axis, size, new.shape[axis] - size)
-        rows.copy_(new.narrow(axis, 0, size).mean(dim=axis, keepdim=True).expand_as(rows))
+        rows.copy_(mean_of_rows(new.narrow(axis, 0, self.rows or size), axis).expand_as(rows))
+
+    def write_moment(self, new: Tensor, axis: int, size: int, order: int) -> None:
+        """Fill the new rows of an optimizer moment of `order` 1 or 2, from the rows that count."""
+        rows = new.narrow(axis, size, new.shape[axis] - size)
+        if order == 2:
+            rows.copy_(mean_of_rows(new.narrow(axis, 0, self.rows or size), axis).expand_as(rows))
+        else:
+            rows.zero_()
 
     def __str__(self) -> str:
-        return "mean of the old"
+        return "mean of the old" if self.rows is None else f"mean of the first {self.rows:,}"
 
 
 class RepeatFill(Tagged):
@@ -163,6 +174,12 @@ class RepeatFill(Tagged):
 
 
 Fill = Annotated[ZeroFill | ConstantFill | NormalFill | MeanFill | RepeatFill, Field(discriminator="kind")]
+
+
+def mean_of_rows(tensor: Tensor, axis: int = 0) -> Tensor:
+    """The mean along `axis`, which stays with length 1; summed in float32 at least."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.mean(dim=axis, keepdim=True, dtype=wide).to(tensor.dtype)
 
 
 def root_mean_square(tensor: Tensor) -> float:

@@ -46,6 +46,7 @@ def inverse_plan(plan: Plan, model: PreTrainedModel) -> Plan:
     return Plan(
         method=f"inverse of {plan.method}",
         promise=plan.promise,
+        vocabulary=plan.vocabulary,
         seed=plan.seed,
         edits=back,
         made_for=config_values(resolved.after.config),

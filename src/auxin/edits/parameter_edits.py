@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from auxin.edits.fills import Fill, RepeatFill, Tagged, ZeroFill, root_mean_square
+from auxin.edits.fills import Fill, MeanFill, RepeatFill, Tagged, ZeroFill, mean_of_rows, root_mean_square
 from auxin.edits.rate import Rate
 from auxin.errors import PlanError
 
@@ -87,6 +87,8 @@ class PadParameter(ParameterEdit):
             )
         if self.fill.kind == "repeat" and self.fill.first >= shape[self.axis]:
             raise PlanError(f"first row to repeat {self.fill.first} is beyond the {shape[self.axis]} old rows")
+        if isinstance(self.fill, MeanFill) and (self.fill.rows or 0) > shape[self.axis]:
+            raise PlanError(f"the mean of {self.fill.rows} rows needs more than the {shape[self.axis]} old rows")
         return (*shape[: self.axis], self.size, *shape[self.axis + 1 :])
 
     def map_parameter(self, old: Tensor, seed: int, name: str) -> Tensor:
@@ -121,7 +123,7 @@ class PadParameter(ParameterEdit):
             sources = torch.arange(self.size)
             first, size = self.fill.first, old_shape[self.axis]
             sources = torch.where(sources < size, sources, first + (sources - first) % (size - first))
-            return _copy_rate(torch.bincount(sources, minlength=size), self.fill.divide)
+            return _copy_rate(torch.bincount(sources, minlength=size), self.fill.divide, self.fill.noise)
         return Rate(exact=False)
 
     def _room_for(self, old: Tensor) -> Tensor:
@@ -131,6 +133,59 @@ class PadParameter(ParameterEdit):
 
     def __str__(self) -> str:
         return f"pad axis {self.axis} to {self.size}: {self.fill}"
+
+
+class AverageRows(ParameterEdit):
+    """Put means of old rows where rows held nothing: the rows of a vocabulary's table that new tokens get."""
+
+    kind: Literal["average_rows"] = "average_rows"
+    first: int = Field(gt=0)
+    """The first row that is written; all rows before it are old."""
+    sources: list[list[int]]
+    """Row first + i becomes the mean of the old rows sources[i]; an empty list means all old rows."""
+
+    @model_validator(mode="after")
+    def _sensible(self) -> "AverageRows":
+        if not self.sources:
+            raise ValueError("sources: an empty list would write no row")
+        odd = next((row for rows in self.sources for row in rows if not 0 <= row < self.first), None)
+        if odd is not None:
+            raise ValueError(f"sources: {odd} is no old row; give 0 to {self.first - 1}")
+        return self
+
+    def new_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The same shape; PlanError when the rows do not exist."""
+        _check_axis(0, shape)
+        if self.first + len(self.sources) > shape[0]:
+            raise PlanError(f"row {self.first + len(self.sources) - 1} is beyond the {shape[0]} rows that it has")
+        return shape
+
+    def map_parameter(self, old: Tensor, seed: int, name: str) -> Tensor:
+        """The new tensor; nothing is random."""
+        new = old.clone()
+        if old.is_meta:
+            return new
+        everything = mean_of_rows(old[: self.first])[0]
+        for place, rows in enumerate(self.sources, start=self.first):
+            new[place] = mean_of_rows(old[rows])[0] if rows else everything
+        return new
+
+    def map_moment(self, old: Tensor, order: int) -> Tensor:
+        """As for other fresh rows: no first moment, the mean of the old rows' second."""
+        new = old.clone()
+        rows = new[self.first : self.first + len(self.sources)]
+        rows.copy_(mean_of_rows(old[: self.first]).expand_as(rows)) if order == 2 else rows.zero_()
+        return new
+
+    def inverse(self, old_shape: tuple[int, ...]) -> list[ParameterEdit] | None:
+        """Nothing: the rows held nothing before."""
+        return []
+
+    def __str__(self) -> str:
+        given = sum(1 for rows in self.sources if rows)
+        means = {0: "mean of the old", len(self.sources): "means of their old rows"}
+        last = self.first + len(self.sources) - 1
+        return f"rows {self.first}..{last}: {means.get(given, f'means of old rows ({given} of chosen ones)')}"
 
 
 class SliceParameter(ParameterEdit):
@@ -217,8 +272,8 @@ class SliceParameter(ParameterEdit):
         return back
 
     def rate(self, old_shape: tuple[int, ...]) -> Rate:
-        """Exact where all units have equally many copies."""
-        return _copy_rate(self._counts(old_shape), self.divide)
+        """Exact where all units have equally many copies with equal shares."""
+        return _copy_rate(self._counts(old_shape), self.divide, self.noise)
 
     @cached_property
     def _entries(self) -> Tensor:
@@ -410,14 +465,17 @@ def _check_axis(axis: int, shape: tuple[int, ...]) -> None:
         raise PlanError(f"axis {axis} is beyond the {len(shape)} axes of shape {list(shape)}")
 
 
-def _copy_rate(counts: Tensor, divide: bool) -> Rate:
-    """The rate of entries that have `counts` copies each; those dropped are no concern of the new model's."""
-    different = set(counts[counts > 0].tolist())
-    if len(different) != 1:
-        return Rate(exact=False)
-    count = different.pop()
-    exact = bool((counts > 0).all())
-    return Rate(lr=1 / count, exact=exact) if divide else Rate(eps=1 / count, exact=exact)
+def _copy_rate(counts: Tensor, divide: bool, noise: float) -> Rate:
+    """The rate of entries that have `counts` copies each; those dropped are no concern of the new model's.
+
+    Where the counts differ, no rate is right for all; that of the most copied ones is safe. Where noise makes the
+    shares of readers differ, the copies that they read get different gradients from then on.
+    """
+    most = int(counts.max())
+    exact = bool((counts == most).all()) and not noise
+    if divide:
+        return Rate(lr=1 / most, exact=exact)
+    return Rate(eps=1 / most, exact=exact)
 
 
 def _ranges(index: list[int]) -> str:

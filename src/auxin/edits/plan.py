@@ -26,6 +26,8 @@ class Plan(Settings):
     """The method's settings."""
     promise: Promise
     """What holds at the moment of the edit: `exact` (the same function, checked by `apply`), `approximate`, `none`."""
+    vocabulary: int | None = Field(default=None, gt=0)
+    """What the promise speaks of: texts of the token ids below this, and the logits of these. None: all."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of all random numbers that the edits draw."""
     edits: list[Edit]

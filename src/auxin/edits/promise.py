@@ -35,11 +35,14 @@ def default_probe(plan: Plan, model: PreTrainedModel) -> dict[str, Tensor]:
     """Two inputs drawn with the plan's seed: sequences of at most 64 token ids, or images."""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or PROBE_LENGTH
-    return example_inputs(model, PROBE_SEQUENCES, min(PROBE_LENGTH, limit), seed=plan.seed)
+    inputs = example_inputs(model, PROBE_SEQUENCES, min(PROBE_LENGTH, limit), seed=plan.seed)
+    if plan.vocabulary is None:
+        return inputs
+    return {name: ids % plan.vocabulary for name, ids in inputs.items()}
 
 
-def probe_logits(model: PreTrainedModel, probe: Probe) -> Tensor:
-    """The logits on `probe` in evaluation mode; training flags are put back.
+def probe_logits(model: PreTrainedModel, probe: Probe, vocabulary: int | None = None) -> Tensor:
+    """The logits on `probe` in evaluation mode, the first `vocabulary` of them if given; training flags are put back.
 
     Under autocast or with TF32 products two exact models would differ by the rounding of the shorter type, so both are
     off here, whatever the caller's settings.
@@ -51,7 +54,7 @@ def probe_logits(model: PreTrainedModel, probe: Probe) -> Tensor:
     }
     extra = {"use_cache": False} if model.can_generate() else {}
     with evaluation_mode(model), torch.no_grad(), full_precision(model.device.type):
-        return cast(Tensor, model(**inputs, **extra).logits)
+        return cast(Tensor, model(**inputs, **extra).logits[..., :vocabulary])
 
 
 @contextmanager
