@@ -1,0 +1,47 @@
+"""Sizes of a growth that leaves the head dimension as it is, and how the config says them."""
+
+from typing import Any
+
+from auxin.edits.width_targets import WidthTargets
+from auxin.errors import PlanError
+from auxin.models.anatomy import Anatomy, Sizes
+
+
+def fixed_head_sizes(anatomy: Anatomy, targets: WidthTargets) -> Sizes:
+    """The widths that `targets` mean for a model of this anatomy; where nothing else is said and the config derives the
+    head dimension (hidden size / heads), the hidden size follows the heads.
+
+    Raises:
+        PlanError: a width shrinks, they don't go together, or the head dimension would have to change; the message
+            names the nearest possible ones.
+    """
+    old = anatomy.sizes
+    if anatomy.fields.head_dim is None and targets.hidden_size is None and targets.num_attention_heads is not None:
+        targets = targets.model_copy(update={"hidden_size": targets.num_attention_heads * old.head_dim})
+    new = targets.sizes(anatomy)
+    if new.head_dim != old.head_dim:
+        below = max(new.residual // old.head_dim * old.head_dim, old.residual)
+        raise PlanError(
+            f"hidden_size = {new.residual} with {new.query_heads} heads would change the head dimension from "
+            f"{old.head_dim} to {new.head_dim}; new heads are whole heads here. The nearest possible: hidden_size = "
+            f"{below} with num_attention_heads = {below // old.head_dim}, or {below + old.head_dim} with "
+            f"{below // old.head_dim + 1}."
+        )
+    return new
+
+
+def size_values(anatomy: Anatomy, new: Sizes) -> dict[str, Any]:
+    """The config's values for the widths `new`: those that change, and those that the config would derive from them."""
+    old, fields = anatomy.sizes, anatomy.fields
+    sizes = (
+        (fields.hidden_size, old.residual, new.residual),
+        (fields.heads, old.query_heads, new.query_heads),
+        (fields.key_value_heads, old.key_value_heads, new.key_value_heads),
+        (fields.ffn, old.ffn, new.ffn),
+    )
+    values: dict[str, Any] = {field: after for field, before, after in sizes if field and before != after}
+    if values and fields.head_dim is not None:
+        values[fields.head_dim] = new.head_dim
+    if fields.hidden_size in values and fields.ffn is not None:
+        values[fields.ffn] = new.ffn
+    return values

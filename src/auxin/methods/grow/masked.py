@@ -1,0 +1,429 @@
+"""Masked structural growth (MSG, arXiv 2305.02869): new weights are random, and masks let them in step by step.
+
+The growth puts masks around the model's modules (see `auxin.nn.masked`): on what enters the residual (embeddings, the
+outputs of attention and feed-forward parts), on the queries, keys and values of new heads, on new feed-forward units
+and, with weighted statistics, on the norms; a new layer is c f(x) + (1 - c) x. At strength c = 0 the function is the
+old one, whatever the norms, also where they come after the residual sum (BERT), and whatever the new weights. Train
+with the hook `MaskRamp`, which raises c linearly to 1, then take the masks off with a second plan (`finish`): at c = 1
+they do nothing, and what is left is the plain grown architecture, whose checkpoint loads without auxin.
+
+    auxin plan MODEL masked --set intermediate_size=4096     # then train with MaskRamp(5000)
+    auxin plan GROWN masked --set finish=true
+
+The paper grows one dimension at a time, 5000 steps each, in the order feed-forward, layers, width, heads, layers; any
+subset can be grown at once here. It starts new weights normal, at the old ones' scale; new gains start at the mean of
+the old ones, new biases at zero. Departures: the released code leaves the second moments of new entries at zero, where
+their first steps would be several times too long; here they start from the mean of the old ones, as in every padded
+tensor. It covers BERT alone; the masks of pre-norm models and grouped-query heads follow the same rules here.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from auxin.edits import Edit, NormalFill, PadParameter, Plan, SetConfig, ZeroFill
+from auxin.edits.depth import chosen_stacks, depth
+from auxin.edits.edit import ArrangeLayers, RemoveModule, ScaleParameter, SliceParameter, WrapModule
+from auxin.edits.fills import Fill, MeanFill
+from auxin.edits.fixed_heads import fixed_head_sizes, size_values
+from auxin.edits.method import Method
+from auxin.edits.structure import config_values, structural_edits
+from auxin.edits.width import describe_sizes
+from auxin.edits.width_targets import WidthTargets
+from auxin.errors import ConfigError, PlanError
+from auxin.models.anatomy import Anatomy, LayerStack, ParameterRole, Segment, Sizes, anatomy
+from auxin.nn.masked import Masked
+
+BRICKS = ("masked", "masked_norm", "masked_block")
+
+
+class MaskedGrowth(WidthTargets):
+    """The sizes to grow to, behind masks; or the end of the masks."""
+
+    layers: int | None = Field(default=None, gt=0)
+    """Number of layers after the growth; new ones go on top. With encoder and decoder: of each, or of `part`."""
+    part: str | None = None
+    """Of a model with an encoder and a decoder, the one that gets layers: "encoder" or "decoder"."""
+    new_layers: Literal["random", "copies"] = "random"
+    """What new layers hold: weights as the architecture initialises them, or those of the old layers, in order."""
+    finish: bool = False
+    """Take the masks off, after the ramp; goes with no other setting."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the new weights."""
+
+    @model_validator(mode="after")
+    def _finish_alone(self) -> Self:
+        if self.finish and (others := sorted(self.model_fields_set - {"finish"})):
+            raise ValueError(f"finish takes the masks off and goes with no other setting; leave out {others[0]}")
+        return self
+
+
+def plan_masked(model: PreTrainedModel, settings: MaskedGrowth) -> Plan:
+    """Plan a growth behind masks, or with `finish` their end; weights are not needed.
+
+    Raises:
+        PlanError: an unknown architecture, sizes that shrink or don't go together, nothing to grow, or masks that are
+            there already.
+    """
+    if settings.finish:
+        return plan_unmask(model)
+    if _mask_edits(model):
+        raise PlanError(
+            "The model has masks of an earlier growth. Train with MaskRamp until they are at 1 and take them off "
+            "(masked with finish = true), then grow again."
+        )
+    body = anatomy(model)
+    sizes = fixed_head_sizes(body, settings)
+    growth = _Growth(model, body, sizes)
+    deeper = _deeper(model, body, settings)
+    edits = growth.parameter_edits()
+    edits += [
+        ArrangeLayers(layers=stack.path, order=_order(settings, old, new)) for stack, (old, new) in deeper.items()
+    ]
+    edits += growth.masks()
+    for stack, (old, new) in deeper.items():
+        edits += [WrapModule(module=f"{stack.path}.{layer}", brick="masked_block") for layer in range(old, new)]
+    if not edits:
+        raise PlanError(
+            f"There is nothing to grow: the model already has {describe_sizes(body)}. Ask for more of one, or for "
+            "layers."
+        )
+    return Plan(
+        method="masked",
+        settings=settings.model_dump(mode="json", exclude_defaults=True),
+        promise="exact",
+        seed=settings.seed,
+        edits=edits,
+        made_for=config_values(model.config),
+    )
+
+
+def plan_unmask(model: PreTrainedModel) -> Plan:
+    """Plan the end of the masks: what is left is the plain architecture, the same function when all masks are at 1.
+
+    Raises:
+        PlanError: there are no masks, or one is not at 1 yet.
+    """
+    masks = _mask_edits(model)
+    if not masks:
+        raise PlanError("The model has no masks that could be taken off. Grow it first.")
+    for name, module in _masked_modules(model):
+        strengths = module.strengths()
+        if not strengths.is_meta and (strengths != 1).any():
+            raise PlanError(
+                f"The mask of {name} is at {float(strengths.min()):.4g}; without it the function would jump. Train "
+                "with MaskRamp until the ramp's last step, or set it: MaskRamp.set_strength(model, 1.0)."
+            )
+    return Plan(
+        method="masked",
+        settings={"finish": True},
+        promise="exact",
+        edits=[RemoveModule(module=edit.module, leaves="inner") for edit in reversed(masks)],
+        made_for=config_values(model.config),
+    )
+
+
+class MaskRamp:
+    """Training hook: raises the strength of all masks linearly from 0 to 1 in `steps` steps.
+
+    The first step sees strength 0, the model as it was grown; after step s (0-based) it is min(1, (s + 1) / steps).
+    The masks are saved with the model, and the strength is a function of the step alone.
+
+    Args:
+        steps: optimizer steps of the ramp, counted from the start of the training stage (the paper: 5000).
+    """
+
+    def __init__(self, steps: int) -> None:
+        if steps < 1:
+            raise ConfigError(f"MaskRamp: steps must be at least 1, received {steps}.")
+        self.steps = steps
+        self._masks: list[Masked] = []
+
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Find the masks; PlanError when there are none."""
+        self._masks = [module for _, module in _masked_modules(model)]
+        if not self._masks:
+            raise PlanError(f"MaskRamp: the {type(model).__name__} has no masks. Grow it with the method masked first.")
+
+    def before_step(self, step: int) -> None:
+        """Nothing: the first step sees the model as it was grown."""
+
+    def after_step(self, step: int) -> None:
+        """Set the strength of the next step."""
+        if step < self.steps:
+            for mask in self._masks:
+                mask.set_strength((step + 1) / self.steps)
+
+    @staticmethod
+    def set_strength(model: nn.Module, strength: float) -> None:
+        """Set all masks of `model` to `strength`, 0 to 1, without a ramp."""
+        for _, mask in _masked_modules(model):
+            mask.set_strength(strength)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The length of the ramp."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as the hook that gave `state`."""
+        self.steps = state["steps"]
+
+
+def _masked_modules(model: nn.Module) -> Iterator[tuple[str, Masked]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Masked))
+
+
+def _mask_edits(model: PreTrainedModel) -> list[WrapModule]:
+    """The edits that put the model's masks there, in order."""
+    edits = structural_edits(model.config)
+    return [edit for edit in edits if isinstance(edit, WrapModule) and edit.brick in BRICKS]
+
+
+def _deeper(model: PreTrainedModel, body: Anatomy, settings: MaskedGrowth) -> dict[LayerStack, tuple[int, int]]:
+    """Old and new number of layers of every stack that gets more."""
+    found: dict[LayerStack, tuple[int, int]] = {}
+    if settings.layers is None:
+        return found
+    for stack in chosen_stacks(body, settings.part):
+        old = depth(model, stack)
+        if settings.layers < old:
+            raise PlanError(
+                f"layers = {settings.layers} is fewer than the {old} of {stack.path}; growth can't shrink. Ask for at "
+                f"least {old}."
+            )
+        if settings.layers > old:
+            found[stack] = (old, settings.layers)
+    return found
+
+
+def _order(settings: MaskedGrowth, old: int, new: int) -> list[int | None]:
+    copies = settings.new_layers == "copies"
+    return [*range(old), *(layer % old if copies else None for layer in range(old, new))]
+
+
+class _Growth:
+    """The edits of a growth in width: parameters padded with random numbers, and the masks on them."""
+
+    def __init__(self, model: PreTrainedModel, body: Anatomy, new: Sizes) -> None:
+        self.model, self.body, self.old, self.new = model, body, body.sizes, new
+        old_group, group = self.old.query_heads // self.old.key_value_heads, new.query_heads // new.key_value_heads
+        if group < old_group:
+            raise PlanError(
+                f"num_attention_heads = {new.query_heads} with num_key_value_heads = {new.key_value_heads}: {group} "
+                f"query heads would share a key-value head instead of {old_group}, and old ones would lose theirs. The "
+                f"nearest possible: num_attention_heads = {old_group * new.key_value_heads}."
+            )
+
+    def parameter_edits(self) -> list[Edit]:
+        """The config's values and every parameter's new entries."""
+        values = size_values(self.body, self.new)
+        edits: list[Edit] = [SetConfig(values=values)] if values else []
+        for role in self.body.roles:
+            for axis, segments in enumerate(role.axes):
+                edits += self._padded(role, axis, segments)
+        # Logits of a tied head that are divided by the root of the hidden size would shrink with it (T5).
+        if self.body.tied and self.body.logits_scaled and self._grows("residual"):
+            factor = math.sqrt(self.new.residual / self.old.residual)
+            edits.append(ScaleParameter(parameter=f"{self.body.final_norm}.weight", factor=factor))
+        return edits
+
+    def masks(self) -> list[Edit]:
+        """The masks around modules that write or read new units, around norms, and where embeddings enter."""
+        edits: list[Edit] = []
+        for module, roles in self._modules().items():
+            settings = self._mask_settings(module, roles)
+            if settings:
+                edits.append(WrapModule(module=module, brick="masked", settings=settings))
+        edits += [self._norm(module, segments) for module, segments in self._norms().items()]
+        if self._grows("residual") and self.body.norm_position != "after_residual":
+            settings = {"input_size": self.new.residual, "new_inputs": self._spans(self._residual())}
+            edits += [
+                WrapModule(module=f"{stack.path}.0", brick="masked", settings=settings) for stack in self.body.stacks
+            ]
+        return edits
+
+    def _grows(self, stream: str) -> bool:
+        return self._units(stream, 1)[0] < self._units(stream, 1)[1]
+
+    def _units(self, stream: str, count: int) -> tuple[int, int]:
+        """Units of a stream before and after; `count` where it never grows."""
+        return {
+            "residual": (self.old.residual, self.new.residual),
+            "query": (self.old.query_heads, self.new.query_heads),
+            "key_value": (self.old.key_value_heads, self.new.key_value_heads),
+            "ffn": (self.old.ffn or 0, self.new.ffn or 0),
+        }.get(stream, (count, count))
+
+    def _residual(self) -> tuple[Segment, ...]:
+        return (Segment("residual", 1, self.old.residual),)
+
+    def _layout(self, segment: Segment) -> list[int | None]:
+        """For every new unit of a segment the old one that it is, or None. Units at the end, but for query heads that
+        join the groups of old key-value heads."""
+        old, new = self._units(segment.stream, segment.count)
+        if segment.stream != "query":
+            return [unit if unit < old else None for unit in range(new)]
+        old_group = self.old.query_heads // self.old.key_value_heads
+        group = self.new.query_heads // self.new.key_value_heads
+        places = (divmod(head, group) for head in range(new))
+        return [
+            key * old_group + slot if key < self.old.key_value_heads and slot < old_group else None
+            for key, slot in places
+        ]
+
+    def _padded(self, role: ParameterRole, axis: int, segments: tuple[Segment, ...]) -> list[Edit]:
+        """New entries at the end of the axis, then moved to where they belong."""
+        layouts = [self._layout(segment) for segment in segments]
+        if all(None not in layout for layout in layouts):
+            return []
+        unit = math.gcd(*(segment.unit for segment in segments))
+        index: list[int] = []
+        first, fresh = 0, sum(segment.size for segment in segments) // unit
+        for segment, layout in zip(segments, layouts, strict=True):
+            pieces = segment.unit // unit
+            for source in layout:
+                start = fresh if source is None else first + source * pieces
+                index += range(start, start + pieces)
+                fresh += pieces if source is None else 0
+            first += segment.count * pieces
+        size = len(index) * unit
+        edits: list[Edit] = [PadParameter(parameter=role.pattern, axis=axis, size=size, fill=_fill(role))]
+        if index != list(range(len(index))):
+            edits.append(SliceParameter(parameter=role.pattern, axis=axis, index=index, unit=unit))
+        return edits
+
+    def _spans(self, segments: tuple[Segment, ...]) -> list[list[int]]:
+        """The new entries of an axis, as stretches [first, end)."""
+        spans: list[list[int]] = []
+        place = 0
+        for segment in segments:
+            for source in self._layout(segment):
+                if source is None and spans and spans[-1][1] == place:
+                    spans[-1][1] += segment.unit
+                elif source is None:
+                    spans.append([place, place + segment.unit])
+                place += segment.unit
+        return spans
+
+    def _size(self, segments: tuple[Segment, ...]) -> int:
+        return sum(len(self._layout(segment)) * segment.unit for segment in segments)
+
+    def _modules(self) -> dict[str, list[ParameterRole]]:
+        """The roles of matrices by the module that owns them."""
+        modules: dict[str, list[ParameterRole]] = {}
+        for role in self.body.roles:
+            if role.kind == "matrix":
+                modules.setdefault(role.pattern.rpartition(".")[0], []).append(role)
+        return modules
+
+    def _mask_settings(self, module: str, roles: list[ParameterRole]) -> dict[str, Any]:
+        settings: dict[str, Any] = {}
+        normed = self._output_norms(module)
+        for role in roles:
+            for segments, access in zip(role.axes, role.access, strict=True):
+                streams = {segment.stream for segment in segments}
+                spans = self._spans(segments)
+                if access == "reads" and streams == {"query"}:
+                    # The values of a new key-value head are masked; what a new query head reads of an old one is not.
+                    limit = self._end_of_old_groups(segments[0])
+                    spans = [[first, min(end, limit)] for first, end in spans if first < limit]
+                if access == "reads" and streams & {"ffn", "query"} and spans:
+                    settings |= {"input_size": self._size(segments), "new_inputs": spans}
+                elif access == "writes" and spans and not streams & {"ffn"} and not (normed and "residual" in streams):
+                    settings |= {"output_size": self._size(segments), "new_outputs": spans}
+        return settings
+
+    def _end_of_old_groups(self, segment: Segment) -> int:
+        """Where the entries of query heads end that read old key-value heads."""
+        return self.old.key_value_heads * (self.new.query_heads // self.new.key_value_heads) * segment.unit
+
+    def _output_norms(self, module: str) -> bool:
+        """Whether a masked norm follows the output of `module` before or behind the residual sum."""
+        return any(
+            module == f"{stack.path}.*.{output}" and stack.output_norms
+            for stack in self.body.stacks
+            for output in stack.outputs
+        )
+
+    def _norms(self) -> dict[str, tuple[Segment, ...]]:
+        """The norms over streams that grow, with what they run along: the residual, for those without parameters."""
+        roles = [role for role in self.body.roles if role.kind in ("gain", "query_gain", "key_gain")]
+        norms = {role.pattern.rpartition(".")[0]: role.axes[0] for role in roles if role.axes[0]}
+        if not self.body.norm_has_gain and self._grows("residual"):
+            norms |= {path: self._residual() for path in self._bare_norms() if path not in norms}
+        return {path: segments for path, segments in norms.items() if self._spans(segments)}
+
+    def _bare_norms(self) -> list[str]:
+        """Norms without parameters, as patterns over layers. They can be told by their class alone."""
+        paths: dict[str, None] = {}
+        for name, module in self.model.named_modules():
+            if type(module).__name__.endswith("Norm") and not list(module.parameters()):
+                for stack in self.body.stacks:
+                    if name.startswith(f"{stack.path}."):
+                        rest = name.removeprefix(f"{stack.path}.").partition(".")[2]
+                        name = f"{stack.path}.*.{rest}"
+                paths[name] = None
+        if not any(path.startswith(f"{stack.path}.") for stack in self.body.stacks for path in paths):
+            raise PlanError(
+                f"The layers of a {self.body.family} compute their norms without a module that a mask could go around, "
+                "so that hidden_size can't grow. Grow its layers, or its tokens (method tokenformer)."
+            )
+        return list(paths)
+
+    def _norm(self, module: str, segments: tuple[Segment, ...]) -> Edit:
+        query_or_key = segments[0].stream != "residual"
+        found = self.model.get_submodule(module.replace("*", "0"))
+        settings = {
+            "kind": "rms" if query_or_key else self.body.norm,
+            "eps": _epsilon(found),
+            "size": self._size(segments),
+            "new": self._spans(segments),
+        }
+        if self.body.gain_offset:
+            settings["gain_offset"] = self.body.gain_offset
+        return WrapModule(module=module, brick="masked_norm", settings=settings)
+
+
+def _fill(role: ParameterRole) -> Fill:
+    """New weights are random at the scale of the old ones; new gains are as the old ones on average, biases zero."""
+    if role.kind in ("gain", "query_gain", "key_gain"):
+        return MeanFill()
+    return ZeroFill() if role.kind in ("bias", "offset") else NormalFill()
+
+
+def _epsilon(norm: nn.Module) -> float:
+    """OLMo's norm writes the usual 1e-5 into its code."""
+    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-5)))
+
+
+def _examples(model: PreTrainedModel) -> dict[str, Any]:
+    """A quarter wider in every dimension, and one layer deeper."""
+    body = anatomy(model)
+    group = body.sizes.query_heads // body.sizes.key_value_heads
+    heads = body.sizes.query_heads + group
+    values: dict[str, Any] = {"layers": 1 + max(depth(model, stack) for stack in body.stacks)}
+    if body.family == "tokenformer":
+        return values
+    values["num_attention_heads"] = heads
+    if body.fields.head_dim is not None:
+        values["hidden_size"] = (body.sizes.residual // heads + 1) * heads  # Llama's must be a multiple
+    if body.sizes.ffn:
+        values["intermediate_size"] = body.sizes.ffn * 5 // 4
+    return values
+
+
+METHOD = Method(
+    name="masked",
+    title="Masked structural growth: random new weights, let in by masks in the course of training",
+    paper="arXiv 2305.02869",
+    intent="grow",
+    settings=MaskedGrowth,
+    plan=plan_masked,
+    examples=_examples,
+    promise="exact, at mask strength 0; finish is exact at strength 1",
+)
