@@ -325,7 +325,7 @@ class _Surgery:
         if self.optimizer is None:
             return
         alive = {id(parameter): place for place, parameter in enumerate(self.model.parameters())}
-        ours = {id(tensor) for tensor in self.old.values()}
+        ours = {id(tensor): place for place, tensor in enumerate(self.old.values())}
         homes = {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
         for group in self.optimizer.param_groups:
             self._restore_list_later(group)
@@ -334,10 +334,9 @@ class _Surgery:
             if home is not None and id(parameter) in alive:
                 home["params"].append(parameter)
         for group in self.optimizer.param_groups:
-            before = [p for p in group["params"] if id(p) in ours]
-            sorted_before = [alive.get(id(p), -1) for p in before if id(p) in alive]
+            before = [ours[id(p)] for p in group["params"] if id(p) in ours]
             kept = [p for p in group["params"] if id(p) in alive or id(p) not in ours]
-            if sorted_before == sorted(sorted_before) and all(id(p) in alive for p in kept):
+            if before == sorted(before) and all(id(p) in alive for p in kept):
                 kept.sort(key=lambda p: alive[id(p)])  # as an optimizer built anew would have them
             for gone in group["params"]:
                 if id(gone) in ours and id(gone) not in alive and gone in self.optimizer.state:

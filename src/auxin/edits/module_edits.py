@@ -115,7 +115,8 @@ class TieParameters(Tagged):
         """Tie them in `model`; transformers, too, then knows that the first is not in checkpoints."""
         owner, _, name = self.parameter.rpartition(".")
         setattr(model.get_submodule(owner), name, model.get_parameter(self.to))
-        model.all_tied_weights_keys = {**model.all_tied_weights_keys, self.parameter: self.to}
+        for mapping in ("_tied_weights_keys", "all_tied_weights_keys"):
+            setattr(model, mapping, {**(getattr(model, mapping) or {}), self.parameter: self.to})
 
     def __str__(self) -> str:
         return f"tie {self.parameter} to {self.to}"

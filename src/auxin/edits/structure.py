@@ -15,7 +15,7 @@ from auxin.errors import CheckpointError, PlanError
 from auxin.models.loading import skeleton
 
 REPLAY_METHOD = "auxin"
-"""Our name in the config's `quantization_config`, through which transformers lets a model be rewritten before loading."""
+"""Our name in the config's `quantization_config`, where transformers lets a model be rewritten before it is loaded."""
 
 _EDITS: TypeAdapter[list[Any]] = TypeAdapter(list[StructuralEdit])
 
@@ -106,7 +106,7 @@ def fill_brick_buffers(model: nn.Module) -> None:
         if not hasattr(module, "reset_buffers"):
             continue
         loaded = {
-            name: buffer
+            name: buffer.clone()
             for name, buffer in module._buffers.items()
             if buffer is not None and not buffer.is_meta and name not in module._non_persistent_buffers_set
         }

@@ -81,9 +81,10 @@ class _Rebuilding:
         """Change the tree, then the config."""
         self._change_configs()
         self._place(self.resolved.after, "")
-        ties = {**self.resolved.after.all_tied_weights_keys}
-        if self.model.all_tied_weights_keys != ties:
-            self.undo.set(vars(self.model), "all_tied_weights_keys", ties)
+        for mapping in ("_tied_weights_keys", "all_tied_weights_keys"):
+            ties = getattr(self.resolved.after, mapping)
+            if getattr(self.model, mapping) != ties:
+                self.undo.set(vars(self.model), mapping, copy.copy(ties))
 
     def _place(self, after: nn.Module, path: str) -> nn.Module:
         """The module that stands at `path` from now on; `after` is the one there in the skeleton."""
