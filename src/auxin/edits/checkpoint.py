@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from auxin.accounting import count_parameters
 from auxin.edits import replay  # noqa: F401 - edited checkpoints load
@@ -113,9 +116,11 @@ class _Rewrites:
         self.weights = sorted(source.glob("*.safetensors"))
         self.training = sorted((source / TRAINING_FOLDER).glob("*.safetensors"))
         self._files = {name: path for path in self.weights for name in _names_in(path)}
-        self._stored = {
-            name: [alias for alias in aliases if alias in self._files] for name, aliases in self._names.items()
-        }
+        self._loaded_as = _names_after_loading(resolved.before, self._files)
+        self._stored: dict[str, list[str]] = {name: [] for name in self._names}
+        for name, alias in self._loaded_as.items():
+            if alias in self._canonical:
+                self._stored[self._canonical[alias]].append(name)
         self._heirs: dict[str, list[str]] = {}
         for name, origin in resolved.origins.items():
             if origin.source is not None:
@@ -134,7 +139,7 @@ class _Rewrites:
         for path in self.weights:
             for name, tensor in _tensors(path):
                 check_finite(name, tensor)
-                known = self._canonical.get(name)
+                known = self._canonical.get(self._loaded_as[name])
                 if known is not None and tuple(tensor.shape) != shapes[known]:
                     raise CheckpointError(
                         f"{path}: {name} has shape {list(tensor.shape)}, but config.json says {list(shapes[known])}. "
@@ -143,8 +148,8 @@ class _Rewrites:
         needed = {source for origin in self.resolved.origins.values() for _, source in origin.sources}
         if missing := sorted(name for name in needed if not self._stored[name]):
             raise CheckpointError(
-                f"{self.source} holds no tensor {missing[0]}. The checkpoint is incomplete, or names its tensors in an "
-                "older way: load the model and call save_pretrained, then edit that folder."
+                f"{self.source} holds no tensor {missing[0]}. The checkpoint is incomplete, or keeps its tensors in "
+                "another form: load the model, apply the plan to it and save it."
             )
         for path in self.training:
             _refuse_sharded(path)
@@ -173,13 +178,13 @@ class _Rewrites:
             stored = self._stored[origin.sources[0][1]] if origin.sources else []
             path = self._files[stored[0]] if stored else path
             dtype = self._dtype(stored[0]) if stored else self._dtype_in(path, name)
-            kept = [alias for alias in stored if alias in aliases[name]]
+            kept = [alias for alias in stored if self._loaded_as[alias] in aliases[name]]
             for new in kept or [self._unshared(aliases[name])]:
                 make = partial(self._new_parameter, name, origin, torch_dtype(name, dtype))
                 outputs[path].append(_Output(TensorPlace(new, dtype, origin.shape), make))
         written = {output.place.name for found in outputs.values() for output in found}
         for name, file in self._files.items():
-            if name not in self._canonical and name not in written:
+            if self._loaded_as[name] not in self._canonical and name not in written:
                 outputs[file].append(self._unchanged(file, name))
         return outputs
 
@@ -265,6 +270,19 @@ class _Rewrites:
         index["weight_map"] = dict(sorted(places.items()))
         index.setdefault("metadata", {})["total_size"] = total
         target.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _names_after_loading(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """The name in the model of every tensor in the files: transformers renames some on loading, and back on saving."""
+    renamings = [item for item in get_model_conversion_mapping(model) if isinstance(item, WeightRenaming)]
+    names = set(model.state_dict())
+    found: dict[str, str] = {}
+    for name in stored:
+        alias = name
+        for renaming in () if name in names else renamings:
+            alias = renaming.rename_source_key(alias)[0]
+        found[name] = alias
+    return found
 
 
 def _check_folders(source: Path, output: Path) -> None:
