@@ -1,0 +1,272 @@
+"""Vocabulary growth: new tokens for the tokenizer and rows for them in the model's tables, both or neither.
+
+New rows of the embedding and of an untied head (its bias too) start as means of old rows:
+
+| rule | row of a new token | why |
+|---|---|---|
+| pieces (default) | mean of the rows of the old tokens that it was split into | arXiv 2402.09977, "FVT" |
+| mean | mean of the rows of all old tokens | a new token takes at most an average token's probability |
+
+Rows beyond the vocabulary, which tables have so that their length is a multiple of 64 or so, hold no token and take no
+part in the means; new tokens use them up before the table grows. What a text without new tokens gives is kept: the
+logits of all old tokens stay as they are. Their probabilities do not, since the softmax has more terms.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+from torch.optim import Optimizer
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from auxin.data.tokenizer import TOKENIZER_FILES, read_tokenizer
+from auxin.data.vocabulary import EnlargedTokenizer, Merge, enlarge_tokenizer, learn_merges, texts_of
+from auxin.edits import AverageRows, Edit, MeanFill, PadParameter, Plan, Receipt, SetConfig, apply
+from auxin.edits.method import Method
+from auxin.edits.promise import Probe
+from auxin.edits.structure import config_values, edited_config, edited_skeleton
+from auxin.errors import PlanError
+from auxin.settings import Settings
+
+Rule = Literal["pieces", "mean"]
+
+LARGEST_MULTIPLE = 128
+"""The largest padding multiple that a table's length is taken to follow."""
+STALE = (*TOKENIZER_FILES, "merges.txt", "added_tokens.json", "special_tokens_map.json")
+"""Files that would go on describing the old vocabulary beside the new tokenizer.json."""
+
+
+class VocabularyGrowth(Settings):
+    """Which tokens a model shall learn, and where their rows start."""
+
+    tokens: tuple[str, ...] = ()
+    """New tokens as text. With a byte-level BPE, " word" is the token of a word with the space before it."""
+    special_tokens: tuple[str, ...] = ()
+    """New tokens that are no text, such as "<|tool|>"."""
+    tokens_from: str | None = None
+    """Learn `num_tokens` tokens from text: "stdlib" (the running Python's standard library), or a file, folder or glob.
+    Needs a BPE tokenizer, whose training goes on where it ended."""
+    num_tokens: int | None = Field(default=None, gt=0)
+    """How many tokens to learn."""
+    max_bytes: int = Field(default=16_000_000, gt=0)
+    """How much of `tokens_from` to read, in UTF-8 bytes."""
+    merges: tuple[Merge, ...] = ()
+    """What was learned: neighbouring tokens, as the vocabulary spells them, that become one. A plan holds them."""
+    rows: int | None = Field(default=None, gt=0)
+    """Instead of tokens: this many rows behind the table's, each the mean of all, for a model whose tokenizer is kept
+    elsewhere."""
+    rule: Rule = "pieces"
+    """Where new rows start: "pieces" (mean of the rows of the old tokens that the new one was split into; of all old
+    ones where they are unknown) or "mean" (of all old tokens)."""
+    multiple: int | None = Field(default=None, gt=0)
+    """The table's length becomes a multiple of this when it grows; None: of the largest power of two up to 128 that
+    divides it now."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer; None: the model's folder."""
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        if (self.tokens_from is None) != (self.num_tokens is None):
+            raise ValueError("tokens_from and num_tokens go together: say from where and how many")
+        named = bool(self.tokens or self.special_tokens or self.tokens_from or self.merges)
+        if named == (self.rows is not None):
+            raise ValueError("give new tokens (tokens, special_tokens or tokens_from), or rows and no tokens")
+        return self
+
+
+def grow_vocabulary(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: Sequence[str] = (),
+    *,
+    special_tokens: Sequence[str] = (),
+    tokens_from: str | None = None,
+    num_tokens: int | None = None,
+    rule: Rule = "pieces",
+    multiple: int | None = None,
+    optimizer: Optimizer | None = None,
+    probe: Probe | None = None,
+) -> Receipt:
+    """Add tokens to `tokenizer` and rows for them to `model`, both in place; on any error both are as before.
+
+    Moments of new rows start like those of other new parameters: the first at zero, the second at the old rows' mean.
+
+    Args:
+        model: a model with a vocabulary.
+        tokenizer: the fast tokenizer it was trained with.
+        tokens, special_tokens, tokens_from, num_tokens, rule, multiple: as in `VocabularyGrowth`.
+        optimizer: the optimizer that trains the model, if there is one.
+        probe: as for `apply`; its ids must be old ones.
+
+    Returns:
+        What was done, with the largest change of an old token's logit.
+
+    Raises:
+        DataError: the tokenizer can't take a token.
+        PlanError: the model has no vocabulary, or not that of the tokenizer.
+    """
+    wanted = {
+        "tokens": tuple(tokens),
+        "special_tokens": tuple(special_tokens),
+        "tokens_from": tokens_from,
+        "num_tokens": num_tokens,
+        "rule": rule,
+        "multiple": multiple,
+    }
+    settings = _learned(VocabularyGrowth.parse(wanted), tokenizer)
+    enlarged = _enlarged(settings, tokenizer)
+    plan = plan_vocabulary(model, enlarged.first, enlarged.pieces, settings)
+    receipt = apply(plan, model, optimizer, probe)
+    tokenizer.__dict__ = enlarged.tokenizer.__dict__
+    return receipt
+
+
+def plan_vocabulary(
+    model: PreTrainedModel, first: int, pieces: Sequence[Sequence[int]], settings: VocabularyGrowth
+) -> Plan:
+    """Plan rows for new tokens, as `enlarge_tokenizer` numbers them; the model's weights are not looked at.
+
+    Args:
+        model: a model with a vocabulary; the meta device serves.
+        first: number of the first new token, which is how many old ones there are.
+        pieces: of each new token the old ones that it was split into; empty where they are unknown.
+        settings: rule and multiple.
+
+    Raises:
+        PlanError: the model has no vocabulary, or a smaller one than the tokenizer.
+    """
+    config, length = model.config, _table_length(model.config)
+    count = len(pieces)
+    if first > length:
+        raise PlanError(
+            f"The tokenizer's ids go up to {first - 1}, but the model's tables have {length} rows. Give the tokenizer "
+            "that the model was trained with."
+        )
+    multiple = settings.multiple or _padding_multiple(length)
+    new_length = length if first + count <= length else -(-(first + count) // multiple) * multiple
+    sources = [list(old) if settings.rule == "pieces" else [] for old in pieces]
+    edits: list[Edit] = []
+    for name in _tables(model, length):
+        if new_length > length:
+            edits.append(PadParameter(parameter=name, axis=0, size=new_length, fill=MeanFill(rows=first)))
+        edits.append(AverageRows(parameter=name, first=first, sources=sources))
+    if new_length > length:
+        edits.insert(0, SetConfig(values=_length_values(config, new_length)))
+    return Plan(
+        method="vocabulary",
+        settings=settings.model_dump(mode="json", exclude_defaults=True),
+        promise="exact",
+        vocabulary=first,
+        edits=edits,
+        made_for=config_values(config),
+    )
+
+
+def finish_checkpoint(plan: Plan, source: Path, folder: Path) -> None:
+    """Write the enlarged tokenizer into the new checkpoint's `folder`, in place of the old one's files.
+
+    Raises:
+        PlanError: the tokenizer is not the one that the plan was made for.
+        DataError: it can't be read.
+    """
+    settings = VocabularyGrowth.parse(plan.settings)
+    if settings.rows is not None:
+        return
+    enlarged = _enlarged(settings, read_tokenizer(settings.tokenizer or source))
+    wanted = {(edit.first, len(edit.sources)) for edit in plan.edits if isinstance(edit, AverageRows)}
+    if wanted != {(enlarged.first, len(enlarged.pieces))}:
+        raise PlanError(
+            f"With this tokenizer the new tokens have the numbers {enlarged.first} to "
+            f"{enlarged.first + len(enlarged.pieces) - 1}, the plan's rows are others. Plan again with this tokenizer."
+        )
+    for name in STALE:
+        (folder / name).unlink(missing_ok=True)
+    enlarged.tokenizer.save_pretrained(folder)
+
+
+def _plan(model: PreTrainedModel, settings: VocabularyGrowth) -> Plan:
+    length = _table_length(model.config)
+    if settings.rows is not None:
+        return plan_vocabulary(model, length, [[]] * settings.rows, settings)
+    folder = settings.tokenizer or Path(model.name_or_path or "")
+    if settings.tokenizer is None and not (model.name_or_path and folder.is_dir()):
+        raise PlanError("The model comes from no local folder, so that its tokenizer is unknown. Set `tokenizer`.")
+    tokenizer = read_tokenizer(folder)
+    settings = _learned(settings, tokenizer)
+    enlarged = _enlarged(settings, tokenizer)
+    return plan_vocabulary(model, enlarged.first, enlarged.pieces, settings)
+
+
+def _learned(settings: VocabularyGrowth, tokenizer: PreTrainedTokenizerFast) -> VocabularyGrowth:
+    """The settings with what there is to learn learned, so that the plan needs no text any more."""
+    if settings.tokens_from is None or settings.num_tokens is None:
+        return settings
+    merges = learn_merges(tokenizer, texts_of(settings.tokens_from, settings.max_bytes), settings.num_tokens)
+    return settings.model_copy(update={"merges": tuple(merges), "tokens_from": None, "num_tokens": None})
+
+
+def _enlarged(settings: VocabularyGrowth, tokenizer: PreTrainedTokenizerFast) -> EnlargedTokenizer:
+    return enlarge_tokenizer(tokenizer, settings.tokens, settings.special_tokens, settings.merges)
+
+
+def _table_length(config: PreTrainedConfig) -> int:
+    length = getattr(config.get_text_config(), "vocab_size", None)
+    if not length:
+        raise PlanError(
+            f"A model of type {config.model_type!r} has no vocabulary: its config has no vocab_size. Choose a language "
+            "model."
+        )
+    return int(length)
+
+
+def _padding_multiple(length: int) -> int:
+    """The largest power of two up to LARGEST_MULTIPLE that divides `length`."""
+    return min(length & -length, LARGEST_MULTIPLE)
+
+
+def _length_values(config: PreTrainedConfig, length: int) -> dict[str, Any]:
+    """The config values of a vocabulary of `length`, which may belong to the config of a part."""
+    text = config.get_text_config()
+    for name in config.sub_configs:
+        if getattr(config, name, None) is text:
+            return {name: {**text.to_dict(), "vocab_size": length}}
+    return {"vocab_size": length}
+
+
+def _tables(model: PreTrainedModel, length: int) -> list[str]:
+    """The parameters whose first axis the vocabulary indexes: those that are longer with a larger one. Tied ones once.
+
+    Asking the architecture finds embedding, head and bias wherever they are, and whatever else follows the vocabulary.
+    """
+    config = model.config
+    larger = edited_config(config, _length_values(config, length + 1))
+    before, after = (dict(edited_skeleton(each, type(model)).named_parameters()) for each in (config, larger))
+    if odd := sorted(before.keys() ^ after.keys()):
+        raise PlanError(f"With a larger vocabulary the model has other parameters ({odd[0]}); it can't grow.")
+    tables = [name for name in before if before[name].shape != after[name].shape]
+    for name in tables:
+        old, new = tuple(before[name].shape), tuple(after[name].shape)
+        if new != (length + 1, *old[1:]):
+            raise PlanError(
+                f"With a larger vocabulary {name} would get shape {list(new)} from {list(old)}; it can't grow."
+            )
+    return tables
+
+
+def _examples(model: PreTrainedModel) -> dict[str, Any]:
+    _table_length(model.config)
+    return {"rows": 3}
+
+
+METHOD = Method(
+    name="vocabulary",
+    title="New tokens: tokenizer, embedding and head grow together",
+    paper="arXiv 2402.09977",
+    intent="grow",
+    settings=VocabularyGrowth,
+    plan=_plan,
+    examples=_examples,
+    promise="exact over the old vocabulary: the logits of old tokens; the softmax has more terms",
+    finish=finish_checkpoint,
+)
