@@ -136,7 +136,7 @@ class Pattention(nn.Module):
     @torch.no_grad()
     def reset_tau(self) -> None:
         """Fill the buffer with the configured scales, as is needed after a meta-device or empty initialisation."""
-        self.tau.copy_(torch.tensor(self.initial_tau, dtype=torch.float32))
+        self.tau.copy_(torch.tensor(self.initial_tau, dtype=torch.float32, device="cpu"))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Keys N(0, 1/in_features) and values N(0, 1/n), as the JAX reference draws them in its attention layers: with
