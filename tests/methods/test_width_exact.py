@@ -372,7 +372,9 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("method", "family", "settings", "words"), REFUSALS, ids=str)
+@pytest.mark.parametrize(
+    ("method", "family", "settings", "words"), REFUSALS, ids=lambda value: getattr(value, "name", str(value))
+)
 def test_what_is_impossible_is_refused_with_the_nearest_target(method, family, settings, words):
     with pytest.raises(PlanError, match=words):
         by(method, tiny(family), **settings)

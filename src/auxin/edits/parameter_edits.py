@@ -471,7 +471,7 @@ def _copy_rate(counts: Tensor, divide: bool, noise: float) -> Rate:
     Where the counts differ, no rate is right for all; that of the most copied ones is safe. Where noise makes the
     shares of readers differ, the copies that they read get different gradients from then on.
     """
-    most = int(counts.max())
+    most = max(int(counts.max()), 1)
     exact = bool((counts == most).all()) and not noise
     if divide:
         return Rate(lr=1 / most, exact=exact)
