@@ -169,7 +169,7 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **confi
 
 
 def inputs(model: PreTrainedModel, seed: int = 1, batch: int = 2, length: int = LENGTH) -> dict[str, Tensor]:
-    """Inputs of `model`'s forward, without labels."""
+    """Inputs of `model`'s forward, without labels; the same ones for a model whose vocabulary has grown."""
     generator = torch.Generator().manual_seed(seed)
     config: Any = model.config
     if config.model_type == "vit":
@@ -177,7 +177,7 @@ def inputs(model: PreTrainedModel, seed: int = 1, batch: int = 2, length: int = 
         return {"pixel_values": torch.randn(shape, generator=generator, dtype=torch.float64).to(model.dtype)}
 
     def ids(size: int) -> Tensor:
-        return torch.randint(config.vocab_size, (batch, size), generator=generator)
+        return torch.randint(min(config.vocab_size, VOCABULARY), (batch, size), generator=generator)
 
     if config.model_type == "t5":
         return {"input_ids": ids(length), "decoder_input_ids": ids(length - 2)}
@@ -193,7 +193,7 @@ def labels(model: PreTrainedModel, seed: int = 2, batch: int = 2, length: int = 
     if config.model_type == "vit":
         return torch.randint(config.num_labels, (batch,), generator=generator)
     size = length - 2 if config.model_type == "t5" else length
-    return torch.randint(config.vocab_size, (batch, size), generator=generator)
+    return torch.randint(min(config.vocab_size, VOCABULARY), (batch, size), generator=generator)
 
 
 class InDouble(TorchFunctionMode):

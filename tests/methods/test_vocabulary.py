@@ -1,4 +1,4 @@
-"""Vocabulary growth: rows and moments by the oracle, old logits to the last bit, model and tokenizer both or neither."""
+"""Vocabulary growth: rows and moments by the oracle, old logits to the bit, model and tokenizer both or neither."""
 
 import copy
 import json
