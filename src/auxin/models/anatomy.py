@@ -9,6 +9,7 @@ axis that produces its units (outputs, embeddings, gains, biases) and **reads** 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from transformers import PreTrainedModel
@@ -55,7 +56,11 @@ class ParameterRole:
 
     def matches(self, name: str) -> bool:
         """Whether the parameter `name` has this role."""
-        return re.fullmatch(re.escape(self.pattern).replace(r"\*", r"[^.]+"), name) is not None
+        return self._compiled.fullmatch(name) is not None
+
+    @cached_property
+    def _compiled(self) -> re.Pattern[str]:
+        return re.compile(re.escape(self.pattern).replace(r"\*", r"[^.]+"))
 
     def along(self, stream: Stream, access: Access | None = None) -> bool:
         """Whether an axis runs along `stream` (and is accessed so)."""

@@ -1,0 +1,141 @@
+"""2,000 random targets over architectures and growth methods: each is applied or refused with a reason."""
+
+import copy
+import functools
+import random
+import types
+import typing
+from collections import Counter
+
+import pytest
+from pydantic import BaseModel
+
+from auxin.edits import apply
+from auxin.edits.resolution import resolve
+from auxin.errors import AuxinError, PromiseError
+from auxin.methods import methods
+from auxin.models.loading import skeleton
+from tiny_models import FAMILIES, inputs, tiny
+
+TARGETS = 2000
+REALLY_APPLIED = 8
+"""Of every method, so many fitting plans are applied to a model with weights."""
+WORDS = ["", "encoder", "decoder", "x", "model.layers", "../nothing"]
+
+
+@functools.cache
+def model_with_weights(family):
+    return tiny(family)
+
+
+@functools.cache
+def model_without(family):
+    model = model_with_weights(family)
+    return skeleton(model.config, type(model))
+
+
+def whole_number(draw, sizes):
+    """A size of the model, one near it or a multiple, or any small number, also an impossible one."""
+    if draw.random() < 0.5:
+        size = draw.choice(sizes)
+        return draw.choice([size, 2 * size, 3 * size, size + 1, size - 1, size // 2, size + size // 2, -size])
+    return draw.choice([-1, 0, 1, 2, 3, 4, 5, 7, 24, 40])
+
+
+def value(draw, annotation, sizes):
+    """A random value of the type `annotation`, now and then of another one."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if draw.random() < 0.02:
+        return draw.choice([None, "nonsense", -1, 0.5, [], {}, True])
+    if origin in (typing.Union, types.UnionType):
+        return value(draw, draw.choice(arguments), sizes)
+    if origin is typing.Annotated:
+        return value(draw, arguments[0], sizes)
+    if origin is typing.Literal:
+        return draw.choice(arguments)
+    if origin in (list, tuple, set, frozenset):
+        inner = arguments[0] if arguments else int
+        if origin is tuple and Ellipsis not in arguments:
+            return [value(draw, argument, sizes) for argument in arguments]
+        return [value(draw, inner, sizes) for _ in range(draw.randint(0, 3))]
+    if origin is dict:
+        return {
+            str(value(draw, arguments[0], sizes)): value(draw, arguments[1], sizes) for _ in range(draw.randint(0, 2))
+        }
+    if annotation in (type(None), None):
+        return None
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return fields(draw, annotation, sizes)
+    if annotation is bool:
+        return draw.random() < 0.5
+    if annotation is int:
+        return whole_number(draw, sizes)
+    if annotation is float:
+        return draw.choice([0.0, 0.1, 0.5, 1.0, 2.0, -1.0, 1e-6, float("inf"), float("nan")])
+    return draw.choice(WORDS)
+
+
+def fields(draw, settings, sizes, few=False):
+    """Values for some of the fields of a settings class."""
+    names = list(settings.model_fields)
+    count = draw.randint(1, min(len(names), 2 if few else len(names))) if names else 0
+    return {name: value(draw, settings.model_fields[name].annotation, sizes) for name in draw.sample(names, count)}
+
+
+def target(draw, method, model):
+    """Random settings: any, few, or those of the method's example with some changed."""
+    config = model.config.to_dict()
+    sizes = [size for size in config.values() if isinstance(size, int) and not isinstance(size, bool) and 0 < size < 99]
+    wild = fields(draw, method.settings, sizes, few=draw.random() < 0.7)
+    if draw.random() < 0.5:
+        try:
+            return {**method.examples(model), **wild} if draw.random() < 0.9 else method.examples(model)
+        except AuxinError:
+            pass
+    return wild
+
+
+def suits(method, family):
+    """Whether the method has an example for the architecture and plans it."""
+    model = model_with_weights(family) if method.needs_weights else model_without(family)
+    try:
+        method.plan(model, method.settings.parse(method.examples(model)))
+    except AuxinError:
+        return False
+    return True
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_random_target_is_applied_or_refused(capsys):
+    draw = random.Random(0)
+    growing = [method for method in methods().values() if method.intent == "grow"]
+    counts: dict[str, Counter] = {method.name: Counter() for method in growing}
+    suited = {method.name: [family for family in FAMILIES if suits(method, family)] for method in growing}
+    reasons = set()
+    for _ in range(TARGETS):
+        method = draw.choice(growing)
+        family = draw.choice(FAMILIES if draw.random() < 0.5 else suited[method.name])
+        counted = counts[method.name]
+        model = model_with_weights(family) if method.needs_weights else model_without(family)
+        wanted = target(draw, method, model)
+        try:
+            plan = method.plan(model, method.settings.parse(wanted))
+            resolve(plan, model_without(family))
+            counted["fits"] += 1
+            if counted["applied"] < REALLY_APPLIED and draw.random() < 0.3:
+                victim = copy.deepcopy(model_with_weights(family))
+                apply(plan, victim, probe=inputs(victim))
+                counted["applied"] += 1
+        except PromiseError as error:
+            pytest.fail(f"{method.name} on {family} with {wanted} broke its promise: {error}")
+        except AuxinError as error:
+            counted["refused"] += 1
+            reasons.add(str(error))
+        except Exception as error:
+            raise AssertionError(f"{method.name} on {family} with {wanted} crashed: {error!r}") from error
+    with capsys.disabled():
+        print()
+        for name, counted in counts.items():
+            print(f"{name:16} fits {counted['fits']:4}  applied {counted['applied']:3}  refused {counted['refused']:4}")
+    assert min(map(len, reasons)) > 20
+    assert all(counted["applied"] and counted["refused"] for counted in counts.values()), counts
