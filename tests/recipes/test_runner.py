@@ -22,8 +22,7 @@ from auxin.models.loading import load_config, load_model
 from auxin.recipes import Recipe, price_recipe, run_recipe
 from auxin.recipes.growth import grow_checkpoint
 from auxin.recipes.results import describe_left_out
-from auxin.recipes.runner import Run, old_token_counts
-from auxin.recipes.schema import TrainStage
+from auxin.recipes.runner import Run
 from auxin.report import findings, write_chart_svg, write_report
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
@@ -227,15 +226,6 @@ def test_a_half_precision_checkpoint_of_other_data_trains_on(run, corpus, tmp_pa
     name = "model.layers.0.mlp.values"
     assert torch.equal(trained[name][:8], before[name][:8])
     assert not torch.equal(trained[name][8:], before[name][8:])
-
-
-def test_old_tokens_are_those_before_the_last_growth(run):
-    directory, _, _ = run
-    stage = TrainStage(kind="train", name="train", old_tokens_rate=0.5)
-    grown = Ledger.load(directory / "branches/grown/03-grow/checkpoint")
-    assert old_token_counts(stage, grown) == {"qkv": 2, "proj": 2, "ffn": 8}
-    with pytest.raises(ConfigError, match="old_tokens_rate"):
-        old_token_counts(stage, Ledger(stages=grown.stages[:2]))
 
 
 def test_a_forks_curve_ends_with_the_fork_though_stage_names_repeat(corpus, tmp_path):

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from auxin.edits.continuation import continue_exactly
+from auxin.edits.executor import Receipt
 from auxin.errors import CheckpointError, ConfigError, PlanError
 
 Blocks = dict[str, tuple[int, ...]]
@@ -146,6 +148,38 @@ class TrainOnly:
                 f"TrainOnly: the run was started with paths {state['paths']}, but is resumed with {self.paths}. Give "
                 "the same."
             )
+
+
+class ExactRates:
+    """Training hook: AdamW goes on as it would have in the model before the growth, see `continue_exactly`.
+
+    For a stage whose optimizer takes over the moments that were carried through the growth. The rates hold for the
+    whole stage, relative to its schedule. Clipped gradients have another norm than before; without clipping and noise
+    the small model's steps are taken exactly, so that copies never part.
+
+    Args:
+        receipt: of the growth.
+    """
+
+    def __init__(self, receipt: Receipt) -> None:
+        self.receipt = receipt
+
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Regroup the optimizer; PlanError when there is no exact way to go on."""
+        continue_exactly(optimizer, model, self.receipt)
+
+    def before_step(self, step: int) -> None:
+        """Nothing: the loop keeps the groups' rates relative to each other."""
+
+    def after_step(self, step: int) -> None:
+        """Nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the groups follow from the receipt."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""
 
 
 def leading(tensor: Tensor, block: tuple[int, ...]) -> Tensor:

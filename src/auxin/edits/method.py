@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from auxin.edits.hooks import Hook
 from auxin.edits.plan import Plan
+from auxin.edits.structure import edited_skeleton
 from auxin.errors import ConfigError
-from auxin.models.loading import load_config, load_model, skeleton
+from auxin.models.loading import load_config, load_model
 from auxin.settings import Settings
 
 Intent = Literal["grow", "prune", "factorize", "moe", "quantize", "restructure", "adapt"]
@@ -46,6 +47,9 @@ class Method:
     after the weights are there and before the folder appears under its name."""
     hooks: Callable[[Plan], list[Hook]] | None = None
     """(plan) -> what takes part in the training after the growth, for a method that is only complete with it."""
+    tokens: Callable[[Any], int] | None = None
+    """(settings) -> tokens of text that `plan` trains the grown model on, for a method that learns; a recipe's books
+    count them."""
     outline: Callable[[PreTrainedModel, Any], Plan] | None = None
     """(model on the meta device, settings) -> a plan that has the shapes of the real one and can't be applied; for a
     method that needs weights, so that what it makes has a size and a price before work starts."""
@@ -75,4 +79,4 @@ def plan_for(method: Method, source: str | Path, values: dict[str, Any]) -> Plan
             f"{method.name} looks at the model's weights, and {folder} holds no *.safetensors file. Give a whole "
             "checkpoint."
         )
-    return method.plan(load_model(folder) if method.needs_weights else skeleton(config), settings)
+    return method.plan(load_model(folder) if method.needs_weights else edited_skeleton(config), settings)

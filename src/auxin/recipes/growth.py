@@ -8,6 +8,7 @@ from auxin.accounting import Ledger, StageRecord
 from auxin.accounting.ledger import LEDGER_FILE
 from auxin.edits import Plan, Receipt, apply_to_checkpoint
 from auxin.errors import CheckpointError
+from auxin.methods import methods
 
 
 def grow_checkpoint(
@@ -18,6 +19,8 @@ def grow_checkpoint(
     stage_name: str = "grow",
     validation_loss: Callable[[Path], float] | None = None,
     data_fingerprint: str | None = None,
+    tokens: int = 0,
+    flops: float = 0.0,
 ) -> Receipt:
     """Apply `plan` to the checkpoint `source` and write the result to `output`, its ledger one stage longer.
 
@@ -28,6 +31,8 @@ def grow_checkpoint(
         stage_name: of the ledger's record.
         validation_loss: measures a checkpoint folder, in nats per token; None: the record says nothing about the loss.
         data_fingerprint: of the data that it measures on.
+        tokens: of text that the plan was learned from.
+        flops: training FLOPs that this took.
 
     Raises:
         CheckpointError, PlanError, PromiseError: as `apply_to_checkpoint`, or the output can't be written; nothing is
@@ -42,6 +47,8 @@ def grow_checkpoint(
             name=stage_name,
             kind="grow",
             parameters=receipt.parameters_after,
+            tokens=tokens,
+            flops=flops,
             loss_before=None if validation_loss is None else validation_loss(source),
             loss_after=None if validation_loss is None else validation_loss(folder),
             plan=plan.model_dump(mode="json"),
@@ -51,6 +58,10 @@ def grow_checkpoint(
             seconds=time.perf_counter() - started,
         )
         ledger.append(record).save(folder)
+        # A plan is data: it may be someone's own, or of a method that is not installed here.
+        method = methods().get(plan.method)
+        if method is not None and method.finish is not None:
+            method.finish(plan, source, folder)
 
     try:
         return apply_to_checkpoint(plan, source, output, finish=keep_books)

@@ -4,10 +4,10 @@ from transformers import PreTrainedConfig
 
 from auxin.accounting import FlopsPerToken, Ledger, count_parameters, flops_per_token, training_memory
 from auxin.accounting.ledger import LEDGER_FILE
+from auxin.edits.structure import edited_skeleton
 from auxin.errors import ConfigError
-from auxin.models.loading import skeleton
-from auxin.recipes.schema import Branch, BuildStage, Recipe, TrainStage
-from auxin.recipes.structure import Structures, resolve_structures
+from auxin.recipes.schema import Branch, BuildStage, GrowStage, Recipe, TrainStage
+from auxin.recipes.structure import Structures, growth_tokens, resolve_structures
 from auxin.settings import Settings
 
 
@@ -40,9 +40,9 @@ class RecipePrice(Settings):
         rows = [("branch", "stage", "parameters", "steps", "tokens", "training FLOPs", "memory")]
         for stage in self.stages:
             costs = ("", "", "", "")
-            if stage.kind == "train":
+            if stage.tokens:
                 memory = "" if stage.memory_bytes is None else f"{stage.memory_bytes / 2**30:.2f} GiB"
-                costs = (f"{stage.steps:,}", f"{stage.tokens:,}", f"{stage.flops:.3g}", memory)
+                costs = (f"{stage.steps:,}" if stage.steps else "", f"{stage.tokens:,}", f"{stage.flops:.3g}", memory)
             rows.append((stage.branch, f"{stage.stage} ({stage.kind})", f"{stage.parameters:,}", *costs))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [
@@ -103,6 +103,9 @@ class _Pricing:
             ):
                 flops = Ledger.load(stage.checkpoint).total_flops
             price = StagePrice(branch=branch.name, stage=stage.name, kind=stage.kind, parameters=parameters)
+            if isinstance(stage, GrowStage) and (tokens := growth_tokens(stage)):
+                price = price.model_copy(update={"tokens": tokens, "flops": tokens * per_token.training})
+                flops += price.flops
             if isinstance(stage, TrainStage):
                 self._check_length(branch, stage, config)
                 budget = None
@@ -128,7 +131,7 @@ class _Pricing:
     def _cost(self, config: PreTrainedConfig) -> tuple[int, FlopsPerToken]:
         key = config.to_json_string()
         if key not in self.costs:
-            model = skeleton(config)
+            model = edited_skeleton(config)
             self.costs[key] = (
                 count_parameters(model).total,
                 flops_per_token(model, self.recipe.corpus.context_length),
@@ -138,7 +141,7 @@ class _Pricing:
     def _memory(self, config: PreTrainedConfig, micro_batch_size: int) -> int | None:
         if not self.memory:
             return None
-        return training_memory(skeleton(config), micro_batch_size, self.recipe.corpus.context_length).total
+        return training_memory(edited_skeleton(config), micro_batch_size, self.recipe.corpus.context_length).total
 
     def _check_length(self, branch: Branch, stage: TrainStage, config: PreTrainedConfig) -> None:
         length, positions = self.recipe.corpus.context_length, getattr(config, "max_position_embeddings", None)

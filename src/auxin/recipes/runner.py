@@ -6,31 +6,28 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
-from auxin.accounting import Ledger, StageRecord, count_parameters
+from auxin.accounting import Ledger, StageRecord, count_parameters, flops_per_token
 from auxin.accounting.ledger import LEDGER_FILE
 from auxin.accounting.results import RunResults
 from auxin.data import PackedData, prepare
 from auxin.data.tokenizer import load_tokenizer, tokenizer_digest
 from auxin.edits.checkpoint import TRAINING_FOLDER
-from auxin.edits.structure import config_from_values
+from auxin.edits.structure import edited_skeleton
 from auxin.errors import CheckpointError, ConfigError
 from auxin.evaluation import evaluate_loss
 from auxin.files import new_folder, write_text
-from auxin.methods.grow.tokenformer import OldTokenRates, TauAnneal, plan_token_growth
-from auxin.models.loading import load_config, load_model
-from auxin.models.tokenformer import TokenFormerConfig
-from auxin.models.tokenformer.configuration import SLOTS, Slot
+from auxin.models.loading import load_model
+from auxin.recipes.continuation import stage_hooks
 from auxin.recipes.folder import DATA, OUTCOME_FILE, StageOutcome, claim_directory, left_checkpoint, stage_directory
 from auxin.recipes.growth import grow_checkpoint
 from auxin.recipes.price import price_recipe, remaining_flops
 from auxin.recipes.results import collect_results, describe_left_out
 from auxin.recipes.schema import Branch, BuildStage, EvaluateStage, GrowStage, Recipe, Stage, TrainStage
-from auxin.recipes.structure import Structures, growth_settings, resolve_structures
+from auxin.recipes.structure import Structures, growth_plan, growth_tokens, resolve_structures
 from auxin.report import write_chart_svg, write_report
 from auxin.training import train, write_checkpoint_folder
 from auxin.training.hardware import choose_device
@@ -99,6 +96,21 @@ def run_recipe(recipe: Recipe, output: str | Path, command: str, announce: Annou
         ConfigError, PlanError: `output` holds another recipe's run, or the recipe asks for what can't be built or
             does not fit together; found before anything is written, as far as it does not depend on the corpus.
     """
+    run = open_run(recipe, output, announce)
+    for branch in recipe.branches:
+        run_branch(run, branch)
+    return finish_run(run, command)
+
+
+def open_run(recipe: Recipe, output: str | Path, announce: Announce = print) -> Run:
+    """Make the folder `output` ready for the branches of `recipe`: the recipe is checked, the corpus prepared.
+
+    With `run_branch` and `finish_run`, several processes can share the work: each opens the run and does other
+    branches, none of which refers to one that is not finished.
+
+    Raises:
+        ConfigError, PlanError: as `run_recipe`.
+    """
     directory = Path(output)
     price_recipe(recipe, memory=False, vocabulary=_known_vocabulary(recipe, directory))
     claim_directory(recipe, directory, announce)
@@ -106,14 +118,15 @@ def run_recipe(recipe: Recipe, output: str | Path, command: str, announce: Annou
     data = prepare(recipe.corpus, directory / DATA, progress=True)
     announce(f"{data.report.documents:,} documents; left out: {describe_left_out(data.report)}")
     check_tokenizers(recipe, data)
-    structures = resolve_structures(recipe, vocabulary_fields(data.tokenizer()))
-    run = Run(recipe, directory, data, structures, announce)
-    for branch in recipe.branches:
-        run_branch(run, branch)
-    finals = {branch.name: run.final_checkpoint(branch.name) for branch in recipe.branches}
-    results = collect_results(recipe, directory, data, finals, command)
-    write_text(directory / RESULTS_FILE, results.model_dump_json(indent=2) + "\n")
-    rewrite_report(directory)
+    return Run(recipe, directory, data, resolve_structures(recipe, vocabulary_fields(data.tokenizer())), announce)
+
+
+def finish_run(run: Run, command: str) -> RunResults:
+    """Gather what the branches of `run`, all done, measured, and write `results.json` and the report."""
+    finals = {branch.name: run.final_checkpoint(branch.name) for branch in run.recipe.branches}
+    results = collect_results(run.recipe, run.directory, run.data, finals, command)
+    write_text(run.directory / RESULTS_FILE, results.model_dump_json(indent=2) + "\n")
+    rewrite_report(run.directory)
     return results
 
 
@@ -203,7 +216,7 @@ def run_stage(run: Run, stage: Stage, directory: Path, previous: Path | None, co
     if isinstance(stage, TrainStage):
         return train_stage(run, stage, directory, previous)
     if isinstance(stage, GrowStage):
-        return grow(run, stage, directory, previous)
+        return grow(run, stage, directory, previous, config)
     return evaluate(run, stage, directory, previous)
 
 
@@ -257,11 +270,6 @@ def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path) ->
         )
     settings = run.recipe.training_settings(stage, flops=flops)
     carried = not stage.fresh_optimizer and (previous / TRAINING_FOLDER).exists()
-    hooks: list[TauAnneal | OldTokenRates] = []
-    if stage.tau_anneal_steps:
-        hooks.append(TauAnneal(steps=stage.tau_anneal_steps))
-    if stage.old_tokens_rate != 1.0:
-        hooks.append(OldTokenRates(ratio=stage.old_tokens_rate, old_counts=old_token_counts(stage, ledger)))
     fingerprint = run.data.fingerprint
     seen = sum(record.tokens for record in ledger.stages if record.data_fingerprint == fingerprint)
     result = train(
@@ -272,34 +280,19 @@ def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path) ->
         tokenizer=run.data.tokenizer(),
         optimizer_from=previous if carried else None,
         ledger=ledger,
-        hooks=hooks,
+        hooks=stage_hooks(stage, ledger),
         stage_name=stage.name,
         data_position=seen // (settings.batch_size * run.data.context_length),
     )
     return result.checkpoint
 
 
-def old_token_counts(stage: TrainStage, ledger: Ledger) -> dict[Slot, int]:
-    """The number of tokens that each slot had before the last growth in `ledger`.
-
-    Raises:
-        ConfigError: it holds no growth.
-    """
-    for record in reversed(ledger.stages):
-        if record.kind == "grow" and record.plan is not None and record.plan.get("made_for") is not None:
-            before = cast(TokenFormerConfig, config_from_values(record.plan["made_for"]))
-            return {slot: sum(before.group_sizes(slot)) for slot in SLOTS}
-    raise ConfigError(
-        f"{stage.name}: old_tokens_rate: {stage.old_tokens_rate} is for the tokens from before the last growth, but "
-        "the model's ledger records no growth. Leave it out, or train after a grow stage."
-    )
-
-
-def grow(run: Run, stage: GrowStage, directory: Path, previous: Path) -> Path:
-    """Grow the checkpoint `previous`, its optimizer's moments along with it, and measure what that did to the loss."""
+def grow(run: Run, stage: GrowStage, directory: Path, previous: Path, config: PreTrainedConfig) -> Path:
+    """Grow the checkpoint `previous`, its optimizer's moments along with it, to a model of `config`, and measure what
+    that did to the loss."""
     output = directory / STAGE_CHECKPOINT
-    config = load_config(previous)
-    plan = plan_token_growth(config, growth_settings(stage, config, run.recipe.seed))
+    tokens = growth_tokens(stage)
+    plan = growth_plan(stage, load_model(previous), run.recipe.seed, weights=True)
     grow_checkpoint(
         plan,
         previous,
@@ -307,6 +300,8 @@ def grow(run: Run, stage: GrowStage, directory: Path, previous: Path) -> Path:
         stage_name=stage.name,
         validation_loss=run.validation_loss,
         data_fingerprint=run.data.fingerprint,
+        tokens=tokens,
+        flops=tokens * flops_per_token(edited_skeleton(config), run.data.context_length).training if tokens else 0.0,
     )
     return output
 

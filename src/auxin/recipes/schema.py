@@ -67,25 +67,43 @@ class TrainStage(Settings):
     tau_anneal_steps: int = Field(default=0, ge=0)
     """After a growth with the regime "annealed": steps over which the score scale goes to the grown size's."""
     old_tokens_rate: float = Field(default=1.0, ge=0.0, le=1.0)
-    """Learning rate of the tokens from before the last growth, relative to the new ones'; 0 freezes them."""
+    """Learning rate of a TokenFormer's tokens from before the last growth, relative to the new ones'; 0 freezes
+    them."""
+    old_rate: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Learning rate of everything from before the last growth, embeddings and norms included, relative to what is new;
+    0 freezes it, as LLaMA Pro does with all but its new layers."""
+    old_rate_steps: int | None = Field(default=None, ge=1)
+    """Steps of this stage for which `old_tokens_rate` and `old_rate` hold; None: all."""
+    exact_rates: bool = False
+    """After a growth that carried the moments: rates at which AdamW goes on exactly as it would have in the small model
+    (readers of n copies learn n times slower). Copies then never part, so this is for comparing and checking."""
 
 
 class GrowStage(Settings):
-    """Grow a TokenFormer by parameter tokens."""
+    """Grow the model by a method of `auxin methods`; the optimizer's moments follow."""
 
     kind: Literal["grow"]
     """Says that this is a grow stage."""
     name: str = Field(default="grow", pattern=STAGE_NAME)
     """Lower case letters, digits, dots, _ and -; unique in its branch."""
+    method: str | None = None
+    """The method's name ("hypercloning", "llama-pro", ...)."""
+    settings: dict[str, Any] = {}
+    """The method's settings; a seed that is not set here is the recipe's."""
     to: str | None = None
-    """A preset to grow to."""
+    """Of a TokenFormer: a preset to grow to."""
     tokens: TokenGrowth | None = None
-    """Token counts after the growth, and the regime."""
+    """Of a TokenFormer: token counts after the growth, and the regime; short for the method "tokenformer"."""
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
-        if (self.to is None) == (self.tokens is None):
-            raise ValueError("a grow stage takes exactly one of `to` (a preset) and `tokens`")
+        given = [name for name in ("method", "to", "tokens") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"a grow stage takes exactly one of method, to (a preset) and tokens; given: {given or 'none'}"
+            )
+        if self.settings and self.method is None:
+            raise ValueError("settings go with method")
         return self
 
 

@@ -3,21 +3,24 @@
 import math
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
-from typing import Any, cast
+from typing import Any, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from auxin.accounting import count_parameters
-from auxin.edits import planned_config
-from auxin.edits.structure import edited_config
+from auxin.edits import Plan, planned_config
+from auxin.edits.structure import edited_config, edited_skeleton, structural_edits
 from auxin.errors import ConfigError, PlanError, unknown_name
-from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth, token_growth_to
-from auxin.models.loading import load_config, skeleton
+from auxin.methods import method as find_method
+from auxin.methods.grow.tokenformer import plan_token_growth, token_growth_to
+from auxin.models.loading import load_config
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.models.tokenformer.presets import preset_config
 from auxin.recipes.schema import BuildStage, GrowStage, Recipe
+from auxin.settings import Settings
 
+GrowthSettings = TypeVar("GrowthSettings", bound=Settings)
 _HIDDEN_FIELDS = {"_name_or_path", "transformers_version", "architectures", "auto_map", "torch_dtype"}
 """Fields that saved configs have and nobody sets."""
 _COMMON_FIELDS = _HIDDEN_FIELDS | {
@@ -57,22 +60,63 @@ def resolve_structures(recipe: Recipe, vocabulary: dict[str, int]) -> Structures
                 config = _built_config(stage, structures, vocabulary)
             elif isinstance(stage, GrowStage):
                 assert config is not None  # the schema: a branch begins with a build or a fork
-                plan = plan_token_growth(config, growth_settings(stage, config, recipe.seed))
-                config = planned_config(plan, config)
+                config = planned_config(growth_plan(stage, edited_skeleton(config), recipe.seed), config)
             assert config is not None
             stages[stage.name] = config
         structures[branch.name] = stages
     return structures
 
 
-def growth_settings(stage: GrowStage, config: PreTrainedConfig, seed: int) -> TokenGrowth:
-    """The growth that `stage` asks for, of a model with `config`; the recipe's `seed` where the stage sets none."""
-    if stage.tokens is None and not isinstance(config, TokenFormerConfig):
+def growth_plan(stage: GrowStage, model: PreTrainedModel, seed: int, weights: bool = False) -> Plan:
+    """The plan of the growth that `stage` asks for.
+
+    Args:
+        stage: the stage.
+        model: the model to grow; on the meta device unless `weights`.
+        seed: the recipe's, for where the stage sets none.
+        weights: whether the model has its weights. Without them, a method that looks at them gives the outline of its
+            plan, which has the shapes and can't be applied.
+
+    Raises:
+        ConfigError: there is no such method, or a setting is unknown or wrong.
+        PlanError: the growth is impossible.
+    """
+    where = f"grow stage {stage.name!r}"
+    if stage.method is None:
+        if not isinstance(model.config, TokenFormerConfig):
+            raise PlanError(f"{where}: only a TokenFormer grows by tokens, this is a {model.config.model_type}.")
+        settings = stage.tokens or token_growth_to(model.config, str(stage.to))
+        return plan_token_growth(model.config, _seeded(settings, seed))
+    method = find_method(stage.method)
+    if method.finish is not None:
         raise PlanError(
-            f"grow stage {stage.name!r}: only a TokenFormer grows by tokens, this is a {config.model_type}."
+            f"{where}: {method.name} changes more of a checkpoint than its model (its tokenizer), which is the "
+            "corpus's in a recipe. Do it before, with `auxin apply`, and start from the result."
         )
-    settings = stage.tokens or token_growth_to(cast(TokenFormerConfig, config), str(stage.to))
-    return settings if "seed" in settings.model_fields_set else settings.model_copy(update={"seed": seed})
+    settings = _seeded(method.settings.parse(stage.settings, source=f"{where}: settings of {method.name}"), seed)
+    if not method.needs_weights or weights:
+        return method.plan(model, settings)
+    if method.outline is None:
+        raise PlanError(
+            f"{where}: {method.name} looks at the weights and has no outline, so that the size of what it makes is not "
+            "known before the run. Do it before, with `auxin apply`, and start from the result."
+        )
+    return method.outline(model, settings)
+
+
+def growth_tokens(stage: GrowStage) -> int:
+    """The tokens of text on which the grown model is trained while the growth is planned; 0 for most methods."""
+    if stage.method is None:
+        return 0
+    method = find_method(stage.method)
+    return 0 if method.tokens is None else method.tokens(method.settings.parse(stage.settings))
+
+
+def _seeded(settings: GrowthSettings, seed: int) -> GrowthSettings:
+    """`settings` with the recipe's `seed`, if they have a seed and it is not set."""
+    if "seed" not in type(settings).model_fields or "seed" in settings.model_fields_set:
+        return settings
+    return settings.model_copy(update={"seed": seed})
 
 
 def final_config(structures: Structures, branch: str) -> PreTrainedConfig:
@@ -85,14 +129,20 @@ def _built_config(stage: BuildStage, structures: Structures, vocabulary: dict[st
         rows = math.ceil(vocabulary["vocab_size"] / stage.pad_to_multiple_of) * stage.pad_to_multiple_of
         vocabulary = {**vocabulary, "vocab_size": rows}
     if stage.like is not None:
-        return _ungrown(final_config(structures, stage.like))
+        config = final_config(structures, stage.like)
+        if structural_edits(config):
+            raise ConfigError(
+                f"build stage {stage.name!r}: like: {stage.like!r} ends with modules that no config describes, so that "
+                "there is nothing to build from scratch. Name another branch, or give model_type and config."
+            )
+        return _ungrown(config)
     if stage.checkpoint is not None:
         return load_config(stage.checkpoint)
     if stage.preset is not None:
         return edited_config(preset_config(stage.preset), {**vocabulary, **stage.config})
     config = _configured(stage, {**vocabulary, **stage.config})
     if stage.parameters_of is not None:
-        target = count_parameters(skeleton(final_config(structures, stage.parameters_of))).total
+        target = count_parameters(edited_skeleton(final_config(structures, stage.parameters_of))).total
         config = match_parameters(config, target)
     return config
 
@@ -148,7 +198,7 @@ def match_parameters(config: PreTrainedConfig, target: int) -> PreTrainedConfig:
         return edited_config(config, {"hidden_size": hidden_size, "intermediate_size": intermediate_size})
 
     def count(candidate: PreTrainedConfig) -> int:
-        return count_parameters(skeleton(candidate)).total
+        return count_parameters(edited_skeleton(candidate)).total
 
     width = step * _last_below(lambda steps: count(sized(step * steps, 4 * step * steps)) <= target)
     if width == 0:

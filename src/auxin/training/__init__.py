@@ -1,6 +1,6 @@
 """Training: the loop, its schedules, guard, metrics and checkpoints."""
 
-from auxin.edits.hooks import Hook, OldRates, TrainOnly
+from auxin.edits.hooks import ExactRates, Hook, OldRates, TrainOnly
 from auxin.models.loading import load_model
 from auxin.training.checkpoint import (
     latest_checkpoint,
@@ -13,6 +13,7 @@ from auxin.training.schedule import learning_rate
 from auxin.training.settings import GuardSettings, TrainingSettings
 
 __all__ = [
+    "ExactRates",
     "GuardSettings",
     "Hook",
     "OldRates",

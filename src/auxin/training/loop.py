@@ -172,6 +172,9 @@ class _Loop:
         checkpoint = latest_checkpoint(self.output_dir)
         for hook in self.state.hooks:
             hook.attach(self.model, self.state.optimizer)
+        groups = self.state.optimizer.param_groups
+        # A hook may have given some parameters a rate of their own; it stays in proportion to the schedule's.
+        self.relative_rates = [group["lr"] / self.settings.learning_rate for group in groups]
         if checkpoint is not None:
             saved = self._resume(checkpoint)
             # A kill may have come between naming the checkpoint and removing what it made superfluous.
@@ -297,8 +300,8 @@ class _Loop:
         """Draw a batch and learn from it; return whether the step counter moved on (not so after a rewind)."""
         state, settings = self.state, self.settings
         rate = learning_rate(settings, state.step, self.total_steps)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
+        for group, relative in zip(state.optimizer.param_groups, self.relative_rates, strict=True):
+            group["lr"] = rate * relative
         for hook in state.hooks:
             hook.before_step(state.step)
         batch = next(self.batches)["input_ids"]
