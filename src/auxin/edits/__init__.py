@@ -7,7 +7,7 @@ from auxin.edits.edit import Edit, SetConfig
 from auxin.edits.executor import Receipt, apply
 from auxin.edits.fills import ConstantFill, Fill, MeanFill, NormalFill, RepeatFill, ZeroFill
 from auxin.edits.inverse import inverse_plan
-from auxin.edits.layer_edits import ArrangeLayers
+from auxin.edits.layer_edits import ArrangeLayers, JoinAbove
 from auxin.edits.module_edits import RemoveModule, ReplaceModule, TieParameters, WrapModule
 from auxin.edits.parameter_edits import (
     AverageRows,
@@ -28,6 +28,7 @@ __all__ = [
     "ConstantFill",
     "Edit",
     "Fill",
+    "JoinAbove",
     "MeanFill",
     "NormalFill",
     "PadParameter",

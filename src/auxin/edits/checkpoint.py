@@ -219,7 +219,7 @@ class _Rewrites:
         if not origin.sources:
             value = self._fresh.value(name, origin)
             return value.to(dtype) if value.is_floating_point() else value
-        return map_parameter(origin, blend(origin.sources, self._old), self.seed)
+        return map_parameter(origin, blend(origin, self._old), self.seed)
 
     def _old(self, name: str) -> Tensor:
         stored = self._stored[name][0]

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from auxin.edits.block_edits import RouteParameter, ScaleEntries
 from auxin.edits.fills import Tagged
-from auxin.edits.layer_edits import ArrangeLayers
+from auxin.edits.layer_edits import ArrangeLayers, JoinAbove
 from auxin.edits.module_edits import RemoveModule, ReplaceModule, TieParameters, WrapModule
 from auxin.edits.parameter_edits import (
     AverageRows,
@@ -69,6 +69,7 @@ Edit = Annotated[
     | ScaleEntries
     | RouteParameter
     | ArrangeLayers
+    | JoinAbove
     | ReplaceModule
     | WrapModule
     | RemoveModule
@@ -81,6 +82,6 @@ def describe_edit(edit: Edit) -> str:
     """One line for one edit."""
     if isinstance(edit, ParameterEdit):
         return f"{edit.parameter}: {edit}"
-    if isinstance(edit, ArrangeLayers):
+    if isinstance(edit, ArrangeLayers | JoinAbove):
         return f"{edit.layers}: {edit}"
     return str(edit) if isinstance(edit, SetConfig | TieParameters) else f"{edit.module}: {edit}"

@@ -164,8 +164,11 @@ def check_moment(origin: Origin, state: str, name: str, tensor: Tensor) -> None:
         )
 
 
-def blend(sources: tuple[tuple[float, str], ...], tensor: Callable[[str], Tensor]) -> Tensor:
-    """The weighted sum of the old tensors that `tensor(name)` gives."""
+def blend(origin: Origin, tensor: Callable[[str], Tensor]) -> Tensor:
+    """The weighted sum of the old tensors that `tensor(name)` gives, or what they are when joined."""
+    sources = origin.sources
+    if origin.joined is not None:
+        return torch.cat([tensor(name) for _, name in sources], dim=origin.joined)
     if len(sources) == 1 and sources[0][0] == 1.0:
         return tensor(sources[0][1])
     total: Tensor | None = None
@@ -246,7 +249,7 @@ class _Surgery:
         after = self.fresh.placeholder(name)
         if origin.sources:
             first = self.old[origin.sources[0][1]]
-            data = map_parameter(origin, blend(origin.sources, lambda source: self.old[source].detach()), self.seed)
+            data = map_parameter(origin, blend(origin, lambda source: self.old[source].detach()), self.seed)
             if not origin.steps and origin.source is not None:
                 data = data.clone()
             trainable = first.requires_grad

@@ -138,6 +138,22 @@ class ArrangeLayers(Tagged):
         return ", ".join(words)
 
 
+class JoinAbove(Tagged):
+    """Put behind a parameter of every layer, along one axis, that of the layer above, for a later `SliceParameter` to
+    choose from both. The top layer is joined to itself."""
+
+    kind: Literal["join_above"] = "join_above"
+    layers: str
+    """Path of the stack (a ModuleList), for example "model.layers"."""
+    parameter: str
+    """The parameter's name in a layer, for example "mlp.up_proj.weight"."""
+    axis: int = Field(default=0, ge=0)
+    """The axis along which they are joined."""
+
+    def __str__(self) -> str:
+        return f"{self.parameter} and that of the layer above, joined along axis {self.axis}"
+
+
 def layer_stack(model: PreTrainedModel, path: str) -> nn.ModuleList:
     """The stack of layers at `path`; PlanError, naming those there are, when it is none."""
     try:

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.edits.edit import SetConfig, describe_edit
 from auxin.edits.fills import Fill
-from auxin.edits.layer_edits import ArrangeLayers, layer_stack
+from auxin.edits.layer_edits import ArrangeLayers, JoinAbove, layer_stack
 from auxin.edits.module_edits import ModuleEdit, RemoveModule, ReplaceModule, TieParameters, WrapModule, merged
 from auxin.edits.parameter_edits import ParameterEdit
 from auxin.edits.rate import Rate
@@ -56,6 +56,8 @@ class Origin:
     none."""
     steps: tuple[Step, ...] = ()
     """What is then done to the sum, in order."""
+    joined: int | None = None
+    """The axis along which the sources are joined instead of added up."""
     fill: Fill | None = None
     """Where a fresh one gets its values; None: as the architecture initialises it."""
     fresh_moments: bool = False
@@ -68,8 +70,11 @@ class Origin:
 
     @property
     def old_shape(self) -> tuple[int, ...]:
-        """The shape before the first step."""
-        return self.steps[0].old_shape if self.steps else self.shape
+        """The shape before the first step; of joined sources that of one of them."""
+        shape = self.steps[0].old_shape if self.steps else self.shape
+        if self.joined is None:
+            return shape
+        return tuple(size // 2 if axis == self.joined else size for axis, size in enumerate(shape))
 
     @property
     def rate(self) -> Rate:
@@ -188,6 +193,8 @@ class _Tracker:
             self._change_parameters(index, edit)
         elif isinstance(edit, ArrangeLayers):
             self._arrange(edit)
+        elif isinstance(edit, JoinAbove):
+            self._join(edit)
         elif isinstance(edit, TieParameters):
             self._tie(edit)
             self.structure = merged([*self.structure, edit])
@@ -240,6 +247,25 @@ class _Tracker:
         self.fresh_layers += [f"{edit.layers}.{place}" for place, source in enumerate(edit.order) if source is None]
         # New to the tree, so that later edits of modules (a wrapper around a new layer) find them.
         self.modules |= {path: None for path in self.fresh_layers if path not in self.modules}
+
+    def _join(self, edit: JoinAbove) -> None:
+        if edit.layers in self.lengths:
+            raise PlanError(f"{edit.layers} was arranged by an earlier edit; join its layers before")
+        names = [
+            f"{edit.layers}.{layer}.{edit.parameter}" for layer in range(len(layer_stack(self.before, edit.layers)))
+        ]
+        # T5's first layer alone holds the relative positions of all.
+        names = [name for name in names if name in self.origins]
+        if not names:
+            raise PlanError(_nearest("parameter", f"{edit.layers}.0.{edit.parameter}", self.aliases))
+        old = [self.origins[name] for name in names]
+        for name, own, above in zip(names, old, [*old[1:], old[-1]], strict=True):
+            if own.steps or len(own.sources) != 1 or edit.axis >= len(own.shape) or own.shape != above.shape:
+                raise PlanError(f"{name} was changed by an earlier edit, or its shape {list(own.shape)} does not fit")
+            shape = list(own.shape)
+            shape[edit.axis] *= 2
+            sources = (own.sources[0], above.sources[0])
+            self.origins[name] = Origin(tuple(shape), sources, joined=edit.axis)
 
     def _renamed_tensors(self, edit: ArrangeLayers) -> tuple[dict[str, Origin], dict[str, str]]:
         origins: dict[str, Origin] = {}

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from auxin.edits.block_edits import RouteParameter, ScaleEntries
 from auxin.edits.edit import Edit, SetConfig
 from auxin.edits.fills import Fill, MeanFill, NormalFill, ZeroFill
+from auxin.edits.layer_edits import JoinAbove
 from auxin.edits.parameter_edits import CentreParameter, PadParameter, ScaleParameter, SliceParameter
 from auxin.edits.plan import Promise
 from auxin.errors import PlanError
@@ -189,7 +190,7 @@ def widen(anatomy: Anatomy, widening: Widening, approximate: bool = False, from_
     reasons = [*fatal, *_residual_reasons(anatomy, widening), *_head_reasons(anatomy, widening)]
     if fatal or (reasons and not approximate):
         raise PlanError(reasons[0])
-    writer = _Writer(anatomy, widening)
+    writer = _Writer(anatomy, widening, from_above)
     edits: list[Edit] = [SetConfig(values=values)] if (values := writer.config_values()) else []
     for role in anatomy.roles:
         edits += writer.edits(role)
@@ -336,8 +337,8 @@ def _nearest_heads(sizes: Sizes, query_heads: int, key_value_heads: int) -> str:
 class _Writer:
     """Writes down the edits of one parameter after the other."""
 
-    def __init__(self, anatomy: Anatomy, widening: Widening) -> None:
-        self.anatomy, self.widening = anatomy, widening
+    def __init__(self, anatomy: Anatomy, widening: Widening, from_above: bool) -> None:
+        self.anatomy, self.widening, self.from_above = anatomy, widening, from_above
         residual = widening.residual
         kept = len(residual.index)
         # The norm's input keeps its sum of squares and is spread over more units: gain times eta, epsilon times eta^2.
@@ -372,8 +373,12 @@ class _Writer:
                 for axis in range(len(role.axes))
                 if self._runs_along_residual(role, axis)
             ]
+        joined = self._joined_with_above(role)
+        edits += [joined] if joined else []
         for axis, segments in enumerate(role.axes):
-            if segments:
+            if joined and joined.axis == axis:
+                edits += self._by_entries(role, axis, segments, joined=True)
+            elif segments:
                 edits += self._along(role, axis, segments)
         return edits + self._scales(role)
 
@@ -413,15 +418,31 @@ class _Writer:
             return MeanFill()
         return MeanFill() if self.widening.padding == "mean" and role.kind != "offset" else ZeroFill()
 
-    def _by_entries(self, role: ParameterRole, axis: int, segments: tuple[Segment, ...]) -> list[Edit]:
-        """Heads entry by entry: several in one axis, or of another dimension than before."""
+    def _joined_with_above(self, role: ParameterRole) -> JoinAbove | None:
+        """The edit that offers the outputs of the layer above to a matrix or bias whose outputs grow."""
+        if not self.from_above or role.kind not in ("matrix", "bias"):
+            return None
+        for stack in self.anatomy.stacks:
+            name = role.pattern.removeprefix(f"{stack.path}.*.")
+            if name == role.pattern:
+                continue
+            for axis, segments in enumerate(role.axes):
+                maps = [self.widening.stream(segment) for segment in segments if role.access[axis] == "writes"]
+                if any(m is not None and not m.is_identity for m in maps):
+                    return JoinAbove(layers=stack.path, parameter=name, axis=axis)
+        return None
+
+    def _by_entries(
+        self, role: ParameterRole, axis: int, segments: tuple[Segment, ...], joined: bool = False
+    ) -> list[Edit]:
+        """Entry by entry: heads of several kinds in one axis or of another dimension, outputs of the layer above."""
         reads = role.access[axis] == "reads"
-        places = _Places(self.anatomy, self.widening, reads, sum(segment.size for segment in segments))
+        places = _Places(self.anatomy, self.widening, reads, sum(segment.size for segment in segments), joined)
         index = places.index(segments)
         edits: list[Edit] = []
         if places.fresh > places.old:
             edits.append(PadParameter(parameter=role.pattern, axis=axis, size=places.fresh, fill=NormalFill()))
-        return [*edits, self._slice(role, axis, index, 1, reads)]
+        return [*edits, self._slice(role, axis, index, 1, reads or self._is_read_by_tied_head(role))]
 
     def _scales(self, role: ParameterRole) -> list[Edit]:
         """Factors on whole parameters: norms of a padded residual, tied heads, queries of another head dimension."""
@@ -483,13 +504,15 @@ class _Writer:
 
 
 class _Places:
-    """Where the entries of the new heads come from, one by one."""
+    """Where the new entries of an axis come from, one by one."""
 
-    def __init__(self, anatomy: Anatomy, widening: Widening, reads: bool, old: int) -> None:
+    def __init__(self, anatomy: Anatomy, widening: Widening, reads: bool, size: int, joined: bool) -> None:
         self.anatomy, self.widening, self.reads = anatomy, widening, reads
-        self.old = old
+        self.above = size if joined else 0
+        """How much further back the same entry of the layer above is; 0 where it is not to be used."""
+        self.old = size + self.above
         """Entries of the axis before."""
-        self.fresh = old
+        self.fresh = self.old
         """As many after padding with random entries, which the new heads take one after the other."""
         self.dims = (anatomy.sizes.head_dim, widening.head_dim)
         self.rotary = (anatomy.rotary_dim, rotary_after(anatomy, widening.head_dim))
@@ -501,13 +524,15 @@ class _Places:
         for segment in segments:
             stream = self.widening.stream(segment)
             assert stream is not None
-            for unit in (*stream.index, *(None,) * stream.added):
+            for place, unit in enumerate((*stream.index, *(None,) * stream.added)):
+                first = None if unit is None else start + unit * segment.unit
+                if first is not None and place >= stream.old:
+                    first += self.above
                 for number, part in enumerate(segment.parts):
-                    offset = None if unit is None else start + unit * segment.unit + number * self.dims[0]
+                    offset = None if first is None else first + number * self.dims[0]
                     index += [self._entry(part, offset, dim) for dim in range(self.dims[1])]
                 if not segment.parts:
-                    whole = range(segment.unit)
-                    index += [self._new() if unit is None else start + unit * segment.unit + dim for dim in whole]
+                    index += [self._new() if first is None else first + dim for dim in range(segment.unit)]
             start += segment.size
         return index
 
