@@ -20,13 +20,13 @@ row breaks what is promised.
 """
 
 import argparse
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -183,7 +183,12 @@ CASES: dict[str, Case] = {
         finish={"finish": True},
     ),
     "graft": Case("Graft, 16 tokens beside every linear", "graft", {"tokens": 16}, "branches", 1e-3),
-    "ligo": Case("LiGO", "ligo", {**WIDER, "steps": 0}),
+    "vocabulary": Case(
+        "vocabulary, 512 tokens more",
+        "vocabulary",
+        {"tokens_from": "stdlib", "num_tokens": 512, "max_bytes": 2_000_000},
+    ),
+    "ligo": Case("LiGO, width 648, 12 heads", "ligo", {**WIDER, "steps": 0}),
     "tokenformer": Case("TokenFormer tokens", "tokenformer", {"ffn_tokens": 64}),
     "hypercloning": Case("HyperCloning, everything x2", "hypercloning", {"factor": 2, "variant": "noisy"}),
 }
@@ -284,41 +289,56 @@ def losses(model: PreTrainedModel, data: dict[str, Tensor], trial: Trial) -> dic
     return {kind: evaluate_loss(model, windows[kind].numpy(), batch_size=1) for kind in KINDS}
 
 
-def run_case(name: str, work: Path, trial: Trial) -> dict[str, Any]:
-    """Measure one row in this process."""
-    case = CASES[name]
-    torch.manual_seed(trial.seed)
-    data = load_file(work / "data.safetensors")
+def edited(case: Case, work: Path, trial: Trial, probe: Tensor) -> tuple[PreTrainedModel, dict[str, Any], list[Hook]]:
+    """The model after the edit, what the edit was, and what takes part in the training."""
     model = AutoModelForCausalLM.from_pretrained(work / "source", dtype=torch.float32)
+    if not case.method:
+        return model, {}, []
+    chosen = method(case.method)
+    start = time.perf_counter()
+    plan = chosen.plan(model, chosen.settings.parse(case.settings, source=case.method))
+    receipt = apply(plan, model, probe=probe)
+    facts = {
+        "promise": plan.promise,
+        "tolerance": receipt.tolerance,
+        "receipt_drift": receipt.max_relative_change,
+        "overshoot": receipt.overshoot,
+        "edit_seconds": time.perf_counter() - start,
+    }
+    return model, facts, TRAINED[case.trains](plan, model, trial)
+
+
+def edit_row(name: str, work: Path, trial: Trial) -> dict[str, Any]:
+    """What the edit of one row does, measured in this process."""
+    case, data = CASES[name], load_file(work / "data.safetensors")
     row: dict[str, Any] = {"settings": case.settings, "trains": case.trains}
-    hooks: list[Hook] = []
-    if case.method:
-        chosen = method(case.method)
-        start = time.perf_counter()
-        try:
-            plan = chosen.plan(model, chosen.settings.parse(case.settings, source=case.method))
-        except PlanError as error:
-            return row | {"refused": str(error)}
-        receipt = apply(plan, model, probe=data["probe"].long())
-        row |= {
-            "promise": plan.promise,
-            "tolerance": receipt.tolerance,
-            "receipt_drift": receipt.max_relative_change,
-            "edit_seconds": time.perf_counter() - start,
-        }
-        hooks = TRAINED[case.trains](plan, model, trial)
+    try:
+        model, facts, _ = edited(case, work, trial, data["probe"].long())
+    except PlanError as error:
+        return row | {"refused": str(error)}
     after = logits_of(model, data["probe"])
-    row["drift"] = relative_change(data["logits"], after[..., : data["logits"].shape[-1]])
-    row["parameters"] = count_parameters(model).total
-    row["reloaded_equal"] = reloads_equal(model, data["probe"], after, work / f"saved-{name}")
-    del after
-    row["loss_after_edit"] = losses(model, data, trial)
-    print(f"  {row}", file=sys.stderr, flush=True)
-    row |= train(model, data, trial, case.learning_rate or trial.learning_rate, hooks)
+    return row | {
+        **facts,
+        "drift": relative_change(data["logits"], after[..., : data["logits"].shape[-1]]),
+        "parameters": count_parameters(model).total,
+        "reloaded_equal": reloads_equal(model, data["probe"], after, work / f"saved-{name}"),
+        "loss_after_edit": losses(model, data, trial),
+    }
+
+
+def training_row(name: str, work: Path, trial: Trial) -> dict[str, Any]:
+    """What training after the edit of one row does, measured in this process."""
+    case, data = CASES[name], load_file(work / "data.safetensors")
+    torch.manual_seed(trial.seed)
+    model, _, hooks = edited(case, work, trial, data["probe"].long())
+    row = train(model, data, trial, case.learning_rate or trial.learning_rate, hooks)
     if case.finish:
+        chosen = method(case.method)
         apply(chosen.plan(model, chosen.settings.parse(case.finish)), model, probe=data["probe"].long())
-    row["loss_after_training"] = losses(model, data, trial)
-    return row
+    return row | {"loss_after_training": losses(model, data, trial)}
+
+
+STAGES = {"edit": edit_row, "training": training_row}
 
 
 def reloads_equal(model: PreTrainedModel, probe: Tensor, logits: Tensor, folder: Path) -> bool:
@@ -409,9 +429,10 @@ def broken(row: dict[str, Any]) -> list[str]:
         found.append(f"exact, but the logits moved by {row['drift']:.2g}")
     if not row["reloaded_equal"]:
         found.append("the saved copy computes other bits")
-    before, after = mean_loss(row["loss_after_edit"]), mean_loss(row["loss_after_training"])
-    if not after < before:
-        found.append(f"training took the held-out loss from {before:.4f} to {after:.4f}")
+    if "loss_after_training" in row:
+        before, after = mean_loss(row["loss_after_edit"]), mean_loss(row["loss_after_training"])
+        if not after < before:
+            found.append(f"training took the held-out loss from {before:.4f} to {after:.4f}")
     return found
 
 
@@ -451,12 +472,9 @@ def page(results: dict[str, Any]) -> str:
 
 
 def _row(case: Case, row: dict[str, Any]) -> str:
-    def pair(kind: str) -> str:
-        edited, trained = row["loss_after_edit"][kind], row["loss_after_training"][kind]
-        return f"{perplexity_of(edited):.2f}, {perplexity_of(trained):.2f}"
-
+    losses = [row["loss_after_edit"]] + ([row["loss_after_training"]] if "loss_after_training" in row else [])
     millions = f"{row['parameters'] / 1e6:.1f}M"
-    if row["trained_parameters"] < row["parameters"]:
+    if row.get("trained_parameters", row["parameters"]) < row["parameters"]:
         millions += f" ({row['trained_parameters'] / 1e6:.1f}M)"
     title = case.title
     if case.learning_rate is not None:
@@ -466,33 +484,49 @@ def _row(case: Case, row: dict[str, Any]) -> str:
         row.get("promise", "-"),
         f"{row['drift']:.1e}",
         millions,
-        pair("english"),
-        pair("python"),
-        f"{mean_loss(row['loss_after_edit']):.4f}, {mean_loss(row['loss_after_training']):.4f}",
+        *(", ".join(f"{perplexity_of(loss[kind]):.2f}" for loss in losses) for kind in KINDS),
+        ", ".join(f"{mean_loss(loss):.4f}" for loss in losses),
         "equal" if row["reloaded_equal"] else "different",
-        f"{row['cpu_seconds_per_step']:.2f}",
-        f"{row['peak_bytes'] / 1e9:.1f}",
+        f"{row['cpu_seconds_per_step']:.2f}" if len(losses) > 1 else "not trained",
+        f"{row['peak_bytes'] / 1e9:.1f}" if len(losses) > 1 else "-",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def run_child(name: str, work: Path, options: list[str]) -> dict[str, Any]:
-    """A row measured in a process of its own, so that its memory is its own."""
-    command = [sys.executable, __file__, "--work", str(work), "--child", name, *options]
+def run_child(stage: str, name: str, work: Path, options: list[str]) -> dict[str, Any]:
+    """A stage of a row measured in a process of its own, so that its memory is its own."""
+    command = [sys.executable, __file__, "--work", str(work), "--child", stage, name, *options]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, **MALLOC})
     if output.returncode:
-        return {"error": f"the process ended with {output.returncode}"}
+        return {"error": f"{stage}: the process ended with {output.returncode}"}
     return json.loads(output.stdout.splitlines()[-1])
 
 
-def write(results: dict[str, Any], path: Path, table: Path) -> None:
-    """Write the JSON, never half, and the page."""
+def measured(stage: str, row: dict[str, Any]) -> bool:
+    """Whether a row has what `stage` measures, or can't have it."""
+    return "refused" in row or ("drift" if stage == "edit" else "loss_after_training") in row
+
+
+def record(path: Path, table: Path, changes: dict[str, Any], rows: dict[str, Any]) -> dict[str, Any]:
+    """Change the results, whose rows are merged, and write the page; several processes may do so at once."""
     for folder in (path.parent, table.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    table.write_text(page(results), encoding="utf-8")
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = read(path) | changes
+        for name, row in rows.items():
+            old = {key: value for key, value in results["rows"].get(name, {}).items() if key != "error"}
+            results["rows"][name] = old | row
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.replace(path)
+        table.write_text(page(results), encoding="utf-8")
+    return results
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The results so far."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": {}}
 
 
 def main() -> None:
@@ -500,12 +534,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="folder for the converted model and for what is saved on the way")
     parser.add_argument("--methods", nargs="+", default=list(CASES), help="rows, or methods with all their rows")
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--again", action="store_true", help="measure rows again that are there")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a row breaks what it has to hold")
     parser.add_argument("--quick", action="store_true", help="four steps and two windows, to see that it runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--reload", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -517,10 +552,11 @@ def main() -> None:
         parser.error("--work is missing: a folder with 3 GB of room")
     trial = QUICK if arguments.quick else Trial()
     if arguments.child:
+        stage, name = arguments.child
         try:
-            row = run_case(arguments.child, arguments.work, trial)
+            row = STAGES[stage](name, arguments.work, trial)
         except AuxinError as error:
-            row = {"error": f"{type(error).__name__}: {error}"}
+            row = {"error": f"{stage}: {type(error).__name__}: {error}"}
         print(json.dumps(row))
         return
     names = [name for name, case in CASES.items() if {name, case.method} & set(arguments.methods)]
@@ -530,11 +566,10 @@ def main() -> None:
     path, table = arguments.results, arguments.page
     if arguments.quick:
         path, table = arguments.work / RESULTS.name, arguments.work / PAGE.name
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": {}}
     settings = json.loads(json.dumps(asdict(trial)))
-    if results.get("trial", settings) != settings:
+    if read(path).get("trial", settings) != settings:
         sys.exit(f"{path} holds results of other lengths. Remove it or give another --results.")
-    results |= {
+    facts = {
         "trial": settings,
         "source": prepare(arguments.work, trial),
         "command": "python benchmarks/smollm2.py --work FOLDER",
@@ -546,14 +581,16 @@ def main() -> None:
             "auxin": importlib.metadata.version("auxin"),
         },
     }
-    for name in names:
-        if name in results["rows"] and "error" not in results["rows"][name] and not arguments.again:
+    results = record(path, table, facts, {})
+    # All edits come first: they take a minute each, training takes ten.
+    for stage, name in [(stage, name) for stage in arguments.stages for name in names]:
+        if measured(stage, read(path)["rows"].get(name, {})) and not arguments.again:
             continue
-        print(f"{name}: {shlex.quote(json.dumps(CASES[name].settings))}", flush=True)
-        results["rows"][name] = row = run_child(name, arguments.work, ["--quick"] * arguments.quick)
-        write(results, path, table)
+        print(f"{stage} {name}: {json.dumps(CASES[name].settings)}", flush=True)
+        row = run_child(stage, name, arguments.work, ["--quick"] * arguments.quick)
+        results = record(path, table, facts, {name: row})
         print({key: value for key, value in row.items() if key != "training_losses"}, flush=True)
-    write(results, path, table)
+    path.with_suffix(".lock").unlink(missing_ok=True)
     sys.exit(1 if arguments.check and any(broken(row) for row in results["rows"].values()) else 0)
 
 
