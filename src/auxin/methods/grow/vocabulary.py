@@ -83,6 +83,7 @@ def grow_vocabulary(
     special_tokens: Sequence[str] = (),
     tokens_from: str | None = None,
     num_tokens: int | None = None,
+    merges: Sequence[Merge] = (),
     rule: Rule = "pieces",
     multiple: int | None = None,
     optimizer: Optimizer | None = None,
@@ -95,7 +96,7 @@ def grow_vocabulary(
     Args:
         model: a model with a vocabulary.
         tokenizer: the fast tokenizer it was trained with.
-        tokens, special_tokens, tokens_from, num_tokens, rule, multiple: as in `VocabularyGrowth`.
+        tokens, special_tokens, tokens_from, num_tokens, merges, rule, multiple: as in `VocabularyGrowth`.
         optimizer: the optimizer that trains the model, if there is one.
         probe: as for `apply`; its ids must be old ones.
 
@@ -111,6 +112,7 @@ def grow_vocabulary(
         "special_tokens": tuple(special_tokens),
         "tokens_from": tokens_from,
         "num_tokens": num_tokens,
+        "merges": tuple(merges),
         "rule": rule,
         "multiple": multiple,
     }
