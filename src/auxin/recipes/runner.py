@@ -292,7 +292,7 @@ def grow(run: Run, stage: GrowStage, directory: Path, previous: Path, config: Pr
     that did to the loss."""
     output = directory / STAGE_CHECKPOINT
     tokens = growth_tokens(stage)
-    plan = growth_plan(stage, load_model(previous), run.recipe.seed, weights=True)
+    plan = growth_plan(stage, load_model(previous), run.recipe.seed, weights=True, folder=directory)
     grow_checkpoint(
         plan,
         previous,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
@@ -67,7 +68,9 @@ def resolve_structures(recipe: Recipe, vocabulary: dict[str, int]) -> Structures
     return structures
 
 
-def growth_plan(stage: GrowStage, model: PreTrainedModel, seed: int, weights: bool = False) -> Plan:
+def growth_plan(
+    stage: GrowStage, model: PreTrainedModel, seed: int, weights: bool = False, folder: Path | None = None
+) -> Plan:
     """The plan of the growth that `stage` asks for.
 
     Args:
@@ -76,6 +79,7 @@ def growth_plan(stage: GrowStage, model: PreTrainedModel, seed: int, weights: bo
         seed: the recipe's, for where the stage sets none.
         weights: whether the model has its weights. Without them, a method that looks at them gives the outline of its
             plan, which has the shapes and can't be applied.
+        folder: where files that belong to the plan (a learned operator) go, if the stage does not say it.
 
     Raises:
         ConfigError: there is no such method, or a setting is unknown or wrong.
@@ -86,14 +90,16 @@ def growth_plan(stage: GrowStage, model: PreTrainedModel, seed: int, weights: bo
         if not isinstance(model.config, TokenFormerConfig):
             raise PlanError(f"{where}: only a TokenFormer grows by tokens, this is a {model.config.model_type}.")
         settings = stage.tokens or token_growth_to(model.config, str(stage.to))
-        return plan_token_growth(model.config, _seeded(settings, seed))
+        return plan_token_growth(model.config, _filled_in(settings, {"seed": seed}))
     method = find_method(stage.method)
     if method.finish is not None:
         raise PlanError(
             f"{where}: {method.name} changes more of a checkpoint than its model (its tokenizer), which is the "
             "corpus's in a recipe. Do it before, with `auxin apply`, and start from the result."
         )
-    settings = _seeded(method.settings.parse(stage.settings, source=f"{where}: settings of {method.name}"), seed)
+    own = method.settings.parse(stage.settings, source=f"{where}: settings of {method.name}")
+    values: dict[str, Any] = {"seed": seed} if folder is None else {"seed": seed, "folder": folder}
+    settings = _filled_in(own, values)
     if not method.needs_weights or weights:
         return method.plan(model, settings)
     if method.outline is None:
@@ -112,11 +118,10 @@ def growth_tokens(stage: GrowStage) -> int:
     return 0 if method.tokens is None else method.tokens(method.settings.parse(stage.settings))
 
 
-def _seeded(settings: GrowthSettings, seed: int) -> GrowthSettings:
-    """`settings` with the recipe's `seed`, if they have a seed and it is not set."""
-    if "seed" not in type(settings).model_fields or "seed" in settings.model_fields_set:
-        return settings
-    return settings.model_copy(update={"seed": seed})
+def _filled_in(settings: GrowthSettings, values: dict[str, Any]) -> GrowthSettings:
+    """`settings` with those of `values` that they have and that are not set."""
+    missing = (type(settings).model_fields.keys() & values.keys()) - settings.model_fields_set
+    return settings.model_copy(update={name: values[name] for name in missing})
 
 
 def final_config(structures: Structures, branch: str) -> PreTrainedConfig:

@@ -134,7 +134,9 @@ class GrowthOperator(nn.Module):
         self._source = [model]
         self._grown_skeleton = [skeleton(edited_config(model.config, values | deeper), type(model)).eval()]
         first = next(model.parameters())
-        self.device, self.dtype = first.device, torch.promote_types(first.dtype, torch.float32)
+        # The operator is real even where the model is not: an outline has its shapes.
+        self.device = torch.device("cpu") if first.is_meta else first.device
+        self.dtype = torch.promote_types(first.dtype, torch.float32)
         self._source_names = {name for name, _ in model.named_parameters()}
         generator = torch.Generator().manual_seed(settings.seed)
         self.w = nn.ParameterDict()
@@ -530,6 +532,11 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
     return values
 
 
+def outline(model: PreTrainedModel, settings: LigoGrowth) -> Plan:
+    """The plan with the operator at its start, without data; the model may be on the meta device."""
+    return plan_ligo(model, settings.model_copy(update={"steps": 0, "folder": Path(tempfile.gettempdir())}))
+
+
 METHOD = Method(
     name="ligo",
     title="A learned linear operator makes the larger model's weights of the smaller one's",
@@ -539,5 +546,7 @@ METHOD = Method(
     plan=plan_ligo,
     examples=_examples,
     needs_weights=True,
+    outline=outline,
+    tokens=lambda settings: settings.steps * settings.batch_size * CORPUS_TOKENS,
     promise="none",
 )

@@ -31,6 +31,7 @@ from auxin.edits.depth import chosen_stacks, depth
 from auxin.edits.edit import ArrangeLayers, RemoveModule, ScaleParameter, SliceParameter, WrapModule
 from auxin.edits.fills import Fill, MeanFill
 from auxin.edits.fixed_heads import fixed_head_sizes, size_values
+from auxin.edits.hooks import Hook
 from auxin.edits.method import Method
 from auxin.edits.structure import config_values, structural_edits
 from auxin.edits.width import describe_sizes
@@ -49,6 +50,8 @@ class MaskedGrowth(WidthTargets):
     """Number of layers after the growth; new ones go on top. With encoder and decoder: of each, or of `part`."""
     part: str | None = None
     """Of a model with an encoder and a decoder, the one that gets layers: "encoder" or "decoder"."""
+    ramp_steps: int | None = Field(default=None, gt=0)
+    """In a recipe: steps of the next train stage over which the masks open, see `MaskRamp`; None leaves them closed."""
     new_layers: Literal["random", "copies"] = "random"
     """What new layers hold: weights as the architecture initialises them, or those of the old layers, in order."""
     finish: bool = False
@@ -112,9 +115,11 @@ def plan_unmask(model: PreTrainedModel) -> Plan:
     masks = _mask_edits(model)
     if not masks:
         raise PlanError("The model has no masks that could be taken off. Grow it first.")
+    # A skeleton's masks are as they were made; what they will be is not known yet.
+    real = not next(model.parameters()).is_meta
     for name, module in _masked_modules(model):
         strengths = module.strengths()
-        if not strengths.is_meta and (strengths != 1).any():
+        if real and (strengths != 1).any():
             raise PlanError(
                 f"The mask of {name} is at {float(strengths.min()):.4g}; without it the function would jump. Train "
                 "with MaskRamp until the ramp's last step, or set it: MaskRamp.set_strength(model, 1.0)."
@@ -417,6 +422,11 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
     return values
 
 
+def _hooks(plan: Plan) -> list[Hook]:
+    steps = plan.settings.get("ramp_steps")
+    return [MaskRamp(steps)] if steps else []
+
+
 METHOD = Method(
     name="masked",
     title="Masked structural growth: random new weights, let in by masks in the course of training",
@@ -426,4 +436,5 @@ METHOD = Method(
     plan=plan_masked,
     examples=_examples,
     promise="exact, at mask strength 0; finish is exact at strength 1",
+    hooks=_hooks,
 )
