@@ -1,5 +1,6 @@
 """What growing in depth is for: at equal work, a grown model is better than one trained from scratch."""
 
+import copy
 import sysconfig
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from auxin.methods.grow.llama_pro import BlockExpansion, plan_block_expansion
 from auxin.methods.grow.stacking import LayerStacking, plan_stacking
 from oracles.depth import byte_model
 
-CONTEXT, BATCH = 48, 6
+CONTEXT, BATCH = 48, 8
 SMALL, GROWN, SCRATCH = 120, 90, 150
 """Steps: 120 of 3 layers and 90 of 6 are as many layer-steps as 150 of 6."""
 
@@ -56,14 +57,15 @@ def test_grown_models_beat_one_from_scratch_at_equal_work(data):
     learnt, held_out = data
     scratch = byte_model(6, seed=1)
     train(scratch, learnt, SCRATCH)
+    model = byte_model(3, seed=0)
+    small = model, train(model, learnt, SMALL)
+    before = held_out_loss(model, held_out)
     losses = {}
     for name, plan in {
         "stack": lambda model: plan_stacking(model, LayerStacking(factor=2)),
         "identity": lambda model: plan_block_expansion(model, BlockExpansion(group_size=1)),
     }.items():
-        model = byte_model(3, seed=0)
-        optimizer = train(model, learnt, SMALL)
-        before = held_out_loss(model, held_out)
+        model, optimizer = copy.deepcopy(small)
         receipt = apply(plan(model), model, optimizer)
         jump = held_out_loss(model, held_out) - before
         assert (jump == 0) == (receipt.plan.promise == "exact")
