@@ -9,7 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
 
 from auxin.data.vocabulary import EnlargedTokenizer
 from auxin.edits import apply, apply_to_checkpoint, inverse_plan
@@ -322,6 +329,19 @@ def test_the_generation_config_and_the_rest_of_the_config_stay():
     changed = {key for key, value in model.config.to_dict().items() if config[key] != value}
     assert changed == {"vocab_size"}
     assert model.lm_head.out_features == model.get_input_embeddings().num_embeddings == model.config.vocab_size
+
+
+def test_the_vocabulary_of_a_part_of_a_model_grows():
+    """A model for text and images keeps the vocabulary in the config of its language model."""
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    text, vision = LlamaConfig(vocab_size=19, **size), CLIPVisionConfig(image_size=8, patch_size=4, **size)
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=18))
+    probe = {"input_ids": torch.arange(12)[None]}
+    plan = plan_vocabulary(model, 19, [[1, 2], []], VocabularyGrowth(rows=2))
+    assert apply(plan, model, probe=probe).max_relative_change <= 1e-6
+    assert model.config.text_config.vocab_size == 21
+    assert model.config.text_config is model.model.language_model.config
+    assert model(**probe).logits.shape[-1] == 21
 
 
 def test_the_plan_reads_and_can_be_taken_back():

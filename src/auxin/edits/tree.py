@@ -162,8 +162,13 @@ class _Rebuilding:
     def _change_values(self, config: PreTrainedConfig, before: PreTrainedConfig, after: PreTrainedConfig) -> None:
         old, new = before.to_dict(), after.to_dict()
         for key in new:
-            if key not in old or old[key] != new[key]:
-                self.undo.set(vars(config), key, copy.deepcopy(getattr(after, key)))
+            if key in old and old[key] == new[key]:
+                continue
+            part, value = vars(config).get(key), getattr(after, key)
+            if isinstance(part, PreTrainedConfig) and type(part) is type(value):
+                self._change_values(part, getattr(before, key), value)  # the modules of that part hold it too
+            else:
+                self.undo.set(vars(config), key, copy.deepcopy(value))
         for key in old.keys() - new.keys():
             if key in vars(config):
                 self.undo.remove(vars(config), key)
