@@ -97,6 +97,7 @@ def test_what_models_read_of_the_inner_module_is_found_on_the_wrapper():
     assert masked.weight is masked.inner.weight
     assert masked.out_features == 4
     assert not hasattr(masked, "no_such_thing")
+    assert not hasattr(MaskedModule(nn.Sequential(nn.Linear(3, 4))), "append")
     copied = copy.deepcopy(masked)
     assert copied.weight is copied.inner.weight is not masked.weight
 

@@ -25,9 +25,16 @@ from auxin.nn.bricks import brick
 Spans = Sequence[Sequence[int]]
 """Stretches [first, end) of new units on an axis."""
 
+OF_ADAPTERS = {"base_layer", "unload_and_optionally_merge_module"}
+"""By these PEFT knows the layers it has put around others and takes off again. The mask around one is not such a layer."""
+
 
 class Masked(nn.Module):
-    """A module with masks around `inner`; what others read of the inner module (its weight, say) is found here too."""
+    """A module with masks around `inner`.
+
+    Tensors and numbers that others read of the inner module (a weight's type, say) are found here too; its modules and
+    methods are not, or whoever asks what can be done with a module (PEFT, to merge adapters) would take this for it.
+    """
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -38,9 +45,12 @@ class Masked(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "inner":
+            if name == "inner" or name.startswith("__"):
                 raise
-            return getattr(self.inner, name)
+            value = getattr(self.inner, name)
+            if callable(value):  # a module or a method
+                raise
+            return value
 
     def set_strength(self, strength: float) -> None:
         """Give the new units the weight `strength`, 0 (absent) to 1 (as all others)."""
