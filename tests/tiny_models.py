@@ -8,6 +8,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -60,6 +62,8 @@ MODELS: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {**_LLAMA, "rms_norm_eps": EPSILON, "head_dim": 6}),
     "olmo": (OlmoForCausalLM, OlmoConfig, _LLAMA),
     "olmo2": (Olmo2ForCausalLM, Olmo2Config, {**_LLAMA, "rms_norm_eps": EPSILON}),
+    # Embeddings times the root of the hidden size (16, so that it is a whole number), gains stored less one.
+    "gemma": (GemmaForCausalLM, GemmaConfig, {**_LLAMA, "rms_norm_eps": EPSILON, "head_dim": 4}),
     "gpt2": (
         GPT2LMHeadModel,
         GPT2Config,
@@ -143,8 +147,8 @@ MODELS: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
         },
     ),
 }
-FAMILIES = list(MODELS)
-"""Every architecture, by its model type."""
+FAMILIES = [family for family in MODELS if family != "gemma"]
+"""The architectures with which every method is tested, by their model types."""
 ALWAYS_TIED = ("t5",)
 
 

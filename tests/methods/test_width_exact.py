@@ -6,7 +6,8 @@ import pytest
 
 from auxin.edits import CentreParameter, Plan, ScaleParameter, SetConfig, SliceParameter, apply
 from auxin.edits.structure import config_values
-from auxin.edits.width import StreamMap, Widening, circular, head_maps, padded, widen
+from auxin.edits.width import widen
+from auxin.edits.width_maps import StreamMap, Widening, circular, head_maps, padded
 from auxin.edits.width_targets import WidthTargets
 from auxin.errors import PlanError
 from auxin.methods.grow.hypercloning import METHOD as HYPERCLONING
@@ -52,8 +53,7 @@ def widened(model, approximate=False, **maps):
     return Plan(method="maps", promise=result.promise, edits=result.edits, made_for=config_values(model.config))
 
 
-@pytest.mark.parametrize("variant", ["symmetric", "noisy", "diagonal"])
-@pytest.mark.parametrize("factor", [2, 3])
+@pytest.mark.parametrize(("factor", "variant"), [(3, "symmetric"), (2, "noisy"), (2, "diagonal")])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_copies_are_exact(family, factor, variant):
     model = tiny(family)
@@ -92,6 +92,19 @@ def test_t5_takes_up_the_root_of_the_number_of_copies():
         assert run(model, by(HYPERCLONING, model, factor=3)) < EXACT
         factor = math.sqrt(3) if scaled else 3
         assert change(gain / factor, model.decoder.final_layer_norm.weight[:16]) < 1e-14
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("settings", [{"factor": 4}, {"hidden_size": 64, "num_attention_heads": 8}], ids=str)
+def test_gemma_scales_its_embeddings_and_stores_gains_less_one(settings, tied):
+    model = tiny("gemma", tie_word_embeddings=tied)
+    embedding = model.model.embed_tokens.weight.detach().clone()
+    assert run(model, by(HYPERCLONING, model, **settings)) < EXACT
+    assert change(embedding / 2, model.model.embed_tokens.weight[:, :16]) < 1e-14
+    model = tiny("gemma", tie_word_embeddings=tied)
+    # The scale is the root of the hidden size in float32.
+    assert run(model, by(LEMON, model, hidden_size=40, split_noise=0.3)) < 1e-6
+    assert model.config.rms_norm_eps == pytest.approx(1e-2 * 32 / 40)
 
 
 def test_a_tied_head_behind_a_norm_without_gain_is_refused():

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from auxin.edits import Plan, apply
 from auxin.edits.structure import config_values
-from auxin.edits.width import StreamMap, Widening, circular, drawn, head_maps, padded, widen
+from auxin.edits.width import widen
+from auxin.edits.width_maps import StreamMap, Widening, circular, drawn, head_maps, padded
 from auxin.errors import PlanError
 from auxin.methods.grow.hypercloning import METHOD as HYPERCLONING
 from auxin.methods.grow.lemon import METHOD as LEMON

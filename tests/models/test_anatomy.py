@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GemmaConfig, GemmaForCausalLM
+from transformers import PhiConfig, PhiForCausalLM
 
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy, register_anatomy
@@ -17,6 +17,7 @@ VARIANTS = [
     ("bert", {"tie_word_embeddings": False}),
     ("t5", {"feed_forward_proj": "gated-gelu"}),
     ("qwen3", {"attention_bias": True}),
+    ("gemma", {}),
 ]
 
 
@@ -62,9 +63,9 @@ def test_tiny_models_run_in_double_precision(family):
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones():
-    values = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 9}
-    model = skeleton(GemmaConfig(intermediate_size=8, num_hidden_layers=1, **values), GemmaForCausalLM)
-    with pytest.raises(PlanError, match=r"Unknown architecture 'gemma'.*llama"):
+    values = {"hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9}
+    model = skeleton(PhiConfig(intermediate_size=8, num_hidden_layers=1, **values), PhiForCausalLM)
+    with pytest.raises(PlanError, match=r"Unknown architecture 'phi'.*llama"):
         anatomy(model)
 
 

@@ -7,7 +7,7 @@ whose rows say where each new unit comes from, and a **decoder** C_s with C_s R_
     untied head W' = W C           tied head: E' is given, so that the last norm's gain and offset take C instead
 
 A `StreamMap` copies every unit some number of times, which its readers divide by, and can add units that copy none. It
-comes out exact iff every norm commutes with the residual's encoder (equal copies, or padding with the norm's gain and
+is exact iff every norm commutes with the residual's encoder (equal copies, or padding with the norm's gain and
 epsilon scaled), query heads keep the key-value head they read, and every old unit is still there. `widen` knows these
 conditions and refuses, or promises less, where one does not hold.
 
@@ -15,9 +15,8 @@ Sources: Net2Net (1511.05641), staged training (2203.06211), LEMON (2310.07999),
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from auxin.edits.block_edits import RouteParameter, ScaleEntries
 from auxin.edits.edit import Edit, SetConfig
@@ -25,140 +24,12 @@ from auxin.edits.fills import Fill, MeanFill, NormalFill, ZeroFill
 from auxin.edits.layer_edits import JoinAbove
 from auxin.edits.parameter_edits import CentreParameter, PadParameter, ScaleParameter, SliceParameter
 from auxin.edits.plan import Promise
+from auxin.edits.width_maps import Widening
 from auxin.errors import PlanError
-from auxin.models.anatomy import Anatomy, HeadPart, ParameterRole, Segment, Sizes
+from auxin.models.anatomy import Anatomy, HeadPart, ParameterRole, Segment
 
-Padding = Literal["zeros", "mean"]
 ROPE_BY_FREQUENCY = ("default", "linear", "llama3")
 """Rotary embeddings whose treatment of a pair depends on its frequency alone, not on the head dimension."""
-
-
-@dataclass(frozen=True)
-class StreamMap:
-    """Where the units of a stream come from."""
-
-    old: int
-    """Units before."""
-    index: tuple[int, ...]
-    """New unit i is a copy of old unit index[i]."""
-    added: int = 0
-    """Further units after these that copy none. In the residual they are padding, which the norms see; heads and
-    feed-forward units get random writers and readers of zeros."""
-
-    @property
-    def size(self) -> int:
-        """Units after."""
-        return len(self.index) + self.added
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """How many copies every old unit has."""
-        counts = [0] * self.old
-        for unit in self.index:
-            counts[unit] += 1
-        return tuple(counts)
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether nothing changes."""
-        return self.added == 0 and self.index == tuple(range(self.old))
-
-    @property
-    def is_even(self) -> bool:
-        """Whether every old unit has equally many copies, at least one."""
-        return len(set(self.counts)) == 1 and self.counts[0] > 0
-
-    @property
-    def is_tiled(self) -> bool:
-        """Whether the copies are the old units in order, over and over."""
-        return self.is_even and self.index == tuple(range(self.old)) * (len(self.index) // self.old)
-
-
-def circular(old: int, new: int) -> StreamMap:
-    """New unit j copies old unit j mod `old`: n equal copies where `new` = n `old`."""
-    return StreamMap(old, tuple(unit % old for unit in range(new)))
-
-
-def padded(old: int, new: int) -> StreamMap:
-    """As many whole copies as fit into `new` units, and the rest padding."""
-    return StreamMap(old, tuple(range(old)) * (new // old), new % old)
-
-
-def drawn(old: int, new: int, draw: Sequence[int]) -> StreamMap:
-    """The old units and then copies of those that `draw` names, in that order (Net2Net's random map)."""
-    return StreamMap(old, (*range(old), *draw[: new - old]))
-
-
-def head_maps(
-    sizes: Sizes, query_heads: int, key_value_heads: int, chosen: Sequence[int] = ()
-) -> tuple[StreamMap, ...]:
-    """The maps of query and key-value heads that keep every query head with its key-value head.
-
-    Query head j reads key-value head floor(j / (H/K)). New key-value heads are copies, the old ones over and over; the
-    query heads of all copies of one go through its group in a circle, so that their counts differ by one at most. Where
-    the number of query heads stays, they stay where they are and their key-value heads are repeated next to each other.
-
-    Args:
-        sizes: the model's.
-        query_heads: H' after the growth.
-        key_value_heads: K' after the growth; divides H'.
-        chosen: which old key-value heads those after the old ones copy; default: in a circle.
-
-    Raises:
-        PlanError: H' and K' do not go together, or some query head would be lost.
-    """
-    old_groups, groups = sizes.query_heads // sizes.key_value_heads, query_heads // key_value_heads
-    keys = [*range(sizes.key_value_heads), *chosen] if chosen else list(range(key_value_heads))
-    keys = [key % sizes.key_value_heads for key in keys]
-    if query_heads == sizes.query_heads and key_value_heads % sizes.key_value_heads == 0 and not chosen:
-        keys = [head // (key_value_heads // sizes.key_value_heads) for head in range(key_value_heads)]
-    seen = [0] * sizes.key_value_heads
-    queries: list[int] = []
-    for key in keys:
-        # A copy begins anew with the first query head where a whole number of rounds fits into it.
-        start = seen[key] if groups % old_groups else 0
-        queries += [key * old_groups + (start + slot) % old_groups for slot in range(groups)]
-        seen[key] += groups
-    query, key_value = StreamMap(sizes.query_heads, tuple(queries)), StreamMap(sizes.key_value_heads, tuple(keys))
-    if 0 in query.counts:
-        lost = query.counts.index(0)
-        raise PlanError(
-            f"{query_heads} query heads on {key_value_heads} key-value heads: head {lost} would be lost, since its "
-            f"key-value head has room for {seen[lost // old_groups]} of the {old_groups} that read it. "
-            f"{_nearest_heads(sizes, query_heads, key_value_heads)}"
-        )
-    return query, key_value
-
-
-@dataclass(frozen=True)
-class Widening:
-    """What becomes of every stream of a model."""
-
-    residual: StreamMap
-    query: StreamMap
-    key_value: StreamMap
-    ffn: StreamMap | None
-    """None where the feed-forward part has no units of its own."""
-    head_dim: int
-    """After the growth."""
-    padding: Padding = "zeros"
-    """What the residual's added units hold: zeros, or the mean of the others (for LayerNorm)."""
-    noise: float = 0.0
-    """Relative root mean square of the noise by which the shares of the readers of copied units differ; it sums to zero
-    over the copies of a unit, so that the function stays and the copies can part."""
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether there is nothing to do but for the head dimension."""
-        return all(m is None or m.is_identity for m in (self.residual, self.query, self.key_value, self.ffn))
-
-    def stream(self, segment: Segment) -> StreamMap | None:
-        """The map of the stream that `segment` runs along; None for one that never grows here."""
-        if segment.stream == "vocabulary":
-            return None
-        return {"residual": self.residual, "query": self.query, "key_value": self.key_value, "ffn": self.ffn}[
-            segment.stream
-        ]
 
 
 @dataclass(frozen=True)
@@ -186,7 +57,7 @@ def widen(anatomy: Anatomy, widening: Widening, approximate: bool = False, from_
         PlanError: the maps do not keep the function and `approximate` is false, or they would make nonsense of it; the
             message says why and what would do.
     """
-    fatal = [*_lost(widening), *_head_of_no_norm(anatomy, widening)]
+    fatal = [*_lost(widening), *_tied_head_reasons(anatomy, widening)]
     reasons = [*fatal, *_residual_reasons(anatomy, widening), *_head_reasons(anatomy, widening)]
     if fatal or (reasons and not approximate):
         raise PlanError(reasons[0])
@@ -260,9 +131,16 @@ def _residual_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
     return reasons
 
 
-def _head_of_no_norm(anatomy: Anatomy, widening: Widening) -> list[str]:
-    if widening.residual.is_identity or not anatomy.tied or anatomy.final_norm is not None:
+def _tied_head_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
+    if widening.residual.is_identity or not anatomy.tied:
         return []
+    if anatomy.final_norm is not None:
+        if not anatomy.gain_offset or widening.residual.is_even:
+            return []
+        return [
+            f"hidden_size = {widening.residual.size}: the last norm stores its gains less {anatomy.gain_offset:g} "
+            "and can take up one number of copies only for a tied head. Use whole copies or padding."
+        ]
     return [
         f"hidden_size = {widening.residual.size}: the head is the token embedding and the last norm has no gain that "
         "could take up the number of copies, so this can't grow. Untie the head first, or leave hidden_size out."
@@ -325,15 +203,6 @@ def _lost(widening: Widening) -> list[str]:
     return [f"{name} unit {m.counts.index(0)} would be lost." for name, m in maps.items() if m and 0 in m.counts]
 
 
-def _nearest_heads(sizes: Sizes, query_heads: int, key_value_heads: int) -> str:
-    """The nearest numbers of heads that keep every query head with its key-value head."""
-    least = math.ceil(sizes.query_heads / key_value_heads) * key_value_heads
-    copies = max(key_value_heads // sizes.key_value_heads, 1)
-    group = math.ceil(sizes.query_heads / sizes.key_value_heads / copies)
-    heads = max(least, group * key_value_heads)
-    return f"The nearest possible: num_attention_heads = {heads} with num_key_value_heads = {key_value_heads}."
-
-
 class _Writer:
     """Writes down the edits of one parameter after the other."""
 
@@ -391,7 +260,7 @@ class _Writer:
             return self._by_entries(role, axis, segments)
         (stream,), (segment,) = maps, segments
         assert stream is not None
-        divide = role.access[axis] == "reads" or self._is_read_by_tied_head(role)
+        divide = self._is_divided(role, axis)
         edits: list[Edit] = []
         if stream.index != tuple(range(stream.old)):
             index, unit = list(stream.index), segment.unit
@@ -442,7 +311,7 @@ class _Writer:
         edits: list[Edit] = []
         if places.fresh > places.old:
             edits.append(PadParameter(parameter=role.pattern, axis=axis, size=places.fresh, fill=NormalFill()))
-        return [*edits, self._slice(role, axis, index, 1, reads or self._is_read_by_tied_head(role))]
+        return [*edits, self._slice(role, axis, index, 1, self._is_divided(role, axis))]
 
     def _scales(self, role: ParameterRole) -> list[Edit]:
         """Factors on whole parameters: norms of a padded residual, tied heads, queries of another head dimension."""
@@ -477,6 +346,13 @@ class _Writer:
         heads, step = self.widening.query.size, len(segments[0].parts) * new
         index = [head * step + dim for head in range(heads) for dim in range(new)]
         return [ScaleEntries(parameter=role.pattern, factor=factor, axis=axis, index=index)]
+
+    def _is_divided(self, role: ParameterRole, axis: int) -> bool:
+        """Whether entries are divided by their copies: those of readers, and those of the norm before a tied head.
+        Gains that are stored with an offset get the factor after it."""
+        if role.access[axis] == "reads":
+            return True
+        return self._is_read_by_tied_head(role) and not (role.kind == "gain" and self.anatomy.gain_offset)
 
     def _is_read_by_tied_head(self, role: ParameterRole) -> bool:
         """Whether the parameter belongs to the last norm, whose output the token embedding reads as a head."""

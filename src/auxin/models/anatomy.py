@@ -276,7 +276,7 @@ def _is_tied(model: PreTrainedModel) -> bool:
 
 
 def _llama_like(model: PreTrainedModel) -> Anatomy:
-    """Llama, Qwen2, Qwen3, OLMo and OLMo2: one naming, different norms."""
+    """Llama, Gemma, Qwen2, Qwen3, OLMo and OLMo2: one naming, different norms."""
     config: Any = model.config
     family = config.model_type
     sizes = _sizes(config, config.intermediate_size, getattr(config, "head_dim", None), config.num_key_value_heads)
@@ -330,6 +330,8 @@ def _llama_like(model: PreTrainedModel) -> Anatomy:
         embeddings=("model.embed_tokens.weight",),
         rotary_dim=sizes.head_dim,
         rope_type=(config.rope_parameters or {}).get("rope_type", "default"),
+        embedding_scaled=family == "gemma",
+        gain_offset=1.0 if family == "gemma" else 0.0,
         heads_divide_hidden_size=family == "llama",
         qk_norm=qk_norm,  # type: ignore[arg-type]
     )
@@ -571,7 +573,7 @@ def _tokenformer(model: PreTrainedModel) -> Anatomy:
 
 
 _FAMILIES: dict[str, Callable[[PreTrainedModel], Anatomy]] = {
-    **dict.fromkeys(("llama", "qwen2", "qwen3", "olmo", "olmo2"), _llama_like),
+    **dict.fromkeys(("llama", "gemma", "qwen2", "qwen3", "olmo", "olmo2"), _llama_like),
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
     "t5": _t5,

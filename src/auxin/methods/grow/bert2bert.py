@@ -22,7 +22,8 @@ from auxin.edits.depth import arrange, chosen_stacks, depth
 from auxin.edits.method import Method
 from auxin.edits.plan import Promise
 from auxin.edits.structure import config_values
-from auxin.edits.width import StreamMap, Widening, drawn, head_maps, widen
+from auxin.edits.width import widen
+from auxin.edits.width_maps import StreamMap, Widening, drawn, head_maps
 from auxin.edits.width_targets import WidthTargets, refuse_unchanged
 from auxin.errors import PlanError
 from auxin.models.anatomy import Anatomy, Sizes, anatomy

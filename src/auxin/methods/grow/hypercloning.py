@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from auxin.edits import Edit, Plan
 from auxin.edits.method import Method
 from auxin.edits.structure import config_values
-from auxin.edits.width import StreamMap, Widening, circular, diagonal_edits, head_maps, widen
+from auxin.edits.width import diagonal_edits, widen
+from auxin.edits.width_maps import StreamMap, Widening, circular, head_maps
 from auxin.edits.width_targets import WidthTargets, refuse_unchanged
 from auxin.errors import PlanError
 from auxin.models.anatomy import Anatomy, Sizes, anatomy

@@ -20,7 +20,8 @@ from auxin.edits import Edit, Plan
 from auxin.edits.depth import arrange, chosen_stacks, depth, identity_order
 from auxin.edits.method import Method
 from auxin.edits.structure import config_values
-from auxin.edits.width import Padding, Widening, circular, head_maps, padded, widen
+from auxin.edits.width import widen
+from auxin.edits.width_maps import Padding, Widening, circular, head_maps, padded
 from auxin.edits.width_targets import WidthTargets, refuse_unchanged
 from auxin.models.anatomy import anatomy
 

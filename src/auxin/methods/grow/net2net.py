@@ -18,7 +18,8 @@ from auxin.edits import Edit, Plan
 from auxin.edits.depth import arrange, chosen_stacks, depth, identity_order
 from auxin.edits.method import Method
 from auxin.edits.structure import config_values
-from auxin.edits.width import Widening, circular, drawn, head_maps, widen
+from auxin.edits.width import widen
+from auxin.edits.width_maps import Widening, circular, drawn, head_maps
 from auxin.edits.width_targets import WidthTargets
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
