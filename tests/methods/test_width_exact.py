@@ -5,6 +5,7 @@ import math
 import pytest
 
 from auxin.edits import CentreParameter, Plan, ScaleParameter, SetConfig, SliceParameter, apply
+from auxin.edits.depth import identity_order
 from auxin.edits.structure import config_values
 from auxin.edits.width import widen
 from auxin.edits.width_maps import StreamMap, Widening, circular, head_maps, padded
@@ -354,6 +355,14 @@ def test_wider_and_deeper_by_the_examples_is_exact(method, family):
     plan = by(method, model, **method.examples(model))
     assert plan.promise == "exact"
     assert run(model, plan) < EXACT
+
+
+def test_identity_blocks_are_spread_to_the_top():
+    assert identity_order(6, 8) == ([0, 1, 2, 2, 3, 4, 5, 5], [3, 7])
+    assert identity_order(2, 6) == ([0, 0, 0, 1, 1, 1], [1, 2, 4, 5])
+    assert identity_order(3, 3) == ([0, 1, 2], [])
+    with pytest.raises(PlanError, match=r"less than the 3.*nearest possible: 3"):
+        identity_order(3, 2)
 
 
 def test_net2net_widens_heads_and_units_by_random_copies():

@@ -95,7 +95,7 @@ def is_exact(order: Sequence[int], identities: Collection[int], layers: int) -> 
 
 
 def identity_order(layers: int, wanted: int) -> tuple[list[int], list[int]]:
-    """Copies spread evenly among `layers` old layers, each right after its original.
+    """Copies spread evenly among `layers` old layers, each right after its original, the last one at the top.
 
     Args:
         layers: how many there are.
@@ -112,7 +112,7 @@ def identity_order(layers: int, wanted: int) -> tuple[list[int], list[int]]:
             f"num_hidden_layers = {wanted} is less than the {layers} that the model has; growth can't shrink. The "
             f"nearest possible: {layers}."
         )
-    order = [index * layers // wanted for index in range(wanted)]
+    order = [-(-(index + 1) * layers // wanted) - 1 for index in range(wanted)]
     return order, [index for index in range(1, wanted) if order[index] == order[index - 1]]
 
 
