@@ -7,6 +7,7 @@ import yaml
 
 from auxin.accounting import count_parameters
 from auxin.errors import ConfigError, PlanError
+from auxin.methods import methods
 from auxin.models.loading import skeleton
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.recipes import Recipe, builtin_recipes, load_recipe, price_recipe, training_recipe
@@ -94,7 +95,7 @@ def test_what_does_not_fit_together_has_no_price(changes, message):
 
 
 def test_builtin_recipes_are_valid():
-    assert set(builtin_recipes()) == {"demo", "tokenformer-124m-to-1.4b"}
+    assert set(builtin_recipes()) == {"demo", "shoot-out", "tokenformer-124m-to-1.4b"}
 
 
 def test_the_demo_is_priced_at_equal_flops():
@@ -102,6 +103,19 @@ def test_the_demo_is_priced_at_equal_flops():
     for flops in price.branch_flops.values():
         assert flops == pytest.approx(price.branch_flops["grown"], rel=2e-3)
     assert str(price).count("\n") == 1 + len(price.stages) + 1 + len(price.branch_flops)
+
+
+def test_the_shoot_outs_branches_cost_the_same_and_end_as_large():
+    recipe = load_recipe("shoot-out")
+    price = price_recipe(recipe, memory=False)
+    for flops in price.branch_flops.values():
+        assert flops == pytest.approx(price.branch_flops["dense"], rel=5e-3)
+    finals = {stage.branch: stage.parameters for stage in price.stages}
+    small = {finals.pop("dense"), finals.pop("tokenformer")}
+    assert max(small) < 1.01 * min(small)
+    assert max(finals.values()) < 1.07 * min(finals.values())
+    grown = {stage.method or "tokenformer" for b in recipe.branches for stage in b.stages if stage.kind == "grow"}
+    assert grown >= {name for name, method in methods().items() if method.intent == "grow"} - {"vocabulary"}
 
 
 def test_unknown_recipes_and_overrides_are_named():

@@ -1,0 +1,227 @@
+"""Why does the loss rise after a growth, and what removes it? One remedy at a time, all together, and all but one.
+
+A small TokenFormer is trained on the Python standard library and grown to four times its parameter tokens, as the
+released code does it: new keys and values random as at initialisation, one norm over all tokens with a scale of
+sqrt(n') (regime "official"), a fresh optimizer, and a schedule that begins again: warmup to the full peak, then
+cosine. Every remedy changes one of these. The small model comes from a cosine schedule that has ended; for
+warmup-stable-decay it comes from the stable phase, to which it goes back. All branches end at the same total training
+FLOPs.
+
+    python benchmarks/growth_instability.py --jobs 2
+    python benchmarks/growth_instability.py --seeds 0 --branches reference all
+
+Finished branches are not run again.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from branches import curve_since, interval, results_of, run_all, seed_folder, where
+
+from auxin.accounting.results import BranchResult
+from auxin.recipes import Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "growth_instability.json"
+TABLE = ROOT / "docs" / "results" / "growth_instability.md"
+
+PEAK, LOWER = 4e-3, 1e-3
+"""Learning rates: that of the small model, and the one that "re-warming lower" goes up to."""
+SMALL_STEPS, STEPS, WARMUP, HELD_STEPS, INTERVAL = 600, 160, 20, 40, 16
+TOKENS, FACTOR = 16, 4
+
+GROUPED, SCALE, MOMENTS, WSD, LOWER_PEAK, HELD = "grouped", "scale", "moments", "wsd", "lower", "held"
+REMEDIES = {
+    GROUPED: "grouped norms",
+    SCALE: "stored score scale",
+    MOMENTS: "carried moments",
+    WSD: "warmup-stable-decay",
+    LOWER_PEAK: "re-warming lower",
+    HELD: "old entries frozen for a while",
+}
+ALL = (GROUPED, MOMENTS, WSD, LOWER_PEAK, HELD)
+"""Together; grouped norms store their scales, so that the stored scale of one norm is no part of it."""
+CONTROL, CONTROL_WSD, REFERENCE = "control", "control-wsd", "reference"
+
+BRANCHES: dict[str, tuple[str, ...]] = {
+    REFERENCE: (),
+    **{remedy: (remedy,) for remedy in REMEDIES},
+    "all": ALL,
+    **{f"all-but-{left_out}": tuple(r for r in ALL if r != left_out) for left_out in ALL},
+    "grouped-moments": (GROUPED, MOMENTS),
+    "grouped-moments-wsd": (GROUPED, MOMENTS, WSD),
+}
+"""The branches that grow, with the remedies that each takes."""
+
+
+def title(name: str) -> str:
+    """What a branch is called in the table."""
+    if name == CONTROL:
+        return "no growth: small model, schedule begun again"
+    if name == CONTROL_WSD:
+        return "no growth: small model, stable phase and decay"
+    if name == REFERENCE:
+        return "reference behaviour"
+    if name == "all":
+        return "all (but for one norm's stored scale)"
+    if name.startswith("all-but-"):
+        return f"all but {REMEDIES[name.removeprefix('all-but-')]}"
+    return " + ".join(REMEDIES[remedy] for remedy in BRANCHES[name])
+
+
+def recipe(seed: int) -> Recipe:
+    """The recipe that holds every branch."""
+    sizes = {"qkv_tokens": TOKENS, "proj_tokens": TOKENS, "ffn_tokens": 4 * TOKENS}
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+    build = {"kind": "build", "model_type": "tokenformer", "config": {**shape, **sizes}}
+    cosine = {"schedule": "cosine", "minimum_learning_rate_ratio": 0.1}
+    small = {"steps": SMALL_STEPS, "evaluation_interval": 300, "warmup_steps": 50}
+    grown = [
+        _grown(name, remedies, {key: FACTOR * value for key, value in sizes.items()}, cosine)
+        for name, remedies in BRANCHES.items()
+    ]
+    restart = {"learning_rate": PEAK, "warmup_steps": WARMUP, **cosine}
+    branches = [
+        {"name": "ended", "title": "small, cosine", "stages": [
+            build, {"kind": "train", "name": "small", "settings": {**small, **cosine}}]},
+        {"name": "stable", "title": "small, stable phase", "stages": [
+            build, {"kind": "train", "name": "small", "settings": {**small, "decay_fraction": 0.0}}]},
+        *grown,
+        {"name": CONTROL, "title": title(CONTROL), "fork": "ended/small", "stages": [
+            {"kind": "train", "name": "after", "flops_of": REFERENCE, "fresh_optimizer": True, "settings": restart}]},
+        {"name": CONTROL_WSD, "title": title(CONTROL_WSD), "fork": "stable/small", "stages": [
+            {"kind": "train", "name": "after", "flops_of": REFERENCE, "settings": {"decay_fraction": 0.5}}]},
+    ]  # fmt: skip
+    return Recipe.parse(
+        {
+            "name": "growth-instability",
+            "title": "What removes the rise of the loss after a growth",
+            "seed": seed,
+            "corpus": {
+                "source": "stdlib",
+                "vocab_size": 512,
+                "context_length": 128,
+                "validation_fraction": 0.008,
+                "max_bytes": 4_000_000,
+            },
+            "training": {
+                "batch_size": 8,
+                "learning_rate": PEAK,
+                "evaluation_interval": INTERVAL,
+                "checkpoint_interval": None,
+                "tensorboard": False,
+                # The rise is what is measured: no step may be left out because of it.
+                "guard": {"spike_multiple": None},
+            },
+            "branches": branches,
+        }
+    )
+
+
+def _grown(name: str, remedies: tuple[str, ...], tokens: dict[str, int], cosine: dict[str, Any]) -> dict[str, Any]:
+    regime = "grouped" if GROUPED in remedies else "zero_keys" if SCALE in remedies else "official"
+    rate = {"learning_rate": LOWER if LOWER_PEAK in remedies else PEAK}
+    schedule = {"decay_fraction": 0.5} if WSD in remedies else {**cosine, "warmup_steps": WARMUP}
+    train = {"kind": "train", "name": "after", "settings": {"steps": STEPS, **schedule, **rate}}
+    if MOMENTS not in remedies:
+        train["fresh_optimizer"] = True
+    if HELD in remedies:
+        train |= {"old_rate": 0.0, "old_rate_steps": HELD_STEPS}
+    return {
+        "name": name,
+        "title": title(name),
+        "fork": f"{'stable' if WSD in remedies else 'ended'}/small",
+        "stages": [{"kind": "grow", "tokens": {**tokens, "regime": regime}}, train],
+    }
+
+
+def measured(result: BranchResult) -> dict[str, float]:
+    """What one branch of one seed shows, losses in nats per token."""
+    curve = [loss for _, loss in curve_since(result, {"after"})]
+    before = result.ledger.stages[-2].loss_before if result.growths else curve[0]
+    assert before is not None
+    assert result.validation_loss is not None
+    # A branch that never rose is back at once.
+    back = next((i for i, loss in enumerate(curve) if i and loss <= before), None)
+    return {
+        "before": before,
+        "at_growth": curve[0] - before,
+        "worst": max(curve) - before,
+        "steps_above": math.inf if back is None else float(back * INTERVAL),
+        "final": result.validation_loss,
+        "flops": result.flops,
+        "parameters": float(result.parameters),
+    }
+
+
+def table(cells: dict[str, dict[str, dict[str, float]]], command: str) -> str:
+    """The results as Markdown."""
+    seeds = sorted({int(seed) for by_seed in cells.values() for seed in by_seed})
+    some = next(iter(cells[REFERENCE].values()))
+    lines = [
+        "# What removes the rise of the loss after a growth",
+        "",
+        f"TokenFormer, 2 layers of width 64, {TOKENS} -> {FACTOR * TOKENS} parameter tokens per projection "
+        f"(feed-forward part {4 * TOKENS} -> {4 * FACTOR * TOKENS}; {some['parameters']:,.0f} parameters after the "
+        f"growth), byte-level BPE of 512 on the Python standard library; {SMALL_STEPS} steps before and {STEPS} after "
+        f"the growth, 8 x 128 tokens a step, AdamW. Peak learning rate {PEAK:g}; re-warming lower goes to {LOWER:g}. "
+        f"Frozen: everything that was there before the growth, for {HELD_STEPS} steps. Held-out loss in nats per "
+        f"token, measured every {INTERVAL} steps: mean over the seeds and 95 % interval (Student's t). Rises are "
+        "against the loss right before the growth, which is that of the stable phase, and higher, with "
+        f"warmup-stable-decay. All end at the same training FLOPs ({some['flops']:.3g}).",
+        "",
+        where(command, seeds),
+        "",
+        "| remedy | before | rise at growth | worst rise | steps to be back | final loss | minus reference |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in [CONTROL, CONTROL_WSD, *BRANCHES]:
+        if name not in cells:
+            continue
+        by_seed = cells[name]
+        values = {key: [cell[key] for cell in by_seed.values()] for key in some}
+        gaps = [cell["final"] - cells[REFERENCE][seed]["final"] for seed, cell in by_seed.items()
+                if seed in cells[REFERENCE]]  # fmt: skip
+        above = values["steps_above"]
+        lines.append(
+            f"| {title(name)} | {statistics.mean(values['before']):.3f} | {interval(values['at_growth'], sign=True)} | "
+            f"{interval(values['worst'], sign=True)} | "
+            f"{'never' if math.inf in above else f'{min(above):.0f} to {max(above):.0f}'} | "
+            f"{interval(values['final'])} | {interval(gaps, sign=True)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run what is missing, then write the results and the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--branches", nargs="+", help="only these, and what they need")
+    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "growth-instability")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", type=Path, default=TABLE)
+    arguments = parser.parse_args()
+    run_all(recipe, arguments.seeds, arguments.runs, arguments.branches, arguments.jobs)
+    cells: dict[str, dict[str, dict[str, float]]] = {}
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for seed in arguments.seeds:
+        for name, result in results_of(recipe(seed), seed_folder(arguments.runs, seed)).items():
+            if name in BRANCHES or name in (CONTROL, CONTROL_WSD):
+                cells.setdefault(name, {})[str(seed)] = measured(result)
+                curves.setdefault(name, {})[str(seed)] = curve_since(result, {"small", "after"})
+    command = shlex.join(["python", "benchmarks/growth_instability.py", "--seeds", *map(str, arguments.seeds)])
+    record = {"command": command, "cells": cells, "curves": curves}
+    arguments.results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    arguments.table.write_text(table(cells, command), encoding="utf-8")
+    print(f"Written to {arguments.table} and {arguments.results}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
