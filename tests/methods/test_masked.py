@@ -261,7 +261,7 @@ def test_new_weights_are_as_large_as_the_old_ones():
     model = tiny("llama", hidden_size=64, num_attention_heads=16, num_key_value_heads=8)
     old = model.model.layers[0].mlp.gate_proj.weight.std()
     grown("llama", model, hidden_size=128, intermediate_size=64)
-    new = model.model.layers[0].mlp.gate_proj.weight[12:, 64:].std()
+    new = model.model.layers[0].inner.mlp.gate_proj.weight[12:, 64:].std()
     assert new.item() == pytest.approx(old.item(), rel=0.1)
 
 

@@ -13,9 +13,9 @@ Never exact: a reader's A is its writer's B, so that the old function is lost at
 wins back is a start, not the old model. Grouped-query attention is refused: A_o = B_v asks for as many value heads as
 query heads.
 
-Two of the released code's traps are avoided: its learning rate never leaves the warm-up in the 100 steps that its
-readme recommends, and rows of S that are averages over all units begin nearly alike. Here the rate is a setting, and a
-row of S starts as one old unit, drawn at random, plus noise ("average" gives the released start).
+A trap of the released code is avoided: its learning rate never leaves the warm-up in the 100 steps that its readme
+recommends. Here the rate is a setting, high enough for 100 steps. A row of S starts as one old unit, drawn at random,
+plus noise; "average" gives the released start, a random mean of all of them, whose new units are smaller and alike.
 
 The operator is written to a safetensors file; the plan refers to it. From the command line the standard library's
 source code, in the model's own tokens, is the data; from Python `plan_ligo` takes any batches.
@@ -63,7 +63,7 @@ class LigoGrowth(WidthTargets):
     """Of a model with an encoder and a decoder, the one that gets layers: "encoder" or "decoder"."""
     steps: int = Field(default=100, ge=0)
     """Optimisation steps; 0 leaves the operator at its start and needs no data."""
-    learning_rate: float = Field(default=3e-3, gt=0)
+    learning_rate: float = Field(default=1e-2, gt=0)
     """Of AdamW (betas 0.9 and 0.95, no weight decay) on w and S; falls linearly to zero."""
     batch_size: int = Field(default=8, gt=0)
     """Contexts per step, of the standard corpus; data that is given comes in batches already."""
