@@ -8,9 +8,6 @@ import copy
 import re
 from typing import Any
 
-import torch
-from torch import nn
-
 LAYERS = {
     "llama": {"model.layers": "num_hidden_layers"},
     "qwen2": {"model.layers": "num_hidden_layers"},
@@ -100,24 +97,3 @@ def expansion(layers: int, groups: int, copies: int) -> tuple[list[int], list[in
                 new.append(len(order))
                 order.append(copied)
     return order, new
-
-
-def byte_model(layers: int, seed: int) -> nn.Module:
-    """A small Llama on bytes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=256,
-            hidden_size=64,
-            intermediate_size=172,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=64,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
