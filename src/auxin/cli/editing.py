@@ -163,10 +163,14 @@ def _print_receipt(receipt: Any, output: Path, as_json: bool) -> None:
     if as_json:
         print(receipt.model_dump_json(indent=2))
         return
+    from auxin.edits.runtimes import about_runtimes
+    from auxin.models.loading import load_config
+
     plan = receipt.plan
     print(plan)
     print(
         f"\n{receipt.parameters_before:,} -> {receipt.parameters_after:,} parameters in {receipt.seconds:.1f} s. "
         f"Promise {plan.promise!r}: the probe's logits moved by {receipt.max_relative_change:.1e} relative "
-        f"(allowed for an exact plan: {receipt.tolerance:.0e}).\nWritten to {output}"
+        f"(allowed for an exact plan: {receipt.tolerance:.0e}).\nWritten to {output}\n"
+        f"{about_runtimes(load_config(output))}"
     )

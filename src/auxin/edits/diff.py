@@ -7,8 +7,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from auxin.edits.plan import Plan, collapse, describe_edit
+from auxin.edits.edit import describe_edit
+from auxin.edits.plan import Plan
 from auxin.edits.promise import relative_change
+from auxin.edits.resolution import collapse
 from auxin.edits.structure import config_values
 from auxin.errors import CheckpointError
 from auxin.models.loading import load_config
@@ -156,7 +158,7 @@ def diff_plans(old: Plan, new: Plan) -> PlanDiff:
 def _target(edit: Any) -> tuple[Any, ...]:
     """What an edit changes, without how."""
     values = edit.model_dump()
-    named = [values.get(key) for key in ("parameter", "module", "layers", "axis")]
+    named = [values.get(key) for key in ("parameter", "module", "layers", "brick", "to", "axis")]
     return (edit.kind, *named, *sorted(values.get("values", ())))
 
 

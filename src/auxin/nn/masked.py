@@ -26,7 +26,7 @@ Spans = Sequence[Sequence[int]]
 """Stretches [first, end) of new units on an axis."""
 
 OF_ADAPTERS = {"base_layer", "unload_and_optionally_merge_module"}
-"""By these PEFT knows the layers it has put around others and takes off again. The mask around one is not such a layer."""
+"""By these PEFT knows a layer of its own, which it puts around others and takes off again; a mask is no such layer."""
 
 
 class Masked(nn.Module):

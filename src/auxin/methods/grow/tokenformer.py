@@ -192,7 +192,7 @@ def _check_config(config: PreTrainedConfig) -> TokenFormerConfig:
     if not isinstance(config, TokenFormerConfig):
         raise PlanError(
             f"Only a TokenFormer can grow by parameter tokens, received a model of type "
-            f"{getattr(config, 'model_type', type(config).__name__)!r}."
+            f"{getattr(config, 'model_type', type(config).__name__)!r}. The method 'graft' gives others such tokens."
         )
     return config
 

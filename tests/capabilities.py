@@ -1,0 +1,141 @@
+"""What every method does to every architecture: the probes behind the tests of all methods and docs/capabilities.md."""
+
+import contextlib
+import copy
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from auxin.edits import Plan, Promise, Receipt, apply
+from auxin.edits.method import Method
+from auxin.edits.structure import structural_edits
+from auxin.errors import PlanError
+from auxin.methods import methods
+from tiny_models import FAMILIES, inputs, tiny
+
+TITLES = {
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "olmo": "OLMo",
+    "olmo2": "OLMo 2",
+    "gpt2": "GPT-2",
+    "gpt_neox": "GPT-NeoX",
+    "t5": "T5",
+    "bert": "BERT",
+    "vit": "ViT",
+    "tokenformer": "TokenFormer",
+}
+DECODERS = [family for family in FAMILIES if family not in ("t5", "bert", "vit")]
+SEED = 3
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The method can't do it."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """The method was applied."""
+
+    plan: Plan
+    receipt: Receipt
+    model: PreTrainedModel
+    """The edited model; shared, so copy it before changing it."""
+    before: Tensor
+    """The old model's logits on `inputs`."""
+    after: Tensor
+    """The new model's."""
+
+    @property
+    def promise(self) -> Promise:
+        return self.plan.promise
+
+    @property
+    def change(self) -> float:
+        """max |after - before| / max |before|, over the outputs that both models have."""
+        return change(self.before, self.after)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the config alone says what the model is, so that it loads without auxin."""
+        return not structural_edits(self.model.config) and self.model.config.model_type != "tokenformer"
+
+
+def built_in() -> dict[str, Method]:
+    """The methods of this package; what else may be installed beside it is no part of its tests and pages."""
+    return {name: method for name, method in methods().items() if method.settings.__module__.startswith("auxin.")}
+
+
+@cache
+def probe(name: str, family: str) -> Result | Refusal:
+    """What the method called `name` does to the tiny model of `family`, with its own example settings."""
+    return attempt(methods()[name], tiny(family, seed=SEED))
+
+
+def attempt(method: Method, model: PreTrainedModel) -> Result | Refusal:
+    """Apply `method` with its example settings to `model`, in place."""
+    before = logits(model)
+    # A learned operator is a file beside the plan.
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        try:
+            plan = method.plan(model, method.settings.parse(method.examples(model)))
+            receipt = apply(plan, model)
+        except PlanError as error:
+            return Refusal(str(error))
+    return Result(plan, receipt, model, before, logits(model))
+
+
+def again(method: Method, result: Result) -> Result | Refusal:
+    """A second plan of `method` on what the first made; the first's model stays as it is."""
+    return attempt(method, copy.deepcopy(result.model))
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    """Logits on the tiny models' inputs."""
+    with torch.no_grad():
+        return model(**inputs(model)).logits
+
+
+def change(before: Tensor, after: Tensor) -> float:
+    """max |after - before| / max |before|; outputs that only one has (new words of a vocabulary) are left out."""
+    common = min(before.shape[-1], after.shape[-1])
+    before, after = before[..., :common], after[..., :common]
+    return ((after - before).abs().max() / before.abs().max()).item()
+
+
+def matrix(found: Mapping[str, Method], families: Iterable[str]) -> str:
+    """The table of methods by architectures, and what the marks in it mean, in Markdown."""
+    families = list(families)
+    notes: dict[str, int] = {}
+    lines = [
+        "| method | " + " | ".join(TITLES[family] for family in families) + " |",
+        "|---|" + "---|" * len(families),
+    ]
+    for name in found:
+        cells = [_cell(name, family, notes) for family in families]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    lines += ["", "Refused because:", ""]
+    lines += [f"{number}. {text}" for text, number in notes.items()]
+    lines += ["", "What each promises, and when:", ""]
+    lines += [f"- `{name}`: {method.promise}." for name, method in found.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(name: str, family: str, notes: dict[str, int]) -> str:
+    outcome = probe(name, family)
+    if isinstance(outcome, Refusal):
+        # One note for all architectures that are refused for the same reason.
+        reason = outcome.reason.replace(f"of type {family!r}", "of this type")
+        number = notes.setdefault(f"`{name}`: {reason}", len(notes) + 1)
+        return f"refused ({number})"
+    word = "changes the function" if outcome.promise == "none" else outcome.promise
+    return f"{word}, replayed" if structural_edits(outcome.model.config) else word

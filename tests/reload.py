@@ -1,0 +1,48 @@
+"""Run as a program: loads checkpoints in this new process and compares their logits, bit by bit, with those saved.
+
+    python reload.py CASES.json
+
+CASES.json: {"auxin": whether to import it, "cases": [{"folder": ..., "model_class": ...}, ...]}. A folder holds
+probe.safetensors with the inputs by name and the logits as "expected". Prints one JSON list: null, or what went wrong.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def check(folder: Path, model_class: str) -> str | None:
+    """What is wrong with the checkpoint; None if nothing."""
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+
+    try:
+        model: Any = getattr(transformers, model_class).from_pretrained(folder, dtype="auto")
+        inputs = load_file(folder / "probe.safetensors")
+        expected = inputs.pop("expected")
+        for parameter in model.parameters():
+            # The last bit of a product depends on where in memory its factors start, and a file puts them anywhere.
+            parameter.data = parameter.data.clone()
+        with torch.no_grad():
+            logits = model.eval()(**inputs).logits
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    if logits.shape != expected.shape:
+        return f"logits have shape {list(logits.shape)}, not {list(expected.shape)}"
+    if not torch.equal(logits, expected):
+        return f"logits differ by {(logits - expected).abs().max():.3g}"
+    return None
+
+
+if __name__ == "__main__":
+    task = json.loads(Path(sys.argv[1]).read_text())
+    if task["auxin"]:
+        import auxin  # noqa: F401 - nothing else of it is called
+    import torch
+
+    torch.set_num_threads(1)
+    found = [check(Path(case["folder"]), case["model_class"]) for case in task["cases"]]
+    assert ("auxin" in sys.modules) == task["auxin"]
+    print(json.dumps(found))

@@ -1,0 +1,215 @@
+"""Every registered method on every known architecture: applied and whole, or refused with the reason."""
+
+import copy
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, pipeline
+
+from auxin.edits import apply
+from auxin.edits.promise import TOLERANCE
+from auxin.methods import methods
+from capabilities import DECODERS, Refusal, Result, again, attempt, built_in, change, logits, probe
+from tiny_models import FAMILIES, VOCABULARY, inputs, labels, tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = list(methods())
+"""Those of installed plugins too."""
+CASES = [(name, family) for name in METHODS for family in FAMILIES]
+AUTO = {
+    **dict.fromkeys(DECODERS, "AutoModelForCausalLM"),
+    "t5": "AutoModelForSeq2SeqLM",
+    "bert": "AutoModelForMaskedLM",
+    "vit": "AutoModelForImageClassification",
+}
+
+# The old name, which transformers of all supported versions have.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
+every_case = pytest.mark.parametrize(("name", "family"), CASES)
+
+
+def applied(name: str, family: str) -> Result:
+    """The result of a method, its model to be changed at will; skips where the method refuses."""
+    outcome = probe(name, family)
+    if isinstance(outcome, Refusal):
+        pytest.skip(f"refused: {outcome.reason}")
+    return Result(outcome.plan, outcome.receipt, copy.deepcopy(outcome.model), outcome.before, outcome.after)
+
+
+def loss(model: PreTrainedModel) -> torch.Tensor:
+    return model(**inputs(model), labels=labels(model)).loss
+
+
+@every_case
+def test_the_method_is_applied_as_promised_or_refused_with_the_reason(name, family):
+    outcome = probe(name, family)
+    if isinstance(outcome, Refusal):
+        assert len(outcome.reason.split()) >= 6, f"{outcome.reason!r} is no reason"
+        assert outcome.reason.endswith("."), outcome.reason
+        assert not re.match(r"Edit \d|No edit", outcome.reason), "the method refuses, not the executor"
+        return
+    assert torch.isfinite(outcome.after).all()
+    if outcome.promise == "exact":
+        assert outcome.change <= TOLERANCE
+    if outcome.receipt.max_relative_change is not None and outcome.promise == "exact":
+        assert outcome.receipt.max_relative_change <= outcome.receipt.tolerance
+    assert outcome.receipt.parameters_after == sum(p.numel() for p in outcome.model.parameters())
+
+
+def test_every_method_applies_somewhere_and_every_architecture_grows():
+    results = {(name, family) for name, family in CASES if isinstance(probe(name, family), Result)}
+    assert {name for name, _ in results} >= set(built_in())
+    assert {family for _, family in results} == set(FAMILIES)
+
+
+@every_case
+def test_the_edited_model_trains_as_any_other(name, family):
+    """A loss, gradients that are the same with checkpointing, and a step of AdamW that changes the function."""
+    model = applied(name, family).model.train()
+    loss(model).backward()
+    plain = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    assert plain
+    assert all(torch.isfinite(gradient).all() for gradient in plain.values())
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    loss(model).backward()
+    for key, parameter in model.named_parameters():
+        if key in plain:
+            torch.testing.assert_close(parameter.grad, plain[key], rtol=1e-6, atol=1e-9)
+    model.gradient_checkpointing_disable()
+    before = loss(model).item()
+    torch.optim.AdamW(model.parameters(), lr=1e-4).step()
+    assert loss(model).item() < before
+
+
+@pytest.mark.parametrize(("name", "family"), [case for case in CASES if case[1] not in ("bert", "vit")])
+def test_the_edited_model_generates_with_and_without_a_cache(name, family):
+    model = applied(name, family).model
+    ids = inputs(model)["input_ids"]
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    written = model.generate(ids, use_cache=True, **settings)
+    assert torch.equal(written, model.generate(ids, use_cache=False, **settings))
+
+
+@every_case
+def test_lora_goes_on_top(name, family):
+    peft = pytest.importorskip("peft")
+    result = applied(name, family)
+    # The tokens themselves are out of PEFT's reach: torch can't parametrize what is called keys or values.
+    target = "all-linear" if family != "tokenformer" else ["embed_tokens"]
+    adapted = peft.get_peft_model(result.model, peft.LoraConfig(r=2, target_modules=target))
+    adapted.eval()
+    assert torch.equal(logits(adapted), result.after), "an adapter starts as nothing"
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):  # the first step moves only one factor away from zero
+        optimizer.zero_grad()
+        loss(adapted).backward()
+        optimizer.step()
+    trained = logits(adapted)
+    assert change(result.after, trained) > 1e-4
+    merged = adapted.merge_and_unload()
+    if family != "tokenformer":  # its head is tied to the embedding, and what is merged into one is in the other too
+        assert change(trained, logits(merged)) < TOLERANCE
+    assert merged.state_dict().keys() == probe(name, family).model.state_dict().keys()
+
+
+@pytest.mark.parametrize(("name", "family"), [case for case in CASES if case[1] in ("llama", "gpt2", "tokenformer")])
+def test_the_edited_model_writes_in_a_pipeline(name, family):
+    model = applied(name, family).model
+    words = {f"w{number}": number for number in range(VOCABULARY)}
+    vocabulary = Tokenizer(WordLevel(words, unk_token="w2"))
+    vocabulary.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, unk_token="w2", pad_token="w2", eos_token="w1")
+    writer = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    (written,) = writer("w3 w4 w5", max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert written["generated_text"].startswith("w3 w4 w5")
+
+
+# Compiling is slow: a few cases stand for all.
+@pytest.mark.parametrize(("name", "family"), [("graft", "llama"), ("hypercloning", "llama"), ("tokenformer",) * 2])
+def test_a_compiled_model_is_edited_in_place(name, family):
+    torch.compiler.reset()
+    model = tiny(family, seed=3)
+    compiled = torch.compile(model, backend="aot_eager")
+    logits(compiled)
+    apply(applied(name, family).plan, compiled)
+    assert change(logits(model), logits(compiled)) <= TOLERANCE
+
+
+def save(model: PreTrainedModel, folder: Path) -> dict[str, str]:
+    """Save a model with what it says on some inputs; a case for reload.py."""
+    model.save_pretrained(folder)
+    save_file({**inputs(model), "expected": logits(model).contiguous()}, folder / "probe.safetensors")
+    return {"folder": str(folder), "model_class": AUTO[model.config.model_type]}
+
+
+def reload(folder: Path, cases: list[dict[str, str]], with_auxin: bool) -> list[str | None]:
+    """What is wrong with each of the checkpoints in a process that has imported auxin and nothing else of ours."""
+    task = folder / "cases.json"
+    task.write_text(json.dumps({"auxin": with_auxin, "cases": cases}))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "reload.py"), str(task)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_result_loads_in_a_new_process_bit_by_bit(tmp_path):
+    """After one plan, after a second one on top, and after every other method's plan on the first's result."""
+    cases, plain, names = [], [], []
+    found = methods()
+    for name, family in CASES:
+        result = probe(name, family)
+        if isinstance(result, Refusal):
+            continue
+        case = save(result.model, tmp_path / f"{name}-{family}")
+        cases.append(case)
+        names.append(f"{name} on {family}")
+        if result.is_plain:
+            plain.append(case)
+        twice = again(found[name], result)
+        if isinstance(twice, Result):
+            if twice.promise == "exact":
+                assert twice.change <= TOLERANCE, f"{name} on {family}, the second time"
+            cases.append(save(twice.model, tmp_path / f"{name}-{family}-twice"))
+            names.append(f"{name} on {family}, twice")
+    wrong = dict(zip(names, reload(tmp_path, cases, with_auxin=True), strict=True))
+    assert {name: error for name, error in wrong.items() if error} == {}
+    (tmp_path / "plain").mkdir()
+    wrong = dict(zip((c["folder"] for c in plain), reload(tmp_path / "plain", plain, with_auxin=False), strict=True))
+    assert {folder: error for folder, error in wrong.items() if error} == {}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_methods_follow_each_other(family):
+    """Every method that keeps the function, one after the other on one model."""
+    model = tiny(family, seed=3)
+    first, done = logits(model), []
+    for name in METHODS:
+        outcome = probe(name, family)
+        if isinstance(outcome, Refusal) or outcome.promise != "exact":
+            continue
+        following = attempt(methods()[name], model)
+        if isinstance(following, Result) and following.promise == "exact":
+            done.append(name)
+    assert change(first, logits(model)) <= TOLERANCE, done
+
+
+def test_the_page_of_capabilities_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("generate_capabilities", ROOT / "docs" / "generate_capabilities.py")
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    text = generator.PAGE.read_text(encoding="utf-8")
+    assert generator.page() == text, "run python docs/generate_capabilities.py"
