@@ -19,7 +19,7 @@ from tiny_models import FAMILIES, inputs, tiny
 
 TARGETS = 2000
 REALLY_APPLIED = 8
-"""Of every method, so many fitting plans are applied to a model with weights."""
+"""Of every method, so many fitting plans (every third) are applied to a model with weights."""
 WORDS = ["", "encoder", "decoder", "x", "model.layers", "../nothing"]
 
 
@@ -123,7 +123,7 @@ def test_every_random_target_is_applied_or_refused(capsys, tmp_path, monkeypatch
             plan = method.plan(model, method.settings.parse(wanted))
             resolve(plan, model_without(family))
             counted["fits"] += 1
-            if counted["applied"] < REALLY_APPLIED and draw.random() < 0.3:
+            if counted["fits"] % 3 == 1 and counted["applied"] < REALLY_APPLIED:
                 victim = copy.deepcopy(model_with_weights(family))
                 apply(plan, victim, probe=inputs(victim))
                 counted["applied"] += 1
