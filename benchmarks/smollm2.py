@@ -32,7 +32,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,13 +53,14 @@ from auxin.accounting.results import perplexity_of
 from auxin.data import CorpusSettings
 from auxin.data.corpus import document_key, is_validation
 from auxin.data.sources import read_documents
-from auxin.edits import Plan, apply
-from auxin.edits.depth import identity_layers
+from auxin.edits import apply
 from auxin.edits.promise import relative_change
 from auxin.errors import AuxinError, PlanError
 from auxin.evaluation import evaluate_loss
 from auxin.methods import method, methods
-from auxin.training import Hook, TrainingSettings, TrainOnly, learning_rate
+from auxin.methods.adapt.graft import freeze_all_but_branches
+from auxin.methods.grow.masked import plan_unmask
+from auxin.training import Hook, TrainingSettings, learning_rate
 from auxin.training.optimizer import build_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,41 +119,14 @@ class Case:
     method: str = ""
     """Empty: no edit."""
     settings: dict[str, Any] = field(default_factory=dict)
-    trains: str = "all"
-    """Which parameters are trained, a key of `TRAINED`."""
     learning_rate: float | None = None
     """None: the trial's."""
-    finish: dict[str, Any] = field(default_factory=dict)
-    """Settings of a second plan of the method, after the training."""
+    branches_only: bool = False
+    """Train a graft's branches and nothing else."""
+    masks: bool = False
+    """Masks open in the training's first part and are taken off after it."""
 
 
-def _everything(plan: Plan, model: PreTrainedModel, trial: Trial) -> list[Hook]:
-    return []
-
-
-def _new_layers(plan: Plan, model: PreTrainedModel, trial: Trial) -> list[Hook]:
-    paths = [f"{stack}.{index}" for stack, indices in identity_layers(plan).items() for index in indices]
-    return [TrainOnly(paths)]
-
-
-def _branches(plan: Plan, model: PreTrainedModel, trial: Trial) -> list[Hook]:
-    from auxin.methods.adapt.graft import freeze_all_but_branches
-
-    return [freeze_all_but_branches(model)]
-
-
-def _behind_masks(plan: Plan, model: PreTrainedModel, trial: Trial) -> list[Hook]:
-    from auxin.methods.grow.masked import MaskRamp
-
-    return [MaskRamp(trial.ramp)]
-
-
-TRAINED: dict[str, Callable[[Plan, PreTrainedModel, Trial], list[Hook]]] = {
-    "all": _everything,
-    "new layers": _new_layers,
-    "branches": _branches,
-    "all, behind masks at first": _behind_masks,
-}
 WIDER = {"hidden_size": 648, "num_attention_heads": 12, "intermediate_size": 1728}
 """The least hidden size above 576 that 12 heads divide, as a Llama's config wants it."""
 
@@ -167,7 +140,7 @@ CASES: dict[str, Case] = {
     "bert2bert-aki": Case("bert2BERT AKI, width 648, 12 heads", "bert2bert", {**WIDER, "initialisation": "aki"}),
     "stacking": Case("stacking, 36 layers", "stacking", {"layers": 36}),
     "interleaving": Case("interleaving, 36 layers", "stacking", {"layers": 36, "order": "interleave"}),
-    "llama-pro": Case("LLaMA Pro, 33 layers", "llama-pro", {"group_size": 10}, "new layers", 2e-4),
+    "llama-pro": Case("LLaMA Pro, 33 layers", "llama-pro", {"group_size": 10, "train_only_new": True}, 2e-4),
     "solar": Case("SOLAR, 36 layers", "solar", {"layers": 36}),
     "lemon": Case("LEMON, width 648, 12 heads, 32 layers", "lemon", {**WIDER, "num_hidden_layers": 32}),
     "hypercloning-inner": Case(
@@ -175,14 +148,8 @@ CASES: dict[str, Case] = {
         "hypercloning",
         {"num_attention_heads": 18, "intermediate_size": 3072, "variant": "noisy"},
     ),
-    "masked": Case(
-        "MSG, FFN 1920, 32 layers",
-        "masked",
-        {"intermediate_size": 1920, "layers": 32},
-        "all, behind masks at first",
-        finish={"finish": True},
-    ),
-    "graft": Case("Graft, 16 tokens beside every linear", "graft", {"tokens": 16}, "branches", 1e-3),
+    "masked": Case("MSG, FFN 1920, 32 layers", "masked", {"intermediate_size": 1920, "layers": 32}, masks=True),
+    "graft": Case("Graft, 16 tokens beside every linear", "graft", {"tokens": 16}, 1e-3, True),
     "vocabulary": Case(
         "vocabulary, 512 tokens more",
         "vocabulary",
@@ -296,7 +263,8 @@ def edited(case: Case, work: Path, trial: Trial, probe: Tensor) -> tuple[PreTrai
         return model, {}, []
     chosen = method(case.method)
     start = time.perf_counter()
-    plan = chosen.plan(model, chosen.settings.parse(case.settings, source=case.method))
+    settings = case.settings | ({"ramp_steps": trial.ramp} if case.masks else {})
+    plan = chosen.plan(model, chosen.settings.parse(settings, source=case.method))
     receipt = apply(plan, model, probe=probe)
     facts = {
         "promise": plan.promise,
@@ -305,13 +273,16 @@ def edited(case: Case, work: Path, trial: Trial, probe: Tensor) -> tuple[PreTrai
         "overshoot": receipt.overshoot,
         "edit_seconds": time.perf_counter() - start,
     }
-    return model, facts, TRAINED[case.trains](plan, model, trial)
+    hooks = chosen.hooks(plan) if chosen.hooks else []
+    if case.branches_only:
+        hooks += freeze_all_but_branches(model)
+    return model, facts, hooks
 
 
 def edit_row(name: str, work: Path, trial: Trial) -> dict[str, Any]:
     """What the edit of one row does, measured in this process."""
     case, data = CASES[name], load_file(work / "data.safetensors")
-    row: dict[str, Any] = {"settings": case.settings, "trains": case.trains}
+    row: dict[str, Any] = {"settings": case.settings}
     try:
         model, facts, _ = edited(case, work, trial, data["probe"].long())
     except PlanError as error:
@@ -332,9 +303,8 @@ def training_row(name: str, work: Path, trial: Trial) -> dict[str, Any]:
     torch.manual_seed(trial.seed)
     model, _, hooks = edited(case, work, trial, data["probe"].long())
     row = train(model, data, trial, case.learning_rate or trial.learning_rate, hooks)
-    if case.finish:
-        chosen = method(case.method)
-        apply(chosen.plan(model, chosen.settings.parse(case.finish)), model, probe=data["probe"].long())
+    if case.masks:
+        apply(plan_unmask(model), model, probe=data["probe"].long())
     return row | {"loss_after_training": losses(model, data, trial)}
 
 
