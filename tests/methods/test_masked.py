@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from auxin.edits import apply, apply_to_checkpoint
+from auxin.edits.runtimes import about_runtimes
 from auxin.errors import ConfigError, PlanError
 from auxin.methods.grow.masked import METHOD, MaskedGrowth, MaskRamp, plan_masked, plan_unmask
 from auxin.models.anatomy import anatomy
@@ -229,6 +230,7 @@ def test_on_disk_it_comes_out_as_in_memory(tmp_path):
     apply(plan, model)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "large").eval()
     assert torch.equal(logits(loaded), logits(model))
+    assert "finish = true" in about_runtimes(loaded.config)
     MaskRamp.set_strength(loaded, 1.0)
     loaded.save_pretrained(tmp_path / "ramped")
     apply_to_checkpoint(plan_unmask(loaded), tmp_path / "ramped", tmp_path / "plain")

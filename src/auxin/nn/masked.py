@@ -36,6 +36,11 @@ class Masked(nn.Module):
     methods are not, or whoever asks what can be done with a module (PEFT, to merge adapters) would take this for it.
     """
 
+    plain_form = (
+        "train with the hook MaskRamp until the masks are at 1, then take them off: method masked with finish = true"
+    )
+    """How to get a checkpoint without masks."""
+
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
