@@ -287,20 +287,15 @@ class _Tracker:
     def _blended(self, edit: ArrangeLayers, length: int) -> dict[str, Origin]:
         result: dict[str, Origin] = {}
         for suffix, rows in (edit.blend or {}).items():
-            old = [self.origins.get(f"{edit.layers}.{layer}.{suffix}") for layer in range(length)]
-            if None in old:
+            names = [self.aliases.get(f"{edit.layers}.{layer}.{suffix}") for layer in range(length)]
+            if None in names:
                 raise PlanError(f"blend: {_nearest('parameter', f'{edit.layers}.0.{suffix}', self.aliases)}")
-            first = old[0]
-            assert first is not None
+            old = [self.origins[str(name)] for name in names]
+            if changed := [name for name, origin in zip(names, old, strict=True) if origin.steps]:
+                raise PlanError(f"blend: {changed[0]} was changed by an earlier edit; arrange the layers first")
             for place, row in enumerate(rows):
-                sources = tuple(
-                    (weight, source)
-                    for weight, origin in zip(row, old, strict=True)
-                    for _, source in origin.sources  # type: ignore[union-attr]
-                    if weight
-                )
-                steps = tuple(replace(step, name=f"{edit.layers}.{place}.{suffix}") for step in first.steps)
-                result[f"{edit.layers}.{place}.{suffix}"] = Origin(first.shape, sources, steps)
+                sources = tuple((weight, str(name)) for weight, name in zip(row, names, strict=True) if weight)
+                result[f"{edit.layers}.{place}.{suffix}"] = Origin(old[0].shape, sources)
         return result
 
     def _change_modules(self, edit: ModuleEdit) -> None:
