@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from auxin.cli.app import LARGEST_SEED, AsJson, Checkpoint, Output, Overrides, app, model_folder
-from auxin.cli.printing import print_table
+from auxin.cli.printing import print_table, to_stderr
 from auxin.errors import ConfigError
 
 
@@ -160,17 +160,19 @@ def _described(method: Any) -> dict[str, Any]:
 
 
 def _print_receipt(receipt: Any, output: Path, as_json: bool) -> None:
-    if as_json:
-        print(receipt.model_dump_json(indent=2))
-        return
     from auxin.edits.runtimes import about_runtimes
     from auxin.models.loading import load_config
 
+    note = about_runtimes(load_config(output))
+    if as_json:
+        print(receipt.model_dump_json(indent=2))
+        to_stderr(note)
+        return
     plan = receipt.plan
     print(plan)
     print(
         f"\n{receipt.parameters_before:,} -> {receipt.parameters_after:,} parameters in {receipt.seconds:.1f} s. "
         f"Promise {plan.promise!r}: the probe's logits moved by {receipt.max_relative_change:.1e} relative "
         f"(allowed for an exact plan: {receipt.tolerance:.0e}).\nWritten to {output}\n"
-        f"{about_runtimes(load_config(output))}"
+        f"{note}"
     )

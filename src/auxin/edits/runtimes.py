@@ -1,11 +1,12 @@
 """Which programs can load an edited checkpoint, and what to do about those that can't."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from auxin.edits.module_edits import RemoveModule, ReplaceModule, WrapModule
+from auxin.edits.module_edits import RemoveModule, ReplaceModule, TieParameters, WrapModule
 from auxin.edits.structure import REPLAY_METHOD, structural_edits
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.nn.bricks import find_brick
@@ -21,25 +22,22 @@ def about_runtimes(config: PreTrainedConfig) -> str:
                 "of theirs computes what it does: serve it through transformers."
             )
         return "An ordinary checkpoint: config.json says all of it, and it loads without auxin."
-    reasons = "; ".join(dict.fromkeys(_reasons(edits)))
     return (
-        f"config.json keeps {len(edits)} structural edit(s), under quant_method {REPLAY_METHOD!r}: in transformers, "
-        "`import auxin` before from_pretrained. vLLM and other runtimes refuse a quant_method that they don't know. "
-        f"A form that they take: {reasons}."
+        f"config.json keeps structural edits, under quant_method {REPLAY_METHOD!r}: in transformers, `import auxin` "
+        "before from_pretrained. vLLM and other runtimes refuse a quant_method that they don't know. A form that they "
+        f"take: {'; '.join(_ways_out(edits))}."
     )
 
 
-def _reasons(edits: Iterable[Any]) -> Iterable[str]:
+def _ways_out(edits: Iterable[Any]) -> Iterator[str]:
     """For each kind of edit, the way to a checkpoint without it, or why there is none."""
-    for edit in edits:
-        if isinstance(edit, ReplaceModule | WrapModule):
-            # A brick knows best; one that says nothing computes something that no other module does.
-            told = getattr(find_brick(edit.brick), "plain_form", None)
-            yield f"{edit.module} ({edit.brick}): " + (
-                told
-                or "none, for no module of the architecture computes what this one does; serve it through transformers"
-            )
-        elif isinstance(edit, RemoveModule):
-            yield f"{edit.module} (removed): none, for the architecture always has it; serve it through transformers"
-        else:
-            yield f"{edit.parameter} (tied to {edit.to}): load the model, untie the two by a copy, save it again"
+    bricks = Counter(edit.brick for edit in edits if isinstance(edit, ReplaceModule | WrapModule))
+    for name, count in bricks.items():
+        # A brick knows best; one that says nothing computes what no other module does.
+        told = getattr(find_brick(name), "plain_form", None)
+        reason = "none, for no module of the architecture computes what this one does; serve it through transformers"
+        yield f"{name} ({count} edit(s)): {told or reason}"
+    if any(isinstance(edit, RemoveModule) for edit in edits):
+        yield "removed modules: none, for the architecture always has them; serve it through transformers"
+    if any(isinstance(edit, TieParameters) for edit in edits):
+        yield "tied parameters: load the model, untie them by a copy, save it again without quantization_config"

@@ -1,0 +1,33 @@
+"""What is said about who can load an edited checkpoint."""
+
+import pytest
+
+from auxin.edits import Plan, RemoveModule, apply
+from auxin.edits.runtimes import about_runtimes
+from capabilities import probe
+from tiny_models import tiny
+
+
+def test_what_the_config_can_say_needs_nothing():
+    assert "loads without auxin" in about_runtimes(probe("hypercloning", "llama").model.config)
+
+
+def test_a_tokenformer_is_served_through_transformers():
+    assert "Other runtimes have no TokenFormer" in about_runtimes(tiny("tokenformer").config)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"), [("graft", "computes what this one does"), ("masked", "method masked with finish")]
+)
+def test_replayed_edits_are_refused_elsewhere_and_a_way_out_is_named(method, words):
+    note = about_runtimes(probe(method, "llama").model.config)
+    assert "vLLM and other runtimes refuse" in note
+    assert "`import auxin` before from_pretrained" in note
+    assert words in note
+
+
+def test_a_removed_module_has_no_plain_form():
+    model = tiny("llama")
+    edit = RemoveModule(module="model.layers.1.mlp", leaves="zeros")
+    apply(Plan(method="by hand", promise="none", edits=[edit]), model)
+    assert "removed modules: none" in about_runtimes(model.config)
