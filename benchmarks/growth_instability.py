@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from branches import curve_since, interval, results_of, run_all, seed_folder, where
+from drawing import COLOURS, Curve, Line, draw
 
 from auxin.accounting.results import BranchResult
 from auxin.recipes import Recipe
@@ -30,13 +31,17 @@ from auxin.recipes import Recipe
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "growth_instability.json"
 TABLE = ROOT / "docs" / "results" / "growth_instability.md"
+PICTURE = ROOT / "docs" / "images" / "growth_instability.svg"
+SHOWN = ("control", "control-wsd", "reference", "grouped", "wsd", "lower", "grouped-moments-wsd", "all-but-held")
+"""The branches that the picture shows; more would not be told apart."""
 
 PEAK, LOWER = 4e-3, 1e-3
 """Learning rates: that of the small model, and the one that "re-warming lower" goes up to."""
 SMALL_STEPS, STEPS, WARMUP, HELD_STEPS, INTERVAL = 600, 160, 20, 40, 16
 TOKENS, FACTOR = 16, 4
 
-GROUPED, SCALE, MOMENTS, WSD, LOWER_PEAK, HELD = "grouped", "scale", "moments", "wsd", "lower", "held"
+GROUPED, SCALE, MOMENTS, WSD = "grouped", "scale", "moments", "wsd"
+LOWER_PEAK, HELD, AGAIN = "lower", "held", "warmup"
 REMEDIES = {
     GROUPED: "grouped norms",
     SCALE: "stored score scale",
@@ -44,6 +49,7 @@ REMEDIES = {
     WSD: "warmup-stable-decay",
     LOWER_PEAK: "re-warming lower",
     HELD: "old entries frozen for a while",
+    AGAIN: "a warm-up",
 }
 ALL = (GROUPED, MOMENTS, WSD, LOWER_PEAK, HELD)
 """Together; grouped norms store their scales, so that the stored scale of one norm is no part of it."""
@@ -51,11 +57,12 @@ CONTROL, CONTROL_WSD, REFERENCE = "control", "control-wsd", "reference"
 
 BRANCHES: dict[str, tuple[str, ...]] = {
     REFERENCE: (),
-    **{remedy: (remedy,) for remedy in REMEDIES},
+    **{remedy: (remedy,) for remedy in REMEDIES if remedy != AGAIN},
     "all": ALL,
     **{f"all-but-{left_out}": tuple(r for r in ALL if r != left_out) for left_out in ALL},
     "grouped-moments": (GROUPED, MOMENTS),
     "grouped-moments-wsd": (GROUPED, MOMENTS, WSD),
+    "grouped-moments-wsd-warmup": (GROUPED, MOMENTS, WSD, AGAIN),
 }
 """The branches that grow, with the remedies that each takes."""
 
@@ -128,6 +135,8 @@ def _grown(name: str, remedies: tuple[str, ...], tokens: dict[str, int], cosine:
     regime = "grouped" if GROUPED in remedies else "zero_keys" if SCALE in remedies else "official"
     rate = {"learning_rate": LOWER if LOWER_PEAK in remedies else PEAK}
     schedule = {"decay_fraction": 0.5} if WSD in remedies else {**cosine, "warmup_steps": WARMUP}
+    if AGAIN in remedies:
+        schedule["warmup_steps"] = WARMUP
     train = {"kind": "train", "name": "after", "settings": {"steps": STEPS, **schedule, **rate}}
     if MOMENTS not in remedies:
         train["fresh_optimizer"] = True
@@ -198,6 +207,16 @@ def table(cells: dict[str, dict[str, dict[str, float]]], command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def picture(curves: dict[str, dict[str, Curve]]) -> str:
+    """Held-out loss against training FLOPs since the growth."""
+    lines = [
+        Line(title(name), COLOURS[number], list(curves[name].values()), dashed=name.startswith("control"))
+        for number, name in enumerate(SHOWN)
+        if name in curves
+    ]
+    return draw("Held-out loss after a growth of TokenFormer by four times", lines, lines[0].mean[0][0])
+
+
 def main() -> None:
     """Run what is missing, then write the results and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -207,20 +226,24 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "growth-instability")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", type=Path, default=TABLE)
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument("--read-only", action="store_true", help="run nothing; write what the finished branches show")
     arguments = parser.parse_args()
-    run_all(recipe, arguments.seeds, arguments.runs, arguments.branches, arguments.jobs)
+    if not arguments.read_only:
+        run_all(recipe, arguments.seeds, arguments.runs, arguments.branches, arguments.jobs)
     cells: dict[str, dict[str, dict[str, float]]] = {}
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for seed in arguments.seeds:
         for name, result in results_of(recipe(seed), seed_folder(arguments.runs, seed)).items():
             if name in BRANCHES or name in (CONTROL, CONTROL_WSD):
                 cells.setdefault(name, {})[str(seed)] = measured(result)
-                curves.setdefault(name, {})[str(seed)] = curve_since(result, {"small", "after"})
+                curves.setdefault(name, {})[str(seed)] = curve_since(result, {"after"})
     command = shlex.join(["python", "benchmarks/growth_instability.py", "--seeds", *map(str, arguments.seeds)])
     record = {"command": command, "cells": cells, "curves": curves}
     arguments.results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     arguments.table.write_text(table(cells, command), encoding="utf-8")
-    print(f"Written to {arguments.table} and {arguments.results}", file=sys.stderr)
+    arguments.picture.write_text(picture(curves), encoding="utf-8")
+    print(f"Written to {arguments.table}, {arguments.picture} and {arguments.results}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ import shlex
 import statistics
 import sys
 from pathlib import Path
-from xml.sax.saxutils import escape
 
 from branches import curve_since, interval, results_of, run_all, seed_folder, where
+from drawing import COLOURS, Curve, Line, draw
 
 from auxin.accounting.results import BranchResult
 from auxin.recipes import Recipe, load_recipe
-from auxin.report.picture import spread
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "shoot_out.json"
@@ -36,7 +35,6 @@ SHOWN = ("tokens", "tokens-official", "hypercloning", "stack", "llama-pro-all", 
 """The branches that the picture shows; more would not be told apart."""
 
 Cell = dict[str, float | None]
-Curve = list[tuple[float, float]]
 
 
 def recipe(seed: int) -> Recipe:
@@ -149,70 +147,15 @@ def table(cells: dict[str, dict[str, Cell]], curves: dict[str, dict[str, Curve]]
     return "\n".join(lines) + "\n"
 
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 520, 64, 250, 48, 56
-COLOURS = ("#D55E00", "#E69F00", "#2F8AC9", "#009E73", "#BF659A", "#A88418", "#7D8590", "#56707f", "#9b6b43", "#8a8ad0")
-
-
 def picture(curves: dict[str, dict[str, Curve]]) -> str:
-    """Mean held-out loss against training FLOPs since the growth, as SVG that reads on white and on black."""
-    shown = {name: _mean_curve(list(curves[name].values())) for name in SHOWN if name in curves}
-    start = min(curve[0][0] for name, curve in shown.items() if not name.startswith("scratch"))
-    shown = {name: [point for point in curve if point[0] >= start] for name, curve in shown.items()}
-    right = max(curve[-1][0] for curve in shown.values())
-    losses = sorted(loss for curve in shown.values() for _, loss in curve)
-    low = losses[0] - 0.05
-    # The top of a curve that explodes is cut off; the table has its height.
-    high = min(losses[-1], 1.25 * statistics.median(losses)) + 0.05
-
-    def x(flops: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (flops - start) / (right - start)
-
-    def y(loss: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (high - min(loss, high)) / (high - low)
-
-    parts = [_text(LEFT, 26, "Held-out loss after the growth, at equal training FLOPs", size=16, weight=600)]
-    step = 0.1 if high - low < 1.2 else 0.25
-    for number in range(math.ceil(low / step), math.floor(high / step) + 1):
-        loss = number * step
-        parts.append(f'<path d="M{LEFT} {y(loss):.1f}H{WIDTH - RIGHT}" stroke="#7d8590" stroke-opacity="0.22"/>')
-        parts.append(_text(LEFT - 8, y(loss) + 4, f"{loss:.2f}", anchor="end"))
-    for number in range(5):
-        flops = start + (right - start) * number / 4
-        parts.append(_text(x(flops), HEIGHT - BOTTOM + 22, f"{flops / 1e12:.2f}", anchor="middle"))
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(_text(middle, HEIGHT - 12, "training FLOPs × 10¹², ancestors included", anchor="middle"))
-    names = sorted(shown, key=lambda name: -shown[name][-1][1])
-    places = [y(shown[name][-1][1]) for name in names]
-    for name, place, moved in zip(names, places, spread(places), strict=True):
-        colour = COLOURS[SHOWN.index(name)]
-        dash = ' stroke-dasharray="6 4"' if name.startswith("scratch") or name == "dense" else ""
-        points = " ".join(f"{x(flops):.1f},{y(loss):.1f}" for flops, loss in shown[name])
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
-        edge = WIDTH - RIGHT
-        parts.append(f'<path d="M{edge + 2} {place:.1f}L{edge + 12} {moved:.1f}" stroke="{colour}" fill="none"/>')
-        label = f"{titles()[name]} {shown[name][-1][1]:.3f}"
-        parts.append(_text(edge + 15, moved + 4, label, colour=colour, weight=600, size=11.5))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        'role="img" font-family="system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif">\n'
-        "<title>Held-out loss after the growth by method, against training FLOPs</title>\n"
-        + "\n".join(parts)
-        + "\n</svg>\n"
-    )
-
-
-def _mean_curve(curves: list[Curve]) -> Curve:
-    """Seeds measure at the same FLOPs."""
-    return [(points[0][0], statistics.mean(loss for _, loss in points)) for points in zip(*curves, strict=False)]
-
-
-def _text(
-    x: float, y: float, text: str, size: float = 12, anchor: str = "start", weight: int = 400, colour: str = "#7d8590"
-) -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" font-size="{size}" text-anchor="{anchor}" '
-        f'font-weight="{weight}">{escape(text)}</text>'
-    )
+    """Held-out loss against training FLOPs since the growth."""
+    lines = [
+        Line(titles()[name], COLOURS[number], list(curves[name].values()), dashed=name in {*SCRATCH.values(), "dense"})
+        for number, name in enumerate(SHOWN)
+        if name in curves
+    ]
+    start = min(line.mean[0][0] for line in lines if not line.dashed)
+    return draw("Held-out loss after the growth, at equal training FLOPs", lines, start)
 
 
 def main() -> None:
