@@ -3,6 +3,7 @@
     python benchmarks/growth_memory.py                      a model of 1 GB: in memory, with AdamW, and on the disk
     python benchmarks/growth_memory.py --megabytes 5000     any other size
     python benchmarks/growth_memory.py --regime duplicate   another rule for the new tokens
+    python benchmarks/growth_memory.py --modes disk --method llama-pro --set group_size=4   any method, on a Llama
 
 What is there afterwards is the new model and, in the mode "optimizer", AdamW's two moments of it. The claim, checked
 by --check for every regime but "duplicate" (which keeps old tensors until its promise was checked): the peak is that
@@ -18,6 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
@@ -53,27 +56,52 @@ def config_of(megabytes: int) -> Any:
     )
 
 
-def measure(mode: str, megabytes: int, regime: Any, folder: Path) -> None:
-    """Grow the tokens by a half (double them to duplicate) and print the peak, in this process."""
+def llama_of(megabytes: int) -> Any:
+    """A Llama of 24 layers whose parameters take about `megabytes` in bfloat16; 2,700 are 1.4 billion parameters."""
+    from transformers import LlamaConfig
+
+    layers = 24
+    width = round((megabytes * MIB / 2 / layers / 11) ** 0.5 / 128) * 128
+    return LlamaConfig(
+        vocab_size=32000,
+        hidden_size=width,
+        intermediate_size=int(2.75 * width),
+        num_hidden_layers=layers,
+        num_attention_heads=width // 128,
+        num_key_value_heads=width // 128,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+    )
+
+
+def measure(mode: str, megabytes: int, regime: Any, folder: Path, method_name: str, settings: dict[str, Any]) -> None:
+    """Grow a model and print the peak, in this process; a TokenFormer grows by a half (doubles to duplicate)."""
     import torch
+    from transformers import AutoModelForCausalLM
 
     from auxin.edits import apply, apply_to_checkpoint
+    from auxin.methods import method
     from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth
     from auxin.models.tokenformer import TokenFormerForCausalLM
 
     torch.set_num_threads(1)
-    config = config_of(megabytes)
-    old_tokens = config.group_sizes("qkv")[0]
-    tokens = 2 * old_tokens if regime == "duplicate" else old_tokens * 3 // 2
-    growth = TokenGrowth(qkv_tokens=tokens, proj_tokens=tokens, ffn_tokens=4 * tokens, regime=regime)
-    plan = plan_token_growth(config, growth)
     small = TokenFormerForCausalLM(config_of(1))
     apply(plan_token_growth(small.config, TokenGrowth(ffn_tokens=2 * small.config.group_sizes("ffn")[0])), small)
     del small
     base = resident("RssAnon")
-    model = TokenFormerForCausalLM(config)
+    if method_name == "tokenformer":
+        config = config_of(megabytes)
+        old_tokens = config.group_sizes("qkv")[0]
+        tokens = 2 * old_tokens if regime == "duplicate" else old_tokens * 3 // 2
+        settings = {"qkv_tokens": tokens, "proj_tokens": tokens, "ffn_tokens": 4 * tokens, "regime": regime}
+        model = TokenFormerForCausalLM(config)
+    else:
+        model = AutoModelForCausalLM.from_config(llama_of(megabytes), dtype=torch.bfloat16)
+    found = method(method_name)
+    plan = found.plan(model, found.settings.parse(settings))
     optimizer = trained_once(model) if mode == "optimizer" else None
     copies = 3 if optimizer else 1  # the model, two moments
+    size = next(model.parameters()).element_size()
     old = copies * sum(p.numel() * p.element_size() for p in model.parameters())
     if mode == "disk":
         model.save_pretrained(folder / "old", max_shard_size="200MB")
@@ -81,12 +109,14 @@ def measure(mode: str, megabytes: int, regime: Any, folder: Path) -> None:
     Path("/proc/self/clear_refs").write_text("5")
     if mode == "disk":
         receipt = apply_to_checkpoint(plan, folder / "old", folder / "new")
+        model = AutoModelForCausalLM.from_pretrained(folder / "new", dtype="auto")
     else:
         receipt = apply(plan, model, optimizer)
     peak = resident("VmHWM") - resident("RssFile") - base
-    new = old + copies * 4 * (receipt.parameters_after - receipt.parameters_before)
-    largest = 4 * 4 * tokens * config.hidden_size
-    print(json.dumps({"mode": mode, "old": old, "new": new, "largest_tensor": largest, "peak": peak}))
+    new = old + copies * size * (receipt.parameters_after - receipt.parameters_before)
+    largest = size * max(parameter.numel() for parameter in model.parameters())
+    counts = {"before": receipt.parameters_before, "after": receipt.parameters_after}
+    print(json.dumps({"mode": mode, "old": old, "new": new, "largest_tensor": largest, "peak": peak, **counts}))
 
 
 def trained_once(model: Any) -> Any:
@@ -109,11 +139,14 @@ def main() -> None:
         "--check", action="store_true", help="fail when the peak is above what is there afterwards and one tensor"
     )
     parser.add_argument("--regime", default="grouped", help="rule for the new tokens")
+    parser.add_argument("--method", default="tokenformer", help="method; all but tokenformer grow a Llama in bfloat16")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="the method's settings")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        measure(arguments.child, arguments.megabytes, arguments.regime, arguments.folder)
+        settings = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in arguments.set)}
+        measure(arguments.child, arguments.megabytes, arguments.regime, arguments.folder, arguments.method, settings)
         return
     failed = False
     for mode in arguments.modes:
@@ -129,6 +162,10 @@ def main() -> None:
                 str(arguments.megabytes),
                 "--regime",
                 arguments.regime,
+                "--method",
+                arguments.method,
+                "--set",
+                *arguments.set,
             ]
             environment = {**os.environ, **ENVIRONMENT}
             output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
@@ -136,7 +173,8 @@ def main() -> None:
         excess = result["peak"] - result["new"]
         sizes = ", peak ".join(f"{result[key] / MIB:.0f}" for key in ("new", "peak"))
         print(
-            f"{mode}: {result['old'] / MIB:.0f} -> {sizes} MiB, {result['peak'] / result['new']:.3f} times what is "
+            f"{mode}: {result['before']:,} -> {result['after']:,} parameters, "
+            f"{result['old'] / MIB:.0f} -> {sizes} MiB, {result['peak'] / result['new']:.3f} times what is "
             f"there afterwards ({excess / result['largest_tensor']:+.2f} largest tensors)"
         )
         failed |= excess > result["largest_tensor"] + INTERPRETER

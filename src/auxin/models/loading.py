@@ -10,10 +10,29 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from auxin.errors import CheckpointError
+
+_TASKS = (
+    (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
+    (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING),
+    (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    (AutoModelForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
+)
 
 
 def load_config(folder: str | Path) -> PreTrainedConfig:
@@ -70,11 +89,13 @@ def load_model(
 
 
 def model_class_of(config: PreTrainedConfig) -> Any:
-    """The class that `config` was saved with, one of transformers'; without one, the causal language model of its type.
-    """
+    """The class that `config` was saved with, one of transformers'; without one, the Auto class of the first task that
+    its type has: language modelling from one sequence to another, masked or causal, or classifying images."""
     name = next(iter(config.architectures or []), "")
     found = getattr(transformers, name, None)
-    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else AutoModelForCausalLM
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        return found
+    return next((auto for auto, mapping in _TASKS if type(config) in mapping), AutoModelForCausalLM)
 
 
 def skeleton(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
@@ -85,9 +106,9 @@ def skeleton(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None
         model_class: the class of the model; None means the one that the config was saved with.
     """
     config = copy.deepcopy(config)
-    found = model_class or model_class_of(config)
+    found: Any = model_class or model_class_of(config)
     with torch.device("meta"):
-        model = found.from_config(config) if found is AutoModelForCausalLM else found(config)
+        model = found(config) if issubclass(found, PreTrainedModel) else found.from_config(config)
     for module in model.modules():
         names = [name for name in module._non_persistent_buffers_set if module._buffers[name] is not None]
         for name in names:
@@ -120,7 +141,7 @@ def existing_folder(path: str | Path) -> Path:
 
 
 def _in_words(model_class: Any) -> str:
-    return "a causal language model" if model_class is AutoModelForCausalLM else f"a {model_class.__name__}"
+    return "a causal language model" if model_class is AutoModelForCausalLM else model_class.__name__
 
 
 def _model_folder(path: str | Path) -> Path:

@@ -89,8 +89,8 @@ def growth_plan(
     if stage.method is None:
         if not isinstance(model.config, TokenFormerConfig):
             raise PlanError(f"{where}: only a TokenFormer grows by tokens, this is a {model.config.model_type}.")
-        settings = stage.tokens or token_growth_to(model.config, str(stage.to))
-        return plan_token_growth(model.config, _filled_in(settings, {"seed": seed}))
+        tokens = stage.tokens or token_growth_to(model.config, str(stage.to))
+        return plan_token_growth(model.config, _filled_in(tokens, {"seed": seed}))
     method = find_method(stage.method)
     if method.finish is not None:
         raise PlanError(
