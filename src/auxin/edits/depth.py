@@ -107,13 +107,33 @@ def identity_order(layers: int, wanted: int) -> tuple[list[int], list[int]]:
     Raises:
         PlanError: `wanted` is less than there are.
     """
-    if wanted < layers:
-        raise PlanError(
-            f"num_hidden_layers = {wanted} is less than the {layers} that the model has; growth can't shrink. The "
-            f"nearest possible: {layers}."
-        )
+    _refuse_shrinking(layers, wanted)
     order = [-(-(index + 1) * layers // wanted) - 1 for index in range(wanted)]
     return order, [index for index in range(1, wanted) if order[index] == order[index - 1]]
+
+
+def identity_blocks(model: PreTrainedModel, anatomy: Anatomy, wanted: int) -> list[Edit]:
+    """The edits that bring every stack to `wanted` layers by identity blocks, spread as `identity_order` says.
+
+    Raises:
+        PlanError: `wanted` is less than there are, or the architecture takes no identity blocks.
+    """
+    edits: list[Edit] = []
+    for stack in anatomy.stacks:
+        order, new = identity_order(depth(model, stack), wanted)
+        if new:
+            edits += arrange(model, anatomy, stack, order, dict.fromkeys(new, 0.0), exact=True)
+    return edits
+
+
+def stacked_order(layers: int, wanted: int) -> list[int]:
+    """The old layer of each of `wanted` new ones: whole stacks, and then the top layers once more.
+
+    Raises:
+        PlanError: `wanted` is less than there are.
+    """
+    _refuse_shrinking(layers, wanted)
+    return [*list(range(layers)) * (wanted // layers), *range(layers - wanted % layers, layers)]
 
 
 def refuse_post_norm(stack: LayerStack) -> None:
@@ -123,6 +143,14 @@ def refuse_post_norm(stack: LayerStack) -> None:
             f"{stack.path}: an identity block is impossible in this architecture, whose norms come after the residual "
             "sum: norm(x + 0) is not x, whatever the new layer's weights are. Use a method without that promise, for "
             "example stacking, or one that masks the new layers."
+        )
+
+
+def _refuse_shrinking(layers: int, wanted: int) -> None:
+    if wanted < layers:
+        raise PlanError(
+            f"num_hidden_layers = {wanted} is less than the {layers} that the model has; growth can't shrink. The "
+            f"nearest possible: {layers}."
         )
 
 

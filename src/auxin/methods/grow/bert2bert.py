@@ -18,14 +18,13 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from auxin.edits import Edit, Plan
-from auxin.edits.depth import arrange, chosen_stacks, depth
+from auxin.edits.depth import arrange, chosen_stacks, depth, stacked_order
 from auxin.edits.method import Method
 from auxin.edits.plan import Promise
 from auxin.edits.structure import config_values
 from auxin.edits.width import widen
 from auxin.edits.width_maps import StreamMap, Widening, drawn, head_maps
 from auxin.edits.width_targets import WidthTargets, refuse_unchanged
-from auxin.errors import PlanError
 from auxin.models.anatomy import Anatomy, Sizes, anatomy
 
 
@@ -73,20 +72,6 @@ def plan_bert2bert(model: PreTrainedModel, settings: Bert2Bert) -> Plan:
         edits=edits,
         made_for=config_values(model.config),
     )
-
-
-def stacked_order(layers: int, wanted: int) -> list[int]:
-    """The old layer of each of `wanted` new ones: whole stacks, and then the top layers.
-
-    Raises:
-        PlanError: `wanted` is less than there are.
-    """
-    if wanted < layers:
-        raise PlanError(
-            f"num_hidden_layers = {wanted} is less than the {layers} that the model has; growth can't shrink. The "
-            f"nearest possible: {layers}."
-        )
-    return [*list(range(layers)) * (wanted // layers), *range(layers - wanted % layers, layers)]
 
 
 def _random_maps(body: Anatomy, sizes: Sizes, seed: int) -> Widening:

@@ -17,7 +17,7 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from auxin.edits import Edit, Plan
-from auxin.edits.depth import arrange, chosen_stacks, depth, identity_order
+from auxin.edits.depth import depth, identity_blocks
 from auxin.edits.method import Method
 from auxin.edits.structure import config_values
 from auxin.edits.width import widen
@@ -50,8 +50,8 @@ def plan_lemon(model: PreTrainedModel, settings: Lemon) -> Plan:
     """
     body = anatomy(model)
     sizes = settings.sizes(body)
-    stacks = [(stack, depth(model, stack)) for stack in chosen_stacks(body, None)]
-    deeper = [(stack, layers) for stack, layers in stacks if settings.num_hidden_layers not in (None, layers)]
+    layers = settings.num_hidden_layers
+    deeper = [] if layers is None else identity_blocks(model, body, layers)
     edits: list[Edit] = []
     if sizes != body.sizes or not deeper:
         refuse_unchanged(body, sizes)
@@ -66,16 +66,12 @@ def plan_lemon(model: PreTrainedModel, settings: Lemon) -> Plan:
             noise=settings.split_noise,
         )
         edits += widen(body, widening).edits
-    for stack, layers in deeper:
-        assert settings.num_hidden_layers is not None
-        order, new = identity_order(layers, settings.num_hidden_layers)
-        edits += arrange(model, body, stack, order, dict.fromkeys(new, 0.0), exact=True)
     return Plan(
         method="lemon",
         settings=settings.model_dump(mode="json", exclude_defaults=True),
         promise="exact",
         seed=settings.seed,
-        edits=edits,
+        edits=[*edits, *deeper],
         made_for=config_values(model.config),
     )
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from auxin.edits import Edit, Plan
-from auxin.edits.depth import arrange, chosen_stacks, depth, identity_order
+from auxin.edits.depth import depth, identity_blocks
 from auxin.edits.method import Method
 from auxin.edits.structure import config_values
 from auxin.edits.width import widen
@@ -75,10 +75,7 @@ def plan_net2net(model: PreTrainedModel, settings: Net2Net) -> Plan:
         residual = circular(old.residual, old.residual)
         edits += widen(body, Widening(residual, query, key_value, ffn, old.head_dim, noise=settings.noise)).edits
     if settings.num_hidden_layers is not None:
-        for stack in chosen_stacks(body, None):
-            order, new = identity_order(depth(model, stack), settings.num_hidden_layers)
-            if new:
-                edits += arrange(model, body, stack, order, dict.fromkeys(new, 0.0), exact=True)
+        edits += identity_blocks(model, body, settings.num_hidden_layers)
     if not edits:
         raise PlanError(
             f"There is nothing to grow: the model already has num_attention_heads = {old.query_heads}, "

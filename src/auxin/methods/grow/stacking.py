@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
 from auxin.edits import Edit, Plan
-from auxin.edits.depth import arrange, chosen_stacks, depth
+from auxin.edits.depth import arrange, chosen_stacks, depth, stacked_order
 from auxin.edits.method import Method
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
@@ -84,7 +84,7 @@ def layer_order(old: int, new: int, order: Literal["stack", "interleave"]) -> li
     """Which of `old` layers each of `new` ones copies, bottom first."""
     if order == "interleave":
         return [index * old // new for index in range(new)]
-    return [*range(old)] * (new // old) + [*range(old - new % old, old)]
+    return stacked_order(old, new)
 
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
