@@ -370,7 +370,8 @@ def train(
         "cpu_seconds_per_step": statistics.median(cpu),
         "seconds_per_step": statistics.median(wall),
         "peak_bytes": peak_resident(),
-        "training_losses": [round(value, 4) for value in curve],
+        "training_loss_first_20": statistics.mean(curve[:20]),
+        "training_loss_last_20": statistics.mean(curve[-20:]),
     }
 
 
@@ -437,6 +438,9 @@ def page(results: dict[str, Any]) -> str:
         lines += ["", "Refused, with the reason that is given:", "", *refused]
     if missing:
         lines += ["", f"Without a row: {', '.join(missing)}."]
+    untrained = [CASES[name].title for name, row in rows.items() if not measured("training", row)]
+    if untrained:
+        lines += ["", f"Measured at the edit, and not trained: {'; '.join(untrained)}."]
     lines += ["", *(["Broken:", "", *problems] if problems else ["Every row holds what it has to."])]
     return "\n".join(lines) + "\n"
 
@@ -559,7 +563,7 @@ def main() -> None:
         print(f"{stage} {name}: {json.dumps(CASES[name].settings)}", flush=True)
         row = run_child(stage, name, arguments.work, ["--quick"] * arguments.quick)
         results = record(path, table, facts, {name: row})
-        print({key: value for key, value in row.items() if key != "training_losses"}, flush=True)
+        print(row, flush=True)
     path.with_suffix(".lock").unlink(missing_ok=True)
     sys.exit(1 if arguments.check and any(broken(row) for row in results["rows"].values()) else 0)
 
