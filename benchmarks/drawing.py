@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import textwrap
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
@@ -12,6 +13,7 @@ Curve = list[tuple[float, float]]
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 520, 64, 262, 48, 56
 GREY = "#7d8590"
+LABEL_CHARACTERS = 36
 COLOURS = (
     *("#D55E00", "#B8860B", "#2F8AC9", "#009E73", "#BF659A"),
     *("#7a6fd0", "#7D8590", "#56907f", "#9b6b43", "#5f7fa8"),
@@ -75,7 +77,10 @@ def draw(heading: str, lines: list[Line], start: float) -> str:
         lead = f"M{x(curve[-1][0]) + 2:.1f} {place:.1f}L{edge + 12} {moved:.1f}"
         parts.append(f'<path d="{lead}" stroke="{line.colour}" fill="none"/>')
         title = f"{line.title} {curve[-1][1]:.3f}"
-        parts.append(_text(edge + 15, moved + 4, title, colour=line.colour, weight=600, size=11))
+        wrapped = textwrap.wrap(title, LABEL_CHARACTERS)
+        for row, text in enumerate(wrapped):
+            below = 4 + 13 * (row - (len(wrapped) - 1) / 2)
+            parts.append(_text(edge + 15, moved + below, text, colour=line.colour, weight=600, size=11))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         'role="img" font-family="system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif">\n'

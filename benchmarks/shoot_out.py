@@ -26,10 +26,13 @@ RESULTS = ROOT / "benchmarks" / "results" / "shoot_out.json"
 TABLE = ROOT / "docs" / "results" / "shoot_out.md"
 PICTURE = ROOT / "docs" / "images" / "shoot_out.svg"
 
+SMALL = {"tokenformer": "tokenformer", "wide": "dense", "deep": "dense"}
+"""The small model of each final shape's family, trained on."""
 SCRATCH = {"tokenformer": "scratch-tokenformer", "wide": "scratch-wide", "deep": "scratch-deep"}
 """The branch from scratch of each final shape."""
-DEEP = {"stack", "interleave", "solar", "llama-pro", "llama-pro-all", "scratch-deep"}
-TOKENS = {"tokens", "tokens-official", "tokenformer", "scratch-tokenformer"}
+DEEP = {"stack", "interleave", "solar", "llama-pro", "llama-pro-all", "scratch-deep", "stack-lower", "llama-pro-lower"}
+TOKENS = {"tokens", "tokens-official", "tokens-lower", "tokenformer", "scratch-tokenformer"}
+UNGROWN = {"dense", "dense-lower", "tokenformer"}
 SHOWN = ("tokens", "tokens-official", "hypercloning", "stack", "llama-pro-all", "net2net", "scratch-wide",
          "scratch-deep", "scratch-tokenformer", "dense")  # fmt: skip
 """The branches that the picture shows; more would not be told apart."""
@@ -58,6 +61,7 @@ def measured(result: BranchResult) -> Cell:
         later = [loss for _, loss in curve_since(result, {"ramp", "after"})]
         cell |= {
             "before": before,
+            "grown_at": result.growths[0].flops,
             "at_growth": (last.loss_after or math.nan) - before,
             "worst": max(after, *later) - before,
         }
@@ -81,7 +85,6 @@ def summary(cells: dict[str, dict[str, Cell]], curves: dict[str, dict[str, Curve
         scratch = SCRATCH[shape(name)]
         finals = [cell["final"] or math.nan for cell in by_seed.values()]
         common = [seed for seed in by_seed if seed in cells.get(scratch, {})]
-        gaps = [_value(by_seed[seed]["final"]) - _value(cells[scratch][seed]["final"]) for seed in common]
         saved = [
             saved_flops(curves[name][seed], _value(cells[scratch][seed]["final"]), _value(by_seed[seed]["flops"]))
             for seed in common
@@ -93,17 +96,26 @@ def summary(cells: dict[str, dict[str, Cell]], curves: dict[str, dict[str, Curve
                 statistics.mean(finals),
                 [
                     titles()[name],
-                    shape(name),
+                    "small" if name in UNGROWN else shape(name),
                     f"{next(iter(by_seed.values()))['parameters']:,.0f}",
                     interval([_value(cell["at_growth"]) for cell in grown], sign=True),
                     interval([_value(cell["worst"]) for cell in grown], sign=True),
                     interval(finals),
-                    "-" if name == scratch else interval(gaps, sign=True),
+                    _gap(cells, name, scratch),
+                    _gap(cells, name, SMALL[shape(name)]),
                     "-" if name == scratch or not common else _saved(reached, len(common)),
                 ],
             )
         )
     return [row for _, row in sorted(rows)]
+
+
+def _gap(cells: dict[str, dict[str, Cell]], name: str, other: str) -> str:
+    """How much lower the final loss of a branch is than another's, seed by seed."""
+    if name == other:
+        return "-"
+    common = [seed for seed in cells[name] if seed in cells.get(other, {})]
+    return interval([_value(cells[name][s]["final"]) - _value(cells[other][s]["final"]) for s in common], sign=True)
 
 
 def _saved(reached: list[float], seeds: int) -> str:
@@ -136,25 +148,28 @@ def table(cells: dict[str, dict[str, Cell]], curves: dict[str, dict[str, Curve]]
         f"the growth: {interval(before)} (Llama), {interval(tokens_before)} (TokenFormer). Rises are against it; the "
         "worst is the highest of the measurements from the growth to the end, every 20 steps. From scratch is the "
         "branch of the same final shape; FLOPs saved are those left of the budget when the branch first reaches its "
-        "final loss.",
+        "final loss. Small is the model before the growth, trained on. Differences are taken seed by seed.",
         "",
         where(command, seeds),
         "",
-        "| branch | shape | parameters | rise at growth | worst rise | final loss | minus from scratch | FLOPs saved |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
+        "| branch | shape | parameters | rise at growth | worst rise | final loss | minus from scratch | minus small "
+        "| FLOPs saved |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
         *(f"| {' | '.join(row)} |" for row in summary(cells, curves)),
     ]
     return "\n".join(lines) + "\n"
 
 
-def picture(curves: dict[str, dict[str, Curve]]) -> str:
+def picture(cells: dict[str, dict[str, Cell]], curves: dict[str, dict[str, Curve]]) -> str:
     """Held-out loss against training FLOPs since the growth."""
     lines = [
         Line(titles()[name], COLOURS[number], list(curves[name].values()), dashed=name in {*SCRATCH.values(), "dense"})
         for number, name in enumerate(SHOWN)
         if name in curves
     ]
-    start = min(line.mean[0][0] for line in lines if not line.dashed)
+    start = min(
+        _value(cell["grown_at"]) for by_seed in cells.values() for cell in by_seed.values() if "grown_at" in cell
+    )
     return draw("Held-out loss after the growth, at equal training FLOPs", lines, start)
 
 
@@ -182,7 +197,7 @@ def main() -> None:
     record = {"command": command, "cells": cells, "curves": curves}
     arguments.results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     arguments.table.write_text(table(cells, curves, command), encoding="utf-8")
-    arguments.picture.write_text(picture(curves), encoding="utf-8")
+    arguments.picture.write_text(picture(cells, curves), encoding="utf-8")
     print(f"Written to {arguments.table}, {arguments.picture} and {arguments.results}", file=sys.stderr)
 
 
