@@ -65,6 +65,9 @@ def measured(result: BranchResult) -> Cell:
             "at_growth": (last.loss_after or math.nan) - before,
             "worst": max(after, *later) - before,
         }
+    elif before := next((record.loss_after for record in result.ledger.stages if record.name == "base"), None):
+        # The small model that trains on rises too: what a growth adds has to be told from that.
+        cell["worst"] = max(loss for _, loss in curve_since(result, {"after"})) - before
     return cell
 
 
@@ -90,7 +93,9 @@ def summary(cells: dict[str, dict[str, Cell]], curves: dict[str, dict[str, Curve
             for seed in common
         ]
         reached = [share for share in saved if share is not None]
-        grown = [cell for cell in by_seed.values() if "before" in cell]
+        jumps, rises = (
+            [_value(cell[key]) for cell in by_seed.values() if key in cell] for key in ("at_growth", "worst")
+        )
         rows.append(
             (
                 statistics.mean(finals),
@@ -98,8 +103,8 @@ def summary(cells: dict[str, dict[str, Cell]], curves: dict[str, dict[str, Curve
                     titles()[name],
                     "small" if name in UNGROWN else shape(name),
                     f"{next(iter(by_seed.values()))['parameters']:,.0f}",
-                    interval([_value(cell["at_growth"]) for cell in grown], sign=True),
-                    interval([_value(cell["worst"]) for cell in grown], sign=True),
+                    interval(jumps, sign=True),
+                    interval(rises, sign=True),
                     interval(finals),
                     _gap(cells, name, scratch),
                     _gap(cells, name, SMALL[shape(name)]),
@@ -146,7 +151,8 @@ def table(cells: dict[str, dict[str, Cell]], curves: dict[str, dict[str, Curve]]
         f"{recipe(0).description} Held-out loss in nats per token: mean over the seeds and 95 % interval (Student's "
         f"t). Training FLOPs of every branch, ancestors included: {min(flops):.3g} to {max(flops):.3g}. Loss before "
         f"the growth: {interval(before)} (Llama), {interval(tokens_before)} (TokenFormer). Rises are against it; the "
-        "worst is the highest of the measurements from the growth to the end, every 20 steps. From scratch is the "
+        "worst is the highest of the measurements from the growth (or where the small model trains on) to the end, "
+        "every 20 steps or as many FLOPs. From scratch is the "
         "branch of the same final shape; FLOPs saved are those left of the budget when the branch first reaches its "
         "final loss. Small is the model before the growth, trained on. Differences are taken seed by seed.",
         "",
