@@ -134,9 +134,9 @@ def cut(path: Path) -> None:
     [
         (lambda c: shutil.rmtree(c), load_model, "does not exist"),
         (lambda c: (c / "config.json").unlink(), load_model, "no config.json"),
-        (lambda c: (c / "config.json").write_text("{"), load_model, "can't be loaded as a causal language model"),
-        (lambda c: (c / "model.safetensors").unlink(), load_model, "can't be loaded as a causal language model"),
-        (lambda c: cut(c / "model.safetensors"), load_model, "can't be loaded as a causal language model"),
+        (lambda c: (c / "config.json").write_text("{"), load_model, "config.json can't be read"),
+        (lambda c: (c / "model.safetensors").unlink(), load_model, "can't be loaded as LlamaForCausalLM"),
+        (lambda c: cut(c / "model.safetensors"), load_model, "can't be loaded as LlamaForCausalLM"),
         (lambda c: shutil.rmtree(c / "training"), read_state, "a model without training state"),
         (lambda c: shutil.rmtree(c / "training"), read_tensors, "no optimizer state"),
         (lambda c: cut(c / "training/state.json"), read_state, "can't be read"),
