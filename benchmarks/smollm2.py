@@ -149,6 +149,8 @@ CASES: dict[str, Case] = {
         {"num_attention_heads": 18, "intermediate_size": 3072, "variant": "noisy"},
     ),
     "masked": Case("MSG, FFN 1920, 32 layers", "masked", {"intermediate_size": 1920, "layers": 32}, masks=True),
+    "masked-ffn": Case("MSG, FFN 1600", "masked", {"intermediate_size": 1600}, 1e-4, masks=True),
+    "masked-depth": Case("MSG, 31 layers", "masked", {"layers": 31}, 1e-4, masks=True),
     "graft": Case("Graft, 16 tokens beside every linear", "graft", {"tokens": 16}, 1e-3, True),
     "vocabulary": Case(
         "vocabulary, 512 tokens more",
