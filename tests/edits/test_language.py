@@ -359,7 +359,7 @@ def test_tied_parameters_are_one_after_loading_too(tmp_path):
         ([ArrangeLayers(layers="model.layers", order=[0, 2])], r"layer 2 is beyond the 2 layers"),
         ([ArrangeLayers(layers="model.layers", order=[0])] * 2, r"Edit 2 .*arranged by an earlier edit"),
         ([SetConfig(values={"num_hidden_layers": 3}), ArrangeLayers(layers="model.layers", order=[0])], r"them agree"),
-        ([ArrangeLayers(layers="model.layers", order=[0, 0], blend={"mlp.up.weight": [[1, 0]] * 2})], r"nearest is mod"),
+        ([ArrangeLayers(layers="model.layers", order=[0, 0], blend={"mlp.up.w": [[1, 0]] * 2})], r"nearest is mod"),
         (
             [
                 ScaleParameter(parameter="model.layers.0.mlp.up_proj.weight", factor=2),
