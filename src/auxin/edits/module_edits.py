@@ -1,6 +1,5 @@
 """Edits of the module tree: what a config can't say, kept in the checkpoint and done again when it is loaded."""
 
-import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 
 from auxin.edits.fills import Fill, Tagged
 from auxin.errors import PlanError
+from auxin.models.paths import path_pattern
 from auxin.nn.bricks import find_brick
 from auxin.nn.stand_ins import Identity, Zeros
 
@@ -25,7 +25,7 @@ class ModuleEdit(Tagged):
 
     def matches(self, path: str) -> bool:
         """Whether the edit means the module at `path`."""
-        return re.fullmatch(re.escape(self.module).replace(r"\*", r"[^.]+"), path) is not None
+        return path_pattern(self.module).fullmatch(path) is not None
 
     def paths(self, modules: Iterable[str]) -> list[str]:
         """Those of `modules` that the edit means."""

@@ -6,15 +6,14 @@ key-value heads, the hidden units of the feed-forward part, the vocabulary. A pa
 axis that produces its units (outputs, embeddings, gains, biases) and **reads** it with the axis that consumes them.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
 from auxin.errors import PlanError, unknown_name
+from auxin.models.paths import path_pattern
 
 Stream = Literal["residual", "query", "key_value", "ffn", "vocabulary"]
 Access = Literal["writes", "reads"]
@@ -56,11 +55,7 @@ class ParameterRole:
 
     def matches(self, name: str) -> bool:
         """Whether the parameter `name` has this role."""
-        return self._compiled.fullmatch(name) is not None
-
-    @cached_property
-    def _compiled(self) -> re.Pattern[str]:
-        return re.compile(re.escape(self.pattern).replace(r"\*", r"[^.]+"))
+        return path_pattern(self.pattern).fullmatch(name) is not None
 
     def along(self, stream: Stream, access: Access | None = None) -> bool:
         """Whether an axis runs along `stream` (and is accessed so)."""

@@ -15,7 +15,6 @@ Paper: the layer is that of TokenFormer (arXiv 2410.23168, eq. 4 and 16); grafts
 """
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -34,6 +33,7 @@ from auxin.edits.module_edits import ReplaceModule
 from auxin.edits.plan import collapse
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
+from auxin.models.paths import path_pattern
 from auxin.nn.graft import Grafted, GraftedConv1D, GraftedLinear
 from auxin.nn.pattention import ScoreFunction
 from auxin.settings import Settings
@@ -173,7 +173,7 @@ def _targets(model: PreTrainedModel, patterns: Sequence[str]) -> dict[str, nn.Mo
 
 def _ends_with(name: str, pattern: str) -> bool:
     """Whether the last parts of `name` are those of `pattern`."""
-    return re.fullmatch(r"(?:.+\.)?" + re.escape(pattern).replace(r"\*", r"[^.]+"), name) is not None
+    return path_pattern(pattern, before=r"(?:.+\.)?").fullmatch(name) is not None
 
 
 def _merged_paths(model: PreTrainedModel, targets: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
