@@ -3,6 +3,7 @@
 Each seed has a run folder of its own, in which finished stages are not done again and stopped ones go on.
 """
 
+import argparse
 import math
 import shutil
 import statistics
@@ -30,6 +31,28 @@ T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8
 
 MakeRecipe = Callable[[int], Recipe]
 """(seed) -> recipe; a module-level function, so that other processes can call it."""
+
+
+def command_line(description: str | None, runs: Path, results: Path, table: Path, picture: Path) -> argparse.Namespace:
+    """The options of a benchmark that runs branches of a recipe over seeds.
+
+    Args:
+        description: the benchmark's docstring.
+        runs: folder of its runs.
+        results: where its numbers are written.
+        table: where its table is written.
+        picture: where its picture is written.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--branches", nargs="+", help="only these, and what they need")
+    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--runs", type=Path, default=runs)
+    parser.add_argument("--results", type=Path, default=results)
+    parser.add_argument("--table", type=Path, default=table)
+    parser.add_argument("--picture", type=Path, default=picture)
+    parser.add_argument("--read-only", action="store_true", help="run nothing; write what the finished branches show")
+    return parser.parse_args()
 
 
 def seed_folder(runs: Path, seed: int) -> Path:

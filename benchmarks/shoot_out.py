@@ -6,7 +6,6 @@
 Finished branches are not run again. About 900 seconds of one core per seed.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -15,7 +14,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from branches import curve_since, interval, results_of, run_all, seed_folder, where
+from branches import command_line, curve_since, interval, results_of, run_all, seed_folder, where
 from drawing import COLOURS, Curve, Line, draw
 
 from auxin.accounting.results import BranchResult
@@ -181,16 +180,7 @@ def picture(cells: dict[str, dict[str, Cell]], curves: dict[str, dict[str, Curve
 
 def main() -> None:
     """Run what is missing, then write the results, the table and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--branches", nargs="+", help="only these, and what they need")
-    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "shoot-out")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", type=Path, default=TABLE)
-    parser.add_argument("--picture", type=Path, default=PICTURE)
-    parser.add_argument("--read-only", action="store_true", help="run nothing; write what the finished branches show")
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, ROOT / "runs" / "shoot-out", RESULTS, TABLE, PICTURE)
     if not arguments.read_only:
         run_all(recipe, arguments.seeds, arguments.runs, arguments.branches, arguments.jobs)
     cells: dict[str, dict[str, Cell]] = {}
