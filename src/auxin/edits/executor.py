@@ -179,6 +179,11 @@ def blend(origin: Origin, tensor: Callable[[str], Tensor]) -> Tensor:
     return total
 
 
+def leading(tensor: Tensor, block: tuple[int, ...]) -> Tensor:
+    """The leading block of a tensor, by its lengths along the axes, as a view."""
+    return tensor[tuple(slice(length) for length in block)]
+
+
 def _refuse_sharded(parameters: dict[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         if isinstance(parameter, DTensor):
@@ -247,25 +252,25 @@ class _Surgery:
     def _new(self, name: str, origin: Origin) -> Tensor:
         """A tensor that no old one becomes: a copy, a blend, or a fresh one."""
         after = self.fresh.placeholder(name)
+        relative = origin.sources[0][1] if origin.sources else self._relative_name(name)
+        near = self.old[relative]
         if origin.sources:
-            first = self.old[origin.sources[0][1]]
             data = map_parameter(origin, blend(origin, lambda source: self.old[source].detach()), self.seed)
             if not origin.steps and origin.source is not None:
                 data = data.clone()
-            trainable = first.requires_grad
+            trainable = near.requires_grad
         else:
-            near = self._relative(name)
             data = self.fresh.value(name, origin).to(device=near.device)
             if after.is_floating_point():
                 data = data.to(near.dtype)
-            first, trainable = near, isinstance(after, nn.Parameter)
+            trainable = isinstance(after, nn.Parameter)
         if not isinstance(after, nn.Parameter):
             return data
         parameter = nn.Parameter(data, requires_grad=trainable and data.is_floating_point())
         if self.optimizer is not None:
             if origin.source is not None and not origin.fresh_moments:
                 self._copy_state(name, origin, parameter)
-            self._relatives.append((parameter, origin.sources[0][1] if origin.sources else self._relative_name(name)))
+            self._relatives.append((parameter, relative))
         return parameter
 
     def _inherited(self, name: str, origin: Origin) -> Tensor:
@@ -298,12 +303,11 @@ class _Surgery:
             if not isinstance(tensor, Tensor) or tuple(tensor.shape) != origin.old_shape or tensor.dim() == 0:
                 continue
             moment = map_moment(origin, key, name, tensor)
-            first_rows = tuple(slice(length) for length in origin.old_shape)
-            view = moment[first_rows]
+            view = leading(moment, origin.old_shape)
             kept = None if view.shape == tensor.shape and torch.equal(view, tensor) else tensor
 
-            def put_back(key: str = key, kept: Tensor | None = kept, rows: tuple[slice, ...] = first_rows) -> None:
-                state[key] = state[key][rows].clone() if kept is None else kept
+            def put_back(key: str = key, kept: Tensor | None = kept) -> None:
+                state[key] = leading(state[key], origin.old_shape).clone() if kept is None else kept
 
             self.undo.add(put_back)
             state[key] = moment
@@ -362,9 +366,6 @@ class _Surgery:
             optimizer.state[parameter] = state
 
         self.undo.add(put_back)
-
-    def _relative(self, name: str) -> Tensor:
-        return self.old[self._relative_name(name)]
 
     def _relative_name(self, name: str) -> str:
         """The old parameter whose place in the tree is nearest to that of the fresh one called `name`, one with as many

@@ -121,7 +121,7 @@ class RepeatFill(Tagged):
 
     def write(self, new: Tensor, axis: int, size: int, generator: torch.Generator) -> None:
         """Fill the new rows of `new`, whose first `size` along `axis` are the old ones, and divide if asked."""
-        sources = self._sources(new, axis, size)
+        sources = self.sources(size, new.shape[axis], new.device)
         new.copy_(new.narrow(axis, 0, size).index_select(axis, sources))
         if self.divide:
             new.div_(self._counts(new, axis, size).index_select(axis, sources))
@@ -151,19 +151,19 @@ class RepeatFill(Tagged):
         Copies that are averaged by their readers get an equal share of the gradient each; their readers (`divide`)
         get the full gradient each.
         """
-        sources = self._sources(new, axis, size)
+        sources = self.sources(size, new.shape[axis], new.device)
         new.copy_(new.narrow(axis, 0, size).index_select(axis, sources))
         if not self.divide:
             new.div_(self._counts(new, axis, size).index_select(axis, sources) ** order)
 
-    def _sources(self, new: Tensor, axis: int, size: int) -> Tensor:
-        """The old row that each row of `new` is a copy of."""
-        rows = torch.arange(new.shape[axis], device=new.device)
+    def sources(self, size: int, new_size: int, device: torch.device | None = None) -> Tensor:
+        """The old row, of `size`, that each of `new_size` rows is a copy of."""
+        rows = torch.arange(new_size, device=device)
         return torch.where(rows < size, rows, self.first + (rows - self.first) % (size - self.first))
 
     def _counts(self, new: Tensor, axis: int, size: int) -> Tensor:
         """How many copies each old row has, shaped to be broadcast along `axis`."""
-        counts = torch.bincount(self._sources(new, axis, size), minlength=size).to(new.dtype)
+        counts = torch.bincount(self.sources(size, new.shape[axis], new.device), minlength=size).to(new.dtype)
         return counts.view([-1 if dim == axis else 1 for dim in range(new.dim())])
 
     def __str__(self) -> str:

@@ -1,6 +1,5 @@
 """What takes part in the training that follows an edit: the loop's hook, and those that hold old entries back."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -10,8 +9,9 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from auxin.edits.continuation import continue_exactly
-from auxin.edits.executor import Receipt
+from auxin.edits.executor import Receipt, leading
 from auxin.errors import CheckpointError, ConfigError, PlanError
+from auxin.models.paths import path_pattern
 
 Blocks = dict[str, tuple[int, ...]]
 """By a parameter's name the lengths of its leading block, one per axis."""
@@ -112,7 +112,7 @@ class TrainOnly:
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Freeze the rest; ConfigError when a path means nothing in this model."""
-        patterns = [re.compile(re.escape(path).replace(r"\*", r"[^.]+") + r"(\..*)?") for path in self.paths]
+        patterns = [path_pattern(path, after=r"(\..*)?") for path in self.paths]
         names: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
@@ -180,8 +180,3 @@ class ExactRates:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing."""
-
-
-def leading(tensor: Tensor, block: tuple[int, ...]) -> Tensor:
-    """The leading block of a tensor, as a view."""
-    return tensor[tuple(slice(length) for length in block)]

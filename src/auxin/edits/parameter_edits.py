@@ -6,7 +6,6 @@ that were divided get all of it each. A second moment takes the squares of the s
 """
 
 import hashlib
-import re
 from functools import cached_property
 from typing import Literal
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from auxin.edits.fills import Fill, MeanFill, RepeatFill, Tagged, ZeroFill, mean_of_rows, root_mean_square
 from auxin.edits.rate import Rate
 from auxin.errors import PlanError
+from auxin.models.paths import path_pattern
 
 ABSENT_UNIT = -1
 """In an index list: a unit of zeros."""
@@ -29,13 +29,9 @@ class ParameterEdit(Tagged):
     parameter: str
     """The parameter's dotted name; `*` stands for any one part, so that one edit serves all layers."""
 
-    @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        return re.compile(re.escape(self.parameter).replace(r"\*", r"[^.]+"))
-
     def matches(self, name: str) -> bool:
         """Whether the edit means the parameter `name`."""
-        return self._pattern.fullmatch(name) is not None
+        return path_pattern(self.parameter).fullmatch(name) is not None
 
     def collides_with(self, other: "ParameterEdit") -> bool:
         """Whether both change the same thing of one parameter, so that one of them must be a mistake."""
@@ -120,10 +116,9 @@ class PadParameter(ParameterEdit):
         if isinstance(self.fill, ZeroFill):
             return Rate()
         if isinstance(self.fill, RepeatFill):
-            sources = torch.arange(self.size)
-            first, size = self.fill.first, old_shape[self.axis]
-            sources = torch.where(sources < size, sources, first + (sources - first) % (size - first))
-            return _copy_rate(torch.bincount(sources, minlength=size), self.fill.divide, self.fill.noise)
+            size = old_shape[self.axis]
+            counts = torch.bincount(self.fill.sources(size, self.size), minlength=size)
+            return _copy_rate(counts, self.fill.divide, self.fill.noise)
         return Rate(exact=False)
 
     def _room_for(self, old: Tensor) -> Tensor:

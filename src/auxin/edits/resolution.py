@@ -99,15 +99,6 @@ class ResolvedPlan:
     """Where every parameter and persistent buffer of `after` comes from, by the first of its names."""
     modules: dict[str, str | None]
     """The old path of every module of `after`; None for those that are new."""
-    structure: list[Any]
-    """All structural edits that `after` has gone through."""
-
-    @property
-    def changed(self) -> dict[str, Origin]:
-        """The origins of those that are not simply an old tensor under the same name."""
-        return {
-            name: origin for name, origin in self.origins.items() if origin.steps or origin.sources != ((1.0, name),)
-        }
 
 
 def resolve(plan: Planned, model: PreTrainedModel) -> ResolvedPlan:
@@ -177,7 +168,7 @@ class _Tracker:
         self.structure = structural_edits(before.config)
         self.values: dict[str, Any] = {}
         self.said: set[str] = set()
-        self.lengths: dict[str, int] = {}
+        self.arranged: set[str] = set()
         self.fresh_layers: list[str] = []
         self.replaced: list[str] = []
         self.copies: list[str] = []
@@ -229,11 +220,11 @@ class _Tracker:
             self.origins[name] = replace(origin, shape=shape, steps=(*origin.steps, step))
 
     def _arrange(self, edit: ArrangeLayers) -> None:
-        if edit.layers in self.lengths:
+        if edit.layers in self.arranged:
             raise PlanError(f"{edit.layers} was arranged by an earlier edit; merge the two")
         stack = layer_stack(self.before, edit.layers)
         edit.check(len(stack))
-        self.lengths[edit.layers] = len(edit.order)
+        self.arranged.add(edit.layers)
         self._set_values(edit.config_values(self.before))
         self.structure = [moved for stored in self.structure for moved in _moved(stored, edit)]
         blended = self._blended(edit, len(stack))
@@ -249,7 +240,7 @@ class _Tracker:
         self.modules |= {path: None for path in self.fresh_layers if path not in self.modules}
 
     def _join(self, edit: JoinAbove) -> None:
-        if edit.layers in self.lengths:
+        if edit.layers in self.arranged:
             raise PlanError(f"{edit.layers} was arranged by an earlier edit; join its layers before")
         names = [
             f"{edit.layers}.{layer}.{edit.parameter}" for layer in range(len(layer_stack(self.before, edit.layers)))
@@ -376,7 +367,7 @@ class _Tracker:
         modules: dict[str, str | None] = {"": ""}
         for path, _ in after.named_modules(remove_duplicate=False):
             modules[path] = "" if not path else self.modules.get(path)
-        resolved = ResolvedPlan(self.before, after, origins, modules, self.structure)
+        resolved = ResolvedPlan(self.before, after, origins, modules)
         self._check_modules(resolved)
         return resolved
 
@@ -442,9 +433,7 @@ class _Tracker:
         before = dict(resolved.before.named_modules(remove_duplicate=False))
         for path, module in resolved.after.named_modules(remove_duplicate=False):
             old_path = resolved.modules.get(path)
-            if path in self.replaced or _below(path, self.replaced) or path in self.fresh_layers:
-                continue
-            if _below(path, self.fresh_layers):
+            if _below(f"{path}.", [*self.replaced, *self.fresh_layers]):  # those modules themselves, too
                 continue
             old = before[old_path] if old_path is not None else None
             if old is None and self._in_brick(path):
