@@ -13,7 +13,8 @@ from auxin.edits.width_maps import StreamMap, Widening, circular, drawn, head_ma
 from auxin.errors import PlanError
 from auxin.methods.grow.hypercloning import METHOD as HYPERCLONING
 from auxin.methods.grow.lemon import METHOD as LEMON
-from auxin.models.anatomy import Sizes, anatomy
+from auxin.models.anatomy import anatomy
+from auxin.models.roles import Sizes
 from oracles import width as oracle
 from tiny_models import inputs, logits, tiny
 

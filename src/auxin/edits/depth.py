@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from auxin.edits.edit import ArrangeLayers, Edit, ScaleParameter
 from auxin.edits.plan import Plan
 from auxin.errors import PlanError
-from auxin.models.anatomy import Anatomy, LayerStack
+from auxin.models.roles import Anatomy, LayerStack
 from auxin.nn.pattention import Pattention
 
 

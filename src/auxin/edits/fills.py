@@ -7,6 +7,7 @@ import torch
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
+from auxin.errors import PlanError
 from auxin.settings import Settings
 
 
@@ -173,7 +174,41 @@ class RepeatFill(Tagged):
         return ", ".join(parts)
 
 
-Fill = Annotated[ZeroFill | ConstantFill | NormalFill | MeanFill | RepeatFill, Field(discriminator="kind")]
+class ValuesFill(_FreshFill):
+    """New rows that are given, for small tensors."""
+
+    kind: Literal["values"] = "values"
+    values: list[float] = Field(min_length=1)
+    """All of the new entries, the last axis running fastest."""
+
+    def write(self, new: Tensor, axis: int, size: int, generator: torch.Generator) -> None:
+        """Fill the new rows of `new`, whose first `size` along `axis` are the old ones."""
+        rows = new.narrow(axis, size, new.shape[axis] - size)
+        rows.copy_(torch.tensor(self.values, dtype=torch.float64).view(rows.shape))
+
+    def __str__(self) -> str:
+        shown = ", ".join(format(value, ".3g") for value in self.values[:6])
+        return f"[{shown}{', ...' if len(self.values) > 6 else ''}]"
+
+
+class CopyFill(_FreshFill):
+    """All that another parameter of the model holds, the optimizer's moments too; for new parameters of a brick."""
+
+    kind: Literal["copy"] = "copy"
+    of: str
+    """The parameter, relative to the brick."""
+
+    def write(self, new: Tensor, axis: int, size: int, generator: torch.Generator) -> None:
+        """Nothing is filled: the new parameter has the old one as its source."""
+        raise PlanError("copy fills whole new parameters of a brick, not rows of a padded one; use repeat")
+
+    def __str__(self) -> str:
+        return f"a copy of {self.of}"
+
+
+Fill = Annotated[
+    ZeroFill | ConstantFill | NormalFill | MeanFill | RepeatFill | ValuesFill | CopyFill, Field(discriminator="kind")
+]
 
 
 def mean_of_rows(tensor: Tensor, axis: int = 0) -> Tensor:

@@ -4,7 +4,7 @@ from typing import Any
 
 from auxin.edits.width_targets import WidthTargets
 from auxin.errors import PlanError
-from auxin.models.anatomy import Anatomy, Sizes
+from auxin.models.roles import Anatomy, Sizes
 
 
 def fixed_head_sizes(anatomy: Anatomy, targets: WidthTargets) -> Sizes:

@@ -32,14 +32,17 @@ class Plan(Settings):
     """Seed of all random numbers that the edits draw."""
     edits: list[Edit]
     """The edits, in order."""
+    notes: list[str] = []
+    """What whoever trains the new model should know before."""
     made_for: dict[str, Any] | None = None
     """The config of the model that the plan was made for, so that it can be shown without one; applying ignores it."""
 
     def __str__(self) -> str:
         head = f"{self.method}: promise {self.promise}, seed {self.seed}"
+        notes = [f"Note: {note}" for note in self.notes]
         if self.made_for is None:
-            return "\n".join([head, *(f"  {describe_edit(edit)}" for edit in self.edits)])
-        return f"{head}\n{self.table(config_from_values(self.made_for))}"
+            return "\n".join([head, *(f"  {describe_edit(edit)}" for edit in self.edits), *notes])
+        return "\n".join([head, self.table(config_from_values(self.made_for)), *notes])
 
     def table(self, model: PreTrainedModel | PreTrainedConfig, sequence_length: int | None = None) -> str:
         """The plan as a table for `model` (or a config): edits, parameters and FLOPs per token before and after.

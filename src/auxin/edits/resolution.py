@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.edits.edit import SetConfig, describe_edit
-from auxin.edits.fills import Fill
+from auxin.edits.fills import CopyFill, Fill
 from auxin.edits.layer_edits import ArrangeLayers, JoinAbove, layer_stack
 from auxin.edits.module_edits import ModuleEdit, RemoveModule, ReplaceModule, TieParameters, WrapModule, merged
 from auxin.edits.parameter_edits import ParameterEdit
@@ -305,7 +305,10 @@ class _Tracker:
             else:
                 self.replaced.append(path)
             fills = edit.fills if isinstance(edit, WrapModule | ReplaceModule) else {}
-            self.fresh |= {f"{path}.{name}": fill for name, fill in fills.items()}
+            for name, fill in fills.items():
+                if isinstance(fill, CopyFill):
+                    fill = fill.model_copy(update={"of": f"{path}.{fill.of}"})
+                self.fresh[f"{path}.{name}"] = fill
 
     def _unwrap(self, path: str) -> None:
         if f"{path}.inner" not in self.modules:
@@ -380,7 +383,13 @@ class _Tracker:
                 origin = self.origins[known]
                 self._check_shape(plan, name, origin, shapes[name])
             elif any(alias in self.fresh for alias in aliases):
-                origin = Origin(shapes[name], (), fill=next(self.fresh[a] for a in aliases if a in self.fresh))
+                fill = next(self.fresh[a] for a in aliases if a in self.fresh)
+                origin = Origin(shapes[name], (), fill=fill)
+                if isinstance(fill, CopyFill):
+                    if fill.of not in self.aliases:
+                        raise PlanError(f"copy: {_nearest('parameter', fill.of, self.aliases)}.")
+                    origin = self.origins[self.aliases[fill.of]]
+                    self._check_shape(plan, name, origin, shapes[name])
             elif _below(name, self.fresh_layers) or self._is_brick_buffer(after, name):
                 origin = Origin(shapes[name], ())
             else:

@@ -97,6 +97,11 @@ def rebuild(model: PreTrainedModel, edits: list[Any]) -> None:
     """Do structural `edits` to a model on the meta device; the buffers of bricks become real."""
     for edit in edits:
         edit.rebuild(model)
+    # A brick of another shape has parameters of its own: what was one tensor has to become one again.
+    for tied, kept in (model.all_tied_weights_keys or {}).items():
+        owner, _, name = tied.rpartition(".")
+        if model.get_parameter(tied) is not (parameter := model.get_parameter(kept)):
+            setattr(model.get_submodule(owner), name, parameter)
     fill_brick_buffers(model)
 
 

@@ -26,7 +26,7 @@ from auxin.edits.parameter_edits import CentreParameter, PadParameter, ScalePara
 from auxin.edits.plan import Promise
 from auxin.edits.width_maps import Widening
 from auxin.errors import PlanError
-from auxin.models.anatomy import Anatomy, HeadPart, ParameterRole, Segment
+from auxin.models.roles import Anatomy, HeadPart, ParameterRole, Segment
 
 ROPE_BY_FREQUENCY = ("default", "linear", "llama3")
 """Rotary embeddings whose treatment of a pair depends on its frequency alone, not on the head dimension."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from auxin.errors import PlanError
-from auxin.models.anatomy import Segment, Sizes
+from auxin.models.roles import Segment, Sizes
 
 Padding = Literal["zeros", "mean"]
 

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from auxin.edits.width import describe_sizes
 from auxin.errors import PlanError
-from auxin.models.anatomy import Anatomy, Sizes
+from auxin.models.roles import Anatomy, Sizes
 from auxin.settings import Settings
 
 

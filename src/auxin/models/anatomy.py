@@ -1,176 +1,29 @@
 """The anatomy of a transformer: what every parameter's axes run along, where its layers are, how its norms sit.
 
-Growing, pruning and merging methods ask this one module instead of knowing architectures by name. A **stream** is a
-family of units that grow together: the residual, the query heads (which index the attention's output too), the
-key-value heads, the hidden units of the feed-forward part, the vocabulary. A parameter **writes** a stream with the
-axis that produces its units (outputs, embeddings, gains, biases) and **reads** it with the axis that consumes them.
+Growing, pruning and merging methods ask this one module instead of knowing architectures by name. `auxin.models.roles`
+has the words in which it is written.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from auxin.errors import PlanError, unknown_name
-from auxin.models.paths import path_pattern
-
-Stream = Literal["residual", "query", "key_value", "ffn", "vocabulary"]
-Access = Literal["writes", "reads"]
-Kind = Literal["matrix", "bias", "embedding", "gain", "offset", "head", "query_gain", "key_gain"]
-"""What a parameter is: a matrix between streams, its bias, an embedding (of tokens, positions, types), a norm's gain or
-its offset (the norm's bias), the output head, or the gain of a norm on queries or keys."""
-HeadPart = Literal["query", "key", "value"]
-NormPosition = Literal["before", "after_output", "after_residual"]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of an axis: `count` units of `unit` consecutive entries each."""
-
-    stream: Stream
-    unit: int
-    count: int
-    parts: tuple[HeadPart, ...] = ()
-    """What a head's unit is made of, a head dimension each: its query, key or value, or all three one after another.
-    The attention's output is read as values are. Empty where a unit has no head dimensions."""
-
-    @property
-    def size(self) -> int:
-        """Entries of the segment."""
-        return self.unit * self.count
-
-
-@dataclass(frozen=True)
-class ParameterRole:
-    """What the parameters of one pattern are and what their axes run along."""
-
-    pattern: str
-    """Dotted name, `*` for one part."""
-    axes: tuple[tuple[Segment, ...], ...]
-    """Per axis the segments that make it up, concatenated; an empty tuple for an axis along no stream."""
-    access: tuple[Access | None, ...]
-    """Per axis whether the parameter writes or reads the stream there."""
-    kind: Kind
-
-    def matches(self, name: str) -> bool:
-        """Whether the parameter `name` has this role."""
-        return path_pattern(self.pattern).fullmatch(name) is not None
-
-    def along(self, stream: Stream, access: Access | None = None) -> bool:
-        """Whether an axis runs along `stream` (and is accessed so)."""
-        return any(
-            segment.stream == stream and access in (None, how)
-            for segments, how in zip(self.axes, self.access, strict=True)
-            for segment in segments
-        )
-
-
-@dataclass(frozen=True)
-class LayerStack:
-    """A list of like layers that one field of the config counts."""
-
-    path: str
-    """The module list: "model.layers"."""
-    length_field: str
-    """The config's attribute with the number of layers."""
-    outputs: tuple[str, ...]
-    """Modules of a layer whose output is added to the residual, relative to the layer: "self_attn.o_proj"."""
-    output_norms: tuple[str, ...] = ()
-    """Norms between such an output and the residual, relative to the layer."""
-    norm_position: NormPosition = "before"
-    """Where the norms sit: before each part, after its output, or after the sum of output and residual."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The widths of a model, in units."""
-
-    residual: int
-    query_heads: int
-    key_value_heads: int
-    head_dim: int
-    ffn: int | None
-
-
-@dataclass(frozen=True)
-class ConfigFields:
-    """Under which names the config holds the widths; None where it has no such value."""
-
-    hidden_size: str
-    heads: str
-    key_value_heads: str | None
-    ffn: str | None
-    head_dim: str | None
-    """None: the head dimension is hidden size / heads."""
-    epsilon: str | None
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """Everything about a model's build that a change of its size has to respect."""
-
-    family: str
-    sizes: Sizes
-    fields: ConfigFields
-    stacks: tuple[LayerStack, ...]
-    roles: tuple[ParameterRole, ...]
-    norm: Literal["rms", "layer"]
-    norm_has_gain: bool
-    """Whether the norms inside the layers have gains."""
-    tied: bool
-    """Whether the head is the token embedding."""
-    final_norm: str | None
-    """The module whose gain comes right before the head; None where that norm has no gain."""
-    head: str | None
-    """The output head's module."""
-    embeddings: tuple[str, ...]
-    """The parameters that are added up to the first residual."""
-    epsilon: float = 0.0
-    """Epsilon of the norms; set where the config holds it."""
-    rotary_dim: int = 0
-    """How many of a head's dimensions are rotated by position; 0: none."""
-    rope_type: str = "default"
-    """How the rotary frequencies depend on the dimension, in the words of transformers."""
-    attention_scaled: bool = True
-    """Whether attention scores are divided by the square root of the head dimension."""
-    logits_scaled: bool = False
-    """Whether the tied head's logits are divided by the square root of the hidden size (T5)."""
-    embedding_scaled: bool = False
-    """Whether token embeddings are multiplied by the square root of the hidden size (Gemma)."""
-    gain_offset: float = 0.0
-    """What the norms add to their stored gain (Gemma: 1)."""
-    heads_divide_hidden_size: bool = False
-    """Whether the config insists on it although the head dimension is its own."""
-    qk_norm: Literal["none", "head", "all_heads"] = "none"
-    """RMS norms on queries and keys: over each head, or over all heads together."""
-
-    @property
-    def rotary(self) -> bool:
-        """Whether queries and keys are rotated by position."""
-        return self.rotary_dim > 0
-
-    @property
-    def epsilon_field(self) -> str | None:
-        """The config's attribute with the epsilon of the norms; None when it is fixed."""
-        return self.fields.epsilon
-
-    @property
-    def grouped(self) -> bool:
-        """Whether several query heads share a key-value head."""
-        return self.sizes.key_value_heads < self.sizes.query_heads
-
-    @property
-    def norm_position(self) -> NormPosition:
-        """Where the norms sit, the same in all stacks."""
-        return self.stacks[0].norm_position
-
-    def role(self, name: str) -> ParameterRole:
-        """The role of the parameter `name`; PlanError when it has none."""
-        for role in self.roles:
-            if role.matches(name):
-                return role
-        raise PlanError(f"The {self.family} model has a parameter {name} that its anatomy does not know.")
+from auxin.models.roles import (
+    Anatomy,
+    Axes,
+    ConfigFields,
+    LayerStack,
+    ParameterRole,
+    Segment,
+    Sizes,
+    conv1d,
+    embedding,
+    linear,
+    norm,
+)
 
 
 def anatomy(model: PreTrainedModel) -> Anatomy:
@@ -183,6 +36,7 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     if family not in _FAMILIES:
         raise PlanError(unknown_name("architecture", family, _FAMILIES))
     found = _FAMILIES[family](model)
+    found = replace(found, roles=(*found.roles, *(role for stack in found.stacks for role in _mixing(stack))))
     names = [name for name, _ in model.named_parameters()]
     used = [role for role in found.roles if any(role.matches(name) for name in names)]
     epsilon = getattr(model.config, found.fields.epsilon) if found.fields.epsilon else 0.0
@@ -190,6 +44,34 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     for name in names:
         found.role(name)
     return found
+
+
+def layout(model: PreTrainedModel) -> Anatomy:
+    """As `anatomy`, for methods that treat layers as black boxes: parameters may lack a role, and any decoder whose
+    modules have Llama's names will do.
+
+    Raises:
+        PlanError: the architecture is neither known nor built like Llama.
+    """
+    family = model.config.model_type
+    if family in _FAMILIES:
+        return _FAMILIES[family](model)
+    like_llama = ("model.embed_tokens", "model.layers", "model.norm", "lm_head")
+    try:
+        if all(model.get_submodule(path) is not None for path in like_llama):
+            return _llama_like(model)
+    except AttributeError:
+        pass
+    raise PlanError(
+        f"{unknown_name('architecture', family, _FAMILIES)} Nor has it the modules of a decoder like Llama "
+        f"({', '.join(like_llama)}), so that no residual stream is known in it."
+    )
+
+
+def _mixing(stack: LayerStack) -> Iterator[ParameterRole]:
+    """The roles of what bricks may have put beside the parts of a layer: small tensors along no stream."""
+    for name, axes in (("altup.prediction", 2), ("altup.correction", 1), ("sequence_altup.deviations", 1)):
+        yield ParameterRole(f"{stack.path}.*.{name}", ((),) * axes, (None,) * axes, "mixing")
 
 
 def register_anatomy(model_type: str, describe: Callable[[PreTrainedModel], Anatomy]) -> None:
@@ -200,64 +82,6 @@ def register_anatomy(model_type: str, describe: Callable[[PreTrainedModel], Anat
 def known_families() -> tuple[str, ...]:
     """The model types whose anatomy is known."""
     return tuple(sorted(_FAMILIES))
-
-
-@dataclass(frozen=True)
-class Axes:
-    """The segments of a model's streams, from which roles are written down."""
-
-    residual: tuple[Segment, ...]
-    query: tuple[Segment, ...]
-    key: tuple[Segment, ...]
-    value: tuple[Segment, ...]
-    attended: tuple[Segment, ...]
-    """The attention's output before it goes back to the residual."""
-    ffn: tuple[Segment, ...]
-    vocabulary: tuple[Segment, ...]
-
-    @classmethod
-    def of(cls, sizes: Sizes, vocabulary: int) -> "Axes":
-        """The axes of a model of these sizes."""
-        return cls(
-            residual=(Segment("residual", 1, sizes.residual),),
-            query=(Segment("query", sizes.head_dim, sizes.query_heads, ("query",)),),
-            key=(Segment("key_value", sizes.head_dim, sizes.key_value_heads, ("key",)),),
-            value=(Segment("key_value", sizes.head_dim, sizes.key_value_heads, ("value",)),),
-            attended=(Segment("query", sizes.head_dim, sizes.query_heads, ("value",)),),
-            ffn=(Segment("ffn", 1, sizes.ffn),) if sizes.ffn else (),
-            vocabulary=(Segment("vocabulary", 1, vocabulary),),
-        )
-
-
-def linear(
-    module: str, output: tuple[Segment, ...], read: tuple[Segment, ...], kind: Kind = "matrix"
-) -> list[ParameterRole]:
-    """The roles of a Linear's weight (out, in) and bias (out,)."""
-    return [
-        ParameterRole(f"{module}.weight", (output, read), ("writes" if output else None, "reads"), kind),
-        ParameterRole(f"{module}.bias", (output,), ("writes" if output else None,), "bias"),
-    ]
-
-
-def conv1d(module: str, output: tuple[Segment, ...], read: tuple[Segment, ...]) -> list[ParameterRole]:
-    """The roles of a GPT-2 Conv1D's weight (in, out) and bias (out,)."""
-    return [
-        ParameterRole(f"{module}.weight", (read, output), ("reads", "writes"), "matrix"),
-        ParameterRole(f"{module}.bias", (output,), ("writes",), "bias"),
-    ]
-
-
-def norm(module: str, segments: tuple[Segment, ...], kind: Kind = "gain") -> list[ParameterRole]:
-    """The roles of a norm's gain and offset."""
-    return [
-        ParameterRole(f"{module}.weight", (segments,), ("writes" if segments else None,), kind),
-        ParameterRole(f"{module}.bias", (segments,), ("writes" if segments else None,), "offset"),
-    ]
-
-
-def embedding(parameter: str, *axes: tuple[Segment, ...]) -> ParameterRole:
-    """The role of an embedding: it writes along every axis that has a stream."""
-    return ParameterRole(parameter, axes, tuple("writes" if segments else None for segments in axes), "embedding")
 
 
 def _sizes(config: Any, ffn: int | None, head_dim: int | None = None, key_value_heads: int | None = None) -> Sizes:
@@ -303,6 +127,9 @@ def _llama_like(model: PreTrainedModel) -> Anatomy:
         ("self_attn.o_proj", "mlp.down_proj"),
         norms if after else (),
         "after_output" if after else "before",
+        ("model.embed_tokens",),
+        "model.norm",
+        ("lm_head",),
     )
     return Anatomy(
         family=family,
@@ -353,7 +180,16 @@ def _gpt2(model: PreTrainedModel) -> Anatomy:
         family="gpt2",
         sizes=sizes,
         fields=ConfigFields("n_embd", "n_head", None, "n_inner", None, "layer_norm_epsilon"),
-        stacks=(LayerStack("transformer.h", "n_layer", ("attn.c_proj", "mlp.c_proj")),),
+        stacks=(
+            LayerStack(
+                "transformer.h",
+                "n_layer",
+                ("attn.c_proj", "mlp.c_proj"),
+                entries=("transformer.wte", "transformer.wpe"),
+                end="transformer.ln_f",
+                readers=("lm_head",),
+            ),
+        ),
         roles=tuple(roles),
         norm="layer",
         norm_has_gain=True,
@@ -388,7 +224,16 @@ def _gpt_neox(model: PreTrainedModel) -> Anatomy:
         family="gpt_neox",
         sizes=sizes,
         fields=ConfigFields("hidden_size", "num_attention_heads", None, "intermediate_size", None, "layer_norm_eps"),
-        stacks=(LayerStack("gpt_neox.layers", "num_hidden_layers", ("attention.dense", "mlp.dense_4h_to_h")),),
+        stacks=(
+            LayerStack(
+                "gpt_neox.layers",
+                "num_hidden_layers",
+                ("attention.dense", "mlp.dense_4h_to_h"),
+                entries=("gpt_neox.embed_in",),
+                end="gpt_neox.final_layer_norm",
+                readers=("lm_head", "embed_out"),
+            ),
+        ),
         roles=tuple(roles),
         norm="layer",
         norm_has_gain=True,
@@ -427,7 +272,19 @@ def _t5(model: PreTrainedModel) -> Anatomy:
         roles += norm(f"{block}.*.layer_norm", axes.residual) + norm(f"{stack}.final_layer_norm", axes.residual)
         outputs.append(f"layer.{len(attentions)}.DenseReluDense.wo")
         length = "num_layers" if stack == "encoder" else "num_decoder_layers"
-        stacks.append(LayerStack(f"{stack}.block", length, tuple(outputs)))
+        readers = (
+            ("lm_head",) if stack == "decoder" else tuple(f"decoder.block.*.layer.1.EncDecAttention.{x}" for x in "kv")
+        )
+        stacks.append(
+            LayerStack(
+                f"{stack}.block",
+                length,
+                tuple(outputs),
+                entries=("shared", f"{stack}.embed_tokens"),
+                end=f"{stack}.final_layer_norm",
+                readers=readers,
+            )
+        )
     return Anatomy(
         family="t5",
         sizes=sizes,
@@ -477,6 +334,10 @@ def _bert(model: PreTrainedModel) -> Anatomy:
         ("attention.output.dense", "output.dense"),
         ("attention.output.LayerNorm", "output.LayerNorm"),
         "after_residual",
+        ("bert.embeddings",),
+        "bert.encoder",
+        # Without a pooler it is the classifier that reads the encoder.
+        (f"{head}.transform.dense", "bert.pooler.dense" if model.base_model.pooler is not None else "classifier"),
     )
     return Anatomy(
         family="bert",
@@ -519,7 +380,16 @@ def _vit(model: PreTrainedModel) -> Anatomy:
         family="vit",
         sizes=sizes,
         fields=ConfigFields("hidden_size", "num_attention_heads", None, "intermediate_size", None, "layer_norm_eps"),
-        stacks=(LayerStack("vit.layers", "num_hidden_layers", ("attention.o_proj", "mlp.fc2")),),
+        stacks=(
+            LayerStack(
+                "vit.layers",
+                "num_hidden_layers",
+                ("attention.o_proj", "mlp.fc2"),
+                entries=("vit.embeddings",),
+                end="vit.layernorm",
+                readers=("classifier",),
+            ),
+        ),
         roles=tuple(roles),
         norm="layer",
         norm_has_gain=True,
@@ -555,7 +425,16 @@ def _tokenformer(model: PreTrainedModel) -> Anatomy:
         family="tokenformer",
         sizes=sizes,
         fields=ConfigFields("hidden_size", "num_attention_heads", None, None, None, "layer_norm_eps"),
-        stacks=(LayerStack("model.layers", "num_hidden_layers", ("attention.proj", "mlp")),),
+        stacks=(
+            LayerStack(
+                "model.layers",
+                "num_hidden_layers",
+                ("attention.proj", "mlp"),
+                entries=("model.embed_tokens",),
+                end="model.norm",
+                readers=("lm_head",),
+            ),
+        ),
         roles=tuple(roles),
         norm="layer",
         norm_has_gain=False,

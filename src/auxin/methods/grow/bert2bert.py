@@ -25,7 +25,8 @@ from auxin.edits.structure import config_values
 from auxin.edits.width import widen
 from auxin.edits.width_maps import StreamMap, Widening, drawn, head_maps
 from auxin.edits.width_targets import WidthTargets, refuse_unchanged
-from auxin.models.anatomy import Anatomy, Sizes, anatomy
+from auxin.models.anatomy import anatomy
+from auxin.models.roles import Anatomy, Sizes
 
 
 class Bert2Bert(WidthTargets):

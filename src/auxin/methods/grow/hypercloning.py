@@ -24,7 +24,8 @@ from auxin.edits.width import diagonal_edits, widen
 from auxin.edits.width_maps import StreamMap, Widening, circular, head_maps
 from auxin.edits.width_targets import WidthTargets, refuse_unchanged
 from auxin.errors import PlanError
-from auxin.models.anatomy import Anatomy, Sizes, anatomy
+from auxin.models.anatomy import anatomy
+from auxin.models.roles import Anatomy, Sizes
 
 
 class HyperCloning(WidthTargets):

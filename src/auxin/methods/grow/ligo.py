@@ -44,8 +44,9 @@ from auxin.edits.structure import config_values, edited_config, structural_edits
 from auxin.edits.width import describe_sizes
 from auxin.edits.width_targets import WidthTargets
 from auxin.errors import DataError, PlanError
-from auxin.models.anatomy import Anatomy, LayerStack, Segment, Sizes, anatomy
+from auxin.models.anatomy import anatomy
 from auxin.models.loading import skeleton
+from auxin.models.roles import Anatomy, LayerStack, Segment, Sizes
 
 Batch = Tensor | Mapping[str, Tensor]
 CORPUS_TOKENS = 128

@@ -37,7 +37,8 @@ from auxin.edits.structure import config_values, structural_edits
 from auxin.edits.width import describe_sizes
 from auxin.edits.width_targets import WidthTargets
 from auxin.errors import ConfigError, PlanError
-from auxin.models.anatomy import Anatomy, LayerStack, ParameterRole, Segment, Sizes, anatomy
+from auxin.models.anatomy import anatomy
+from auxin.models.roles import Anatomy, LayerStack, ParameterRole, Segment, Sizes
 from auxin.nn.masked import Masked
 
 BRICKS = ("masked", "masked_norm", "masked_block")

@@ -20,7 +20,8 @@ from auxin.edits.depth import arrange, chosen_stacks, depth, is_exact
 from auxin.edits.method import Method
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
-from auxin.models.anatomy import LayerStack, anatomy
+from auxin.models.anatomy import anatomy
+from auxin.models.roles import LayerStack
 from auxin.settings import Settings
 
 

@@ -1,0 +1,430 @@
+"""AltUp: a residual stream of K blocks at the cost of one (alternating updates, arXiv 2301.13310).
+
+The stream becomes K times as wide; every layer computes on one block of the old width, and a K x K mixing with K gains
+predicts and corrects the others (see `auxin.nn.altup`). Blocks take turns (layer l computes on block l mod K) or one is
+always computed. A layer is a black box to this, so that norms before or after, experts, parameter tokens and
+cross-attention need nothing special. K^2 + K parameters per layer, 0.05% more products at a width of 1,024; the streams
+need K times the memory between layers.
+
+How a model becomes one is a matter of exact conversions. With p = I and g = 1 each:
+
+| conversion | embedding of the other blocks | who reads the last stream | selection | exact since |
+|---|---|---|---|---|
+| recycled | none: replicated | their mean, then all as it was | any | blocks stay equal |
+| copies | copies | W/K on each block; tied: all by the table, scaled by 1/K | any | blocks stay equal |
+| free | random | W on block 0, zeros on the others | same | block 0 is the old stream |
+| relay | random | W on the block that comes next, zeros on the others | alternating | p hands the old stream on |
+| zeros | zeros, and g = 0 for them | W on block 0, random on the others | same | the other blocks stay zero |
+
+"random" is for pretraining: random tables and readers, no promise. Recycled-AltUp adds no embedding; the others have a
+table K times as wide (K V d), a norm over each block and a head of K V d. The encoder of a T5 hands all its blocks to
+the cross-attention, whose keys and values read K d. What is no table (BERT's and ViT's embeddings) stands K times side
+by side.
+
+Departures and choices. The paper does not say how p and g start; N(0, 1) is much worse than the identity. It sums the
+blocks of Recycled-AltUp, which changes what the last norm sees by its epsilon (collapse = "sum" does it: a relative
+change of eps / 2m (1 - 1/K^2), m the mean square of the stream); the mean is exact. Coefficients "dynamic" are
+Gemma 3n's: from each token. Its random projections of the embedding, its per-layer inputs and its scale are not there.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+from transformers import PreTrainedModel
+
+from auxin.edits import ConstantFill, Edit, NormalFill, PadParameter, Plan, Promise, RepeatFill, ZeroFill
+from auxin.edits.depth import chosen_stacks, depth
+from auxin.edits.fills import CopyFill, Fill, ValuesFill
+from auxin.edits.method import Method
+from auxin.edits.module_edits import ReplaceModule
+from auxin.edits.parameter_edits import ABSENT_UNIT, SliceParameter, generator
+from auxin.edits.structure import config_values
+from auxin.errors import PlanError
+from auxin.models.anatomy import layout
+from auxin.models.paths import path_pattern
+from auxin.models.roles import Anatomy, LayerStack
+from auxin.nn.altup import AltUpLayer, Coefficients
+from auxin.settings import Settings
+
+Conversion = Literal["recycled", "copies", "free", "relay", "zeros", "random"]
+Selection = Literal["alternating", "same"]
+
+SELECTIONS: dict[Conversion, tuple[Selection, ...]] = {
+    "recycled": ("alternating", "same"),
+    "copies": ("alternating", "same"),
+    "free": ("same",),
+    "relay": ("alternating",),
+    "zeros": ("same",),
+    "random": ("alternating", "same"),
+}
+"""The selections with which each conversion is exact, the default first."""
+NOISY = ("recycled", "copies", "random")
+"""The conversions that stay exact when the mixing starts with noise whose rows sum to zero (or promise nothing)."""
+
+
+class AltUpSettings(Settings):
+    """How many blocks, how they take turns, and how the model becomes one with them."""
+
+    blocks: int = Field(default=2, ge=2, le=16)
+    """K: the stream becomes so many times as wide."""
+    conversion: Conversion = "recycled"
+    """Where the other blocks come from and who reads them, see the module's table; "random" to pretrain from
+    scratch."""
+    selection: Selection | None = None
+    """"alternating": layer l computes on block l mod K; "same": always on block 0. None: alternating where the
+    conversion allows it."""
+    coefficients: Coefficients = "static"
+    """Of mixing and gains: "static" (the paper: K K + K numbers per layer) or "dynamic" (Gemma 3n: from each token)."""
+    collapse: Literal["mean", "sum"] = "mean"
+    """Of a recycled stream after the last layer; the paper's sum is exact up to the last norm's epsilon only."""
+    norm: Literal["blocks", "all"] = "blocks"
+    """Of a wide stream after the last layer: statistics for each block, or one for all entries (with "copies" and
+    "zeros" only, where that is exact)."""
+    noise: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
+    """Standard deviation of noise on the mixing, each row summing to zero, and with "copies" of noise on the readers,
+    relative to them, summing to zero over the blocks: parts blocks that would stay equal for ever."""
+    part: str | None = None
+    """"encoder" or "decoder", with "recycled": only its layers. None: all."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of everything that is random."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.selection is not None and self.selection not in (able := SELECTIONS[self.conversion]):
+            raise ValueError(
+                f"selection: {self.conversion!r} is exact only with {able[0]!r}, given {self.selection!r}. Leave it "
+                "out, or choose the conversion copies, which goes with both"
+            )
+        if self.collapse == "sum" and self.conversion != "recycled":
+            raise ValueError("collapse: only a recycled stream is summed up; leave it out")
+        if self.norm == "all" and self.conversion not in ("copies", "zeros", "random"):
+            raise ValueError(f"norm: 'all' would mix the blocks, which {self.conversion!r} keeps apart; leave it out")
+        if self.noise and self.conversion not in NOISY:
+            raise ValueError(
+                f"noise: {self.conversion!r} is exact without only; its blocks differ anyhow. Leave it out"
+            )
+        if self.coefficients == "dynamic" and self.conversion == "relay":
+            raise ValueError("coefficients: a relay needs mixing of its own; choose static, or another conversion")
+        if self.part is not None and self.conversion != "recycled":
+            raise ValueError("part: a wide embedding enters every stack; leave part out, or choose recycled")
+        return self
+
+    @property
+    def chosen_selection(self) -> Selection:
+        """The selection asked for, or the conversion's default."""
+        return self.selection or SELECTIONS[self.conversion][0]
+
+
+def plan_altup(model: PreTrainedModel, settings: AltUpSettings) -> Plan:
+    """Plan alternating updates for the layers of `model`; weights are not looked at.
+
+    Args:
+        model: a known architecture, or any decoder built like Llama; also on the meta device.
+        settings: how.
+
+    Raises:
+        PlanError: the architecture has no residual stream that is known, has AltUp already, or the conversion's
+            conditions do not hold; the message says what to ask for instead.
+    """
+    body = layout(model)
+    if twice := next((name for name, module in model.named_modules() if isinstance(module, AltUpLayer)), None):
+        raise PlanError(
+            f"{twice} has alternating updates already, and blocks can't be added to them. Start from the model before."
+        )
+    stacks = chosen_stacks(body, settings.part)
+    edits: list[Edit] = []
+    notes: list[str] = []
+    for stack in stacks:
+        layers = depth(model, stack)
+        _check_blocks(settings, stack, layers)
+        edits += _layers(body, stack, layers, settings)
+        notes += _notes(settings, stack, layers)
+        if settings.conversion == "recycled":
+            edits.append(_collapse(stack, settings))
+    if settings.conversion != "recycled":
+        edits += _Widening(model, body, settings).edits()
+    promise: Promise = "none" if settings.conversion == "random" else "exact"
+    if settings.collapse == "sum":
+        promise = "approximate"
+    return Plan(
+        method="altup",
+        settings=settings.model_dump(mode="json", exclude_defaults=True),
+        promise=promise,
+        seed=settings.seed,
+        edits=edits,
+        notes=notes,
+        made_for=config_values(model.config),
+    )
+
+
+def active_blocks(settings: AltUpSettings, layers: int) -> list[int]:
+    """The block that each of `layers` layers computes on. It is written into the model layer by layer, so that later
+    edits of the depth don't deal the blocks out anew."""
+    return [layer % settings.blocks if settings.chosen_selection == "alternating" else 0 for layer in range(layers)]
+
+
+def twins(settings: AltUpSettings, layers: int) -> list[int]:
+    """The blocks that stay equal to each other for ever; empty where there are none.
+
+    Blocks that start equal are told apart only by being computed: whatever happens to one that never is happens to
+    every other such one, gradients included. Noise, or contents or readers of their own, part them.
+    """
+    if settings.noise or settings.conversion not in ("recycled", "copies"):
+        return []
+    never = sorted(set(range(settings.blocks)) - set(active_blocks(settings, layers)))
+    return never if len(never) > 1 else []
+
+
+def _check_blocks(settings: AltUpSettings, stack: LayerStack, layers: int) -> None:
+    if settings.chosen_selection == "alternating" and settings.blocks > layers:
+        raise PlanError(
+            f"blocks = {settings.blocks} can't alternate over the {layers} layer(s) of {stack.path}: some would never "
+            f"be computed. Ask for at most {layers}, or for selection = same."
+        )
+    if stack.end == "":
+        raise PlanError(f"{stack.path}: it is not known what follows its last layer, where the blocks would go.")
+
+
+def _notes(settings: AltUpSettings, stack: LayerStack, layers: int) -> Iterator[str]:
+    if equal := twins(settings, layers):
+        named = ", ".join(map(str, equal))
+        yield (
+            f"The blocks {named} of {stack.path} start equal and are never computed, so that training keeps them equal "
+            "and only one of them counts. Set noise (0.01, say), or let the blocks alternate."
+        )
+    if settings.chosen_selection == "alternating" and layers % settings.blocks:
+        yield (
+            f"{stack.path} has {layers} layers, no multiple of {settings.blocks} blocks: some blocks are computed once "
+            "more than others."
+        )
+    if settings.collapse == "sum":
+        yield (
+            f"The sum of {settings.blocks} blocks is {settings.blocks} times the old stream, which the last norm takes "
+            "back up to its epsilon; the mean is exact."
+        )
+
+
+def _layers(body: Anatomy, stack: LayerStack, layers: int, settings: AltUpSettings) -> Iterator[Edit]:
+    """The updates of all layers, one edit for all where they are alike."""
+    active = active_blocks(settings, layers)
+    alike = settings.chosen_selection == "same" and not settings.noise
+    for layer in range(1 if alike else layers):
+        values: dict[str, Any] = {"blocks": settings.blocks, "active": active[layer]}
+        if settings.conversion != "recycled":
+            values["split"] = True
+        if settings.coefficients == "dynamic":
+            values |= {"coefficients": "dynamic", "hidden_size": body.sizes.residual}
+        path = f"{stack.path}.{'*' if alike else layer}"
+        fills = {f"altup.{name}": fill for name, fill in _coefficients(settings, path, active[layer]).items()}
+        yield ReplaceModule(module=path, brick="altup_layer", settings=values, fills=fills)
+
+
+def _coefficients(settings: AltUpSettings, path: str, active: int) -> dict[str, Fill]:
+    """Where mixing and gains of one layer start, as deviations from the identity."""
+    blocks = settings.blocks
+    noise: Fill = ZeroFill()
+    if settings.noise:
+        count = blocks if settings.coefficients == "dynamic" else 1
+        noise = ValuesFill(values=_zero_sums(settings, path, count))
+    if settings.coefficients == "dynamic":
+        return {
+            "router_norm.weight": ConstantFill(value=1.0),
+            "router.weight": NormalFill(std=0.02),
+            "prediction.weight": noise,
+            "correction.weight": ZeroFill(),
+        }
+    correction: Fill = ZeroFill()
+    if settings.conversion == "relay":
+        # The block that is computed next is predicted as this one is, so that its correction makes it the output.
+        mixing = torch.zeros(blocks, blocks, dtype=torch.float64)
+        following = (active + 1) % blocks
+        mixing[following, following], mixing[following, active] = -1.0, 1.0
+        noise = ValuesFill(values=mixing.flatten().tolist())
+    elif settings.conversion == "zeros":
+        correction = ValuesFill(values=[0.0 if block == active else -1.0 for block in range(blocks)])
+    return {"prediction": noise, "correction": correction}
+
+
+def _zero_sums(settings: AltUpSettings, path: str, count: int) -> list[float]:
+    """Noise (K, K, count) whose sums over the second axis are zero in any data type: numbers in pairs of both signs."""
+    blocks, random = settings.blocks, generator(settings.seed, path, ())
+    noise = torch.zeros(blocks, blocks, count)
+    for row in range(blocks):
+        for column in range(count):
+            order = torch.randperm(blocks, generator=random)
+            values = settings.noise * torch.randn(blocks // 2, generator=random)
+            noise[row, order[0 : 2 * len(values) : 2], column] = values
+            noise[row, order[1 : 2 * len(values) : 2], column] = -values
+    return noise.flatten().tolist()
+
+
+def _collapse(stack: LayerStack, settings: AltUpSettings) -> Edit:
+    """What makes one block of the stream again, behind the last layer."""
+    has_norm = not stack.path.startswith(f"{stack.end}.")
+    if settings.collapse == "sum" and not has_norm:
+        raise PlanError(
+            f"collapse = sum: no norm follows the layers of {stack.path} that would take back the factor "
+            f"{settings.blocks}. Ask for the mean."
+        )
+    brick = "collapsed_input" if has_norm else "collapsed_output"
+    values = {} if settings.collapse == "mean" else {"collapse": settings.collapse}
+    return ReplaceModule(module=stack.end, brick=brick, settings=values)
+
+
+class _Widening:
+    """The edits of what comes before and after the layers, for a stream that is wide from end to end."""
+
+    def __init__(self, model: PreTrainedModel, body: Anatomy, settings: AltUpSettings) -> None:
+        self.model, self.body, self.settings = model, body, settings
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.tables = self._tables()
+        self.tied = [path for path in self._readers() if self._weight(path) in self.tables.values()]
+        if self.tied and settings.conversion not in ("copies", "random"):
+            raise PlanError(
+                f"conversion = {settings.conversion}: {self.tied[0]} is the embedding (tied), whose other blocks it "
+                "would read too. Ask for copies, or untie the two first."
+            )
+
+    def edits(self) -> list[Edit]:
+        """All of them, from the input to the output."""
+        result: list[Edit] = []
+        blocks = self.settings.blocks
+        entries = dict.fromkeys(path for stack in self.body.stacks for path in stack.entries)
+        for path in entries:
+            if path not in self.modules:
+                continue
+            if type(self.modules[path]) is nn.Embedding:
+                result.append(ReplaceModule(module=path, brick="wide_embedding", settings={"blocks": blocks}))
+            else:
+                result.append(self._parallel(path))
+        result += [self._padded(name) for name in dict.fromkeys(self.tables.values())]
+        for stack in self.body.stacks:
+            result += self._end(stack)
+        for path in self._readers():
+            result.append(ReplaceModule(module=path, brick="wide_linear", settings={"blocks": blocks}))
+            if path not in self.tied:
+                result.append(self._read(path))
+        return result
+
+    def _tables(self) -> dict[str, str]:
+        """The embedding tables that enter the layers, by their modules: the first name of each one's parameter."""
+        entries = {path for stack in self.body.stacks for path in stack.entries}
+        found = {path: self.modules[path] for path in entries if type(self.modules.get(path)) is nn.Embedding}
+        return {path: self._weight(path) for path in sorted(found)}
+
+    def _weight(self, path: str) -> str:
+        """The first name of the weight of the module at `path`."""
+        wanted = self.model.get_submodule(path).weight
+        return next(name for name, parameter in self.model.named_parameters() if parameter is wanted)
+
+    def _readers(self) -> list[str]:
+        patterns = [path_pattern(path) for stack in self.body.stacks for path in stack.readers]
+        found = [path for path in self.modules if any(pattern.fullmatch(path) for pattern in patterns)]
+        if odd := next((path for path in found if type(self.modules[path]) is not nn.Linear), None):
+            raise PlanError(
+                f"{odd}, which reads the last stream, is a {type(self.modules[odd]).__name__} and no plain nn.Linear. "
+                "Ask for the conversion recycled, which leaves it alone."
+            )
+        return found
+
+    def _padded(self, name: str) -> Edit:
+        width = self.settings.blocks * self.body.sizes.residual
+        fills: dict[str, Fill] = {"copies": RepeatFill(), "zeros": ZeroFill()}
+        fill = fills.get(self.settings.conversion, NormalFill())
+        return PadParameter(parameter=name, axis=1, size=width, fill=fill)
+
+    def _parallel(self, path: str) -> Edit:
+        """Embeddings that are no table, K times side by side."""
+        module, fills = self.modules[path], dict[str, Fill]()
+        std = float(getattr(self.model.config, "initializer_range", 0.02))
+        for other in range(self.settings.blocks - 1):
+            for name, parameter in (*module.named_parameters(), *_persistent_buffers(module)):
+                fill: Fill = CopyFill(of=name)
+                fresh = self.settings.conversion not in ("copies",) and isinstance(parameter, nn.Parameter)
+                if fresh and parameter.dim() > 1:
+                    fill = ZeroFill() if self.settings.conversion == "zeros" else NormalFill(std=std)
+                elif fresh:
+                    is_gain = name.endswith("LayerNorm.weight")
+                    fill = ConstantFill(value=1.0) if is_gain else ZeroFill()
+                fills[f"others.{other}.{name}"] = fill
+        return ReplaceModule(
+            module=path, brick="parallel_embeddings", settings={"blocks": self.settings.blocks}, fills=fills
+        )
+
+    def _end(self, stack: LayerStack) -> Iterator[Edit]:
+        """The norm for all blocks, or what puts them side by side where there is none."""
+        if stack.path.startswith(f"{stack.end}."):
+            yield ReplaceModule(module=stack.end, brick="collapsed_output", settings={"collapse": "concatenate"})
+            return
+        norm, blocks = self.modules[stack.end], self.settings.blocks
+        # OLMo's norm writes the usual 1e-5 into its code.
+        eps = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-5)))
+        scale = 1.0
+        if self.tied and any(path_pattern(reader).fullmatch(path) for reader in stack.readers for path in self.tied):
+            scale /= blocks
+        if self.settings.norm == "all" and self.settings.conversion == "zeros":
+            if self.body.norm == "layer":
+                raise PlanError(
+                    "norm = all: a LayerNorm over blocks of zeros would see another mean. Leave norm out: each block "
+                    "then has a norm of its own."
+                )
+            # Blocks of zeros make the mean square K times smaller.
+            scale, eps = blocks**-0.5, eps / blocks
+        values: dict[str, Any] = {"hidden_size": self.body.sizes.residual, "blocks": blocks, "kind": self.body.norm}
+        values |= {"over": self.settings.norm, "eps": eps}
+        values |= {"gain_offset": self.body.gain_offset} if self.body.gain_offset else {}
+        values |= {"scale": scale} if scale != 1 else {}
+        yield ReplaceModule(module=stack.end, brick="block_norm", settings=values)
+        width = blocks * self.body.sizes.residual
+        for name, _ in norm.named_parameters(recurse=False):
+            # Zeros through a LayerNorm are its offset, which must be zero for them.
+            zeros = name == "bias" and self.settings.conversion == "zeros"
+            fill: Fill = ZeroFill() if zeros else RepeatFill()
+            yield PadParameter(parameter=f"{stack.end}.{name}", axis=0, size=width, fill=fill)
+
+    def _read(self, path: str) -> Edit:
+        """The weight of a layer that reads the last stream."""
+        name, blocks, width = f"{path}.weight", self.settings.blocks, self.body.sizes.residual
+        if self.settings.conversion == "copies":
+            return SliceParameter(
+                parameter=name, axis=1, index=[0] * blocks, unit=width, divide=True, noise=self.settings.noise
+            )
+        if self.settings.conversion in ("zeros", "random"):
+            return PadParameter(parameter=name, axis=1, size=blocks * width, fill=NormalFill())
+        index = [ABSENT_UNIT] * blocks
+        index[self._last_block(path)] = 0
+        return SliceParameter(parameter=name, axis=1, index=index, unit=width)
+
+    def _last_block(self, path: str) -> int:
+        """The block that holds the old stream behind the last layer, of the stack that `path` reads."""
+        if self.settings.conversion != "relay":
+            return 0
+        read = [s for s in self.body.stacks if any(path_pattern(reader).fullmatch(path) for reader in s.readers)]
+        return depth(self.model, read[0]) % self.settings.blocks
+
+
+def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for path, part in module.named_modules():
+        for key, buffer in part._buffers.items():
+            if buffer is not None and key not in part._non_persistent_buffers_set:
+                yield f"{path}.{key}" if path else key, buffer
+
+
+def _examples(model: PreTrainedModel) -> dict[str, Any]:
+    layout(model)
+    return {"blocks": 2}
+
+
+METHOD = Method(
+    name="altup",
+    title="A residual stream of K blocks, each layer computing on one of them (AltUp)",
+    paper="arXiv 2301.13310",
+    intent="grow",
+    settings=AltUpSettings,
+    plan=plan_altup,
+    examples=_examples,
+    promise="exact; recycled to the last bit. Approximate for collapse = sum, none for random",
+)

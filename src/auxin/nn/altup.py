@@ -1,0 +1,420 @@
+"""Alternating updates (AltUp): a residual stream of K blocks through layers that see one of them each.
+
+Streams are tensors X of shape (K, ..., d). A layer L, norms and residual sums included, with active block a, does
+
+    predict   xh_i = sum_j p_ij x_j                for every block i
+    compute   y    = L(x_a)                        the block as it was, not xh_a
+    correct   x'_i = xh_i + g_i (y - xh_a)
+
+with p = I + C and g = 1 + c; C (K, K) and c (K,) are what is stored, so that weight decay pulls to the identity, where
+every block simply gets what the layer adds. The sum is computed as M X + g y with M = p - g p_a: row i of M is
+e_i - e_a at the identity, and blocks that are equal cancel to exactly zero, so that x' is y to the last bit. In the
+order in which the equations are written, the rounding of y - x_a and of the sum would stay.
+
+Gemma 3n's form feeds xh_a to the layer and computes C and c from the active block (before and after the layer).
+
+Source: arXiv 2301.13310, algorithm 1. The form whose coefficients depend on the data: Gemma 3n as transformers
+publishes it (`Gemma3nTextAltUp`).
+"""
+
+import copy
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from auxin.errors import ConfigError
+from auxin.nn.bricks import brick
+from auxin.nn.extension import extended
+
+Coefficients = Literal["static", "dynamic"]
+"""Of mixing and gains: the same for all tokens (the paper), or computed from each token (Gemma 3n)."""
+Collapse = Literal["mean", "sum", "concatenate"]
+"""What leaves the last layer: the blocks' mean or their sum (Recycled-AltUp), or all of them (AltUp)."""
+
+
+class AltUp(nn.Module):
+    """Predict and correct with coefficients that all tokens share: K K + K parameters.
+
+    Args:
+        blocks: K.
+        active: the block a that the layer sees.
+        device, dtype: of the parameters.
+
+    Parameters: `prediction` C (K, K) and `correction` c (K,), deviations from the identity; zero at first.
+    """
+
+    def __init__(
+        self,
+        blocks: int,
+        active: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.blocks, self.active = blocks, active
+        self.prediction = nn.Parameter(torch.zeros(blocks, blocks, device=device, dtype=dtype))
+        self.correction = nn.Parameter(torch.zeros(blocks, device=device, dtype=dtype))
+
+    def predict(self, streams: Tensor) -> tuple[Tensor, Tensor]:
+        """What `correct` needs, here the streams as they are, and what the layer sees, (..., d)."""
+        return streams, streams[self.active]
+
+    def correct(self, streams: Tensor, output: Tensor) -> Tensor:
+        """The new streams (K, ..., d), from the old ones and the layer's output (..., d)."""
+        mixing, gains = self._coefficients(torch.promote_types(streams.dtype, torch.float32))
+        if torch.compiler.is_compiling():
+            # Written out, one kernel reads every block once and writes every block once.
+            old, new = streams.unbind(0), output.to(mixing.dtype)
+            rows = [
+                sum((mixing[i, j] * old[j] for j in range(self.blocks)), start=gains[i] * new)
+                for i in range(self.blocks)
+            ]
+            return torch.stack(rows).to(streams.dtype)
+        flat = streams.reshape(self.blocks, -1).to(mixing.dtype)
+        mixed = torch.addr(mixing @ flat, gains, output.reshape(-1).to(mixing.dtype))
+        return mixed.to(streams.dtype).view(streams.shape)
+
+    def _coefficients(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """M (K, K) and g (K,). In the type of the streams at least float32: what lies near 1 would be rounded away."""
+        deviations, gains = self.prediction.to(dtype), 1 + self.correction.to(dtype)
+        identity = torch.eye(self.blocks, device=deviations.device, dtype=dtype)
+        return identity + deviations - torch.outer(gains, identity[self.active] + deviations[self.active]), gains
+
+    def extra_repr(self) -> str:
+        return f"blocks={self.blocks}, active={self.active}"
+
+
+class DynamicAltUp(nn.Module):
+    """Predict and correct with coefficients computed from each token, as in Gemma 3n: K^3 + K^2 + d (K + 1) parameters.
+
+    m(x) = tanh(W_r RMSNorm(x) / d), K numbers; C = W_p m(x_a) as a K x K matrix; the layer sees xh_a = (x + C x)_a;
+    c = W_c m(y). With W_p and W_c at zero, as at first here, the coefficients are the identity. What Gemma 3n does
+    beside that, per-layer inputs and a scale on them, is no part of it.
+
+    Args:
+        blocks: K.
+        active: the block a that the layer sees.
+        hidden_size: d.
+        eps: of the router's norm.
+        clip: bound of the entries of W_p and W_c wherever they are used; None: none. (Gemma 3n clips at 120, in
+            training alone.)
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        blocks: int,
+        active: int,
+        hidden_size: int,
+        eps: float = 1e-6,
+        clip: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.blocks, self.active, self.eps, self.clip = blocks, active, eps, clip
+        self.router_norm = nn.RMSNorm(hidden_size, eps=eps, device=device, dtype=dtype)
+        self.router = nn.Linear(hidden_size, blocks, bias=False, device=device, dtype=dtype)
+        self.prediction = nn.Linear(blocks, blocks**2, bias=False, device=device, dtype=dtype)
+        self.correction = nn.Linear(blocks, blocks, bias=False, device=device, dtype=dtype)
+        nn.init.zeros_(self.prediction.weight)
+        nn.init.zeros_(self.correction.weight)
+
+    def predict(self, streams: Tensor) -> tuple[Tensor, Tensor]:
+        """The predicted streams (K, ..., d), and what the layer sees, (..., d)."""
+        deviations = self._projected(self.prediction, streams[self.active]).unflatten(-1, (self.blocks, self.blocks))
+        predicted = streams + torch.einsum("...ij,j...d->i...d", deviations, streams)
+        return predicted, predicted[self.active]
+
+    def correct(self, predicted: Tensor, output: Tensor) -> Tensor:
+        """The new streams (K, ..., d), from the predicted ones and the layer's output (..., d)."""
+        gains = 1 + self._projected(self.correction, output).movedim(-1, 0).unsqueeze(-1)
+        return (predicted - gains * predicted[self.active]) + gains * output
+
+    def _projected(self, projection: nn.Linear, x: Tensor) -> Tensor:
+        modalities = self.router(self.router_norm(x) / x.shape[-1])
+        modalities = torch.tanh(modalities.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+        weight = projection.weight if self.clip is None else projection.weight.clamp(-self.clip, self.clip)
+        return linear(modalities, weight)
+
+    def extra_repr(self) -> str:
+        return f"blocks={self.blocks}, active={self.active}, eps={self.eps:g}, clip={self.clip}"
+
+
+@brick("altup_layer")
+class AltUpLayer(nn.Module):
+    """A layer of any transformer, with alternating updates around what it computes.
+
+    It takes streams (K, batch, sequence, d) and gives them. What is no stream yet, (batch, sequence, width), becomes
+    one: replicated K times, or, if the embedding is K blocks wide, split. So the first layer needs to know of nothing,
+    and layers can be copied, inserted and reordered. Everything else that a layer takes and gives goes through.
+    """
+
+    altup: AltUp | DynamicAltUp
+    split: bool
+
+    @classmethod
+    def replacing(
+        cls,
+        module: nn.Module,
+        blocks: int,
+        active: int,
+        split: bool = False,
+        coefficients: Coefficients = "static",
+        hidden_size: int | None = None,
+    ) -> Self:
+        """`module`, a layer whose first argument and result (or the first of them) are hidden states, so extended.
+
+        Args:
+            module: the layer, also on the meta device.
+            blocks: K.
+            active: the block that it computes on.
+            split: whether what comes from the embedding is K d wide.
+            coefficients: see `Coefficients`.
+            hidden_size: d; needed for dynamic coefficients.
+
+        Raises:
+            ConfigError: the numbers are out of range.
+        """
+        if blocks < 2 or not 0 <= active < blocks:
+            raise ConfigError(f"altup_layer: block {active} of {blocks}. Give 2 blocks or more and one of them.")
+        layer = extended(module, cls)
+        like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
+        if coefficients == "static":
+            layer.altup = AltUp(blocks, active, like.device, like.dtype)
+        elif hidden_size is None:
+            raise ConfigError("altup_layer: dynamic coefficients need hidden_size.")
+        else:
+            layer.altup = DynamicAltUp(blocks, active, hidden_size, device=like.device, dtype=like.dtype)
+        layer.split = split
+        return layer
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Streams, or what becomes streams; then whatever the layer takes. As the layer, its first result streams."""
+        streams = as_streams(hidden_states, self.altup.blocks, self.split)
+        state, seen = self.altup.predict(streams)
+        result = super().forward(seen, *args, **kwargs)
+        if isinstance(result, tuple):
+            return (self.altup.correct(state, result[0]), *result[1:])
+        return self.altup.correct(state, result)
+
+
+@brick("collapsed_input")
+class CollapsedInput(nn.Module):
+    """A norm after the last layer that first makes one block of the streams: their mean, or their sum."""
+
+    collapse: Collapse
+
+    @classmethod
+    def replacing(cls, module: nn.Module, collapse: Collapse = "mean") -> Self:
+        """`module`, so extended."""
+        return _collapsing(module, cls, collapse)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Streams (K, batch, sequence, d), or one block; as the norm."""
+        return super().forward(collapsed(hidden_states, self.collapse), *args, **kwargs)
+
+
+@brick("collapsed_output")
+class CollapsedOutput(nn.Module):
+    """A stack of layers without a norm behind it (BERT's encoder), with one block or all of them as its last hidden
+    state, and not streams."""
+
+    collapse: Collapse
+
+    @classmethod
+    def replacing(cls, module: nn.Module, collapse: Collapse = "mean") -> Self:
+        """`module`, so extended."""
+        return _collapsing(module, cls, collapse)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stack, its last hidden state (batch, sequence, d or K d)."""
+        result = super().forward(*args, **kwargs)
+        result.last_hidden_state = collapsed(result.last_hidden_state, self.collapse)
+        return result
+
+
+@brick("block_norm")
+class BlockNorm(nn.Module):
+    """The norm after the last layer of a stream that stays wide: (K, batch, sequence, d) -> (batch, sequence, K d).
+
+    Args:
+        width: K d.
+        blocks: K.
+        kind: "rms" or "layer".
+        over: "blocks" (each block has statistics of its own) or "all" (the K d entries have one).
+        eps: epsilon.
+        gain, bias: whether there are such parameters.
+        gain_offset: what is added to the stored gain (Gemma: 1).
+        scale: a constant factor of the result.
+        device, dtype: of the parameters.
+
+    Parameters: `weight` (K d,) and `bias` (K d,) where the norm that it stands for has them. Computed in float32 at
+    least.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        blocks: int,
+        kind: Literal["rms", "layer"],
+        over: Literal["blocks", "all"] = "blocks",
+        eps: float = 1e-6,
+        gain: bool = True,
+        bias: bool = False,
+        gain_offset: float = 0.0,
+        scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.blocks, self.kind, self.over, self.eps = blocks, kind, over, eps
+        self.gain_offset, self.scale = gain_offset, scale
+        weight = torch.full((width,), 1.0 - gain_offset, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight) if gain else None
+        self.bias = nn.Parameter(torch.zeros(width, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def replacing(cls, module: nn.Module, hidden_size: int, blocks: int, **settings: Any) -> Self:
+        """The norm for K blocks in the place of `module`, one for one block of `hidden_size`."""
+        weight = getattr(module, "weight", None)
+        bias = getattr(module, "bias", None)
+        device, dtype = (None, None) if weight is None else (weight.device, weight.dtype)
+        return cls(
+            blocks * hidden_size,
+            blocks,
+            gain=weight is not None,
+            bias=bias is not None,
+            device=device,
+            dtype=dtype,
+            **settings,
+        )
+
+    def forward(self, streams: Tensor) -> Tensor:
+        """(K, batch, sequence, d) -> (batch, sequence, K d), in the type of the streams."""
+        x = streams.movedim(0, -2).to(torch.promote_types(streams.dtype, torch.float32))
+        axes = -1 if self.over == "blocks" else (-2, -1)
+        if self.kind == "layer":
+            x = x - x.mean(axes, keepdim=True)
+        x = x * torch.rsqrt(x.square().mean(axes, keepdim=True) + self.eps)
+        x = x.flatten(-2).to(streams.dtype)
+        if self.weight is not None:
+            x = x * (self.weight + self.gain_offset)
+        if self.bias is not None:
+            x = x + self.bias
+        return x if self.scale == 1 else x * self.scale
+
+    def extra_repr(self) -> str:
+        return f"blocks={self.blocks}, kind={self.kind}, over={self.over}, eps={self.eps:g}"
+
+
+@brick("parallel_embeddings")
+class ParallelEmbeddings(nn.Module):
+    """An embedding module (BERT's, ViT's: tables, positions and all) with K - 1 like ones beside it, their results side
+    by side: (batch, sequence, K d)."""
+
+    others: nn.ModuleList
+
+    @classmethod
+    def replacing(cls, module: nn.Module, blocks: int) -> Self:
+        """`module`, so extended; the others are copies of it in shape."""
+        new = extended(module, cls)
+        new.others = nn.ModuleList(copy.deepcopy(module) for _ in range(blocks - 1))
+        return new
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the embedding, K times."""
+        first = super().forward(*args, **kwargs)
+        return torch.cat([first, *(other(*args, **kwargs) for other in self.others)], dim=-1)
+
+
+@brick("wide_embedding")
+class WideEmbedding(nn.Embedding):
+    """A table of K blocks; a name for edits to call it by. What stands in the model is a plain nn.Embedding."""
+
+    @classmethod
+    def replacing(cls, module: nn.Module, blocks: int) -> nn.Embedding:
+        """A table `blocks` times as wide as `module`, a plain nn.Embedding."""
+        if type(module) is not nn.Embedding:
+            raise ConfigError(f"wide_embedding: {type(module).__name__} is no plain nn.Embedding.")
+        return nn.Embedding(
+            module.num_embeddings,
+            blocks * module.embedding_dim,
+            module.padding_idx,
+            device=module.weight.device,
+            dtype=module.weight.dtype,
+        )
+
+
+@brick("wide_linear")
+class WideLinear(nn.Linear):
+    """A linear layer that reads K blocks; a name for edits to call it by. What stands in the model is a plain
+    nn.Linear."""
+
+    @classmethod
+    def replacing(cls, module: nn.Module, blocks: int) -> nn.Linear:
+        """A layer that reads `blocks` times as many features as `module`, an nn.Linear."""
+        if type(module) is not nn.Linear:
+            raise ConfigError(f"wide_linear: {type(module).__name__} is no plain nn.Linear.")
+        return nn.Linear(
+            blocks * module.in_features,
+            module.out_features,
+            module.bias is not None,
+            device=module.weight.device,
+            dtype=module.weight.dtype,
+        )
+
+
+def as_streams(hidden_states: Tensor, blocks: int, split: bool) -> Tensor:
+    """Streams (K, batch, sequence, d) of what came from an embedding; streams as they are.
+
+    Args:
+        hidden_states: (batch, sequence, d), or with `split` (batch, sequence, K d), or streams.
+        blocks: K.
+        split: whether the last axis holds the blocks.
+    """
+    if hidden_states.dim() == 4:
+        return hidden_states
+    if split:
+        if hidden_states.shape[-1] % blocks:
+            raise ConfigError(
+                f"The embeddings are {hidden_states.shape[-1]} wide, which is no whole number of {blocks} blocks. Give "
+                f"all blocks side by side, or token ids."
+            )
+        return hidden_states.unflatten(-1, (blocks, -1)).movedim(-2, 0)
+    return hidden_states.expand(blocks, *hidden_states.shape)
+
+
+def collapsed(streams: Tensor, collapse: Collapse) -> Tensor:
+    """What leaves the last layer; see `Collapse`. What is no stream stays as it is.
+
+    The mean is computed from the differences to the first block, so that of equal blocks it is that block to the last
+    bit, also for K that is no power of two.
+    """
+    if streams.dim() != 4:
+        return streams
+    if collapse == "concatenate":
+        return streams.movedim(0, -2).flatten(-2)
+    if collapse == "sum":
+        return streams.sum(0)
+    return streams[0] + (streams[1:] - streams[:1]).sum(0) / len(streams)
+
+
+def block_distance(streams: Tensor) -> float:
+    """How different the blocks are: the root mean square of what they deviate from their mean by, relative to that of
+    the blocks. 0: the width is not used.
+
+    Args:
+        streams: (K, batch, sequence, d).
+    """
+    wide = streams.detach().to(torch.promote_types(streams.dtype, torch.float32))
+    deviations = wide - wide.mean(0, keepdim=True)
+    return (deviations.square().mean().sqrt() / wide.square().mean().sqrt()).item()
+
+
+def _collapsing(module: nn.Module, mixin: Any, collapse: Collapse) -> Any:
+    new = extended(module, mixin)
+    new.collapse = collapse
+    return new
