@@ -104,10 +104,13 @@ class AltUpSettings(Settings):
             raise ValueError(f"norm: 'all' would mix the blocks, which {self.conversion!r} keeps apart; leave it out")
         if self.noise and self.conversion not in NOISY:
             raise ValueError(
-                f"noise: {self.conversion!r} is exact without only; its blocks differ anyhow. Leave it out"
+                f"noise: {self.conversion!r} is exact without it, and its blocks differ anyhow; leave it out"
             )
-        if self.coefficients == "dynamic" and self.conversion == "relay":
-            raise ValueError("coefficients: a relay needs mixing of its own; choose static, or another conversion")
+        if self.coefficients == "dynamic" and self.conversion in ("relay", "zeros"):
+            raise ValueError(
+                f"coefficients: {self.conversion!r} needs mixing or gains that dynamic ones don't start with; choose "
+                "static, or another conversion"
+            )
         if self.part is not None and self.conversion != "recycled":
             raise ValueError("part: a wide embedding enters every stack; leave part out, or choose recycled")
         return self
