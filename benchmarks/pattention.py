@@ -16,20 +16,19 @@ import argparse
 import json
 import math
 import os
-import platform
 import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measuring import chosen_clock, machine, peak_bytes, quartiles
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from auxin.nn import pattention
 
@@ -129,30 +128,10 @@ def run_once(contender: Contender, gradient: Tensor, clock: Callable[[], float])
     return middle - start, clock() - start
 
 
-def peak_bytes(contender: Contender, gradient: Tensor) -> int:
-    """Most that is allocated at once, beyond what is there before the forward pass."""
+def once(contender: Contender, gradient: Tensor) -> None:
     for tensor in contender.tensors:
         tensor.grad = None
-    if gradient.device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        contender.function(*contender.tensors).backward(gradient)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        contender.function(*contender.tensors).backward(gradient)
-    changes = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    current = peak = 0
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
-        current += change
-        peak = max(peak, current)
-    return peak
-
-
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return low, middle, high
+    contender.function(*contender.tensors).backward(gradient)
 
 
 def measure(
@@ -170,7 +149,7 @@ def measure(
         for index in order:
             times[index].append(run_once(entries[index], gradient, clock))
     references = {entry.kind: index for index, entry in enumerate(entries) if entry.name == DENSE}
-    memory = [peak_bytes(entry, gradient) for entry in entries]
+    memory = [peak_bytes(partial(once, entry, gradient), options.device) for entry in entries]
     gemm_times = next((times[index] for index, entry in enumerate(entries) if entry.name == GEMMS), None)
     results = []
     for index, entry in enumerate(entries):
@@ -260,36 +239,11 @@ def chosen_shapes(options: argparse.Namespace) -> list[tuple[int, int, int]]:
     return GPU_SHAPES if options.device == "cuda" else SHAPES
 
 
-def chosen_clock(options: argparse.Namespace) -> tuple[str, Callable[[], float]]:
-    if options.device == "cuda":
-
-        def synchronised() -> float:
-            torch.cuda.synchronize()
-            return time.perf_counter()
-
-        return "wall", synchronised
-    return ("cpu", time.thread_time) if torch.get_num_threads() == 1 else ("wall", time.perf_counter)
-
-
-def machine(options: argparse.Namespace) -> dict[str, Any]:
-    model = platform.processor() or platform.machine()
-    if sys.platform == "linux":
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
-        "platform": platform.platform(),
-    }
-
-
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    clock_name, clock = chosen_clock(options)
+    clock_name, clock = chosen_clock(options.device)
     load = os.getloadavg()[0]
     results = []
     for shape in chosen_shapes(options):
@@ -299,10 +253,8 @@ def main(arguments: list[str] | None = None) -> int:
     broken = [message for row in results for message in broken_bounds(row)]
     record = {
         "command": ["python", "benchmarks/pattention.py", *(sys.argv[1:] if arguments is None else arguments)],
-        "machine": machine(options),
+        "machine": machine(options.device),
         "load_average_at_start": load,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "clock": clock_name,
         "dtype": options.dtype,
         "seed": options.seed,

@@ -97,7 +97,7 @@ def _pattention_table(record: dict[str, Any]) -> str:
         f"Command: `{' '.join(record['command'])}`. Machine: {machine['gpu'] or machine['cpu']}, {machine['cores']} "
         f"CPU cores, {machine['threads']} threads, load average {record['load_average_at_start']:.1f} at the start. "
         f"{record['dtype']}, {record['clock']} time, {record['repetitions']} repetitions, seed {record['seed']}, "
-        f"Python {record['python']}, torch {record['torch']}.",
+        f"Python {machine['python']}, torch {machine['torch']}.",
         "",
         f"Bounds on the ratio of forward and backward: eager {record['bounds']['eager']}, compiled "
         f"{record['bounds']['compiled']}.",
