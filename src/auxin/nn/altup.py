@@ -28,8 +28,9 @@ from auxin.errors import ConfigError
 from auxin.nn.bricks import brick
 from auxin.nn.extension import extended
 
-Coefficients = Literal["static", "dynamic"]
-"""Of mixing and gains: the same for all tokens (the paper), or computed from each token (Gemma 3n)."""
+Coefficients = Literal["static", "dynamic", "none"]
+"""Of mixing and gains: the same for all tokens (the paper), computed from each token (Gemma 3n), or none: the other
+blocks pass by (a control)."""
 Collapse = Literal["mean", "sum", "concatenate"]
 """What leaves the last layer: the blocks' mean or their sum (Recycled-AltUp), or all of them (AltUp)."""
 
@@ -65,12 +66,15 @@ class AltUp(nn.Module):
         """The new streams (K, ..., d), from the old ones and the layer's output (..., d)."""
         mixing, gains = self._coefficients(torch.promote_types(streams.dtype, torch.float32))
         if torch.compiler.is_compiling():
-            # Written out, one kernel reads every block once and writes every block once.
-            old, new = streams.unbind(0), output.to(mixing.dtype)
-            rows = [
-                sum((mixing[i, j] * old[j] for j in range(self.blocks)), start=gains[i] * new)
-                for i in range(self.blocks)
-            ]
+            # Written out, one kernel reads every block once and writes every block once. The blocks are added up first:
+            # that is the sum which cancels.
+            old, new = streams.to(mixing.dtype).unbind(0), output.to(mixing.dtype)
+            rows = []
+            for i in range(self.blocks):
+                row = mixing[i, 0] * old[0]
+                for j in range(1, self.blocks):
+                    row = row + mixing[i, j] * old[j]
+                rows.append(row + gains[i] * new)
             return torch.stack(rows).to(streams.dtype)
         flat = streams.reshape(self.blocks, -1).to(mixing.dtype)
         mixed = torch.addr(mixing @ flat, gains, output.reshape(-1).to(mixing.dtype))
@@ -143,6 +147,30 @@ class DynamicAltUp(nn.Module):
         return f"blocks={self.blocks}, active={self.active}, eps={self.eps:g}, clip={self.clip}"
 
 
+class PassBy(nn.Module):
+    """The control: the layer's output takes the place of the active block, the others stay as they are.
+
+    Args:
+        blocks: K.
+        active: the block a that the layer sees.
+    """
+
+    def __init__(self, blocks: int, active: int) -> None:
+        super().__init__()
+        self.blocks, self.active = blocks, active
+
+    def predict(self, streams: Tensor) -> tuple[Tensor, Tensor]:
+        """What `correct` needs, the streams, and what the layer sees, (..., d)."""
+        return streams, streams[self.active]
+
+    def correct(self, streams: Tensor, output: Tensor) -> Tensor:
+        """The streams (K, ..., d) with the layer's output (..., d) in the place of the active block."""
+        return torch.cat([streams[: self.active], output[None], streams[self.active + 1 :]])
+
+    def extra_repr(self) -> str:
+        return f"blocks={self.blocks}, active={self.active}"
+
+
 @brick("altup_layer")
 class AltUpLayer(nn.Module):
     """A layer of any transformer, with alternating updates around what it computes.
@@ -152,8 +180,9 @@ class AltUpLayer(nn.Module):
     and layers can be copied, inserted and reordered. Everything else that a layer takes and gives goes through.
     """
 
-    altup: AltUp | DynamicAltUp
+    altup: AltUp | DynamicAltUp | PassBy
     split: bool
+    hidden_size: int | None
 
     @classmethod
     def replacing(
@@ -173,7 +202,7 @@ class AltUpLayer(nn.Module):
             active: the block that it computes on.
             split: whether what comes from the embedding is K d wide.
             coefficients: see `Coefficients`.
-            hidden_size: d; needed for dynamic coefficients.
+            hidden_size: d; needed for dynamic coefficients. Where it is known, embeddings of another width are refused.
 
         Raises:
             ConfigError: the numbers are out of range.
@@ -184,21 +213,41 @@ class AltUpLayer(nn.Module):
         like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
         if coefficients == "static":
             layer.altup = AltUp(blocks, active, like.device, like.dtype)
+        elif coefficients == "none":
+            layer.altup = PassBy(blocks, active)
         elif hidden_size is None:
             raise ConfigError("altup_layer: dynamic coefficients need hidden_size.")
         else:
             layer.altup = DynamicAltUp(blocks, active, hidden_size, device=like.device, dtype=like.dtype)
-        layer.split = split
+        layer.split, layer.hidden_size = split, hidden_size
         return layer
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Streams, or what becomes streams; then whatever the layer takes. As the layer, its first result streams."""
-        streams = as_streams(hidden_states, self.altup.blocks, self.split)
+        streams = as_streams(hidden_states, self.altup.blocks, self.split, self.hidden_size)
         state, seen = self.altup.predict(streams)
         result = super().forward(seen, *args, **kwargs)
         if isinstance(result, tuple):
             return (self.altup.correct(state, result[0]), *result[1:])
         return self.altup.correct(state, result)
+
+
+@brick("summed_input")
+class SummedInput(nn.Module):
+    """A first layer behind a table of K blocks that adds them up: the control with more table and no wider stream."""
+
+    blocks: int
+
+    @classmethod
+    def replacing(cls, module: nn.Module, blocks: int) -> Self:
+        """`module`, a layer, so extended."""
+        layer = extended(module, cls)
+        layer.blocks = blocks
+        return layer
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """(batch, sequence, K d) instead of (batch, sequence, d); as the layer."""
+        return super().forward(hidden_states.unflatten(-1, (self.blocks, -1)).sum(-2), *args, **kwargs)
 
 
 @brick("collapsed_input")
@@ -332,20 +381,19 @@ class ParallelEmbeddings(nn.Module):
 
 @brick("wide_embedding")
 class WideEmbedding(nn.Embedding):
-    """A table of K blocks; a name for edits to call it by. What stands in the model is a plain nn.Embedding."""
+    """A table of K blocks; a name for edits to call it by. What stands in the model is of the class that stood there:
+    a plain nn.Embedding, or one that scales what it looks up (Gemma)."""
 
     @classmethod
     def replacing(cls, module: nn.Module, blocks: int) -> nn.Embedding:
-        """A table `blocks` times as wide as `module`, a plain nn.Embedding."""
-        if type(module) is not nn.Embedding:
-            raise ConfigError(f"wide_embedding: {type(module).__name__} is no plain nn.Embedding.")
-        return nn.Embedding(
-            module.num_embeddings,
-            blocks * module.embedding_dim,
-            module.padding_idx,
-            device=module.weight.device,
-            dtype=module.weight.dtype,
-        )
+        """A table `blocks` times as wide as `module`, an nn.Embedding."""
+        if not isinstance(module, nn.Embedding):
+            raise ConfigError(f"wide_embedding: {type(module).__name__} is no nn.Embedding.")
+        new = copy.copy(module)
+        new._parameters, new._buffers = dict(module._parameters), dict(module._buffers)
+        new.embedding_dim = blocks * module.embedding_dim
+        new.weight = nn.Parameter(module.weight.new_empty(module.num_embeddings, new.embedding_dim))
+        return new
 
 
 @brick("wide_linear")
@@ -367,24 +415,26 @@ class WideLinear(nn.Linear):
         )
 
 
-def as_streams(hidden_states: Tensor, blocks: int, split: bool) -> Tensor:
+def as_streams(hidden_states: Tensor, blocks: int, split: bool, hidden_size: int | None = None) -> Tensor:
     """Streams (K, batch, sequence, d) of what came from an embedding; streams as they are.
 
     Args:
         hidden_states: (batch, sequence, d), or with `split` (batch, sequence, K d), or streams.
         blocks: K.
         split: whether the last axis holds the blocks.
+        hidden_size: d; None: whatever fits.
     """
     if hidden_states.dim() == 4:
         return hidden_states
-    if split:
-        if hidden_states.shape[-1] % blocks:
-            raise ConfigError(
-                f"The embeddings are {hidden_states.shape[-1]} wide, which is no whole number of {blocks} blocks. Give "
-                f"all blocks side by side, or token ids."
-            )
-        return hidden_states.unflatten(-1, (blocks, -1)).movedim(-2, 0)
-    return hidden_states.expand(blocks, *hidden_states.shape)
+    if not split:
+        return hidden_states.expand(blocks, *hidden_states.shape)
+    width = hidden_states.shape[-1]
+    if width % blocks or hidden_size not in (None, width // blocks):
+        wanted = f"{blocks} blocks" if hidden_size is None else f"{blocks} x {hidden_size} = {blocks * hidden_size}"
+        raise ConfigError(
+            f"The embeddings are {width} wide and should be {wanted}. Give all blocks side by side, or token ids."
+        )
+    return hidden_states.unflatten(-1, (blocks, -1)).movedim(-2, 0)
 
 
 def collapsed(streams: Tensor, collapse: Collapse) -> Tensor:

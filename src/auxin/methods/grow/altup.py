@@ -25,6 +25,10 @@ Departures and choices. The paper does not say how p and g start; N(0, 1) is muc
 blocks of Recycled-AltUp, which changes what the last norm sees by its epsilon (collapse = "sum" does it: a relative
 change of eps / 2m (1 - 1/K^2), m the mean square of the stream); the mean is exact. Coefficients "dynamic" are
 Gemma 3n's: from each token. Its random projections of the embedding, its per-layer inputs and its scale are not there.
+
+A wider table and head help by themselves. Two controls tell that from alternating updates: coefficients = "none" lets
+the other blocks pass from the embedding straight to the head, and control = "sum" adds the blocks of the table up
+before the first layer.
 """
 
 from collections.abc import Iterator
@@ -77,7 +81,10 @@ class AltUpSettings(Settings):
     """"alternating": layer l computes on block l mod K; "same": always on block 0. None: alternating where the
     conversion allows it."""
     coefficients: Coefficients = "static"
-    """Of mixing and gains: "static" (the paper: K K + K numbers per layer) or "dynamic" (Gemma 3n: from each token)."""
+    """Of mixing and gains: "static" (the paper: K K + K numbers per layer), "dynamic" (Gemma 3n: from each token) or
+    "none" (a control: the other blocks go from the embedding straight to the head; with "random" and "same")."""
+    control: Literal["sum"] | None = None
+    """"sum", with "random": no wider stream, the blocks of the table are added up before the first layer."""
     collapse: Literal["mean", "sum"] = "mean"
     """Of a recycled stream after the last layer; the paper's sum is exact up to the last norm's epsilon only."""
     norm: Literal["blocks", "all"] = "blocks"
@@ -111,6 +118,10 @@ class AltUpSettings(Settings):
                 f"coefficients: {self.conversion!r} needs mixing or gains that dynamic ones don't start with; choose "
                 "static, or another conversion"
             )
+        if self.coefficients == "none" and (self.conversion, self.selection) != ("random", "same"):
+            raise ValueError("coefficients: 'none' is a control for conversion = random with selection = same")
+        if self.control is not None and (self.conversion, self.coefficients) != ("random", "static"):
+            raise ValueError("control: 'sum' goes with conversion = random alone; leave the other settings out")
         if self.part is not None and self.conversion != "recycled":
             raise ValueError("part: a wide embedding enters every stack; leave part out, or choose recycled")
         return self
@@ -140,6 +151,12 @@ def plan_altup(model: PreTrainedModel, settings: AltUpSettings) -> Plan:
     stacks = chosen_stacks(body, settings.part)
     edits: list[Edit] = []
     notes: list[str] = []
+    if settings.control == "sum":
+        edits += [
+            ReplaceModule(module=f"{stack.path}.0", brick="summed_input", settings={"blocks": settings.blocks})
+            for stack in stacks
+        ]
+        return _plan(model, settings, "none", [*edits, *_Widening(model, body, settings).tables_alone()], [])
     for stack in stacks:
         layers = depth(model, stack)
         _check_blocks(settings, stack, layers)
@@ -152,15 +169,7 @@ def plan_altup(model: PreTrainedModel, settings: AltUpSettings) -> Plan:
     promise: Promise = "none" if settings.conversion == "random" else "exact"
     if settings.collapse == "sum":
         promise = "approximate"
-    return Plan(
-        method="altup",
-        settings=settings.model_dump(mode="json", exclude_defaults=True),
-        promise=promise,
-        seed=settings.seed,
-        edits=edits,
-        notes=notes,
-        made_for=config_values(model.config),
-    )
+    return _plan(model, settings, promise, edits, notes)
 
 
 def active_blocks(settings: AltUpSettings, layers: int) -> list[int]:
@@ -179,6 +188,20 @@ def twins(settings: AltUpSettings, layers: int) -> list[int]:
         return []
     never = sorted(set(range(settings.blocks)) - set(active_blocks(settings, layers)))
     return never if len(never) > 1 else []
+
+
+def _plan(
+    model: PreTrainedModel, settings: AltUpSettings, promise: Promise, edits: list[Edit], notes: list[str]
+) -> Plan:
+    return Plan(
+        method="altup",
+        settings=settings.model_dump(mode="json", exclude_defaults=True),
+        promise=promise,
+        seed=settings.seed,
+        edits=edits,
+        notes=notes,
+        made_for=config_values(model.config),
+    )
 
 
 def _check_blocks(settings: AltUpSettings, stack: LayerStack, layers: int) -> None:
@@ -218,8 +241,10 @@ def _layers(body: Anatomy, stack: LayerStack, layers: int, settings: AltUpSettin
         values: dict[str, Any] = {"blocks": settings.blocks, "active": active[layer]}
         if settings.conversion != "recycled":
             values["split"] = True
-        if settings.coefficients == "dynamic":
-            values |= {"coefficients": "dynamic", "hidden_size": body.sizes.residual}
+        if settings.coefficients != "static":
+            values["coefficients"] = settings.coefficients
+        if len(values) > 2:
+            values["hidden_size"] = body.sizes.residual
         path = f"{stack.path}.{'*' if alike else layer}"
         fills = {f"altup.{name}": fill for name, fill in _coefficients(settings, path, active[layer]).items()}
         yield ReplaceModule(module=path, brick="altup_layer", settings=values, fills=fills)
@@ -232,6 +257,8 @@ def _coefficients(settings: AltUpSettings, path: str, active: int) -> dict[str, 
     if settings.noise:
         count = blocks if settings.coefficients == "dynamic" else 1
         noise = ValuesFill(values=_zero_sums(settings, path, count))
+    if settings.coefficients == "none":
+        return {}
     if settings.coefficients == "dynamic":
         return {
             "router_norm.weight": ConstantFill(value=1.0),
@@ -293,29 +320,37 @@ class _Widening:
 
     def edits(self) -> list[Edit]:
         """All of them, from the input to the output."""
+        result = self.tables_alone()
+        for stack in self.body.stacks:
+            result += self._end(stack)
+        for path in self._readers():
+            result.append(ReplaceModule(module=path, brick="wide_linear", settings={"blocks": self.settings.blocks}))
+            if path not in self.tied:
+                result.append(self._read(path))
+        return result
+
+    def tables_alone(self) -> list[Edit]:
+        """Those of the embeddings."""
+        if self.settings.control == "sum" and self.tied:
+            raise PlanError(
+                f"control = sum: {self.tied[0]} is the embedding (tied), which has no such width. Untie the two first."
+            )
         result: list[Edit] = []
         blocks = self.settings.blocks
         entries = dict.fromkeys(path for stack in self.body.stacks for path in stack.entries)
         for path in entries:
             if path not in self.modules:
                 continue
-            if type(self.modules[path]) is nn.Embedding:
+            if isinstance(self.modules[path], nn.Embedding):
                 result.append(ReplaceModule(module=path, brick="wide_embedding", settings={"blocks": blocks}))
             else:
                 result.append(self._parallel(path))
-        result += [self._padded(name) for name in dict.fromkeys(self.tables.values())]
-        for stack in self.body.stacks:
-            result += self._end(stack)
-        for path in self._readers():
-            result.append(ReplaceModule(module=path, brick="wide_linear", settings={"blocks": blocks}))
-            if path not in self.tied:
-                result.append(self._read(path))
-        return result
+        return [*result, *(self._padded(name) for name in dict.fromkeys(self.tables.values()))]
 
     def _tables(self) -> dict[str, str]:
         """The embedding tables that enter the layers, by their modules: the first name of each one's parameter."""
         entries = {path for stack in self.body.stacks for path in stack.entries}
-        found = {path: self.modules[path] for path in entries if type(self.modules.get(path)) is nn.Embedding}
+        found = {path: self.modules[path] for path in entries if isinstance(self.modules.get(path), nn.Embedding)}
         return {path: self._weight(path) for path in sorted(found)}
 
     def _weight(self, path: str) -> str:
