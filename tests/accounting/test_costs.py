@@ -10,6 +10,8 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
     Qwen3Config,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from auxin.accounting import count_parameters, flops_per_token, training_memory
@@ -65,6 +67,26 @@ def test_flops_of_a_dense_model_follow_the_closed_form():
     assert counted.training == 3 * expected
 
 
+def tiny_t5() -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    )
+
+
+def test_an_encoder_and_a_decoder_cost_what_each_of_them_sees():
+    """Of 20 tokens of text, 17 and 9 in the shape of span corruption."""
+    model, d, inner, hidden, vocabulary = tiny_t5(), 32, 32, 48, 96
+    layer = 4 * d * inner + 2 * d * hidden
+    encoder = 2 * 2 * layer * 17 + 2 * 4 * inner * 17 * 17
+    # Cross attention reads keys and values of the encoder's output.
+    cross = 2 * 2 * (2 * d * inner * 9 + 2 * d * inner * 17) + 2 * 4 * inner * 9 * 17
+    decoder = 2 * 2 * layer * 9 + 2 * 4 * inner * 9 * 9 + 2 * d * vocabulary * 9
+    counted = flops_per_token(model, 20, encoder_length=17, decoder_length=9)
+    assert counted.forward == pytest.approx((encoder + cross + decoder) / 20)
+    assert counted.sequence_length == 20
+
+
 def test_counting_leaves_the_model_as_it_was(model):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
@@ -83,9 +105,9 @@ def test_a_tied_table_counts_once():
     assert count_parameters(tied).non_embedding == count_parameters(untied).non_embedding
 
 
-@pytest.mark.parametrize("name", ["gpt-neox", *TOKENFORMERS])
+@pytest.mark.parametrize("name", ["gpt-neox", "t5", *TOKENFORMERS])
 def test_training_memory_is_what_a_real_step_saves(name):
-    model = AutoModelForCausalLM.from_config(CONFIGS[name])
+    model = tiny_t5() if name == "t5" else AutoModelForCausalLM.from_config(CONFIGS[name])
     parameters = {p.data_ptr() for p in model.parameters()}
     storages: dict[int, int] = {}
 
@@ -95,10 +117,11 @@ def test_training_memory_is_what_a_real_step_saves(name):
         return tensor
 
     ids = torch.randint(96, (3, 16))
+    labels = ids[:, :5].contiguous() if name == "t5" else ids
     held = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or keep(t), lambda t: t):
-        model(input_ids=ids, labels=ids, use_cache=False)
-    estimate = training_memory(model, 3, 16)
+        model(input_ids=ids, labels=labels, use_cache=False)
+    estimate = training_memory(model, 3, 16, labels.shape[1])
     assert estimate.weights == 4 * count_parameters(model).total
     assert estimate.optimizer == 2 * estimate.weights
     assert estimate.activations == pytest.approx(sum(storages.values()), rel=0.1)

@@ -1,4 +1,4 @@
-"""FLOPs per token of any causal language model, counted on shapes alone.
+"""FLOPs per token of any language model, counted on shapes alone.
 
 A multiply-add is two FLOPs. Matrix products and token-token attention are counted, elementwise work is not, as in
 `torch.utils.flop_counter` and in the published tables. Attention is counted over the whole T x T square, causal or not.
@@ -39,18 +39,27 @@ class FlopsPerToken(Settings):
         return self.forward + self.backward
 
 
-def flops_per_token(model: nn.Module, sequence_length: int) -> FlopsPerToken:
+def flops_per_token(
+    model: nn.Module, sequence_length: int, *, encoder_length: int | None = None, decoder_length: int | None = None
+) -> FlopsPerToken:
     """Count the FLOPs per token of one forward pass of `model` over one sequence of `sequence_length` tokens.
 
     Args:
-        model: a language model; with an encoder and a decoder both see as many tokens. Of a model of images the FLOPs
-            are those per image.
+        model: a language model. Of a model of images the FLOPs are those per image.
         sequence_length: tokens of the sequence; attention makes the cost per token grow with it.
+        encoder_length: tokens of those, and of what stands for others, that the encoder of an encoder-decoder sees;
+            None: all. The FLOPs are still divided by `sequence_length`: they are those per token of text.
+        decoder_length: tokens that its decoder sees; None: all.
     """
     with shape_only_copy(model) as copy, FlopCounterMode(display=False) as counter, countable_kernels(copy):
         copy.eval()
         if isinstance(copy, PreTrainedModel):
-            inputs = example_inputs(copy, batch=1, length=sequence_length)
+            inputs = example_inputs(
+                copy,
+                batch=1,
+                length=encoder_length or sequence_length,
+                decoder_length=decoder_length or sequence_length,
+            )
             extra = {"use_cache": False} if copy.can_generate() else {}
         else:
             inputs, extra = {"input_ids": torch.zeros(1, sequence_length, dtype=torch.long)}, {"use_cache": False}

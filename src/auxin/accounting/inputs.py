@@ -5,7 +5,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 
-def example_inputs(model: PreTrainedModel, batch: int, length: int, seed: int | None = None) -> dict[str, Tensor]:
+def example_inputs(
+    model: PreTrainedModel, batch: int, length: int, seed: int | None = None, decoder_length: int | None = None
+) -> dict[str, Tensor]:
     """Random inputs of `model` by name: token ids, those of a decoder too, or pixels.
 
     Args:
@@ -13,6 +15,7 @@ def example_inputs(model: PreTrainedModel, batch: int, length: int, seed: int | 
         batch: number of sequences or images.
         length: tokens per sequence; images have the size that the config says.
         seed: of the random numbers; None: zeros.
+        decoder_length: tokens per sequence of the decoder of an encoder-decoder; None: `length`.
     """
     config = model.config
     generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -22,10 +25,11 @@ def example_inputs(model: PreTrainedModel, batch: int, length: int, seed: int | 
         pixels = torch.zeros(shape) if generator is None else torch.randn(shape, generator=generator)
         return {"pixel_values": pixels}
 
-    def ids() -> Tensor:
+    def ids(length: int) -> Tensor:
         shape, vocabulary = (batch, length), config.get_text_config().vocab_size
         if generator is None:
             return torch.zeros(shape, dtype=torch.long)
         return torch.randint(vocabulary, shape, generator=generator)
 
-    return {"input_ids": ids()} | ({"decoder_input_ids": ids()} if config.is_encoder_decoder else {})
+    inputs = {"input_ids": ids(length)}
+    return inputs | ({"decoder_input_ids": ids(decoder_length or length)} if config.is_encoder_decoder else {})

@@ -25,10 +25,14 @@ class TrainingMemory(Settings):
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def training_memory(model: nn.Module, batch_size: int, sequence_length: int) -> TrainingMemory:
+def training_memory(
+    model: nn.Module, batch_size: int, sequence_length: int, decoder_length: int | None = None
+) -> TrainingMemory:
     """Count the bytes to train `model` on batches of `batch_size` sequences of `sequence_length` tokens.
 
-    Activations are what autograd saves in a forward pass with loss, parameters left out, each storage once.
+    Activations are what autograd saves in a forward pass with loss, parameters left out, each storage once. With an
+    encoder and a decoder, `sequence_length` is what the encoder sees and `decoder_length` what the decoder sees (None:
+    as much).
     """
     saved: dict[int, tuple[Tensor, int]] = {}
     with shape_only_copy(model) as copy:
@@ -43,7 +47,8 @@ def training_memory(model: nn.Module, batch_size: int, sequence_length: int) -> 
 
         input_ids = torch.zeros(batch_size, sequence_length, dtype=torch.long)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            copy.train()(input_ids=input_ids, labels=input_ids, use_cache=False)
+            labels = torch.zeros(batch_size, decoder_length or sequence_length, dtype=torch.long)
+            copy.train()(input_ids=input_ids, labels=labels, use_cache=False)
     parameter_bytes = FLOAT32_BYTES * sum(p.numel() for p in model.parameters())
     return TrainingMemory(
         weights=parameter_bytes,
