@@ -17,7 +17,7 @@ import torch
 
 from auxin.errors import AuxinError
 from auxin.training import GuardSettings, train
-from training.tiny import TinyData, poisoned_llama, tiny_settings
+from training.tiny import SPANS, TinyData, poisoned_llama, poisoned_t5, tiny_settings
 
 FILE_OPERATIONS = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink")
 
@@ -75,9 +75,10 @@ def child(request: dict) -> None:
         evaluation_interval=6,
         log_interval=2,
         guard=GuardSettings(action="rewind", maximum_events=9),
+        **(SPANS if request.get("spans") else {}),
     )
     # Dropout draws from the generator whose state a checkpoint must carry; two rows are poisoned.
-    model = poisoned_llama(attention_dropout=0.2)
+    model = poisoned_t5(dropout=0.2) if request.get("spans") else poisoned_llama(attention_dropout=0.2)
     train(model, TinyData(poisoned_rows=(5, 40)), settings, output_dir, hooks=[Mischief(request)], progress=False)
 
 

@@ -116,6 +116,18 @@ def test_killed_in_the_middle_of_saving(run, alone, tmp_path):
         assert_same(reference, folder)
 
 
+def test_span_corruption_goes_on_with_the_same_noise(run, tmp_path):
+    """Noise that came from anything but seed and position would differ after a kill, also one behind a rewind."""
+    assert run(tmp_path / "alone", spans=True)["code"] == 0
+    events = [line for line in read_metrics(tmp_path / "alone") if "event" in line]
+    assert len(events) >= 2
+    for step in (3, 9, 12):
+        answer = run(tmp_path / "killed", spans=True, signal="SIGKILL", signal_at=step)
+        assert answer["code"] == SIGKILLED, answer["message"]
+    assert run(tmp_path / "killed", spans=True)["code"] == 0
+    assert_same(tmp_path / "alone", tmp_path / "killed")
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_saves_and_says_how_to_go_on(run, alone, tmp_path, name):
     answer = run(tmp_path / "run", signal=name, signal_at=13)

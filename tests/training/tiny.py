@@ -6,7 +6,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from torch import Tensor
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from auxin.models import TokenFormerConfig, TokenFormerForCausalLM
 from auxin.training import TrainingSettings
@@ -79,6 +89,36 @@ def tiny_tokenformer(seed: int = 0) -> TokenFormerForCausalLM:
         max_position_embeddings=64,
     )
     return TokenFormerForCausalLM(config)
+
+
+SPANS = {"objective": "span_corruption", "noise_density": 0.3, "mean_span_length": 2.0}
+"""Of a context of 16 tokens 5 are cut out in 2 spans."""
+
+
+def tiny_t5_config(dropout: float = 0.0, **changes: object) -> T5Config:
+    values = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "dropout_rate": dropout}
+    tokens = {"vocab_size": VOCABULARY + 2, "pad_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
+    return T5Config(**{**values, **tokens, **changes})
+
+
+def tiny_t5(seed: int = 0, dropout: float = 0.0, **changes: object) -> T5ForConditionalGeneration:
+    torch.manual_seed(seed)
+    return T5ForConditionalGeneration(tiny_t5_config(dropout, **changes))
+
+
+class PoisonedT5(T5ForConditionalGeneration):
+    """Its loss is nan on any batch with the poison token. (A nan in its embeddings would be one in all its logits.)"""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: object) -> Seq2SeqLMOutput:
+        output = super().forward(input_ids=input_ids, labels=labels, **kwargs)
+        if self.training and labels is not None and bool((torch.cat([input_ids, labels], 1) == POISON).any()):
+            output.loss = output.loss * torch.nan
+        return output
+
+
+def poisoned_t5(seed: int = 0, dropout: float = 0.1) -> PoisonedT5:
+    torch.manual_seed(seed)
+    return PoisonedT5(tiny_t5_config(dropout))
 
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "tokenformer": tiny_tokenformer}

@@ -66,6 +66,7 @@ class BranchResult(Settings):
     parameters: int
     """Tied ones once."""
     tokens: int
+    """Tokens of text that were trained on, also where some of them were hidden."""
     flops: float
     seconds: float
     validation_loss: float | None = None
@@ -73,7 +74,7 @@ class BranchResult(Settings):
     perplexity: float | None = None
     """exp(validation_loss), infinite where that is too large for a number (JSON then has null)."""
     bits_per_byte: float | None = None
-    """Held-out bits per UTF-8 byte of the text."""
+    """Held-out bits per UTF-8 byte of the text; None where only a part of it is predicted (span corruption)."""
 
 
 class RunResults(Settings):

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from auxin.errors import DataError
+from auxin.evaluation.perplexity import refuse_encoder_decoder
 
 DEFAULT_NEW_TOKENS = 64
 SMALLEST_TEMPERATURE = 1e-6
@@ -37,8 +38,9 @@ def generate_text(
 
     Raises:
         DataError: nothing to start from, a prompt that is no valid text, prompt and continuation exceed the model's
-            positions, or a number is out of range.
+            positions, a number is out of range, or the model is an encoder-decoder.
     """
+    refuse_encoder_decoder(model, "continues no text: its decoder writes what is missing in what its encoder reads")
     _check_numbers(max_new_tokens, temperature, top_p, seed)
     ids = _prompt_ids(tokenizer, prompt)
     max_new_tokens = _fitting_tokens(model, len(ids), max_new_tokens)

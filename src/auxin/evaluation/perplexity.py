@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +11,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from auxin.accounting.results import perplexity_of
+from auxin.data.span_corruption import SpanCorruption, held_out_generator
 from auxin.errors import DataError
 from auxin.settings import Settings
+
+NO_TEXT_TO_SCORE = (
+    "predicts only what was cut out of a text, and so has no probability of a whole one. Its held-out loss is measured "
+    "by the stages of a recipe and stands in its ledger (auxin show)"
+)
+"""Why an encoder-decoder is not scored like a causal model."""
 
 
 class Perplexity(Settings):
@@ -32,17 +40,27 @@ class Perplexity(Settings):
     token to begin with (its text is then not in `bytes`), else 0; of packed contexts, the first of each."""
 
 
-def evaluate_loss(model: nn.Module, array: np.ndarray, batch_size: int, max_batches: int | None = None) -> float:
-    """Mean loss, in nats per predicted token, of a causal language model on packed contexts.
+def evaluate_loss(
+    model: nn.Module,
+    array: np.ndarray,
+    batch_size: int,
+    max_batches: int | None = None,
+    corruption: SpanCorruption | None = None,
+) -> float:
+    """Mean loss, in nats per predicted token, of a language model on packed contexts.
 
-    Each context of length T predicts its tokens 2 ... T. The first `max_batches` batches in the array's order are used
-    (None: all), every predicted token weighs the same, and the model's training mode is restored afterwards.
+    Each context of length T predicts its tokens 2 ... T; with a `corruption`, the targets that it makes of the context,
+    sentinels and end token included, which depend neither on `batch_size` nor on a seed. The first `max_batches`
+    batches in the array's order are used (None: all), every predicted token weighs the same, and the model's training
+    mode is restored afterwards.
 
     Args:
-        model: takes `input_ids` (batch, T) and returns an output with `logits` (batch, T, vocabulary).
+        model: takes `input_ids` (batch, T) and returns an output with `logits` (batch, T, vocabulary); with a
+            `corruption` it takes `labels` too, shifts them for its decoder, and its logits are those of the labels.
         array: token ids (num_contexts, T), T >= 2.
         batch_size: contexts per forward pass.
         max_batches: batches to use.
+        corruption: of the contexts, for an encoder-decoder; None for a causal model.
 
     Raises:
         DataError: the array has no row or no token to predict, or a number is out of range.
@@ -53,12 +71,19 @@ def evaluate_loss(model: nn.Module, array: np.ndarray, batch_size: int, max_batc
         if value is not None and value < 1:
             raise DataError(f"{name} is {value}. Give 1 or more.")
     rows = len(array) if max_batches is None else min(len(array), max_batches * batch_size)
-    total = 0.0
+    total, tokens = 0.0, 0
+    generator = held_out_generator()
     with evaluating(model):
         for start in range(0, rows, batch_size):
-            batch = torch.from_numpy(array[start : min(start + batch_size, rows)].astype(np.int64))
-            total += float(_token_losses(model, batch).sum(dtype=torch.float64))
-    return total / (rows * (array.shape[1] - 1))
+            contexts = array[start : min(start + batch_size, rows)]
+            if corruption is None:
+                losses = _token_losses(model, torch.from_numpy(contexts.astype(np.int64)))
+            else:
+                inputs, targets = corruption.corrupt(contexts, generator)
+                losses = _target_losses(model, torch.from_numpy(inputs), torch.from_numpy(targets))
+            total += float(losses.sum(dtype=torch.float64))
+            tokens += losses.numel()
+    return total / tokens
 
 
 def perplexity(
@@ -85,8 +110,9 @@ def perplexity(
         batch_size: windows per forward pass.
 
     Raises:
-        DataError: the text has nothing to score, or a number is out of range.
+        DataError: the text has nothing to score, a number is out of range, or the model is an encoder-decoder.
     """
+    refuse_encoder_decoder(model, NO_TEXT_TO_SCORE)
     stride = context_length // 2 if stride is None else stride
     _check_window(model, context_length, stride, batch_size)
     ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
@@ -149,6 +175,21 @@ def _token_losses(model: nn.Module, input_ids: Tensor) -> Tensor:
     input_ids = input_ids.to(next(model.parameters()).device)
     logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
     return nn.functional.cross_entropy(logits.float().transpose(1, 2), input_ids[:, 1:], reduction="none")
+
+
+def _target_losses(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """The loss of every target of an encoder-decoder in float32, (batch, targets)."""
+    device = next(model.parameters()).device
+    targets = targets.to(device)
+    logits = model(input_ids=inputs.to(device), labels=targets, use_cache=False).logits
+    return nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+
+
+def refuse_encoder_decoder(model: nn.Module, reason: str) -> None:
+    """DataError with `reason` when `model` has an encoder and a decoder, so that what is asked for has no meaning."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise DataError(f"The model is an encoder-decoder ({config.model_type}), which {reason}.")
 
 
 @contextlib.contextmanager

@@ -2,13 +2,15 @@
 
 from transformers import PreTrainedConfig
 
-from auxin.accounting import FlopsPerToken, Ledger, count_parameters, flops_per_token, training_memory
+from auxin.accounting import FlopsPerToken, Ledger, count_parameters, training_memory
 from auxin.accounting.ledger import LEDGER_FILE
 from auxin.edits.structure import edited_skeleton
 from auxin.errors import ConfigError
 from auxin.recipes.schema import Branch, BuildStage, GrowStage, Recipe, TrainStage
 from auxin.recipes.structure import Structures, growth_tokens, resolve_structures
 from auxin.settings import Settings
+from auxin.training import ObjectiveSettings
+from auxin.training.objective import is_encoder_decoder, objective_flops
 
 
 class StagePrice(Settings):
@@ -69,16 +71,17 @@ def price_recipe(recipe: Recipe, memory: bool = True, vocabulary: dict[str, int]
     Raises:
         ConfigError, PlanError: the recipe can't be run as it stands.
     """
+    known = None if vocabulary is None else vocabulary.get("vocab_size")
     if vocabulary is None:
         vocabulary = {} if recipe.corpus.tokenizer is not None else {"vocab_size": recipe.corpus.vocab_size}
-    return _Pricing(recipe, resolve_structures(recipe, vocabulary), memory).price()
+    return _Pricing(recipe, resolve_structures(recipe, vocabulary), memory, known).price()
 
 
 class _Pricing:
     """Follows a recipe's branches; a model is counted once however many stages train it."""
 
-    def __init__(self, recipe: Recipe, structures: Structures, memory: bool) -> None:
-        self.recipe, self.structures, self.memory = recipe, structures, memory
+    def __init__(self, recipe: Recipe, structures: Structures, memory: bool, tokenizer_size: int | None) -> None:
+        self.recipe, self.structures, self.memory, self.tokenizer_size = recipe, structures, memory, tokenizer_size
         self.spent: dict[tuple[str, str], float] = {}
         self.costs: dict[str, tuple[int, FlopsPerToken]] = {}
 
@@ -106,8 +109,9 @@ class _Pricing:
             if isinstance(stage, GrowStage) and (tokens := growth_tokens(stage)):
                 price = price.model_copy(update={"tokens": tokens, "flops": tokens * per_token.training})
                 flops += price.flops
+            if not isinstance(stage, BuildStage):
+                self._check_objective(f"{branch.name}/{stage.name}: ", config)
             if isinstance(stage, TrainStage):
-                self._check_length(branch, stage, config)
                 budget = None
                 if stage.flops_of is not None:
                     budget = remaining_flops(stage, totals[stage.flops_of], flops)
@@ -132,24 +136,31 @@ class _Pricing:
         key = config.to_json_string()
         if key not in self.costs:
             model = edited_skeleton(config)
+            # A model that nothing trains may be of any kind.
+            objective = self.recipe.objective if is_encoder_decoder(config) else ObjectiveSettings()
             self.costs[key] = (
                 count_parameters(model).total,
-                flops_per_token(model, self.recipe.corpus.context_length),
+                objective_flops(model, objective, self.recipe.corpus.context_length),
             )
         return self.costs[key]
 
     def _memory(self, config: PreTrainedConfig, micro_batch_size: int) -> int | None:
         if not self.memory:
             return None
-        return training_memory(edited_skeleton(config), micro_batch_size, self.recipe.corpus.context_length).total
+        length = self.recipe.corpus.context_length
+        lengths = self.recipe.objective.lengths(length)
+        encoder, decoder = (length, None) if lengths is None else (lengths.inputs, lengths.targets)
+        return training_memory(edited_skeleton(config), micro_batch_size, encoder, decoder).total
 
-    def _check_length(self, branch: Branch, stage: TrainStage, config: PreTrainedConfig) -> None:
-        length, positions = self.recipe.corpus.context_length, getattr(config, "max_position_embeddings", None)
-        if positions is not None and length > positions:
-            raise ConfigError(
-                f"{branch.name}/{stage.name}: corpus.context_length is {length}, but the model's "
-                f"max_position_embeddings is {positions}. Lower the first or raise the second."
-            )
+    def _check_objective(self, where: str, config: PreTrainedConfig) -> None:
+        objective, length = self.recipe.objective, self.recipe.corpus.context_length
+        try:
+            objective.check_architecture(config)
+            objective.check_positions(config, length, "corpus.context_length")
+            if self.tokenizer_size is not None:
+                objective.corruption(config, self.tokenizer_size, length)
+        except ConfigError as error:
+            raise ConfigError(f"{where}{error}") from error
 
 
 def remaining_flops(stage: TrainStage, total: float, spent: float) -> float:

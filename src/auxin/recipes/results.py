@@ -11,6 +11,7 @@ from auxin.accounting.machine import describe_machine
 from auxin.accounting.results import BranchResult, CurvePoint, GrowthPoint, RunResults, perplexity_of
 from auxin.data import CorpusReport, PackedData
 from auxin.recipes.schema import Branch, Recipe
+from auxin.training import ObjectiveSettings
 from auxin.training.metrics import METRICS_FILE
 
 _EXAMPLES = 3
@@ -36,7 +37,7 @@ def collect_results(
     courses: dict[str, Course] = {}
     for branch in recipe.branches:
         ledger = Ledger.load(final_checkpoints[branch.name])
-        branches.append(branch_result(branch, ledger, directory, data, courses))
+        branches.append(branch_result(branch, ledger, directory, data, courses, recipe.objective))
     report = data.report
     return RunResults(
         name=recipe.name,
@@ -62,7 +63,12 @@ def collect_results(
 
 
 def branch_result(
-    branch: Branch, ledger: Ledger, directory: Path, data: PackedData, courses: dict[str, Course]
+    branch: Branch,
+    ledger: Ledger,
+    directory: Path,
+    data: PackedData,
+    courses: dict[str, Course],
+    objective: ObjectiveSettings,
 ) -> BranchResult:
     """The costs and the curve of one branch; a fork's begin with its parent's up to the fork.
 
@@ -84,6 +90,8 @@ def branch_result(
         parameters_before = record.parameters
         courses[f"{branch.name}/{record.name}"] = (curve, growths)
     loss = own[-1].loss_after
+    # Of a corrupted text only a part is predicted, from what stands before and behind it: that measures no compression.
+    whole_text = objective.objective == "causal"
     return BranchResult(
         name=branch.name,
         title=branch.title,
@@ -98,7 +106,7 @@ def branch_result(
         seconds=ledger.total_seconds,
         validation_loss=loss,
         perplexity=None if loss is None else perplexity_of(loss),
-        bits_per_byte=None if loss is None else loss / math.log(2) / data.bytes_per_token,
+        bits_per_byte=loss / math.log(2) / data.bytes_per_token if loss is not None and whole_text else None,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from auxin.accounting import Ledger, StageRecord, count_parameters, flops_per_token
 from auxin.accounting.ledger import LEDGER_FILE
@@ -31,6 +31,7 @@ from auxin.recipes.structure import Structures, growth_plan, growth_tokens, reso
 from auxin.report import write_chart_svg, write_report
 from auxin.training import train, write_checkpoint_folder
 from auxin.training.hardware import choose_device
+from auxin.training.objective import is_encoder_decoder
 
 RESULTS_FILE = "results.json"
 STAGE_CHECKPOINT = "checkpoint"
@@ -69,9 +70,10 @@ class Run:
         return self.checkpoint(branch_name, branch.stages[-1].name)
 
     def validation_loss(self, checkpoint: Path) -> float:
-        """Loss of `checkpoint` on the whole held-out split, in nats per token."""
-        device = choose_device(self.recipe.training.get("device", "auto"))
-        return evaluate_loss(load_model(checkpoint, device), self.data.validation, self.evaluation_batch_size)
+        """Loss of `checkpoint` on the whole held-out split, in nats per predicted token."""
+        model = load_model(checkpoint, choose_device(self.recipe.training.get("device", "auto")))
+        corruption = self.recipe.objective.corruption(model.config, self.data.vocab_size, self.data.context_length)
+        return evaluate_loss(model, self.data.validation, self.evaluation_batch_size, corruption=corruption)
 
     @property
     def evaluation_batch_size(self) -> int:
@@ -226,7 +228,8 @@ def build(run: Run, stage: BuildStage, directory: Path, config: PreTrainedConfig
         return adopt(run, stage, stage.checkpoint, directory / STAGE_CHECKPOINT)
     with torch.random.fork_rng():
         torch.manual_seed(run.recipe.seed)
-        model = AutoModelForCausalLM.from_config(config)
+        auto = AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
+        model = auto.from_config(config)
     record = StageRecord(name=stage.name, kind="build", parameters=count_parameters(model).total, seed=run.recipe.seed)
     return write_checkpoint_folder(
         directory / STAGE_CHECKPOINT, model=model, tokenizer=run.data.tokenizer(), ledger=Ledger().append(record)
@@ -293,6 +296,8 @@ def grow(run: Run, stage: GrowStage, directory: Path, previous: Path, config: Pr
     output = directory / STAGE_CHECKPOINT
     tokens = growth_tokens(stage)
     plan = growth_plan(stage, load_model(previous), run.recipe.seed, weights=True, folder=directory)
+    for note in plan.notes:
+        run.announce(f"  Note: {note}")
     grow_checkpoint(
         plan,
         previous,

@@ -9,10 +9,13 @@ from auxin.data import CorpusSettings
 from auxin.errors import ConfigError, unknown_name
 from auxin.methods.grow.tokenformer import TokenGrowth
 from auxin.settings import Settings
-from auxin.training import TrainingSettings
+from auxin.training import ObjectiveSettings, TrainingSettings
 
 STAGE_NAME = r"^[a-z0-9][a-z0-9._-]*$"
 """A stage's name is part of a folder's."""
+
+OBJECTIVE_FIELDS = tuple(ObjectiveSettings.model_fields)
+"""Settings of training that all stages have alike: losses under another objective can't be compared."""
 
 BUDGETS = ("steps", "tokens", "flops", "flops_of")
 
@@ -27,13 +30,14 @@ class BuildStage(Settings):
     preset: str | None = None
     """A TokenFormer preset by name ("124m", "pile-450m", ...)."""
     model_type: str | None = None
-    """A transformers model type ("tokenformer", "gpt_neox", "llama", ...), configured by `config`."""
+    """A transformers model type ("tokenformer", "gpt_neox", "llama", "t5", ...), configured by `config`."""
     config: dict[str, Any] = {}
     """Fields of the model's config; the vocabulary and the special tokens come from the corpus."""
     pad_to_multiple_of: int = Field(default=1, ge=1)
-    """Rows of the embedding table are padded to a multiple of this; rows beyond the tokenizer's are unused."""
+    """Rows of the embedding table are padded to a multiple of this; rows beyond the tokenizer's are unused, but for the
+    sentinels of span corruption."""
     checkpoint: Path | None = None
-    """A checkpoint folder to start from; any local Hugging Face causal language model."""
+    """A checkpoint folder to start from; any local Hugging Face causal language model, or an encoder-decoder."""
     like: str | None = None
     """Build the structure that this branch ends with: the final size from scratch."""
     parameters_of: str | None = None
@@ -61,7 +65,8 @@ class TrainStage(Settings):
     flops_of: str | None = None
     """Train until this branch's total training FLOPs (its ancestors and earlier stages included) equal that one's."""
     settings: dict[str, Any] = {}
-    """Fields of TrainingSettings that this stage sets, its budget (steps, tokens or flops) among them."""
+    """Fields of TrainingSettings that this stage sets, its budget (steps, tokens or flops) among them. The objective is
+    the same for all stages and stands in the recipe's `training`."""
     fresh_optimizer: bool = False
     """Forget the moments of the stage before (default: they are carried along)."""
     tau_anneal_steps: int = Field(default=0, ge=0)
@@ -177,11 +182,29 @@ class Recipe(Settings):
                         message = unknown_name("branch", other, known)
                         raise ValueError(f"{branch.name}/{stage.name}: {field}: {message} Name a branch written above.")
                 if isinstance(stage, TrainStage):
+                    self._check_objective(branch, stage)
                     self.training_settings(stage, flops=1.0)
             known[branch.name] = branch
         if self.main_branch is not None and self.main_branch not in known:
             raise ValueError("main_branch: " + unknown_name("branch", self.main_branch, known))
         return self
+
+    def _check_objective(self, branch: Branch, stage: TrainStage) -> None:
+        if own := [name for name in OBJECTIVE_FIELDS if name in stage.settings]:
+            raise ValueError(
+                f"{branch.name}/{stage.name}: settings: {own[0]} ({stage.settings[own[0]]!r}) is the same for all "
+                f"stages, whose losses could not be compared otherwise. Write it as training.{own[0]} of the recipe."
+            )
+
+    @property
+    def objective(self) -> ObjectiveSettings:
+        """What all train stages learn, and what every evaluation measures.
+
+        Raises:
+            ConfigError: a wrong value.
+        """
+        values = {name: self.training[name] for name in OBJECTIVE_FIELDS if name in self.training}
+        return ObjectiveSettings.parse(values, source="training")
 
     def _check_fork(self, branch: Branch, known: dict[str, Branch]) -> None:
         parent, _, stage = str(branch.fork).partition("/")

@@ -20,6 +20,7 @@ from auxin.models.tokenformer import TokenFormerConfig
 from auxin.models.tokenformer.presets import preset_config
 from auxin.recipes.schema import BuildStage, GrowStage, Recipe
 from auxin.settings import Settings
+from auxin.training.objective import is_encoder_decoder
 
 GrowthSettings = TypeVar("GrowthSettings", bound=Settings)
 _HIDDEN_FIELDS = {"_name_or_path", "transformers_version", "architectures", "auto_map", "torch_dtype"}
@@ -58,7 +59,7 @@ def resolve_structures(recipe: Recipe, vocabulary: dict[str, int]) -> Structures
         stages: dict[str, PreTrainedConfig] = {}
         for stage in branch.stages:
             if isinstance(stage, BuildStage):
-                config = _built_config(stage, structures, vocabulary)
+                config = _built_config(stage, structures, vocabulary, recipe)
             elif isinstance(stage, GrowStage):
                 assert config is not None  # the schema: a branch begins with a build or a fork
                 config = planned_config(growth_plan(stage, edited_skeleton(config), recipe.seed), config)
@@ -129,10 +130,12 @@ def final_config(structures: Structures, branch: str) -> PreTrainedConfig:
     return list(structures[branch].values())[-1]
 
 
-def _built_config(stage: BuildStage, structures: Structures, vocabulary: dict[str, int]) -> PreTrainedConfig:
-    if "vocab_size" in vocabulary:
-        rows = math.ceil(vocabulary["vocab_size"] / stage.pad_to_multiple_of) * stage.pad_to_multiple_of
-        vocabulary = {**vocabulary, "vocab_size": rows}
+def _built_config(
+    stage: BuildStage, structures: Structures, vocabulary: dict[str, int], recipe: Recipe
+) -> PreTrainedConfig:
+    tokens = vocabulary.get("vocab_size")
+    if tokens is not None:
+        vocabulary = {**vocabulary, "vocab_size": _padded(tokens, stage)}
     if stage.like is not None:
         config = final_config(structures, stage.like)
         if structural_edits(config):
@@ -146,10 +149,33 @@ def _built_config(stage: BuildStage, structures: Structures, vocabulary: dict[st
     if stage.preset is not None:
         return edited_config(preset_config(stage.preset), {**vocabulary, **stage.config})
     config = _configured(stage, {**vocabulary, **stage.config})
+    if is_encoder_decoder(config):
+        _make_room_for_sentinels(config, stage, tokens, recipe)
     if stage.parameters_of is not None:
         target = count_parameters(edited_skeleton(final_config(structures, stage.parameters_of))).total
         config = match_parameters(config, target)
     return config
+
+
+def _padded(tokens: int, stage: BuildStage) -> int:
+    return math.ceil(tokens / stage.pad_to_multiple_of) * stage.pad_to_multiple_of
+
+
+def _make_room_for_sentinels(config: PreTrainedConfig, stage: BuildStage, tokens: int | None, recipe: Recipe) -> None:
+    """Give the config of an encoder-decoder a row for each sentinel, and the tokens that texts begin and end with.
+
+    There are as many sentinels as a context of the recipe's corpus has spans. They come right after the tokenizer's
+    `tokens` ids, before the rows are padded to a multiple. The decoder starts from the padding token, as T5's does,
+    else from the end token; what the type's own defaults name (also as the end that BART is forced to) would be any
+    token of this tokenizer. What the stage's `config` says goes first.
+    """
+    if "decoder_start_token_id" not in stage.config:
+        config.decoder_start_token_id = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
+    if getattr(config, "forced_eos_token_id", None) is not None and "forced_eos_token_id" not in stage.config:
+        config.forced_eos_token_id = config.eos_token_id
+    lengths = recipe.objective.lengths(recipe.corpus.context_length)
+    if lengths is not None and tokens is not None and "vocab_size" not in stage.config:
+        config.vocab_size = _padded(tokens + lengths.spans, stage)
 
 
 def _configured(stage: BuildStage, values: dict[str, Any]) -> PreTrainedConfig:

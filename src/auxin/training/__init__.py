@@ -9,6 +9,7 @@ from auxin.training.checkpoint import (
 )
 from auxin.training.interruption import TrainingInterrupted
 from auxin.training.loop import TrainingResult, train
+from auxin.training.objective import ObjectiveSettings
 from auxin.training.schedule import learning_rate
 from auxin.training.settings import GuardSettings, TrainingSettings
 
@@ -16,6 +17,7 @@ __all__ = [
     "ExactRates",
     "GuardSettings",
     "Hook",
+    "ObjectiveSettings",
     "OldRates",
     "TrainOnly",
     "TrainingInterrupted",

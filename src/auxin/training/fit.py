@@ -6,14 +6,20 @@ from transformers import PreTrainedModel
 from auxin.data import PackedData
 from auxin.errors import ConfigError
 from auxin.evaluation.perplexity import evaluating
+from auxin.training.objective import ObjectiveSettings
 
 _PROBE_LENGTH = 8
 _CAUSALITY_TOLERANCE = 1e-4
 """Relative; a mixture of experts may round otherwise when another token is routed otherwise."""
 
 
-def check_fit(model: PreTrainedModel, data: PackedData) -> None:
-    """Refuse combinations of model and data that would fail later, or worse, not fail.
+def check_fit(model: PreTrainedModel, data: PackedData, objective: ObjectiveSettings | None = None) -> None:
+    """Refuse combinations of model, data and objective that would fail later, or worse, not fail.
+
+    Args:
+        model: the model.
+        data: what it shall learn.
+        objective: how; None is the default, causal.
 
     Raises:
         ConfigError: what does not fit, and how to make it fit.
@@ -26,18 +32,17 @@ def check_fit(model: PreTrainedModel, data: PackedData) -> None:
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("The model has no trainable parameter: requires_grad is False everywhere.")
+    objective = objective or ObjectiveSettings()
+    objective.check_architecture(model.config)
     vocabulary = getattr(model.config, "vocab_size", None)
     if vocabulary is not None and data.vocab_size > vocabulary:
         raise ConfigError(
             f"The data's tokenizer has {data.vocab_size} tokens, but the model's vocab_size is {vocabulary}. "
             "Use the model's tokenizer for the data, or build the model with the data's vocabulary."
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and data.context_length > positions:
-        raise ConfigError(
-            f"The data's context_length is {data.context_length}, but the model's max_position_embeddings is "
-            f"{positions}. Prepare the data with a shorter context_length."
-        )
+    objective.check_positions(model.config, data.context_length, "The data's context_length")
+    if objective.corruption(model.config, data.vocab_size, data.context_length) is not None:
+        return  # an encoder sees all of its inputs; what it is to predict is not among them
     _check_causality(model, min(_PROBE_LENGTH, data.context_length), vocabulary or data.vocab_size)
 
 

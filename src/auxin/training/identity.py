@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from auxin.errors import CheckpointError
 from auxin.settings import Settings
+from auxin.training.objective import ObjectiveSettings
 from auxin.training.settings import TrainingSettings
 
 MAY_CHANGE = frozenset(
@@ -68,7 +69,7 @@ class RunIdentity(Settings):
             "data_position": (saved.data_position, self.data_position),
         }
         for prefix, old, new in (
-            ("settings", saved.settings, self.settings),
+            ("settings", {**_defaults(), **saved.settings}, self.settings),
             ("model config", saved.model_config_values, self.model_config_values),
         ):
             for key in sorted(old.keys() | new.keys()):
@@ -85,3 +86,9 @@ class RunIdentity(Settings):
                 "train into another folder (from this run's checkpoint, if you like)."
             )
         return notes
+
+
+def _defaults() -> dict[str, Any]:
+    """What a setting was in a run that was started before the setting existed."""
+    fields = ObjectiveSettings.model_fields
+    return {name: field.default for name, field in fields.items()}

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from auxin.accounting.flops import flops_per_token
 from auxin.accounting.ledger import Ledger, StageRecord
 from auxin.accounting.parameters import count_parameters
 from auxin.data import PackedData, make_loader
@@ -39,6 +38,7 @@ from auxin.training.hardware import choose_device, choose_precision, peak_flops
 from auxin.training.identity import RunIdentity
 from auxin.training.interruption import Interruption, TrainingInterrupted
 from auxin.training.metrics import MetricsLog, last_progress
+from auxin.training.objective import model_inputs, objective_flops
 from auxin.training.optimizer import build_optimizer, restore_optimizer
 from auxin.training.progress import ProgressDisplay
 from auxin.training.schedule import learning_rate
@@ -53,9 +53,11 @@ class TrainingResult:
     checkpoint: Path
     """Folder of the last checkpoint."""
     final_validation_loss: float | None
-    """Over the whole validation split, in nats per token; None when `stop_after` ended the call before the stage."""
+    """Over the whole validation split, in nats per predicted token; None when `stop_after` ended the call before the
+    stage."""
     tokens: int
-    """Training tokens of the stage, those of skipped and rewound steps included: they cost as much."""
+    """Training tokens of the stage, those of skipped and rewound steps included: they cost as much. They are tokens of
+    text, whatever the objective makes of them."""
     flops: float
     """Training FLOPs of the stage, forward and backward."""
     seconds: float
@@ -83,14 +85,15 @@ def train(
     data_position: int = 0,
     progress: bool = True,
 ) -> TrainingResult:
-    """Train a causal language model for one stage, in place; resume where `output_dir` holds a started run.
+    """Train a language model for one stage, in place; resume where `output_dir` holds a started run.
 
     The same call with the same seed on the same machine with the same number of threads gives the same bits, whether it
     was killed and resumed or left alone. On CUDA this holds as far as the kernels are deterministic: see
     `torch.use_deterministic_algorithms`, which is left to the caller. The caller's random state is left alone.
 
     Args:
-        model: any Hugging Face causal language model with float32 weights; it is moved to the device of the settings.
+        model: any Hugging Face causal language model, or encoder-decoder for span corruption, with float32 weights; it
+            is moved to the device of the settings.
         data: packed contexts; `train` is learnt, `validation` evaluated.
         settings: the stage's settings.
         output_dir: gets `checkpoints/`, `latest`, `metrics.jsonl` and `tensorboard/`.
@@ -111,8 +114,8 @@ def train(
     """
     output_dir = Path(output_dir)
     device = choose_device(settings.device)
-    check_fit(model, data)
-    flops = flops_per_token(model, data.context_length).training
+    check_fit(model, data, settings)
+    flops = objective_flops(model, settings, data.context_length).training
     total_steps = settings.total_steps(data.context_length, flops)
     identity = RunIdentity.of(stage_name, settings, data.fingerprint, data_position, model.config)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -158,6 +161,7 @@ class _Loop:
         self.parent = ledger or Ledger()
         self.model = state.model
         self.device = state.model.device
+        self.corruption = settings.corruption(state.model.config, data.vocab_size, data.context_length)
         self.precision = choose_precision(settings.precision, self.device)
         self.peak = peak_flops(self.device, self.precision)
         self.forward = torch.compile(self.model) if settings.compile else self.model
@@ -304,7 +308,8 @@ class _Loop:
             group["lr"] = rate * relative
         for hook in state.hooks:
             hook.before_step(state.step)
-        batch = next(self.batches)["input_ids"]
+        contexts = next(self.batches)["input_ids"]
+        batch = model_inputs(contexts, self.corruption, settings.seed, state.data_position)
         state.data_position += 1
         loss, norm = self._gradients(batch)
         self.rate, self.norm = rate, norm
@@ -321,18 +326,19 @@ class _Loop:
         self.display.update(state.step, loss, self._tokens_per_second())
         return True
 
-    def _gradients(self, batch: Tensor) -> tuple[float, float]:
+    def _gradients(self, batch: dict[str, Tensor]) -> tuple[float, float]:
         """Leave the clipped gradients of the mean loss over the batch's tokens; return loss and norm before clipping.
 
         Every context predicts equally many tokens, so weighing a micro-batch by its contexts weighs every token alike.
         """
         self.state.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
-            batch = batch.pin_memory().to(self.device, non_blocking=True)
-        losses = []
-        for part in batch.split(self.settings.sequences_per_forward):
+            batch = {name: ids.pin_memory().to(self.device, non_blocking=True) for name, ids in batch.items()}
+        losses, size = [], self.settings.sequences_per_forward
+        for inputs, labels in zip(batch["input_ids"].split(size), batch["labels"].split(size), strict=True):
+            share = len(inputs) / self.settings.batch_size
             with self._autocast():
-                loss = self.forward(input_ids=part, labels=part, use_cache=False).loss * (len(part) / len(batch))
+                loss = self.forward(input_ids=inputs, labels=labels, use_cache=False).loss * share
             loss.backward()
             losses.append(loss.detach())
         norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -477,7 +483,8 @@ class _Loop:
 
     def _evaluate(self, batches: int | None) -> float:
         with self._autocast():
-            return evaluate_loss(self.model, self.data.validation, self.settings.sequences_per_forward, batches)
+            size = self.settings.sequences_per_forward
+            return evaluate_loss(self.model, self.data.validation, size, batches, self.corruption)
 
     def _measurements(self) -> dict[str, Any]:
         """Loss (mean over the good steps since the last line), rate, gradient norm and speed."""

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from auxin.errors import ConfigError
 from auxin.settings import Settings
+from auxin.training.objective import ObjectiveSettings
 
 
 class GuardSettings(Settings):
@@ -39,13 +40,13 @@ class GuardSettings(Settings):
         return self
 
 
-class TrainingSettings(Settings):
+class TrainingSettings(ObjectiveSettings):
     """How to train; the budget is exactly one of `steps`, `tokens` and `flops`."""
 
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps."""
     tokens: int | None = Field(default=None, ge=1)
-    """Training tokens; rounded to whole steps, at least one."""
+    """Training tokens, which are tokens of text also where some are hidden; rounded to whole steps, at least one."""
     flops: float | None = Field(default=None, gt=0)
     """Training FLOPs (forward and backward); rounded to whole steps, at least one."""
     batch_size: int = Field(default=32, ge=1)
@@ -89,7 +90,7 @@ class TrainingSettings(Settings):
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Of the data order and of dropout."""
+    """Of the data order, of dropout and of span corruption's noise in training; held-out noise is always the same."""
     guard: GuardSettings = GuardSettings()
     """Protection against bad steps."""
 
@@ -116,8 +117,8 @@ class TrainingSettings(Settings):
         """Optimizer steps that the budget buys: the nearest whole number, at least one.
 
         Args:
-            context_length: tokens per sequence.
-            flops_per_token: training FLOPs per token at that length.
+            context_length: tokens of text per sequence.
+            flops_per_token: training FLOPs per token of text at that length.
 
         Raises:
             ConfigError: the schedule's warmup and decay do not fit into the steps.
