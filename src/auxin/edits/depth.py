@@ -4,7 +4,8 @@ A pre-norm layer computes x + f(norm(x)). With the output modules of f zeroed, w
 block: the function is the same to the last bit, whatever else the layer holds (LLaMA Pro, arXiv 2401.02415). Where a
 norm stands between f and the residual (OLMo2) it would make anything of a small output, so that its gain is zeroed
 instead. Where the norm comes after the sum (BERT, the original transformer) norm(x + 0) is not x: there is no identity
-block.
+block. With alternating updates (AltUp) the streams come through such a layer as they are iff nothing is mixed in the
+prediction, which is zeroed too; the correction may be anything.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -16,6 +17,7 @@ from auxin.edits.edit import ArrangeLayers, Edit, ScaleParameter
 from auxin.edits.plan import Plan
 from auxin.errors import PlanError
 from auxin.models.roles import Anatomy, LayerStack
+from auxin.nn.altup import AltUp, AltUpLayer
 from auxin.nn.pattention import Pattention
 
 
@@ -190,4 +192,7 @@ def _scaled_output(
             offset = anatomy.gain_offset if after_output and name == "weight" else 0.0
             path = f"{stack.path}.{new}.{module}.{name}"
             edits.append(ScaleParameter(parameter=path, factor=factor, offset=offset))
+    layer = model.get_submodule(f"{stack.path}.{old}")
+    if factor == 0 and isinstance(layer, AltUpLayer) and isinstance(layer.altup, AltUp):
+        edits.append(ScaleParameter(parameter=f"{stack.path}.{new}.altup.prediction", factor=0.0))
     return edits

@@ -1,6 +1,7 @@
 """The executor: the only code that changes a model."""
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,8 @@ def apply(
     entries can't be had back bit by bit from the new ones (values divided between copies, moments of copied units), the
     old tensors stay until the promise was checked: up to the old model and state more.
 
+    The plan's notes are given as warnings.
+
     Args:
         plan: what to do.
         model: the model, or what torch.compile made of it; on the meta device only the structure changes and no promise
@@ -103,6 +106,8 @@ def apply(
         if has_data and probe is not None:
             change = relative_change(reference, probe_logits(model, probe, plan.vocabulary))
             check_promise(plan, change, allowed)
+        for note in plan.notes:
+            warnings.warn(note, stacklevel=3)  # inference_mode, too, is between this and the caller
     except BaseException:
         undo.everything()
         raise
