@@ -84,7 +84,7 @@ class SequenceAltUp(nn.Module):
             offset: the place of the first token in its group.
         """
         if self.mode == "pool":
-            return outputs.repeat_interleave(self.stride, dim=1)[:, : x.shape[1]]
+            return outputs.repeat_interleave(self.stride, dim=1)[:, : x.shape[1]].contiguous()
         grouped = self._grouped(x, offset)
         anchors, outputs = anchors.unsqueeze(2), outputs.unsqueeze(2)
         if self.mode == "skip":
@@ -96,7 +96,8 @@ class SequenceAltUp(nn.Module):
             predicted = a1 * grouped + a2 * anchors
             of_anchors = a1 * anchors + a2 * anchors
             result = ((predicted - b * of_anchors) + b * outputs).to(x.dtype)
-        return result.flatten(1, 2)[:, offset : offset + x.shape[1]]
+        # Products of what is not contiguous are rounded in other ways, and not always in the same.
+        return result.flatten(1, 2)[:, offset : offset + x.shape[1]].contiguous()
 
     def means(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
         """The mean of each group, (batch, groups, d); the last group may be shorter.
@@ -194,7 +195,8 @@ class SequenceAltUpLayer(nn.Module):
             outputs.append(state.output)
         result: Any = None
         if chunk.first < chunk.length:
-            anchors.append(chunk.anchors(hidden_states, 1))
+            # Every product would copy what is not contiguous.
+            anchors.append(chunk.anchors(hidden_states, 1).contiguous())
             result = super().forward(anchors[-1], **strided_arguments(arguments, chunk, flash=_is_flash(self)))
             outputs.append(result[0] if isinstance(result, tuple) else result)
         seen, made = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in (anchors, outputs))

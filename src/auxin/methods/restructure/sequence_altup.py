@@ -2,8 +2,9 @@
 
 The layers between the first and the last get a stride along the sequence (see `auxin.nn.sequence_altup`): their linear
 parts cost 1/k of what they did, their attention 1/k^2, for 3 parameters each. In the paper these are the layers of a
-T5's encoder, with k = 4; decoders can have it too, and keep keys and values of anchors only. Two baselines of the paper
-are modes: "skip" (stride-and-skip) and "pool" (average pooling, in encoders).
+T5's encoder, with k = 4; decoders can have it too. They keep keys and values of anchors only, in a cache that can't be
+cropped, so that no assistant model can speed them up. Two baselines of the paper are modes: "skip" (stride-and-skip)
+and "pool" (average pooling, in encoders).
 
 Nothing is promised, as no conversion can be exact for k > 1: within such a layer a token that is no anchor is attended
 to by none and is given no update of its own, whatever a1, a2 and b are. They start at a1 = 1, a2 = 0, b = 1: every
@@ -85,7 +86,7 @@ def plan_sequence_altup(model: PreTrainedModel, settings: SequenceAltUpSettings)
         settings=settings.model_dump(mode="json", exclude_defaults=True),
         promise="none",
         edits=edits,
-        notes=_notes(layers, chosen, settings),
+        notes=_notes(layers[chosen[0]], settings.stride),
         made_for=config_values(model.config),
     )
 
@@ -158,14 +159,13 @@ def _check_layer(path: str, layer: nn.Module, settings: SequenceAltUpSettings) -
         )
 
 
-def _notes(layers: nn.ModuleList, chosen: Sequence[int], settings: SequenceAltUpSettings) -> list[str]:
-    notes = [f"Training has to follow: the tokens between lose what {len(chosen)} layer(s) told them alone."]
-    if is_causal(layers[chosen[0]]):
-        notes.append(
-            f"Anchors are counted from the first column: pad batches on the left by multiples of {settings.stride}, or "
-            "a text's result depends on its padding. Caches can't be cropped, so that no assistant model can help."
-        )
-    return notes
+def _notes(layer: nn.Module, stride: int) -> list[str]:
+    if not is_causal(layer):
+        return []
+    return [
+        f"Anchors are counted from the first column: pad batches on the left by multiples of {stride}, or what a text "
+        "becomes depends on its padding."
+    ]
 
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
