@@ -117,6 +117,8 @@ def test_the_report_leaves_out_bits_per_byte(run):
     (branch,) = results.branches
     assert branch.bits_per_byte is None
     assert branch.perplexity is not None
+    told = f"4 of 24 tokens cut out, spans: 1; encoder {INPUTS} tokens, decoder {TARGETS}"
+    assert results.corpus["span corruption"] == told
     assert "</html>" in (directory / "report.html").read_text()
     assert (directory / "chart.svg").exists()
     shown = describe_checkpoint(directory / "branches/main/05-evaluate/checkpoint")

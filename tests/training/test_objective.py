@@ -14,7 +14,7 @@ from auxin.data import make_loader
 from auxin.data.span_corruption import SpanCorruption, noise_mask, span_lengths
 from auxin.errors import ConfigError, DataError
 from auxin.evaluation import evaluate_loss, generate_text, perplexity
-from auxin.training import TrainingSettings, train
+from auxin.training import GuardSettings, TrainingSettings, train
 from auxin.training.fit import check_fit
 from oracles.span_corruption import corrupted
 from training.tiny import (
@@ -23,6 +23,7 @@ from training.tiny import (
     VOCABULARY,
     TinyData,
     checkpoint_bits,
+    poisoned_t5,
     read_metrics,
     tiny_llama,
     tiny_settings,
@@ -105,6 +106,25 @@ def test_pieces_end_in_the_bits_of_the_whole(tmp_path):
     assert read_metrics(tmp_path / "alone") == read_metrics(tmp_path / "pieces")
     other = run(tiny_t5(dropout=0.1), tmp_path / "other", steps=7, seed=1)
     assert checkpoint_bits(alone.checkpoint) != checkpoint_bits(other.checkpoint)
+
+
+def test_noise_follows_the_data_and_not_the_steps(tmp_path, monkeypatch):
+    """Rewinds repeat steps and no batch: a batch's noise is that of its place in the data, each of which comes once."""
+    seen: list[tuple[int, np.ndarray]] = []
+    corrupt = SpanCorruption.training_batch
+
+    def recorded(self, contexts, seed, position):
+        seen.append((position, contexts))
+        return corrupt(self, contexts, seed, position)
+
+    monkeypatch.setattr(SpanCorruption, "training_batch", recorded)
+    data, guard = TinyData(poisoned_rows=(5, 40)), GuardSettings(action="rewind", maximum_events=9)
+    settings = tiny_settings(steps=17, checkpoint_interval=5, guard=guard, **SPANS)
+    train(poisoned_t5(), data, settings, tmp_path, progress=False)
+    assert [position for position, _ in seen] == list(range(len(seen)))
+    assert len(seen) > 17
+    batches = iter(make_loader(data.train, 4, 0))
+    assert all((contexts == next(batches)["input_ids"].numpy()).all() for _, contexts in seen)
 
 
 def test_a_run_from_before_there_were_objectives_goes_on(tmp_path):

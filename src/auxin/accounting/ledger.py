@@ -28,7 +28,7 @@ class StageRecord(Settings):
     parameters: int
     """Parameters of the model at the end of the stage, tied ones once."""
     tokens: int = 0
-    """Training tokens seen in this stage."""
+    """Training tokens seen in this stage: tokens of text, also where an objective hides some of them."""
     flops: float = 0.0
     """Training FLOPs (forward and backward) of this stage."""
     seconds: float = 0.0

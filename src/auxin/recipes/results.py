@@ -53,6 +53,7 @@ def collect_results(
             "left out": describe_left_out(report),
             "vocabulary": f"{data.vocab_size:,}",
             "context length": f"{data.context_length:,}",
+            **_corruption(recipe.objective, data.context_length),
             "training tokens": f"{report.train.tokens:,}",
             "validation tokens": f"{report.validation.tokens:,}",
             "fingerprint": data.fingerprint,
@@ -108,6 +109,15 @@ def branch_result(
         perplexity=None if loss is None else perplexity_of(loss),
         bits_per_byte=loss / math.log(2) / data.bytes_per_token if loss is not None and whole_text else None,
     )
+
+
+def _corruption(objective: ObjectiveSettings, context_length: int) -> dict[str, str]:
+    """What the losses are of, where they are not of the next token."""
+    lengths = objective.lengths(context_length)
+    if lengths is None:
+        return {}
+    cut = f"{lengths.noise:,} of {lengths.context:,} tokens cut out, spans: {lengths.spans:,}"
+    return {"span corruption": f"{cut}; encoder {lengths.inputs:,} tokens, decoder {lengths.targets:,}"}
 
 
 def describe_left_out(report: CorpusReport) -> str:
