@@ -5,7 +5,8 @@ block: the function is the same to the last bit, whatever else the layer holds (
 norm stands between f and the residual (OLMo2) it would make anything of a small output, so that its gain is zeroed
 instead. Where the norm comes after the sum (BERT, the original transformer) norm(x + 0) is not x: there is no identity
 block. With alternating updates (AltUp) the streams come through such a layer as they are iff nothing is mixed in the
-prediction, which is zeroed too; the correction may be anything.
+prediction, which is zeroed too; the correction may be anything. So it is with what predicts along the sequence
+(Sequence-AltUp), whose correction is zeroed with it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -19,6 +20,7 @@ from auxin.errors import PlanError
 from auxin.models.roles import Anatomy, LayerStack
 from auxin.nn.altup import AltUp, AltUpLayer
 from auxin.nn.pattention import Pattention
+from auxin.nn.sequence_altup import SequenceAltUpLayer
 
 
 def chosen_stacks(anatomy: Anatomy, part: str | None) -> list[LayerStack]:
@@ -195,4 +197,13 @@ def _scaled_output(
     layer = model.get_submodule(f"{stack.path}.{old}")
     if factor == 0 and isinstance(layer, AltUpLayer) and isinstance(layer.altup, AltUp):
         edits.append(ScaleParameter(parameter=f"{stack.path}.{new}.altup.prediction", factor=0.0))
+    if factor == 0 and isinstance(layer, SequenceAltUpLayer):
+        if layer.sequence_altup.mode == "pool":
+            raise PlanError(
+                f"{stack.path}.{old} gives all tokens of a group the same (mode = pool), so that no copy of it is an "
+                "identity block. Grow the model first and pool then."
+            )
+        if layer.sequence_altup.mode == "altup":
+            path = f"{stack.path}.{new}.sequence_altup.deviations"
+            edits.append(ScaleParameter(parameter=path, factor=0.0))
     return edits
