@@ -129,7 +129,8 @@ class DynamicAltUp(nn.Module):
     def predict(self, streams: Tensor) -> tuple[Tensor, Tensor]:
         """The predicted streams (K, ..., d), and what the layer sees, (..., d)."""
         deviations = self._projected(self.prediction, streams[self.active]).unflatten(-1, (self.blocks, self.blocks))
-        predicted = streams + torch.einsum("...ij,j...d->i...d", deviations, streams)
+        # Block by block in memory, as the layer without streams would see it: a product's last bit depends on that.
+        predicted = (streams + torch.einsum("...ij,j...d->i...d", deviations, streams)).contiguous()
         return predicted, predicted[self.active]
 
     def correct(self, predicted: Tensor, output: Tensor) -> Tensor:
@@ -248,6 +249,25 @@ class SummedInput(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """(batch, sequence, K d) instead of (batch, sequence, d); as the layer."""
         return super().forward(hidden_states.unflatten(-1, (self.blocks, -1)).sum(-2), *args, **kwargs)
+
+
+@brick("repeated_output")
+class RepeatedOutput(nn.Module):
+    """A norm before a head that is a table of K blocks: its result K times side by side, which by such a head is read
+    as by one block, the sum of them all."""
+
+    blocks: int
+
+    @classmethod
+    def replacing(cls, module: nn.Module, blocks: int) -> Self:
+        """`module`, a norm, so extended."""
+        norm = extended(module, cls)
+        norm.blocks = blocks
+        return norm
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the norm, (batch, sequence, K d) instead of (batch, sequence, d)."""
+        return super().forward(*args, **kwargs).repeat(1, 1, self.blocks)
 
 
 @brick("collapsed_input")

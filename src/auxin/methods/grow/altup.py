@@ -143,6 +143,10 @@ def plan_altup(model: PreTrainedModel, settings: AltUpSettings) -> Plan:
         PlanError: the architecture has no residual stream that is known, has AltUp already, or the conversion's
             conditions do not hold; the message says what to ask for instead.
     """
+    if hasattr(model, "peft_config"):
+        raise PlanError(
+            "The model carries PEFT adapters. Merge or remove them (merge_and_unload) before its stream is widened."
+        )
     body = layout(model)
     if twice := next((name for name, module in model.named_modules() if isinstance(module, AltUpLayer)), None):
         raise PlanError(
@@ -156,7 +160,7 @@ def plan_altup(model: PreTrainedModel, settings: AltUpSettings) -> Plan:
             ReplaceModule(module=f"{stack.path}.0", brick="summed_input", settings={"blocks": settings.blocks})
             for stack in stacks
         ]
-        return _plan(model, settings, "none", [*edits, *_Widening(model, body, settings).tables_alone()], [])
+        return _plan(model, settings, "none", [*edits, *_Widening(model, body, settings).summed()], [])
     for stack in stacks:
         layers = depth(model, stack)
         _check_blocks(settings, stack, layers)
@@ -329,12 +333,20 @@ class _Widening:
                 result.append(self._read(path))
         return result
 
+    def summed(self) -> list[Edit]:
+        """Those of the embeddings, and of a head that is one of them: it reads the sum of its blocks."""
+        result, blocks = self.tables_alone(), {"blocks": self.settings.blocks}
+        for stack in self.body.stacks:
+            if self._reads_by_table(stack):
+                result.append(ReplaceModule(module=stack.end, brick="repeated_output", settings=blocks))
+        return [*result, *(ReplaceModule(module=path, brick="wide_linear", settings=blocks) for path in self.tied)]
+
+    def _reads_by_table(self, stack: LayerStack) -> bool:
+        """Whether what leaves the stack is read by the embedding."""
+        return any(path_pattern(reader).fullmatch(path) for reader in stack.readers for path in self.tied)
+
     def tables_alone(self) -> list[Edit]:
         """Those of the embeddings."""
-        if self.settings.control == "sum" and self.tied:
-            raise PlanError(
-                f"control = sum: {self.tied[0]} is the embedding (tied), which has no such width. Untie the two first."
-            )
         result: list[Edit] = []
         blocks = self.settings.blocks
         entries = dict.fromkeys(path for stack in self.body.stacks for path in stack.entries)
@@ -401,7 +413,7 @@ class _Widening:
         # OLMo's norm writes the usual 1e-5 into its code.
         eps = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-5)))
         scale = 1.0
-        if self.tied and any(path_pattern(reader).fullmatch(path) for reader in stack.readers for path in self.tied):
+        if self._reads_by_table(stack):
             scale /= blocks
         if self.settings.norm == "all" and self.settings.conversion == "zeros":
             if self.body.norm == "layer":
