@@ -7,7 +7,6 @@
 Finished branches are not run again.
 """
 
-import sys
 from pathlib import Path
 
 from branches import run_all

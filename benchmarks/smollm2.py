@@ -60,6 +60,7 @@ from auxin.evaluation import evaluate_loss
 from auxin.methods import method, methods
 from auxin.methods.adapt.graft import freeze_all_but_branches
 from auxin.methods.grow.masked import plan_unmask
+from auxin.nn.altup import AltUpLayer, block_distance
 from auxin.training import Hook, TrainingSettings, learning_rate
 from auxin.training.optimizer import build_optimizer
 
@@ -157,6 +158,9 @@ CASES: dict[str, Case] = {
         "vocabulary",
         {"tokens_from": "stdlib", "num_tokens": 512, "max_bytes": 2_000_000},
     ),
+    "altup": Case("Recycled-AltUp, 2 blocks", "altup", {"blocks": 2}),
+    "altup-4": Case("Recycled-AltUp, 4 blocks", "altup", {"blocks": 4}),
+    "altup-copies": Case("AltUp, 2 blocks, copies", "altup", {"blocks": 2, "conversion": "copies"}),
     "ligo": Case("LiGO, width 648, 12 heads", "ligo", {**WIDER, "steps": 0}),
     "tokenformer": Case("TokenFormer tokens", "tokenformer", {"ffn_tokens": 64}),
     "hypercloning": Case("HyperCloning, everything x2", "hypercloning", {"factor": 2, "variant": "noisy"}),
@@ -307,7 +311,21 @@ def training_row(name: str, work: Path, trial: Trial) -> dict[str, Any]:
     row = train(model, data, trial, case.learning_rate or trial.learning_rate, hooks)
     if case.masks:
         apply(plan_unmask(model), model, probe=data["probe"].long())
+    if distance := distance_of_blocks(model, data["probe"]):
+        row["block_distance"] = distance
     return row | {"loss_after_training": losses(model, data, trial)}
+
+
+def distance_of_blocks(model: PreTrainedModel, probe: Tensor) -> float | None:
+    """How different the blocks of a model with alternating updates are behind its last layer; None for others."""
+    layers = [module for module in model.modules() if isinstance(module, AltUpLayer)]
+    if not layers:
+        return None
+    found: list[float] = []
+    handle = layers[-1].register_forward_hook(lambda layer, inputs, output: found.append(block_distance(output)))
+    logits_of(model, probe)
+    handle.remove()
+    return found[-1]
 
 
 STAGES = {"edit": edit_row, "training": training_row}
@@ -402,6 +420,8 @@ def broken(row: dict[str, Any]) -> list[str]:
         found.append(f"exact, but the logits moved by {row['drift']:.2g}")
     if not row["reloaded_equal"]:
         found.append("the saved copy computes other bits")
+    if row.get("block_distance", 1.0) < 1e-3:
+        found.append(f"the blocks are still equal after training: they differ by {row['block_distance']:.1e}")
     if "loss_after_training" in row:
         before, after = mean_loss(row["loss_after_edit"]), mean_loss(row["loss_after_training"])
         if not after < before:
@@ -440,6 +460,14 @@ def page(results: dict[str, Any]) -> str:
         lines += ["", "Refused, with the reason that is given:", "", *refused]
     if missing:
         lines += ["", f"Without a row: {', '.join(missing)}."]
+    distances = [
+        f"{CASES[name].title} {row['block_distance']:.1%}" for name, row in rows.items() if "block_distance" in row
+    ]
+    if distances:
+        lines += [
+            "",
+            f"How far the blocks are from their mean behind the last layer, after training: {', '.join(distances)}.",
+        ]
     untrained = [CASES[name].title for name, row in rows.items() if not measured("training", row)]
     if untrained:
         lines += ["", f"Measured at the edit, and not trained: {'; '.join(untrained)}."]
