@@ -1,4 +1,5 @@
-"""Draws loss curves as SVG that reads on white and on black, for the benchmarks that compare branches over seeds."""
+"""Draws losses, as curves or against a cost, as SVG that reads on white and on black, for the benchmarks that compare
+branches over seeds."""
 
 import math
 import statistics
@@ -81,6 +82,10 @@ def draw(heading: str, lines: list[Line], start: float) -> str:
         for row, text in enumerate(wrapped):
             below = 4 + 13 * (row - (len(wrapped) - 1) / 2)
             parts.append(_text(edge + 15, moved + below, text, colour=line.colour, weight=600, size=11))
+    return _document(heading, parts)
+
+
+def _document(heading: str, parts: list[str]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         'role="img" font-family="system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif">\n'
@@ -95,3 +100,67 @@ def _text(
         f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" font-size="{size}" text-anchor="{anchor}" '
         f'font-weight="{weight}">{escape(text)}</text>'
     )
+
+
+@dataclass(frozen=True)
+class Point:
+    """One branch: what a step costs and the losses over the seeds."""
+
+    title: str
+    colour: str
+    cost: float
+    losses: list[float]
+
+    @property
+    def mean(self) -> float:
+        """The mean loss over the seeds."""
+        return statistics.mean(self.losses)
+
+
+def scatter(heading: str, label: str, points: list[Point], along: list[str]) -> str:
+    """The SVG: mean loss against cost, the range over the seeds as a bar.
+
+    Args:
+        heading: above it.
+        label: of the axis of costs.
+        points: the branches.
+        along: titles of the points that a line joins, in order of their cost.
+    """
+    right, left = max(point.cost for point in points), min(point.cost for point in points)
+    left, right = left - 0.05 * (right - left), right + 0.03 * (right - left)
+    low = min(min(point.losses) for point in points)
+    high = max(max(point.losses) for point in points)
+    low, high = low - 0.04 * (high - low), high + 0.04 * (high - low)
+
+    def x(cost: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (cost - left) / (right - left)
+
+    def y(loss: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (high - loss) / (high - low)
+
+    parts = [_text(LEFT, 26, heading, size=16, weight=600)]
+    step = next(step for step in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if (high - low) / step <= 10)
+    for number in range(math.ceil(low / step), math.floor(high / step) + 1):
+        place = y(number * step)
+        parts.append(f'<path d="M{LEFT} {place:.1f}H{WIDTH - RIGHT}" stroke="{GREY}" stroke-opacity="0.22"/>')
+        parts.append(_text(LEFT - 8, place + 4, f"{number * step:.2f}", anchor="end"))
+    for number in range(5):
+        cost = left + (right - left) * number / 4
+        parts.append(_text(x(cost), HEIGHT - BOTTOM + 22, f"{cost:.2f}", anchor="middle"))
+    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, label, anchor="middle"))
+    joined = sorted((point for point in points if point.title in along), key=lambda point: point.cost)
+    line = " ".join(f"{x(point.cost):.1f},{y(point.mean):.1f}" for point in joined)
+    parts.append(f'<polyline points="{line}" fill="none" stroke="{GREY}" stroke-width="1.5" stroke-dasharray="6 4"/>')
+    shown = sorted(points, key=lambda point: -point.mean)
+    places = [y(point.mean) for point in shown]
+    for point, place, moved in zip(shown, places, spread(places), strict=True):
+        centre = x(point.cost)
+        parts += [
+            f'<path d="M{centre:.1f} {y(min(point.losses)):.1f}V{y(max(point.losses)):.1f}" stroke="{point.colour}" '
+            'stroke-width="1.5"/>',
+            f'<circle cx="{centre:.1f}" cy="{place:.1f}" r="5" fill="{point.colour}"/>',
+            f'<path d="M{centre + 6:.1f} {place:.1f}L{WIDTH - RIGHT + 12} {moved:.1f}" stroke="{point.colour}" '
+            'stroke-opacity="0.45" fill="none"/>',
+            _text(WIDTH - RIGHT + 15, moved + 4, f"{point.title} {point.mean:.3f}", colour=point.colour, size=11),
+        ]
+    return _document(heading, parts)
