@@ -6,9 +6,9 @@ every branch's model, and writes tables and pictures.
     python benchmarks/altup.py decoder --seeds 0 --branches baseline altup-2
 
 Finished branches are not run again; step times that were measured are kept, unless --time asks for them again. About
-900 seconds of one core per seed. A step is forward, backward and AdamW on one batch, timed in CPU time on one thread, the
-models taking turns in shuffled order; the ratios are medians over the repetitions, each to the baseline's of the same
-repetition.
+900 seconds of one core per seed. A step is forward, backward and AdamW on one batch, timed in CPU time on one thread,
+the models taking turns in shuffled order; the ratios are medians over the repetitions, each to the baseline's of the
+same repetition.
 """
 
 import argparse
