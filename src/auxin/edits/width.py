@@ -57,7 +57,7 @@ def widen(anatomy: Anatomy, widening: Widening, approximate: bool = False, from_
         PlanError: the maps do not keep the function and `approximate` is false, or they would make nonsense of it; the
             message says why and what would do.
     """
-    fatal = [*_lost(widening), *_tied_head_reasons(anatomy, widening)]
+    fatal = [*_lost(widening), *_block_reasons(anatomy, widening), *_tied_head_reasons(anatomy, widening)]
     reasons = [*fatal, *_residual_reasons(anatomy, widening), *_head_reasons(anatomy, widening)]
     if fatal or (reasons and not approximate):
         raise PlanError(reasons[0])
@@ -129,6 +129,15 @@ def _residual_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
             "Pad with the mean, or untie the head first."
         )
     return reasons
+
+
+def _block_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
+    if widening.residual.is_identity or anatomy.blocks != "wide":
+        return []
+    return [
+        f"hidden_size = {widening.residual.size}: embedding and head hold several blocks of this model's residual "
+        "stream (altup), which can't be widened one by one. Widen first, then apply altup; or apply it recycled."
+    ]
 
 
 def _tied_head_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:

@@ -14,6 +14,7 @@ from auxin.errors import PlanError, unknown_name
 from auxin.models.roles import (
     Anatomy,
     Axes,
+    Blocks,
     ConfigFields,
     LayerStack,
     ParameterRole,
@@ -24,6 +25,7 @@ from auxin.models.roles import (
     linear,
     norm,
 )
+from auxin.nn.altup import AltUpLayer
 
 
 def anatomy(model: PreTrainedModel) -> Anatomy:
@@ -40,7 +42,7 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     names = [name for name, _ in model.named_parameters()]
     used = [role for role in found.roles if any(role.matches(name) for name in names)]
     epsilon = getattr(model.config, found.fields.epsilon) if found.fields.epsilon else 0.0
-    found = replace(found, roles=tuple(used), epsilon=epsilon)
+    found = replace(found, roles=tuple(used), epsilon=epsilon, blocks=_blocks(model))
     for name in names:
         found.role(name)
     return found
@@ -66,6 +68,14 @@ def layout(model: PreTrainedModel) -> Anatomy:
         f"{unknown_name('architecture', family, _FAMILIES)} Nor has it the modules of a decoder like Llama "
         f"({', '.join(like_llama)}), so that no residual stream is known in it."
     )
+
+
+def _blocks(model: PreTrainedModel) -> Blocks:
+    """How many blocks the residual stream has, in the words of `Anatomy`."""
+    layers = [module for module in model.modules() if isinstance(module, AltUpLayer)]
+    if not layers:
+        return "one"
+    return "wide" if any(layer.split for layer in layers) else "recycled"
 
 
 def _mixing(stack: LayerStack) -> Iterator[ParameterRole]:

@@ -51,6 +51,7 @@ from auxin.models.anatomy import layout
 from auxin.models.paths import path_pattern
 from auxin.models.roles import Anatomy, LayerStack
 from auxin.nn.altup import AltUpLayer, Coefficients
+from auxin.nn.masked import Masked
 from auxin.settings import Settings
 
 Conversion = Literal["recycled", "copies", "free", "relay", "zeros", "random"]
@@ -163,7 +164,7 @@ def plan_altup(model: PreTrainedModel, settings: AltUpSettings) -> Plan:
         return _plan(model, settings, "none", [*edits, *_Widening(model, body, settings).summed()], [])
     for stack in stacks:
         layers = depth(model, stack)
-        _check_blocks(settings, stack, layers)
+        _check_blocks(model, settings, stack, layers)
         edits += _layers(body, stack, layers, settings)
         notes += _notes(settings, stack, layers)
         if settings.conversion == "recycled":
@@ -208,11 +209,17 @@ def _plan(
     )
 
 
-def _check_blocks(settings: AltUpSettings, stack: LayerStack, layers: int) -> None:
+def _check_blocks(model: PreTrainedModel, settings: AltUpSettings, stack: LayerStack, layers: int) -> None:
     if settings.chosen_selection == "alternating" and settings.blocks > layers:
         raise PlanError(
             f"blocks = {settings.blocks} can't alternate over the {layers} layer(s) of {stack.path}: some would never "
             f"be computed. Ask for at most {layers}, or for selection = same."
+        )
+    places = {stack.end, *(f"{stack.path}.{layer}" for layer in range(layers))}
+    if any(isinstance(module, Masked) for path, module in model.named_modules() if path in places):
+        raise PlanError(
+            f"{stack.path}: layers, or the norm behind them, have masks of an earlier growth, with which the updates "
+            "would go. Train with MaskRamp until they are at 1 and take them off (masked with finish = true) before."
         )
     if stack.end == "":
         raise PlanError(f"{stack.path}: it is not known what follows its last layer, where the blocks would go.")
