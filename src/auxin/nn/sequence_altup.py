@@ -182,10 +182,16 @@ class SequenceAltUpLayer(nn.Module):
         update = self.sequence_altup
         cache = next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
         self._check(hidden_states, arguments, cache)
-        if update.mode == "pool":
-            return self._pooled(hidden_states, arguments, super().forward)
         state = None if cache is None else strided_cache(cache, self)
         chunk = Chunk(update.stride, state.tokens if state is not None else 0, hidden_states.shape[1])
+        # Without gradients it is a text that is being written, which may begin like that.
+        if self.training and torch.is_grad_enabled() and chunk.total < chunk.stride:
+            raise ConfigError(
+                f"stride = {chunk.stride} is longer than the sequence of {chunk.length} tokens, of which the layer "
+                f"would see one. Train on sequences of {chunk.stride} tokens or more, or choose a smaller stride."
+            )
+        if update.mode == "pool":
+            return self._pooled(hidden_states, arguments, chunk, super().forward)
         anchors: list[Tensor] = []
         outputs: list[Tensor] = []
         if state is not None and chunk.offset:
@@ -206,8 +212,7 @@ class SequenceAltUpLayer(nn.Module):
             state.advance(chunk.length, seen, made)
         return self._with_first(result, new, arguments)
 
-    def _pooled(self, hidden_states: Tensor, arguments: dict[str, Any], layer: Any) -> Any:
-        chunk = Chunk(self.sequence_altup.stride, 0, hidden_states.shape[1])
+    def _pooled(self, hidden_states: Tensor, arguments: dict[str, Any], chunk: Chunk, layer: Any) -> Any:
         means = self.sequence_altup.means(hidden_states, visible_tokens(arguments.get("attention_mask")))
         result = layer(means, **strided_arguments(arguments, chunk, pooled=True, flash=_is_flash(self)))
         outputs = result[0] if isinstance(result, tuple) else result
@@ -222,16 +227,10 @@ class SequenceAltUpLayer(nn.Module):
         return dict(zip(self.argument_names, args, strict=False)) | kwargs
 
     def _check(self, hidden_states: Tensor, arguments: dict[str, Any], cache: Any) -> None:
-        stride, length = self.sequence_altup.stride, hidden_states.shape[1]
         if hidden_states.dim() != 3:
             raise ConfigError(
                 f"A strided layer (Sequence-AltUp) takes hidden states (batch, sequence, width), given "
                 f"{tuple(hidden_states.shape)}."
-            )
-        if self.training and cache is None and length < stride:
-            raise ConfigError(
-                f"stride = {stride} is longer than the sequence of {length} tokens, of which the layer would see one. "
-                f"Train on sequences of {stride} tokens or more, or choose a smaller stride."
             )
         if "position_bias" in self.argument_names and arguments.get("position_bias") is None:
             raise ConfigError(
