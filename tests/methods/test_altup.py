@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
+from typer.testing import CliRunner
 
+from auxin import cli
 from auxin.accounting import count_parameters
 from auxin.edits import Plan, apply
 from auxin.edits.structure import edited_skeleton
@@ -435,6 +437,50 @@ def test_it_generates_with_and_without_a_cache(family, conversion):
     written = model.generate(ids, use_cache=True, **settings)
     assert torch.equal(written, model.generate(ids, use_cache=False, **settings))
     assert torch.equal(written[:, :7], ids) or family == "t5"
+
+
+def test_hidden_states_are_streams():
+    model = altered(small("llama"), blocks=3)
+    states = model(**inputs(model), output_hidden_states=True).hidden_states
+    assert [tuple(state.shape) for state in states] == [(2, 7, 16), *[(3, 2, 7, 16)] * 3, (2, 7, 16)]
+
+
+CONTROLS = [{"coefficients": "none", "selection": "same"}, {"control": "sum"}]
+
+
+@pytest.mark.parametrize("values", CONTROLS)
+@every_family
+def test_controls_widen_the_table_and_nothing_between(family, values):
+    model = untied(family)
+    body, before = layout(model), count_parameters(model).total
+    if "control" in values and family == "gpt2":
+        with pytest.raises(PlanError, match=r"control = sum: .* are added up before the first layer already"):
+            alter(model, conversion="random", **values)
+        return
+    receipt = alter(model, conversion="random", blocks=2, **values)
+    assert receipt.plan.promise == "none"
+    assert receipt.parameters_after > before
+    assert not any(".altup." in name for name, _ in model.named_parameters())
+    if values.get("control") is None:
+        # The second block comes out as it went in.
+        seen = []
+        first = next(iter(model.get_submodule(body.stacks[-1].path)))
+        handle = first.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        last = streams(model)
+        handle.remove()
+        assert torch.equal(last[1], seen[0][..., body.sizes.residual :])
+        assert not torch.equal(last[0], seen[0][..., : body.sizes.residual])
+    train(model, steps=2)
+
+
+def test_the_command_line_says_notes(tmp_path):
+    model = small("llama", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "old")
+    plan_altup(model, AltUpSettings(blocks=3)).to_yaml(tmp_path / "plan.yaml")
+    arguments = ["apply", str(tmp_path / "old"), str(tmp_path / "plan.yaml"), "-o", str(tmp_path / "new")]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "Note: model.layers has 4 layers, no multiple of 3 blocks" in result.output
 
 
 def test_everything_tested_is_known():

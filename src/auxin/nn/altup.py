@@ -178,7 +178,8 @@ class AltUpLayer(nn.Module):
 
     It takes streams (K, batch, sequence, d) and gives them. What is no stream yet, (batch, sequence, width), becomes
     one: replicated K times, or, if the embedding is K blocks wide, split. So the first layer needs to know of nothing,
-    and layers can be copied, inserted and reordered. Everything else that a layer takes and gives goes through.
+    and layers can be copied, inserted and reordered. Everything else that a layer takes and gives goes through. What
+    transformers collects as the layers' hidden states are streams, as in its Gemma 3n.
     """
 
     altup: AltUp | DynamicAltUp | PassBy

@@ -342,6 +342,11 @@ class _Widening:
 
     def summed(self) -> list[Edit]:
         """Those of the embeddings, and of a head that is one of them: it reads the sum of its blocks."""
+        if len(set(self.tables.values())) > 1:
+            raise PlanError(
+                f"control = sum: {' and '.join(self.tables)} are added up before the first layer already. Choose an "
+                "architecture with one table."
+            )
         result, blocks = self.tables_alone(), {"blocks": self.settings.blocks}
         for stack in self.body.stacks:
             if self._reads_by_table(stack):
