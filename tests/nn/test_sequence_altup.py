@@ -49,7 +49,9 @@ def strided(layer: nn.Module, stride: int, factors=None, mode="altup") -> Sequen
     new = SequenceAltUpLayer.replacing(layer, stride, mode)
     if factors is not None:
         with torch.no_grad():
-            new.sequence_altup.deviations.copy_(torch.tensor(factors) - torch.tensor([1.0, 0.0, 1.0]))
+            new.sequence_altup.deviations.copy_(
+                torch.tensor(factors, dtype=torch.float64) - torch.tensor([1.0, 0.0, 1.0])
+            )
     return new
 
 
@@ -69,7 +71,7 @@ def expected(x: Tensor, layer: nn.Module, update, *args) -> Tensor:
 )
 def test_a_layer_is_what_the_equations_say(stride, length, factors, mode, batch, width, seed):
     plain = Layer(width, seed, causal=mode != "pool")
-    layer = strided(plain, stride, torch.tensor(factors, dtype=torch.float64) if mode == "altup" else None, mode)
+    layer = strided(plain, stride, factors if mode == "altup" else None, mode)
     x = numbers(batch, length, width, seed=seed + 1)
     with torch.no_grad():
         got = layer.eval()(x)
