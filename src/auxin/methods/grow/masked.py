@@ -87,8 +87,8 @@ def plan_masked(model: PreTrainedModel, settings: MaskedGrowth) -> Plan:
     deeper = _deeper(model, body, settings)
     if deeper and body.blocks != "one" and settings.new_layers == "random":
         raise PlanError(
-            "new_layers = random: a layer made from nothing would have no alternating updates (altup), which all others "
-            "have. Ask for copies."
+            "new_layers = random: a layer made from nothing would have no alternating updates (altup), which all "
+            "others have. Ask for copies."
         )
     edits = growth.parameter_edits()
     edits += [
@@ -224,8 +224,8 @@ class _Growth:
         self.model, self.body, self.old, self.new = model, body, body.sizes, new
         if body.blocks != "one" and self._grows("residual"):
             raise PlanError(
-                f"hidden_size = {new.residual}: the residual stream has several blocks (altup), which masks don't know. "
-                "Grow behind masks first and take them off, then apply altup; or grow other widths."
+                f"hidden_size = {new.residual}: the residual stream has several blocks (altup), which masks don't "
+                "know. Grow behind masks first and take them off, then apply altup; or grow other widths."
             )
         old_group, group = self.old.query_heads // self.old.key_value_heads, new.query_heads // new.key_value_heads
         if group < old_group:
