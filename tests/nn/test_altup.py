@@ -431,3 +431,24 @@ def test_impossible_numbers_are_refused(blocks, active):
         AltUpLayer.replacing(Layer(4, 0), blocks, active)
     with pytest.raises(ConfigError, match="need hidden_size"):
         AltUpLayer.replacing(Layer(4, 0), 2, 0, coefficients="dynamic")
+
+
+@pytest.mark.parametrize("how", ["autocast", "medium"])
+def test_shorter_products_do_not_round_the_streams(how):
+    """Autocast and shorter products change what layers compute; the stream between them stays float32."""
+    torch.manual_seed(0)
+    update = AltUp(3, 1)
+    with torch.no_grad():
+        update.prediction.normal_(0, 0.1)
+        update.correction.normal_(0, 0.1)
+    streams, output = torch.randn(3, 2, 5, 64), torch.randn(2, 5, 64)
+    expected = update.correct(streams, output)
+    before = torch.get_float32_matmul_precision()
+    try:
+        if how == "medium":
+            torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            found = update.correct(streams, output)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)

@@ -65,20 +65,19 @@ class AltUp(nn.Module):
     def correct(self, streams: Tensor, output: Tensor) -> Tensor:
         """The new streams (K, ..., d), from the old ones and the layer's output (..., d)."""
         mixing, gains = self._coefficients(torch.promote_types(streams.dtype, torch.float32))
-        if torch.compiler.is_compiling():
-            # Written out, one kernel reads every block once and writes every block once. The blocks are added up first:
-            # that is the sum which cancels.
-            old, new = streams.to(mixing.dtype).unbind(0), output.to(mixing.dtype)
-            rows = []
-            for i in range(self.blocks):
-                row = mixing[i, 0] * old[0]
-                for j in range(1, self.blocks):
-                    row = row + mixing[i, j] * old[j]
-                rows.append(row + gains[i] * new)
-            return torch.stack(rows).to(streams.dtype)
-        flat = streams.reshape(self.blocks, -1).to(mixing.dtype)
-        mixed = torch.addr(mixing @ flat, gains, output.reshape(-1).to(mixing.dtype))
-        return mixed.to(streams.dtype).view(streams.shape)
+        if _products_are_whole(streams):
+            flat = streams.reshape(self.blocks, -1).to(mixing.dtype)
+            mixed = torch.addr(mixing @ flat, gains, output.reshape(-1).to(mixing.dtype))
+            return mixed.to(streams.dtype).view(streams.shape)
+        # The blocks are added up first, for theirs is the sum that cancels. Compiled, it is one kernel.
+        old, new = streams.to(mixing.dtype).unbind(0), output.to(mixing.dtype)
+        rows = []
+        for i in range(self.blocks):
+            row = mixing[i, 0] * old[0]
+            for j in range(1, self.blocks):
+                row = torch.addcmul(row, mixing[i, j], old[j])
+            rows.append(torch.addcmul(row, gains[i], new))
+        return torch.stack(rows).to(streams.dtype)
 
     def _coefficients(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """M (K, K) and g (K,). In the type of the streams at least float32: what lies near 1 would be rounded away."""
@@ -135,8 +134,9 @@ class DynamicAltUp(nn.Module):
 
     def correct(self, predicted: Tensor, output: Tensor) -> Tensor:
         """The new streams (K, ..., d), from the predicted ones and the layer's output (..., d)."""
-        gains = 1 + self._projected(self.correction, output).movedim(-1, 0).unsqueeze(-1)
-        return (predicted - gains * predicted[self.active]) + gains * output
+        gains = self._projected(self.correction, output).movedim(-1, 0).unsqueeze(-1)
+        gains = 1 + gains.to(torch.promote_types(predicted.dtype, torch.float32))
+        return ((predicted - gains * predicted[self.active]) + gains * output).to(predicted.dtype)
 
     def _projected(self, projection: nn.Linear, x: Tensor) -> Tensor:
         modalities = self.router(self.router_norm(x) / x.shape[-1])
@@ -434,6 +434,16 @@ class WideLinear(nn.Linear):
             device=module.weight.device,
             dtype=module.weight.dtype,
         )
+
+
+def _products_are_whole(x: Tensor) -> bool:
+    """Whether eager products of matrices keep float32's digits. Under autocast, or with TF32 or bfloat16 for products,
+    they would round the stream, which sums keep whole; and compilers fuse sums, but no products."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return False
+    backend = torch.backends.cuda if x.device.type == "cuda" else torch.backends.mkldnn
+    settings = (backend.matmul.fp32_precision, torch.backends.fp32_precision)  # type: ignore[attr-defined]
+    return all(setting in ("ieee", "none") for setting in settings)
 
 
 def as_streams(hidden_states: Tensor, blocks: int, split: bool, hidden_size: int | None = None) -> Tensor:
