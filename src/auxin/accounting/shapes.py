@@ -10,8 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @contextmanager
-def shape_only_copy(model: nn.Module) -> Iterator[nn.Module]:
+def shape_only_copy(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
     """Within the context, a structural copy of `model` on fake CPU tensors; whatever runs on it allocates nothing.
+
+    Its parameters have the type `dtype`; None: that of the model's.
 
     Fake tensors serve where the meta device does not: transformers asks for values while it builds its masks, except
     of tensors it knows to be fake. Copying through deepcopy's memo keeps whatever surgery the model went through (a
@@ -20,7 +22,7 @@ def shape_only_copy(model: nn.Module) -> Iterator[nn.Module]:
     with FakeTensorMode():
         memo: dict[int, object] = {}
         for parameter in model.parameters():
-            data = torch.empty(parameter.shape, dtype=parameter.dtype)
+            data = torch.empty(parameter.shape, dtype=dtype or parameter.dtype)
             memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
         for buffer in model.buffers():
             memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
