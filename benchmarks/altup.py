@@ -18,6 +18,7 @@ import random
 import shlex
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,16 @@ def t5(seed: int) -> Recipe:
 MAKE = {"decoder": decoder, "t5": t5}
 
 
-def step_times(recipe: Recipe, folder: Path, kind: str, repetitions: int) -> dict[str, dict[str, float]]:
-    """Seconds of a training step of every branch's last model, and their ratio to the baseline's."""
+def step_times(
+    recipe: Recipe, folder: Path, finished: Iterable[str], kind: str, repetitions: int
+) -> dict[str, dict[str, float]]:
+    """Seconds of a training step of every finished branch's last model, and their ratio to the baseline's."""
     torch.compiler.reset()
     torch._dynamo.config.recompile_limit = 64
     runs = {}
     for branch in recipe.branches:
-        if branch.name.endswith("-flops"):
-            continue  # the same model as another branch's
+        if branch.name not in finished or branch.name.endswith("-flops"):
+            continue  # the latter are the same models as other branches'
         model = load_model(left_checkpoint(folder, branch, branch.stages[-1]), dtype=torch.float32).train()
         forward = model if kind == "eager" else torch.compile(model, dynamic=False)
         optimizer = AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -209,7 +212,7 @@ def main() -> None:
     times: dict[str, Any] = json.loads(results.read_text())["times"] if results.exists() else {}
     torch.set_num_threads(1)
     for kind in options.time:
-        times[kind] = step_times(make(0), seed_folder(runs, 0), kind, options.repetitions)
+        times[kind] = step_times(make(0), seed_folder(runs, 0), cells, kind, options.repetitions)
     command = shlex.join(["python", "benchmarks/altup.py", options.model, "--time", *KINDS])
     record = {"command": command, "cells": cells, "times": times}
     page = ROOT / "docs" / "results" / f"{name.replace('-', '_')}.md"

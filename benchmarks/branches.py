@@ -130,7 +130,7 @@ def results_of(recipe: Recipe, folder: Path) -> dict[str, BranchResult]:
     for branch in recipe.branches:
         if is_finished(recipe, folder, branch.name):
             ledger = Ledger.load(left_checkpoint(folder, branch, branch.stages[-1]))
-            results[branch.name] = branch_result(branch, ledger, folder, run.data, courses)
+            results[branch.name] = branch_result(branch, ledger, folder, run.data, courses, recipe.objective)
     return results
 
 
