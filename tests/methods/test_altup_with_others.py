@@ -10,8 +10,9 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from auxin.accounting import Ledger
-from auxin.edits import apply
-from auxin.errors import PlanError
+from auxin.edits import Plan, apply, apply_to_checkpoint
+from auxin.edits.edit import ArrangeLayers
+from auxin.errors import CheckpointError, PlanError
 from auxin.methods import methods
 from auxin.methods.grow.altup import AltUpSettings, plan_altup
 from auxin.methods.grow.masked import MaskRamp
@@ -210,6 +211,22 @@ def test_with_experts_it_trains_generates_saves_and_loads(kind, tmp_path):
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
     torch.testing.assert_close(outputs(loaded), outputs(model), rtol=1e-5, atol=1e-5)
+
+
+@every_mixture
+def test_with_experts_a_checkpoint_becomes_one_too(kind, tmp_path):
+    """Files hold experts one by one, the model in one tensor; what does not change is copied as it lies there."""
+    model = mixture(kind)
+    model.save_pretrained(tmp_path / "old")
+    plan = plan_altup(model, AltUpSettings(blocks=2))
+    assert apply_to_checkpoint(plan, tmp_path / "old", tmp_path / "new").max_relative_change <= 1e-6
+    loaded, wanted = type(model).from_pretrained(tmp_path / "new").state_dict(), altered(model, blocks=2).state_dict()
+    assert loaded.keys() == wanted.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in wanted.items())
+    # What does change can't be taken apart.
+    deeper = Plan(method="m", promise="none", edits=[ArrangeLayers(layers="model.layers", order=[0, 1, 2, 3, 3])])
+    with pytest.raises(CheckpointError, match="another form"):
+        apply_to_checkpoint(deeper, tmp_path / "old", tmp_path / "deeper")
 
 
 LATER = [

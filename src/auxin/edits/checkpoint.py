@@ -145,7 +145,12 @@ class _Rewrites:
                         f"{path}: {name} has shape {list(tensor.shape)}, but config.json says {list(shapes[known])}. "
                         "The folder mixes two models."
                     )
-        needed = {source for origin in self.resolved.origins.values() for _, source in origin.sources}
+        needed = {
+            source
+            for name, origin in self.resolved.origins.items()
+            for _, source in origin.sources
+            if not self._passes(name, origin)
+        }
         if missing := sorted(name for name in needed if not self._stored[name]):
             raise CheckpointError(
                 f"{self.source} holds no tensor {missing[0]}. The checkpoint is incomplete, or keeps its tensors in "
@@ -158,6 +163,15 @@ class _Rewrites:
                     state, parameter = moment
                     for heir in self._heirs.get(parameter, []):
                         check_moment(self.resolved.origins[heir], state, parameter, tensor)
+
+    def _passes(self, name: str, origin: Origin) -> bool:
+        """Whether a parameter stays as it is and lies in the files in another form (experts one by one): its tensors,
+        in the same layer and of names that the model does not have, are copied as they are."""
+        if origin.source != name or origin.steps or self._stored[name]:
+            return False
+        layer = re.match(r"(?:.*?\.)??\d+\.", name)
+        unknown = (stored for stored, alias in self._loaded_as.items() if alias not in self._canonical)
+        return layer is not None and any(stored.startswith(layer[0]) for stored in unknown)
 
     def write(self, output: Path) -> None:
         """Write the changed files below `output`."""
@@ -175,6 +189,8 @@ class _Rewrites:
         aliases = tensor_names(self.resolved.after)
         path = self.weights[0]
         for name, origin in self.resolved.origins.items():
+            if self._passes(name, origin):
+                continue
             stored = self._stored[origin.sources[0][1]] if origin.sources else []
             path = self._files[stored[0]] if stored else path
             dtype = self._dtype(stored[0]) if stored else self._dtype_in(path, name)
