@@ -15,6 +15,8 @@ Curve = list[tuple[float, float]]
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 520, 64, 262, 48, 56
 GREY = "#7d8590"
 LABEL_CHARACTERS = 36
+ONE_LINE = 16
+"""Height of a label of one line."""
 COLOURS = (
     *("#D55E00", "#B8860B", "#2F8AC9", "#009E73", "#BF659A"),
     *("#7a6fd0", "#7D8590", "#56907f", "#9b6b43", "#5f7fa8"),
@@ -153,7 +155,7 @@ def scatter(heading: str, label: str, points: list[Point], along: list[str]) -> 
     parts.append(f'<polyline points="{line}" fill="none" stroke="{GREY}" stroke-width="1.5" stroke-dasharray="6 4"/>')
     shown = sorted(points, key=lambda point: -point.mean)
     places = [y(point.mean) for point in shown]
-    for point, place, moved in zip(shown, places, spread(places), strict=True):
+    for point, place, moved in zip(shown, places, spread(places, ONE_LINE), strict=True):
         centre = x(point.cost)
         parts += [
             f'<path d="M{centre:.1f} {y(min(point.losses)):.1f}V{y(max(point.losses)):.1f}" stroke="{point.colour}" '

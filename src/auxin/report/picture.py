@@ -180,15 +180,15 @@ def _labels(
     return parts
 
 
-def spread(places: list[float]) -> list[float]:
-    """Ascending places, moved as little down and then up as keeps labels apart and inside the picture."""
+def spread(places: list[float], height: float = LABEL_HEIGHT) -> list[float]:
+    """Ascending places, moved as little down and then up as keeps labels of `height` apart and inside the picture."""
     moved: list[float] = []
     for place in places:
-        moved.append(max(place, moved[-1] + LABEL_HEIGHT) if moved else place)
+        moved.append(max(place, moved[-1] + height) if moved else place)
     limit = float(HEIGHT - BOTTOM)
     for index in reversed(range(len(moved))):
         moved[index] = min(moved[index], limit)
-        limit = moved[index] - LABEL_HEIGHT
+        limit = moved[index] - height
     return moved
 
 
