@@ -209,6 +209,8 @@ def main() -> None:
                 "flops": result.flops,
                 "parameters": float(result.parameters),
             }
+    # A branch that was not run with every seed would be compared on other terms than the rest.
+    cells = {branch: by_seed for branch, by_seed in cells.items() if len(by_seed) == len(options.seeds)}
     times: dict[str, Any] = json.loads(results.read_text())["times"] if results.exists() else {}
     torch.set_num_threads(1)
     for kind in options.time:

@@ -231,6 +231,23 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def write(options: argparse.Namespace, clock: str, rows: list[dict[str, Any]]) -> None:
+    """The rows so far, as JSON and as a page."""
+    record = {
+        "command": " ".join(["python", "benchmarks/altup_cost.py", *sys.argv[1:]]),
+        "machine": machine("cpu"),
+        "load_average": os.getloadavg()[0],
+        "clock": clock,
+        **{key: getattr(options, key) for key in ("layers", "tokens", "decoded", "repetitions", "seed")},
+        "broken": over_bound(rows),
+        "results": rows,
+    }
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    options.results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    options.table.write_text(table(record), encoding="utf-8")
+    print(f"written to {options.results} and {options.table}", flush=True)
+
+
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -251,21 +268,12 @@ def main() -> int:
     # One code object serves all contenders, for training and for decoding.
     torch._dynamo.config.recompile_limit = 64
     name, clock = chosen_clock("cpu")
-    rows = [row for width in options.widths for kind in options.kinds for row in measure(width, kind, options, clock)]
-    record = {
-        "command": " ".join(["python", "benchmarks/altup_cost.py", *sys.argv[1:]]),
-        "machine": machine("cpu"),
-        "load_average": os.getloadavg()[0],
-        "clock": name,
-        **{key: getattr(options, key) for key in ("layers", "tokens", "decoded", "repetitions", "seed")},
-        "broken": over_bound(rows),
-        "results": rows,
-    }
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    options.table.write_text(table(record), encoding="utf-8")
-    print(f"written to {options.results} and {options.table}")
-    return 1 if record["broken"] and options.check else 0
+    rows: list[dict[str, Any]] = []
+    for width in options.widths:
+        for kind in options.kinds:
+            rows += measure(width, kind, options, clock)
+            write(options, name, sorted(rows, key=lambda row: row["width"]))
+    return 1 if over_bound(rows) and options.check else 0
 
 
 if __name__ == "__main__":
