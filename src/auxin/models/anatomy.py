@@ -70,6 +70,11 @@ def layout(model: PreTrainedModel) -> Anatomy:
     )
 
 
+def norm_epsilon(norm: Any) -> float:
+    """Epsilon of a norm's module. OLMo's norm writes the usual 1e-5 into its code."""
+    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-5)))
+
+
 def _blocks(model: PreTrainedModel) -> Blocks:
     """How many blocks the residual stream has, in the words of `Anatomy`."""
     layers = [module for module in model.modules() if isinstance(module, AltUpLayer)]

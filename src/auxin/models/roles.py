@@ -86,6 +86,15 @@ class LayerStack:
     readers: tuple[str, ...] = ()
     """The linear layers that read what leaves the stack, `*` for one part; those that a model lacks are left out."""
 
+    @property
+    def ends_in_norm(self) -> bool:
+        """Whether `end` is a norm behind the layers, and not the module that runs them."""
+        return not self.path.startswith(f"{self.end}.")
+
+    def is_read_by(self, path: str) -> bool:
+        """Whether the module at `path` reads what leaves the stack."""
+        return any(path_pattern(reader).fullmatch(path) for reader in self.readers)
+
 
 @dataclass(frozen=True)
 class Sizes:

@@ -211,7 +211,7 @@ class AltUpLayer(nn.Module):
         """
         if blocks < 2 or not 0 <= active < blocks:
             raise ConfigError(f"altup_layer: block {active} of {blocks}. Give 2 blocks or more and one of them.")
-        layer = extended(module, cls)
+        layer = extended(module, cls, split=split, hidden_size=hidden_size)
         like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
         if coefficients == "static":
             layer.altup = AltUp(blocks, active, like.device, like.dtype)
@@ -221,7 +221,6 @@ class AltUpLayer(nn.Module):
             raise ConfigError("altup_layer: dynamic coefficients need hidden_size.")
         else:
             layer.altup = DynamicAltUp(blocks, active, hidden_size, device=like.device, dtype=like.dtype)
-        layer.split, layer.hidden_size = split, hidden_size
         return layer
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -243,9 +242,7 @@ class SummedInput(nn.Module):
     @classmethod
     def replacing(cls, module: nn.Module, blocks: int) -> Self:
         """`module`, a layer, so extended."""
-        layer = extended(module, cls)
-        layer.blocks = blocks
-        return layer
+        return extended(module, cls, blocks=blocks)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """(batch, sequence, K d) instead of (batch, sequence, d); as the layer."""
@@ -262,9 +259,7 @@ class RepeatedOutput(nn.Module):
     @classmethod
     def replacing(cls, module: nn.Module, blocks: int) -> Self:
         """`module`, a norm, so extended."""
-        norm = extended(module, cls)
-        norm.blocks = blocks
-        return norm
+        return extended(module, cls, blocks=blocks)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the norm, (batch, sequence, K d) instead of (batch, sequence, d)."""
@@ -280,7 +275,7 @@ class CollapsedInput(nn.Module):
     @classmethod
     def replacing(cls, module: nn.Module, collapse: Collapse = "mean") -> Self:
         """`module`, so extended."""
-        return _collapsing(module, cls, collapse)
+        return extended(module, cls, collapse=collapse)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Streams (K, batch, sequence, d), or one block; as the norm."""
@@ -297,7 +292,7 @@ class CollapsedOutput(nn.Module):
     @classmethod
     def replacing(cls, module: nn.Module, collapse: Collapse = "mean") -> Self:
         """`module`, so extended."""
-        return _collapsing(module, cls, collapse)
+        return extended(module, cls, collapse=collapse)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the stack, its last hidden state (batch, sequence, d or K d)."""
@@ -493,9 +488,3 @@ def block_distance(streams: Tensor) -> float:
     wide = streams.detach().to(torch.promote_types(streams.dtype, torch.float32))
     deviations = wide - wide.mean(0, keepdim=True)
     return (deviations.square().mean().sqrt() / wide.square().mean().sqrt()).item()
-
-
-def _collapsing(module: nn.Module, mixin: Any, collapse: Collapse) -> Any:
-    new = extended(module, mixin)
-    new.collapse = collapse
-    return new

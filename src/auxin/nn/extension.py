@@ -13,12 +13,13 @@ from torch import nn
 Mixin = TypeVar("Mixin", bound=nn.Module)
 
 
-def extended(module: nn.Module, mixin: type[Mixin]) -> Mixin:
+def extended(module: nn.Module, mixin: type[Mixin], **attributes: Any) -> Mixin:
     """A module like `module`, with the same parameters, buffers and children, that is a `mixin` too.
 
     Args:
         module: stays as it is; hooks on it are not taken over. If it is a `mixin` already, the result is one once.
         mixin: a class whose `forward` calls `super().forward`; its constructor is not run.
+        attributes: set on the result.
     """
     cls = extended_class(mixin, type(module))
     new = cls.__new__(cls)
@@ -26,9 +27,10 @@ def extended(module: nn.Module, mixin: type[Mixin]) -> Mixin:
     for name, value in vars(module).items():
         if name in ("_parameters", "_buffers", "_modules"):
             value = dict(value)
-        elif name.endswith("_hooks") or name.startswith(("_forward_hooks", "_forward_pre_hooks", "_backward_")):
+        elif "_hooks" in name:
             continue
         vars(new)[name] = value
+    vars(new).update(attributes)
     return cast(Mixin, new)
 
 

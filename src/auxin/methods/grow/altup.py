@@ -45,10 +45,10 @@ from auxin.edits.fills import CopyFill, Fill, ValuesFill
 from auxin.edits.method import Method
 from auxin.edits.module_edits import ReplaceModule
 from auxin.edits.parameter_edits import ABSENT_UNIT, SliceParameter, generator
+from auxin.edits.resolution import tensor_names
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
-from auxin.models.anatomy import layout
-from auxin.models.paths import path_pattern
+from auxin.models.anatomy import layout, norm_epsilon
 from auxin.models.roles import Anatomy, LayerStack
 from auxin.nn.altup import AltUpLayer, Coefficients
 from auxin.nn.masked import Masked
@@ -254,7 +254,7 @@ def _layers(body: Anatomy, stack: LayerStack, layers: int, settings: AltUpSettin
             values["split"] = True
         if settings.coefficients != "static":
             values["coefficients"] = settings.coefficients
-        if len(values) > 2:
+        if settings.conversion != "recycled" or settings.coefficients != "static":
             values["hidden_size"] = body.sizes.residual
         path = f"{stack.path}.{'*' if alike else layer}"
         fills = {f"altup.{name}": fill for name, fill in _coefficients(settings, path, active[layer]).items()}
@@ -304,13 +304,12 @@ def _zero_sums(settings: AltUpSettings, path: str, count: int) -> list[float]:
 
 def _collapse(stack: LayerStack, settings: AltUpSettings) -> Edit:
     """What makes one block of the stream again, behind the last layer."""
-    has_norm = not stack.path.startswith(f"{stack.end}.")
-    if settings.collapse == "sum" and not has_norm:
+    if settings.collapse == "sum" and not stack.ends_in_norm:
         raise PlanError(
             f"collapse = sum: no norm follows the layers of {stack.path} that would take back the factor "
             f"{settings.blocks}. Ask for the mean."
         )
-    brick = "collapsed_input" if has_norm else "collapsed_output"
+    brick = "collapsed_input" if stack.ends_in_norm else "collapsed_output"
     values = {} if settings.collapse == "mean" else {"collapse": settings.collapse}
     return ReplaceModule(module=stack.end, brick=brick, settings=values)
 
@@ -355,7 +354,7 @@ class _Widening:
 
     def _reads_by_table(self, stack: LayerStack) -> bool:
         """Whether what leaves the stack is read by the embedding."""
-        return any(path_pattern(reader).fullmatch(path) for reader in stack.readers for path in self.tied)
+        return any(stack.is_read_by(path) for path in self.tied)
 
     def tables_alone(self) -> list[Edit]:
         """Those of the embeddings."""
@@ -383,8 +382,7 @@ class _Widening:
         return next(name for name, parameter in self.model.named_parameters() if parameter is wanted)
 
     def _readers(self) -> list[str]:
-        patterns = [path_pattern(path) for stack in self.body.stacks for path in stack.readers]
-        found = [path for path in self.modules if any(pattern.fullmatch(path) for pattern in patterns)]
+        found = [path for path in self.modules if any(stack.is_read_by(path) for stack in self.body.stacks)]
         if odd := next((path for path in found if type(self.modules[path]) is not nn.Linear), None):
             raise PlanError(
                 f"{odd}, which reads the last stream, is a {type(self.modules[odd]).__name__} and no plain nn.Linear. "
@@ -401,12 +399,13 @@ class _Widening:
     def _parallel(self, path: str) -> Edit:
         """Embeddings that are no table, K times side by side."""
         module, fills = self.modules[path], dict[str, Fill]()
+        parameters = dict(module.named_parameters())
         std = float(getattr(self.model.config, "initializer_range", 0.02))
         for other in range(self.settings.blocks - 1):
-            for name, parameter in (*module.named_parameters(), *_persistent_buffers(module)):
+            for name in tensor_names(module):
                 fill: Fill = CopyFill(of=name)
-                fresh = self.settings.conversion not in ("copies",) and isinstance(parameter, nn.Parameter)
-                if fresh and parameter.dim() > 1:
+                fresh = self.settings.conversion != "copies" and name in parameters
+                if fresh and parameters[name].dim() > 1:
                     fill = ZeroFill() if self.settings.conversion == "zeros" else NormalFill(std=std)
                 elif fresh:
                     is_gain = name.endswith("LayerNorm.weight")
@@ -418,15 +417,12 @@ class _Widening:
 
     def _end(self, stack: LayerStack) -> Iterator[Edit]:
         """The norm for all blocks, or what puts them side by side where there is none."""
-        if stack.path.startswith(f"{stack.end}."):
+        if not stack.ends_in_norm:
             yield ReplaceModule(module=stack.end, brick="collapsed_output", settings={"collapse": "concatenate"})
             return
         norm, blocks = self.modules[stack.end], self.settings.blocks
-        # OLMo's norm writes the usual 1e-5 into its code.
-        eps = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-5)))
-        scale = 1.0
-        if self._reads_by_table(stack):
-            scale /= blocks
+        eps = norm_epsilon(norm)
+        scale = 1 / blocks if self._reads_by_table(stack) else 1.0
         if self.settings.norm == "all" and self.settings.conversion == "zeros":
             if self.body.norm == "layer":
                 raise PlanError(
@@ -464,15 +460,8 @@ class _Widening:
         """The block that holds the old stream behind the last layer, of the stack that `path` reads."""
         if self.settings.conversion != "relay":
             return 0
-        read = [s for s in self.body.stacks if any(path_pattern(reader).fullmatch(path) for reader in s.readers)]
-        return depth(self.model, read[0]) % self.settings.blocks
-
-
-def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    for path, part in module.named_modules():
-        for key, buffer in part._buffers.items():
-            if buffer is not None and key not in part._non_persistent_buffers_set:
-                yield f"{path}.{key}" if path else key, buffer
+        read = next(stack for stack in self.body.stacks if stack.is_read_by(path))
+        return depth(self.model, read) % self.settings.blocks
 
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from auxin.edits.structure import config_values, structural_edits
 from auxin.edits.width import describe_sizes
 from auxin.edits.width_targets import WidthTargets
 from auxin.errors import ConfigError, PlanError
-from auxin.models.anatomy import anatomy
+from auxin.models.anatomy import anatomy, norm_epsilon
 from auxin.models.roles import Anatomy, LayerStack, ParameterRole, Segment, Sizes
 from auxin.nn.masked import Masked
 
@@ -396,7 +396,7 @@ class _Growth:
         found = self.model.get_submodule(module.replace("*", "0"))
         settings = {
             "kind": "rms" if query_or_key else self.body.norm,
-            "eps": _epsilon(found),
+            "eps": norm_epsilon(found),
             "size": self._size(segments),
             "new": self._spans(segments),
         }
@@ -410,11 +410,6 @@ def _fill(role: ParameterRole) -> Fill:
     if role.kind in ("gain", "query_gain", "key_gain"):
         return MeanFill()
     return ZeroFill() if role.kind in ("bias", "offset") else NormalFill()
-
-
-def _epsilon(norm: nn.Module) -> float:
-    """OLMo's norm writes the usual 1e-5 into its code."""
-    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-5)))
 
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
