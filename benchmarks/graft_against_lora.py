@@ -45,8 +45,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from auxin.accounting.machine import describe_machine
 from auxin.data import CorpusSettings
 from auxin.data.sources import read_documents
-from auxin.edits.hooks import Hook
 from auxin.methods.adapt.graft import freeze_all_but_branches, graft
+from auxin.planning.hooks import Hook
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "graft_against_lora.json"

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from auxin.edits import Plan, Promise, Receipt, apply
-from auxin.edits.method import Method
 from auxin.edits.structure import structural_edits
 from auxin.errors import PlanError
 from auxin.methods import methods
+from auxin.planning.method import Method
 from tiny_models import FAMILIES, inputs, tiny
 
 TITLES = {

@@ -11,12 +11,12 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from auxin.edits import ArrangeLayers, Plan
-from auxin.edits.method import Method
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
-from auxin.models.roles import LayerStack
+from auxin.planning.method import Method
 from auxin.settings import Settings
+from auxin.words.roles import LayerStack
 
 
 class LayerDrop(Settings):

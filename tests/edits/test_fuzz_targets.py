@@ -121,7 +121,7 @@ def test_every_random_target_is_applied_or_refused(capsys, tmp_path, monkeypatch
         wanted = target(draw, method, model)
         try:
             plan = method.plan(model, method.settings.parse(wanted))
-            resolve(plan, model_without(family))
+            resolve(plan.edits, model_without(family))
             counted["fits"] += 1
             if counted["fits"] % 3 == 1 and counted["applied"] < REALLY_APPLIED:
                 victim = copy.deepcopy(model_with_weights(family))

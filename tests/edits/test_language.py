@@ -28,7 +28,7 @@ from auxin.edits import (
     apply,
     inverse_plan,
 )
-from auxin.edits.parameter_edits import generator
+from auxin.edits.kinds.parameter_edits import generator
 from auxin.edits.structure import structural_edits
 from auxin.errors import PlanError, PromiseError
 from auxin.nn.bricks import brick

@@ -65,7 +65,7 @@ def test_a_config_value_that_makes_another_module_is_refused():
 def test_edits_along_two_axes_of_one_parameter_do_not_collide():
     plan = plan_of(pad(size=30), pad(size=40, axis=1), promise="none")
     with pytest.raises(PlanError, match=r"has shape \[30, 40\]"):
-        resolve(plan, tiny_model())
+        resolve(plan.edits, tiny_model())
 
 
 fills = st.one_of(
@@ -140,7 +140,7 @@ def test_a_plan_by_hand_for_single_layers_is_one_row_too():
 def test_the_planned_config_is_that_of_the_grown_model():
     model = tiny_model()
     plan = plan_token_growth(model.config, TokenGrowth(qkv_tokens=30, regime="zero_keys"))
-    planned = planned_config(plan, model.config)
+    planned = planned_config(plan.edits, model.config)
     assert model.config.qkv_tokens == [12]
     apply(plan, model)
     assert planned.to_dict() == model.config.to_dict()

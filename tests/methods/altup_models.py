@@ -6,7 +6,7 @@ import torch
 
 from auxin.edits import apply
 from auxin.methods.grow.altup import AltUpSettings, plan_altup
-from auxin.models.anatomy import layout
+from auxin.models.anatomy import anatomy
 from auxin.nn.altup import AltUpLayer
 from tiny_models import FAMILIES, inputs, labels, tiny
 
@@ -58,7 +58,7 @@ def outputs(model):
 def streams(model, seed=1):
     """What the last layer of the last stack gives."""
     found = []
-    layer = list(model.get_submodule(layout(model).stacks[-1].path))[-1]
+    layer = list(model.get_submodule(anatomy(model, complete=False).stacks[-1].path))[-1]
     handle = layer.register_forward_hook(lambda module, args, out: found.append(out[0] if type(out) is tuple else out))
     with torch.no_grad():
         model(**inputs(model, seed))

@@ -17,7 +17,7 @@ from auxin.edits import Plan, apply
 from auxin.edits.structure import edited_skeleton
 from auxin.errors import ConfigError, PlanError, PromiseError
 from auxin.methods.grow.altup import SELECTIONS, AltUpSettings, active_blocks, plan_altup, twins
-from auxin.models.anatomy import layout
+from auxin.models.anatomy import anatomy
 from auxin.nn.altup import AltUp, AltUpLayer, block_distance
 from auxin.nn.extension import extended_class
 from methods.altup_models import EVERY, EXACT, alter, altered, outputs, shake, small, streams, train, untied, updates
@@ -155,7 +155,7 @@ def test_the_sum_errs_by_the_last_norms_epsilon(family, blocks):
 
     def normed(model):
         found = []
-        module = model.get_submodule(layout(model).stacks[0].end)
+        module = model.get_submodule(anatomy(model, complete=False).stacks[0].end)
         handle = module.register_forward_hook(lambda module, args, out: found.append(out))
         logits(model)
         handle.remove()
@@ -164,7 +164,7 @@ def test_the_sum_errs_by_the_last_norms_epsilon(family, blocks):
     before = normed(model)
     receipt = alter(model, collapse="sum", blocks=blocks)
     assert receipt.plan.promise == "approximate"
-    norm = model.get_submodule(layout(model).stacks[0].end)
+    norm = model.get_submodule(anatomy(model, complete=False).stacks[0].end)
     assert getattr(norm, name) == 1e-6
     bias = getattr(norm, "bias", None)
     bias = 0 if bias is None else bias.detach()
@@ -177,7 +177,7 @@ def test_the_sum_errs_by_the_last_norms_epsilon(family, blocks):
 @every_family
 def test_the_numbers_of_parameters(family):
     model = untied(family)
-    body, config = layout(model), model.config
+    body, config = anatomy(model, complete=False), model.config
     width = body.sizes.residual
     layers = 8 if family == "t5" else 4
     before = count_parameters(model).total
@@ -334,7 +334,7 @@ def test_blocks_part_and_all_that_is_new_learns(family, values):
     assert block_distance(blocks) > least
     for one, other in itertools.combinations(blocks, 2):
         assert block_distance(torch.stack([one, other])) > 1e-4
-    width = layout(model).sizes.residual
+    width = anatomy(model, complete=False).sizes.residual
     for name, parameter in model.named_parameters():
         if parameter.shape[-1] == values["blocks"] * width:
             for part, old in zip(parameter.split(width, -1), before[name].split(width, -1), strict=True):
@@ -453,7 +453,7 @@ CONTROLS = [{"coefficients": "none", "selection": "same"}, {"control": "sum"}]
 @every_family
 def test_controls_widen_the_table_and_nothing_between(family, values):
     model = untied(family)
-    body, before = layout(model), count_parameters(model).total
+    body, before = anatomy(model, complete=False), count_parameters(model).total
     if "control" in values and family == "gpt2":
         with pytest.raises(PlanError, match=r"control = sum: .* are added up before the first layer already"):
             alter(model, conversion="random", **values)

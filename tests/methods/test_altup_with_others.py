@@ -11,7 +11,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen
 
 from auxin.accounting import Ledger
 from auxin.edits import Plan, apply, apply_to_checkpoint
-from auxin.edits.edit import ArrangeLayers
+from auxin.edits.kinds.edit import ArrangeLayers
 from auxin.errors import CheckpointError, PlanError
 from auxin.methods import methods
 from auxin.methods.grow.altup import AltUpSettings, plan_altup

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from auxin.edits import JoinAbove, Plan, apply, apply_to_checkpoint, inverse_plan
-from auxin.edits.depth import stacked_order
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.methods.grow.bert2bert import METHOD, plan_bert2bert
+from auxin.planning.depth import stacked_order
 from oracles import width as oracle
 from tiny_models import FAMILIES, change, inputs, logits, tiny
 

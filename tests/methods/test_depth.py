@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from auxin.edits import Plan, apply, apply_to_checkpoint
-from auxin.edits.depth import identity_layers
-from auxin.edits.parameter_edits import ScaleParameter
+from auxin.edits.kinds.parameter_edits import ScaleParameter
 from auxin.errors import ConfigError, PlanError, PromiseError
 from auxin.methods.grow.llama_pro import METHOD as LLAMA_PRO
 from auxin.methods.grow.llama_pro import BlockExpansion, new_layers, plan_block_expansion, train_new_layers
 from auxin.methods.grow.solar import DepthUpscaling, plan_depth_upscaling
 from auxin.methods.grow.stacking import LayerStacking, layer_order, plan_stacking
 from auxin.models.loading import skeleton
+from auxin.planning.depth import identity_layers
 from auxin.training.optimizer import optimizer_tensors
 from edits.models import assert_same
 from oracles.depth import LAYERS, expansion, is_output, rearranged

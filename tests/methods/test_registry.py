@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import auxin.methods
-from auxin.edits.method import Method
 from auxin.errors import ConfigError
 from auxin.methods import method, methods
+from auxin.planning.method import Method
 from auxin.settings import Settings
 from plugins import EXAMPLE, install
 
@@ -53,7 +53,7 @@ def test_an_unknown_name_gets_the_nearest():
     [
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("METHOD = 1 / 0", "ZeroDivisionError"),
-        ("METHOD = 3", "is a int, not an auxin.edits.method.Method"),
+        ("METHOD = 3", "is a int, not an auxin.planning.method.Method"),
         ("", "has no attribute 'METHOD'"),
         (
             "import dataclasses\nfrom auxin.methods.grow.tokenformer import METHOD as M\n"

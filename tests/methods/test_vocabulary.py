@@ -20,12 +20,12 @@ from transformers import (
 
 from auxin.data.vocabulary import EnlargedTokenizer
 from auxin.edits import apply, apply_to_checkpoint, inverse_plan
-from auxin.edits.method import plan_for
 from auxin.errors import ConfigError, DataError, PlanError, PromiseError
 from auxin.methods import method
 from auxin.methods.grow import vocabulary as module
 from auxin.methods.grow.vocabulary import METHOD, VocabularyGrowth, grow_vocabulary, plan_vocabulary
 from auxin.models.loading import load_model, skeleton
+from auxin.planning.method import plan_for
 from edits.models import assert_same, everything
 from oracles.vocabulary import new_rows, table_length
 from tiny_models import FAMILIES, inputs, tiny
@@ -245,7 +245,7 @@ def test_a_checkpoint_grows_with_its_tokenizer(family, tmp_path):
     (source / "merges.txt").write_text("of the old vocabulary")
     plan = plan_for(METHOD, source, {"tokens": WORDS, "rule": "pieces"})
     plan = type(plan).parse(json.loads(plan.model_dump_json()))
-    apply_to_checkpoint(plan, source, output, finish=lambda folder, receipt: METHOD.finish(plan, source, folder))
+    apply_to_checkpoint(plan, source, output, finish=lambda folder, receipt: METHOD.write_files(plan, source, folder))
     grow_vocabulary(model, tokenizer, WORDS)
     loaded = load_model(output)
     expected = dict(model.named_parameters())
@@ -265,7 +265,9 @@ def test_a_checkpoint_that_fails_at_the_tokenizer_does_not_appear(tmp_path):
     grow_tokenizer.add_tokens(["meanwhile"])
     grow_tokenizer.save_pretrained(source)
     with pytest.raises(PlanError, match="Plan again with this tokenizer"):
-        apply_to_checkpoint(plan, source, output, finish=lambda folder, receipt: METHOD.finish(plan, source, folder))
+        apply_to_checkpoint(
+            plan, source, output, finish=lambda folder, receipt: METHOD.write_files(plan, source, folder)
+        )
     assert not output.exists()
 
 
@@ -276,7 +278,7 @@ def test_learned_tokens_are_in_the_plan(tmp_path):
     plan = plan_for(METHOD, source, {"tokens_from": str(text), "num_tokens": 5})
     text.unlink()  # the plan needs it no more
     output = tmp_path / "new"
-    apply_to_checkpoint(plan, source, output, finish=lambda folder, receipt: METHOD.finish(plan, source, folder))
+    apply_to_checkpoint(plan, source, output, finish=lambda folder, receipt: METHOD.write_files(plan, source, folder))
     new, old = AutoTokenizer.from_pretrained(output), AutoTokenizer.from_pretrained(source)
     assert len(new) == len(old) + 5
     assert sum(len(new(line)["input_ids"]) for line in TEXT) < sum(len(old(line)["input_ids"]) for line in TEXT)

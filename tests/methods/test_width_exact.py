@@ -5,16 +5,16 @@ import math
 import pytest
 
 from auxin.edits import CentreParameter, Plan, ScaleParameter, SetConfig, SliceParameter, apply
-from auxin.edits.depth import identity_order
 from auxin.edits.structure import config_values
-from auxin.edits.width import widen
-from auxin.edits.width_maps import StreamMap, Widening, circular, head_maps, padded
-from auxin.edits.width_targets import WidthTargets
 from auxin.errors import PlanError
 from auxin.methods.grow.hypercloning import METHOD as HYPERCLONING
 from auxin.methods.grow.lemon import METHOD as LEMON
 from auxin.methods.grow.net2net import METHOD as NET2NET
 from auxin.models.anatomy import anatomy
+from auxin.planning.depth import identity_order
+from auxin.planning.width import widen
+from auxin.planning.width_maps import StreamMap, Widening, circular, head_maps, padded
+from auxin.planning.width_targets import WidthTargets
 from tiny_models import FAMILIES, change, inputs, logits, tiny
 
 EXACT = 1e-12

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from auxin.edits import Plan, apply
 from auxin.edits.structure import config_values
-from auxin.edits.width import widen
-from auxin.edits.width_maps import StreamMap, Widening, circular, drawn, head_maps, padded
 from auxin.errors import PlanError
 from auxin.methods.grow.hypercloning import METHOD as HYPERCLONING
 from auxin.methods.grow.lemon import METHOD as LEMON
 from auxin.models.anatomy import anatomy
-from auxin.models.roles import Sizes
+from auxin.planning.width import widen
+from auxin.planning.width_maps import StreamMap, Widening, circular, drawn, head_maps, padded
+from auxin.words.roles import Sizes
 from oracles import width as oracle
 from tiny_models import inputs, logits, tiny
 

@@ -5,7 +5,7 @@ import torch
 from transformers import PhiConfig, PhiForCausalLM
 
 from auxin.errors import PlanError
-from auxin.models.anatomy import anatomy, register_anatomy
+from auxin.models.anatomy import ANATOMIES, anatomy
 from auxin.models.loading import skeleton
 from tiny_models import FAMILIES, inputs, labels, logits, tiny
 
@@ -69,12 +69,12 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones():
         anatomy(model)
 
 
-def test_another_package_can_register_an_architecture(monkeypatch):
-    monkeypatch.setattr("auxin.models.anatomy._FAMILIES", {})
-    model = tiny("llama")
-    with pytest.raises(PlanError, match="Unknown architecture 'llama'"):
+def test_another_package_can_register_an_architecture(tmp_path, monkeypatch):
+    model = skeleton(PhiConfig(hidden_size=8, num_attention_heads=2, vocab_size=9, intermediate_size=8), PhiForCausalLM)
+    model.config.model_type = "gpt2"
+    monkeypatch.setattr(ANATOMIES, "_own", {"phi": lambda model: "described"})
+    monkeypatch.setattr(ANATOMIES, "_complete", True)
+    with pytest.raises(PlanError, match=r"Unknown architecture 'gpt2'\. Known: phi"):
         anatomy(model)
-    from auxin.models.anatomy import _llama_like
-
-    register_anatomy("llama", _llama_like)
-    assert anatomy(model).family == "llama"
+    ANATOMIES.add("gpt2", lambda model: "described elsewhere")
+    assert anatomy(model, complete=False) == "described elsewhere"

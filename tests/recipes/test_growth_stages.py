@@ -7,17 +7,17 @@ import torch
 
 from auxin.accounting import Ledger, StageRecord, count_parameters
 from auxin.edits import Plan, SetConfig
-from auxin.edits.hooks import ExactRates, OldRates
 from auxin.edits.structure import config_values, edited_skeleton
 from auxin.errors import ConfigError, PlanError
 from auxin.methods import methods
 from auxin.methods.grow.tokenformer import OldTokenRates, TokenGrowth, plan_token_growth
 from auxin.models.loading import load_model
 from auxin.models.tokenformer import TokenFormerConfig
+from auxin.planning.hooks import ExactRates, OldRates
 from auxin.recipes import Recipe, price_recipe, run_recipe
-from auxin.recipes.continuation import old_blocks, stage_hooks
 from auxin.recipes.schema import TrainStage
-from auxin.recipes.structure import final_config, growth_plan, resolve_structures
+from auxin.recipes.stage_hooks import old_shapes, stage_hooks
+from auxin.recipes.stage_models import final_config, growth_plan, resolve_structures
 
 LLAMA = {
     "hidden_size": 16,
@@ -109,7 +109,7 @@ def test_a_growths_seed_is_the_recipes_unless_it_has_its_own(corpus):
 
 @pytest.fixture(scope="module")
 def expanded(corpus, tmp_path_factory):
-    """Grown twice in a row by identity blocks, then trained with all that was there before frozen."""
+    """Grown twice in a row by identity shapes, then trained with all that was there before frozen."""
     folder = tmp_path_factory.mktemp("expanded") / "out"
     stages = [grow("llama-pro", group_size=1), grow("llama-pro", group_size=2) | {"name": "again"}]
     made = recipe(corpus, *stages, AFTER | {"old_rate": 0.0})
@@ -148,11 +148,11 @@ def ledger_of(*plans):
 
 def test_the_hooks_of_a_stage_know_what_was_there_before():
     config, plan = tokenformer_plans()
-    blocks = old_blocks([plan])
-    assert blocks["model.layers.0.mlp.keys"] == (8, 8)
-    assert blocks["model.layers.0.attention.query.values"] == (4, 8)
-    assert blocks["model.layers.0.attention.proj.keys"] == (4, 8)
-    assert blocks.keys() == {name for name, _ in edited_skeleton(config).named_parameters()}
+    shapes = old_shapes([plan])
+    assert shapes["model.layers.0.mlp.keys"] == (8, 8)
+    assert shapes["model.layers.0.attention.query.values"] == (4, 8)
+    assert shapes["model.layers.0.attention.proj.keys"] == (4, 8)
+    assert shapes.keys() == {name for name, _ in edited_skeleton(config).named_parameters()}
     stage = TrainStage(kind="train", name="t", old_tokens_rate=0.0, old_rate=0.5, old_rate_steps=4)
     tokens, everything = stage_hooks(stage, ledger_of(plan))
     assert isinstance(tokens, OldTokenRates)
@@ -196,7 +196,7 @@ def test_a_method_that_looks_at_weights_is_priced_by_its_outline_and_pays_for_it
     method = dataclasses.replace(
         stacking, name="learned", plan=learned, needs_weights=True, outline=stacking.plan, tokens=lambda settings: 640
     )
-    monkeypatch.setattr("auxin.recipes.structure.find_method", lambda name: method)
+    monkeypatch.setattr("auxin.recipes.stage_models.find_method", lambda name: method)
     made = recipe(corpus, grow("learned", factor=2), AFTER)
     price = price_recipe(made, memory=False)
     assert not seen
@@ -205,7 +205,9 @@ def test_a_method_that_looks_at_weights_is_priced_by_its_outline_and_pays_for_it
     assert results.branches[0].flops == pytest.approx(price.branch_flops["main"], rel=1e-9)
     assert results.branches[0].tokens == 640 + 4 * 4 * 16
     assert "640" in str(price)
-    monkeypatch.setattr("auxin.recipes.structure.find_method", lambda name: dataclasses.replace(method, outline=None))
+    monkeypatch.setattr(
+        "auxin.recipes.stage_models.find_method", lambda name: dataclasses.replace(method, outline=None)
+    )
     with pytest.raises(PlanError, match="has no outline"):
         price_recipe(made, memory=False)
 
@@ -215,7 +217,7 @@ def test_a_plan_that_sets_config_alone_keeps_all_old():
     plan = Plan(
         method="x", promise="exact", edits=[SetConfig(values={"use_cache": False})], made_for=config_values(config)
     )
-    assert set(old_blocks([plan])) == {name for name, _ in edited_skeleton(config).named_parameters()}
+    assert set(old_shapes([plan])) == {name for name, _ in edited_skeleton(config).named_parameters()}
 
 
 def test_exact_rates_are_a_hook_of_their_own(expanded):

@@ -11,7 +11,7 @@ from auxin.methods import methods
 from auxin.models.loading import skeleton
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.recipes import Recipe, builtin_recipes, load_recipe, price_recipe, training_recipe
-from auxin.recipes.structure import final_config, match_parameters, resolve_structures
+from auxin.recipes.stage_models import final_config, match_parameters, resolve_structures
 
 DEMO = yaml.safe_load(load_recipe.__globals__["BUILTIN"].joinpath("demo.yaml").read_text())
 

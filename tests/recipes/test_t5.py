@@ -12,7 +12,7 @@ from auxin.errors import ConfigError, DataError
 from auxin.evaluation.inspection import describe_checkpoint
 from auxin.models.loading import load_config, load_model
 from auxin.recipes import Recipe, price_recipe, run_recipe
-from auxin.recipes.structure import resolve_structures
+from auxin.recipes.stage_models import resolve_structures
 from auxin.training import load_model as load_trained
 
 SIZES = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.1}

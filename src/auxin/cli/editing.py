@@ -87,8 +87,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What a method would do to a model: every edit, parameters and FLOPs before and after, and what is promised."""
-    from auxin.edits.method import plan_for
     from auxin.methods import method as find_method
+    from auxin.planning.method import plan_for
     from auxin.recipes.library import apply_override
 
     values: dict[str, Any] = {}

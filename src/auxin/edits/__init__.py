@@ -1,15 +1,15 @@
 """The edit language: edits and plans as data, and the executor that applies them to models and checkpoints."""
 
 from auxin.edits import replay  # noqa: F401 - edited models load wherever edits are known
-from auxin.edits.checkpoint import apply_to_checkpoint
 from auxin.edits.continuation import continue_exactly
-from auxin.edits.edit import Edit, SetConfig
 from auxin.edits.executor import Receipt, apply
-from auxin.edits.fills import ConstantFill, Fill, MeanFill, NormalFill, RepeatFill, ZeroFill
+from auxin.edits.folders import apply_to_checkpoint
 from auxin.edits.inverse import inverse_plan
-from auxin.edits.layer_edits import ArrangeLayers, JoinAbove
-from auxin.edits.module_edits import RemoveModule, ReplaceModule, TieParameters, WrapModule
-from auxin.edits.parameter_edits import (
+from auxin.edits.kinds.edit import Edit, SetConfig
+from auxin.edits.kinds.fills import ConstantFill, Fill, MeanFill, NormalFill, RepeatFill, ZeroFill
+from auxin.edits.kinds.layer_edits import ArrangeLayers, JoinAbove
+from auxin.edits.kinds.module_edits import RemoveModule, ReplaceModule, TieParameters, WrapModule
+from auxin.edits.kinds.parameter_edits import (
     AverageRows,
     CentreParameter,
     PadParameter,
@@ -17,8 +17,8 @@ from auxin.edits.parameter_edits import (
     ScaleParameter,
     SliceParameter,
 )
+from auxin.edits.kinds.rate import Rate
 from auxin.edits.plan import Plan, Promise
-from auxin.edits.rate import Rate
 from auxin.edits.resolution import planned_config
 
 __all__ = [

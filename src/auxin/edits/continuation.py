@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from auxin.edits.executor import Receipt
-from auxin.edits.rate import Rate
+from auxin.edits.kinds.rate import Rate
 from auxin.errors import PlanError
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from auxin.edits.edit import describe_edit
+from auxin.edits.kinds.edit import describe_edit
 from auxin.edits.plan import Plan
 from auxin.edits.promise import relative_change
 from auxin.edits.resolution import collapse

@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from auxin.accounting import count_parameters
-from auxin.edits.edit import moment_order
 from auxin.edits.fresh import FreshValues
+from auxin.edits.kinds.edit import moment_order
+from auxin.edits.kinds.rate import Rate
 from auxin.edits.plan import Plan
 from auxin.edits.promise import Probe, check_promise, default_probe, probe_logits, relative_change, tolerance
-from auxin.edits.rate import Rate
 from auxin.edits.resolution import Origin, ResolvedPlan, resolve
 from auxin.edits.tree import Undo, rebuild_tree
 from auxin.errors import PlanError
@@ -87,7 +87,7 @@ def apply(
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps
     parameters = dict(model.named_parameters())
     _refuse_sharded(parameters)
-    resolved = resolve(plan, model)
+    resolved = resolve(plan.edits, model)
     _check_optimizer(resolved, parameters, optimizer)
     has_data = not any(parameter.is_meta for parameter in parameters.values())
     count, allowed = count_parameters(model).total, tolerance(model)

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from auxin.edits.parameter_edits import generator
+from auxin.edits.kinds.parameter_edits import generator
 from auxin.edits.resolution import Origin, ResolvedPlan
 
 

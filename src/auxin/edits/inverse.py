@@ -5,10 +5,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from auxin.edits.edit import SetConfig, describe_edit
-from auxin.edits.layer_edits import ArrangeLayers
-from auxin.edits.module_edits import RemoveModule, WrapModule
-from auxin.edits.parameter_edits import ParameterEdit
+from auxin.edits.kinds.edit import SetConfig, describe_edit
+from auxin.edits.kinds.layer_edits import ArrangeLayers
+from auxin.edits.kinds.module_edits import RemoveModule, WrapModule
+from auxin.edits.kinds.parameter_edits import ParameterEdit
 from auxin.edits.plan import Plan
 from auxin.edits.resolution import Step, resolve
 from auxin.edits.structure import config_values
@@ -28,7 +28,7 @@ def inverse_plan(plan: Plan, model: PreTrainedModel) -> Plan:
     Raises:
         PlanError: an edit loses what can't be had back; the message names it.
     """
-    resolved = resolve(plan, model)
+    resolved = resolve(plan.edits, model)
     gone = _copies(plan, model)
     steps: dict[int, list[Step]] = {}
     for origin in resolved.origins.values():

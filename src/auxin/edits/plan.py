@@ -8,8 +8,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.accounting import count_parameters, flops_per_token
-from auxin.edits.edit import Edit, SetConfig, describe_edit
-from auxin.edits.parameter_edits import ParameterEdit
+from auxin.edits.kinds.edit import Edit, SetConfig, describe_edit
+from auxin.edits.kinds.parameter_edits import ParameterEdit
 from auxin.edits.resolution import ResolvedPlan, collapse, resolve
 from auxin.edits.structure import config_from_values, edited_skeleton
 from auxin.settings import Settings
@@ -54,7 +54,7 @@ class Plan(Settings):
             PlanError: the plan does not fit.
         """
         before = edited_skeleton(model) if isinstance(model, PreTrainedConfig) else model
-        resolved = resolve(self, before)
+        resolved = resolve(self.edits, before)
         rows = [["module", "edit", "parameters", "FLOPs per token, forward"]]
         rows += [*_structure_rows(self), *_parameter_rows(resolved)]
         if sequence_length is None:

@@ -4,17 +4,17 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from auxin.edits.edit import SetConfig, describe_edit
-from auxin.edits.fills import CopyFill, Fill
-from auxin.edits.layer_edits import ArrangeLayers, JoinAbove, layer_stack
-from auxin.edits.module_edits import ModuleEdit, RemoveModule, ReplaceModule, TieParameters, WrapModule, merged
-from auxin.edits.parameter_edits import ParameterEdit
-from auxin.edits.rate import Rate
+from auxin.edits.kinds.edit import SetConfig, describe_edit
+from auxin.edits.kinds.fills import CopyFill, Fill
+from auxin.edits.kinds.layer_edits import ArrangeLayers, JoinAbove, layer_stack
+from auxin.edits.kinds.module_edits import ModuleEdit, RemoveModule, ReplaceModule, TieParameters, WrapModule, merged
+from auxin.edits.kinds.parameter_edits import ParameterEdit
+from auxin.edits.kinds.rate import Rate
 from auxin.edits.structure import (
     edited_config,
     edited_skeleton,
@@ -23,14 +23,6 @@ from auxin.edits.structure import (
     with_structural_edits,
 )
 from auxin.errors import PlanError
-
-
-class Planned(Protocol):
-    """What is resolved: a Plan."""
-
-    @property
-    def edits(self) -> Sequence[Any]:
-        """The edits, in order."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +93,10 @@ class ResolvedPlan:
     """The old path of every module of `after`; None for those that are new."""
 
 
-def resolve(plan: Planned, model: PreTrainedModel) -> ResolvedPlan:
-    """Check that `plan` fits `model` (weights are not looked at; the meta device serves) and find what it changes.
+def resolve(edits: Sequence[Any], model: PreTrainedModel) -> ResolvedPlan:
+    """Check that the `edits` of a plan, in order, fit `model` and find what they change.
+
+    Weights are not looked at; the meta device serves.
 
     Raises:
         PlanError: a path that does not exist, a shape that does not fit, edits that collide, or a config that asks for
@@ -112,21 +106,21 @@ def resolve(plan: Planned, model: PreTrainedModel) -> ResolvedPlan:
     before = edited_skeleton(model.config, type(model))
     _check_unchanged(model, before)
     tracker = _Tracker(before)
-    for index, edit in enumerate(plan.edits):
+    for index, edit in enumerate(edits):
         try:
             tracker.follow(index, edit)
         except PlanError as error:
             raise PlanError(f"Edit {index + 1} ({describe_edit(edit)}): {str(error).rstrip('.')}.") from error
-    return tracker.finish(plan)
+    return tracker.finish(edits)
 
 
-def planned_config(plan: Planned, config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the model that `plan` makes of a model of `config`, which stays as it is.
+def planned_config(edits: Sequence[Any], config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the model that `edits` make of a model of `config`, which stays as it is.
 
     Raises:
-        PlanError: the plan does not fit.
+        PlanError: they don't fit.
     """
-    return resolve(plan, edited_skeleton(config)).after.config
+    return resolve(edits, edited_skeleton(config)).after.config
 
 
 def tensor_names(model: nn.Module) -> dict[str, list[str]]:
@@ -356,7 +350,7 @@ class _Tracker:
         self.aliases = {alias: kept if name == gone else name for alias, name in self.aliases.items()}
         del self.origins[gone]
 
-    def finish(self, plan: Planned) -> ResolvedPlan:
+    def finish(self, edits: Sequence[Any]) -> ResolvedPlan:
         """Build the new skeleton and find the origin of everything in it."""
         config = edited_config(self.before.config, self.values)
         with_structural_edits(config, self.structure)
@@ -366,7 +360,7 @@ class _Tracker:
             raise
         except (ValueError, TypeError, AssertionError, RuntimeError, ZeroDivisionError) as error:
             raise PlanError(f"No model can be built with the plan's config values ({self.values}): {error}") from error
-        origins = self._origins(plan, after)
+        origins = self._origins(edits, after)
         modules: dict[str, str | None] = {"": ""}
         for path, _ in after.named_modules(remove_duplicate=False):
             modules[path] = "" if not path else self.modules.get(path)
@@ -374,14 +368,14 @@ class _Tracker:
         self._check_modules(resolved)
         return resolved
 
-    def _origins(self, plan: Planned, after: PreTrainedModel) -> dict[str, Origin]:
+    def _origins(self, edits: Sequence[Any], after: PreTrainedModel) -> dict[str, Origin]:
         names, shapes = tensor_names(after), shapes_of(after)
         origins: dict[str, Origin] = {}
         for name, aliases in names.items():
             known = next((self.aliases[alias] for alias in aliases if alias in self.aliases), None)
             if known is not None:
                 origin = self.origins[known]
-                self._check_shape(plan, name, origin, shapes[name])
+                self._check_shape(edits, name, origin, shapes[name])
             elif any(alias in self.fresh for alias in aliases):
                 fill = next(self.fresh[a] for a in aliases if a in self.fresh)
                 origin = Origin(shapes[name], (), fill=fill)
@@ -389,7 +383,7 @@ class _Tracker:
                     if fill.of not in self.aliases:
                         raise PlanError(f"copy: {_nearest('parameter', fill.of, self.aliases)}.")
                     origin = self.origins[self.aliases[fill.of]]
-                    self._check_shape(plan, name, origin, shapes[name])
+                    self._check_shape(edits, name, origin, shapes[name])
             elif _below(name, self.fresh_layers) or self._is_brick_buffer(after, name):
                 origin = Origin(shapes[name], ())
             else:
@@ -425,13 +419,13 @@ class _Tracker:
         module = after.get_submodule(name.rpartition(".")[0])
         return name.rpartition(".")[2] in module._buffers and hasattr(module, "reset_buffers")
 
-    def _check_shape(self, plan: Planned, name: str, origin: Origin, expected: tuple[int, ...]) -> None:
+    def _check_shape(self, edits: Sequence[Any], name: str, origin: Origin, expected: tuple[int, ...]) -> None:
         if origin.shape == expected:
             return
         blamed = "No edit"
         if origin.steps:
             last = origin.steps[-1]
-            blamed = f"Edit {last.index + 1} ({describe_edit(plan.edits[last.index])})"
+            blamed = f"Edit {last.index + 1} ({describe_edit(edits[last.index])})"
         raise PlanError(
             f"{blamed}: {name} has shape {list(origin.shape)} after the plan's edits, but the plan's config asks for "
             f"{list(expected)}. Make sizes and config values agree."

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from auxin.edits.module_edits import RemoveModule, ReplaceModule, TieParameters, WrapModule
+from auxin.edits.kinds.module_edits import RemoveModule, ReplaceModule, TieParameters, WrapModule
 from auxin.edits.structure import REPLAY_METHOD, structural_edits
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.nn.bricks import find_brick

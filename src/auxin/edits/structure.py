@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from auxin.edits.module_edits import StructuralEdit
+from auxin.edits.kinds.module_edits import StructuralEdit
 from auxin.errors import CheckpointError, PlanError
 from auxin.models.loading import skeleton
 

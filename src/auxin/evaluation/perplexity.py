@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from auxin.accounting.results import perplexity_of
-from auxin.data.span_corruption import SpanCorruption, held_out_generator
 from auxin.errors import DataError
+from auxin.objectives.span_corruption import SpanCorruption, held_out_generator
 from auxin.settings import Settings
 
 NO_TEXT_TO_SCORE = (

@@ -1,6 +1,6 @@
 """The anatomy of a transformer: what every parameter's axes run along, where its layers are, how its norms sit.
 
-Growing, pruning and merging methods ask this one module instead of knowing architectures by name. `auxin.models.roles`
+Growing, pruning and merging methods ask this one module instead of knowing architectures by name. `auxin.words.roles`
 has the words in which it is written.
 """
 
@@ -11,13 +11,15 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from auxin.errors import PlanError, unknown_name
-from auxin.models.roles import (
+from auxin.nn.altup import AltUpLayer
+from auxin.words.registry import Registry
+from auxin.words.roles import (
     Anatomy,
     Axes,
-    Blocks,
     ConfigFields,
     LayerStack,
     ParameterRole,
+    ResidualBlocks,
     Segment,
     Sizes,
     conv1d,
@@ -25,49 +27,57 @@ from auxin.models.roles import (
     linear,
     norm,
 )
-from auxin.nn.altup import AltUpLayer
+
+ANATOMIES: Registry[Callable[[PreTrainedModel], Anatomy]] = Registry(
+    "anatomy", "auxin.models", error=PlanError, plural="anatomies"
+)
+"""What describes the models of a `model_type`, by that; roles that a model lacks are dropped by `anatomy`. Entry points
+of the group "auxin.anatomies" name modules of other packages that add some."""
 
 
-def anatomy(model: PreTrainedModel) -> Anatomy:
+def anatomy(model: PreTrainedModel, complete: bool = True) -> Anatomy:
     """The anatomy of `model`, which may be a skeleton on the meta device.
 
+    Args:
+        model: the model.
+        complete: whether every parameter must have a role. Without, as for methods that treat layers as black boxes,
+            any decoder whose modules have Llama's names will do.
+
     Raises:
-        PlanError: the architecture is not known, or the model has a parameter that its architecture's anatomy lacks.
+        PlanError: the architecture is not known (nor, where that will do, built like Llama), or the model has a
+            parameter that its architecture's anatomy lacks.
     """
     family = model.config.model_type
-    if family not in _FAMILIES:
-        raise PlanError(unknown_name("architecture", family, _FAMILIES))
-    found = _FAMILIES[family](model)
+    describe = ANATOMIES.get(family)
+    if describe is None and not complete and _is_built_like_llama(model):
+        describe = _llama_like
+    if describe is None:
+        raise PlanError(unknown_name("architecture", family, ANATOMIES.all()) + ("" if complete else _NOT_LIKE_LLAMA))
+    found = describe(model)
+    if not complete:
+        return found
     found = replace(found, roles=(*found.roles, *(role for stack in found.stacks for role in _mixing(stack))))
     names = [name for name, _ in model.named_parameters()]
     used = [role for role in found.roles if any(role.matches(name) for name in names)]
     epsilon = getattr(model.config, found.fields.epsilon) if found.fields.epsilon else 0.0
-    found = replace(found, roles=tuple(used), epsilon=epsilon, blocks=_blocks(model))
+    found = replace(found, roles=tuple(used), epsilon=epsilon, residual_blocks=_residual_blocks(model))
     for name in names:
         found.role(name)
     return found
 
 
-def layout(model: PreTrainedModel) -> Anatomy:
-    """As `anatomy`, for methods that treat layers as black boxes: parameters may lack a role, and any decoder whose
-    modules have Llama's names will do.
+_LIKE_LLAMA = ("model.embed_tokens", "model.layers", "model.norm", "lm_head")
+_NOT_LIKE_LLAMA = (
+    f" Nor has it the modules of a decoder like Llama ({', '.join(_LIKE_LLAMA)}), so that no residual stream is known "
+    "in it."
+)
 
-    Raises:
-        PlanError: the architecture is neither known nor built like Llama.
-    """
-    family = model.config.model_type
-    if family in _FAMILIES:
-        return _FAMILIES[family](model)
-    like_llama = ("model.embed_tokens", "model.layers", "model.norm", "lm_head")
+
+def _is_built_like_llama(model: PreTrainedModel) -> bool:
     try:
-        if all(model.get_submodule(path) is not None for path in like_llama):
-            return _llama_like(model)
+        return all(model.get_submodule(path) is not None for path in _LIKE_LLAMA)
     except AttributeError:
-        pass
-    raise PlanError(
-        f"{unknown_name('architecture', family, _FAMILIES)} Nor has it the modules of a decoder like Llama "
-        f"({', '.join(like_llama)}), so that no residual stream is known in it."
-    )
+        return False
 
 
 def norm_epsilon(norm: Any) -> float:
@@ -75,7 +85,7 @@ def norm_epsilon(norm: Any) -> float:
     return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-5)))
 
 
-def _blocks(model: PreTrainedModel) -> Blocks:
+def _residual_blocks(model: PreTrainedModel) -> ResidualBlocks:
     """How many blocks the residual stream has, in the words of `Anatomy`."""
     layers = [module for module in model.modules() if isinstance(module, AltUpLayer)]
     if not layers:
@@ -87,16 +97,6 @@ def _mixing(stack: LayerStack) -> Iterator[ParameterRole]:
     """The roles of what bricks may have put beside the parts of a layer: small tensors along no stream."""
     for name, axes in (("altup.prediction", 2), ("altup.correction", 1), ("sequence_altup.deviations", 1)):
         yield ParameterRole(f"{stack.path}.*.{name}", ((),) * axes, (None,) * axes, "mixing")
-
-
-def register_anatomy(model_type: str, describe: Callable[[PreTrainedModel], Anatomy]) -> None:
-    """Make the architecture whose config says `model_type` known; roles that a model lacks are dropped by `anatomy`."""
-    _FAMILIES[model_type] = describe
-
-
-def known_families() -> tuple[str, ...]:
-    """The model types whose anatomy is known."""
-    return tuple(sorted(_FAMILIES))
 
 
 def _sizes(config: Any, ffn: int | None, head_dim: int | None = None, key_value_heads: int | None = None) -> Sizes:
@@ -461,12 +461,11 @@ def _tokenformer(model: PreTrainedModel) -> Anatomy:
     )
 
 
-_FAMILIES: dict[str, Callable[[PreTrainedModel], Anatomy]] = {
-    **dict.fromkeys(("llama", "gemma", "qwen2", "qwen3", "olmo", "olmo2"), _llama_like),
-    "gpt2": _gpt2,
-    "gpt_neox": _gpt_neox,
-    "t5": _t5,
-    "bert": _bert,
-    "vit": _vit,
-    "tokenformer": _tokenformer,
-}
+for _family in ("llama", "gemma", "qwen2", "qwen3", "olmo", "olmo2"):
+    ANATOMIES.add(_family, _llama_like)
+ANATOMIES.add("gpt2", _gpt2)
+ANATOMIES.add("gpt_neox", _gpt_neox)
+ANATOMIES.add("t5", _t5)
+ANATOMIES.add("bert", _bert)
+ANATOMIES.add("vit", _vit)
+ANATOMIES.add("tokenformer", _tokenformer)

@@ -60,8 +60,8 @@ def grow_checkpoint(
         ledger.append(record).save(folder)
         # A plan is data: it may be someone's own, or of a method that is not installed here.
         method = methods().get(plan.method)
-        if method is not None and method.finish is not None:
-            method.finish(plan, source, folder)
+        if method is not None and method.write_files is not None:
+            method.write_files(plan, source, folder)
 
     try:
         return apply_to_checkpoint(plan, source, output, finish=keep_books)

@@ -6,11 +6,11 @@ from auxin.accounting import FlopsPerToken, Ledger, count_parameters, training_m
 from auxin.accounting.ledger import LEDGER_FILE
 from auxin.edits.structure import edited_skeleton
 from auxin.errors import ConfigError
+from auxin.objectives import ObjectiveSettings
+from auxin.objectives.objective import is_encoder_decoder, objective_flops
 from auxin.recipes.schema import Branch, BuildStage, GrowStage, Recipe, TrainStage
-from auxin.recipes.structure import Structures, growth_tokens, resolve_structures
+from auxin.recipes.stage_models import Structures, growth_tokens, resolve_structures
 from auxin.settings import Settings
-from auxin.training import ObjectiveSettings
-from auxin.training.objective import is_encoder_decoder, objective_flops
 
 
 class StagePrice(Settings):

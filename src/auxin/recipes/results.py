@@ -10,8 +10,8 @@ from auxin.accounting.ledger import software_versions
 from auxin.accounting.machine import describe_machine
 from auxin.accounting.results import BranchResult, CurvePoint, GrowthPoint, RunResults, perplexity_of
 from auxin.data import CorpusReport, PackedData
+from auxin.objectives import ObjectiveSettings
 from auxin.recipes.schema import Branch, Recipe
-from auxin.training import ObjectiveSettings
 from auxin.training.metrics import METRICS_FILE
 
 _EXAMPLES = 3

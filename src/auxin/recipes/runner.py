@@ -15,23 +15,23 @@ from auxin.accounting.ledger import LEDGER_FILE
 from auxin.accounting.results import RunResults
 from auxin.data import PackedData, prepare
 from auxin.data.tokenizer import load_tokenizer, tokenizer_digest
-from auxin.edits.checkpoint import TRAINING_FOLDER
+from auxin.edits.folders import TRAINING_FOLDER
 from auxin.edits.structure import edited_skeleton
 from auxin.errors import CheckpointError, ConfigError
 from auxin.evaluation import evaluate_loss
 from auxin.files import new_folder, write_text
 from auxin.models.loading import load_model
-from auxin.recipes.continuation import stage_hooks
+from auxin.objectives.objective import is_encoder_decoder
 from auxin.recipes.folder import DATA, OUTCOME_FILE, StageOutcome, claim_directory, left_checkpoint, stage_directory
 from auxin.recipes.growth import grow_checkpoint
 from auxin.recipes.price import price_recipe, remaining_flops
 from auxin.recipes.results import collect_results, describe_left_out
 from auxin.recipes.schema import Branch, BuildStage, EvaluateStage, GrowStage, Recipe, Stage, TrainStage
-from auxin.recipes.structure import Structures, growth_plan, growth_tokens, resolve_structures
+from auxin.recipes.stage_hooks import stage_hooks
+from auxin.recipes.stage_models import Structures, growth_plan, growth_tokens, resolve_structures
 from auxin.report import write_chart_svg, write_report
 from auxin.training import train, write_checkpoint_folder
 from auxin.training.hardware import choose_device
-from auxin.training.objective import is_encoder_decoder
 
 RESULTS_FILE = "results.json"
 STAGE_CHECKPOINT = "checkpoint"

@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 from auxin.data import CorpusSettings
 from auxin.errors import ConfigError, unknown_name
 from auxin.methods.grow.tokenformer import TokenGrowth
+from auxin.objectives import ObjectiveSettings
 from auxin.settings import Settings
-from auxin.training import ObjectiveSettings, TrainingSettings
+from auxin.training import TrainingSettings
 
 STAGE_NAME = r"^[a-z0-9][a-z0-9._-]*$"
 """A stage's name is part of a folder's."""

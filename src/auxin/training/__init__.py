@@ -1,7 +1,7 @@
 """Training: the loop, its schedules, guard, metrics and checkpoints."""
 
-from auxin.edits.hooks import ExactRates, Hook, OldRates, TrainOnly
 from auxin.models.loading import load_model
+from auxin.planning.hooks import ExactRates, Hook, OldRates, TrainOnly
 from auxin.training.checkpoint import (
     latest_checkpoint,
     load_optimizer,
@@ -9,7 +9,6 @@ from auxin.training.checkpoint import (
 )
 from auxin.training.interruption import TrainingInterrupted
 from auxin.training.loop import TrainingResult, train
-from auxin.training.objective import ObjectiveSettings
 from auxin.training.schedule import learning_rate
 from auxin.training.settings import GuardSettings, TrainingSettings
 
@@ -17,7 +16,6 @@ __all__ = [
     "ExactRates",
     "GuardSettings",
     "Hook",
-    "ObjectiveSettings",
     "OldRates",
     "TrainOnly",
     "TrainingInterrupted",

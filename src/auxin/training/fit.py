@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 from auxin.data import PackedData
 from auxin.errors import ConfigError
 from auxin.evaluation.perplexity import evaluating
-from auxin.training.objective import ObjectiveSettings
+from auxin.objectives import ObjectiveSettings
 
 _PROBE_LENGTH = 8
 _CAUSALITY_TOLERANCE = 1e-4

@@ -6,8 +6,8 @@ from typing import Any, Self
 from transformers import PreTrainedConfig
 
 from auxin.errors import CheckpointError
+from auxin.objectives import ObjectiveSettings
 from auxin.settings import Settings
-from auxin.training.objective import ObjectiveSettings
 from auxin.training.settings import TrainingSettings
 
 MAY_CHANGE = frozenset(

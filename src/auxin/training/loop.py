@@ -17,9 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from auxin.accounting.ledger import Ledger, StageRecord
 from auxin.accounting.parameters import count_parameters
 from auxin.data import PackedData, make_loader
-from auxin.edits.hooks import Hook
 from auxin.errors import CheckpointError, TrainingError
 from auxin.evaluation.perplexity import evaluate_loss
+from auxin.objectives.objective import model_inputs, objective_flops
+from auxin.planning.hooks import Hook
 from auxin.training.checkpoint import (
     CHECKPOINTS,
     checkpoint_name,
@@ -38,7 +39,6 @@ from auxin.training.hardware import choose_device, choose_precision, peak_flops
 from auxin.training.identity import RunIdentity
 from auxin.training.interruption import Interruption, TrainingInterrupted
 from auxin.training.metrics import MetricsLog, last_progress
-from auxin.training.objective import model_inputs, objective_flops
 from auxin.training.optimizer import build_optimizer, restore_optimizer
 from auxin.training.progress import ProgressDisplay
 from auxin.training.schedule import learning_rate

@@ -5,8 +5,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from auxin.errors import ConfigError
+from auxin.objectives import ObjectiveSettings
 from auxin.settings import Settings
-from auxin.training.objective import ObjectiveSettings
 
 
 class GuardSettings(Settings):

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from auxin.edits.hooks import Hook
 from auxin.errors import CheckpointError
+from auxin.planning.hooks import Hook
 from auxin.training.guard import Guard
 from auxin.training.optimizer import optimizer_tensors, restore_optimizer
 

@@ -26,17 +26,17 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from auxin.edits import Edit, NormalFill, PadParameter, Plan, Receipt, ZeroFill, apply
-from auxin.edits.fills import Fill
-from auxin.edits.hooks import Blocks, Hook, OldRates
-from auxin.edits.method import Method
-from auxin.edits.module_edits import ReplaceModule
+from auxin.edits.kinds.fills import Fill
+from auxin.edits.kinds.module_edits import ReplaceModule
 from auxin.edits.plan import collapse
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
-from auxin.models.paths import path_pattern
 from auxin.nn.graft import Grafted, GraftedConv1D, GraftedLinear
 from auxin.nn.pattention import ScoreFunction
+from auxin.planning.hooks import Hook, OldRates, OldShapes
+from auxin.planning.method import Method
 from auxin.settings import Settings
+from auxin.words.paths import path_pattern
 
 Groups = Literal["all", "newest"]
 
@@ -264,9 +264,9 @@ def freeze_all_but_branches(model: nn.Module, groups: Groups = "all") -> list[Ho
             'Train all tokens (groups="all"), or grow the others too.'
         )
     model.requires_grad_(False)
-    blocks: Blocks = {}
+    old_shapes: OldShapes = {}
     for name, branch in branches.items():
         for kind, parameter in branch.named_parameters():
             parameter.requires_grad_(True)
-            blocks[f"{name}.branch.{kind}"] = (sum(branch.group_sizes[:-1]), parameter.shape[1])
-    return [OldRates(0.0, blocks)] if groups == "newest" else []
+            old_shapes[f"{name}.branch.{kind}"] = (sum(branch.group_sizes[:-1]), parameter.shape[1])
+    return [OldRates(0.0, old_shapes)] if groups == "newest" else []

@@ -40,19 +40,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from auxin.edits import ConstantFill, Edit, NormalFill, PadParameter, Plan, Promise, RepeatFill, ZeroFill
-from auxin.edits.depth import chosen_stacks, depth
-from auxin.edits.fills import CopyFill, Fill, ValuesFill
-from auxin.edits.method import Method
-from auxin.edits.module_edits import ReplaceModule
-from auxin.edits.parameter_edits import ABSENT_UNIT, SliceParameter, generator
+from auxin.edits.kinds.fills import CopyFill, Fill, ValuesFill
+from auxin.edits.kinds.module_edits import ReplaceModule
+from auxin.edits.kinds.parameter_edits import ABSENT_UNIT, SliceParameter, generator
 from auxin.edits.resolution import tensor_names
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
-from auxin.models.anatomy import layout, norm_epsilon
-from auxin.models.roles import Anatomy, LayerStack
+from auxin.models.anatomy import anatomy, norm_epsilon
 from auxin.nn.altup import AltUpLayer, Coefficients
 from auxin.nn.masked import Masked
+from auxin.planning.depth import chosen_stacks, depth
+from auxin.planning.method import Method
 from auxin.settings import Settings
+from auxin.words.roles import Anatomy, LayerStack
 
 Conversion = Literal["recycled", "copies", "free", "relay", "zeros", "random"]
 Selection = Literal["alternating", "same"]
@@ -148,7 +148,7 @@ def plan_altup(model: PreTrainedModel, settings: AltUpSettings) -> Plan:
         raise PlanError(
             "The model carries PEFT adapters. Merge or remove them (merge_and_unload) before its stream is widened."
         )
-    body = layout(model)
+    body = anatomy(model, complete=False)
     if twice := next((name for name, module in model.named_modules() if isinstance(module, AltUpLayer)), None):
         raise PlanError(
             f"{twice} has alternating updates already, and blocks can't be added to them. Start from the model before."
@@ -465,7 +465,7 @@ class _Widening:
 
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
-    layout(model)
+    anatomy(model, complete=False)
     return {"blocks": 2}
 
 

@@ -18,15 +18,15 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from auxin.edits import Edit, Plan
-from auxin.edits.depth import arrange, chosen_stacks, depth, stacked_order
-from auxin.edits.method import Method
 from auxin.edits.plan import Promise
 from auxin.edits.structure import config_values
-from auxin.edits.width import widen
-from auxin.edits.width_maps import StreamMap, Widening, drawn, head_maps
-from auxin.edits.width_targets import WidthTargets, refuse_unchanged
 from auxin.models.anatomy import anatomy
-from auxin.models.roles import Anatomy, Sizes
+from auxin.planning.depth import arrange, chosen_stacks, depth, stacked_order
+from auxin.planning.method import Method
+from auxin.planning.width import widen
+from auxin.planning.width_maps import StreamMap, Widening, drawn, head_maps
+from auxin.planning.width_targets import WidthTargets, refuse_unchanged
+from auxin.words.roles import Anatomy, Sizes
 
 
 class Bert2Bert(WidthTargets):

@@ -18,14 +18,14 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from auxin.edits import Edit, Plan
-from auxin.edits.method import Method
 from auxin.edits.structure import config_values
-from auxin.edits.width import diagonal_edits, widen
-from auxin.edits.width_maps import StreamMap, Widening, circular, head_maps
-from auxin.edits.width_targets import WidthTargets, refuse_unchanged
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
-from auxin.models.roles import Anatomy, Sizes
+from auxin.planning.method import Method
+from auxin.planning.width import diagonal_edits, widen
+from auxin.planning.width_maps import StreamMap, Widening, circular, head_maps
+from auxin.planning.width_targets import WidthTargets, refuse_unchanged
+from auxin.words.roles import Anatomy, Sizes
 
 
 class HyperCloning(WidthTargets):

@@ -17,13 +17,13 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from auxin.edits import Edit, Plan
-from auxin.edits.depth import depth, identity_blocks
-from auxin.edits.method import Method
 from auxin.edits.structure import config_values
-from auxin.edits.width import widen
-from auxin.edits.width_maps import Padding, Widening, circular, head_maps, padded
-from auxin.edits.width_targets import WidthTargets, refuse_unchanged
 from auxin.models.anatomy import anatomy
+from auxin.planning.depth import depth, identity_blocks
+from auxin.planning.method import Method
+from auxin.planning.width import widen
+from auxin.planning.width_maps import Padding, Widening, circular, head_maps, padded
+from auxin.planning.width_targets import WidthTargets, refuse_unchanged
 
 
 class Lemon(WidthTargets):

@@ -36,17 +36,17 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from auxin.data import CorpusSettings, make_loader, prepare
 from auxin.edits import Edit, Plan, SetConfig
-from auxin.edits.depth import chosen_stacks, depth
-from auxin.edits.edit import ArrangeLayers, ProjectParameter
-from auxin.edits.fixed_heads import fixed_head_sizes, size_values
-from auxin.edits.method import Method
+from auxin.edits.kinds.edit import ArrangeLayers, ProjectParameter
 from auxin.edits.structure import config_values, edited_config, structural_edits
-from auxin.edits.width import describe_sizes
-from auxin.edits.width_targets import WidthTargets
 from auxin.errors import DataError, PlanError
 from auxin.models.anatomy import anatomy
 from auxin.models.loading import skeleton
-from auxin.models.roles import Anatomy, LayerStack, Segment, Sizes
+from auxin.planning.depth import chosen_stacks, depth
+from auxin.planning.fixed_heads import fixed_head_sizes, size_values
+from auxin.planning.method import Method
+from auxin.planning.width import describe_sizes
+from auxin.planning.width_targets import WidthTargets
+from auxin.words.roles import Anatomy, LayerStack, Segment, Sizes
 
 Batch = Tensor | Mapping[str, Tensor]
 CORPUS_TOKENS = 128

@@ -22,12 +22,12 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
 from auxin.edits import Edit, Plan
-from auxin.edits.depth import arrange, chosen_stacks, depth, identity_layers
-from auxin.edits.hooks import Hook, TrainOnly
-from auxin.edits.method import Method
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
+from auxin.planning.depth import arrange, chosen_stacks, depth, identity_layers
+from auxin.planning.hooks import Hook, TrainOnly
+from auxin.planning.method import Method
 from auxin.settings import Settings
 
 

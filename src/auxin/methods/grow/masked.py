@@ -27,19 +27,19 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from auxin.edits import Edit, NormalFill, PadParameter, Plan, SetConfig, ZeroFill
-from auxin.edits.depth import chosen_stacks, depth
-from auxin.edits.edit import ArrangeLayers, RemoveModule, ScaleParameter, SliceParameter, WrapModule
-from auxin.edits.fills import Fill, MeanFill
-from auxin.edits.fixed_heads import fixed_head_sizes, size_values
-from auxin.edits.hooks import Hook
-from auxin.edits.method import Method
+from auxin.edits.kinds.edit import ArrangeLayers, RemoveModule, ScaleParameter, SliceParameter, WrapModule
+from auxin.edits.kinds.fills import Fill, MeanFill
 from auxin.edits.structure import config_values, structural_edits
-from auxin.edits.width import describe_sizes
-from auxin.edits.width_targets import WidthTargets
 from auxin.errors import ConfigError, PlanError
 from auxin.models.anatomy import anatomy, norm_epsilon
-from auxin.models.roles import Anatomy, LayerStack, ParameterRole, Segment, Sizes
 from auxin.nn.masked import Masked
+from auxin.planning.depth import chosen_stacks, depth
+from auxin.planning.fixed_heads import fixed_head_sizes, size_values
+from auxin.planning.hooks import Hook
+from auxin.planning.method import Method
+from auxin.planning.width import describe_sizes
+from auxin.planning.width_targets import WidthTargets
+from auxin.words.roles import Anatomy, LayerStack, ParameterRole, Segment, Sizes
 
 BRICKS = ("masked", "masked_norm", "masked_block")
 
@@ -85,7 +85,7 @@ def plan_masked(model: PreTrainedModel, settings: MaskedGrowth) -> Plan:
     sizes = fixed_head_sizes(body, settings)
     growth = _Growth(model, body, sizes)
     deeper = _deeper(model, body, settings)
-    if deeper and body.blocks != "one" and settings.new_layers == "random":
+    if deeper and body.residual_blocks != "one" and settings.new_layers == "random":
         raise PlanError(
             "new_layers = random: a layer made from nothing would have no alternating updates (altup), which all "
             "others have. Ask for copies."
@@ -222,7 +222,7 @@ class _Growth:
 
     def __init__(self, model: PreTrainedModel, body: Anatomy, new: Sizes) -> None:
         self.model, self.body, self.old, self.new = model, body, body.sizes, new
-        if body.blocks != "one" and self._grows("residual"):
+        if body.residual_blocks != "one" and self._grows("residual"):
             raise PlanError(
                 f"hidden_size = {new.residual}: the residual stream has several blocks (altup), which masks don't "
                 "know. Grow behind masks first and take them off, then apply altup; or grow other widths."

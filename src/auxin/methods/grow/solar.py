@@ -16,13 +16,13 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
 from auxin.edits import Edit, Plan
-from auxin.edits.depth import arrange, chosen_stacks, depth, is_exact
-from auxin.edits.method import Method
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
-from auxin.models.roles import LayerStack
+from auxin.planning.depth import arrange, chosen_stacks, depth, is_exact
+from auxin.planning.method import Method
 from auxin.settings import Settings
+from auxin.words.roles import LayerStack
 
 
 class Slice(Settings):

@@ -21,11 +21,11 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
 from auxin.edits import Edit, Plan
-from auxin.edits.depth import arrange, chosen_stacks, depth, stacked_order
-from auxin.edits.method import Method
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
+from auxin.planning.depth import arrange, chosen_stacks, depth, stacked_order
+from auxin.planning.method import Method
 from auxin.settings import Settings
 
 

@@ -24,8 +24,6 @@ from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.edits import Edit, NormalFill, PadParameter, Plan, Promise, Receipt, RepeatFill, SetConfig, ZeroFill, apply
-from auxin.edits.hooks import OldRates
-from auxin.edits.method import Method
 from auxin.edits.structure import config_values
 from auxin.errors import ConfigError, PlanError
 from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
@@ -33,6 +31,8 @@ from auxin.models.tokenformer.configuration import SLOTS, Slot
 from auxin.models.tokenformer.modeling import SLOT_OF_MODULE, TokenFormerPreTrainedModel
 from auxin.models.tokenformer.presets import check_growable, preset_config
 from auxin.nn.pattention import Pattention
+from auxin.planning.hooks import OldRates
+from auxin.planning.method import Method
 from auxin.settings import Settings
 
 Regime = Literal["grouped", "zero_keys", "annealed", "duplicate", "random_keys_zero_values", "official"]
@@ -400,7 +400,7 @@ class OldTokenRates(OldRates):
     def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Find the old rows; PlanError when the groups don't tell which they are."""
         counts = self._counts(_tokenformer(model).config)
-        self.blocks = {
+        self.old_shapes = {
             f"{path}.{name}": (counts[slot], *parameter.shape[1:])
             for path, slot, module in _token_modules(model)
             if counts.get(slot)

@@ -23,10 +23,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from auxin.data.tokenizer import TOKENIZER_FILES, read_tokenizer
 from auxin.data.vocabulary import EnlargedTokenizer, Merge, enlarge_tokenizer, learn_merges, texts_of
 from auxin.edits import AverageRows, Edit, MeanFill, PadParameter, Plan, Receipt, SetConfig, apply
-from auxin.edits.method import Method
 from auxin.edits.promise import Probe
 from auxin.edits.structure import config_values, edited_config, edited_skeleton
 from auxin.errors import PlanError
+from auxin.planning.method import Method
 from auxin.settings import Settings
 
 Rule = Literal["pieces", "mean"]
@@ -165,7 +165,7 @@ def plan_vocabulary(
     )
 
 
-def finish_checkpoint(plan: Plan, source: Path, folder: Path) -> None:
+def write_tokenizer(plan: Plan, source: Path, folder: Path) -> None:
     """Write the enlarged tokenizer into the new checkpoint's `folder`, in place of the old one's files.
 
     Raises:
@@ -270,5 +270,5 @@ METHOD = Method(
     plan=_plan,
     examples=_examples,
     promise="exact over the old vocabulary: the logits of old tokens; the softmax has more terms",
-    finish=finish_checkpoint,
+    write_files=write_tokenizer,
 )

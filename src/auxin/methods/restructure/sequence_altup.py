@@ -19,18 +19,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from auxin.edits import Edit, Plan, ZeroFill
-from auxin.edits.depth import chosen_stacks, depth
-from auxin.edits.fills import Fill
-from auxin.edits.method import Method
-from auxin.edits.module_edits import ReplaceModule
+from auxin.edits.kinds.fills import Fill
+from auxin.edits.kinds.module_edits import ReplaceModule
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
-from auxin.models.anatomy import layout
-from auxin.models.roles import LayerStack
+from auxin.models.anatomy import anatomy
 from auxin.nn.altup import AltUpLayer
 from auxin.nn.sequence_altup import Mode, SequenceAltUpLayer, is_causal
 from auxin.nn.strided import argument_names
+from auxin.planning.depth import chosen_stacks, depth
+from auxin.planning.method import Method
 from auxin.settings import Settings
+from auxin.words.roles import LayerStack
 
 
 class SequenceAltUpSettings(Settings):
@@ -92,7 +92,7 @@ def plan_sequence_altup(model: PreTrainedModel, settings: SequenceAltUpSettings)
 
 
 def _stack(model: PreTrainedModel, settings: SequenceAltUpSettings) -> LayerStack:
-    body = layout(model)
+    body = anatomy(model, complete=False)
     part = settings.part
     if part is None and len(body.stacks) > 1:
         part = "encoder"
@@ -169,7 +169,7 @@ def _notes(layer: nn.Module, stride: int) -> list[str]:
 
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
-    layout(model)
+    anatomy(model, complete=False)
     return {"layers": [1], "stride": 2}
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from auxin.data.span_corruption import SpanCorruption, held_out_generator, noise_mask, span_lengths
 from auxin.errors import ConfigError, DataError
+from auxin.objectives.span_corruption import SpanCorruption, held_out_generator, noise_mask, span_lengths
 from oracles.span_corruption import all_masks, corrupted, noise_counts, number_of_masks, restored
 
 FIRST, END = 1000, 0

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.accounting import FlopsPerToken, flops_per_token
-from auxin.data.span_corruption import MEAN_SPAN_LENGTH, NOISE_DENSITY, SpanCorruption, SpanLengths, span_lengths
 from auxin.errors import ConfigError
+from auxin.objectives.span_corruption import MEAN_SPAN_LENGTH, NOISE_DENSITY, SpanCorruption, SpanLengths, span_lengths
 from auxin.settings import Settings
 
 

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from auxin.edits.block_edits import RouteParameter, ScaleEntries
-from auxin.edits.fills import Tagged
-from auxin.edits.layer_edits import ArrangeLayers, JoinAbove
-from auxin.edits.module_edits import RemoveModule, ReplaceModule, TieParameters, WrapModule
-from auxin.edits.parameter_edits import (
+from auxin.edits.kinds.entry_edits import RouteParameter, ScaleEntries
+from auxin.edits.kinds.fills import Tagged
+from auxin.edits.kinds.layer_edits import ArrangeLayers, JoinAbove
+from auxin.edits.kinds.module_edits import RemoveModule, ReplaceModule, TieParameters, WrapModule
+from auxin.edits.kinds.parameter_edits import (
     AverageRows,
     CentreParameter,
     PadParameter,

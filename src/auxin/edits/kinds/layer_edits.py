@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import nn
 from transformers import PreTrainedModel
 
-from auxin.edits.fills import Tagged
+from auxin.edits.kinds.fills import Tagged
 from auxin.errors import PlanError
 
 LENGTH_FIELDS = (

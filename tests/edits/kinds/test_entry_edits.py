@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from auxin.edits import SliceParameter
-from auxin.edits.block_edits import RouteParameter, ScaleEntries
+from auxin.edits.kinds.entry_edits import RouteParameter, ScaleEntries
 from auxin.errors import PlanError
 
 

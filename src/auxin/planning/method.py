@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
-from auxin.edits.hooks import Hook
 from auxin.edits.plan import Plan
 from auxin.edits.structure import edited_skeleton
 from auxin.errors import ConfigError
 from auxin.models.loading import load_config, load_model
+from auxin.planning.hooks import Hook
 from auxin.settings import Settings
 
 Intent = Literal["grow", "prune", "factorize", "moe", "quantize", "restructure", "adapt"]
@@ -42,7 +42,7 @@ class Method:
     """Whether `plan` looks at the weights."""
     promise: str = ""
     """What its plans promise and under which conditions, in a few words; the plan itself says what it is."""
-    finish: Callable[[Plan, Path, Path], None] | None = None
+    write_files: Callable[[Plan, Path, Path], None] | None = None
     """(plan, source, new) writes what else belongs into the new checkpoint's folder, for example a tokenizer; called
     after the weights are there and before the folder appears under its name."""
     hooks: Callable[[Plan], list[Hook]] | None = None

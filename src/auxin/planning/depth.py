@@ -14,13 +14,13 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from auxin.edits.edit import ArrangeLayers, Edit, ScaleParameter
+from auxin.edits.kinds.edit import ArrangeLayers, Edit, ScaleParameter
 from auxin.edits.plan import Plan
 from auxin.errors import PlanError
-from auxin.models.roles import Anatomy, LayerStack
 from auxin.nn.altup import AltUp, AltUpLayer
 from auxin.nn.pattention import Pattention
 from auxin.nn.sequence_altup import SequenceAltUpLayer
+from auxin.words.roles import Anatomy, LayerStack
 
 
 def chosen_stacks(anatomy: Anatomy, part: str | None) -> list[LayerStack]:

@@ -8,11 +8,11 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
-from auxin.edits.fills import Fill, Tagged
+from auxin.edits.kinds.fills import Fill, Tagged
 from auxin.errors import PlanError
-from auxin.models.paths import path_pattern
 from auxin.nn.bricks import find_brick
 from auxin.nn.stand_ins import Identity, Zeros
+from auxin.words.paths import path_pattern
 
 Leaves = Literal["identity", "zeros", "inner"]
 

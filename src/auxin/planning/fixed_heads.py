@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from auxin.edits.width_targets import WidthTargets
 from auxin.errors import PlanError
-from auxin.models.roles import Anatomy, Sizes
+from auxin.planning.width_targets import WidthTargets
+from auxin.words.roles import Anatomy, Sizes
 
 
 def fixed_head_sizes(anatomy: Anatomy, targets: WidthTargets) -> Sizes:

@@ -14,10 +14,10 @@ from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from auxin.edits.fills import Fill, MeanFill, RepeatFill, Tagged, ZeroFill, mean_of_rows, root_mean_square
-from auxin.edits.rate import Rate
+from auxin.edits.kinds.fills import Fill, MeanFill, RepeatFill, Tagged, ZeroFill, mean_of_rows, root_mean_square
+from auxin.edits.kinds.rate import Rate
 from auxin.errors import PlanError
-from auxin.models.paths import path_pattern
+from auxin.words.paths import path_pattern
 
 ABSENT_UNIT = -1
 """In an index list: a unit of zeros."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from auxin.errors import PlanError
-from auxin.models.paths import path_pattern
+from auxin.words.paths import path_pattern
 
 Stream = Literal["residual", "query", "key_value", "ffn", "vocabulary"]
 Access = Literal["writes", "reads"]
@@ -20,7 +20,7 @@ its offset (the norm's bias), the output head, the gain of a norm on queries or 
 its output (AltUp)."""
 HeadPart = Literal["query", "key", "value"]
 NormPosition = Literal["before", "after_output", "after_residual"]
-Blocks = Literal["one", "recycled", "wide"]
+ResidualBlocks = Literal["one", "recycled", "wide"]
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Anatomy:
     """Whether the config insists on it although the head dimension is its own."""
     qk_norm: Literal["none", "head", "all_heads"] = "none"
     """RMS norms on queries and keys: over each head, or over all heads together."""
-    blocks: Blocks = "one"
+    residual_blocks: ResidualBlocks = "one"
     """Whether the residual stream between layers is one block, or several (AltUp) that come from one embedding and end
     as one ("recycled"), or that embedding and head hold too ("wide")."""
 

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from auxin.edits.continuation import continue_exactly
 from auxin.edits.executor import Receipt, leading
 from auxin.errors import CheckpointError, ConfigError, PlanError
-from auxin.models.paths import path_pattern
+from auxin.words.paths import path_pattern
 
-Blocks = dict[str, tuple[int, ...]]
-"""By a parameter's name the lengths of its leading block, one per axis."""
+OldShapes = dict[str, tuple[int, ...]]
+"""By a parameter's name the shape of its old entries, which are the first ones along every axis."""
 
 
 class Hook(Protocol):
@@ -44,33 +44,33 @@ class OldRates:
 
     Args:
         ratio: 0 (frozen) to 1 (as all others).
-        blocks: the old entries: by a parameter's name the lengths of its leading block, one per axis.
+        old_shapes: by a parameter's name the shape of its old entries, which are the first ones along every axis.
         steps: optimizer steps of the stage for which this holds; None: all.
 
     Raises:
         ConfigError: ratio or steps out of range.
     """
 
-    def __init__(self, ratio: float, blocks: Mapping[str, tuple[int, ...]], steps: int | None = None) -> None:
+    def __init__(self, ratio: float, old_shapes: Mapping[str, tuple[int, ...]], steps: int | None = None) -> None:
         if not 0 <= ratio <= 1:
             raise ConfigError(f"{type(self).__name__}: ratio must lie in 0..1, received {ratio}.")
         if steps is not None and steps < 0:
             raise ConfigError(f"{type(self).__name__}: steps must not be negative, received {steps}.")
-        self.ratio, self.blocks, self.steps = ratio, dict(blocks), steps
+        self.ratio, self.old_shapes, self.steps = ratio, dict(old_shapes), steps
         self._old: list[Tensor] = []
         self._before: list[Tensor] = []
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Find the old entries; PlanError when the model lacks a parameter or it is smaller than its block."""
+        """Find the old entries; PlanError when the model lacks a parameter or it is smaller than its old entries."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name, block in self.blocks.items():
+        for name, old in self.old_shapes.items():
             shape = tuple(parameters[name].shape) if name in parameters else None
-            if shape is None or len(shape) != len(block) or any(a > b for a, b in zip(block, shape, strict=True)):
+            if shape is None or len(shape) != len(old) or any(a > b for a, b in zip(old, shape, strict=True)):
                 raise PlanError(
                     f"{type(self).__name__}: {name} has shape {shape} in the model (None: it does not exist), which "
-                    f"holds no block of {block}. Give the hook of the growth that made this model."
+                    f"has no room for old entries of {old}. Give the hook of the growth that made this model."
                 )
-        self._old = [leading(parameters[name].detach(), block) for name, block in self.blocks.items()]
+        self._old = [leading(parameters[name].detach(), old) for name, old in self.old_shapes.items()]
 
     def before_step(self, step: int) -> None:
         """Remember the old entries."""

@@ -18,9 +18,9 @@ from auxin.methods.grow.tokenformer import plan_token_growth, token_growth_to
 from auxin.models.loading import load_config
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.models.tokenformer.presets import preset_config
+from auxin.objectives.objective import is_encoder_decoder
 from auxin.recipes.schema import BuildStage, GrowStage, Recipe
 from auxin.settings import Settings
-from auxin.training.objective import is_encoder_decoder
 
 GrowthSettings = TypeVar("GrowthSettings", bound=Settings)
 _HIDDEN_FIELDS = {"_name_or_path", "transformers_version", "architectures", "auto_map", "torch_dtype"}
@@ -62,7 +62,7 @@ def resolve_structures(recipe: Recipe, vocabulary: dict[str, int]) -> Structures
                 config = _built_config(stage, structures, vocabulary, recipe)
             elif isinstance(stage, GrowStage):
                 assert config is not None  # the schema: a branch begins with a build or a fork
-                config = planned_config(growth_plan(stage, edited_skeleton(config), recipe.seed), config)
+                config = planned_config(growth_plan(stage, edited_skeleton(config), recipe.seed).edits, config)
             assert config is not None
             stages[stage.name] = config
         structures[branch.name] = stages
@@ -93,7 +93,7 @@ def growth_plan(
         tokens = stage.tokens or token_growth_to(model.config, str(stage.to))
         return plan_token_growth(model.config, _filled_in(tokens, {"seed": seed}))
     method = find_method(stage.method)
-    if method.finish is not None:
+    if method.write_files is not None:
         raise PlanError(
             f"{where}: {method.name} changes more of a checkpoint than its model (its tokenizer), which is the "
             "corpus's in a recipe. Do it before, with `auxin apply`, and start from the result."

@@ -1,7 +1,7 @@
 """Maps of streams: where the units of a wider model come from.
 
 A `StreamMap` copies every unit some number of times, which its readers divide by, and can add units that copy none. A
-`Widening` holds the maps of all streams; `auxin.edits.width` turns it into edits and knows when it is exact.
+`Widening` holds the maps of all streams; `auxin.planning.width` turns it into edits and knows when it is exact.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from auxin.errors import PlanError
-from auxin.models.roles import Segment, Sizes
+from auxin.words.roles import Segment, Sizes
 
 Padding = Literal["zeros", "mean"]
 

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 from pydantic import Field
 
-from auxin.edits.width import describe_sizes
 from auxin.errors import PlanError
-from auxin.models.roles import Anatomy, Sizes
+from auxin.planning.width import describe_sizes
 from auxin.settings import Settings
+from auxin.words.roles import Anatomy, Sizes
 
 
 class WidthTargets(Settings):

@@ -11,9 +11,9 @@ from transformers import BartConfig, BartForConditionalGeneration
 
 from auxin.accounting.flops import flops_per_token
 from auxin.data import make_loader
-from auxin.data.span_corruption import SpanCorruption, noise_mask, span_lengths
 from auxin.errors import ConfigError, DataError
 from auxin.evaluation import evaluate_loss, generate_text, perplexity
+from auxin.objectives.span_corruption import SpanCorruption, noise_mask, span_lengths
 from auxin.training import GuardSettings, TrainingSettings, train
 from auxin.training.fit import check_fit
 from oracles.span_corruption import corrupted

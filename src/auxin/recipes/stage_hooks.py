@@ -4,7 +4,6 @@ from typing import cast
 
 from auxin.accounting import Ledger
 from auxin.edits import CentreParameter, PadParameter, Plan, Receipt, ScaleParameter
-from auxin.edits.hooks import Blocks, ExactRates, Hook, OldRates
 from auxin.edits.resolution import resolve
 from auxin.edits.structure import config_from_values, edited_skeleton
 from auxin.errors import ConfigError, PlanError
@@ -12,6 +11,7 @@ from auxin.methods import methods
 from auxin.methods.grow.tokenformer import OldTokenRates, TauAnneal
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.models.tokenformer.configuration import SLOTS, Slot
+from auxin.planning.hooks import ExactRates, Hook, OldRates, OldShapes
 from auxin.recipes.schema import TrainStage
 
 KEEPS_IN_FRONT = (PadParameter, ScaleParameter, CentreParameter)
@@ -35,7 +35,7 @@ def stage_hooks(stage: TrainStage, ledger: Ledger) -> list[Hook]:
         hooks.append(OldTokenRates(stage.old_tokens_rate, counts, stage.old_rate_steps))
     if stage.old_rate != 1.0:
         plans = last_growths(ledger, f"{stage.name}: old_rate: {stage.old_rate}")
-        hooks.append(OldRates(stage.old_rate, old_blocks(plans), stage.old_rate_steps))
+        hooks.append(OldRates(stage.old_rate, old_shapes(plans), stage.old_rate_steps))
     if stage.exact_rates:
         # First, so that the optimizer's groups are final when the others see it.
         hooks.insert(0, _exact_rates(stage, ledger))
@@ -77,7 +77,7 @@ def old_token_counts(plans: list[Plan]) -> dict[Slot, int]:
     return {slot: sum(before.group_sizes(slot)) for slot in SLOTS}
 
 
-def old_blocks(plans: list[Plan]) -> Blocks:
+def old_shapes(plans: list[Plan]) -> OldShapes:
     """The entries that were there before `plans`, by the parameters' names after them.
 
     A parameter that grew holds its old entries in front; of a layer's copies the first is the old one.
@@ -87,12 +87,12 @@ def old_blocks(plans: list[Plan]) -> Blocks:
     """
     assert plans[0].made_for is not None
     model = edited_skeleton(config_from_values(plans[0].made_for))
-    blocks: Blocks = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes: OldShapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for plan in plans:
-        resolved = resolve(plan, model)
+        resolved = resolve(plan.edits, model)
         model = resolved.after
-        left = dict(blocks)
-        blocks = {}
+        left = dict(shapes)
+        shapes = {}
         for name, _ in model.named_parameters():
             origin = resolved.origins[name]
             if len(origin.sources) > 1 or not all(isinstance(step.edit, KEEPS_IN_FRONT) for step in origin.steps):
@@ -101,8 +101,8 @@ def old_blocks(plans: list[Plan]) -> Blocks:
                     "no telling them apart. Leave out old_rate."
                 )
             if origin.source in left:
-                blocks[name] = left.pop(origin.source)
-    return blocks
+                shapes[name] = left.pop(origin.source)
+    return shapes
 
 
 def _hooks_of(plan: Plan) -> list[Hook]:

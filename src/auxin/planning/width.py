@@ -18,15 +18,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from auxin.edits.block_edits import RouteParameter, ScaleEntries
-from auxin.edits.edit import Edit, SetConfig
-from auxin.edits.fills import Fill, MeanFill, NormalFill, ZeroFill
-from auxin.edits.layer_edits import JoinAbove
-from auxin.edits.parameter_edits import CentreParameter, PadParameter, ScaleParameter, SliceParameter
+from auxin.edits.kinds.edit import Edit, SetConfig
+from auxin.edits.kinds.entry_edits import RouteParameter, ScaleEntries
+from auxin.edits.kinds.fills import Fill, MeanFill, NormalFill, ZeroFill
+from auxin.edits.kinds.layer_edits import JoinAbove
+from auxin.edits.kinds.parameter_edits import CentreParameter, PadParameter, ScaleParameter, SliceParameter
 from auxin.edits.plan import Promise
-from auxin.edits.width_maps import Widening
 from auxin.errors import PlanError
-from auxin.models.roles import Anatomy, HeadPart, ParameterRole, Segment
+from auxin.planning.width_maps import Widening
+from auxin.words.roles import Anatomy, HeadPart, ParameterRole, Segment
 
 ROPE_BY_FREQUENCY = ("default", "linear", "llama3")
 """Rotary embeddings whose treatment of a pair depends on its frequency alone, not on the head dimension."""
@@ -132,7 +132,7 @@ def _residual_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
 
 
 def _block_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
-    if widening.residual.is_identity or anatomy.blocks != "wide":
+    if widening.residual.is_identity or anatomy.residual_blocks != "wide":
         return []
     return [
         f"hidden_size = {widening.residual.size}: embedding and head hold several blocks of this model's residual "

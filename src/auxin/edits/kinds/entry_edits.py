@@ -6,8 +6,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from auxin.edits.parameter_edits import ParameterEdit
-from auxin.edits.rate import Rate
+from auxin.edits.kinds.parameter_edits import ParameterEdit
+from auxin.edits.kinds.rate import Rate
 from auxin.errors import PlanError
 
 

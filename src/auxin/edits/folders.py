@@ -69,7 +69,7 @@ def apply_to_checkpoint(
     source, output = Path(source_dir), Path(output_dir)
     _check_folders(source, output)
     before = edited_skeleton(load_config(source))
-    resolved = resolve(plan, before)
+    resolved = resolve(plan.edits, before)
     rewrites = _Rewrites(plan, resolved, source)
     rewrites.check()
     probe = default_probe(plan, before) if probe is None else probe

@@ -1,0 +1,1 @@
+"""The kinds of edits, and what they are made of."""
