@@ -3,7 +3,7 @@
 from auxin.edits import replay  # noqa: F401 - edited models load wherever edits are known
 from auxin.edits.continuation import continue_exactly
 from auxin.edits.executor import Receipt, apply
-from auxin.edits.folders import apply_to_checkpoint
+from auxin.edits.folder_executor import apply_to_checkpoint
 from auxin.edits.inverse import inverse_plan
 from auxin.edits.kinds.edit import Edit, SetConfig
 from auxin.edits.kinds.fills import ConstantFill, Fill, MeanFill, NormalFill, RepeatFill, ZeroFill

@@ -9,8 +9,9 @@ from auxin.edits.kinds.edit import SetConfig, describe_edit
 from auxin.edits.kinds.layer_edits import ArrangeLayers
 from auxin.edits.kinds.module_edits import RemoveModule, WrapModule
 from auxin.edits.kinds.parameter_edits import ParameterEdit
+from auxin.edits.origin import Step
 from auxin.edits.plan import Plan
-from auxin.edits.resolution import Step, resolve
+from auxin.edits.resolution import resolve
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 

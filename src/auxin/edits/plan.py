@@ -10,7 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from auxin.accounting import count_parameters, flops_per_token
 from auxin.edits.kinds.edit import Edit, SetConfig, describe_edit
 from auxin.edits.kinds.parameter_edits import ParameterEdit
-from auxin.edits.resolution import ResolvedPlan, collapse, resolve
+from auxin.edits.origin import Fresh, Made, Origin
+from auxin.edits.resolution import ResolvedPlan, collapse, resolve, shapes_of
 from auxin.edits.structure import config_from_values, edited_skeleton
 from auxin.settings import Settings
 
@@ -82,16 +83,26 @@ def _parameter_rows(resolved: ResolvedPlan) -> list[list[str]]:
     """One row for the parameters of all layers to which the same happens; those that only move have none."""
     looked_up = _only_looked_up(resolved.after)
     rows: dict[tuple[str, str], list[int]] = {}
+    old_shapes = shapes_of(resolved.before)
     for name, origin in resolved.origins.items():
-        if not origin.steps and origin.sources:
+        if not origin.steps and not isinstance(origin.source, Fresh | Made):
             continue
-        what = "; ".join(str(step.edit) for step in origin.steps) or f"new: {origin.fill or 'initialised'}"
-        sums = rows.setdefault((collapse(name), what), [0, 0, 0, 0])
-        for column, shape in enumerate((origin.old_shape if origin.sources else (0,), origin.shape)):
+        sums = rows.setdefault((collapse(name), _what_happens(origin)), [0, 0, 0, 0])
+        old_shape = old_shapes[origin.reads[0]] if not isinstance(origin.source, Fresh | Made) else (0,)
+        for column, shape in enumerate((old_shape, origin.shape)):
             sums[column] += prod(shape)
             if len(shape) == 2 and name not in looked_up:
                 sums[2 + column] += 2 * prod(shape)
     return [[*key, _arrow(*sums[:2]), _arrow(*sums[2:])] for key, sums in rows.items()]
+
+
+def _what_happens(origin: Origin) -> str:
+    begun = []
+    if isinstance(origin.source, Fresh):
+        begun = [f"new: {origin.source.fill or 'initialised'}"]
+    elif isinstance(origin.source, Made):
+        begun = [f"made of {', '.join(origin.source.group.inputs)}"]
+    return "; ".join([*begun, *(str(step.edit) for step in origin.steps)])
 
 
 def _only_looked_up(model: PreTrainedModel) -> set[str]:

@@ -1,20 +1,31 @@
 """Following a plan on shapes: where every parameter of the new model comes from. All checks happen here."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.edits.kinds.edit import SetConfig, describe_edit
 from auxin.edits.kinds.fills import CopyFill, Fill
 from auxin.edits.kinds.layer_edits import ArrangeLayers, JoinAbove, layer_stack
-from auxin.edits.kinds.module_edits import ModuleEdit, RemoveModule, ReplaceModule, TieParameters, WrapModule, merged
+from auxin.edits.kinds.module_edits import (
+    BRICK_EDITS,
+    MergeModule,
+    ModuleEdit,
+    RemoveModule,
+    ReplaceModule,
+    TieParameters,
+    WrapModule,
+    merged,
+    without,
+)
 from auxin.edits.kinds.parameter_edits import ParameterEdit
-from auxin.edits.kinds.rate import Rate
+from auxin.edits.origin import Blend, Fresh, Group, Joined, Kept, Made, Origin, Step
 from auxin.edits.structure import (
     edited_config,
     edited_skeleton,
@@ -23,60 +34,7 @@ from auxin.edits.structure import (
     with_structural_edits,
 )
 from auxin.errors import PlanError
-
-
-@dataclass(frozen=True)
-class Step:
-    """One edit of one parameter."""
-
-    index: int
-    """Place of the edit in the plan, from 0."""
-    edit: ParameterEdit
-    name: str
-    """What the parameter was called at that moment."""
-    old_shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a parameter (or a buffer) of the new model comes from."""
-
-    shape: tuple[int, ...]
-    """Its shape after all edits."""
-    sources: tuple[tuple[float, str], ...]
-    """Weights and names (the first of each tensor's names) of the old parameters that it is the sum of; a fresh one has
-    none."""
-    steps: tuple[Step, ...] = ()
-    """What is then done to the sum, in order."""
-    joined: int | None = None
-    """The axis along which the sources are joined instead of added up."""
-    fill: Fill | None = None
-    """Where a fresh one gets its values; None: as the architecture initialises it."""
-    fresh_moments: bool = False
-    """Whether its optimizer state starts anew although it has a source."""
-
-    @property
-    def source(self) -> str | None:
-        """The one old parameter that it is, changed or not; None when it is fresh or a blend of several."""
-        return self.sources[0][1] if len(self.sources) == 1 and self.sources[0][0] == 1.0 else None
-
-    @property
-    def old_shape(self) -> tuple[int, ...]:
-        """The shape before the first step; of joined sources that of one of them."""
-        shape = self.steps[0].old_shape if self.steps else self.shape
-        if self.joined is None:
-            return shape
-        return tuple(size // 2 if axis == self.joined else size for axis, size in enumerate(shape))
-
-    @property
-    def rate(self) -> Rate:
-        """How AdamW must go on with it."""
-        if self.source is None or self.fresh_moments:
-            return Rate(exact=False)
-        rate = Rate()
-        for step in self.steps:
-            rate = rate.then(step.edit.rate(step.old_shape))
-        return rate
+from auxin.nn.bricks import find_brick
 
 
 @dataclass
@@ -154,7 +112,7 @@ class _Tracker:
         names, shapes = tensor_names(before), shapes_of(before)
         # Tied names hold one object, so that an edit of one of them is an edit of all.
         self.aliases = {alias: name for name, aliases in names.items() for alias in aliases}
-        self.origins = {name: Origin(shapes[name], ((1.0, name),)) for name in names}
+        self.origins = {name: Origin(shapes[name], Kept(name)) for name in names}
         self.modules: dict[str, str | None] = {
             path: path for path, _ in before.named_modules(remove_duplicate=False) if path
         }
@@ -166,6 +124,7 @@ class _Tracker:
         self.fresh_layers: list[str] = []
         self.replaced: list[str] = []
         self.copies: list[str] = []
+        self.used_up: dict[str, int] = {}
 
     def follow(self, index: int, edit: Any) -> None:
         """Take one edit into account; PlanError when it does not fit what there is by now."""
@@ -184,10 +143,10 @@ class _Tracker:
             self._tie(edit)
             self.structure = merged([*self.structure, edit])
         else:
-            self._change_modules(edit)
+            self._change_modules(index, edit)
             # Fills tell where values come from, and checkpoints hold values.
             kept = edit.model_copy(update={"fills": {}}) if isinstance(edit, WrapModule | ReplaceModule) else edit
-            self.structure = merged([*self.structure, kept])
+            self.structure = merged([*self.structure, *([] if isinstance(edit, MergeModule) else [kept])])
 
     def _set_values(self, values: dict[str, Any]) -> None:
         if twice := [key for key in values if key in self.values and self.values[key] != values[key]]:
@@ -204,7 +163,7 @@ class _Tracker:
             for step in origin.steps:
                 if edit.collides_with(step.edit):
                     raise PlanError(f"collides with edit {step.index + 1}: both change {name}. Keep one of them")
-            if not origin.sources:
+            if origin.is_fresh:
                 raise PlanError(f"{name} is made by an earlier edit of the plan; give its values there")
             try:
                 shape = edit.new_shape(origin.shape)
@@ -227,6 +186,8 @@ class _Tracker:
             self.origins[name] = origin
         self.modules = {new: old for path, old in self.modules.items() for new in edit.renamed(path)}
         self.fresh = {new: fill for name, fill in self.fresh.items() for new in edit.renamed(name)}
+        self.replaced = [new for path in self.replaced for new in edit.renamed(path)]
+        self.used_up = {new: index for name, index in self.used_up.items() for new in edit.renamed(name)}
         # T5's first layer alone holds the relative positions of all: copies of a layer may have fewer parts.
         self.copies += [f"{edit.layers}.{i}" for i, source in enumerate(edit.order) if source in edit.order[:i]]
         self.fresh_layers += [f"{edit.layers}.{place}" for place, source in enumerate(edit.order) if source is None]
@@ -245,12 +206,12 @@ class _Tracker:
             raise PlanError(_nearest("parameter", f"{edit.layers}.0.{edit.parameter}", self.aliases))
         old = [self.origins[name] for name in names]
         for name, own, above in zip(names, old, [*old[1:], old[-1]], strict=True):
-            if own.steps or len(own.sources) != 1 or edit.axis >= len(own.shape) or own.shape != above.shape:
+            kept = (own.kept, above.kept)
+            if own.steps or None in kept or edit.axis >= len(own.shape) or own.shape != above.shape:
                 raise PlanError(f"{name} was changed by an earlier edit, or its shape {list(own.shape)} does not fit")
             shape = list(own.shape)
             shape[edit.axis] *= 2
-            sources = (own.sources[0], above.sources[0])
-            self.origins[name] = Origin(tuple(shape), sources, joined=edit.axis)
+            self.origins[name] = Origin(tuple(shape), Joined((str(own.kept), str(above.kept)), edit.axis))
 
     def _renamed_tensors(self, edit: ArrangeLayers) -> tuple[dict[str, Origin], dict[str, str]]:
         origins: dict[str, Origin] = {}
@@ -279,11 +240,13 @@ class _Tracker:
             if changed := [name for name, origin in zip(names, old, strict=True) if origin.steps]:
                 raise PlanError(f"blend: {changed[0]} was changed by an earlier edit; arrange the layers first")
             for place, row in enumerate(rows):
-                sources = tuple((weight, str(name)) for weight, name in zip(row, names, strict=True) if weight)
-                result[f"{edit.layers}.{place}.{suffix}"] = Origin(old[0].shape, sources)
+                terms = tuple((weight, str(name)) for weight, name in zip(row, names, strict=True) if weight)
+                one = len(terms) == 1 and terms[0][0] == 1.0
+                source = Kept(terms[0][1]) if one else Blend(terms)
+                result[f"{edit.layers}.{place}.{suffix}"] = Origin(old[0].shape, source)
         return result
 
-    def _change_modules(self, edit: ModuleEdit) -> None:
+    def _change_modules(self, index: int, edit: ModuleEdit) -> None:
         paths = edit.paths(self.modules)
         if not paths:
             raise PlanError(_nearest("module", edit.module, self.modules))
@@ -296,13 +259,72 @@ class _Tracker:
             elif isinstance(edit, RemoveModule):
                 self._rename_below(path, lambda rest: None)
                 self.modules[path] = None
+            elif isinstance(edit, MergeModule):
+                self._merge(index, edit, path)
             else:
                 self.replaced.append(path)
+                if isinstance(edit, ReplaceModule):
+                    self._make(index, edit, path)
             fills = edit.fills if isinstance(edit, WrapModule | ReplaceModule) else {}
             for name, fill in fills.items():
                 if isinstance(fill, CopyFill):
                     fill = fill.model_copy(update={"of": f"{path}.{fill.of}"})
                 self.fresh[f"{path}.{name}"] = fill
+
+    def _make(self, index: int, edit: ReplaceModule, path: str) -> None:
+        """Let the brick's tensors come from those of the module that it replaces, where the brick says how."""
+        making = getattr(find_brick(edit.brick), "making", None)
+        # A second one of the same brick changes its settings; that is no making of it out of itself.
+        there = [e for e in self.structure if isinstance(e, ReplaceModule) and e.matches(path)]
+        if making is None or any(stored.brick == edit.brick for stored in there):
+            return
+        inputs = self._below(path)
+        shapes = making.shapes({key: origin.shape for key, origin in inputs.items()}, **edit.settings)
+        self._put_made(Group(path, making, False, edit.settings, inputs), shapes)
+        # What is neither made nor the brick's own is used up, which `_origins` finds out.
+        self.used_up |= {f"{path}.{key}": index for key in inputs.keys() - shapes.keys()}
+
+    def _merge(self, index: int, edit: MergeModule, path: str) -> None:
+        """Let the tensors of the module that a brick replaced come from the brick's."""
+        stored = next((e for e in reversed(self.structure) if e.kind in BRICK_EDITS and e.matches(path)), None)
+        if stored is None:
+            raise PlanError(f"{path} is no brick that was put there by an edit; there is nothing to merge")
+        making = getattr(find_brick(stored.brick), "making", None)
+        inputs = self._below(path)
+        meta = {key: torch.empty(origin.shape, device="meta") for key, origin in inputs.items()}
+        made = None if making is None else making.back(meta, **stored.settings)
+        if making is None or made is None:
+            raise PlanError(f"the brick {stored.brick} at {path} can't be merged: it computes what its place could not")
+        if stored.kind == "wrap_module":
+            self._unwrap(path)
+        shapes = {key: tuple(tensor.shape) for key, tensor in made.items()}
+        self._put_made(Group(path, making, True, stored.settings, inputs), shapes)
+        self.replaced.append(path)
+        self.used_up |= {f"{path}.{key}": index for key in inputs.keys() - made.keys()}
+        left = without(stored, path, self.modules)
+        place = next(i for i, e in enumerate(self.structure) if e is stored)
+        self.structure[place : place + 1] = left
+
+    def _below(self, path: str) -> dict[str, Origin]:
+        """The tensors of the module at `path` and below, by their names in it."""
+        names = {alias: name for alias, name in self.aliases.items() if alias.startswith(f"{path}.")}
+        return {alias[len(path) + 1 :]: self.origins[name] for alias, name in names.items()}
+
+    def _put_made(self, group: Group, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        for key, shape in shapes.items():
+            name = f"{group.path}.{key}"
+            self._forget(name)
+            self.origins[name], self.aliases[name] = Origin(tuple(shape), Made(group, key)), name
+
+    def _forget(self, name: str) -> None:
+        """Let `name` stand for no old tensor any more; one that has other names lives on under them."""
+        canonical = self.aliases.pop(name, None)
+        if canonical != name:
+            return
+        origin = self.origins.pop(name)
+        if heirs := [alias for alias, target in self.aliases.items() if target == name]:
+            self.origins[heirs[0]] = origin
+            self.aliases |= dict.fromkeys(heirs, heirs[0])
 
     def _unwrap(self, path: str) -> None:
         if f"{path}.inner" not in self.modules:
@@ -378,14 +400,14 @@ class _Tracker:
                 self._check_shape(edits, name, origin, shapes[name])
             elif any(alias in self.fresh for alias in aliases):
                 fill = next(self.fresh[a] for a in aliases if a in self.fresh)
-                origin = Origin(shapes[name], (), fill=fill)
+                origin = Origin(shapes[name], Fresh(fill))
                 if isinstance(fill, CopyFill):
                     if fill.of not in self.aliases:
                         raise PlanError(f"copy: {_nearest('parameter', fill.of, self.aliases)}.")
                     origin = self.origins[self.aliases[fill.of]]
                     self._check_shape(edits, name, origin, shapes[name])
             elif _below(name, self.fresh_layers) or self._is_brick_buffer(after, name):
-                origin = Origin(shapes[name], ())
+                origin = Origin(shapes[name], Fresh(None))
             else:
                 raise PlanError(
                     f"With the plan's edits the model has a parameter {name} that it had not before and for which no "
@@ -394,6 +416,13 @@ class _Tracker:
                 )
             origins[name] = origin
         left = [name for name in self.aliases if not self._kept(name, after)]
+        for name in left:
+            index = self.used_up.get(name, len(edits))
+            if lost := [step for step in self.origins[self.aliases[name]].steps if step.index > index]:
+                raise PlanError(
+                    f"Edit {lost[0].index + 1} ({describe_edit(edits[lost[0].index])}): {name} was used up by edit "
+                    f"{index + 1} ({describe_edit(edits[index])}), and the model has it no more. Change it before."
+                )
         left = [name for name in left if not _below(name, [*self.replaced, *self.copies])]
         if left:
             raise PlanError(

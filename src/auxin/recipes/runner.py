@@ -15,7 +15,7 @@ from auxin.accounting.ledger import LEDGER_FILE
 from auxin.accounting.results import RunResults
 from auxin.data import PackedData, prepare
 from auxin.data.tokenizer import load_tokenizer, tokenizer_digest
-from auxin.edits.folders import TRAINING_FOLDER
+from auxin.edits.folder_store import TRAINING_FOLDER
 from auxin.edits.structure import edited_skeleton
 from auxin.errors import CheckpointError, ConfigError
 from auxin.evaluation import evaluate_loss

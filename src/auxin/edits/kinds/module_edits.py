@@ -102,6 +102,19 @@ class RemoveModule(ModuleEdit):
         return "is unwrapped" if self.leaves == "inner" else f"is removed, leaving {self.leaves}"
 
 
+class MergeModule(ModuleEdit):
+    """Put the module back that a brick replaced, with the brick's work in its parameters."""
+
+    kind: Literal["merge_module"] = "merge_module"
+
+    def __str__(self) -> str:
+        return "is merged back"
+
+
+BRICK_EDITS = ("replace_module", "wrap_module")
+"""Kinds of the edits that put a brick somewhere."""
+
+
 class TieParameters(Tagged):
     """Make a parameter the same tensor as another one, whose values both have from then on."""
 
@@ -147,6 +160,11 @@ def merged(edits: list[Any]) -> list[Any]:
                 continue
         result.append(edit)
     return result
+
+
+def without(edit: Any, path: str, modules: Iterable[str]) -> list[Any]:
+    """The structural edit `edit` for all of the `modules` that it means but the one at `path`."""
+    return [edit.model_copy(update={"module": other}) for other in edit.paths(modules) if other != path]
 
 
 def _built(name: str, way: Literal["replacing", "wrapping"], old: nn.Module, settings: dict[str, Any]) -> nn.Module:
