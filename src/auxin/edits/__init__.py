@@ -5,10 +5,18 @@ from auxin.edits.continuation import continue_exactly
 from auxin.edits.executor import Receipt, apply
 from auxin.edits.folder_executor import apply_to_checkpoint
 from auxin.edits.inverse import inverse_plan
-from auxin.edits.kinds.edit import Edit, SetConfig
+from auxin.edits.kinds.architecture_edits import ChangeArchitecture, SetConfig
+from auxin.edits.kinds.edit import Edit
 from auxin.edits.kinds.fills import ConstantFill, Fill, MeanFill, NormalFill, RepeatFill, ZeroFill
 from auxin.edits.kinds.layer_edits import ArrangeLayers, JoinAbove
-from auxin.edits.kinds.module_edits import RemoveModule, ReplaceModule, TieParameters, WrapModule
+from auxin.edits.kinds.module_edits import (
+    MakeParameters,
+    MergeModule,
+    RemoveModule,
+    ReplaceModule,
+    TieParameters,
+    WrapModule,
+)
 from auxin.edits.kinds.parameter_edits import (
     AverageRows,
     CentreParameter,
@@ -25,11 +33,14 @@ __all__ = [
     "ArrangeLayers",
     "AverageRows",
     "CentreParameter",
+    "ChangeArchitecture",
     "ConstantFill",
     "Edit",
     "Fill",
     "JoinAbove",
+    "MakeParameters",
     "MeanFill",
+    "MergeModule",
     "NormalFill",
     "PadParameter",
     "Plan",

@@ -68,7 +68,8 @@ def apply_to_checkpoint(
         carry(resolved, plan.seed, store)
         store.close(folder)
         config = resolved.after.config
-        config.architectures = before.config.architectures
+        same_class = type(resolved.after) is type(before)
+        config.architectures = before.config.architectures if same_class else [type(resolved.after).__name__]
         config.save_pretrained(folder)
         change = relative_change(reference, _logits(folder, probe, plan.vocabulary)[0])
         check_promise(plan, change, allowed)

@@ -5,7 +5,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from auxin.edits.kinds.edit import SetConfig, describe_edit
+from auxin.edits.kinds.architecture_edits import SetConfig
+from auxin.edits.kinds.edit import describe_edit
 from auxin.edits.kinds.layer_edits import ArrangeLayers
 from auxin.edits.kinds.module_edits import RemoveModule, WrapModule
 from auxin.edits.kinds.parameter_edits import ParameterEdit

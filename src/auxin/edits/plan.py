@@ -8,7 +8,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.accounting import count_parameters, flops_per_token
-from auxin.edits.kinds.edit import Edit, SetConfig, describe_edit
+from auxin.edits.kinds.architecture_edits import ChangeArchitecture, SetConfig
+from auxin.edits.kinds.edit import Edit, describe_edit
 from auxin.edits.kinds.parameter_edits import ParameterEdit
 from auxin.edits.origin import Fresh, Made, Origin
 from auxin.edits.resolution import ResolvedPlan, collapse, resolve, shapes_of
@@ -74,7 +75,8 @@ def _structure_rows(plan: Plan) -> list[list[str]]:
     rows = []
     for edit in plan.edits:
         if not isinstance(edit, ParameterEdit):
-            place = "(config)" if isinstance(edit, SetConfig) else getattr(edit, "layers", getattr(edit, "module", ""))
+            whole = isinstance(edit, SetConfig | ChangeArchitecture)
+            place = "(config)" if whole else getattr(edit, "layers", getattr(edit, "module", ""))
             rows.append([place, str(edit), "", ""])
     return rows
 

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from auxin.edits.kinds.edit import SetConfig, describe_edit
+from auxin.edits.kinds.architecture_edits import ChangeArchitecture, SetConfig
+from auxin.edits.kinds.edit import describe_edit
 from auxin.edits.kinds.fills import CopyFill, Fill
 from auxin.edits.kinds.layer_edits import ArrangeLayers, JoinAbove, layer_stack
 from auxin.edits.kinds.module_edits import (
     BRICK_EDITS,
+    MakeParameters,
     MergeModule,
     ModuleEdit,
     RemoveModule,
@@ -29,12 +31,13 @@ from auxin.edits.origin import Blend, Fresh, Group, Joined, Kept, Made, Origin, 
 from auxin.edits.structure import (
     edited_config,
     edited_skeleton,
+    other_architecture,
     refuse_quantized,
     structural_edits,
     with_structural_edits,
 )
 from auxin.errors import PlanError
-from auxin.nn.bricks import find_brick
+from auxin.nn.bricks import MAKINGS, Making, find_brick
 
 
 @dataclass
@@ -119,6 +122,7 @@ class _Tracker:
         self.fresh: dict[str, Fill] = {}
         self.structure = structural_edits(before.config)
         self.values: dict[str, Any] = {}
+        self.architecture: tuple[PreTrainedConfig, type[PreTrainedModel]] = (before.config, type(before))
         self.said: set[str] = set()
         self.arranged: set[str] = set()
         self.fresh_layers: list[str] = []
@@ -133,6 +137,8 @@ class _Tracker:
                 raise PlanError(f"{twice[0]} was set by an earlier edit; merge the two")
             self.said |= set(edit.values)
             self._set_values(edit.values)
+        elif isinstance(edit, ChangeArchitecture):
+            self._change_architecture(edit)
         elif isinstance(edit, ParameterEdit):
             self._change_parameters(index, edit)
         elif isinstance(edit, ArrangeLayers):
@@ -145,14 +151,25 @@ class _Tracker:
         else:
             self._change_modules(index, edit)
             # Fills tell where values come from, and checkpoints hold values.
-            kept = edit.model_copy(update={"fills": {}}) if isinstance(edit, WrapModule | ReplaceModule) else edit
-            self.structure = merged([*self.structure, *([] if isinstance(edit, MergeModule) else [kept])])
+            if isinstance(edit, WrapModule | ReplaceModule):
+                edit = edit.model_copy(update={"fills": {}})
+            if not isinstance(edit, MergeModule | MakeParameters):
+                self.structure = merged([*self.structure, edit])
 
     def _set_values(self, values: dict[str, Any]) -> None:
         if twice := [key for key in values if key in self.values and self.values[key] != values[key]]:
             raise PlanError(f"{twice[0]} = {self.values[twice[0]]} was asked for by an earlier edit; make them agree")
-        edited_config(self.before.config, values)
+        edited_config(self.architecture[0], values)
         self.values |= values
+
+    def _change_architecture(self, edit: ChangeArchitecture) -> None:
+        if self._changes_architecture():
+            raise PlanError(f"an earlier edit makes a {self.architecture[0].model_type} of it; keep one of them")
+        self.architecture = other_architecture(self.before, edit.model_type, edit.values)
+        edited_config(self.architecture[0], self.values)
+
+    def _changes_architecture(self) -> bool:
+        return self.architecture[1] is not type(self.before)
 
     def _change_parameters(self, index: int, edit: ParameterEdit) -> None:
         matching = dict.fromkeys(name for alias, name in self.aliases.items() if edit.matches(alias))
@@ -260,31 +277,41 @@ class _Tracker:
                 self._rename_below(path, lambda rest: None)
                 self.modules[path] = None
             elif isinstance(edit, MergeModule):
-                self._merge(index, edit, path)
+                self._merge(index, path)
+            elif isinstance(edit, MakeParameters):
+                self._make(index, MAKINGS.find(edit.making), path, edit.settings)
+                self.replaced.append(path)
             else:
                 self.replaced.append(path)
                 if isinstance(edit, ReplaceModule):
-                    self._make(index, edit, path)
+                    self._make_brick(index, edit, path)
             fills = edit.fills if isinstance(edit, WrapModule | ReplaceModule) else {}
             for name, fill in fills.items():
                 if isinstance(fill, CopyFill):
                     fill = fill.model_copy(update={"of": f"{path}.{fill.of}"})
                 self.fresh[f"{path}.{name}"] = fill
 
-    def _make(self, index: int, edit: ReplaceModule, path: str) -> None:
+    def _make_brick(self, index: int, edit: ReplaceModule, path: str) -> None:
         """Let the brick's tensors come from those of the module that it replaces, where the brick says how."""
         making = getattr(find_brick(edit.brick), "making", None)
         # A second one of the same brick changes its settings; that is no making of it out of itself.
         there = [e for e in self.structure if isinstance(e, ReplaceModule) and e.matches(path)]
         if making is None or any(stored.brick == edit.brick for stored in there):
             return
+        self._make(index, making, path, edit.settings)
+
+    def _make(self, index: int, making: Making, path: str, settings: dict[str, Any]) -> None:
+        """Let the tensors of the module at `path` be made of those that are there."""
         inputs = self._below(path)
-        shapes = making.shapes({key: origin.shape for key, origin in inputs.items()}, **edit.settings)
-        self._put_made(Group(path, making, False, edit.settings, inputs), shapes)
+        try:
+            shapes = making.shapes({key: origin.shape for key, origin in inputs.items()}, **settings)
+        except (TypeError, KeyError) as error:
+            raise PlanError(f"{path} can't be made with the settings {settings}: {error}") from error
+        self._put_made(Group(path, making, False, settings, inputs), shapes)
         # What is neither made nor the brick's own is used up, which `_origins` finds out.
         self.used_up |= {f"{path}.{key}": index for key in inputs.keys() - shapes.keys()}
 
-    def _merge(self, index: int, edit: MergeModule, path: str) -> None:
+    def _merge(self, index: int, path: str) -> None:
         """Let the tensors of the module that a brick replaced come from the brick's."""
         stored = next((e for e in reversed(self.structure) if e.kind in BRICK_EDITS and e.matches(path)), None)
         if stored is None:
@@ -374,14 +401,24 @@ class _Tracker:
 
     def finish(self, edits: Sequence[Any]) -> ResolvedPlan:
         """Build the new skeleton and find the origin of everything in it."""
-        config = edited_config(self.before.config, self.values)
+        config = edited_config(self.architecture[0], self.values)
         with_structural_edits(config, self.structure)
         try:
-            after = edited_skeleton(config, type(self.before))
+            after = edited_skeleton(config, self.architecture[1])
         except PlanError:
             raise
-        except (ValueError, TypeError, AssertionError, RuntimeError, ZeroDivisionError) as error:
-            raise PlanError(f"No model can be built with the plan's config values ({self.values}): {error}") from error
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            AssertionError,
+            RuntimeError,
+            ZeroDivisionError,
+        ) as error:
+            raise PlanError(
+                f"No model can be built with the plan's config values ({self._set_in_words()}): {error!r}."
+            ) from error
         origins = self._origins(edits, after)
         modules: dict[str, str | None] = {"": ""}
         for path, _ in after.named_modules(remove_duplicate=False):
@@ -470,7 +507,7 @@ class _Tracker:
             old = before[old_path] if old_path is not None else None
             if old is None and self._in_brick(path):
                 continue
-            if type(old) is not type(module):
+            if type(old) is not type(module) and not self._changes_architecture():
                 was = type(old).__name__ if old is not None else "nothing"
                 raise PlanError(
                     f"With the plan's config values ({self._set_in_words()}) the module {path} would be "
@@ -478,7 +515,9 @@ class _Tracker:
                     "Leave out the config value that changes it."
                 )
         gone = set(filter(None, self.modules)) - set(resolved.modules)
-        if gone := {path for path in gone if not _below(path, [*self.replaced, *self.copies])}:
+        if not self._changes_architecture() and (
+            gone := {path for path in gone if not _below(path, [*self.replaced, *self.copies])}
+        ):
             path = min(gone)
             raise PlanError(
                 f"With the plan's config values ({self._set_in_words()}) the module {path} would be nothing instead of "

@@ -92,6 +92,8 @@ class _Rebuilding:
             return self.placed[id(after)]
         old_path = self.resolved.modules.get(path)
         old = None if old_path is None else self.old.get(old_path)
+        if path == "" and type(old) is not type(after):
+            self._change_class(after)
         children = list(after._modules.items())
         if old is None or type(old) is not type(after):
             module = after
@@ -121,6 +123,15 @@ class _Rebuilding:
         self.undo.refill(module._parameters, parameters)
         self.undo.refill(module._buffers, buffers)
         return module
+
+    def _change_class(self, after: nn.Module) -> None:
+        """Make the model, which the caller holds, one of the class of `after`."""
+        model, old_class = self.model, type(self.model)
+        self.undo.add(lambda: setattr(model, "__class__", old_class))
+        model.__class__ = type(after)  # type: ignore[assignment]
+        for key, value in vars(after).items():
+            if key.startswith("_") and isinstance(value, PLAIN) and key not in nn.Module().__dict__:
+                self.undo.set(vars(model), key, copy.copy(value))
 
     def _change_attributes(self, module: nn.Module, before: nn.Module, after: nn.Module) -> None:
         for key, value in vars(after).items():
@@ -155,6 +166,11 @@ class _Rebuilding:
                 or not isinstance(old, PreTrainedConfig)
             ):
                 continue
+            if type(new) is not type(old):
+                self.configs[id(new)] = self.configs[id(old)] = copy.deepcopy(new)
+                if old_path == "":
+                    self.undo.set(vars(self.model), "config", self.configs[id(new)])
+                continue
             self.configs[id(new)] = old
             was = getattr(self.before[str(old_path)], "config", old)
             self._change_values(old, was, new)
@@ -178,7 +194,7 @@ class _Rebuilding:
         config = vars(module).get("config")
         known = self.configs.get(id(config))
         if known is not None and config is not known:
-            vars(module)["config"] = known
+            self.undo.set(vars(module), "config", known)
 
 
 def _twin(module: nn.Module) -> nn.Module:

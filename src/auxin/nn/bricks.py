@@ -99,6 +99,11 @@ BRICKS: Registry[type[nn.Module]] = Registry("brick", "auxin.nn", error=PlanErro
 BrickClass = TypeVar("BrickClass", bound=type[nn.Module])
 
 
+MAKINGS: Registry[Making] = Registry("making", "auxin.nn", error=PlanError)
+"""The makings that serve without a brick, by name: for modules whose class follows from the config. Entry points of the
+group "auxin.makings" name modules of other packages that define some."""
+
+
 def brick(name: str) -> Callable[[BrickClass], BrickClass]:
     """Class decorator: register the class under `name`."""
 

@@ -18,7 +18,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from auxin.edits.kinds.edit import Edit, SetConfig
+from auxin.edits.kinds.architecture_edits import SetConfig
+from auxin.edits.kinds.edit import Edit
 from auxin.edits.kinds.entry_edits import RouteParameter, ScaleEntries
 from auxin.edits.kinds.fills import Fill, MeanFill, NormalFill, ZeroFill
 from auxin.edits.kinds.layer_edits import JoinAbove

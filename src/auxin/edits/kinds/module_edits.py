@@ -111,6 +111,23 @@ class MergeModule(ModuleEdit):
         return "is merged back"
 
 
+class MakeParameters(ModuleEdit):
+    """Make the parameters of a module, whose class follows from the config, out of those that it had.
+
+    For what a change of the config or of the architecture asks for and no edit of single parameters gives: experts out
+    of a feed-forward part, a fused matrix out of three.
+    """
+
+    kind: Literal["make_parameters"] = "make_parameters"
+    making: str
+    """The making's name."""
+    settings: dict[str, Any] = {}
+    """What it is told beside the old tensors."""
+
+    def __str__(self) -> str:
+        return f"is made by {self.making}{_in_words(self.settings)}"
+
+
 BRICK_EDITS = ("replace_module", "wrap_module")
 """Kinds of the edits that put a brick somewhere."""
 
