@@ -1,5 +1,6 @@
 """Applying plans to models in memory."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import auxin
-from auxin.edits import NormalFill, PadParameter, Plan, SetConfig, ZeroFill, apply
+from auxin.edits import NormalFill, PadParameter, Plan, ScaleParameter, SetConfig, ZeroFill, apply
 from auxin.edits.promise import relative_change
 from auxin.errors import PlanError, PromiseError
 from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth
@@ -295,3 +296,39 @@ def test_growing_needs_no_more_memory_than_the_new_model_and_one_tensor():
     command = [sys.executable, str(script), "--megabytes", "200", "--check", "--modes", "memory", "optimizer"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def overflowing(promise: str) -> Plan:
+    scale = ScaleParameter(parameter="model.embed_tokens.weight", factor=1e38)
+    return Plan(method="by hand", promise=promise, edits=[scale])
+
+
+@pytest.mark.parametrize("promise", ["exact", "approximate", "none"])
+def test_logits_that_are_not_finite_afterwards_are_an_error_whatever_was_promised(promise):
+    model = tiny_model()
+    weights = copy.deepcopy(model.state_dict())
+    with pytest.raises(PromiseError, match=r"\d+ of \d+ logits are not finite on the probe after the edits of by hand"):
+        apply(overflowing(promise), model)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_logits_that_are_not_finite_before_are_the_model_s_fault():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1e38)
+    plan = Plan(method="x", promise="none", edits=[ScaleParameter(parameter="model.embed_tokens.weight", factor=1e-38)])
+    with pytest.raises(PlanError, match="not finite on the probe before the edits of x"):
+        apply(plan, model)
+
+
+def test_outputs_of_another_shape_are_compared_by_plans_that_promise_nothing_only():
+    edits = [
+        SetConfig(values={"vocab_size": 100}),
+        PadParameter(parameter="model.embed_tokens.weight", size=100, fill=ZeroFill()),
+        PadParameter(parameter="lm_head.weight", size=100, fill=ZeroFill()),
+    ]
+    model = tiny_model()
+    edits = edits[: 2 if model.config.tie_word_embeddings else 3]
+    with pytest.raises(PromiseError, match=r"promises 'approximate', but the outputs have shape .* and had"):
+        apply(Plan(method="x", promise="approximate", edits=edits), model)
+    assert apply(Plan(method="x", promise="none", edits=edits), model).max_relative_change is None

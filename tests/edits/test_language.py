@@ -416,7 +416,7 @@ def test_a_failed_apply_leaves_model_and_optimizer_as_they_were(edits, stage, mo
 
         target = {
             "tree": "auxin.edits.tree._Rebuilding._change_configs",
-            "group": "auxin.edits.executor.relative_change",
+            "group": "auxin.edits.executor.measured_change",
         }
         monkeypatch.setattr(target[stage], fail)
         with pytest.raises(KeyboardInterrupt):

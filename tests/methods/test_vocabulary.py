@@ -223,7 +223,7 @@ def test_on_failure_both_are_as_before(where, monkeypatch):
         with pytest.raises(DataError):
             grow_vocabulary(model, tokenizer, ["fine", "café"], optimizer=optimizer)
     else:
-        monkeypatch.setattr("auxin.edits.executor.relative_change", lambda *_: 1.0)
+        monkeypatch.setattr("auxin.edits.promise.relative_change", lambda *_: 1.0)
         with pytest.raises(PromiseError):
             grow_vocabulary(model, tokenizer, WORDS, optimizer=optimizer)
     assert_same(everything(model, optimizer), before)

@@ -14,7 +14,7 @@ from auxin.edits.carry import carry, check_tensors
 from auxin.edits.kinds.rate import Rate
 from auxin.edits.module_store import ModuleStore
 from auxin.edits.plan import Plan
-from auxin.edits.promise import Probe, check_promise, default_probe, probe_logits, relative_change, tolerance
+from auxin.edits.promise import Probe, default_probe, measured_change, probe_logits, tolerance
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.tree import Undo, rebuild_tree
 from auxin.errors import PlanError
@@ -30,7 +30,8 @@ class Receipt(Settings):
     parameters_after: int
     """Parameters after, tied ones once."""
     max_relative_change: float | None
-    """max |change of a logit| / max |logit| on the probe batch; None on the meta device, where there is no data."""
+    """max |change of a logit| / max |logit| on the probe batch. None on the meta device, where there is no data, and
+    where a plan promises nothing and the outputs can't be compared: of another shape, or all zero before."""
     tolerance: float
     """The change up to which an exact plan counts as kept, in the parameters' data type."""
     continuation: dict[str, Rate] = {}
@@ -79,7 +80,7 @@ def apply(
     Raises:
         PlanError: the plan does not fit the model, which may be sharded, or a weight is not finite; found before
             anything changes.
-        PromiseError: the plan promised to keep the function and did not.
+        PromiseError: the plan promised to keep the function and did not, or the logits are not finite after it.
     """
     start = time.perf_counter()
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps
@@ -101,8 +102,7 @@ def apply(
         rebuild_tree(model, resolved, store.tensors, undo)
         store.join_groups()
         if has_data and probe is not None:
-            change = relative_change(reference, probe_logits(model, probe, plan.vocabulary))
-            check_promise(plan, change, allowed)
+            change = measured_change(plan, reference, probe_logits(model, probe, plan.vocabulary), allowed)
         for note in plan.notes:
             warnings.warn(note, stacklevel=3)  # inference_mode, too, is between this and the caller
     except BaseException:

@@ -13,7 +13,7 @@ from auxin.edits.carry import carry, check_tensors
 from auxin.edits.executor import Receipt, continuation
 from auxin.edits.folder_store import FolderStore
 from auxin.edits.plan import Plan
-from auxin.edits.promise import Probe, check_promise, default_probe, probe_logits, relative_change, tolerance
+from auxin.edits.promise import Probe, default_probe, measured_change, probe_logits, tolerance
 from auxin.edits.resolution import resolve
 from auxin.edits.structure import edited_skeleton
 from auxin.errors import CheckpointError
@@ -71,8 +71,7 @@ def apply_to_checkpoint(
         same_class = type(resolved.after) is type(before)
         config.architectures = before.config.architectures if same_class else [type(resolved.after).__name__]
         config.save_pretrained(folder)
-        change = relative_change(reference, _logits(folder, probe, plan.vocabulary)[0])
-        check_promise(plan, change, allowed)
+        change = measured_change(plan, reference, _logits(folder, probe, plan.vocabulary)[0], allowed)
         receipt = Receipt(
             plan=plan,
             parameters_before=count_parameters(before).total,
