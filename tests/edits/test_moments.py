@@ -10,7 +10,7 @@ from auxin.edits import NormalFill, PadParameter, Plan, SetConfig, ZeroFill, app
 from auxin.errors import PlanError
 from edits.models import tiny_model, token_ids, trained, training_step
 
-KEYS, VALUES = "model.layers.0.mlp.keys", "model.layers.0.mlp.values"
+KEYS, VALUES = "model.layers.0.mlp.key_tokens", "model.layers.0.mlp.value_tokens"
 
 
 def moments(model, optimizer, name):
@@ -73,7 +73,7 @@ def test_an_optimizer_that_can_not_follow_is_refused_before_anything_changes():
     optimizer = trained(model)
     state = moments(model, optimizer, VALUES)
     state["curvature"] = torch.zeros(20, 32)
-    with pytest.raises(PlanError, match=r"state 'curvature' for model\.layers\.0\.mlp\.values"):
+    with pytest.raises(PlanError, match=r"state 'curvature' for model\.layers\.0\.mlp\.value_tokens"):
         auxin.grow(model, ffn_tokens=30, optimizer=optimizer)
     del state["curvature"]
     state["row_var"] = torch.zeros(20, 1)
@@ -94,7 +94,7 @@ def first_updates(seeded: bool, gradient, steps: int = 20, beta2: float = 0.999)
     optimizer has long seen gradients of size 1."""
     torch.manual_seed(0)
     model = tiny_model()
-    values = model.model.layers[0].mlp.values
+    values = model.model.layers[0].mlp.value_tokens
     optimizer = torch.optim.AdamW([values], lr=1e-4, betas=(0.9, beta2), weight_decay=0.0)
     for _ in range(100):
         values.grad = torch.randn_like(values)
@@ -130,7 +130,7 @@ def test_new_rows_make_no_outlying_update_in_training():
         optimizer = trained(model, 30, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
         make_old(optimizer, 30, 0.999)
         auxin.grow(model, ffn_tokens=40, optimizer=optimizer)
-        values = model.model.layers[0].mlp.values
+        values = model.model.layers[0].mlp.value_tokens
         if not seeded:
             optimizer.state[values]["exp_avg_sq"][20:] = 0
         sizes = []

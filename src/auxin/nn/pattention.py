@@ -33,8 +33,8 @@ SMALLEST_PIECE = 16
 
 def pattention(
     x: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    key_tokens: Tensor,
+    value_tokens: Tensor,
     tau: Tensor,
     group_sizes: Sequence[int],
     score_function: ScoreFunction = "l2_norm_gelu",
@@ -56,8 +56,8 @@ def pattention(
 
     Args:
         x: (..., in_features).
-        keys: (n, in_features), groups contiguous.
-        values: (n, out_features).
+        key_tokens: K (n, in_features), groups contiguous.
+        value_tokens: V (n, out_features).
         tau: (number of groups,) float32, not trained; its values may change without recompilation.
         group_sizes: tokens of each group; sums to n.
         score_function, gelu: by name; "erf" is the exact GELU, "tanh" its approximation.
@@ -66,22 +66,24 @@ def pattention(
     Raises:
         ConfigError: sizes, scales and tensors don't fit each other.
     """
-    if sum(group_sizes) != keys.shape[0] or values.shape[0] != keys.shape[0] or tau.shape != (len(group_sizes),):
+    tokens = sum(group_sizes)
+    if key_tokens.shape[0] != tokens or value_tokens.shape[0] != tokens or tau.shape != (len(group_sizes),):
         raise ConfigError(
-            f"group_sizes {list(group_sizes)} do not fit keys {tuple(keys.shape)}, values {tuple(values.shape)} and "
-            f"tau {tuple(tau.shape)}; keys and values need one row per token (the sum of group_sizes), tau one value "
-            "per group."
+            f"group_sizes {list(group_sizes)} do not fit keys {tuple(key_tokens.shape)}, values "
+            f"{tuple(value_tokens.shape)} and tau {tuple(tau.shape)}; keys and values need one row per token (the sum "
+            "of group_sizes), tau one value per group."
         )
     rule = _Rule(score_function, gelu, eps, tuple(group_sizes))
-    scores = F.linear(x.reshape(-1, x.shape[-1]), keys)
-    return (_weights(scores, tau, rule) @ values).reshape(*x.shape[:-1], values.shape[1])
+    scores = F.linear(x.reshape(-1, x.shape[-1]), key_tokens)
+    return (_weights(scores, tau, rule) @ value_tokens).reshape(*x.shape[:-1], value_tokens.shape[1])
 
 
 class Pattention(nn.Module):
     """Token-parameter attention: `pattention` with its keys, values and scales.
 
-    Parameters `keys` (n, in_features) and `values` (n, out_features); non-persistent float32 buffer `tau` (number of
-    groups,), a constant of the layer and no parameter. The buffer stays float32 whatever dtype the module is cast to.
+    Parameters `key_tokens` (n, in_features) and `value_tokens` (n, out_features); non-persistent float32
+    buffer `tau` (number of groups,), a constant of the layer and no parameter. The buffer stays float32 whatever dtype
+    the module is cast to.
     `initial_tau` holds the values last set as plain numbers: what `reset_tau` fills the buffer with, and what belongs
     into a model's config, since the buffer is not in the state dict.
 
@@ -114,8 +116,8 @@ class Pattention(nn.Module):
         _check_settings(group_sizes, score_function, gelu, eps)
         self.in_features, self.out_features, self.group_sizes = in_features, out_features, tuple(group_sizes)
         self.score_function, self.gelu, self.eps = score_function, gelu, eps
-        self.keys = nn.Parameter(torch.empty(sum(group_sizes), in_features, device=device, dtype=dtype))
-        self.values = nn.Parameter(torch.empty(sum(group_sizes), out_features, device=device, dtype=dtype))
+        self.key_tokens = nn.Parameter(torch.empty(sum(group_sizes), in_features, device=device, dtype=dtype))
+        self.value_tokens = nn.Parameter(torch.empty(sum(group_sizes), out_features, device=device, dtype=dtype))
         self.register_buffer(
             "tau", torch.empty(len(self.group_sizes), dtype=torch.float32, device=device), persistent=False
         )
@@ -125,7 +127,7 @@ class Pattention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         return pattention(
-            x, self.keys, self.values, self.tau, self.group_sizes, self.score_function, self.gelu, self.eps
+            x, self.key_tokens, self.value_tokens, self.tau, self.group_sizes, self.score_function, self.gelu, self.eps
         )
 
     def set_tau(self, values: Sequence[float]) -> None:
@@ -141,8 +143,8 @@ class Pattention(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Keys N(0, 1/in_features) and values N(0, 1/n), as the JAX reference draws them in its attention layers: with
         one group the output's standard deviation is 0.65. A model that knows its depth overrides this."""
-        nn.init.normal_(self.keys, std=self.in_features**-0.5, generator=generator)
-        nn.init.normal_(self.values, std=sum(self.group_sizes) ** -0.5, generator=generator)
+        nn.init.normal_(self.key_tokens, std=self.in_features**-0.5, generator=generator)
+        nn.init.normal_(self.value_tokens, std=sum(self.group_sizes) ** -0.5, generator=generator)
 
     def extra_repr(self) -> str:
         return (

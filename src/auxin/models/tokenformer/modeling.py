@@ -160,8 +160,8 @@ class TokenFormerPreTrainedModel(PreTrainedModel):
         if isinstance(module, Pattention):
             config = self.config
             values_std = 2 / (config.num_hidden_layers * math.sqrt(config.hidden_size))
-            init.normal_(module.keys, mean=0.0, std=config.initializer_range)
-            init.normal_(module.values, mean=0.0, std=values_std)
+            init.normal_(module.key_tokens, mean=0.0, std=config.initializer_range)
+            init.normal_(module.value_tokens, mean=0.0, std=values_std)
             # A buffer that checkpoints don't hold: after loading on the meta device nothing else fills it.
             module.reset_tau()
 
