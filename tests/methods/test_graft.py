@@ -13,7 +13,7 @@ from auxin.edits import apply
 from auxin.edits.structure import edited_skeleton
 from auxin.errors import ConfigError, PlanError
 from auxin.methods.adapt.graft import METHOD, Graft, freeze_all_but_branches, graft, plan_graft
-from auxin.models.loading import skeleton
+from auxin.models.loading import load_model, skeleton
 from auxin.nn.graft import Grafted
 from tiny_models import FAMILIES, inputs, labels, tiny
 
@@ -99,6 +99,20 @@ def test_a_graft_grows_again_and_again(family):
         if optimizer is None:
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         train(model, optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_scales_are_in_the_type_of_the_weights_or_finer(dtype, tmp_path):
+    model = tiny("gpt2", dtype=dtype)
+    for tokens in (3, 5):
+        graft(model, tokens=tokens)
+    model.save_pretrained(tmp_path)
+    wanted = torch.tensor([3, 5], dtype=torch.float64).sqrt()
+    for again in (model, load_model(tmp_path), load_model(tmp_path, dtype=torch.float64)):
+        scale = torch.promote_types(again.dtype, torch.float32)
+        for name, branch in branches(again).items():
+            assert branch.tau.dtype == scale, name
+            assert torch.equal(branch.tau, wanted.to(scale)), name
 
 
 def test_a_group_may_be_grown_at_some_layers_only():

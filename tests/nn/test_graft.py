@@ -72,7 +72,7 @@ def test_a_fresh_graft_is_the_layer_to_the_last_bit(kind, dtype):
     assert isinstance(graft, type(dense))
     assert not graft.training
     assert {p.dtype for p in graft.parameters()} == {dtype}
-    assert graft.branch.tau.dtype == torch.float32
+    assert graft.branch.tau.dtype == torch.promote_types(dtype, torch.float32)
     names = [name for name, _ in graft.named_parameters()]
     assert names == ["weight", "bias", "branch.key_tokens", "branch.value_tokens"]
 

@@ -32,7 +32,7 @@ def layer(group_sizes, d_in=6, d_out=5, dtype=torch.float64, seed=0, **options):
 
 
 def roots(group_sizes):
-    return torch.tensor([math.sqrt(size) for size in group_sizes])
+    return torch.tensor([math.sqrt(size) for size in group_sizes], dtype=torch.float64)
 
 
 # --- the equations -----------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def test_duplicated_tokens_under_the_root_rule_are_exact(gelu):
         keys, values = module.key_tokens.repeat(times, 1), module.value_tokens.repeat(times, 1) / times
         grown = pattention(x, keys, values, roots([6 * times]), [6 * times], gelu=gelu, eps=1e-14)
         before = pattention(x, module.key_tokens, module.value_tokens, module.tau, [6], gelu=gelu, eps=1e-14)
-        torch.testing.assert_close(grown, before, rtol=0, atol=1e-6)  # the roots are held in float32
+        torch.testing.assert_close(grown, before, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("score_function", NORMS)
@@ -414,15 +414,26 @@ def test_scales_survive_casts_and_the_meta_device():
     module = layer([576, 1564], d_in=4, tau=[24.0, 39.547], dtype=torch.float32)
     assert "tau" not in module.state_dict()
     exact = torch.tensor([24.0, 39.547])
-    for cast in (module.bfloat16(), module.half(), module.double()):
-        assert cast.tau.dtype == torch.float32
-        assert torch.equal(cast.tau, exact)
+    for cast in (torch.bfloat16, torch.float16, torch.float64, torch.float16, torch.float32):
+        tau = module.to(cast).tau
+        assert tau.dtype == (torch.float64 if cast == torch.float64 else torch.float32)
+        assert tau.tolist() == ([24.0, 39.547] if cast == torch.float64 else exact.tolist())
     empty = Pattention(4, 5, [576, 1564], tau=[24.0, 39.547], device="meta")
     assert empty(torch.empty(2, 3, 4, device="meta")).shape == (2, 3, 5)
     assert torch.equal(empty.to_empty(device="cpu").tau, exact)
+    empty = Pattention(4, 5, [576, 1564], tau=[24.0, 39.547], device="meta").double()
+    assert empty.to_empty(device="cpu").tau.tolist() == [24.0, 39.547]
     module.tau.zero_()
     module.reset_tau()
     assert torch.equal(module.tau, exact)
+
+
+@every_score_function
+def test_a_layer_in_float64_has_scales_in_float64(score_function):
+    module, x = layer([7, 5, 3], score_function=score_function), random(4, 6)
+    inputs = (tensor.detach().numpy() for tensor in (x, module.key_tokens, module.value_tokens))
+    exact = oracle.pattention(*inputs, [math.sqrt(size) for size in (7, 5, 3)], [7, 5, 3], score_function)
+    np.testing.assert_allclose(module(x).detach().numpy(), exact, rtol=0, atol=1e-14 * np.abs(exact).max())
 
 
 def test_default_scales_and_initialisation():

@@ -23,7 +23,7 @@ def brick(name: str) -> Callable[[Brick], Brick]:
     A brick that replaces a module has a class method `replacing(module, **settings)`, which builds it for that module
     (also on the meta device, where modules have shapes and no values). A brick that wraps one is called as
     `Class(inner, **settings)` and keeps the wrapped module as its attribute `inner`. A brick with non-persistent
-    buffers has a method `reset_buffers()` that fills them from its settings.
+    buffers has a method `reset_buffers()` that fills them from its settings, in the type that its parameters ask for.
     """
 
     def register(cls: Brick) -> Brick:

@@ -32,10 +32,6 @@ class Branch(Pattention):
         super().reset_parameters(generator)
         nn.init.zeros_(self.value_tokens)
 
-    def reset_buffers(self) -> None:
-        """Fill the scales, which no checkpoint holds, from the settings."""
-        self.reset_tau()
-
 
 class Grafted(nn.Module):
     """What all grafted layers have: the module `branch` beside the layer's own `weight` and `bias`."""

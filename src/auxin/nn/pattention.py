@@ -43,7 +43,7 @@ def pattention(
 ) -> Tensor:
     """Sum over groups g of f(A_g) V_g, where A = x K^T: one score GEMM and one value GEMM, however many the groups.
 
-    f by name (for each row and group; norms over the group's tokens, in float32 for 16-bit scores):
+    f by name (for each row and group; norms over the group's tokens, in the scores' type, float32 for 16-bit scores):
       l2_norm_gelu (default)  GELU(tau A_g / (||A_g||_2 + eps))
       gelu_l2_norm            tau G / (||G||_2 + eps), G = GELU(A_g)
       softmax                 tau^2 softmax(A_g)
@@ -58,7 +58,7 @@ def pattention(
         x: (..., in_features).
         key_tokens: K (n, in_features), groups contiguous.
         value_tokens: V (n, out_features).
-        tau: (number of groups,) float32, not trained; its values may change without recompilation.
+        tau: (number of groups,) float32 or float64, not trained; its values may change without recompilation.
         group_sizes: tokens of each group; sums to n.
         score_function, gelu: by name; "erf" is the exact GELU, "tanh" its approximation.
         eps: added to the norm, in the norm's precision.
@@ -81,11 +81,11 @@ def pattention(
 class Pattention(nn.Module):
     """Token-parameter attention: `pattention` with its keys, values and scales.
 
-    Parameters `key_tokens` (n, in_features) and `value_tokens` (n, out_features); non-persistent float32
-    buffer `tau` (number of groups,), a constant of the layer and no parameter. The buffer stays float32 whatever dtype
-    the module is cast to.
-    `initial_tau` holds the values last set as plain numbers: what `reset_tau` fills the buffer with, and what belongs
-    into a model's config, since the buffer is not in the state dict.
+    Parameters `key_tokens` (n, in_features) and `value_tokens` (n, out_features); non-persistent buffer `tau` (number
+    of groups,), a constant of the layer and no parameter. The buffer is float64 in a float64 module and float32 in any
+    other, whatever dtype the module is cast to. `initial_tau` holds the values last set as plain numbers: what
+    `reset_tau` fills the buffer with, and what belongs into a model's config, since the buffer is not in the state
+    dict.
 
     Args:
         in_features, out_features: widths of input and output.
@@ -119,7 +119,9 @@ class Pattention(nn.Module):
         self.key_tokens = nn.Parameter(torch.empty(sum(group_sizes), in_features, device=device, dtype=dtype))
         self.value_tokens = nn.Parameter(torch.empty(sum(group_sizes), out_features, device=device, dtype=dtype))
         self.register_buffer(
-            "tau", torch.empty(len(self.group_sizes), dtype=torch.float32, device=device), persistent=False
+            "tau",
+            torch.empty(len(self.group_sizes), dtype=_norm_dtype(self.key_tokens.dtype), device=device),
+            persistent=False,
         )
         self.set_tau([math.sqrt(size) for size in group_sizes] if tau is None else tau)
         self.reset_parameters()
@@ -137,8 +139,17 @@ class Pattention(nn.Module):
 
     @torch.no_grad()
     def reset_tau(self) -> None:
-        """Fill the buffer with the configured scales, as is needed after a meta-device or empty initialisation."""
-        self.tau.copy_(torch.tensor(self.initial_tau, dtype=torch.float32, device="cpu"))
+        """Fill the buffer with the configured scales, as is needed after a meta-device or empty initialisation.
+
+        In place, unless the parameters have got another type than the buffer was made for."""
+        dtype = _norm_dtype(self.key_tokens.dtype)
+        if self.tau.dtype != dtype:
+            self.tau = torch.empty_like(self.tau, dtype=dtype)
+        self.tau.copy_(torch.tensor(self.initial_tau, dtype=dtype, device="cpu"))
+
+    def reset_buffers(self) -> None:
+        """Fill the scales, which no checkpoint holds, from the settings."""
+        self.reset_tau()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Keys N(0, 1/in_features) and values N(0, 1/n), as the JAX reference draws them in its attention layers: with
@@ -156,9 +167,10 @@ class Pattention(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.tau
         super()._apply(fn, recurse)
-        if before.is_meta and not self.tau.is_meta:  # `to_empty` leaves no values
-            self.reset_tau()
-        elif self.tau.dtype != torch.float32:  # a cast must not round the scales
+        unfilled = before.is_meta and not self.tau.is_meta  # `to_empty` leaves no values
+        if unfilled or before.dtype != _norm_dtype(self.key_tokens.dtype):
+            self.reset_tau()  # float64 has digits that float32 would not give back
+        elif self.tau.dtype != before.dtype:  # a cast must not round the scales
             self.tau = before.to(self.tau.device)
         return self
 

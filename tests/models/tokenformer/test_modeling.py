@@ -221,7 +221,7 @@ def test_the_same_seed_gives_the_same_weights():
 
 def test_rotary_turns_halves_by_position_and_leaves_the_rest():
     x = torch.randn(1, 2, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    turned = rotate(x, *rotary_cos_sin(torch.arange(5)[None], 4, 10000.0))
+    turned = rotate(x, *rotary_cos_sin(torch.arange(5)[None], 4, 10000.0, torch.float64))
     assert torch.equal(turned[..., 4:], x[..., 4:])
     for position in range(5):
         for pair, frequency in enumerate((1.0, 10000.0**-0.5)):
@@ -231,11 +231,11 @@ def test_rotary_turns_halves_by_position_and_leaves_the_rest():
                 (a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle))
             )
             got = torch.stack((turned[0, :, position, pair], turned[0, :, position, pair + 2]))
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(got, expected, rtol=1e-14, atol=1e-14)
 
 
 def test_bfloat16_keeps_the_rotary_angles():
-    cos, _ = rotary_cos_sin(torch.tensor([[1999]]), 4, 10000.0)
+    cos, _ = rotary_cos_sin(torch.tensor([[1999]]), 4, 10000.0, torch.bfloat16)
     assert cos.dtype == torch.float32
     assert cos[0, 0, 1].item() == pytest.approx(math.cos(19.99), abs=1e-5)
 
