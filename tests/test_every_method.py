@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -20,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, pipeline
 from auxin.edits import apply
 from auxin.edits.promise import TOLERANCE
 from auxin.methods import methods
+from auxin.nn import Pattention
 from capabilities import DECODERS, Refusal, Result, again, attempt, built_in, change, logits, probe
 from tiny_models import FAMILIES, VOCABULARY, inputs, labels, tiny
 
@@ -102,13 +105,10 @@ def test_the_edited_model_generates_with_and_without_a_cache(name, family):
     assert torch.equal(written, model.generate(ids, use_cache=False, **settings))
 
 
-@every_case
-def test_lora_goes_on_top(name, family):
+def trained_lora(result: Result, **targets: Any) -> Any:
+    """The result's model with a LoRA that has been trained a little."""
     peft = pytest.importorskip("peft")
-    result = applied(name, family)
-    # The tokens themselves are out of PEFT's reach: torch can't parametrize what is called keys or values.
-    target = "all-linear" if family != "tokenformer" else ["embed_tokens"]
-    adapted = peft.get_peft_model(result.model, peft.LoraConfig(r=2, target_modules=target))
+    adapted = peft.get_peft_model(result.model, peft.LoraConfig(r=2, **targets))
     adapted.eval()
     assert torch.equal(logits(adapted), result.after), "an adapter starts as nothing"
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
@@ -116,12 +116,36 @@ def test_lora_goes_on_top(name, family):
         optimizer.zero_grad()
         loss(adapted).backward()
         optimizer.step()
+    assert change(result.after, logits(adapted)) > 1e-4
+    return adapted
+
+
+@pytest.mark.parametrize(("name", "family"), [case for case in CASES if case[1] != "tokenformer"])
+def test_lora_goes_on_top(name, family):
+    adapted = trained_lora(applied(name, family), target_modules="all-linear")
     trained = logits(adapted)
-    assert change(result.after, trained) > 1e-4
     merged = adapted.merge_and_unload()
-    if family != "tokenformer":  # its head is tied to the embedding, and what is merged into one is in the other too
-        assert change(trained, logits(merged)) < TOLERANCE
+    assert change(trained, logits(merged)) < TOLERANCE
     assert merged.state_dict().keys() == probe(name, family).model.state_dict().keys()
+
+
+@pytest.mark.parametrize(("name", "family"), [case for case in CASES if case[1] == "tokenformer" or case[0] == "graft"])
+def test_lora_goes_on_parameter_tokens(name, family, tmp_path):
+    """It trains, reloads on the model that it was trained on, and merges into a checkpoint of that model's form."""
+    result = applied(name, family)
+    tokens = [module for module in result.model.modules() if isinstance(module, Pattention)]
+    adapted = trained_lora(result, target_modules=[], target_parameters=["key_tokens", "value_tokens"])
+    assert sum(key.endswith("lora_A.default.weight") for key, _ in adapted.named_parameters()) == 2 * len(tokens) > 0
+    trained = logits(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = copy.deepcopy(probe(name, family).model)
+    assert torch.equal(logits(type(adapted).from_pretrained(base, tmp_path / "adapter").eval()), trained)
+    merged = adapted.merge_and_unload()
+    assert change(trained, logits(merged)) <= 1e-12
+    assert merged.state_dict().keys() == probe(name, family).model.state_dict().keys()
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = getattr(transformers, AUTO[family]).from_pretrained(tmp_path / "merged", dtype="auto")
+    assert torch.equal(logits(loaded), logits(merged))
 
 
 @pytest.mark.parametrize(("name", "family"), [case for case in CASES if case[1] in ("llama", "gpt2", "tokenformer")])

@@ -26,8 +26,8 @@ def ffn_plan(size=30, promise="exact", keys=None, values=None, sizes=None):
         promise=promise,
         edits=[
             SetConfig(values={"ffn_tokens": sizes or [20, size - 20]}),
-            PadParameter(parameter=f"{FFN}.keys", size=size, fill=keys or NormalFill()),
-            PadParameter(parameter=f"{FFN}.values", size=size, fill=values or ZeroFill()),
+            PadParameter(parameter=f"{FFN}.key_tokens", size=size, fill=keys or NormalFill()),
+            PadParameter(parameter=f"{FFN}.value_tokens", size=size, fill=values or ZeroFill()),
         ],
     )
 
@@ -57,17 +57,17 @@ def test_apply_grows_in_place_and_leaves_the_rest_alone():
 def test_new_keys_have_the_scale_of_the_old_ones_and_differ_between_tensors_and_growths():
     model = tiny_model()
     apply(ffn_plan(20 + 400), model)
-    layers = [layer.mlp.keys.detach() for layer in model.model.layers]
+    layers = [layer.mlp.key_tokens.detach() for layer in model.model.layers]
     assert (layers[0][20:].pow(2).mean().sqrt() / layers[0][:20].pow(2).mean().sqrt()).item() == pytest.approx(
         1, abs=0.03
     )
     assert not torch.allclose(layers[0][20:], layers[1][20:], atol=0.1)
-    again = PadParameter(parameter=f"{FFN}.keys", size=820, fill=NormalFill(std=1.0))
+    again = PadParameter(parameter=f"{FFN}.key_tokens", size=820, fill=NormalFill(std=1.0))
     apply(Plan(method="x", promise="none", edits=[
         SetConfig(values={"ffn_tokens": [20, 400, 400]}), again,
-        PadParameter(parameter=f"{FFN}.values", size=820, fill=ZeroFill()),
+        PadParameter(parameter=f"{FFN}.value_tokens", size=820, fill=ZeroFill()),
     ]), model)  # fmt: skip
-    keys = model.model.layers[0].mlp.keys.detach()
+    keys = model.model.layers[0].mlp.key_tokens.detach()
     first, second = keys[20:420], keys[420:]
     correlation = (first * second).mean() / (first.pow(2).mean() * second.pow(2).mean()).sqrt()
     assert abs(correlation) < 0.05
@@ -79,7 +79,7 @@ def test_the_same_seed_gives_the_same_bits_in_any_order_of_the_edits():
     apply(plan, models[0])
     apply(plan.model_copy(update={"edits": plan.edits[::-1]}), models[1])
     apply(plan.model_copy(update={"seed": 1}), models[2])
-    keys = [model.model.layers[0].mlp.keys for model in models]
+    keys = [model.model.layers[0].mlp.key_tokens for model in models]
     assert torch.equal(keys[0], keys[1])
     assert not torch.equal(keys[0], keys[2])
 
@@ -102,7 +102,7 @@ def test_a_failed_apply_leaves_model_and_optimizer_as_they_were(regime, failure,
 
         def spoiled(self, old, seed, name):
             new = original(self, old, seed, name)
-            if name == "model.layers.1.attention.proj.values":
+            if name == "model.layers.1.attention.proj.value_tokens":
                 new[-1, 3] += 1.0
                 new[0, 5] += 0.1
             return new
@@ -139,12 +139,12 @@ def test_a_broken_promise_names_change_and_tolerance():
 def test_weights_that_are_not_finite_are_refused_by_name():
     model = tiny_model()
     with torch.no_grad():
-        model.model.layers[1].attention.key.values[3, 2] = float("nan")
+        model.model.layers[1].attention.key.value_tokens[3, 2] = float("nan")
     before = everything(model)
-    with pytest.raises(PlanError, match=r"model\.layers\.1\.attention\.key\.values holds 1 value"):
+    with pytest.raises(PlanError, match=r"model\.layers\.1\.attention\.key\.value_tokens holds 1 value"):
         apply(ffn_plan(), model)
     assert model.config.to_dict() == before["config"]
-    assert model.model.layers[0].mlp.keys.shape == (20, 32)
+    assert model.model.layers[0].mlp.key_tokens.shape == (20, 32)
 
 
 def test_the_global_random_numbers_are_left_alone():
@@ -182,8 +182,8 @@ def test_on_the_meta_device_only_the_structure_changes():
         model = tiny_model_on_meta()
     receipt = apply(ffn_plan(), model)
     assert receipt.max_relative_change is None
-    assert model.model.layers[0].mlp.keys.shape == (30, 32)
-    assert model.model.layers[0].mlp.keys.is_meta
+    assert model.model.layers[0].mlp.key_tokens.shape == (30, 32)
+    assert model.model.layers[0].mlp.key_tokens.is_meta
 
 
 def tiny_model_on_meta():

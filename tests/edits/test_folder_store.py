@@ -185,8 +185,16 @@ def test_unsigned_tensors_pass_and_unknown_types_are_refused(tmp_path):
     ("change", "error", "message"),
     [
         ({"model.norm.weight": torch.full((32,), float("inf"))}, PlanError, r"model\.norm\.weight holds 32 value"),
-        ({"model.layers.1.mlp.keys": torch.zeros(21, 32)}, CheckpointError, r"1\.mlp\.keys has shape \[21, 32\]"),
-        ({"model.layers.1.mlp.keys": None}, CheckpointError, r"holds no tensor model\.layers\.1\.mlp\.keys"),
+        (
+            {"model.layers.1.mlp.key_tokens": torch.zeros(21, 32)},
+            CheckpointError,
+            r"1\.mlp\.key_tokens has shape \[21, 32\]",
+        ),
+        (
+            {"model.layers.1.mlp.key_tokens": None},
+            CheckpointError,
+            r"holds no tensor model\.layers\.1\.mlp\.key_tokens",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_before_a_byte_is_written(change, error, message, tmp_path):

@@ -13,7 +13,7 @@ from auxin.edits import apply
 from auxin.edits.structure import edited_skeleton
 from auxin.errors import ConfigError, PlanError
 from auxin.methods.adapt.graft import METHOD, Graft, freeze_all_but_branches, graft, plan_graft
-from auxin.models.loading import skeleton
+from auxin.models.loading import load_model, skeleton
 from auxin.nn.graft import Grafted
 from tiny_models import FAMILIES, inputs, labels, tiny
 
@@ -53,19 +53,19 @@ def test_a_graft_changes_no_bit_and_learns_from_the_first_step(family):
     receipt = graft(model, tokens=4)
     assert receipt.max_relative_change == 0.0
     assert torch.equal(outputs(model), before)
-    added = sum(branch.keys.numel() + branch.values.numel() for branch in branches(model).values())
+    added = sum(branch.key_tokens.numel() + branch.value_tokens.numel() for branch in branches(model).values())
     assert receipt.parameters_after - receipt.parameters_before == added
     assert sum(p.numel() for p in model.parameters()) == count + added
     for name, branch in branches(model).items():
         assert branch.group_sizes == (4,), name
         assert branch.tau.tolist() == [2.0], name
-        assert not branch.values.any(), name
-        assert branch.keys.abs().min() > 0, name
+        assert not branch.value_tokens.any(), name
+        assert branch.key_tokens.abs().min() > 0, name
     model(**inputs(model), labels=labels(model)).loss.backward()
     for name, branch in branches(model).items():
-        assert branch.values.grad.isfinite().all(), name
-        assert branch.values.grad.any(), name
-        assert not branch.keys.grad.any(), name
+        assert branch.value_tokens.grad.isfinite().all(), name
+        assert branch.value_tokens.grad.any(), name
+        assert not branch.key_tokens.grad.any(), name
     train(model)
     assert not torch.equal(outputs(model), before)
 
@@ -83,7 +83,7 @@ def test_a_graft_grows_again_and_again(family):
     optimizer = None
     for stage, (tokens, sizes) in enumerate([(4, [4]), (6, [4, 6]), (3, [4, 6, 3])]):
         before = outputs(model)
-        old = {name: branch.keys.detach().clone() for name, branch in branches(model).items()}
+        old = {name: branch.key_tokens.detach().clone() for name, branch in branches(model).items()}
         receipt = graft(model, tokens=tokens, optimizer=optimizer)
         assert receipt.max_relative_change < 1e-12
         torch.testing.assert_close(outputs(model), before, rtol=1e-11, atol=1e-11)
@@ -91,14 +91,28 @@ def test_a_graft_grows_again_and_again(family):
             assert list(branch.group_sizes) == sizes
             assert branch.tau.tolist() == pytest.approx([math.sqrt(size) for size in sizes])
             if stage:
-                assert torch.equal(branch.keys[: len(old[name])], old[name])
-                scale = [part.square().mean().sqrt().item() for part in (branch.keys[-tokens:], old[name])]
+                assert torch.equal(branch.key_tokens[: len(old[name])], old[name])
+                scale = [part.square().mean().sqrt().item() for part in (branch.key_tokens[-tokens:], old[name])]
                 assert scale[0] == pytest.approx(scale[1], rel=0.6)
-                for parameter in (branch.keys, branch.values):
+                for parameter in (branch.key_tokens, branch.value_tokens):
                     assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape
         if optimizer is None:
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         train(model, optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_scales_are_in_the_type_of_the_weights_or_finer(dtype, tmp_path):
+    model = tiny("gpt2", dtype=dtype)
+    for tokens in (3, 5):
+        graft(model, tokens=tokens)
+    model.save_pretrained(tmp_path)
+    wanted = torch.tensor([3, 5], dtype=torch.float64).sqrt()
+    for again in (model, load_model(tmp_path), load_model(tmp_path, dtype=torch.float64)):
+        scale = torch.promote_types(again.dtype, torch.float32)
+        for name, branch in branches(again).items():
+            assert branch.tau.dtype == scale, name
+            assert torch.equal(branch.tau, wanted.to(scale)), name
 
 
 def test_a_group_may_be_grown_at_some_layers_only():

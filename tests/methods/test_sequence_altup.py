@@ -132,8 +132,8 @@ def test_a_decoder_is_what_the_equations_say(mode, family, stride, length, paddi
     body, own = model.base_model, plain.base_model
     with torch.no_grad(), InDouble():
         if family == "tokenformer":
-            config = plain.config
-            turn = lambda places: rotary_cos_sin(places, config.rotary_dim, config.rope_theta)  # noqa: E731
+            rotary = plain.config.rotary_dim, plain.config.rope_theta, torch.float64
+            turn = lambda places: rotary_cos_sin(places, *rotary)  # noqa: E731
         else:
             turn = lambda places: own.rotary_emb(torch.zeros(1, dtype=torch.float64), places)  # noqa: E731
         embed = own.get_input_embeddings()

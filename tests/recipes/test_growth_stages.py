@@ -149,9 +149,9 @@ def ledger_of(*plans):
 def test_the_hooks_of_a_stage_know_what_was_there_before():
     config, plan = tokenformer_plans()
     shapes = old_shapes([plan])
-    assert shapes["model.layers.0.mlp.keys"] == (8, 8)
-    assert shapes["model.layers.0.attention.query.values"] == (4, 8)
-    assert shapes["model.layers.0.attention.proj.keys"] == (4, 8)
+    assert shapes["model.layers.0.mlp.key_tokens"] == (8, 8)
+    assert shapes["model.layers.0.attention.query.value_tokens"] == (4, 8)
+    assert shapes["model.layers.0.attention.proj.key_tokens"] == (4, 8)
     assert shapes.keys() == {name for name, _ in edited_skeleton(config).named_parameters()}
     stage = TrainStage(kind="train", name="t", old_tokens_rate=0.0, old_rate=0.5, old_rate_steps=4)
     tokens, everything = stage_hooks(stage, ledger_of(plan))

@@ -223,7 +223,7 @@ def test_a_half_precision_checkpoint_of_other_data_trains_on(run, corpus, tmp_pa
     # The tokens from before the growth were frozen, the others not.
     trained = load_model(tmp_path / "out/branches/main/02-train/checkpoints/step-00000002").state_dict()
     before = load_model(half, dtype=torch.float32).state_dict()
-    name = "model.layers.0.mlp.values"
+    name = "model.layers.0.mlp.value_tokens"
     assert torch.equal(trained[name][:8], before[name][:8])
     assert not torch.equal(trained[name][8:], before[name][8:])
 

@@ -362,7 +362,7 @@ def test_a_scale_that_a_hook_changes_is_resumed(tmp_path):
 
         def before_step(self, step: int) -> None:
             if step < 4:
-                self.model.set_tau(qkv=[3.0 + step, 2.0])
+                self.model.set_tau(qkv=[3.1 + step, 2.0])
 
         def after_step(self, step: int) -> None: ...
 
@@ -376,9 +376,10 @@ def test_a_scale_that_a_hook_changes_is_resumed(tmp_path):
     run(tiny_tokenformer(), tmp_path / "pieces", steps=8, hooks=[Anneal()], stop_after=6)
     run(pieces, tmp_path / "pieces", steps=8, hooks=[Anneal()])
     assert bits(weights(alone)) == bits(weights(pieces))
-    assert pieces.config.qkv_tau == alone.config.qkv_tau == [6.0, 2.0]
-    scales = [m.initial_tau for m in pieces.modules() if isinstance(m, Pattention) and m.tau.tolist() == [6.0, 2.0]]
-    assert scales == [(6.0, 2.0)] * 6, "query, key and value of both layers, whose plain numbers follow the buffers"
+    assert pieces.config.qkv_tau == alone.config.qkv_tau == [6.1, 2.0]
+    stored = torch.tensor([6.1, 2.0]).tolist()
+    scales = [m.initial_tau for m in pieces.modules() if isinstance(m, Pattention) and m.tau.tolist() == stored]
+    assert scales == [(6.1, 2.0)] * 6, "query, key and value of both layers, whose plain numbers follow the buffers"
 
 
 def test_checkpoints_are_kept_and_pruned(tmp_path):

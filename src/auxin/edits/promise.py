@@ -20,8 +20,8 @@ TOLERANCE = 1e-5
 def tolerance(model: nn.Module) -> float:
     """How far the logits of a kept promise may move, relative to the largest logit.
 
-    1e-5 in float32, and in float64 too, since constants and norms stay in float32; eight units in the last place of the
-    coarsest parameter type below that: 0.0625 in bfloat16, 0.0078 in float16.
+    1e-5 in float32, and in float64 too, since constants and norms of most architectures stay in float32; eight units in
+    the last place of the coarsest parameter type below that: 0.0625 in bfloat16, 0.0078 in float16.
     """
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     return max([TOLERANCE, *(8 * torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize < 4)])

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +121,13 @@ class _Rebuilding:
                 buffers[key] = self.tensors[f"{prefix}{key}"]
         self.undo.refill(module._modules, new_children)
         self.undo.refill(module._parameters, parameters)
+        kept = {} if module is after else dict(module._buffers)
         self.undo.refill(module._buffers, buffers)
+        derived = module._non_persistent_buffers_set
+        if hasattr(module, "reset_buffers") and any(buffers.get(key) is not kept.get(key) for key in derived):
+            # The skeleton's are of its own type, float32 most often, which is too short beside float64 weights.
+            cast(Any, module).reset_buffers()
+            module._buffers.update({key: buffer for key, buffer in buffers.items() if key not in derived})
         return module
 
     def _change_class(self, after: nn.Module) -> None:

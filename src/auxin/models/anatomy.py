@@ -431,8 +431,11 @@ def _tokenformer(model: PreTrainedModel) -> Anatomy:
     }
     roles = [
         embedding("model.embed_tokens.weight", axes.vocabulary, axes.residual),
-        *(ParameterRole(f"{layer}.{name}.keys", ((), ends[name][0]), (None, "reads"), "matrix") for name in ends),
-        *(ParameterRole(f"{layer}.{name}.values", ((), ends[name][1]), (None, "writes"), "matrix") for name in ends),
+        *(ParameterRole(f"{layer}.{name}.key_tokens", ((), ends[name][0]), (None, "reads"), "matrix") for name in ends),
+        *(
+            ParameterRole(f"{layer}.{name}.value_tokens", ((), ends[name][1]), (None, "writes"), "matrix")
+            for name in ends
+        ),
         *norm("model.norm", axes.residual),
         *linear("lm_head", axes.vocabulary, axes.residual, "head"),
     ]

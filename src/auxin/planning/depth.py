@@ -189,7 +189,7 @@ def _scaled_output(
         owner = model.get_submodule(f"{stack.path}.{old}.{module}")
         for name, _ in owner.named_parameters(recurse=False):
             # The output of a Pattention is linear in its values alone; its keys stay, or it would never wake.
-            if isinstance(owner, Pattention) and name != "values":
+            if isinstance(owner, Pattention) and name != "value_tokens":
                 continue
             offset = anatomy.gain_offset if after_output and name == "weight" else 0.0
             path = f"{stack.path}.{new}.{module}.{name}"

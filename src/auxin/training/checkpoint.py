@@ -11,7 +11,7 @@ import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -240,10 +240,10 @@ def load_weights(checkpoint: str | Path, model: PreTrainedModel) -> None:
         with torch.no_grad():
             for name, tensor in target.items():
                 tensor.copy_(source[name])
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, Pattention):
             # The copy went past the plain numbers that belong to the buffer.
-            module.set_tau(module.tau.tolist())
+            module.set_tau(cast(Pattention, saved.get_submodule(name)).initial_tau)
     # Hooks may have changed config values (a scale under annealing) since the model was built.
     for key, value in saved.config.to_dict().items():
         if key not in ("transformers_version", "dtype", "architectures", "_name_or_path"):

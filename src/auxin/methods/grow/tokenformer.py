@@ -321,7 +321,7 @@ def _fills(config: TokenFormerConfig, settings: TokenGrowth, slot: Slot) -> dict
         "initial": NormalFill(std=values_std),
         "copies": RepeatFill(first=first, divide=True, noise=settings.noise),
     }
-    return {"keys": keys[key_rule], "values": values[value_rule]}
+    return {"key_tokens": keys[key_rule], "value_tokens": values[value_rule]}
 
 
 def _tokenformer(model: nn.Module) -> TokenFormerPreTrainedModel:
