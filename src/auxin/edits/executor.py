@@ -14,7 +14,7 @@ from auxin.edits.carry import carry, check_tensors
 from auxin.edits.kinds.rate import Rate
 from auxin.edits.module_store import ModuleStore
 from auxin.edits.plan import Plan
-from auxin.edits.promise import Probe, default_probe, measured_change, probe_logits, tolerance
+from auxin.edits.promise import Probe, default_probe, edited_logits, measured_change, probe_logits, tolerance
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.tree import Undo, rebuild_tree
 from auxin.errors import PlanError
@@ -74,8 +74,8 @@ def apply(
         model: the model, or what torch.compile made of it; on the meta device only the structure changes and no promise
             is checked.
         optimizer: the optimizer that trains the model, any of torch's whose state has the parameters' shape.
-        probe: token ids (batch, sequence) on which the promise is checked, or the model's inputs by name; default: two
-            random sequences or images.
+        probe: token ids (batch, sequence) on which the promise is checked, or the model's inputs by name; default:
+            three random sequences or images.
 
     Raises:
         PlanError: the plan does not fit the model, which may be sharded, or a weight is not finite; found before
@@ -102,7 +102,7 @@ def apply(
         rebuild_tree(model, resolved, store.tensors, undo)
         store.join_groups()
         if has_data and probe is not None:
-            change = measured_change(plan, reference, probe_logits(model, probe, plan.vocabulary), allowed)
+            change = measured_change(plan, reference, edited_logits(plan, model, probe), allowed)
         for note in plan.notes:
             warnings.warn(note, stacklevel=3)  # inference_mode, too, is between this and the caller
     except BaseException:

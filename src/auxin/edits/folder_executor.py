@@ -5,15 +5,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor
-
 from auxin.accounting import count_parameters
 from auxin.edits import replay  # noqa: F401 - edited checkpoints load
 from auxin.edits.carry import carry, check_tensors
 from auxin.edits.executor import Receipt, continuation
 from auxin.edits.folder_store import FolderStore
 from auxin.edits.plan import Plan
-from auxin.edits.promise import Probe, default_probe, measured_change, probe_logits, tolerance
+from auxin.edits.promise import Probe, default_probe, edited_logits, measured_change, probe_logits, tolerance
 from auxin.edits.resolution import resolve
 from auxin.edits.structure import edited_skeleton
 from auxin.errors import CheckpointError
@@ -42,8 +40,8 @@ def apply_to_checkpoint(
         plan: what to do.
         source_dir: a checkpoint folder of a transformers model, as `save_pretrained` writes it.
         output_dir: a folder that does not exist or is empty, and does not lie in `source_dir`.
-        probe: token ids (batch, sequence) on which the promise is checked, or the model's inputs by name; default: two
-            random sequences or images.
+        probe: token ids (batch, sequence) on which the promise is checked, or the model's inputs by name; default:
+            three random sequences or images.
         finish: called with the complete folder, before it takes its name, and the receipt; writes what else belongs
             into it.
 
@@ -61,7 +59,9 @@ def apply_to_checkpoint(
     check_tensors(resolved, store, store.names())
     probe = default_probe(plan, before) if probe is None else probe
     # The old model is gone before the new one is loaded.
-    reference, allowed = _logits(source, probe, plan.vocabulary)
+    model = load_model(source)
+    reference, allowed = probe_logits(model, probe, plan.vocabulary), tolerance(model)
+    del model
     with new_folder(output) as folder:
         _copy_other_files(source, folder, store)
         store.open(folder)
@@ -71,7 +71,7 @@ def apply_to_checkpoint(
         same_class = type(resolved.after) is type(before)
         config.architectures = before.config.architectures if same_class else [type(resolved.after).__name__]
         config.save_pretrained(folder)
-        change = measured_change(plan, reference, _logits(folder, probe, plan.vocabulary)[0], allowed)
+        change = measured_change(plan, reference, edited_logits(plan, load_model(folder), probe), allowed)
         receipt = Receipt(
             plan=plan,
             parameters_before=count_parameters(before).total,
@@ -110,9 +110,3 @@ def _copy_other_files(source: Path, target: Path, store: FolderStore) -> None:
         ]
 
     shutil.copytree(source, target, ignore=ignore, dirs_exist_ok=True)
-
-
-def _logits(folder: Path, probe: Probe, vocabulary: int | None) -> tuple[Tensor, float]:
-    """The logits of the model in `folder` on `probe`, and the change that its data type allows."""
-    model = load_model(folder)
-    return probe_logits(model, probe, vocabulary), tolerance(model)

@@ -12,7 +12,8 @@ from auxin.accounting.inputs import example_inputs
 from auxin.edits.plan import Plan
 from auxin.errors import PlanError, PromiseError
 
-PROBE_SEQUENCES = 2
+PROBE_SEQUENCES = 3
+"""Two would hide a module that returns one tensor where a pair is unpacked."""
 PROBE_LENGTH = 64
 TOLERANCE = 1e-5
 
@@ -32,7 +33,7 @@ Probe = Tensor | Mapping[str, Tensor]
 
 
 def default_probe(plan: Plan, model: PreTrainedModel) -> dict[str, Tensor]:
-    """Two inputs drawn with the plan's seed: sequences of at most 64 token ids, or images."""
+    """Inputs drawn with the plan's seed: sequences of at most 64 token ids, or images."""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or PROBE_LENGTH
     inputs = example_inputs(model, PROBE_SEQUENCES, min(PROBE_LENGTH, limit), seed=plan.seed)
@@ -94,6 +95,21 @@ def relative_change(before: Tensor, after: Tensor) -> float:
     if moved == 0:
         return 0.0
     return moved / largest if 0 < largest < float("inf") and moved == moved else float("inf")
+
+
+def edited_logits(plan: Plan, model: PreTrainedModel, probe: Probe) -> Tensor:
+    """The logits after the edits, `probe_logits`.
+
+    Raises:
+        PlanError: the edited model does not run.
+    """
+    try:
+        return probe_logits(model, probe, plan.vocabulary)
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+        raise PlanError(
+            f"The model that the plan of {plan.method} makes does not run on the probe: {error!r}. "
+            "Nothing was changed. What its edits of modules put somewhere does not do what that place needs."
+        ) from error
 
 
 def measured_change(plan: Plan, before: Tensor, after: Tensor, allowed: float) -> float | None:
