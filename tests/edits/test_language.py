@@ -6,13 +6,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from auxin.edits import (
     ArrangeLayers,
     CentreParameter,
+    ChangeArchitecture,
     ConstantFill,
+    MakeParameters,
     MeanFill,
+    MergeModule,
     NormalFill,
     PadParameter,
     Plan,
@@ -189,16 +193,17 @@ def test_the_mean_row_and_the_centred_columns():
 
 
 def test_a_projection_reads_its_matrix_from_a_file(tmp_path):
-    from safetensors.torch import save_file
-
     matrix, old = torch.randn(5, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
-    save_file({"B": matrix}, tmp_path / "b.safetensors")
-    edit = ProjectParameter(parameter="p", axis=1, file=str(tmp_path / "b.safetensors"), tensor="B")
+    path = tmp_path / "b.safetensors"
+    save_file({"B": matrix}, path)
+    edit = ProjectParameter(parameter="p", axis=1, file=path.name, tensor="B", shape=(5, 3)).located(path)
     assert torch.allclose(edit.map_parameter(old, 0, "p"), old @ matrix.T)
     with pytest.raises(PlanError, match=r"B in .* has 3 columns, but axis 0 of shape \[2, 3\] has 2"):
-        ProjectParameter(parameter="p", axis=0, file=edit.file, tensor="B").new_shape((2, 3))
+        edit.model_copy(update={"axis": 0}).new_shape((2, 3))
     with pytest.raises(PlanError, match="C can't be read"):
-        ProjectParameter(parameter="p", axis=0, file=edit.file, tensor="C").new_shape((2, 3))
+        edit.model_copy(update={"tensor": "C"}).located(path)
+    with pytest.raises(PlanError, match=r"has shape \[5, 3\], and the plan says \[5, 4\]"):
+        edit.model_copy(update={"shape": (5, 4)}).located(path)
 
 
 def test_random_numbers_differ_by_seed_name_and_shape():
@@ -479,13 +484,16 @@ def test_a_plan_with_every_kind_of_edit_survives_yaml(tmp_path):
         SliceParameter(parameter="p", index=[0, 1], unit=2, divide=True, noise=0.1),
         ScaleParameter(parameter="p", factor=2),
         CentreParameter(parameter="p"),
-        ProjectParameter(parameter="p", file="f", tensor="t"),
+        ProjectParameter(parameter="p", file="f", tensor="t", shape=(2, 1)),
         ArrangeLayers(layers="l", order=[0, None]),
         ReplaceModule(module="m", brick="b", settings={"tokens": [1]}, fills={"k": ZeroFill()}),
         WrapModule(module="m", brick="b"),
         RemoveModule(module="m", leaves="inner"),
+        MergeModule(module="m"),
+        MakeParameters(module="m", making="c", settings={"num_experts": 2}),
+        ChangeArchitecture(model_type="mixtral", values={"a": 1}),
         TieParameters(parameter="p", to="q"),
     )
     everything_there_is.to_yaml(tmp_path / "plan.yaml")
     assert Plan.from_yaml(tmp_path / "plan.yaml") == everything_there_is
-    assert str(everything_there_is).count("\n") == 11
+    assert str(everything_there_is).count("\n") == 14

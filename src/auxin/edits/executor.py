@@ -86,7 +86,7 @@ def apply(
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps
     parameters = dict(model.named_parameters())
     _refuse_sharded(parameters)
-    resolved = resolve(plan.edits, model)
+    resolved = resolve(plan.located(), model)
     undo = Undo()
     store = ModuleStore(model, resolved, optimizer, undo)
     store.check()

@@ -53,7 +53,9 @@ def apply_to_checkpoint(
     source, output = Path(source_dir), Path(output_dir)
     _check_folders(source, output)
     before = edited_skeleton(load_config(source))
-    resolved = resolve(plan.edits, before)
+    for file in plan.files:
+        file.check(source)
+    resolved = resolve(plan.located(), before)
     store = FolderStore(source, resolved)
     store.check()
     check_tensors(resolved, store, store.names())
@@ -67,6 +69,10 @@ def apply_to_checkpoint(
         store.open(folder)
         carry(resolved, plan.seed, store)
         store.close(folder)
+        for name in plan.drops:
+            (folder / name).unlink(missing_ok=True)
+        for file in plan.files:
+            file.put(plan.folder, folder)
         config = resolved.after.config
         same_class = type(resolved.after) is type(before)
         config.architectures = before.config.architectures if same_class else [type(resolved.after).__name__]

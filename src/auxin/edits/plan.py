@@ -1,19 +1,23 @@
 """Plans: ordered edits with the promise they make, readable as a table and as YAML, checked before anything changes."""
 
+import shutil
 from math import prod
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.accounting import count_parameters, flops_per_token
 from auxin.edits.kinds.architecture_edits import ChangeArchitecture, SetConfig
 from auxin.edits.kinds.edit import Edit, describe_edit
-from auxin.edits.kinds.parameter_edits import ParameterEdit
+from auxin.edits.kinds.parameter_edits import ParameterEdit, ProjectParameter
 from auxin.edits.origin import Fresh, Made, Origin
+from auxin.edits.plan_files import PlanFile
 from auxin.edits.resolution import ResolvedPlan, collapse, resolve, shapes_of
 from auxin.edits.structure import config_from_values, edited_skeleton
+from auxin.errors import PlanError
 from auxin.settings import Settings
 
 Promise = Literal["exact", "approximate", "none"]
@@ -34,10 +38,67 @@ class Plan(Settings):
     """Seed of all random numbers that the edits draw."""
     edits: list[Edit]
     """The edits, in order."""
+    files: list[PlanFile] = []
+    """Files that belong to the plan; they lie beside it."""
+    drops: list[str] = []
+    """Files of the checkpoint that go, since they would describe the old model beside the new one."""
     notes: list[str] = []
     """What whoever trains the new model should know before."""
     made_for: dict[str, Any] | None = None
     """The config of the model that the plan was made for, so that it can be shown without one; applying ignores it."""
+    _folder: Path | None = PrivateAttr(default=None)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both say the same, wherever their files lie."""
+        return isinstance(other, Plan) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment] # as of all that holds lists
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the plan's files lie; None where nobody said it."""
+        return self._folder
+
+    def beside(self, folder: str | Path) -> Self:
+        """The same plan, whose files lie in `folder`."""
+        found = self.model_copy()
+        found._folder = Path(folder)
+        return found
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Read a plan whose files lie beside it; errors as of all settings."""
+        return super().from_yaml(path).beside(Path(path).parent)
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write the plan, and its files beside it.
+
+        Raises:
+            PlanError: a file of it is not where it should be, or has other content.
+        """
+        folder = Path(path).parent
+        for file in self.files:
+            source = file.find(self._folder)
+            if source.parent.resolve() != folder.resolve():
+                shutil.copyfile(source, folder / file.name)
+        super().to_yaml(path)
+
+    def located(self) -> list[Any]:
+        """The edits, each of which knows where its file is.
+
+        Raises:
+            PlanError: a file of the plan is not beside it, or has other content.
+        """
+        paths = {file.name: file.find(self._folder) for file in self.files}
+        edits: list[Any] = []
+        for edit in self.edits:
+            if isinstance(edit, ProjectParameter):
+                if edit.file not in paths:
+                    known = ", ".join(paths) or "none"
+                    raise PlanError(f"{describe_edit(edit)}: the plan has no file {edit.file!r}. Its files: {known}.")
+                edit = edit.located(paths[edit.file])
+            edits.append(edit)
+        return edits
 
     def __str__(self) -> str:
         head = f"{self.method}: promise {self.promise}, seed {self.seed}"

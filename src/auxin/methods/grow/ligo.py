@@ -21,7 +21,6 @@ The operator is written to a safetensors file; the plan refers to it. From the c
 source code, in the model's own tokens, is the data; from Python `plan_ligo` takes any batches.
 """
 
-import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -37,6 +36,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from auxin.data import CorpusSettings, make_loader, prepare
 from auxin.edits import Edit, Plan, SetConfig
 from auxin.edits.kinds.edit import ArrangeLayers, ProjectParameter
+from auxin.edits.plan_files import PlanFile
 from auxin.edits.structure import config_values, edited_config, structural_edits
 from auxin.errors import DataError, PlanError
 from auxin.models.anatomy import anatomy
@@ -176,11 +176,15 @@ class GrowthOperator(nn.Module):
             projections.append((pattern, axis, key))
             if key not in matrices:
                 matrices[key] = self._matrix(*self._keys[key]).cpu().contiguous()
-        file = self._write(matrices) if matrices else ""
+        folder = self.settings.folder
+        files = [PlanFile.write(folder, "ligo.safetensors", safetensors_bytes(matrices))] if matrices else []
         edits: list[Edit] = [SetConfig(values=self.values)] if self.values else []
         edits += [self._arrangement(stack) for stack in self.depths if self._is_deeper(stack)]
         edits += [
-            ProjectParameter(parameter=pattern, axis=axis, file=file, tensor=key) for pattern, axis, key in projections
+            ProjectParameter(
+                parameter=pattern, axis=axis, file=files[0].name, tensor=key, shape=tuple(matrices[key].shape)
+            )
+            for pattern, axis, key in projections
         ]
         return Plan(
             method="ligo",
@@ -188,8 +192,9 @@ class GrowthOperator(nn.Module):
             promise="none",
             seed=self.settings.seed,
             edits=edits,
+            files=files,
             made_for=config_values(self.source.config),
-        )
+        ).beside(folder)
 
     def _check(self, model: PreTrainedModel) -> None:
         if structural_edits(model.config):
@@ -372,18 +377,6 @@ class GrowthOperator(nn.Module):
                 f"{type(self.source).__name__} has no loss. Give mappings with labels, or set steps = 0."
             )
         return {**inputs, "labels": inputs["input_ids"]}
-
-    def _write(self, matrices: dict[str, Tensor]) -> str:
-        content = safetensors_bytes(matrices)
-        path = (self.settings.folder / f"ligo-{hashlib.sha256(content).hexdigest()[:16]}.safetensors").resolve()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        except OSError as error:
-            raise PlanError(f"The operator can't be written to {path}: {error}. Give another folder.") from error
-        return str(path)
 
 
 def learn(operator: GrowthOperator, data: Iterable[Batch], steps: int, learning_rate: float) -> list[float]:
