@@ -118,3 +118,5 @@ def test_a_file_lies_within_its_folder(name):
         PlanFile.parse({"name": "f", "sha256": "0" * 64, "into": name})
     with pytest.raises(ConfigError, match="must lie in the folder"):
         PlanFile.parse({"name": name, "sha256": "0" * 64})
+    with pytest.raises(ConfigError, match="must lie in the folder"):
+        Plan.parse({"method": "x", "promise": "none", "edits": [], "drops": [name]})

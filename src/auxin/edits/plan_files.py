@@ -8,13 +8,24 @@ its name is refused.
 import hashlib
 import shutil
 from pathlib import Path, PurePosixPath
+from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from auxin.errors import PlanError
 from auxin.files import write_bytes
 from auxin.settings import Settings
 
+
+def _inside(path: str) -> str:
+    parts = PurePosixPath(path)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in path:
+        raise ValueError("must lie in the folder of the plan and of the checkpoint; give a relative path")
+    return path
+
+
+PathInside = Annotated[str, AfterValidator(_inside)]
+"""A path that leads out of no folder."""
 FOLDER = "plan-files"
 """Where a checkpoint keeps the files of the plans that made it."""
 
@@ -22,22 +33,14 @@ FOLDER = "plan-files"
 class PlanFile(Settings):
     """One file of a plan."""
 
-    name: str
+    name: PathInside
     """Its name beside the plan: "operator-3fa94c21.safetensors", with the first digits of its SHA-256."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Of its content."""
-    into: str | None = None
+    into: PathInside | None = None
     """The file of the checkpoint that it becomes, for example "tokenizer.json"; None: a file in `plan-files`."""
     instead_of: str | None = None
     """SHA-256 of the checkpoint's file of that name that it takes the place of; None: whatever is there, or nothing."""
-
-    @field_validator("name", "into")
-    @classmethod
-    def _inside(cls, path: str | None) -> str | None:
-        parts = PurePosixPath(path or "x")
-        if parts.is_absolute() or ".." in parts.parts or "\\" in str(parts):
-            raise ValueError("must lie in the folder of the plan and of the checkpoint; give a relative path")
-        return path
 
     @classmethod
     def write(

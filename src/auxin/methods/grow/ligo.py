@@ -181,9 +181,7 @@ class GrowthOperator(nn.Module):
         edits: list[Edit] = [SetConfig(values=self.values)] if self.values else []
         edits += [self._arrangement(stack) for stack in self.depths if self._is_deeper(stack)]
         edits += [
-            ProjectParameter(
-                parameter=pattern, axis=axis, file=files[0].name, tensor=key, shape=tuple(matrices[key].shape)
-            )
+            ProjectParameter(parameter=pattern, axis=axis, file=files[0].name, tensor=key, shape=_size(matrices[key]))
             for pattern, axis, key in projections
         ]
         return Plan(
@@ -377,6 +375,11 @@ class GrowthOperator(nn.Module):
                 f"{type(self.source).__name__} has no loss. Give mappings with labels, or set steps = 0."
             )
         return {**inputs, "labels": inputs["input_ids"]}
+
+
+def _size(matrix: Tensor) -> tuple[int, int]:
+    rows, columns = matrix.shape
+    return rows, columns
 
 
 def learn(operator: GrowthOperator, data: Iterable[Batch], steps: int, learning_rate: float) -> list[float]:
