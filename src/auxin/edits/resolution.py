@@ -37,6 +37,7 @@ from auxin.edits.structure import (
     with_structural_edits,
 )
 from auxin.errors import PlanError
+from auxin.models.places import what_is_returned
 from auxin.nn.bricks import MAKINGS, Making, find_brick
 
 
@@ -149,6 +150,8 @@ class _Tracker:
             self._tie(edit)
             self.structure = merged([*self.structure, edit])
         else:
+            if isinstance(edit, RemoveModule) and edit.leaves != "inner" and edit.returns is None:
+                edit = edit.model_copy(update={"returns": self._returned(edit.paths(self.modules))})
             self._change_modules(index, edit)
             # Fills tell where values come from, and checkpoints hold values.
             if isinstance(edit, WrapModule | ReplaceModule):
@@ -290,6 +293,19 @@ class _Tracker:
                 if isinstance(fill, CopyFill):
                     fill = fill.model_copy(update={"of": f"{path}.{fill.of}"})
                 self.fresh[f"{path}.{name}"] = fill
+
+    def _returned(self, paths: list[str]) -> list[str]:
+        """What a stand-in must return at all of `paths`."""
+        old = {path: self.modules[path] for path in paths}
+        if new := [path for path, name in old.items() if name is None]:
+            raise PlanError(f"{new[0]} was put there by an earlier edit of the plan; leave that one out instead")
+        if not old:
+            return []  # that nothing is meant is said where modules are changed
+        found = what_is_returned(self.before, [str(name) for name in old.values()])
+        kinds = {tuple(returns) for returns in found.values()}
+        if len(kinds) > 1:
+            raise PlanError(f"{', '.join(paths[:2])}, ... return different things; remove them by edits of their own")
+        return list(kinds.pop())
 
     def _make_brick(self, index: int, edit: ReplaceModule, path: str) -> None:
         """Let the brick's tensors come from those of the module that it replaces, where the brick says how."""

@@ -89,6 +89,8 @@ class RemoveModule(ModuleEdit):
     leaves: Leaves = "identity"
     """What stays: "identity" (the input goes through), "zeros" (a branch that adds nothing) or "inner" (the module that
     was wrapped)."""
+    returns: list[str] | None = None
+    """What must be returned in that place, in the words of `auxin.nn.stand_ins`; None: found by a run on shapes."""
 
     def _new_module(self, old: nn.Module) -> nn.Module:
         if self.leaves == "inner":
@@ -96,7 +98,8 @@ class RemoveModule(ModuleEdit):
             if not isinstance(inner, nn.Module):
                 raise PlanError(f"{self.module} is no wrapper ({type(old).__name__}): it has no inner module to leave")
             return inner
-        return Identity() if self.leaves == "identity" else Zeros()
+        stand_in = Identity if self.leaves == "identity" else Zeros
+        return stand_in.replacing(old, self.returns or ())
 
     def __str__(self) -> str:
         return "is unwrapped" if self.leaves == "inner" else f"is removed, leaving {self.leaves}"
