@@ -8,7 +8,7 @@ from auxin.edits.inverse import inverse_plan
 from auxin.edits.kinds.edit import Edit, SetConfig
 from auxin.edits.kinds.fills import ConstantFill, Fill, MeanFill, NormalFill, RepeatFill, ZeroFill
 from auxin.edits.kinds.layer_edits import ArrangeLayers, JoinAbove
-from auxin.edits.kinds.module_edits import RemoveModule, ReplaceModule, TieParameters, WrapModule
+from auxin.edits.kinds.module_edits import ConfigureModule, RemoveModule, ReplaceModule, TieParameters, WrapModule
 from auxin.edits.kinds.parameter_edits import (
     AverageRows,
     CentreParameter,
@@ -25,6 +25,7 @@ __all__ = [
     "ArrangeLayers",
     "AverageRows",
     "CentreParameter",
+    "ConfigureModule",
     "ConstantFill",
     "Edit",
     "Fill",

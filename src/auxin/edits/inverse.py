@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from auxin.edits.kinds.edit import SetConfig, describe_edit
 from auxin.edits.kinds.layer_edits import ArrangeLayers
-from auxin.edits.kinds.module_edits import RemoveModule, WrapModule
+from auxin.edits.kinds.module_edits import ConfigureModule, RemoveModule, WrapModule
 from auxin.edits.kinds.parameter_edits import ParameterEdit
 from auxin.edits.plan import Plan
 from auxin.edits.resolution import Step, resolve
@@ -38,7 +38,10 @@ def inverse_plan(plan: Plan, model: PreTrainedModel) -> Plan:
                 steps.setdefault(step.index, []).append(step)
     back: list[Any] = []
     for index in reversed(range(len(plan.edits))):
-        back += _undone(plan, index, model, steps.get(index, []))
+        if isinstance(plan.edits[index], ConfigureModule):
+            back += resolved.configured[index]
+        else:
+            back += _undone(plan, index, model, steps.get(index, []))
     old = resolved.before.config.to_dict()
     changed = {key: value for edit in plan.edits if isinstance(edit, SetConfig) for key, value in edit.values.items()}
     if changed:

@@ -2,17 +2,26 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from auxin.edits.effects import Configurations, refuse_idle_values
 from auxin.edits.kinds.edit import SetConfig, describe_edit
 from auxin.edits.kinds.fills import CopyFill, Fill
 from auxin.edits.kinds.layer_edits import ArrangeLayers, JoinAbove, layer_stack
-from auxin.edits.kinds.module_edits import ModuleEdit, RemoveModule, ReplaceModule, TieParameters, WrapModule, merged
+from auxin.edits.kinds.module_edits import (
+    ConfigureModule,
+    ModuleEdit,
+    RemoveModule,
+    ReplaceModule,
+    TieParameters,
+    WrapModule,
+    merged,
+)
 from auxin.edits.kinds.parameter_edits import ParameterEdit
 from auxin.edits.kinds.rate import Rate
 from auxin.edits.structure import (
@@ -91,6 +100,8 @@ class ResolvedPlan:
     """Where every parameter and persistent buffer of `after` comes from, by the first of its names."""
     modules: dict[str, str | None]
     """The old path of every module of `after`; None for those that are new."""
+    configured: dict[int, list[ConfigureModule]] = field(default_factory=dict)
+    """The edits that lead back from those that configure modules, by their places in the plan."""
 
 
 def resolve(edits: Sequence[Any], model: PreTrainedModel) -> ResolvedPlan:
@@ -160,6 +171,7 @@ class _Tracker:
         }
         self.fresh: dict[str, Fill] = {}
         self.structure = structural_edits(before.config)
+        self.configurations = Configurations(before)
         self.values: dict[str, Any] = {}
         self.said: set[str] = set()
         self.arranged: set[str] = set()
@@ -185,6 +197,9 @@ class _Tracker:
             self.structure = merged([*self.structure, edit])
         else:
             self._change_modules(edit)
+            if isinstance(edit, ConfigureModule):
+                meant = {path: self.modules[path] for path in edit.paths(self.modules)}
+                self.configurations.follow(index, edit, meant, self.structure)
             # Fills tell where values come from, and checkpoints hold values.
             kept = edit.model_copy(update={"fills": {}}) if isinstance(edit, WrapModule | ReplaceModule) else edit
             self.structure = merged([*self.structure, kept])
@@ -296,7 +311,7 @@ class _Tracker:
             elif isinstance(edit, RemoveModule):
                 self._rename_below(path, lambda rest: None)
                 self.modules[path] = None
-            else:
+            elif isinstance(edit, ReplaceModule):
                 self.replaced.append(path)
             fills = edit.fills if isinstance(edit, WrapModule | ReplaceModule) else {}
             for name, fill in fills.items():
@@ -352,21 +367,31 @@ class _Tracker:
 
     def finish(self, edits: Sequence[Any]) -> ResolvedPlan:
         """Build the new skeleton and find the origin of everything in it."""
-        config = edited_config(self.before.config, self.values)
-        with_structural_edits(config, self.structure)
-        try:
-            after = edited_skeleton(config, type(self.before))
-        except PlanError:
-            raise
-        except (ValueError, TypeError, AssertionError, RuntimeError, ZeroDivisionError) as error:
-            raise PlanError(f"No model can be built with the plan's config values ({self.values}): {error}") from error
+        after = self._built()
+        said = {name: self.values[name] for name in self.said}
+        refuse_idle_values(self.before.config, said, after, lambda values: self._built({**self.values, **values}))
+        structure = self.configurations.settled(self.structure, said)
+        if structure != self.structure:
+            self.structure = structure
+            after = self._built()
         origins = self._origins(edits, after)
         modules: dict[str, str | None] = {"": ""}
         for path, _ in after.named_modules(remove_duplicate=False):
             modules[path] = "" if not path else self.modules.get(path)
-        resolved = ResolvedPlan(self.before, after, origins, modules)
+        resolved = ResolvedPlan(self.before, after, origins, modules, self.configurations.back)
         self._check_modules(resolved)
         return resolved
+
+    def _built(self, values: dict[str, Any] | None = None) -> PreTrainedModel:
+        """The new skeleton; or one with other config values, which the edits of modules are not judged by."""
+        config = edited_config(self.before.config, self.values if values is None else values)
+        with_structural_edits(config, self.structure)
+        try:
+            return edited_skeleton(config, type(self.before), self.configurations.note if values is None else None)
+        except PlanError:
+            raise
+        except (ValueError, TypeError, AssertionError, RuntimeError, ZeroDivisionError) as error:
+            raise PlanError(f"No model can be built with the plan's config values ({self.values}): {error}") from error
 
     def _origins(self, edits: Sequence[Any], after: PreTrainedModel) -> dict[str, Origin]:
         names, shapes = tensor_names(after), shapes_of(after)
@@ -459,7 +484,7 @@ class _Tracker:
 
     def _in_brick(self, path: str) -> bool:
         """Whether `path` is a brick that a structural edit put there, or lies in one."""
-        edits = [edit for edit in self.structure if isinstance(edit, ModuleEdit)]
+        edits = [e for e in self.structure if isinstance(e, ModuleEdit) and not isinstance(e, ConfigureModule)]
         parts = path.split(".")
         above = [".".join(parts[: length + 1]) for length in range(len(parts))]
         return any(edit.matches(place) for edit in edits for place in above)
@@ -492,6 +517,8 @@ def _moved(stored: Any, edit: ArrangeLayers) -> list[Any]:
         if any(len(found) != 1 for found in names):
             raise PlanError(f"{stored.parameter} and {stored.to} are tied and can't be copied or dropped alone")
         return [stored.model_copy(update={"parameter": names[0][0], "to": names[1][0]})]
+    if isinstance(stored, ConfigureModule) and stored.module.startswith(f"{edit.layers}.*"):
+        return [stored]  # which holds for fresh layers, too
     return [stored.model_copy(update={"module": path}) for path in edit.renamed_pattern(stored.module)]
 
 

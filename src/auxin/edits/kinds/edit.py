@@ -11,7 +11,7 @@ from pydantic import Field
 from auxin.edits.kinds.entry_edits import RouteParameter, ScaleEntries
 from auxin.edits.kinds.fills import Tagged
 from auxin.edits.kinds.layer_edits import ArrangeLayers, JoinAbove
-from auxin.edits.kinds.module_edits import RemoveModule, ReplaceModule, TieParameters, WrapModule
+from auxin.edits.kinds.module_edits import ConfigureModule, RemoveModule, ReplaceModule, TieParameters, WrapModule
 from auxin.edits.kinds.parameter_edits import (
     AverageRows,
     CentreParameter,
@@ -73,6 +73,7 @@ Edit = Annotated[
     | ReplaceModule
     | WrapModule
     | RemoveModule
+    | ConfigureModule
     | TieParameters,
     Field(discriminator="kind"),
 ]
