@@ -10,6 +10,7 @@ from auxin.edits.kinds.edit import Edit
 from auxin.edits.kinds.fills import ConstantFill, Fill, MeanFill, NormalFill, RepeatFill, ZeroFill
 from auxin.edits.kinds.layer_edits import ArrangeLayers, JoinAbove
 from auxin.edits.kinds.module_edits import (
+    ConfigureModule,
     MakeParameters,
     MergeModule,
     RemoveModule,
@@ -34,6 +35,7 @@ __all__ = [
     "AverageRows",
     "CentreParameter",
     "ChangeArchitecture",
+    "ConfigureModule",
     "ConstantFill",
     "Edit",
     "Fill",

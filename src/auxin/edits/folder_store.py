@@ -16,8 +16,9 @@ from transformers.core_model_loading import WeightRenaming
 
 from auxin.edits.carry import Carrier, OnDemand
 from auxin.edits.origin import Origin
-from auxin.edits.resolution import ResolvedPlan, shapes_of, tensor_names
+from auxin.edits.resolution import ResolvedPlan
 from auxin.edits.safetensors_file import SafetensorsWriter, torch_dtype
+from auxin.edits.tensor_names import shapes_of, tensor_names
 from auxin.errors import CheckpointError
 
 TRAINING_FOLDER = "training"

@@ -8,7 +8,13 @@ from transformers import PreTrainedModel
 from auxin.edits.kinds.architecture_edits import SetConfig
 from auxin.edits.kinds.edit import describe_edit
 from auxin.edits.kinds.layer_edits import ArrangeLayers
-from auxin.edits.kinds.module_edits import MergeModule, RemoveModule, ReplaceModule, WrapModule
+from auxin.edits.kinds.module_edits import (
+    ConfigureModule,
+    MergeModule,
+    RemoveModule,
+    ReplaceModule,
+    WrapModule,
+)
 from auxin.edits.kinds.parameter_edits import ParameterEdit
 from auxin.edits.origin import Step
 from auxin.edits.plan import Plan
@@ -40,7 +46,10 @@ def inverse_plan(plan: Plan, model: PreTrainedModel) -> Plan:
                 steps.setdefault(step.index, []).append(step)
     back: list[Any] = []
     for index in reversed(range(len(plan.edits))):
-        back += _undone(plan, index, model, resolved.after, steps.get(index, []))
+        if isinstance(plan.edits[index], ConfigureModule):
+            back += resolved.configured[index]
+        else:
+            back += _undone(plan, index, model, resolved.after, steps.get(index, []))
     old = resolved.before.config.to_dict()
     changed = {key: value for edit in plan.edits if isinstance(edit, SetConfig) for key, value in edit.values.items()}
     if changed:

@@ -15,8 +15,9 @@ from auxin.edits.kinds.edit import Edit, describe_edit
 from auxin.edits.kinds.parameter_edits import ParameterEdit, ProjectParameter
 from auxin.edits.origin import Fresh, Made, Origin
 from auxin.edits.plan_files import PathInside, PlanFile
-from auxin.edits.resolution import ResolvedPlan, collapse, resolve, shapes_of
+from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.structure import config_from_values, edited_skeleton
+from auxin.edits.tensor_names import collapse, shapes_of
 from auxin.errors import PlanError
 from auxin.settings import Settings
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,8 @@ from auxin.models.loading import skeleton
 
 REPLAY_METHOD = "auxin"
 """Our name in the config's `quantization_config`, where transformers lets a model be rewritten before it is loaded."""
+
+Watcher = Callable[[Any, PreTrainedModel], None]
 
 _EDITS: TypeAdapter[list[Any]] = TypeAdapter(list[StructuralEdit])
 
@@ -111,22 +114,27 @@ def refuse_quantized(config: PreTrainedConfig) -> None:
         )
 
 
-def edited_skeleton(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+def edited_skeleton(
+    config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None, before_each: Watcher | None = None
+) -> PreTrainedModel:
     """A model of `config` on the meta device, its structural edits done; buffers that no checkpoint holds are real.
 
     Args:
         config: the config; the skeleton gets a copy.
         model_class: the class of the model; None means the one that the config was saved with.
+        before_each: called with every structural edit and the skeleton that it is about to be done to.
     """
     model = skeleton(config, model_class)
     if edits := structural_edits(config):
-        rebuild(model, edits)
+        rebuild(model, edits, before_each)
     return model
 
 
-def rebuild(model: PreTrainedModel, edits: list[Any]) -> None:
+def rebuild(model: PreTrainedModel, edits: list[Any], before_each: Watcher | None = None) -> None:
     """Do structural `edits` to a model on the meta device; the buffers of bricks become real."""
     for edit in edits:
+        if before_each is not None:
+            before_each(edit, model)
         edit.rebuild(model)
     # A brick of another shape has parameters of its own: what was one tensor has to become one again.
     for tied, kept in (model.all_tied_weights_keys or {}).items():

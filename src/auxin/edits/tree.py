@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from auxin.edits.resolution import ResolvedPlan, tensor_names
+from auxin.edits.resolution import ResolvedPlan
+from auxin.edits.tensor_names import tensor_names
+from auxin.models.building import PLAIN
+from auxin.models.scoped_config import ScopedConfig, own_values, scoped_config, unscoped
 
 ABSENT = object()
-PLAIN = (bool, int, float, str, tuple, list, dict, type(None))
 
 
 class Undo:
@@ -146,7 +148,7 @@ class _Rebuilding:
             if key not in vars(before) or vars(before)[key] != value:
                 self.undo.set(vars(module), key, copy.copy(value))
         if module is not self.model:
-            self._adopt_config(module)
+            self._follow_config(module, vars(before).get("config"), vars(after).get("config"))
 
     def _buffers(self, module: nn.Module, before: nn.Module, after: nn.Module) -> dict[str, Any]:
         buffers: dict[str, Any] = {}
@@ -163,9 +165,9 @@ class _Rebuilding:
         """The config values that differ; encoder and decoder may have configs of their own."""
         after = dict(self.resolved.after.named_modules(remove_duplicate=False))
         for path, old_path in self.resolved.modules.items():
-            new, old = getattr(after[path], "config", None), None
+            new, old = unscoped(getattr(after[path], "config", None)), None
             if old_path is not None:
-                old = getattr(self.old.get(old_path), "config", None)
+                old = unscoped(getattr(self.old.get(old_path), "config", None))
             if (
                 not isinstance(new, PreTrainedConfig)
                 or id(new) in self.configs
@@ -178,7 +180,7 @@ class _Rebuilding:
                     self.undo.set(vars(self.model), "config", self.configs[id(new)])
                 continue
             self.configs[id(new)] = old
-            was = getattr(self.before[str(old_path)], "config", old)
+            was = unscoped(getattr(self.before[str(old_path)], "config", old))
             self._change_values(old, was, new)
 
     def _change_values(self, config: PreTrainedConfig, before: PreTrainedConfig, after: PreTrainedConfig) -> None:
@@ -198,9 +200,26 @@ class _Rebuilding:
     def _adopt_config(self, module: nn.Module) -> None:
         """New modules must read the model's config and not the skeleton's."""
         config = vars(module).get("config")
-        known = self.configs.get(id(config))
+        known = self._known(config)
         if known is not None and config is not known:
             self.undo.set(vars(module), "config", known)
+
+    def _follow_config(self, module: nn.Module, before: Any, after: Any) -> None:
+        """A module that lives on gets a config of its own where the new skeleton's has one, or loses it again."""
+        if isinstance(after, ScopedConfig):
+            if not isinstance(before, ScopedConfig) or own_values(before) != own_values(after):
+                self.undo.set(vars(module), "config", self._known(after))
+        elif isinstance(before, ScopedConfig) and after is None:
+            self.undo.remove(vars(module), "config")
+        elif isinstance(before, ScopedConfig):
+            self.undo.set(vars(module), "config", self._known(after))
+
+    def _known(self, config: Any) -> PreTrainedConfig | None:
+        """The model's config for one of the new skeleton's, a part's for a part's; None for what is none of it."""
+        known = self.configs.get(id(config))
+        if known is None and isinstance(config, ScopedConfig) and id(unscoped(config)) in self.configs:
+            known = self.configs[id(config)] = scoped_config(self.configs[id(unscoped(config))], own_values(config))
+        return known
 
 
 def _twin(module: nn.Module) -> nn.Module:

@@ -4,13 +4,14 @@ Growing, pruning and merging methods ask this one module instead of knowing arch
 has the words in which it is written.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from auxin.errors import PlanError, unknown_name
+from auxin.models.scopes import in_scopes
 from auxin.nn.altup import AltUpLayer
 from auxin.words.registry import Registry
 from auxin.words.roles import (
@@ -35,17 +36,20 @@ ANATOMIES: Registry[Callable[[PreTrainedModel], Anatomy]] = Registry(
 of the group "auxin.anatomies" name modules of other packages that add some."""
 
 
-def anatomy(model: PreTrainedModel, complete: bool = True) -> Anatomy:
+def anatomy(model: PreTrainedModel, complete: bool = True, scopes: Iterable[str] = ()) -> Anatomy:
     """The anatomy of `model`, which may be a skeleton on the meta device.
+
+    Widths are those of its tensors: layers and stacks whose widths differ from what the config says have them by scope.
 
     Args:
         model: the model.
         complete: whether every parameter must have a role. Without, as for methods that treat layers as black boxes,
-            any decoder whose modules have Llama's names will do.
+            any decoder whose modules have Llama's names will do; widths are those of the config then.
+        scopes: stacks and layers whose widths shall be told apart although they may be alike; see `in_scopes`.
 
     Raises:
-        PlanError: the architecture is not known (nor, where that will do, built like Llama), or the model has a
-            parameter that its architecture's anatomy lacks.
+        PlanError: the architecture is not known (nor, where that will do, built like Llama), the model has a parameter
+            that its architecture's anatomy lacks, or `scopes` names what is no stack and no layer.
     """
     family = model.config.model_type
     describe = ANATOMIES.get(family)
@@ -56,6 +60,7 @@ def anatomy(model: PreTrainedModel, complete: bool = True) -> Anatomy:
     found = describe(model)
     if not complete:
         return found
+    found = in_scopes(model, found, scopes)
     found = replace(found, roles=(*found.roles, *(role for stack in found.stacks for role in _mixing(stack))))
     names = [name for name, _ in model.named_parameters()]
     used = [role for role in found.roles if any(role.matches(name) for name in names)]
@@ -145,6 +150,8 @@ def _llama_like(model: PreTrainedModel) -> Anatomy:
         ("model.embed_tokens",),
         "model.norm",
         ("lm_head",),
+        ("mlp",),
+        ("self_attn",),
     )
     return Anatomy(
         family=family,
@@ -247,6 +254,7 @@ def _gpt_neox(model: PreTrainedModel) -> Anatomy:
                 entries=("gpt_neox.embed_in",),
                 end="gpt_neox.final_layer_norm",
                 readers=("lm_head", "embed_out"),
+                feed_forward=("mlp",),
             ),
         ),
         roles=tuple(roles),
@@ -298,6 +306,8 @@ def _t5(model: PreTrainedModel) -> Anatomy:
                 entries=("shared", f"{stack}.embed_tokens"),
                 end=f"{stack}.final_layer_norm",
                 readers=readers,
+                feed_forward=(f"layer.{len(attentions)}.DenseReluDense",),
+                attentions=tuple(f"layer.{number}.{attention}" for number, attention in enumerate(attentions)),
             )
         )
     return Anatomy(
@@ -403,6 +413,7 @@ def _vit(model: PreTrainedModel) -> Anatomy:
                 entries=("vit.embeddings",),
                 end="vit.layernorm",
                 readers=("classifier",),
+                feed_forward=("mlp",),
             ),
         ),
         roles=tuple(roles),

@@ -12,6 +12,7 @@ from auxin.edits.kinds.architecture_edits import ChangeArchitecture, SetConfig
 from auxin.edits.kinds.entry_edits import RouteParameter, ScaleEntries
 from auxin.edits.kinds.layer_edits import ArrangeLayers, JoinAbove
 from auxin.edits.kinds.module_edits import (
+    ConfigureModule,
     MakeParameters,
     MergeModule,
     RemoveModule,
@@ -72,6 +73,7 @@ Edit = Annotated[
     | RemoveModule
     | MergeModule
     | MakeParameters
+    | ConfigureModule
     | TieParameters,
     Field(discriminator="kind"),
 ]

@@ -43,8 +43,8 @@ from auxin.edits import ConstantFill, Edit, NormalFill, PadParameter, Plan, Prom
 from auxin.edits.kinds.fills import CopyFill, Fill, ValuesFill
 from auxin.edits.kinds.module_edits import ReplaceModule
 from auxin.edits.kinds.parameter_edits import ABSENT_UNIT, SliceParameter, generator
-from auxin.edits.resolution import tensor_names
 from auxin.edits.structure import config_values
+from auxin.edits.tensor_names import tensor_names
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy, norm_epsilon
 from auxin.nn.altup import AltUpLayer, Coefficients
