@@ -9,7 +9,7 @@ sum of the group sizes.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from auxin.errors import ConfigError, unknown_name
+from auxin.nn.bricks import Brick
 
 ScoreFunction = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 Gelu = Literal["erf", "tanh"]
@@ -77,7 +78,7 @@ def pattention(
     return (_weights(scores, tau, rule) @ values).reshape(*x.shape[:-1], values.shape[1])
 
 
-class Pattention(nn.Module):
+class Pattention(Brick):
     """Token-parameter attention: `pattention` with its keys, values and scales.
 
     Parameters `keys` (n, in_features) and `values` (n, out_features); non-persistent float32 buffer `tau` (number of
@@ -137,6 +138,14 @@ class Pattention(nn.Module):
     def reset_tau(self) -> None:
         """Fill the buffer with the configured scales, as is needed after a meta-device or empty initialisation."""
         self.tau.copy_(torch.tensor(self.initial_tau, dtype=torch.float32, device="cpu"))
+
+    def scaled(self, factor: float, plain: Mapping[str, float]) -> dict[str, float]:
+        """The result is linear in the values alone. Keys stay as they are: zeros would never wake."""
+        return {"values": factor}
+
+    def buffers_loaded(self) -> None:
+        """The plain numbers are those of the buffer."""
+        self.set_tau(self.tau.tolist())
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Keys N(0, 1/in_features) and values N(0, 1/n), as the JAX reference draws them in its attention layers: with

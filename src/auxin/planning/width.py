@@ -26,7 +26,7 @@ from auxin.edits.kinds.parameter_edits import CentreParameter, PadParameter, Sca
 from auxin.edits.plan import Promise
 from auxin.errors import PlanError
 from auxin.planning.width_maps import Widening
-from auxin.words.roles import Anatomy, HeadPart, ParameterRole, Segment
+from auxin.words.roles import Anatomy, HeadPart, ParameterRole, Segment, Sizes, Stream
 
 ROPE_BY_FREQUENCY = ("default", "linear", "llama3")
 """Rotary embeddings whose treatment of a pair depends on its frequency alone, not on the head dimension."""
@@ -57,7 +57,7 @@ def widen(anatomy: Anatomy, widening: Widening, approximate: bool = False, from_
         PlanError: the maps do not keep the function and `approximate` is false, or they would make nonsense of it; the
             message says why and what would do.
     """
-    fatal = [*_lost(widening), *_block_reasons(anatomy, widening), *_tied_head_reasons(anatomy, widening)]
+    fatal = [*_lost(widening), *_fixed_reasons(anatomy, widening), *_tied_head_reasons(anatomy, widening)]
     reasons = [*fatal, *_residual_reasons(anatomy, widening), *_head_reasons(anatomy, widening)]
     if fatal or (reasons and not approximate):
         raise PlanError(reasons[0])
@@ -68,6 +68,24 @@ def widen(anatomy: Anatomy, widening: Widening, approximate: bool = False, from_
     if not edits:
         raise PlanError(f"There is nothing to widen: the model already has {describe_sizes(anatomy)}. Ask for more.")
     return Widened(edits, "approximate" if reasons else "exact", tuple(reasons))
+
+
+def fixed_width_reasons(anatomy: Anatomy, new: Sizes) -> list[str]:
+    """Why bricks of the model keep it from having the widths `new`; empty where they don't."""
+    old, fixed = anatomy.sizes, dict(anatomy.fixed_widths)
+    widths: list[tuple[Stream, str, int | None, int | None]] = [
+        ("residual", "hidden_size", old.residual, new.residual),
+        ("query", "num_attention_heads", old.query_heads, new.query_heads),
+        ("key_value", "num_key_value_heads", old.key_value_heads, new.key_value_heads),
+        ("query", "head_dim", old.head_dim, new.head_dim),
+        ("key_value", "head_dim", old.head_dim, new.head_dim),
+        ("ffn", "intermediate_size", old.ffn, new.ffn),
+    ]
+    return [
+        f"{name} = {after}: {fixed[stream]}"
+        for stream, name, before, after in widths
+        if before != after and stream in fixed
+    ]
 
 
 def diagonal_edits(anatomy: Anatomy, widening: Widening) -> list[Edit]:
@@ -128,16 +146,18 @@ def _residual_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
             f"{head} with zeros needs a residual without mean, which a LayerNorm does not notice but a tied head does. "
             "Pad with the mean, or untie the head first."
         )
+    elif anatomy.norm == "layer" and any(r.kind == "scale" and r.along("residual", "writes") for r in anatomy.roles):
+        reasons.append(
+            f"{head} asks for the mean of what a layer gives, which factors of its units change behind it. Merge them "
+            f"first. {whole}"
+        )
     return reasons
 
 
-def _block_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
-    if widening.residual.is_identity or anatomy.residual_blocks != "wide":
-        return []
-    return [
-        f"hidden_size = {widening.residual.size}: embedding and head hold several blocks of this model's residual "
-        "stream (altup), which can't be widened one by one. Widen first, then apply altup; or apply it recycled."
-    ]
+def _fixed_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
+    ffn = anatomy.sizes.ffn if widening.ffn is None else widening.ffn.size
+    sizes = Sizes(widening.residual.size, widening.query.size, widening.key_value.size, widening.head_dim, ffn)
+    return fixed_width_reasons(anatomy, sizes)
 
 
 def _tied_head_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
@@ -277,7 +297,7 @@ class _Writer:
                 index, unit = [0] * (len(index) // stream.old), unit * stream.old
             edits.append(self._slice(role, axis, index, unit, divide))
         if stream.added:
-            fill = self._padding(role, axis) if segment.stream == "residual" else _silent(role.access[axis])
+            fill = self._padding(role, axis) if segment.stream == "residual" else _silent(role, axis)
             size = stream.size * segment.unit
             edits.append(PadParameter(parameter=role.pattern, axis=axis, size=size, fill=fill))
         return edits
@@ -292,13 +312,13 @@ class _Writer:
         behind the norm, so that these start random and can learn."""
         if role.access[axis] == "reads":
             return NormalFill()
-        if role.kind == "gain":
+        if role.kind in ("gain", "scale"):
             return MeanFill()
         return MeanFill() if self.widening.padding == "mean" and role.kind != "offset" else ZeroFill()
 
     def _joined_with_above(self, role: ParameterRole) -> JoinAbove | None:
-        """The edit that offers the outputs of the layer above to a matrix or bias whose outputs grow."""
-        if not self.from_above or role.kind not in ("matrix", "bias"):
+        """The edit that offers the outputs of the layer above to a matrix, bias or factor whose outputs grow."""
+        if not self.from_above or role.kind not in ("matrix", "bias", "scale"):
             return None
         for stack in self.anatomy.stacks:
             name = role.pattern.removeprefix(f"{stack.path}.*.")
@@ -314,12 +334,12 @@ class _Writer:
         self, role: ParameterRole, axis: int, segments: tuple[Segment, ...], joined: bool = False
     ) -> list[Edit]:
         """Entry by entry: heads of several kinds in one axis or of another dimension, outputs of the layer above."""
-        reads = role.access[axis] == "reads"
-        places = _Places(self.anatomy, self.widening, reads, sum(segment.size for segment in segments), joined)
+        places = _Places(self.anatomy, self.widening, role, axis, joined)
         index = places.index(segments)
         edits: list[Edit] = []
         if places.fresh > places.old:
-            edits.append(PadParameter(parameter=role.pattern, axis=axis, size=places.fresh, fill=NormalFill()))
+            fill = _writing(role)
+            edits.append(PadParameter(parameter=role.pattern, axis=axis, size=places.fresh, fill=fill))
         return [*edits, self._slice(role, axis, index, 1, self._is_divided(role, axis))]
 
     def _scales(self, role: ParameterRole) -> list[Edit]:
@@ -344,7 +364,7 @@ class _Writer:
     def _query_scale(self, role: ParameterRole) -> list[Edit]:
         """Scores are divided by the root of the head dimension, so that queries make up for a larger one."""
         old, new = self.anatomy.sizes.head_dim, self.widening.head_dim
-        if old == new or not self.anatomy.attention_scaled:
+        if old == new or not self.anatomy.attention_scaled or role.kind == "scale":
             return []
         axis = next((a for a, how in enumerate(role.access) if how == "writes" and _has_query(role.axes[a])), None)
         if axis is None:
@@ -391,8 +411,10 @@ class _Writer:
 class _Places:
     """Where the new entries of an axis come from, one by one."""
 
-    def __init__(self, anatomy: Anatomy, widening: Widening, reads: bool, size: int, joined: bool) -> None:
-        self.anatomy, self.widening, self.reads = anatomy, widening, reads
+    def __init__(self, anatomy: Anatomy, widening: Widening, role: ParameterRole, axis: int, joined: bool) -> None:
+        self.anatomy, self.widening = anatomy, widening
+        self.reads, self.is_scale = role.access[axis] == "reads", role.kind == "scale"
+        size = sum(segment.size for segment in role.axes[axis])
         self.above = size if joined else 0
         """How much further back the same entry of the layer above is; 0 where it is not to be used."""
         self.old = size + self.above
@@ -428,8 +450,8 @@ class _Places:
         old = dim % self.dims[0] if part == "value" else self._turned(dim)
         if old is not None:
             return offset + old
-        # A product of two zeros would never learn: queries get zeros, keys random numbers.
-        return self._new() if part == "key" else -1
+        # A product of two zeros would never learn: queries get zeros, keys random numbers, factors of them others.
+        return self._new() if part == "key" or self.is_scale else -1
 
     def _turned(self, dim: int) -> int | None:
         """The old dimension of a query or key at `dim`: rotated pairs (i, i + r/2) go to (m i, m i + r'/2), which turns
@@ -450,9 +472,14 @@ class _Places:
         return self.fresh - 1
 
 
-def _silent(access: str | None) -> Fill:
+def _silent(role: ParameterRole, axis: int) -> Fill:
     """What an added head or feed-forward unit gets: random writers whose output is read by zeros."""
-    return ZeroFill() if access == "reads" else NormalFill()
+    return ZeroFill() if role.access[axis] == "reads" else _writing(role)
+
+
+def _writing(role: ParameterRole) -> Fill:
+    """New entries that write: random, but for factors, which are as the old ones on average."""
+    return MeanFill() if role.kind == "scale" else NormalFill()
 
 
 def _has_query(segments: tuple[Segment, ...]) -> bool:
