@@ -3,7 +3,6 @@
 from typing import Any
 
 from auxin.errors import PlanError
-from auxin.planning.width import fixed_width_reasons
 from auxin.planning.width_targets import WidthTargets
 from auxin.words.roles import Anatomy, Sizes
 
@@ -13,8 +12,8 @@ def fixed_head_sizes(anatomy: Anatomy, targets: WidthTargets) -> Sizes:
     head dimension (hidden size / heads), the hidden size follows the heads.
 
     Raises:
-        PlanError: a width shrinks, they don't go together, the head dimension would have to change, or a brick of the
-            model keeps a width as it is; the message names the nearest possible ones.
+        PlanError: a width shrinks, they don't go together, or the head dimension would have to change; the message
+            names the nearest possible ones.
     """
     old = anatomy.sizes
     if anatomy.fields.head_dim is None and targets.hidden_size is None and targets.num_attention_heads is not None:
@@ -28,8 +27,6 @@ def fixed_head_sizes(anatomy: Anatomy, targets: WidthTargets) -> Sizes:
             f"{below} with num_attention_heads = {below // old.head_dim}, or {below + old.head_dim} with "
             f"{below // old.head_dim + 1}."
         )
-    if reasons := fixed_width_reasons(anatomy, new):
-        raise PlanError(reasons[0])
     return new
 
 

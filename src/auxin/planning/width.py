@@ -70,7 +70,7 @@ def widen(anatomy: Anatomy, widening: Widening, approximate: bool = False, from_
     return Widened(edits, "approximate" if reasons else "exact", tuple(reasons))
 
 
-def fixed_width_reasons(anatomy: Anatomy, new: Sizes) -> list[str]:
+def _fixed_width_reasons(anatomy: Anatomy, new: Sizes) -> list[str]:
     """Why bricks of the model keep it from having the widths `new`; empty where they don't."""
     old, fixed = anatomy.sizes, dict(anatomy.fixed_widths)
     widths: list[tuple[Stream, str, int | None, int | None]] = [
@@ -86,6 +86,12 @@ def fixed_width_reasons(anatomy: Anatomy, new: Sizes) -> list[str]:
         for stream, name, before, after in widths
         if before != after and stream in fixed
     ]
+
+
+def refuse_fixed_widths(anatomy: Anatomy, new: Sizes) -> None:
+    """Raise PlanError when a brick of the model keeps it from having the widths `new`."""
+    if reasons := _fixed_width_reasons(anatomy, new):
+        raise PlanError(reasons[0])
 
 
 def diagonal_edits(anatomy: Anatomy, widening: Widening) -> list[Edit]:
@@ -157,7 +163,7 @@ def _residual_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
 def _fixed_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
     ffn = anatomy.sizes.ffn if widening.ffn is None else widening.ffn.size
     sizes = Sizes(widening.residual.size, widening.query.size, widening.key_value.size, widening.head_dim, ffn)
-    return fixed_width_reasons(anatomy, sizes)
+    return _fixed_width_reasons(anatomy, sizes)
 
 
 def _tied_head_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:

@@ -46,7 +46,7 @@ from auxin.planning.attentions import attention_numbers
 from auxin.planning.depth import chosen_stacks, depth
 from auxin.planning.fixed_heads import fixed_head_sizes, size_values
 from auxin.planning.method import Method
-from auxin.planning.width import describe_sizes
+from auxin.planning.width import describe_sizes, refuse_fixed_widths
 from auxin.planning.width_targets import WidthTargets
 from auxin.words.roles import Anatomy, LayerStack, ParameterRole, Segment, Sizes
 
@@ -120,6 +120,7 @@ class GrowthOperator(nn.Module):
         self.settings, self.body = settings, anatomy(model)
         self._check(model)
         self.new = fixed_head_sizes(self.body, settings)
+        refuse_fixed_widths(self.body, self.new)
         self._check_heads()
         self.depths = _depths(model, self.body, settings)
         values = size_values(self.body, self.new)

@@ -39,7 +39,7 @@ from auxin.planning.depth import chosen_stacks, depth
 from auxin.planning.fixed_heads import fixed_head_sizes, size_values
 from auxin.planning.hooks import Hook
 from auxin.planning.method import Method
-from auxin.planning.width import describe_sizes
+from auxin.planning.width import describe_sizes, refuse_fixed_widths
 from auxin.planning.width_targets import WidthTargets
 from auxin.words.paths import path_pattern
 from auxin.words.roles import Anatomy, LayerStack, ParameterRole, Segment, Sizes
@@ -87,6 +87,7 @@ def plan_masked(model: PreTrainedModel, settings: MaskedGrowth) -> Plan:
     body = anatomy(model)
     sizes = fixed_head_sizes(body, settings)
     growth = _Growth(model, body, sizes)
+    refuse_fixed_widths(body, sizes)
     deeper = _deeper(model, body, settings)
     if deeper and body.residual_blocks != "one" and settings.new_layers == "random":
         raise PlanError(
