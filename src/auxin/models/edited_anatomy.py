@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from auxin.errors import PlanError
-from auxin.nn.bricks import Brick
+from auxin.nn.bricks import Brick, Roles
 from auxin.words.paths import path_pattern
 from auxin.words.roles import Anatomy, LayerStack, ParameterRole, ResidualBlocks, Stream
 
@@ -71,13 +71,10 @@ class _Told:
         """The bricks' own parameters, those of inner bricks first, which outer ones are told of."""
         for path, brick in reversed(self.bricks.items()):
             place = self.plain[path]
-            replaced = self._replaced(place)
-            for name, role in brick.roles(replaced).items():
-                if name in replaced:
-                    raise PlanError(
-                        f"{path}: the brick {brick.brick_name!r} gives a role to {name}, which the module that it "
-                        "replaces has too. Leave it out: what is called the same is the same."
-                    )
+            known, inside = self._of_architecture(place), self.below.get(place, {})
+            own = brick.roles({**known, **inside})
+            self._check_names(path, brick, own, known)
+            for name, role in own.items():
                 pattern = path_pattern(f"{path}.{name}")
                 for whole in [name for name in self.shapes if pattern.fullmatch(name)]:
                     self._check_shape(brick, whole, role)
@@ -109,15 +106,27 @@ class _Told:
                     "can change this model."
                 )
 
-    def _replaced(self, place: str) -> dict[str, ParameterRole]:
-        """The roles of what is below the plain path `place`, by the rest of the name."""
+    def _of_architecture(self, place: str) -> dict[str, ParameterRole]:
+        """The roles that the architecture gives to what is below the plain path `place`, by the rest of the name."""
         parts = place.split(".")
-        roles = dict(self.below.get(place, {}))
+        roles: dict[str, ParameterRole] = {}
         for pattern, role in self.patterns:
             above, rest = pattern[: len(parts)], pattern[len(parts) :]
             if rest and len(above) == len(parts) and all(x in ("*", y) for x, y in zip(above, parts, strict=True)):
                 roles.setdefault(".".join(rest), role)
         return roles
+
+    def _check_names(self, path: str, brick: Brick, own: Roles, known: Roles) -> None:
+        """PlanError when what is a brick's own is called as what its module has."""
+        names = list(own)
+        if brick.wrapped is not None:
+            # Even one without a role would be taken for that of the wrapped module.
+            names += [name for name, _ in brick.named_parameters(recurse=False)]
+        if twice := next((name for name in names if name in known), None):
+            raise PlanError(
+                f"{path}: the brick {brick.brick_name!r} has {twice} as a parameter of its own, and so has the module "
+                "that it stands for. If it is the same, leave its role out; if not, give it another name."
+            )
 
     def _note(self, plain: str, role: ParameterRole) -> None:
         parts = plain.split(".")
