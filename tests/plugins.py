@@ -16,25 +16,26 @@ def install(folder: Path, monkeypatch, package: str, source: str | Path) -> None
         folder: where the metadata go.
         monkeypatch: pytest's.
         package: its name, and that of the entry point where `source` is code.
-        source: the code of its one module, or a folder with a pyproject.toml, whose entry points and module are used.
+        source: the code of its one module, or a folder with a pyproject.toml, whose entry points and modules are used.
     """
     if isinstance(source, Path):
         project = tomllib.loads((source / "pyproject.toml").read_text())["project"]
-        entries, version = project["entry-points"]["auxin.methods"], project["version"]
+        groups, version = project["entry-points"], project["version"]
         assert project["name"] == package
         monkeypatch.syspath_prepend(source)
     else:
         module = re.sub(r"\W", "_", package) + "_plugin"
         (folder / f"{module}.py").write_text(source)
-        entries, version = {package: f"{module}:METHOD"}, "1"
+        groups, version = {"auxin.methods": {package: f"{module}:METHOD"}}, "1"
     info = folder / f"{package.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {package}\nVersion: {version}\n")
-    lines = [f"{name} = {value}" for name, value in entries.items()]
-    (info / "entry_points.txt").write_text("\n".join(["[auxin.methods]", *lines]) + "\n")
+    lines: list[str] = []
+    for group, entries in groups.items():
+        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
     monkeypatch.syspath_prepend(folder)
     # What is imported from it goes with it.
-    for value in entries.values():
-        name = value.partition(":")[0]
+    for name in {value.partition(":")[0] for entries in groups.values() for value in entries.values()}:
         monkeypatch.setitem(sys.modules, name, None)
         monkeypatch.delitem(sys.modules, name)

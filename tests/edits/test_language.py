@@ -35,13 +35,13 @@ from auxin.edits import (
 from auxin.edits.kinds.parameter_edits import generator
 from auxin.edits.structure import structural_edits
 from auxin.errors import PlanError, PromiseError
-from auxin.nn.bricks import brick
+from auxin.nn.bricks import Brick, brick
 from edits.models import assert_same
 from tiny_models import inputs, tiny
 
 
 @brick("test_scaled")
-class Scaled(nn.Module):
+class Scaled(Brick):
     """Multiplies what a module gives by learned factors, by a constant of its own and by one that is saved."""
 
     def __init__(self, inner: nn.Module, size: int, constant: float = 1.0) -> None:

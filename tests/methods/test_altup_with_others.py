@@ -348,11 +348,40 @@ def test_what_can_not_follow_is_refused_by_the_method(family, conversion, name, 
     assert not str(refusal.value).startswith("Edit")
 
 
-def test_dynamic_coefficients_take_no_other_width_or_depth():
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("hypercloning", {"factor": 2}), ("lemon", {}), ("bert2bert", {}), ("masked", {"hidden_size": 64})],
+)
+def test_dynamic_coefficients_take_no_other_width(name, values):
     model = altered(small("llama"), coefficients="dynamic")
-    for name in ("hypercloning", "llama-pro", "stacking"):
-        with pytest.raises(PlanError, match=r"altup\.\S+ that its anatomy does not know"):
-            grown(model, name)
+    with pytest.raises(PlanError, match=r"coefficients = dynamic.*Widen first|which masks don't know"):
+        grown(model, name, **values)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize(("name", "values"), [("llama-pro", {"group_size": 2}), ("net2net", {"num_hidden_layers": 6})])
+def test_dynamic_coefficients_of_an_identity_block_mix_nothing(family, name, values):
+    model = altered(small(family), coefficients="dynamic", blocks=3)
+    with torch.no_grad():
+        for layer in updates(model).values():
+            for weight in (layer.prediction.weight, layer.correction.weight):
+                weight.copy_(torch.randn_like(weight) / 2)
+    before = logits(model)
+    grown(model, name, **values)
+    assert change(before, logits(model)) <= EXACT
+    added = [layer for layer in updates(model).values() if not layer.prediction.weight.any()]
+    assert len(added) == (4 if family == "t5" else 2)
+    assert all(layer.correction.weight.any() for layer in added)
+    # Mixing there would change the function.
+    with torch.no_grad():
+        added[0].prediction.weight.fill_(0.5)
+    assert change(before, logits(model)) > 1e-3
+
+
+def test_dynamic_coefficients_are_stacked_with_their_layers():
+    model = altered(small("llama"), coefficients="dynamic")
+    grown(model, "stacking")
+    assert len(updates(model)) == 8
 
 
 def test_graft_and_lora_go_on_top():

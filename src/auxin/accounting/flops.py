@@ -2,10 +2,12 @@
 
 A multiply-add is two FLOPs. Matrix products and token-token attention are counted, elementwise work is not, as in
 `torch.utils.flop_counter` and in the published tables. Attention is counted over the whole T x T square, causal or not.
+Where shapes can't tell, a module says it itself, see `TellsFlops`.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -20,6 +22,15 @@ from auxin.settings import Settings
 BACKWARD_PER_FORWARD = 2
 """Every product Y = X W costs two of its size in the backward pass (for X and for W); recomputation is not counted,
 since it is a property of a kernel and not of the model."""
+
+
+@runtime_checkable
+class TellsFlops(Protocol):
+    """A module whose FLOPs its matrix products and their shapes don't tell, such as a brick."""
+
+    def forward_flops(self, counted: float, *args: Any, **kwargs: Any) -> float:
+        """FLOPs of one call of `forward` with these arguments, of which torch saw `counted`."""
+        ...
 
 
 class FlopsPerToken(Settings):
@@ -53,6 +64,7 @@ def flops_per_token(
     """
     with shape_only_copy(model) as copy, FlopCounterMode(display=False) as counter, countable_kernels(copy):
         copy.eval()
+        count = _Count(counter, copy)
         if isinstance(copy, PreTrainedModel):
             inputs = example_inputs(
                 copy,
@@ -65,7 +77,32 @@ def flops_per_token(
             inputs, extra = {"input_ids": torch.zeros(1, sequence_length, dtype=torch.long)}, {"use_cache": False}
         copy(**inputs, **extra)
     tokens = sequence_length if "input_ids" in inputs else 1
-    return FlopsPerToken(forward=counter.get_total_flops() / tokens, sequence_length=sequence_length)
+    return FlopsPerToken(forward=count.total / tokens, sequence_length=sequence_length)
+
+
+class _Count:
+    """What a counter sees while `model` runs, corrected by what its modules say of themselves."""
+
+    def __init__(self, counter: FlopCounterMode, model: nn.Module) -> None:
+        self._counter = counter
+        self._unseen = 0.0
+        self._starts: list[float] = []
+        for module in model.modules():
+            if isinstance(module, TellsFlops):
+                module.register_forward_pre_hook(self._before)
+                module.register_forward_hook(self._after, with_kwargs=True)
+
+    @property
+    def total(self) -> float:
+        """FLOPs until now."""
+        return self._counter.get_total_flops() + self._unseen
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._starts.append(self.total)
+
+    def _after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        counted = self.total - self._starts.pop()
+        self._unseen += module.forward_flops(counted, *args, **kwargs) - counted
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def _ways_out(edits: Iterable[Any]) -> Iterator[str]:
     bricks = Counter(edit.brick for edit in edits if isinstance(edit, ReplaceModule | WrapModule))
     for name, count in bricks.items():
         # A brick knows best; one that says nothing computes what no other module does.
-        told = getattr(find_brick(name), "plain_form", None)
+        told = find_brick(name).plain_form
         reason = "none, for no module of the architecture computes what this one does; serve it through transformers"
         yield f"{name} ({count} edit(s)): {told or reason}"
     if any(isinstance(edit, RemoveModule) for edit in edits):

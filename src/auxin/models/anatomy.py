@@ -4,15 +4,15 @@ Growing, pruning and merging methods ask this one module instead of knowing arch
 has the words in which it is written.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from auxin.errors import PlanError, unknown_name
+from auxin.models.edited_anatomy import with_bricks
 from auxin.models.scopes import in_scopes
-from auxin.nn.altup import AltUpLayer
 from auxin.words.registry import Registry
 from auxin.words.roles import (
     Anatomy,
@@ -20,7 +20,6 @@ from auxin.words.roles import (
     ConfigFields,
     LayerStack,
     ParameterRole,
-    ResidualBlocks,
     Segment,
     Sizes,
     conv1d,
@@ -60,12 +59,11 @@ def anatomy(model: PreTrainedModel, complete: bool = True, scopes: Iterable[str]
     found = describe(model)
     if not complete:
         return found
-    found = in_scopes(model, found, scopes)
-    found = replace(found, roles=(*found.roles, *(role for stack in found.stacks for role in _mixing(stack))))
+    found = with_bricks(in_scopes(model, found, scopes), model)
     names = [name for name, _ in model.named_parameters()]
     used = [role for role in found.roles if any(role.matches(name) for name in names)]
     epsilon = getattr(model.config, found.fields.epsilon) if found.fields.epsilon else 0.0
-    found = replace(found, roles=tuple(used), epsilon=epsilon, residual_blocks=_residual_blocks(model))
+    found = replace(found, roles=tuple(used), epsilon=epsilon)
     for name in names:
         found.role(name)
     return found
@@ -88,20 +86,6 @@ def _is_built_like_llama(model: PreTrainedModel) -> bool:
 def norm_epsilon(norm: Any) -> float:
     """Epsilon of a norm's module. OLMo's norm writes the usual 1e-5 into its code."""
     return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-5)))
-
-
-def _residual_blocks(model: PreTrainedModel) -> ResidualBlocks:
-    """How many blocks the residual stream has, in the words of `Anatomy`."""
-    layers = [module for module in model.modules() if isinstance(module, AltUpLayer)]
-    if not layers:
-        return "one"
-    return "wide" if any(layer.split for layer in layers) else "recycled"
-
-
-def _mixing(stack: LayerStack) -> Iterator[ParameterRole]:
-    """The roles of what bricks may have put beside the parts of a layer: small tensors along no stream."""
-    for name, axes in (("altup.prediction", 2), ("altup.correction", 1), ("sequence_altup.deviations", 1)):
-        yield ParameterRole(f"{stack.path}.*.{name}", ((),) * axes, (None,) * axes, "mixing")
 
 
 def _sizes(config: Any, ffn: int | None, head_dim: int | None = None, key_value_heads: int | None = None) -> Sizes:

@@ -18,15 +18,17 @@ publishes it (`Gemma3nTextAltUp`).
 """
 
 import copy
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from auxin.errors import ConfigError
-from auxin.nn.bricks import brick
+from auxin.nn.bricks import Brick, Roles, brick
 from auxin.nn.extension import extended
+from auxin.words.roles import ParameterRole, ResidualBlocks, Stream
 
 Coefficients = Literal["static", "dynamic", "none"]
 """Of mixing and gains: the same for all tokens (the paper), computed from each token (Gemma 3n), or none: the other
@@ -45,6 +47,9 @@ class AltUp(nn.Module):
 
     Parameters: `prediction` C (K, K) and `correction` c (K,), deviations from the identity; zero at first.
     """
+
+    mixing: ClassVar[tuple[str, ...]] = ("prediction",)
+    """The parameters which, at zero, mix no blocks in the prediction."""
 
     def __init__(
         self,
@@ -106,6 +111,8 @@ class DynamicAltUp(nn.Module):
         device, dtype: of the parameters.
     """
 
+    mixing: ClassVar[tuple[str, ...]] = ("prediction.weight",)
+
     def __init__(
         self,
         blocks: int,
@@ -156,6 +163,8 @@ class PassBy(nn.Module):
         active: the block a that the layer sees.
     """
 
+    mixing: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, blocks: int, active: int) -> None:
         super().__init__()
         self.blocks, self.active = blocks, active
@@ -173,7 +182,7 @@ class PassBy(nn.Module):
 
 
 @brick("altup_layer")
-class AltUpLayer(nn.Module):
+class AltUpLayer(Brick):
     """A layer of any transformer, with alternating updates around what it computes.
 
     It takes streams (K, batch, sequence, d) and gives them. What is no stream yet, (batch, sequence, width), becomes
@@ -232,9 +241,47 @@ class AltUpLayer(nn.Module):
             return (self.altup.correct(state, result[0]), *result[1:])
         return self.altup.correct(state, result)
 
+    def roles(self, replaced: Roles) -> Roles:
+        """Those of mixing and gains: small tensors along no stream. (What computes dynamic ones reads the residual,
+        whose width can't change then.)"""
+        mixing = {
+            f"altup.{name}": ParameterRole(name, ((),) * parameter.dim(), (None,) * parameter.dim(), "mixing")
+            for name, parameter in self.altup.named_parameters()
+        }
+        return {**super().roles(replaced), **mixing}
+
+    def scaled(self, factor: float, plain: Mapping[str, float]) -> dict[str, float]:
+        """As the layer. Where that adds nothing, x' = xh + g (x_a - xh_a): streams pass as they are iff nothing is
+        mixed in the prediction, and the correction may be anything."""
+        still = dict.fromkeys((f"altup.{name}" for name in self.altup.mixing), 0.0) if factor == 0 else {}
+        return {**super().scaled(factor, plain), **still}
+
+    def residual_blocks(self) -> ResidualBlocks:
+        """Several; "wide" where the embedding has them."""
+        return "wide" if self.split else "recycled"
+
+    def fixed_widths(self) -> Mapping[Stream, str]:
+        """The residual's, where embedding and head have its blocks, or coefficients are computed from it."""
+        fixed = dict(super().fixed_widths())
+        if self.split:
+            fixed["residual"] = _WIDE
+        elif isinstance(self.altup, DynamicAltUp):
+            fixed["residual"] = _DYNAMIC
+        return fixed
+
+
+_WIDE = (
+    "embedding and head hold several blocks of this model's residual stream (altup), which can't be widened one by "
+    "one. Widen first, then apply altup; or apply it recycled."
+)
+_DYNAMIC = (
+    "mixing and gains of this model's residual stream (altup) are computed from it (coefficients = dynamic), by layers "
+    "that are as wide as it was. Widen first, then apply altup; or apply it with static coefficients."
+)
+
 
 @brick("summed_input")
-class SummedInput(nn.Module):
+class SummedInput(Brick):
     """A first layer behind a table of K blocks that adds them up: the control with more table and no wider stream."""
 
     blocks: int
@@ -248,9 +295,13 @@ class SummedInput(nn.Module):
         """(batch, sequence, K d) instead of (batch, sequence, d); as the layer."""
         return super().forward(hidden_states.unflatten(-1, (self.blocks, -1)).sum(-2), *args, **kwargs)
 
+    def fixed_widths(self) -> Mapping[Stream, str]:
+        """The residual's: the table has its blocks."""
+        return {**super().fixed_widths(), "residual": _WIDE}
+
 
 @brick("repeated_output")
-class RepeatedOutput(nn.Module):
+class RepeatedOutput(Brick):
     """A norm before a head that is a table of K blocks: its result K times side by side, which by such a head is read
     as by one block, the sum of them all."""
 
@@ -267,7 +318,7 @@ class RepeatedOutput(nn.Module):
 
 
 @brick("collapsed_input")
-class CollapsedInput(nn.Module):
+class CollapsedInput(Brick):
     """A norm after the last layer that first makes one block of the streams: their mean, or their sum."""
 
     collapse: Collapse
@@ -283,7 +334,7 @@ class CollapsedInput(nn.Module):
 
 
 @brick("collapsed_output")
-class CollapsedOutput(nn.Module):
+class CollapsedOutput(Brick):
     """A stack of layers without a norm behind it (BERT's encoder), with one block or all of them as its last hidden
     state, and not streams."""
 
@@ -302,7 +353,7 @@ class CollapsedOutput(nn.Module):
 
 
 @brick("block_norm")
-class BlockNorm(nn.Module):
+class BlockNorm(Brick):
     """The norm after the last layer of a stream that stays wide: (K, batch, sequence, d) -> (batch, sequence, K d).
 
     Args:
@@ -376,7 +427,7 @@ class BlockNorm(nn.Module):
 
 
 @brick("parallel_embeddings")
-class ParallelEmbeddings(nn.Module):
+class ParallelEmbeddings(Brick):
     """An embedding module (BERT's, ViT's: tables, positions and all) with K - 1 like ones beside it, their results side
     by side: (batch, sequence, K d)."""
 
@@ -394,9 +445,15 @@ class ParallelEmbeddings(nn.Module):
         first = super().forward(*args, **kwargs)
         return torch.cat([first, *(other(*args, **kwargs) for other in self.others)], dim=-1)
 
+    def roles(self, replaced: Roles) -> Roles:
+        """Those of the embedding, for each of the others."""
+        numbers = range(len(self.others))
+        others = {f"others.{number}.{name}": role for number in numbers for name, role in replaced.items()}
+        return {**super().roles(replaced), **others}
+
 
 @brick("wide_embedding")
-class WideEmbedding(nn.Embedding):
+class WideEmbedding(Brick):
     """A table of K blocks; a name for edits to call it by. What stands in the model is of the class that stood there:
     a plain nn.Embedding, or one that scales what it looks up (Gemma)."""
 
@@ -413,7 +470,7 @@ class WideEmbedding(nn.Embedding):
 
 
 @brick("wide_linear")
-class WideLinear(nn.Linear):
+class WideLinear(Brick):
     """A linear layer that reads K blocks; a name for edits to call it by. What stands in the model is a plain
     nn.Linear."""
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from auxin.errors import PlanError
 from auxin.words.registry import Registry
-from auxin.words.roles import ParameterRole, ResidualBlocks
+from auxin.words.roles import ParameterRole, ResidualBlocks, Stream
 
 Shapes = Mapping[str, tuple[int, ...]]
 Tensors = Mapping[str, Tensor]
@@ -66,39 +66,88 @@ class Making:
 
 
 class Brick(nn.Module):
-    """What all bricks say of themselves."""
+    """What all bricks say of themselves.
 
+    A brick may extend a module that is one already (`auxin.nn.extension`): what it answers then comes on top of what
+    `super()` answers. Buffers that no checkpoint holds are filled by a method `reset_buffers()`, where a brick has one.
+    """
+
+    brick_name: ClassVar[str] = ""
+    """What it is registered as."""
     making: ClassVar[Making | None] = None
     """Where its tensors come from; None: those that are new come from fills of the edit, or as its class fills them."""
     plain_form: ClassVar[str | None] = None
     """How to get a checkpoint without the brick, in words that follow "Brick NAME: "; None: it can't be had."""
+    temporary: ClassVar[str | None] = None
+    """What the module has that it wraps only for a while, in words that follow "have "; it is taken off again as
+    `plain_form` says, with whatever was put on it by then. None: it stays."""
+
+    @property
+    def wrapped(self) -> nn.Module | None:
+        """The module that it is put around; None: it stands in its place."""
+        return self._modules.get("inner")
 
     def roles(self, replaced: Roles) -> Roles:
-        """The roles of those of its parameters that the replaced module has not.
+        """The roles of those of its parameters that the replaced module has not, by their names in it; those that it
+        does not have in this form may be among them.
+
+        `ParameterRole.vector` and `.beside` make them of those of `replaced`; their patterns do not matter. A factor
+        of units, before or after the module, writes these and has the kind "scale".
 
         Args:
-            replaced: the roles of the module that it replaces or wraps.
+            replaced: the roles of the module that it replaces or wraps, by their names in that, no matter what is
+                wrapped in there; also of those that it leaves out. Empty for modules that the architecture's anatomy
+                does not know.
         """
         return {}
 
-    def scaled(self, factor: float) -> dict[str, float]:
-        """By which factors some of its parameters are multiplied so that its result is multiplied by `factor`; with a
-        factor of 0, so that it adds nothing to what comes in. An identity block is made by it.
+    def scaled(self, factor: float, plain: Mapping[str, float]) -> dict[str, float]:
+        """By which factors some of its parameters are multiplied so that what it adds to the residual stream is
+        multiplied by `factor`; with a factor of 0 that is nothing, as in an identity block.
+
+        Args:
+            factor: the factor.
+            plain: the factors that do it to the module that it replaces or wraps, by their names in that; empty where
+                that adds nothing.
+
+        Returns:
+            Factors by names in the brick. Default: those of `plain`, which is right where the result of the brick is a
+            multiple of the module's.
 
         Raises:
-            PlanError: no factors do that.
+            PlanError: no factors do that; the message, which follows the brick's path, says why and what would do.
         """
-        return {}
+        prefix = "" if self.wrapped is None else "inner."
+        return {f"{prefix}{name}": value for name, value in plain.items()}
 
     def residual_blocks(self) -> ResidualBlocks | None:
         """Into how many blocks it divides the residual stream; None: it leaves the stream as it is."""
         return None
 
+    def fixed_widths(self) -> Mapping[Stream, str]:
+        """The streams whose width can't change as long as it is there, and why, in a sentence or two that follow
+        "WIDTH = 64: " and say what to do instead. Default: none; its parameters change as their roles say."""
+        return {}
 
-BRICKS: Registry[type[nn.Module]] = Registry("brick", "auxin.nn", error=PlanError)
+    def forward_flops(self, counted: float, *args: Any, **kwargs: Any) -> float:
+        """FLOPs of one call of `forward`, with all that is inside, where shapes can't tell: products that torch has no
+        name for, or such as only a share of the tokens needs. A multiply-add is two.
+
+        Args:
+            counted: the FLOPs of the matrix products and the attention that torch saw during the call.
+            args, kwargs: what `forward` was called with; tensors have shapes and no values.
+        """
+        return counted
+
+    def overwritten_with(self, other: nn.Module) -> None:
+        """Its tensors were overwritten in place with those of `other`, a module of the same class: what it keeps beside
+        them has to follow."""
+
+
+BRICKS: Registry[type[Brick]] = Registry("brick", "auxin.nn", error=PlanError)
 """Every brick by name. Entry points of the group "auxin.bricks" name modules of other packages that define some."""
 
-BrickClass = TypeVar("BrickClass", bound=type[nn.Module])
+BrickClass = TypeVar("BrickClass", bound=type[Brick])
 
 
 MAKINGS: Registry[Making] = Registry("making", "auxin.nn", error=PlanError)
@@ -107,15 +156,18 @@ group "auxin.makings" name modules of other packages that define some."""
 
 
 def brick(name: str) -> Callable[[BrickClass], BrickClass]:
-    """Class decorator: register the class under `name`."""
+    """Class decorator: register the class, a `Brick`, under `name`; TypeError when it is none."""
 
     def register(cls: BrickClass) -> BrickClass:
+        if not issubclass(cls, Brick):
+            raise TypeError(f"{cls.__name__} is no auxin.nn.bricks.Brick and can't say what it is; make it a subclass")
         BRICKS.add(name, cls)
+        cls.brick_name = name
         return cls
 
     return register
 
 
-def find_brick(name: str) -> type[nn.Module]:
+def find_brick(name: str) -> type[Brick]:
     """The brick called `name`; PlanError when there is none."""
     return BRICKS.find(name)

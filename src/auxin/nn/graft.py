@@ -10,7 +10,7 @@ The classes are subclasses of the layers that they replace, so `weight` and `bia
 for whatever reads them (PEFT, transformers' own code, exporters).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from auxin.errors import ConfigError
-from auxin.nn.bricks import brick
+from auxin.nn.bricks import Brick, Roles, brick
 from auxin.nn.pattention import Pattention
 
 
@@ -33,11 +33,13 @@ class Branch(Pattention):
         nn.init.zeros_(self.value_tokens)
 
 
-class Grafted(nn.Module):
+class Grafted(Brick):
     """What all grafted layers have: the module `branch` beside the layer's own `weight` and `bias`."""
 
     layer: ClassVar[type[nn.Module]]
     """The class that it is a graft on."""
+    axes: ClassVar[tuple[int, int]]
+    """The axes of the layer's weight that are its outputs and its inputs."""
     branch: Branch
 
     @classmethod
@@ -90,6 +92,19 @@ class Grafted(nn.Module):
         """(..., in_features) -> (..., out_features)."""
         return cast(Tensor, super().forward(x) + self.branch(x))
 
+    def roles(self, replaced: Roles) -> Roles:
+        """Keys read what the layer reads, values write what it writes; tokens are no stream."""
+        own = dict(super().roles(replaced))
+        if (weight := replaced.get("weight")) is not None:
+            output, read = self.axes
+            own |= {"branch.key_tokens": weight.beside(read, 1), "branch.value_tokens": weight.beside(output, 1)}
+        return own
+
+    def scaled(self, factor: float, plain: Mapping[str, float]) -> dict[str, float]:
+        """The layer and its branch."""
+        branch = {f"branch.{name}": value for name, value in self.branch.scaled(factor, {}).items()}
+        return {**super().scaled(factor, plain), **branch}
+
 
 @brick("grafted_linear")
 class GraftedLinear(Grafted, nn.Linear):
@@ -104,6 +119,7 @@ class GraftedLinear(Grafted, nn.Linear):
     """
 
     layer = nn.Linear
+    axes = (0, 1)
 
     def __init__(
         self,
@@ -139,6 +155,7 @@ class GraftedConv1D(Grafted, Conv1D):
     """
 
     layer = Conv1D
+    axes = (1, 0)
 
     def __init__(self, nf: int, nx: int, tokens: Sequence[int], **settings: Any) -> None:
         Conv1D.__init__(self, nf, nx)

@@ -13,14 +13,15 @@ A mask m is 1 on old units and c on new ones. Masks are persistent buffers, so t
 on where it was. A norm must weight its statistics: with plain ones the new units' zeros change mean and variance.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from auxin.errors import ConfigError
-from auxin.nn.bricks import brick
+from auxin.nn.bricks import Brick, brick
+from auxin.words.roles import Stream
 
 Spans = Sequence[Sequence[int]]
 """Stretches [first, end) of new units on an axis."""
@@ -29,7 +30,7 @@ OF_ADAPTERS = {"base_layer", "unload_and_optionally_merge_module"}
 """By these PEFT knows a layer of its own, which it puts around others and takes off again; a mask is no such layer."""
 
 
-class Masked(nn.Module):
+class Masked(Brick):
     """A module with masks around `inner`.
 
     Tensors and numbers that others read of the inner module (a weight's type, say) are found here too; its modules and
@@ -39,7 +40,7 @@ class Masked(nn.Module):
     plain_form = (
         "train with the hook MaskRamp until the masks are at 1, then take them off: method masked with finish = true"
     )
-    """How to get a checkpoint without masks."""
+    temporary = "masks of an earlier growth"
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -74,6 +75,14 @@ class Masked(nn.Module):
         """The weights of the new units, (number of new units,)."""
         parts = [getattr(self, name)[first:end] for name, spans in self._spans.items() for first, end in spans]
         return torch.cat(parts)
+
+    def fixed_widths(self) -> Mapping[Stream, str]:
+        """All: which units are new is a setting, and masks have a size."""
+        return dict.fromkeys(
+            get_args(Stream),
+            "the model has masks of an earlier growth, which have the old size. Train with MaskRamp until they are at "
+            "1 and take them off (masked with finish = true), then grow again.",
+        )
 
     def _add_mask(self, name: str, size: int | None, spans: Spans) -> None:
         """Register the mask `name` of `size` units; None where there are no spans."""
@@ -186,6 +195,10 @@ class MaskedBlock(Masked):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__(inner)
         self._add_mask("mask", 1, [(0, 1)])
+
+    def fixed_widths(self) -> Mapping[Stream, str]:
+        """None: its mask has one entry."""
+        return {}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The inner layer's result with its first tensor mixed."""

@@ -9,8 +9,8 @@ sum of the group sizes.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Self, get_args
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from auxin.errors import ConfigError, unknown_name
+from auxin.nn.bricks import Brick
 
 ScoreFunction = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 Gelu = Literal["erf", "tanh"]
@@ -78,7 +79,7 @@ def pattention(
     return (_weights(scores, tau, rule) @ value_tokens).reshape(*x.shape[:-1], value_tokens.shape[1])
 
 
-class Pattention(nn.Module):
+class Pattention(Brick):
     """Token-parameter attention: `pattention` with its keys, values and scales.
 
     Parameters `key_tokens` (n, in_features) and `value_tokens` (n, out_features); non-persistent buffer `tau` (number
@@ -150,6 +151,14 @@ class Pattention(nn.Module):
     def reset_buffers(self) -> None:
         """Fill the scales, which no checkpoint holds, from the settings."""
         self.reset_tau()
+
+    def scaled(self, factor: float, plain: Mapping[str, float]) -> dict[str, float]:
+        """The result is linear in the values alone. Keys stay as they are: zeros would never wake."""
+        return {"value_tokens": factor}
+
+    def overwritten_with(self, other: nn.Module) -> None:
+        """The plain numbers that the scales were set from; the buffer may have rounded them."""
+        self.set_tau(cast(Pattention, other).initial_tau)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Keys N(0, 1/in_features) and values N(0, 1/n), as the JAX reference draws them in its attention layers: with

@@ -23,14 +23,14 @@ Source: arXiv 2301.13310, Sequence-AltUp and the baselines that it is compared w
 what becomes of masks is not in the paper.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from auxin.errors import ConfigError
-from auxin.nn.altup import AltUpLayer
-from auxin.nn.bricks import brick
+from auxin.errors import ConfigError, PlanError
+from auxin.nn.bricks import Brick, Roles, brick
 from auxin.nn.extension import extended
 from auxin.nn.strided import (
     BIASES,
@@ -42,6 +42,7 @@ from auxin.nn.strided import (
     strided_cache,
     visible_tokens,
 )
+from auxin.words.roles import ParameterRole
 
 Mode = Literal["altup", "skip", "pool"]
 """What becomes of tokens that are no anchors: predicted and corrected; passed on as they are (stride-and-skip); or
@@ -129,7 +130,7 @@ class SequenceAltUp(nn.Module):
 
 
 @brick("sequence_altup_layer")
-class SequenceAltUpLayer(nn.Module):
+class SequenceAltUpLayer(Brick):
     """A layer of any transformer that runs on every k-th token only.
 
     It takes and gives hidden states of all tokens, (batch, sequence, d), and whatever else the layer takes, from which
@@ -155,9 +156,10 @@ class SequenceAltUpLayer(nn.Module):
         """
         if stride < 1:
             raise ConfigError(f"sequence_altup_layer: stride = {stride}. Give 1 or more.")
-        if isinstance(module, AltUpLayer):
+        if isinstance(module, Brick) and module.residual_blocks() is not None:
             raise ConfigError(
-                "sequence_altup_layer: the layer has alternating updates, whose streams take no stride. Stride first."
+                "sequence_altup_layer: the layer has a residual stream of several blocks (alternating updates), which "
+                "take no stride. Stride first."
             )
         if mode == "pool" and is_causal(module):
             raise ConfigError(
@@ -211,6 +213,27 @@ class SequenceAltUpLayer(nn.Module):
             result = _remembered(state, result)
             state.advance(chunk.length, seen, made)
         return self._with_first(result, new, arguments)
+
+    def roles(self, replaced: Roles) -> Roles:
+        """That of the three numbers, which run along no stream."""
+        role = ParameterRole("deviations", ((),), (None,), "mixing")
+        return {**super().roles(replaced), "sequence_altup.deviations": role}
+
+    def scaled(self, factor: float, plain: Mapping[str, float]) -> dict[str, float]:
+        """As the layer. Where that adds nothing, tokens pass as they are iff nothing is predicted nor corrected.
+
+        Raises:
+            PlanError: in the mode "pool", which gives all tokens of a group the same.
+        """
+        factors = super().scaled(factor, plain)
+        if factor == 0 and self.sequence_altup.mode == "pool":
+            raise PlanError(
+                "all tokens of a group get the same (mode = pool), so that no copy of it is an identity block. Grow "
+                "the model first and pool then."
+            )
+        if factor == 0 and self.sequence_altup.mode == "altup":
+            factors["sequence_altup.deviations"] = 0.0
+        return factors
 
     def _pooled(self, hidden_states: Tensor, arguments: dict[str, Any], chunk: Chunk, layer: Any) -> Any:
         means = self.sequence_altup.means(hidden_states, visible_tokens(arguments.get("attention_mask")))

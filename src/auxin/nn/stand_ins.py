@@ -6,7 +6,7 @@ apart along the batch. Attention also notes in the cache how many tokens it has 
 where the next token stands. A stand-in does all that and nothing else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -100,9 +100,12 @@ class Identity(StandIn):
         """The same tensor."""
         return hidden_states
 
-    def scaled(self, factor: float) -> dict[str, float]:
-        """Impossible: there is nothing to scale."""
-        raise PlanError("the brick identity has no parameters by which what goes through it could be scaled")
+    def scaled(self, factor: float, plain: Mapping[str, float]) -> dict[str, float]:
+        """Impossible."""
+        raise PlanError(
+            "what was removed there left its input, which no parameter scales. Grow the model first and remove modules "
+            "then."
+        )
 
 
 @brick("zeros")

@@ -4,9 +4,7 @@ A pre-norm layer computes x + f(norm(x)). With the output modules of f zeroed, w
 block: the function is the same to the last bit, whatever else the layer holds (LLaMA Pro, arXiv 2401.02415). Where a
 norm stands between f and the residual (OLMo2) it would make anything of a small output, so that its gain is zeroed
 instead. Where the norm comes after the sum (BERT, the original transformer) norm(x + 0) is not x: there is no identity
-block. With alternating updates (AltUp) the streams come through such a layer as they are iff nothing is mixed in the
-prediction, which is zeroed too; the correction may be anything. So it is with what predicts along the sequence
-(Sequence-AltUp), whose correction is zeroed with it.
+block. What a brick on the way from an output module to the layer needs beside that, the brick says.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -17,9 +15,7 @@ from transformers import PreTrainedModel
 from auxin.edits.kinds.edit import ArrangeLayers, Edit, ScaleParameter
 from auxin.edits.plan import Plan
 from auxin.errors import PlanError
-from auxin.nn.altup import AltUp, AltUpLayer
-from auxin.nn.pattention import Pattention
-from auxin.nn.sequence_altup import SequenceAltUpLayer
+from auxin.nn.bricks import Brick
 from auxin.words.roles import Anatomy, LayerStack
 
 
@@ -183,27 +179,48 @@ def _scaled_output(
     model: PreTrainedModel, anatomy: Anatomy, stack: LayerStack, old: int, new: int, factor: float
 ) -> list[Edit]:
     """Scale what the new layer `new`, made of the layer `old`, adds to the residual."""
+    path = f"{stack.path}.{old}"
     after_output = stack.norm_position == "after_output"
+    outputs = stack.output_norms if after_output else stack.outputs
     edits: list[Edit] = []
-    for module in stack.output_norms if after_output else stack.outputs:
-        owner = model.get_submodule(f"{stack.path}.{old}.{module}")
-        for name, _ in owner.named_parameters(recurse=False):
-            # The output of a Pattention is linear in its values alone; its keys stay, or it would never wake.
-            if isinstance(owner, Pattention) and name != "value_tokens":
-                continue
-            offset = anatomy.gain_offset if after_output and name == "weight" else 0.0
-            path = f"{stack.path}.{new}.{module}.{name}"
-            edits.append(ScaleParameter(parameter=path, factor=factor, offset=offset))
-    layer = model.get_submodule(f"{stack.path}.{old}")
-    if factor == 0 and isinstance(layer, AltUpLayer) and isinstance(layer.altup, AltUp):
-        edits.append(ScaleParameter(parameter=f"{stack.path}.{new}.altup.prediction", factor=0.0))
-    if factor == 0 and isinstance(layer, SequenceAltUpLayer):
-        if layer.sequence_altup.mode == "pool":
-            raise PlanError(
-                f"{stack.path}.{old} gives all tokens of a group the same (mode = pool), so that no copy of it is an "
-                "identity block. Grow the model first and pool then."
-            )
-        if layer.sequence_altup.mode == "altup":
-            path = f"{stack.path}.{new}.sequence_altup.deviations"
-            edits.append(ScaleParameter(parameter=path, factor=0.0))
+    for name, value in _factors(model.get_submodule(path), path, outputs, factor, anatomy).items():
+        is_gain = after_output and anatomy.role(f"{path}.{name}").kind == "gain"
+        offset = anatomy.gain_offset if is_gain else 0.0
+        edits.append(ScaleParameter(parameter=f"{stack.path}.{new}.{name}", factor=value, offset=offset))
     return edits
+
+
+def _factors(
+    module: nn.Module, path: str, outputs: Collection[str], factor: float, anatomy: Anatomy
+) -> dict[str, float]:
+    """Factors by which the results of modules become `factor` times as large, by the names of parameters in `module`.
+
+    Args:
+        module: the layer, or a module in it.
+        path: where it is.
+        outputs: the modules whose results are scaled, relative to it; an empty string is the module itself.
+        factor: the factor.
+        anatomy: of the model.
+
+    Raises:
+        PlanError: a brick on the way knows no factors for that.
+    """
+    if isinstance(module, Brick) and module.wrapped is not None:
+        factors = _factors(module.wrapped, f"{path}.inner", outputs, factor, anatomy)
+    else:
+        factors = {}
+        if "" in outputs:
+            own = (name for name, _ in module.named_parameters(recurse=False))
+            factors |= {name: factor for name in own if not anatomy.role(f"{path}.{name}").added}
+        for part in dict.fromkeys(output.partition(".")[0] for output in outputs if output):
+            # Where a module was taken away with what is inside, the stand-in says what that means.
+            if (child := module._modules.get(part)) is not None:
+                inside = [output.partition(".")[2] for output in outputs if output.partition(".")[0] == part]
+                below = _factors(child, f"{path}.{part}", inside, factor, anatomy)
+                factors |= {f"{part}.{name}": value for name, value in below.items()}
+    if not isinstance(module, Brick):
+        return factors
+    try:
+        return module.scaled(factor, factors)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error

@@ -176,7 +176,7 @@ class _Writer:
                 index, unit = [0] * (len(index) // stream.old), unit * stream.old
             edits.append(self._slice(role, axis, index, unit, divide))
         if stream.added:
-            fill = self._padding(role, axis) if segment.stream == "residual" else _silent(role.access[axis])
+            fill = self._padding(role, axis) if segment.stream == "residual" else _silent(role, axis)
             size = stream.size * segment.unit
             edits.append(PadParameter(parameter=role.pattern, axis=axis, size=size, fill=fill))
         return edits
@@ -191,13 +191,13 @@ class _Writer:
         behind the norm, so that these start random and can learn."""
         if role.access[axis] == "reads":
             return NormalFill()
-        if role.kind == "gain":
+        if role.kind in ("gain", "scale"):
             return MeanFill()
         return MeanFill() if self.widening.padding == "mean" and role.kind != "offset" else ZeroFill()
 
     def _joined_with_above(self, role: ParameterRole) -> JoinAbove | None:
-        """The edit that offers the outputs of the layer above to a matrix or bias whose outputs grow."""
-        if not self.from_above or role.kind not in ("matrix", "bias"):
+        """The edit that offers the outputs of the layer above to a matrix, bias or factor whose outputs grow."""
+        if not self.from_above or role.kind not in ("matrix", "bias", "scale"):
             return None
         for stack in self.anatomy.stacks:
             name = role.pattern.removeprefix(f"{stack.path}.*.")
@@ -213,12 +213,12 @@ class _Writer:
         self, role: ParameterRole, axis: int, segments: tuple[Segment, ...], joined: bool = False
     ) -> list[Edit]:
         """Entry by entry: heads of several kinds in one axis or of another dimension, outputs of the layer above."""
-        reads = role.access[axis] == "reads"
-        places = _Places(self.anatomy, self.widening, reads, sum(segment.size for segment in segments), joined)
+        places = _Places(self.anatomy, self.widening, role, axis, joined)
         index = places.index(segments)
         edits: list[Edit] = []
         if places.fresh > places.old:
-            edits.append(PadParameter(parameter=role.pattern, axis=axis, size=places.fresh, fill=NormalFill()))
+            fill = _writing(role)
+            edits.append(PadParameter(parameter=role.pattern, axis=axis, size=places.fresh, fill=fill))
         return [*edits, self._slice(role, axis, index, 1, self._is_divided(role, axis))]
 
     def _scales(self, role: ParameterRole) -> list[Edit]:
@@ -243,7 +243,7 @@ class _Writer:
     def _query_scale(self, role: ParameterRole) -> list[Edit]:
         """Scores are divided by the root of the head dimension, so that queries make up for a larger one."""
         old, new = self.anatomy.sizes.head_dim, self.widening.head_dim
-        if old == new or not self.anatomy.attention_scaled:
+        if old == new or not self.anatomy.attention_scaled or role.kind == "scale":
             return []
         axis = next((a for a, how in enumerate(role.access) if how == "writes" and _has_query(role.axes[a])), None)
         if axis is None:
@@ -295,8 +295,10 @@ class _Writer:
 class _Places:
     """Where the new entries of an axis come from, one by one."""
 
-    def __init__(self, anatomy: Anatomy, widening: Widening, reads: bool, size: int, joined: bool) -> None:
-        self.anatomy, self.widening, self.reads = anatomy, widening, reads
+    def __init__(self, anatomy: Anatomy, widening: Widening, role: ParameterRole, axis: int, joined: bool) -> None:
+        self.anatomy, self.widening = anatomy, widening
+        self.reads, self.is_scale = role.access[axis] == "reads", role.kind == "scale"
+        size = sum(segment.size for segment in role.axes[axis])
         self.above = size if joined else 0
         """How much further back the same entry of the layer above is; 0 where it is not to be used."""
         self.old = size + self.above
@@ -332,8 +334,8 @@ class _Places:
         old = dim % self.dims[0] if part == "value" else self._turned(dim)
         if old is not None:
             return offset + old
-        # A product of two zeros would never learn: queries get zeros, keys random numbers.
-        return self._new() if part == "key" else -1
+        # A product of two zeros would never learn: queries get zeros, keys random numbers, factors of them others.
+        return self._new() if part == "key" or self.is_scale else -1
 
     def _turned(self, dim: int) -> int | None:
         """The old dimension of a query or key at `dim`: rotated pairs (i, i + r/2) go to (m i, m i + r'/2), which turns
@@ -354,9 +356,14 @@ class _Places:
         return self.fresh - 1
 
 
-def _silent(access: str | None) -> Fill:
+def _silent(role: ParameterRole, axis: int) -> Fill:
     """What an added head or feed-forward unit gets: random writers whose output is read by zeros."""
-    return ZeroFill() if access == "reads" else NormalFill()
+    return ZeroFill() if role.access[axis] == "reads" else _writing(role)
+
+
+def _writing(role: ParameterRole) -> Fill:
+    """New entries that write: random, but for factors, which are as the old ones on average."""
+    return MeanFill() if role.kind == "scale" else NormalFill()
 
 
 def _has_query(segments: tuple[Segment, ...]) -> bool:

@@ -1,10 +1,12 @@
 """When a widening keeps the function of a model, and what stands against it where it does not."""
 
 import math
+from collections.abc import Iterable
 
+from auxin.errors import PlanError
 from auxin.planning.width_maps import StreamMap, Widening
 from auxin.words.paths import encloses
-from auxin.words.roles import Anatomy, Stream
+from auxin.words.roles import Anatomy, Sizes, Stream
 
 ROPE_BY_FREQUENCY = ("default", "linear", "llama3")
 """Rotary embeddings whose treatment of a pair depends on its frequency alone, not on the head dimension."""
@@ -14,7 +16,7 @@ _UNITS: dict[Stream, str] = {"residual": "hidden", "query": "query head", "ffn":
 def fatal_reasons(anatomy: Anatomy, widening: Widening, from_above: bool, cut: bool) -> list[str]:
     """Why the maps make nonsense of a model; see `auxin.planning.width.widen` for the arguments."""
     reasons = [*_unfit(anatomy, widening), *_above_reasons(anatomy, from_above)]
-    return [*reasons, *_lost(widening, cut), *_block_reasons(anatomy, widening), *_tied_head_reasons(anatomy, widening)]
+    return [*reasons, *_lost(widening, cut), *_fixed_reasons(anatomy, widening), *_tied_head_reasons(anatomy, widening)]
 
 
 def inexact_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
@@ -71,15 +73,50 @@ def _residual_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
             f"{head} with zeros needs a residual without mean, which a LayerNorm does not notice but a tied head does. "
             "Pad with the mean, or untie the head first."
         )
+    elif anatomy.norm == "layer" and any(r.kind == "scale" and r.along("residual", "writes") for r in anatomy.roles):
+        reasons.append(
+            f"{head} asks for the mean of what a layer gives, which factors of its units change behind it. Merge them "
+            f"first. {whole}"
+        )
     return reasons
 
 
-def _block_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
-    if widening.residual.is_identity or anatomy.residual_blocks != "wide":
-        return []
+def refuse_fixed_widths(anatomy: Anatomy, new: Sizes) -> None:
+    """Raise PlanError when a brick of the model keeps it from having the widths `new`."""
+    old = anatomy.sizes
+    widths: list[tuple[Stream, str, int | None, int | None]] = [
+        ("residual", "hidden_size", old.residual, new.residual),
+        ("query", "num_attention_heads", old.query_heads, new.query_heads),
+        ("key_value", "num_key_value_heads", old.key_value_heads, new.key_value_heads),
+        ("query", "head_dim", old.head_dim, new.head_dim),
+        ("key_value", "head_dim", old.head_dim, new.head_dim),
+        ("ffn", "intermediate_size", old.ffn, new.ffn),
+    ]
+    if reasons := _fixed(anatomy, widths):
+        raise PlanError(reasons[0])
+
+
+def _fixed_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
+    """Why bricks of the model keep it from being widened so; empty where they don't."""
+    fields: dict[Stream, str] = {
+        "residual": "hidden_size",
+        "query": "num_attention_heads",
+        "key_value": "num_key_value_heads",
+        "ffn": "intermediate_size",
+    }
+    # A map may keep the number of units and still move or cut them.
+    widths = [(s, fields[s], m.old if m.is_identity else None, m.size) for s, _, m in widening.maps()]
+    dims = (anatomy.sizes.head_dim, widening.head_dim)
+    return _fixed(anatomy, [*widths, ("query", "head_dim", *dims), ("key_value", "head_dim", *dims)])
+
+
+def _fixed(anatomy: Anatomy, widths: Iterable[tuple[Stream, str, int | None, int | None]]) -> list[str]:
+    """A reason for every changed width (stream, name, before, after) of a stream that a brick fixes."""
+    fixed = dict(anatomy.fixed_widths)
     return [
-        f"hidden_size = {widening.residual.size}: embedding and head hold several blocks of this model's residual "
-        "stream (altup), which can't be widened one by one. Widen first, then apply altup; or apply it recycled."
+        f"{name} = {after}: {fixed[stream]}"
+        for stream, name, before, after in widths
+        if before != after and stream in fixed
     ]
 
 

@@ -11,7 +11,7 @@ import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -27,7 +27,7 @@ from auxin.accounting.ledger import Ledger
 from auxin.errors import CheckpointError
 from auxin.files import flush, flush_tree, write_text
 from auxin.models.loading import existing_folder, load_model, no_progress_bar
-from auxin.nn import Pattention
+from auxin.nn.bricks import Brick
 from auxin.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from auxin.training.settings import TrainingSettings
 
@@ -241,9 +241,8 @@ def load_weights(checkpoint: str | Path, model: PreTrainedModel) -> None:
             for name, tensor in target.items():
                 tensor.copy_(source[name])
     for name, module in model.named_modules():
-        if isinstance(module, Pattention):
-            # The copy went past the plain numbers that belong to the buffer.
-            module.set_tau(cast(Pattention, saved.get_submodule(name)).initial_tau)
+        if isinstance(module, Brick):
+            module.overwritten_with(saved.get_submodule(name))
     # Hooks may have changed config values (a scale under annealing) since the model was built.
     for key, value in saved.config.to_dict().items():
         if key not in ("transformers_version", "dtype", "architectures", "_name_or_path"):

@@ -18,10 +18,10 @@ from auxin.words.paths import innermost, path_pattern
 
 Stream = Literal["residual", "query", "key_value", "ffn", "vocabulary"]
 Access = Literal["writes", "reads"]
-Kind = Literal["matrix", "bias", "embedding", "gain", "offset", "head", "query_gain", "key_gain", "mixing"]
+Kind = Literal["matrix", "bias", "embedding", "gain", "offset", "head", "query_gain", "key_gain", "scale", "mixing"]
 """What a parameter is: a matrix between streams, its bias, an embedding (of tokens, positions, types), a norm's gain or
-its offset (the norm's bias), the output head, the gain of a norm on queries or keys, or what mixes a layer's input with
-its output (AltUp)."""
+its offset (the norm's bias), the output head, the gain of a norm on queries or keys, a factor of units that a matrix
+writes or reads, or what mixes a layer's input with its output (AltUp)."""
 HeadPart = Literal["query", "key", "value"]
 NormPosition = Literal["before", "after_output", "after_residual"]
 ResidualBlocks = Literal["one", "recycled", "wide"]
@@ -57,10 +57,25 @@ class ParameterRole:
     access: tuple[Access | None, ...]
     """Per axis whether the parameter writes or reads the stream there."""
     kind: Kind
+    added: bool = False
+    """Whether a brick has it beside the parameters of the module that it replaces or wraps."""
 
     def matches(self, name: str) -> bool:
         """Whether the parameter `name` has this role."""
         return path_pattern(self.pattern).fullmatch(name) is not None
+
+    def vector(self, axis: int, kind: Kind) -> "ParameterRole":
+        """The role of a vector that runs along one axis of this parameter: a bias, or a factor of its units. What reads
+        units does not produce them; a factor of them does."""
+        access: Access | None = "writes" if self.axes[axis] else None
+        return ParameterRole(self.pattern, (self.axes[axis],), (access,), kind)
+
+    def beside(self, axis: int, place: int) -> "ParameterRole":
+        """The role of a matrix that does along its axis `place`, 0 or 1, what this parameter does along `axis`, and
+        whose other axis runs along no stream (one of two factors, say)."""
+        ends = [(self.axes[axis], self.access[axis]), ((), None)]
+        (one, how), (other, so) = ends if place == 0 else reversed(ends)
+        return ParameterRole(self.pattern, (one, other), (how, so), "matrix")
 
     def along(self, stream: Stream, access: Access | None = None) -> bool:
         """Whether an axis runs along `stream` (and is accessed so)."""
@@ -210,6 +225,8 @@ class Anatomy:
     residual_blocks: ResidualBlocks = "one"
     """Whether the residual stream between layers is one block, or several (AltUp) that come from one embedding and end
     as one ("recycled"), or that embedding and head hold too ("wide")."""
+    fixed_widths: tuple[tuple[Stream, str], ...] = ()
+    """The streams whose width can't change because of a brick, and why, in sentences that follow "WIDTH = 64: "."""
 
     @property
     def rotary(self) -> bool:

@@ -48,7 +48,7 @@ from auxin.edits.tensor_names import tensor_names
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy, norm_epsilon
 from auxin.nn.altup import AltUpLayer, Coefficients
-from auxin.nn.masked import Masked
+from auxin.nn.bricks import Brick
 from auxin.planning.depth import chosen_stacks, depth
 from auxin.planning.method import Method
 from auxin.settings import Settings
@@ -216,10 +216,11 @@ def _check_blocks(model: PreTrainedModel, settings: AltUpSettings, stack: LayerS
             f"be computed. Ask for at most {layers}, or for selection = same."
         )
     places = {stack.end, *(f"{stack.path}.{layer}" for layer in range(layers))}
-    if any(isinstance(module, Masked) for path, module in model.named_modules() if path in places):
+    bricks = [module for path, module in model.named_modules() if path in places and isinstance(module, Brick)]
+    if brick := next((brick for brick in bricks if brick.temporary is not None), None):
         raise PlanError(
-            f"{stack.path}: layers, or the norm behind them, have masks of an earlier growth, with which the updates "
-            "would go. Train with MaskRamp until they are at 1 and take them off (masked with finish = true) before."
+            f"{stack.path}: layers, or the norm behind them, have {brick.temporary}, with which the updates would go. "
+            f"Before these are put there, {brick.plain_form}."
         )
     if stack.end == "":
         raise PlanError(f"{stack.path}: it is not known what follows its last layer, where the blocks would go.")

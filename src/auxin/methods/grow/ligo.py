@@ -37,16 +37,19 @@ from auxin.data import CorpusSettings, make_loader, prepare
 from auxin.edits import Edit, Plan, SetConfig
 from auxin.edits.kinds.edit import ArrangeLayers, ProjectParameter
 from auxin.edits.plan_files import PlanFile
-from auxin.edits.structure import config_values, edited_config, structural_edits
+from auxin.edits.resolution import resolve
+from auxin.edits.structure import config_values, edited_config, edited_skeleton
 from auxin.errors import DataError, PlanError
 from auxin.models.anatomy import anatomy
-from auxin.models.loading import skeleton
+from auxin.nn.bricks import Brick
+from auxin.planning.attentions import attention_numbers
 from auxin.planning.depth import chosen_stacks, depth
 from auxin.planning.fixed_heads import fixed_head_sizes, size_values
 from auxin.planning.method import Method
 from auxin.planning.width import describe_sizes
+from auxin.planning.width_conditions import refuse_fixed_widths
 from auxin.planning.width_targets import WidthTargets
-from auxin.words.roles import Anatomy, LayerStack, Segment, Sizes
+from auxin.words.roles import Anatomy, LayerStack, ParameterRole, Segment, Sizes
 
 Batch = Tensor | Mapping[str, Tensor]
 CORPUS_TOKENS = 128
@@ -118,14 +121,11 @@ class GrowthOperator(nn.Module):
         self.settings, self.body = settings, anatomy(model)
         self._check(model)
         self.new = fixed_head_sizes(self.body, settings)
+        refuse_fixed_widths(self.body, self.new)
         self._check_heads()
         self.depths = _depths(model, self.body, settings)
         values = size_values(self.body, self.new)
-        deeper: dict[str, Any] = {}
-        for stack in self.depths:
-            if self._is_deeper(stack):
-                deeper |= ArrangeLayers(layers=stack.path, order=list(self._rows(stack))).config_values(model)
-        if not values and not deeper:
+        if not values and not any(self._is_deeper(stack) for stack in self.depths):
             raise PlanError(
                 f"There is nothing to grow: the model already has {describe_sizes(self.body)}. Ask for more of one, or "
                 "for layers."
@@ -133,12 +133,12 @@ class GrowthOperator(nn.Module):
         self.values = values
         # In lists: neither the source nor the grown structure is a part of the operator.
         self._source = [model]
-        self._grown_skeleton = [skeleton(edited_config(model.config, values | deeper), type(model)).eval()]
+        self._grown_skeleton = [self._skeleton(values).eval()]
         first = next(model.parameters())
         # The operator is real even where the model is not: an outline has its shapes.
         self.device = torch.device("cpu") if first.is_meta else first.device
         self.dtype = torch.promote_types(first.dtype, torch.float32)
-        self._source_names = {name for name, _ in model.named_parameters()}
+        self._source_shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         generator = torch.Generator().manual_seed(settings.seed)
         self.w = nn.ParameterDict()
         self.S = nn.ParameterDict()
@@ -194,9 +194,28 @@ class GrowthOperator(nn.Module):
             made_for=config_values(self.source.config),
         ).beside(folder)
 
+    def _skeleton(self, values: dict[str, Any]) -> PreTrainedModel:
+        """The grown model, with the bricks that its layers and modules have, without data."""
+        edits = [
+            ArrangeLayers(layers=stack.path, order=list(self._rows(stack)))
+            for stack in self.depths
+            if self._is_deeper(stack)
+        ]
+        deeper = resolve(edits, self.source).after if edits else self.source
+        return edited_skeleton(edited_config(deeper.config, values), type(self.source))
+
     def _check(self, model: PreTrainedModel) -> None:
-        if structural_edits(model.config):
-            raise PlanError("The model has bricks of earlier edits, which the operator can't map. Use a plain model.")
+        if self.body.residual_blocks != "one":
+            raise PlanError(
+                "The model has bricks of earlier edits that divide its residual stream into blocks (altup), of which "
+                "each layer computes one; a blend of layers would be none of them. Use a model without."
+            )
+        for path, module in model.named_modules():
+            if isinstance(module, Brick) and module.temporary is not None:
+                raise PlanError(
+                    f"{path} has {module.temporary}, which the operator can't map. Before it learns, "
+                    f"{module.plain_form}."
+                )
         if self.settings.steps and next(model.parameters()).is_meta:
             raise PlanError("Learning the operator needs the model's weights. Load them, or set steps = 0.")
 
@@ -218,14 +237,14 @@ class GrowthOperator(nn.Module):
     def _add_parameters(self, generator: torch.Generator) -> None:
         """w for every kind of module of a stack that gets deeper, S for every stream that gets wider, where it is."""
         self._keys: dict[str, tuple[tuple[Segment, ...], str]] = {}
-        self._attention = _attention_numbers(self.body, list(self.depths))
+        self._attention = attention_numbers(self.body)
         for name, _ in self.grown.named_parameters():
             stack, _, suffix = self._place(name)
             if stack is not None and self._blends(stack, suffix):
                 kind = self._kind(stack, suffix)
                 if kind not in self.w:
                     self.w[kind] = self._start(self._rows(stack), self.depths[stack][0], generator)
-            for segments in self.body.role(name).axes:
+            for segments in self._role(name).axes:
                 if not self._widened(segments):
                     continue
                 owner = self._owner(name)
@@ -279,10 +298,21 @@ class GrowthOperator(nn.Module):
                 return stack, int(layer), suffix
         return None, 0, name
 
+    def _original(self, name: str) -> str:
+        """The old parameter that one of the grown model starts as."""
+        stack, layer, suffix = self._place(name)
+        if stack is None or not self._is_deeper(stack):
+            return name
+        return f"{stack.path}.{self._rows(stack)[layer]}.{suffix}"
+
+    def _role(self, name: str) -> ParameterRole:
+        """The role of a parameter of the grown model."""
+        return self.body.role(self._original(name))
+
     def _owner(self, name: str) -> str:
         """What matrices of heads and feed-forward units belong to: the layer, and in it the attention by its number."""
         stack, layer, _ = self._place(name)
-        number = self._attention.get(self.body.role(name).pattern, 0)
+        number = self._attention.get(self._role(name).pattern, 0)
         return f"{stack.path}.{layer}.{number}" if stack is not None else "model"
 
     def _bases(self, segments: tuple[Segment, ...], owner: str) -> list[tuple[Segment, str]]:
@@ -317,10 +347,11 @@ class GrowthOperator(nn.Module):
         return f"{stack.path}.{suffix}".rpartition(".")[0].replace(".", "/")
 
     def _blends(self, stack: LayerStack, suffix: str) -> bool:
-        """Whether a layer's parameter is a blend: the stack gets deeper and all layers have it (not T5's positions)."""
-        old = self.depths[stack][0]
-        names = self._source_names
-        return self._is_deeper(stack) and all(f"{stack.path}.{layer}.{suffix}" in names for layer in range(old))
+        """Whether a layer's parameter is a blend: the stack gets deeper and all layers have it alike (not T5's
+        positions)."""
+        names = [f"{stack.path}.{layer}.{suffix}" for layer in range(self.depths[stack][0])]
+        shapes = {self._source_shapes.get(name) for name in names}
+        return self._is_deeper(stack) and len(shapes) == 1 and None not in shapes
 
     def _grown(self, name: str, old: dict[str, Tensor], matrices: dict[str, Tensor]) -> Tensor:
         """One parameter of the grown model."""
@@ -332,9 +363,9 @@ class GrowthOperator(nn.Module):
                 (weight * tensor for weight, tensor in zip(weights, layers, strict=True)), torch.zeros_like(layers[0])
             )
         else:
-            value = old[name]
+            value = old[self._original(name)]
         dtype = value.dtype
-        for axis, segments in enumerate(self.body.role(name).axes):
+        for axis, segments in enumerate(self._role(name).axes):
             if self._widened(segments):
                 key = self._key(segments, self._owner(name))
                 if key not in matrices:
@@ -346,10 +377,11 @@ class GrowthOperator(nn.Module):
         """Pattern, axis and matrix of every projection; those of the residual serve all layers at once."""
         seen: set[tuple[str, int]] = set()
         for name, _ in self.grown.named_parameters():
-            role = self.body.role(name)
+            role, (stack, _, suffix) = self._role(name), self._place(name)
+            serves_all = stack is None or role.pattern == f"{stack.path}.*.{suffix}"
             for axis, segments in enumerate(role.axes):
                 if self._widened(segments):
-                    shared = all(segment.stream == "residual" for segment in segments)
+                    shared = serves_all and all(segment.stream == "residual" for segment in segments)
                     pattern = role.pattern if shared else name
                     if (pattern, axis) not in seen:
                         seen.add((pattern, axis))
@@ -357,7 +389,7 @@ class GrowthOperator(nn.Module):
 
     def _arrangement(self, stack: LayerStack) -> ArrangeLayers:
         prefix = f"{stack.path}.0."
-        suffixes = [name.removeprefix(prefix) for name in self._source_names if name.startswith(prefix)]
+        suffixes = [name.removeprefix(prefix) for name in self._source_shapes if name.startswith(prefix)]
         blend = {
             suffix: self.w[self._kind(stack, suffix)].double().tolist()
             for suffix in suffixes
@@ -486,21 +518,6 @@ def _units(sizes: Sizes, segment: Segment) -> int:
 def _parts(segment: Segment) -> tuple[str, ...]:
     """What a unit of the segment is made of; heads without dimensions (T5's position biases) are their own kind."""
     return segment.parts or ("heads" if segment.stream in ("query", "key_value") else segment.stream,)
-
-
-def _attention_numbers(body: Anatomy, stacks: list[LayerStack]) -> dict[str, int]:
-    """For every parameter of a layer which of the layer's attentions it belongs to or follows, from 0.
-
-    An anatomy lists the parts of an attention together, its queries first.
-    """
-    numbers: dict[str, int] = {}
-    for stack in stacks:
-        number = -1
-        for role in (role for role in body.roles if role.pattern.startswith(f"{stack.path}.")):
-            parts = {part for segments in role.axes for segment in segments for part in segment.parts}
-            number += "query" in parts and role.kind == "matrix"
-            numbers[role.pattern] = max(number, 0)
-    return numbers
 
 
 def _interleaved(parts: list[Tensor], entries: int) -> Tensor:

@@ -18,7 +18,7 @@ tensor. It covers BERT alone; the masks of pre-norm models and grouped-query hea
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -29,16 +29,20 @@ from transformers import PreTrainedModel
 from auxin.edits import Edit, NormalFill, PadParameter, Plan, SetConfig, ZeroFill
 from auxin.edits.kinds.edit import ArrangeLayers, RemoveModule, ScaleParameter, SliceParameter, WrapModule
 from auxin.edits.kinds.fills import Fill, MeanFill
+from auxin.edits.kinds.module_edits import ModuleEdit
 from auxin.edits.structure import config_values, structural_edits
 from auxin.errors import ConfigError, PlanError
 from auxin.models.anatomy import anatomy, norm_epsilon
+from auxin.nn.bricks import Brick
 from auxin.nn.masked import Masked
 from auxin.planning.depth import chosen_stacks, depth
 from auxin.planning.fixed_heads import fixed_head_sizes, size_values
 from auxin.planning.hooks import Hook
 from auxin.planning.method import Method
 from auxin.planning.width import describe_sizes
+from auxin.planning.width_conditions import refuse_fixed_widths
 from auxin.planning.width_targets import WidthTargets
+from auxin.words.paths import path_pattern
 from auxin.words.roles import Anatomy, LayerStack, ParameterRole, Segment, Sizes
 
 BRICKS = ("masked", "masked_norm", "masked_block")
@@ -84,12 +88,15 @@ def plan_masked(model: PreTrainedModel, settings: MaskedGrowth) -> Plan:
     body = anatomy(model)
     sizes = fixed_head_sizes(body, settings)
     growth = _Growth(model, body, sizes)
+    refuse_fixed_widths(body, sizes)
     deeper = _deeper(model, body, settings)
     if deeper and body.residual_blocks != "one" and settings.new_layers == "random":
         raise PlanError(
             "new_layers = random: a layer made from nothing would have no alternating updates (altup), which all "
             "others have. Ask for copies."
         )
+    if settings.new_layers == "random":
+        _refuse_bricks_of_all_layers(model, deeper)
     edits = growth.parameter_edits()
     edits += [
         ArrangeLayers(layers=stack.path, order=_order(settings, old, new)) for stack, (old, new) in deeper.items()
@@ -212,6 +219,17 @@ def _deeper(model: PreTrainedModel, body: Anatomy, settings: MaskedGrowth) -> di
     return found
 
 
+def _refuse_bricks_of_all_layers(model: PreTrainedModel, stacks: Iterable[LayerStack]) -> None:
+    """Raise PlanError when an edit put bricks into every layer of one of `stacks`."""
+    for edit in structural_edits(model.config):
+        for stack in stacks:
+            if isinstance(edit, ModuleEdit) and edit.module.startswith(f"{stack.path}.*"):
+                raise PlanError(
+                    f"new_layers = random: all layers of {stack.path} were edited ({edit.module} {edit}), and a layer "
+                    "made from nothing would not be. Ask for copies."
+                )
+
+
 def _order(settings: MaskedGrowth, old: int, new: int) -> list[int | None]:
     copies = settings.new_layers == "copies"
     return [*range(old), *(layer % old if copies else None for layer in range(old, new))]
@@ -330,12 +348,20 @@ class _Growth:
         return sum(len(self._layout(segment)) * segment.unit for segment in segments)
 
     def _modules(self) -> dict[str, list[ParameterRole]]:
-        """The roles of matrices by the module that owns them."""
+        """The roles of matrices by the outermost module that owns them: what wraps a matrix, or lies beside it in a
+        brick, is behind its masks too."""
         modules: dict[str, list[ParameterRole]] = {}
         for role in self.body.roles:
             if role.kind == "matrix":
-                modules.setdefault(role.pattern.rpartition(".")[0], []).append(role)
-        return modules
+                owner = role.pattern.rpartition(".")[0]
+                while owner.endswith(".inner"):
+                    owner = owner.removesuffix(".inner")
+                modules.setdefault(owner, []).append(role)
+        return {
+            module: roles
+            for module, roles in modules.items()
+            if not any(path_pattern(other, after=r"(\..+)?").fullmatch(module) for other in modules if other != module)
+        }
 
     def _mask_settings(self, module: str, roles: list[ParameterRole]) -> dict[str, Any]:
         settings: dict[str, Any] = {}
@@ -394,6 +420,11 @@ class _Growth:
     def _norm(self, module: str, segments: tuple[Segment, ...]) -> Edit:
         query_or_key = segments[0].stream != "residual"
         found = self.model.get_submodule(module.replace("*", "0"))
+        if isinstance(found, Brick):
+            raise PlanError(
+                f"{module} is a brick ({found.brick_name}), and masks compute a norm anew, without what that does "
+                "beside. Grow behind masks first and apply it to the result; or grow other widths."
+            )
         settings = {
             "kind": "rms" if query_or_key else self.body.norm,
             "eps": norm_epsilon(found),
@@ -406,8 +437,9 @@ class _Growth:
 
 
 def _fill(role: ParameterRole) -> Fill:
-    """New weights are random at the scale of the old ones; new gains are as the old ones on average, biases zero."""
-    if role.kind in ("gain", "query_gain", "key_gain"):
+    """New weights are random at the scale of the old ones; new gains and factors are as the old ones on average, biases
+    zero."""
+    if role.kind in ("gain", "query_gain", "key_gain", "scale"):
         return MeanFill()
     return ZeroFill() if role.kind in ("bias", "offset") else NormalFill()
 

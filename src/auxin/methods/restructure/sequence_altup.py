@@ -24,7 +24,7 @@ from auxin.edits.kinds.module_edits import ReplaceModule
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
-from auxin.nn.altup import AltUpLayer
+from auxin.nn.bricks import Brick
 from auxin.nn.sequence_altup import Mode, SequenceAltUpLayer, is_causal
 from auxin.nn.strided import argument_names
 from auxin.planning.depth import chosen_stacks, depth
@@ -142,7 +142,7 @@ def _positions(model: PreTrainedModel) -> int | None:
 
 
 def _check_layer(path: str, layer: nn.Module, settings: SequenceAltUpSettings) -> None:
-    if isinstance(layer, AltUpLayer):
+    if isinstance(layer, Brick) and layer.residual_blocks() is not None:
         raise PlanError(
             f"{path} has alternating updates, whose blocks are no tokens and can't be strided. Give the model its "
             "stride first and apply altup to the result."
