@@ -247,6 +247,7 @@ def _gpt_neox(model: PreTrainedModel) -> Anatomy:
                 entries=("gpt_neox.embed_in",),
                 end="gpt_neox.final_layer_norm",
                 readers=("lm_head", "embed_out"),
+                parallel=config.use_parallel_residual,
             ),
         ),
         roles=tuple(roles),

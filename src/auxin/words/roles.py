@@ -85,6 +85,8 @@ class LayerStack:
     """The norm behind the last layer; where there is none, the module that runs the layers."""
     readers: tuple[str, ...] = ()
     """The linear layers that read what leaves the stack, `*` for one part; those that a model lacks are left out."""
+    parallel: bool = False
+    """Whether all parts of a layer read what enters it (GPT-NeoX), and not each what the one before it left."""
 
     @property
     def ends_in_norm(self) -> bool:
