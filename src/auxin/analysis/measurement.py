@@ -88,11 +88,15 @@ class Observer(Protocol[FoundBy]):
         """Where it reads; none for one that runs the model itself."""
 
     def before(self, batch: Batch) -> None:
-        """A batch is about to go through the model."""
+        """A batch is about to go through the model: inputs by name, on its device."""
 
     def after(self, batch: Batch, output: Any) -> None:
-        """It has: `output` is the model's, or that of its base model where no logits are needed, or None where no
-        measurement of this pass needs the model to be run. Taps are closed, autograd is off."""
+        """It has. Taps are closed and autograd is off.
+
+        Args:
+            batch: the inputs, on the model's device.
+            output: the model's, for a measurement that needs logits; None for others.
+        """
 
     def result(self) -> FoundBy:
         """What was found; called once, after the last batch."""

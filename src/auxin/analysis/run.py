@@ -101,10 +101,9 @@ def measure_all(
             found[number] = known
     missing = [number for number in range(len(asked)) if number not in found]
     observers = {number: asked[number].observe(model) for number in missing}
-    needs = {asked[number].needs for number in missing}
-    if needs - {"weights"}:
-        following = [observers[number] for number in missing if asked[number].needs != "weights"]
-        _follow(following, needs, model, cast(CalibrationData, data), progress)
+    following = [(observer, asked[number].needs) for number, observer in observers.items()]
+    if following := [(observer, needs) for observer, needs in following if needs != "weights"]:
+        _follow(following, model, cast(CalibrationData, data), progress)
     for number, observer in observers.items():
         found[number] = observer.result()
         if folder:
@@ -113,10 +112,11 @@ def measure_all(
 
 
 def _follow(
-    observers: Sequence[Observer[Any]], needs: set[Needs], model: PreTrainedModel, data: CalibrationData, progress: bool
+    following: Sequence[tuple[Observer[Any], Needs]], model: PreTrainedModel, data: CalibrationData, progress: bool
 ) -> None:
     """One pass over the data that all observers follow."""
-    forward = _forward(model, needs)
+    forward = _forward(model, {needs for _, needs in following})
+    taps = [tap for observer, _ in following for tap in observer.taps]
     device, dtype = next(model.parameters()).device, model.dtype
     done = 0
     with evaluation_mode(model), torch.no_grad(), _bar(data.samples, progress) as advance:
@@ -125,12 +125,12 @@ def _follow(
             inputs = {
                 name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in batch.items()
             }
-            for observer in observers:
+            for observer, _ in following:
                 observer.before(inputs)
-            with _tapped([tap for observer in observers for tap in observer.taps]):
+            with _tapped(taps):
                 output = forward(inputs) if forward is not None else None
-            for observer in observers:
-                observer.after(inputs, output)
+            for observer, needs in following:
+                observer.after(inputs, output if needs == "logits" else None)
             done += samples
             advance(samples)
     if done != data.samples or not done:

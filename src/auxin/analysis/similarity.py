@@ -317,8 +317,7 @@ def _wide(hidden: Tensor) -> Tensor:
 
 
 def _cosine(before: Tensor, after: Tensor) -> Tensor:
-    """Cosines of (..., width), (...). Of what is equal it is exactly 1: the root of a square is exact. Where one of the
-    two is zero it is 0."""
-    product = (before * before).sum(-1) * (after * after).sum(-1)
-    cosine = (before * after).sum(-1) / product.sqrt()
-    return torch.where(product > 0, cosine, (before == after).all(-1).to(cosine.dtype))
+    """Cosines of (..., width), (...). Of what is equal it is exactly 1; where only one of the two is zero it is 0."""
+    lengths = torch.linalg.vector_norm(before, dim=-1) * torch.linalg.vector_norm(after, dim=-1)
+    cosine = torch.where(lengths == 0, 0, (before * after).sum(-1) / lengths)
+    return torch.where((before == after).all(-1), 1, cosine)

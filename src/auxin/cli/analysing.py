@@ -115,12 +115,18 @@ def _calibration(model: Any, folder: Path, samples: int, length: int, batch_size
     import torch
 
     from auxin.data import CorpusSettings, prepare
+    from auxin.data.tokenizer import TOKENIZER_FILES
     from auxin.objectives.objective import ObjectiveSettings, is_encoder_decoder, model_inputs
 
     if model.main_input_name != "input_ids":
         raise DataError(
             f"The command line measures on text, and a {type(model).__name__} takes {model.main_input_name}. Measure "
             "it from Python, on data of your own."
+        )
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise DataError(
+            f"{folder} has no tokenizer, which makes the model's inputs of text. Save the model with its tokenizer, or "
+            "measure it from Python, on data of your own."
         )
     objective = ObjectiveSettings(objective="span_corruption" if is_encoder_decoder(model.config) else "causal")
     objective.check_architecture(model.config)
