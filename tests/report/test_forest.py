@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from auxin.report.forest import WIDTH, Mark, Panel, Row, Series, forest_svg
@@ -55,6 +55,8 @@ def test_decades_of_the_distance_from_one_are_equally_long():
         max_size=6,
     )
 )
+@example([[(-0.9, None)], [(1 - 1.58e-5, None)]])
+@example([[(0.2, 0.3), (1 - 1.5e-4, None)]])
 def test_everything_lies_inside_and_in_order(rows):
     marks = [[Mark("round", value, margin) for value, margin in row] for row in rows]
     root = drawn(marks)

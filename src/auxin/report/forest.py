@@ -117,7 +117,7 @@ class _Axis:
 
     def ticks(self) -> list[tuple[float, str]]:
         """Values with their labels: one and what is a power of ten from it, and halfway where there is room."""
-        steps = (1, 5) if self.first - self.last < 4 else (1,)
+        steps = (1, 5) if self.first - self.last < 3 else (1,)
         decades = range(math.floor(self.last), math.floor(self.first) + 1)
         distances = [2.0, *(step * 10.0**decade for decade in decades for step in steps)]
         inside = [d for d in distances if self.last <= math.log10(d) <= self.first]
