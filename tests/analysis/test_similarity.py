@@ -136,6 +136,26 @@ def test_a_part_that_gives_zero_has_exactly_one(family, config, dtype):
 
 
 @every_variant
+def test_planted_parts_that_do_little_are_found(family, config):
+    """Effect: the outputs of two parts are scaled down, and these two come first, in this order."""
+    model = tiny(family, **config)
+    stack = anatomy(model).stacks[-1]
+    planted = [f"{stack.path}.1.{stack.outputs[-1]}", f"{stack.path}.0.{stack.outputs[0]}"]
+    for path, factor in zip(planted, (1e-3, 1e-2), strict=True):
+        model.get_submodule(path).register_forward_hook(lambda module, inputs, output, f=factor: f * output)
+    # Where a norm follows the part, it is the norm's output that counts.
+    if stack.norm_position == "after_output":
+        for path, norm, factor in zip(planted, reversed(stack.output_norms), (1e-3, 1e-2), strict=True):
+            layer = path.split(".")[2]
+            with torch.no_grad():
+                model.get_submodule(f"{stack.path}.{layer}.{norm}").weight.mul_(factor)
+    result = found(model, Samples.of(model))
+    ranked = sorted(result.parts(), key=lambda part: -part.similarity.mean)
+    assert [part.module for part in ranked[:2]] == planted
+    assert result.findings()[0].startswith(f"Parts that change the stream least: {planted[0]} ")
+
+
+@every_variant
 def test_an_identity_layer_has_exactly_one(family, config):
     """Norms behind sums come with the layer: BERT's is no identity without its parts."""
     model = tiny(family, dtype=torch.float32, **config)
