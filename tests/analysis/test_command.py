@@ -113,6 +113,7 @@ def test_what_cannot_be_measured_is_one_message(llama, tmp_path):
         ((tmp_path / "mute", "similarity"), DataError, "has no tokenizer.*Save the model with its tokenizer"),
         ((tmp_path / "few", "similarity", *QUICK), DataError, "entries, the model 20: it belongs to another model"),
         ((tmp_path, "similarity"), AuxinError, "no config.json"),
+        ((tmp_path, "similarity", "-o", tmp_path / "few"), ConfigError, "few exists. Give a folder that doesn't"),
     ):
         with pytest.raises(error, match=words):
             call(*arguments)

@@ -164,7 +164,7 @@ def test_a_second_one_that_asks_runs_nothing(tmp_path):
     assert measure("similarity", model, data, cache=tmp_path) == first
     assert (calls.layers, data.passes) == (3, 1)
     again = tiny("llama")
-    assert measure("similarity", again, Samples.of(again), cache=tmp_path) == first, "found by content"
+    assert measure("similarity", again, Samples.of(again), cache=str(tmp_path)) == first, "found by content"
     measure(Similarity(), model, data, cache=False)
     assert (calls.layers, data.passes) == (6, 2)
 

@@ -33,7 +33,7 @@ def measure(
     model: PreTrainedModel,
     data: CalibrationData | None = None,
     *,
-    cache: Path | bool = True,
+    cache: str | Path | bool = True,
     progress: bool = False,
 ) -> Found: ...
 
@@ -44,7 +44,7 @@ def measure(
     model: PreTrainedModel,
     data: CalibrationData | None = None,
     *,
-    cache: Path | bool = True,
+    cache: str | Path | bool = True,
     progress: bool = False,
 ) -> Any: ...
 
@@ -54,7 +54,7 @@ def measure(
     model: PreTrainedModel,
     data: CalibrationData | None = None,
     *,
-    cache: Path | bool = True,
+    cache: str | Path | bool = True,
     progress: bool = False,
 ) -> Any:
     """What one measurement finds; see `measure_all`."""
@@ -67,7 +67,7 @@ def measure_all(
     model: PreTrainedModel,
     data: CalibrationData | None = None,
     *,
-    cache: Path | bool = True,
+    cache: str | Path | bool = True,
     progress: bool = False,
 ) -> list[Record]:
     """Measure a model: all that is not known yet in one pass over the data, in evaluation mode.
@@ -93,7 +93,7 @@ def measure_all(
     asked = [measurement(item) if isinstance(item, str) else item for item in wanted]
     fingerprint = model_fingerprint(model)
     subjects = [subject_of(item, fingerprint, data) for item in asked]
-    folder = default_cache() if cache is True else cache or None
+    folder = None if cache is False else default_cache() if cache is True else Path(cache)
     found: dict[int, Result] = {}
     for number, (item, subject) in enumerate(zip(asked, subjects, strict=True)):
         known = cached(folder, subject, item.result_type) if folder else None

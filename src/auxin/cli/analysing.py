@@ -9,7 +9,7 @@ import typer
 
 from auxin.cli.app import LARGEST_SEED, AsJson, Overrides, app, model_folder
 from auxin.cli.printing import escaped, print_table, print_wide
-from auxin.errors import DataError
+from auxin.errors import ConfigError, DataError
 
 CORPUS_BYTES = 4_000_000
 """How much of the standard library's source is read."""
@@ -39,6 +39,8 @@ def analyse(
     from auxin.recipes.library import apply_override
     from auxin.training.hardware import choose_device
 
+    if output is not None and output.exists():
+        raise ConfigError(f"--output: {output} exists. Give a folder that doesn't, or remove it.")
     _register()
     values: dict[str, Any] = {}
     for change in overrides or []:
