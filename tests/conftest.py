@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hypothesis
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -18,3 +19,9 @@ hypothesis.settings.register_profile(
     derandomize="CI" in os.environ,
 )
 hypothesis.settings.load_profile("auxin")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """What is kept for the next time is kept for the next test, and not for the user's next command."""
+    os.environ["AUXIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))

@@ -20,7 +20,7 @@ from auxin.errors import AuxinError, CheckpointError, ConfigError, TrainingError
 from auxin.models import TokenFormerForCausalLM
 
 COMMANDS = ["run", "recipes", "train", "grow", "methods", "plan", "apply", "diff", "convert", "generate", "evaluate"]
-COMMANDS += ["show", "doctor", "report"]
+COMMANDS += ["show", "doctor", "report", "analyse"]
 CONFIG = {
     "model_type": "tokenformer",
     "hidden_size": 32,

@@ -337,7 +337,7 @@ def test_they_have_no_parameters_and_say_what_they_are():
     assert repr(stand_in) == "Zeros(returns=['hidden', 'nothing'])"
     assert isinstance(stand_in, StandIn)
     assert Zeros().scaled(0.0, {}) == {}
-    with pytest.raises(PlanError, match="no parameters"):
+    with pytest.raises(PlanError, match="no parameter scales"):
         Identity().scaled(0.5, {})
     with pytest.raises(PlanError, match=r"returns \['nothing'\] must begin with 'hidden'"):
         Zeros(returns=["nothing"])

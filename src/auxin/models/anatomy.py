@@ -239,6 +239,7 @@ def _gpt_neox(model: PreTrainedModel) -> Anatomy:
                 end="gpt_neox.final_layer_norm",
                 readers=("lm_head", "embed_out"),
                 feed_forward=("mlp",),
+                parallel=config.use_parallel_residual,
             ),
         ),
         roles=tuple(roles),

@@ -111,6 +111,8 @@ class LayerStack:
     the layer itself."""
     attentions: tuple[str, ...] = ("",)
     """The modules of a layer that take the numbers of heads from their config, relative to the layer."""
+    parallel: bool = False
+    """Whether all parts of a layer read what enters it (GPT-NeoX), and not each what the one before it left."""
 
     @property
     def ends_in_norm(self) -> bool:
