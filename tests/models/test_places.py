@@ -182,6 +182,5 @@ def test_experts_are_a_feed_forward_part_like_others():
         num_key_value_heads=2,
         intermediate_size=12,
         num_local_experts=3,
-        experts_implementation="batched_mm",
     )
     assert what_is_returned(MixtralForCausalLM(config), ["model.layers.0.mlp"]) == {"model.layers.0.mlp": BARE}

@@ -1,5 +1,6 @@
 """What a place in a model must return, found by running the model on shapes; any architecture, no table of names."""
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -40,6 +41,7 @@ def what_is_returned(model: PreTrainedModel, paths: Iterable[str]) -> dict[str, 
         raise PlanError(f"{type(model).__name__} has no module at {strange!r}.")
     with shape_only_copy(model) as fake:
         copy = cast(PreTrainedModel, fake).eval()
+        copy.set_experts_implementation("batched_mm")  # which runs on shapes of any type
         for parameter in copy.parameters():
             parameter.requires_grad_(parameter.is_floating_point())  # to see what comes from parameters
         inputs = example_inputs(copy, BATCH, LENGTH, decoder_length=DECODER_LENGTH)
@@ -191,12 +193,17 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _run(model: PreTrainedModel, inputs: dict[str, Tensor], failure: str) -> Any:
+    # What torch would print of an operation that fails on shapes stands in our message.
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    loud, log.disabled = log.disabled, True
     try:
         return model(**inputs)
     except PlanError:
         raise
     except Exception as error:
         raise PlanError(f"{failure}: {error}") from error
+    finally:
+        log.disabled = loud
 
 
 def _state(result: Any) -> list[Any]:
