@@ -192,6 +192,11 @@ class GrowthOperator(nn.Module):
         )
 
     def _check(self, model: PreTrainedModel) -> None:
+        if self.body.sizes.scoped:
+            raise PlanError(
+                f"The layers have different widths ({describe_sizes(self.body)}), and the operator blends all of a "
+                "stack. Bring them to one width first, for example by net2net, or use another method."
+            )
         if structural_edits(model.config):
             raise PlanError("The model has bricks of earlier edits, which the operator can't map. Use a plain model.")
         if self.settings.steps and next(model.parameters()).is_meta:
