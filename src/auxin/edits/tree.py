@@ -210,7 +210,8 @@ class _Rebuilding:
             if not isinstance(before, ScopedConfig) or own_values(before) != own_values(after):
                 self.undo.set(vars(module), "config", self._known(after))
         elif isinstance(before, ScopedConfig) and after is None:
-            self.undo.remove(vars(module), "config")
+            if "config" in vars(module):  # the copy of a module that lost it already has none
+                self.undo.remove(vars(module), "config")
         elif isinstance(before, ScopedConfig):
             self.undo.set(vars(module), "config", self._known(after))
 

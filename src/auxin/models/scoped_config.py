@@ -82,13 +82,19 @@ def unscoped(config: Any) -> Any:
 
 
 def config_at(model: nn.Module, path: str) -> PreTrainedConfig:
-    """The config that the module at `path` was built with: its own, or that of the innermost module around it."""
-    parts = path.split(".") if path else []
-    for length in range(len(parts), -1, -1):
-        config = getattr(model.get_submodule(".".join(parts[:length])), "config", None)
-        if isinstance(config, PreTrainedConfig):
-            return config
-    raise TypeError(f"no module around {path} has a config")
+    """The config that the module at `path` was built with: its own, or that of the innermost module around it. A path
+    that is another one by now, since something was put around a module, leads to the last module on its way."""
+    found, module = getattr(model, "config", None), model
+    for part in path.split(".") if path else []:
+        child = module._modules.get(part)
+        if child is None:
+            break
+        module = child
+        config = getattr(module, "config", None)
+        found = config if isinstance(config, PreTrainedConfig) else found
+    if not isinstance(found, PreTrainedConfig):
+        raise TypeError(f"no module around {path} has a config")
+    return found
 
 
 _CLASSES: dict[type[PreTrainedConfig], type[PreTrainedConfig]] = {}

@@ -14,6 +14,7 @@ STREAMS: tuple[Stream, ...] = ("query", "key_value", "ffn")
 """The streams whose widths can differ from layer to layer."""
 Grain = Literal["model", "stack", "layer"]
 """By what the roles of a stack tell a stream's widths apart."""
+GRAINS: tuple[Grain, ...] = ("model", "stack", "layer")
 Grains = Mapping[tuple[LayerStack, Stream], Grain]
 
 
@@ -64,6 +65,9 @@ class _Scopes:
                     grain = "layer"
                 grains[stack, stream] = grain
                 widths += [Width(stream, scope, count) for scope, count in others.items()]
+            # Query heads read key-value heads: whoever maps the ones of a layer maps the others.
+            heads = max(grains[stack, "query"], grains[stack, "key_value"], key=GRAINS.index)
+            grains[stack, "query"] = grains[stack, "key_value"] = heads
         if all(grain == "model" for grain in grains.values()):
             return self.found
         self.found = replace(self.found, sizes=self.found.sizes.with_widths(widths))

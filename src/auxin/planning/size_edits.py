@@ -52,6 +52,8 @@ def _told(anatomy: Anatomy, stream: Stream, new: Sizes) -> tuple[int | None, dic
         return new.units(stream), {}
     following = {after[scope] for scope in after if before[scope] == usual} or set(after.values())
     config = following.pop() if len(following) == 1 else usual
+    if stream == "query" and anatomy.heads_divide_hidden_size and config and new.residual % config:
+        config = usual  # which the config takes
     told = {
         scope: units
         for scope, units in after.items()

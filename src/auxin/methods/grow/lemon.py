@@ -22,7 +22,7 @@ from auxin.models.anatomy import anatomy
 from auxin.planning.depth import depth, identity_blocks
 from auxin.planning.method import Method
 from auxin.planning.width import widen
-from auxin.planning.width_maps import Padding, Widening, circular, head_maps, padded
+from auxin.planning.width_maps import Padding, Widening, circular, head_maps, padded, scoped_maps
 from auxin.planning.width_targets import WidthTargets, refuse_unchanged
 
 
@@ -64,6 +64,9 @@ def plan_lemon(model: PreTrainedModel, settings: Lemon) -> Plan:
             head_dim=sizes.head_dim,
             padding=settings.padding or ("zeros" if body.norm == "rms" else "mean"),
             noise=settings.split_noise,
+            scoped=scoped_maps(
+                body.sizes, sizes, circular, lambda old, new: head_maps(old, new.query_heads, new.key_value_heads)
+            ),
         )
         edits += widen(body, widening).edits
     return Plan(

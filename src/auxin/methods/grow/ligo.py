@@ -216,6 +216,11 @@ class GrowthOperator(nn.Module):
                     f"{path} has {module.temporary}, which the operator can't map. Before it learns, "
                     f"{module.plain_form}."
                 )
+        if self.body.sizes.scoped:
+            raise PlanError(
+                f"The layers have different widths ({describe_sizes(self.body)}), and the operator blends all of a "
+                "stack. Bring them to one width first, for example by net2net, or use another method."
+            )
         if self.settings.steps and next(model.parameters()).is_meta:
             raise PlanError("Learning the operator needs the model's weights. Load them, or set steps = 0.")
 
