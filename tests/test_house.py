@@ -64,6 +64,20 @@ def test_no_method_imports_a_sibling(path):
     assert not [name for name in imported_modules(path) if name.startswith("auxin.methods")]
 
 
+# What is no brick in nn, or stands for what an edit or an architecture of ours says itself.
+NO_BRICKS = {"bricks", "extension"}
+KNOWN_BY_NAME = {"edits": {"stand_ins"}, "models": {"pattention"}}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_methods_know_bricks_by_name(path):
+    if room(path) in ("nn", "methods"):
+        return
+    allowed = NO_BRICKS | KNOWN_BY_NAME.get(room(path), set())
+    named = {name.split(".")[2] for name in imported_modules(path) if name.startswith("auxin.nn.")}
+    assert named <= allowed
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_are_short_and_named_for_what_is_in_them(path):
     assert path.stem not in {"utils", "helpers", "misc", "common"}

@@ -12,19 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from auxin.edits import Plan, apply, apply_to_checkpoint
+from auxin.edits import Plan, RemoveModule, apply, apply_to_checkpoint
 from auxin.edits.kinds.parameter_edits import ScaleParameter
 from auxin.errors import ConfigError, PlanError, PromiseError
 from auxin.methods.grow.llama_pro import METHOD as LLAMA_PRO
 from auxin.methods.grow.llama_pro import BlockExpansion, new_layers, plan_block_expansion, train_new_layers
+from auxin.methods.grow.masked import MaskedGrowth, MaskRamp, plan_masked
 from auxin.methods.grow.solar import DepthUpscaling, plan_depth_upscaling
 from auxin.methods.grow.stacking import LayerStacking, layer_order, plan_stacking
+from auxin.models.anatomy import anatomy
 from auxin.models.loading import skeleton
+from auxin.nn.masked import MaskedBlock
+from auxin.nn.stand_ins import Zeros
 from auxin.planning.depth import identity_layers
 from auxin.training.optimizer import optimizer_tensors
 from edits.models import assert_same
 from oracles.depth import LAYERS, expansion, is_output, rearranged
-from tiny_models import FAMILIES, inputs, labels, tiny
+from tiny_models import FAMILIES, InDouble, change, inputs, labels, tiny
 
 PRE_NORM = [family for family in FAMILIES if family != "bert"]
 DEPTH = 4
@@ -373,6 +377,72 @@ for folder, name in json.load(sys.stdin):
         assert torch.equal(model(**data).logits, expected), folder
 assert "auxin" not in sys.modules
 """
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_removed_branch_adds_nothing_to_an_identity_block_either(family, place):
+    model = model_of(family, 2)
+    inside = {"llama": "model.layers.{}.mlp", "gpt2": "transformer.h.{}.mlp"}.get(
+        family, "decoder.block.{}.layer.2.DenseReluDense"
+    )
+    removal = RemoveModule(module=inside.format(place), leaves="zeros")
+    apply(Plan(method="by hand", promise="none", edits=[removal]), model)
+    before = logits(model)
+    apply(expanded(model, group_size=1), model, probe=inputs(model))
+    assert torch.equal(logits(model), before)
+    removed = [name for name, module in model.named_modules() if isinstance(module, Zeros)]
+    assert removed == [inside.format(layer) for layer in (2 * place, 2 * place + 1)]
+
+
+def test_a_removed_module_that_left_its_input_has_no_identity_copy():
+    model = model_of("llama", 2)
+    removal = RemoveModule(module="model.layers.1.mlp", leaves="identity")
+    apply(Plan(method="by hand", promise="none", edits=[removal]), model)
+    with pytest.raises(
+        PlanError, match=r"model\.layers\.1\.mlp: what was removed there left its input.*Grow the model"
+    ):
+        expanded(model, group_size=1)
+    assert len(stacking(model, factor=2).edits) == 1
+
+
+@pytest.mark.parametrize("family", [family for family in PRE_NORM if family != "vit"])
+def test_masked_models_take_identity_blocks_on_the_way(family):
+    """Around layers and their outputs: what a mask lets through is a multiple of what is inside."""
+    model = model_of(family, 2)
+    values = {"layers": 3, "new_layers": "copies"}
+    if family != "tokenformer":
+        values["intermediate_size"] = 20
+    apply(plan_masked(model, MaskedGrowth.parse(values)), model, probe=inputs(model))
+    MaskRamp.set_strength(model, 0.5)
+    with InDouble():
+        before = model(**inputs(model)).logits
+        apply(expanded(model, group_size=1), model, probe=inputs(model))
+        assert change(before, model(**inputs(model)).logits) < 1e-12
+    assert len(model.get_submodule(anatomy(model).stacks[0].path)) == 6
+    # The wrapper of the layer that is not all there yet was copied with it, its mask at the strength that it had.
+    masks = [module.mask for module in model.modules() if isinstance(module, MaskedBlock)]
+    assert [mask.item() for mask in masks] == [0.5] * (4 if family == "t5" else 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2", "t5"])
+def test_a_copy_of_a_layer_whose_input_is_masked_is_no_identity_block(family):
+    model = model_of(family, 2)
+    values = {"hidden_size": 32, **({"num_attention_heads": 4} if family == "t5" else {})}
+    apply(plan_masked(model, MaskedGrowth.parse(values)), model, probe=inputs(model))
+    with pytest.raises(PlanError, match=r"\.0: what comes in is masked.*finish = true"):
+        expanded(model, group_size=1)
+    MaskRamp.set_strength(model, 0.5)
+    path = anatomy(model).stacks[0].path
+    with InDouble():
+        before = model(**inputs(model)).logits
+        # Copies of others are, with the norms, outputs and heads behind masks.
+        part = {"part": "encoder"} if family == "t5" else {}
+        apply(upscaled(model, slices=[[0, 2], {"layers": [1, 2], "scale": 0.0}], **part), model, probe=inputs(model))
+        assert change(before, model(**inputs(model)).logits) < 1e-12
+    assert len(model.get_submodule(path)) == 3
+
+
 AUTO = {
     "t5": "AutoModelForSeq2SeqLM",
     "bert": "AutoModelForMaskedLM",

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from auxin.edits import apply, apply_to_checkpoint
 from auxin.edits.runtimes import about_runtimes
 from auxin.errors import ConfigError, PlanError
+from auxin.methods import method
 from auxin.methods.grow.masked import METHOD, MaskedGrowth, MaskRamp, plan_masked, plan_unmask
 from auxin.models.anatomy import anatomy
 from auxin.nn.masked import Masked, MaskedNorm
@@ -344,6 +345,15 @@ def test_masks_on_the_way_are_in_the_way():
     model = grown("llama")
     with pytest.raises(PlanError, match="masks of an earlier growth"):
         plan_masked(model, MaskedGrowth(layers=5))
+    for name, values in (
+        ("hypercloning", {"factor": 2}),
+        ("lemon", {"intermediate_size": 20}),
+        ("net2net", {"intermediate_size": 20}),
+        ("ligo", {"steps": 0, "intermediate_size": 20}),
+    ):
+        other = method(name)
+        with pytest.raises(PlanError, match=r"masks of an earlier growth.*finish = true"):
+            other.plan(model, other.settings.parse(values))
     MaskRamp.set_strength(model, 0.5)
     with pytest.raises(PlanError, match=r"is at 0\.5; without it"):
         plan_unmask(model)

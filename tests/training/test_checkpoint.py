@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from auxin.accounting.ledger import Ledger, StageRecord
+from auxin.edits import Plan, WrapModule, apply
 from auxin.errors import CheckpointError
+from auxin.nn.bricks import Brick, brick
 from auxin.training import latest_checkpoint, load_model, load_optimizer, write_checkpoint_folder
 from auxin.training.checkpoint import (
     load_weights,
@@ -69,6 +71,37 @@ def test_everything_comes_back(tmp_path):
     other = tiny_llama(1)
     load_weights(folder, other)
     assert bits(weights(other)) == bits(weights(model))
+
+
+def test_bricks_hear_of_buffers_that_were_overwritten(tmp_path):
+    @brick("test_counts")
+    class Counts(Brick):
+        """Keeps in a plain number what a saved buffer says."""
+
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner, self.number = inner, 0
+            self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+        def reset_buffers(self) -> None:
+            self.count = torch.zeros((), dtype=torch.long)
+
+        def buffers_loaded(self) -> None:
+            self.number = int(self.count)
+
+        def forward(self, x):
+            return self.inner(x)
+
+    def model():
+        found = tiny_llama(0)
+        edit = WrapModule(module="model.layers.0.mlp", brick="test_counts")
+        apply(Plan(method="by hand", promise="exact", edits=[edit]), found)
+        return found
+
+    saved, other = model(), model()
+    saved.get_submodule("model.layers.0.mlp").count.fill_(7)
+    load_weights(write_checkpoint_folder(tmp_path / "c", saved), other)
+    assert other.get_submodule("model.layers.0.mlp").number == 7
 
 
 @pytest.mark.parametrize("operation", ["fsync", "rename"])

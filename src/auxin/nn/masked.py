@@ -19,7 +19,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from auxin.errors import ConfigError
+from auxin.errors import ConfigError, PlanError
 from auxin.nn.bricks import Brick, brick
 from auxin.words.roles import Stream
 
@@ -184,24 +184,46 @@ class MaskedNorm(Masked):
 
 @brick("masked_block")
 class MaskedBlock(Masked):
-    """A layer that is not all there yet: c inner(x) + (1 - c) x, with c the mask of one entry.
+    """A layer that is not all there yet, c inner(x) + (1 - c) x, with c the mask of one entry; or one whose input is
+    masked, inner(m * x).
 
     Args:
         inner: the layer; its first argument and its result (or the first of them) are tensors of one shape.
+        input_size: units of the input; needed where `new_inputs` is given.
+        new_inputs: the new units of the input, [first, end) each.
     """
 
-    mask: Tensor
+    mask: Tensor | None
+    input_mask: Tensor | None
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, input_size: int | None = None, new_inputs: Spans = ()) -> None:
         super().__init__(inner)
-        self._add_mask("mask", 1, [(0, 1)])
+        self._add_mask("mask", 1, () if new_inputs else [(0, 1)])
+        self._add_mask("input_mask", input_size, new_inputs)
+
+    def scaled(self, factor: float, plain: Mapping[str, float]) -> dict[str, float]:
+        """As the layer.
+
+        Raises:
+            PlanError: for 0, where the input is masked: a layer that adds nothing gives what it gets, less what is
+                masked.
+        """
+        if factor == 0 and self.input_mask is not None:
+            raise PlanError(
+                "what comes in is masked, so that no copy of the layer is an identity block. Train with MaskRamp until "
+                "the masks are at 1 and take them off (masked with finish = true) before."
+            )
+        return super().scaled(factor, plain)
 
     def fixed_widths(self) -> Mapping[Stream, str]:
-        """None: its mask has one entry."""
-        return {}
+        """None where it has but the mask of one entry."""
+        return {} if self.input_mask is None else super().fixed_widths()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The inner layer's result with its first tensor mixed."""
+        """The inner layer's result with its first tensor mixed, or of an input that is masked."""
+        if self.input_mask is not None:
+            return self.inner(x * self.input_mask.to(x.dtype), *args, **kwargs)
+        assert self.mask is not None
         result = self.inner(x, *args, **kwargs)
         strength, new = self.mask.to(x.dtype), _first(result)
         return _with_first(result, strength * new + (1 - strength) * x)

@@ -281,7 +281,8 @@ class _Growth:
         if self._residual_grows() and self.body.norm_position != "after_residual":
             settings = {"input_size": self.new.residual, "new_inputs": self._spans(self._residual())}
             edits += [
-                WrapModule(module=f"{stack.path}.0", brick="masked", settings=settings) for stack in self.body.stacks
+                WrapModule(module=f"{stack.path}.0", brick="masked_block", settings=settings)
+                for stack in self.body.stacks
             ]
         return edits
 
