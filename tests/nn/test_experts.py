@@ -485,7 +485,7 @@ def test_the_result_is_scaled_by_the_factors_it_names(part):
     x = numbers(4, dense_width(new))
     before = new(x)
     with torch.no_grad():
-        for name, factor in new.scaled(0.25).items():
+        for name, factor in new.scaled(0.25, {"down": 0.25}).items():
             new.get_parameter(name).mul_(factor)
     torch.testing.assert_close(new(x), 0.25 * before, rtol=1e-12, atol=1e-12)
 

@@ -377,6 +377,6 @@ def test_the_result_is_scaled_by_the_factors_it_names(bias):
     x = numbers(4, 12)
     before = new(x)
     with torch.no_grad():
-        for name, factor in new.scaled(0.25).items():
+        for name, factor in new.scaled(0.25, {"weight": 0.25}).items():
             new.get_parameter(name).mul_(factor)
     torch.testing.assert_close(new(x), 0.25 * before)

@@ -149,10 +149,11 @@ class Split(Brick):
                 found[ROUTER] = ParameterRole(f"{path}{ROUTER}", ((), stream), (None, "reads"), "matrix")
         return found
 
-    def scaled(self, factor: float) -> dict[str, float]:
+    def scaled(self, factor: float, plain: Mapping[str, float]) -> dict[str, float]:
         """The projection out of the hidden units and its bias."""
         down = self.projections.down
-        return {name: factor for name in (down, f"{down}_bias") if getattr(self, name) is not None}
+        names = (name for name in (down, f"{down}_bias") if getattr(self, name) is not None)
+        return dict.fromkeys(names if plain else (), factor)
 
     def extra_repr(self) -> str:
         routed = "" if self.experts_per_token is None else f", {self.experts_per_token} per token"

@@ -10,6 +10,7 @@ takes the squares of the same factors.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -219,9 +220,10 @@ class LowRank(Brick):
             INPUT: ParameterRole(path + INPUT, ((), read[0]), (None, read[1]), "matrix"),
         }
 
-    def scaled(self, factor: float) -> dict[str, float]:
-        """The output factor and the bias."""
-        return {OUTPUT: factor} | ({} if self.bias is None else {"bias": factor})
+    def scaled(self, factor: float, plain: Mapping[str, float]) -> dict[str, float]:
+        """The output factor and the bias, where the layer adds to the residual stream."""
+        names = (OUTPUT, *(() if self.bias is None else ("bias",))) if plain else ()
+        return dict.fromkeys(names, factor)
 
     def extra_repr(self) -> str:
         return (
