@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, pipeline
 
-from auxin.edits import apply
+from auxin.edits import ArrangeLayers, Edit, Plan, apply
+from auxin.edits.method import Intent, Method
 from auxin.edits.promise import TOLERANCE
 from auxin.methods import methods
 from capabilities import DECODERS, Refusal, Result, again, attempt, built_in, change, logits, probe
@@ -44,16 +47,15 @@ def applied(name: str, family: str) -> Result:
     outcome = probe(name, family)
     if isinstance(outcome, Refusal):
         pytest.skip(f"refused: {outcome.reason}")
-    return Result(outcome.plan, outcome.receipt, copy.deepcopy(outcome.model), outcome.before, outcome.after)
+    return replace(outcome, model=copy.deepcopy(outcome.model))
 
 
 def loss(model: PreTrainedModel) -> torch.Tensor:
     return model(**inputs(model), labels=labels(model)).loss
 
 
-@every_case
-def test_the_method_is_applied_as_promised_or_refused_with_the_reason(name, family):
-    outcome = probe(name, family)
+def check(method: Method, outcome: Result | Refusal) -> None:
+    """A refusal gives a reason; a plan keeps its promise and does what the method is for."""
     if isinstance(outcome, Refusal):
         assert len(outcome.reason.split()) >= 6, f"{outcome.reason!r} is no reason"
         assert outcome.reason.endswith("."), outcome.reason
@@ -65,6 +67,51 @@ def test_the_method_is_applied_as_promised_or_refused_with_the_reason(name, fami
     if outcome.receipt.max_relative_change is not None and outcome.promise == "exact":
         assert outcome.receipt.max_relative_change <= outcome.receipt.tolerance
     assert outcome.receipt.parameters_after == sum(p.numel() for p in outcome.model.parameters())
+    assert outcome.missed(method) is None
+
+
+@every_case
+def test_the_method_is_applied_as_promised_or_refused_with_the_reason(name, family):
+    check(methods()[name], probe(name, family))
+
+
+def pretending(intent: Intent, *edits: Edit) -> Method:
+    """A method that says that it is for `intent`, and always makes the same plan."""
+    plan = Plan(method="pretending", promise="none" if edits else "exact", edits=list(edits))
+    found = methods()["tokenformer"]
+    return replace(found, intent=intent, plan=lambda model, settings: plan, examples=lambda model: {})
+
+
+LAYERS_TWICE = ArrangeLayers(layers="model.layers", order=[0, 1, 1])
+ONE_LAYER_LESS = ArrangeLayers(layers="model.layers", order=[0])
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(pretending(intent) for intent in get_args(Intent)),
+        *(pretending(intent, LAYERS_TWICE) for intent in ("prune", "factorize", "quantize")),
+        pretending("grow", ONE_LAYER_LESS),
+    ],
+    ids=lambda method: f"{method.intent}-{len(method.plan(None, None).edits)}",
+)
+def test_a_plan_that_does_nothing_for_its_intent_is_found(method):
+    outcome = attempt(method, tiny("llama", seed=3))
+    assert isinstance(outcome, Result)
+    with pytest.raises(AssertionError, match=f"the intent is '{method.intent}', but the model"):
+        check(method, outcome)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pretending("grow", LAYERS_TWICE),
+        *(pretending(intent, ONE_LAYER_LESS) for intent in get_args(Intent) if intent != "grow"),
+    ],
+    ids=lambda method: method.intent,
+)
+def test_a_plan_that_does_something_for_its_intent_is_enough(method):
+    check(method, attempt(method, tiny("llama", seed=3)))
 
 
 def test_every_method_applies_somewhere_and_every_architecture_grows():
@@ -181,8 +228,7 @@ def test_every_result_loads_in_a_new_process_bit_by_bit(tmp_path):
             plain.append(case)
         twice = again(found[name], result)
         if isinstance(twice, Result):
-            if twice.promise == "exact":
-                assert twice.change <= TOLERANCE, f"{name} on {family}, the second time"
+            check(found[name], twice)
             cases.append(save(twice.model, tmp_path / f"{name}-{family}-twice"))
             names.append(f"{name} on {family}, twice")
     wrong = dict(zip(names, reload(tmp_path, cases, with_auxin=True), strict=True))
