@@ -19,17 +19,21 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, pipeline
 
+import auxin
 from auxin.edits import ArrangeLayers, Edit, Plan, apply
 from auxin.edits.method import Intent, Method
 from auxin.edits.promise import TOLERANCE
 from auxin.methods import methods
 from capabilities import DECODERS, Refusal, Result, again, attempt, built_in, change, logits, probe
+from covering import covers, families, pairs
 from tiny_models import FAMILIES, VOCABULARY, inputs, labels, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = list(methods())
 """Those of installed plugins too."""
 CASES = [(name, family) for name in METHODS for family in FAMILIES]
+COVERING = [case for case in CASES if covers(METHODS, case[0], FAMILIES, case[1])]
+REST = [case for case in CASES if case not in COVERING]
 AUTO = {
     **dict.fromkeys(DECODERS, "AutoModelForCausalLM"),
     "t5": "AutoModelForSeq2SeqLM",
@@ -40,6 +44,11 @@ AUTO = {
 # The old name, which transformers of all supported versions have.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
 every_case = pytest.mark.parametrize(("name", "family"), CASES)
+case_by_case = pytest.mark.parametrize(("name", "family"), pairs(METHODS, FAMILIES))
+"""Of what takes long, the covering subset; all with --all."""
+decoder_by_decoder = pytest.mark.parametrize(
+    ("name", "family"), [case for case in pairs(METHODS, FAMILIES) if case.values[1] not in ("bert", "vit")]
+)
 
 
 def applied(name: str, family: str) -> Result:
@@ -114,13 +123,48 @@ def test_a_plan_that_does_something_for_its_intent_is_enough(method):
     check(method, attempt(method, tiny("llama", seed=3)))
 
 
-def test_every_method_applies_somewhere_and_every_architecture_grows():
+def test_the_page_of_capabilities_is_up_to_date_and_no_row_or_column_of_it_is_empty():
+    spec = importlib.util.spec_from_file_location("generate_capabilities", ROOT / "docs" / "generate_capabilities.py")
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    text = generator.PAGE.read_text(encoding="utf-8")
+    assert generator.page() == text, "run python docs/generate_capabilities.py"
     results = {(name, family) for name, family in CASES if isinstance(probe(name, family), Result)}
     assert {name for name, _ in results} >= set(built_in())
     assert {family for _, family in results} == set(FAMILIES)
 
 
-@every_case
+def lines_run(name: str, family: str) -> set[tuple[str, int]]:
+    """The lines of this package that a plan, its application and a training step run."""
+    root, lines = str(Path(auxin.__file__).parent), set()
+
+    def trace(frame, event, argument):
+        if not frame.f_code.co_filename.startswith(root):
+            return None
+        lines.add((frame.f_code.co_filename.removeprefix(root), frame.f_lineno))
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        outcome = attempt(methods()[name], tiny(family, seed=3))
+        if isinstance(outcome, Result):
+            loss(outcome.model.train()).backward()
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+@pytest.mark.whole
+def test_the_covering_subset_runs_every_line_that_the_whole_product_runs():
+    built = [case for case in (*COVERING, *REST) if case[0] in built_in()]
+    run = {case: lines_run(*case) for case in built}
+    covered = set().union(*(lines for case, lines in run.items() if case in COVERING))
+    missing = {case: sorted(lines - covered) for case, lines in run.items()}
+    assert {case: lines for case, lines in missing.items() if lines} == {}, "put one of them into covering.OWN"
+
+
+@case_by_case
 def test_the_edited_model_trains_as_any_other(name, family):
     """A loss, gradients that are the same with checkpointing, and a step of AdamW that changes the function."""
     model = applied(name, family).model.train()
@@ -140,7 +184,7 @@ def test_the_edited_model_trains_as_any_other(name, family):
     assert loss(model).item() < before
 
 
-@pytest.mark.parametrize(("name", "family"), [case for case in CASES if case[1] not in ("bert", "vit")])
+@decoder_by_decoder
 def test_the_edited_model_generates_with_and_without_a_cache(name, family):
     model = applied(name, family).model
     ids = inputs(model)["input_ids"]
@@ -149,7 +193,7 @@ def test_the_edited_model_generates_with_and_without_a_cache(name, family):
     assert torch.equal(written, model.generate(ids, use_cache=False, **settings))
 
 
-@every_case
+@case_by_case
 def test_lora_goes_on_top(name, family):
     peft = pytest.importorskip("peft")
     result = applied(name, family)
@@ -183,8 +227,8 @@ def test_the_edited_model_writes_in_a_pipeline(name, family):
     assert written["generated_text"].startswith("w3 w4 w5")
 
 
-# Compiling is slow: a few cases stand for all.
-@pytest.mark.parametrize(("name", "family"), [("graft", "llama"), ("hypercloning", "llama"), ("tokenformer",) * 2])
+# Compiling is slow: one case with other modules and one with longer parameters stand for all.
+@pytest.mark.parametrize(("name", "family"), [("graft", "llama"), ("tokenformer", "tokenformer")])
 def test_a_compiled_model_is_edited_in_place(name, family):
     torch.compiler.reset()
     model = tiny(family, seed=3)
@@ -201,61 +245,43 @@ def save(model: PreTrainedModel, folder: Path) -> dict[str, str]:
     return {"folder": str(folder), "model_class": AUTO[model.config.model_type]}
 
 
-def reload(folder: Path, cases: list[dict[str, str]], with_auxin: bool) -> list[str | None]:
-    """What is wrong with each of the checkpoints in a process that has imported auxin and nothing else of ours."""
-    task = folder / "cases.json"
-    task.write_text(json.dumps({"auxin": with_auxin, "cases": cases}))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "reload.py"), str(task)], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_every_result_loads_in_a_new_process_bit_by_bit(tmp_path):
-    """After one plan, after a second one on top, and after every other method's plan on the first's result."""
-    cases, plain, names = [], [], []
+@pytest.mark.parametrize(
+    "chosen", [pytest.param(COVERING, id="covering"), pytest.param(REST, id="rest", marks=pytest.mark.whole)]
+)
+def test_every_result_loads_in_a_new_process_bit_by_bit(chosen, tmp_path):
+    """After one plan, and after a second one on top; what is plain in a process without auxin."""
+    cases = {"plain": {}, "replayed": {}}
     found = methods()
-    for name, family in CASES:
+    for name, family in chosen:
         result = probe(name, family)
         if isinstance(result, Refusal):
             continue
-        case = save(result.model, tmp_path / f"{name}-{family}")
-        cases.append(case)
-        names.append(f"{name} on {family}")
-        if result.is_plain:
-            plain.append(case)
         twice = again(found[name], result)
-        if isinstance(twice, Result):
-            check(found[name], twice)
-            cases.append(save(twice.model, tmp_path / f"{name}-{family}-twice"))
-            names.append(f"{name} on {family}, twice")
-    wrong = dict(zip(names, reload(tmp_path, cases, with_auxin=True), strict=True))
+        for number, outcome in enumerate((result, twice), start=1):
+            check(found[name], outcome)
+            if isinstance(outcome, Result):
+                case = save(outcome.model, tmp_path / f"{name}-{family}-{number}")
+                cases["plain" if outcome.is_plain else "replayed"][f"{name} on {family}, plan {number}"] = case
+    assert all(cases.values())
+    task = tmp_path / "cases.json"
+    task.write_text(json.dumps({kind: list(of_kind.values()) for kind, of_kind in cases.items()}))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "reload.py"), str(task)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    wrong = dict(zip([*cases["plain"], *cases["replayed"]], json.loads(done.stdout), strict=True))
     assert {name: error for name, error in wrong.items() if error} == {}
-    (tmp_path / "plain").mkdir()
-    wrong = dict(zip((c["folder"] for c in plain), reload(tmp_path / "plain", plain, with_auxin=False), strict=True))
-    assert {folder: error for folder, error in wrong.items() if error} == {}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(FAMILIES))
 def test_methods_follow_each_other(family):
     """Every method that keeps the function, one after the other on one model."""
     model = tiny(family, seed=3)
     first, done = logits(model), []
-    for name in METHODS:
-        outcome = probe(name, family)
-        if isinstance(outcome, Refusal) or outcome.promise != "exact":
-            continue
-        following = attempt(methods()[name], model)
+    for name, method in methods().items():
+        following = attempt(method, copy.deepcopy(model))
         if isinstance(following, Result) and following.promise == "exact":
+            model = following.model
             done.append(name)
+    assert len(done) >= 2
     assert change(first, logits(model)) <= TOLERANCE, done
-
-
-def test_the_page_of_capabilities_is_up_to_date():
-    spec = importlib.util.spec_from_file_location("generate_capabilities", ROOT / "docs" / "generate_capabilities.py")
-    generator = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generator)
-    text = generator.PAGE.read_text(encoding="utf-8")
-    assert generator.page() == text, "run python docs/generate_capabilities.py"
