@@ -59,6 +59,16 @@ def applied(name: str, family: str) -> Result:
     return replace(outcome, model=copy.deepcopy(outcome.model))
 
 
+def moved(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with all parameters elsewhere, as after training: what a method begins with zeros takes part."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.1 * noise.to(parameter.dtype))
+    return model
+
+
 def loss(model: PreTrainedModel) -> torch.Tensor:
     return model(**inputs(model), labels=labels(model)).loss
 
@@ -186,7 +196,7 @@ def test_the_edited_model_trains_as_any_other(name, family):
 
 @decoder_by_decoder
 def test_the_edited_model_generates_with_and_without_a_cache(name, family):
-    model = applied(name, family).model
+    model = moved(applied(name, family).model)
     ids = inputs(model)["input_ids"]
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     written = model.generate(ids, use_cache=True, **settings)
@@ -196,19 +206,20 @@ def test_the_edited_model_generates_with_and_without_a_cache(name, family):
 @case_by_case
 def test_lora_goes_on_top(name, family):
     peft = pytest.importorskip("peft")
-    result = applied(name, family)
+    model = moved(applied(name, family).model)
+    before = logits(model)
     # The tokens themselves are out of PEFT's reach: torch can't parametrize what is called keys or values.
     target = "all-linear" if family != "tokenformer" else ["embed_tokens"]
-    adapted = peft.get_peft_model(result.model, peft.LoraConfig(r=2, target_modules=target))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=target))
     adapted.eval()
-    assert torch.equal(logits(adapted), result.after), "an adapter starts as nothing"
+    assert torch.equal(logits(adapted), before), "an adapter starts as nothing"
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):  # the first step moves only one factor away from zero
         optimizer.zero_grad()
         loss(adapted).backward()
         optimizer.step()
     trained = logits(adapted)
-    assert change(result.after, trained) > 1e-4
+    assert change(before, trained) > 1e-4
     merged = adapted.merge_and_unload()
     if family != "tokenformer":  # its head is tied to the embedding, and what is merged into one is in the other too
         assert change(trained, logits(merged)) < TOLERANCE
@@ -249,7 +260,7 @@ def save(model: PreTrainedModel, folder: Path) -> dict[str, str]:
     "chosen", [pytest.param(COVERING, id="covering"), pytest.param(REST, id="rest", marks=pytest.mark.whole)]
 )
 def test_every_result_loads_in_a_new_process_bit_by_bit(chosen, tmp_path):
-    """After one plan, and after a second one on top; what is plain in a process without auxin."""
+    """After one plan, and after a second one on top, each trained on; what is plain in a process without auxin."""
     cases = {"plain": {}, "replayed": {}}
     found = methods()
     for name, family in chosen:
@@ -260,7 +271,7 @@ def test_every_result_loads_in_a_new_process_bit_by_bit(chosen, tmp_path):
         for number, outcome in enumerate((result, twice), start=1):
             check(found[name], outcome)
             if isinstance(outcome, Result):
-                case = save(outcome.model, tmp_path / f"{name}-{family}-{number}")
+                case = save(moved(copy.deepcopy(outcome.model)), tmp_path / f"{name}-{family}-{number}")
                 cases["plain" if outcome.is_plain else "replayed"][f"{name} on {family}, plan {number}"] = case
     assert all(cases.values())
     task = tmp_path / "cases.json"
