@@ -26,6 +26,7 @@ from auxin.edits.promise import TOLERANCE
 from auxin.methods import methods
 from capabilities import DECODERS, Refusal, Result, again, attempt, built_in, change, logits, probe
 from covering import covers, families, pairs
+from edits.models import assert_same, everything
 from tiny_models import FAMILIES, VOCABULARY, inputs, labels, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,6 +193,28 @@ def test_the_edited_model_trains_as_any_other(name, family):
     before = loss(model).item()
     torch.optim.AdamW(model.parameters(), lr=1e-4).step()
     assert loss(model).item() < before
+
+
+@case_by_case
+def test_what_fails_at_the_very_end_leaves_model_and_optimizer_as_they_were(name, family, monkeypatch):
+    outcome = probe(name, family)
+    if isinstance(outcome, Refusal):
+        pytest.skip(f"refused: {outcome.reason}")
+    model = tiny(family, seed=3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loss(model).backward()
+    optimizer.step()
+    before = everything(model, optimizer)
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    # It compares the logits after all edits with those before.
+    monkeypatch.setattr(f"{apply.__module__}.relative_change", stop)
+    with pytest.raises(KeyboardInterrupt):
+        apply(outcome.plan, model, optimizer)
+    assert_same(everything(model, optimizer), before)
+    optimizer.step()
 
 
 @decoder_by_decoder

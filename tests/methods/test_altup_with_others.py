@@ -4,7 +4,6 @@ import copy
 import itertools
 import warnings
 
-import peft
 import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -353,22 +352,6 @@ def test_dynamic_coefficients_take_no_other_width_or_depth():
     for name in ("hypercloning", "llama-pro", "stacking"):
         with pytest.raises(PlanError, match=r"altup\.\S+ that its anatomy does not know"):
             grown(model, name)
-
-
-def test_graft_and_lora_go_on_top():
-    model = shake(altered(small("llama"), blocks=2))
-    before = logits(model)
-    assert grown(model, "graft", tokens=4).max_relative_change == 0
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
-    adapted.eval()
-    assert torch.equal(logits(adapted), before)
-    assert not any("altup" in name for name, p in adapted.named_parameters() if p.requires_grad)
-    train(adapted, steps=3)
-    trained = logits(adapted)
-    assert change(before, trained) > 1e-3
-    merged = adapted.merge_and_unload()
-    assert change(trained, logits(merged)) <= EXACT
-    assert len(updates(merged)) == 4
 
 
 def test_a_plan_of_a_wide_stream_is_applied_to_a_checkpoint_with_books(tmp_path):
