@@ -299,7 +299,7 @@ def test_every_result_loads_in_a_new_process_bit_by_bit(chosen, tmp_path):
     assert all(cases.values())
     task = tmp_path / "cases.json"
     task.write_text(json.dumps({kind: list(of_kind.values()) for kind, of_kind in cases.items()}))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     command = [sys.executable, str(ROOT / "tests" / "reload.py"), str(task)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
