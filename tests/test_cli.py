@@ -17,6 +17,7 @@ from auxin import cli
 from auxin.accounting import Ledger
 from auxin.errors import AuxinError, CheckpointError, ConfigError, TrainingError
 from auxin.models import TokenFormerForCausalLM
+from corpora import write_documents
 
 COMMANDS = ["run", "recipes", "train", "grow", "methods", "plan", "apply", "diff", "convert", "generate", "evaluate"]
 COMMANDS += ["show", "doctor", "report"]
@@ -52,10 +53,9 @@ def main(monkeypatch, capfd, *arguments: object) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("texts with a space")
-    for number in range(30):
-        (folder / f"{number}.txt").write_text(f"document {number}: " + "roots and shoots grow towards light. " * 12)
-    return folder
+    return write_documents(
+        tmp_path_factory.mktemp("texts with a space"), phrase="roots and shoots grow towards light. "
+    )
 
 
 @pytest.fixture(scope="module")

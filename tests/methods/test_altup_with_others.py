@@ -18,6 +18,7 @@ from auxin.methods.grow.masked import MaskRamp
 from auxin.nn.altup import AltUpLayer, block_distance
 from auxin.recipes import Recipe, run_recipe
 from auxin.recipes.growth import grow_checkpoint
+from corpora import small_corpus, write_documents
 from methods.altup_models import EXACT, alter, altered, outputs, shake, small, streams, train, updates
 from tiny_models import change, inputs, logits
 from tiny_models import tiny as tiny_model
@@ -65,10 +66,7 @@ def test_a_tokenformer_grows_tokens_before_and_after():
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(12):
-        (folder / f"{number}.txt").write_text(f"document {number} says " + "streams have several blocks " * 10)
-    return folder
+    return write_documents(tmp_path_factory.mktemp("corpus"))
 
 
 BUILD = {
@@ -107,13 +105,7 @@ def test_both_orders_in_one_recipe(corpus, tmp_path):
         {
             "name": "r",
             "title": "R",
-            "corpus": {
-                "source": "files",
-                "paths": [str(corpus)],
-                "vocab_size": 300,
-                "context_length": 16,
-                "validation_fraction": 0.2,
-            },
+            "corpus": small_corpus(corpus),
             "training": {"batch_size": 4, "tensorboard": False, "decay_fraction": 0.0},
             "branches": branches,
         }

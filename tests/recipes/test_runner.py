@@ -25,18 +25,14 @@ from auxin.recipes.growth import grow_checkpoint
 from auxin.recipes.results import describe_left_out
 from auxin.recipes.runner import Run
 from auxin.report import findings, write_chart_svg, write_report
+from corpora import small_corpus, write_documents
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(40):
-        (folder / f"{number}.txt").write_text(
-            f"document {number} says " + "growing is cheaper than starting over " * 20
-        )
-    return folder
+    return write_documents(tmp_path_factory.mktemp("corpus"), documents=40)
 
 
 def tiny_recipe(corpus, **settings):
@@ -45,13 +41,7 @@ def tiny_recipe(corpus, **settings):
             "name": "tiny",
             "title": "A tiny run",
             "seed": 5,
-            "corpus": {
-                "source": "files",
-                "paths": [str(corpus)],
-                "vocab_size": 300,
-                "context_length": 16,
-                "validation_fraction": 0.2,
-            },
+            "corpus": small_corpus(corpus),
             "training": {"batch_size": 4, "log_interval": 2, "tensorboard": False, **settings},
             "branches": [
                 {

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     T5Config,
@@ -20,6 +19,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from auxin.models import TokenFormerConfig, TokenFormerForCausalLM
 from auxin.training import TrainingSettings
+from tiny_models import fresh_llama
 
 VOCABULARY = 64
 CONTEXT = 16
@@ -46,17 +46,8 @@ class TinyData:
 
 
 def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    values = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 64,
-        **changes,
-    }
-    return LlamaForCausalLM(LlamaConfig(**values))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "max_position_embeddings": 64}
+    return fresh_llama(seed, **{"vocab_size": VOCABULARY, **sizes, **changes})
 
 
 def tiny_gpt2(seed: int = 0, dropout: float = 0.1) -> GPT2LMHeadModel:
