@@ -19,6 +19,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from auxin.models import TokenFormerConfig, TokenFormerForCausalLM
 from auxin.training import TrainingSettings
+from auxin.training.optimizer import build_optimizer
 from tiny_models import fresh_llama
 
 VOCABULARY = 64
@@ -126,6 +127,16 @@ def poisoned_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
 def tiny_settings(**changes: object) -> TrainingSettings:
     values = {"batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 2, "tensorboard": False, "log_interval": 5}
     return TrainingSettings(**{**values, **changes})
+
+
+def stepped(seed: int = 0) -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
+    """A tiny Llama and its optimizer after one step, so that there are moments."""
+    model = tiny_llama(seed)
+    optimizer = build_optimizer(model, tiny_settings(steps=1))
+    ids = torch.arange(32).view(2, 16)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    return model, optimizer
 
 
 def weights(model: PreTrainedModel) -> torch.Tensor:
