@@ -78,8 +78,9 @@ def test_it_is_in_the_capability_matrix(plugin):
 
 
 def test_the_tests_of_all_methods_take_it_in(plugin):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(plugin), str(EXAMPLE)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_every_method.py"]
+    paths = [str(plugin), str(EXAMPLE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--all", "tests/test_every_method.py"]
     done = subprocess.run(
         [*command, "-k", "drop-layers and (llama or t5)"], cwd=ROOT, env=environment, capture_output=True, text=True
     )

@@ -44,11 +44,12 @@ def test_apply_grows_in_place_and_leaves_the_rest_alone():
     for name, parameter in model.named_parameters():
         if ".mlp." in name:
             assert parameter.shape == (30, 32)
-            assert torch.equal(parameter[:20], before[name])
+            (old, identity, _, _), (_, new_identity, _, _) = before[name], after[name]
+            assert torch.equal(parameter[:20], old)
             assert parameter.grad is None
+            assert new_identity == identity
         else:
             assert_same(after[name], before[name])
-        assert after[f"{name}/identity"] == before[f"{name}/identity"]
     assert model.model.layers[1].mlp.group_sizes == (20, 10)
     assert after["groups"] == before["groups"]
     assert model.training
@@ -259,16 +260,6 @@ def test_growing_in_inference_mode_leaves_a_model_that_trains():
     training_step(small, torch.optim.AdamW(small.parameters()), 20)
     tensors = [*model.parameters(), *model.buffers(), *small.parameters(), *small.buffers()]
     assert not any(tensor.is_inference() for tensor in tensors)
-
-
-def test_a_compiled_model_grows():
-    model = tiny_model().eval()
-    compiled = torch.compile(model, backend="eager")
-    before = compiled(input_ids=token_ids()).logits
-    auxin.grow(compiled, 20, 20, 30)
-    after = compiled(input_ids=token_ids()).logits
-    assert model.config.ffn_tokens == [20, 10]
-    assert ((after - before).abs().max() / before.abs().max()).item() <= 1e-6
 
 
 def test_a_sharded_model_is_refused():

@@ -3,7 +3,6 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from auxin.accounting import flops_per_token
 from auxin.edits import NormalFill, PadParameter, Plan, RepeatFill, SetConfig, ZeroFill, apply, planned_config
@@ -11,6 +10,7 @@ from auxin.edits.plan import resolve
 from auxin.errors import ConfigError, PlanError
 from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth
 from edits.models import tiny_model
+from tiny_models import tiny
 
 
 def plan_of(*edits, promise="none"):
@@ -51,8 +51,7 @@ def test_a_plan_that_does_not_fit_is_refused_and_says_where(edits, message):
 
 
 def test_a_config_value_that_makes_another_module_is_refused():
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=96))
+    model = tiny("llama")
     with pytest.raises(
         PlanError, match=r"hidden_act = relu.*model\.layers\.0\.mlp\.act_fn would be ReLU instead of SiLU"
     ):

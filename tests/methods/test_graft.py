@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -142,31 +140,14 @@ def test_the_plan_needs_no_weights_and_says_one_thing_once():
     assert METHOD.examples(model) == {"tokens": 4}
 
 
-CHILD = """
-import json, sys
-import torch, transformers
-import auxin
-folder, name = sys.argv[1:]
-model = getattr(transformers, name).from_pretrained(folder).eval()
-inputs = torch.load(folder + "/inputs.pt")
-with torch.no_grad():
-    torch.save(model(**inputs).logits, folder + "/logits.pt")
-"""
-
-
-@pytest.mark.parametrize("family", ["gpt2", "t5"])
-def test_a_new_process_loads_the_same_bits(family, tmp_path):
-    model = tiny(family, dtype=torch.float32)
+def test_what_was_loaded_is_grown_and_saved_again(tmp_path):
+    model = tiny("gpt2", dtype=torch.float32)
     for tokens in (4, 3):
         graft(model, tokens=tokens)
         train(model)
     model.save_pretrained(tmp_path)
-    torch.save(inputs(model), tmp_path / "inputs.pt")
-    subprocess.run([sys.executable, "-c", CHILD, str(tmp_path), type(model).__name__], check=True)
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), outputs(model))
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "auxin"
-    # What was loaded can be grown and saved once more.
     loaded = type(model).from_pretrained(tmp_path)
     before = outputs(loaded)
     graft(loaded, tokens=2)
@@ -174,23 +155,6 @@ def test_a_new_process_loads_the_same_bits(family, tmp_path):
     again = type(model).from_pretrained(tmp_path / "again")
     assert next(iter(branches(again).values())).group_sizes == (4, 3, 2)
     torch.testing.assert_close(outputs(again), before, rtol=1e-5, atol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def grown():
-    """A grafted and trained GPT-2."""
-    model = tiny("gpt2", dtype=torch.float32)
-    graft(model, tokens=4)
-    train(model)
-    return model.eval()
-
-
-def test_it_generates_with_and_without_its_cache_alike(grown):
-    ids = inputs(grown)["input_ids"]
-    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(
-        grown.generate(ids, use_cache=True, **settings), grown.generate(ids, use_cache=False, **settings)
-    )
 
 
 def gradients(model):
@@ -214,29 +178,22 @@ def test_gradient_checkpointing_gives_the_same_gradients(frozen):
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-10, atol=1e-12)
 
 
-def test_compiled_it_is_the_same_function(grown):
-    compiled = torch.compile(grown, backend="aot_eager")
-    torch.testing.assert_close(outputs(compiled), outputs(grown), rtol=1e-4, atol=1e-4)
+def test_compiled_it_is_the_same_function():
+    model = tiny("gpt2", dtype=torch.float32)
+    graft(model, tokens=4)
+    train(model)
+    compiled = torch.compile(model.eval(), backend="aot_eager")
+    torch.testing.assert_close(outputs(compiled), outputs(model), rtol=1e-4, atol=1e-4)
 
 
-def test_peft_lora_goes_on_top_and_comes_off_again():
-    for family in ("llama", "gpt2"):
-        model = tiny(family)
-        graft(model, tokens=4)
-        train(model)
-        before = outputs(model)
-        config = peft.LoraConfig(r=2, target_modules="all-linear", lora_alpha=4, fan_in_fan_out=family == "gpt2")
-        adapted = peft.get_peft_model(model, config)
-        assert torch.equal(outputs(adapted), before)
-        assert not any("branch" in name for name, p in adapted.named_parameters() if p.requires_grad)
-        train(adapted)
-        after = outputs(adapted)
-        assert not torch.allclose(after, before)
-        with pytest.raises(PlanError, match="Merge or remove them"):
-            plan_graft(model, Graft())
-        merged = adapted.merge_and_unload()
-        torch.testing.assert_close(outputs(merged), after, rtol=1e-9, atol=1e-9)
-        assert next(iter(branches(merged).values())).group_sizes == (4,)
+def test_adapters_come_off_first():
+    model = tiny("llama")
+    graft(model, tokens=4)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
+    assert not any("branch" in name for name, p in adapted.named_parameters() if p.requires_grad)
+    with pytest.raises(PlanError, match="Merge or remove them"):
+        plan_graft(model, Graft())
+    graft(adapted.merge_and_unload(), tokens=4)
 
 
 def test_only_branches_are_trained_when_all_else_is_frozen():

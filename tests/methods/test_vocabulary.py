@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 
@@ -197,6 +198,7 @@ def test_model_and_tokenizer_grow_together_and_load_in_a_new_process(tmp_path):
     code = f"""
 import sys, torch, transformers
 from pathlib import Path
+torch.set_num_threads(1)
 for folder in sorted(Path({str(tmp_path)!r}).iterdir(), key=lambda folder: folder.name == "tokenformer"):
     if folder.name == "tokenformer":
         assert "auxin" not in sys.modules
@@ -210,7 +212,8 @@ for folder in sorted(Path({str(tmp_path)!r}).iterdir(), key=lambda folder: folde
     with torch.no_grad():
         assert torch.equal(model(**expected["batch"]).logits, expected["logits"]), folder
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 @pytest.mark.parametrize("where", ["tokenizer", "promise"])

@@ -18,6 +18,7 @@ from auxin.recipes import Recipe, price_recipe, run_recipe
 from auxin.recipes.schema import TrainStage
 from auxin.recipes.stage_hooks import old_shapes, stage_hooks
 from auxin.recipes.stage_models import final_config, growth_plan, resolve_structures
+from corpora import small_corpus, write_documents
 
 LLAMA = {
     "hidden_size": 16,
@@ -36,13 +37,7 @@ def recipe(corpus, *stages, training=None):
         "name": "r",
         "title": "R",
         "seed": 3,
-        "corpus": {
-            "source": "files",
-            "paths": [str(corpus)],
-            "vocab_size": 300,
-            "context_length": 16,
-            "validation_fraction": 0.2,
-        },
+        "corpus": small_corpus(corpus),
         "training": {"batch_size": 4, "tensorboard": False, "decay_fraction": 0.0, **(training or {})},
         "branches": [
             {
@@ -61,10 +56,7 @@ def recipe(corpus, *stages, training=None):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(30):
-        (folder / f"{number}.txt").write_text(f"document {number} says " + "layers are cheaper than models " * 20)
-    return folder
+    return write_documents(tmp_path_factory.mktemp("corpus"))
 
 
 def grow(method, **settings):

@@ -19,6 +19,7 @@ from auxin.training import latest_checkpoint, load_model, train
 from auxin.training import loop as loop_module
 from auxin.training.fit import check_fit
 from auxin.training.hardware import choose_precision, peak_flops
+from corpora import small_corpus, write_documents
 from training.tiny import (
     CONTEXT,
     MODELS,
@@ -86,14 +87,8 @@ def test_any_causal_language_model_learns(tmp_path, kind):
 
 
 def test_trains_on_a_prepared_corpus_and_saves_its_tokenizer(tmp_path):
-    source = tmp_path / "text"
-    source.mkdir()
-    for number in range(30):
-        (source / f"{number}.txt").write_text(f"The plant number {number} grows towards the light. " * 20)
-    settings = CorpusSettings(
-        source="files", paths=[source], vocab_size=300, context_length=32, validation_fraction=0.2
-    )
-    data = prepare(settings, tmp_path / "data")
+    settings = small_corpus(write_documents(tmp_path / "text"), context_length=32)
+    data = prepare(CorpusSettings(**settings), tmp_path / "data")
     result = train(
         tiny_llama(vocab_size=data.vocab_size), data, tiny_settings(steps=4), tmp_path / "run", progress=False
     )
