@@ -1,8 +1,8 @@
 """Factors on the outputs of linear layers: a brick and its method for Auxin, in a package of its own.
 
-y = s * (W x + b), one factor for each output, 1 at first: a way to adapt a model by few numbers, in the manner of (IA)^3
-(arXiv 2205.05638), whose factors lie on keys, on values and inside the feed-forward part. It can be merged back, into
-diag(s) W and s b.
+y = s * (W x + b), one factor for each output, 1 at first: a way to adapt a model by few numbers, in the manner of
+(IA)^3 (arXiv 2205.05638), whose factors lie on keys, on values and inside the feed-forward part. It can be merged back,
+into diag(s) W and s b.
 """
 
 from typing import Any, Literal, Self
