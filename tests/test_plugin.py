@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from auxin import cli
-from auxin.edits import apply
+from auxin.edits import MergeModule, Plan, apply
 from auxin.edits.runtimes import about_runtimes
+from auxin.edits.structure import structural_edits
 from auxin.errors import ConfigError, PlanError
 from auxin.methods import method, methods
 from auxin.models.anatomy import anatomy
@@ -294,3 +295,20 @@ def test_saved_and_loaded_it_is_the_same_here_and_in_a_new_process(plugin):
     done = subprocess.run(command, capture_output=True, text=True, env={**environment, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [None] * len(cases)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_after_growing_wider_and_deeper_it_is_merged_back_by_an_edit(plugin, family):
+    model = scaled(family)
+    grown("hypercloning", model, factor=2)
+    grown("llama-pro", model, group_size=1)
+    before = logits(model)
+    replaced = [edit.module for edit in structural_edits(model.config)]
+    merges = [MergeModule(module=module) for module in replaced]
+    with InDouble():
+        apply(Plan(method="by hand", promise="exact", edits=merges), model, probe=inputs(model))
+    assert change(before, logits(model)) < EXACT
+    assert structural_edits(model.config) == []
+    assert not scales(model)
+    model.save_pretrained(plugin / "plain")
+    assert "quantization_config" not in json.loads((plugin / "plain" / "config.json").read_text())
