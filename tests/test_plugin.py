@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from auxin import cli
 from auxin.errors import ConfigError, PlanError
 from auxin.methods import method, methods
+from auxin.planning.bench import Bench
 from capabilities import Result, matrix, probe
 from plugins import EXAMPLE, ROOT, install
 from tiny_models import FAMILIES, inputs, tiny
@@ -65,7 +66,7 @@ def test_its_refusals_are_messages(plugin):
         ({"drop": [1], "stack": "model.layers"}, "Use one of encoder.block, decoder.block"),
     ):
         with pytest.raises(PlanError, match=words):
-            found.plan(model, found.settings.parse(settings))
+            found.plan(Bench(model), found.settings.parse(settings))
     with pytest.raises(ConfigError, match="drop"):
         found.settings.parse({"drop": []})
 

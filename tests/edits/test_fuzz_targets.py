@@ -15,6 +15,7 @@ from auxin.edits.resolution import resolve
 from auxin.errors import AuxinError, PromiseError
 from auxin.methods import methods
 from auxin.models.loading import skeleton
+from auxin.planning.bench import Bench
 from tiny_models import FAMILIES, inputs, tiny
 
 TARGETS = 2000
@@ -99,7 +100,7 @@ def suits(method, family):
     """Whether the method has an example for the architecture and plans it."""
     model = model_with_weights(family) if method.needs_weights else model_without(family)
     try:
-        method.plan(model, method.settings.parse(method.examples(model)))
+        method.plan(Bench(model), method.settings.parse(method.examples(model)))
     except AuxinError:
         return False
     return True
@@ -107,7 +108,7 @@ def suits(method, family):
 
 @pytest.mark.filterwarnings("ignore")
 def test_every_random_target_is_applied_or_refused(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # LiGO writes its operator into a folder, which is drawn too
+    monkeypatch.chdir(tmp_path)  # LiGO writes its operator there
     draw = random.Random(0)
     growing = [method for method in methods().values() if method.intent == "grow"]
     counts: dict[str, Counter] = {method.name: Counter() for method in growing}
@@ -120,7 +121,7 @@ def test_every_random_target_is_applied_or_refused(capsys, tmp_path, monkeypatch
         model = model_with_weights(family) if method.needs_weights else model_without(family)
         wanted = target(draw, method, model)
         try:
-            plan = method.plan(model, method.settings.parse(wanted))
+            plan = method.plan(Bench(model), method.settings.parse(wanted))
             resolve(plan.edits, model_without(family))
             counted["fits"] += 1
             if counted["fits"] % 3 == 1 and counted["applied"] < REALLY_APPLIED:

@@ -20,6 +20,7 @@ from auxin.models.tokenformer.modeling import rotary_cos_sin
 from auxin.nn.altup import AltUpLayer
 from auxin.nn.sequence_altup import SequenceAltUpLayer
 from auxin.nn.strided import StridedLayer
+from auxin.planning.bench import Bench
 from oracles import sequence_altup as oracle
 from tiny_models import FAMILIES, VOCABULARY, InDouble, change, inputs, labels, logits, tiny
 
@@ -487,7 +488,7 @@ def test_checkpoints_load_bit_by_bit(dtype, tmp_path):
 
 def done(name, model, **values):
     other = method(name)
-    apply(other.plan(model, other.settings.parse(values)), model)
+    apply(other.plan(Bench(model), other.settings.parse(values)), model)
     return model
 
 

@@ -7,11 +7,12 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from auxin.accounting import count_parameters, flops_per_token
+from auxin.accounting import Cost, count_parameters, flops_per_token
 from auxin.edits.kinds.edit import Edit, SetConfig, describe_edit
 from auxin.edits.kinds.parameter_edits import ParameterEdit
 from auxin.edits.resolution import ResolvedPlan, collapse, resolve
 from auxin.edits.structure import config_from_values, edited_skeleton
+from auxin.errors import PlanError
 from auxin.settings import Settings
 
 Promise = Literal["exact", "approximate", "none"]
@@ -36,10 +37,27 @@ class Plan(Settings):
     """What whoever trains the new model should know before."""
     made_for: dict[str, Any] | None = None
     """The config of the model that the plan was made for, so that it can be shown without one; applying ignores it."""
+    estimate: bool = False
+    """Whether this was made without the weights that the method looks at: it tells a likely size, and is refused where
+    a plan is applied."""
+    cost: Cost | None = None
+    """What making the plan took, where the method looked at data; measured. None: nothing worth a line in the books."""
+
+    def refuse_estimate(self) -> None:
+        """Raise PlanError where this is an estimate."""
+        if self.estimate:
+            raise PlanError(
+                f"The plan of {self.method} is an estimate (estimate: true), made without the model's weights: it "
+                "tells a size and can't be applied. Plan again with the model's weights."
+            )
 
     def __str__(self) -> str:
         head = f"{self.method}: promise {self.promise}, seed {self.seed}"
+        if self.estimate:
+            head += " (an estimate: made without the model's weights, the plan with them may have other sizes)"
         notes = [f"Note: {note}" for note in self.notes]
+        if self.cost is not None:
+            notes.append(f"Planning took {self.cost}")
         if self.made_for is None:
             return "\n".join([head, *(f"  {describe_edit(edit)}" for edit in self.edits), *notes])
         return "\n".join([head, self.table(config_from_values(self.made_for)), *notes])
