@@ -15,6 +15,7 @@ from auxin.edits import Plan, Promise, Receipt, apply
 from auxin.edits.structure import structural_edits
 from auxin.errors import PlanError
 from auxin.methods import methods
+from auxin.planning.bench import Bench
 from auxin.planning.method import Method
 from intents import Figures, missed
 from tiny_models import FAMILIES, inputs, tiny
@@ -94,7 +95,7 @@ def attempt(method: Method, model: PreTrainedModel) -> Result | Refusal:
     # A learned operator is a file beside the plan.
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         try:
-            plan = method.plan(model, method.settings.parse(method.examples(model)))
+            plan = method.plan(Bench(model), method.settings.parse(method.examples(model)))
             receipt = apply(plan, model)
         except PlanError as error:
             return Refusal(str(error))

@@ -175,6 +175,25 @@ def test_two_plans_are_compared(trained, tmp_path):
     assert "48" in call("diff", tmp_path / "a", tmp_path / "b").out
 
 
+def test_a_method_learns_from_given_text_and_the_books_say_from_how_much(trained, texts, tmp_path):
+    data = ["--data", "corpus.source=files", "--data", f"corpus.paths=['{texts}']", "--data", "length=8"]
+    data += ["--data", "corpus.validation_fraction=0.2", "--data", "batch_size=3"]
+    plan = tmp_path / "plans" / "plan.yaml"
+    plan.parent.mkdir()
+    settings = ["--set", "layers=3", "--set", "hidden_size=48", "--set", "steps=2"]
+    printed = call("plan", trained.checkpoint, "ligo", *settings, *data, "-o", plan).out
+    assert "Planning took 6 samples, 48 tokens" in printed
+    assert len(list(plan.parent.glob("ligo-*.safetensors"))) == 1, "the operator lies beside the plan"
+    call("apply", trained.checkpoint, plan, "-o", tmp_path / "larger")
+    record = Ledger.load(tmp_path / "larger").stages[-1]
+    assert (record.kind, record.samples, record.tokens) == ("grow", 6, 48)
+    assert record.flops > 0
+    shown = call("show", tmp_path / "larger").out
+    assert "48 tokens" in shown
+    # It learned from data that is not the run's: whoever adopts it in a recipe is told so.
+    assert record.data_fingerprint not in (None, Ledger.load(trained.checkpoint).stages[-1].data_fingerprint)
+
+
 def test_generate_continues_a_text_reproducibly(trained):
     arguments = ("generate", trained.checkpoint, "roots and", "--max-new-tokens", 8, "--json", "--seed", 5)
     first, second = (json.loads(call(*arguments).out) for _ in range(2))
@@ -315,6 +334,9 @@ def test_doctor_says_what_will_be_used():
         (["plan", "model", "tokenformer", "--set", "ffn_tokens=many"], 2, "received 'many'"),
         (["plan", "model", "tokenformer", "--set", "ffn_tokens"], 2, "is no key=value"),
         (["plan", "model", "tokenformer"], 2, "nothing to grow"),
+        (["plan", "model", "tokenformer", "--data", "samples"], 2, "--data 'samples' is no key=value"),
+        (["plan", "model", "tokenformer", "--set", "ffn_tokens=30", "--data", "samples=2"], 2, "looks at no data"),
+        (["plan", "model", "ligo", "--set", "layers=3", "--data", "sample=2"], 2, "Did you mean 'samples'?"),
         (["plan", "model", "tokenformer", "--set", "ffn_tokens=9"], 2, "Ask for more than 24"),
         (["plan", "plan.yaml", "tokenformer"], 2, "Give a checkpoint's folder, or a config.json"),
         (["plan", "nowhere", "tokenformer"], 1, "nowhere does not exist"),

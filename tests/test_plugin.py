@@ -22,6 +22,7 @@ from auxin.errors import ConfigError, PlanError
 from auxin.methods import method, methods
 from auxin.models.anatomy import anatomy
 from auxin.nn.bricks import find_brick
+from auxin.planning.bench import Bench
 from capabilities import Result, matrix, probe
 from plugins import EXAMPLE, ROOT, install
 from tiny_models import FAMILIES, InDouble, change, inputs, labels, logits, tiny
@@ -74,7 +75,7 @@ def test_its_refusals_are_messages(plugin):
         ({"drop": [1], "stack": "model.layers"}, "Use one of encoder.block, decoder.block"),
     ):
         with pytest.raises(PlanError, match=words):
-            found.plan(model, found.settings.parse(settings))
+            found.plan(Bench(model), found.settings.parse(settings))
     with pytest.raises(ConfigError, match="drop"):
         found.settings.parse({"drop": []})
 
@@ -109,7 +110,7 @@ def grown(name, model, **values):
     """Apply a method, by default with its example settings."""
     found = method(name)
     with InDouble():
-        plan = found.plan(model, found.settings.parse(values or found.examples(model)))
+        plan = found.plan(Bench(model), found.settings.parse(values or found.examples(model)))
         return apply(plan, model, probe=inputs(model)).plan
 
 
@@ -220,8 +221,6 @@ def test_methods_that_take_the_architecture_take_it_with_the_brick(plugin, famil
         values = method(name).examples(tiny(family))
         if name == "masked":
             values["new_layers"] = "copies"
-        if name == "ligo":
-            values["folder"] = plugin
         if name == "lemon":  # factors change the mean that padding before a LayerNorm takes
             values["hidden_size"] = 2 * anatomy(tiny(family)).sizes.residual
         try:

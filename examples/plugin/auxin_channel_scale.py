@@ -19,6 +19,7 @@ from auxin.edits.structure import config_values
 from auxin.errors import ConfigError, PlanError
 from auxin.models.anatomy import anatomy
 from auxin.nn.bricks import Brick, Making, Roles, Shapes, Tensors, brick
+from auxin.planning.bench import from_model
 from auxin.planning.method import Method
 from auxin.settings import Settings
 
@@ -105,7 +106,7 @@ METHOD = Method(
     paper="after arXiv 2205.05638",
     intent="adapt",
     settings=ChannelScaling,
-    plan=plan_channel_scaling,
+    plan=from_model(plan_channel_scaling),
     examples=lambda model: {},
     promise="exact",
 )

@@ -30,6 +30,7 @@ from auxin.analysis import (
 from auxin.analysis.similarity import Similarity
 from auxin.errors import ConfigError, DataError, PlanError
 from auxin.models.loading import load_model, skeleton
+from auxin.planning.bench import Bench
 from plugins import install
 from tiny_models import FAMILIES, inputs, labels, tiny
 
@@ -369,7 +370,7 @@ def test_a_fingerprint_is_of_an_edited_model_too(tmp_path):
     model = tiny("llama", dtype=torch.float32)
     plain = model_fingerprint(model)
     chosen = method("graft")
-    apply(chosen.plan(model, chosen.settings.parse({"tokens": 4})), model)
+    apply(chosen.plan(Bench(model), chosen.settings.parse({"tokens": 4})), model)
     assert model_fingerprint(model) != plain
     model.save_pretrained(tmp_path)
     assert model_fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path)) == model_fingerprint(model)

@@ -20,6 +20,7 @@ from auxin.edits import apply
 from auxin.errors import DataError, PlanError
 from auxin.methods import method
 from auxin.models.anatomy import anatomy
+from auxin.planning.bench import Bench
 from oracles import similarity as oracle
 from tiny_models import EPSILON, FAMILIES, InDouble, inputs, tiny
 
@@ -251,7 +252,7 @@ def test_no_hidden_state_outlives_its_batch():
 )
 def test_a_stream_of_several_blocks_is_refused(name, settings):
     model = tiny("llama")
-    apply(method(name).plan(model, method(name).settings.parse(settings)), model)
+    apply(method(name).plan(Bench(model), method(name).settings.parse(settings)), model)
     data = Samples.of(model)
     with pytest.raises(PlanError, match="several blocks"):
         measure(Similarity(), model, data, cache=False)
@@ -267,7 +268,7 @@ def test_layers_of_another_build_are_refused():
     strided = tiny("gpt2")
     chosen = method("sequence-altup")
     with pytest.warns(UserWarning, match="Anchors"):
-        apply(chosen.plan(strided, chosen.settings.parse({"stride": 2, "layers": [1]})), strided)
+        apply(chosen.plan(Bench(strided), chosen.settings.parse({"stride": 2, "layers": [1]})), strided)
     with pytest.raises(PlanError, match=r"transformer\.h\.1 is not built as its architecture .* gives \(2, 4, 16\)"):
         measure(Similarity(), strided, Samples.of(strided), cache=False)
 

@@ -15,6 +15,7 @@ from auxin.edits.resolution import resolve
 from auxin.errors import AuxinError, PromiseError
 from auxin.methods import methods
 from auxin.models.loading import skeleton
+from auxin.planning.bench import Bench
 from tiny_models import FAMILIES, inputs, tiny
 
 FEW, MANY = 40, 200
@@ -100,7 +101,7 @@ def suits(method, family):
     """Whether the method has an example for the architecture and plans it."""
     model = model_with_weights(family) if method.needs_weights else model_without(family)
     try:
-        method.plan(model, method.settings.parse(method.examples(model)))
+        method.plan(Bench(model), method.settings.parse(method.examples(model)))
     except AuxinError:
         return False
     return True
@@ -112,7 +113,7 @@ def tried(draw, method, family, counted):
     model = model_with_weights(family) if method.needs_weights else model_without(family)
     wanted = target(draw, method, model)
     try:
-        plan = method.plan(model, method.settings.parse(wanted))
+        plan = method.plan(Bench(model), method.settings.parse(wanted))
         resolve(plan.edits, model_without(family))
         counted["fits"] += 1
         if counted["fits"] % 3 == 1 and counted["applied"] < REALLY_APPLIED:

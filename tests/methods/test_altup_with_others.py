@@ -16,6 +16,7 @@ from auxin.methods import methods
 from auxin.methods.grow.altup import AltUpSettings, plan_altup
 from auxin.methods.grow.masked import MaskRamp
 from auxin.nn.altup import AltUpLayer, block_distance
+from auxin.planning.bench import Bench
 from auxin.recipes import Recipe, run_recipe
 from auxin.recipes.growth import grow_checkpoint
 from corpora import small_corpus, write_documents
@@ -30,7 +31,7 @@ def grown(model, name, **values):
     values = values or method.examples(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return apply(method.plan(model, method.settings.parse(values)), model)
+        return apply(method.plan(Bench(model), method.settings.parse(values)), model)
 
 
 TOKENS = {"qkv_tokens": 16, "proj_tokens": 15, "ffn_tokens": 20}

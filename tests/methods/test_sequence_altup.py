@@ -20,6 +20,7 @@ from auxin.models.tokenformer.modeling import rotary_cos_sin
 from auxin.nn.altup import AltUpLayer
 from auxin.nn.sequence_altup import SequenceAltUpLayer
 from auxin.nn.strided import StridedLayer
+from auxin.planning.bench import Bench
 from covering import families, whole
 from oracles import sequence_altup as oracle
 from tiny_models import FAMILIES, VOCABULARY, InDouble, change, inputs, labels, logits, tiny
@@ -481,7 +482,7 @@ def test_what_is_linear_costs_a_kth_and_attention_a_kth_of_that(stride):
 
 def done(name, model, **values):
     other = method(name)
-    apply(other.plan(model, other.settings.parse(values)), model)
+    apply(other.plan(Bench(model), other.settings.parse(values)), model)
     return model
 
 

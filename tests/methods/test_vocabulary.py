@@ -26,6 +26,7 @@ from auxin.methods import method
 from auxin.methods.grow import vocabulary as module
 from auxin.methods.grow.vocabulary import METHOD, VocabularyGrowth, grow_vocabulary, plan_vocabulary
 from auxin.models.loading import load_model, skeleton
+from auxin.planning.bench import Bench
 from auxin.planning.method import plan_for
 from edits.models import assert_same, everything
 from oracles.vocabulary import new_rows, table_length
@@ -365,13 +366,13 @@ def test_the_plan_reads_and_can_be_taken_back():
 
 def test_on_the_meta_device_only_shapes_change():
     model = skeleton(tiny("bert", vocab_size=40).config)
-    receipt = apply(METHOD.plan(model, VocabularyGrowth(rows=5)), model)
+    receipt = apply(METHOD.plan(Bench(model), VocabularyGrowth(rows=5)), model)
     assert receipt.max_relative_change is None
     assert model.cls.predictions.decoder.bias.shape == (48,)
 
 
 def test_models_without_a_vocabulary_are_refused():
-    for ask in (lambda model: METHOD.plan(model, VocabularyGrowth(rows=1)), METHOD.examples):
+    for ask in (lambda model: METHOD.plan(Bench(model), VocabularyGrowth(rows=1)), METHOD.examples):
         with pytest.raises(PlanError, match="type 'vit' has no vocabulary"):
             ask(tiny("vit"))
 
@@ -383,7 +384,7 @@ def test_a_tokenizer_that_is_larger_than_the_model_is_refused():
 
 def test_a_model_from_nowhere_needs_a_tokenizer():
     with pytest.raises(PlanError, match="Set `tokenizer`"):
-        METHOD.plan(tiny("llama"), VocabularyGrowth(tokens=("x",)))
+        METHOD.plan(Bench(tiny("llama")), VocabularyGrowth(tokens=("x",)))
 
 
 @pytest.mark.parametrize(

@@ -78,11 +78,12 @@ def apply(
             three random sequences or images.
 
     Raises:
-        PlanError: the plan does not fit the model, which may be sharded, or a weight is not finite; found before
-            anything changes.
+        PlanError: the plan is an estimate or does not fit the model, which may be sharded, or a weight is not finite;
+            found before anything changes.
         PromiseError: the plan promised to keep the function and did not, or the logits are not finite after it.
     """
     start = time.perf_counter()
+    plan.refuse_estimate()
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps
     parameters = dict(model.named_parameters())
     _refuse_sharded(parameters)

@@ -50,6 +50,7 @@ def apply_to_checkpoint(
         PlanError, PromiseError: as `apply`; nothing is left behind.
     """
     start = time.perf_counter()
+    plan.refuse_estimate()
     source, output = Path(source_dir), Path(output_dir)
     _check_folders(source, output)
     before = edited_skeleton(load_config(source))

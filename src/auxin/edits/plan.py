@@ -9,7 +9,7 @@ from pydantic import Field, PrivateAttr
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from auxin.accounting import count_parameters, flops_per_token
+from auxin.accounting import Cost, count_parameters, flops_per_token
 from auxin.edits.kinds.architecture_edits import ChangeArchitecture, SetConfig
 from auxin.edits.kinds.edit import Edit, describe_edit
 from auxin.edits.kinds.parameter_edits import ParameterEdit, ProjectParameter
@@ -47,6 +47,12 @@ class Plan(Settings):
     """What whoever trains the new model should know before."""
     made_for: dict[str, Any] | None = None
     """The config of the model that the plan was made for, so that it can be shown without one; applying ignores it."""
+    estimate: bool = False
+    """Whether this was made without the weights that the method looks at: it tells a likely size, and is refused where
+    a plan is applied."""
+    cost: Cost | None = None
+    """What making the plan took, where the method looked at data; measured. None: nothing worth a line in the books."""
+
     _folder: Path | None = PrivateAttr(default=None)
 
     def __eq__(self, other: object) -> bool:
@@ -60,10 +66,10 @@ class Plan(Settings):
         """Where the plan's files lie; None where nobody said it."""
         return self._folder
 
-    def beside(self, folder: str | Path) -> Self:
-        """The same plan, whose files lie in `folder`."""
+    def beside(self, folder: str | Path | None) -> Self:
+        """The same plan, whose files lie in `folder`; None: that is not known."""
         found = self.model_copy()
-        found._folder = Path(folder)
+        found._folder = None if folder is None else Path(folder)
         return found
 
     @classmethod
@@ -101,9 +107,21 @@ class Plan(Settings):
             edits.append(edit)
         return edits
 
+    def refuse_estimate(self) -> None:
+        """Raise PlanError where this is an estimate."""
+        if self.estimate:
+            raise PlanError(
+                f"The plan of {self.method} is an estimate (estimate: true), made without the model's weights: it "
+                "tells a size and can't be applied. Plan again with the model's weights."
+            )
+
     def __str__(self) -> str:
         head = f"{self.method}: promise {self.promise}, seed {self.seed}"
+        if self.estimate:
+            head += " (an estimate: made without the model's weights, the plan with them may have other sizes)"
         notes = [f"Note: {note}" for note in self.notes]
+        if self.cost is not None:
+            notes.append(f"Planning took {self.cost}")
         if self.made_for is None:
             return "\n".join([head, *(f"  {describe_edit(edit)}" for edit in self.edits), *notes])
         return "\n".join([head, self.table(config_from_values(self.made_for)), *notes])

@@ -33,6 +33,7 @@ from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.nn.graft import Grafted, GraftedConv1D, GraftedLinear
 from auxin.nn.pattention import ScoreFunction
+from auxin.planning.bench import from_model
 from auxin.planning.hooks import Hook, OldRates, OldShapes
 from auxin.planning.method import Method
 from auxin.settings import Settings
@@ -131,7 +132,7 @@ METHOD = Method(
     paper="after arXiv 2410.23168; grafts are Auxin's own",
     intent="adapt",
     settings=Graft,
-    plan=plan_graft,
+    plan=from_model(plan_graft),
     examples=_example,
     promise="exact",
 )

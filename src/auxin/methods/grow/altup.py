@@ -49,6 +49,7 @@ from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy, norm_epsilon
 from auxin.nn.altup import AltUpLayer, Coefficients
 from auxin.nn.bricks import Brick
+from auxin.planning.bench import from_model
 from auxin.planning.depth import chosen_stacks, depth
 from auxin.planning.method import Method
 from auxin.settings import Settings
@@ -476,7 +477,7 @@ METHOD = Method(
     paper="arXiv 2301.13310",
     intent="grow",
     settings=AltUpSettings,
-    plan=plan_altup,
+    plan=from_model(plan_altup),
     examples=_examples,
     promise="exact; recycled to the last bit. Approximate for collapse = sum, none for random",
 )

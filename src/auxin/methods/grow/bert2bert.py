@@ -21,6 +21,7 @@ from auxin.edits import Edit, Plan
 from auxin.edits.plan import Promise
 from auxin.edits.structure import config_values
 from auxin.models.anatomy import anatomy
+from auxin.planning.bench import from_model
 from auxin.planning.depth import arrange, chosen_stacks, depth, stacked_order
 from auxin.planning.method import Method
 from auxin.planning.width import widen
@@ -110,7 +111,7 @@ METHOD = Method(
     paper="arXiv 2110.07143",
     intent="grow",
     settings=Bert2Bert,
-    plan=plan_bert2bert,
+    plan=from_model(plan_bert2bert),
     examples=_examples,
     promise="fpi: exact where the hidden size stays, else approximate; aki or deeper: none",
 )

@@ -22,6 +22,7 @@ from auxin.edits import Edit, Plan
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
+from auxin.planning.bench import from_model
 from auxin.planning.method import Method
 from auxin.planning.width import diagonal_edits, widen
 from auxin.planning.width_maps import StreamMap, Widening, circular, head_maps, scoped_maps
@@ -138,7 +139,7 @@ METHOD = Method(
     paper="arXiv 2409.12903",
     intent="grow",
     settings=HyperCloning,
-    plan=plan_hypercloning,
+    plan=from_model(plan_hypercloning),
     examples=_examples,
     promise="exact at whole multiples of the hidden size, any norm",
 )

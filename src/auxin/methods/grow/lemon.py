@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from auxin.edits import Edit, Plan
 from auxin.edits.structure import config_values
 from auxin.models.anatomy import anatomy
+from auxin.planning.bench import from_model
 from auxin.planning.depth import depth, identity_blocks
 from auxin.planning.method import Method
 from auxin.planning.width import widen
@@ -98,7 +99,7 @@ METHOD = Method(
     paper="arXiv 2310.07999",
     intent="grow",
     settings=Lemon,
-    plan=plan_lemon,
+    plan=from_model(plan_lemon),
     examples=_examples,
     promise="exact; whole copies only with post-norm or norms without gain",
 )

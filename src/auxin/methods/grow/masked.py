@@ -35,6 +35,7 @@ from auxin.errors import ConfigError, PlanError
 from auxin.models.anatomy import anatomy, norm_epsilon
 from auxin.nn.bricks import Brick
 from auxin.nn.masked import Masked
+from auxin.planning.bench import from_model
 from auxin.planning.depth import chosen_stacks, depth
 from auxin.planning.fixed_heads import fixed_head_sizes, size_values
 from auxin.planning.hooks import Hook
@@ -474,7 +475,7 @@ METHOD = Method(
     paper="arXiv 2305.02869",
     intent="grow",
     settings=MaskedGrowth,
-    plan=plan_masked,
+    plan=from_model(plan_masked),
     examples=_examples,
     promise="exact, at mask strength 0; finish is exact at strength 1",
     hooks=_hooks,

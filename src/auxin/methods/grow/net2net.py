@@ -18,6 +18,7 @@ from auxin.edits import Edit, Plan
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
+from auxin.planning.bench import from_model
 from auxin.planning.depth import depth, identity_blocks
 from auxin.planning.method import Method
 from auxin.planning.width import describe_sizes, widen
@@ -119,7 +120,7 @@ METHOD = Method(
     paper="arXiv 1511.05641",
     intent="grow",
     settings=Net2Net,
-    plan=plan_net2net,
+    plan=from_model(plan_net2net),
     examples=_examples,
     promise="exact; heads and feed-forward units only, deeper only with norms before or inside the residual sum",
 )

@@ -182,7 +182,7 @@ METHOD = Method(
     paper="arXiv 2410.23168, section 3.3",
     intent="grow",
     settings=TokenGrowth,
-    plan=lambda model, settings: plan_token_growth(model.config, settings),
+    plan=lambda bench, settings: plan_token_growth(bench.model.config, bench.seeded(settings)),
     examples=_example,
     promise="exact with regimes grouped, zero_keys, annealed, duplicate; else less",
 )
