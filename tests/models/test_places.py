@@ -80,53 +80,67 @@ def test_what_other_modules_need_is_named():
     assert what_is_returned(t5, [first])[first] == ["hidden", "nothing", "nothing"]
 
 
-class Constant(nn.Module):
+class Biased(nn.Module):
     """An attention that gives a number to the next one of its kind, which makes it itself where it gets none."""
 
-    def __init__(self, inner, makes, reads=True):
+    def __init__(self, inner, makes, anew):
         super().__init__()
-        self.inner, self.makes, self.reads = inner, makes, reads
+        self.inner, self.makes, self.anew = inner, makes, anew
 
     def forward(self, hidden_states, position_bias=None, **kwargs):
         result = self.inner(hidden_states=hidden_states, **kwargs)[0]
-        bias = self.makes(result) if position_bias is None else position_bias
+        bias = self.makes(result) if position_bias is None or self.anew else position_bias
         return result + bias, bias
 
 
-class Passing(nn.Module):
-    """A Llama's layer that hands it on; `reader` computes with it, too."""
+class OtherBiased(Biased):
+    """One of another kind."""
 
-    def __init__(self, layer, makes, reader=False):
+
+class Layer(nn.Module):
+    """A Llama's layer that has such an attention."""
+
+    def __init__(self, number, layer, shared, attention, uses, first):
         super().__init__()
-        self.attention, self.layer, self.reader = Constant(layer.self_attn, makes), layer, reader
+        self.number, self.layer, self.shared, self.uses, self.first = number, layer, shared, uses, first
+        self.attention = attention
 
     def forward(self, hidden_states, **kwargs):
-        bias = getattr(self.layer, "before", [None])
-        added, bias[0] = self.attention(hidden_states, position_bias=bias[0], **kwargs)
-        return hidden_states + added + (bias[0] if self.reader else 0)
+        if self.number == 0:
+            self.shared[0] = hidden_states.new_ones(1) if self.first else None
+        added, self.shared[0] = self.attention(hidden_states, position_bias=self.shared[0], **kwargs)
+        return hidden_states + added + (self.shared[0] if self.uses and self.number else 0)
+
+
+def zero(result):
+    return result.new_zeros(1)
 
 
 @pytest.mark.parametrize(
-    ("makes", "reader", "needed_by"),
+    ("settings", "needed_by"),
     [
-        (lambda result: result.new_zeros(1), False, None),  # a constant, of which the second makes its own
-        (lambda result: result.mean(), False, "attention"),  # made of activations
-        (lambda result: result.new_zeros(1), True, ""),  # used by a module that makes none
+        ({}, None),  # a constant, of which the second makes its own
+        ({"makes": lambda result: result.mean()}, "model.layers.1.attention"),  # made of activations
+        ({"uses": True}, "model.layers.1"),  # used by a module that makes none
+        ({"second": OtherBiased}, "model.layers.1.attention"),  # which need not make the same
+        ({"first": True, "anew": True}, "model.layers.1.attention"),  # the first was given one and made another
     ],
-    ids=["constant", "activation", "another reader"],
+    ids=["constant", "activation", "another reader", "another class", "not for want of one"],
 )
-def test_a_constant_is_told_from_what_is_lost(makes, reader, needed_by):
-    llama = tiny("llama")
-    shared = [None]
+def test_a_constant_is_told_from_what_is_lost(settings, needed_by):
+    llama, shared = tiny("llama"), [None]
+    makes, anew = settings.get("makes", zero), settings.get("anew", False)
     for number, layer in enumerate(llama.model.layers):
-        layer.before = shared
-        llama.model.layers[number] = Passing(layer, makes, reader and number == 1)
+        cls = settings.get("second", Biased) if number else Biased
+        attention = cls(layer.self_attn, makes, anew and not number)
+        llama.model.layers[number] = Layer(
+            number, layer, shared, attention, settings.get("uses", False), settings.get("first", False)
+        )
     path = "model.layers.0.attention"
     if needed_by is None:
         assert what_is_returned(llama, [path]) == {path: PAIR}
     else:
-        name = "model.layers.1" + (f".{needed_by}" if needed_by else "")
-        with pytest.raises(PlanError, match=rf"{path} can't be removed: {name} needs"):
+        with pytest.raises(PlanError, match=rf"{path} can't be removed: {needed_by} needs"):
             what_is_returned(llama, [path])
 
 

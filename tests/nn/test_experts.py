@@ -132,6 +132,8 @@ def test_tensors_and_moments_go_there_and_back_unchanged(part, data):
     assert ("router.weight" in new) == (settings["experts_per_token"] is not None)
     back = making.back(new, **settings)
     assert set(back) == set(old)
+    places = {tensor.untyped_storage().data_ptr() for tensor in (*old.values(), *new.values(), *back.values())}
+    assert len(places) == len(old) + len(new) + len(back)  # nobody's training reaches the others
     for name, tensor in back.items():
         assert torch.equal(tensor, old[name])
         assert tensor.is_contiguous()
