@@ -15,12 +15,15 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from auxin import cli
-from auxin.edits import apply
+from auxin.edits import Plan, apply
 from auxin.edits.runtimes import about_runtimes
+from auxin.edits.structure import config_values
 from auxin.errors import ConfigError, PlanError
 from auxin.methods import method, methods
 from auxin.models.anatomy import anatomy
 from auxin.nn.bricks import find_brick
+from auxin.planning.width import widen
+from auxin.planning.width_maps import StreamMap, Widening, circular, padded
 from capabilities import Result, matrix, probe
 from plugins import EXAMPLE, ROOT, install
 from tiny_models import FAMILIES, InDouble, change, inputs, labels, logits, tiny
@@ -178,6 +181,16 @@ def test_factors_of_new_heads_and_units_are_as_those_before(plugin):
     model = scaled("qwen3", head_dim=8)
     grown("net2net", model, num_attention_heads=8)
     assert all(scale.abs().min() > 1e-6 for scale in scales(model).values())
+    model = scaled("llama")
+    old = scales(model)["model.layers.0.mlp.up_proj.scale"].detach().clone()
+    grown("masked", model, intermediate_size=17)
+    (new,) = (scale for name, scale in scales(model).items() if "layers.0.mlp.up_proj" in name)
+    torch.testing.assert_close(new.detach(), torch.cat([old, old.mean().expand(5)]))
+    model, keep = scaled("llama"), circular(16, 16)
+    heads = (StreamMap(4, (0, 1, 2, 3)), StreamMap(2, (0, 1)))
+    edits = widen(anatomy(model), Widening(keep, *heads, ffn=padded(12, 17), head_dim=4)).edits
+    apply(Plan(method="maps", promise="exact", edits=edits, made_for=config_values(model.config)), model)
+    torch.testing.assert_close(scales(model)["model.layers.0.mlp.up_proj.scale"].detach(), new.detach())
     for family, hidden in (("gpt2", 32), ("gpt_neox", 64)):
         model = scaled(family)
         before, size = logits(model), anatomy(model).sizes.head_dim
