@@ -5,8 +5,9 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # Test processes run side by side; a thread pool in each would make them fight over the cores.
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+TESTS = $(TEST_ENVIRONMENT) $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test test-all lint format clean
 
 install: $(VENV)/installed
 
@@ -20,8 +21,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: install
 	$(RUN) -m auxin run demo --output runs/demo
 
+# A covering subset of methods and architectures; tests/covering.py says which.
 test: install
-	$(TEST_ENVIRONMENT) $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(TESTS)
+
+test-all: install
+	$(TESTS) --all
 
 lint: install
 	$(RUN) -m ruff check .

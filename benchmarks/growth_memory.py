@@ -83,6 +83,7 @@ def measure(mode: str, megabytes: int, regime: Any, folder: Path, method_name: s
     from auxin.methods import method
     from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth
     from auxin.models.tokenformer import TokenFormerForCausalLM
+    from auxin.planning.bench import Bench
 
     torch.set_num_threads(1)
     small = TokenFormerForCausalLM(config_of(1))
@@ -98,7 +99,7 @@ def measure(mode: str, megabytes: int, regime: Any, folder: Path, method_name: s
     else:
         model = AutoModelForCausalLM.from_config(llama_of(megabytes), dtype=torch.bfloat16)
     found = method(method_name)
-    plan = found.plan(model, found.settings.parse(settings))
+    plan = found.plan(Bench(model), found.settings.parse(settings))
     optimizer = trained_once(model) if mode == "optimizer" else None
     copies = 3 if optimizer else 1  # the model, two moments
     size = next(model.parameters()).element_size()

@@ -61,6 +61,7 @@ from auxin.methods import method, methods
 from auxin.methods.adapt.graft import freeze_all_but_branches
 from auxin.methods.grow.masked import plan_unmask
 from auxin.nn.altup import AltUpLayer, block_distance
+from auxin.planning.bench import Bench
 from auxin.training import Hook, TrainingSettings, learning_rate
 from auxin.training.optimizer import build_optimizer
 
@@ -270,7 +271,7 @@ def edited(case: Case, work: Path, trial: Trial, probe: Tensor) -> tuple[PreTrai
     chosen = method(case.method)
     start = time.perf_counter()
     settings = case.settings | ({"ramp_steps": trial.ramp} if case.masks else {})
-    plan = chosen.plan(model, chosen.settings.parse(settings, source=case.method))
+    plan = chosen.plan(Bench(model), chosen.settings.parse(settings, source=case.method))
     receipt = apply(plan, model, probe=probe)
     facts = {
         "promise": plan.promise,

@@ -24,6 +24,7 @@ from pydantic_core import PydanticUndefined
 from auxin.data import CorpusSettings
 from auxin.methods.grow.tokenformer import TokenGrowth
 from auxin.models.tokenformer.presets import PRESETS
+from auxin.objectives.calibration import CalibrationSettings
 from auxin.recipes.schema import Branch, BuildStage, EvaluateStage, GrowStage, Recipe, TrainStage
 from auxin.training import GuardSettings, TrainingSettings
 
@@ -38,6 +39,7 @@ SETTINGS: tuple[type[BaseModel], ...] = (
     BuildStage,
     TrainStage,
     GrowStage,
+    CalibrationSettings,
     EvaluateStage,
     TrainingSettings,
     GuardSettings,

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from tiny_models import fresh_llama
 
 CONTEXT, BATCH = 48, 8
 
@@ -25,8 +26,7 @@ def byte_model(seed: int, **values: Any) -> nn.Module:
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**{**usual, **values}))
+    return fresh_llama(seed, **{**usual, **values})
 
 
 def library(*stems: str) -> Tensor:

@@ -15,7 +15,9 @@ from auxin.edits import Plan, Promise, Receipt, apply
 from auxin.edits.structure import structural_edits
 from auxin.errors import PlanError
 from auxin.methods import methods
+from auxin.planning.bench import Bench
 from auxin.planning.method import Method
+from intents import Figures, missed
 from tiny_models import FAMILIES, inputs, tiny
 
 TITLES = {
@@ -50,6 +52,8 @@ class Result:
     receipt: Receipt
     model: PreTrainedModel
     """The edited model; shared, so copy it before changing it."""
+    old: Figures
+    """Of the model before."""
     before: Tensor
     """The old model's logits on `inputs`."""
     after: Tensor
@@ -63,6 +67,10 @@ class Result:
     def change(self) -> float:
         """max |after - before| / max |before|, over the outputs that both models have."""
         return change(self.before, self.after)
+
+    def missed(self, method: Method) -> str | None:
+        """What of `method`'s intent was not done; None if nothing."""
+        return missed(method.intent, self.old, Figures.of(self.model), self.change)
 
     @property
     def is_plain(self) -> bool:
@@ -83,15 +91,15 @@ def probe(name: str, family: str) -> Result | Refusal:
 
 def attempt(method: Method, model: PreTrainedModel) -> Result | Refusal:
     """Apply `method` with its example settings to `model`, in place."""
-    before = logits(model)
+    before, old = logits(model), Figures.of(model)
     # A learned operator is a file beside the plan.
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         try:
-            plan = method.plan(model, method.settings.parse(method.examples(model)))
+            plan = method.plan(Bench(model), method.settings.parse(method.examples(model)))
             receipt = apply(plan, model)
         except PlanError as error:
             return Refusal(str(error))
-    return Result(plan, receipt, model, before, logits(model))
+    return Result(plan, receipt, model, old, before, logits(model))
 
 
 def again(method: Method, result: Result) -> Result | Refusal:

@@ -9,7 +9,9 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "plugin"
 
 
-def install(folder: Path, monkeypatch, package: str, source: str | Path) -> None:
+def install(
+    folder: Path, monkeypatch, package: str, source: str | Path, group: str = "methods", thing: str = "METHOD"
+) -> None:
     """Install `package` for as long as `monkeypatch` holds.
 
     Args:
@@ -17,6 +19,8 @@ def install(folder: Path, monkeypatch, package: str, source: str | Path) -> None
         monkeypatch: pytest's.
         package: its name, and that of the entry point where `source` is code.
         source: the code of its one module, or a folder with a pyproject.toml, whose entry points and modules are used.
+        group: of the entry point where `source` is code, without "auxin.".
+        thing: what the entry point names in the module where `source` is code.
     """
     if isinstance(source, Path):
         project = tomllib.loads((source / "pyproject.toml").read_text())["project"]
@@ -26,13 +30,13 @@ def install(folder: Path, monkeypatch, package: str, source: str | Path) -> None
     else:
         module = re.sub(r"\W", "_", package) + "_plugin"
         (folder / f"{module}.py").write_text(source)
-        groups, version = {"auxin.methods": {package: f"{module}:METHOD"}}, "1"
+        groups, version = {f"auxin.{group}": {package: f"{module}:{thing}"}}, "1"
     info = folder / f"{package.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {package}\nVersion: {version}\n")
     lines: list[str] = []
-    for group, entries in groups.items():
-        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())]
+    for name, entries in groups.items():
+        lines += [f"[{name}]", *(f"{key} = {value}" for key, value in entries.items())]
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
     monkeypatch.syspath_prepend(folder)
     # What is imported from it goes with it.

@@ -2,8 +2,9 @@
 
     python reload.py CASES.json
 
-CASES.json: {"auxin": whether to import it, "cases": [{"folder": ..., "model_class": ...}, ...]}. A folder holds
-probe.safetensors with the inputs by name and the logits as "expected". Prints one JSON list: null, or what went wrong.
+CASES.json: {"plain": [CASE, ...], "replayed": [CASE, ...]}, a CASE being {"folder": ..., "model_class": ...}. Plain
+ones are loaded before auxin is imported, the others after it. A folder holds probe.safetensors with the inputs by name
+and the logits as "expected". Prints one JSON list: null, or what went wrong.
 """
 
 import json
@@ -38,11 +39,15 @@ def check(folder: Path, model_class: str) -> str | None:
 
 if __name__ == "__main__":
     task = json.loads(Path(sys.argv[1]).read_text())
-    if task["auxin"]:
-        import auxin  # noqa: F401 - nothing else of it is called
     import torch
 
     torch.set_num_threads(1)
-    found = [check(Path(case["folder"]), case["model_class"]) for case in task["cases"]]
-    assert ("auxin" in sys.modules) == task["auxin"]
-    print(json.dumps(found))
+
+    def checked(kind: str) -> list[str | None]:
+        return [check(Path(case["folder"]), case["model_class"]) for case in task[kind]]
+
+    found = checked("plain")
+    assert "auxin" not in sys.modules
+    import auxin  # noqa: F401 - nothing else of it is called
+
+    print(json.dumps([*found, *checked("replayed")]))

@@ -3,8 +3,6 @@
 import ast
 from pathlib import Path
 
-import pytest
-
 import auxin
 
 ROOT = Path(auxin.__file__).parent
@@ -26,6 +24,9 @@ FLOORS = [
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+JUNK_DRAWERS = {"utils", "helpers", "misc", "common"}
+LONGEST = 600
+"""Lines of a file."""
 
 
 def room(path: Path) -> str:
@@ -43,45 +44,57 @@ def imported_modules(path: Path) -> set[str]:
     return {name for name in names if name.split(".")[0] == "auxin"}
 
 
-def test_every_room_has_a_floor():
-    assert {room(path) for path in FILES} <= set(FLOOR)
+def short(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_down_only(path):
-    for name in imported_modules(path):
-        parts = name.split(".")
-        assert len(parts) > 1, f"{path} imports the package's face"
-        assert parts[1] == room(path) or FLOOR[parts[1]] < FLOOR[room(path)], (
-            f"{path} imports {name}, which is no lower"
-        )
+def test_imports_go_down_only():
+    wrong = [f"{short(path)} is in a room without a floor" for path in FILES if room(path) not in FLOOR]
+    assert not wrong, "\n".join(wrong)
+    for path in FILES:
+        for imported in sorted(imported_modules(path)):
+            other = imported.partition(".")[2].partition(".")[0]
+            if other not in FLOOR:
+                wrong.append(f"{short(path)} imports {imported}, the package's face")
+            elif other != room(path) and FLOOR[other] >= FLOOR[room(path)]:
+                wrong.append(f"{short(path)} imports {imported}, which is no lower")
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "methods").rglob("*.py")), ids=lambda path: path.stem)
-def test_no_method_imports_a_sibling(path):
-    if path.name == "__init__.py":
-        return
-    assert not [name for name in imported_modules(path) if name.startswith("auxin.methods")]
+def test_no_method_imports_a_sibling():
+    methods = [path for path in FILES if room(path) == "methods" and path.name != "__init__.py"]
+    assert methods
+    wrong = [
+        f"{short(path)} imports {imported}"
+        for path in methods
+        for imported in sorted(imported_modules(path))
+        if imported.startswith("auxin.methods")
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 # What is no brick in nn, or stands for what an edit or an architecture of ours says itself.
-NO_BRICKS = {"bricks", "extension"}
-KNOWN_BY_NAME = {"edits": {"stand_ins"}, "models": {"pattention"}}
+NO_BRICKS = {"bricks", "calls", "extension"}
+KNOWN_BY_NAME = {"edits": {"stand_ins"}, "models": {"pattention", "stand_ins"}}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_only_methods_know_bricks_by_name(path):
-    if room(path) in ("nn", "methods"):
-        return
-    allowed = NO_BRICKS | KNOWN_BY_NAME.get(room(path), set())
-    named = {name.split(".")[2] for name in imported_modules(path) if name.startswith("auxin.nn.")}
-    assert named <= allowed
+def test_only_methods_know_bricks_by_name():
+    wrong = []
+    for path in FILES:
+        if room(path) not in ("nn", "methods"):
+            allowed = NO_BRICKS | KNOWN_BY_NAME.get(room(path), set())
+            named = {name.split(".")[2] for name in imported_modules(path) if name.startswith("auxin.nn.")}
+            wrong += [f"{short(path)} knows the brick {name}" for name in sorted(named - allowed)]
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_are_short_and_named_for_what_is_in_them(path):
-    assert path.stem not in {"utils", "helpers", "misc", "common"}
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 600
+def test_files_are_short_and_named_for_what_is_in_them():
+    wrong = [f"{short(path)} is named for nothing" for path in FILES if path.stem in JUNK_DRAWERS]
+    for path in FILES:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > LONGEST:
+            wrong.append(f"{short(path)} has {lines} lines, more than {LONGEST}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_modules_form_no_cycle():
@@ -97,13 +110,16 @@ def test_modules_form_no_cycle():
     }
     # A package's face imports its rooms; a room that imports its own face's names would be a circle.
     done: set[str] = set()
+    cycles = []
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
-        assert module not in trail, " -> ".join((*trail, module))
-        if module not in done:
+        if module in trail:
+            cycles.append(" -> ".join((*trail[trail.index(module) :], module)))
+        elif module not in done:
             for other in sorted(resolved[module]):
                 visit(other, (*trail, module))
             done.add(module)
 
     for module in sorted(resolved):
         visit(module, ())
+    assert not cycles, "\n".join(cycles)

@@ -15,13 +15,14 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from auxin import cli
-from auxin.edits import Plan, apply
+from auxin.edits import MergeModule, Plan, apply
 from auxin.edits.runtimes import about_runtimes
-from auxin.edits.structure import config_values
+from auxin.edits.structure import config_values, structural_edits
 from auxin.errors import ConfigError, PlanError
 from auxin.methods import method, methods
 from auxin.models.anatomy import anatomy
 from auxin.nn.bricks import find_brick
+from auxin.planning.bench import Bench
 from auxin.planning.width import widen
 from auxin.planning.width_maps import StreamMap, Widening, circular, padded
 from capabilities import Result, matrix, probe
@@ -76,7 +77,7 @@ def test_its_refusals_are_messages(plugin):
         ({"drop": [1], "stack": "model.layers"}, "Use one of encoder.block, decoder.block"),
     ):
         with pytest.raises(PlanError, match=words):
-            found.plan(model, found.settings.parse(settings))
+            found.plan(Bench(model), found.settings.parse(settings))
     with pytest.raises(ConfigError, match="drop"):
         found.settings.parse({"drop": []})
 
@@ -89,8 +90,9 @@ def test_it_is_in_the_capability_matrix(plugin):
 
 
 def test_the_tests_of_all_methods_take_it_in(plugin):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(plugin), str(EXAMPLE)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_every_method.py"]
+    paths = [str(plugin), str(EXAMPLE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--all", "tests/test_every_method.py"]
     which = "(drop-layers and (llama or t5)) or (channel-scale and (llama or gpt2))"
     done = subprocess.run([*command, "-k", which], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -110,7 +112,7 @@ def grown(name, model, **values):
     """Apply a method, by default with its example settings."""
     found = method(name)
     with InDouble():
-        plan = found.plan(model, found.settings.parse(values or found.examples(model)))
+        plan = found.plan(Bench(model), found.settings.parse(values or found.examples(model)))
         return apply(plan, model, probe=inputs(model)).plan
 
 
@@ -231,8 +233,6 @@ def test_methods_that_take_the_architecture_take_it_with_the_brick(plugin, famil
         values = method(name).examples(tiny(family))
         if name == "masked":
             values["new_layers"] = "copies"
-        if name == "ligo":
-            values["folder"] = plugin
         if name == "lemon":  # factors change the mean that padding before a LayerNorm takes
             values["hidden_size"] = 2 * anatomy(tiny(family)).sizes.residual
         try:
@@ -306,3 +306,20 @@ def test_saved_and_loaded_it_is_the_same_here_and_in_a_new_process(plugin):
     done = subprocess.run(command, capture_output=True, text=True, env={**environment, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [None] * len(cases)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_after_growing_wider_and_deeper_it_is_merged_back_by_an_edit(plugin, family):
+    model = scaled(family)
+    grown("hypercloning", model, factor=2)
+    grown("llama-pro", model, group_size=1)
+    before = logits(model)
+    replaced = [edit.module for edit in structural_edits(model.config)]
+    merges = [MergeModule(module=module) for module in replaced]
+    with InDouble():
+        apply(Plan(method="by hand", promise="exact", edits=merges), model, probe=inputs(model))
+    assert change(before, logits(model)) < EXACT
+    assert structural_edits(model.config) == []
+    assert not scales(model)
+    model.save_pretrained(plugin / "plain")
+    assert "quantization_config" not in json.loads((plugin / "plain" / "config.json").read_text())

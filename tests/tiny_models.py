@@ -172,6 +172,17 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **confi
     return model.to(dtype).eval()
 
 
+def fresh_llama(seed: int = 0, **config: Any) -> LlamaForCausalLM:
+    """A tiny Llama as transformers makes it, to be trained: float32, in training mode, no biases, the usual epsilon.
+
+    Args:
+        seed: of the weights.
+        config: values of its config that differ from the usual sizes.
+    """
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**{**_LLAMA, **config}))
+
+
 def inputs(model: PreTrainedModel, seed: int = 1, batch: int = 2, length: int = LENGTH) -> dict[str, Tensor]:
     """Inputs of `model`'s forward, without labels; the same ones for a model whose vocabulary has grown."""
     generator = torch.Generator().manual_seed(seed)

@@ -14,11 +14,12 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from auxin.edits import ConstantFill, Plan, ReplaceModule
+from auxin.edits import Plan, ReplaceModule
 from auxin.edits.structure import config_values
 from auxin.errors import ConfigError, PlanError
 from auxin.models.anatomy import anatomy
 from auxin.nn.bricks import Brick, Making, Roles, Shapes, Tensors, brick
+from auxin.planning.bench import from_model
 from auxin.planning.method import Method
 from auxin.settings import Settings
 
@@ -90,9 +91,8 @@ def plan_channel_scaling(model: PreTrainedModel, settings: ChannelScaling) -> Pl
             layers[role.pattern.removesuffix(".weight")] = axis
     if not layers:
         raise PlanError(f"No linear layer without factors writes {' or '.join(settings.streams)}. Name other streams.")
-    one = {"scale": ConstantFill(value=1.0)}
     edits = [
-        ReplaceModule(module=path, brick="channel_scale", settings={"axis": axis} if axis else {}, fills=one)
+        ReplaceModule(module=path, brick="channel_scale", settings={"axis": axis} if axis else {})
         for path, axis in layers.items()
     ]
     chosen: dict[str, Any] = settings.model_dump(mode="json", exclude_defaults=True)
@@ -106,7 +106,7 @@ METHOD = Method(
     paper="after arXiv 2205.05638",
     intent="adapt",
     settings=ChannelScaling,
-    plan=plan_channel_scaling,
+    plan=from_model(plan_channel_scaling),
     examples=lambda model: {},
     promise="exact",
 )

@@ -14,6 +14,7 @@ from auxin.edits import ArrangeLayers, Plan
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
+from auxin.planning.bench import Bench
 from auxin.planning.method import Method
 from auxin.settings import Settings
 from auxin.words.roles import LayerStack
@@ -28,12 +29,13 @@ class LayerDrop(Settings):
     """Path of the stack of layers, for models that have several; None means the last one (a T5's decoder)."""
 
 
-def plan_layer_drop(model: PreTrainedModel, settings: LayerDrop) -> Plan:
-    """Plan a model without the layers `settings.drop`; weights are not needed.
+def plan_layer_drop(bench: Bench, settings: LayerDrop) -> Plan:
+    """Plan the bench's model without the layers `settings.drop`; weights and data are not needed.
 
     Raises:
         PlanError: an unknown architecture or stack, layers that are not there, or the first one.
     """
+    model = bench.model
     stack = _stack(model, settings.stack)
     layers = len(model.get_submodule(stack.path))
     if absent := [layer for layer in settings.drop if not 0 <= layer < layers]:

@@ -12,10 +12,15 @@ from auxin.errors import CheckpointError
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 to `path` atomically: to a sibling, flushed to the disk, then renamed."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As `write_text`, for any content."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

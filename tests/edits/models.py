@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
 
@@ -50,25 +51,27 @@ def training_step(model: TokenFormerForCausalLM, optimizer: torch.optim.Optimize
     optimizer.step()
 
 
-def everything(model: TokenFormerForCausalLM, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
-    """All that an edit could change: tensors with their gradients, flags, plain attributes, config, optimizer."""
+def everything(model: PreTrainedModel, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+    """All that an edit could change, identities included: tensors with their gradients, flags, plain attributes,
+    config, optimizer."""
     state: dict[str, Any] = {"config": copy.deepcopy(model.config.to_dict())}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        state[name] = parameter.detach().clone()
-        state[f"{name}/identity"], state[f"{name}/trainable"] = id(parameter), parameter.requires_grad
-        state[f"{name}/gradient"] = None if parameter.grad is None else parameter.grad.clone()
+        gradient = None if parameter.grad is None else parameter.grad.clone()
+        state[name] = (parameter.detach().clone(), id(parameter), parameter.requires_grad, gradient)
         if optimizer is not None:
-            state[f"{name}/optimizer"] = {
-                key: value.clone() for key, value in optimizer.state.get(parameter, {}).items()
-            }
-    for name, buffer in model.named_buffers():
-        state[f"{name}/buffer"] = buffer.clone()
-    for name, module in model.named_modules():
-        state[f"{name}/module"] = id(module), module.training
-        state[f"{name}/sizes"] = getattr(module, "group_sizes", None)
+            kept = optimizer.state.get(parameter, {})
+            state[f"{name}/optimizer"] = {key: copy.deepcopy(value) for key, value in kept.items()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        attributes = {key: value for key, value in vars(module).items() if isinstance(value, PLAIN)}
+        buffers = {key: None if value is None else value.clone() for key, value in module._buffers.items()}
+        state[f"{name}/module"] = (id(module), attributes, buffers)
     if optimizer is not None:
         state["groups"] = [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
     return state
+
+
+PLAIN = (bool, int, float, str, tuple)
+"""Types of the attributes of modules that `everything` compares."""
 
 
 def assert_same(now: Any, then: Any, path: str = "") -> None:
@@ -80,5 +83,8 @@ def assert_same(now: Any, then: Any, path: str = "") -> None:
         assert now.keys() == then.keys(), path
         for key in then:
             assert_same(now[key], then[key], f"{path}/{key}")
+    elif isinstance(then, list | tuple):
+        for number, (one, other) in enumerate(zip(now, then, strict=True)):
+            assert_same(one, other, f"{path}/{number}")
     else:
         assert now == then, path

@@ -30,27 +30,26 @@ def test_growth_is_seen_as_other_shapes_with_the_old_block_kept(tmp_path):
     found = diff_checkpoints(tmp_path / "a", saved(model, tmp_path / "b"))
     assert found.config == {"ffn_tokens": ([20], [20, 10])} or found.config == {"ffn_tokens": (20, [20, 10])}
     assert [item.name for item in found.reshaped] == [
-        f"model.layers.{layer}.mlp.{name}" for layer in (0, 1) for name in ("keys", "values")
+        f"model.layers.{layer}.mlp.{name}" for layer in (0, 1) for name in ("key_tokens", "value_tokens")
     ]
     assert all(item.kept for item in found.reshaped)
     assert (found.reshaped[0].old, found.reshaped[0].new) == ("float32 [20, 32]", "float32 [30, 32]")
     assert (found.removed, found.added, found.changed) == ({}, {}, [])
     # The layers to which the same happened are one row.
-    assert ["reshaped", "model.layers.*.mlp.keys (2)", "float32 [20, 32]", "float32 [30, 32], old block kept"] in (
-        found.rows()
-    )
+    row = ["reshaped", "model.layers.*.mlp.key_tokens (2)", "float32 [20, 32]", "float32 [30, 32], old block kept"]
+    assert row in found.rows()
 
 
 def test_values_are_measured_against_the_largest(tmp_path):
     model = tiny_model()
     saved(model, tmp_path / "a")
-    keys = model.model.layers[1].mlp.keys
+    keys = model.model.layers[1].mlp.key_tokens
     largest = float(keys.detach().abs().max())
     with torch.no_grad():
         keys[3, 4] += 0.5
-        model.model.layers[0].mlp.keys.zero_()
+        model.model.layers[0].mlp.key_tokens.zero_()
     found = diff_checkpoints(tmp_path / "a", saved(model, tmp_path / "b"))
-    assert [item.name for item in found.changed] == ["model.layers.0.mlp.keys", "model.layers.1.mlp.keys"]
+    assert [item.name for item in found.changed] == ["model.layers.0.mlp.key_tokens", "model.layers.1.mlp.key_tokens"]
     assert [item.change for item in found.changed] == pytest.approx([1, 0.5 / largest], rel=1e-5)
     back = diff_checkpoints(tmp_path / "b", tmp_path / "a")
     assert back.changed[0].change == math.inf, "from zero, any change is infinitely large"
@@ -79,8 +78,8 @@ def test_a_folder_without_weights_is_refused(tmp_path):
         diff_checkpoints(tmp_path / "a", tmp_path / "b")
 
 
-KEYS = PadParameter(parameter="model.layers.*.mlp.keys", size=30, fill=NormalFill())
-VALUES = PadParameter(parameter="model.layers.*.mlp.values", size=30, fill=ZeroFill())
+KEYS = PadParameter(parameter="model.layers.*.mlp.key_tokens", size=30, fill=NormalFill())
+VALUES = PadParameter(parameter="model.layers.*.mlp.value_tokens", size=30, fill=ZeroFill())
 CONFIG = SetConfig(values={"ffn_tokens": [20, 10]})
 
 
@@ -95,7 +94,7 @@ def test_plans_are_compared_edit_by_edit():
     assert found.fields == {"seed": (0, 3), "settings.a": (None, 1)}
     assert found.removed == []
     assert len(found.added) == 1
-    assert "mlp.values" in found.added[0]
+    assert "mlp.value_tokens" in found.added[0]
     ((old, new),) = found.changed
     assert "std of the old" in old
     assert "std 0.1" in new

@@ -1,4 +1,4 @@
-"""2,000 random targets over architectures and growth methods: each is applied or refused with a reason."""
+"""Random targets for every method over all architectures: each is applied or refused with a reason."""
 
 import copy
 import functools
@@ -15,11 +15,13 @@ from auxin.edits.resolution import resolve
 from auxin.errors import AuxinError, PromiseError
 from auxin.methods import methods
 from auxin.models.loading import skeleton
+from auxin.planning.bench import Bench
 from tiny_models import FAMILIES, inputs, tiny
 
-TARGETS = 2000
+FEW, MANY = 40, 200
+"""Targets for each method: always, and with --all."""
 REALLY_APPLIED = 8
-"""Of every method, so many fitting plans (every third) are applied to a model with weights."""
+"""So many fitting plans (every third) are applied to a model with weights."""
 WORDS = ["", "encoder", "decoder", "x", "model.layers", "../nothing"]
 
 
@@ -99,44 +101,47 @@ def suits(method, family):
     """Whether the method has an example for the architecture and plans it."""
     model = model_with_weights(family) if method.needs_weights else model_without(family)
     try:
-        method.plan(model, method.settings.parse(method.examples(model)))
+        method.plan(Bench(model), method.settings.parse(method.examples(model)))
     except AuxinError:
         return False
     return True
 
 
+def tried(draw, method, family, counted):
+    """Plan a random target, resolve the plan where it fits, and now and then apply it to a model with weights; a
+    refusal's reason."""
+    model = model_with_weights(family) if method.needs_weights else model_without(family)
+    wanted = target(draw, method, model)
+    try:
+        plan = method.plan(Bench(model), method.settings.parse(wanted))
+        resolve(plan.edits, model_without(family))
+        counted["fits"] += 1
+        if counted["fits"] % 3 == 1 and counted["applied"] < REALLY_APPLIED:
+            victim = copy.deepcopy(model_with_weights(family))
+            apply(plan, victim, probe=inputs(victim))
+            counted["applied"] += 1
+    except PromiseError as error:
+        pytest.fail(f"{method.name} on {family} with {wanted} broke its promise: {error}")
+    except AuxinError as error:
+        counted["refused"] += 1
+        return str(error)
+    except Exception as error:
+        raise AssertionError(f"{method.name} on {family} with {wanted} crashed: {error!r}") from error
+    return None
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_every_random_target_is_applied_or_refused(capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("targets", [FEW, pytest.param(MANY, marks=pytest.mark.whole)])
+@pytest.mark.parametrize("name", methods())
+def test_every_random_target_is_applied_or_refused(name, targets, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # LiGO writes its operator into a folder, which is drawn too
-    draw = random.Random(0)
-    growing = [method for method in methods().values() if method.intent == "grow"]
-    counts: dict[str, Counter] = {method.name: Counter() for method in growing}
-    suited = {method.name: [family for family in FAMILIES if suits(method, family)] for method in growing}
+    draw, method = random.Random(f"{name}, {targets}"), methods()[name]
+    suited = [family for family in FAMILIES if suits(method, family)]
+    counted = Counter()
     reasons = set()
-    for _ in range(TARGETS):
-        method = draw.choice(growing)
-        family = draw.choice(FAMILIES if draw.random() < 0.5 else suited[method.name])
-        counted = counts[method.name]
-        model = model_with_weights(family) if method.needs_weights else model_without(family)
-        wanted = target(draw, method, model)
-        try:
-            plan = method.plan(model, method.settings.parse(wanted))
-            resolve(plan.edits, model_without(family))
-            counted["fits"] += 1
-            if counted["fits"] % 3 == 1 and counted["applied"] < REALLY_APPLIED:
-                victim = copy.deepcopy(model_with_weights(family))
-                apply(plan, victim, probe=inputs(victim))
-                counted["applied"] += 1
-        except PromiseError as error:
-            pytest.fail(f"{method.name} on {family} with {wanted} broke its promise: {error}")
-        except AuxinError as error:
-            counted["refused"] += 1
-            reasons.add(str(error))
-        except Exception as error:
-            raise AssertionError(f"{method.name} on {family} with {wanted} crashed: {error!r}") from error
-    with capsys.disabled():
-        print()
-        for name, counted in counts.items():
-            print(f"{name:16} fits {counted['fits']:4}  applied {counted['applied']:3}  refused {counted['refused']:4}")
-    assert min(map(len, reasons)) > 20
-    assert all(counted["applied"] and counted["refused"] for counted in counts.values()), counts
+    for _ in range(targets):
+        family = draw.choice(FAMILIES if draw.random() < 0.5 else suited)
+        reasons.add(tried(draw, method, family, counted))
+    assert min(len(reason) for reason in reasons if reason) > 20
+    assert counted["applied"]
+    assert counted["refused"]

@@ -3,7 +3,6 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from auxin.accounting import flops_per_token
 from auxin.edits import NormalFill, PadParameter, Plan, RepeatFill, SetConfig, ZeroFill, apply, planned_config
@@ -11,13 +10,14 @@ from auxin.edits.plan import resolve
 from auxin.errors import ConfigError, PlanError
 from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth
 from edits.models import tiny_model
+from tiny_models import tiny
 
 
 def plan_of(*edits, promise="none"):
     return Plan(method="by hand", promise=promise, edits=list(edits))
 
 
-def pad(parameter="model.layers.*.mlp.keys", size=30, **values):
+def pad(parameter="model.layers.*.mlp.key_tokens", size=30, **values):
     return PadParameter(parameter=parameter, size=size, **{"fill": ZeroFill(), **values})
 
 
@@ -27,14 +27,14 @@ FFN_30 = SetConfig(values={"ffn_tokens": [20, 10]})
 @pytest.mark.parametrize(
     ("edits", "message"),
     [
-        ([pad("model.layers.*.mlp.kyes")], r"Edit 1 .*kyes.*nearest is model\.layers\.\*\.mlp\.keys"),
-        ([pad("model.layers.7.mlp.keys")], r"nearest is model\.layers\.[01]\.mlp\.keys"),
-        ([FFN_30, pad(size=20)], r"Edit 2 .*not fit model\.layers\.0\.mlp\.keys: size 20 must be more than the 20"),
+        ([pad("model.layers.*.mlp.key_toknes")], r"Edit 1 .*toknes.*nearest is model\.layers\.\*\.mlp\.key_tokens"),
+        ([pad("model.layers.7.mlp.key_tokens")], r"nearest is model\.layers\.[01]\.mlp\.key_tokens"),
+        ([FFN_30, pad(size=20)], r"Edit 2 .*not fit .*0\.mlp\.key_tokens: size 20 must be more than the 20"),
         ([pad(axis=2)], r"axis 2 is beyond the 2 axes"),
         ([pad(fill=RepeatFill(first=20))], r"first row to repeat 20 is beyond the 20"),
-        ([FFN_30, pad(), pad("model.layers.0.mlp.*", size=31)], r"Edit 3 .*collides with edit 2: .*0\.mlp\.keys"),
-        ([FFN_30, pad()], r"No edit: model\.layers\.0\.mlp\.values has shape \[20, 32\].*asks for \[30, 32\]"),
-        ([pad(), pad("model.layers.*.mlp.values")], r"Edit 1 .*\[30, 32\] after the plan's edits.*asks for \[20, 32\]"),
+        ([FFN_30, pad(), pad("model.layers.0.mlp.*", size=31)], r"Edit 3 .*collides with edit 2: .*0\.mlp\.key_tokens"),
+        ([FFN_30, pad()], r"No edit: model\.layers\.0\.mlp\.value_tokens has shape \[20, 32\].*asks for \[30, 32\]"),
+        ([pad(), pad("model.layers.*.mlp.value_tokens")], r"Edit 1 .*\[30, 32\] after the plan's.*asks for \[20, 32\]"),
         ([SetConfig(values={"ffn_tokns": 3})], r"Edit 1 \(set ffn_tokns = 3\): .*no value 'ffn_tokns'"),
         ([SetConfig(values={"num_attention_heads": 5})], r"Edit 1 .*refuses it: num_attention_heads must divide"),
         ([FFN_30, FFN_30], r"Edit 2 .*ffn_tokens was set by an earlier edit"),
@@ -51,8 +51,7 @@ def test_a_plan_that_does_not_fit_is_refused_and_says_where(edits, message):
 
 
 def test_a_config_value_that_makes_another_module_is_refused():
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=96))
+    model = tiny("llama")
     with pytest.raises(
         PlanError, match=r"hidden_act = relu.*model\.layers\.0\.mlp\.act_fn would be ReLU instead of SiLU"
     ):
@@ -117,7 +116,7 @@ def test_the_table_has_one_row_for_all_layers_and_counts_what_the_model_has():
     plan = plan_token_growth(model.config, TokenGrowth(ffn_tokens=50))
     table = str(plan)
     lines = table.splitlines()
-    row = next(line for line in lines if line.startswith("model.layers.*.mlp.keys"))
+    row = next(line for line in lines if line.startswith("model.layers.*.mlp.key_tokens"))
     assert f"{3 * 20 * 32:,} -> {3 * 50 * 32:,}" in row
     assert f"{3 * 20 * 32 * 2:,} -> {3 * 50 * 32 * 2:,}" in row
     assert len([line for line in lines if "mlp" in line]) == 2
@@ -131,7 +130,9 @@ def test_the_table_has_one_row_for_all_layers_and_counts_what_the_model_has():
 
 
 def test_a_plan_by_hand_for_single_layers_is_one_row_too():
-    plan = plan_of(FFN_30, *(pad(f"model.layers.{i}.mlp.{name}") for i in range(2) for name in ("keys", "values")))
+    plan = plan_of(
+        FFN_30, *(pad(f"model.layers.{i}.mlp.{name}") for i in range(2) for name in ("key_tokens", "value_tokens"))
+    )
     rows = plan.table(tiny_model()).splitlines()
     assert len([row for row in rows if "model.layers.*" in row]) == 2
     assert "set ffn_tokens" in str(plan)

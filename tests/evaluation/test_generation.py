@@ -4,30 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from auxin.data.tokenizer import train_tokenizer
 from auxin.errors import DataError
 from auxin.evaluation import generate_text, perplexity
 from auxin.evaluation.files import score_files
+from tiny_models import fresh_llama
 
 TOKENIZER = train_tokenizer(["the cat sat on the mat and the hat"] * 3, 280, 32)
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=280,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return LlamaForCausalLM(config)
+    return fresh_llama(seed=1, vocab_size=280, num_hidden_layers=1, eos_token_id=0)
 
 
 def test_greedy_takes_the_likeliest_token(model: LlamaForCausalLM) -> None:

@@ -10,32 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from auxin.data.tokenizer import SEPARATOR, train_tokenizer
 from auxin.errors import DataError
 from auxin.evaluation import evaluate_loss, perplexity
 from oracles.perplexity import strided_losses
+from tiny_models import fresh_llama
 
 TOKENIZER = train_tokenizer(["the cat sat on the mat and the hat"] * 3, 280, 32)
 TEXT = "the cat sat on a \N{SNOWMAN} hat, twice. "
 
 
-def tiny(seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=280,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.5,
-    )
-    return LlamaForCausalLM(config).double()
-
-
-MODEL = tiny()
+MODEL = fresh_llama(vocab_size=280, initializer_range=0.5).double()
 
 
 def next_token_logits(ids: Sequence[int]) -> np.ndarray:

@@ -8,18 +8,19 @@ from safetensors.torch import load_file, save_file
 
 from auxin.edits import apply, apply_to_checkpoint
 from auxin.methods.grow.altup import AltUpSettings, plan_altup
+from covering import families
 from methods.altup_models import EVERY, EXACT, alter, altered, outputs, shake, small, train, untied, updates
 from tiny_models import change, inputs, labels, logits
 
-CASES = [(family, {"blocks": 3}) for family in EVERY]
-CASES += [("llama", {"conversion": name, "blocks": 3}) for name in ("copies", "free", "relay", "zeros", "random")]
+RECYCLED = [pytest.param(*family.values, {"blocks": 3}, marks=family.marks) for family in families(EVERY)]
+CASES = [("llama", {"conversion": name, "blocks": 3}) for name in ("copies", "free", "relay", "zeros", "random")]
 CASES += [("llama", {"conversion": "copies", "norm": "all", "noise": 0.1}), ("llama", {"coefficients": "dynamic"})]
 CASES += [("t5", {"conversion": "copies", "blocks": 3}), ("gpt2", {"conversion": "copies"})]
 CASES += [("gemma", {"conversion": "copies"}), ("vit", {"conversion": "zeros"})]
 CASES += [("bert", {"conversion": name}) for name in ("copies", "free", "zeros")]
 # That recycled streams of every architecture load again is tested with all methods, in a new process.
-SAVED = [("t5", {"blocks": 3}), *CASES[len(EVERY) :]]
-every_case = pytest.mark.parametrize(("family", "values"), CASES)
+SAVED = [("t5", {"blocks": 3}), *CASES]
+every_case = pytest.mark.parametrize(("family", "values"), [*RECYCLED, *CASES])
 
 
 def model_of(family, values, dtype=torch.float32):

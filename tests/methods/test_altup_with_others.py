@@ -4,7 +4,6 @@ import copy
 import itertools
 import warnings
 
-import peft
 import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -17,8 +16,10 @@ from auxin.methods import methods
 from auxin.methods.grow.altup import AltUpSettings, plan_altup
 from auxin.methods.grow.masked import MaskRamp
 from auxin.nn.altup import AltUpLayer, block_distance
+from auxin.planning.bench import Bench
 from auxin.recipes import Recipe, run_recipe
 from auxin.recipes.growth import grow_checkpoint
+from corpora import small_corpus, write_documents
 from methods.altup_models import EXACT, alter, altered, outputs, shake, small, streams, train, updates
 from tiny_models import change, inputs, logits
 from tiny_models import tiny as tiny_model
@@ -30,7 +31,7 @@ def grown(model, name, **values):
     values = values or method.examples(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return apply(method.plan(model, method.settings.parse(values)), model)
+        return apply(method.plan(Bench(model), method.settings.parse(values)), model)
 
 
 TOKENS = {"qkv_tokens": 16, "proj_tokens": 15, "ffn_tokens": 20}
@@ -66,10 +67,7 @@ def test_a_tokenformer_grows_tokens_before_and_after():
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(12):
-        (folder / f"{number}.txt").write_text(f"document {number} says " + "streams have several blocks " * 10)
-    return folder
+    return write_documents(tmp_path_factory.mktemp("corpus"))
 
 
 BUILD = {
@@ -108,13 +106,7 @@ def test_both_orders_in_one_recipe(corpus, tmp_path):
         {
             "name": "r",
             "title": "R",
-            "corpus": {
-                "source": "files",
-                "paths": [str(corpus)],
-                "vocab_size": 300,
-                "context_length": 16,
-                "validation_fraction": 0.2,
-            },
+            "corpus": small_corpus(corpus),
             "training": {"batch_size": 4, "tensorboard": False, "decay_fraction": 0.0},
             "branches": branches,
         }
@@ -382,22 +374,6 @@ def test_dynamic_coefficients_are_stacked_with_their_layers():
     model = altered(small("llama"), coefficients="dynamic")
     grown(model, "stacking")
     assert len(updates(model)) == 8
-
-
-def test_graft_and_lora_go_on_top():
-    model = shake(altered(small("llama"), blocks=2))
-    before = logits(model)
-    assert grown(model, "graft", tokens=4).max_relative_change == 0
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
-    adapted.eval()
-    assert torch.equal(logits(adapted), before)
-    assert not any("altup" in name for name, p in adapted.named_parameters() if p.requires_grad)
-    train(adapted, steps=3)
-    trained = logits(adapted)
-    assert change(before, trained) > 1e-3
-    merged = adapted.merge_and_unload()
-    assert change(trained, logits(merged)) <= EXACT
-    assert len(updates(merged)) == 4
 
 
 def test_a_plan_of_a_wide_stream_is_applied_to_a_checkpoint_with_books(tmp_path):

@@ -1,9 +1,6 @@
 """Growing in depth: stacking, identity blocks, slices, against models built by hand from renamed state dicts."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
@@ -26,6 +23,7 @@ from auxin.nn.masked import MaskedBlock
 from auxin.nn.stand_ins import Zeros
 from auxin.planning.depth import identity_layers
 from auxin.training.optimizer import optimizer_tensors
+from covering import covers, families, whole
 from edits.models import assert_same
 from oracles.depth import LAYERS, expansion, is_output, rearranged
 from tiny_models import FAMILIES, InDouble, change, inputs, labels, tiny
@@ -76,15 +74,16 @@ ARRANGEMENTS = [
         {2: 0.5, 3: 0.5, 4: 0.5},
     ),
 ]
+NUMBERS = range(len(ARRANGEMENTS))
 
 
 @pytest.mark.parametrize(
     ("family", "method", "settings", "order", "scales"),
     [
-        (family, *rest)
+        pytest.param(family, *ARRANGEMENTS[number], marks=() if covers(NUMBERS, number, FAMILIES, family) else whole)
         for family in FAMILIES
-        for rest in ARRANGEMENTS
-        if family != "bert" or 0.0 not in rest[-1].values()
+        for number in NUMBERS
+        if family != "bert" or 0.0 not in ARRANGEMENTS[number][-1].values()
     ],
 )
 def test_the_grown_model_is_the_one_built_by_hand(family, method, settings, order, scales):
@@ -112,7 +111,7 @@ def test_one_part_of_an_encoder_and_decoder_grows_alone(part):
 
 
 VARIANTS = [
-    *((family, {}) for family in PRE_NORM),
+    *(pytest.param(*family.values, {}, marks=family.marks) for family in families(PRE_NORM, "gpt_neox", "vit")),
     ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     ("llama", {"num_key_value_heads": 4}),
     ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
@@ -365,20 +364,6 @@ def test_no_identity_among_layers_that_depend_on_their_number():
     assert torch.equal(logits(model), logits(oracle))
 
 
-LOADS = """
-import json, sys
-import torch, transformers
-from safetensors.torch import load_file
-for folder, name in json.load(sys.stdin):
-    model = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
-    data = load_file(folder + "/probe")
-    expected = data.pop("logits")
-    with torch.no_grad():
-        assert torch.equal(model(**data).logits, expected), folder
-assert "auxin" not in sys.modules
-"""
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_removed_branch_adds_nothing_to_an_identity_block_either(family, place):
@@ -441,37 +426,3 @@ def test_a_copy_of_a_layer_whose_input_is_masked_is_no_identity_block(family):
         apply(upscaled(model, slices=[[0, 2], {"layers": [1, 2], "scale": 0.0}], **part), model, probe=inputs(model))
         assert change(before, model(**inputs(model)).logits) < 1e-12
     assert len(model.get_submodule(path)) == 3
-
-
-AUTO = {
-    "t5": "AutoModelForSeq2SeqLM",
-    "bert": "AutoModelForMaskedLM",
-    "vit": "AutoModelForImageClassification",
-}
-
-
-def test_plain_transformers_loads_the_grown_model(tmp_path):
-    saved = []
-    for family in FAMILIES:
-        for number, (method, settings) in enumerate(
-            [(stacking, {"factor": 2}), (expanded, {"group_size": 2}), (upscaled, {"dropped": 1})]
-        ):
-            if family == "tokenformer" or (family == "bert" and method is expanded):
-                continue
-            model = model_of(family).float()
-            apply(method(model, **settings), model, probe=inputs(model))
-            folder = tmp_path / f"{family}-{number}"
-            model.save_pretrained(folder)
-            assert "quantization_config" not in json.loads((folder / "config.json").read_text())
-            save_file({**inputs(model), "logits": logits(model)}, folder / "probe")
-            saved.append((str(folder), AUTO.get(family, "AutoModelForCausalLM")))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", LOADS],
-        input=json.dumps(saved),
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr

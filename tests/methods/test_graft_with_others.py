@@ -13,6 +13,8 @@ from auxin.methods.grow.masked import MaskRamp
 from auxin.models.anatomy import anatomy
 from auxin.nn.graft import Grafted
 from auxin.nn.masked import Masked
+from auxin.objectives.calibration import Calibration
+from auxin.planning.bench import Bench
 from tiny_models import FAMILIES, InDouble, change, inputs, labels, logits, tiny
 
 EXACT = 1e-12
@@ -43,7 +45,7 @@ def grown(name, model, optimizer=None, **values):
     found = method(name)
     values = values or found.examples(model)
     with InDouble():
-        return apply(found.plan(model, found.settings.parse(values)), model, optimizer, inputs(model)).plan
+        return apply(found.plan(Bench(model), found.settings.parse(values)), model, optimizer, inputs(model)).plan
 
 
 WIDER = [
@@ -128,10 +130,10 @@ def test_methods_without_a_promise_take_branches_along(family, name):
 def test_ligo_maps_branches_with_their_layers(family, tmp_path):
     """The plan makes the model that was optimised, and both have the branches."""
     model = grafted(family, **({"num_key_value_heads": 4} if family == "llama" else {}))
-    settings = LigoGrowth.parse({**method("ligo").examples(model), "folder": tmp_path})
+    settings = LigoGrowth.parse(method("ligo").examples(model))
     operator = GrowthOperator(model, settings)
-    learn(operator, [{**inputs(model), "labels": labels(model)}], 2, 1e-2)
-    plan = Plan.model_validate(json.loads(operator.plan().model_dump_json()))
+    learn(operator, Calibration.of_batches(model, [{**inputs(model), "labels": labels(model)}]), 2, 1e-2)
+    plan = Plan.model_validate(json.loads(operator.plan(tmp_path).model_dump_json())).beside(tmp_path)
     optimised = operator.parameters_of_grown()
     old = {tuple(p.shape) for name, p in model.named_parameters() if ".branch." in name}
     apply(plan, model)

@@ -54,7 +54,7 @@ def test_a_resumed_anneal_goes_on_where_it_was():
 def old_and_new(model):
     for layer in model.model.layers:
         for module, old in ((layer.mlp, 20), (layer.attention.query, 12), (layer.attention.proj, 12)):
-            for parameter in (module.keys, module.values):
+            for parameter in (module.key_tokens, module.value_tokens):
                 yield parameter, old
 
 
@@ -92,11 +92,11 @@ def test_counts_say_which_rows_are_old_where_groups_do_not():
     hook = OldTokenRates(0.0, {"ffn": 20})
     hook.attach(model, optimizer)
     mlp, query = model.model.layers[0].mlp, model.model.layers[0].attention.query
-    before, free = mlp.keys.detach().clone(), query.keys.detach().clone()
+    before, free = mlp.key_tokens.detach().clone(), query.key_tokens.detach().clone()
     run(model, optimizer, hook, 2)
-    assert torch.equal(mlp.keys[:20], before[:20])
-    assert not torch.equal(mlp.keys[20:], before[20:])
-    assert not torch.equal(query.keys[:12], free[:12])
+    assert torch.equal(mlp.key_tokens[:20], before[:20])
+    assert not torch.equal(mlp.key_tokens[20:], before[20:])
+    assert not torch.equal(query.key_tokens[:12], free[:12])
 
 
 def test_after_uneven_growth_the_counts_have_to_be_given():
@@ -109,11 +109,11 @@ def test_after_uneven_growth_the_counts_have_to_be_given():
     hook = OldTokenRates(0.0, {"qkv": 12, "proj": 12, "ffn": 40})
     hook.attach(model, optimizer)
     query, mlp = model.model.layers[0].attention.query, model.model.layers[0].mlp
-    before, values = query.keys.detach().clone(), mlp.values.detach().clone()
+    before, values = query.key_tokens.detach().clone(), mlp.value_tokens.detach().clone()
     run(model, optimizer, hook, 2)
-    assert torch.equal(query.keys[:12], before[:12])
-    assert (query.keys[12:] != before[12:]).any(dim=1).all()
-    assert torch.equal(mlp.values, values)
+    assert torch.equal(query.key_tokens[:12], before[:12])
+    assert (query.key_tokens[12:] != before[12:]).any(dim=1).all()
+    assert torch.equal(mlp.value_tokens, values)
 
 
 def test_wrong_arguments_and_models_are_refused():

@@ -11,11 +11,16 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
+from auxin.accounting import flops_per_token
 from auxin.data.tokenizer import train_tokenizer
-from auxin.edits import NormalFill, Plan, WrapModule, apply, apply_to_checkpoint
-from auxin.errors import PlanError
+from auxin.edits import NormalFill, Plan, WrapModule, apply, apply_to_checkpoint, planned_config
+from auxin.edits.structure import edited_skeleton
+from auxin.errors import DataError, PlanError
 from auxin.methods.grow.ligo import METHOD, GrowthOperator, LigoGrowth, learn, plan_ligo
 from auxin.nn.bricks import Brick, brick
+from auxin.objectives.calibration import Calibration
+from auxin.planning.bench import Bench
+from auxin.planning.method import estimate_plan, make_plan, plan_for
 from oracles.ligo import grown_matrices, widening
 from tiny_models import FAMILIES, InDouble, change, inputs, labels, logits, tiny
 
@@ -26,20 +31,26 @@ def source(family, seed=0, **values):
     return tiny(family, seed, **({"num_key_value_heads": 4} if grouped else {}), **values)
 
 
-def settings_for(model, folder, **values):
-    return LigoGrowth.parse({**METHOD.examples(model), "folder": folder, **values})
+def settings_for(model, **values):
+    return LigoGrowth.parse({**METHOD.examples(model), **values})
 
 
-def batch(model, seed=1):
-    return {**inputs(model, seed), "labels": labels(model, seed + 1)}
+def one_batch(model, seed=1):
+    """One batch of the model's inputs and labels."""
+    return Calibration.of_batches(model, [{**inputs(model, seed), "labels": labels(model, seed + 1)}])
+
+
+def learned(model, wanted, folder, batches):
+    """The plan of an operator that learned from `batches`."""
+    return plan_ligo(Bench(model, Calibration.of_batches(model, batches), folder=folder), wanted)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_plan_makes_the_model_that_was_optimised(family, tmp_path):
     model = source(family)
-    operator = GrowthOperator(model, settings_for(model, tmp_path))
-    learn(operator, [batch(model)], 3, 1e-2)
-    plan = Plan.model_validate(json.loads(operator.plan().model_dump_json()))
+    operator = GrowthOperator(model, settings_for(model))
+    learn(operator, one_batch(model), 3, 1e-2)
+    plan = Plan.model_validate(json.loads(operator.plan(tmp_path).model_dump_json()))
     optimised = operator.parameters_of_grown()
     apply(plan, model)
     made = dict(model.named_parameters())
@@ -90,12 +101,12 @@ def test_parameters_of_one_name_that_are_different_things_are_not_blended(tmp_pa
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])  # those without rotary tables, which are in float32
 def test_the_grown_model_computes_what_the_operator_was_trained_on(family, tmp_path):
     model = source(family)
-    operator = GrowthOperator(model, settings_for(model, tmp_path))
-    learn(operator, [batch(model)], 2, 1e-2)
+    operator = GrowthOperator(model, settings_for(model))
+    learn(operator, one_batch(model), 2, 1e-2)
     with torch.no_grad(), InDouble():
         parameters = operator.parameters_of_grown()
         wanted = functional_call(operator.grown, parameters, kwargs=inputs(model)).logits
-    apply(operator.plan(), model)
+    apply(operator.plan(tmp_path), model)
     assert change(wanted, logits(model)) < 1e-12
 
 
@@ -118,8 +129,8 @@ KINDS = [
 def test_the_operator_is_the_dense_kronecker_product(tmp_path):
     model = source("llama", attention_bias=False, mlp_bias=False)
     grow_to = {"num_attention_heads": 6, "hidden_size": 18, "intermediate_size": 15, "layers": 5}
-    operator = GrowthOperator(model, settings_for(model, tmp_path, **grow_to))
-    learn(operator, [batch(model)], 3, 3e-2)
+    operator = GrowthOperator(model, settings_for(model, **grow_to))
+    learn(operator, one_batch(model), 3, 3e-2)
     grown = operator.parameters_of_grown()
     rows = {name: parameter.detach().numpy() for name, parameter in operator.S.items()}
 
@@ -155,8 +166,8 @@ def test_the_operator_is_the_dense_kronecker_product(tmp_path):
 )
 def test_fused_projections_have_a_matrix_each_for_queries_keys_and_values(family, name, parts, tmp_path):
     model = source(family)
-    operator = GrowthOperator(model, settings_for(model, tmp_path, layers=None, num_attention_heads=6))
-    learn(operator, [batch(model)], 2, 3e-2)
+    operator = GrowthOperator(model, settings_for(model, layers=None, num_attention_heads=6))
+    learn(operator, one_batch(model), 2, 3e-2)
     old = dict(model.named_parameters())[name].detach().numpy()
     made = operator.parameters_of_grown()[name].detach().numpy()
     stack = name.split(".1.")[0].replace(".", "/")
@@ -185,12 +196,12 @@ def test_100_steps_lower_the_loss_and_only_the_operator_learns(tmp_path):
         optimizer.step()
     model.zero_grad(set_to_none=True)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    wanted = settings_for(model, tmp_path, layers=3, num_attention_heads=6, intermediate_size=18)
+    wanted = settings_for(model, layers=3, num_attention_heads=6, intermediate_size=18)
     operator = GrowthOperator(model, wanted)
     start = {name: parameter.detach().clone() for name, parameter in operator.named_parameters()}
-    losses = learn(operator, [ids[:4], ids[4:]], 100, 3e-3)
+    losses = learn(operator, Calibration.of_batches(model, [ids[:4], ids[4:]]), 100, 3e-3)
     assert losses[-1] < losses[0] - 0.5
-    assert operator.loss(ids).item() < losses[0] - 0.5
+    assert operator.loss({"input_ids": ids, "labels": ids}).item() < losses[0] - 0.5
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
@@ -203,7 +214,7 @@ def test_100_steps_lower_the_loss_and_only_the_operator_learns(tmp_path):
 def test_at_the_start_new_layers_are_stacked_and_new_units_are_old_ones(tmp_path):
     model = source("gpt2")
     values = {"layers": 5, "num_attention_heads": 6, "intermediate_size": 18, "noise": 0.0}
-    operator = GrowthOperator(model, settings_for(model, tmp_path, **values))
+    operator = GrowthOperator(model, settings_for(model, **values))
     old, grown = dict(model.named_parameters()), operator.parameters_of_grown()
     for layer, stacked in enumerate((0, 1, 0, 1, 0)):
         made, was = (
@@ -212,10 +223,10 @@ def test_at_the_start_new_layers_are_stacked_and_new_units_are_old_ones(tmp_path
         )
         assert torch.equal(made[:12], was)
         assert all(entry in was for entry in made[12:])
-    interleaved = GrowthOperator(model, settings_for(model, tmp_path, **values, depth_start="interleave"))
+    interleaved = GrowthOperator(model, settings_for(model, **values, depth_start="interleave"))
     rows = interleaved.w["transformer/h/mlp/c_fc"].argmax(dim=1)
     assert rows.tolist() == [0, 0, 0, 1, 1]
-    averaging = GrowthOperator(model, settings_for(model, tmp_path, **values, width_start="average"))
+    averaging = GrowthOperator(model, settings_for(model, **values, width_start="average"))
     assert (averaging.S["residual"] > 0).all()
     torch.testing.assert_close(averaging.S["residual"].sum(dim=1), torch.ones(8, dtype=torch.float64))
 
@@ -227,9 +238,8 @@ def test_the_same_seed_gives_the_same_plan(heads, layers, ffn, seed, tmp_path_fa
         return
     model = source("gpt2")
     values = {"num_attention_heads": heads, "layers": layers, "intermediate_size": ffn, "steps": 2, "seed": seed}
-    wanted = settings_for(model, tmp_path_factory.mktemp("ligo"), **values)
-    data = [inputs(model)["input_ids"]]
-    one, two = (plan_ligo(model, wanted, data) for _ in range(2))
+    folder, data = tmp_path_factory.mktemp("ligo"), [inputs(model)["input_ids"]]
+    one, two = (learned(model, settings_for(model, **values), folder, data) for _ in range(2))
     assert one == two
     apply(one, model)
     assert model.config.n_embd == 4 * heads
@@ -239,7 +249,7 @@ def test_the_same_seed_gives_the_same_plan(heads, layers, ffn, seed, tmp_path_fa
 def test_the_grown_checkpoint_is_plain(tmp_path):
     model = source("llama", dtype=torch.float32)
     model.save_pretrained(tmp_path / "small")
-    plan = plan_ligo(model, settings_for(model, tmp_path / "operator", steps=2), [inputs(model)["input_ids"]])
+    plan = learned(model, settings_for(model, steps=2), tmp_path / "operator", [inputs(model)["input_ids"]])
     apply_to_checkpoint(plan, tmp_path / "small", tmp_path / "large")
     apply(plan, model)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "large").eval()
@@ -250,48 +260,103 @@ def test_the_grown_checkpoint_is_plain(tmp_path):
     assert load_file(file)["residual"].shape == (model.config.hidden_size, 16)
 
 
-def test_from_the_command_line_it_learns_from_the_standard_library(tmp_path):
-    tokenizer = train_tokenizer(["def f(x): return x\n" * 50], 300, 32)
+@pytest.fixture
+def saved(tmp_path):
+    """A llama's folder with a tokenizer of its own."""
     model = source("llama", dtype=torch.float32, vocab_size=400)
     model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    values = {
-        "corpus": {"context_length": 16, "max_bytes": 90_000, "validation_fraction": 0.3},
-        "steps": 2,
-        "batch_size": 2,
-    }
-    plan = plan_ligo(loaded, settings_for(loaded, tmp_path, **values))
-    apply(plan, loaded)
-    (tmp_path / "model" / "tokenizer.json").unlink()
-    with pytest.raises(PlanError, match=r"no data to learn from.*steps = 0"):
-        plan_ligo(
-            model := AutoModelForCausalLM.from_pretrained(tmp_path / "model"), settings_for(model, tmp_path, **values)
-        )
+    train_tokenizer(["def f(x): return x\n" * 50], 300, 32).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+CORPUS = {"context_length": 16, "max_bytes": 90_000, "validation_fraction": 0.3}
+
+
+def test_on_the_command_line_it_learns_from_the_standard_library_and_the_books_say_what_it_saw(saved, tmp_path):
+    data = {"corpus": {**CORPUS, "context_length": 48}, "length": 16, "batch_size": 2}
+    plan = plan_for(METHOD, saved, {"layers": 3, "steps": 5}, data, tmp_path)
+    assert (plan.cost.samples, plan.cost.tokens) == (5 * 2, 5 * 2 * 16), "not the 48 tokens of a context"
+    assert plan.cost.seconds > 0
+    apply_to_checkpoint(plan, saved, tmp_path / "larger")
+    (saved / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"no data to look at.*Save the model with its tokenizer"):
+        plan_for(METHOD, saved, {"layers": 3, "steps": 5}, data, tmp_path)
+
+
+def test_the_flops_in_the_books_are_those_of_the_steps(tmp_path):
+    """Of a growth in depth alone: the grown model's passes, but for the gradients of its weights' other factors. A
+    blend of layers is no product, so nothing is added."""
+    model = source("llama", dtype=torch.float32)
+    ids = inputs(model)["input_ids"]
+    bench = Bench(model, Calibration.of_batches(model, [ids]), folder=tmp_path)
+    plan = make_plan(METHOD, bench, LigoGrowth(layers=4, steps=3))
+    apply(plan, model)
+    per_token = flops_per_token(model, ids.shape[1])
+    # Embedding and head don't learn: the head's product has one product behind it, not two.
+    head = 2 * model.config.hidden_size * model.config.vocab_size
+    assert plan.cost.tokens == 3 * ids.numel()
+    assert plan.cost.flops == 3 * ids.numel() * (per_token.training - head)
+
+
+def test_the_outline_has_the_sizes_of_the_plan_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for family in FAMILIES:
+        if family in ("vit", "tokenformer"):
+            continue
+        model = source(family)
+        wanted = settings_for(model)
+        skeleton = edited_skeleton(model.config, type(model))
+        estimate = estimate_plan(METHOD, Bench(skeleton), wanted)
+        assert not list(tmp_path.iterdir())
+        assert estimate.estimate
+        made = planned_config(estimate.edits, model.config)
+        (tmp_path / family).mkdir()
+        real = planned_config(plan_ligo(Bench(model, folder=tmp_path / family), wanted).edits, model.config)
+        assert made.to_dict() == real.to_dict()
+        with pytest.raises(PlanError, match="is an estimate"):
+            apply(estimate, model)
+        for path in (tmp_path / family).iterdir():
+            path.unlink()
+        (tmp_path / family).rmdir()
+
+
+def test_an_encoder_decoder_learns_span_corruption_from_text(tmp_path):
+    model = source("t5", dtype=torch.float32, vocab_size=400)
+    model.save_pretrained(tmp_path / "model")
+    train_tokenizer(["def f(x): return x\n" * 50], 300, 32).save_pretrained(tmp_path / "model")
+    plan = plan_for(METHOD, tmp_path / "model", {"layers": 3, "steps": 2}, {"corpus": CORPUS}, tmp_path)
+    assert plan.cost.tokens == 2 * 8 * 16, "tokens of text, also of those that are cut out"
+    apply_to_checkpoint(plan, tmp_path / "model", tmp_path / "larger")
 
 
 def test_what_can_not_be_done_is_refused_with_the_nearest_that_can(tmp_path):
-    def refused(message, model, data=None, **values):
+    def refused(message, model, batches=None, **values):
+        data = None if batches is None else Calibration.of_batches(model, batches)
         with pytest.raises(PlanError, match=message):
-            plan_ligo(model, LigoGrowth.parse({"folder": tmp_path, **values}), data)
+            plan_ligo(Bench(model, data, folder=tmp_path), LigoGrowth.parse(values))
 
     refused(r"4 query heads share 2.*A_o = B_v.*num_attention_heads = 4, or", tiny("llama"), num_attention_heads=8)
     refused(r"num_attention_heads = 4 with hidden_size = 16", tiny("qwen2"), hidden_size=32)
     refused("There is nothing to grow", source("llama"))
     refused(r"layers = 1 is fewer than the 2", source("llama"), layers=1)
-    refused("hold input_ids, token_type_ids and no labels", source("bert"), [inputs(source("bert"))], layers=3)
-    refused("batches that have labels", source("bert"), layers=3)
-    refused("ended after 0 batches", source("gpt2"), [], layers=3)
+    refused(r"steps = 100.*there is none. Give the bench a Calibration, or set steps = 0", source("bert"), layers=3)
     one = inputs(source("gpt2"))["input_ids"]
-    refused("ended after 1 batches and can't be read again", source("gpt2"), iter([one]), layers=3, steps=2)
     refused("needs the model's weights", source("gpt2").to("meta"), [one], layers=3)
     broken = source("gpt2")
     broken.transformer.wte.weight.data[:] = float("nan")
     refused("loss is nan at step 0", broken, [one], layers=3)
 
 
+def test_data_is_read_again_when_it_ends(tmp_path):
+    model = source("gpt2")
+    one, two = (inputs(model, seed)["input_ids"] for seed in (1, 2))
+    bench = Bench(model, Calibration.of_batches(model, [one, two]), folder=tmp_path)
+    plan_ligo(bench, LigoGrowth(layers=3, steps=5))
+    assert (bench.spent.samples, bench.spent.tokens) == (5 * len(one), 5 * one.numel())
+
+
 def test_grouped_heads_that_stay_do_not_stand_in_the_way(tmp_path):
     model = tiny("llama")
-    wanted = LigoGrowth.parse({"folder": tmp_path, "layers": 3, "hidden_size": 20, "intermediate_size": 15, "steps": 1})
-    apply(plan_ligo(model, wanted, [inputs(model)["input_ids"]]), model)
+    wanted = LigoGrowth(layers=3, hidden_size=20, intermediate_size=15, steps=1)
+    apply(learned(model, wanted, tmp_path, [inputs(model)["input_ids"]]), model)
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (3, 20)

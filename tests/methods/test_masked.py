@@ -16,6 +16,7 @@ from auxin.methods import method
 from auxin.methods.grow.masked import METHOD, MaskedGrowth, MaskRamp, plan_masked, plan_unmask
 from auxin.models.anatomy import anatomy
 from auxin.nn.masked import Masked, MaskedNorm
+from auxin.planning.bench import Bench
 from oracles.masked import bert_logits, gpt2_logits
 from tiny_models import FAMILIES, InDouble, change, inputs, labels, logits, tiny
 
@@ -353,7 +354,7 @@ def test_masks_on_the_way_are_in_the_way():
     ):
         other = method(name)
         with pytest.raises(PlanError, match=r"masks of an earlier growth.*finish = true"):
-            other.plan(model, other.settings.parse(values))
+            other.plan(Bench(model), other.settings.parse(values))
     MaskRamp.set_strength(model, 0.5)
     with pytest.raises(PlanError, match=r"is at 0\.5; without it"):
         plan_unmask(model)

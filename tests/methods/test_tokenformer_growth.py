@@ -137,17 +137,17 @@ def test_a_model_of_several_groups_gets_another_or_its_newest_grows(regime, grou
 def test_new_tokens_are_what_the_regime_says(regime):
     model = tiny_model(ffn_tokens=200)
     layer = model.model.layers[1].mlp
-    keys, values = layer.keys.detach().clone(), layer.values.detach().clone()
+    keys, values = layer.key_tokens.detach().clone(), layer.value_tokens.detach().clone()
     auxin.grow(model, ffn_tokens=400, regime=regime)
-    new_keys, new_values = layer.keys.detach()[200:], layer.values.detach()[200:]
+    new_keys, new_values = layer.key_tokens.detach()[200:], layer.value_tokens.detach()[200:]
     key_rule, value_rule, scale = REGIMES[regime]
     if key_rule == "copies":
         assert torch.equal(new_keys, keys)
         assert torch.equal(new_values, values / 2)
-        assert torch.equal(layer.values.detach()[:200], values / 2)
+        assert torch.equal(layer.value_tokens.detach()[:200], values / 2)
     else:
-        assert torch.equal(layer.keys.detach()[:200], keys)
-        assert torch.equal(layer.values.detach()[:200], values)
+        assert torch.equal(layer.key_tokens.detach()[:200], keys)
+        assert torch.equal(layer.value_tokens.detach()[:200], values)
         key_std = {"zeros": 0.0, "matched": keys.pow(2).mean().sqrt().item(), "initial": 0.02}[key_rule]
         value_std = {"zeros": 0.0, "initial": 2 / (2 * math.sqrt(32))}[value_rule]
         assert new_keys.std().item() == pytest.approx(key_std, rel=0.05)
@@ -159,22 +159,22 @@ def test_new_tokens_are_what_the_regime_says(regime):
 def test_noise_parts_the_copies_and_keeps_their_sum():
     model = tiny_model()
     layer = model.model.layers[0].mlp
-    keys, values = layer.keys.detach().clone(), layer.values.detach().clone()
+    keys, values = layer.key_tokens.detach().clone(), layer.value_tokens.detach().clone()
     auxin.grow(model, ffn_tokens=60, regime="duplicate", noise=0.5)
-    first, second, third = layer.values.detach().split(20)
+    first, second, third = layer.value_tokens.detach().split(20)
     assert (first - second).abs().min() > 0
     torch.testing.assert_close(first + second + third, values)
     assert (first - values / 3).pow(2).mean().sqrt() == pytest.approx(
         0.5 * (values / 3).pow(2).mean().sqrt().item() * math.sqrt(2 / 3), rel=0.15
     )
-    assert torch.equal(layer.keys.detach(), keys.repeat(3, 1))
+    assert torch.equal(layer.key_tokens.detach(), keys.repeat(3, 1))
 
 
 def new_rows(model):
     for layer in model.model.layers:
-        yield layer.mlp.keys, layer.mlp.values, 20
+        yield layer.mlp.key_tokens, layer.mlp.value_tokens, 20
         for module in (layer.attention.query, layer.attention.key, layer.attention.value, layer.attention.proj):
-            yield module.keys, module.values, 12
+            yield module.key_tokens, module.value_tokens, 12
 
 
 def test_only_new_values_have_a_gradient_at_the_first_step_and_new_keys_from_the_second():
@@ -220,7 +220,10 @@ def relative_change_of_a_layer(fill_keys, fill_values, old, new, width, kept_sca
     with torch.no_grad():
         small.tau.fill_(math.sqrt(old))
         big.tau.fill_(tau)
-        for name, std, fill in (("keys", 0.02, fill_keys), ("values", 2 / (12 * math.sqrt(width)), fill_values)):
+        for name, std, fill in (
+            ("key_tokens", 0.02, fill_keys),
+            ("value_tokens", 2 / (12 * math.sqrt(width)), fill_values),
+        ):
             rows = std * torch.randn(old, width, generator=generator)
             getattr(small, name).copy_(rows)
             getattr(big, name)[:old] = rows

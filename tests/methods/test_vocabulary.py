@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 
@@ -25,6 +26,7 @@ from auxin.methods import method
 from auxin.methods.grow import vocabulary as module
 from auxin.methods.grow.vocabulary import METHOD, VocabularyGrowth, grow_vocabulary, plan_vocabulary
 from auxin.models.loading import load_model, skeleton
+from auxin.planning.bench import Bench
 from auxin.planning.method import plan_for
 from edits.models import assert_same, everything
 from oracles.vocabulary import new_rows, table_length
@@ -197,6 +199,7 @@ def test_model_and_tokenizer_grow_together_and_load_in_a_new_process(tmp_path):
     code = f"""
 import sys, torch, transformers
 from pathlib import Path
+torch.set_num_threads(1)
 for folder in sorted(Path({str(tmp_path)!r}).iterdir(), key=lambda folder: folder.name == "tokenformer"):
     if folder.name == "tokenformer":
         assert "auxin" not in sys.modules
@@ -210,7 +213,8 @@ for folder in sorted(Path({str(tmp_path)!r}).iterdir(), key=lambda folder: folde
     with torch.no_grad():
         assert torch.equal(model(**expected["batch"]).logits, expected["logits"]), folder
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 @pytest.mark.parametrize("where", ["tokenizer", "promise"])
@@ -223,7 +227,7 @@ def test_on_failure_both_are_as_before(where, monkeypatch):
         with pytest.raises(DataError):
             grow_vocabulary(model, tokenizer, ["fine", "café"], optimizer=optimizer)
     else:
-        monkeypatch.setattr("auxin.edits.executor.relative_change", lambda *_: 1.0)
+        monkeypatch.setattr("auxin.edits.promise.relative_change", lambda *_: 1.0)
         with pytest.raises(PromiseError):
             grow_vocabulary(model, tokenizer, WORDS, optimizer=optimizer)
     assert_same(everything(model, optimizer), before)
@@ -362,13 +366,13 @@ def test_the_plan_reads_and_can_be_taken_back():
 
 def test_on_the_meta_device_only_shapes_change():
     model = skeleton(tiny("bert", vocab_size=40).config)
-    receipt = apply(METHOD.plan(model, VocabularyGrowth(rows=5)), model)
+    receipt = apply(METHOD.plan(Bench(model), VocabularyGrowth(rows=5)), model)
     assert receipt.max_relative_change is None
     assert model.cls.predictions.decoder.bias.shape == (48,)
 
 
 def test_models_without_a_vocabulary_are_refused():
-    for ask in (lambda model: METHOD.plan(model, VocabularyGrowth(rows=1)), METHOD.examples):
+    for ask in (lambda model: METHOD.plan(Bench(model), VocabularyGrowth(rows=1)), METHOD.examples):
         with pytest.raises(PlanError, match="type 'vit' has no vocabulary"):
             ask(tiny("vit"))
 
@@ -380,7 +384,7 @@ def test_a_tokenizer_that_is_larger_than_the_model_is_refused():
 
 def test_a_model_from_nowhere_needs_a_tokenizer():
     with pytest.raises(PlanError, match="Set `tokenizer`"):
-        METHOD.plan(tiny("llama"), VocabularyGrowth(tokens=("x",)))
+        METHOD.plan(Bench(tiny("llama")), VocabularyGrowth(tokens=("x",)))
 
 
 @pytest.mark.parametrize(

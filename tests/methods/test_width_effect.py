@@ -5,6 +5,7 @@ import copy
 from auxin.edits import apply
 from auxin.methods.grow.hypercloning import METHOD as HYPERCLONING
 from auxin.methods.grow.lemon import METHOD as LEMON
+from auxin.planning.bench import Bench
 from byte_language import byte_model, held_out_loss, library, train
 
 NARROW = {"hidden_size": 32, "intermediate_size": 86, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -24,7 +25,7 @@ def test_wider_models_beat_one_from_scratch_at_equal_work():
     losses = {}
     for method, settings in ((HYPERCLONING, {"factor": 2, "variant": "noisy"}), (LEMON, WIDE)):
         model, optimizer = copy.deepcopy(small)
-        apply(method.plan(model, method.settings.parse(settings)), model, optimizer)
+        apply(method.plan(Bench(model), method.settings.parse(settings)), model, optimizer)
         assert abs(held_out_loss(model, held_out) - before) < 1e-5
         train(model, learnt, GROWN, optimizer, first=SMALL)
         losses[method.name] = held_out_loss(model, held_out)

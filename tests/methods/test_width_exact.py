@@ -11,6 +11,7 @@ from auxin.methods.grow.hypercloning import METHOD as HYPERCLONING
 from auxin.methods.grow.lemon import METHOD as LEMON
 from auxin.methods.grow.net2net import METHOD as NET2NET
 from auxin.models.anatomy import anatomy
+from auxin.planning.bench import Bench
 from auxin.planning.depth import identity_order
 from auxin.planning.width import widen
 from auxin.planning.width_maps import StreamMap, Widening, circular, head_maps, padded
@@ -36,7 +37,7 @@ def run(model, plan, keep=lambda edit: edit):
 
 
 def by(method, model, **settings):
-    return method.plan(model, method.settings.parse(settings))
+    return method.plan(Bench(model), method.settings.parse(settings))
 
 
 def widened(model, approximate=False, **maps):

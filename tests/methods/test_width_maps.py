@@ -12,6 +12,7 @@ from auxin.errors import PlanError
 from auxin.methods.grow.hypercloning import METHOD as HYPERCLONING
 from auxin.methods.grow.lemon import METHOD as LEMON
 from auxin.models.anatomy import anatomy
+from auxin.planning.bench import Bench
 from auxin.planning.width import widen
 from auxin.planning.width_maps import StreamMap, Widening, circular, drawn, head_maps, padded
 from auxin.words.roles import Sizes
@@ -100,7 +101,7 @@ TILED = ([*range(16)] * 3, [*range(4)] * 3, [0, 1] * 3, [*range(12)] * 3)
 def test_hypercloned_llama_is_r_w_c(tied):
     model = tiny("llama", tie_word_embeddings=tied)
     old = state(model)
-    apply(HYPERCLONING.plan(model, HYPERCLONING.settings(factor=3)), model)
+    apply(HYPERCLONING.plan(Bench(model), HYPERCLONING.settings(factor=3)), model)
     closest(state(model), oracle.llama(old, oracle.Maps(*TILED, LLAMA), tied))
 
 
@@ -108,7 +109,7 @@ def test_hypercloned_llama_is_r_w_c(tied):
 def test_hypercloned_gpt2_is_r_w_c(tied):
     model = tiny("gpt2", tie_word_embeddings=tied)
     old = state(model)
-    apply(HYPERCLONING.plan(model, HYPERCLONING.settings(factor=3)), model)
+    apply(HYPERCLONING.plan(Bench(model), HYPERCLONING.settings(factor=3)), model)
     sizes = {**LLAMA, "keys": 4}
     maps = oracle.Maps([*range(16)] * 3, [*range(4)] * 3, [*range(4)] * 3, [*range(12)] * 3, sizes)
     closest(state(model), oracle.gpt2(old, maps, tied))
@@ -117,7 +118,7 @@ def test_hypercloned_gpt2_is_r_w_c(tied):
 def test_hypercloned_gpt_neox_is_r_w_c():
     model = tiny("gpt_neox")
     old = state(model)
-    apply(HYPERCLONING.plan(model, HYPERCLONING.settings(factor=2)), model)
+    apply(HYPERCLONING.plan(Bench(model), HYPERCLONING.settings(factor=2)), model)
     sizes = {"d": 32, "heads": 4, "keys": 4, "dim": 8, "ffn": 12}
     maps = oracle.Maps([*range(32)] * 2, [*range(4)] * 2, [*range(4)] * 2, [*range(12)] * 2, sizes)
     closest(state(model), oracle.gpt_neox(old, maps))
@@ -147,7 +148,7 @@ def test_lemon_llama_is_eta_r_w_c_but_for_the_free_columns():
     model = tiny("llama")
     old = state(model)
     settings = LEMON.settings(hidden_size=40, num_attention_heads=8, num_key_value_heads=4, intermediate_size=20)
-    apply(LEMON.plan(model, settings.model_copy(update={"split_noise": 0.0})), model)
+    apply(LEMON.plan(Bench(model), settings.model_copy(update={"split_noise": 0.0})), model)
     residual = [*range(16), *range(16), *[-1] * 8]
     ffn = [unit % 12 for unit in range(20)]
     maps = oracle.Maps(residual, [*range(4)] * 2, [0, 1, 0, 1], ffn, LLAMA)
@@ -168,7 +169,7 @@ def test_lemon_gpt2_pads_with_the_mean():
     model = tiny("gpt2")
     old = state(model)
     settings = LEMON.settings(hidden_size=24, num_attention_heads=6, split_noise=0.0)
-    apply(LEMON.plan(model, settings), model)
+    apply(LEMON.plan(Bench(model), settings), model)
     residual = [*range(16), *[-1] * 8]
     heads = [0, 1, 2, 3, 0, 1]
     maps = oracle.Maps(residual, heads, heads, [*range(12)], {**LLAMA, "keys": 4})
@@ -192,7 +193,7 @@ def test_lemon_gpt2_pads_with_the_mean():
 def test_uneven_shares_add_up():
     model = tiny("llama")
     old = state(model)["model.layers.1.mlp.up_proj.weight"]
-    apply(HYPERCLONING.plan(model, HYPERCLONING.settings(factor=2, variant="noisy", snr_db=6.0)), model)
+    apply(HYPERCLONING.plan(Bench(model), HYPERCLONING.settings(factor=2, variant="noisy", snr_db=6.0)), model)
     new = state(model)["model.layers.1.mlp.up_proj.weight"]
     for rows in (new[:12], new[12:]):
         assert np.allclose(rows[:, :16] + rows[:, 16:], old, atol=1e-14)
@@ -206,7 +207,7 @@ def test_uneven_shares_add_up():
 def test_diagonal_is_a_block_diagonal():
     model = tiny("gpt2")
     old = state(model)["transformer.h.0.attn.c_attn.weight"]
-    apply(HYPERCLONING.plan(model, HYPERCLONING.settings(factor=2, variant="diagonal")), model)
+    apply(HYPERCLONING.plan(Bench(model), HYPERCLONING.settings(factor=2, variant="diagonal")), model)
     new = state(model)["transformer.h.0.attn.c_attn.weight"]
     for part in range(3):
         q, wide = old[:, 16 * part :][:, :16], new[:, 32 * part :][:, :32]
@@ -224,10 +225,10 @@ def test_the_same_seed_gives_the_same_model():
     twice = []
     for _ in range(2):
         model = tiny("llama")
-        apply(LEMON.plan(model, LEMON.settings(hidden_size=24, seed=3)), model)
+        apply(LEMON.plan(Bench(model), LEMON.settings(hidden_size=24, seed=3)), model)
         twice.append(state(model))
     assert all(np.array_equal(twice[0][name], twice[1][name]) for name in twice[0])
     model = tiny("llama")
-    apply(LEMON.plan(model, LEMON.settings(hidden_size=24, seed=4)), model)
+    apply(LEMON.plan(Bench(model), LEMON.settings(hidden_size=24, seed=4)), model)
     assert any(not np.array_equal(twice[0][name], weight) for name, weight in state(model).items())
     assert torch.isfinite(logits(model)).all()

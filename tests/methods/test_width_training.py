@@ -10,6 +10,7 @@ from auxin.errors import PlanError
 from auxin.methods.grow.hypercloning import METHOD as HYPERCLONING
 from auxin.methods.grow.lemon import METHOD as LEMON
 from auxin.models.anatomy import anatomy
+from auxin.planning.bench import Bench
 from tiny_models import FAMILIES, InDouble, change, inputs, labels, logits, tiny
 
 CLONES = [
@@ -54,7 +55,7 @@ def widened_twin(family, method, settings, **model_config):
     wide = copy.deepcopy(small)
     wide_optimizer = adamw(wide)
     wide_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    plan = method.plan(wide, method.settings.parse(settings))
+    plan = method.plan(Bench(wide), method.settings.parse(settings))
     receipt = apply(plan, wide, wide_optimizer, probe=inputs(wide))
     return small, optimizer, wide, wide_optimizer, receipt
 
@@ -67,7 +68,7 @@ def test_moments_are_those_of_the_new_gradients(family, method, settings):
     for parameter in model.parameters():
         gradient = parameter.grad.clone()
         optimizer.state[parameter] = {"step": torch.tensor(7.0), "exp_avg": gradient, "exp_avg_sq": gradient**2}
-    apply(method.plan(model, method.settings.parse(settings)), model, optimizer, probe=inputs(model))
+    apply(method.plan(Bench(model), method.settings.parse(settings)), model, optimizer, probe=inputs(model))
     model.zero_grad()
     backward(model, 5)
     scale = max(parameter.grad.abs().max() for parameter in model.parameters())
@@ -154,7 +155,7 @@ def test_every_padded_entry_wakes(family):
     settings = {"hidden_size": 24, "num_attention_heads": 6} if family != "t5" else {"hidden_size": 24}
     if family == "llama":
         settings["num_key_value_heads"] = 3
-    apply(LEMON.plan(model, LEMON.settings.parse(settings)), model, probe=inputs(model))
+    apply(LEMON.plan(Bench(model), LEMON.settings.parse(settings)), model, probe=inputs(model))
     optimizer = adamw(model, weight_decay=0.0)
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     train(model, optimizer, range(4))

@@ -53,6 +53,25 @@ def test_what_it_names_exists_and_a_skeleton_suffices(family):
         assert field is None or hasattr(model.config, field)
 
 
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [*((family, {}) for family in FAMILIES), ("gpt_neox", {"use_parallel_residual": False})],
+    ids=str,
+)
+def test_the_parts_of_a_layer_read_each_other_unless_they_are_parallel(family, config):
+    """By intervention: what the first part of a layer gives is changed, and the second part hears of it, or not."""
+    model = tiny(family, **config)
+    for stack in anatomy(model).stacks:
+        first, second = (model.get_submodule(f"{stack.path}.0.{name}") for name in stack.outputs[:2])
+        heard = []
+        second.register_forward_hook(lambda module, inputs, output, heard=heard: heard.append(output))
+        logits(model)
+        handle = first.register_forward_hook(lambda module, inputs, output: 2 * output)
+        logits(model)
+        handle.remove()
+        assert torch.equal(*heard) == stack.parallel
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tiny_models_run_in_double_precision(family):
     model = tiny(family)

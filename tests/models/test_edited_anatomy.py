@@ -12,6 +12,7 @@ from auxin.errors import PlanError
 from auxin.methods import method
 from auxin.models.anatomy import anatomy
 from auxin.nn.bricks import Brick, Roles, brick
+from auxin.planning.bench import Bench
 from auxin.words.roles import ParameterRole
 from tiny_models import FAMILIES, tiny
 
@@ -59,7 +60,7 @@ def by(name, model, **values):
     found = method(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        apply(found.plan(model, found.settings.parse({**found.examples(model), **values})), model)
+        apply(found.plan(Bench(model), found.settings.parse({**found.examples(model), **values})), model)
     return model
 
 

@@ -180,13 +180,12 @@ def test_widths_that_are_settings_are_fixed():
     assert MaskedBlock(Layer()).fixed_widths() == {}
 
 
-def test_scales_follow_a_buffer_that_was_overwritten():
-    module = Pattention(4, 4, [3, 2], tau=[1.0, 2.0])
-    module.tau.copy_(torch.tensor([5.0, 6.0]))
-    module.buffers_loaded()
-    assert module.initial_tau == (5.0, 6.0)
-    module.reset_tau()
-    assert module.tau.tolist() == [5.0, 6.0]
+def test_scales_follow_those_that_they_were_overwritten_with():
+    module, other = Pattention(4, 4, [3, 2], tau=[1.0, 2.0]), Pattention(4, 4, [3, 2], tau=[0.1, 6.0])
+    module.tau.copy_(other.tau)
+    module.overwritten_with(other)
+    assert module.initial_tau == (0.1, 6.0), "the buffer rounds 0.1"
+    assert torch.equal(module.double().tau, torch.tensor([0.1, 6.0], dtype=torch.float64))
 
 
 def test_every_brick_is_one_and_knows_its_name():

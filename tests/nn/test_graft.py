@@ -43,7 +43,7 @@ def graft_of(module: nn.Module, tokens: list[int], **settings) -> Grafted:
 def awake(graft: Grafted, seed: int = 3) -> Grafted:
     """Values as after training."""
     with torch.no_grad():
-        graft.branch.values.copy_(numbers(*graft.branch.values.shape, seed=seed))
+        graft.branch.value_tokens.copy_(numbers(*graft.branch.value_tokens.shape, seed=seed))
     return graft
 
 
@@ -54,7 +54,7 @@ def test_the_layer_is_the_dense_one_plus_the_published_branch(kind, score_functi
     graft = awake(graft_of(dense, [5, 3], tau=[1.5, 2.5], score_function=score_function))
     x = numbers(4, 12, seed=1)
     weight = (dense.weight if kind == "linear" else dense.weight.T).detach().numpy()
-    branch = [t.detach().numpy() for t in (graft.branch.keys, graft.branch.values)]
+    branch = [t.detach().numpy() for t in (graft.branch.key_tokens, graft.branch.value_tokens)]
     wanted = x.numpy() @ weight.T + dense.bias.detach().numpy()
     wanted = wanted + oracle.pattention(x.numpy(), *branch, [1.5, 2.5], [5, 3], score_function)
     np.testing.assert_allclose(graft(x).detach().numpy(), wanted, rtol=1e-10, atol=1e-12)
@@ -72,9 +72,9 @@ def test_a_fresh_graft_is_the_layer_to_the_last_bit(kind, dtype):
     assert isinstance(graft, type(dense))
     assert not graft.training
     assert {p.dtype for p in graft.parameters()} == {dtype}
-    assert graft.branch.tau.dtype == torch.float32
+    assert graft.branch.tau.dtype == torch.promote_types(dtype, torch.float32)
     names = [name for name, _ in graft.named_parameters()]
-    assert names == ["weight", "bias", "branch.keys", "branch.values"]
+    assert names == ["weight", "bias", "branch.key_tokens", "branch.value_tokens"]
 
 
 def test_a_layer_without_bias_stays_without():
@@ -89,10 +89,10 @@ def test_a_further_group_keeps_the_old_rows_and_the_function():
     x = numbers(5, 12, seed=2)
     grown = GraftedLinear.replacing(graft, [4, 6], tau=[3.0, math.sqrt(6)])
     torch.testing.assert_close(grown(x), graft(x), rtol=1e-13, atol=1e-13)
-    assert torch.equal(grown.branch.keys[:4], graft.branch.keys)
+    assert torch.equal(grown.branch.key_tokens[:4], graft.branch.key_tokens)
     assert grown.branch.initial_tau == (3.0, math.sqrt(6))
     same = GraftedLinear.replacing(graft, [4], tau=[2.0])
-    assert same.branch.keys is graft.branch.keys
+    assert same.branch.key_tokens is graft.branch.key_tokens
     assert same.branch.initial_tau == (2.0,)
 
 
@@ -111,8 +111,8 @@ def test_the_constructors_make_what_replacing_makes():
     linear, conv = GraftedLinear(12, 7, [4, 2], bias=False, dtype=torch.bfloat16), GraftedConv1D(7, 12, [4])
     assert linear(numbers(2, 12, dtype=torch.bfloat16)).shape == (2, 7)
     assert conv(numbers(2, 12, dtype=torch.float32)).shape == (2, 7)
-    assert not linear.branch.values.any()
-    assert not conv.branch.values.any()
+    assert not linear.branch.value_tokens.any()
+    assert not conv.branch.value_tokens.any()
     assert "branch" in repr(conv)
     assert find_brick("grafted_linear") is GraftedLinear
     assert find_brick("grafted_conv1d") is GraftedConv1D
@@ -121,7 +121,7 @@ def test_the_constructors_make_what_replacing_makes():
 def test_fresh_keys_have_scores_of_ordinary_size():
     for inputs in (16, 768):
         graft = graft_of(layer("linear", inputs, 8, dtype=torch.float32), [512])
-        scores = numbers(64, inputs, dtype=torch.float32) @ graft.branch.keys.T
+        scores = numbers(64, inputs, dtype=torch.float32) @ graft.branch.key_tokens.T
         assert scores.square().mean().sqrt().item() == pytest.approx(1, rel=0.1)
 
 
@@ -170,19 +170,19 @@ def test_gradients_at_the_graft_are_finite_and_of_ordinary_size(dtype, kind, sha
     # Zero values: nothing flows through the branch to what lies below, nor to the keys.
     assert torch.equal(first["input"], plain["input"])
     assert torch.equal(first["weight"], plain["weight"])
-    assert not first["branch.keys"].any()
+    assert not first["branch.key_tokens"].any()
     # dV = S^T dY with |S| <= |Z|, and the squares of a row of Z sum to the number of tokens.
     bound = math.sqrt(tokens) * above.double().norm(dim=1).sum().item()
-    assert 0 < first["branch.values"].double().norm().item() <= 1.01 * bound
+    assert 0 < first["branch.value_tokens"].double().norm().item() <= 1.01 * bound
     # After a step of the values' own size the keys are awake. Per row |dA| <= |f'| tau / |A| |V dY|.
     with torch.no_grad():
-        graft.branch.values.copy_(numbers(tokens, shape[1], seed=seed + 2, scale=1e-2))
+        graft.branch.value_tokens.copy_(numbers(tokens, shape[1], seed=seed + 2, scale=1e-2))
     second = gradients(graft, x, above)
     assert all(gradient.isfinite().all() for gradient in second.values())
-    scores = (x.double() @ graft.branch.keys.double().T).norm(dim=1)
-    through = (above.double() @ graft.branch.values.double().T).norm(dim=1)
+    scores = (x.double() @ graft.branch.key_tokens.double().T).norm(dim=1)
+    through = (above.double() @ graft.branch.value_tokens.double().T).norm(dim=1)
     bound = (1.13 * math.sqrt(tokens) / scores * through * x.double().norm(dim=1)).sum().item()
-    assert second["branch.keys"].double().norm().item() <= 1.1 * bound + 1e-3
+    assert second["branch.key_tokens"].double().norm().item() <= 1.1 * bound + 1e-3
 
 
 def test_keys_of_zero_would_blow_up():
@@ -193,10 +193,10 @@ def test_keys_of_zero_would_blow_up():
     for rule in ("random keys", "zero keys"):
         branch = Pattention(24, 24, [16], dtype=torch.float64)
         with torch.no_grad():
-            branch.keys.copy_(numbers(16, 24, scale=24**-0.5 if rule == "random keys" else 0.0))
-            branch.values.copy_(numbers(16, 24, scale=1e-2))
+            branch.key_tokens.copy_(numbers(16, 24, scale=24**-0.5 if rule == "random keys" else 0.0))
+            branch.value_tokens.copy_(numbers(16, 24, scale=1e-2))
         branch(x).backward(above)
-        keys_gradient[rule] = rms(branch.keys.grad)
+        keys_gradient[rule] = rms(branch.key_tokens.grad)
     assert keys_gradient["random keys"] < 1
     assert keys_gradient["zero keys"] > 1e5 * keys_gradient["random keys"]
     # And with both zero nothing would ever move.

@@ -32,7 +32,7 @@ def layer(group_sizes, d_in=6, d_out=5, dtype=torch.float64, seed=0, **options):
 
 
 def roots(group_sizes):
-    return torch.tensor([math.sqrt(size) for size in group_sizes])
+    return torch.tensor([math.sqrt(size) for size in group_sizes], dtype=torch.float64)
 
 
 # --- the equations -----------------------------------------------------------------------------------------------
@@ -87,8 +87,8 @@ def lost_digits(x, keys, group_sizes):
 
 def test_one_group_is_the_published_layer():
     module, x = layer([32], d_in=16), random(8, 16)
-    scores = x @ module.keys.T
-    published = F.gelu(scores / scores.norm(p=2, dim=-1, keepdim=True) * math.sqrt(32)) @ module.values
+    scores = x @ module.key_tokens.T
+    published = F.gelu(scores / scores.norm(p=2, dim=-1, keepdim=True) * math.sqrt(32)) @ module.value_tokens
     torch.testing.assert_close(module(x), published, rtol=1e-5, atol=1e-6)
 
 
@@ -97,7 +97,7 @@ def test_groups_are_the_sum_of_layers_of_one_group():
     parts = [
         pattention(x, keys, values, tau, [len(keys)])
         for keys, values, tau in zip(
-            module.keys.split([5, 1, 12]), module.values.split([5, 1, 12]), module.tau.split(1), strict=True
+            module.key_tokens.split([5, 1, 12]), module.value_tokens.split([5, 1, 12]), module.tau.split(1), strict=True
         )
     ]
     torch.testing.assert_close(module(x), sum(parts), rtol=0, atol=1e-12)
@@ -185,7 +185,7 @@ def test_order_of_tokens_within_a_group_does_not_matter(seed, score_function):
     module, x = layer([7, 4], seed=seed, score_function=score_function), random(3, 6, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(7, generator=generator), 7 + torch.randperm(4, generator=generator)])
-    shuffled = pattention(x, module.keys[order], module.values[order], module.tau, [7, 4], score_function)
+    shuffled = pattention(x, module.key_tokens[order], module.value_tokens[order], module.tau, [7, 4], score_function)
     torch.testing.assert_close(shuffled, module(x), rtol=0, atol=1e-12)
 
 
@@ -200,18 +200,17 @@ def test_norm_of_the_normalised_scores_is_tau():
 def test_duplicated_tokens_under_the_root_rule_are_exact(gelu):
     module, x = layer([6], gelu=gelu), random(4, 6)
     for times in (2, 3):
-        keys, values = module.keys.repeat(times, 1), module.values.repeat(times, 1) / times
+        keys, values = module.key_tokens.repeat(times, 1), module.value_tokens.repeat(times, 1) / times
         grown = pattention(x, keys, values, roots([6 * times]), [6 * times], gelu=gelu, eps=1e-14)
-        torch.testing.assert_close(
-            grown, pattention(x, module.keys, module.values, module.tau, [6], gelu=gelu, eps=1e-14), rtol=0, atol=1e-6
-        )  # 1e-6: the roots are held in float32
+        before = pattention(x, module.key_tokens, module.value_tokens, module.tau, [6], gelu=gelu, eps=1e-14)
+        torch.testing.assert_close(grown, before, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("score_function", NORMS)
 def test_zero_keys_under_the_kept_tau_are_exact(score_function):
     module, x = layer([24], d_in=16, score_function=score_function, dtype=torch.float32), random(5, 16).float()
-    keys = torch.cat([module.keys, torch.zeros(40, 16)])
-    values = torch.cat([module.values, random(40, 5).float()])
+    keys = torch.cat([module.key_tokens, torch.zeros(40, 16)])
+    values = torch.cat([module.value_tokens, random(40, 5).float()])
     grown = pattention(x, keys, values, module.tau, [64], score_function)
     torch.testing.assert_close(grown, module(x), rtol=0, atol=1e-6)
 
@@ -256,14 +255,14 @@ def test_zero_scores_give_zeros_and_finite_gradients(score_function, as_compiled
     module, x = layer(groups, dtype=dtype, score_function=score_function), random(4, 6, dtype=dtype)
     module.tau.requires_grad_(as_compiled)  # then it takes the way compilers take
     if zero == "keys":
-        module.keys.data.zero_()
+        module.key_tokens.data.zero_()
     else:
         x[1] = 0
     x.requires_grad_()
     output = module(x)
     assert output[slice(None) if zero == "keys" else 1].count_nonzero() == 0
     output.backward(random(*output.shape, seed=5, dtype=dtype))
-    for tensor in (x, module.keys, module.values):
+    for tensor in (x, module.key_tokens, module.value_tokens):
         assert tensor.grad.isfinite().all()
 
 
@@ -283,7 +282,7 @@ def test_large_scores_do_not_overflow(score_function):
     x = (random(3, 6) * 1e4).float().requires_grad_()
     module(x).sum().backward()
     assert x.grad.isfinite().all()
-    assert module.values.grad.isfinite().all()
+    assert module.value_tokens.grad.isfinite().all()
 
 
 @every_score_function
@@ -298,7 +297,7 @@ def test_autocast_runs_the_gemms_in_bfloat16_and_the_norm_in_float32(score_funct
     exact = module(x).detach()
     torch.testing.assert_close(output.float(), exact, rtol=0, atol=0.05 * exact.abs().max().item())
     output.float().square().sum().backward()
-    assert module.keys.grad.dtype == torch.float32
+    assert module.key_tokens.grad.dtype == torch.float32
 
 
 @every_score_function
@@ -334,9 +333,9 @@ def saved_bytes(function, own):
 def test_keeps_what_a_dense_layer_keeps_plus_one_float_per_row_and_group(score_function, group_sizes, dtype):
     module = layer(group_sizes, d_in=32, d_out=24, dtype=dtype, score_function=score_function)
     x = random(50, 32, dtype=dtype).requires_grad_()
-    down = module.values.detach().T.contiguous().requires_grad_()
-    own = [x, module.keys, module.values, module.tau, down]
-    dense = saved_bytes(lambda: F.linear(F.gelu(F.linear(x, module.keys)), down), own)
+    down = module.value_tokens.detach().T.contiguous().requires_grad_()
+    own = [x, module.key_tokens, module.value_tokens, module.tau, down]
+    dense = saved_bytes(lambda: F.linear(F.gelu(F.linear(x, module.key_tokens)), down), own)
     assert dense == 2 * 50 * 96 * x.element_size()
     assert saved_bytes(lambda: module(x), own) <= dense + 4 * 50 * len(group_sizes)
 
@@ -379,11 +378,11 @@ def test_compiles_whole_and_sees_a_new_tau_without_recompiling(score_function, g
 def test_activation_checkpointing_gives_the_same_gradients(reentrant):
     module, x = layer([7, 5]), random(3, 6).requires_grad_()
     module(x).square().sum().backward()
-    plain = [x.grad.clone(), module.keys.grad.clone()]
-    x.grad = module.keys.grad = None
+    plain = [x.grad.clone(), module.key_tokens.grad.clone()]
+    x.grad = module.key_tokens.grad = None
     checkpoint(module, x, use_reentrant=reentrant).square().sum().backward()
     assert torch.equal(x.grad, plain[0])
-    assert torch.equal(module.keys.grad, plain[1])
+    assert torch.equal(module.key_tokens.grad, plain[1])
 
 
 def test_backward_twice_over_one_graph_and_refuses_second_derivatives():
@@ -415,21 +414,32 @@ def test_scales_survive_casts_and_the_meta_device():
     module = layer([576, 1564], d_in=4, tau=[24.0, 39.547], dtype=torch.float32)
     assert "tau" not in module.state_dict()
     exact = torch.tensor([24.0, 39.547])
-    for cast in (module.bfloat16(), module.half(), module.double()):
-        assert cast.tau.dtype == torch.float32
-        assert torch.equal(cast.tau, exact)
+    for cast in (torch.bfloat16, torch.float16, torch.float64, torch.float16, torch.float32):
+        tau = module.to(cast).tau
+        assert tau.dtype == (torch.float64 if cast == torch.float64 else torch.float32)
+        assert tau.tolist() == ([24.0, 39.547] if cast == torch.float64 else exact.tolist())
     empty = Pattention(4, 5, [576, 1564], tau=[24.0, 39.547], device="meta")
     assert empty(torch.empty(2, 3, 4, device="meta")).shape == (2, 3, 5)
     assert torch.equal(empty.to_empty(device="cpu").tau, exact)
+    empty = Pattention(4, 5, [576, 1564], tau=[24.0, 39.547], device="meta").double()
+    assert empty.to_empty(device="cpu").tau.tolist() == [24.0, 39.547]
     module.tau.zero_()
     module.reset_tau()
     assert torch.equal(module.tau, exact)
 
 
+@every_score_function
+def test_a_layer_in_float64_has_scales_in_float64(score_function):
+    module, x = layer([7, 5, 3], score_function=score_function), random(4, 6)
+    inputs = (tensor.detach().numpy() for tensor in (x, module.key_tokens, module.value_tokens))
+    exact = oracle.pattention(*inputs, [math.sqrt(size) for size in (7, 5, 3)], [7, 5, 3], score_function)
+    np.testing.assert_allclose(module(x).detach().numpy(), exact, rtol=0, atol=1e-14 * np.abs(exact).max())
+
+
 def test_default_scales_and_initialisation():
     module = layer([576, 1564], d_in=64, d_out=256, dtype=torch.float32)
     assert module.initial_tau == (24.0, math.sqrt(1564))
-    assert torch.equal(module.keys, layer([576, 1564], d_in=64, d_out=256, dtype=torch.float32).keys)
+    assert torch.equal(module.key_tokens, layer([576, 1564], d_in=64, d_out=256, dtype=torch.float32).key_tokens)
     output = layer([2048], d_in=64, d_out=256, dtype=torch.float32)(random(64, 64).float())
     assert output.std().item() == pytest.approx(math.sqrt(0.426), rel=0.05)
 
@@ -464,9 +474,9 @@ def test_a_refused_tau_changes_nothing(tau):
 def test_tensors_that_do_not_fit_the_groups_are_named():
     module, x = layer([4, 4]), random(2, 6)
     for keys, values, tau in [
-        (module.keys[:7], module.values, module.tau),
-        (module.keys, module.values[:7], module.tau),
-        (module.keys, module.values, module.tau[:1]),
+        (module.key_tokens[:7], module.value_tokens, module.tau),
+        (module.key_tokens, module.value_tokens[:7], module.tau),
+        (module.key_tokens, module.value_tokens, module.tau[:1]),
     ]:
         with pytest.raises(ConfigError, match="one row per token"):
             pattention(x, keys, values, tau, [4, 4])

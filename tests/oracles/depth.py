@@ -36,7 +36,7 @@ OUTPUTS = {
     "t5": r"layer\.\d\.(SelfAttention\.o|EncDecAttention\.o|DenseReluDense\.wo)\.weight",
     "bert": r"(attention\.output|output)\.dense\.(weight|bias)",
     "vit": r"(attention\.o_proj|mlp\.fc2)\.(weight|bias)",
-    "tokenformer": r"(attention\.proj|mlp)\.values",
+    "tokenformer": r"(attention\.proj|mlp)\.value_tokens",
 }
 """The parameters, relative to a layer, in which what it adds to the residual is linear."""
 

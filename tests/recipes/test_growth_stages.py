@@ -1,23 +1,30 @@
 """Grow stages of any method: priced before they run, and what the training after them holds back or goes on with."""
 
 import dataclasses
+import json
+import re
 
 import pytest
 import torch
 
-from auxin.accounting import Ledger, StageRecord, count_parameters
+from auxin.accounting import Ledger, StageRecord, count_parameters, flops_per_token
+from auxin.data import PackedData
 from auxin.edits import Plan, SetConfig
 from auxin.edits.structure import config_values, edited_skeleton
 from auxin.errors import ConfigError, PlanError
 from auxin.methods import methods
+from auxin.methods.grow.ligo import GrowthOperator
 from auxin.methods.grow.tokenformer import OldTokenRates, TokenGrowth, plan_token_growth
 from auxin.models.loading import load_model
 from auxin.models.tokenformer import TokenFormerConfig
+from auxin.objectives.calibration import CalibrationSettings
+from auxin.planning.bench import Bench
 from auxin.planning.hooks import ExactRates, OldRates
 from auxin.recipes import Recipe, price_recipe, run_recipe
 from auxin.recipes.schema import TrainStage
 from auxin.recipes.stage_hooks import old_shapes, stage_hooks
-from auxin.recipes.stage_models import final_config, growth_plan, resolve_structures
+from auxin.recipes.stage_models import estimated_stages, final_config, growth_plan, resolve_structures
+from corpora import small_corpus, write_documents
 
 LLAMA = {
     "hidden_size": 16,
@@ -36,13 +43,7 @@ def recipe(corpus, *stages, training=None):
         "name": "r",
         "title": "R",
         "seed": 3,
-        "corpus": {
-            "source": "files",
-            "paths": [str(corpus)],
-            "vocab_size": 300,
-            "context_length": 16,
-            "validation_fraction": 0.2,
-        },
+        "corpus": small_corpus(corpus),
         "training": {"batch_size": 4, "tensorboard": False, "decay_fraction": 0.0, **(training or {})},
         "branches": [
             {
@@ -61,10 +62,7 @@ def recipe(corpus, *stages, training=None):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(30):
-        (folder / f"{number}.txt").write_text(f"document {number} says " + "layers are cheaper than models " * 20)
-    return folder
+    return write_documents(tmp_path_factory.mktemp("corpus"))
 
 
 def grow(method, **settings):
@@ -81,6 +79,12 @@ AFTER = {"kind": "train", "name": "after", "settings": {"steps": 2}}
         (grow("stacking", faktor=2), "Did you mean 'factor'"),
         ({"kind": "grow", "method": "stacking", "to": "354m"}, r"exactly one of method, to \(a preset\) and tokens"),
         ({"kind": "grow", "to": "354m", "settings": {"factor": 2}}, "settings go with method"),
+        ({"kind": "grow", "to": "354m", "calibration": {"samples": 2}}, "calibration goes with method"),
+        (grow("stacking", factor=2) | {"calibration": {"samples": 2}}, "stacking looks at no data.*samples"),
+        (grow("ligo", layers=3, steps=0) | {"calibration": {"samples": 2}}, "ligo looks at no data with these"),
+        (grow("ligo", layers=3) | {"calibration": {"length": 17}}, "length is 17, but corpus.context_length is 16"),
+        (grow("ligo", layers=3) | {"calibration": {"lenght": 8}}, "calibration: lenght: unknown.*mean 'length'"),
+        (grow("ligo", layers=3, batch_size=2), "batch_size: unknown field"),
         ({"kind": "grow", "to": "354m"}, "only a TokenFormer grows by tokens, this is a llama"),
         (grow("stacking", layers=1), "stacking can't shrink"),
     ],
@@ -103,7 +107,7 @@ def test_what_a_growth_makes_is_known_before_it_is_done(corpus):
 def test_a_growths_seed_is_the_recipes_unless_it_has_its_own(corpus):
     made = recipe(corpus, grow("hypercloning", factor=2), {**grow("hypercloning", factor=2, seed=7), "name": "b"})
     model = edited_skeleton(resolve_structures(made, {"vocab_size": 300})["main"]["base"])
-    plans = [growth_plan(stage, model, 3) for stage in made.branches[0].stages[2:]]
+    plans = [growth_plan(stage, Bench(model, seed=3)) for stage in made.branches[0].stages[2:]]
     assert [plan.seed for plan in plans] == [3, 7]
 
 
@@ -149,9 +153,9 @@ def ledger_of(*plans):
 def test_the_hooks_of_a_stage_know_what_was_there_before():
     config, plan = tokenformer_plans()
     shapes = old_shapes([plan])
-    assert shapes["model.layers.0.mlp.keys"] == (8, 8)
-    assert shapes["model.layers.0.attention.query.values"] == (4, 8)
-    assert shapes["model.layers.0.attention.proj.keys"] == (4, 8)
+    assert shapes["model.layers.0.mlp.key_tokens"] == (8, 8)
+    assert shapes["model.layers.0.attention.query.value_tokens"] == (4, 8)
+    assert shapes["model.layers.0.attention.proj.key_tokens"] == (4, 8)
     assert shapes.keys() == {name for name, _ in edited_skeleton(config).named_parameters()}
     stage = TrainStage(kind="train", name="t", old_tokens_rate=0.0, old_rate=0.5, old_rate_steps=4)
     tokens, everything = stage_hooks(stage, ledger_of(plan))
@@ -185,31 +189,160 @@ def test_exact_rates_go_on_with_the_small_model(corpus, tmp_path):
     assert abs(losses["plain"] - losses["small"]) > 10 * abs(losses["grown"] - losses["small"])
 
 
-def test_a_method_that_looks_at_weights_is_priced_by_its_outline_and_pays_for_its_text(corpus, tmp_path, monkeypatch):
+def looking(found, factor):
+    """A method that looks at weights and at 20 samples: its outline doubles the layers, its plan makes them `factor`
+    times as many; what it saw and on what kind of model goes into `found`."""
     stacking = methods()["stacking"]
-    seen = []
 
-    def learned(model, settings):
-        seen.append(next(model.parameters()).is_meta)
-        return stacking.plan(model, settings)
+    def plan(bench, settings):
+        found.append(next(bench.model.parameters()).is_meta)
+        for batch in bench.data.batches():
+            bench.model(**batch)
+        return stacking.plan(bench, settings.model_copy(update={"factor": factor}))
 
-    method = dataclasses.replace(
-        stacking, name="learned", plan=learned, needs_weights=True, outline=stacking.plan, tokens=lambda settings: 640
+    return dataclasses.replace(
+        stacking,
+        name="looking",
+        plan=plan,
+        needs_weights=True,
+        outline=stacking.plan,
+        calibration=lambda settings: CalibrationSettings(samples=20, batch_size=8),
     )
-    monkeypatch.setattr("auxin.recipes.stage_models.find_method", lambda name: method)
-    made = recipe(corpus, grow("learned", factor=2), AFTER)
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Makes a method the one that every grow stage finds."""
+
+    def installed(method):
+        monkeypatch.setattr("auxin.recipes.stage_models.find_method", lambda name: method)
+
+    return installed
+
+
+def quiet(line):
+    """Tells nobody."""
+
+
+def test_a_method_that_looks_at_weights_is_priced_as_an_estimate_and_books_what_it_did(corpus, tmp_path, install):
+    found = []
+    install(looking(found, factor=2))
+    made = recipe(corpus, grow("looking", factor=2), AFTER)
     price = price_recipe(made, memory=False)
-    assert not seen
-    results = run_recipe(made, tmp_path / "out", "", announce=lambda line: None)
-    assert seen == [False]
-    assert results.branches[0].flops == pytest.approx(price.branch_flops["main"], rel=1e-9)
-    assert results.branches[0].tokens == 640 + 4 * 4 * 16
-    assert "640" in str(price)
-    monkeypatch.setattr(
-        "auxin.recipes.stage_models.find_method", lambda name: dataclasses.replace(method, outline=None)
-    )
-    with pytest.raises(PlanError, match="has no outline"):
+    assert not found
+    assert [stage.estimate for stage in price.stages] == [False, False, True, True]
+    assert "grow-looking (grow, an estimate)" in str(price)
+    assert "An estimate: a method looks at weights" in str(price)
+    assert price.stages[2].tokens == 20 * 16
+    results = run_recipe(made, tmp_path / "out", "", announce=quiet)
+    assert found == [False]
+    record = results.branches[0].ledger.stages[2]
+    assert (record.samples, record.tokens) == (20, 20 * 16)
+    assert results.branches[0].tokens == 2 * 4 * 16 + 20 * 16 + 2 * 4 * 16
+    base = tmp_path / "out/branches/main/02-base"
+    small = load_model(base / (base / "latest").read_text().strip())
+    # It looks forwards, once, at the small model; the price took it for learning with the grown one.
+    assert record.flops == pytest.approx(20 * 16 * flops_per_token(small, 16).forward, rel=1e-9)
+    assert 0 < record.flops < price.stages[2].flops
+    assert record.seconds > 0
+    plan = Plan.model_validate(record.plan)
+    assert not plan.estimate
+    assert plan.cost.samples == 20
+    install(dataclasses.replace(looking(found, factor=2), outline=None))
+    with pytest.raises(PlanError, match="'grow-looking': looking looks at the weights and has no outline"):
         price_recipe(made, memory=False)
+
+
+def test_data_that_a_growth_looked_at_does_not_move_the_training_on(corpus, tmp_path, install):
+    """With the same documents in the same order, a growth that looks at data is compared with one that doesn't."""
+    install(looking([], factor=2))
+    positions = {}
+    for name, stage in (("looking", grow("looking", factor=2)), ("not", grow("stacking", factor=2))):
+        if name == "not":
+            install(methods()["stacking"])
+        run_recipe(recipe(corpus, stage, AFTER), tmp_path / name, "", announce=quiet)
+        lines = (tmp_path / name / "branches/main/04-after/metrics.jsonl").read_text().splitlines()
+        positions[name] = [json.loads(line)["data_position"] for line in lines if "data_position" in line]
+    assert positions["looking"] == positions["not"]
+
+
+def test_what_goes_by_an_estimated_branch_reads_what_that_branch_left(corpus, tmp_path, install):
+    """The outline says four layers, the plan makes six: what is built like it, or as large, is of the real size."""
+    install(looking([], factor=3))
+    values = recipe(corpus, grow("looking", factor=2)).model_dump(mode="json", exclude_defaults=True)
+    build = {"kind": "build", "model_type": "llama", "config": {**LLAMA, "num_hidden_layers": 1}}
+    evaluate = {"kind": "evaluate"}
+    values["branches"] += [
+        {"name": "like", "title": "l", "stages": [{"kind": "build", "like": "main"}, evaluate]},
+        {"name": "size", "title": "s", "stages": [build | {"parameters_of": "main"}, evaluate]},
+        {"name": "again", "title": "a", "stages": [{"kind": "build", "like": "like"}, evaluate]},
+        {"name": "fork", "title": "f", "fork": "main/grow-looking", "stages": [AFTER, grow("looking", factor=2)]},
+        {"name": "own", "title": "o", "stages": [build, AFTER]},
+    ]
+    made = Recipe.parse(values)
+    assert estimated_stages(made) == {
+        ("main", "grow-looking"),
+        *((name, stage) for name in ("like", "size", "again") for stage in ("build", "evaluate")),
+        ("fork", "after"),
+        ("fork", "grow-looking"),
+    }
+    assert final_config(resolve_structures(made, {"vocab_size": 300}), "like").num_hidden_layers == 4
+    run_recipe(made, tmp_path / "out", "", announce=quiet)
+    models = {
+        name: load_model(tmp_path / "out/branches" / name / "02-evaluate/checkpoint")
+        for name in ("like", "again", "size")
+    }
+    main = load_model(tmp_path / "out/branches/main/03-grow-looking/checkpoint")
+    target = count_parameters(main).total
+    assert main.config.num_hidden_layers == 6
+    assert models["like"].config.num_hidden_layers == models["again"].config.num_hidden_layers == 6
+    assert count_parameters(models["like"]).total == target
+    assert abs(count_parameters(models["size"]).total / target - 1) < 0.02
+    fork = load_model(tmp_path / "out/branches/fork/02-grow-looking/checkpoint")
+    assert fork.config.num_hidden_layers == 18, "a later growth starts from the real model"
+
+
+def documents_of(tokenizer, contexts):
+    """The numbers of the documents of whose beginning something is in the contexts."""
+    return {
+        int(number) for text in tokenizer.batch_decode(contexts) for number in re.findall(r"document (\d+) says", text)
+    }
+
+
+def test_ligo_learns_from_the_training_split_alone_and_pays_for_every_token(corpus, tmp_path, monkeypatch):
+    seen = []
+    loss = GrowthOperator.loss
+
+    def recorded(operator, batch):
+        seen.append(batch["input_ids"])
+        return loss(operator, batch)
+
+    monkeypatch.setattr(GrowthOperator, "loss", recorded)
+    made = recipe(corpus, grow("ligo", layers=3, intermediate_size=40, steps=60), AFTER)
+    assert made.corpus.validation_fraction == 0.2
+    results = run_recipe(made, tmp_path / "out", "", announce=quiet)
+    contexts = torch.cat(seen).tolist()
+    data = PackedData.load(tmp_path / "out/data")
+    train, held_out = ({tuple(row) for row in split.tolist()} for split in (data.train, data.validation))
+    assert {tuple(row) for row in contexts} <= train
+    assert not {tuple(row) for row in contexts} & (held_out - train)
+    tokenizer = data.tokenizer()
+    looked_at, held = documents_of(tokenizer, contexts), documents_of(tokenizer, data.validation.tolist())
+    assert len(looked_at) > 10
+    assert len(held) >= 2
+    assert not looked_at & held
+    record = results.branches[0].ledger.stages[2]
+    assert record.samples == len(contexts) == 60 * 8
+    assert record.tokens == sum(batch.numel() for batch in seen)
+    assert record.flops > 0
+    assert list((tmp_path / "out/branches/main/03-grow-ligo").glob("ligo-*.safetensors"))
+
+
+def test_a_stage_says_how_much_a_method_looks_at(corpus, tmp_path):
+    stage = grow("ligo", layers=3, steps=3) | {"calibration": {"length": 8, "batch_size": 2}}
+    results = run_recipe(recipe(corpus, stage), tmp_path / "out", "", announce=quiet)
+    record = results.branches[0].ledger.stages[2]
+    assert (record.samples, record.tokens) == (6, 48)
 
 
 def test_a_plan_that_sets_config_alone_keeps_all_old():

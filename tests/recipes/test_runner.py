@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -24,18 +25,14 @@ from auxin.recipes.growth import grow_checkpoint
 from auxin.recipes.results import describe_left_out
 from auxin.recipes.runner import Run
 from auxin.report import findings, write_chart_svg, write_report
+from corpora import small_corpus, write_documents
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(40):
-        (folder / f"{number}.txt").write_text(
-            f"document {number} says " + "growing is cheaper than starting over " * 20
-        )
-    return folder
+    return write_documents(tmp_path_factory.mktemp("corpus"), documents=40)
 
 
 def tiny_recipe(corpus, **settings):
@@ -44,13 +41,7 @@ def tiny_recipe(corpus, **settings):
             "name": "tiny",
             "title": "A tiny run",
             "seed": 5,
-            "corpus": {
-                "source": "files",
-                "paths": [str(corpus)],
-                "vocab_size": 300,
-                "context_length": 16,
-                "validation_fraction": 0.2,
-            },
+            "corpus": small_corpus(corpus),
             "training": {"batch_size": 4, "log_interval": 2, "tensorboard": False, **settings},
             "branches": [
                 {
@@ -223,7 +214,7 @@ def test_a_half_precision_checkpoint_of_other_data_trains_on(run, corpus, tmp_pa
     # The tokens from before the growth were frozen, the others not.
     trained = load_model(tmp_path / "out/branches/main/02-train/checkpoints/step-00000002").state_dict()
     before = load_model(half, dtype=torch.float32).state_dict()
-    name = "model.layers.0.mlp.values"
+    name = "model.layers.0.mlp.value_tokens"
     assert torch.equal(trained[name][:8], before[name][:8])
     assert not torch.equal(trained[name][8:], before[name][8:])
 
@@ -276,20 +267,32 @@ def test_a_grown_checkpoint_appears_with_its_own_ledger_or_not_at_all(run, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["grown"]
 
 
+DIES_AFTER_THE_GROWTH = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from auxin.recipes import load_recipe, run_recipe
+
+torch.set_num_threads(1)
+recipe, output = sys.argv[1:]
+
+def announce(line):
+    if (Path(output) / "branches/grown/03-grow/checkpoint").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+run_recipe(load_recipe(recipe), output, "", announce=announce)
+"""
+
+
 def test_a_killed_run_goes_on_to_the_same_bits(run, corpus, tmp_path):
     directory, results, _ = run
     recipe, output = tmp_path / "tiny.yaml", tmp_path / "out"
     tiny_recipe(corpus).to_yaml(recipe)
-    code = (
-        "import sys, torch; torch.set_num_threads(1); from auxin.recipes import load_recipe, run_recipe;"
-        "run_recipe(load_recipe(sys.argv[1]), sys.argv[2], '')"
-    )
-    killed = subprocess.Popen([sys.executable, "-c", code, str(recipe), str(output)], stdout=subprocess.DEVNULL)
-    marker = output / "branches/grown/03-grow"
-    while killed.poll() is None and not marker.exists():
-        time.sleep(0.01)
-    killed.kill()
-    killed.wait()
+    command = [sys.executable, "-c", DIES_AFTER_THE_GROWTH, str(recipe), str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, env=environment)
+    assert done.returncode == -signal.SIGKILL
+    assert not (output / "branches/grown/05-evaluate").exists()
     assert not (output / "results.json").exists()
     again = run_recipe(tiny_recipe(corpus), output, "", announce=lambda line: None)
     losses = [branch.validation_loss for branch in results.branches]

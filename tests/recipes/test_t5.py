@@ -14,6 +14,7 @@ from auxin.models.loading import load_config, load_model
 from auxin.recipes import Recipe, price_recipe, run_recipe
 from auxin.recipes.stage_models import resolve_structures
 from auxin.training import load_model as load_trained
+from corpora import small_corpus, write_documents
 
 SIZES = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.1}
 CONTEXT, SPANS, INPUTS, TARGETS = 24, 1, 24 - 4 + 1, 4 + 1 + 1
@@ -34,13 +35,7 @@ def t5_recipe(corpus, *stages, training=None, model_type="t5", config=None, **bu
         {
             "name": "t5",
             "title": "A tiny T5",
-            "corpus": {
-                "source": "files",
-                "paths": [str(corpus)],
-                "vocab_size": 300,
-                "context_length": CONTEXT,
-                "validation_fraction": 0.3,
-            },
+            "corpus": small_corpus(corpus, context_length=CONTEXT, validation_fraction=0.3),
             "training": {**common, **({"objective": "span_corruption"} if training is None else training)},
             "branches": [{"name": "main", "title": "main", "stages": [first, *stages]}],
         }
@@ -49,10 +44,7 @@ def t5_recipe(corpus, *stages, training=None, model_type="t5", config=None, **bu
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(30):
-        (folder / f"{number}.txt").write_text(f"document {number} says " + "span by span a text is mended " * 8)
-    return folder
+    return write_documents(tmp_path_factory.mktemp("corpus"), phrase="span by span a text is mended ")
 
 
 @pytest.fixture(scope="module")

@@ -22,21 +22,12 @@ from auxin.training.checkpoint import (
     read_state,
     read_tensors,
 )
-from auxin.training.optimizer import build_optimizer, optimizer_tensors
-from training.tiny import MODELS, bits, tiny_llama, tiny_settings, weights
+from auxin.training.optimizer import optimizer_tensors
+from training.tiny import MODELS, bits, stepped, tiny_llama, tiny_settings, weights
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def with_moments(seed: int = 0):
-    model = tiny_llama(seed)
-    optimizer = build_optimizer(model, tiny_settings(steps=1))
-    ids = torch.arange(32).view(2, 16)
-    model(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
-    return model, optimizer
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -52,7 +43,7 @@ def test_transformers_loads_what_was_written(tmp_path, kind):
 
 
 def test_everything_comes_back(tmp_path):
-    model, optimizer = with_moments()
+    model, optimizer = stepped()
     ledger = Ledger(stages=[StageRecord(name="a", kind="build", parameters=5)])
     folder = write_checkpoint_folder(
         tmp_path / "c", model, ledger=ledger, optimizer=optimizer, tensors={"x": torch.arange(3)}, state={"step": 7}
@@ -178,7 +169,7 @@ def cut(path: Path) -> None:
     ],
 )
 def test_a_damaged_folder_says_so(tmp_path, harm, read, message):
-    model, optimizer = with_moments()
+    model, optimizer = stepped()
     folder = write_checkpoint_folder(tmp_path / "c", model, optimizer=optimizer, state={"step": 1})
     harm(folder)
     with pytest.raises(CheckpointError, match=message):

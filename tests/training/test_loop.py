@@ -19,6 +19,7 @@ from auxin.training import latest_checkpoint, load_model, train
 from auxin.training import loop as loop_module
 from auxin.training.fit import check_fit
 from auxin.training.hardware import choose_precision, peak_flops
+from corpora import small_corpus, write_documents
 from training.tiny import (
     CONTEXT,
     MODELS,
@@ -86,14 +87,8 @@ def test_any_causal_language_model_learns(tmp_path, kind):
 
 
 def test_trains_on_a_prepared_corpus_and_saves_its_tokenizer(tmp_path):
-    source = tmp_path / "text"
-    source.mkdir()
-    for number in range(30):
-        (source / f"{number}.txt").write_text(f"The plant number {number} grows towards the light. " * 20)
-    settings = CorpusSettings(
-        source="files", paths=[source], vocab_size=300, context_length=32, validation_fraction=0.2
-    )
-    data = prepare(settings, tmp_path / "data")
+    settings = small_corpus(write_documents(tmp_path / "text"), context_length=32)
+    data = prepare(CorpusSettings(**settings), tmp_path / "data")
     result = train(
         tiny_llama(vocab_size=data.vocab_size), data, tiny_settings(steps=4), tmp_path / "run", progress=False
     )
@@ -362,7 +357,7 @@ def test_a_scale_that_a_hook_changes_is_resumed(tmp_path):
 
         def before_step(self, step: int) -> None:
             if step < 4:
-                self.model.set_tau(qkv=[3.0 + step, 2.0])
+                self.model.set_tau(qkv=[3.1 + step, 2.0])
 
         def after_step(self, step: int) -> None: ...
 
@@ -376,9 +371,10 @@ def test_a_scale_that_a_hook_changes_is_resumed(tmp_path):
     run(tiny_tokenformer(), tmp_path / "pieces", steps=8, hooks=[Anneal()], stop_after=6)
     run(pieces, tmp_path / "pieces", steps=8, hooks=[Anneal()])
     assert bits(weights(alone)) == bits(weights(pieces))
-    assert pieces.config.qkv_tau == alone.config.qkv_tau == [6.0, 2.0]
-    scales = [m.initial_tau for m in pieces.modules() if isinstance(m, Pattention) and m.tau.tolist() == [6.0, 2.0]]
-    assert scales == [(6.0, 2.0)] * 6, "query, key and value of both layers, whose plain numbers follow the buffers"
+    assert pieces.config.qkv_tau == alone.config.qkv_tau == [6.1, 2.0]
+    stored = torch.tensor([6.1, 2.0]).tolist()
+    scales = [m.initial_tau for m in pieces.modules() if isinstance(m, Pattention) and m.tau.tolist() == stored]
+    assert scales == [(6.1, 2.0)] * 6, "query, key and value of both layers, whose plain numbers follow the buffers"
 
 
 def test_checkpoints_are_kept_and_pruned(tmp_path):

@@ -5,7 +5,7 @@ import torch
 
 from auxin.errors import CheckpointError
 from auxin.training.optimizer import build_optimizer, optimizer_tensors, parameter_groups, restore_optimizer
-from training.tiny import MODELS, tiny_llama, tiny_settings
+from training.tiny import MODELS, stepped, tiny_llama, tiny_settings
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -52,15 +52,6 @@ def test_update_is_adamw():
         parameter.grad = g.float()
         optimizer.step()
     torch.testing.assert_close(parameter.detach().double(), x, atol=1e-6, rtol=1e-6)
-
-
-def stepped(seed: int):
-    model = tiny_llama(seed)
-    optimizer = build_optimizer(model, tiny_settings(steps=1))
-    ids = torch.arange(32).view(2, 16)
-    model(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
-    return model, optimizer
 
 
 def test_moments_move_by_name():

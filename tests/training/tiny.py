@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     T5Config,
@@ -20,6 +19,8 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from auxin.models import TokenFormerConfig, TokenFormerForCausalLM
 from auxin.training import TrainingSettings
+from auxin.training.optimizer import build_optimizer
+from tiny_models import fresh_llama
 
 VOCABULARY = 64
 CONTEXT = 16
@@ -46,17 +47,8 @@ class TinyData:
 
 
 def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    values = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 64,
-        **changes,
-    }
-    return LlamaForCausalLM(LlamaConfig(**values))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "max_position_embeddings": 64}
+    return fresh_llama(seed, **{"vocab_size": VOCABULARY, **sizes, **changes})
 
 
 def tiny_gpt2(seed: int = 0, dropout: float = 0.1) -> GPT2LMHeadModel:
@@ -135,6 +127,16 @@ def poisoned_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
 def tiny_settings(**changes: object) -> TrainingSettings:
     values = {"batch_size": 4, "learning_rate": 3e-3, "warmup_steps": 2, "tensorboard": False, "log_interval": 5}
     return TrainingSettings(**{**values, **changes})
+
+
+def stepped(seed: int = 0) -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
+    """A tiny Llama and its optimizer after one step, so that there are moments."""
+    model = tiny_llama(seed)
+    optimizer = build_optimizer(model, tiny_settings(steps=1))
+    ids = torch.arange(32).view(2, 16)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    return model, optimizer
 
 
 def weights(model: PreTrainedModel) -> torch.Tensor:

@@ -1,11 +1,15 @@
 """Accounting: parameters, FLOPs, memory, and the ledger of a run."""
 
+from auxin.accounting.cost import Cost
+from auxin.accounting.executed import ExecutedFlops
 from auxin.accounting.flops import FlopsPerToken, flops_per_token
 from auxin.accounting.ledger import Ledger, StageRecord
 from auxin.accounting.memory import TrainingMemory, training_memory
 from auxin.accounting.parameters import ParameterCount, count_parameters
 
 __all__ = [
+    "Cost",
+    "ExecutedFlops",
     "FlopsPerToken",
     "Ledger",
     "ParameterCount",

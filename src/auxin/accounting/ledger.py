@@ -29,10 +29,12 @@ class StageRecord(Settings):
     """Parameters of the model at the end of the stage, tied ones once."""
     tokens: int = 0
     """Training tokens seen in this stage: tokens of text, also where an objective hides some of them."""
+    samples: int = 0
+    """Samples of data that a growth's method looked at or learned from; their tokens are in `tokens`."""
     flops: float = 0.0
-    """Training FLOPs (forward and backward) of this stage."""
+    """Training FLOPs (forward and backward) of this stage; of a growth, those that planning it took."""
     seconds: float = 0.0
-    """Wall time of this stage, evaluations included; of a resumed stage, the sum over its pieces."""
+    """Wall time of this stage, planning and evaluations included; of a resumed stage, the sum over its pieces."""
     loss_before: float | None = None
     """Validation loss at the start, in nats per token; None where it was not measured."""
     loss_after: float | None = None

@@ -83,6 +83,14 @@ def plan(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint's folder, or its config.json.")],
     method: Annotated[str, typer.Argument(metavar="METHOD", help="One of `auxin methods`.")],
     overrides: Overrides = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="What a method that looks at data sees: samples, length, batch_size, seed, corpus.paths and so on. "
+            "Default: as much as it asks for, of the standard library's source in the model's own tokens.",
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="YAML file for the plan.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -92,9 +100,14 @@ def plan(
     from auxin.recipes.library import apply_override
 
     values: dict[str, Any] = {}
+    seen: dict[str, Any] = {}
     for change in overrides or []:
         apply_override(values, change)
-    made = plan_for(find_method(method), model_folder(model) if model.is_dir() else model, values)
+    for change in data or []:
+        apply_override(seen, change, "--data")
+    source = model_folder(model) if model.is_dir() else model
+    # What belongs to a plan lies beside it.
+    made = plan_for(find_method(method), source, values, seen, Path() if output is None else output.parent)
     if output is not None:
         made.to_yaml(output)
     print(made.model_dump_json(indent=2) if as_json else made)
@@ -170,9 +183,11 @@ def _print_receipt(receipt: Any, output: Path, as_json: bool) -> None:
         return
     plan = receipt.plan
     print(plan)
+    change = receipt.max_relative_change
+    moved = "can't be compared with those before" if change is None else f"moved by {change:.1e} relative"
     print(
         f"\n{receipt.parameters_before:,} -> {receipt.parameters_after:,} parameters in {receipt.seconds:.1f} s. "
-        f"Promise {plan.promise!r}: the probe's logits moved by {receipt.max_relative_change:.1e} relative "
+        f"Promise {plan.promise!r}: the probe's logits {moved} "
         f"(allowed for an exact plan: {receipt.tolerance:.0e}).\nWritten to {output}\n"
         f"{note}"
     )

@@ -3,12 +3,21 @@
 from auxin.edits import replay  # noqa: F401 - edited models load wherever edits are known
 from auxin.edits.continuation import continue_exactly
 from auxin.edits.executor import Receipt, apply
-from auxin.edits.folders import apply_to_checkpoint
+from auxin.edits.folder_executor import apply_to_checkpoint
 from auxin.edits.inverse import inverse_plan
-from auxin.edits.kinds.edit import Edit, SetConfig
+from auxin.edits.kinds.architecture_edits import ChangeArchitecture, SetConfig
+from auxin.edits.kinds.edit import Edit
 from auxin.edits.kinds.fills import ConstantFill, Fill, MeanFill, NormalFill, RepeatFill, ZeroFill
 from auxin.edits.kinds.layer_edits import ArrangeLayers, JoinAbove
-from auxin.edits.kinds.module_edits import RemoveModule, ReplaceModule, TieParameters, WrapModule
+from auxin.edits.kinds.module_edits import (
+    ConfigureModule,
+    MakeParameters,
+    MergeModule,
+    RemoveModule,
+    ReplaceModule,
+    TieParameters,
+    WrapModule,
+)
 from auxin.edits.kinds.parameter_edits import (
     AverageRows,
     CentreParameter,
@@ -25,11 +34,15 @@ __all__ = [
     "ArrangeLayers",
     "AverageRows",
     "CentreParameter",
+    "ChangeArchitecture",
+    "ConfigureModule",
     "ConstantFill",
     "Edit",
     "Fill",
     "JoinAbove",
+    "MakeParameters",
     "MeanFill",
+    "MergeModule",
     "NormalFill",
     "PadParameter",
     "Plan",

@@ -10,8 +10,8 @@ from torch import Tensor
 from auxin.edits.kinds.edit import describe_edit
 from auxin.edits.plan import Plan
 from auxin.edits.promise import relative_change
-from auxin.edits.resolution import collapse
 from auxin.edits.structure import config_values
+from auxin.edits.tensor_names import collapse
 from auxin.errors import CheckpointError
 from auxin.models.loading import load_config
 from auxin.settings import Settings

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from auxin.edits.kinds.parameter_edits import generator
-from auxin.edits.resolution import Origin, ResolvedPlan
+from auxin.edits.origin import Fresh, Origin
+from auxin.edits.resolution import ResolvedPlan
 
 
 class FreshValues:
@@ -28,10 +29,11 @@ class FreshValues:
         placeholder = self._tensors[name]
         if not placeholder.is_meta:
             return placeholder.detach().clone()
-        if origin.fill is None:
+        assert isinstance(origin.source, Fresh)
+        if origin.source.fill is None:
             return self._initial(name)
         new = torch.empty(placeholder.shape, dtype=placeholder.dtype)
-        origin.fill.write(new, 0, 0, generator(self._seed, name, ()))
+        origin.source.fill.write(new, 0, 0, generator(self._seed, name, ()))
         return new
 
     def _initial(self, name: str) -> Tensor:

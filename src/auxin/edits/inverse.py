@@ -5,12 +5,20 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from auxin.edits.kinds.edit import SetConfig, describe_edit
+from auxin.edits.kinds.architecture_edits import SetConfig
+from auxin.edits.kinds.edit import describe_edit
 from auxin.edits.kinds.layer_edits import ArrangeLayers
-from auxin.edits.kinds.module_edits import RemoveModule, WrapModule
+from auxin.edits.kinds.module_edits import (
+    ConfigureModule,
+    MergeModule,
+    RemoveModule,
+    ReplaceModule,
+    WrapModule,
+)
 from auxin.edits.kinds.parameter_edits import ParameterEdit
+from auxin.edits.origin import Step
 from auxin.edits.plan import Plan
-from auxin.edits.resolution import Step, resolve
+from auxin.edits.resolution import resolve
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 
@@ -38,7 +46,10 @@ def inverse_plan(plan: Plan, model: PreTrainedModel) -> Plan:
                 steps.setdefault(step.index, []).append(step)
     back: list[Any] = []
     for index in reversed(range(len(plan.edits))):
-        back += _undone(plan, index, model, steps.get(index, []))
+        if isinstance(plan.edits[index], ConfigureModule):
+            back += resolved.configured[index]
+        else:
+            back += _undone(plan, index, model, resolved.after, steps.get(index, []))
     old = resolved.before.config.to_dict()
     changed = {key: value for edit in plan.edits if isinstance(edit, SetConfig) for key, value in edit.values.items()}
     if changed:
@@ -70,7 +81,7 @@ def _length(model: PreTrainedModel, edit: ArrangeLayers) -> int:
     return len(stack)
 
 
-def _undone(plan: Plan, index: int, model: PreTrainedModel, steps: list[Step]) -> list[Any]:
+def _undone(plan: Plan, index: int, model: PreTrainedModel, after: PreTrainedModel, steps: list[Step]) -> list[Any]:
     """The edits that take one edit back."""
     edit: Any = plan.edits[index]
     found: list[Any] | None = None
@@ -81,11 +92,23 @@ def _undone(plan: Plan, index: int, model: PreTrainedModel, steps: list[Step]) -
     elif isinstance(edit, ArrangeLayers):
         arranged = edit.inverse(_length(model, edit))
         found = None if arranged is None else [arranged]
+    elif isinstance(edit, ReplaceModule):
+        found = _merged(edit, after)
     elif isinstance(edit, WrapModule):
         found = [RemoveModule(module=edit.module, leaves="inner")]
     if found is None:
         raise PlanError(f"Edit {index + 1} ({describe_edit(edit)}) has no inverse: it loses what can't be had back.")
     return found
+
+
+def _merged(edit: ReplaceModule, after: PreTrainedModel) -> list[Any] | None:
+    """The edit that merges the brick back; None where the brick knows no way back, or it stands there no more."""
+    merge = MergeModule(module=edit.module)
+    try:
+        resolve([merge], after)
+    except PlanError:
+        return None
+    return [merge]
 
 
 def _parameter_undone(edit: ParameterEdit, steps: list[Step]) -> list[ParameterEdit] | None:

@@ -1,17 +1,24 @@
 """Plans: ordered edits with the promise they make, readable as a table and as YAML, checked before anything changes."""
 
+import shutil
 from math import prod
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from auxin.accounting import count_parameters, flops_per_token
-from auxin.edits.kinds.edit import Edit, SetConfig, describe_edit
-from auxin.edits.kinds.parameter_edits import ParameterEdit
-from auxin.edits.resolution import ResolvedPlan, collapse, resolve
+from auxin.accounting import Cost, count_parameters, flops_per_token
+from auxin.edits.kinds.architecture_edits import ChangeArchitecture, SetConfig
+from auxin.edits.kinds.edit import Edit, describe_edit
+from auxin.edits.kinds.parameter_edits import ParameterEdit, ProjectParameter
+from auxin.edits.origin import Fresh, Made, Origin
+from auxin.edits.plan_files import PathInside, PlanFile
+from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.structure import config_from_values, edited_skeleton
+from auxin.edits.tensor_names import collapse, shapes_of
+from auxin.errors import PlanError
 from auxin.settings import Settings
 
 Promise = Literal["exact", "approximate", "none"]
@@ -32,14 +39,89 @@ class Plan(Settings):
     """Seed of all random numbers that the edits draw."""
     edits: list[Edit]
     """The edits, in order."""
+    files: list[PlanFile] = []
+    """Files that belong to the plan; they lie beside it."""
+    drops: list[PathInside] = []
+    """Files of the checkpoint that go, since they would describe the old model beside the new one."""
     notes: list[str] = []
     """What whoever trains the new model should know before."""
     made_for: dict[str, Any] | None = None
     """The config of the model that the plan was made for, so that it can be shown without one; applying ignores it."""
+    estimate: bool = False
+    """Whether this was made without the weights that the method looks at: it tells a likely size, and is refused where
+    a plan is applied."""
+    cost: Cost | None = None
+    """What making the plan took, where the method looked at data; measured. None: nothing worth a line in the books."""
+
+    _folder: Path | None = PrivateAttr(default=None)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both say the same, wherever their files lie."""
+        return isinstance(other, Plan) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment] # as of all that holds lists
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the plan's files lie; None where nobody said it."""
+        return self._folder
+
+    def beside(self, folder: str | Path | None) -> Self:
+        """The same plan, whose files lie in `folder`; None: that is not known."""
+        found = self.model_copy()
+        found._folder = None if folder is None else Path(folder)
+        return found
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Read a plan whose files lie beside it; errors as of all settings."""
+        return super().from_yaml(path).beside(Path(path).parent)
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write the plan, and its files beside it.
+
+        Raises:
+            PlanError: a file of it is not where it should be, or has other content.
+        """
+        folder = Path(path).parent
+        for file in self.files:
+            source = file.find(self._folder)
+            if source.parent.resolve() != folder.resolve():
+                shutil.copyfile(source, folder / file.name)
+        super().to_yaml(path)
+
+    def located(self) -> list[Any]:
+        """The edits, each of which knows where its file is.
+
+        Raises:
+            PlanError: a file of the plan is not beside it, or has other content.
+        """
+        paths = {file.name: file.find(self._folder) for file in self.files}
+        edits: list[Any] = []
+        for edit in self.edits:
+            if isinstance(edit, ProjectParameter):
+                if edit.file not in paths:
+                    known = ", ".join(paths) or "none"
+                    raise PlanError(f"{describe_edit(edit)}: the plan has no file {edit.file!r}. Its files: {known}.")
+                edit = edit.located(paths[edit.file])
+            edits.append(edit)
+        return edits
+
+    def refuse_estimate(self) -> None:
+        """Raise PlanError where this is an estimate."""
+        if self.estimate:
+            raise PlanError(
+                f"The plan of {self.method} is an estimate (estimate: true), made without the model's weights: it "
+                "tells a size and can't be applied. Plan again with the model's weights."
+            )
 
     def __str__(self) -> str:
         head = f"{self.method}: promise {self.promise}, seed {self.seed}"
+        if self.estimate:
+            head += " (an estimate: made without the model's weights, the plan with them may have other sizes)"
         notes = [f"Note: {note}" for note in self.notes]
+        if self.cost is not None:
+            notes.append(f"Planning took {self.cost}")
         if self.made_for is None:
             return "\n".join([head, *(f"  {describe_edit(edit)}" for edit in self.edits), *notes])
         return "\n".join([head, self.table(config_from_values(self.made_for)), *notes])
@@ -73,7 +155,8 @@ def _structure_rows(plan: Plan) -> list[list[str]]:
     rows = []
     for edit in plan.edits:
         if not isinstance(edit, ParameterEdit):
-            place = "(config)" if isinstance(edit, SetConfig) else getattr(edit, "layers", getattr(edit, "module", ""))
+            whole = isinstance(edit, SetConfig | ChangeArchitecture)
+            place = "(config)" if whole else getattr(edit, "layers", getattr(edit, "module", ""))
             rows.append([place, str(edit), "", ""])
     return rows
 
@@ -82,16 +165,26 @@ def _parameter_rows(resolved: ResolvedPlan) -> list[list[str]]:
     """One row for the parameters of all layers to which the same happens; those that only move have none."""
     looked_up = _only_looked_up(resolved.after)
     rows: dict[tuple[str, str], list[int]] = {}
+    old_shapes = shapes_of(resolved.before)
     for name, origin in resolved.origins.items():
-        if not origin.steps and origin.sources:
+        if not origin.steps and not isinstance(origin.source, Fresh | Made):
             continue
-        what = "; ".join(str(step.edit) for step in origin.steps) or f"new: {origin.fill or 'initialised'}"
-        sums = rows.setdefault((collapse(name), what), [0, 0, 0, 0])
-        for column, shape in enumerate((origin.old_shape if origin.sources else (0,), origin.shape)):
+        sums = rows.setdefault((collapse(name), _what_happens(origin)), [0, 0, 0, 0])
+        old_shape = old_shapes[origin.reads[0]] if not isinstance(origin.source, Fresh | Made) else (0,)
+        for column, shape in enumerate((old_shape, origin.shape)):
             sums[column] += prod(shape)
             if len(shape) == 2 and name not in looked_up:
                 sums[2 + column] += 2 * prod(shape)
     return [[*key, _arrow(*sums[:2]), _arrow(*sums[2:])] for key, sums in rows.items()]
+
+
+def _what_happens(origin: Origin) -> str:
+    begun = []
+    if isinstance(origin.source, Fresh):
+        begun = [f"new: {origin.source.fill or 'initialised'}"]
+    elif isinstance(origin.source, Made):
+        begun = [f"made of {', '.join(origin.source.group.inputs)}"]
+    return "; ".join([*begun, *(str(step.edit) for step in origin.steps)])
 
 
 def _only_looked_up(model: PreTrainedModel) -> set[str]:

@@ -1,10 +1,14 @@
-"""Writing a safetensors file tensor by tensor; the library's own writer wants all tensors of a file in memory."""
+"""Writing a safetensors file tensor by tensor; the library's own writer wants all tensors of a file in memory.
+
+The format: 8 bytes with the length of the header, the header (JSON, which may end in spaces), the data.
+"""
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -30,20 +34,9 @@ DTYPES = {
     "C64": torch.complex64,
 }
 """Data types by their names in the format."""
-
-
-@dataclass(frozen=True)
-class TensorPlace:
-    """Name, data type and shape of a tensor that will be written."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return prod(self.shape) * torch_dtype(self.name, self.dtype).itemsize
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BYTES_PER_ENTRY = 256
+"""Room in the header for what is said of one tensor beside its name: type, up to eight sizes, and where it lies."""
 
 
 def torch_dtype(name: str, dtype: str) -> torch.dtype:
@@ -56,25 +49,51 @@ def torch_dtype(name: str, dtype: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def write_safetensors(
-    path: Path, places: Sequence[TensorPlace], tensors: Iterable[Tensor], metadata: dict[str, str] | None
-) -> None:
-    """Write `tensors`, which come in the order of `places`, holding one of them at a time.
+class SafetensorsWriter(AbstractContextManager["SafetensorsWriter"]):
+    """A file that tensors are added to, one after another; what they are need not be known before.
 
-    The format: 8 bytes with the length of the header, the header (JSON, padded to a multiple of 8 bytes), the data.
+    Room for the header is left in front and what is not used of it is spaces.
+
+    Args:
+        path: of the file.
+        names: of the tensors that may be added.
+        metadata_bytes: room for the metadata.
     """
-    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
-    offset = 0
-    for place in places:
-        end = offset + place.num_bytes
-        header[place.name] = {"dtype": place.dtype, "shape": list(place.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for place, tensor in zip(places, tensors, strict=True):
-            if tensor.dtype != torch_dtype(place.name, place.dtype) or tuple(tensor.shape) != place.shape:
-                raise RuntimeError(f"{place} was announced, but {tensor.dtype} {tuple(tensor.shape)} came")
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+    def __init__(self, path: Path, names: Iterable[str], metadata_bytes: int = 0) -> None:
+        room = sum(len(json.dumps(name)) + BYTES_PER_ENTRY for name in names) + 2 * metadata_bytes + BYTES_PER_ENTRY
+        self._room = room + -room % 8
+        self._path, self._offset = path, 0
+        self._header: dict[str, object] = {}
+        self._axes: dict[str, int] = {}
+        self._file = path.open("wb")
+        self._file.seek(8 + self._room)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write `tensor` under `name`."""
+        end = self._offset + tensor.numel() * tensor.element_size()
+        entry = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [self._offset, end]}
+        self._header[name], self._axes[name] = entry, tensor.dim()
+        self._file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        self._offset = end
+
+    def axes(self) -> dict[str, int]:
+        """The tensors written by now, by name, with their number of axes."""
+        return dict(self._axes)
+
+    def finish(self, metadata: dict[str, str] | None) -> None:
+        """Write the header, which makes a whole file of it."""
+        header = {"__metadata__": metadata, **self._header} if metadata else self._header
+        text = json.dumps(header, separators=(",", ":")).encode()
+        assert len(text) <= self._room, f"{self._path}: the header needs {len(text)} bytes of {self._room}"
+        self._file.seek(0)
+        self._file.write(self._room.to_bytes(8, "little"))
+        self._file.write(text.ljust(self._room))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()

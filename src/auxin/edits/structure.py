@@ -2,20 +2,25 @@
 
 import copy
 import json
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _LazyAutoMapping
 
 from auxin.edits.kinds.module_edits import StructuralEdit
-from auxin.errors import CheckpointError, PlanError
+from auxin.errors import CheckpointError, PlanError, unknown_name
 from auxin.models.loading import skeleton
 
 REPLAY_METHOD = "auxin"
 """Our name in the config's `quantization_config`, where transformers lets a model be rewritten before it is loaded."""
+
+Watcher = Callable[[Any, PreTrainedModel], None]
 
 _EDITS: TypeAdapter[list[Any]] = TypeAdapter(list[StructuralEdit])
 
@@ -35,6 +40,35 @@ def edited_config(config: PreTrainedConfig, values: dict[str, Any]) -> PreTraine
         return type(config).from_dict({**config.to_dict(), **copy.deepcopy(values)})
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise PlanError(f"the config refuses it: {error.__cause__ or error}") from error
+
+
+def other_architecture(
+    model: PreTrainedModel, model_type: str, values: dict[str, Any]
+) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """Config and class of a model of the architecture `model_type` that does what `model` does.
+
+    Values that both configs know by one name are carried over.
+
+    Raises:
+        PlanError: there is no such architecture, it has no model for the same task, or its config refuses a value.
+    """
+    if model_type not in CONFIG_MAPPING:
+        raise PlanError(unknown_name("architecture", model_type, CONFIG_MAPPING))
+    cls = CONFIG_MAPPING[model_type]
+    tasks = [mapping for mapping in vars(modeling_auto).values() if isinstance(mapping, _LazyAutoMapping)]
+    same = (mapping for mapping in tasks if cls in mapping and mapping.get(type(model.config), None) is type(model))
+    task = next(same, None)
+    if task is None:
+        raise PlanError(f"{model_type} has no model that does what a {type(model).__name__} does")
+    known = cls().to_dict()
+    if unknown := [key for key in values if key not in known]:
+        raise PlanError(f"{cls.__name__} has no value {unknown[0]!r}")
+    own = {"model_type", "architectures", "transformers_version", "quantization_config", "_name_or_path"}
+    carried = {key: value for key, value in model.config.to_dict().items() if key in known and key not in own}
+    try:
+        return cls.from_dict({**carried, **copy.deepcopy(values)}), cast(type[PreTrainedModel], task[cls])
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise PlanError(f"the config of {model_type} refuses it: {error.__cause__ or error}") from error
 
 
 def config_from_values(values: dict[str, Any]) -> PreTrainedConfig:
@@ -80,26 +114,33 @@ def refuse_quantized(config: PreTrainedConfig) -> None:
         )
 
 
-def edited_skeleton(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+def edited_skeleton(
+    config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None, before_each: Watcher | None = None
+) -> PreTrainedModel:
     """A model of `config` on the meta device, its structural edits done; buffers that no checkpoint holds are real.
 
     Args:
         config: the config; the skeleton gets a copy.
         model_class: the class of the model; None means the one that the config was saved with.
+        before_each: called with every structural edit and the skeleton that it is about to be done to.
     """
     model = skeleton(config, model_class)
     if edits := structural_edits(config):
-        rebuild(model, edits)
+        rebuild(model, edits, before_each)
     return model
 
 
-def rebuild(model: PreTrainedModel, edits: list[Any]) -> None:
+def rebuild(model: PreTrainedModel, edits: list[Any], before_each: Watcher | None = None) -> None:
     """Do structural `edits` to a model on the meta device; the buffers of bricks become real."""
     for edit in edits:
+        if before_each is not None:
+            before_each(edit, model)
         edit.rebuild(model)
     # A brick of another shape has parameters of its own: what was one tensor has to become one again.
     for tied, kept in (model.all_tied_weights_keys or {}).items():
         owner, _, name = tied.rpartition(".")
+        if name not in model.get_submodule(owner)._parameters:
+            continue  # a brick stands there that has no such parameter
         if model.get_parameter(tied) is not (parameter := model.get_parameter(kept)):
             setattr(model.get_submodule(owner), name, parameter)
     fill_brick_buffers(model)

@@ -2,16 +2,18 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from auxin.edits.resolution import ResolvedPlan, tensor_names
+from auxin.edits.resolution import ResolvedPlan
+from auxin.edits.tensor_names import tensor_names
+from auxin.models.building import PLAIN
+from auxin.models.scoped_config import ScopedConfig, own_values, scoped_config, unscoped
 
 ABSENT = object()
-PLAIN = (bool, int, float, str, tuple, list, dict, type(None))
 
 
 class Undo:
@@ -92,6 +94,8 @@ class _Rebuilding:
             return self.placed[id(after)]
         old_path = self.resolved.modules.get(path)
         old = None if old_path is None else self.old.get(old_path)
+        if path == "" and type(old) is not type(after):
+            self._change_class(after)
         children = list(after._modules.items())
         if old is None or type(old) is not type(after):
             module = after
@@ -119,8 +123,23 @@ class _Rebuilding:
                 buffers[key] = self.tensors[f"{prefix}{key}"]
         self.undo.refill(module._modules, new_children)
         self.undo.refill(module._parameters, parameters)
+        kept = {} if module is after else dict(module._buffers)
         self.undo.refill(module._buffers, buffers)
+        derived = module._non_persistent_buffers_set
+        if hasattr(module, "reset_buffers") and any(buffers.get(key) is not kept.get(key) for key in derived):
+            # The skeleton's are of its own type, float32 most often, which is too short beside float64 weights.
+            cast(Any, module).reset_buffers()
+            module._buffers.update({key: buffer for key, buffer in buffers.items() if key not in derived})
         return module
+
+    def _change_class(self, after: nn.Module) -> None:
+        """Make the model, which the caller holds, one of the class of `after`."""
+        model, old_class = self.model, type(self.model)
+        self.undo.add(lambda: setattr(model, "__class__", old_class))
+        model.__class__ = type(after)  # type: ignore[assignment]
+        for key, value in vars(after).items():
+            if key.startswith("_") and isinstance(value, PLAIN) and key not in nn.Module().__dict__:
+                self.undo.set(vars(model), key, copy.copy(value))
 
     def _change_attributes(self, module: nn.Module, before: nn.Module, after: nn.Module) -> None:
         for key, value in vars(after).items():
@@ -129,7 +148,7 @@ class _Rebuilding:
             if key not in vars(before) or vars(before)[key] != value:
                 self.undo.set(vars(module), key, copy.copy(value))
         if module is not self.model:
-            self._adopt_config(module)
+            self._follow_config(module, vars(before).get("config"), vars(after).get("config"))
 
     def _buffers(self, module: nn.Module, before: nn.Module, after: nn.Module) -> dict[str, Any]:
         buffers: dict[str, Any] = {}
@@ -146,17 +165,22 @@ class _Rebuilding:
         """The config values that differ; encoder and decoder may have configs of their own."""
         after = dict(self.resolved.after.named_modules(remove_duplicate=False))
         for path, old_path in self.resolved.modules.items():
-            new, old = getattr(after[path], "config", None), None
+            new, old = unscoped(getattr(after[path], "config", None)), None
             if old_path is not None:
-                old = getattr(self.old.get(old_path), "config", None)
+                old = unscoped(getattr(self.old.get(old_path), "config", None))
             if (
                 not isinstance(new, PreTrainedConfig)
                 or id(new) in self.configs
                 or not isinstance(old, PreTrainedConfig)
             ):
                 continue
+            if type(new) is not type(old):
+                self.configs[id(new)] = self.configs[id(old)] = copy.deepcopy(new)
+                if old_path == "":
+                    self.undo.set(vars(self.model), "config", self.configs[id(new)])
+                continue
             self.configs[id(new)] = old
-            was = getattr(self.before[str(old_path)], "config", old)
+            was = unscoped(getattr(self.before[str(old_path)], "config", old))
             self._change_values(old, was, new)
 
     def _change_values(self, config: PreTrainedConfig, before: PreTrainedConfig, after: PreTrainedConfig) -> None:
@@ -176,9 +200,27 @@ class _Rebuilding:
     def _adopt_config(self, module: nn.Module) -> None:
         """New modules must read the model's config and not the skeleton's."""
         config = vars(module).get("config")
-        known = self.configs.get(id(config))
+        known = self._known(config)
         if known is not None and config is not known:
-            vars(module)["config"] = known
+            self.undo.set(vars(module), "config", known)
+
+    def _follow_config(self, module: nn.Module, before: Any, after: Any) -> None:
+        """A module that lives on gets a config of its own where the new skeleton's has one, or loses it again."""
+        if isinstance(after, ScopedConfig):
+            if not isinstance(before, ScopedConfig) or own_values(before) != own_values(after):
+                self.undo.set(vars(module), "config", self._known(after))
+        elif isinstance(before, ScopedConfig) and after is None:
+            if "config" in vars(module):  # the copy of a module that lost it already has none
+                self.undo.remove(vars(module), "config")
+        elif isinstance(before, ScopedConfig):
+            self.undo.set(vars(module), "config", self._known(after))
+
+    def _known(self, config: Any) -> PreTrainedConfig | None:
+        """The model's config for one of the new skeleton's, a part's for a part's; None for what is none of it."""
+        known = self.configs.get(id(config))
+        if known is None and isinstance(config, ScopedConfig) and id(unscoped(config)) in self.configs:
+            known = self.configs[id(config)] = scoped_config(self.configs[id(unscoped(config))], own_values(config))
+        return known
 
 
 def _twin(module: nn.Module) -> nn.Module:

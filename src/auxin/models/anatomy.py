@@ -4,7 +4,7 @@ Growing, pruning and merging methods ask this one module instead of knowing arch
 has the words in which it is written.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from auxin.errors import PlanError, unknown_name
 from auxin.models.edited_anatomy import with_bricks
+from auxin.models.scopes import in_scopes
 from auxin.words.registry import Registry
 from auxin.words.roles import (
     Anatomy,
@@ -34,17 +35,20 @@ ANATOMIES: Registry[Callable[[PreTrainedModel], Anatomy]] = Registry(
 of the group "auxin.anatomies" name modules of other packages that add some."""
 
 
-def anatomy(model: PreTrainedModel, complete: bool = True) -> Anatomy:
+def anatomy(model: PreTrainedModel, complete: bool = True, scopes: Iterable[str] = ()) -> Anatomy:
     """The anatomy of `model`, which may be a skeleton on the meta device.
+
+    Widths are those of its tensors: layers and stacks whose widths differ from what the config says have them by scope.
 
     Args:
         model: the model.
         complete: whether every parameter must have a role. Without, as for methods that treat layers as black boxes,
-            any decoder whose modules have Llama's names will do.
+            any decoder whose modules have Llama's names will do; widths are those of the config then.
+        scopes: stacks and layers whose widths shall be told apart although they may be alike; see `in_scopes`.
 
     Raises:
-        PlanError: the architecture is not known (nor, where that will do, built like Llama), or the model has a
-            parameter that its architecture's anatomy lacks.
+        PlanError: the architecture is not known (nor, where that will do, built like Llama), the model has a parameter
+            that its architecture's anatomy lacks, or `scopes` names what is no stack and no layer.
     """
     family = model.config.model_type
     describe = ANATOMIES.get(family)
@@ -55,7 +59,7 @@ def anatomy(model: PreTrainedModel, complete: bool = True) -> Anatomy:
     found = describe(model)
     if not complete:
         return found
-    found = with_bricks(found, model)
+    found = with_bricks(in_scopes(model, found, scopes), model)
     names = [name for name, _ in model.named_parameters()]
     used = [role for role in found.roles if any(role.matches(name) for name in names)]
     epsilon = getattr(model.config, found.fields.epsilon) if found.fields.epsilon else 0.0
@@ -130,6 +134,8 @@ def _llama_like(model: PreTrainedModel) -> Anatomy:
         ("model.embed_tokens",),
         "model.norm",
         ("lm_head",),
+        ("mlp",),
+        ("self_attn",),
     )
     return Anatomy(
         family=family,
@@ -232,6 +238,8 @@ def _gpt_neox(model: PreTrainedModel) -> Anatomy:
                 entries=("gpt_neox.embed_in",),
                 end="gpt_neox.final_layer_norm",
                 readers=("lm_head", "embed_out"),
+                feed_forward=("mlp",),
+                parallel=config.use_parallel_residual,
             ),
         ),
         roles=tuple(roles),
@@ -283,6 +291,8 @@ def _t5(model: PreTrainedModel) -> Anatomy:
                 entries=("shared", f"{stack}.embed_tokens"),
                 end=f"{stack}.final_layer_norm",
                 readers=readers,
+                feed_forward=(f"layer.{len(attentions)}.DenseReluDense",),
+                attentions=tuple(f"layer.{number}.{attention}" for number, attention in enumerate(attentions)),
             )
         )
     return Anatomy(
@@ -388,6 +398,7 @@ def _vit(model: PreTrainedModel) -> Anatomy:
                 entries=("vit.embeddings",),
                 end="vit.layernorm",
                 readers=("classifier",),
+                feed_forward=("mlp",),
             ),
         ),
         roles=tuple(roles),
@@ -416,8 +427,11 @@ def _tokenformer(model: PreTrainedModel) -> Anatomy:
     }
     roles = [
         embedding("model.embed_tokens.weight", axes.vocabulary, axes.residual),
-        *(ParameterRole(f"{layer}.{name}.keys", ((), ends[name][0]), (None, "reads"), "matrix") for name in ends),
-        *(ParameterRole(f"{layer}.{name}.values", ((), ends[name][1]), (None, "writes"), "matrix") for name in ends),
+        *(ParameterRole(f"{layer}.{name}.key_tokens", ((), ends[name][0]), (None, "reads"), "matrix") for name in ends),
+        *(
+            ParameterRole(f"{layer}.{name}.value_tokens", ((), ends[name][1]), (None, "writes"), "matrix")
+            for name in ends
+        ),
         *norm("model.norm", axes.residual),
         *linear("lm_head", axes.vocabulary, axes.residual, "head"),
     ]

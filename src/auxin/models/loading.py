@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -109,7 +109,13 @@ def skeleton(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None
     found: Any = model_class or model_class_of(config)
     with torch.device("meta"):
         model = found(config) if issubclass(found, PreTrainedModel) else found.from_config(config)
-    for module in model.modules():
+    fill_buffers(model, model)
+    return cast(PreTrainedModel, model)
+
+
+def fill_buffers(model: PreTrainedModel, part: nn.Module) -> None:
+    """Make the buffers outside of checkpoints real in `part` of `model`, with the values that loading gives them."""
+    for module in part.modules():
         names = [name for name in module._non_persistent_buffers_set if module._buffers[name] is not None]
         for name in names:
             module._buffers[name] = torch.zeros_like(cast(Tensor, module._buffers[name]), device="cpu")
@@ -117,7 +123,6 @@ def skeleton(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None
             # Buffers outside of checkpoints are filled by a model's own initialisation; on parameters without data
             # that does nothing.
             model._init_weights(module)
-    return cast(PreTrainedModel, model)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@
 A brick that **replaces** a module has a class method `replacing(module, **settings)`, which builds it for that module
 (also on the meta device, where modules have shapes and no values). One that **wraps** a module is called as
 `Class(inner, **settings)` and keeps the module as its attribute `inner`. Parameters that brick and replaced module call
-by the same name are the same; where the others come from is told by the brick's `Making`, or by fills of the edit.
+by the same name are the same; where the others come from is told by the brick's `Making`, or by fills of the edit. A
+brick with non-persistent buffers has a method `reset_buffers()` that fills them from its settings, in the type that its
+parameters ask for.
 """
 
 from collections.abc import Callable, Mapping
@@ -137,14 +139,20 @@ class Brick(nn.Module):
         """
         return counted
 
-    def buffers_loaded(self) -> None:
-        """Its buffers were overwritten in place: what it keeps of them elsewhere has to follow."""
+    def overwritten_with(self, other: nn.Module) -> None:
+        """Its tensors were overwritten in place with those of `other`, a module of the same class: what it keeps beside
+        them has to follow."""
 
 
 BRICKS: Registry[type[Brick]] = Registry("brick", "auxin.nn", error=PlanError)
 """Every brick by name. Entry points of the group "auxin.bricks" name modules of other packages that define some."""
 
 BrickClass = TypeVar("BrickClass", bound=type[Brick])
+
+
+MAKINGS: Registry[Making] = Registry("making", "auxin.nn", error=PlanError)
+"""The makings that serve without a brick, by name: for modules whose class follows from the config. Entry points of the
+group "auxin.makings" name modules of other packages that define some."""
 
 
 def brick(name: str) -> Callable[[BrickClass], BrickClass]:

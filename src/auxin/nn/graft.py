@@ -30,11 +30,7 @@ class Branch(Pattention):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Random keys, values of zero."""
         super().reset_parameters(generator)
-        nn.init.zeros_(self.values)
-
-    def reset_buffers(self) -> None:
-        """Fill the scales, which no checkpoint holds, from the settings."""
-        self.reset_tau()
+        nn.init.zeros_(self.value_tokens)
 
 
 class Grafted(Brick):
@@ -101,7 +97,7 @@ class Grafted(Brick):
         own = dict(super().roles(replaced))
         if (weight := replaced.get("weight")) is not None:
             output, read = self.axes
-            own |= {"branch.keys": weight.beside(read, 1), "branch.values": weight.beside(output, 1)}
+            own |= {"branch.key_tokens": weight.beside(read, 1), "branch.value_tokens": weight.beside(output, 1)}
         return own
 
     def scaled(self, factor: float, plain: Mapping[str, float]) -> dict[str, float]:
@@ -113,7 +109,7 @@ class Grafted(Brick):
 @brick("grafted_linear")
 class GraftedLinear(Grafted, nn.Linear):
     """An `nn.Linear` with a branch: `weight` (out_features, in_features), `bias` (out_features,) or None,
-    `branch.keys` (n, in_features) and `branch.values` (n, out_features).
+    `branch.key_tokens` (n, in_features) and `branch.value_tokens` (n, out_features).
 
     Args:
         in_features, out_features, bias: as of `nn.Linear`.
@@ -150,7 +146,7 @@ class GraftedLinear(Grafted, nn.Linear):
 @brick("grafted_conv1d")
 class GraftedConv1D(Grafted, Conv1D):
     """A `transformers.pytorch_utils.Conv1D` (GPT-2's linear layer) with a branch: `weight` (nx, nf), `bias` (nf,),
-    `branch.keys` (n, nx) and `branch.values` (n, nf).
+    `branch.key_tokens` (n, nx) and `branch.value_tokens` (n, nf).
 
     Args:
         nf, nx: widths of output and input, in this order as of `Conv1D`.
@@ -184,10 +180,10 @@ class GraftedConv1D(Grafted, Conv1D):
 @torch.no_grad()
 def _keep_rows(old: Branch, new: Branch) -> None:
     """Put the tokens of `old` in front of those of `new`; the same parameters where their number is the same."""
-    if old.keys.shape == new.keys.shape:
-        new.keys, new.values = old.keys, old.values
+    if old.key_tokens.shape == new.key_tokens.shape:
+        new.key_tokens, new.value_tokens = old.key_tokens, old.value_tokens
         return
-    for name in ("keys", "values"):
+    for name in ("key_tokens", "value_tokens"):
         kept, parameter = getattr(old, name), getattr(new, name)
         rows = min(len(kept), len(parameter))
         parameter[:rows].copy_(kept[:rows])

@@ -10,7 +10,7 @@ sum of the group sizes.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +34,8 @@ SMALLEST_PIECE = 16
 
 def pattention(
     x: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    key_tokens: Tensor,
+    value_tokens: Tensor,
     tau: Tensor,
     group_sizes: Sequence[int],
     score_function: ScoreFunction = "l2_norm_gelu",
@@ -44,7 +44,7 @@ def pattention(
 ) -> Tensor:
     """Sum over groups g of f(A_g) V_g, where A = x K^T: one score GEMM and one value GEMM, however many the groups.
 
-    f by name (for each row and group; norms over the group's tokens, in float32 for 16-bit scores):
+    f by name (for each row and group; norms over the group's tokens, in the scores' type, float32 for 16-bit scores):
       l2_norm_gelu (default)  GELU(tau A_g / (||A_g||_2 + eps))
       gelu_l2_norm            tau G / (||G||_2 + eps), G = GELU(A_g)
       softmax                 tau^2 softmax(A_g)
@@ -57,9 +57,9 @@ def pattention(
 
     Args:
         x: (..., in_features).
-        keys: (n, in_features), groups contiguous.
-        values: (n, out_features).
-        tau: (number of groups,) float32, not trained; its values may change without recompilation.
+        key_tokens: K (n, in_features), groups contiguous.
+        value_tokens: V (n, out_features).
+        tau: (number of groups,) float32 or float64, not trained; its values may change without recompilation.
         group_sizes: tokens of each group; sums to n.
         score_function, gelu: by name; "erf" is the exact GELU, "tanh" its approximation.
         eps: added to the norm, in the norm's precision.
@@ -67,24 +67,26 @@ def pattention(
     Raises:
         ConfigError: sizes, scales and tensors don't fit each other.
     """
-    if sum(group_sizes) != keys.shape[0] or values.shape[0] != keys.shape[0] or tau.shape != (len(group_sizes),):
+    tokens = sum(group_sizes)
+    if key_tokens.shape[0] != tokens or value_tokens.shape[0] != tokens or tau.shape != (len(group_sizes),):
         raise ConfigError(
-            f"group_sizes {list(group_sizes)} do not fit keys {tuple(keys.shape)}, values {tuple(values.shape)} and "
-            f"tau {tuple(tau.shape)}; keys and values need one row per token (the sum of group_sizes), tau one value "
-            "per group."
+            f"group_sizes {list(group_sizes)} do not fit keys {tuple(key_tokens.shape)}, values "
+            f"{tuple(value_tokens.shape)} and tau {tuple(tau.shape)}; keys and values need one row per token (the sum "
+            "of group_sizes), tau one value per group."
         )
     rule = _Rule(score_function, gelu, eps, tuple(group_sizes))
-    scores = F.linear(x.reshape(-1, x.shape[-1]), keys)
-    return (_weights(scores, tau, rule) @ values).reshape(*x.shape[:-1], values.shape[1])
+    scores = F.linear(x.reshape(-1, x.shape[-1]), key_tokens)
+    return (_weights(scores, tau, rule) @ value_tokens).reshape(*x.shape[:-1], value_tokens.shape[1])
 
 
 class Pattention(Brick):
     """Token-parameter attention: `pattention` with its keys, values and scales.
 
-    Parameters `keys` (n, in_features) and `values` (n, out_features); non-persistent float32 buffer `tau` (number of
-    groups,), a constant of the layer and no parameter. The buffer stays float32 whatever dtype the module is cast to.
-    `initial_tau` holds the values last set as plain numbers: what `reset_tau` fills the buffer with, and what belongs
-    into a model's config, since the buffer is not in the state dict.
+    Parameters `key_tokens` (n, in_features) and `value_tokens` (n, out_features); non-persistent buffer `tau` (number
+    of groups,), a constant of the layer and no parameter. The buffer is float64 in a float64 module and float32 in any
+    other, whatever dtype the module is cast to. `initial_tau` holds the values last set as plain numbers: what
+    `reset_tau` fills the buffer with, and what belongs into a model's config, since the buffer is not in the state
+    dict.
 
     Args:
         in_features, out_features: widths of input and output.
@@ -115,10 +117,12 @@ class Pattention(Brick):
         _check_settings(group_sizes, score_function, gelu, eps)
         self.in_features, self.out_features, self.group_sizes = in_features, out_features, tuple(group_sizes)
         self.score_function, self.gelu, self.eps = score_function, gelu, eps
-        self.keys = nn.Parameter(torch.empty(sum(group_sizes), in_features, device=device, dtype=dtype))
-        self.values = nn.Parameter(torch.empty(sum(group_sizes), out_features, device=device, dtype=dtype))
+        self.key_tokens = nn.Parameter(torch.empty(sum(group_sizes), in_features, device=device, dtype=dtype))
+        self.value_tokens = nn.Parameter(torch.empty(sum(group_sizes), out_features, device=device, dtype=dtype))
         self.register_buffer(
-            "tau", torch.empty(len(self.group_sizes), dtype=torch.float32, device=device), persistent=False
+            "tau",
+            torch.empty(len(self.group_sizes), dtype=_norm_dtype(self.key_tokens.dtype), device=device),
+            persistent=False,
         )
         self.set_tau([math.sqrt(size) for size in group_sizes] if tau is None else tau)
         self.reset_parameters()
@@ -126,7 +130,7 @@ class Pattention(Brick):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         return pattention(
-            x, self.keys, self.values, self.tau, self.group_sizes, self.score_function, self.gelu, self.eps
+            x, self.key_tokens, self.value_tokens, self.tau, self.group_sizes, self.score_function, self.gelu, self.eps
         )
 
     def set_tau(self, values: Sequence[float]) -> None:
@@ -136,22 +140,31 @@ class Pattention(Brick):
 
     @torch.no_grad()
     def reset_tau(self) -> None:
-        """Fill the buffer with the configured scales, as is needed after a meta-device or empty initialisation."""
-        self.tau.copy_(torch.tensor(self.initial_tau, dtype=torch.float32, device="cpu"))
+        """Fill the buffer with the configured scales, as is needed after a meta-device or empty initialisation.
+
+        In place, unless the parameters have got another type than the buffer was made for."""
+        dtype = _norm_dtype(self.key_tokens.dtype)
+        if self.tau.dtype != dtype:
+            self.tau = torch.empty_like(self.tau, dtype=dtype)
+        self.tau.copy_(torch.tensor(self.initial_tau, dtype=dtype, device="cpu"))
+
+    def reset_buffers(self) -> None:
+        """Fill the scales, which no checkpoint holds, from the settings."""
+        self.reset_tau()
 
     def scaled(self, factor: float, plain: Mapping[str, float]) -> dict[str, float]:
         """The result is linear in the values alone. Keys stay as they are: zeros would never wake."""
-        return {"values": factor}
+        return {"value_tokens": factor}
 
-    def buffers_loaded(self) -> None:
-        """The plain numbers are those of the buffer."""
-        self.set_tau(self.tau.tolist())
+    def overwritten_with(self, other: nn.Module) -> None:
+        """The plain numbers that the scales were set from; the buffer may have rounded them."""
+        self.set_tau(cast(Pattention, other).initial_tau)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Keys N(0, 1/in_features) and values N(0, 1/n), as the JAX reference draws them in its attention layers: with
         one group the output's standard deviation is 0.65. A model that knows its depth overrides this."""
-        nn.init.normal_(self.keys, std=self.in_features**-0.5, generator=generator)
-        nn.init.normal_(self.values, std=sum(self.group_sizes) ** -0.5, generator=generator)
+        nn.init.normal_(self.key_tokens, std=self.in_features**-0.5, generator=generator)
+        nn.init.normal_(self.value_tokens, std=sum(self.group_sizes) ** -0.5, generator=generator)
 
     def extra_repr(self) -> str:
         return (
@@ -163,9 +176,10 @@ class Pattention(Brick):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.tau
         super()._apply(fn, recurse)
-        if before.is_meta and not self.tau.is_meta:  # `to_empty` leaves no values
-            self.reset_tau()
-        elif self.tau.dtype != torch.float32:  # a cast must not round the scales
+        unfilled = before.is_meta and not self.tau.is_meta  # `to_empty` leaves no values
+        if unfilled or before.dtype != _norm_dtype(self.key_tokens.dtype):
+            self.reset_tau()  # float64 has digits that float32 would not give back
+        elif self.tau.dtype != before.dtype:  # a cast must not round the scales
             self.tau = before.to(self.tau.device)
         return self
 

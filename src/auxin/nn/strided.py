@@ -3,7 +3,6 @@
 Tokens lie in groups of k, counted from the first one that the cache saw; the first token of a group is its anchor.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from auxin.errors import ConfigError
+from auxin.nn.calls import forward_arguments
 
 CACHES = ("past_key_values", "layer_past")
 """What layers call the argument that holds the cache."""
@@ -150,18 +150,8 @@ def strided_cache(cache: Any, layer: nn.Module) -> StridedLayer:
 
 
 def argument_names(layer: nn.Module) -> tuple[str, ...]:
-    """The names of what `layer` takes by position after its hidden states; empty where that is not known.
-
-    Classes that only pass on what they get (and modules around an `inner` one) are looked through.
-    """
-    for cls in type(layer).__mro__:
-        if "forward" not in vars(cls):
-            continue
-        parameters = list(inspect.signature(vars(cls)["forward"]).parameters.values())
-        if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
-            return tuple(p.name for p in parameters[2:] if p.kind is p.POSITIONAL_OR_KEYWORD)
-    inner = getattr(layer, "inner", None)
-    return argument_names(inner) if isinstance(inner, nn.Module) else ()
+    """The names of what `layer` takes by position after its hidden states; empty where that is not known."""
+    return forward_arguments(layer)[1:]
 
 
 def strided_arguments(

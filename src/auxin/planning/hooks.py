@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from auxin.edits.continuation import continue_exactly
-from auxin.edits.executor import Receipt, leading
+from auxin.edits.executor import Receipt
+from auxin.edits.module_store import leading
 from auxin.errors import CheckpointError, ConfigError, PlanError
 from auxin.words.paths import path_pattern
 

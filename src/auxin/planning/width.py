@@ -18,18 +18,18 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from auxin.edits.kinds.edit import Edit, SetConfig
+from auxin.edits.kinds.architecture_edits import SetConfig
+from auxin.edits.kinds.edit import Edit
 from auxin.edits.kinds.entry_edits import RouteParameter, ScaleEntries
 from auxin.edits.kinds.fills import Fill, MeanFill, NormalFill, ZeroFill
 from auxin.edits.kinds.layer_edits import JoinAbove
 from auxin.edits.kinds.parameter_edits import CentreParameter, PadParameter, ScaleParameter, SliceParameter
 from auxin.edits.plan import Promise
 from auxin.errors import PlanError
+from auxin.planning.size_edits import size_edits
+from auxin.planning.width_conditions import fatal_reasons, inexact_reasons, rotary_after, spread
 from auxin.planning.width_maps import Widening
 from auxin.words.roles import Anatomy, HeadPart, ParameterRole, Segment, Sizes, Stream
-
-ROPE_BY_FREQUENCY = ("default", "linear", "llama3")
-"""Rotary embeddings whose treatment of a pair depends on its frequency alone, not on the head dimension."""
 
 
 @dataclass(frozen=True)
@@ -44,54 +44,35 @@ class Widened:
     """Why that is not "exact"."""
 
 
-def widen(anatomy: Anatomy, widening: Widening, approximate: bool = False, from_above: bool = False) -> Widened:
+def widen(
+    anatomy: Anatomy, widening: Widening, approximate: bool = False, from_above: bool = False, cut: bool = False
+) -> Widened:
     """The edits of a widening.
 
     Args:
         anatomy: of the model.
-        widening: the maps.
+        widening: the maps. Those of narrower scopes are for scopes that the anatomy tells apart.
         approximate: accept maps that do not keep the function; the promise is then "approximate".
         from_above: further output units of a layer's matrices are those of the layer above (bert2BERT's AKI).
+        cut: accept maps that lose units and copy none; see `auxin.planning.cutting`. They are approximate.
 
     Raises:
         PlanError: the maps do not keep the function and `approximate` is false, or they would make nonsense of it; the
             message says why and what would do.
     """
-    fatal = [*_lost(widening), *_fixed_reasons(anatomy, widening), *_tied_head_reasons(anatomy, widening)]
-    reasons = [*fatal, *_residual_reasons(anatomy, widening), *_head_reasons(anatomy, widening)]
-    if fatal or (reasons and not approximate):
+    fatal = fatal_reasons(anatomy, widening, from_above, cut)
+    if fatal:
+        raise PlanError(fatal[0])
+    reasons = inexact_reasons(anatomy, widening)
+    if reasons and not approximate:
         raise PlanError(reasons[0])
     writer = _Writer(anatomy, widening, from_above)
-    edits: list[Edit] = [SetConfig(values=values)] if (values := writer.config_values()) else []
+    edits = writer.size_edits()
     for role in anatomy.roles:
         edits += writer.edits(role)
     if not edits:
         raise PlanError(f"There is nothing to widen: the model already has {describe_sizes(anatomy)}. Ask for more.")
     return Widened(edits, "approximate" if reasons else "exact", tuple(reasons))
-
-
-def _fixed_width_reasons(anatomy: Anatomy, new: Sizes) -> list[str]:
-    """Why bricks of the model keep it from having the widths `new`; empty where they don't."""
-    old, fixed = anatomy.sizes, dict(anatomy.fixed_widths)
-    widths: list[tuple[Stream, str, int | None, int | None]] = [
-        ("residual", "hidden_size", old.residual, new.residual),
-        ("query", "num_attention_heads", old.query_heads, new.query_heads),
-        ("key_value", "num_key_value_heads", old.key_value_heads, new.key_value_heads),
-        ("query", "head_dim", old.head_dim, new.head_dim),
-        ("key_value", "head_dim", old.head_dim, new.head_dim),
-        ("ffn", "intermediate_size", old.ffn, new.ffn),
-    ]
-    return [
-        f"{name} = {after}: {fixed[stream]}"
-        for stream, name, before, after in widths
-        if before != after and stream in fixed
-    ]
-
-
-def refuse_fixed_widths(anatomy: Anatomy, new: Sizes) -> None:
-    """Raise PlanError when a brick of the model keeps it from having the widths `new`."""
-    if reasons := _fixed_width_reasons(anatomy, new):
-        raise PlanError(reasons[0])
 
 
 def diagonal_edits(anatomy: Anatomy, widening: Widening) -> list[Edit]:
@@ -116,126 +97,15 @@ def diagonal_edits(anatomy: Anatomy, widening: Widening) -> list[Edit]:
 
 
 def describe_sizes(anatomy: Anatomy) -> str:
-    """The model's widths by their names in the settings of methods."""
-    sizes = anatomy.sizes
-    parts = [f"hidden_size = {sizes.residual}", f"num_attention_heads = {sizes.query_heads}"]
-    parts += [f"num_key_value_heads = {sizes.key_value_heads}"] if anatomy.fields.key_value_heads else []
-    parts += [f"intermediate_size = {sizes.ffn}"] if sizes.ffn else []
+    """The model's widths by their names in the settings of methods, ranges where layers differ."""
+    names: list[tuple[Stream, str]] = [("residual", "hidden_size"), ("query", "num_attention_heads")]
+    names += [("key_value", "num_key_value_heads")] if anatomy.fields.key_value_heads else []
+    parts = []
+    for stream, name in [*names, ("ffn", "intermediate_size")]:
+        found = {anatomy.sizes.units(stream, scope) for scope in anatomy.scopes(stream) or [""]} - {None}
+        widths = sorted(units for units in found if units is not None)
+        parts += [f"{name} = {' to '.join(map(str, dict.fromkeys((widths[0], widths[-1]))))}"] if widths else []
     return ", ".join(parts)
-
-
-def _residual_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
-    """Why the norms or the head do not commute with the residual's map; empty where they do."""
-    residual = widening.residual
-    if residual.is_identity:
-        return []
-    old, new = residual.old, residual.size
-    below, above = new // old * old, (new // old + 1) * old
-    whole = f"The nearest sizes that are whole copies are {below} and {above}." if new % old else ""
-    reasons = []
-    if not residual.is_even:
-        reasons.append(
-            f"hidden_size = {new}: with unequal copies of the {old} units the norm's statistics are weighted anew for "
-            f"each token. {whole or 'Use whole copies, or padding.'}"
-        )
-    if not residual.added:
-        return reasons
-    head = f"hidden_size = {new} is no whole number of copies of the {old} units, and padding"
-    if anatomy.norm_position == "after_residual":
-        reasons.append(f"{head} does not pass a norm that comes after the residual sum. {whole}")
-    elif not anatomy.norm_has_gain or anatomy.final_norm is None or anatomy.epsilon_field is None:
-        reasons.append(f"{head} needs norms with a gain and an epsilon that can be scaled; these have none. {whole}")
-    elif anatomy.norm == "rms" and widening.padding == "mean":
-        reasons.append(f"{head} with the mean changes the mean square that an RMSNorm divides by. Pad with zeros.")
-    elif anatomy.norm == "layer" and widening.padding == "zeros" and anatomy.tied:
-        reasons.append(
-            f"{head} with zeros needs a residual without mean, which a LayerNorm does not notice but a tied head does. "
-            "Pad with the mean, or untie the head first."
-        )
-    elif anatomy.norm == "layer" and any(r.kind == "scale" and r.along("residual", "writes") for r in anatomy.roles):
-        reasons.append(
-            f"{head} asks for the mean of what a layer gives, which factors of its units change behind it. Merge them "
-            f"first. {whole}"
-        )
-    return reasons
-
-
-def _fixed_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
-    ffn = anatomy.sizes.ffn if widening.ffn is None else widening.ffn.size
-    sizes = Sizes(widening.residual.size, widening.query.size, widening.key_value.size, widening.head_dim, ffn)
-    return _fixed_width_reasons(anatomy, sizes)
-
-
-def _tied_head_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
-    if widening.residual.is_identity or not anatomy.tied:
-        return []
-    if anatomy.final_norm is not None:
-        if not anatomy.gain_offset or widening.residual.is_even:
-            return []
-        return [
-            f"hidden_size = {widening.residual.size}: the last norm stores its gains less {anatomy.gain_offset:g} "
-            "and can take up one number of copies only for a tied head. Use whole copies or padding."
-        ]
-    return [
-        f"hidden_size = {widening.residual.size}: the head is the token embedding and the last norm has no gain that "
-        "could take up the number of copies, so this can't grow. Untie the head first, or leave hidden_size out."
-    ]
-
-
-def _head_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
-    """Why attention does not keep its function; empty where it does."""
-    query, key_value, sizes = widening.query, widening.key_value, anatomy.sizes
-    reasons = []
-    old_groups, groups = sizes.query_heads // sizes.key_value_heads, query.size // key_value.size
-    for place, head in enumerate(query.index):
-        reads = place // groups
-        if reads >= len(key_value.index) or key_value.index[reads] != head // old_groups:
-            reasons.append(
-                f"Query head {head} at place {place} of {query.size} would read another key-value head than before. "
-                "Copy query and key-value heads group by group."
-            )
-            break
-    if anatomy.qk_norm == "all_heads" and not (query.is_even and key_value.is_even and query.added == 0):
-        reasons.append(
-            f"{query.size} query and {key_value.size} key-value heads: the norm over all heads together asks for "
-            f"equally many copies of each. Ask for multiples of {sizes.query_heads} and {sizes.key_value_heads}."
-        )
-    if widening.head_dim != sizes.head_dim:
-        reasons += _head_dim_reasons(anatomy, widening.head_dim)
-    return reasons
-
-
-def _head_dim_reasons(anatomy: Anatomy, head_dim: int) -> list[str]:
-    old, rotary = anatomy.sizes.head_dim, anatomy.rotary_dim
-    if anatomy.qk_norm != "none":
-        return [
-            f"A head dimension of {head_dim} instead of {old}: the norm on queries and keys would divide by another "
-            f"mean square. Keep {old} and ask for more heads."
-        ]
-    if not rotary:
-        return []
-    if anatomy.rope_type not in ROPE_BY_FREQUENCY:
-        return [
-            f"A head dimension of {head_dim} instead of {old}: rotary embeddings of the type {anatomy.rope_type!r} "
-            f"change with it. Keep {old} and ask for more heads."
-        ]
-    if rotary_after(anatomy, head_dim) % rotary:
-        below, above = max(head_dim // old, 1) * old, (head_dim // old + 1) * old
-        return [
-            f"A head dimension of {head_dim} instead of {old}: every rotary frequency must exist again, which only "
-            f"multiples give. The nearest are {below} and {above}."
-        ]
-    return []
-
-
-def rotary_after(anatomy: Anatomy, head_dim: int) -> int:
-    """How many of `head_dim` dimensions are rotated when the rotated share stays."""
-    return int(anatomy.rotary_dim / anatomy.sizes.head_dim * head_dim + 1e-9)
-
-
-def _lost(widening: Widening) -> list[str]:
-    maps = {"hidden": widening.residual, "query head": widening.query, "feed-forward": widening.ffn}
-    return [f"{name} unit {m.counts.index(0)} would be lost." for name, m in maps.items() if m and 0 in m.counts]
 
 
 class _Writer:
@@ -244,26 +114,29 @@ class _Writer:
     def __init__(self, anatomy: Anatomy, widening: Widening, from_above: bool) -> None:
         self.anatomy, self.widening, self.from_above = anatomy, widening, from_above
         residual = widening.residual
-        kept = len(residual.index)
-        # The norm's input keeps its sum of squares and is spread over more units: gain times eta, epsilon times eta^2.
-        self.eta = math.sqrt(kept / residual.size) if residual.added else 1.0
+        self.eta = spread(anatomy, residual)
         self.growth = math.sqrt(residual.size / residual.old)
 
-    def config_values(self) -> dict[str, Any]:
+    def size_edits(self) -> list[Edit]:
+        """The edits that say the widths: those of the config and those of modules."""
+        said, modules = size_edits(self.anatomy, self.widening.sizes(self.anatomy.sizes))
+        values = self._config_values(said)
+        return [*([SetConfig(values=values)] if values else []), *modules]
+
+    def _config_values(self, said: Sizes) -> dict[str, Any]:
         """The config's values after the widening, those that change."""
-        fields, sizes, widening = self.anatomy.fields, self.anatomy.sizes, self.widening
-        values: dict[str, Any] = {}
+        fields, sizes = self.anatomy.fields, self.anatomy.sizes
         new = (
-            (fields.hidden_size, sizes.residual, widening.residual.size),
-            (fields.heads, sizes.query_heads, widening.query.size),
-            (fields.key_value_heads, sizes.key_value_heads, widening.key_value.size),
-            (fields.head_dim, sizes.head_dim, widening.head_dim),
-            (fields.ffn, sizes.ffn, widening.ffn.size if widening.ffn else None),
+            (fields.hidden_size, sizes.residual, said.residual),
+            (fields.heads, sizes.query_heads, said.query_heads),
+            (fields.key_value_heads, sizes.key_value_heads, said.key_value_heads),
+            (fields.head_dim, sizes.head_dim, said.head_dim),
+            (fields.ffn, sizes.ffn, said.ffn),
         )
-        values = {field: after for field, before, after in new if field and before != after}
+        values: dict[str, Any] = {field: after for field, before, after in new if field and before != after}
         # A feed-forward size that the config derives from the hidden size must be said once that changes.
-        if fields.ffn and fields.hidden_size in values and widening.ffn:
-            values[fields.ffn] = widening.ffn.size
+        if fields.ffn and fields.hidden_size in values and said.ffn:
+            values[fields.ffn] = said.ffn
         if self.eta != 1 and fields.epsilon:
             values[fields.epsilon] = self.anatomy.epsilon * self.eta**2
         return values
@@ -355,7 +228,7 @@ class _Writer:
         factor = self.eta if role.kind == "gain" and self._runs_along_residual(role, 0) else 1.0
         if self._is_read_by_tied_head(role):
             if self.anatomy.gain_offset and role.kind == "gain":
-                factor /= len(self.widening.residual.index) / self.widening.residual.old
+                factor /= max(self.widening.residual.counts)
             if self.anatomy.logits_scaled or self.anatomy.embedding_scaled:
                 factor *= self.growth
         if role.pattern == self.anatomy.embeddings[0] and self.anatomy.embedding_scaled:
@@ -378,13 +251,18 @@ class _Writer:
         factor, segments = math.sqrt(new / old), role.axes[axis]
         if segments[0].parts == ("query",) and len(segments) == 1:
             return [ScaleParameter(parameter=role.pattern, factor=factor)]
-        heads, step = self.widening.query.size, len(segments[0].parts) * new
+        query = self.widening.stream(segments[0])
+        assert query is not None
+        heads, step = query.size, len(segments[0].parts) * new
         index = [head * step + dim for head in range(heads) for dim in range(new)]
         return [ScaleEntries(parameter=role.pattern, factor=factor, axis=axis, index=index)]
 
     def _is_divided(self, role: ParameterRole, axis: int) -> bool:
         """Whether entries are divided by their copies: those of readers, and those of the norm before a tied head.
         Gains that are stored with an offset get the factor after it."""
+        maps = [self.widening.stream(segment) for segment in role.axes[axis]]
+        if any(m is not None and m.is_cut for m in maps):
+            return False
         if role.access[axis] == "reads":
             return True
         return self._is_read_by_tied_head(role) and not (role.kind == "gain" and self.anatomy.gain_offset)

@@ -5,12 +5,13 @@ A `StreamMap` copies every unit some number of times, which its readers divide b
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from auxin.errors import PlanError
-from auxin.words.roles import Segment, Sizes
+from auxin.words.paths import innermost
+from auxin.words.roles import Segment, Sizes, Stream, Width
 
 Padding = Literal["zeros", "mean"]
 
@@ -49,6 +50,11 @@ class StreamMap:
     def is_even(self) -> bool:
         """Whether every old unit has equally many copies, at least one."""
         return len(set(self.counts)) == 1 and self.counts[0] > 0
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether some old units go, and those that stay are there once."""
+        return 0 in self.counts and max(self.counts) == 1 and self.added == 0
 
     @property
     def is_tiled(self) -> bool:
@@ -128,19 +134,71 @@ class Widening:
     noise: float = 0.0
     """Relative root mean square of the noise by which the shares of the readers of copied units differ; it sums to zero
     over the copies of a unit, so that the function stays and the copies can part."""
+    scoped: Mapping[tuple[Stream, str], StreamMap] = field(default_factory=dict)
+    """Maps of heads and feed-forward units by (stream, scope), for scopes that the anatomy tells apart; elsewhere the
+    maps above hold."""
 
     @property
     def is_identity(self) -> bool:
         """Whether there is nothing to do but for the head dimension."""
-        return all(m is None or m.is_identity for m in (self.residual, self.query, self.key_value, self.ffn))
+        return all(stream.is_identity for _, _, stream in self.maps())
+
+    def maps(self) -> Iterator[tuple[Stream, str, StreamMap]]:
+        """All maps, with their streams and scopes."""
+        yield "residual", "", self.residual
+        yield "query", "", self.query
+        yield "key_value", "", self.key_value
+        if self.ffn is not None:
+            yield "ffn", "", self.ffn
+        for (stream, scope), stream_map in self.scoped.items():
+            yield stream, scope, stream_map
+
+    def at(self, stream: Stream, scope: str) -> StreamMap | None:
+        """The map of `stream` at `scope`, the innermost one's; None where the stream never grows here."""
+        maps = {where: stream_map for name, where, stream_map in self.maps() if name == stream}
+        return maps[innermost(scope, maps)] if maps else None
 
     def stream(self, segment: Segment) -> StreamMap | None:
         """The map of the stream that `segment` runs along; None for one that never grows here."""
-        if segment.stream == "vocabulary":
-            return None
-        return {"residual": self.residual, "query": self.query, "key_value": self.key_value, "ffn": self.ffn}[
-            segment.stream
-        ]
+        return self.at(segment.stream, segment.scope)
+
+    def sizes(self, old: Sizes) -> Sizes:
+        """The widths afterwards.
+
+        Args:
+            old: the widths before.
+        """
+        places = {(width.stream, width.scope): None for width in old.scoped} | dict.fromkeys(self.scoped)
+        maps = ((stream, scope, self.at(stream, scope)) for stream, scope in places)
+        widths = [Width(stream, scope, found.size) for stream, scope, found in maps if found is not None]
+        ffn = self.ffn.size if self.ffn is not None else None
+        new = Sizes(self.residual.size, self.query.size, self.key_value.size, self.head_dim, ffn)
+        return new.with_widths(widths)
+
+
+def scoped_maps(
+    old: Sizes,
+    new: Sizes,
+    ffn: Callable[[int, int], StreamMap],
+    heads: Callable[[Sizes, Sizes], tuple[StreamMap, ...]],
+) -> dict[tuple[Stream, str], StreamMap]:
+    """The maps of the scopes of a model that have widths of their own, for `Widening.scoped`.
+
+    Args:
+        old: the model's widths.
+        new: those after the growth.
+        ffn: the map from a number of feed-forward units to another one.
+        heads: the maps of query and key-value heads between the widths of two models.
+    """
+    maps: dict[tuple[Stream, str], StreamMap] = {}
+    for scope in dict.fromkeys(width.scope for width in old.scoped):
+        streams = {width.stream for width in old.scoped if width.scope == scope}
+        before, after = old.at(scope), new.at(scope)
+        if streams & {"query", "key_value"}:
+            maps["query", scope], maps["key_value", scope] = heads(before, after)
+        if "ffn" in streams and before.ffn and after.ffn:
+            maps["ffn", scope] = ffn(before.ffn, after.ffn)
+    return maps
 
 
 def _nearest_heads(sizes: Sizes, query_heads: int, key_value_heads: int) -> str:

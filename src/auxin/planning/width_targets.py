@@ -7,11 +7,14 @@ from pydantic import Field
 from auxin.errors import PlanError
 from auxin.planning.width import describe_sizes
 from auxin.settings import Settings
-from auxin.words.roles import Anatomy, Sizes
+from auxin.words.roles import Anatomy, Sizes, Stream, Width
 
 
 class WidthTargets(Settings):
-    """The widths after the growth; what is not given stays, or follows where the architecture leaves no choice."""
+    """The widths after the growth; what is not given stays, or follows where the architecture leaves no choice.
+
+    A width that is given is that of all layers, also of those that have widths of their own before.
+    """
 
     hidden_size: int | None = Field(default=None, gt=0)
     """Width of the residual."""
@@ -23,8 +26,13 @@ class WidthTargets(Settings):
     intermediate_size: int | None = Field(default=None, gt=0)
     """Hidden units of the feed-forward part."""
 
-    def sizes(self, anatomy: Anatomy) -> Sizes:
+    def sizes(self, anatomy: Anatomy, scoped: Iterable[Width] | None = None) -> Sizes:
         """All widths after the growth.
+
+        Args:
+            anatomy: of the model.
+            scoped: the widths of narrower scopes, for those whose layers differ before; default: what is given here for
+                all, and otherwise what they are.
 
         Raises:
             PlanError: a width shrinks, does not exist in this architecture, or does not go with the others; the message
@@ -41,7 +49,20 @@ class WidthTargets(Settings):
                 f"num_attention_heads = {heads} does not divide hidden_size = {hidden}, which this architecture's "
                 f"config insists on. The nearest possible: {_either(_divisors_near(hidden, heads, old.query_heads))}."
             )
-        return Sizes(hidden, heads, self._key_value_heads(anatomy, heads), head_dim, self._ffn(anatomy))
+        new = Sizes(hidden, heads, self._key_value_heads(anatomy, heads), head_dim, self._ffn(anatomy))
+        new = new.with_widths(self._unchanged(old) if scoped is None else scoped)
+        refuse_shrinking(old, new)
+        return new
+
+    def gives(self, stream: Stream) -> bool:
+        """Whether the width of `stream` is given for all layers; heads of both kinds are given together."""
+        if stream == "ffn":
+            return self.intermediate_size is not None
+        return self.num_attention_heads is not None or self.num_key_value_heads is not None
+
+    def _unchanged(self, old: Sizes) -> list[Width]:
+        """The widths of narrower scopes that stay."""
+        return [width for width in old.scoped if not self.gives(width.stream)]
 
     def _bound_heads(self, old: Sizes, hidden: int) -> tuple[int, int]:
         """Heads and their dimension where the product is the hidden size."""
@@ -99,6 +120,22 @@ class WidthTargets(Settings):
                 )
             return None
         return _at_least("intermediate_size", self.intermediate_size, anatomy.sizes.ffn)
+
+
+def refuse_shrinking(old: Sizes, new: Sizes) -> None:
+    """Raise PlanError when a layer or a stack that has widths of its own would lose units."""
+    names: dict[Stream, str] = {
+        "query": "num_attention_heads",
+        "key_value": "num_key_value_heads",
+        "ffn": "intermediate_size",
+    }
+    for width in old.scoped:
+        wanted = new.units(width.stream, width.scope)
+        if wanted is not None and wanted < width.units:
+            raise PlanError(
+                f"{names[width.stream]} = {wanted} is less than the {width.units} that {width.scope} has; growth can't "
+                f"shrink. The nearest possible: {width.units}."
+            )
 
 
 def refuse_unchanged(anatomy: Anatomy, sizes: Sizes) -> None:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from auxin.accounting import Ledger, StageRecord
+from auxin.accounting import Cost, Ledger, StageRecord
 from auxin.accounting.ledger import LEDGER_FILE
 from auxin.edits import Plan, Receipt, apply_to_checkpoint
 from auxin.errors import CheckpointError
@@ -19,10 +19,10 @@ def grow_checkpoint(
     stage_name: str = "grow",
     validation_loss: Callable[[Path], float] | None = None,
     data_fingerprint: str | None = None,
-    tokens: int = 0,
-    flops: float = 0.0,
 ) -> Receipt:
     """Apply `plan` to the checkpoint `source` and write the result to `output`, its ledger one stage longer.
+
+    What making the plan took, as far as it was measured (`Plan.cost`), is booked with the stage.
 
     Args:
         plan: the growth.
@@ -30,9 +30,8 @@ def grow_checkpoint(
         output: a folder that does not exist or is empty; it appears when all of it, the ledger too, is written.
         stage_name: of the ledger's record.
         validation_loss: measures a checkpoint folder, in nats per token; None: the record says nothing about the loss.
-        data_fingerprint: of the data that it measures on.
-        tokens: of text that the plan was learned from.
-        flops: training FLOPs that this took.
+        data_fingerprint: of the data that it measures on, and that the plan was made with, if with any. None: that
+            of the data which the plan names.
 
     Raises:
         CheckpointError, PlanError, PromiseError: as `apply_to_checkpoint`, or the output can't be written; nothing is
@@ -41,21 +40,23 @@ def grow_checkpoint(
     started = time.perf_counter()
     source, output = Path(source), Path(output)
     ledger = Ledger.load(source) if (source / LEDGER_FILE).exists() else Ledger()
+    cost = plan.cost or Cost()
 
     def keep_books(folder: Path, receipt: Receipt) -> None:
         record = StageRecord(
             name=stage_name,
             kind="grow",
             parameters=receipt.parameters_after,
-            tokens=tokens,
-            flops=flops,
+            tokens=cost.tokens,
+            samples=cost.samples,
+            flops=cost.flops,
             loss_before=None if validation_loss is None else validation_loss(source),
             loss_after=None if validation_loss is None else validation_loss(folder),
             plan=plan.model_dump(mode="json"),
             receipt=receipt.model_dump(mode="json", exclude={"plan"}),
-            data_fingerprint=data_fingerprint,
+            data_fingerprint=data_fingerprint or cost.data,
             seed=plan.seed,
-            seconds=time.perf_counter() - started,
+            seconds=cost.seconds + time.perf_counter() - started,
         )
         ledger.append(record).save(folder)
         # A plan is data: it may be someone's own, or of a method that is not installed here.

@@ -119,25 +119,28 @@ def _configured(path: Path) -> dict[str, Any]:
     return {"model_type": config.pop("model_type"), "config": {k: v for k, v in config.items() if k != "vocab_size"}}
 
 
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one value in place; `override` is "dotted.key=value" with the value in YAML; list items go by their index."""
+def apply_override(values: dict[str, Any], override: str, option: str = "--set") -> None:
+    """Set one value in place; `override` is "dotted.key=value" with the value in YAML; list items go by their index.
+    Messages name the `option` that it was given with."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set {override!r} is no key=value. Write for example --set training.learning_rate=1e-3.")
+        raise ConfigError(
+            f"{option} {override!r} is no key=value. Write for example --set training.learning_rate=1e-3."
+        )
     *path, last = key.split(".")
     target: Any = values
     for part in path:
         try:
             target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
         except (ValueError, IndexError) as error:
-            raise ConfigError(f"--set {override!r}: {part!r} is no index of a list of {len(target)}.") from error
+            raise ConfigError(f"{option} {override!r}: {part!r} is no index of a list of {len(target)}.") from error
         if not isinstance(target, dict | list):
-            raise ConfigError(f"--set {override!r}: {part!r} holds the value {target!r}, not a group of values.")
+            raise ConfigError(f"{option} {override!r}: {part!r} holds the value {target!r}, not a group of values.")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         reason = str(getattr(error, "problem", None) or error)
-        raise ConfigError(f"--set {override!r}: the value {text!r} is not valid YAML: {reason}.") from error
+        raise ConfigError(f"{option} {override!r}: the value {text!r} is not valid YAML: {reason}.") from error
     if isinstance(value, str):
         # YAML 1.1 takes 1e-3 for text, as it wants a dot in the mantissa.
         with contextlib.suppress(ValueError):
@@ -146,6 +149,6 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         try:
             target[int(last)] = value
         except (ValueError, IndexError) as error:
-            raise ConfigError(f"--set {override!r}: {last!r} is no index of a list of {len(target)}.") from error
+            raise ConfigError(f"{option} {override!r}: {last!r} is no index of a list of {len(target)}.") from error
     else:
         target[last] = value

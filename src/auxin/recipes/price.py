@@ -7,9 +7,10 @@ from auxin.accounting.ledger import LEDGER_FILE
 from auxin.edits.structure import edited_skeleton
 from auxin.errors import ConfigError
 from auxin.objectives import ObjectiveSettings
+from auxin.objectives.calibration import CalibrationSettings
 from auxin.objectives.objective import is_encoder_decoder, objective_flops
-from auxin.recipes.schema import Branch, BuildStage, GrowStage, Recipe, TrainStage
-from auxin.recipes.stage_models import Structures, growth_tokens, resolve_structures
+from auxin.recipes.schema import Branch, BuildStage, GrowStage, Recipe, Stage, TrainStage
+from auxin.recipes.stage_models import Structures, estimated_stages, growth_data, resolve_structures
 from auxin.settings import Settings
 
 
@@ -28,6 +29,10 @@ class StagePrice(Settings):
     memory_bytes: int | None = None
     """Of one process that holds the whole model: float32 weights, gradients and moments, and the activations of one
     micro-batch in float32 without checkpointing."""
+    estimate: bool = False
+    """Whether these numbers may come out differently: a method before or in this stage, or in a branch that it goes by,
+    decides by looking at weights. What such a method looks at is priced as if it learned from each of its samples
+    once."""
 
 
 class RecipePrice(Settings):
@@ -45,7 +50,8 @@ class RecipePrice(Settings):
             if stage.tokens:
                 memory = "" if stage.memory_bytes is None else f"{stage.memory_bytes / 2**30:.2f} GiB"
                 costs = (f"{stage.steps:,}" if stage.steps else "", f"{stage.tokens:,}", f"{stage.flops:.3g}", memory)
-            rows.append((stage.branch, f"{stage.stage} ({stage.kind})", f"{stage.parameters:,}", *costs))
+            kind = f"{stage.kind}, an estimate" if stage.estimate else stage.kind
+            rows.append((stage.branch, f"{stage.stage} ({kind})", f"{stage.parameters:,}", *costs))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [
             "  ".join(
@@ -54,6 +60,11 @@ class RecipePrice(Settings):
             ).rstrip()
             for row in rows
         ]
+        if any(stage.estimate for stage in self.stages):
+            lines += [
+                "",
+                "An estimate: a method looks at weights, and what it makes and costs is known when it has run.",
+            ]
         lines += ["", "Training FLOPs of each branch, those before its fork included:"]
         return "\n".join([*lines, *(f"  {name}  {flops:.3g}" for name, flops in self.branch_flops.items())])
 
@@ -82,6 +93,7 @@ class _Pricing:
 
     def __init__(self, recipe: Recipe, structures: Structures, memory: bool, tokenizer_size: int | None) -> None:
         self.recipe, self.structures, self.memory, self.tokenizer_size = recipe, structures, memory, tokenizer_size
+        self.estimated = estimated_stages(recipe)
         self.spent: dict[tuple[str, str], float] = {}
         self.costs: dict[str, tuple[int, FlopsPerToken]] = {}
 
@@ -105,8 +117,15 @@ class _Pricing:
                 and (stage.checkpoint / LEDGER_FILE).exists()
             ):
                 flops = Ledger.load(stage.checkpoint).total_flops
-            price = StagePrice(branch=branch.name, stage=stage.name, kind=stage.kind, parameters=parameters)
-            if isinstance(stage, GrowStage) and (tokens := growth_tokens(stage)):
+            price = StagePrice(
+                branch=branch.name,
+                stage=stage.name,
+                kind=stage.kind,
+                parameters=parameters,
+                estimate=self._is_estimate(branch, stage),
+            )
+            if isinstance(stage, GrowStage) and (asked := growth_data(stage)) is not None:
+                tokens = asked.samples * self._length(f"{branch.name}/{stage.name}: ", asked)
                 price = price.model_copy(update={"tokens": tokens, "flops": tokens * per_token.training})
                 flops += price.flops
             if not isinstance(stage, BuildStage):
@@ -131,6 +150,20 @@ class _Pricing:
             self.spent[branch.name, stage.name] = flops
             prices.append(price)
         return prices
+
+    def _is_estimate(self, branch: Branch, stage: Stage) -> bool:
+        """Whether the stage's model is an estimate, or that of the branch that its budget goes by."""
+        other = next((one for one in self.recipe.branches if one.name == getattr(stage, "flops_of", None)), None)
+        return (branch.name, stage.name) in self.estimated or (
+            other is not None and (other.name, other.stages[-1].name) in self.estimated
+        )
+
+    def _length(self, where: str, asked: CalibrationSettings) -> int:
+        """Tokens of a sample."""
+        try:
+            return asked.checked_length(self.recipe.corpus.context_length, "corpus.context_length")
+        except ConfigError as error:
+            raise ConfigError(f"{where}{error}") from error
 
     def _cost(self, config: PreTrainedConfig) -> tuple[int, FlopsPerToken]:
         key = config.to_json_string()

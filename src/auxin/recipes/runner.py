@@ -8,27 +8,41 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
-from auxin.accounting import Ledger, StageRecord, count_parameters, flops_per_token
+from auxin.accounting import Ledger, StageRecord, count_parameters
 from auxin.accounting.ledger import LEDGER_FILE
 from auxin.accounting.results import RunResults
 from auxin.data import PackedData, prepare
 from auxin.data.tokenizer import load_tokenizer, tokenizer_digest
-from auxin.edits.folders import TRAINING_FOLDER
-from auxin.edits.structure import edited_skeleton
+from auxin.edits.folder_store import TRAINING_FOLDER
 from auxin.errors import CheckpointError, ConfigError
 from auxin.evaluation import evaluate_loss
 from auxin.files import new_folder, write_text
-from auxin.models.loading import load_model
+from auxin.models.loading import load_config, load_model
+from auxin.objectives.calibration import Calibration
 from auxin.objectives.objective import is_encoder_decoder
+from auxin.planning.bench import Bench
 from auxin.recipes.folder import DATA, OUTCOME_FILE, StageOutcome, claim_directory, left_checkpoint, stage_directory
 from auxin.recipes.growth import grow_checkpoint
 from auxin.recipes.price import price_recipe, remaining_flops
 from auxin.recipes.results import collect_results, describe_left_out
 from auxin.recipes.schema import Branch, BuildStage, EvaluateStage, GrowStage, Recipe, Stage, TrainStage
 from auxin.recipes.stage_hooks import stage_hooks
-from auxin.recipes.stage_models import Structures, growth_plan, growth_tokens, resolve_structures
+from auxin.recipes.stage_models import (
+    Structures,
+    built_config,
+    estimated_stages,
+    growth_data,
+    growth_plan,
+    resolve_structures,
+)
 from auxin.report import write_chart_svg, write_report
 from auxin.training import train, write_checkpoint_folder
 from auxin.training.hardware import choose_device
@@ -63,6 +77,23 @@ class Run:
         branch = next(branch for branch in self.recipe.branches if branch.name == branch_name)
         stage = next(stage for stage in branch.stages if stage.name == stage_name)
         return left_checkpoint(self.directory, branch, stage)
+
+    def config_to_build(self, branch: Branch, stage: BuildStage) -> PreTrainedConfig:
+        """The config of the model that `stage` of `branch` builds. Where it goes by the end of a branch that was only
+        estimated before the run, by the checkpoint which that branch has left."""
+        if (branch.name, stage.name) not in estimated_stages(self.recipe):
+            return self.structures[branch.name][stage.name]
+        names = {name for name in (stage.like, stage.parameters_of) if name is not None}
+        ends = {name: {"": load_config(self.final_checkpoint(name))} for name in names}
+        return built_config(stage, ends, vocabulary_fields(self.data.tokenizer()), self.recipe)
+
+    def bench(self, stage: GrowStage, model: PreTrainedModel, folder: Path) -> Bench:
+        """What the method of `stage` works at: it looks at documents of the training split alone."""
+        asked, seed = growth_data(stage), self.recipe.seed
+        if asked is None:
+            return Bench(model, seed=seed, folder=folder)
+        data = Calibration.of_split(self.data, model.config, asked, self.recipe.objective, seed)
+        return Bench(model, data, seed, folder)
 
     def final_checkpoint(self, branch_name: str) -> Path:
         """The checkpoint that a finished branch left."""
@@ -200,8 +231,7 @@ def run_branch(run: Run, branch: Branch) -> None:
             directory.mkdir(parents=True, exist_ok=True)
             # Without the outcome beside it, what is there is of a run that was stopped before the stage was complete.
             shutil.rmtree(directory / STAGE_CHECKPOINT, ignore_errors=True)
-            config = run.structures[branch.name][stage.name]
-            checkpoint = run_stage(run, stage, directory, previous, config)
+            checkpoint = run_stage(run, branch, stage, directory, previous)
             outcome = StageOutcome(
                 name=stage.name, kind=stage.kind, checkpoint=checkpoint.relative_to(run.directory).as_posix()
             )
@@ -210,15 +240,15 @@ def run_branch(run: Run, branch: Branch) -> None:
         run.announce(f"  {describe_last_stage(Ledger.load(previous))}")
 
 
-def run_stage(run: Run, stage: Stage, directory: Path, previous: Path | None, config: PreTrainedConfig) -> Path:
-    """Do one stage that starts from the checkpoint `previous`; returns the checkpoint it left."""
+def run_stage(run: Run, branch: Branch, stage: Stage, directory: Path, previous: Path | None) -> Path:
+    """Do one stage of `branch` that starts from the checkpoint `previous`; returns the checkpoint it left."""
     if isinstance(stage, BuildStage):
-        return build(run, stage, directory, config)
+        return build(run, stage, directory, run.config_to_build(branch, stage))
     assert previous is not None  # the schema: what does not begin with a build is forked
     if isinstance(stage, TrainStage):
         return train_stage(run, stage, directory, previous)
     if isinstance(stage, GrowStage):
-        return grow(run, stage, directory, previous, config)
+        return grow(run, stage, directory, previous)
     return evaluate(run, stage, directory, previous)
 
 
@@ -274,7 +304,8 @@ def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path) ->
     settings = run.recipe.training_settings(stage, flops=flops)
     carried = not stage.fresh_optimizer and (previous / TRAINING_FOLDER).exists()
     fingerprint = run.data.fingerprint
-    seen = sum(record.tokens for record in ledger.stages if record.data_fingerprint == fingerprint)
+    trained = [record for record in ledger.stages if record.kind == "train"]
+    seen = sum(record.tokens for record in trained if record.data_fingerprint == fingerprint)
     result = train(
         load_model(previous, dtype=torch.float32),
         run.data,
@@ -290,12 +321,10 @@ def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path) ->
     return result.checkpoint
 
 
-def grow(run: Run, stage: GrowStage, directory: Path, previous: Path, config: PreTrainedConfig) -> Path:
-    """Grow the checkpoint `previous`, its optimizer's moments along with it, to a model of `config`, and measure what
-    that did to the loss."""
+def grow(run: Run, stage: GrowStage, directory: Path, previous: Path) -> Path:
+    """Grow the checkpoint `previous`, its optimizer's moments along with it, and measure what that did to the loss."""
     output = directory / STAGE_CHECKPOINT
-    tokens = growth_tokens(stage)
-    plan = growth_plan(stage, load_model(previous), run.recipe.seed, weights=True, folder=directory)
+    plan = growth_plan(stage, run.bench(stage, load_model(previous), directory))
     for note in plan.notes:
         run.announce(f"  Note: {note}")
     grow_checkpoint(
@@ -305,8 +334,6 @@ def grow(run: Run, stage: GrowStage, directory: Path, previous: Path, config: Pr
         stage_name=stage.name,
         validation_loss=run.validation_loss,
         data_fingerprint=run.data.fingerprint,
-        tokens=tokens,
-        flops=tokens * flops_per_token(edited_skeleton(config), run.data.context_length).training if tokens else 0.0,
     )
     return output
 
@@ -335,7 +362,7 @@ def describe_last_stage(ledger: Ledger) -> str:
     """One line on what the last stage did and cost."""
     stage = ledger.stages[-1]
     parts = [f"{stage.name}: {stage.parameters:,} parameters"]
-    if stage.kind == "train":
+    if stage.kind == "train" or stage.tokens:
         parts.append(f"{stage.tokens:,} tokens, {stage.flops:.3g} FLOPs, {stage.seconds:.0f} s")
     if stage.kind == "grow" and stage.loss_before is not None and stage.loss_after is not None:
         parts.append(f"validation loss {stage.loss_before:.6f}, changed by {stage.loss_after - stage.loss_before:+.1e}")

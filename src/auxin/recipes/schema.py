@@ -96,6 +96,9 @@ class GrowStage(Settings):
     """The method's name ("hypercloning", "llama-pro", ...)."""
     settings: dict[str, Any] = {}
     """The method's settings; a seed that is not set here is the recipe's."""
+    calibration: dict[str, Any] = {}
+    """Fields of CalibrationSettings: how much of the run's training split a method that looks at data sees. What is not
+    set is what the method asks for. Held-out documents are never among it."""
     to: str | None = None
     """Of a TokenFormer: a preset to grow to."""
     tokens: TokenGrowth | None = None
@@ -110,6 +113,8 @@ class GrowStage(Settings):
             )
         if self.settings and self.method is None:
             raise ValueError("settings go with method")
+        if self.calibration and self.method is None:
+            raise ValueError("calibration goes with method")
         return self
 
 

@@ -95,13 +95,14 @@ def old_shapes(plans: list[Plan]) -> OldShapes:
         shapes = {}
         for name, _ in model.named_parameters():
             origin = resolved.origins[name]
-            if len(origin.sources) > 1 or not all(isinstance(step.edit, KEEPS_IN_FRONT) for step in origin.steps):
+            told_apart = origin.is_fresh or origin.kept is not None
+            if not told_apart or not all(isinstance(step.edit, KEEPS_IN_FRONT) for step in origin.steps):
                 raise PlanError(
                     f"The growth by {plan.method} makes {name} out of old entries and new ones alike, so that there is "
                     "no telling them apart. Leave out old_rate."
                 )
-            if origin.source in left:
-                shapes[name] = left.pop(origin.source)
+            if origin.kept in left:
+                shapes[name] = left.pop(origin.kept)
     return shapes
 
 

@@ -3,11 +3,10 @@
 import math
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from auxin.accounting import count_parameters
 from auxin.edits import Plan, planned_config
@@ -18,11 +17,13 @@ from auxin.methods.grow.tokenformer import plan_token_growth, token_growth_to
 from auxin.models.loading import load_config
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.models.tokenformer.presets import preset_config
+from auxin.objectives.calibration import CalibrationSettings
 from auxin.objectives.objective import is_encoder_decoder
+from auxin.planning.bench import Bench
+from auxin.planning.method import Method, asked_data, estimate_plan, make_plan
 from auxin.recipes.schema import BuildStage, GrowStage, Recipe
 from auxin.settings import Settings
 
-GrowthSettings = TypeVar("GrowthSettings", bound=Settings)
 _HIDDEN_FIELDS = {"_name_or_path", "transformers_version", "architectures", "auto_map", "torch_dtype"}
 """Fields that saved configs have and nobody sets."""
 _COMMON_FIELDS = _HIDDEN_FIELDS | {
@@ -36,7 +37,7 @@ _COMMON_FIELDS = _HIDDEN_FIELDS | {
 """Fields that any transformers config may have, today or in files written by earlier versions."""
 
 Structures = dict[str, dict[str, PreTrainedConfig]]
-"""Branch name -> stage name -> the config of the model which that stage leaves."""
+"""Branch name -> stage name -> the config of the model which that stage leaves; of `estimated_stages` a likely one."""
 
 
 def resolve_structures(recipe: Recipe, vocabulary: dict[str, int]) -> Structures:
@@ -59,28 +60,24 @@ def resolve_structures(recipe: Recipe, vocabulary: dict[str, int]) -> Structures
         stages: dict[str, PreTrainedConfig] = {}
         for stage in branch.stages:
             if isinstance(stage, BuildStage):
-                config = _built_config(stage, structures, vocabulary, recipe)
+                config = built_config(stage, structures, vocabulary, recipe)
             elif isinstance(stage, GrowStage):
                 assert config is not None  # the schema: a branch begins with a build or a fork
-                config = planned_config(growth_plan(stage, edited_skeleton(config), recipe.seed).edits, config)
+                plan = growth_plan(stage, Bench(edited_skeleton(config), seed=recipe.seed))
+                config = planned_config(plan.edits, config)
             assert config is not None
             stages[stage.name] = config
         structures[branch.name] = stages
     return structures
 
 
-def growth_plan(
-    stage: GrowStage, model: PreTrainedModel, seed: int, weights: bool = False, folder: Path | None = None
-) -> Plan:
+def growth_plan(stage: GrowStage, bench: Bench) -> Plan:
     """The plan of the growth that `stage` asks for.
 
     Args:
         stage: the stage.
-        model: the model to grow; on the meta device unless `weights`.
-        seed: the recipe's, for where the stage sets none.
-        weights: whether the model has its weights. Without them, a method that looks at them gives the outline of its
-            plan, which has the shapes and can't be applied.
-        folder: where files that belong to the plan (a learned operator) go, if the stage does not say it.
+        bench: the model to grow, the data that the stage looks at, and the recipe's seed. Where the model is on the
+            meta device, the plan of a method that looks at weights is an estimate.
 
     Raises:
         ConfigError: there is no such method, or a setting is unknown or wrong.
@@ -88,41 +85,62 @@ def growth_plan(
     """
     where = f"grow stage {stage.name!r}"
     if stage.method is None:
-        if not isinstance(model.config, TokenFormerConfig):
-            raise PlanError(f"{where}: only a TokenFormer grows by tokens, this is a {model.config.model_type}.")
-        tokens = stage.tokens or token_growth_to(model.config, str(stage.to))
-        return plan_token_growth(model.config, _filled_in(tokens, {"seed": seed}))
+        config = bench.model.config
+        if not isinstance(config, TokenFormerConfig):
+            raise PlanError(f"{where}: only a TokenFormer grows by tokens, this is a {config.model_type}.")
+        return plan_token_growth(config, bench.seeded(stage.tokens or token_growth_to(config, str(stage.to))))
     method = find_method(stage.method)
     if method.write_files is not None:
         raise PlanError(
             f"{where}: {method.name} changes more of a checkpoint than its model (its tokenizer), which is the "
             "corpus's in a recipe. Do it before, with `auxin apply`, and start from the result."
         )
-    own = method.settings.parse(stage.settings, source=f"{where}: settings of {method.name}")
-    values: dict[str, Any] = {"seed": seed} if folder is None else {"seed": seed, "folder": folder}
-    settings = _filled_in(own, values)
-    if not method.needs_weights or weights:
-        return method.plan(model, settings)
-    if method.outline is None:
-        raise PlanError(
-            f"{where}: {method.name} looks at the weights and has no outline, so that the size of what it makes is not "
-            "known before the run. Do it before, with `auxin apply`, and start from the result."
-        )
-    return method.outline(model, settings)
+    settings = _method_settings(stage, method)
+    make = estimate_plan if next(bench.model.parameters()).is_meta else make_plan
+    try:
+        return make(method, bench, settings)
+    except PlanError as error:
+        raise PlanError(f"{where}: {error}") from error
 
 
-def growth_tokens(stage: GrowStage) -> int:
-    """The tokens of text on which the grown model is trained while the growth is planned; 0 for most methods."""
+def growth_data(stage: GrowStage) -> CalibrationSettings | None:
+    """How much of the training split the method of `stage` looks at or learns from; None: nothing, as for most methods.
+
+    Raises:
+        ConfigError: there is no such method, a setting is wrong, or it looks at no data and the stage says how much.
+    """
     if stage.method is None:
-        return 0
-    method = find_method(stage.method)
-    return 0 if method.tokens is None else method.tokens(method.settings.parse(stage.settings))
+        return None
+    method, where = find_method(stage.method), f"grow stage {stage.name!r}: calibration"
+    settings, given = _method_settings(stage, method), CalibrationSettings.parse(stage.calibration, source=where)
+    try:
+        return asked_data(method, settings, given)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
-def _filled_in(settings: GrowthSettings, values: dict[str, Any]) -> GrowthSettings:
-    """`settings` with those of `values` that they have and that are not set."""
-    missing = (type(settings).model_fields.keys() & values.keys()) - settings.model_fields_set
-    return settings.model_copy(update={name: values[name] for name in missing})
+def estimated_stages(recipe: Recipe) -> set[tuple[str, str]]:
+    """The stages, as (branch, stage), whose model is not known for sure before the run, only by an outline: growths by
+    methods that look at weights, what follows them, and what is built like them."""
+    found: set[tuple[str, str]] = set()
+    ends: set[str] = set()
+    """Branches that end with one."""
+    for branch in recipe.branches:
+        estimated = branch.fork is not None and tuple(branch.fork.split("/", 1)) in found
+        for stage in branch.stages:
+            if isinstance(stage, BuildStage):
+                estimated = bool({stage.like, stage.parameters_of} & ends)
+            elif isinstance(stage, GrowStage) and stage.method is not None:
+                estimated = estimated or find_method(stage.method).needs_weights
+            if estimated:
+                found.add((branch.name, stage.name))
+        if estimated:
+            ends.add(branch.name)
+    return found
+
+
+def _method_settings(stage: GrowStage, method: Method) -> Settings:
+    return method.settings.parse(stage.settings, source=f"grow stage {stage.name!r}: settings of {method.name}")
 
 
 def final_config(structures: Structures, branch: str) -> PreTrainedConfig:
@@ -130,9 +148,20 @@ def final_config(structures: Structures, branch: str) -> PreTrainedConfig:
     return list(structures[branch].values())[-1]
 
 
-def _built_config(
+def built_config(
     stage: BuildStage, structures: Structures, vocabulary: dict[str, int], recipe: Recipe
 ) -> PreTrainedConfig:
+    """The config of the model that `stage` builds.
+
+    Args:
+        stage: the stage.
+        structures: of the branches that `like` and `parameters_of` name.
+        vocabulary: as for `resolve_structures`.
+        recipe: the stage's.
+
+    Raises:
+        ConfigError: it can't be built.
+    """
     tokens = vocabulary.get("vocab_size")
     if tokens is not None:
         vocabulary = {**vocabulary, "vocab_size": _padded(tokens, stage)}

@@ -4,17 +4,15 @@ import math
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
-from xml.sax.saxutils import escape
 
 from auxin.accounting.results import BranchResult, CurvePoint, RunResults
 from auxin.files import write_text
 from auxin.report.curves import branch_colours, branch_order, drawable_growths, growth_label, points
 from auxin.report.formatting import SUPERSCRIPTS
+from auxin.report.svg import document, line, text
 
 WIDTH, HEIGHT = 880, 460
 LEFT, RIGHT, TOP, BOTTOM = 62, 236, 50, 56
-TEXT, GRID = "#7d8590", "#7d8590"
-"""A grey of at least 3.5:1 on white and on black; the grid has it almost transparent."""
 LATE_SHARE = 0.12
 """Share of the costs that is left out at the start, where the loss falls steeply and hides what comes after."""
 LABEL_HEIGHT = 34
@@ -33,10 +31,10 @@ def chart_svg(results: RunResults) -> str:
     """The picture's SVG."""
     order = branch_order(results)
     curves = {branch.name: measured for branch in order if (measured := points(branch, "validation_loss"))}
-    body = [_text(LEFT, 24, results.title, size=17, weight=600)]
+    body = [text(LEFT, 24, results.title, size=17, weight=600)]
     plane = _Plane.around(curves)
     if plane is None:
-        body.append(_text(WIDTH / 2, HEIGHT / 2, "no loss was measured", anchor="middle"))
+        body.append(text(WIDTH / 2, HEIGHT / 2, "no loss was measured", anchor="middle"))
     else:
         colours = {name: colour.both for name, colour in branch_colours(results).items()}
         body += _axes(plane)
@@ -45,13 +43,7 @@ def chart_svg(results: RunResults) -> str:
         for branch in drawn:
             body += _growths(plane, branch, colours[branch.name], labelled=branch.name == results.main_branch)
         body += _labels(plane, drawn, curves, colours)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        'role="img" font-family="system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif" '
-        f'font-size="13">\n<title>{escape(results.title)}: validation loss against training FLOPs</title>\n'
-        + "\n".join(body)
-        + "\n</svg>\n"
-    )
+    return document(f"{results.title}: validation loss against training FLOPs", WIDTH, HEIGHT, body)
 
 
 class _Plane(NamedTuple):
@@ -89,21 +81,21 @@ def _axes(plane: _Plane) -> list[str]:
     parts = []
     for loss in _ticks(plane.low, plane.high):
         y = plane.y(loss)
-        parts.append(_line(LEFT, y, WIDTH - RIGHT, y, opacity=0.22))
-        parts.append(_text(LEFT - 8, y + 4.5, f"{loss:.6g}", anchor="end"))
+        parts.append(line(LEFT, y, WIDTH - RIGHT, y, opacity=0.22))
+        parts.append(text(LEFT - 8, y + 4.5, f"{loss:.6g}", anchor="end"))
     ticks = _ticks(plane.left, plane.right)
     exponent = math.floor(math.log10(plane.right))
     for flops in ticks:
         x = plane.x(flops)
-        parts.append(_line(x, HEIGHT - BOTTOM, x, HEIGHT - BOTTOM + 5, opacity=0.6))
-        parts.append(_text(x, HEIGHT - BOTTOM + 21, f"{flops / 10**exponent:.3g}", anchor="middle"))
-    parts.append(_line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, opacity=0.6))
+        parts.append(line(x, HEIGHT - BOTTOM, x, HEIGHT - BOTTOM + 5, opacity=0.6))
+        parts.append(text(x, HEIGHT - BOTTOM + 21, f"{flops / 10**exponent:.3g}", anchor="middle"))
+    parts.append(line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, opacity=0.6))
     power = f"10{str(exponent).translate(SUPERSCRIPTS)}"
     parts.append(
-        _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, f"training FLOPs × {power}, ancestors included", anchor="middle")
+        text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, f"training FLOPs × {power}, ancestors included", anchor="middle")
     )
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    title = _text(0, 0, "validation loss, nats per token", anchor="middle")
+    title = text(0, 0, "validation loss, nats per token", anchor="middle")
     parts.append(f'<g transform="translate(15 {middle:.0f}) rotate(-90)">{title}</g>')
     return parts
 
@@ -152,8 +144,8 @@ def _growths(plane: _Plane, branch: BranchResult, colour: str, labelled: bool) -
         x, y = plane.x(growth.flops), plane.y(loss)
         parts.append(f'<path d="M{x:.1f} {y - 7.5:.1f}l7.5 7.5l-7.5 7.5l-7.5 -7.5z" fill="{colour}"/>')
         if labelled:
-            parts.append(_line(x + 4, y - 9, x + 16, y - 26, opacity=0.7))
-            parts.append(_text(x + 19, y - 28, growth_label(growth)))
+            parts.append(line(x + 4, y - 9, x + 16, y - 26, opacity=0.7))
+            parts.append(text(x + 19, y - 28, growth_label(growth)))
     return parts
 
 
@@ -174,9 +166,9 @@ def _labels(
             f'fill="none" stroke="{colour}" stroke-opacity="0.6"/>'
         )
         lines = textwrap.wrap(f"{branch.title} {end.validation_loss:.3f}", LABEL_CHARACTERS)
-        for index, line in enumerate(lines):
+        for index, content in enumerate(lines):
             y = moved + 4.5 + 16 * (index - (len(lines) - 1) / 2)
-            parts.append(_text(WIDTH - RIGHT + 22, y, line, colour=colour, weight=600))
+            parts.append(text(WIDTH - RIGHT + 22, y, content, colour=colour, weight=600))
     return parts
 
 
@@ -190,16 +182,3 @@ def spread(places: list[float], height: float = LABEL_HEIGHT) -> list[float]:
         moved[index] = min(moved[index], limit)
         limit = moved[index] - height
     return moved
-
-
-def _text(
-    x: float, y: float, text: str, size: int = 13, anchor: str = "start", weight: int = 400, colour: str = TEXT
-) -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" font-size="{size}" text-anchor="{anchor}" '
-        f'font-weight="{weight}">{escape(text)}</text>'
-    )
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, opacity: float) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{GRID}" stroke-opacity="{opacity}"/>'

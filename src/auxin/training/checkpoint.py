@@ -240,9 +240,9 @@ def load_weights(checkpoint: str | Path, model: PreTrainedModel) -> None:
         with torch.no_grad():
             for name, tensor in target.items():
                 tensor.copy_(source[name])
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, Brick):
-            module.buffers_loaded()
+            module.overwritten_with(saved.get_submodule(name))
     # Hooks may have changed config values (a scale under annealing) since the model was built.
     for key, value in saved.config.to_dict().items():
         if key not in ("transformers_version", "dtype", "architectures", "_name_or_path"):

@@ -1,6 +1,7 @@
 """Dotted paths of modules and parameters, in which `*` stands for any one part."""
 
 import re
+from collections.abc import Iterable
 from functools import cache
 
 
@@ -14,3 +15,14 @@ def path_pattern(path: str, before: str = "", after: str = "") -> re.Pattern[str
         after: regular expression of what may follow it.
     """
     return re.compile(before + re.escape(path).replace(r"\*", r"[^.]+") + after)
+
+
+def encloses(scope: str, path: str) -> bool:
+    """Whether `path`, which may be a pattern itself, is or lies below what `scope` means; "" means everything."""
+    return not scope or path_pattern(scope, after=r"(\..*)?").fullmatch(path) is not None
+
+
+def innermost(path: str, scopes: Iterable[str]) -> str:
+    """The innermost of `scopes` that enclose `path`: the one with the most parts, with the fewest `*` among those."""
+    around = [scope for scope in scopes if encloses(scope, path)]
+    return max(around, key=lambda scope: (len(scope.split(".")) if scope else 0, -scope.count("*")))

@@ -1,16 +1,20 @@
-"""The words in which a transformer's anatomy is written: streams, segments, roles of parameters, stacks of layers.
+"""The words in which a transformer's anatomy is written: streams, scopes, segments, roles of parameters, stacks.
 
 A **stream** is a family of units that grow together: the residual, the query heads (which index the attention's output
 too), the key-value heads, the hidden units of the feed-forward part, the vocabulary. A parameter **writes** a stream
 with the axis that produces its units (outputs, embeddings, gains, biases) and **reads** it with the axis that consumes
 them.
+
+A width belongs to a stream and a **scope**: the model (""), a stack ("encoder.block"), a layer ("model.layers.3"), or
+modules in layers ("model.layers.*.mlp.experts"). Where several scopes enclose a place, the innermost one's width holds.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from auxin.errors import PlanError
-from auxin.words.paths import path_pattern
+from auxin.words.paths import innermost, path_pattern
 
 Stream = Literal["residual", "query", "key_value", "ffn", "vocabulary"]
 Access = Literal["writes", "reads"]
@@ -33,6 +37,8 @@ class Segment:
     parts: tuple[HeadPart, ...] = ()
     """What a head's unit is made of, a head dimension each: its query, key or value, or all three one after another.
     The attention's output is read as values are. Empty where a unit has no head dimensions."""
+    scope: str = ""
+    """Where this width holds, in the module's words; "" is the whole model."""
 
     @property
     def size(self) -> int:
@@ -100,6 +106,13 @@ class LayerStack:
     """The norm behind the last layer; where there is none, the module that runs the layers."""
     readers: tuple[str, ...] = ()
     """The linear layers that read what leaves the stack, `*` for one part; those that a model lacks are left out."""
+    feed_forward: tuple[str, ...] = ("",)
+    """The modules of a layer that take the number of feed-forward units from their config, relative to the layer; "" is
+    the layer itself."""
+    attentions: tuple[str, ...] = ("",)
+    """The modules of a layer that take the numbers of heads from their config, relative to the layer."""
+    parallel: bool = False
+    """Whether all parts of a layer read what enters it (GPT-NeoX), and not each what the one before it left."""
 
     @property
     def ends_in_norm(self) -> bool:
@@ -112,14 +125,52 @@ class LayerStack:
 
 
 @dataclass(frozen=True)
+class Width:
+    """How many units a stream has in a scope."""
+
+    stream: Stream
+    scope: str
+    units: int
+
+
+@dataclass(frozen=True)
 class Sizes:
-    """The widths of a model, in units."""
+    """The widths of a model, in units: those of its config, and those of narrower scopes that are others."""
 
     residual: int
     query_heads: int
     key_value_heads: int
     head_dim: int
     ffn: int | None
+    scoped: tuple[Width, ...] = ()
+    """The widths that differ from those of the scopes around them; empty where all layers are alike."""
+
+    def units(self, stream: Stream, scope: str = "") -> int | None:
+        """The units of `stream` at `scope`, which are those of the innermost scope around it that has a width; None
+        where there are none (a vocabulary, or feed-forward units of an architecture without)."""
+        widths = self._widths(stream)
+        return widths[innermost(scope, widths)]
+
+    def at(self, scope: str) -> "Sizes":
+        """The widths that hold at `scope`, as those of a model."""
+        query, key_value = self.units("query", scope), self.units("key_value", scope)
+        assert query is not None
+        assert key_value is not None
+        return Sizes(self.residual, query, key_value, self.head_dim, self.units("ffn", scope))
+
+    def with_widths(self, widths: Iterable[Width]) -> "Sizes":
+        """The model's widths with these of narrower scopes instead of its own; those that say nothing new are left
+        out."""
+        given = tuple(widths)
+        others = {width: replace(self, scoped=tuple(w for w in given if w != width)) for width in given}
+        return replace(self, scoped=tuple(w for w in others if w.units != others[w].units(w.stream, w.scope)))
+
+    def _widths(self, stream: Stream) -> dict[str, int | None]:
+        return {"": self._model_wide(stream)} | {w.scope: w.units for w in self.scoped if w.stream == stream}
+
+    def _model_wide(self, stream: Stream) -> int | None:
+        known = {"residual": self.residual, "query": self.query_heads, "key_value": self.key_value_heads}
+        return self.ffn if stream == "ffn" else known.get(stream)
 
 
 @dataclass(frozen=True)
@@ -191,13 +242,23 @@ class Anatomy:
 
     @property
     def grouped(self) -> bool:
-        """Whether several query heads share a key-value head."""
-        return self.sizes.key_value_heads < self.sizes.query_heads
+        """Whether several query heads share a key-value head, in the model or in one of its layers."""
+        places = [self.sizes.at(scope) for scope in ("", *(width.scope for width in self.sizes.scoped))]
+        return any(sizes.key_value_heads < sizes.query_heads for sizes in places)
 
     @property
     def norm_position(self) -> NormPosition:
         """Where the norms sit, the same in all stacks."""
         return self.stacks[0].norm_position
+
+    def scopes(self, stream: Stream) -> list[str]:
+        """The scopes by which the roles tell the widths of `stream` apart; "" alone where it has one width."""
+        segments = (segment for role in self.roles for axis in role.axes for segment in axis)
+        return list(dict.fromkeys(segment.scope for segment in segments if segment.stream == stream))
+
+    def stack_of(self, path: str) -> LayerStack | None:
+        """The stack at or in which `path`, which may be a pattern, lies."""
+        return next((s for s in self.stacks if path == s.path or path.startswith(f"{s.path}.")), None)
 
     def role(self, name: str) -> ParameterRole:
         """The role of the parameter `name`; PlanError when it has none."""

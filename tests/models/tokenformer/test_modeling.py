@@ -71,7 +71,9 @@ def test_importing_the_package_registers_the_auto_classes(tmp_path):
 def test_parameter_names(model):
     names = {name for name, _ in model.named_parameters()}
     patts = ("attention.query", "attention.key", "attention.value", "attention.proj", "mlp")
-    layers = {f"model.layers.{i}.{patt}.{kind}" for i in range(2) for patt in patts for kind in ("keys", "values")}
+    layers = {
+        f"model.layers.{i}.{patt}.{kind}" for i in range(2) for patt in patts for kind in ("key_tokens", "value_tokens")
+    }
     assert names == layers | {"model.embed_tokens.weight", "model.norm.weight", "model.norm.bias"}
 
 
@@ -201,8 +203,8 @@ def test_initialisation_follows_the_official_code():
     torch.manual_seed(0)
     config = tiny_config(hidden_size=64, num_hidden_layers=3, qkv_tokens=[256, 64], vocab_size=1000)
     model = AutoModelForCausalLM.from_config(config)
-    keys = torch.cat([layer.attention.query.keys.flatten() for layer in model.model.layers])
-    values = torch.cat([layer.attention.query.values.flatten() for layer in model.model.layers])
+    keys = torch.cat([layer.attention.query.key_tokens.flatten() for layer in model.model.layers])
+    values = torch.cat([layer.attention.query.value_tokens.flatten() for layer in model.model.layers])
     assert keys.std().item() == pytest.approx(0.02, rel=0.02)
     assert values.std().item() == pytest.approx(2 / (3 * math.sqrt(64)), rel=0.02)
     assert model.get_input_embeddings().weight.std().item() == pytest.approx(0.02, rel=0.02)
@@ -212,14 +214,14 @@ def test_initialisation_follows_the_official_code():
 
 def test_the_same_seed_gives_the_same_weights():
     first, second = (
-        torch.manual_seed(3) and TokenFormerForCausalLM(tiny_config()).model.layers[1].mlp.keys for _ in range(2)
+        torch.manual_seed(3) and TokenFormerForCausalLM(tiny_config()).model.layers[1].mlp.key_tokens for _ in range(2)
     )
     assert torch.equal(first, second)
 
 
 def test_rotary_turns_halves_by_position_and_leaves_the_rest():
     x = torch.randn(1, 2, 5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    turned = rotate(x, *rotary_cos_sin(torch.arange(5)[None], 4, 10000.0))
+    turned = rotate(x, *rotary_cos_sin(torch.arange(5)[None], 4, 10000.0, torch.float64))
     assert torch.equal(turned[..., 4:], x[..., 4:])
     for position in range(5):
         for pair, frequency in enumerate((1.0, 10000.0**-0.5)):
@@ -229,11 +231,11 @@ def test_rotary_turns_halves_by_position_and_leaves_the_rest():
                 (a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle))
             )
             got = torch.stack((turned[0, :, position, pair], turned[0, :, position, pair + 2]))
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(got, expected, rtol=1e-14, atol=1e-14)
 
 
 def test_bfloat16_keeps_the_rotary_angles():
-    cos, _ = rotary_cos_sin(torch.tensor([[1999]]), 4, 10000.0)
+    cos, _ = rotary_cos_sin(torch.tensor([[1999]]), 4, 10000.0, torch.bfloat16)
     assert cos.dtype == torch.float32
     assert cos[0, 0, 1].item() == pytest.approx(math.cos(19.99), abs=1e-5)
 
@@ -269,13 +271,13 @@ def test_truncate_groups_is_the_model_without_the_later_groups(model):
     with torch.no_grad():
         for layer in muted.model.layers:
             for patt, old in ((layer.attention.query, 16), (layer.attention.key, 16), (layer.attention.value, 16)):
-                patt.values[old:] = 0
-            layer.mlp.values[32:] = 0
+                patt.value_tokens[old:] = 0
+            layer.mlp.value_tokens[32:] = 0
     torch.testing.assert_close(smaller(tokens()).logits, muted(tokens()).logits, rtol=1e-4, atol=1e-4)
-    weights = model.model.layers[0].mlp.keys.detach().clone()
+    weights = model.model.layers[0].mlp.key_tokens.detach().clone()
     with torch.no_grad():
-        smaller.model.layers[0].mlp.keys.zero_()
-    assert torch.equal(model.model.layers[0].mlp.keys, weights)
+        smaller.model.layers[0].mlp.key_tokens.zero_()
+    assert torch.equal(model.model.layers[0].mlp.key_tokens, weights)
 
 
 def test_truncate_groups_keeps_what_is_shorter_and_the_kept_tau():
@@ -309,10 +311,10 @@ def test_one_graph_under_compile():
     expected, output = (m(tokens(), labels=tokens(), use_cache=False) for m in (model, compiled))
     torch.testing.assert_close(output.loss, expected.loss)
     output.loss.backward()
-    gradient = model.model.layers[0].mlp.keys.grad.clone()
+    gradient = model.model.layers[0].mlp.key_tokens.grad.clone()
     model.zero_grad()
     expected.loss.backward()
-    torch.testing.assert_close(gradient, model.model.layers[0].mlp.keys.grad)
+    torch.testing.assert_close(gradient, model.model.layers[0].mlp.key_tokens.grad)
 
 
 def test_exactly_one_input(model):

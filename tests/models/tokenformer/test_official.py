@@ -105,7 +105,7 @@ def test_import_reports_and_infers(imported):
     assert (config.qkv_tokens, config.proj_tokens, config.ffn_tokens) == ([24], [24], [40])
     model = TokenFormerForCausalLM.from_pretrained(imported / "model")
     assert torch.equal(
-        model.model.layers[1].attention.value.keys, state["sequential.3.attention.value.key_param_tokens"]
+        model.model.layers[1].attention.value.key_tokens, state["sequential.3.attention.value.key_param_tokens"]
     )
     assert relative(model(token_ids()).logits, oracle.logits(state, token_ids(), HEADS)) < 1e-4
     assert model.generate(token_ids(), max_new_tokens=3, eos_token_id=None).shape == (2, 15)
@@ -347,8 +347,8 @@ def test_what_has_no_official_form(tmp_path, changes, reason):
 def test_export_refuses_an_incomplete_checkpoint(imported, tmp_path):
     model = TokenFormerForCausalLM.from_pretrained(imported / "model")
     weights = model.state_dict()
-    del weights["model.layers.0.mlp.keys"], weights["lm_head.weight"]
+    del weights["model.layers.0.mlp.key_tokens"], weights["lm_head.weight"]
     model.config.save_pretrained(tmp_path)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"lacks 1 weight.*model\.layers\.0\.mlp\.keys"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 weight.*model\.layers\.0\.mlp\.key_tokens"):
         export_official(tmp_path, tmp_path / "pytorch_model.bin")

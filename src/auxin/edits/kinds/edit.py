@@ -4,14 +4,22 @@ An edit knows how the structure changes (a config value, a shape, a module), how
 how the moments of an optimizer follow, and how to get the old state back out of the new one.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 from pydantic import Field
 
+from auxin.edits.kinds.architecture_edits import ChangeArchitecture, SetConfig
 from auxin.edits.kinds.entry_edits import RouteParameter, ScaleEntries
-from auxin.edits.kinds.fills import Tagged
 from auxin.edits.kinds.layer_edits import ArrangeLayers, JoinAbove
-from auxin.edits.kinds.module_edits import RemoveModule, ReplaceModule, TieParameters, WrapModule
+from auxin.edits.kinds.module_edits import (
+    ConfigureModule,
+    MakeParameters,
+    MergeModule,
+    RemoveModule,
+    ReplaceModule,
+    TieParameters,
+    WrapModule,
+)
 from auxin.edits.kinds.parameter_edits import (
     AverageRows,
     CentreParameter,
@@ -47,19 +55,9 @@ def moment_order(name: str, parameter: str) -> int:
     return MOMENT_ORDERS[name]
 
 
-class SetConfig(Tagged):
-    """Set values of the model's config; the structure that follows from it is built from the new config."""
-
-    kind: Literal["set_config"] = "set_config"
-    values: dict[str, Any]
-    """The new values by name."""
-
-    def __str__(self) -> str:
-        return "set " + ", ".join(f"{key} = {value}" for key, value in self.values.items())
-
-
 Edit = Annotated[
     SetConfig
+    | ChangeArchitecture
     | PadParameter
     | AverageRows
     | SliceParameter
@@ -73,6 +71,9 @@ Edit = Annotated[
     | ReplaceModule
     | WrapModule
     | RemoveModule
+    | MergeModule
+    | MakeParameters
+    | ConfigureModule
     | TieParameters,
     Field(discriminator="kind"),
 ]
@@ -84,4 +85,4 @@ def describe_edit(edit: Edit) -> str:
         return f"{edit.parameter}: {edit}"
     if isinstance(edit, ArrangeLayers | JoinAbove):
         return f"{edit.layers}: {edit}"
-    return str(edit) if isinstance(edit, SetConfig | TieParameters) else f"{edit.module}: {edit}"
+    return str(edit) if isinstance(edit, SetConfig | ChangeArchitecture | TieParameters) else f"{edit.module}: {edit}"

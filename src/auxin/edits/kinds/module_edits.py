@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from auxin.edits.kinds.fills import Fill, Tagged
 from auxin.errors import PlanError
-from auxin.nn.bricks import find_brick
+from auxin.models.building import Builder, outline
+from auxin.nn.bricks import BRICKS, find_brick
 from auxin.nn.stand_ins import Identity, Zeros
-from auxin.words.paths import path_pattern
+from auxin.words.paths import encloses, path_pattern
 
 Leaves = Literal["identity", "zeros", "inner"]
 
@@ -89,6 +90,8 @@ class RemoveModule(ModuleEdit):
     leaves: Leaves = "identity"
     """What stays: "identity" (the input goes through), "zeros" (a branch that adds nothing) or "inner" (the module that
     was wrapped)."""
+    returns: list[str] | None = None
+    """What must be returned in that place, in the words of `auxin.nn.stand_ins`; None: found by a run on shapes."""
 
     def _new_module(self, old: nn.Module) -> nn.Module:
         if self.leaves == "inner":
@@ -96,10 +99,102 @@ class RemoveModule(ModuleEdit):
             if not isinstance(inner, nn.Module):
                 raise PlanError(f"{self.module} is no wrapper ({type(old).__name__}): it has no inner module to leave")
             return inner
-        return Identity() if self.leaves == "identity" else Zeros()
+        stand_in = Identity if self.leaves == "identity" else Zeros
+        return stand_in.replacing(old, self.returns or ())
 
     def __str__(self) -> str:
         return "is unwrapped" if self.leaves == "inner" else f"is removed, leaving {self.leaves}"
+
+
+class MergeModule(ModuleEdit):
+    """Put the module back that a brick replaced, with the brick's work in its parameters."""
+
+    kind: Literal["merge_module"] = "merge_module"
+
+    def __str__(self) -> str:
+        return "is merged back"
+
+
+class MakeParameters(ModuleEdit):
+    """Make the parameters of a module, whose class follows from the config, out of those that it had.
+
+    For what a change of the config or of the architecture asks for and no edit of single parameters gives: experts out
+    of a feed-forward part, a fused matrix out of three.
+    """
+
+    kind: Literal["make_parameters"] = "make_parameters"
+    making: str
+    """The making's name."""
+    settings: dict[str, Any] = {}
+    """What it is told beside the old tensors."""
+
+    def __str__(self) -> str:
+        return f"is made by {self.making}{_in_words(self.settings)}"
+
+
+BRICK_EDITS = ("replace_module", "wrap_module")
+"""Kinds of the edits that put a brick somewhere."""
+
+
+class ConfigureModule(ModuleEdit):
+    """Build a module anew, and whatever is in it, with other values of the config: a width that one layer or one stack
+    has alone. Its parameters keep their names; edits of parameters give them the shapes that the new build asks for.
+
+    The config of the model stays as it is. The part's config is that one with the values changed, also after later
+    changes of it (`set_attn_implementation`). A second edit of the same module, or of one around it, wins for the
+    values that it names. Bricks below are built again on top, as after a `SetConfig`.
+
+    Only what is built differently is an effect: a value that is read from the config when the model runs is refused.
+    """
+
+    kind: Literal["configure_module"] = "configure_module"
+    module: str = Field(min_length=1)
+    """The module's dotted path, `*` for any one part: "model.layers.3.mlp", a whole layer, or a stack that is a model
+    of its own ("decoder"). Its class takes the config."""
+    values: dict[str, Any] = Field(min_length=1)
+    """The values by their names in the config, or by those of other arguments of the module's class."""
+
+    def rebuild(self, model: PreTrainedModel) -> None:
+        """Do the edit to the structure of `model`, whose parameters have no data."""
+        for path in self._found(model):
+            builder = self.builder(model, path)
+            model.set_submodule(path, builder.build(self.values).train(builder.old.training))
+
+    def idle_values(self, model: PreTrainedModel) -> list[str]:
+        """Those of the values without which `model` would be built the same."""
+        builders = [self.builder(model, path) for path in self._found(model)]
+        idle = []
+        for name in self.values:
+            others = {key: value for key, value in self.values.items() if key != name}
+            if all(outline(b.build(self.values)) == outline(b.build(others)) for b in builders):
+                idle.append(name)
+        return idle
+
+    def builder(self, model: PreTrainedModel, path: str) -> Builder:
+        """What builds the module at `path` anew; PlanError when it is a brick, or when nothing can."""
+        try:
+            return Builder(model, path)
+        except PlanError as error:
+            bricks = tuple(BRICKS.all().values())
+            for name, module in model.get_submodule(path).named_modules():
+                if isinstance(module, bricks):
+                    place = f"{path}.{name}".rstrip(".")
+                    raise PlanError(
+                        f"{place} is {type(module).__name__}, a brick of an earlier edit, which is not built from the "
+                        "config. Name modules beside it or in it, or take it off first"
+                    ) from error
+            raise
+
+    def without(self, names: Iterable[str]) -> "list[ConfigureModule]":
+        """The edit without some of its values: none where no value is left."""
+        left = {name: value for name, value in self.values.items() if name not in set(names)}
+        return [self.model_copy(update={"values": left})] if left else []
+
+    def _found(self, model: PreTrainedModel) -> list[str]:
+        return self.paths([name for name, _ in model.named_modules(remove_duplicate=False)])
+
+    def __str__(self) -> str:
+        return f"is built with {', '.join(f'{key} = {value}' for key, value in self.values.items())}"
 
 
 class TieParameters(Tagged):
@@ -123,16 +218,19 @@ class TieParameters(Tagged):
 
 
 StructuralEdit = Annotated[
-    ReplaceModule | WrapModule | RemoveModule | TieParameters,
+    ReplaceModule | WrapModule | RemoveModule | ConfigureModule | TieParameters,
     Field(discriminator="kind"),
 ]
 
 
 def merged(edits: list[Any]) -> list[Any]:
-    """The shortest list of structural edits that builds the same: settings changed later win, a wrapper taken off is
-    forgotten."""
+    """The shortest list of structural edits that builds the same: settings and values changed later win, a wrapper
+    taken off is forgotten. Modules are configured before the bricks in them are put there."""
     result: list[Any] = []
     for edit in edits:
+        if isinstance(edit, ConfigureModule):
+            result = _with_configuration(result, edit)
+            continue
         if isinstance(edit, ReplaceModule):
             same = [
                 e for e in result if isinstance(e, ReplaceModule) and (e.module, e.brick) == (edit.module, edit.brick)
@@ -147,6 +245,36 @@ def merged(edits: list[Any]) -> list[Any]:
                 continue
         result.append(edit)
     return result
+
+
+def without(edit: Any, path: str, modules: Iterable[str]) -> list[Any]:
+    """The structural edit `edit` for all of the `modules` that it means but the one at `path`."""
+    return [edit.model_copy(update={"module": other}) for other in edit.paths(modules) if other != path]
+
+
+def _with_configuration(edits: list[Any], new: ConfigureModule) -> list[Any]:
+    """`edits` and `new`, whose values win over earlier ones there and below."""
+    names = list(new.values)
+    result: list[Any] = []
+    place: int | None = None
+    for edit in edits:
+        if not isinstance(edit, ConfigureModule) or not encloses(new.module, edit.module):
+            result.append(edit)
+        elif edit.module == new.module:
+            place, new = len(result), new.model_copy(update={"values": edit.values | new.values})
+        else:
+            result += edit.without(names)
+    if place is None:
+        below = (i for i, edit in enumerate(result) if isinstance(edit, ModuleEdit) and _lies_below(edit, new))
+        place = next(below, len(result))
+    return [*result[:place], new, *result[place:]]
+
+
+def _lies_below(edit: ModuleEdit, other: ModuleEdit) -> bool:
+    """Whether `edit` may mean a module in one that `other` means."""
+    inner, outer = edit.module.split("."), other.module.split(".")
+    alike = (one == two or "*" in (one, two) for one, two in zip(inner, outer, strict=False))
+    return len(inner) > len(outer) and all(alike)
 
 
 def _built(name: str, way: Literal["replacing", "wrapping"], old: nn.Module, settings: dict[str, Any]) -> nn.Module:

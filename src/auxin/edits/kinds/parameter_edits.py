@@ -7,10 +7,11 @@ that were divided get all of it each. A second moment takes the squares of the s
 
 import hashlib
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -401,20 +402,23 @@ class CentreParameter(ParameterEdit):
 
 
 class ProjectParameter(ParameterEdit):
-    """Multiply parameters along one axis by a matrix that was learned and lies in a file."""
+    """Multiply parameters along one axis by a matrix that was learned and lies in one of the plan's files."""
 
     kind: Literal["project_parameter"] = "project_parameter"
     axis: int = Field(default=0, ge=0)
     """The axis that is multiplied."""
     file: str
-    """A safetensors file."""
+    """The name of the plan's file, of safetensors."""
     tensor: str
-    """Name of the matrix (new, old) in it."""
+    """Name of the matrix in it."""
+    shape: tuple[int, int]
+    """Of the matrix: (new, old)."""
+    _path: Path | None = PrivateAttr(default=None)
 
     def new_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that `shape` becomes; PlanError when the file or the matrix does not fit."""
         _check_axis(self.axis, shape)
-        rows, columns = self._matrix.shape
+        rows, columns = self.shape
         if columns != shape[self.axis]:
             raise PlanError(
                 f"the matrix {self.tensor} in {self.file} has {columns} columns, but axis {self.axis} of shape "
@@ -434,15 +438,28 @@ class ProjectParameter(ParameterEdit):
         """Moments start anew: the entries of a learned operator mix gradients of either sign."""
         return old.new_zeros(self.new_shape(tuple(old.shape)))
 
+    def located(self, path: Path) -> "ProjectParameter":
+        """The same edit, which knows where its file is.
+
+        Raises:
+            PlanError: the file lacks the matrix.
+        """
+        found = self.model_copy()
+        found._path = path
+        try:
+            with safe_open(path, framework="pt") as file:
+                shape = tuple(file.get_slice(self.tensor).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise PlanError(f"The matrix {self.tensor} can't be read from {path}: {error}.") from error
+        if shape != self.shape:
+            raise PlanError(f"{self.tensor} in {path} has shape {list(shape)}, and the plan says {list(self.shape)}.")
+        return found
+
     @cached_property
     def _matrix(self) -> Tensor:
-        try:
-            with safe_open(self.file, framework="pt") as file:
-                matrix = file.get_tensor(self.tensor)
-        except (OSError, SafetensorError) as error:
-            raise PlanError(f"the matrix {self.tensor} can't be read from {self.file}: {error}") from error
-        if matrix.dim() != 2:
-            raise PlanError(f"{self.tensor} in {self.file} has shape {list(matrix.shape)}; a matrix is needed")
+        assert self._path is not None, "the executor locates a plan's files first"
+        with safe_open(self._path, framework="pt") as file:
+            matrix: Tensor = file.get_tensor(self.tensor)
         return matrix
 
     def __str__(self) -> str:

@@ -33,6 +33,7 @@ from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.nn.graft import Grafted, GraftedConv1D, GraftedLinear
 from auxin.nn.pattention import ScoreFunction
+from auxin.planning.bench import from_model
 from auxin.planning.hooks import Hook, OldRates, OldShapes
 from auxin.planning.method import Method
 from auxin.settings import Settings
@@ -131,7 +132,7 @@ METHOD = Method(
     paper="after arXiv 2410.23168; grafts are Auxin's own",
     intent="adapt",
     settings=Graft,
-    plan=plan_graft,
+    plan=from_model(plan_graft),
     examples=_example,
     promise="exact",
 )
@@ -208,8 +209,8 @@ def _edits(path: str, layer: nn.Module, settings: Graft) -> list[Edit]:
     if not isinstance(layer, Grafted):
         # On an input of root mean square 1, as after a norm, such keys give scores of 1.
         fills: dict[str, Fill] = {
-            "branch.keys": NormalFill(std=_features(layer)[0] ** -0.5),
-            "branch.values": ZeroFill(),
+            "branch.key_tokens": NormalFill(std=_features(layer)[0] ** -0.5),
+            "branch.value_tokens": ZeroFill(),
         }
         return [ReplaceModule(module=path, brick=brick, settings=_branch([added], settings), fills=fills)]
     branch = layer.branch
@@ -221,8 +222,8 @@ def _edits(path: str, layer: nn.Module, settings: Graft) -> list[Edit]:
     sizes = [*branch.group_sizes, added]
     return [
         ReplaceModule(module=path, brick=brick, settings=_branch(sizes, settings, branch.initial_tau)),
-        PadParameter(parameter=f"{path}.branch.keys", axis=0, size=sum(sizes), fill=NormalFill()),
-        PadParameter(parameter=f"{path}.branch.values", axis=0, size=sum(sizes), fill=ZeroFill()),
+        PadParameter(parameter=f"{path}.branch.key_tokens", axis=0, size=sum(sizes), fill=NormalFill()),
+        PadParameter(parameter=f"{path}.branch.value_tokens", axis=0, size=sum(sizes), fill=ZeroFill()),
     ]
 
 

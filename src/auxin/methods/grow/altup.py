@@ -43,12 +43,13 @@ from auxin.edits import ConstantFill, Edit, NormalFill, PadParameter, Plan, Prom
 from auxin.edits.kinds.fills import CopyFill, Fill, ValuesFill
 from auxin.edits.kinds.module_edits import ReplaceModule
 from auxin.edits.kinds.parameter_edits import ABSENT_UNIT, SliceParameter, generator
-from auxin.edits.resolution import tensor_names
 from auxin.edits.structure import config_values
+from auxin.edits.tensor_names import tensor_names
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy, norm_epsilon
 from auxin.nn.altup import AltUpLayer, Coefficients
 from auxin.nn.bricks import Brick
+from auxin.planning.bench import from_model
 from auxin.planning.depth import chosen_stacks, depth
 from auxin.planning.method import Method
 from auxin.settings import Settings
@@ -476,7 +477,7 @@ METHOD = Method(
     paper="arXiv 2301.13310",
     intent="grow",
     settings=AltUpSettings,
-    plan=plan_altup,
+    plan=from_model(plan_altup),
     examples=_examples,
     promise="exact; recycled to the last bit. Approximate for collapse = sum, none for random",
 )

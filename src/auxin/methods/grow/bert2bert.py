@@ -21,10 +21,11 @@ from auxin.edits import Edit, Plan
 from auxin.edits.plan import Promise
 from auxin.edits.structure import config_values
 from auxin.models.anatomy import anatomy
+from auxin.planning.bench import from_model
 from auxin.planning.depth import arrange, chosen_stacks, depth, stacked_order
 from auxin.planning.method import Method
 from auxin.planning.width import widen
-from auxin.planning.width_maps import StreamMap, Widening, drawn, head_maps
+from auxin.planning.width_maps import StreamMap, Widening, drawn, head_maps, scoped_maps
 from auxin.planning.width_targets import WidthTargets, refuse_unchanged
 from auxin.words.roles import Anatomy, Sizes
 
@@ -82,15 +83,18 @@ def _random_maps(body: Anatomy, sizes: Sizes, seed: int) -> Widening:
     def random_map(old: int, new: int) -> StreamMap:
         return drawn(old, new, [draw.randrange(old) for _ in range(new - old)])
 
+    def heads(old: Sizes, new: Sizes) -> tuple[StreamMap, ...]:
+        whole = new.query_heads == new.key_value_heads * (old.query_heads // old.key_value_heads)
+        added = new.key_value_heads - old.key_value_heads
+        chosen = [draw.randrange(old.key_value_heads) for _ in range(added)] if whole else []
+        return head_maps(old, new.query_heads, new.key_value_heads, chosen)
+
     old = body.sizes
     residual = random_map(old.residual, sizes.residual)
-    groups = old.query_heads // old.key_value_heads
-    whole = sizes.query_heads == sizes.key_value_heads * groups
-    added = sizes.key_value_heads - old.key_value_heads
-    chosen = [draw.randrange(old.key_value_heads) for _ in range(added)] if whole else []
-    query, key_value = head_maps(old, sizes.query_heads, sizes.key_value_heads, chosen)
+    query, key_value = heads(old, sizes)
     ffn = random_map(old.ffn, sizes.ffn) if old.ffn and sizes.ffn else None
-    return Widening(residual, query, key_value, ffn, sizes.head_dim)
+    scoped = scoped_maps(old, sizes, random_map, heads)
+    return Widening(residual, query, key_value, ffn, sizes.head_dim, scoped=scoped)
 
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
@@ -107,7 +111,7 @@ METHOD = Method(
     paper="arXiv 2110.07143",
     intent="grow",
     settings=Bert2Bert,
-    plan=plan_bert2bert,
+    plan=from_model(plan_bert2bert),
     examples=_examples,
     promise="fpi: exact where the hidden size stays, else approximate; aki or deeper: none",
 )

@@ -12,6 +12,7 @@ for ever, so that noise should be asked for where there is no dropout. With plai
 too far at first; the receipt says so, and `continue_exactly` has the rates that do not.
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field
@@ -21,11 +22,12 @@ from auxin.edits import Edit, Plan
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
+from auxin.planning.bench import from_model
 from auxin.planning.method import Method
 from auxin.planning.width import diagonal_edits, widen
-from auxin.planning.width_maps import StreamMap, Widening, circular, head_maps
+from auxin.planning.width_maps import StreamMap, Widening, circular, head_maps, scoped_maps
 from auxin.planning.width_targets import WidthTargets, refuse_unchanged
-from auxin.words.roles import Anatomy, Sizes
+from auxin.words.roles import Anatomy, Sizes, Width
 
 
 class HyperCloning(WidthTargets):
@@ -49,9 +51,9 @@ def plan_hypercloning(model: PreTrainedModel, settings: HyperCloning) -> Plan:
             together; the message names the nearest possible target.
     """
     body = anatomy(model)
-    sizes = _targets(body, settings).sizes(body)
+    sizes = _targets(body, settings).sizes(body, _scoped(body, settings))
     refuse_unchanged(body, sizes)
-    query, key_value = head_maps(body.sizes, sizes.query_heads, sizes.key_value_heads)
+    query, key_value = _head_maps(body.sizes, sizes)
     widening = Widening(
         residual=circular(body.sizes.residual, sizes.residual),
         query=query,
@@ -59,6 +61,7 @@ def plan_hypercloning(model: PreTrainedModel, settings: HyperCloning) -> Plan:
         ffn=circular(body.sizes.ffn, sizes.ffn) if body.sizes.ffn and sizes.ffn else None,
         head_dim=sizes.head_dim,
         noise=10 ** (-settings.snr_db / 20) if settings.variant == "noisy" else 0.0,
+        scoped=scoped_maps(body.sizes, sizes, circular, _head_maps),
     )
     edits: list[Edit] = widen(body, widening).edits
     if settings.variant == "diagonal":
@@ -89,17 +92,35 @@ def _targets(body: Anatomy, settings: HyperCloning) -> WidthTargets:
     return WidthTargets.parse(wanted)
 
 
+def _scoped(body: Anatomy, settings: HyperCloning) -> list[Width] | None:
+    """The widths of layers and stacks that have their own, times the factor; None: as without one."""
+    factor = settings.factor
+    if factor is None:
+        return None
+    widths = []
+    for width in body.sizes.scoped:
+        shared = width.stream == "key_value" and width.units == 1 < (body.sizes.units("query", width.scope) or 1)
+        if not settings.gives(width.stream):
+            widths.append(replace(width, units=width.units * (1 if shared else factor)))
+    return widths
+
+
+def _head_maps(old: Sizes, new: Sizes) -> tuple[StreamMap, ...]:
+    return head_maps(old, new.query_heads, new.key_value_heads)
+
+
 def _diagonal(body: Anatomy, widening: Widening, sizes: Sizes) -> list[Edit]:
     """What makes copy j of every matrix's output read copy j of its input."""
-    maps: list[tuple[str, StreamMap | None]] = [
-        ("hidden_size", widening.residual),
-        ("num_attention_heads", widening.query),
-        ("num_key_value_heads", widening.key_value),
-        ("intermediate_size", widening.ffn),
-    ]
+    names = {
+        "residual": "hidden_size",
+        "query": "num_attention_heads",
+        "key_value": "num_key_value_heads",
+        "ffn": "intermediate_size",
+    }
     times = sizes.residual // body.sizes.residual
-    for name, stream in maps:
-        if stream is not None and stream.index != tuple(range(stream.old)) * times:
+    for kind, scope, stream in widening.maps():
+        if stream.index != tuple(range(stream.old)) * times:
+            name = f"{scope}: {names[kind]}" if scope else names[kind]
             raise PlanError(
                 f"{name} = {stream.size}: the diagonal variant needs {times} copies of everything, as of hidden_size. "
                 f"Ask for {name} = {stream.old * times}, or for variant symmetric."
@@ -118,7 +139,7 @@ METHOD = Method(
     paper="arXiv 2409.12903",
     intent="grow",
     settings=HyperCloning,
-    plan=plan_hypercloning,
+    plan=from_model(plan_hypercloning),
     examples=_examples,
     promise="exact at whole multiples of the hidden size, any norm",
 )

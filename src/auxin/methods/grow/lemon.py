@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 from auxin.edits import Edit, Plan
 from auxin.edits.structure import config_values
 from auxin.models.anatomy import anatomy
+from auxin.planning.bench import from_model
 from auxin.planning.depth import depth, identity_blocks
 from auxin.planning.method import Method
 from auxin.planning.width import widen
-from auxin.planning.width_maps import Padding, Widening, circular, head_maps, padded
+from auxin.planning.width_maps import Padding, Widening, circular, head_maps, padded, scoped_maps
 from auxin.planning.width_targets import WidthTargets, refuse_unchanged
 
 
@@ -64,6 +65,9 @@ def plan_lemon(model: PreTrainedModel, settings: Lemon) -> Plan:
             head_dim=sizes.head_dim,
             padding=settings.padding or ("zeros" if body.norm == "rms" else "mean"),
             noise=settings.split_noise,
+            scoped=scoped_maps(
+                body.sizes, sizes, circular, lambda old, new: head_maps(old, new.query_heads, new.key_value_heads)
+            ),
         )
         edits += widen(body, widening).edits
     return Plan(
@@ -95,7 +99,7 @@ METHOD = Method(
     paper="arXiv 2310.07999",
     intent="grow",
     settings=Lemon,
-    plan=plan_lemon,
+    plan=from_model(plan_lemon),
     examples=_examples,
     promise="exact; whole copies only with post-norm or norms without gain",
 )

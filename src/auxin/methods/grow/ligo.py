@@ -17,13 +17,12 @@ A trap of the released code is avoided: its learning rate never leaves the warm-
 recommends. Here the rate is a setting, high enough for 100 steps. A row of S starts as one old unit, drawn at random,
 plus noise; "average" gives the released start, a random mean of all of them, whose new units are smaller and alike.
 
-The operator is written to a safetensors file; the plan refers to it. From the command line the standard library's
-source code, in the model's own tokens, is the data; from Python `plan_ligo` takes any batches.
+The operator is written to a safetensors file; the plan refers to it. It learns from the bench's data: in a recipe the
+run's training split, on the command line the standard library's source code in the model's own tokens, in Python any
+batches.
 """
 
-import hashlib
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -32,29 +31,29 @@ from pydantic import Field
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 
-from auxin.data import CorpusSettings, make_loader, prepare
-from auxin.edits import Edit, Plan, SetConfig
+from auxin.edits import Edit, PadParameter, Plan, SetConfig, ZeroFill
 from auxin.edits.kinds.edit import ArrangeLayers, ProjectParameter
+from auxin.edits.plan_files import PlanFile
 from auxin.edits.resolution import resolve
 from auxin.edits.structure import config_values, edited_config, edited_skeleton
-from auxin.errors import DataError, PlanError
+from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.nn.bricks import Brick
+from auxin.objectives.calibration import Calibration, CalibrationSettings
 from auxin.planning.attentions import attention_numbers
+from auxin.planning.bench import Bench
 from auxin.planning.depth import chosen_stacks, depth
 from auxin.planning.fixed_heads import fixed_head_sizes, size_values
 from auxin.planning.method import Method
-from auxin.planning.width import describe_sizes, refuse_fixed_widths
+from auxin.planning.width import describe_sizes
+from auxin.planning.width_conditions import refuse_fixed_widths
 from auxin.planning.width_targets import WidthTargets
 from auxin.words.roles import Anatomy, LayerStack, ParameterRole, Segment, Sizes
 
-Batch = Tensor | Mapping[str, Tensor]
-CORPUS_TOKENS = 128
-"""Tokens per context of the standard corpus."""
-CORPUS_BYTES = 4_000_000
-"""How much of the standard corpus is read, more than 100 steps need."""
+BATCH_SIZE = 8
+"""Samples per step, unless the data comes in other batches."""
 
 
 class LigoGrowth(WidthTargets):
@@ -65,43 +64,41 @@ class LigoGrowth(WidthTargets):
     part: str | None = None
     """Of a model with an encoder and a decoder, the one that gets layers: "encoder" or "decoder"."""
     steps: int = Field(default=100, ge=0)
-    """Optimisation steps; 0 leaves the operator at its start and needs no data."""
+    """Optimisation steps, each on a batch of the data; 0 leaves the operator at its start and needs no data."""
     learning_rate: float = Field(default=1e-2, gt=0)
     """Of AdamW (betas 0.9 and 0.95, no weight decay) on w and S; falls linearly to zero."""
-    batch_size: int = Field(default=8, gt=0)
-    """Contexts per step, of the standard corpus; data that is given comes in batches already."""
     depth_start: Literal["stack", "interleave"] = "stack"
     """Where w starts: new layer l is old layer l mod L, or floor(l L / L')."""
     width_start: Literal["select", "average"] = "select"
     """Where a row of S starts: one old unit drawn at random, or uniform random weights of all of them with sum 1."""
     noise: float = Field(default=0.03, ge=0)
     """Uniform noise in 0..noise on the start of w and S, whose rows are then divided by their sum."""
-    corpus: CorpusSettings | None = None
-    """The text to learn from when no data is given; None is the standard library. The model's own tokenizer is used."""
-    folder: Path = Path(".")
-    """Where the operator's file is written, under a name made of its content."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the operator's start and of the order of the standard corpus."""
 
 
-def plan_ligo(model: PreTrainedModel, settings: LigoGrowth, data: Iterable[Batch] | None = None) -> Plan:
-    """Learn a growth operator for `model` and plan the growth; the model stays as it is.
+def plan_ligo(bench: Bench, settings: LigoGrowth) -> Plan:
+    """Learn a growth operator for the bench's model and plan the growth; the model stays as it is.
 
     Args:
-        model: with weights, unless `settings.steps` is 0.
+        bench: the model, with weights, and the data to learn from, unless `settings.steps` is 0. The data is read from
+            the start again when it ends. The operator's file goes to the bench's folder, under a name made of its
+            content.
         settings: the sizes, and how to learn.
-        data: batches: token ids (batch, sequence) of a causal language model, or mappings of the model's inputs with
-            `labels` where it is another one. Read from the start again when it ends. None means the standard corpus.
 
     Raises:
         PlanError: an unknown architecture, grouped-query heads, sizes that shrink or don't go together, nothing to
-            grow, data that ends early or has no labels, or no tokenizer for the standard corpus.
+            grow, no weights, no data, or a loss that is not finite.
     """
-    operator = GrowthOperator(model, settings)
+    operator = GrowthOperator(bench.model, bench.seeded(settings))
     if settings.steps:
-        batches = _standard_batches(model, settings) if data is None else data
-        learn(operator, batches, settings.steps, settings.learning_rate)
-    return operator.plan()
+        if bench.data is None:
+            raise PlanError(
+                f"steps = {settings.steps}: the operator is learned from data, and there is none. Give the bench a "
+                "Calibration, or set steps = 0 to leave the operator at its start."
+            )
+        learn(operator, bench.data, settings.steps, settings.learning_rate)
+    return operator.plan(bench.folder)
 
 
 class GrowthOperator(nn.Module):
@@ -134,7 +131,7 @@ class GrowthOperator(nn.Module):
         self._source = [model]
         self._grown_skeleton = [self._skeleton(values).eval()]
         first = next(model.parameters())
-        # The operator is real even where the model is not: an outline has its shapes.
+        # The operator is real even where the model is not: an outline begins with its start.
         self.device = torch.device("cpu") if first.is_meta else first.device
         self.dtype = torch.promote_types(first.dtype, torch.float32)
         self._source_shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -159,36 +156,48 @@ class GrowthOperator(nn.Module):
         matrices: dict[str, Tensor] = {}
         return {name: self._grown(name, old, matrices) for name, _ in self.grown.named_parameters()}
 
-    def loss(self, batch: Batch) -> Tensor:
-        """The grown model's loss on a batch."""
-        inputs = {name: tensor.to(self.device) for name, tensor in self._inputs(batch).items()}
+    def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The grown model's loss on a batch: its inputs by name and `labels`."""
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
         buffers = {name: buffer.to(self.device) for name, buffer in self.grown.named_buffers()}
         result = functional_call(self.grown, self.parameters_of_grown() | buffers, kwargs=inputs)
         return cast(Tensor, result.loss)
 
     @torch.no_grad()
-    def plan(self) -> Plan:
-        """The plan that applies the operator as it is now; its matrices are written to the settings' folder."""
-        matrices: dict[str, Tensor] = {}
-        projections: list[tuple[str, int, str]] = []
-        for pattern, axis, key in self._projections():
-            projections.append((pattern, axis, key))
-            if key not in matrices:
-                matrices[key] = self._matrix(*self._keys[key]).cpu().contiguous()
-        file = self._write(matrices) if matrices else ""
+    def plan(self, folder: Path | None) -> Plan:
+        """The plan that applies the operator as it is now.
+
+        Args:
+            folder: for the file of its matrices; None: nothing is written, and zeros stand where the matrices would be
+                applied, so that the plan has the shapes and no more.
+        """
+        projections, files = list(self._projections()), list[PlanFile]()
         edits: list[Edit] = [SetConfig(values=self.values)] if self.values else []
         edits += [self._arrangement(stack) for stack in self.depths if self._is_deeper(stack)]
-        edits += [
-            ProjectParameter(parameter=pattern, axis=axis, file=file, tensor=key) for pattern, axis, key in projections
-        ]
+        if folder is None:
+            edits += [
+                PadParameter(parameter=pattern, axis=axis, size=self._length(self._keys[key][0]), fill=ZeroFill())
+                for pattern, axis, key in projections
+            ]
+        elif projections:
+            keys = dict.fromkeys(key for _, _, key in projections)
+            matrices = {key: self._matrix(*self._keys[key]).cpu().contiguous() for key in keys}
+            files = [PlanFile.write(folder, "ligo.safetensors", safetensors_bytes(matrices))]
+            edits += [
+                ProjectParameter(
+                    parameter=pattern, axis=axis, file=files[0].name, tensor=key, shape=_size(matrices[key])
+                )
+                for pattern, axis, key in projections
+            ]
         return Plan(
             method="ligo",
             settings=self.settings.model_dump(mode="json", exclude_defaults=True),
             promise="none",
             seed=self.settings.seed,
             edits=edits,
+            files=files,
             made_for=config_values(self.source.config),
-        )
+        ).beside(folder)
 
     def _skeleton(self, values: dict[str, Any]) -> PreTrainedModel:
         """The grown model, with the bricks that its layers and modules have, without data."""
@@ -212,6 +221,11 @@ class GrowthOperator(nn.Module):
                     f"{path} has {module.temporary}, which the operator can't map. Before it learns, "
                     f"{module.plain_form}."
                 )
+        if self.body.sizes.scoped:
+            raise PlanError(
+                f"The layers have different widths ({describe_sizes(self.body)}), and the operator blends all of a "
+                "stack. Bring them to one width first, for example by net2net, or use another method."
+            )
         if self.settings.steps and next(model.parameters()).is_meta:
             raise PlanError("Learning the operator needs the model's weights. Load them, or set steps = 0.")
 
@@ -282,6 +296,10 @@ class GrowthOperator(nn.Module):
     def _entries(self, segment: Segment) -> int:
         """Entries of a unit that belong to one part (query, key or value) of a head."""
         return segment.unit // max(len(segment.parts), 1)
+
+    def _length(self, segments: tuple[Segment, ...]) -> int:
+        """Of the axis after the growth."""
+        return sum(segment.unit * _units(self.new, segment) for segment in segments)
 
     def _widened(self, segments: tuple[Segment, ...]) -> bool:
         return any(self._added(segment) for segment in segments)
@@ -394,36 +412,18 @@ class GrowthOperator(nn.Module):
         }
         return ArrangeLayers(layers=stack.path, order=list(self._rows(stack)), blend=blend)
 
-    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
-        inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-        if "labels" in inputs:
-            return inputs
-        if not isinstance(self.source, GenerationMixin) or self.source.config.is_encoder_decoder:
-            raise PlanError(
-                f"The data's batches hold {', '.join(inputs)} and no labels, without which a "
-                f"{type(self.source).__name__} has no loss. Give mappings with labels, or set steps = 0."
-            )
-        return {**inputs, "labels": inputs["input_ids"]}
 
-    def _write(self, matrices: dict[str, Tensor]) -> str:
-        content = safetensors_bytes(matrices)
-        path = (self.settings.folder / f"ligo-{hashlib.sha256(content).hexdigest()[:16]}.safetensors").resolve()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        except OSError as error:
-            raise PlanError(f"The operator can't be written to {path}: {error}. Give another folder.") from error
-        return str(path)
+def _size(matrix: Tensor) -> tuple[int, int]:
+    rows, columns = matrix.shape
+    return rows, columns
 
 
-def learn(operator: GrowthOperator, data: Iterable[Batch], steps: int, learning_rate: float) -> list[float]:
+def learn(operator: GrowthOperator, data: Calibration, steps: int, learning_rate: float) -> list[float]:
     """Train w and S of `operator`, and nothing else, on the grown model's loss.
 
     Args:
         operator: changed in place.
-        data: batches, see `plan_ligo`; read again from the start when it ends.
+        data: a batch for each step; read again from the start when it ends.
         steps: of AdamW.
         learning_rate: at the first step; falls linearly to zero.
 
@@ -431,7 +431,7 @@ def learn(operator: GrowthOperator, data: Iterable[Batch], steps: int, learning_
         The loss of every step, before its update.
 
     Raises:
-        PlanError: the data holds no batch, can't be read again, or the loss is not finite.
+        PlanError: the loss is not finite.
     """
     optimizer = torch.optim.AdamW(operator.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     losses: list[float] = []
@@ -452,47 +452,9 @@ def learn(operator: GrowthOperator, data: Iterable[Batch], steps: int, learning_
     return losses
 
 
-def _endless(data: Iterable[Batch]) -> Iterator[Batch]:
-    read = 0
+def _endless(data: Calibration) -> Iterator[dict[str, Tensor]]:
     while True:
-        before = read
-        for batch in data:
-            read += 1
-            yield batch
-        if read == before:
-            raise PlanError(
-                f"The data ended after {read} batches and can't be read again. Give more, a list, or fewer steps."
-            )
-
-
-def _standard_batches(model: PreTrainedModel, settings: LigoGrowth) -> Iterable[Batch]:
-    """Contexts of a corpus in the model's own tokens."""
-    if not isinstance(model, GenerationMixin) or model.config.is_encoder_decoder:
-        raise PlanError(
-            f"The standard corpus serves causal language models, not a {type(model).__name__}. Call plan_ligo from "
-            "Python with batches that have labels, or set steps = 0 to leave the operator at its start."
-        )
-    values: dict[str, Any] = {"context_length": CORPUS_TOKENS, "max_bytes": CORPUS_BYTES}
-    corpus = settings.corpus or CorpusSettings(**values)
-    limit = getattr(model.config, "max_position_embeddings", None) or corpus.context_length
-    changes: dict[str, Any] = {"context_length": min(corpus.context_length, limit)}
-    if corpus.tokenizer is None:
-        changes["tokenizer"] = Path(model.config._name_or_path)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            packed = prepare(corpus.model_copy(update=changes), Path(folder) / "corpus")
-            tokens = packed.train[:]
-    except DataError as error:
-        raise PlanError(
-            f"The operator has no data to learn from: {error} Save the model with its tokenizer, call plan_ligo from "
-            "Python with batches, or set steps = 0 to leave the operator at its start."
-        ) from error
-    if packed.vocab_size > model.config.vocab_size:
-        raise PlanError(
-            f"The tokenizer has {packed.vocab_size} entries, the model {model.config.vocab_size}: it belongs to "
-            "another model. Name the right one in corpus, or set steps = 0."
-        )
-    return (batch["input_ids"] for batch in make_loader(tokens.copy(), settings.batch_size, settings.seed))
+        yield from data.batches()
 
 
 def _depths(model: PreTrainedModel, body: Anatomy, settings: LigoGrowth) -> dict[LayerStack, tuple[int, int]]:
@@ -536,9 +498,9 @@ def _interleaved(parts: list[Tensor], entries: int) -> Tensor:
 
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
-    """A quarter wider and one layer deeper, at the operator's start: a tiny model has no tokenizer and no data."""
+    """A quarter wider and one layer deeper, at the operator's start: a tiny model has no data."""
     body = anatomy(model)
-    values: dict[str, Any] = {"steps": 0, "folder": tempfile.gettempdir()}
+    values: dict[str, Any] = {"steps": 0}
     values["layers"] = 1 + max(depth(model, stack) for stack in body.stacks)
     if not body.grouped:
         heads = body.sizes.query_heads + 1
@@ -550,9 +512,15 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
     return values
 
 
-def outline(model: PreTrainedModel, settings: LigoGrowth) -> Plan:
-    """The plan with the operator at its start, without data; the model may be on the meta device."""
-    return plan_ligo(model, settings.model_copy(update={"steps": 0, "folder": Path(tempfile.gettempdir())}))
+def _outline(bench: Bench, settings: LigoGrowth) -> Plan:
+    """The sizes that the operator makes, which don't depend on what it learns."""
+    start = bench.seeded(settings).model_copy(update={"steps": 0})
+    return GrowthOperator(bench.model, start).plan(None)
+
+
+def _calibration(settings: LigoGrowth) -> CalibrationSettings | None:
+    """A batch for each step."""
+    return CalibrationSettings(samples=settings.steps * BATCH_SIZE, batch_size=BATCH_SIZE) if settings.steps else None
 
 
 METHOD = Method(
@@ -564,7 +532,7 @@ METHOD = Method(
     plan=plan_ligo,
     examples=_examples,
     needs_weights=True,
-    outline=outline,
-    tokens=lambda settings: settings.steps * settings.batch_size * CORPUS_TOKENS,
+    calibration=_calibration,
+    outline=_outline,
     promise="none",
 )

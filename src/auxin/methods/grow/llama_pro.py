@@ -25,6 +25,7 @@ from auxin.edits import Edit, Plan
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
+from auxin.planning.bench import from_model
 from auxin.planning.depth import arrange, chosen_stacks, depth, identity_layers
 from auxin.planning.hooks import Hook, TrainOnly
 from auxin.planning.method import Method
@@ -150,7 +151,7 @@ METHOD = Method(
     paper="arXiv 2401.02415",
     intent="grow",
     settings=BlockExpansion,
-    plan=plan_block_expansion,
+    plan=from_model(plan_block_expansion),
     examples=_examples,
     hooks=_hooks,
     promise="exact to the last bit for every pre-norm architecture; refused for post-norm",

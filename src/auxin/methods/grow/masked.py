@@ -35,11 +35,14 @@ from auxin.errors import ConfigError, PlanError
 from auxin.models.anatomy import anatomy, norm_epsilon
 from auxin.nn.bricks import Brick
 from auxin.nn.masked import Masked
+from auxin.planning.bench import from_model
 from auxin.planning.depth import chosen_stacks, depth
 from auxin.planning.fixed_heads import fixed_head_sizes, size_values
 from auxin.planning.hooks import Hook
 from auxin.planning.method import Method
-from auxin.planning.width import describe_sizes, refuse_fixed_widths
+from auxin.planning.size_edits import size_edits
+from auxin.planning.width import describe_sizes
+from auxin.planning.width_conditions import refuse_fixed_widths
 from auxin.planning.width_targets import WidthTargets
 from auxin.words.paths import path_pattern
 from auxin.words.roles import Anatomy, LayerStack, ParameterRole, Segment, Sizes
@@ -239,28 +242,31 @@ class _Growth:
 
     def __init__(self, model: PreTrainedModel, body: Anatomy, new: Sizes) -> None:
         self.model, self.body, self.old, self.new = model, body, body.sizes, new
-        if body.residual_blocks != "one" and self._grows("residual"):
+        if body.residual_blocks != "one" and self._residual_grows():
             raise PlanError(
                 f"hidden_size = {new.residual}: the residual stream has several blocks (altup), which masks don't "
                 "know. Grow behind masks first and take them off, then apply altup; or grow other widths."
             )
-        old_group, group = self.old.query_heads // self.old.key_value_heads, new.query_heads // new.key_value_heads
-        if group < old_group:
-            raise PlanError(
-                f"num_attention_heads = {new.query_heads} with num_key_value_heads = {new.key_value_heads}: {group} "
-                f"query heads would share a key-value head instead of {old_group}, and old ones would lose theirs. The "
-                f"nearest possible: num_attention_heads = {old_group * new.key_value_heads}."
-            )
+        for scope in ("", *(width.scope for width in self.old.scoped)):
+            old_group, group = self._groups(scope)
+            heads, keys = new.at(scope).query_heads, new.at(scope).key_value_heads
+            if group < old_group:
+                raise PlanError(
+                    f"num_attention_heads = {heads} with num_key_value_heads = {keys}: {group} query heads would share "
+                    f"a key-value head instead of {old_group}{f' in {scope}' if scope else ''}, and old ones would "
+                    f"lose theirs. The nearest possible: num_attention_heads = {old_group * keys}."
+                )
 
     def parameter_edits(self) -> list[Edit]:
-        """The config's values and every parameter's new entries."""
-        values = size_values(self.body, self.new)
-        edits: list[Edit] = [SetConfig(values=values)] if values else []
+        """The config's values, those of modules with widths of their own, and every parameter's new entries."""
+        said, modules = size_edits(self.body, self.new)
+        values = size_values(self.body, said)
+        edits: list[Edit] = [*([SetConfig(values=values)] if values else []), *modules]
         for role in self.body.roles:
             for axis, segments in enumerate(role.axes):
                 edits += self._padded(role, axis, segments)
         # Logits of a tied head that are divided by the root of the hidden size would shrink with it (T5).
-        if self.body.tied and self.body.logits_scaled and self._grows("residual"):
+        if self.body.tied and self.body.logits_scaled and self._residual_grows():
             factor = math.sqrt(self.new.residual / self.old.residual)
             edits.append(ScaleParameter(parameter=f"{self.body.final_norm}.weight", factor=factor))
         return edits
@@ -273,7 +279,7 @@ class _Growth:
             if settings:
                 edits.append(WrapModule(module=module, brick="masked", settings=settings))
         edits += [self._norm(module, segments) for module, segments in self._norms().items()]
-        if self._grows("residual") and self.body.norm_position != "after_residual":
+        if self._residual_grows() and self.body.norm_position != "after_residual":
             settings = {"input_size": self.new.residual, "new_inputs": self._spans(self._residual())}
             edits += [
                 WrapModule(module=f"{stack.path}.0", brick="masked_block", settings=settings)
@@ -281,17 +287,18 @@ class _Growth:
             ]
         return edits
 
-    def _grows(self, stream: str) -> bool:
-        return self._units(stream, 1)[0] < self._units(stream, 1)[1]
+    def _residual_grows(self) -> bool:
+        return self.old.residual < self.new.residual
 
-    def _units(self, stream: str, count: int) -> tuple[int, int]:
-        """Units of a stream before and after; `count` where it never grows."""
-        return {
-            "residual": (self.old.residual, self.new.residual),
-            "query": (self.old.query_heads, self.new.query_heads),
-            "key_value": (self.old.key_value_heads, self.new.key_value_heads),
-            "ffn": (self.old.ffn or 0, self.new.ffn or 0),
-        }.get(stream, (count, count))
+    def _units(self, segment: Segment) -> tuple[int, int]:
+        """Units of a segment before and after; its own where its stream never grows."""
+        old, new = (sizes.units(segment.stream, segment.scope) for sizes in (self.old, self.new))
+        return (segment.count if old is None else old), (segment.count if new is None else new)
+
+    def _groups(self, scope: str) -> tuple[int, int]:
+        """Query heads per key-value head before and after."""
+        old, new = self.old.at(scope), self.new.at(scope)
+        return old.query_heads // old.key_value_heads, new.query_heads // new.key_value_heads
 
     def _residual(self) -> tuple[Segment, ...]:
         return (Segment("residual", 1, self.old.residual),)
@@ -299,16 +306,13 @@ class _Growth:
     def _layout(self, segment: Segment) -> list[int | None]:
         """For every new unit of a segment the old one that it is, or None. Units at the end, but for query heads that
         join the groups of old key-value heads."""
-        old, new = self._units(segment.stream, segment.count)
+        old, new = self._units(segment)
         if segment.stream != "query":
             return [unit if unit < old else None for unit in range(new)]
-        old_group = self.old.query_heads // self.old.key_value_heads
-        group = self.new.query_heads // self.new.key_value_heads
+        old_group, group = self._groups(segment.scope)
+        old_keys = self.old.at(segment.scope).key_value_heads
         places = (divmod(head, group) for head in range(new))
-        return [
-            key * old_group + slot if key < self.old.key_value_heads and slot < old_group else None
-            for key, slot in places
-        ]
+        return [key * old_group + slot if key < old_keys and slot < old_group else None for key, slot in places]
 
     def _padded(self, role: ParameterRole, axis: int, segments: tuple[Segment, ...]) -> list[Edit]:
         """New entries at the end of the axis, then moved to where they belong."""
@@ -382,12 +386,12 @@ class _Growth:
 
     def _end_of_old_groups(self, segment: Segment) -> int:
         """Where the entries of query heads end that read old key-value heads."""
-        return self.old.key_value_heads * (self.new.query_heads // self.new.key_value_heads) * segment.unit
+        return self.old.at(segment.scope).key_value_heads * self._groups(segment.scope)[1] * segment.unit
 
     def _output_norms(self, module: str) -> bool:
         """Whether a masked norm follows the output of `module` before or behind the residual sum."""
         return any(
-            module == f"{stack.path}.*.{output}" and stack.output_norms
+            path_pattern(f"{stack.path}.*.{output}").fullmatch(module) is not None and stack.output_norms
             for stack in self.body.stacks
             for output in stack.outputs
         )
@@ -396,7 +400,7 @@ class _Growth:
         """The norms over streams that grow, with what they run along: the residual, for those without parameters."""
         roles = [role for role in self.body.roles if role.kind in ("gain", "query_gain", "key_gain")]
         norms = {role.pattern.rpartition(".")[0]: role.axes[0] for role in roles if role.axes[0]}
-        if not self.body.norm_has_gain and self._grows("residual"):
+        if not self.body.norm_has_gain and self._residual_grows():
             norms |= {path: self._residual() for path in self._bare_norms() if path not in norms}
         return {path: segments for path, segments in norms.items() if self._spans(segments)}
 
@@ -471,7 +475,7 @@ METHOD = Method(
     paper="arXiv 2305.02869",
     intent="grow",
     settings=MaskedGrowth,
-    plan=plan_masked,
+    plan=from_model(plan_masked),
     examples=_examples,
     promise="exact, at mask strength 0; finish is exact at strength 1",
     hooks=_hooks,

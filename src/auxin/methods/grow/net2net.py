@@ -18,12 +18,14 @@ from auxin.edits import Edit, Plan
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
+from auxin.planning.bench import from_model
 from auxin.planning.depth import depth, identity_blocks
 from auxin.planning.method import Method
-from auxin.planning.width import widen
-from auxin.planning.width_maps import Widening, circular, drawn, head_maps
+from auxin.planning.width import describe_sizes, widen
+from auxin.planning.width_maps import StreamMap, Widening, circular, drawn, head_maps, scoped_maps
 from auxin.planning.width_targets import WidthTargets
 from auxin.settings import Settings
+from auxin.words.roles import Sizes
 
 
 class Net2Net(Settings):
@@ -64,22 +66,13 @@ def plan_net2net(model: PreTrainedModel, settings: Net2Net) -> Plan:
     draw = random.Random(settings.seed)
     edits: list[Edit] = []
     if sizes != old:
-        groups = old.query_heads // old.key_value_heads
-        added = sizes.key_value_heads - old.key_value_heads
-        whole = added > 0 and sizes.query_heads == sizes.key_value_heads * groups
-        chosen = [draw.randrange(old.key_value_heads) for _ in range(added)] if whole else []
-        query, key_value = head_maps(old, sizes.query_heads, sizes.key_value_heads, chosen)
-        ffn = None
-        if old.ffn and sizes.ffn:
-            ffn = drawn(old.ffn, sizes.ffn, [draw.randrange(old.ffn) for _ in range(sizes.ffn - old.ffn)])
-        residual = circular(old.residual, old.residual)
-        edits += widen(body, Widening(residual, query, key_value, ffn, old.head_dim, noise=settings.noise)).edits
+        edits += widen(body, _random_maps(old, sizes, draw, settings.noise)).edits
     if settings.num_hidden_layers is not None:
         edits += identity_blocks(model, body, settings.num_hidden_layers)
     if not edits:
         raise PlanError(
-            f"There is nothing to grow: the model already has num_attention_heads = {old.query_heads}, "
-            f"intermediate_size = {old.ffn} and the layers asked for. Ask for more of one of them."
+            f"There is nothing to grow: the model already has {describe_sizes(body)} and the layers asked for. Ask for "
+            "more of one of them."
         )
     return Plan(
         method="net2net",
@@ -89,6 +82,26 @@ def plan_net2net(model: PreTrainedModel, settings: Net2Net) -> Plan:
         edits=edits,
         made_for=config_values(model.config),
     )
+
+
+def _random_maps(old: Sizes, new: Sizes, draw: random.Random, noise: float) -> Widening:
+    """The old units and then draws from them, for all layers together and for those with widths of their own."""
+
+    def heads(old: Sizes, new: Sizes) -> tuple[StreamMap, ...]:
+        groups = old.query_heads // old.key_value_heads
+        added = new.key_value_heads - old.key_value_heads
+        whole = added > 0 and new.query_heads == new.key_value_heads * groups
+        chosen = [draw.randrange(old.key_value_heads) for _ in range(added)] if whole else []
+        return head_maps(old, new.query_heads, new.key_value_heads, chosen)
+
+    def units(old: int, new: int) -> StreamMap:
+        return drawn(old, new, [draw.randrange(old) for _ in range(new - old)])
+
+    query, key_value = heads(old, new)
+    ffn = units(old.ffn, new.ffn) if old.ffn and new.ffn else None
+    residual = circular(old.residual, old.residual)
+    scoped = scoped_maps(old, new, units, heads)
+    return Widening(residual, query, key_value, ffn, old.head_dim, noise=noise, scoped=scoped)
 
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
@@ -107,7 +120,7 @@ METHOD = Method(
     paper="arXiv 1511.05641",
     intent="grow",
     settings=Net2Net,
-    plan=plan_net2net,
+    plan=from_model(plan_net2net),
     examples=_examples,
     promise="exact; heads and feed-forward units only, deeper only with norms before or inside the residual sum",
 )

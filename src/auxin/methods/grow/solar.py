@@ -19,6 +19,7 @@ from auxin.edits import Edit, Plan
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
+from auxin.planning.bench import from_model
 from auxin.planning.depth import arrange, chosen_stacks, depth, is_exact
 from auxin.planning.method import Method
 from auxin.settings import Settings
@@ -141,7 +142,7 @@ METHOD = Method(
     paper="arXiv 2312.15166",
     intent="grow",
     settings=DepthUpscaling,
-    plan=plan_depth_upscaling,
+    plan=from_model(plan_depth_upscaling),
     examples=_examples,
     promise="none; exact only for slices that add nothing but layers of scale 0",
 )

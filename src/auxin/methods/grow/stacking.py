@@ -24,6 +24,7 @@ from auxin.edits import Edit, Plan
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
+from auxin.planning.bench import from_model
 from auxin.planning.depth import arrange, chosen_stacks, depth, stacked_order
 from auxin.planning.method import Method
 from auxin.settings import Settings
@@ -97,7 +98,7 @@ METHOD = Method(
     paper="arXiv 2405.15319",
     intent="grow",
     settings=LayerStacking,
-    plan=plan_stacking,
+    plan=from_model(plan_stacking),
     examples=_examples,
     promise="none: the loss jumps at the growth, then falls below that of training from scratch",
 )

@@ -182,7 +182,7 @@ METHOD = Method(
     paper="arXiv 2410.23168, section 3.3",
     intent="grow",
     settings=TokenGrowth,
-    plan=lambda model, settings: plan_token_growth(model.config, settings),
+    plan=lambda bench, settings: plan_token_growth(bench.model.config, bench.seeded(settings)),
     examples=_example,
     promise="exact with regimes grouped, zero_keys, annealed, duplicate; else less",
 )
@@ -321,7 +321,7 @@ def _fills(config: TokenFormerConfig, settings: TokenGrowth, slot: Slot) -> dict
         "initial": NormalFill(std=values_std),
         "copies": RepeatFill(first=first, divide=True, noise=settings.noise),
     }
-    return {"keys": keys[key_rule], "values": values[value_rule]}
+    return {"key_tokens": keys[key_rule], "value_tokens": values[value_rule]}
 
 
 def _tokenformer(model: nn.Module) -> TokenFormerPreTrainedModel:

@@ -26,6 +26,7 @@ from auxin.edits import AverageRows, Edit, MeanFill, PadParameter, Plan, Receipt
 from auxin.edits.promise import Probe
 from auxin.edits.structure import config_values, edited_config, edited_skeleton
 from auxin.errors import PlanError
+from auxin.planning.bench import from_model
 from auxin.planning.method import Method
 from auxin.settings import Settings
 
@@ -267,7 +268,7 @@ METHOD = Method(
     paper="arXiv 2402.09977",
     intent="grow",
     settings=VocabularyGrowth,
-    plan=_plan,
+    plan=from_model(_plan),
     examples=_examples,
     promise="exact over the old vocabulary: the logits of old tokens; the softmax has more terms",
     write_files=write_tokenizer,

@@ -27,6 +27,7 @@ from auxin.models.anatomy import anatomy
 from auxin.nn.bricks import Brick
 from auxin.nn.sequence_altup import Mode, SequenceAltUpLayer, is_causal
 from auxin.nn.strided import argument_names
+from auxin.planning.bench import from_model
 from auxin.planning.depth import chosen_stacks, depth
 from auxin.planning.method import Method
 from auxin.settings import Settings
@@ -179,7 +180,7 @@ METHOD = Method(
     paper="arXiv 2301.13310",
     intent="restructure",
     settings=SequenceAltUpSettings,
-    plan=plan_sequence_altup,
+    plan=from_model(plan_sequence_altup),
     examples=_examples,
     promise="none; no choice of its parameters keeps the function",
 )

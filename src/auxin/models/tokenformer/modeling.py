@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.loss.loss_utils import ForCausalLMLoss, fixed_cross_entropy
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -32,14 +33,17 @@ SLOT_OF_MODULE: dict[str, Slot] = {
 """The slot whose tokens each Pattention of a layer holds, by the module's name inside the layer."""
 
 
-def rotary_cos_sin(position_ids: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles, (batch, sequence, rotary_dim) in float32.
+def rotary_cos_sin(
+    position_ids: Tensor, rotary_dim: int, base: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles, (batch, sequence, rotary_dim), in `dtype` or float32 if that is finer.
 
     The frequencies are recomputed at each call (a few numbers) rather than kept in a buffer, so that casting the model
     to bfloat16 can't round them and loading on the meta device can't leave them empty.
     """
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=position_ids.device) / max(rotary_dim, 1)
-    angles = position_ids[..., None].float() * base**-exponents
+    dtype = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, rotary_dim, 2, dtype=dtype, device=position_ids.device) / max(rotary_dim, 1)
+    angles = position_ids[..., None].to(dtype) * base**-exponents
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
@@ -47,7 +51,7 @@ def rotary_cos_sin(position_ids: Tensor, rotary_dim: int, base: float) -> tuple[
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first dimensions of each head, (batch, heads, sequence, head_dim), in halves as GPT-NeoX does."""
     rotary_dim = cos.shape[-1]
-    turned, passed = x[..., :rotary_dim].float(), x[..., rotary_dim:]
+    turned, passed = x[..., :rotary_dim].to(torch.promote_types(x.dtype, cos.dtype)), x[..., rotary_dim:]
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
     return torch.cat((turned.to(x.dtype), passed), dim=-1)
@@ -67,8 +71,18 @@ def eager_attention(
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     return (weights @ value).transpose(1, 2), weights
+
+
+def loss_in_float64(
+    logits: Tensor, labels: Tensor, vocab_size: int, shift_labels: Tensor | None = None, **kwargs: Any
+) -> Tensor:
+    """transformers' loss of causal language models, which goes to float32, for logits in float64."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=kwargs.get("ignore_index", -100))[..., 1:]
+    targets = shift_labels.reshape(-1).to(logits.device)
+    return fixed_cross_entropy(logits.reshape(-1, vocab_size), targets, **kwargs)
 
 
 def _pattention(config: TokenFormerConfig, slot: Slot) -> Pattention:
@@ -160,8 +174,8 @@ class TokenFormerPreTrainedModel(PreTrainedModel):
         if isinstance(module, Pattention):
             config = self.config
             values_std = 2 / (config.num_hidden_layers * math.sqrt(config.hidden_size))
-            init.normal_(module.keys, mean=0.0, std=config.initializer_range)
-            init.normal_(module.values, mean=0.0, std=values_std)
+            init.normal_(module.key_tokens, mean=0.0, std=config.initializer_range)
+            init.normal_(module.value_tokens, mean=0.0, std=values_std)
             # A buffer that checkpoints don't hold: after loading on the meta device nothing else fills it.
             module.reset_tau()
 
@@ -282,7 +296,9 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        position_embeddings = rotary_cos_sin(position_ids, self.config.rotary_dim, self.config.rope_theta)
+        position_embeddings = rotary_cos_sin(
+            position_ids, self.config.rotary_dim, self.config.rope_theta, inputs_embeds.dtype
+        )
         hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states = layer(
@@ -345,7 +361,10 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss_function = self.loss_function
+            if logits.dtype == torch.float64 and loss_function is ForCausalLMLoss:
+                loss_function = loss_in_float64
+            loss = loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -161,8 +161,8 @@ def official_names(config: TokenFormerConfig) -> dict[str, str]:
     for layer in range(layers):
         for part in ("attention.query", "attention.key", "attention.value", "attention.proj", "mlp"):
             ours, theirs = f"model.layers.{layer}.{part}", f"sequential.{layer + 2}.{part}"
-            names[f"{ours}.keys"] = f"{theirs}.key_param_tokens"
-            names[f"{ours}.values"] = f"{theirs}.value_param_tokens"
+            names[f"{ours}.key_tokens"] = f"{theirs}.key_param_tokens"
+            names[f"{ours}.value_tokens"] = f"{theirs}.value_param_tokens"
     for kind in ("weight", "bias"):
         names[f"model.norm.{kind}"] = f"sequential.{layers + 3}.norm.{kind}"
     if not config.tie_word_embeddings:

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-import auxin.edits.folders
+import auxin.edits.folder_store
 from auxin.edits import NormalFill, PadParameter, Plan, SetConfig, apply, apply_to_checkpoint
 from auxin.errors import CheckpointError, PlanError, PromiseError
 from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth
@@ -116,7 +116,7 @@ def test_a_broken_promise_and_an_interruption_leave_nothing_behind(tmp_path, mon
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(auxin.edits.folders, "write_safetensors", interrupted)
+    monkeypatch.setattr(auxin.edits.folder_store.SafetensorsWriter, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         apply_to_checkpoint(broken, source, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
@@ -185,8 +185,16 @@ def test_unsigned_tensors_pass_and_unknown_types_are_refused(tmp_path):
     ("change", "error", "message"),
     [
         ({"model.norm.weight": torch.full((32,), float("inf"))}, PlanError, r"model\.norm\.weight holds 32 value"),
-        ({"model.layers.1.mlp.keys": torch.zeros(21, 32)}, CheckpointError, r"1\.mlp\.keys has shape \[21, 32\]"),
-        ({"model.layers.1.mlp.keys": None}, CheckpointError, r"holds no tensor model\.layers\.1\.mlp\.keys"),
+        (
+            {"model.layers.1.mlp.key_tokens": torch.zeros(21, 32)},
+            CheckpointError,
+            r"1\.mlp\.key_tokens has shape \[21, 32\]",
+        ),
+        (
+            {"model.layers.1.mlp.key_tokens": None},
+            CheckpointError,
+            r"holds no tensor model\.layers\.1\.mlp\.key_tokens",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_before_a_byte_is_written(change, error, message, tmp_path):

@@ -1,0 +1,23 @@
+"""What making something took: measured while it was made, not declared by who made it."""
+
+from pydantic import Field
+
+from auxin.settings import Settings
+
+
+class Cost(Settings):
+    """What looking at data and learning from it took."""
+
+    samples: int = Field(default=0, ge=0)
+    """Samples that were drawn: contexts of text, images; one that was drawn twice counts twice."""
+    tokens: int = Field(default=0, ge=0)
+    """Tokens of text in them, also where an objective hides some."""
+    flops: float = Field(default=0.0, ge=0)
+    """FLOPs that were executed, forward and backward."""
+    seconds: float = Field(default=0.0, ge=0)
+    """Wall time."""
+    data: str | None = None
+    """Fingerprint of the data that the samples were drawn from."""
+
+    def __str__(self) -> str:
+        return f"{self.samples:,} samples, {self.tokens:,} tokens, {self.flops:.3g} FLOPs, {self.seconds:.1f} s"

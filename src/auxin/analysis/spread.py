@@ -1,0 +1,100 @@
+"""Means over samples and how far samples are from them, streaming: no sample is kept."""
+
+import math
+from statistics import NormalDist
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from auxin.errors import DataError
+from auxin.settings import Settings
+
+LEVEL = 0.95
+"""Of the intervals."""
+
+
+class Estimate(Settings):
+    """A mean over samples, with its spread."""
+
+    mean: float
+    deviation: float | None
+    """Standard deviation of a sample, with samples - 1 in the denominator; None with one sample."""
+    margin: float | None
+    """Half the width of the mean's 95% interval, of Student's t: in 95 of 100 drawings of the samples, the mean over
+    all data of their kind lies within `mean` plus or minus `margin`. None with one sample."""
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" + ("" if self.margin is None else f" ± {self.margin:.4f}")
+
+
+class Spread:
+    """Mean and variance of some numbers over samples that arrive batch by batch, in float64.
+
+    The sums of squares are those around the mean (Chan, Golub and LeVeque 1979), so that the digits of small
+    differences are kept. Only a count and two tensors of the numbers' shape stay in memory.
+    """
+
+    def __init__(self) -> None:
+        self.samples = 0
+        """How many samples were added."""
+        self._mean = torch.zeros((), dtype=torch.float64)
+        self._squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, values: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            values: (samples, ...), the same shape behind the first axis at every call.
+
+        Raises:
+            DataError: a value is not finite.
+        """
+        values = values.detach().to("cpu").double()
+        finite = torch.isfinite(values.reshape(len(values), -1)).all(dim=1)
+        if not finite.all():
+            number = self.samples + int(finite.logical_not().nonzero()[0])
+            raise DataError(
+                f"Sample {number} (from 0) gives a value that is not finite. Look at it, at the model's weights and at "
+                "the data type in which it computes."
+            )
+        new, count = values.mean(dim=0), len(values)
+        total = self.samples + count
+        change = new - self._mean
+        self._squares = (
+            self._squares + ((values - new) ** 2).sum(dim=0) + change**2 * (self.samples * count / max(total, 1))
+        )
+        self._mean = self._mean + change * (count / max(total, 1))
+        self.samples = total
+
+    def estimates(self) -> list[Estimate]:
+        """The estimate of every number, in the order of the flattened shape."""
+        means = cast(list[float], self._mean.reshape(-1).tolist())
+        if self.samples < 2:
+            return [Estimate(mean=mean, deviation=None, margin=None) for mean in means]
+        factor = student_quantile(self.samples - 1) / math.sqrt(self.samples)
+        deviations = cast(list[float], (self._squares / (self.samples - 1)).sqrt().reshape(-1).tolist())
+        return [
+            Estimate(mean=mean, deviation=deviation, margin=factor * deviation)
+            for mean, deviation in zip(means, deviations, strict=True)
+        ]
+
+
+_FEW = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706)
+
+
+def student_quantile(freedom: int) -> float:
+    """The factor t of a 95% interval: Student's variable with `freedom` degrees of freedom is within -t ... t.
+
+    Expansion in 1 / freedom around the normal quantile (Abramowitz and Stegun 26.7.5), exact to 1e-3; where there are
+    too few degrees for it, from the table.
+    """
+    if freedom <= len(_FEW):
+        return _FEW[freedom - 1]
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    return (
+        z
+        + (z**3 + z) / (4 * freedom)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    )

@@ -1,0 +1,79 @@
+"""The command that measures a model: what its layers do, on samples of text."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from auxin.cli.app import LARGEST_SEED, AsJson, Overrides, app, model_folder
+from auxin.cli.printing import escaped, print_table, print_wide
+from auxin.errors import ConfigError
+
+
+@app.command(
+    epilog="Example: [bold]auxin analyse CKPT similarity -o similarity[/]\n\n"
+    "Quick: [bold]auxin analyse CKPT similarity --samples 16 --length 64[/]"
+)
+def analyse(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint's folder.")],
+    measurement: Annotated[str, typer.Argument(metavar="WHAT", help="A measurement: similarity.")],
+    samples: Annotated[int, typer.Option(min=1, help="Texts to measure on.")] = 64,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts that run at once; changes nothing else.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seeds which texts.")] = 0,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for result.json and picture.svg; must be new.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what the layers of a model do, on source code of Python's standard library; kept for the next time."""
+    from auxin.analysis import measure_all
+    from auxin.analysis import measurement as find_measurement
+    from auxin.models.loading import load_model
+    from auxin.objectives.calibration import Calibration, CorpusCalibration
+    from auxin.recipes.library import apply_override
+    from auxin.training.hardware import choose_device
+
+    if output is not None and output.exists():
+        raise ConfigError(f"--output: {output} exists. Give a folder that doesn't, or remove it.")
+    _register()
+    values: dict[str, Any] = {}
+    for change in overrides or []:
+        apply_override(values, change)
+    wanted = find_measurement(measurement, **values)
+    folder = model_folder(model)
+    loaded = load_model(folder, device=choose_device("auto"))
+    asked = CorpusCalibration(samples=samples, length=length, batch_size=batch_size, seed=seed)
+    data = None if wanted.needs == "weights" else Calibration.of_corpus(loaded, folder, asked)
+    (record,) = measure_all([wanted], loaded, data, progress=True)
+    if output is not None:
+        _write(record, f"{wanted.name.capitalize()} of {folder.resolve().name}", output)
+    if as_json:
+        print(record.model_dump_json(indent=2))
+        return
+    for table in record.result.tables():
+        print(table.title)
+        print_table(table.header, table.rows)
+        print()
+    for sentence in record.result.findings():
+        print_wide(escaped(sentence))
+    if output is not None:
+        print(f"Written to {output}")
+
+
+def _register() -> None:
+    """Teach transformers the architectures of ours, and the loading of edited models."""
+    from auxin import models  # noqa: F401
+    from auxin.edits import replay  # noqa: F401
+
+
+def _write(record: Any, title: str, output: Path) -> None:
+    """The result for machines, and the picture for people."""
+    from auxin.files import new_folder
+
+    picture = record.result.picture(title)
+    with new_folder(output) as folder:
+        (folder / "result.json").write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if picture is not None:
+            (folder / "picture.svg").write_text(picture, encoding="utf-8")

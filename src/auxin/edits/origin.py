@@ -1,0 +1,137 @@
+"""Where the tensors of an edited model come from: expressions over the tensors of the model before."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from auxin.edits.kinds.fills import Fill
+from auxin.edits.kinds.parameter_edits import ParameterEdit
+from auxin.edits.kinds.rate import Rate
+from auxin.nn.bricks import Making
+
+
+@dataclass(frozen=True)
+class Step:
+    """One edit of one parameter."""
+
+    index: int
+    """Place of the edit in the plan, from 0."""
+    edit: ParameterEdit
+    name: str
+    """What the parameter was called at that moment."""
+    old_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An old tensor, as it is."""
+
+    name: str
+    """The first of its names."""
+
+
+@dataclass(frozen=True)
+class Blend:
+    """The weighted sum of old tensors."""
+
+    terms: tuple[tuple[float, str], ...]
+    """Weight and name of each."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Old tensors one behind the other."""
+
+    names: tuple[str, ...]
+    axis: int
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Nothing old."""
+
+    fill: Fill | None
+    """Where its values come from; None: as the architecture initialises them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The tensors that are made together out of those of one module."""
+
+    path: str
+    """The module's."""
+    making: Making
+    back: bool
+    """Whether the module's own tensors are made again out of a brick's."""
+    settings: Mapping[str, Any]
+    """The brick's."""
+    inputs: "Mapping[str, Origin]"
+    """The tensors that they are made of, by their names in the module."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """One of a group."""
+
+    group: Group
+    key: str
+    """Its name in the module."""
+
+
+Source = Kept | Blend | Joined | Fresh | Made
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a parameter (or a buffer) of the new model comes from."""
+
+    shape: tuple[int, ...]
+    """Its shape after all edits."""
+    source: Source
+    """What it begins as."""
+    steps: tuple[Step, ...] = ()
+    """What is then done to it, in order."""
+    fresh_moments: bool = False
+    """Whether its optimizer state starts anew although it has a source."""
+
+    @property
+    def kept(self) -> str | None:
+        """The one old tensor that it is, changed or not; None when it is none."""
+        return self.source.name if isinstance(self.source, Kept) else None
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it owes nothing to an old tensor."""
+        return isinstance(self.source, Fresh)
+
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        """The shape before the first step."""
+        return self.steps[0].old_shape if self.steps else self.shape
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The old tensors that it is made of, each once."""
+        return tuple(dict.fromkeys(self._reads()))
+
+    def _reads(self) -> Iterator[str]:
+        match self.source:
+            case Kept(name):
+                yield name
+            case Blend(terms):
+                yield from (name for _, name in terms)
+            case Joined(names):
+                yield from names
+            case Made(group):
+                for origin in group.inputs.values():
+                    yield from origin.reads
+
+    @property
+    def rate(self) -> Rate:
+        """How AdamW must go on with it."""
+        if self.kept is None or self.fresh_moments:
+            return Rate(exact=False)
+        rate = Rate()
+        for step in self.steps:
+            rate = rate.then(step.edit.rate(step.old_shape))
+        return rate

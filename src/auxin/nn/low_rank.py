@@ -1,0 +1,276 @@
+"""Linear layers of low rank: W (out, in) ~ A B, with A (out, rank) and B (rank, in).
+
+By Eckart and Young's theorem the first singular vectors make the best A B of a rank, in the sum of squares. The
+singular values go to both factors alike, as square roots, so that both have gradients of one size. A layer of rank r
+has r (in + out) parameters instead of in * out, and as many multiply-adds per token: it pays below
+in * out / (in + out).
+
+Moments go by the chain rule, as everywhere. With G the gradient of W, the factors' are G B^T and A^T G; a second moment
+takes the squares of the same factors.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from auxin.errors import PlanError
+from auxin.nn.bricks import Brick, Making, Roles, Shapes, Tensors, brick
+from auxin.nn.made import take_over
+from auxin.nn.unmultiplied import unmultiplied
+from auxin.words.roles import ParameterRole
+
+WEIGHT, OUTPUT, INPUT = "weight", "output_factor", "input_factor"
+
+
+class LowRankMaking(Making):
+    """Both factors out of the weight, and the weight out of both.
+
+    Out of a layer of low rank, whose rank changes, as if it were the product.
+
+    Args:
+        transposed: whether the weight is (in, out), as of a Conv1D.
+    """
+
+    def __init__(self, transposed: bool = False) -> None:
+        self.transposed = transposed
+
+    def shapes(self, old: Shapes, rank: int) -> Shapes:  # type: ignore[override]
+        """Those of `output_factor` (out, rank) and `input_factor` (rank, in); none where they have that rank already.
+
+        Raises:
+            PlanError: the module has other tensors, or the rank is none of such a matrix.
+        """
+        outputs, inputs = self.sizes(old)
+        _check_rank(rank, outputs, inputs)
+        return {} if _has_rank(old, rank) else {OUTPUT: (outputs, rank), INPUT: (rank, inputs)}
+
+    def values(  # type: ignore[override]
+        self, old: Tensors, draw: torch.Generator | None, rank: int
+    ) -> dict[str, Tensor]:
+        """The truncated singular value decomposition, computed in float64. Of each pair of singular vectors that with
+        the largest entry of the first positive is taken, so that the result does not depend on the machine's choice.
+
+        Raises:
+            PlanError: the weight holds other than finite floating-point numbers.
+        """
+        shapes = self.shapes({name: tuple(tensor.shape) for name, tensor in old.items()}, rank)
+        if not shapes:
+            return {}
+        weight, dtype = self._matrix(old), old[WEIGHT if WEIGHT in old else OUTPUT].dtype
+        if not dtype.is_floating_point or not weight.isfinite().all():
+            raise PlanError(
+                f"a weight ({dtype}) that holds other than finite floating-point numbers has no layer of low rank; "
+                "dequantize it, or mend what is NaN or infinite in it"
+            )
+        left, roots, right = torch.linalg.svd(weight, full_matrices=False)
+        left, roots, right = left[:, :rank], roots[:rank].sqrt(), right[:rank]
+        roots = roots * left.gather(0, left.abs().argmax(0, keepdim=True)).sign().squeeze(0)
+        return {OUTPUT: (left * roots).to(dtype), INPUT: (roots[:, None] * right).to(dtype)}
+
+    def moments(  # type: ignore[override]
+        self, old: Tensors, moments: Tensors, order: int, rank: int
+    ) -> dict[str, Tensor] | None:
+        """By the chain rule, at the factors that `values` gives."""
+        if _has_rank({name: tuple(tensor.shape) for name, tensor in old.items()}, rank):
+            return {}
+        if WEIGHT not in old:
+            moments = self.moments_back(old, moments, order) or {}
+        if WEIGHT not in moments:
+            return None
+        dtype, moment = moments[WEIGHT].dtype, self._turned(moments[WEIGHT].double())
+        factors = self.values(old, None, rank)
+        output, given = factors[OUTPUT].double() ** order, factors[INPUT].double() ** order
+        return {OUTPUT: (moment @ given.mT).to(dtype), INPUT: (output.mT @ moment).to(dtype)}
+
+    def back(self, new: Tensors, **settings: Any) -> dict[str, Tensor]:
+        """The product, computed in float64."""
+        return {WEIGHT: self._turned(self._matrix(new)).to(new[OUTPUT].dtype).contiguous()}
+
+    def moments_back(self, new: Tensors, moments: Tensors, order: int, **settings: Any) -> dict[str, Tensor] | None:
+        """As much of the weight's moment as the factors' moments tell.
+
+        First: of all G with G B^T and A^T G as they are the smallest; what lies beside both factors is not known, and
+        0. Second: the moment of rank one that has the same sums over rows and columns,
+        weighted as the factors are; exact where the weight's moment has rank one, as in Adafactor (arXiv 1804.04235).
+        """
+        if OUTPUT not in moments or INPUT not in moments:
+            return None
+        output, given = new[OUTPUT].double(), new[INPUT].double()
+        of_output, of_input = moments[OUTPUT].double(), moments[INPUT].double()
+        if order == 1:
+            # Directions in which a factor is as good as 0 tell nothing but the moments' rounding.
+            least = torch.finfo(moments[OUTPUT].dtype).eps ** 0.5
+            by_input, by_output = (torch.linalg.pinv(factor, rtol=least).mT for factor in (given, output))
+            from_output, from_input = of_output @ by_input, by_output @ of_input
+            known_twice = by_output @ (output.mT @ from_output) + (from_input @ given.mT) @ by_input
+            moment = from_output + from_input - known_twice / 2
+        else:
+            rows, columns = of_output.sum(1), of_input.sum(0)
+            total = (output.square().sum(1) @ rows + given.square().sum(0) @ columns) / 2
+            moment = torch.outer(rows, columns) / total.clamp(min=torch.finfo(total.dtype).tiny)
+        return {WEIGHT: self._turned(moment).to(moments[OUTPUT].dtype).contiguous()}
+
+    def sizes(self, old: Shapes) -> tuple[int, int]:
+        """Widths of output and input of the layer with the tensors `old`; PlanError when it is no linear layer."""
+        if OUTPUT in old and INPUT in old:
+            return old[OUTPUT][0], old[INPUT][1]
+        if len(old.get(WEIGHT, ())) != 2:
+            raise PlanError(
+                f"A layer of low rank replaces a linear layer, whose weight is a matrix; this module has the tensors "
+                f"{ {name: list(shape) for name, shape in old.items()} }."
+            )
+        first, second = old[WEIGHT]
+        return (second, first) if self.transposed else (first, second)
+
+    def _matrix(self, old: Tensors) -> Tensor:
+        """The whole weight (out, in) in float64."""
+        if WEIGHT in old:
+            return self._turned(old[WEIGHT].double())
+        return old[OUTPUT].double() @ old[INPUT].double()
+
+    def _turned(self, weight: Tensor) -> Tensor:
+        """From (out, in) to the weight's own order, or back."""
+        return weight.mT if self.transposed else weight
+
+
+class LowRank(Brick):
+    """What both kinds of layers are: x -> (x B^T) A^T + bias.
+
+    Parameters `input_factor` B (rank, in), `output_factor` A (out, rank), and the replaced layer's `bias` (out,), if it
+    has one.
+    """
+
+    layer: ClassVar[type[nn.Module]]
+    """The class that it replaces."""
+    making: ClassVar[LowRankMaking]
+    plain_form = "merge it back (the edit merge_module); the layer then is a dense one that holds the product"
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_rank(rank, out_features, in_features)
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.input_factor = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+        self.output_factor = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+
+    @classmethod
+    def replacing(cls, module: nn.Module, rank: int) -> Self:
+        """The layer of low rank for `module`, filled from it where it has values.
+
+        Args:
+            module: an `nn.Linear` (for LowRankLinear) or a `Conv1D` (for LowRankConv1D), also on the meta device, or
+                such a layer of low rank, which gets another rank.
+            rank: from 1 to the smaller of its widths, with which it is the same function.
+
+        Raises:
+            PlanError: the module is of another class, or the rank is none of its.
+        """
+        if type(module) not in (cls.layer, cls):
+            raise PlanError(
+                f"{cls.__name__} replaces a {cls.layer.__name__}, received a {type(module).__name__}. Subclasses may "
+                "do something of their own; factorize another layer, or take off what was put around this one."
+            )
+        shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        outputs, inputs = cls.making.sizes(shapes)
+        example = next(module.parameters())
+        new = cls(inputs, outputs, rank, "bias" in shapes, example.device, example.dtype)
+        take_over(new, module, cls.making, rank=rank)
+        return new.train(module.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The product A B, in the replaced layer's order, for whoever reads a layer's weight without calling it.
+
+        It is multiplied when something is computed with it. Its type, shape and device, which T5 asks for on every
+        call, cost nothing.
+        """
+        return unmultiplied(self.output_factor, self.input_factor, self.making.transposed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return F.linear(F.linear(x, self.input_factor), self.output_factor, self.bias)
+
+    def roles(self, replaced: Roles) -> Roles:
+        """One factor writes what the weight wrote, the other reads what it read."""
+        if WEIGHT not in replaced:
+            return {}
+        whole = replaced[WEIGHT]
+        sides = list(zip(whole.axes, whole.access, strict=True))
+        written, read = reversed(sides) if self.making.transposed else sides
+
+        path = whole.pattern.removesuffix(WEIGHT)
+        return {
+            OUTPUT: ParameterRole(path + OUTPUT, (written[0], ()), (written[1], None), whole.kind),
+            INPUT: ParameterRole(path + INPUT, ((), read[0]), (None, read[1]), "matrix"),
+        }
+
+    def scaled(self, factor: float, plain: Mapping[str, float]) -> dict[str, float]:
+        """The output factor and the bias, where the layer adds to the residual stream."""
+        names = (OUTPUT, *(() if self.bias is None else ("bias",))) if plain else ()
+        return dict.fromkeys(names, factor)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+@brick("low_rank_linear")
+class LowRankLinear(LowRank):
+    """An `nn.Linear` of low rank.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as of `nn.Linear`; the parameters are not filled.
+        rank: from 1 to the smaller of the widths.
+    """
+
+    layer = nn.Linear
+    making = LowRankMaking()
+
+
+@brick("low_rank_conv1d")
+class LowRankConv1D(LowRank):
+    """A `transformers.pytorch_utils.Conv1D` (GPT-2's linear layer) of low rank; see `LowRankLinear`."""
+
+    layer = Conv1D
+    making = LowRankMaking(transposed=True)
+
+    @property
+    def nf(self) -> int:
+        """Conv1D's name for the width of the output."""
+        return self.out_features
+
+    @property
+    def nx(self) -> int:
+        """Conv1D's name for the width of the input."""
+        return self.in_features
+
+
+def _has_rank(old: Shapes, rank: int) -> bool:
+    """Whether these are the tensors of a layer of that rank already."""
+    return OUTPUT in old and old[OUTPUT][1] == rank
+
+
+def _check_rank(rank: int, outputs: int, inputs: int) -> None:
+    if not 1 <= rank <= min(outputs, inputs):
+        raise PlanError(
+            f"rank {rank} is none of a matrix of {outputs} x {inputs}; give 1 to {min(outputs, inputs)}. Below "
+            f"{math.ceil(outputs * inputs / (outputs + inputs))} it has fewer parameters than the whole matrix."
+        )

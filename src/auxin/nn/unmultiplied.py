@@ -1,0 +1,60 @@
+"""Products of two matrices that are multiplied only when somebody computes with them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+
+def unmultiplied(left: Tensor, right: Tensor, transposed: bool = False) -> Tensor:
+    """The product of `left` (m, r) and `right` (r, n), or its transpose: a tensor to whoever computes with it, and
+    through which gradients reach both. To ask for its shape, type or device costs nothing."""
+    if torch.compiler.is_compiling():  # the compiler drops what nobody uses
+        return _product(left, right, transposed)
+    return Unmultiplied(left, right, transposed)
+
+
+class Unmultiplied(Tensor):
+    """See `unmultiplied`."""
+
+    parts: tuple[Tensor, Tensor, bool]
+
+    @staticmethod
+    def __new__(cls, left: Tensor, right: Tensor, transposed: bool) -> "Unmultiplied":
+        shape = (left.shape[0], right.shape[1])
+        shape = shape[::-1] if transposed else shape
+        new = Tensor._make_wrapper_subclass(cls, shape, dtype=left.dtype, device=left.device)
+        new.parts = (left, right, transposed)
+        return new
+
+    def __init__(self, *args: Any) -> None:
+        """`__new__` has done everything."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _COSTS_NOTHING:
+            return super().__torch_function__(func, types, args, kwargs)
+        args, kwargs = tree_map_only(cls, lambda product: _product(*product.parts), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise NotImplementedError(f"{func} did not ask for the product")
+
+
+_COSTS_NOTHING = {
+    Tensor.dim,
+    Tensor.size,
+    Tensor.is_floating_point,
+    Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    Tensor.device.__get__,
+    Tensor.shape.__get__,  # type: ignore[attr-defined]
+}
+
+
+def _product(left: Tensor, right: Tensor, transposed: bool) -> Tensor:
+    product = left @ right
+    return product.mT if transposed else product

@@ -1,0 +1,262 @@
+"""Calibration data: a few samples that a method looks at or learns from before it changes a model.
+
+Activations need inputs, importance needs labels and gradients, a learned operator needs a loss: so a calibration is
+model inputs with labels, made by an objective. Where text is packed for training it is the training split, never
+held-out documents: what a comparison is measured on must not have shaped one side of it.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+
+from auxin.data import CorpusSettings, PackedData, prepare
+from auxin.data.loader import ShuffledBatches
+from auxin.errors import ConfigError, DataError
+from auxin.objectives.objective import ObjectiveSettings, is_encoder_decoder, model_inputs
+from auxin.settings import Settings
+
+Batch = Tensor | Mapping[str, Tensor]
+STANDARD_LENGTH = 128
+"""Tokens per sample of a corpus that is prepared for calibration alone."""
+STANDARD_BYTES = 4_000_000
+"""How much of the standard library's source is read where no corpus is named."""
+
+
+class CalibrationSettings(Settings):
+    """How much data, in which pieces."""
+
+    samples: int = Field(default=128, gt=0)
+    """Contexts of one pass over the data. Where the data has fewer, it is read again in another order, as training does
+    it."""
+    length: int | None = Field(default=None, ge=2)
+    """Tokens per sample, the first ones of the data's contexts; None: whole contexts."""
+    batch_size: int = Field(default=8, gt=0)
+    """Samples per batch; the last batch may have fewer."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of which contexts, in which order, and of the objective's noise; a seed that is not set is the run's."""
+
+    def checked_length(self, context_length: int, field: str) -> int:
+        """Tokens per sample of contexts of `context_length`, which `field` sets; ConfigError where they are longer."""
+        if self.length is not None and self.length > context_length:
+            raise ConfigError(
+                f"calibration.length is {self.length}, but {field} is {context_length}. Give at most that, or leave "
+                "it out."
+            )
+        return self.length or context_length
+
+
+class CorpusCalibration(CalibrationSettings):
+    """The same, and where the text comes from, for a model that belongs to no run."""
+
+    corpus: CorpusSettings | None = None
+    """The text, of which the training split is read; None: the standard library's source. The tokenizer is the model's
+    own where it names none."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Samples as model inputs with labels; made by `of_split`, `of_corpus` or `of_batches`."""
+
+    settings: CalibrationSettings
+    """How much, in which pieces."""
+    objective: ObjectiveSettings | None
+    """What the labels ask for; None where they were given with the inputs and nobody said it."""
+    fingerprint: str
+    """Hex SHA-256 of the data, the settings and the objective."""
+    read: Callable[[], Iterator[dict[str, Tensor]]]
+    """Begins a new pass over the batches."""
+    tokens_per_sample: int | None = None
+    """Tokens of text of a sample, where inputs and labels are made of it; None: the inputs are the text."""
+    watch: Callable[[int, int], None] | None = None
+    """Told of every batch that is drawn: its samples and its tokens of text."""
+
+    @property
+    def samples(self) -> int:
+        """Samples of one pass."""
+        return self.settings.samples
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """One pass: the model's inputs by name and `labels`, on the CPU; the same batches at every call."""
+        for batch in self.read():
+            if self.watch is not None:
+                self.watch(*self._size(batch))
+            yield batch
+
+    def _size(self, batch: Mapping[str, Tensor]) -> tuple[int, int]:
+        samples = len(batch["labels"])
+        if self.tokens_per_sample is not None:
+            return samples, samples * self.tokens_per_sample
+        return samples, batch["input_ids"].numel() if "input_ids" in batch else 0
+
+    @classmethod
+    def of_split(
+        cls,
+        data: PackedData,
+        config: PreTrainedConfig,
+        settings: CalibrationSettings | None = None,
+        objective: ObjectiveSettings | None = None,
+        seed: int = 0,
+    ) -> "Calibration":
+        """Contexts of the training split of prepared data, whose tokenizer has to be the model's.
+
+        Args:
+            data: the data; its held-out split is not opened.
+            config: the model's.
+            settings: how much; default: the defaults.
+            objective: what the labels ask for; default: what models of this kind are trained with here.
+            seed: where the settings set none.
+
+        Raises:
+            ConfigError: the samples are longer than the contexts or the model's positions, the model can't learn the
+                objective, or the data has tokens that the model does not know.
+        """
+        settings = _seeded(settings or CalibrationSettings(), seed)
+        objective = objective or objective_for(config)
+        length = settings.checked_length(data.context_length, "the data's context_length")
+        objective.check_architecture(config)
+        objective.check_positions(config, length, "the calibration's length")
+        _check_vocabulary(data, config)
+        corruption = objective.corruption(config, data.vocab_size, length)
+        order = ShuffledBatches(len(data.train), settings.batch_size, settings.seed)
+
+        def read() -> Iterator[dict[str, Tensor]]:
+            for position, start in enumerate(range(0, settings.samples, settings.batch_size)):
+                rows = order.batch(position)[: settings.samples - start]
+                contexts = torch.from_numpy(data.train[rows][:, :length].astype(np.int64))
+                yield model_inputs(contexts, corruption, settings.seed, position)
+
+        facts: dict[str, Any] = {"data": data.fingerprint, "split": "train"}
+        # Noise goes by batches; without it their size changes nothing but how many samples come at once.
+        facts |= {} if corruption is None else {**asdict(corruption), "batch_size": settings.batch_size}
+        return cls(settings, objective, _fingerprint(settings, objective, facts), read, length)
+
+    @classmethod
+    def of_corpus(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: Path,
+        settings: CorpusCalibration | None = None,
+        objective: ObjectiveSettings | None = None,
+        seed: int = 0,
+    ) -> "Calibration":
+        """Contexts of the training split of a corpus, in the tokens of the model's own tokenizer.
+
+        The corpus is prepared in a temporary folder; the samples are kept in memory.
+
+        Args:
+            model: the model; its weights are not looked at.
+            tokenizer: the folder of its tokenizer, for a corpus that names none.
+            settings: the corpus, and how much of it; default: the standard library's source.
+            objective, seed: as `of_split`.
+
+        Raises:
+            ConfigError: as `of_split`.
+            DataError: the model is neither a causal language model nor an encoder-decoder, there is no tokenizer, or
+                the corpus can't be prepared.
+        """
+        wanted = settings or CorpusCalibration()
+        if not isinstance(model, GenerationMixin):
+            raise DataError(
+                f"Text has no labels for a {type(model).__name__}: there is an objective for causal language models "
+                "and encoder-decoders. Make a calibration of batches with labels in Python (Calibration.of_batches)."
+            )
+        corpus = _corpus(wanted, model.config, tokenizer)
+        asked = CalibrationSettings.parse(wanted.model_dump(exclude={"corpus"}, exclude_unset=True))
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                data = prepare(corpus, Path(folder) / "corpus")
+            except DataError as error:
+                raise DataError(
+                    f"There is no data to look at: {error} Save the model with its tokenizer, name another corpus, or "
+                    "make a calibration of batches in Python (Calibration.of_batches)."
+                ) from error
+            made = cls.of_split(data, model.config, asked, objective, seed)
+            batches = tuple(made.read())
+        return replace(made, read=lambda: (dict(batch) for batch in batches))
+
+    @classmethod
+    def of_batches(
+        cls, model: PreTrainedModel, batches: Iterable[Batch], objective: ObjectiveSettings | None = None
+    ) -> "Calibration":
+        """Batches that a Python user gives; they are kept in memory.
+
+        Args:
+            model: the model that they are for; its weights are not looked at.
+            batches: token ids (batch, length), or mappings of the model's inputs, with `labels` unless the model is a
+                causal language model, whose labels are its inputs.
+            objective: what the labels ask for, where that is known.
+
+        Raises:
+            DataError: there is no batch, or one has no labels.
+        """
+        kept = tuple(_labelled(model, batch) for batch in batches)
+        if not kept:
+            raise DataError("The calibration data has no batch. Give at least one.")
+        sizes = [len(batch["labels"]) for batch in kept]
+        settings = CalibrationSettings(samples=sum(sizes), batch_size=max(sizes))
+        digest = hashlib.sha256()
+        for batch in kept:
+            for name in sorted(batch):
+                digest.update(f"{name} {batch[name].dtype} {list(batch[name].shape)}\n".encode())
+                digest.update(batch[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        fingerprint = _fingerprint(settings, objective, {"batches": digest.hexdigest()})
+        return cls(settings, objective, fingerprint, lambda: (dict(batch) for batch in kept))
+
+
+def objective_for(config: PreTrainedConfig) -> ObjectiveSettings:
+    """What models of `config` learn where nothing else is said: span corruption, or each next token."""
+    return ObjectiveSettings(objective="span_corruption" if is_encoder_decoder(config) else "causal")
+
+
+def _corpus(wanted: CorpusCalibration, config: PreTrainedConfig, tokenizer: Path) -> CorpusSettings:
+    """The corpus to prepare: in contexts of the length that is wanted, which a model may have too few positions for."""
+    corpus = wanted.corpus or CorpusSettings(max_bytes=STANDARD_BYTES)
+    changes: dict[str, Any] = {} if corpus.tokenizer is not None else {"tokenizer": tokenizer}
+    if "context_length" not in corpus.model_fields_set:
+        limit = getattr(config, "max_position_embeddings", None) or STANDARD_LENGTH
+        changes["context_length"] = wanted.length or min(STANDARD_LENGTH, limit)
+    return corpus.model_copy(update=changes)
+
+
+def _labelled(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    if "labels" not in inputs:
+        if "input_ids" not in inputs or not isinstance(model, GenerationMixin) or is_encoder_decoder(model.config):
+            raise DataError(
+                f"The batches hold {', '.join(inputs)} and no labels, without which a {type(model).__name__} has no "
+                "loss. Give mappings with labels."
+            )
+        inputs["labels"] = inputs["input_ids"]
+    return {name: tensor.detach().cpu() for name, tensor in inputs.items()}
+
+
+def _check_vocabulary(data: PackedData, config: PreTrainedConfig) -> None:
+    rows: int = config.get_text_config().vocab_size
+    if data.vocab_size > rows:
+        raise ConfigError(
+            f"The data's tokenizer has {data.vocab_size} entries, the model {rows}: it belongs to another model. Give "
+            "data in the model's own tokens."
+        )
+
+
+def _seeded(settings: CalibrationSettings, seed: int) -> CalibrationSettings:
+    return settings if "seed" in settings.model_fields_set else settings.model_copy(update={"seed": seed})
+
+
+def _fingerprint(settings: CalibrationSettings, objective: ObjectiveSettings | None, facts: Mapping[str, Any]) -> str:
+    content = {
+        "settings": settings.model_dump(mode="json", exclude={"batch_size"}),
+        "objective": None if objective is None else objective.model_dump(mode="json"),
+        **facts,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

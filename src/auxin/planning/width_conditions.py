@@ -1,0 +1,236 @@
+"""When a widening keeps the function of a model, and what stands against it where it does not."""
+
+import math
+from collections.abc import Iterable
+
+from auxin.errors import PlanError
+from auxin.planning.width_maps import StreamMap, Widening
+from auxin.words.paths import encloses
+from auxin.words.roles import Anatomy, Sizes, Stream
+
+ROPE_BY_FREQUENCY = ("default", "linear", "llama3")
+"""Rotary embeddings whose treatment of a pair depends on its frequency alone, not on the head dimension."""
+_UNITS: dict[Stream, str] = {"residual": "hidden", "query": "query head", "ffn": "feed-forward"}
+
+
+def fatal_reasons(anatomy: Anatomy, widening: Widening, from_above: bool, cut: bool) -> list[str]:
+    """Why the maps make nonsense of a model; see `auxin.planning.width.widen` for the arguments."""
+    reasons = [*_unfit(anatomy, widening), *_above_reasons(anatomy, from_above)]
+    return [*reasons, *_lost(widening, cut), *_fixed_reasons(anatomy, widening), *_tied_head_reasons(anatomy, widening)]
+
+
+def inexact_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
+    """Why the maps do not keep the function whatever the weights are."""
+    cuts = [
+        f"{_place(scope)}{len(m.index)} of {m.old} {_UNITS[stream]} units stay, which is exact only if nothing comes "
+        "from the others."
+        for stream, scope, m in widening.maps()
+        if m.is_cut and stream in _UNITS
+    ]
+    scopes = dict.fromkeys(scope for stream, scope, _ in widening.maps() if stream in ("query", "key_value"))
+    heads = [reason for scope in scopes for reason in _head_reasons(anatomy, widening, scope)]
+    turned = widening.head_dim != anatomy.sizes.head_dim
+    dims = _head_dim_reasons(anatomy, widening.head_dim) if turned else []
+    return [*cuts, *_residual_reasons(anatomy, widening), *heads, *dims]
+
+
+def spread(anatomy: Anatomy, residual: StreamMap) -> float:
+    """By what the gains of the norms are multiplied, and epsilon by its square, for the residual's map: the norms'
+    input keeps its sum of squares and is spread over more units (padding), or over fewer (zeros were cut out).
+
+    1 where units are neither padded nor cut, and where units are cut and the norms can't be scaled."""
+    if residual.added:
+        return math.sqrt(len(residual.index) / residual.size)
+    scalable = anatomy.norm_position != "after_residual" and _can_scale_norms(anatomy)
+    return math.sqrt(residual.old / residual.size) if residual.is_cut and scalable else 1.0
+
+
+def _residual_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
+    """Why the norms or the head do not commute with the residual's map; empty where they do."""
+    residual = widening.residual
+    if residual.is_identity:
+        return []
+    old, new = residual.old, residual.size
+    below, above = new // old * old, (new // old + 1) * old
+    whole = f"The nearest sizes that are whole copies are {below} and {above}." if new % old else ""
+    reasons = []
+    if not residual.is_even and not residual.is_cut:
+        reasons.append(
+            f"hidden_size = {new}: with unequal copies of the {old} units the norm's statistics are weighted anew for "
+            f"each token. {whole or 'Use whole copies, or padding.'}"
+        )
+    if not residual.added:
+        return reasons
+    head = f"hidden_size = {new} is no whole number of copies of the {old} units, and padding"
+    if anatomy.norm_position == "after_residual":
+        reasons.append(f"{head} does not pass a norm that comes after the residual sum. {whole}")
+    elif not _can_scale_norms(anatomy):
+        reasons.append(f"{head} needs norms with a gain and an epsilon that can be scaled; these have none. {whole}")
+    elif anatomy.norm == "rms" and widening.padding == "mean":
+        reasons.append(f"{head} with the mean changes the mean square that an RMSNorm divides by. Pad with zeros.")
+    elif anatomy.norm == "layer" and widening.padding == "zeros" and anatomy.tied:
+        reasons.append(
+            f"{head} with zeros needs a residual without mean, which a LayerNorm does not notice but a tied head does. "
+            "Pad with the mean, or untie the head first."
+        )
+    elif anatomy.norm == "layer" and any(r.kind == "scale" and r.along("residual", "writes") for r in anatomy.roles):
+        reasons.append(
+            f"{head} asks for the mean of what a layer gives, which factors of its units change behind it. Merge them "
+            f"first. {whole}"
+        )
+    return reasons
+
+
+def refuse_fixed_widths(anatomy: Anatomy, new: Sizes) -> None:
+    """Raise PlanError when a brick of the model keeps it from having the widths `new`."""
+    old = anatomy.sizes
+    widths: list[tuple[Stream, str, int | None, int | None]] = [
+        ("residual", "hidden_size", old.residual, new.residual),
+        ("query", "num_attention_heads", old.query_heads, new.query_heads),
+        ("key_value", "num_key_value_heads", old.key_value_heads, new.key_value_heads),
+        ("query", "head_dim", old.head_dim, new.head_dim),
+        ("key_value", "head_dim", old.head_dim, new.head_dim),
+        ("ffn", "intermediate_size", old.ffn, new.ffn),
+    ]
+    if reasons := _fixed(anatomy, widths):
+        raise PlanError(reasons[0])
+
+
+def _fixed_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
+    """Why bricks of the model keep it from being widened so; empty where they don't."""
+    fields: dict[Stream, str] = {
+        "residual": "hidden_size",
+        "query": "num_attention_heads",
+        "key_value": "num_key_value_heads",
+        "ffn": "intermediate_size",
+    }
+    # A map may keep the number of units and still move or cut them.
+    widths = [(s, fields[s], m.old if m.is_identity else None, m.size) for s, _, m in widening.maps()]
+    dims = (anatomy.sizes.head_dim, widening.head_dim)
+    return _fixed(anatomy, [*widths, ("query", "head_dim", *dims), ("key_value", "head_dim", *dims)])
+
+
+def _fixed(anatomy: Anatomy, widths: Iterable[tuple[Stream, str, int | None, int | None]]) -> list[str]:
+    """A reason for every changed width (stream, name, before, after) of a stream that a brick fixes."""
+    fixed = dict(anatomy.fixed_widths)
+    return [
+        f"{name} = {after}: {fixed[stream]}"
+        for stream, name, before, after in widths
+        if before != after and stream in fixed
+    ]
+
+
+def _tied_head_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
+    if widening.residual.is_identity or widening.residual.is_cut or not anatomy.tied:
+        return []
+    if anatomy.final_norm is not None:
+        if not anatomy.gain_offset or widening.residual.is_even:
+            return []
+        return [
+            f"hidden_size = {widening.residual.size}: the last norm stores its gains less {anatomy.gain_offset:g} "
+            "and can take up one number of copies only for a tied head. Use whole copies or padding."
+        ]
+    return [
+        f"hidden_size = {widening.residual.size}: the head is the token embedding and the last norm has no gain that "
+        "could take up the number of copies, so this can't grow. Untie the head first, or leave hidden_size out."
+    ]
+
+
+def _head_reasons(anatomy: Anatomy, widening: Widening, scope: str) -> list[str]:
+    """Why attention does not keep its function in a scope; empty where it does."""
+    query, key_value, sizes = widening.at("query", scope), widening.at("key_value", scope), anatomy.sizes.at(scope)
+    assert query is not None
+    assert key_value is not None
+    reasons = []
+    old_groups, groups = sizes.query_heads // sizes.key_value_heads, query.size // key_value.size
+    for place, head in enumerate(query.index):
+        reads = place // groups
+        if reads >= len(key_value.index) or key_value.index[reads] != head // old_groups:
+            reasons.append(
+                f"{_place(scope)}Query head {head} at place {place} of {query.size} would read another key-value head "
+                "than before. Copy query and key-value heads group by group."
+            )
+            break
+    if anatomy.qk_norm == "all_heads" and not (query.is_even and key_value.is_even and query.added == 0):
+        reasons.append(
+            f"{_place(scope)}{query.size} query and {key_value.size} key-value heads: the norm over all heads together "
+            f"asks for equally many copies of each. Ask for multiples of {sizes.query_heads} and "
+            f"{sizes.key_value_heads}."
+        )
+    return reasons
+
+
+def _head_dim_reasons(anatomy: Anatomy, head_dim: int) -> list[str]:
+    old, rotary = anatomy.sizes.head_dim, anatomy.rotary_dim
+    if anatomy.qk_norm != "none":
+        return [
+            f"A head dimension of {head_dim} instead of {old}: the norm on queries and keys would divide by another "
+            f"mean square. Keep {old} and ask for more heads."
+        ]
+    if not rotary:
+        return []
+    if anatomy.rope_type not in ROPE_BY_FREQUENCY:
+        return [
+            f"A head dimension of {head_dim} instead of {old}: rotary embeddings of the type {anatomy.rope_type!r} "
+            f"change with it. Keep {old} and ask for more heads."
+        ]
+    if rotary_after(anatomy, head_dim) % rotary:
+        below, above = max(head_dim // old, 1) * old, (head_dim // old + 1) * old
+        return [
+            f"A head dimension of {head_dim} instead of {old}: every rotary frequency must exist again, which only "
+            f"multiples give. The nearest are {below} and {above}."
+        ]
+    return []
+
+
+def rotary_after(anatomy: Anatomy, head_dim: int) -> int:
+    """How many of `head_dim` dimensions are rotated when the rotated share stays."""
+    return int(anatomy.rotary_dim / anatomy.sizes.head_dim * head_dim + 1e-9)
+
+
+def _unfit(anatomy: Anatomy, widening: Widening) -> list[str]:
+    """Why the maps are not those of this model."""
+    segments = [segment for role in anatomy.roles for axis in role.axes for segment in axis]
+    for segment in segments:
+        found = widening.stream(segment)
+        if found is not None and found.old != segment.count:
+            return [
+                f"{_place(segment.scope)}the widening maps {found.old} units of {segment.stream}, and there are "
+                f"{segment.count}. Give a map for this scope."
+            ]
+    for stream, scope in widening.scoped:
+        if not any(segment.stream == stream and encloses(scope, segment.scope) for segment in segments):
+            return [
+                f"{scope}: the anatomy does not tell the {stream} units of this scope apart. Ask for one that does: "
+                f"anatomy(model, scopes=[{scope!r}])."
+            ]
+    return []
+
+
+def _above_reasons(anatomy: Anatomy, from_above: bool) -> list[str]:
+    """Why units of the layer above can't be taken."""
+    streams: tuple[Stream, ...] = ("ffn", "query", "key_value")
+    layers = [scope for stream in streams for scope in anatomy.scopes(stream)]
+    stacks = {stack.path for stack in anatomy.stacks}
+    if not from_above or not set(layers) - stacks - {""}:
+        return []
+    return [
+        "The layers have different widths, so that a layer can't take units of the one above it. Take copies of its "
+        "own (bert2bert with initialisation = fpi)."
+    ]
+
+
+def _lost(widening: Widening, cut: bool) -> list[str]:
+    return [
+        f"{_place(scope)}{_UNITS[stream]} unit {m.counts.index(0)} would be lost."
+        for stream, scope, m in widening.maps()
+        if stream in _UNITS and 0 in m.counts and not (cut and m.is_cut)
+    ]
+
+
+def _can_scale_norms(anatomy: Anatomy) -> bool:
+    return anatomy.norm_has_gain and anatomy.final_norm is not None and anatomy.epsilon_field is not None
+
+
+def _place(scope: str) -> str:
+    return f"{scope}: " if scope else ""

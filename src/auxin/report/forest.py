@@ -1,0 +1,195 @@
+"""A picture of many numbers that lie close to one: rows from top to bottom, marks with intervals from left to right.
+
+The axis is logarithmic in the distance from one, so that 0.9, 0.99 and 0.999 lie equally far apart. It is narrow and as
+long as there are rows: it reads on a telephone, and for a model of eighty layers.
+"""
+
+import math
+import textwrap
+from dataclasses import dataclass
+from typing import Literal
+from xml.sax.saxutils import escape
+
+from auxin.report.svg import GREY, document, line, text
+
+WIDTH = 480
+LEFT, RIGHT, MARGIN = 40, 24, 16
+MARK_HEIGHT, ROW_SPACE = 8, 6
+"""Of a mark, and between rows."""
+TITLE_CHARACTERS, NOTE_CHARACTERS = 50, 72
+NEAREST = 1e-5
+"""Distance from one below which a mark lies at the axis' end."""
+_CHARACTER = 6.6
+"""Width of a small character, about."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """What marks of one kind look like."""
+
+    name: str
+    colour: str
+    """At least 3:1 on white and on black."""
+    shape: Literal["circle", "square", "triangle", "diamond"]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One number."""
+
+    series: str
+    """Name of its series."""
+    value: float
+    """At most 1."""
+    margin: float | None = None
+    """Half the width of its interval."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The marks of one thing, one below the other."""
+
+    label: str
+    marks: list[Mark]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Rows that belong together, under a title."""
+
+    title: str
+    rows: list[Row]
+
+
+def forest_svg(title: str, note: str, panels: list[Panel], series: list[Series]) -> str:
+    """The picture's SVG.
+
+    Args:
+        title: above it.
+        note: below the title: what is drawn, and how it is read.
+        panels: one below the other, on one axis.
+        series: the looks of all marks; those that have none are left out of the legend.
+    """
+    body, y = [], 8.0
+    for content in textwrap.wrap(title, TITLE_CHARACTERS):
+        y += 20
+        body.append(text(MARGIN, y, content, size=16, weight=600))
+    y += 4
+    for content in textwrap.wrap(note, NOTE_CHARACTERS):
+        y += 17
+        body.append(text(MARGIN, y, content, size=12))
+    marks = [mark for panel in panels for row in panel.rows for mark in row.marks]
+    used = {mark.series for mark in marks}
+    looks = {item.name: item for item in series if item.name in used}
+    legend, y = _legend(list(looks.values()), y + 24)
+    axis = _Axis.around(marks)
+    body += legend
+    for panel in panels:
+        drawn, y = _panel(panel, axis, looks, y + 28)
+        body += drawn
+    return document(title, WIDTH, y + 12, body)
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """From numbers to places, in decades of the distance from one."""
+
+    first: float
+    """Decade of the largest distance, at the left."""
+    last: float
+    """Of the smallest one; what is closer to one lies at the right end."""
+
+    @classmethod
+    def around(cls, marks: list[Mark]) -> "_Axis":
+        """All marks, and all intervals up to where the distance is 2, that of opposites."""
+        distances = [1 - mark.value for mark in marks if 1 - mark.value > NEAREST]
+        last = math.log10(min(distances, default=0.1)) - 0.2
+        farthest = max((1 - mark.value + (mark.margin or 0) for mark in marks), default=0.0)
+        first = math.log10(min(max(farthest, NEAREST), 2.0)) + 0.06
+        return cls(max(first, last + 1), last)
+
+    def x(self, value: float) -> float:
+        distance = 1 - value
+        decade = math.log10(distance) if distance > 0 else -math.inf
+        # One itself is at no finite place of the axis: it has the end of a last stretch.
+        share = (self.first - max(decade, self.last - 0.3)) / (self.first - self.last + 0.3)
+        return LEFT + (WIDTH - LEFT - RIGHT) * min(max(share, 0.0), 1.0)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Values with their labels: one and what is a power of ten from it, and halfway where there is room."""
+        steps = (1, 5) if self.first - self.last < 3 else (1,)
+        decades = range(math.floor(self.last), math.floor(self.first) + 1)
+        distances = [2.0, *(step * 10.0**decade for decade in decades for step in steps)]
+        inside = [d for d in distances if self.last <= math.log10(d) <= self.first]
+        found = [(1.0, "1")]
+        for value in sorted((1 - d for d in inside), reverse=True):
+            label = f"{value:.10g}"
+            # A label that would run into the one at its right is left out, its line with it.
+            if self.x(found[-1][0]) - self.x(value) > _CHARACTER * (len(label) + len(found[-1][1])) / 2 + 4:
+                found.append((value, label))
+        return found
+
+
+def _legend(series: list[Series], y: float) -> tuple[list[str], float]:
+    """The looks and names of the series, in as many lines as they need; and where the last line is."""
+    parts, x = [], float(MARGIN)
+    for item in series:
+        width = 16 + _CHARACTER * len(item.name) + 18
+        if x + width > WIDTH and x > MARGIN:
+            x, y = float(MARGIN), y + 18
+        parts.append(_shape(item, x + 4, y - 4))
+        parts.append(text(x + 14, y, item.name, size=12))
+        x += width
+    return parts, y
+
+
+def _panel(panel: Panel, axis: _Axis, looks: dict[str, Series], y: float) -> tuple[list[str], float]:
+    """Title, axis and rows, and where they end."""
+    parts = [text(MARGIN, y, panel.title, weight=600)]
+    top = y + 26
+    bottom = top + sum(_height(row) for row in panel.rows)
+    for value, label in axis.ticks():
+        place = axis.x(value)
+        parts.append(line(place, top, place, bottom, opacity=0.3))
+        parts.append(text(place, top - 5, label, size=11, anchor="middle"))
+    place = top
+    for number, row in enumerate(panel.rows):
+        height = _height(row)
+        if number % 2 == 0:
+            parts.append(
+                f'<rect x="{MARGIN}" y="{place:.1f}" width="{WIDTH - 2 * MARGIN + 8}" height="{height}" fill="{GREY}" '
+                'fill-opacity="0.1"/>'
+            )
+        parts.append(text(LEFT - 8, place + height / 2 + 4, row.label, size=11, anchor="end"))
+        for index, mark in enumerate(row.marks):
+            parts += _mark(mark, axis, looks[mark.series], place + ROW_SPACE / 2 + MARK_HEIGHT * (index + 0.5))
+        place += height
+    return parts, bottom
+
+
+def _height(row: Row) -> float:
+    return MARK_HEIGHT * len(row.marks) + ROW_SPACE
+
+
+def _mark(mark: Mark, axis: _Axis, look: Series, y: float) -> list[str]:
+    """The interval and the mark, with the numbers for whoever points at it."""
+    margin = mark.margin or 0.0
+    low, high = axis.x(mark.value - margin), axis.x(mark.value + margin)
+    told = f"{look.name}: {mark.value:.6g}" + (f" ± {margin:.2g}" if mark.margin is not None else "")
+    return [
+        f"<g><title>{escape(told)}</title>",
+        f'<path d="M{low:.1f} {y:.1f}H{high:.1f}" stroke="{look.colour}" stroke-width="1.6"/>',
+        _shape(look, axis.x(mark.value), y),
+        "</g>",
+    ]
+
+
+def _shape(look: Series, x: float, y: float) -> str:
+    if look.shape == "circle":
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.4" fill="{look.colour}"/>'
+    outline = {
+        "square": "m-3.1 -3.1h6.2v6.2h-6.2z",
+        "triangle": "m0 -4l3.9 6.8h-7.8z",
+        "diamond": "m0 -4.2l4.2 4.2l-4.2 4.2l-4.2 -4.2z",
+    }[look.shape]
+    return f'<path d="M{x:.1f} {y:.1f}{outline}" fill="{look.colour}"/>'

@@ -1,0 +1,39 @@
+"""What every picture is made of: a document, text and lines, as SVG that reads on white and on black."""
+
+from collections.abc import Sequence
+from xml.sax.saxutils import escape
+
+GREY = "#7d8590"
+"""At least 3.5:1 on white and on black; grids have it almost transparent."""
+
+
+def document(title: str, width: float, height: float, body: Sequence[str]) -> str:
+    """The whole picture; no font, script or image from elsewhere is needed.
+
+    Args:
+        title: what is read out, or shown in a tab, instead of the picture.
+        width: in pixels.
+        height: in pixels.
+        body: its elements, the hindmost first.
+    """
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
+        f'height="{height:g}" role="img" '
+        'font-family="system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif" '
+        f'font-size="13">\n<title>{escape(title)}</title>\n' + "\n".join(body) + "\n</svg>\n"
+    )
+
+
+def text(
+    x: float, y: float, content: str, size: int = 13, anchor: str = "start", weight: int = 400, colour: str = GREY
+) -> str:
+    """One line of text; (x, y) is its start, middle or end on the base line."""
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" font-size="{size}" text-anchor="{anchor}" '
+        f'font-weight="{weight}">{escape(content)}</text>'
+    )
+
+
+def line(x1: float, y1: float, x2: float, y2: float, opacity: float) -> str:
+    """A thin straight line."""
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{GREY}" stroke-opacity="{opacity}"/>'

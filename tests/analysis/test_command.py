@@ -1,0 +1,119 @@
+"""`auxin analyse`: a table, a folder that a person can read, messages for what can't be measured."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from typer.testing import CliRunner
+
+from auxin import cli
+from auxin.analysis.similarity import Similarities
+from auxin.cli import analysing
+from auxin.errors import AuxinError, ConfigError, DataError
+from tiny_models import tiny
+from tiny_tokenizers import tiny_tokenizer
+
+QUICK = ("--samples", 5, "--length", 12)
+SMALL = {"vocab_size": 330, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+
+def call(*arguments: object) -> SimpleNamespace:
+    result = CliRunner().invoke(cli.app, ["analyse", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return SimpleNamespace(out=result.stdout, err=result.stderr, code=result.exit_code)
+
+
+@pytest.fixture(autouse=True)
+def little_text(monkeypatch, tmp_path):
+    monkeypatch.setattr(analysing, "CORPUS_BYTES", 800_000)
+    monkeypatch.setenv("AUXIN_CACHE", str(tmp_path / "kept"))
+
+
+@pytest.fixture
+def llama(tmp_path) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SMALL, intermediate_size=24, max_position_embeddings=64)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "small")
+    tiny_tokenizer("byte_level").save_pretrained(tmp_path / "small")
+    return tmp_path / "small"
+
+
+def test_it_prints_a_table_that_fits_a_terminal(llama, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    printed = call(llama, "similarity", *QUICK)
+    lines = printed.out.splitlines()
+    assert lines[0] == "model.layers"
+    assert lines[1].split() == ["layer", "attention", "feed-forward", "whole", "layer"]
+    assert [line.split()[0] for line in lines[2:5]] == ["0", "1", "2"]
+    assert max(map(len, lines[:6])) <= 80
+    assert "Parts that change the stream least: model.layers." in printed.out
+
+
+def test_it_writes_a_folder_that_a_person_can_read(llama, tmp_path):
+    printed = call(llama, "similarity", *QUICK, "-o", tmp_path / "out", "--json")
+    written = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
+    assert json.loads(printed.out) == written
+    assert written["subject"]["measurement"] == "similarity"
+    assert written["subject"]["samples"] == 5
+    result = Similarities.model_validate(written["result"])
+    assert len(result.stacks[0].layers) == 3
+    root = ElementTree.parse(tmp_path / "out" / "picture.svg").getroot()
+    assert "Similarity of small" in "".join(root.itertext())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["picture.svg", "result.json"]
+
+
+def test_the_second_time_nothing_is_run_and_options_count(llama, monkeypatch):
+    calls: list[str] = []
+    original = torch.nn.Module.__call__
+
+    def counting(module, *arguments, **named):
+        calls.append(type(module).__name__)
+        return original(module, *arguments, **named)
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", counting)
+    first = call(llama, "similarity", *QUICK, "--json")
+    assert calls.count("LlamaModel") == 1
+    assert call(llama, "similarity", *QUICK, "--json").out == first.out
+    assert call(llama, "similarity", *QUICK, "--batch-size", 2, "--json").out == first.out, "no matter in which batches"
+    assert calls.count("LlamaModel") == 1
+    other = call(llama, "similarity", *QUICK, "--seed", 1, "--json")
+    longer = call(llama, "similarity", "--samples", 5, "--length", 20, "--json")
+    assert calls.count("LlamaModel") == 3
+    assert len({json.loads(item.out)["subject"]["data"] for item in (first, other, longer)}) == 3
+
+
+def test_an_encoder_decoder_is_measured_on_what_it_is_trained_with(tmp_path):
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=330, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0, eos_token_id=1
+    )
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    tiny_tokenizer("byte_level").save_pretrained(tmp_path)
+    printed = call(tmp_path, "similarity", *QUICK)
+    assert "encoder.block" in printed.out
+    assert "cross-attention" in printed.out
+
+
+def test_what_cannot_be_measured_is_one_message(llama, tmp_path):
+    tiny("vit", dtype=torch.float32).save_pretrained(tmp_path / "vit")
+    LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=24)).save_pretrained(tmp_path / "mute")
+    LlamaForCausalLM(LlamaConfig(**{**SMALL, "vocab_size": 20}, intermediate_size=24)).save_pretrained(tmp_path / "few")
+    tiny_tokenizer("byte_level").save_pretrained(tmp_path / "few")
+    for arguments, error, words in (
+        ((llama, "similarty"), ConfigError, "Did you mean 'similarity'"),
+        ((llama, "similarity", "--set", "layers=3"), ConfigError, "similarity: layers: unknown field"),
+        ((llama, "similarity", "--length", 65), ConfigError, "--length is 65, but .* is 64"),
+        ((llama, "similarity", "--length", 12, "--samples", 100_000), DataError, r"The text makes \d+ samples of 12"),
+        ((tmp_path / "vit", "similarity"), DataError, "takes pixel_values"),
+        ((tmp_path / "mute", "similarity"), DataError, "has no tokenizer.*Save the model with its tokenizer"),
+        ((tmp_path / "few", "similarity", *QUICK), DataError, "entries, the model 20: it belongs to another model"),
+        ((tmp_path, "similarity"), AuxinError, "no config.json"),
+        ((tmp_path, "similarity", "-o", tmp_path / "few"), ConfigError, "few exists. Give a folder that doesn't"),
+    ):
+        with pytest.raises(error, match=words):
+            call(*arguments)
