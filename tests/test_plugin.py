@@ -300,7 +300,7 @@ def test_saved_and_loaded_it_is_the_same_here_and_in_a_new_process(plugin):
             cases.append({"folder": str(folder), "model_class": model_class})
     assert "channel_scale" in about_runtimes(model.config)
     assert "merge it back" in about_runtimes(model.config)
-    (plugin / "cases.json").write_text(json.dumps({"auxin": True, "cases": cases}))
+    (plugin / "cases.json").write_text(json.dumps({"plain": [], "replayed": cases}))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(plugin), str(EXAMPLE)])}
     command = [sys.executable, str(ROOT / "tests" / "reload.py"), str(plugin / "cases.json")]
     done = subprocess.run(command, capture_output=True, text=True, env={**environment, "OMP_NUM_THREADS": "1"})

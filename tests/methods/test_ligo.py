@@ -87,9 +87,9 @@ def test_parameters_of_one_name_that_are_different_things_are_not_blended(tmp_pa
         )
         apply(Plan(method="by hand", promise="none", edits=[wrap]), model)
     old = {layer: model.get_parameter(f"model.layers.{layer}.self_attn.o_proj.factors").clone() for layer in (0, 1)}
-    operator = GrowthOperator(model, settings_for(model, tmp_path, layers=4))
+    operator = GrowthOperator(model, settings_for(model, layers=4))
     wanted = operator.parameters_of_grown()
-    apply(operator.plan(), model)
+    apply(operator.plan(tmp_path), model)
     for name, made in model.named_parameters():
         torch.testing.assert_close(made.detach(), wanted[name].detach(), rtol=1e-12, atol=1e-12)
     for layer in range(4):
