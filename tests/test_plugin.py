@@ -17,12 +17,14 @@ from typer.testing import CliRunner
 from auxin import cli
 from auxin.edits import MergeModule, Plan, apply
 from auxin.edits.runtimes import about_runtimes
-from auxin.edits.structure import structural_edits
+from auxin.edits.structure import config_values, structural_edits
 from auxin.errors import ConfigError, PlanError
 from auxin.methods import method, methods
 from auxin.models.anatomy import anatomy
 from auxin.nn.bricks import find_brick
 from auxin.planning.bench import Bench
+from auxin.planning.width import widen
+from auxin.planning.width_maps import StreamMap, Widening, circular, padded
 from capabilities import Result, matrix, probe
 from plugins import EXAMPLE, ROOT, install
 from tiny_models import FAMILIES, InDouble, change, inputs, labels, logits, tiny
@@ -181,6 +183,16 @@ def test_factors_of_new_heads_and_units_are_as_those_before(plugin):
     model = scaled("qwen3", head_dim=8)
     grown("net2net", model, num_attention_heads=8)
     assert all(scale.abs().min() > 1e-6 for scale in scales(model).values())
+    model = scaled("llama")
+    old = scales(model)["model.layers.0.mlp.up_proj.scale"].detach().clone()
+    grown("masked", model, intermediate_size=17)
+    (new,) = (scale for name, scale in scales(model).items() if "layers.0.mlp.up_proj" in name)
+    torch.testing.assert_close(new.detach(), torch.cat([old, old.mean().expand(5)]))
+    model, keep = scaled("llama"), circular(16, 16)
+    heads = (StreamMap(4, (0, 1, 2, 3)), StreamMap(2, (0, 1)))
+    edits = widen(anatomy(model), Widening(keep, *heads, ffn=padded(12, 17), head_dim=4)).edits
+    apply(Plan(method="maps", promise="exact", edits=edits, made_for=config_values(model.config)), model)
+    torch.testing.assert_close(scales(model)["model.layers.0.mlp.up_proj.scale"].detach(), new.detach())
     for family, hidden in (("gpt2", 32), ("gpt_neox", 64)):
         model = scaled(family)
         before, size = logits(model), anatomy(model).sizes.head_dim
@@ -288,7 +300,7 @@ def test_saved_and_loaded_it_is_the_same_here_and_in_a_new_process(plugin):
             cases.append({"folder": str(folder), "model_class": model_class})
     assert "channel_scale" in about_runtimes(model.config)
     assert "merge it back" in about_runtimes(model.config)
-    (plugin / "cases.json").write_text(json.dumps({"auxin": True, "cases": cases}))
+    (plugin / "cases.json").write_text(json.dumps({"plain": [], "replayed": cases}))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(plugin), str(EXAMPLE)])}
     command = [sys.executable, str(ROOT / "tests" / "reload.py"), str(plugin / "cases.json")]
     done = subprocess.run(command, capture_output=True, text=True, env={**environment, "OMP_NUM_THREADS": "1"})

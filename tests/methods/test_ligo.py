@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from auxin.accounting import flops_per_token
 from auxin.data.tokenizer import train_tokenizer
-from auxin.edits import Plan, apply, apply_to_checkpoint, planned_config
+from auxin.edits import NormalFill, Plan, WrapModule, apply, apply_to_checkpoint, planned_config
 from auxin.edits.structure import edited_skeleton
 from auxin.errors import DataError, PlanError
 from auxin.methods.grow.ligo import METHOD, GrowthOperator, LigoGrowth, learn, plan_ligo
+from auxin.nn.bricks import Brick, brick
 from auxin.objectives.calibration import Calibration
 from auxin.planning.bench import Bench
 from auxin.planning.method import estimate_plan, make_plan, plan_for
@@ -56,6 +57,45 @@ def test_the_plan_makes_the_model_that_was_optimised(family, tmp_path):
     for name, wanted in optimised.items():
         torch.testing.assert_close(made[name].detach(), wanted.detach(), rtol=1e-12, atol=1e-12)
     assert set(made) == set(optimised)
+
+
+@brick("test_factors_somewhere")
+class Factors(Brick):
+    """Factors behind a module, or before it."""
+
+    def __init__(self, inner, before=False):
+        super().__init__()
+        size = inner.weight.shape[1 if before else 0]
+        self.inner, self.before, self.factors = inner, before, torch.nn.Parameter(torch.empty(size))
+
+    def roles(self, replaced):
+        return {"factors": replaced["weight"].vector(1 if self.before else 0, "scale")}
+
+    def forward(self, x):
+        return self.inner(x * self.factors) if self.before else self.inner(x) * self.factors
+
+
+@pytest.mark.parametrize("head_dim", [4, 6])
+def test_parameters_of_one_name_that_are_different_things_are_not_blended(tmp_path, head_dim):
+    model = source("qwen3", head_dim=head_dim)
+    for layer in (0, 1):
+        wrap = WrapModule(
+            module=f"model.layers.{layer}.self_attn.o_proj",
+            brick="test_factors_somewhere",
+            settings={"before": layer == 1},
+            fills={"factors": NormalFill(std=1.0)},
+        )
+        apply(Plan(method="by hand", promise="none", edits=[wrap]), model)
+    old = {layer: model.get_parameter(f"model.layers.{layer}.self_attn.o_proj.factors").clone() for layer in (0, 1)}
+    operator = GrowthOperator(model, settings_for(model, layers=4))
+    wanted = operator.parameters_of_grown()
+    apply(operator.plan(tmp_path), model)
+    for name, made in model.named_parameters():
+        torch.testing.assert_close(made.detach(), wanted[name].detach(), rtol=1e-12, atol=1e-12)
+    for layer in range(4):
+        made = model.get_parameter(f"model.layers.{layer}.self_attn.o_proj.factors")
+        assert torch.equal(made[: len(old[layer % 2])], old[layer % 2])
+        assert len(made) > len(old[layer % 2])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])  # those without rotary tables, which are in float32

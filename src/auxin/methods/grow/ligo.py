@@ -364,8 +364,9 @@ class GrowthOperator(nn.Module):
         """Whether a layer's parameter is a blend: the stack gets deeper and all layers have it alike (not T5's
         positions)."""
         names = [f"{stack.path}.{layer}.{suffix}" for layer in range(self.depths[stack][0])]
-        shapes = {self._source_shapes.get(name) for name in names}
-        return self._is_deeper(stack) and len(shapes) == 1 and None not in shapes
+        if not self._is_deeper(stack) or not all(name in self._source_shapes for name in names):
+            return False
+        return len({(self._source_shapes[name], self.body.role(name).axes) for name in names}) == 1
 
     def _grown(self, name: str, old: dict[str, Tensor], matrices: dict[str, Tensor]) -> Tensor:
         """One parameter of the grown model."""
