@@ -428,7 +428,8 @@ class _Tracker:
         return origins
 
     def _set_in_words(self) -> str:
-        return ", ".join(f"{key} = {value}" for key, value in self.values.items()) or "no config value is set"
+        told = [f"{key} = {value}" for key, value in self.values.items()] + self.configurations.in_words()
+        return ", ".join(told) or "no config value is set"
 
     @staticmethod
     def _kept(name: str, after: PreTrainedModel) -> bool:
