@@ -48,7 +48,9 @@ def test_a_size_that_another_value_overrides_is_refused():
         num_experts_per_tok=1,
     )
     model = skeleton(config, Qwen3MoeForCausalLM)
-    with pytest.raises(PlanError, match=r"intermediate_size = 24 has no effect: .*with intermediate_size = 12.*what the"):
+    with pytest.raises(
+        PlanError, match=r"intermediate_size = 24 has no effect: .*with intermediate_size = 12.*what the"
+    ):
         resolve([SetConfig(values={"intermediate_size": 24})], model)
     with pytest.raises(PlanError, match=r"asks for"):  # is taken, and the parameters do not follow
         resolve([SetConfig(values={"moe_intermediate_size": 24})], model)

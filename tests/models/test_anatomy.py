@@ -120,9 +120,9 @@ def test_a_stack_of_like_layers_keeps_its_patterns(family):
     found = anatomy(model)
     assert_roles_fit(model, found)
     stack = FFN[family][0]
-    assert found.sizes == Sizes(found.sizes.residual, 4, found.sizes.key_value_heads, found.sizes.head_dim, 12).with_widths(
-        [Width("ffn", stack, 6)]
-    )
+    assert found.sizes == Sizes(
+        found.sizes.residual, 4, found.sizes.key_value_heads, found.sizes.head_dim, 12
+    ).with_widths([Width("ffn", stack, 6)])
     assert {role.pattern for role in found.roles} == {role.pattern for role in anatomy(tiny(family)).roles}
     # What every layer has, the config could say: then there is no scope.
     model = tiny(family)

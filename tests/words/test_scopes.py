@@ -76,7 +76,9 @@ def test_the_sizes_at_a_scope_are_those_of_a_model_of_its_own():
 def test_widths_that_say_nothing_new_are_left_out():
     assert Sizes(16, 4, 2, 4, 12).with_widths([Width("ffn", "decoder.block", 12)]) == Sizes(16, 4, 2, 4, 12)
     # A layer as wide as the model says something where its stack is narrower, and one as narrow as the stack does not.
-    stack, wide, narrow = (Width("ffn", f"decoder.block{end}", units) for end, units in (("", 6), (".0", 12), (".1", 6)))
+    stack, wide, narrow = (
+        Width("ffn", f"decoder.block{end}", units) for end, units in (("", 6), (".0", 12), (".1", 6))
+    )
     assert Sizes(16, 4, 2, 4, 12).with_widths([stack, wide, narrow]).scoped == (stack, wide)
 
 
