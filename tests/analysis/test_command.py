@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from auxin import cli
 from auxin.analysis.similarity import Similarities
-from auxin.cli import analysing
 from auxin.errors import AuxinError, ConfigError, DataError
+from auxin.objectives import calibration
 from tiny_models import tiny
 from tiny_tokenizers import tiny_tokenizer
 
@@ -30,7 +30,7 @@ def call(*arguments: object) -> SimpleNamespace:
 
 @pytest.fixture(autouse=True)
 def little_text(monkeypatch, tmp_path):
-    monkeypatch.setattr(analysing, "CORPUS_BYTES", 800_000)
+    monkeypatch.setattr(calibration, "STANDARD_BYTES", 800_000)
     monkeypatch.setenv("AUXIN_CACHE", str(tmp_path / "kept"))
 
 
@@ -107,11 +107,11 @@ def test_what_cannot_be_measured_is_one_message(llama, tmp_path):
     for arguments, error, words in (
         ((llama, "similarty"), ConfigError, "Did you mean 'similarity'"),
         ((llama, "similarity", "--set", "layers=3"), ConfigError, "similarity: layers: unknown field"),
-        ((llama, "similarity", "--length", 65), ConfigError, "--length is 65, but .* is 64"),
-        ((llama, "similarity", "--length", 12, "--samples", 100_000), DataError, r"The text makes \d+ samples of 12"),
-        ((tmp_path / "vit", "similarity"), DataError, "takes pixel_values"),
-        ((tmp_path / "mute", "similarity"), DataError, "has no tokenizer.*Save the model with its tokenizer"),
-        ((tmp_path / "few", "similarity", *QUICK), DataError, "entries, the model 20: it belongs to another model"),
+        ((llama, "similarity", "--length", 65), ConfigError, "length is 65, but .* is 64"),
+        ((llama, "similarity", "--length", 12, "--samples", 100_000), DataError, r"the text makes \d+ samples of 12"),
+        ((tmp_path / "vit", "similarity"), DataError, "Text has no labels for a ViT"),
+        ((tmp_path / "mute", "similarity"), DataError, "no data to look at.*Save the model with its tokenizer"),
+        ((tmp_path / "few", "similarity", *QUICK), ConfigError, "entries, the model 20: it belongs to another model"),
         ((tmp_path, "similarity"), AuxinError, "no config.json"),
         ((tmp_path, "similarity", "-o", tmp_path / "few"), ConfigError, "few exists. Give a folder that doesn't"),
     ):

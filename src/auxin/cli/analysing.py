@@ -7,7 +7,7 @@ import typer
 
 from auxin.cli.app import LARGEST_SEED, AsJson, Overrides, app, model_folder
 from auxin.cli.printing import escaped, print_table, print_wide
-from auxin.errors import ConfigError
+from auxin.errors import ConfigError, DataError
 
 
 @app.command(
@@ -46,6 +46,11 @@ def analyse(
     loaded = load_model(folder, device=choose_device("auto"))
     asked = CorpusCalibration(samples=samples, length=length, batch_size=batch_size, seed=seed)
     data = None if wanted.needs == "weights" else Calibration.of_corpus(loaded, folder, asked)
+    if data is not None and data.distinct is not None and samples > data.distinct:
+        raise DataError(
+            f"--samples: the text makes {data.distinct} samples of {length} tokens, and the same ones again would tell "
+            "nothing more. Ask for fewer, or for shorter ones."
+        )
     (record,) = measure_all([wanted], loaded, data, progress=True)
     if output is not None:
         _write(record, f"{wanted.name.capitalize()} of {folder.resolve().name}", output)

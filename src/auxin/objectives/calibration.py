@@ -77,6 +77,8 @@ class Calibration:
     """Begins a new pass over the batches."""
     tokens_per_sample: int | None = None
     """Tokens of text of a sample, where inputs and labels are made of it; None: the inputs are the text."""
+    distinct: int | None = None
+    """How many different samples the data has; beyond them it is read again. None: every sample was given."""
     watch: Callable[[int, int], None] | None = None
     """Told of every batch that is drawn: its samples and its tokens of text."""
 
@@ -138,7 +140,8 @@ class Calibration:
         facts: dict[str, Any] = {"data": data.fingerprint, "split": "train"}
         # Noise goes by batches; without it their size changes nothing but how many samples come at once.
         facts |= {} if corruption is None else {**asdict(corruption), "batch_size": settings.batch_size}
-        return cls(settings, objective, _fingerprint(settings, objective, facts), read, length)
+        found = _fingerprint(settings, objective, facts)
+        return cls(settings, objective, found, read, length, distinct=len(data.train))
 
     @classmethod
     def of_corpus(
