@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from auxin.edits import (
     ArrangeLayers,
     CentreParameter,
+    ConfigureModule,
     ConstantFill,
     MeanFill,
     NormalFill,
@@ -484,8 +485,9 @@ def test_a_plan_with_every_kind_of_edit_survives_yaml(tmp_path):
         ReplaceModule(module="m", brick="b", settings={"tokens": [1]}, fills={"k": ZeroFill()}),
         WrapModule(module="m", brick="b"),
         RemoveModule(module="m", leaves="inner"),
+        ConfigureModule(module="m", values={"a": 1}),
         TieParameters(parameter="p", to="q"),
     )
     everything_there_is.to_yaml(tmp_path / "plan.yaml")
     assert Plan.from_yaml(tmp_path / "plan.yaml") == everything_there_is
-    assert str(everything_there_is).count("\n") == 11
+    assert str(everything_there_is).count("\n") == 12
