@@ -13,6 +13,7 @@ from auxin.edits import (
     ArrangeLayers,
     CentreParameter,
     ChangeArchitecture,
+    ConfigureModule,
     ConstantFill,
     MakeParameters,
     MeanFill,
@@ -459,9 +460,10 @@ def test_a_plan_with_every_kind_of_edit_survives_yaml(tmp_path):
         RemoveModule(module="m", leaves="inner"),
         MergeModule(module="m"),
         MakeParameters(module="m", making="c", settings={"num_experts": 2}),
+        ConfigureModule(module="m", values={"a": 1}),
         ChangeArchitecture(model_type="mixtral", values={"a": 1}),
         TieParameters(parameter="p", to="q"),
     )
     everything_there_is.to_yaml(tmp_path / "plan.yaml")
     assert Plan.from_yaml(tmp_path / "plan.yaml") == everything_there_is
-    assert str(everything_there_is).count("\n") == 14
+    assert str(everything_there_is).count("\n") == 15

@@ -4,7 +4,9 @@ import pytest
 
 from auxin.edits import Plan, RemoveModule, apply
 from auxin.edits.runtimes import about_runtimes
+from auxin.methods import method
 from capabilities import probe
+from cut_models import narrow_plan
 from tiny_models import tiny
 
 
@@ -31,3 +33,14 @@ def test_a_removed_module_has_no_plain_form():
     edit = RemoveModule(module="model.layers.1.mlp", leaves="zeros")
     apply(Plan(method="by hand", promise="none", edits=[edit]), model)
     assert "removed modules: none" in about_runtimes(model.config)
+
+
+def test_layers_of_different_widths_have_a_plain_form_once_they_are_alike():
+    model = tiny("llama")
+    apply(narrow_plan("llama"), model)
+    note = about_runtimes(model.config)
+    assert "vLLM and other runtimes refuse" in note
+    assert "bring all layers to one width, for example with net2net and the largest intermediate_size" in note
+    net2net = method("net2net")
+    apply(net2net.plan(model, net2net.settings.parse({"intermediate_size": 12})), model)
+    assert "loads without auxin" in about_runtimes(model.config)

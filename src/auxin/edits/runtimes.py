@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from auxin.edits.kinds.module_edits import RemoveModule, ReplaceModule, TieParameters, WrapModule
+from auxin.edits.kinds.module_edits import ConfigureModule, RemoveModule, ReplaceModule, TieParameters, WrapModule
 from auxin.edits.structure import REPLAY_METHOD, structural_edits
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.nn.bricks import find_brick
@@ -39,5 +39,10 @@ def _ways_out(edits: Iterable[Any]) -> Iterator[str]:
         yield f"{name} ({count} edit(s)): {told or reason}"
     if any(isinstance(edit, RemoveModule) for edit in edits):
         yield "removed modules: none, for the architecture always has them; serve it through transformers"
+    if any(isinstance(edit, ConfigureModule) for edit in edits):
+        yield (
+            "modules with config values of their own: bring all layers to one width, for example with net2net and the "
+            "largest intermediate_size there is; other values have no form that the config of these architectures knows"
+        )
     if any(isinstance(edit, TieParameters) for edit in edits):
         yield "tied parameters: load the model, untie them by a copy, save it again without quantization_config"

@@ -297,6 +297,17 @@ def test_a_fresh_layer_of_a_configured_stack_is_like_the_others():
     assert [block.layer[2].DenseReluDense.wi.out_features for block in model.decoder.block] == [6, 6, 6]
 
 
+def test_a_fresh_layer_can_be_configured_at_once():
+    model = tiny("llama")
+    there = [
+        ArrangeLayers(layers="model.layers", order=[0, None, 1]),
+        configured("model.layers.1", intermediate_size=6),
+    ]
+    apply(plan(*there), model)
+    assert [block.mlp.up_proj.out_features for block in model.model.layers] == [12, 6, 12]
+    assert edits_of(model) == {"model.layers.1": {"intermediate_size": 6}}
+
+
 def test_width_growth_on_top_is_exact_and_says_no_more_than_it_must():
     model = cut("llama", dtype=torch.float64)
     before = logits(model)
@@ -414,6 +425,9 @@ def test_a_masked_growth_on_top_ends_as_the_plain_model(tmp_path):
     found, before = method("masked"), logits(model)
     apply(found.plan(model, found.settings.parse({"intermediate_size": 14})), model)
     assert change(before, logits(model)) < EXACT
+    copy.deepcopy(model).float().save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype="auto")
+    assert change(before, logits(again)) < 1e-5
     for module in model.modules():
         if hasattr(module, "set_strength"):
             module.set_strength(1.0)
