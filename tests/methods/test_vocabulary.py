@@ -1,7 +1,6 @@
 """Vocabulary growth: rows and moments by the oracle, old logits to the bit, model and tokenizer both or neither."""
 
 import copy
-import json
 import os
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from transformers import (
 )
 
 from auxin.data.vocabulary import EnlargedTokenizer
-from auxin.edits import apply, apply_to_checkpoint, inverse_plan
+from auxin.edits import Plan, apply, apply_to_checkpoint, inverse_plan
 from auxin.errors import ConfigError, DataError, PlanError, PromiseError
 from auxin.methods import method
 from auxin.methods.grow import vocabulary as module
@@ -247,9 +246,9 @@ def test_a_checkpoint_grows_with_its_tokenizer(family, tmp_path):
     source, output = tmp_path / "old", tmp_path / "new"
     model, tokenizer = saved(family, source)
     (source / "merges.txt").write_text("of the old vocabulary")
-    plan = plan_for(METHOD, source, {"tokens": WORDS, "rule": "pieces"})
-    plan = type(plan).parse(json.loads(plan.model_dump_json()))
-    apply_to_checkpoint(plan, source, output, finish=lambda folder, receipt: METHOD.write_files(plan, source, folder))
+    plan = plan_for(METHOD, source, {"tokens": WORDS, "rule": "pieces"}, folder=tmp_path / "plan")
+    plan.to_yaml(tmp_path / "plan" / "plan.yaml")
+    apply_to_checkpoint(Plan.from_yaml(tmp_path / "plan" / "plan.yaml"), source, output)
     grow_vocabulary(model, tokenizer, WORDS)
     loaded = load_model(output)
     expected = dict(model.named_parameters())
@@ -264,14 +263,12 @@ def test_a_checkpoint_grows_with_its_tokenizer(family, tmp_path):
 def test_a_checkpoint_that_fails_at_the_tokenizer_does_not_appear(tmp_path):
     source, output = tmp_path / "old", tmp_path / "new"
     saved("llama", source)
-    plan = plan_for(METHOD, source, {"tokens": WORDS})
+    plan = plan_for(METHOD, source, {"tokens": WORDS}, folder=tmp_path / "plan")
     grow_tokenizer = AutoTokenizer.from_pretrained(source)
     grow_tokenizer.add_tokens(["meanwhile"])
     grow_tokenizer.save_pretrained(source)
-    with pytest.raises(PlanError, match="Plan again with this tokenizer"):
-        apply_to_checkpoint(
-            plan, source, output, finish=lambda folder, receipt: METHOD.write_files(plan, source, folder)
-        )
+    with pytest.raises(PlanError, match=r"tokenizer.*json is not the file that the plan was made for.*Plan again"):
+        apply_to_checkpoint(plan, source, output)
     assert not output.exists()
 
 
@@ -279,10 +276,10 @@ def test_learned_tokens_are_in_the_plan(tmp_path):
     source, text = tmp_path / "old", tmp_path / "corpus.txt"
     saved("gpt2", source)
     text.write_text("\n".join(TEXT))
-    plan = plan_for(METHOD, source, {"tokens_from": str(text), "num_tokens": 5})
+    plan = plan_for(METHOD, source, {"tokens_from": str(text), "num_tokens": 5}, folder=tmp_path / "plan")
     text.unlink()  # the plan needs it no more
     output = tmp_path / "new"
-    apply_to_checkpoint(plan, source, output, finish=lambda folder, receipt: METHOD.write_files(plan, source, folder))
+    apply_to_checkpoint(plan, source, output)
     new, old = AutoTokenizer.from_pretrained(output), AutoTokenizer.from_pretrained(source)
     assert len(new) == len(old) + 5
     assert sum(len(new(line)["input_ids"]) for line in TEXT) < sum(len(old(line)["input_ids"]) for line in TEXT)

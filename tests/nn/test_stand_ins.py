@@ -24,6 +24,8 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
+from auxin.edits import ReplaceModule
+from auxin.edits.structure import with_structural_edits
 from auxin.errors import PlanError
 from auxin.models.places import what_is_returned
 from auxin.nn.bricks import find_brick
@@ -365,3 +367,23 @@ def test_it_compiles_in_one_graph():
         result = compiled(hidden_states=hidden, position_embeddings=(hidden, hidden), past_key_values=past)
         assert torch.equal(result[0], torch.zeros(2, 3, 4))
         assert past.get_seq_length() == tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_a_checkpoint_is_saved_and_loaded(family, tmp_path):
+    paths = STEPS[family]
+    model, gone, reference = models(family, paths, LAST[family])
+    found = what_is_returned(model, paths)
+    gone = copy.deepcopy(gone).float()
+    edits = [ReplaceModule(module=path, brick="zeros", settings={"returns": found[path]}) for path in paths]
+    with_structural_edits(gone.config, edits)
+    gone.save_pretrained(tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    batch = inputs(model)
+    assert torch.equal(run(loaded, batch), run(gone, batch))
+    assert torch.equal(written(loaded.double(), batch), written(reference, batch))
+    for path in paths:
+        mine, theirs = loaded.get_submodule(path), gone.get_submodule(path)
+        assert (mine.arguments, mine.cache_layers) == (theirs.arguments, theirs.cache_layers)

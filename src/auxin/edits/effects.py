@@ -150,6 +150,10 @@ class Configurations:
             result += edit.without(names) if names else [edit]
         return result
 
+    def in_words(self) -> list[str]:
+        """What the plan says, a value each."""
+        return [f"{name} = {told.edit.values[name]} in {module}" for (module, name), told in self._told.items()]
+
     def _values(self, path: str, edit: ConfigureModule) -> dict[str, Any]:
         """What the values of `edit` are in the module at `path` of the old model."""
         config = config_at(self.before, path)

@@ -155,7 +155,9 @@ class _Outcome:
         return origins
 
     def _set_in_words(self) -> str:
-        return ", ".join(f"{key} = {value}" for key, value in self.state.values.items()) or "no config value is set"
+        state = self.state
+        told = [f"{key} = {value}" for key, value in state.values.items()] + state.configurations.in_words()
+        return ", ".join(told) or "no config value is set"
 
     @staticmethod
     def _kept(name: str, after: PreTrainedModel) -> bool:

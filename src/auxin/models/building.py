@@ -101,17 +101,19 @@ class Builder:
             # While a checkpoint is loaded, the modules have the type that its weights will have.
             if tensor.dtype != types.get(name, tensor.dtype):
                 tensor.data = tensor.data.to(types[name])
-        fill_buffers(self.model, new)
+        # In a skeleton they are real; while a checkpoint is loaded nothing is yet, and transformers fills them later.
+        if any(not buffer.is_meta for buffer in self.old.buffers()):
+            fill_buffers(self.model, new)
         return new
 
     def _found_arguments(self) -> dict[str, Any]:
         """The arguments beside the config with which the class makes the module that there is."""
         names = [name for name in self._parameters if name != "config"]
-        wanted = outline(self.old, buffers=False)
+        wanted = outline(self.old, alone=True)
         for choice in islice(product(*(self._candidates(name) for name in names)), ATTEMPTS):
             arguments = dict(zip(names, choice, strict=True))
             try:
-                if outline(self._made(self.config, arguments), buffers=False) == wanted:
+                if outline(self._made(self.config, arguments), alone=True) == wanted:
                     return arguments
             except REFUSALS:
                 continue
@@ -122,28 +124,30 @@ class Builder:
         )
 
     def _candidates(self, name: str) -> list[Any]:
-        """What an argument may have been: the attribute of this name, of the module or of one in it, or the default;
-        without all of these a size of its tensors."""
+        """What an argument may have been: the attribute of this name, of the module or of one in it, or the default (or
+        the other truth value); without all of these a size of its tensors."""
         told = [vars(module)[name] for module in self.old.modules() if name in vars(module)]
         default = self._parameters[name].default
         found = told if default is inspect.Parameter.empty else [*told, default]
+        found += [not default] if isinstance(default, bool) else []
         if not found:
             found = [size for parameter in self.old.parameters() for size in parameter.shape]
         return [value for place, value in enumerate(found) if value not in found[:place]]
 
 
-def outline(module: nn.Module, buffers: bool = True) -> dict[str, Any]:
+def outline(module: nn.Module, alone: bool = False) -> dict[str, Any]:
     """What can be seen of how `module` was built: the classes in it, plain attributes, shapes and ties. Modules of
     equal outlines compute the same from the same tensors, but for what they read from their config when they run.
 
     Args:
         module: on any device.
-        buffers: whether the values of buffers outside of checkpoints are a part of it, where they are real.
+        alone: leave out what a model does to its modules once they are built: ties, and the values of buffers outside
+            of checkpoints, which are otherwise a part of it where they are real.
     """
-    return dict(_seen(module, buffers))
+    return dict(_seen(module, alone))
 
 
-def _seen(module: nn.Module, buffers: bool) -> Iterator[tuple[str, Any]]:
+def _seen(module: nn.Module, alone: bool) -> Iterator[tuple[str, Any]]:
     first: dict[int, str] = {}
     for path, part in module.named_modules(remove_duplicate=False):
         yield path, type(part)
@@ -158,8 +162,8 @@ def _seen(module: nn.Module, buffers: bool) -> Iterator[tuple[str, Any]]:
             if tensor is None:
                 yield f"{path}.{key}", None
                 continue
-            shown = buffers and not tensor.is_meta and key in part._non_persistent_buffers_set
-            tied = first.setdefault(id(tensor), f"{path}.{key}")
+            shown = not alone and not tensor.is_meta and key in part._non_persistent_buffers_set
+            tied = None if alone else first.setdefault(id(tensor), f"{path}.{key}")
             yield f"{path}.{key}", (tuple(tensor.shape), tied, tensor.tolist() if shown else None)
 
 

@@ -49,7 +49,7 @@ class StandIn(Brick):
         self.returns = tuple(returns)
         """See above."""
         known = module.arguments if isinstance(module, StandIn) else None
-        self.arguments: tuple[str, ...] = known or (() if module is None else forward_arguments(module))
+        self.arguments: tuple[str, ...] = known or (("hidden_states",) if module is None else forward_arguments(module))
         """Names of what it takes by position."""
         layers = [] if module is None else _attention_layers(module)
         self.cache_layers: tuple[int, ...] = tuple(sorted(set(layers)))

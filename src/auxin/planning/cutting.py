@@ -61,6 +61,8 @@ def cut(model: PreTrainedModel, keep: Mapping[tuple[Stream, str], Sequence[int]]
         head_dim=sizes.head_dim,
         scoped=maps,
     )
+    if widening.is_identity:
+        raise PlanError("There is nothing to cut: all units are among those that stay. Name fewer.")
     _check_heads(body, widening.sizes(sizes))
     return widen(body, widening, approximate=True, cut=True)
 

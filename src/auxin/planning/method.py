@@ -46,9 +46,6 @@ class Method:
     """Whether `plan` looks at the weights."""
     promise: str = ""
     """What its plans promise and under which conditions, in a few words; the plan itself says what it is."""
-    write_files: Callable[[Plan, Path, Path], None] | None = None
-    """(plan, source, new) writes what else belongs into the new checkpoint's folder, for example a tokenizer; called
-    after the weights are there and before the folder appears under its name."""
     hooks: Callable[[Plan], list[Hook]] | None = None
     """(plan) -> what takes part in the training after the growth, for a method that is only complete with it."""
     calibration: Callable[[Any], CalibrationSettings | None] | None = None
@@ -56,8 +53,13 @@ class Method:
     function: none. The bench's data is then made of it, and its meter counts what is really drawn."""
     outline: Callable[[Bench, Any], Plan] | None = None
     """(bench with the model on the meta device and no data, settings) -> a plan of the size that the real one is likely
-    to have, for a method that needs weights, so that what it makes has a size and a price before work starts. It writes
-    no files. Called by `estimate_plan`, which marks it as an estimate."""
+    to have, for a method that needs weights or files of the checkpoint, so that what it makes has a size and a price
+    before work starts. It writes no files. Called by `estimate_plan`, which marks it as an estimate."""
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether a plan for a model of which there are shapes alone is an estimate."""
+        return self.needs_weights or self.outline is not None
 
     def __post_init__(self) -> None:
         if self.calibration is not None and not self.needs_weights:
@@ -84,7 +86,8 @@ def make_plan(method: Method, bench: Bench, settings: Any) -> Plan:
 
 
 def estimate_plan(method: Method, bench: Bench, settings: Any) -> Plan:
-    """The plan of `method` for a model without weights; marked as an estimate where the method looks at them.
+    """The plan of `method` for a model of which there are shapes alone; marked as an estimate where the method looks at
+    more (`Method.is_estimated`).
 
     Args:
         method: the method.
@@ -94,7 +97,7 @@ def estimate_plan(method: Method, bench: Bench, settings: Any) -> Plan:
     Raises:
         PlanError: the method can't do it, or has no outline.
     """
-    if not method.needs_weights:
+    if not method.is_estimated:
         return method.plan(bench, settings)
     if method.outline is None:
         raise PlanError(

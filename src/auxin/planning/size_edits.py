@@ -11,7 +11,8 @@ def size_edits(anatomy: Anatomy, new: Sizes) -> tuple[Sizes, list[ConfigureModul
     """The widths that the config has to say for a model to have those of `new`, and the edits for the rest.
 
     The config says a width where all modules that follow it get the same one. Otherwise its value stays, and the
-    modules that get another one are configured; so are those that have one of their own already.
+    modules that get another one are configured; so are those that have one of their own already. Heads that the config
+    refuses, since their number does not divide the hidden size, are said for the modules.
 
     Args:
         anatomy: of the model before, whose roles tell the scopes apart that have widths in `new`.
@@ -28,8 +29,10 @@ def size_edits(anatomy: Anatomy, new: Sizes) -> tuple[Sizes, list[ConfigureModul
         ("key_value", fields.key_value_heads),
         ("ffn", fields.ffn),
     )
+    heads = _told(anatomy, "query", new)[0]
+    refused = anatomy.heads_divide_hidden_size and heads is not None and new.residual % heads != 0
     for stream, field in streams:
-        said[stream], told = _told(anatomy, stream, new)
+        said[stream], told = _told(anatomy, stream, new, stays=refused and stream != "ffn")
         for scope, units in told.items() if field is not None else ():
             for module in _modules(anatomy, stream, scope):
                 values.setdefault(module, {})[str(field)] = units
@@ -43,17 +46,16 @@ def size_edits(anatomy: Anatomy, new: Sizes) -> tuple[Sizes, list[ConfigureModul
     return config, [ConfigureModule(module=module, values=told) for module, told in values.items()]
 
 
-def _told(anatomy: Anatomy, stream: Stream, new: Sizes) -> tuple[int | None, dict[str, int]]:
-    """The width of a stream that the config says, and those of the scopes that need an edit."""
+def _told(anatomy: Anatomy, stream: Stream, new: Sizes, stays: bool = False) -> tuple[int | None, dict[str, int]]:
+    """The width of a stream that the config says (with `stays`, as before), and those of the scopes that need an
+    edit."""
     usual = anatomy.sizes.units(stream)
     before = {scope: anatomy.sizes.units(stream, scope) for scope in anatomy.scopes(stream)}
     after = {scope: units for scope in before if (units := new.units(stream, scope)) is not None}
     if not after:
         return new.units(stream), {}
     following = {after[scope] for scope in after if before[scope] == usual} or set(after.values())
-    config = following.pop() if len(following) == 1 else usual
-    if stream == "query" and anatomy.heads_divide_hidden_size and config and new.residual % config:
-        config = usual  # which the config takes
+    config = following.pop() if len(following) == 1 and not stays else usual
     told = {
         scope: units
         for scope, units in after.items()

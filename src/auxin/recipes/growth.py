@@ -8,7 +8,6 @@ from auxin.accounting import Cost, Ledger, StageRecord
 from auxin.accounting.ledger import LEDGER_FILE
 from auxin.edits import Plan, Receipt, apply_to_checkpoint
 from auxin.errors import CheckpointError
-from auxin.methods import methods
 
 
 def grow_checkpoint(
@@ -59,10 +58,6 @@ def grow_checkpoint(
             seconds=cost.seconds + time.perf_counter() - started,
         )
         ledger.append(record).save(folder)
-        # A plan is data: it may be someone's own, or of a method that is not installed here.
-        method = methods().get(plan.method)
-        if method is not None and method.write_files is not None:
-            method.write_files(plan, source, folder)
 
     try:
         return apply_to_checkpoint(plan, source, output, finish=keep_books)

@@ -311,7 +311,7 @@ def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path) ->
         run.data,
         settings,
         directory,
-        tokenizer=run.data.tokenizer(),
+        tokenizer=own_tokenizer(run, previous),
         optimizer_from=previous if carried else None,
         ledger=ledger,
         hooks=stage_hooks(stage, ledger),
@@ -319,6 +319,16 @@ def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path) ->
         data_position=seen // (settings.batch_size * run.data.context_length),
     )
     return result.checkpoint
+
+
+def own_tokenizer(run: Run, checkpoint: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that goes with the model in `checkpoint`: the run's, unless a growth has changed it. The corpus
+    stays in the run's tokens, which the changed one begins with."""
+    own = run.data.tokenizer()
+    if any((checkpoint / name).is_file() for name in TOKENIZER_FILES):
+        found = load_tokenizer(checkpoint)
+        return own if tokenizer_digest(found) == tokenizer_digest(own) else found
+    return own
 
 
 def grow(run: Run, stage: GrowStage, directory: Path, previous: Path) -> Path:

@@ -90,11 +90,6 @@ def growth_plan(stage: GrowStage, bench: Bench) -> Plan:
             raise PlanError(f"{where}: only a TokenFormer grows by tokens, this is a {config.model_type}.")
         return plan_token_growth(config, bench.seeded(stage.tokens or token_growth_to(config, str(stage.to))))
     method = find_method(stage.method)
-    if method.write_files is not None:
-        raise PlanError(
-            f"{where}: {method.name} changes more of a checkpoint than its model (its tokenizer), which is the "
-            "corpus's in a recipe. Do it before, with `auxin apply`, and start from the result."
-        )
     settings = _method_settings(stage, method)
     make = estimate_plan if next(bench.model.parameters()).is_meta else make_plan
     try:
@@ -121,7 +116,7 @@ def growth_data(stage: GrowStage) -> CalibrationSettings | None:
 
 def estimated_stages(recipe: Recipe) -> set[tuple[str, str]]:
     """The stages, as (branch, stage), whose model is not known for sure before the run, only by an outline: growths by
-    methods that look at weights, what follows them, and what is built like them."""
+    methods that look at weights or at files of a checkpoint, what follows them, and what is built like them."""
     found: set[tuple[str, str]] = set()
     ends: set[str] = set()
     """Branches that end with one."""
@@ -131,7 +126,7 @@ def estimated_stages(recipe: Recipe) -> set[tuple[str, str]]:
             if isinstance(stage, BuildStage):
                 estimated = bool({stage.like, stage.parameters_of} & ends)
             elif isinstance(stage, GrowStage) and stage.method is not None:
-                estimated = estimated or find_method(stage.method).needs_weights
+                estimated = estimated or find_method(stage.method).is_estimated
             if estimated:
                 found.add((branch.name, stage.name))
         if estimated:

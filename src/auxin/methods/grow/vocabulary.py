@@ -12,6 +12,7 @@ part in the means; new tokens use them up before the table grows. What a text wi
 logits of all old tokens stay as they are. Their probabilities do not, since the softmax has more terms.
 """
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -23,10 +24,11 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from auxin.data.tokenizer import TOKENIZER_FILES, read_tokenizer
 from auxin.data.vocabulary import EnlargedTokenizer, Merge, enlarge_tokenizer, learn_merges, texts_of
 from auxin.edits import AverageRows, Edit, MeanFill, PadParameter, Plan, Receipt, SetConfig, apply
+from auxin.edits.plan_files import PlanFile, sha256
 from auxin.edits.promise import Probe
 from auxin.edits.structure import config_values, edited_config, edited_skeleton
 from auxin.errors import PlanError
-from auxin.planning.bench import from_model
+from auxin.planning.bench import Bench
 from auxin.planning.method import Method
 from auxin.settings import Settings
 
@@ -166,30 +168,19 @@ def plan_vocabulary(
     )
 
 
-def write_tokenizer(plan: Plan, source: Path, folder: Path) -> None:
-    """Write the enlarged tokenizer into the new checkpoint's `folder`, in place of the old one's files.
+def plan_with_tokenizer(bench: Bench, settings: VocabularyGrowth) -> Plan:
+    """Plan rows for new tokens and the tokenizer that has them, whose files belong to the plan.
+
+    Args:
+        bench: its model comes from the folder that holds the tokenizer, unless the settings name another; weights are
+            not looked at. Its folder gets the new tokenizer's files.
+        settings: the tokens.
 
     Raises:
-        PlanError: the tokenizer is not the one that the plan was made for.
-        DataError: it can't be read.
+        PlanError: the model has no vocabulary or not that of the tokenizer, or the tokenizer is unknown.
+        DataError: the tokenizer can't be read or can't take a token.
     """
-    settings = VocabularyGrowth.parse(plan.settings)
-    if settings.rows is not None:
-        return
-    enlarged = _enlarged(settings, read_tokenizer(settings.tokenizer or source))
-    wanted = {(edit.first, len(edit.sources)) for edit in plan.edits if isinstance(edit, AverageRows)}
-    if wanted != {(enlarged.first, len(enlarged.pieces))}:
-        raise PlanError(
-            f"With this tokenizer the new tokens have the numbers {enlarged.first} to "
-            f"{enlarged.first + len(enlarged.pieces) - 1}, the plan's rows are others. Plan again with this tokenizer."
-        )
-    for name in STALE:
-        (folder / name).unlink(missing_ok=True)
-    enlarged.tokenizer.save_pretrained(folder)
-
-
-def _plan(model: PreTrainedModel, settings: VocabularyGrowth) -> Plan:
-    length = _table_length(model.config)
+    model, length = bench.model, _table_length(bench.model.config)
     if settings.rows is not None:
         return plan_vocabulary(model, length, [[]] * settings.rows, settings)
     folder = settings.tokenizer or Path(model.name_or_path or "")
@@ -198,7 +189,34 @@ def _plan(model: PreTrainedModel, settings: VocabularyGrowth) -> Plan:
     tokenizer = read_tokenizer(folder)
     settings = _learned(settings, tokenizer)
     enlarged = _enlarged(settings, tokenizer)
-    return plan_vocabulary(model, enlarged.first, enlarged.pieces, settings)
+    plan = plan_vocabulary(model, enlarged.first, enlarged.pieces, settings)
+    files = _tokenizer_files(enlarged, bench.folder, folder if settings.tokenizer is None else None)
+    written = {file.into for file in files}
+    drops = [name for name in STALE if name not in written]
+    return plan.model_copy(update={"files": files, "drops": drops}).beside(bench.folder)
+
+
+def outline_vocabulary(bench: Bench, settings: VocabularyGrowth) -> Plan:
+    """A plan with the sizes of the real one where it is not known yet which tokenizer the model will have: every new
+    token gets a row behind the table's, which may have unused ones left for it."""
+    length = _table_length(bench.model.config)
+    learned = len(settings.merges) + (settings.num_tokens or 0)
+    count = settings.rows or len(settings.tokens) + len(settings.special_tokens) + learned
+    return plan_vocabulary(bench.model, length, [[]] * count, settings)
+
+
+def _tokenizer_files(enlarged: EnlargedTokenizer, folder: Path, old: Path | None) -> list[PlanFile]:
+    """The files of the enlarged tokenizer, written into `folder`; those that stand in the tokenizer's folder `old` are
+    the only ones whose place they take."""
+    with tempfile.TemporaryDirectory() as temporary:
+        enlarged.tokenizer.save_pretrained(temporary)
+        paths = sorted(path for path in Path(temporary).rglob("*") if path.is_file())
+        names = {path.relative_to(temporary).as_posix(): path.read_bytes() for path in paths}
+    replaced = {name: sha256(old / name) for name in names if old is not None and (old / name).is_file()}
+    return [
+        PlanFile.write(folder, Path(name).name, content, into=name, instead_of=replaced.get(name))
+        for name, content in names.items()
+    ]
 
 
 def _learned(settings: VocabularyGrowth, tokenizer: PreTrainedTokenizerFast) -> VocabularyGrowth:
@@ -268,8 +286,8 @@ METHOD = Method(
     paper="arXiv 2402.09977",
     intent="grow",
     settings=VocabularyGrowth,
-    plan=from_model(_plan),
+    plan=plan_with_tokenizer,
     examples=_examples,
     promise="exact over the old vocabulary: the logits of old tokens; the softmax has more terms",
-    write_files=write_tokenizer,
+    outline=outline_vocabulary,
 )
