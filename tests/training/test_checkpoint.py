@@ -77,7 +77,7 @@ def test_bricks_hear_of_buffers_that_were_overwritten(tmp_path):
         def reset_buffers(self) -> None:
             self.count = torch.zeros((), dtype=torch.long)
 
-        def buffers_loaded(self) -> None:
+        def overwritten_with(self, other) -> None:
             self.number = int(self.count)
 
         def forward(self, x):
