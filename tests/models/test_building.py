@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from auxin.errors import PlanError
-from auxin.models.building import Builder, outline
+from auxin.models.building import Builder, likeness
 from auxin.models.loading import skeleton
 from tiny_models import FAMILIES, tiny
 
@@ -23,7 +23,7 @@ def test_every_module_that_takes_the_config_is_built_again_as_it_is(family):
     built = 0
     for path, module in model.named_modules():
         if path and "config" in inspect.signature(type(module).__init__).parameters:
-            assert outline(Builder(model, path).build({}), alone=True) == outline(module, alone=True), path
+            assert likeness(Builder(model, path).build({}), alone=True) == likeness(module, alone=True), path
             built += 1
     assert built >= 5
     with pytest.raises(PlanError, match="is not built from a config"):
@@ -73,19 +73,19 @@ def test_an_outline_shows_shapes_attributes_classes_ties_and_buffers():
             setattr(part, name, value)
         return part
 
-    plain = outline(made())
-    assert outline(made()) == plain
-    assert outline(made(rate=0.25)) != plain
-    assert outline(made(one=nn.Linear(2, 4))) != plain
-    assert outline(made(one=nn.Identity())) != plain
-    assert outline(made(table=torch.ones(3))) != plain
-    assert outline(made(table=torch.ones(3)), alone=True) == outline(made(), alone=True)
+    plain = likeness(made())
+    assert likeness(made()) == plain
+    assert likeness(made(rate=0.25)) != plain
+    assert likeness(made(one=nn.Linear(2, 4))) != plain
+    assert likeness(made(one=nn.Identity())) != plain
+    assert likeness(made(table=torch.ones(3))) != plain
+    assert likeness(made(table=torch.ones(3)), alone=True) == likeness(made(), alone=True)
     tied = made()
     tied.two.weight = tied.one.weight
-    assert outline(tied) != plain
-    assert outline(tied, alone=True) == outline(made(), alone=True)
+    assert likeness(tied) != plain
+    assert likeness(tied, alone=True) == likeness(made(), alone=True)
     unseen = made(config=SimpleNamespace(a=1), _private=3)
     unseen.eval()
     with torch.no_grad():
         unseen.one.weight.zero_()
-    assert outline(unseen) == plain
+    assert likeness(unseen) == plain

@@ -195,7 +195,7 @@ def test_cutting_is_the_way_back_from_padding(family):
     assert done(model, cut(model, keep)) < EXACT
     assert change(before, logits(model)) < EXACT
     now = model.config.to_dict()
-    assert now.pop(body.epsilon_field) == pytest.approx(config.pop(body.epsilon_field))
+    assert now.pop(body.fields.epsilon) == pytest.approx(config.pop(body.fields.epsilon))
     assert now == {**config, **({"pooler_output_size": now["pooler_output_size"]} if family == "vit" else {})}
 
 

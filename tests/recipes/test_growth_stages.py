@@ -23,7 +23,7 @@ from auxin.planning.hooks import ExactRates, OldRates
 from auxin.recipes import Recipe, price_recipe, run_recipe
 from auxin.recipes.schema import TrainStage
 from auxin.recipes.stage_hooks import old_shapes, stage_hooks
-from auxin.recipes.stage_models import estimated_stages, final_config, growth_plan, resolve_structures
+from auxin.recipes.stage_models import estimated_stages, final_config, growth_plan, stage_configs
 from corpora import small_corpus, write_documents
 
 LLAMA = {
@@ -97,7 +97,7 @@ def test_an_impossible_growth_is_refused_before_any_work(corpus, tmp_path, stage
 
 def test_what_a_growth_makes_is_known_before_it_is_done(corpus):
     made = recipe(corpus, grow("stacking", factor=2), AFTER, grow("hypercloning", factor=2), AFTER | {"name": "last"})
-    config = final_config(resolve_structures(made, {"vocab_size": 300}), "main")
+    config = final_config(stage_configs(made, {"vocab_size": 300}), "main")
     assert (config.num_hidden_layers, config.hidden_size) == (4, 32)
     prices = {stage.stage: stage for stage in price_recipe(made, memory=False).stages}
     assert prices["last"].parameters == count_parameters(edited_skeleton(config)).total
@@ -106,7 +106,7 @@ def test_what_a_growth_makes_is_known_before_it_is_done(corpus):
 
 def test_a_growths_seed_is_the_recipes_unless_it_has_its_own(corpus):
     made = recipe(corpus, grow("hypercloning", factor=2), {**grow("hypercloning", factor=2, seed=7), "name": "b"})
-    model = edited_skeleton(resolve_structures(made, {"vocab_size": 300})["main"]["base"])
+    model = edited_skeleton(stage_configs(made, {"vocab_size": 300})["main"]["base"])
     plans = [growth_plan(stage, Bench(model, seed=3)) for stage in made.branches[0].stages[2:]]
     assert [plan.seed for plan in plans] == [3, 7]
 
@@ -286,7 +286,7 @@ def test_what_goes_by_an_estimated_branch_reads_what_that_branch_left(corpus, tm
         ("fork", "after"),
         ("fork", "grow-looking"),
     }
-    assert final_config(resolve_structures(made, {"vocab_size": 300}), "like").num_hidden_layers == 4
+    assert final_config(stage_configs(made, {"vocab_size": 300}), "like").num_hidden_layers == 4
     run_recipe(made, tmp_path / "out", "", announce=quiet)
     models = {
         name: load_model(tmp_path / "out/branches" / name / "02-evaluate/checkpoint")

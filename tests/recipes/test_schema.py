@@ -11,7 +11,7 @@ from auxin.methods import methods
 from auxin.models.loading import skeleton
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.recipes import Recipe, builtin_recipes, load_recipe, price_recipe, training_recipe
-from auxin.recipes.stage_models import final_config, match_parameters, resolve_structures
+from auxin.recipes.stage_models import final_config, match_parameters, stage_configs
 
 DEMO = yaml.safe_load(load_recipe.__globals__["BUILTIN"].joinpath("demo.yaml").read_text())
 
@@ -64,7 +64,7 @@ def test_a_wrong_recipe_names_the_field_and_the_mend(changes, message):
 def test_a_model_that_cant_be_built_is_refused_in_one_short_message(build, message):
     recipe = Recipe.parse(changed(branches__0__stages__0={"kind": "build", **build}))
     with pytest.raises(ConfigError, match=message) as caught:
-        resolve_structures(recipe, {"vocab_size": 512})
+        stage_configs(recipe, {"vocab_size": 512})
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1500
 
@@ -74,7 +74,7 @@ def test_fields_under_former_names_are_known():
     build = {"kind": "build", "model_type": "gpt_neox", "config": {**config, "num_attention_heads": 4}}
     values = {**changed(), "branches": [{"name": "a", "title": "a", "stages": [build]}]}
     values["main_branch"] = "a"
-    rope = final_config(resolve_structures(Recipe.parse(values), {"vocab_size": 512}), "a").rope_parameters
+    rope = final_config(stage_configs(Recipe.parse(values), {"vocab_size": 512}), "a").rope_parameters
     assert (rope["rope_theta"], rope["partial_rotary_factor"]) == (500.0, 0.5)
 
 
@@ -143,7 +143,7 @@ def test_files_that_are_no_text_are_refused(tmp_path):
 
 
 def test_structures_are_known_before_training():
-    structures = resolve_structures(load_recipe("demo"), {"vocab_size": 512})
+    structures = stage_configs(load_recipe("demo"), {"vocab_size": 512})
     grown, scratch = final_config(structures, "grown"), final_config(structures, "scratch")
     assert isinstance(grown, TokenFormerConfig)
     assert list(grown.ffn_tokens) == [32, 64, 160]
@@ -168,10 +168,10 @@ def test_the_papers_recipe_has_its_sizes_and_budgets():
 def test_an_impossible_growth_is_refused_before_anything_runs():
     values = changed(branches__0__stages__2__tokens={"qkv_tokens": 4})
     with pytest.raises(PlanError, match="qkv_tokens"):
-        resolve_structures(Recipe.parse(values), {"vocab_size": 512})
+        stage_configs(Recipe.parse(values), {"vocab_size": 512})
 
 
 def test_a_dense_model_too_large_to_match_is_refused():
-    config = final_config(resolve_structures(load_recipe("demo"), {"vocab_size": 512}), "dense")
+    config = final_config(stage_configs(load_recipe("demo"), {"vocab_size": 512}), "dense")
     with pytest.raises(ConfigError, match="parameters_of"):
         match_parameters(config, 100)

@@ -12,7 +12,7 @@ from auxin.errors import ConfigError, DataError
 from auxin.evaluation.inspection import describe_checkpoint
 from auxin.models.loading import load_config, load_model
 from auxin.recipes import Recipe, price_recipe, run_recipe
-from auxin.recipes.stage_models import resolve_structures
+from auxin.recipes.stage_models import stage_configs
 from auxin.training import load_model as load_trained
 from corpora import small_corpus, write_documents
 
@@ -175,7 +175,7 @@ def test_stages_share_one_objective(corpus):
 
 def test_what_the_stage_says_about_its_tokens_goes_first(corpus):
     recipe = t5_recipe(corpus, TRAIN, config={**SIZES, "vocab_size": 512, "decoder_start_token_id": 3})
-    config = resolve_structures(recipe, {"vocab_size": 300, "pad_token_id": 1, "eos_token_id": 2})["main"]["build"]
+    config = stage_configs(recipe, {"vocab_size": 300, "pad_token_id": 1, "eos_token_id": 2})["main"]["build"]
     assert (config.vocab_size, config.decoder_start_token_id) == (512, 3)
 
 
@@ -184,8 +184,8 @@ def test_the_tokens_of_barts_own_tokenizer_are_not_taken_over(corpus):
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 64}
     recipe = t5_recipe(corpus, TRAIN, model_type="bart", config=sizes)
     fields = {"vocab_size": 300, "eos_token_id": 7, "pad_token_id": 5}
-    config = resolve_structures(recipe, fields)["main"]["build"]
+    config = stage_configs(recipe, fields)["main"]["build"]
     assert (config.decoder_start_token_id, config.forced_eos_token_id, config.vocab_size) == (5, 7, 304)
     without_padding = {"vocab_size": 300, "eos_token_id": 7}
-    config = resolve_structures(t5_recipe(corpus, TRAIN, config={**SIZES, "pad_token_id": None}), without_padding)
+    config = stage_configs(t5_recipe(corpus, TRAIN, config={**SIZES, "pad_token_id": None}), without_padding)
     assert config["main"]["build"].decoder_start_token_id == 7

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.edits.kinds.module_edits import ConfigureModule
 from auxin.errors import PlanError
-from auxin.models.building import REFUSALS, Builder, outline
+from auxin.models.building import REFUSALS, Builder, likeness
 from auxin.models.scoped_config import config_at
 from auxin.words.paths import encloses
 
@@ -50,7 +50,7 @@ def refuse_idle_values(
         is_size = isinstance(value, int) and not isinstance(value, bool) and _is_size(name)
         if value == old or (_is_own(config, name) and not is_size):
             continue
-        seen = outline(after) if seen is None else seen
+        seen = likeness(after) if seen is None else seen
         others = [old, 2 * value] if is_size else [old]
         if all(_builds(build, {name: other}, seen) for other in others):
             raise PlanError(
@@ -62,7 +62,7 @@ def refuse_idle_values(
 def _builds(build: Callable[[Mapping[str, Any]], PreTrainedModel], values: Mapping[str, Any], seen: Any) -> bool:
     """Whether `values` build the model that was `seen`."""
     try:
-        return outline(build(values)) == seen
+        return likeness(build(values)) == seen
     except (*REFUSALS, PlanError):
         return False  # a value that makes nonsense was read
 

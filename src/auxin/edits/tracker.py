@@ -21,8 +21,8 @@ from auxin.edits.kinds.module_edits import (
     ReplaceModule,
     TieParameters,
     WrapModule,
-    merged,
-    without,
+    elsewhere,
+    shortest,
 )
 from auxin.edits.kinds.parameter_edits import ParameterEdit
 from auxin.edits.origin import Blend, Group, Joined, Kept, Made, Origin, Step
@@ -78,7 +78,7 @@ class Tracker:
             self._join(edit)
         elif isinstance(edit, TieParameters):
             self._tie(edit)
-            self.structure = merged([*self.structure, edit])
+            self.structure = shortest([*self.structure, edit])
         else:
             if isinstance(edit, RemoveModule) and edit.leaves != "inner" and edit.returns is None:
                 edit = edit.model_copy(update={"returns": self._returned(edit.paths(self.modules))})
@@ -90,7 +90,7 @@ class Tracker:
             if isinstance(edit, WrapModule | ReplaceModule):
                 edit = edit.model_copy(update={"fills": {}})
             if not isinstance(edit, MergeModule | MakeParameters):
-                self.structure = merged([*self.structure, edit])
+                self.structure = shortest([*self.structure, edit])
 
     def _set_values(self, values: dict[str, Any]) -> None:
         if twice := [key for key in values if key in self.values and self.values[key] != values[key]]:
@@ -241,7 +241,7 @@ class Tracker:
 
     def _make_brick(self, index: int, edit: ReplaceModule, path: str) -> None:
         """Let the brick's tensors come from those of the module that it replaces, where the brick says how."""
-        making = getattr(find_brick(edit.brick), "making", None)
+        making = find_brick(edit.brick).making
         # A second one of the same brick changes its settings; that is no making of it out of itself.
         there = [e for e in self.structure if isinstance(e, ReplaceModule) and e.matches(path)]
         if making is None or any(stored.brick == edit.brick for stored in there):
@@ -264,7 +264,7 @@ class Tracker:
         stored = next((e for e in reversed(self.structure) if e.kind in BRICK_EDITS and e.matches(path)), None)
         if stored is None:
             raise PlanError(f"{path} is no brick that was put there by an edit; there is nothing to merge")
-        making = getattr(find_brick(stored.brick), "making", None)
+        making = find_brick(stored.brick).making
         inputs = self._below(path)
         meta = {key: torch.empty(origin.shape, device="meta") for key, origin in inputs.items()}
         made = None if making is None else making.back(meta, **stored.settings)
@@ -276,7 +276,7 @@ class Tracker:
         self._put_made(Group(path, making, True, stored.settings, inputs), shapes)
         self.replaced.append(path)
         self.used_up |= {f"{path}.{key}": index for key in inputs.keys() - made.keys()}
-        left = without(stored, path, self.modules)
+        left = elsewhere(stored, path, self.modules)
         place = next(i for i, e in enumerate(self.structure) if e is stored)
         self.structure[place : place + 1] = left
 

@@ -1,4 +1,5 @@
-"""Architectures that the Hub library lacks, registered with transformers' Auto classes on import."""
+"""Models: what is where in transformers' architectures, loading and building them, and architectures of our own, which
+are registered with the Auto classes on import."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

@@ -109,11 +109,11 @@ class Builder:
     def _found_arguments(self) -> dict[str, Any]:
         """The arguments beside the config with which the class makes the module that there is."""
         names = [name for name in self._parameters if name != "config"]
-        wanted = outline(self.old, alone=True)
+        wanted = likeness(self.old, alone=True)
         for choice in islice(product(*(self._candidates(name) for name in names)), ATTEMPTS):
             arguments = dict(zip(names, choice, strict=True))
             try:
-                if outline(self._made(self.config, arguments), alone=True) == wanted:
+                if likeness(self._made(self.config, arguments), alone=True) == wanted:
                     return arguments
             except REFUSALS:
                 continue
@@ -135,7 +135,7 @@ class Builder:
         return [value for place, value in enumerate(found) if value not in found[:place]]
 
 
-def outline(module: nn.Module, alone: bool = False) -> dict[str, Any]:
+def likeness(module: nn.Module, alone: bool = False) -> dict[str, Any]:
     """What can be seen of how `module` was built: the classes in it, plain attributes, shapes and ties. Modules of
     equal outlines compute the same from the same tensors, but for what they read from their config when they run.
 

@@ -15,7 +15,6 @@ STREAMS: tuple[Stream, ...] = ("query", "key_value", "ffn")
 Grain = Literal["model", "stack", "layer"]
 """By what the roles of a stack tell a stream's widths apart."""
 GRAINS: tuple[Grain, ...] = ("model", "stack", "layer")
-Grains = Mapping[tuple[LayerStack, Stream], Grain]
 
 
 def in_scopes(model: PreTrainedModel, found: Anatomy, scopes: Iterable[str] = ()) -> Anatomy:

@@ -1,4 +1,4 @@
-"""Bricks: modules that know no model."""
+"""Bricks, modules that know no model, and how their tensors are made of those that they replace."""
 
 from auxin.nn.pattention import Pattention, pattention
 

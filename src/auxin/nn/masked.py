@@ -26,9 +26,6 @@ from auxin.words.roles import Stream
 Spans = Sequence[Sequence[int]]
 """Stretches [first, end) of new units on an axis."""
 
-OF_ADAPTERS = {"base_layer", "unload_and_optionally_merge_module"}
-"""By these PEFT knows a layer of its own, which it puts around others and takes off again; a mask is no such layer."""
-
 
 class Masked(Brick):
     """A module with masks around `inner`.

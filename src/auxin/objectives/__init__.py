@@ -1,4 +1,4 @@
-"""What a model learns to predict, and what is made of a batch for it."""
+"""What a model learns to predict, what is made of a batch for it, and the samples that methods look at."""
 
 from auxin.objectives.objective import ObjectiveSettings
 

@@ -27,7 +27,7 @@ from auxin.edits.kinds.parameter_edits import CentreParameter, PadParameter, Sca
 from auxin.edits.plan import Promise
 from auxin.errors import PlanError
 from auxin.planning.size_edits import size_edits
-from auxin.planning.width_conditions import fatal_reasons, inexact_reasons, rotary_after, spread
+from auxin.planning.width_conditions import fatal_reasons, inexact_reasons, norm_scale, rotary_after
 from auxin.planning.width_maps import Widening
 from auxin.words.roles import Anatomy, HeadPart, ParameterRole, Segment, Sizes, Stream
 
@@ -114,7 +114,7 @@ class _Writer:
     def __init__(self, anatomy: Anatomy, widening: Widening, from_above: bool) -> None:
         self.anatomy, self.widening, self.from_above = anatomy, widening, from_above
         residual = widening.residual
-        self.eta = spread(anatomy, residual)
+        self.eta = norm_scale(anatomy, residual)
         self.growth = math.sqrt(residual.size / residual.old)
 
     def size_edits(self) -> list[Edit]:

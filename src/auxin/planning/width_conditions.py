@@ -34,7 +34,7 @@ def inexact_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
     return [*cuts, *_residual_reasons(anatomy, widening), *heads, *dims]
 
 
-def spread(anatomy: Anatomy, residual: StreamMap) -> float:
+def norm_scale(anatomy: Anatomy, residual: StreamMap) -> float:
     """By what the gains of the norms are multiplied, and epsilon by its square, for the residual's map: the norms'
     input keeps its sum of squares and is spread over more units (padding), or over fewer (zeros were cut out).
 
@@ -229,7 +229,7 @@ def _lost(widening: Widening, cut: bool) -> list[str]:
 
 
 def _can_scale_norms(anatomy: Anatomy) -> bool:
-    return anatomy.norm_has_gain and anatomy.final_norm is not None and anatomy.epsilon_field is not None
+    return anatomy.norm_has_gain and anatomy.final_norm is not None and anatomy.fields.epsilon is not None
 
 
 def _place(scope: str) -> str:

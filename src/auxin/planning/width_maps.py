@@ -1,4 +1,4 @@
-"""Maps of streams: where the units of a wider model come from.
+"""Maps of streams: where the units of a wider or narrower model come from.
 
 A `StreamMap` copies every unit some number of times, which its readers divide by, and can add units that copy none. A
 `Widening` holds the maps of all streams; `auxin.planning.width` turns it into edits and knows when it is exact.

@@ -10,7 +10,7 @@ from auxin.objectives import ObjectiveSettings
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.objectives.objective import is_encoder_decoder, objective_flops
 from auxin.recipes.schema import Branch, BuildStage, GrowStage, Recipe, Stage, TrainStage
-from auxin.recipes.stage_models import Structures, estimated_stages, growth_data, resolve_structures
+from auxin.recipes.stage_models import StageConfigs, estimated_stages, growth_data, stage_configs
 from auxin.settings import Settings
 
 
@@ -85,13 +85,13 @@ def price_recipe(recipe: Recipe, memory: bool = True, vocabulary: dict[str, int]
     known = None if vocabulary is None else vocabulary.get("vocab_size")
     if vocabulary is None:
         vocabulary = {} if recipe.corpus.tokenizer is not None else {"vocab_size": recipe.corpus.vocab_size}
-    return _Pricing(recipe, resolve_structures(recipe, vocabulary), memory, known).price()
+    return _Pricing(recipe, stage_configs(recipe, vocabulary), memory, known).price()
 
 
 class _Pricing:
     """Follows a recipe's branches; a model is counted once however many stages train it."""
 
-    def __init__(self, recipe: Recipe, structures: Structures, memory: bool, tokenizer_size: int | None) -> None:
+    def __init__(self, recipe: Recipe, structures: StageConfigs, memory: bool, tokenizer_size: int | None) -> None:
         self.recipe, self.structures, self.memory, self.tokenizer_size = recipe, structures, memory, tokenizer_size
         self.estimated = estimated_stages(recipe)
         self.spent: dict[tuple[str, str], float] = {}

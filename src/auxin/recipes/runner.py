@@ -36,12 +36,12 @@ from auxin.recipes.results import collect_results, describe_left_out
 from auxin.recipes.schema import Branch, BuildStage, EvaluateStage, GrowStage, Recipe, Stage, TrainStage
 from auxin.recipes.stage_hooks import stage_hooks
 from auxin.recipes.stage_models import (
-    Structures,
+    StageConfigs,
     built_config,
     estimated_stages,
     growth_data,
     growth_plan,
-    resolve_structures,
+    stage_configs,
 )
 from auxin.report import write_chart_svg, write_report
 from auxin.training import train, write_checkpoint_folder
@@ -65,7 +65,7 @@ class Run:
     recipe: Recipe
     directory: Path
     data: PackedData
-    structures: Structures
+    structures: StageConfigs
     announce: Announce
 
     def stage_directory(self, branch: Branch, stage: Stage) -> Path:
@@ -151,7 +151,7 @@ def open_run(recipe: Recipe, output: str | Path, announce: Announce = print) -> 
     data = prepare(recipe.corpus, directory / DATA, progress=True)
     announce(f"{data.report.documents:,} documents; left out: {describe_left_out(data.report)}")
     check_tokenizers(recipe, data)
-    return Run(recipe, directory, data, resolve_structures(recipe, vocabulary_fields(data.tokenizer())), announce)
+    return Run(recipe, directory, data, stage_configs(recipe, vocabulary_fields(data.tokenizer())), announce)
 
 
 def finish_run(run: Run, command: str) -> RunResults:

@@ -36,11 +36,11 @@ _COMMON_FIELDS = _HIDDEN_FIELDS | {
 }
 """Fields that any transformers config may have, today or in files written by earlier versions."""
 
-Structures = dict[str, dict[str, PreTrainedConfig]]
+StageConfigs = dict[str, dict[str, PreTrainedConfig]]
 """Branch name -> stage name -> the config of the model which that stage leaves; of `estimated_stages` a likely one."""
 
 
-def resolve_structures(recipe: Recipe, vocabulary: dict[str, int]) -> Structures:
+def stage_configs(recipe: Recipe, vocabulary: dict[str, int]) -> StageConfigs:
     """Follow every branch of `recipe` on configs alone.
 
     Args:
@@ -51,7 +51,7 @@ def resolve_structures(recipe: Recipe, vocabulary: dict[str, int]) -> Structures
     Raises:
         ConfigError, PlanError: a model that can't be built or a growth that can't be done, before any work starts.
     """
-    structures: Structures = {}
+    structures: StageConfigs = {}
     for branch in recipe.branches:
         config: PreTrainedConfig | None = None
         if branch.fork is not None:
@@ -138,20 +138,20 @@ def _method_settings(stage: GrowStage, method: Method) -> Settings:
     return method.settings.parse(stage.settings, source=f"grow stage {stage.name!r}: settings of {method.name}")
 
 
-def final_config(structures: Structures, branch: str) -> PreTrainedConfig:
+def final_config(structures: StageConfigs, branch: str) -> PreTrainedConfig:
     """The config that `branch` ends with."""
     return list(structures[branch].values())[-1]
 
 
 def built_config(
-    stage: BuildStage, structures: Structures, vocabulary: dict[str, int], recipe: Recipe
+    stage: BuildStage, structures: StageConfigs, vocabulary: dict[str, int], recipe: Recipe
 ) -> PreTrainedConfig:
     """The config of the model that `stage` builds.
 
     Args:
         stage: the stage.
         structures: of the branches that `like` and `parameters_of` name.
-        vocabulary: as for `resolve_structures`.
+        vocabulary: as for `stage_configs`.
         recipe: the stage's.
 
     Raises:

@@ -236,11 +236,6 @@ class Anatomy:
         return self.rotary_dim > 0
 
     @property
-    def epsilon_field(self) -> str | None:
-        """The config's attribute with the epsilon of the norms; None when it is fixed."""
-        return self.fields.epsilon
-
-    @property
     def grouped(self) -> bool:
         """Whether several query heads share a key-value head, in the model or in one of its layers."""
         places = [self.sizes.at(scope) for scope in ("", *(width.scope for width in self.sizes.scoped))]

@@ -24,7 +24,7 @@ from auxin.edits import (
     apply_to_checkpoint,
     inverse_plan,
 )
-from auxin.edits.kinds.module_edits import merged
+from auxin.edits.kinds.module_edits import shortest
 from auxin.edits.structure import structural_edits
 from auxin.errors import PlanError, PromiseError
 from auxin.methods import method
@@ -366,19 +366,19 @@ def test_the_inverse_of_a_layers_edit_restores_what_its_parts_had():
 
 def test_edits_of_one_module_are_one_and_the_later_ones_win_there_and_below():
     first = configured("m.layers.1.mlp", a=1, b=1)
-    assert merged([first, configured("m.layers.1.mlp", b=2, c=2)]) == [configured("m.layers.1.mlp", a=1, b=2, c=2)]
-    assert merged([first, configured("m.layers.*.mlp", a=3)]) == [
+    assert shortest([first, configured("m.layers.1.mlp", b=2, c=2)]) == [configured("m.layers.1.mlp", a=1, b=2, c=2)]
+    assert shortest([first, configured("m.layers.*.mlp", a=3)]) == [
         configured("m.layers.1.mlp", b=1),
         configured("m.layers.*.mlp", a=3),
     ]
-    assert merged([first, configured("m.layers.1", a=3, b=3)]) == [configured("m.layers.1", a=3, b=3)]
-    assert merged([configured("m.layers.1", a=3), first]) == [configured("m.layers.1", a=3), first]
+    assert shortest([first, configured("m.layers.1", a=3, b=3)]) == [configured("m.layers.1", a=3, b=3)]
+    assert shortest([configured("m.layers.1", a=3), first]) == [configured("m.layers.1", a=3), first]
     # What is configured later is built first where it holds the other.
-    assert merged([first, configured("m.layers.1", c=3)]) == [configured("m.layers.1", c=3), first]
+    assert shortest([first, configured("m.layers.1", c=3)]) == [configured("m.layers.1", c=3), first]
     wrap = WrapModule(module="m.layers.*.mlp.up", brick="masked")
-    assert merged([wrap, first]) == [first, wrap]
+    assert shortest([wrap, first]) == [first, wrap]
     above = ReplaceModule(module="m.layers.*", brick="altup_layer")
-    assert merged([above, first]) == [above, first]
+    assert shortest([above, first]) == [above, first]
 
 
 def test_a_layer_is_configured_around_a_part_that_was_before(tmp_path):

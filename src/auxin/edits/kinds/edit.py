@@ -29,31 +29,6 @@ from auxin.edits.kinds.parameter_edits import (
     ScaleParameter,
     SliceParameter,
 )
-from auxin.errors import PlanError
-
-MOMENT_ORDERS = {
-    "exp_avg": 1,
-    "momentum_buffer": 1,
-    "grad_avg": 1,
-    "prev": 1,
-    "exp_avg_sq": 2,
-    "max_exp_avg_sq": 2,
-    "square_avg": 2,
-    "acc_delta": 2,
-    "sum": 2,
-}
-"""How the state tensors of torch's optimizers depend on the gradient: linearly (1) or by its square (2)."""
-
-
-def moment_order(name: str, parameter: str) -> int:
-    """The order of the optimizer state `name`; PlanError when it is not known how it depends on the gradient."""
-    if name not in MOMENT_ORDERS:
-        raise PlanError(
-            f"The optimizer keeps a state {name!r} for {parameter} and it is not known how it follows a change of "
-            f"shape. Known states: {', '.join(MOMENT_ORDERS)}. Use such an optimizer, or apply without one."
-        )
-    return MOMENT_ORDERS[name]
-
 
 Edit = Annotated[
     SetConfig

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from auxin.edits.kinds.fills import Fill, Tagged
 from auxin.errors import PlanError
-from auxin.models.building import Builder, outline
+from auxin.models.building import Builder, likeness
 from auxin.nn.bricks import BRICKS, find_brick
 from auxin.nn.stand_ins import Identity, Zeros
 from auxin.words.paths import encloses, path_pattern
@@ -166,7 +166,7 @@ class ConfigureModule(ModuleEdit):
         idle = []
         for name in self.values:
             others = {key: value for key, value in self.values.items() if key != name}
-            if all(outline(b.build(self.values)) == outline(b.build(others)) for b in builders):
+            if all(likeness(b.build(self.values)) == likeness(b.build(others)) for b in builders):
                 idle.append(name)
         return idle
 
@@ -223,7 +223,7 @@ StructuralEdit = Annotated[
 ]
 
 
-def merged(edits: list[Any]) -> list[Any]:
+def shortest(edits: list[Any]) -> list[Any]:
     """The shortest list of structural edits that builds the same: settings and values changed later win, a wrapper
     taken off is forgotten. Modules are configured before the bricks in them are put there."""
     result: list[Any] = []
@@ -247,7 +247,7 @@ def merged(edits: list[Any]) -> list[Any]:
     return result
 
 
-def without(edit: Any, path: str, modules: Iterable[str]) -> list[Any]:
+def elsewhere(edit: Any, path: str, modules: Iterable[str]) -> list[Any]:
     """The structural edit `edit` for all of the `modules` that it means but the one at `path`."""
     return [edit.model_copy(update={"module": other}) for other in edit.paths(modules) if other != path]
 

@@ -41,7 +41,7 @@ from auxin.words.paths import path_pattern
 
 Groups = Literal["all", "newest"]
 
-BRICKS: dict[type[nn.Module], str] = {
+GRAFTED: dict[type[nn.Module], str] = {
     nn.Linear: "grafted_linear",
     Conv1D: "grafted_conv1d",
     GraftedLinear: "grafted_linear",
@@ -145,7 +145,7 @@ def _targets(model: PreTrainedModel, patterns: Sequence[str]) -> dict[str, nn.Mo
             "The model carries PEFT adapters, whose layers stand where grafts would go. Merge or remove them "
             "(merge_and_unload), graft, and add adapters afterwards."
         )
-    layers = {name: module for name, module in model.named_modules() if type(module) in BRICKS}
+    layers = {name: module for name, module in model.named_modules() if type(module) in GRAFTED}
     stacks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     inside = {name: module for name, module in layers.items() if name.startswith(stacks)}
     if not inside:
@@ -205,7 +205,7 @@ def _features(layer: Any) -> tuple[int, int]:
 
 def _edits(path: str, layer: nn.Module, settings: Graft) -> list[Edit]:
     """The branch of one layer, or its next group."""
-    brick, added = BRICKS[type(layer)], settings.tokens
+    brick, added = GRAFTED[type(layer)], settings.tokens
     if not isinstance(layer, Grafted):
         # On an input of root mean square 1, as after a norm, such keys give scores of 1.
         fills: dict[str, Fill] = {

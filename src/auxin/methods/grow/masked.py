@@ -47,7 +47,7 @@ from auxin.planning.width_targets import WidthTargets
 from auxin.words.paths import path_pattern
 from auxin.words.roles import Anatomy, LayerStack, ParameterRole, Segment, Sizes
 
-BRICKS = ("masked", "masked_norm", "masked_block")
+MASKS = ("masked", "masked_norm", "masked_block")
 
 
 class MaskedGrowth(WidthTargets):
@@ -201,7 +201,7 @@ def _masked_modules(model: nn.Module) -> Iterator[tuple[str, Masked]]:
 def _mask_edits(model: PreTrainedModel) -> list[WrapModule]:
     """The edits that put the model's masks there, in order."""
     edits = structural_edits(model.config)
-    return [edit for edit in edits if isinstance(edit, WrapModule) and edit.brick in BRICKS]
+    return [edit for edit in edits if isinstance(edit, WrapModule) and edit.brick in MASKS]
 
 
 def _deeper(model: PreTrainedModel, body: Anatomy, settings: MaskedGrowth) -> dict[LayerStack, tuple[int, int]]:
