@@ -1,3 +1,3 @@
-"""What methods make plans with: the method itself, the bench that it works at, changes of width and depth, the cutting of
-units, and hooks for the training after.
+"""What methods make plans with: the method itself, the bench that it works at, changes of width and depth, the cutting
+of units, and hooks for the training after.
 """
