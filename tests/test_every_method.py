@@ -212,7 +212,7 @@ def test_what_fails_at_the_very_end_leaves_model_and_optimizer_as_they_were(name
         raise KeyboardInterrupt
 
     # It compares the logits after all edits with those before.
-    monkeypatch.setattr(f"{apply.__module__}.relative_change", stop)
+    monkeypatch.setattr(f"{apply.__module__}.measured_change", stop)
     with pytest.raises(KeyboardInterrupt):
         apply(outcome.plan, model, optimizer)
     assert_same(everything(model, optimizer), before)

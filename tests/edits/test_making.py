@@ -38,6 +38,9 @@ class SumAndDifference(Making):
             raise PlanError("a linear layer has a weight")
         return {"plus": old["weight"], "minus": old["weight"]}
 
+    def keeps(self, old: Shapes, **settings: Any) -> set[str]:
+        return {"bias"}
+
     def values(self, old: Tensors, draw: torch.Generator, share: float = 0.5) -> dict[str, Tensor]:
         return {"plus": old["weight"] * (1 + share), "minus": old["weight"] * (1 - share)}
 
@@ -270,3 +273,77 @@ def test_the_table_says_what_is_made_of_what():
     table = plan(into()).table(model)
     assert "model.layers.*.mlp.up_proj.plus" in table
     assert "made of weight, bias" in table
+
+
+def low_rank(module: str, rank: int) -> ReplaceModule:
+    return ReplaceModule(module=module, brick="low_rank_linear", settings={"rank": rank})
+
+
+def test_what_is_used_up_is_gone_for_later_edits_of_the_plan():
+    """Replacing and merging in one plan is the same as in two."""
+    one, two = tiny("llama"), tiny("llama")
+    apply(plan(low_rank(UP, 1), MergeModule(module=UP), promise="none"), one)
+    apply(plan(low_rank(UP, 1), promise="none"), two)
+    apply(plan(MergeModule(module=UP)), two)
+    assert torch.linalg.matrix_rank(one.model.layers[0].mlp.up_proj.weight) == 1
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    split = ReplaceModule(module="model.layers.*.mlp", brick="split_feed_forward", settings={"num_experts": 2})
+    assert apply(plan(split, MergeModule(module="model.layers.*.mlp")), tiny("llama")).max_relative_change < 1e-14
+
+
+def test_a_second_replacement_changes_the_settings():
+    model = tiny("llama")
+    apply(plan(low_rank(UP, 4), promise="none"), model)
+    apply(plan(low_rank(UP, 2), promise="none"), model)
+    assert model.model.layers[0].mlp.up_proj.output_factor.shape[1] == 2
+    assert len(structural_edits(model.config)) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_tied_head_may_be_replaced_saved_and_loaded(family, tmp_path):
+    model = tiny(family, tie_word_embeddings=True)
+    apply(plan(low_rank("lm_head", 3), promise="none"), model)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    with pytest.raises(PlanError, match=r"are one tensor in the edited model \(tied\).*Untie them first"):
+        apply(plan(MergeModule(module="lm_head"), promise="none"), loaded)
+
+
+def test_states_that_can_not_follow_are_refused_before_anything_changes():
+    model = tiny("llama")
+    optimizer = torch.optim.Adafactor(model.parameters())
+    model(**inputs(model), labels=labels(model)).loss.backward()
+    optimizer.step()
+    kept = dict(model.named_parameters())
+    with pytest.raises(PlanError, match="it can't follow"):
+        apply(plan(low_rank(UP, 4), promise="none"), model, optimizer)
+    assert dict(model.named_parameters()).keys() == kept.keys()
+
+
+def test_groups_and_training_follow_the_tensor_that_each_comes_from():
+    model = tiny("llama")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("down_proj.weight" in name)
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}], lr=1e-3)
+    split = ReplaceModule(module="model.layers.*.mlp", brick="split_feed_forward", settings={"num_experts": 2})
+    for edits in ([split], [MergeModule(module="model.layers.*.mlp")]):
+        apply(plan(*edits), model, optimizer)
+        names = {id(p): name for name, p in model.named_parameters()}
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trained
+        assert all("down_proj" in name and "bias" not in name for name in trained), trained
+        groups = [{names[id(p)] for p in group["params"]} for group in optimizer.param_groups]
+        assert all("bias" in name or "norm" in name for name in groups[1]), groups[1]
+        assert not any("bias" in name for name in groups[0]), groups[0]
+
+
+def test_what_was_made_can_not_be_blended_or_filled():
+    arranged = ArrangeLayers(layers="model.layers", order=[0, 1], blend={"mlp.up_proj.plus": [[0.5, 0.5], [0.0, 1.0]]})
+    with pytest.raises(PlanError, match="was changed or made by an earlier edit"):
+        resolve([into(), arranged], tiny("llama"))
+    filled = into().model_copy(update={"fills": {"plus": {"kind": "zeros"}}})
+    with pytest.raises(PlanError, match="plus is made by the brick test_twofold; leave its fill out"):
+        resolve([ReplaceModule.model_validate(filled.model_dump())], tiny("llama"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-from auxin.edits import Plan, ProjectParameter, SetConfig, apply, apply_to_checkpoint
+from auxin.edits import Plan, ProjectParameter, SetConfig, apply, apply_to_checkpoint, inverse_plan
 from auxin.edits.plan_files import PlanFile
 from auxin.errors import ConfigError, PlanError
 from tiny_models import tiny
@@ -120,3 +120,17 @@ def test_a_file_lies_within_its_folder(name):
         PlanFile.parse({"name": name, "sha256": "0" * 64})
     with pytest.raises(ConfigError, match="must lie in the folder"):
         Plan.parse({"method": "x", "promise": "none", "edits": [], "drops": [name]})
+
+
+@pytest.mark.parametrize("name", [".", "", "config.json", "training/state.json", "x.safetensors", "a\0b", "n" * 300])
+def test_a_plan_touches_no_file_that_it_makes_itself(name):
+    with pytest.raises(ConfigError, match="must name a file beside"):
+        PlanFile.parse({"name": "f", "sha256": "0" * 64, "into": name})
+    with pytest.raises(ConfigError, match="must name a file beside"):
+        Plan.parse({"method": "x", "promise": "none", "edits": [], "drops": [name]})
+
+
+def test_a_plan_that_changes_files_has_no_inverse(tmp_path):
+    plan = Plan(method="x", promise="exact", edits=[], drops=["merges.txt"])
+    with pytest.raises(PlanError, match=r"changes files of the checkpoint \(merges\.txt\)"):
+        inverse_plan(plan, model())

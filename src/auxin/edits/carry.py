@@ -100,12 +100,18 @@ def check_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_states(origin: Origin, store: TensorStore) -> None:
-    """Raise PlanError when the optimizer's states of what `origin` is made of can't follow."""
+def check_states(origin: Origin, store: TensorStore, is_part: bool = False) -> None:
+    """Raise PlanError when the optimizer's states of what `origin` is made of can't follow.
+
+    Args:
+        origin: of the new tensor, or of one that others are made of (`is_part`).
+        store: where the states lie.
+        is_part: whether something happens to it although it has no steps of its own.
+    """
     if isinstance(origin.source, Made):
         for part in origin.source.group.inputs.values():
-            check_states(part, store)
-    if origin.kept is None or not origin.steps:
+            check_states(part, store, is_part=True)
+    if origin.kept is None or not (origin.steps or is_part):
         return
     for state, tensor in store.states(origin.kept).items():
         if not isinstance(tensor, Tensor):

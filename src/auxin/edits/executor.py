@@ -92,6 +92,7 @@ def apply(
     store = ModuleStore(model, resolved, optimizer, undo)
     store.check()
     check_tensors(resolved, store, parameters)
+    rates = continuation(resolved)
     has_data = not any(parameter.is_meta for parameter in parameters.values())
     count, allowed = count_parameters(model).total, tolerance(model)
     if has_data:
@@ -115,7 +116,7 @@ def apply(
         parameters_after=count_parameters(model).total,
         max_relative_change=change,
         tolerance=allowed,
-        continuation=continuation(resolved),
+        continuation=rates,
         seconds=time.perf_counter() - start,
     )
 

@@ -82,6 +82,8 @@ class FolderStore:
                 else:
                     self._other_training.append(place)
         self._homes = self._found_homes()
+        passing = resolved.origins.keys() - self._homes.keys()
+        self._other_training += [place for name in passing for place in self._states.get(name, {}).values()]
         self._writers: dict[Path, SafetensorsWriter] = {}
 
     def read(self, name: str) -> Tensor:
@@ -221,15 +223,18 @@ class FolderStore:
 
 def _write_index(source: Path, target: Path) -> None:
     index = json.loads(source.read_text(encoding="utf-8"))
-    total, places = 0, {}
+    total, count, places = 0, 0, {}
     for path in sorted({target.parent / name for name in index.get("weight_map", {}).values()}):
         with safe_open(path, framework="pt") as file:
             for name in file.offset_keys():
                 piece = file.get_slice(name)
-                total += math.prod(piece.get_shape()) * torch_dtype(name, piece.get_dtype()).itemsize
+                numbers = math.prod(piece.get_shape())
+                total, count = total + numbers * torch_dtype(name, piece.get_dtype()).itemsize, count + numbers
                 places[name] = path.name
     index["weight_map"] = dict(sorted(places.items()))
     index.setdefault("metadata", {})["total_size"] = total
+    if "total_parameters" in index["metadata"]:
+        index["metadata"]["total_parameters"] = count
     target.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

@@ -36,6 +36,11 @@ def inverse_plan(plan: Plan, model: PreTrainedModel) -> Plan:
     Raises:
         PlanError: an edit loses what can't be had back; the message names it.
     """
+    if changed_files := [*plan.drops, *(file.into for file in plan.files if file.into)]:
+        raise PlanError(
+            f"The plan changes files of the checkpoint ({', '.join(changed_files)}), and no inverse brings them back: "
+            "keep the checkpoint that it was applied to."
+        )
     resolved = resolve(plan.edits, model)
     gone = _copies(plan, model)
     steps: dict[int, list[Step]] = {}

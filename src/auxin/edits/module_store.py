@@ -70,7 +70,7 @@ class ModuleStore:
     def _new(self, name: str, origin: Origin, carrier: Carrier) -> Tensor:
         """A tensor that no old one becomes: a copy, a blend, one of a brick's, or a fresh one."""
         after = carrier.fresh.placeholder(name)
-        relative = origin.reads[0] if origin.reads else self._relative_name(name, after)
+        relative = origin.relative or self._relative_name(name, after)
         near = self.old[relative]
         data = carrier.value(name)
         if origin.is_fresh:
@@ -170,12 +170,13 @@ class ModuleStore:
 
     def _forget(self, parameter: Tensor) -> None:
         assert self.optimizer is not None
-        optimizer, state = self.optimizer, self.optimizer.state.pop(parameter)
+        optimizer, state = self.optimizer, self.optimizer.state[parameter]
 
         def put_back() -> None:
             optimizer.state[parameter] = state
 
         self.undo.add(put_back)
+        del optimizer.state[parameter]
 
     def _relative_name(self, name: str, placeholder: Tensor) -> str:
         """The old parameter whose place in the tree is nearest to that of the fresh one called `name`, one with as many

@@ -81,6 +81,11 @@ class Made:
 Source = Kept | Blend | Joined | Fresh | Made
 
 
+def _words(name: str) -> list[str]:
+    """The words of a tensor's name, without that which says that it is no bias."""
+    return name.replace(".", "_").removesuffix("weight").strip("_").split("_")
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where a parameter (or a buffer) of the new model comes from."""
@@ -125,6 +130,22 @@ class Origin:
             case Made(group):
                 for origin in group.inputs.values():
                     yield from origin.reads
+
+    @property
+    def relative(self) -> str | None:
+        """The old tensor whose place in an optimizer's groups it takes: of those that it is made of the one that is
+        called as it is or has as many axes (weight decay is often decided by those)."""
+        if not isinstance(self.source, Made):
+            return next(iter(self.reads), None)
+        wanted, parts = _words(self.source.key), self.source.group.inputs
+
+        def distance(name: str) -> tuple[bool, int, int]:
+            words = _words(name)
+            shared = next((i for i, (a, b) in enumerate(zip(words, wanted, strict=False)) if a != b), None)
+            alike = min(len(words), len(wanted)) if shared is None else shared
+            return words != wanted, -alike, abs(len(parts[name].shape) - len(self.shape))
+
+        return parts[min(parts, key=distance)].relative if parts else None
 
     @property
     def rate(self) -> Rate:

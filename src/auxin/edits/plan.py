@@ -14,7 +14,7 @@ from auxin.edits.kinds.architecture_edits import ChangeArchitecture, SetConfig
 from auxin.edits.kinds.edit import Edit, describe_edit
 from auxin.edits.kinds.parameter_edits import ParameterEdit, ProjectParameter
 from auxin.edits.origin import Fresh, Made, Origin
-from auxin.edits.plan_files import PathInside, PlanFile
+from auxin.edits.plan_files import CheckpointFile, PlanFile
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.structure import config_from_values, edited_skeleton
 from auxin.edits.tensor_names import collapse, shapes_of
@@ -41,7 +41,7 @@ class Plan(Settings):
     """The edits, in order."""
     files: list[PlanFile] = []
     """Files that belong to the plan; they lie beside it."""
-    drops: list[PathInside] = []
+    drops: list[CheckpointFile] = []
     """Files of the checkpoint that go, since they would describe the old model beside the new one."""
     notes: list[str] = []
     """What whoever trains the new model should know before."""

@@ -24,8 +24,28 @@ def _inside(path: str) -> str:
     return path
 
 
-PathInside = Annotated[str, AfterValidator(_inside)]
-"""A path that leads out of no folder."""
+def _replaceable(path: str) -> str:
+    parts = PurePosixPath(_inside(path)).parts
+    own = parts[:1] == ("training",) or parts[-1:] in (("config.json",), ("ledger.json",))
+    if (
+        not parts
+        or own
+        or "\0" in path
+        or len(path) > 200
+        or path.endswith((".safetensors", ".safetensors.index.json"))
+    ):
+        raise ValueError("must name a file beside the model's weights, config, training state and ledger")
+    return path
+
+
+def _plain(name: str) -> str:
+    if name != PurePosixPath(_inside(name)).name or "\0" in name:
+        raise ValueError("must be the name of a file, without folders")
+    return name
+
+
+CheckpointFile = Annotated[str, AfterValidator(_replaceable)]
+"""The path of a file in a checkpoint that a plan may replace or drop."""
 FOLDER = "plan-files"
 """Where a checkpoint keeps the files of the plans that made it."""
 
@@ -33,11 +53,11 @@ FOLDER = "plan-files"
 class PlanFile(Settings):
     """One file of a plan."""
 
-    name: PathInside
+    name: Annotated[str, AfterValidator(_plain)]
     """Its name beside the plan: "operator-3fa94c21.safetensors", with the first digits of its SHA-256."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Of its content."""
-    into: PathInside | None = None
+    into: CheckpointFile | None = None
     """The file of the checkpoint that it becomes, for example "tokenizer.json"; None: a file in `plan-files`."""
     instead_of: str | None = None
     """SHA-256 of the checkpoint's file of that name that it takes the place of; None: whatever is there, or nothing."""
@@ -84,6 +104,8 @@ class PlanFile(Settings):
                         f"{self.sha256[:8]}...). Restore it, or plan again."
                     )
                 return path
+        if self.into is not None and (folder / self.into).is_file() and sha256(folder / self.into) == self.sha256:
+            return folder / self.into
         raise PlanError(f"The plan's file {self.name} is not in {folder}. Copy it there: it belongs beside the plan.")
 
     def put(self, source: Path | None, checkpoint: Path) -> None:

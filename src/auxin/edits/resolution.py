@@ -116,7 +116,14 @@ class _Outcome:
         names, shapes = tensor_names(after), shapes_of(after)
         origins: dict[str, Origin] = {}
         for name, aliases in names.items():
-            known = next((self.state.aliases[alias] for alias in aliases if alias in self.state.aliases), None)
+            found = dict.fromkeys(self.state.aliases[alias] for alias in aliases if alias in self.state.aliases)
+            if len(found) > 1:
+                one, other = list(found)[:2]
+                raise PlanError(
+                    f"{one} and {other} are one tensor in the edited model (tied), and the plan's edits give them "
+                    "different values. Untie them first (tie_word_embeddings = false), or leave both as they are."
+                )
+            known = next(iter(found), None)
             if known is not None:
                 origin = self.state.origins[known]
                 self._check_shape(name, origin, shapes[name])

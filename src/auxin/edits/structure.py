@@ -136,11 +136,14 @@ def rebuild(model: PreTrainedModel, edits: list[Any], before_each: Watcher | Non
         if before_each is not None:
             before_each(edit, model)
         edit.rebuild(model)
+    # Where a brick stands that has no such parameter, nothing is tied any more.
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    ties = {tied: kept for tied, kept in (model.all_tied_weights_keys or {}).items() if {tied, kept} <= parameters}
+    if ties != model.all_tied_weights_keys:
+        model.all_tied_weights_keys = ties
     # A brick of another shape has parameters of its own: what was one tensor has to become one again.
-    for tied, kept in (model.all_tied_weights_keys or {}).items():
+    for tied, kept in ties.items():
         owner, _, name = tied.rpartition(".")
-        if name not in model.get_submodule(owner)._parameters:
-            continue  # a brick stands there that has no such parameter
         if model.get_parameter(tied) is not (parameter := model.get_parameter(kept)):
             setattr(model.get_submodule(owner), name, parameter)
     fill_brick_buffers(model)

@@ -190,10 +190,10 @@ class Tracker:
             if None in names:
                 raise PlanError(f"blend: {nearest_name('parameter', f'{edit.layers}.0.{suffix}', self.aliases)}")
             old = [self.origins[str(name)] for name in names]
-            if changed := [name for name, origin in zip(names, old, strict=True) if origin.steps]:
-                raise PlanError(f"blend: {changed[0]} was changed by an earlier edit; arrange the layers first")
+            if changed := [n for n, origin in zip(names, old, strict=True) if origin.steps or origin.kept is None]:
+                raise PlanError(f"blend: {changed[0]} was changed or made by an earlier edit; arrange the layers first")
             for place, row in enumerate(rows):
-                terms = tuple((weight, str(name)) for weight, name in zip(row, names, strict=True) if weight)
+                terms = tuple((weight, str(o.kept)) for weight, o in zip(row, old, strict=True) if weight)
                 one = len(terms) == 1 and terms[0][0] == 1.0
                 source = Kept(terms[0][1]) if one else Blend(terms)
                 result[f"{edit.layers}.{place}.{suffix}"] = Origin(old[0].shape, source)
@@ -242,22 +242,24 @@ class Tracker:
     def _make_brick(self, index: int, edit: ReplaceModule, path: str) -> None:
         """Let the brick's tensors come from those of the module that it replaces, where the brick says how."""
         making = find_brick(edit.brick).making
-        # A second one of the same brick changes its settings; that is no making of it out of itself.
-        there = [e for e in self.structure if isinstance(e, ReplaceModule) and e.matches(path)]
-        if making is None or any(stored.brick == edit.brick for stored in there):
+        if making is None:
             return
-        self._make(index, making, path, edit.settings)
+        made = self._make(index, making, path, edit.settings)
+        if filled := sorted(made & edit.fills.keys()):
+            raise PlanError(f"{filled[0]} is made by the brick {edit.brick}; leave its fill out")
 
-    def _make(self, index: int, making: Making, path: str, settings: dict[str, Any]) -> None:
-        """Let the tensors of the module at `path` be made of those that are there."""
+    def _make(self, index: int, making: Making, path: str, settings: dict[str, Any]) -> set[str]:
+        """Let tensors of the module at `path`, whose names are returned, be made of those that are there."""
         inputs = self._below(path)
+        old = {key: origin.shape for key, origin in inputs.items()}
         try:
-            shapes = making.shapes({key: origin.shape for key, origin in inputs.items()}, **settings)
+            shapes = making.shapes(old, **settings)
+            kept = set(making.keeps(old, **settings)) if shapes else old.keys()
         except (TypeError, KeyError) as error:
             raise PlanError(f"{path} can't be made with the settings {settings}: {error}") from error
         self._put_made(Group(path, making, False, settings, inputs), shapes)
-        # What is neither made nor the brick's own is used up, which `_origins` finds out.
-        self.used_up |= {f"{path}.{key}": index for key in inputs.keys() - shapes.keys()}
+        self.used_up |= {f"{path}.{key}": index for key in inputs.keys() - shapes.keys() - kept}
+        return set(shapes)
 
     def _merge(self, index: int, path: str) -> None:
         """Let the tensors of the module that a brick replaced come from the brick's."""
@@ -275,20 +277,26 @@ class Tracker:
         shapes = {key: tuple(tensor.shape) for key, tensor in made.items()}
         self._put_made(Group(path, making, True, stored.settings, inputs), shapes)
         self.replaced.append(path)
-        self.used_up |= {f"{path}.{key}": index for key in inputs.keys() - made.keys()}
+        kept = set(making.keeps(shapes, **stored.settings))
+        self.used_up |= {f"{path}.{key}": index for key in inputs.keys() - made.keys() - kept}
         left = elsewhere(stored, path, self.modules)
         place = next(i for i, e in enumerate(self.structure) if e is stored)
         self.structure[place : place + 1] = left
 
     def _below(self, path: str) -> dict[str, Origin]:
-        """The tensors of the module at `path` and below, by their names in it."""
-        names = {alias: name for alias, name in self.aliases.items() if alias.startswith(f"{path}.")}
+        """The tensors of the module at `path` and below, by their names in it; those that are used up are gone."""
+        names = {
+            alias: name
+            for alias, name in self.aliases.items()
+            if alias.startswith(f"{path}.") and alias not in self.used_up
+        }
         return {alias[len(path) + 1 :]: self.origins[name] for alias, name in names.items()}
 
     def _put_made(self, group: Group, shapes: Mapping[str, tuple[int, ...]]) -> None:
         for key, shape in shapes.items():
             name = f"{group.path}.{key}"
             self._forget(name)
+            self.used_up.pop(name, None)
             self.origins[name], self.aliases[name] = Origin(tuple(shape), Made(group, key)), name
 
     def _forget(self, name: str) -> None:

@@ -34,8 +34,9 @@ class Undo:
 
     def remove(self, owner: dict[str, Any], key: str) -> None:
         """Take `key` out of `owner` and remember what it held."""
-        value = owner.pop(key)
+        value = owner[key]
         self.add(lambda: owner.__setitem__(key, value))
+        del owner[key]
 
     def refill(self, owner: dict[str, Any], values: dict[str, Any]) -> None:
         """Make `owner`, the same dictionary, hold `values` in their order, and remember what was there."""

@@ -8,7 +8,7 @@ brick with non-persistent buffers has a method `reset_buffers()` that fills them
 parameters ask for.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -39,6 +39,11 @@ class Making:
             PlanError: it can't be made of a module of these shapes; the message says why and what would do.
         """
         raise NotImplementedError
+
+    def keeps(self, old: Shapes, **settings: Any) -> Collection[str]:
+        """Names of the replaced module's tensors that the brick has, too, as they are; more names than it has do no
+        harm. Default: all that are not made, as of a brick that adds something."""
+        return old.keys() - self.shapes(old, **settings).keys()
 
     def values(self, old: Tensors, draw: torch.Generator, **settings: Any) -> dict[str, Tensor]:
         """The tensors that are made; whatever is random comes from `draw`, a generator on the CPU."""

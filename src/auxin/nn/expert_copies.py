@@ -1,5 +1,6 @@
 """Experts that are copies of one feed-forward part: the start of sparse upcycling (arXiv 2212.05055)."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ class ExpertCopies(Making):
             "experts.down_proj": (experts, hidden, units),
             "gate.weight": (experts, hidden),
         }
+
+    def keeps(self, old: Shapes, **settings: Any) -> Collection[str]:
+        return ()
 
     def values(self, old: Tensors, draw: torch.Generator, **settings: Any) -> dict[str, Tensor]:
         experts, gate = settings["num_experts"], old["gate_proj.weight"]

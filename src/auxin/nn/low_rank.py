@@ -10,7 +10,7 @@ takes the squares of the same factors.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -48,6 +48,10 @@ class LowRankMaking(Making):
         outputs, inputs = self.sizes(old)
         _check_rank(rank, outputs, inputs)
         return {} if _has_rank(old, rank) else {OUTPUT: (outputs, rank), INPUT: (rank, inputs)}
+
+    def keeps(self, old: Shapes, **settings: Any) -> Collection[str]:
+        """The bias."""
+        return {"bias"}
 
     def values(  # type: ignore[override]
         self, old: Tensors, draw: torch.Generator | None, rank: int

@@ -128,6 +128,10 @@ class SplitMaking(Making):
     def __init__(self, transposed: bool = False) -> None:
         self._transposed = transposed
 
+    def keeps(self, old: Shapes, **settings: Any) -> Collection[str]:
+        """Nothing of a dense part; all of a split one, which gets another router."""
+        return old.keys() if projections_of(old).up in old else ()
+
     def shapes(self, old: Shapes, **settings: Any) -> Shapes:
         """Per projection (num_experts, units of one, hidden size), its bias beside it (num_experts, units of one); the
         output's bias (hidden size,); the router's weight (routed experts, hidden size).

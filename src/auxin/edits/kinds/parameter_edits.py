@@ -6,6 +6,7 @@ that were divided get all of it each. A second moment takes the squares of the s
 """
 
 import hashlib
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -368,9 +369,9 @@ class ScaleParameter(ParameterEdit):
     def rate(self, old_shape: tuple[int, ...]) -> Rate:
         """Steps scale with the parameter. Weight decay pulls stored values to 0, which with an offset is not the same
         place."""
-        if not self.factor:
-            return Rate(exact=False)
         size = abs(self.factor)
+        if not size or not math.isfinite(1 / size):
+            return Rate(exact=False)
         return Rate(lr=size, eps=1 / size, exact=self.factor > 0 and not self.offset)
 
     def __str__(self) -> str:
