@@ -10,6 +10,7 @@ from auxin.edits.structure import config_values, structural_edits
 from auxin.errors import PlanError
 from auxin.methods import method
 from auxin.models.anatomy import anatomy
+from auxin.planning.bench import Bench
 from auxin.planning.cutting import cut
 from auxin.planning.width import describe_sizes, widen
 from auxin.planning.width_maps import StreamMap, Widening, circular, head_maps, scoped_maps
@@ -31,7 +32,7 @@ def done(model, result, promise="none"):
 
 def by(name, model, **settings):
     found = method(name)
-    return found.plan(model, found.settings.parse(settings))
+    return found.plan(Bench(model), found.settings.parse(settings))
 
 
 def values(edits, kind):

@@ -29,6 +29,7 @@ from auxin.edits.structure import structural_edits
 from auxin.errors import PlanError, PromiseError
 from auxin.methods import method
 from auxin.models.scoped_config import config_at
+from auxin.planning.bench import Bench
 from cut_models import FFN, KEPT, layer, narrow_edits, narrow_plan, silence, state
 from edits.models import assert_same
 from tiny_models import change, inputs, labels, logits, tiny
@@ -203,7 +204,7 @@ def test_a_failed_apply_leaves_everything_as_it_was(family, stage, monkeypatch):
         def fail(*args):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("auxin.edits.executor.relative_change", fail)
+        monkeypatch.setattr("auxin.edits.executor.measured_change", fail)
         with pytest.raises(KeyboardInterrupt):
             apply(narrow_plan(family), model, optimizer, probe=inputs(model))
     same(state(model, optimizer), before)
@@ -231,7 +232,7 @@ def test_it_loads_in_a_new_process_and_after_a_second_edit_bit_by_bit(tmp_path):
             if (name, family) == ("llama-pro", "bert"):
                 continue
             found = method(name)
-            apply(found.plan(model, found.settings.parse(settings)), model, probe=inputs(model))
+            apply(found.plan(Bench(model), found.settings.parse(settings)), model, probe=inputs(model))
             cases.append(save(model, tmp_path / f"{family}-{name}"))
     task = tmp_path / "cases.json"
     task.write_text(json.dumps({"auxin": True, "cases": cases}))
@@ -312,7 +313,7 @@ def test_width_growth_on_top_is_exact_and_says_no_more_than_it_must():
     model = cut("llama", dtype=torch.float64)
     before = logits(model)
     found = method("net2net")
-    apply(found.plan(model, found.settings.parse({"intermediate_size": 24})), model)
+    apply(found.plan(Bench(model), found.settings.parse({"intermediate_size": 24})), model)
     assert change(before, logits(model)) < EXACT
     # Both layers have the config's width now, and the checkpoint loads without us.
     assert structural_edits(model.config) == []
@@ -397,7 +398,7 @@ def test_a_layer_is_configured_around_a_part_that_was_before(tmp_path):
 def test_bricks_stay_on_what_is_configured_after_them(tmp_path):
     model = tiny("llama", dtype=torch.float64)
     graft = method("graft")
-    apply(graft.plan(model, graft.settings.parse({"tokens": 4})), model)
+    apply(graft.plan(Bench(model), graft.settings.parse({"tokens": 4})), model)
     before = logits(model)
     names = [name for name, _ in model.named_parameters() if name.startswith("model.layers.1.self_attn.")]
     assert any("branch" in name for name in names)
@@ -412,7 +413,7 @@ def test_bricks_stay_on_what_is_configured_after_them(tmp_path):
 def test_layers_with_alternating_updates_have_parts_that_are_configured():
     model = tiny("llama")
     altup = method("altup")
-    apply(altup.plan(model, altup.settings.parse({"blocks": 2})), model)
+    apply(altup.plan(Bench(model), altup.settings.parse({"blocks": 2})), model)
     silence(model, "llama")
     before = logits(model)
     apply(narrow_plan("llama", promise="exact"), model)
@@ -423,7 +424,7 @@ def test_layers_with_alternating_updates_have_parts_that_are_configured():
 def test_a_masked_growth_on_top_ends_as_the_plain_model(tmp_path):
     model = cut("llama", dtype=torch.float64)
     found, before = method("masked"), logits(model)
-    apply(found.plan(model, found.settings.parse({"intermediate_size": 14})), model)
+    apply(found.plan(Bench(model), found.settings.parse({"intermediate_size": 14})), model)
     assert change(before, logits(model)) < EXACT
     copy.deepcopy(model).float().save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path, dtype="auto")
@@ -432,7 +433,7 @@ def test_a_masked_growth_on_top_ends_as_the_plain_model(tmp_path):
         if hasattr(module, "set_strength"):
             module.set_strength(1.0)
     grown = logits(model)
-    apply(found.plan(model, found.settings.parse({"finish": True})), model)
+    apply(found.plan(Bench(model), found.settings.parse({"finish": True})), model)
     assert change(grown, logits(model)) < EXACT
     assert structural_edits(model.config) == []
 
@@ -479,7 +480,7 @@ def test_bricks_themselves_are_refused_with_a_reason():
         apply(plan(configured(ANEW, intermediate_size=6)), model)
     altup = method("altup")
     model = tiny("llama")
-    apply(altup.plan(model, altup.settings.parse({"blocks": 2})), model)
+    apply(altup.plan(Bench(model), altup.settings.parse({"blocks": 2})), model)
     with pytest.raises(PlanError, match=r"layers\.1 is LlamaDecoderLayer, a brick.*Name modules beside it or in it"):
         apply(plan(configured("model.layers.1", intermediate_size=6)), model)
 
