@@ -235,7 +235,7 @@ def test_it_loads_in_a_new_process_and_after_a_second_edit_bit_by_bit(tmp_path):
             apply(found.plan(Bench(model), found.settings.parse(settings)), model, probe=inputs(model))
             cases.append(save(model, tmp_path / f"{family}-{name}"))
     task = tmp_path / "cases.json"
-    task.write_text(json.dumps({"auxin": True, "cases": cases}))
+    task.write_text(json.dumps({"plain": [], "replayed": cases}))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run([sys.executable, str(RELOAD), str(task)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
