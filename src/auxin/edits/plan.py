@@ -78,17 +78,21 @@ class Plan(Settings):
         return super().from_yaml(path).beside(Path(path).parent)
 
     def to_yaml(self, path: str | Path) -> None:
-        """Write the plan, and its files beside it.
+        """Write the plan, and its files beside it; the folder is made where there is none.
 
         Raises:
             PlanError: a file of it is not where it should be, or has other content.
         """
         folder = Path(path).parent
-        for file in self.files:
-            source = file.find(self._folder)
-            if source.parent.resolve() != folder.resolve():
-                shutil.copyfile(source, folder / file.name)
-        super().to_yaml(path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in self.files:
+                source = file.find(self._folder)
+                if source.parent.resolve() != folder.resolve():
+                    shutil.copyfile(source, folder / file.name)
+            super().to_yaml(path)
+        except OSError as error:
+            raise PlanError(f"The plan can't be written to {path}: {error}. Give another path.") from error
 
     def located(self) -> list[Any]:
         """The edits, each of which knows where its file is.
