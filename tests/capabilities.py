@@ -1,11 +1,11 @@
 """What every method does to every architecture: the probes behind the tests of all methods and docs/capabilities.md."""
 
-import contextlib
 import copy
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ TITLES = {
 }
 DECODERS = [family for family in FAMILIES if family not in ("t5", "bert", "vit")]
 SEED = 3
+PLAN_FILES = tempfile.TemporaryDirectory()
+"""Where files of plans (a learned operator) lie as long as the process lives."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,12 @@ def probe(name: str, family: str) -> Result | Refusal:
 def attempt(method: Method, model: PreTrainedModel) -> Result | Refusal:
     """Apply `method` with its example settings to `model`, in place."""
     before, old = logits(model), Figures.of(model)
-    # A learned operator is a file beside the plan.
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        try:
-            plan = method.plan(Bench(model), method.settings.parse(method.examples(model)))
-            receipt = apply(plan, model)
-        except PlanError as error:
-            return Refusal(str(error))
+    try:
+        bench = Bench(model, folder=Path(PLAN_FILES.name))
+        plan = method.plan(bench, method.settings.parse(method.examples(model)))
+        receipt = apply(plan, model)
+    except PlanError as error:
+        return Refusal(str(error))
     return Result(plan, receipt, model, old, before, logits(model))
 
 

@@ -343,7 +343,7 @@ def test_tied_parameters_are_one_after_loading_too(tmp_path):
                 ScaleParameter(parameter="model.layers.0.mlp.up_proj.weight", factor=2),
                 ArrangeLayers(layers="model.layers", order=[0, 0], blend={"mlp.up_proj.weight": [[1, 0]] * 2}),
             ],
-            r"was changed by an earlier edit; arrange the layers first",
+            r"was changed or made by an earlier edit; arrange the layers first",
         ),
         ([SliceParameter(parameter="model.norm.weight", index=[99])], r"index 99 is beyond"),
         ([SliceParameter(parameter="model.norm.weight", index=[0], unit=5)], r"no whole number of units of 5"),

@@ -5,6 +5,7 @@ import pytest
 from auxin.edits import Plan, RemoveModule, apply
 from auxin.edits.runtimes import about_runtimes
 from auxin.methods import method
+from auxin.planning.bench import Bench
 from capabilities import probe
 from cut_models import narrow_plan
 from tiny_models import tiny
@@ -42,5 +43,5 @@ def test_layers_of_different_widths_have_a_plain_form_once_they_are_alike():
     assert "vLLM and other runtimes refuse" in note
     assert "bring all layers to one width, for example with net2net and the largest intermediate_size" in note
     net2net = method("net2net")
-    apply(net2net.plan(model, net2net.settings.parse({"intermediate_size": 12})), model)
+    apply(net2net.plan(Bench(model), net2net.settings.parse({"intermediate_size": 12})), model)
     assert "loads without auxin" in about_runtimes(model.config)

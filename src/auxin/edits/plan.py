@@ -69,7 +69,7 @@ class Plan(Settings):
     def beside(self, folder: str | Path | None) -> Self:
         """The same plan, whose files lie in `folder`; None: that is not known."""
         found = self.model_copy()
-        found._folder = None if folder is None else Path(folder)
+        found._folder = None if folder is None else Path(folder).absolute()
         return found
 
     @classmethod
