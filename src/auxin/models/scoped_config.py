@@ -82,13 +82,19 @@ def unscoped(config: Any) -> Any:
 
 
 def config_at(model: nn.Module, path: str) -> PreTrainedConfig:
-    """The config that the module at `path` was built with: its own, or that of the innermost module around it."""
-    parts = path.split(".") if path else []
-    for length in range(len(parts), -1, -1):
-        config = getattr(model.get_submodule(".".join(parts[:length])), "config", None)
-        if isinstance(config, PreTrainedConfig):
-            return config
-    raise TypeError(f"no module around {path} has a config")
+    """The config that the module at `path` was built with: its own, or that of the innermost module around it. Where
+    there is no such module, that of what the path leads to."""
+    found: Any = getattr(model, "config", None)
+    for part in path.split(".") if path else []:
+        inner = model._modules.get(part)
+        if inner is None:
+            break
+        model = inner
+        config = getattr(model, "config", None)
+        found = config if isinstance(config, PreTrainedConfig) else found
+    if not isinstance(found, PreTrainedConfig):
+        raise TypeError(f"no module around {path} has a config")
+    return found
 
 
 _CLASSES: dict[type[PreTrainedConfig], type[PreTrainedConfig]] = {}
