@@ -55,4 +55,5 @@ def test_the_config_at_a_module_is_that_of_the_innermost_one_around_it_that_has_
     assert config_at(model, "decoder") is model.decoder.config is not model.config
     assert config_at(model, "lm_head") is model.config
     assert config_at(model, "") is model.config
+    assert config_at(model, "decoder.block.0.inner.layer") is model.decoder.config
     assert isinstance(model.config, PreTrainedConfig)
