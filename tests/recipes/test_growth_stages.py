@@ -9,6 +9,7 @@ import torch
 
 from auxin.accounting import Ledger, StageRecord, count_parameters, flops_per_token
 from auxin.data import PackedData
+from auxin.data.tokenizer import load_tokenizer
 from auxin.edits import Plan, SetConfig
 from auxin.edits.structure import config_values, edited_skeleton
 from auxin.errors import ConfigError, PlanError
@@ -361,3 +362,25 @@ def test_exact_rates_are_a_hook_of_their_own(expanded):
     assert isinstance(hook, ExactRates)
     with pytest.raises(ConfigError, match="right after one growth"):
         stage_hooks(stage, Ledger.load(folder / "branches/main/04-again/checkpoint"))
+
+
+def test_a_changed_tokenizer_goes_with_the_model_through_the_stages(corpus, tmp_path):
+    """The corpus stays in the run's tokens; the grown model keeps its own tokenizer, also after training."""
+    words = [" chloroplast", " photosynthesis"]
+    made = recipe(corpus, grow("vocabulary", tokens=words), AFTER)
+    price = price_recipe(made, memory=False)
+    assert [stage.estimate for stage in price.stages] == [False, False, True, True]
+    run_recipe(made, tmp_path / "out", "", announce=quiet)
+    main = tmp_path / "out" / "branches" / "main"
+    folders = {}
+    for stage in ("02-base", "03-grow-vocabulary", "04-after"):
+        latest = main / stage / "latest"
+        folders[stage] = main / stage / (latest.read_text().strip() if latest.exists() else "checkpoint")
+    old = load_tokenizer(folders["02-base"])
+    for stage in ("03-grow-vocabulary", "04-after"):
+        tokenizer, model = load_tokenizer(folders[stage]), load_model(folders[stage])
+        assert len(tokenizer) == len(old) + 2
+        assert model.config.vocab_size >= len(tokenizer)
+        assert [tokenizer.decode(tokenizer(word)["input_ids"]) for word in words] == words
+    plan = Plan.model_validate(Ledger.load(folders["04-after"]).stages[2].plan)
+    assert "tokenizer.json" in {file.into for file in plan.files}
