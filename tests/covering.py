@@ -18,6 +18,7 @@ OWN = {
     ("bert2bert", "olmo2"),  # gains over all heads together
     ("ligo", "gpt_neox"),  # projections fused head by head
     ("llama-pro", "bert"),  # norms after the sum
+    ("masked", "bert"),  # linear layers whose input alone is masked
     ("masked", "olmo"),  # norms without gains
     ("sequence-altup", "vit"),  # a cap on the stride where the length is known
 }
