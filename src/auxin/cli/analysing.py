@@ -19,7 +19,7 @@ def analyse(
     measurement: Annotated[str, typer.Argument(metavar="WHAT", help="A measurement: similarity.")],
     samples: Annotated[int, typer.Option(min=1, help="Texts to measure on.")] = 64,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts that run at once; changes nothing else.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts that run at once.")] = 8,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seeds which texts.")] = 0,
     overrides: Overrides = None,
     output: Annotated[
