@@ -86,8 +86,9 @@ def check_tensors(resolved: ResolvedPlan, store: TensorStore, names: Iterable[st
     """
     for name in names:
         check_finite(name, store.read(name))
+    checked: set[Group] = set()
     for origin in resolved.origins.values():
-        check_states(origin, store)
+        check_states(origin, store, checked)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -100,17 +101,19 @@ def check_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_states(origin: Origin, store: TensorStore, is_part: bool = False) -> None:
+def check_states(origin: Origin, store: TensorStore, checked: set[Group], is_part: bool = False) -> None:
     """Raise PlanError when the optimizer's states of what `origin` is made of can't follow.
 
     Args:
         origin: of the new tensor, or of one that others are made of (`is_part`).
         store: where the states lie.
+        checked: the groups that were looked at: all tensors of one are made of the same. Gets those that are met.
         is_part: whether something happens to it although it has no steps of its own.
     """
-    if isinstance(origin.source, Made):
+    if isinstance(origin.source, Made) and origin.source.group not in checked:
+        checked.add(origin.source.group)
         for part in origin.source.group.inputs.values():
-            check_states(part, store, is_part=True)
+            check_states(part, store, checked, is_part=True)
     if origin.kept is None or not (origin.steps or is_part):
         return
     for state, tensor in store.states(origin.kept).items():
@@ -231,8 +234,12 @@ class Carrier:
             self._made[group, state] = self._new_values(group) if state is None else self._new_moments(group, state)
         return self._made[group, state]
 
+    def _inputs(self, group: Group) -> dict[str, Tensor]:
+        """The values that a group is made of."""
+        return {key: self.value(f"{group.path}.{key}", origin).detach() for key, origin in group.inputs.items()}
+
     def _new_values(self, group: Group) -> dict[str, Tensor]:
-        old = {key: self.value(f"{group.path}.{key}", origin).detach() for key, origin in group.inputs.items()}
+        old = self._inputs(group)
         if not group.back:
             draw = generator(self.seed, group.path, ())
             made: dict[str, Tensor] | None = group.making.values(old, draw, **group.settings)
@@ -250,7 +257,7 @@ class Carrier:
         }
         if not moments:
             return {}
-        old = {key: self.value(f"{group.path}.{key}", origin).detach() for key, origin in group.inputs.items()}
+        old = self._inputs(group)
         order = moment_order(state, f"{group.path}.{next(iter(moments))}")
         mapped = group.making.moments_back if group.back else group.making.moments
         return mapped(old, moments, order, **group.settings) or {}

@@ -16,6 +16,7 @@ from auxin.accounting.shapes import shape_only_copy
 from auxin.errors import PlanError
 from auxin.nn.calls import forward_arguments
 from auxin.nn.stand_ins import HIDDEN, NOTHING, Zeros
+from auxin.words.paths import encloses
 
 BATCH, LENGTH, DECODER_LENGTH = 3, 5, 4
 """Of the inputs; the batch is longer than any tuple that is taken apart by mistake."""
@@ -185,7 +186,7 @@ class _Watch(TorchFunctionMode):
 
 def _is_inside(path: str, others: Iterable[str]) -> bool:
     """Whether the module at `path` is one of the others, or lies in one."""
-    return any(path == other or path.startswith(f"{other}.") for other in others)
+    return any(encloses(other, path) for other in others)
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
