@@ -127,7 +127,7 @@ def test_grow_keeps_the_function_and_the_books(trained, tmp_path):
     scored = json.loads(call("show", tmp_path / "g", "--corpus", trained.output / "data", "--json").out)["nested"]
     # Right after an exact growth, the model inside is as good as the whole.
     assert scored[0]["validation_loss"] == pytest.approx(scored[1]["validation_loss"], abs=1e-6)
-    assert scored[0]["validation_loss"] == pytest.approx(before.stages[-1].loss_after, abs=1e-5)
+    assert scored[0]["validation_loss"] == pytest.approx(before.stages[-1].value_after, abs=1e-5)
     shown = call("show", tmp_path / "g").out
     assert "24 + 16" in shown
     assert shown.index("train") < shown.index("grow"), "the lineage, in order"
@@ -186,7 +186,7 @@ def test_a_method_learns_from_given_text_and_the_books_say_from_how_much(trained
     assert len(list(plan.parent.glob("ligo-*.safetensors"))) == 1, "the operator lies beside the plan"
     call("apply", trained.checkpoint, plan, "-o", tmp_path / "larger")
     record = Ledger.load(tmp_path / "larger").stages[-1]
-    assert (record.kind, record.samples, record.tokens) == ("grow", 6, 48)
+    assert (record.kind, record.samples, record.units) == ("grow", 6, 48)
     assert record.flops > 0
     shown = call("show", tmp_path / "larger").out
     assert "48 tokens" in shown

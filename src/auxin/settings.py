@@ -50,30 +50,37 @@ class Settings(BaseModel):
 
 def describe(error: ValidationError, cls: type[BaseModel], source: str | None, values: Any) -> str:
     """Turn a pydantic error on `values` into lines that name each wrong field, its value and the nearest right one."""
-    lines = []
+    head = f"{source}: " if source else ""
+    return head + "; ".join(f"{field}: {text}" if field else text for field, text in wrong_fields(error, cls, values))
+
+
+def wrong_fields(error: ValidationError, cls: type[BaseModel], values: Any) -> list[tuple[str, str]]:
+    """Each wrong field of `values`, and what is wrong with it."""
+    lines: list[tuple[str, str]] = []
     for item in error.errors():
         field = ".".join(_written_path(item["loc"], values, item["type"]))
         context = item.get("ctx", {})
-        if item["type"] == "extra_forbidden":
-            lines.append(f"{field}: unknown field.{_nearest(item['loc'][-1], _field_names(cls) - {item['loc'][-1]})}")
+        if item["type"] == "one_of":
+            lines += [(".".join(part for part in (field, inner) if part), text) for inner, text in context["lines"]]
+        elif item["type"] == "extra_forbidden":
+            lines.append((field, f"unknown field.{_nearest(item['loc'][-1], _field_names(cls) - {item['loc'][-1]})}"))
         elif item["type"] == "missing":
-            lines.append(f"{field}: required, but not given.")
+            lines.append((field, "required, but not given."))
         elif item["type"] in ("union_tag_invalid", "union_tag_not_found"):
             field = ".".join(part for part in (field, context["discriminator"].strip("'")) if part)
             if "tag" not in context:
-                lines.append(f"{field}: required, but not given.")
+                lines.append((field, "required, but not given."))
                 continue
             near = _nearest(context["tag"], _QUOTED.findall(context["expected_tags"]))
-            lines.append(f"{field}: {context['tag']!r} is none of {context['expected_tags']}.{near}")
+            lines.append((field, f"{context['tag']!r} is none of {context['expected_tags']}.{near}"))
         else:
             message = item["msg"].removeprefix("Value error, ")
             # A check of several fields at once names them itself; repeating the whole mapping would bury its message.
             received = "" if isinstance(item["input"], dict) else f" (received {item['input']!r})"
             if item["type"] == "literal_error" and (near := _nearest(item["input"], _QUOTED.findall(item["msg"]))):
                 received += "." + near
-            lines.append((f"{field}: " if field else "") + message + received)
-    head = f"{source}: " if source else ""
-    return head + "; ".join(lines)
+            lines.append((field, message + received))
+    return lines
 
 
 _QUOTED = re.compile(r"'([^']*)'")

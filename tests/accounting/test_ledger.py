@@ -13,12 +13,12 @@ def stage(name="train", **values):
 def test_a_child_carries_its_ancestors_costs():
     parent = Ledger().append(stage(tokens=100, flops=6e3, seconds=1.5))
     child = parent.append(stage(tokens=50, flops=9e3, seconds=2.0))
-    assert (child.total_tokens, child.total_flops, child.total_seconds) == (150, 15e3, 3.5)
-    assert parent.total_tokens == 100
+    assert (child.total_units(), child.total_flops, child.total_seconds) == (150, 15e3, 3.5)
+    assert parent.total_units() == 100
 
 
 def test_round_trip(tmp_path):
-    ledger = Ledger().append(stage(loss_before=2.0, loss_after=1.5, seed=3, notes=["skipped step 7"]))
+    ledger = Ledger().append(stage(value_before=2.0, value_after=1.5, seed=3, notes=["skipped step 7"]))
     ledger.save(tmp_path)
     assert Ledger.load(tmp_path) == Ledger.load(tmp_path / "ledger.json") == ledger
     assert [path.name for path in tmp_path.iterdir()] == ["ledger.json"]

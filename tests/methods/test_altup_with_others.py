@@ -106,7 +106,7 @@ def test_both_orders_in_one_recipe(corpus, tmp_path):
         {
             "name": "r",
             "title": "R",
-            "corpus": small_corpus(corpus),
+            "data": small_corpus(corpus),
             "training": {"batch_size": 4, "tensorboard": False, "decay_fraction": 0.0},
             "branches": branches,
         }

@@ -273,7 +273,7 @@ CORPUS = {"context_length": 16, "max_bytes": 90_000, "validation_fraction": 0.3}
 
 
 def test_on_the_command_line_it_learns_from_the_standard_library_and_the_books_say_what_it_saw(saved, tmp_path):
-    data = {"corpus": {**CORPUS, "context_length": 48}, "length": 16, "batch_size": 2}
+    data = {"data": {**CORPUS, "context_length": 48}, "length": 16, "batch_size": 2}
     plan = plan_for(METHOD, saved, {"layers": 3, "steps": 5}, data, tmp_path)
     assert (plan.cost.samples, plan.cost.tokens) == (5 * 2, 5 * 2 * 16), "not the 48 tokens of a context"
     assert plan.cost.seconds > 0

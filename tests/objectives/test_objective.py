@@ -58,7 +58,7 @@ def test_a_t5_learns_to_write_what_was_cut_out(tmp_path):
     result = run(model, tmp_path, data, steps=250, learning_rate=1e-2)
     # Who knows the sentinels and the end, and nothing of the text, guesses 5 of 8 tokens among 63.
     shape_alone = 5 / 8 * math.log(VOCABULARY - 1)
-    assert result.ledger.stages[-1].loss_before > shape_alone
+    assert result.ledger.stages[-1].value_before > shape_alone
     assert result.final_validation_loss < 0.7 * shape_alone
     scored = evaluate_loss(model, data.validation, 3, corruption=CORRUPTION)
     assert result.final_validation_loss == pytest.approx(scored, abs=1e-6)
@@ -66,7 +66,7 @@ def test_a_t5_learns_to_write_what_was_cut_out(tmp_path):
 
 def test_the_books_count_the_text_and_the_work_that_is_done(tmp_path):
     result = run(tiny_t5(), tmp_path, steps=5)
-    assert result.tokens == 5 * 4 * CONTEXT
+    assert result.units == 5 * 4 * CONTEXT
     inputs, targets = torch.zeros(1, LENGTHS.inputs).long(), torch.zeros(1, LENGTHS.targets).long()
     assert (inputs.shape[1], targets.shape[1]) == (16 - 5 + 2, 5 + 2 + 1)
     counted = flops_per_token(tiny_t5(), 1, encoder_length=13, decoder_length=8).training

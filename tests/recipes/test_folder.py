@@ -9,7 +9,7 @@ from auxin.recipes.folder import RECIPE_FILE, claim_directory, differences, left
 VALUES = {
     "name": "r",
     "title": "R",
-    "corpus": {"source": "stdlib"},
+    "data": {"source": "stdlib"},
     "training": {"batch_size": 4, "micro_batch_size": 4},
     "branches": [
         {

@@ -44,7 +44,7 @@ def recipe(corpus, *stages, training=None):
         "name": "r",
         "title": "R",
         "seed": 3,
-        "corpus": small_corpus(corpus),
+        "data": small_corpus(corpus),
         "training": {"batch_size": 4, "tensorboard": False, "decay_fraction": 0.0, **(training or {})},
         "branches": [
             {
@@ -234,11 +234,11 @@ def test_a_method_that_looks_at_weights_is_priced_as_an_estimate_and_books_what_
     assert [stage.estimate for stage in price.stages] == [False, False, True, True]
     assert "grow-looking (grow, an estimate)" in str(price)
     assert "An estimate: a method looks at weights" in str(price)
-    assert price.stages[2].tokens == 20 * 16
+    assert price.stages[2].units == 20 * 16
     results = run_recipe(made, tmp_path / "out", "", announce=quiet)
     assert found == [False]
     record = results.branches[0].ledger.stages[2]
-    assert (record.samples, record.tokens) == (20, 20 * 16)
+    assert (record.samples, record.units) == (20, 20 * 16)
     assert results.branches[0].tokens == 2 * 4 * 16 + 20 * 16 + 2 * 4 * 16
     base = tmp_path / "out/branches/main/02-base"
     small = load_model(base / (base / "latest").read_text().strip())
@@ -334,7 +334,7 @@ def test_ligo_learns_from_the_training_split_alone_and_pays_for_every_token(corp
     assert not looked_at & held
     record = results.branches[0].ledger.stages[2]
     assert record.samples == len(contexts) == 60 * 8
-    assert record.tokens == sum(batch.numel() for batch in seen)
+    assert record.units == sum(batch.numel() for batch in seen)
     assert record.flops > 0
     assert list((tmp_path / "out/branches/main/03-grow-ligo").glob("ligo-*.safetensors"))
 
@@ -343,7 +343,7 @@ def test_a_stage_says_how_much_a_method_looks_at(corpus, tmp_path):
     stage = grow("ligo", layers=3, steps=3) | {"calibration": {"length": 8, "batch_size": 2}}
     results = run_recipe(recipe(corpus, stage), tmp_path / "out", "", announce=quiet)
     record = results.branches[0].ledger.stages[2]
-    assert (record.samples, record.tokens) == (6, 48)
+    assert (record.samples, record.units) == (6, 48)
 
 
 def test_a_plan_that_sets_config_alone_keeps_all_old():

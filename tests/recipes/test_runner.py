@@ -41,7 +41,7 @@ def tiny_recipe(corpus, **settings):
             "name": "tiny",
             "title": "A tiny run",
             "seed": 5,
-            "corpus": small_corpus(corpus),
+            "data": small_corpus(corpus),
             "training": {"batch_size": 4, "log_interval": 2, "tensorboard": False, **settings},
             "branches": [
                 {
@@ -98,7 +98,7 @@ def test_the_books_add_up(run, corpus):
     assert flops["small"] == pytest.approx(flops["grown"], rel=0.05)
     assert flops["scratch"] == pytest.approx(flops["grown"], rel=0.1)
     grown, small = results.branches[0], results.branches[1]
-    assert grown.tokens == sum(stage.tokens for stage in grown.ledger.stages) == 12 * 4 * 16
+    assert grown.tokens == sum(stage.units for stage in grown.ledger.stages) == 12 * 4 * 16
     assert [stage.kind for stage in grown.ledger.stages] == ["build", "train", "grow", "train", "evaluate"]
     assert small.ledger.stages[:2] == grown.ledger.stages[:2]
     assert (small.parent, small.fork_stage) == ("grown", "base")
@@ -116,9 +116,9 @@ def test_the_growth_kept_its_promise(run):
 def test_curves_are_cumulative_and_start_with_the_parents(run):
     _, results, _ = run
     for branch in results.branches:
-        tokens = [point.tokens for point in branch.curve]
+        tokens = [point.units for point in branch.curve]
         assert tokens == sorted(tokens)
-        assert branch.curve[-1].tokens == branch.tokens
+        assert branch.curve[-1].tokens == branch.units
         assert branch.curve[-1].flops == pytest.approx(branch.flops)
     small = results.branches[1].curve
     assert small[0] == results.branches[0].curve[0]
@@ -230,8 +230,8 @@ def test_a_forks_curve_ends_with_the_fork_though_stage_names_repeat(corpus, tmp_
     ]
     results = run_recipe(Recipe.parse(values), tmp_path, "", announce=lambda line: None)
     d, e = results.branches[1:]
-    assert [point.tokens for point in e.curve] == [point.tokens for point in d.curve]
-    assert [point.tokens for point in e.curve] == sorted(point.tokens for point in e.curve)
+    assert [point.units for point in e.curve] == [point.units for point in d.curve]
+    assert [point.units for point in e.curve] == sorted(point.units for point in e.curve)
     assert len(e.growths) == 1
     assert e.growths == d.growths
 

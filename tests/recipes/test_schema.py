@@ -157,7 +157,7 @@ def test_the_papers_recipe_has_its_sizes_and_budgets():
     price = price_recipe(load_recipe("tokenformer-124m-to-1.4b"), memory=False)
     grown = [stage for stage in price.stages if stage.branch == "grown" and stage.kind == "train"]
     assert [stage.parameters for stage in grown] == [123_569_664, 354_190_848, 753_796_608, 1_309_705_728]
-    assert [round(stage.tokens / 1e9) for stage in grown] == [300, 30, 30, 30]
+    assert [round(stage.units / 1e9) for stage in grown] == [300, 30, 30, 30]
     # Forward and backward: 6 N per token for the products, and three times the paper's 4 L d T for attention.
     base = grown[0]
     per_token = 3 * (2 * (84_934_656 + 50304 * 768) + 4 * 12 * 768 * 1024)

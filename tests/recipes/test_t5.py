@@ -35,7 +35,7 @@ def t5_recipe(corpus, *stages, training=None, model_type="t5", config=None, **bu
         {
             "name": "t5",
             "title": "A tiny T5",
-            "corpus": small_corpus(corpus, context_length=CONTEXT, validation_fraction=0.3),
+            "data": small_corpus(corpus, context_length=CONTEXT, validation_fraction=0.3),
             "training": {**common, **({"objective": "span_corruption"} if training is None else training)},
             "branches": [{"name": "main", "title": "main", "stages": [first, *stages]}],
         }
@@ -75,7 +75,7 @@ def test_the_price_is_what_was_paid(run, corpus):
     price = price_recipe(t5_recipe(corpus))
     tokens = results.corpus["vocabulary"]
     stages = {stage.stage: stage for stage in price.stages}
-    assert branch.tokens == stages["base"].tokens + stages["more"].tokens == 9 * 4 * CONTEXT
+    assert branch.units == stages["base"].tokens + stages["more"].tokens == 9 * 4 * CONTEXT
     assert all(stage.memory_bytes for stage in price.stages if stage.kind == "train")
     # The vocabulary that the small corpus really gave is not the one that was asked for.
     vocabulary = {"vocab_size": int(tokens), "eos_token_id": 0, "pad_token_id": 0}
@@ -97,11 +97,11 @@ def test_the_flops_are_those_of_the_lengths_that_run(run):
 def test_growth_and_evaluation_measure_the_same_targets_as_training(run):
     _, results = run
     _, base, grow, more, evaluate = results.branches[0].ledger.stages
-    assert grow.loss_before == pytest.approx(base.loss_after, abs=1e-6)
-    assert grow.loss_after == pytest.approx(grow.loss_before, abs=1e-5)
-    assert more.loss_before == pytest.approx(grow.loss_after, abs=1e-6)
-    assert evaluate.loss_after == pytest.approx(more.loss_after, abs=1e-6)
-    assert base.loss_after < base.loss_before
+    assert grow.value_before == pytest.approx(base.value_after, abs=1e-6)
+    assert grow.value_after == pytest.approx(grow.value_before, abs=1e-5)
+    assert more.value_before == pytest.approx(grow.value_after, abs=1e-6)
+    assert evaluate.value_after == pytest.approx(more.value_after, abs=1e-6)
+    assert base.value_after < base.value_before
 
 
 def test_the_report_leaves_out_bits_per_byte(run):
@@ -139,7 +139,7 @@ def test_a_t5_checkpoint_is_trained_on(run, corpus, tmp_path):
     ]
     again = run_recipe(Recipe.parse(values), tmp_path / "out", "", announce=lambda line: None)
     stages = again.branches[0].ledger.stages
-    assert stages[-2].loss_after == pytest.approx(results.branches[0].validation_loss, abs=1e-6)
+    assert stages[-2].value_after == pytest.approx(results.branches[0].validation_loss, abs=1e-6)
     # A longer context has more spans than the checkpoint has rows for.
     values["corpus"]["context_length"] = 400
     with pytest.raises(ConfigError, match=r"main/before: vocab_size: \d+ has no room for the 20 sentinels"):

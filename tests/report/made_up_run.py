@@ -44,18 +44,18 @@ def curve(stage: str, size: int, tokens: int, before: Ledger, start: float) -> l
         result.append(
             CurvePoint(
                 stage=stage,
-                tokens=before.total_tokens + done,
+                tokens=before.total_units() + done,
                 flops=before.total_flops + flops * done / 1000,
                 seconds=before.total_seconds + seconds * done / 1000,
                 training_loss=loss - 0.02 + 0.05 * math.sin(12.9898 * step + size) ** 3,
-                validation_loss=loss if step % 4 == 0 else None,
+                value=loss if step % 4 == 0 else None,
             )
         )
     return result
 
 
 def branch_result(name: str, title: str, ledger: Ledger, points: list[CurvePoint], **values: object) -> BranchResult:
-    loss = ledger.stages[-1].loss_after
+    loss = ledger.stages[-1].value_after
     return BranchResult.parse(
         {
             "name": name,
@@ -63,10 +63,10 @@ def branch_result(name: str, title: str, ledger: Ledger, points: list[CurvePoint
             "ledger": ledger,
             "curve": points,
             "parameters": ledger.stages[-1].parameters,
-            "tokens": ledger.total_tokens,
+            "tokens": ledger.total_units(),
             "flops": ledger.total_flops,
             "seconds": ledger.total_seconds,
-            "validation_loss": loss,
+            "value": loss,
             "perplexity": None if loss is None else math.exp(loss),
             "bits_per_byte": None if loss is None else loss / math.log(2) / 3.1,
             **values,
@@ -81,7 +81,7 @@ def grown_branch() -> BranchResult:
     start = 0.0
     for name, size, tokens in (("base", 1, 1_600_000), ("middle", 2, 600_000), ("final", 3, 700_000)):
         if size > 1:
-            loss = ledger.stages[-1].loss_after
+            loss = ledger.stages[-1].value_after
             assert loss is not None
             after = loss + 3.1e-7 * (size - 1)
             plan = {"method": "tokenformer", "settings": {"regime": "grouped"}, "promise": "exact", "seed": 0}
@@ -89,26 +89,26 @@ def grown_branch() -> BranchResult:
             before = ledger.stages[-1].parameters
             ledger = ledger.append(
                 stage_record(
-                    f"grow-{size - 1}", "grow", size, loss_before=loss, loss_after=after, plan=plan, receipt=receipt
+                    f"grow-{size - 1}", "grow", size, value_before=loss, value_after=after, plan=plan, receipt=receipt
                 )
             )
             growths.append(
                 GrowthPoint(
                     stage=f"grow-{size - 1}",
-                    tokens=ledger.total_tokens,
+                    tokens=ledger.total_units(),
                     flops=ledger.total_flops,
                     seconds=ledger.total_seconds,
                     parameters_before=before,
                     parameters_after=PARAMETERS[size],
-                    loss_before=loss,
-                    loss_after=after,
+                    value_before=loss,
+                    value_after=after,
                     promise="exact",
                 )
             )
             # Training goes on from the loss that the growth left.
             start = next(t for t in range(0, 4_000_000, 500) if loss_at(size, t) <= loss)
         points += curve(name, size, tokens, ledger, start)
-        ledger = ledger.append(stage_record(name, "train", size, tokens, loss_after=points[-1].validation_loss))
+        ledger = ledger.append(stage_record(name, "train", size, tokens, value_after=points[-1].value))
     return branch_result("grown", "TokenFormer, grown", ledger, points, growths=growths)
 
 
@@ -129,13 +129,13 @@ def results() -> RunResults:
             point.model_copy(
                 update={
                     key: value - bonus
-                    for key in ("training_loss", "validation_loss")
+                    for key in ("training_loss", "value")
                     if (value := getattr(point, key)) is not None
                 }
             )
             for point in curve("train", size, tokens, ledger, start)
         ]
-        ledger = ledger.append(stage_record("train", "train", size, tokens, loss_after=points[-1].validation_loss))
+        ledger = ledger.append(stage_record("train", "train", size, tokens, value_after=points[-1].value))
         fork = {"parent": "grown", "fork_stage": "base"} if name == "small" else {}
         inherited = [point for point in grown.curve if point.stage == "base"] if fork else []
         branches.append(branch_result(name, title, ledger, inherited + points, **fork))
@@ -160,14 +160,14 @@ def partial_results() -> RunResults:
     grown, small = whole.branches[:2]
     broken = grown.model_copy(
         update={
-            "validation_loss": math.nan,
+            "value": math.nan,
             "perplexity": math.inf,
             "bits_per_byte": None,
-            "curve": [grown.curve[0].model_copy(update={"validation_loss": math.nan}), *grown.curve[1:30]],
-            "growths": [grown.growths[0].model_copy(update={"loss_after": math.nan})],
+            "curve": [grown.curve[0].model_copy(update={"value": math.nan}), *grown.curve[1:30]],
+            "growths": [grown.growths[0].model_copy(update={"value_after": math.nan})],
         }
     )
     empty = small.model_copy(
-        update={"curve": [], "ledger": Ledger(), "validation_loss": None, "perplexity": None, "bits_per_byte": None}
+        update={"curve": [], "ledger": Ledger(), "value": None, "perplexity": None, "bits_per_byte": None}
     )
     return whole.model_copy(update={"branches": [broken, empty], "machine": {}})

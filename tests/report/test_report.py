@@ -70,7 +70,7 @@ def test_the_headline_says_when_costs_differ():
 @pytest.mark.parametrize(("after", "verdict"), [(9.9e-6, "kept"), (1.01e-5, "broken")])
 def test_a_growth_that_moved_the_loss_by_1e_5_broke_its_promise(after, verdict):
     run = results()
-    growth = run.branches[0].growths[0].model_copy(update={"loss_before": 2.0, "loss_after": 2.0 + after})
+    growth = run.branches[0].growths[0].model_copy(update={"value_before": 2.0, "value_after": 2.0 + after})
     grown = run.branches[0].model_copy(update={"growths": [growth]})
     run = run.model_copy(update={"branches": [grown]})
     section = own_html(render_report(run)).split('<section id="growths">')[1].split("</section>")[0]

@@ -119,7 +119,7 @@ def test_a_poisoned_batch_is_skipped_as_if_its_step_had_no_update(tmp_path, bad)
     assert (event["event"], event["bad_step"], event["data_position"]) == ("skip", bad, bad + 1)
     assert event["reason"] == "the loss is nan"
     assert result.ledger.stages[-1].notes == [f"guard: step {bad}, batch {bad}: the loss is nan; skipped"]
-    assert (result.steps, result.tokens) == (16, 16 * 4 * CONTEXT)
+    assert (result.steps, result.units) == (16, 16 * 4 * CONTEXT)
 
 
 def test_rewind_goes_back_to_the_checkpoint_and_on_past_the_bad_batch(tmp_path, bad):
@@ -142,7 +142,7 @@ def test_rewind_goes_back_to_the_checkpoint_and_on_past_the_bad_batch(tmp_path, 
     assert bits(weights(model)) == bits(weights(hand))
     assert result.steps == 16
     assert result.data_position == bad + 1 + 16 - kept
-    assert result.tokens == result.data_position * 4 * CONTEXT, "work that was thrown away was paid for all the same"
+    assert result.units == result.data_position * 4 * CONTEXT, "work that was thrown away was paid for all the same"
     lines = read_metrics(tmp_path / "run")
     (event,) = [line for line in lines if "event" in line]
     assert (event["event"], event["bad_step"], event["rewound_to"]) == ("rewind", bad, kept)
@@ -202,8 +202,8 @@ def test_a_spike_of_finite_loss_is_found(tmp_path):
     (event,) = [line for line in read_metrics(tmp_path) if "event" in line]
     assert event["bad_step"] == bad_step
     assert "is a spike above" in event["reason"]
-    assert result.final_validation_loss is not None
-    assert result.final_validation_loss < 1.0
+    assert result.value is not None
+    assert result.value < 1.0
 
 
 def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path):

@@ -79,10 +79,10 @@ def test_any_causal_language_model_learns(tmp_path, kind):
     data = TinyData()
     result = run(model, tmp_path, steps=60, learning_rate=1e-2)
     record = result.ledger.stages[-1]
-    assert record.loss_before == pytest.approx(math.log(VOCABULARY), abs=0.5)
-    assert result.final_validation_loss == record.loss_after
-    assert result.final_validation_loss == pytest.approx(evaluate_loss(model, data.validation, 4), abs=1e-6)
-    assert result.final_validation_loss < 0.6 * record.loss_before
+    assert record.value_before == pytest.approx(math.log(VOCABULARY), abs=0.5)
+    assert result.value == record.value_after
+    assert result.value == pytest.approx(evaluate_loss(model, data.validation, 4), abs=1e-6)
+    assert result.value < 0.6 * record.value_before
     assert bits(weights(load_model(result.checkpoint))) == bits(weights(model))
 
 
@@ -173,10 +173,10 @@ def test_metrics_and_ledger_agree_with_arithmetic(tmp_path):
     settings = {"steps": 12, "log_interval": 4, "evaluation_interval": 6, "evaluation_batches": 1}
     result = run(tiny_llama(), tmp_path, ledger=parent, stage_name="base", **settings)
     flops = flops_per_token(tiny_llama(), CONTEXT).training
-    assert (result.steps, result.tokens, result.flops) == (12, 12 * 4 * CONTEXT, 12 * 4 * CONTEXT * flops)
+    assert (result.steps, result.units, result.flops) == (12, 12 * 4 * CONTEXT, 12 * 4 * CONTEXT * flops)
     assert result.ledger.stages[0] == parent.stages[0]
     record = result.ledger.stages[1]
-    assert (record.name, record.kind, record.tokens, record.flops) == ("base", "train", result.tokens, result.flops)
+    assert (record.name, record.kind, record.units, record.flops) == ("base", "train", result.units, result.flops)
     assert record.parameters == sum(p.numel() for p in tiny_llama().parameters())
     assert record.data_fingerprint == "f1"
     assert Ledger.load(result.checkpoint) == result.ledger
@@ -187,7 +187,7 @@ def test_metrics_and_ledger_agree_with_arithmetic(tmp_path):
         assert line["tokens"] == line["step"] * 4 * CONTEXT
         assert line["flops"] == line["tokens"] * flops
         if "loss" in line:
-            assert line["flops_per_second"] == pytest.approx(line["tokens_per_second"] * flops)
+            assert line["flops_per_second"] == pytest.approx(line["units_per_second"] * flops)
             assert "mfu" not in line, "nobody publishes the peak of this CPU"
     seconds = [line["seconds"] for line in lines]
     assert seconds == sorted(seconds)
@@ -238,11 +238,11 @@ def test_resumed_in_pieces_gives_the_same_bits(tmp_path, kind):
         torch.manual_seed(stop or 0)
         pieces = run(model, tmp_path / "pieces", stop_after=stop, **options)
         assert pieces.steps == (stop or 14)
-        assert (pieces.final_validation_loss is None) == (stop is not None)
-        assert pieces.ledger.total_tokens == pieces.steps * 4 * CONTEXT
+        assert (pieces.value is None) == (stop is not None)
+        assert pieces.ledger.total_units() == pieces.steps * 4 * CONTEXT
     assert checkpoint_bits(alone.checkpoint) == checkpoint_bits(pieces.checkpoint)
     assert read_metrics(tmp_path / "alone") == read_metrics(tmp_path / "pieces")
-    assert alone.final_validation_loss == pieces.final_validation_loss
+    assert alone.value == pieces.value
 
 
 def test_a_finished_run_returns_its_result_without_training(tmp_path, monkeypatch):
@@ -292,7 +292,7 @@ def test_a_next_stage_takes_over_moments_and_starts_its_schedule_anew(tmp_path):
         **options,
     )
     assert bits(weights(model)) == bits(weights(whole))
-    assert [stage.tokens for stage in second.ledger.stages] == [6 * 4 * CONTEXT, 4 * 4 * CONTEXT]
+    assert [stage.units for stage in second.ledger.stages] == [6 * 4 * CONTEXT, 4 * 4 * CONTEXT]
     # With a warmup of its own, the second stage re-warms.
     run(
         load_model(first.checkpoint),

@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
+from auxin.data import Contexts, SampleForm
 from auxin.models import TokenFormerConfig, TokenFormerForCausalLM
 from auxin.training import TrainingSettings
 from auxin.training.optimizer import build_optimizer
@@ -38,12 +39,18 @@ class TinyData:
         self.train, self.validation = rows[:contexts].copy(), rows[contexts:]
         for row in poisoned_rows:
             self.train[row, CONTEXT // 2] = POISON
-        self.context_length = CONTEXT
-        self.vocab_size = VOCABULARY
+        self.form = SampleForm("token", CONTEXT, ("input_ids",), length=CONTEXT, vocab_size=VOCABULARY)
         self.fingerprint = fingerprint
+        self.bytes_per_unit = None
 
-    def tokenizer(self) -> None:
+    def split(self, name: str) -> Contexts:
+        return Contexts(getattr(self, name))
+
+    def processor(self) -> None:
         return None
+
+    def describe(self) -> dict[str, str]:
+        return {}
 
 
 def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
@@ -83,7 +90,7 @@ def tiny_tokenformer(seed: int = 0) -> TokenFormerForCausalLM:
     return TokenFormerForCausalLM(config)
 
 
-SPANS = {"objective": "span_corruption", "noise_density": 0.3, "mean_span_length": 2.0}
+SPANS = {"objective": {"kind": "span_corruption", "noise_density": 0.3, "mean_span_length": 2.0}}
 """Of a context of 16 tokens 5 are cut out in 2 spans."""
 
 
@@ -158,5 +165,5 @@ def checkpoint_bits(checkpoint: Path) -> dict[str, bytes]:
 def read_metrics(output_dir: Path, timed: bool = False) -> list[dict]:
     """The lines of metrics.jsonl; without what depends on the clock unless `timed`."""
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    clock = () if timed else ("seconds", "tokens_per_second", "flops_per_second")
+    clock = () if timed else ("seconds", "units_per_second", "flops_per_second")
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]

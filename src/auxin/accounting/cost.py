@@ -10,8 +10,10 @@ class Cost(Settings):
 
     samples: int = Field(default=0, ge=0)
     """Samples that were drawn: contexts of text, images; one that was drawn twice counts twice."""
-    tokens: int = Field(default=0, ge=0)
-    """Tokens of text in them, also where an objective hides some."""
+    units: int = Field(default=0, ge=0)
+    """Units of data in them; tokens of text also where an objective hides some."""
+    unit: str = "token"
+    """What `units` counts, in the singular."""
     flops: float = Field(default=0.0, ge=0)
     """FLOPs that were executed, forward and backward."""
     seconds: float = Field(default=0.0, ge=0)
@@ -20,4 +22,4 @@ class Cost(Settings):
     """Fingerprint of the data that the samples were drawn from."""
 
     def __str__(self) -> str:
-        return f"{self.samples:,} samples, {self.tokens:,} tokens, {self.flops:.3g} FLOPs, {self.seconds:.1f} s"
+        return f"{self.samples:,} samples, {self.units:,} {self.unit}s, {self.flops:.3g} FLOPs, {self.seconds:.1f} s"

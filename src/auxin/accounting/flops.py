@@ -5,7 +5,7 @@ A multiply-add is two FLOPs. Matrix products and token-token attention are count
 Where shapes can't tell, a module says it itself, see `TellsFlops`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from auxin.accounting.inputs import example_inputs
-from auxin.accounting.shapes import shape_only_copy
+from auxin.accounting.shapes import shape_only_copy, without_data
 from auxin.settings import Settings
 
 BACKWARD_PER_FORWARD = 2
@@ -62,22 +62,29 @@ def flops_per_token(
             None: all. The FLOPs are still divided by `sequence_length`: they are those per token of text.
         decoder_length: tokens that its decoder sees; None: all.
     """
+    if isinstance(model, PreTrainedModel):
+        inputs = example_inputs(
+            model, batch=1, length=encoder_length or sequence_length, decoder_length=decoder_length or sequence_length
+        )
+        extra = {"use_cache": False} if model.can_generate() else {}
+    else:
+        inputs, extra = {"input_ids": torch.zeros(1, sequence_length, dtype=torch.long)}, {"use_cache": False}
+    tokens = sequence_length if "input_ids" in inputs else 1
+    return FlopsPerToken(forward=forward_flops(model, {**inputs, **extra}) / tokens, sequence_length=sequence_length)
+
+
+def forward_flops(model: nn.Module, inputs: Mapping[str, Any]) -> float:
+    """Count the FLOPs of one call of `model`, on shapes alone.
+
+    Args:
+        model: any; its weights are not looked at.
+        inputs: keyword arguments of the call; of tensors only shape and type count.
+    """
     with shape_only_copy(model) as copy, FlopCounterMode(display=False) as counter, countable_kernels(copy):
         copy.eval()
         count = _Count(counter, copy)
-        if isinstance(copy, PreTrainedModel):
-            inputs = example_inputs(
-                copy,
-                batch=1,
-                length=encoder_length or sequence_length,
-                decoder_length=decoder_length or sequence_length,
-            )
-            extra = {"use_cache": False} if copy.can_generate() else {}
-        else:
-            inputs, extra = {"input_ids": torch.zeros(1, sequence_length, dtype=torch.long)}, {"use_cache": False}
-        copy(**inputs, **extra)
-    tokens = sequence_length if "input_ids" in inputs else 1
-    return FlopsPerToken(forward=count.total / tokens, sequence_length=sequence_length)
+        copy(**without_data(inputs))
+    return count.total
 
 
 class _Count:

@@ -27,18 +27,24 @@ class StageRecord(Settings):
     kind: StageKind
     parameters: int
     """Parameters of the model at the end of the stage, tied ones once."""
-    tokens: int = 0
-    """Training tokens seen in this stage: tokens of text, also where an objective hides some of them."""
+    units: int = 0
+    """Units of data seen in this stage; tokens are those of the text, also where an objective hides some."""
+    unit: str = "token"
+    """What `units` counts, in the singular: token, example, image, ..."""
     samples: int = 0
-    """Samples of data that a growth's method looked at or learned from; their tokens are in `tokens`."""
+    """Samples of data that a growth's method looked at or learned from; what is in them is in `units`."""
     flops: float = 0.0
     """Training FLOPs (forward and backward) of this stage; of a growth, those that planning it took."""
     seconds: float = 0.0
     """Wall time of this stage, planning and evaluations included; of a resumed stage, the sum over its pieces."""
-    loss_before: float | None = None
-    """Validation loss at the start, in nats per token; None where it was not measured."""
-    loss_after: float | None = None
-    """Validation loss at the end, in nats per token."""
+    measure: str | None = None
+    """What was measured on the held-out split: "loss", "accuracy", ...; None: nothing."""
+    value_before: float | None = None
+    """It at the start; None where it was not measured."""
+    value_after: float | None = None
+    """It at the end."""
+    measures: dict[str, float] = {}
+    """All that was measured at the end, by name."""
     plan: dict[str, Any] | None = None
     """The plan that a growth applied."""
     receipt: dict[str, Any] | None = None
@@ -56,10 +62,9 @@ class Ledger(Settings):
 
     stages: list[StageRecord] = []
 
-    @property
-    def total_tokens(self) -> int:
-        """Training tokens of all stages, ancestors included."""
-        return sum(stage.tokens for stage in self.stages)
+    def total_units(self, unit: str = "token") -> int:
+        """Data of all stages that is counted in `unit`, ancestors included."""
+        return sum(stage.units for stage in self.stages if stage.unit == unit)
 
     @property
     def total_flops(self) -> float:

@@ -1,9 +1,15 @@
 """Bytes a model takes to train and to serve, counted on shapes alone."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from auxin.accounting.shapes import shape_only_copy
+from auxin.accounting.inputs import example_inputs
+from auxin.accounting.shapes import shape_only_copy, without_data
+from auxin.errors import ConfigError
 from auxin.settings import Settings
 
 FLOAT32_BYTES = 4
@@ -33,13 +39,24 @@ def has_experts(model: nn.Module) -> bool:
 
 
 def training_memory(
-    model: nn.Module, batch_size: int, sequence_length: int, decoder_length: int | None = None
+    model: nn.Module,
+    batch_size: int,
+    sequence_length: int | None = None,
+    decoder_length: int | None = None,
+    *,
+    inputs: Mapping[str, Any] | None = None,
 ) -> TrainingMemory:
-    """Count the bytes to train `model` on batches of `batch_size` sequences of `sequence_length` tokens.
+    """Count the bytes to train `model` on batches of `batch_size` samples.
 
-    Activations are what autograd saves in a forward pass with loss, parameters left out, each storage once. With an
-    encoder and a decoder, `sequence_length` is what the encoder sees and `decoder_length` what the decoder sees (None:
-    as much).
+    Activations are what autograd saves in a forward pass with loss, parameters left out, each storage once.
+
+    Args:
+        model: of text or of images; its weights are not looked at.
+        batch_size: samples in a forward pass.
+        sequence_length: tokens of each; needed for text, and what the encoder sees of an encoder-decoder.
+        decoder_length: tokens that the decoder sees; None: as many.
+        inputs: keyword arguments of the forward pass, labels among them, in place of made-up ones; of tensors only
+            shape and type count.
     """
     saved: dict[int, tuple[Tensor, int]] = {}
     # Without data, torch takes grouped products of experts in bfloat16 only, which has half of float32's bytes.
@@ -54,10 +71,11 @@ def training_memory(
                 saved[storage._cdata] = tensor, storage.nbytes()
             return tensor
 
-        input_ids = torch.zeros(batch_size, sequence_length, dtype=torch.long)
+        if inputs is None:
+            inputs = _inputs(copy, batch_size, sequence_length, decoder_length)
+        given = without_data(inputs)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            labels = torch.zeros(batch_size, decoder_length or sequence_length, dtype=torch.long)
-            copy.train()(input_ids=input_ids, labels=labels, use_cache=False)
+            copy.train()(**given)
     parameter_bytes = FLOAT32_BYTES * sum(p.numel() for p in model.parameters())
     return TrainingMemory(
         weights=parameter_bytes,
@@ -65,3 +83,18 @@ def training_memory(
         optimizer=ADAM_MOMENTS * parameter_bytes,
         activations=factor * sum(size for _, size in saved.values()),
     )
+
+
+def _inputs(model: nn.Module, batch_size: int, length: int | None, decoder_length: int | None) -> dict[str, Any]:
+    """Inputs and labels that `model`, on fake tensors, takes: a label for each token, or for each sample."""
+    if length is None and getattr(model, "main_input_name", "input_ids") != "pixel_values":
+        raise ConfigError("sequence_length: needed to count the memory of a model of text. Give it, or inputs.")
+    if not isinstance(model, PreTrainedModel):
+        ids = torch.zeros(batch_size, length or 0, dtype=torch.long)
+        return {"input_ids": ids, "labels": ids, "use_cache": False}
+    inputs: dict[str, Any] = {**example_inputs(model, batch_size, length or 0, decoder_length=decoder_length)}
+    inputs |= {"use_cache": False} if model.can_generate() else {}
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    inputs.pop("decoder_input_ids", None)  # labels stand in for them
+    return {**inputs, "labels": torch.zeros(logits.shape[:-1], dtype=torch.long)}

@@ -1,6 +1,7 @@
 """What a run of several branches measured: the content of `results.json` and of the report."""
 
 import math
+from typing import Literal
 
 from auxin.accounting.ledger import Ledger
 from auxin.settings import Settings
@@ -18,37 +19,38 @@ class CurvePoint(Settings):
     """One measurement on the way; costs are cumulative and include those of all ancestors."""
 
     stage: str
-    tokens: int
+    units: int
+    """Of data, in the run's unit."""
     flops: float
     seconds: float
     training_loss: float | None = None
-    """Nats per token, mean over the steps since the last point."""
-    validation_loss: float | None = None
-    """Nats per token on the held-out split."""
+    """Nats per target of what the stage learns, mean over the steps since the last point."""
+    value: float | None = None
+    """The run's measure on the held-out split."""
 
 
 class GrowthPoint(Settings):
-    """One growth: where on the curve it lies and what it did to the loss."""
+    """One growth: where on the curve it lies and what it did to the run's measure."""
 
     stage: str
-    tokens: int
+    units: int
     flops: float
     seconds: float
     parameters_before: int
     parameters_after: int
-    loss_before: float | None = None
-    """Held-out nats per token right before; None where it was not measured."""
-    loss_after: float | None = None
-    """Held-out nats per token right after."""
+    value_before: float | None = None
+    """The measure on the held-out split right before; None where it was not measured."""
+    value_after: float | None = None
+    """The same right after."""
     promise: str
     """What the growth's plan promised: exact, approximate or none."""
 
     @property
     def change(self) -> float | None:
-        """What the growth did to the held-out loss, in nats per token."""
-        if self.loss_before is None or self.loss_after is None:
+        """What the growth did to the measure."""
+        if self.value_before is None or self.value_after is None:
             return None
-        return self.loss_after - self.loss_before
+        return self.value_after - self.value_before
 
 
 class BranchResult(Settings):
@@ -65,16 +67,30 @@ class BranchResult(Settings):
     growths: list[GrowthPoint] = []
     parameters: int
     """Tied ones once."""
-    tokens: int
-    """Tokens of text that were trained on, also where some of them were hidden."""
+    units: int
+    """Units of data that were trained on; tokens of text also where some of them were hidden."""
     flops: float
     seconds: float
-    validation_loss: float | None = None
-    """Final held-out loss in nats per token."""
+    value: float | None = None
+    """The run's measure on the held-out split at the end."""
+    measures: dict[str, float] = {}
+    """All measures at the end, by name."""
     perplexity: float | None = None
-    """exp(validation_loss), infinite where that is too large for a number (JSON then has null)."""
+    """exp of a loss in nats per token, infinite where that is too large for a number (JSON then has null)."""
     bits_per_byte: float | None = None
-    """Held-out bits per UTF-8 byte of the text; None where only a part of it is predicted (span corruption)."""
+    """Held-out bits per UTF-8 byte of the text; None where the loss is not that of a whole text."""
+
+
+class MeasureDescription(Settings):
+    """What branches are compared by."""
+
+    kind: str = "loss"
+    """By which recipes call it."""
+    name: str = "loss"
+    """What tables call it."""
+    unit: str = "nats/token"
+    """Empty for a plain number."""
+    better: Literal["lower", "higher"] = "lower"
 
 
 class RunResults(Settings):
@@ -88,7 +104,11 @@ class RunResults(Settings):
     machine: dict[str, str]
     """Processor, cores, accelerator, memory."""
     versions: dict[str, str]
-    corpus: dict[str, str]
+    unit: str = "token"
+    """Of the data, in the singular."""
+    measure: MeasureDescription = MeasureDescription()
+    """What the branches are compared by."""
+    data: dict[str, str]
     """Source, fingerprint, sizes."""
     main_branch: str
     """The branch that the others are compared with."""

@@ -1,11 +1,12 @@
 """A copy of a model that has shapes and no data, on which costs are counted without doing the work."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
@@ -27,3 +28,11 @@ def shape_only_copy(model: nn.Module, dtype: torch.dtype | None = None) -> Itera
         for buffer in model.buffers():
             memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
         yield copy.deepcopy(model, memo)
+
+
+def without_data(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """`inputs` with tensors of the same shapes and types in place of theirs: within `shape_only_copy`, fake zeros."""
+    return {
+        name: torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }

@@ -23,8 +23,8 @@ from auxin.analysis.measurement import (
     Tap,
     measurement,
 )
-from auxin.edits.promise import evaluation_mode
 from auxin.errors import DataError
+from auxin.models.evaluating import evaluation_mode
 
 
 @overload

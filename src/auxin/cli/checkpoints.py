@@ -159,17 +159,16 @@ def _print_lineage(ledger: Any) -> None:
     node = tree
     for stage in ledger.stages:
         costs = [f"{stage.parameters:,} parameters"]
-        if stage.tokens:
-            costs.append(f"{stage.tokens:,} tokens, {stage.flops:.3g} FLOPs")
+        if stage.units:
+            costs.append(f"{stage.units:,} {stage.unit}s, {stage.flops:.3g} FLOPs")
         costs.append(f"{stage.seconds:.1f} s")
-        if stage.loss_after is not None:
-            before = "" if stage.loss_before is None else f"{stage.loss_before:.4f} -> "
-            costs.append(f"loss {before}{stage.loss_after:.4f}")
+        if stage.value_after is not None:
+            before = "" if stage.value_before is None else f"{stage.value_before:.4f} -> "
+            costs.append(f"{stage.measure or 'value'} {before}{stage.value_after:.4f}")
         name = stage.name if stage.name == stage.kind else f"{stage.name} ({stage.kind})"
         node = node.add(f"[bold]{escaped(name)}[/]  {', '.join(costs)}")
         for note in stage.notes:
             node.add(f"[yellow]{escaped(note)}[/]")
     print_wide(tree)
-    print(
-        f"In all {ledger.total_tokens:,} tokens, {ledger.total_flops:.3g} training FLOPs, {ledger.total_seconds:.1f} s"
-    )
+    data = ", ".join(f"{ledger.total_units(unit):,} {unit}s" for unit in dict.fromkeys(s.unit for s in ledger.stages))
+    print(f"In all {data}, {ledger.total_flops:.3g} training FLOPs, {ledger.total_seconds:.1f} s")

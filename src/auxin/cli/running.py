@@ -141,8 +141,8 @@ def _print_results(results: Any, directory: Path, as_json: bool) -> None:
         ["branch", "parameters", "tokens", "training FLOPs", "seconds", "val. loss", "perplexity", "bits/byte"],
         [
             [
-                *(branch.title, f"{branch.parameters:,}", f"{branch.tokens:,}", f"{branch.flops:.3e}"),
-                *(f"{branch.seconds:.0f}", number(branch.validation_loss, 4)),
+                *(branch.title, f"{branch.parameters:,}", f"{branch.units:,}", f"{branch.flops:.3e}"),
+                *(f"{branch.seconds:.0f}", number(branch.value, 4)),
                 *(number(branch.perplexity, 3), number(branch.bits_per_byte, 4)),
             ]
             for branch in results.branches
@@ -155,7 +155,7 @@ def _print_results(results: Any, directory: Path, as_json: bool) -> None:
             [
                 [
                     *(f"{branch.name}/{point.stage}", f"{point.parameters_before:,} -> {point.parameters_after:,}"),
-                    *(number(point.loss_before, 6), number(point.loss_after, 6)),
+                    *(number(point.value_before, 6), number(point.value_after, 6)),
                     "-" if point.change is None else f"{point.change:+.1e}",
                 ]
                 for branch, point in growths

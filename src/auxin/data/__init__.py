@@ -1,7 +1,18 @@
-"""Corpora: reading, tokenizing, packing, and loading in an order that can be resumed."""
+"""Data of any kind: reading, preparing, and loading in an order that can be resumed."""
 
 from auxin.data.corpus import CorpusReport, PackedData, prepare
-from auxin.data.loader import make_loader
+from auxin.data.dataset import Dataset, DatasetSettings, SampleForm
+from auxin.data.loader import Contexts, make_loader
 from auxin.data.settings import CorpusSettings
 
-__all__ = ["CorpusReport", "CorpusSettings", "PackedData", "make_loader", "prepare"]
+__all__ = [
+    "Contexts",
+    "CorpusReport",
+    "CorpusSettings",
+    "Dataset",
+    "DatasetSettings",
+    "PackedData",
+    "SampleForm",
+    "make_loader",
+    "prepare",
+]

@@ -7,7 +7,8 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,17 @@ from rich.progress import Progress, TaskID
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from auxin.data.dataset import DatasetKind, ProgressCallback, SampleForm, SplitName
+from auxin.data.loader import Contexts
 from auxin.data.packing import DocumentSpool, SplitReport, pack, token_dtype
-from auxin.data.settings import CorpusSettings
+from auxin.data.settings import CorpusSettings, packed_form
 from auxin.data.sources import Document, read_documents, source_signature
-from auxin.data.tokenizer import load_tokenizer, plain_backend, tokenizer_digest, train_tokenizer
+from auxin.data.tokenizer import (
+    load_tokenizer,
+    plain_backend,
+    tokenizer_digest,
+    train_tokenizer,
+)
 from auxin.errors import DataError
 from auxin.files import flush, write_text
 from auxin.settings import Settings
@@ -30,9 +38,8 @@ from auxin.settings import Settings
 FORMAT = 1
 _MANIFEST = "corpus.json"
 _MAX_EXAMPLES = 10
-
-ProgressCallback = Callable[[str, int, int | None], None]
-"""Called with the stage (`read`, `tokenizer`, `train`, `validation`), the amount done and the total (None: unknown)."""
+_NAMES_SHOWN = 3
+"""Names of skipped documents that are shown for each reason."""
 
 
 class Skipped(Settings):
@@ -121,6 +128,15 @@ class PackedData:
         """Hex SHA-256 of the documents, tokenizer, split, order and packing. Where the files lie does not matter."""
         return self._manifest.fingerprint
 
+    @cached_property
+    def form(self) -> SampleForm:
+        """Contexts of tokens."""
+        return packed_form(self.settings, self.vocab_size, self.tokenizer())
+
+    def split(self, name: SplitName) -> Contexts:
+        """The contexts of one split."""
+        return Contexts(getattr(self, name))
+
     @property
     def context_length(self) -> int:
         """Tokens per row."""
@@ -137,7 +153,7 @@ class PackedData:
         return self._manifest.report
 
     @property
-    def bytes_per_token(self) -> float:
+    def bytes_per_unit(self) -> float:
         """UTF-8 bytes of text per token of the packed validation split.
 
         Separators are among the tokens and count zero bytes; the dropped tail is in neither number. So bits per byte =
@@ -148,6 +164,22 @@ class PackedData:
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Load the tokenizer."""
         return load_tokenizer(self.directory / "tokenizer")
+
+    def processor(self) -> PreTrainedTokenizerFast:
+        """The tokenizer."""
+        return self.tokenizer()
+
+    def describe(self) -> dict[str, str]:
+        """What the documents are, and what became of them."""
+        return {
+            "source": self.settings.source,
+            "documents": f"{self.report.documents:,}",
+            "left out": describe_left_out(self.report),
+            "vocabulary": f"{self.vocab_size:,}",
+            "context length": f"{self.context_length:,}",
+            "training tokens": f"{self.report.train.tokens:,}",
+            "validation tokens": f"{self.report.validation.tokens:,}",
+        }
 
     def verify(self) -> None:
         """Read everything and compare it with the recorded digests.
@@ -164,6 +196,17 @@ class PackedData:
                 raise DataError(f"{self.directory / name}.npy is damaged. Delete {self.directory} and prepare again.")
         if tokenizer_digest(self.tokenizer()) != self._manifest.tokenizer_digest:
             raise DataError(f"{self.directory / 'tokenizer'} has changed. Delete {self.directory} and prepare again.")
+
+
+def describe_left_out(report: CorpusReport) -> str:
+    """What of the source is not in the corpus, in one line: duplicates, skipped documents with examples, the limit."""
+    parts = [f"{report.duplicates:,} duplicates"]
+    for reason, skipped in report.skipped.items():
+        examples = ", ".join(skipped.examples[:_NAMES_SHOWN]) + (", ..." if skipped.count > _NAMES_SHOWN else "")
+        parts.append(f"{skipped.count:,} skipped: {reason} ({examples})")
+    if report.limit is not None:
+        parts.append(f"everything after {report.limit} was reached")
+    return "; ".join(parts)
 
 
 def prepare(settings: CorpusSettings, directory: str | Path, progress: ProgressCallback | bool = False) -> PackedData:
@@ -438,3 +481,6 @@ def _progress(progress: ProgressCallback | bool) -> Iterator[ProgressCallback]:
             bars.update(tasks[stage], completed=done, total=total)
 
         yield advance
+
+
+DATASET = DatasetKind("text", CorpusSettings, prepare)

@@ -1,4 +1,4 @@
-"""Batches of packed contexts in an order that the seed decides, from any position on."""
+"""Batches of samples in an order that the seed decides, from any position on."""
 
 import hashlib
 import warnings
@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from auxin.data.dataset import Split
 from auxin.errors import DataError
 
 # torchdata 0.11 calls a function that torch 2.13 deprecates; nobody who trains can do anything about it.
@@ -23,8 +24,8 @@ class ShuffledBatches(Sampler[list[int]]):
     out and jumping to a batch costs one permutation.
     """
 
-    def __init__(self, num_contexts: int, batch_size: int, seed: int, position: int = 0) -> None:
-        self.num_contexts = num_contexts
+    def __init__(self, num_samples: int, batch_size: int, seed: int, position: int = 0) -> None:
+        self.num_samples = num_samples
         self.batch_size = batch_size
         self.seed = seed
         self.position = position
@@ -36,7 +37,7 @@ class ShuffledBatches(Sampler[list[int]]):
         rows: list[int] = []
         start = position * self.batch_size
         while len(rows) < self.batch_size:
-            epoch, offset = divmod(start + len(rows), self.num_contexts)
+            epoch, offset = divmod(start + len(rows), self.num_samples)
             rows += self._permutation(epoch)[offset : offset + self.batch_size - len(rows)].tolist()
         return rows
 
@@ -44,7 +45,7 @@ class ShuffledBatches(Sampler[list[int]]):
         if epoch != self._epoch:
             digest = hashlib.sha256(f"{self.seed}:{epoch}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            self._order = torch.randperm(self.num_contexts, generator=generator)
+            self._order = torch.randperm(self.num_samples, generator=generator)
             self._epoch = epoch
         return self._order
 
@@ -71,17 +72,37 @@ class _BatchIterator(Iterator[list[int]]):
         self._position = state["position"]
 
 
-class _Contexts(Dataset[dict[str, torch.Tensor]]):
-    """Rows of a token array; a whole batch is read at once."""
+class Contexts:
+    """Rows of an array of token ids, (num_contexts, context_length), as a split of samples; see `dataset.Split`.
+
+    Raises:
+        DataError: the array has no rows, or other axes.
+    """
 
     def __init__(self, array: np.ndarray) -> None:
-        self._array = array
+        if array.ndim != 2 or not len(array) or array.shape[1] < 2:
+            raise DataError(f"Token array of shape {array.shape}: expected (num_contexts >= 1, context_length >= 2).")
+        self.array = array
 
     def __len__(self) -> int:
-        return len(self._array)
+        return len(self.array)
+
+    def rows(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        """`input_ids` (rows, context_length), 64-bit integers; a whole batch is read at once."""
+        return {"input_ids": torch.from_numpy(self.array[list(rows)].astype(np.int64))}
+
+
+class _Rows(Dataset[dict[str, torch.Tensor]]):
+    """A split as torch's loader wants it."""
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+
+    def __len__(self) -> int:
+        return len(self._split)
 
     def __getitems__(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        return {"input_ids": torch.from_numpy(self._array[list(rows)].astype(np.int64))}
+        return self._split.rows(rows)
 
 
 def _as_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -89,25 +110,26 @@ def _as_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def make_loader(
-    array: np.ndarray, batch_size: int, seed: int, position: int = 0, num_workers: int = 0
+    split: Split, batch_size: int, seed: int, position: int = 0, num_workers: int = 0
 ) -> StatefulDataLoader:
-    """An endless loader of shuffled batches {"input_ids": LongTensor (batch_size, context_length)}.
+    """An endless loader of shuffled batches of `split`, tensors by name.
 
-    The order depends on the number of rows, `batch_size` and `seed` alone, not on `num_workers`; torch's global random
-    state is not touched. Restore with `load_state_dict(state_dict())`, or start at `position`, at no cost either way.
+    The order depends on the number of samples, `batch_size` and `seed` alone, not on `num_workers`; torch's global
+    random state is not touched. Restore with `load_state_dict(state_dict())`, or start at `position`, at no cost either
+    way.
 
     Args:
-        array: token ids (num_contexts, context_length).
-        batch_size: contexts per batch; may exceed the number of contexts.
+        split: the samples.
+        batch_size: samples per batch; may exceed the number of samples.
         seed: of the order.
         position: batches to leave out at the start.
         num_workers: reading processes; 0 reads in this one.
 
     Raises:
-        DataError: the array has no rows, or a number is out of range.
+        DataError: there is no sample, or a number is out of range.
     """
-    if array.ndim != 2 or not len(array):
-        raise DataError(f"Token array of shape {array.shape}: expected (num_contexts, context_length) with rows.")
+    if not len(split):
+        raise DataError("The split has no sample: there is nothing to draw batches from.")
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("position", position, 0),
@@ -116,8 +138,8 @@ def make_loader(
         if value < least:
             raise DataError(f"{name} is {value}. Give {least} or more.")
     return StatefulDataLoader(
-        _Contexts(array),
-        batch_sampler=ShuffledBatches(len(array), batch_size, seed, position),
+        _Rows(split),
+        batch_sampler=ShuffledBatches(len(split), batch_size, seed, position),
         num_workers=num_workers,
         collate_fn=_as_is,
         # Without one of its own the loader draws from the global generator and so disturbs dropout's stream.

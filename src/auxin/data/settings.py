@@ -1,20 +1,17 @@
-"""What a corpus is made of and how it is tokenized, split and packed."""
+"""Where documents come from, and what a corpus of packed text is made of them."""
 
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
+from transformers import PreTrainedTokenizerFast
 
-from auxin.settings import Settings
+from auxin.data.dataset import DatasetSettings, SampleForm
+from auxin.data.tokenizer import load_tokenizer, vocabulary_fields
 
 
-class CorpusSettings(Settings):
-    """Settings of `prepare`: where the documents come from and how they become packed tokens.
-
-    Raises:
-        pydantic.ValidationError (ConfigError through `CorpusSettings.parse`): a value is out of range, or a field
-            that the source needs is missing.
-    """
+class SourceSettings(DatasetSettings):
+    """Where documents come from, and which of them are held out."""
 
     source: Literal["stdlib", "files", "huggingface"] = "stdlib"
     """`stdlib`: the running Python's own standard library (tests left out). `files`: local files named by `paths`.
@@ -31,13 +28,6 @@ class CorpusSettings(Settings):
     are always taken from it by content hash."""
     text_field: str = "text"
     """The field that holds a document's text, in JSON lines, Parquet and Hugging Face datasets."""
-    tokenizer: Path | None = None
-    """A tokenizer to load (a folder or a `tokenizer.json`); None trains a byte-level BPE on the training split."""
-    vocab_size: int = Field(default=4096, ge=257)
-    """Entries of the trained tokenizer, special token included (256 bytes and one separator at least). A small
-    corpus may not fill it. Not used when `tokenizer` is given."""
-    context_length: int = Field(default=512, ge=2)
-    """Tokens per packed context."""
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Expected share of the documents in the validation split. A document's side depends on its content and `seed`
     alone, so it never changes when other documents are added."""
@@ -59,3 +49,45 @@ class CorpusSettings(Settings):
         if self.source != "huggingface" and self.name:
             raise ValueError(f"`name` belongs to source 'huggingface', but source is {self.source!r}")
         return self
+
+
+class CorpusSettings(SourceSettings):
+    """Documents that become packed tokens: one text after the other, cut into contexts of equal length.
+
+    Raises:
+        pydantic.ValidationError (ConfigError through `CorpusSettings.parse`): a value is out of range, or a field
+            that the source needs is missing.
+    """
+
+    kind: Literal["text"] = "text"
+    """Says that this is packed text."""
+    tokenizer: Path | None = None
+    """A tokenizer to load (a folder or a `tokenizer.json`); None trains a byte-level BPE on the training split."""
+    vocab_size: int = Field(default=4096, ge=257)
+    """Entries of the trained tokenizer, special token included (256 bytes and one separator at least). A small
+    corpus may not fill it. Not used when `tokenizer` is given."""
+    context_length: int = Field(default=512, ge=2)
+    """Tokens per packed context."""
+
+    def form(self) -> SampleForm:
+        """Contexts of tokens; the vocabulary is the one asked for, or that of the tokenizer named if it is there."""
+        if self.tokenizer is None or not self.tokenizer.exists():
+            return packed_form(self, self.vocab_size if self.tokenizer is None else None)
+        tokenizer = load_tokenizer(self.tokenizer)
+        return packed_form(self, vocabulary_fields(tokenizer)["vocab_size"], tokenizer)
+
+
+def packed_form(
+    settings: CorpusSettings, vocab_size: int | None, tokenizer: PreTrainedTokenizerFast | None = None
+) -> SampleForm:
+    """The form of packed text of `settings`, with `vocab_size` tokens of a `tokenizer` that may be there already."""
+    fields = {} if vocab_size is None else {"vocab_size": vocab_size}
+    return SampleForm(
+        unit="token",
+        units=settings.context_length,
+        tensors=("input_ids",),
+        length=settings.context_length,
+        vocab_size=vocab_size,
+        mask_token_id=None if tokenizer is None else tokenizer.mask_token_id,
+        config_values=fields if tokenizer is None else vocabulary_fields(tokenizer),
+    )

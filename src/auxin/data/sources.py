@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from auxin.data.settings import CorpusSettings
+from auxin.data.settings import SourceSettings
 from auxin.errors import DataError
 
 # Folders of the standard library that hold no source of its own, or its tests.
@@ -25,7 +25,7 @@ class Document(NamedTuple):
     skipped: str | None = None
 
 
-def read_documents(settings: CorpusSettings) -> Iterator[Document]:
+def read_documents(settings: SourceSettings) -> Iterator[Document]:
     """Yield every document of the source, in a fixed order, one at a time.
 
     Raises:
@@ -45,7 +45,7 @@ def read_documents(settings: CorpusSettings) -> Iterator[Document]:
             yield _checked(name, _read(path))
 
 
-def source_files(settings: CorpusSettings) -> list[tuple[str, Path | None]]:
+def source_files(settings: SourceSettings) -> list[tuple[str, Path | None]]:
     """The files of a `stdlib` or `files` source: (name, path), sorted by name, each once.
 
     The path is None where a folder holds a hidden file, which is not read.
@@ -71,7 +71,7 @@ def source_files(settings: CorpusSettings) -> list[tuple[str, Path | None]]:
     return sorted(named.values(), key=lambda entry: entry[0])
 
 
-def source_signature(settings: CorpusSettings) -> str | None:
+def source_signature(settings: SourceSettings) -> str | None:
     """A cheap digest (names, sizes, times) that stays equal while no file is touched; None for a remote source."""
     if settings.source == "huggingface":
         return None
@@ -186,7 +186,7 @@ def _parquet_documents(name: str, path: Path, field: str) -> Iterator[Document]:
         raise DataError(f"{path} is not a readable Parquet file: {error}") from error
 
 
-def _huggingface_documents(settings: CorpusSettings) -> Iterator[Document]:
+def _huggingface_documents(settings: SourceSettings) -> Iterator[Document]:
     import datasets
 
     where = f"dataset {settings.name!r}" + (f" ({settings.config})" if settings.config else "")

@@ -135,3 +135,12 @@ def encode_documents(
 def _encode_batch(backend: Tokenizer, batch: list[str]) -> Iterator[tuple[str, Sequence[int]]]:
     for text, encoding in zip(batch, backend.encode_batch_fast(batch, add_special_tokens=False), strict=True):
         yield text, encoding.ids
+
+
+def vocabulary_fields(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """The config fields of a new model that its tokenizer decides."""
+    fields = {"vocab_size": max(tokenizer.get_vocab().values()) + 1}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if (value := getattr(tokenizer, name)) is not None:
+            fields[name] = value
+    return fields

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from auxin.accounting.inputs import example_inputs
 from auxin.edits.plan import Plan
 from auxin.errors import PlanError, PromiseError
+from auxin.models.evaluating import evaluation_mode
 
 PROBE_SEQUENCES = 3
 """Two would hide a module that returns one tensor where a pair is unpacked."""
@@ -72,18 +73,6 @@ def full_precision(device_type: str) -> Iterator[None]:
     finally:
         for backend, precision in zip(backends, precisions, strict=True):
             backend.fp32_precision = precision
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within the context, all modules are in evaluation mode; afterwards each has its own flag again."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def relative_change(before: Tensor, after: Tensor) -> float:

@@ -1,6 +1,6 @@
-"""Measure a model: loss, perplexity, bits per byte, and what it writes."""
+"""Measure a model of text: perplexity, bits per byte, and what it writes."""
 
 from auxin.evaluation.generation import generate_text
-from auxin.evaluation.perplexity import Perplexity, evaluate_loss, perplexity
+from auxin.evaluation.perplexity import Perplexity, perplexity
 
-__all__ = ["Perplexity", "evaluate_loss", "generate_text", "perplexity"]
+__all__ = ["Perplexity", "generate_text", "perplexity"]

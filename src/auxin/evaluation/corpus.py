@@ -8,7 +8,9 @@ from auxin.accounting.results import perplexity_of
 from auxin.data import PackedData
 from auxin.data.tokenizer import tokenizer_digest
 from auxin.errors import DataError
-from auxin.evaluation.perplexity import NO_TEXT_TO_SCORE, Perplexity, evaluate_loss, refuse_encoder_decoder
+from auxin.evaluation.perplexity import NO_TEXT_TO_SCORE, Perplexity, refuse_encoder_decoder
+from auxin.objectives.causal import Causal
+from auxin.objectives.measures import Loss
 
 
 def score_held_out(
@@ -31,13 +33,14 @@ def score_held_out(
             f"{data.directory} was prepared with another tokenizer than the model's, so its tokens mean nothing to it. "
             "Prepare the corpus with the model's tokenizer, or score text files."
         )
-    nats = evaluate_loss(model, data.validation, batch_size)
+    objective = Causal().bind(model.config, data.form)
+    nats = Loss()(model, data.split("validation"), objective, batch_size)
     contexts, length = data.validation.shape
     return Perplexity(
         nats_per_token=nats,
         perplexity=perplexity_of(nats),
-        bits_per_byte=nats / math.log(2) / data.bytes_per_token,
+        bits_per_byte=nats / math.log(2) / data.bytes_per_unit,
         tokens=contexts * (length - 1),
-        bytes=round(contexts * (length - 1) * data.bytes_per_token),
+        bytes=round(contexts * (length - 1) * data.bytes_per_unit),
         unscored_tokens=contexts,
     )

@@ -1,18 +1,16 @@
-"""Loss on packed contexts, and perplexity and bits per byte of any text with a strided window."""
+"""Perplexity and bits per byte of any text with a strided window."""
 
-import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from auxin.accounting.results import perplexity_of
 from auxin.errors import DataError
-from auxin.objectives.span_corruption import SpanCorruption, held_out_generator
+from auxin.models.evaluating import evaluating
 from auxin.settings import Settings
 
 NO_TEXT_TO_SCORE = (
@@ -38,52 +36,6 @@ class Perplexity(Settings):
     unscored_tokens: int
     """Tokens that had nothing in front of them to be predicted from: of a text, 1 when the tokenizer has no bos or eos
     token to begin with (its text is then not in `bytes`), else 0; of packed contexts, the first of each."""
-
-
-def evaluate_loss(
-    model: nn.Module,
-    array: np.ndarray,
-    batch_size: int,
-    max_batches: int | None = None,
-    corruption: SpanCorruption | None = None,
-) -> float:
-    """Mean loss, in nats per predicted token, of a language model on packed contexts.
-
-    Each context of length T predicts its tokens 2 ... T; with a `corruption`, the targets that it makes of the context,
-    sentinels and end token included, which depend neither on `batch_size` nor on a seed. The first `max_batches`
-    batches in the array's order are used (None: all), every predicted token weighs the same, and the model's training
-    mode is restored afterwards.
-
-    Args:
-        model: takes `input_ids` (batch, T) and returns an output with `logits` (batch, T, vocabulary); with a
-            `corruption` it takes `labels` too, shifts them for its decoder, and its logits are those of the labels.
-        array: token ids (num_contexts, T), T >= 2.
-        batch_size: contexts per forward pass.
-        max_batches: batches to use.
-        corruption: of the contexts, for an encoder-decoder; None for a causal model.
-
-    Raises:
-        DataError: the array has no row or no token to predict, or a number is out of range.
-    """
-    if array.ndim != 2 or not len(array) or array.shape[1] < 2:
-        raise DataError(f"Token array of shape {array.shape}: expected (num_contexts >= 1, context_length >= 2).")
-    for name, value in (("batch_size", batch_size), ("max_batches", max_batches)):
-        if value is not None and value < 1:
-            raise DataError(f"{name} is {value}. Give 1 or more.")
-    rows = len(array) if max_batches is None else min(len(array), max_batches * batch_size)
-    total, tokens = 0.0, 0
-    generator = held_out_generator()
-    with evaluating(model):
-        for start in range(0, rows, batch_size):
-            contexts = array[start : min(start + batch_size, rows)]
-            if corruption is None:
-                losses = _token_losses(model, torch.from_numpy(contexts.astype(np.int64)))
-            else:
-                inputs, targets = corruption.corrupt(contexts, generator)
-                losses = _target_losses(model, torch.from_numpy(inputs), torch.from_numpy(targets))
-            total += float(losses.sum(dtype=torch.float64))
-            tokens += losses.numel()
-    return total / tokens
 
 
 def perplexity(
@@ -177,29 +129,8 @@ def _token_losses(model: nn.Module, input_ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float().transpose(1, 2), input_ids[:, 1:], reduction="none")
 
 
-def _target_losses(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """The loss of every target of an encoder-decoder in float32, (batch, targets)."""
-    device = next(model.parameters()).device
-    targets = targets.to(device)
-    logits = model(input_ids=inputs.to(device), labels=targets, use_cache=False).logits
-    return nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
-
-
 def refuse_encoder_decoder(model: nn.Module, reason: str) -> None:
     """DataError with `reason` when `model` has an encoder and a decoder, so that what is asked for has no meaning."""
     config: Any = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise DataError(f"The model is an encoder-decoder ({config.model_type}), which {reason}.")
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode of every submodule comes back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training

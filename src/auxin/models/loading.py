@@ -16,6 +16,7 @@ from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
@@ -90,12 +91,13 @@ def load_model(
 
 def model_class_of(config: PreTrainedConfig) -> Any:
     """The class that `config` was saved with, one of transformers'; without one, the Auto class of the first task that
-    its type has: language modelling from one sequence to another, masked or causal, or classifying images."""
+    its type has: language modelling from one sequence to another, masked or causal, or classifying images; else that of
+    models without a task."""
     name = next(iter(config.architectures or []), "")
     found = getattr(transformers, name, None)
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found
-    return next((auto for auto, mapping in _TASKS if type(config) in mapping), AutoModelForCausalLM)
+    return next((auto for auto, mapping in _TASKS if type(config) in mapping), AutoModel)
 
 
 def skeleton(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
@@ -106,10 +108,21 @@ def skeleton(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None
         model_class: the class of the model; None means the one that the config was saved with.
     """
     config = copy.deepcopy(config)
-    found: Any = model_class or model_class_of(config)
     with torch.device("meta"):
-        model = found(config) if issubclass(found, PreTrainedModel) else found.from_config(config)
+        model = new_model(config, model_class)
     fill_buffers(model, model)
+    return model
+
+
+def new_model(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """A model of `config` with random weights, drawn from torch's generator.
+
+    Args:
+        config: the config.
+        model_class: the class of the model; None means the one that the config was saved with.
+    """
+    found: Any = model_class or model_class_of(config)
+    model = found(config) if issubclass(found, PreTrainedModel) else found.from_config(config)
     return cast(PreTrainedModel, model)
 
 

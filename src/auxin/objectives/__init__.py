@@ -1,5 +1,5 @@
-"""What a model learns to predict, what is made of a batch for it, and the samples that methods look at."""
+"""What a model learns, what is made of a batch for it, what it is measured by, and the samples that methods look at."""
 
-from auxin.objectives.objective import ObjectiveSettings
+from auxin.objectives.objective import Objective, ObjectiveSettings, Reference, References
 
-__all__ = ["ObjectiveSettings"]
+__all__ = ["Objective", "ObjectiveSettings", "Reference", "References"]

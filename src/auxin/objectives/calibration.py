@@ -9,20 +9,22 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
-from auxin.data import CorpusSettings, PackedData, prepare
+from auxin.data import CorpusSettings, Dataset, prepare
+from auxin.data.dataset import SampleForm
 from auxin.data.loader import ShuffledBatches
 from auxin.errors import ConfigError, DataError
-from auxin.objectives.objective import ObjectiveSettings, is_encoder_decoder, model_inputs
+from auxin.objectives.causal import Causal
+from auxin.objectives.objective import ObjectiveSettings, References, is_encoder_decoder, training_noise
+from auxin.objectives.span_corruption import SpanCorruption
 from auxin.settings import Settings
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -45,14 +47,16 @@ class CalibrationSettings(Settings):
     seed: int = Field(default=0, ge=0)
     """Seed of which contexts, in which order, and of the objective's noise; a seed that is not set is the run's."""
 
-    def checked_length(self, context_length: int, field: str) -> int:
-        """Tokens per sample of contexts of `context_length`, which `field` sets; ConfigError where they are longer."""
-        if self.length is not None and self.length > context_length:
+    def shortened(self, form: SampleForm, field: str) -> SampleForm:
+        """`form` of samples of this length; ConfigError where that is longer than they are, which `field` sets."""
+        if self.length is None:
+            return form
+        if form.length is None or self.length > form.length:
             raise ConfigError(
-                f"calibration.length is {self.length}, but {field} is {context_length}. Give at most that, or leave "
-                "it out."
+                f"calibration.length is {self.length}, but {field} is {form.length}. Give at most that, or leave it "
+                "out."
             )
-        return self.length or context_length
+        return replace(form, length=self.length, units=self.length if form.unit == "token" else form.units)
 
 
 class CorpusCalibration(CalibrationSettings):
@@ -75,12 +79,14 @@ class Calibration:
     """Hex SHA-256 of the data, the settings and the objective."""
     read: Callable[[], Iterator[dict[str, Tensor]]]
     """Begins a new pass over the batches."""
-    tokens_per_sample: int | None = None
-    """Tokens of text of a sample, where inputs and labels are made of it; None: the inputs are the text."""
+    unit: str = "token"
+    """What the data counts, in the singular."""
+    units_per_sample: int | None = None
+    """Of those in a sample; None: the tokens that a batch holds."""
     distinct: int | None = None
     """How many different samples the data has; beyond them it is read again. None: every sample was given."""
     watch: Callable[[int, int], None] | None = None
-    """Told of every batch that is drawn: its samples and its tokens of text."""
+    """Told of every batch that is drawn: its samples and its units."""
 
     @property
     def samples(self) -> int:
@@ -96,20 +102,21 @@ class Calibration:
 
     def _size(self, batch: Mapping[str, Tensor]) -> tuple[int, int]:
         samples = len(batch["labels"])
-        if self.tokens_per_sample is not None:
-            return samples, samples * self.tokens_per_sample
+        if self.units_per_sample is not None:
+            return samples, samples * self.units_per_sample
         return samples, batch["input_ids"].numel() if "input_ids" in batch else 0
 
     @classmethod
     def of_split(
         cls,
-        data: PackedData,
+        data: Dataset,
         config: PreTrainedConfig,
         settings: CalibrationSettings | None = None,
         objective: ObjectiveSettings | None = None,
         seed: int = 0,
+        references: References | None = None,
     ) -> "Calibration":
-        """Contexts of the training split of prepared data, whose tokenizer has to be the model's.
+        """Samples of the training split of prepared data, whose tokens have to be the model's.
 
         Args:
             data: the data; its held-out split is not opened.
@@ -117,6 +124,7 @@ class Calibration:
             settings: how much; default: the defaults.
             objective: what the labels ask for; default: what models of this kind are trained with here.
             seed: where the settings set none.
+            references: other models that the objective goes by.
 
         Raises:
             ConfigError: the samples are longer than the contexts or the model's positions, the model can't learn the
@@ -124,24 +132,22 @@ class Calibration:
         """
         settings = _seeded(settings or CalibrationSettings(), seed)
         objective = objective or objective_for(config)
-        length = settings.checked_length(data.context_length, "the data's context_length")
-        objective.check_architecture(config)
-        objective.check_positions(config, length, "the calibration's length")
-        _check_vocabulary(data, config)
-        corruption = objective.corruption(config, data.vocab_size, length)
-        order = ShuffledBatches(len(data.train), settings.batch_size, settings.seed)
+        form, split = data.form, data.split("train")
+        form = settings.shortened(form, "the data's context_length")
+        bound = objective.bind(config, form, references)
+        order = ShuffledBatches(len(split), settings.batch_size, settings.seed)
 
         def read() -> Iterator[dict[str, Tensor]]:
             for position, start in enumerate(range(0, settings.samples, settings.batch_size)):
                 rows = order.batch(position)[: settings.samples - start]
-                contexts = torch.from_numpy(data.train[rows][:, :length].astype(np.int64))
-                yield model_inputs(contexts, corruption, settings.seed, position)
+                batch = {name: _shortened(tensor, form.length) for name, tensor in split.rows(rows).items()}
+                yield bound.inputs(batch, training_noise(settings.seed, position))
 
-        facts: dict[str, Any] = {"data": data.fingerprint, "split": "train"}
+        facts: dict[str, Any] = {"data": data.fingerprint, "split": "train", **bound.identity()}
         # Noise goes by batches; without it their size changes nothing but how many samples come at once.
-        facts |= {} if corruption is None else {**asdict(corruption), "batch_size": settings.batch_size}
+        facts |= {"batch_size": settings.batch_size} if bound.noisy else {}
         found = _fingerprint(settings, objective, facts)
-        return cls(settings, objective, found, read, length, distinct=len(data.train))
+        return cls(settings, objective, found, read, form.unit, form.units, distinct=len(split))
 
     @classmethod
     def of_corpus(
@@ -170,7 +176,7 @@ class Calibration:
         wanted = settings or CorpusCalibration()
         if not isinstance(model, GenerationMixin):
             raise DataError(
-                f"Text has no labels for a {type(model).__name__}: there is an objective for causal language models "
+                f"Text has no labels for a {type(model).__name__}: the standard corpus is for causal language models "
                 "and encoder-decoders. Make a calibration of batches with labels in Python (Calibration.of_batches)."
             )
         corpus = _corpus(wanted, model.config, tokenizer)
@@ -218,7 +224,7 @@ class Calibration:
 
 def objective_for(config: PreTrainedConfig) -> ObjectiveSettings:
     """What models of `config` learn where nothing else is said: span corruption, or each next token."""
-    return ObjectiveSettings(objective="span_corruption" if is_encoder_decoder(config) else "causal")
+    return SpanCorruption() if is_encoder_decoder(config) else Causal()
 
 
 def _corpus(wanted: CorpusCalibration, config: PreTrainedConfig, tokenizer: Path) -> CorpusSettings:
@@ -243,13 +249,9 @@ def _labelled(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in inputs.items()}
 
 
-def _check_vocabulary(data: PackedData, config: PreTrainedConfig) -> None:
-    rows: int = config.get_text_config().vocab_size
-    if data.vocab_size > rows:
-        raise ConfigError(
-            f"The data's tokenizer has {data.vocab_size} entries, the model {rows}: it belongs to another model. Give "
-            "data in the model's own tokens."
-        )
+def _shortened(tensor: Tensor, length: int | None) -> Tensor:
+    """The first `length` tokens of each sample; what has no tokens along its second axis stays as it is."""
+    return tensor if length is None or tensor.dim() != 2 else tensor[:, :length]
 
 
 def _seeded(settings: CalibrationSettings, seed: int) -> CalibrationSettings:

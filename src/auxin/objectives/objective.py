@@ -1,115 +1,234 @@
-"""What a model learns to predict: the next token of a text, or the spans that were cut out of it."""
+"""What a stage learns: what is made of a batch for it, the loss, and what that costs.
 
-from typing import Any, Literal, Self
+An objective is written in two parts. Its settings (`ObjectiveSettings`) are data: they stand in a recipe, and tell
+what kind of model can learn this. Bound to a model's config and to what the data's samples look like, they become an
+`Objective`, which the loop, the prices, the measures and the calibration use and of which they know nothing more.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from auxin.accounting import FlopsPerToken, flops_per_token
+from auxin.accounting.flops import BACKWARD_PER_FORWARD, forward_flops
+from auxin.data.dataset import SampleForm
 from auxin.errors import ConfigError
-from auxin.objectives.span_corruption import MEAN_SPAN_LENGTH, NOISE_DENSITY, SpanCorruption, SpanLengths, span_lengths
 from auxin.settings import Settings
+from auxin.words.registry import Registry
+
+IGNORED = -100
+"""The label of what is not predicted, as everywhere in transformers."""
+HELD_OUT_SEED = 0
+"""The noise of held-out inputs is the same for every model and every seed of training."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Another model that an objective goes by, such as a teacher."""
+
+    model: PreTrainedModel
+    """Frozen, in evaluation mode; on the meta device where only a price is asked for."""
+    fingerprint: str
+    """Hex SHA-256 of its weights; it is part of what a run is."""
+    layers: Mapping[int, int] | None = None
+    """By a layer's number in the model that learns, the layer of this model that it was made from by the changes in
+    between; None where no changes are known to lie between them."""
+
+
+References = Mapping[str, Reference]
+"""By the name that an objective's settings give."""
+
+
+class Objective:
+    """An objective for one model and one kind of sample. This base has what most share: inputs with `labels`, a model
+    that computes the mean loss over them itself, and logits with one row for each label.
+
+    Args:
+        config: of the model that learns.
+        form: of the samples.
+    """
+
+    target: ClassVar[str] = "token"
+    """What a loss is a mean over, in the singular."""
+    shifted: ClassVar[bool] = False
+    """Whether the logits of a place are those of the label after it."""
+    whole_text: ClassVar[bool] = False
+    """Whether the losses are those of every token of a text given those before it, so that they measure compression."""
+    noisy: ClassVar[bool] = False
+    """Whether `inputs` draws from the noise."""
+    call: ClassVar[dict[str, Any]] = {}
+    """Further keyword arguments of the model's forward pass."""
+
+    def __init__(self, config: PreTrainedConfig, form: SampleForm) -> None:
+        self.config, self.form = config, form
+
+    def inputs(self, batch: Mapping[str, Tensor], noise: np.random.Generator) -> dict[str, Tensor]:
+        """What the model is called with to learn from a batch of samples, `labels` among it, the samples along the
+        first axis of each.
+
+        Args:
+            batch: as the data gives it.
+            noise: for what is random; each sample takes equally many numbers from it, so that batches of any size, one
+                after the other, get the noise that they would get together.
+        """
+        raise NotImplementedError
+
+    def example(self, samples: int) -> dict[str, Tensor]:
+        """Inputs of the shapes that `inputs` gives, all zero, on which costs are counted."""
+        raise NotImplementedError
+
+    def targets(self, inputs: Mapping[str, Tensor]) -> int:
+        """How many targets the loss of these inputs is a mean over."""
+        return int((self._labels(inputs) != IGNORED).sum())
+
+    def loss(self, model: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Tensor:
+        """The mean loss over the targets of `inputs`, in nats, to be minimized: that of the model's own head, with
+        whatever the model adds to it. Times `targets` it is a sum, by which parts of a batch are put together."""
+        loss: Tensor = model(**inputs, **self.call).loss
+        return loss
+
+    def losses(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The loss of each target in nats, float32, (targets,): what is measured on held-out data."""
+        logits, labels = self._logits_and_labels(model, inputs)
+        return nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+
+    def predictions(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The likeliest class of each target, and the right one, both (targets,)."""
+        logits, labels = self._logits_and_labels(model, inputs)
+        return logits.argmax(-1), labels
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse a model, with its weights, that would not learn what it is meant to; ConfigError says why."""
+
+    def training_flops(self, model: nn.Module) -> float:
+        """FLOPs of learning from one sample, forward and backward; counted on shapes."""
+        return (1 + BACKWARD_PER_FORWARD) * forward_flops(model, {**self.example(1), **self.call})
+
+    def describe(self) -> dict[str, str]:
+        """What a report says about what is learnt, where the losses are not those of a text's next tokens."""
+        return {}
+
+    def identity(self) -> dict[str, str]:
+        """What of it is not in the settings and must be the same when a stage is resumed."""
+        return {}
+
+    def _labels(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        labels = inputs["labels"]
+        return labels[:, 1:] if self.shifted else labels
+
+    def _logits_and_labels(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Of the targets alone: (targets, classes) and (targets,)."""
+        device = next(model.parameters()).device
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        logits: Tensor = model(**inputs, **self.call).logits
+        labels = self._labels(inputs)
+        logits = logits[:, :-1] if self.shifted else logits
+        wanted = labels != IGNORED
+        return logits[wanted], labels[wanted]
 
 
 class ObjectiveSettings(Settings):
-    """The objective, which the architecture decides, and how much of a text it hides."""
+    """The base of every objective's settings; each has a field `kind: Literal["its_name"]`.
 
-    objective: Literal["causal", "span_corruption"] = "causal"
-    """causal: predict each next token, for decoders. span_corruption: write back the spans that were cut out of the
-    text, for encoder-decoders, as T5 is pretrained; losses are then nats per token that the decoder writes."""
-    noise_density: float = Field(default=NOISE_DENSITY, gt=0, lt=1)
-    """Of span corruption: share of a context's tokens that is cut out, rounded to whole tokens."""
-    mean_span_length: float = Field(default=MEAN_SPAN_LENGTH, ge=1)
-    """Of span corruption: tokens per span on average, rounded so that there are whole spans."""
+    An objective is one module of `auxin.objectives` that holds its settings as `OBJECTIVE`; other packages name theirs
+    in the entry point group "auxin.objectives".
+    """
 
-    @model_validator(mode="after")
-    def _has_an_effect(self) -> Self:
-        for name in ("noise_density", "mean_span_length"):
-            value = getattr(self, name)
-            if self.objective == "causal" and value != type(self).model_fields[name].default:
-                raise ValueError(
-                    f"{name} ({value}) belongs to span corruption, but objective is 'causal'. Set objective: "
-                    f"span_corruption, or leave out {name}."
-                )
-        return self
+    kind: str
+    """Which objective this is."""
 
-    def lengths(self, context_length: int) -> SpanLengths | None:
-        """What encoder and decoder see of a context; None where a decoder sees all of it.
+    def auto_class(self) -> Any:
+        """The Auto class of transformers whose models learn this."""
+        raise NotImplementedError
 
-        Raises:
-            ConfigError: as `span_lengths`.
-        """
-        if self.objective == "causal":
-            return None
-        return span_lengths(context_length, self.noise_density, self.mean_span_length)
-
-    def check_architecture(self, config: PreTrainedConfig) -> None:
+    def check_config(self, config: PreTrainedConfig) -> None:
         """Refuse a model of `config` that can't learn this.
 
         Raises:
             ConfigError: what does not fit, and how to make it fit.
         """
-        both = is_encoder_decoder(config)
-        if self.objective == "causal" and both:
-            raise ConfigError(
-                f"objective: 'causal' is for decoders, and {config.model_type} is an encoder-decoder. Set training."
-                "objective: span_corruption, or give a decoder (llama, gpt_neox, ...)."
-            )
-        if self.objective == "span_corruption" and not both:
-            raise ConfigError(
-                f"objective: 'span_corruption' is for encoder-decoders, and {config.model_type} is none. Set training."
-                "objective: causal, or give an encoder-decoder (t5, ...)."
-            )
-        for name in ("decoder_start_token_id", "eos_token_id") if both else ():
-            if getattr(config, name, None) is None:
-                raise ConfigError(
-                    f"{name}: the model's config has none, so that its decoder can't know where a text "
-                    f"{'begins' if name.startswith('decoder') else 'ends'}. Set it in the config."
-                )
 
-    def check_positions(self, config: PreTrainedConfig, context_length: int, field: str) -> None:
-        """Refuse contexts that are longer than the positions of a model of `config`.
+    def check_form(self, form: SampleForm) -> None:
+        """Refuse data that this can't be learnt from.
 
         Raises:
-            ConfigError: they are; `field` names where their length was set.
+            ConfigError: what does not fit, and how to make it fit.
         """
-        positions = getattr(config, "max_position_embeddings", None)
-        lengths = self.lengths(context_length)
-        longest = context_length if lengths is None else max(lengths.inputs, lengths.targets)
-        if positions is not None and longest > positions:
-            corrupted = "" if lengths is None else f" ({longest} after span corruption)"
-            raise ConfigError(
-                f"{field} is {context_length}{corrupted}, but the model's max_position_embeddings is {positions}. "
-                "Lower the first or raise the second."
-            )
 
-    def corruption(self, config: PreTrainedConfig, tokenizer_size: int, context_length: int) -> SpanCorruption | None:
-        """How contexts become inputs and targets of a model of `config`; None for a causal model, which learns them as
-        they are.
+    def extra_tokens(self, form: SampleForm) -> int:
+        """How many ids after the tokenizer's own a model needs room for."""
+        return 0
+
+    def longest(self, form: SampleForm) -> int | None:
+        """Tokens of the longest sequence that the model sees of a sample; None where it sees none."""
+        return form.length
+
+    def config_values(self, form: SampleForm) -> dict[str, Any]:
+        """Fields of a new model's config that follow from what is learnt."""
+        return {}
+
+    def references(self) -> tuple[str, ...]:
+        """The other models that this goes by, as "branch/stage" or a checkpoint's folder."""
+        return ()
+
+    def bind(self, config: PreTrainedConfig, form: SampleForm, references: References | None = None) -> Objective:
+        """This objective for a model of `config` that learns from samples of `form`.
 
         Args:
-            config: the model's; its `eos_token_id` ends the targets.
-            tokenizer_size: every token of the contexts is below it; the ids from there on are the sentinels.
-            context_length: tokens per context.
+            config: the model's.
+            form: of the samples.
+            references: the models that `references` names; None: those that are folders are read.
 
         Raises:
-            ConfigError: the vocabulary has no room for the sentinels, or as `span_lengths`.
+            ConfigError: model, data and objective do not fit together.
         """
-        lengths = self.lengths(context_length)
-        if lengths is None:
-            return None
-        rows: int = config.get_text_config().vocab_size
-        if tokenizer_size + lengths.spans > rows:
+        self.check_config(config)
+        self.check_form(form)
+        self._check_room(config, form)
+        return self._bound(config, form, references or {})
+
+    def _bound(self, config: PreTrainedConfig, form: SampleForm, references: References) -> Objective:
+        raise NotImplementedError
+
+    def _check_room(self, config: PreTrainedConfig, form: SampleForm) -> None:
+        """Refuse samples that are longer than the model's positions, or tokens that it does not have."""
+        positions = getattr(config, "max_position_embeddings", None)
+        longest = self.longest(form)
+        if positions is not None and longest is not None and longest > positions:
+            made = "" if longest == form.length else f" ({longest} after what {self.kind} makes of it)"
             raise ConfigError(
-                f"vocab_size: {rows} has no room for the {lengths.spans} sentinels that span corruption needs at a "
-                f"context_length of {context_length} after the tokenizer's {tokenizer_size} tokens. Build the model "
-                f"with a vocab_size of {tokenizer_size + lengths.spans} or more, or give a shorter context_length."
+                f"The data's context_length is {form.length}{made}, but the model's max_position_embeddings is "
+                f"{positions}. Lower the first or raise the second."
             )
-        end: Any = config.eos_token_id
-        return SpanCorruption(lengths, tokenizer_size, int(end[0] if isinstance(end, (list, tuple)) else end))
+        rows = getattr(config.get_text_config(), "vocab_size", None)
+        if form.vocab_size is None or rows is None:
+            return
+        if form.vocab_size > rows:
+            raise ConfigError(
+                f"The data's tokenizer has {form.vocab_size} tokens, but the model's vocab_size is {rows}. Use the "
+                "model's tokenizer for the data, or build the model with the data's vocabulary."
+            )
+        if form.vocab_size + self.extra_tokens(form) > rows:
+            needed = form.vocab_size + self.extra_tokens(form)
+            raise ConfigError(
+                f"vocab_size: {rows} has no room for the {self.extra_tokens(form)} tokens that {self.kind} needs "
+                f"after the tokenizer's {form.vocab_size}. Build the model with a vocab_size of {needed} or more."
+            )
+
+
+def training_noise(seed: int, position: int) -> np.random.Generator:
+    """The noise of a batch in training: it follows from `seed` and the batch's `position` in the data order alone."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(position,)))
+
+
+def held_out_noise() -> np.random.Generator:
+    """The noise of the held-out split, drawn from sample by sample from the first one on."""
+    return np.random.default_rng(HELD_OUT_SEED)
 
 
 def is_encoder_decoder(config: PreTrainedConfig) -> bool:
@@ -117,28 +236,26 @@ def is_encoder_decoder(config: PreTrainedConfig) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
-def objective_flops(model: PreTrainedModel, objective: ObjectiveSettings, context_length: int) -> FlopsPerToken:
-    """FLOPs per token of text with the lengths that encoder and decoder really see.
-
-    Raises:
-        ConfigError: as `span_lengths`.
-    """
-    lengths = objective.lengths(context_length)
-    if lengths is None:
-        return flops_per_token(model, context_length)
-    return flops_per_token(model, context_length, encoder_length=lengths.inputs, decoder_length=lengths.targets)
+def packed_text(settings: ObjectiveSettings, form: SampleForm) -> None:
+    """Refuse data that is no packed text; ConfigError."""
+    if form.tensors != ("input_ids",):
+        raise ConfigError(
+            f"objective: {settings.kind!r} learns from packed text, and a sample of this data holds "
+            f"{', '.join(form.tensors)}. Set the data's kind to text, or give an objective for {form.unit}s."
+        )
 
 
-def model_inputs(contexts: Tensor, corruption: SpanCorruption | None, seed: int, position: int) -> dict[str, Tensor]:
-    """What the model is called with to learn from a batch: `input_ids` and `labels`, both (batch, length).
+def zeros(samples: int, length: int) -> Tensor:
+    """Token ids (samples, length)."""
+    return torch.zeros(samples, length, dtype=torch.long)
 
-    Args:
-        contexts: token ids (batch, context_length).
-        corruption: None for a causal model, whose labels are its inputs.
-        seed: of the noise.
-        position: of the batch in the data order; with the seed it decides the noise.
-    """
-    if corruption is None:
-        return {"input_ids": contexts, "labels": contexts}
-    pair: tuple[np.ndarray, np.ndarray] = corruption.training_batch(contexts.numpy(), seed, position)
-    return dict(zip(("input_ids", "labels"), map(torch.from_numpy, pair), strict=True))
+
+def _objectives_in(loaded: Any) -> Iterator[tuple[str, type[ObjectiveSettings]]]:
+    found = getattr(loaded, "OBJECTIVE", None) if isinstance(loaded, ModuleType) else loaded
+    if found is not None:
+        if not (isinstance(found, type) and issubclass(found, ObjectiveSettings)):
+            raise TypeError(f"{found!r} is no settings class of an objective (auxin.objectives.ObjectiveSettings)")
+        yield found.model_fields["kind"].default, found
+
+
+OBJECTIVES: Registry[type[ObjectiveSettings]] = Registry("objective", "auxin.objectives", _objectives_in)

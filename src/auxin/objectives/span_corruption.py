@@ -1,170 +1,110 @@
-"""Span corruption, the objective that T5 is pretrained with: spans are cut out of a text and have to be written back.
+"""Span corruption: write back the spans that were cut out of a text, as T5 is pretrained; see `spans`."""
 
-After Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer" (arXiv
-1910.10683, section 3.1.4): `noise_density` of a context's tokens are noise, in spans of `mean_span_length` tokens on
-average. The encoder reads the tokens that are kept, with one sentinel in place of each span; the decoder writes each
-sentinel followed by the span that it stands for, and then the end token. (The paper's figure 2 ends with one more
-sentinel, where its code has the end token; so has this.)
-
-    context   a b c d e f g h i j      noise: c d and h i j
-    inputs    a b <0> e f g <1>
-    targets   <0> c d <1> h i j <end>
-
-As in T5, the noise tokens and the spans of a context are as many as its length says, not as chance says: of all ways to
-cut the noise and the kept tokens into that many spans each is as likely as the other, a context begins with kept tokens
-and ends with noise. So all batches have one shape and nothing is padded.
-
-Sentinels are the ids that follow the tokenizer's, the first span's first; the tokenizer does not know them. T5's own
-tokenizers have sentinels (`<extra_id_0>`, ...), which are not used.
-"""
-
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig
 
-from auxin.errors import ConfigError, DataError
-
-NOISE_DENSITY = 0.15
-MEAN_SPAN_LENGTH = 3.0
-"""The paper's choice."""
-
-HELD_OUT_SEED = 0
-"""The held-out targets are the same for every model and every seed of training."""
-
-
-@dataclass(frozen=True)
-class SpanLengths:
-    """How a context is divided; the same for all contexts of its length."""
-
-    context: int
-    """Tokens of text."""
-    noise: int
-    """Tokens of text that are cut out."""
-    spans: int
-    """Spans that they form; as many sentinels are needed."""
-
-    @property
-    def kept(self) -> int:
-        """Tokens of text that stay."""
-        return self.context - self.noise
-
-    @property
-    def inputs(self) -> int:
-        """Tokens that the encoder reads: the kept ones, and a sentinel for each span."""
-        return self.kept + self.spans
-
-    @property
-    def targets(self) -> int:
-        """Tokens that the decoder writes: the noise, a sentinel for each span, and the end token."""
-        return self.noise + self.spans + 1
+from auxin.data.dataset import SampleForm
+from auxin.errors import ConfigError
+from auxin.objectives.objective import (
+    Objective,
+    ObjectiveSettings,
+    References,
+    is_encoder_decoder,
+    packed_text,
+    zeros,
+)
+from auxin.objectives.spans import MEAN_SPAN_LENGTH, NOISE_DENSITY, SpanCutter, SpanLengths, span_lengths
 
 
-def span_lengths(
-    context_length: int, noise_density: float = NOISE_DENSITY, mean_span_length: float = MEAN_SPAN_LENGTH
-) -> SpanLengths:
-    """How contexts of `context_length` tokens are divided.
+class SpanCorruption(ObjectiveSettings):
+    """Write back the spans that were cut out of a text, with an encoder-decoder. Losses are nats per token that the
+    decoder writes; tokens and FLOPs go by the text."""
 
-    Args:
-        context_length: tokens of text.
-        noise_density: share of them that is cut out, in (0, 1); rounded to whole tokens.
-        mean_span_length: tokens per span, at least 1; rounded so that there are whole spans, at least one.
+    kind: Literal["span_corruption"] = "span_corruption"
+    """Says that this is span corruption."""
+    noise_density: float = Field(default=NOISE_DENSITY, gt=0, lt=1)
+    """Share of a context's tokens that is cut out, rounded to whole tokens."""
+    mean_span_length: float = Field(default=MEAN_SPAN_LENGTH, ge=1)
+    """Tokens per span on average, rounded so that there are whole spans."""
 
-    Raises:
-        ConfigError: the context is too short for one span, or too full of spans for a kept token before each.
-    """
-    noise = round(context_length * noise_density)
-    if noise < 1:
-        raise ConfigError(
-            f"context_length: {context_length} is too short for span corruption: noise_density {noise_density} of it "
-            f"is not one token. Give a context_length of {math.floor(0.5 / noise_density) + 1} or more, or raise "
-            "noise_density."
-        )
-    lengths = SpanLengths(context_length, noise, max(1, round(noise / mean_span_length)))
-    if lengths.spans > lengths.kept:
-        raise ConfigError(
-            f"noise_density: {noise_density} with mean_span_length {mean_span_length} makes {lengths.spans} spans of a "
-            f"context of {context_length} tokens and keeps {lengths.kept}, too few for one before each span. Lower "
-            "noise_density, or raise mean_span_length."
-        )
-    return lengths
-
-
-@dataclass(frozen=True)
-class SpanCorruption:
-    """Makes inputs and targets of contexts."""
-
-    lengths: SpanLengths
-    """Of the contexts."""
-    first_sentinel: int
-    """The id that stands for the first span of a context; those of the other spans follow."""
-    end: int
-    """The id that ends the targets."""
-
-    def training_batch(self, contexts: np.ndarray, seed: int, position: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `corrupt`, with noise that follows from `seed` and the batch's `position` in the data order alone."""
-        generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(position,)))
-        return self.corrupt(contexts, generator)
-
-    def corrupt(self, contexts: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Cut spans out of contexts.
-
-        A row's noise follows from what was drawn from the generator before: batches of any size, one after the other,
-        get the noise that they would get together.
-
-        Args:
-            contexts: token ids (batch, context_length), all below `first_sentinel`.
-            generator: decides where the spans lie.
-
-        Returns:
-            Inputs (batch, lengths.inputs) and targets (batch, lengths.targets), 64-bit integers.
+    def lengths(self, form: SampleForm) -> SpanLengths:
+        """What encoder and decoder see of a context.
 
         Raises:
-            DataError: the contexts have another length.
+            ConfigError: as `span_lengths`.
         """
-        if contexts.ndim != 2 or contexts.shape[1] != self.lengths.context:
-            raise DataError(f"Token array of shape {contexts.shape}: expected (batch, {self.lengths.context}).")
-        noise = noise_mask(self.lengths, len(contexts), generator)
-        inputs = self._with_sentinels_for(noise, contexts)
-        # A context begins with kept tokens, so the sentinel in place of its first kept span goes before its first span
-        # of noise, and so on: the targets are the inputs of the opposite mask.
-        targets = self._with_sentinels_for(~noise, contexts)
-        return inputs, np.pad(targets, ((0, 0), (0, 1)), constant_values=self.end)
+        packed_text(self, form)
+        assert form.length is not None
+        return span_lengths(form.length, self.noise_density, self.mean_span_length)
 
-    def _with_sentinels_for(self, cut: np.ndarray, contexts: np.ndarray) -> np.ndarray:
-        """The tokens where `cut` is false, and one sentinel for each run where it is true."""
-        first = cut.copy()
-        first[:, 1:] &= ~cut[:, :-1]
-        ids = np.where(first, self.first_sentinel + np.cumsum(first, axis=1) - 1, contexts.astype(np.int64))
-        return ids[first | ~cut].reshape(len(contexts), -1)
+    def auto_class(self) -> Any:
+        """Encoder-decoders."""
+        return AutoModelForSeq2SeqLM
+
+    def check_config(self, config: PreTrainedConfig) -> None:
+        """Refuse what is no encoder-decoder, or does not know where a text begins and ends; ConfigError."""
+        if not is_encoder_decoder(config):
+            raise ConfigError(
+                f"objective: 'span_corruption' is for encoder-decoders, and {config.model_type} is none. Set training."
+                "objective: causal, or give an encoder-decoder (t5, ...)."
+            )
+        for name in ("decoder_start_token_id", "eos_token_id"):
+            if getattr(config, name, None) is None:
+                raise ConfigError(
+                    f"{name}: the model's config has none, so that its decoder can't know where a text "
+                    f"{'begins' if name.startswith('decoder') else 'ends'}. Set it in the config."
+                )
+
+    def check_form(self, form: SampleForm) -> None:
+        """Refuse what is no packed text, or contexts that are too short for a span; ConfigError."""
+        self.lengths(form)
+
+    def extra_tokens(self, form: SampleForm) -> int:
+        """A sentinel for each span."""
+        return self.lengths(form).spans
+
+    def longest(self, form: SampleForm) -> int:
+        """Of what the encoder and what the decoder sees."""
+        lengths = self.lengths(form)
+        return max(lengths.inputs, lengths.targets)
+
+    def _bound(self, config: PreTrainedConfig, form: SampleForm, references: References) -> Objective:
+        return SpanCorruptionObjective(self, config, form)
 
 
-def held_out_generator() -> np.random.Generator:
-    """The generator of the held-out split's noise, drawn from row by row from the first row on."""
-    return np.random.default_rng(HELD_OUT_SEED)
+class SpanCorruptionObjective(Objective):
+    """Inputs with sentinels; labels are what the decoder writes."""
+
+    noisy: ClassVar[bool] = True
+    call: ClassVar[dict[str, Any]] = {"use_cache": False}
+
+    def __init__(self, settings: SpanCorruption, config: PreTrainedConfig, form: SampleForm) -> None:
+        super().__init__(config, form)
+        self.lengths = settings.lengths(form)
+
+    def inputs(self, batch: Mapping[str, Tensor], noise: np.random.Generator) -> dict[str, Tensor]:
+        """`input_ids` (batch, lengths.inputs) and `labels` (batch, lengths.targets)."""
+        end: Any = self.config.eos_token_id
+        assert self.form.vocab_size is not None  # known once there is data
+        cutter = SpanCutter(self.lengths, self.form.vocab_size, int(end[0] if isinstance(end, (list, tuple)) else end))
+        pair = cutter.corrupt(batch["input_ids"].numpy(), noise)
+        return dict(zip(("input_ids", "labels"), map(torch.from_numpy, pair), strict=True))
+
+    def describe(self) -> dict[str, str]:
+        """How contexts are cut."""
+        cut = f"{self.lengths.noise:,} of {self.lengths.context:,} tokens cut out, spans: {self.lengths.spans:,}"
+        seen = f"encoder {self.lengths.inputs:,} tokens, decoder {self.lengths.targets:,}"
+        return {"span corruption": f"{cut}; {seen}"}
+
+    def example(self, samples: int) -> dict[str, Tensor]:
+        """Of the lengths that encoder and decoder see."""
+        return {"input_ids": zeros(samples, self.lengths.inputs), "labels": zeros(samples, self.lengths.targets)}
 
 
-def noise_mask(lengths: SpanLengths, rows: int, generator: np.random.Generator) -> np.ndarray:
-    """Which tokens are noise, (rows, lengths.context): `lengths.spans` runs in each row, none at its beginning, one at
-    its end."""
-    # One draw for both, so that a row takes a whole number of numbers from the generator.
-    numbers = generator.random((rows, lengths.context - 2))
-    kept = _segments(numbers[:, : lengths.kept - 1], lengths.spans)
-    noise = _segments(numbers[:, lengths.kept - 1 :], lengths.spans)
-    runs = np.stack([kept, noise], axis=2).reshape(rows, 2 * lengths.spans)
-    starts = np.zeros((rows, lengths.context), dtype=np.int64)
-    np.put_along_axis(starts, np.cumsum(runs, axis=1)[:, :-1], 1, axis=1)
-    return np.cumsum(starts, axis=1) % 2 == 1
-
-
-def _segments(numbers: np.ndarray, segments: int) -> np.ndarray:
-    """Cut n items into `segments` parts of at least one, uniformly among all ways; their sizes, (rows, segments).
-
-    Args:
-        numbers: one random number for each place between two items, (rows, n - 1); the smallest say where to cut.
-        segments: at most n.
-    """
-    rows, places = numbers.shape
-    cuts = np.sort(np.argsort(numbers, axis=1, kind="stable")[:, : segments - 1] + 1, axis=1)
-    edges = np.concatenate([np.zeros((rows, 1), np.int64), cuts, np.full((rows, 1), places + 1)], axis=1)
-    return np.diff(edges, axis=1)
+OBJECTIVE = SpanCorruption

@@ -18,13 +18,13 @@ MethodSettings = TypeVar("MethodSettings", bound=Settings)
 
 
 class Meter:
-    """Adds up what looking and learning took: samples and tokens as they are drawn, FLOPs as they are executed."""
+    """Adds up what looking and learning took: samples and units as they are drawn, FLOPs as they are executed."""
 
     def __init__(self) -> None:
         self.samples = 0
         """Samples drawn; those that were drawn twice count twice."""
-        self.tokens = 0
-        """Tokens of text in them."""
+        self.units = 0
+        """Units of data in them."""
         self.flops = 0.0
         """FLOPs executed within `running`, forward and backward."""
         self.seconds = 0.0
@@ -45,16 +45,17 @@ class Meter:
             self.flops += counter.total
             self.seconds += time.perf_counter() - started
 
-    def drawn(self, samples: int, tokens: int) -> None:
+    def drawn(self, samples: int, units: int) -> None:
         """Count a batch."""
         self.samples += samples
-        self.tokens += tokens
+        self.units += units
 
     def cost(self, data: Calibration | None = None) -> Cost:
         """What was counted so far, of `data`."""
         return Cost(
             samples=self.samples,
-            tokens=self.tokens,
+            units=self.units,
+            unit="token" if data is None else data.unit,
             flops=self.flops,
             seconds=self.seconds,
             data=None if data is None else data.fingerprint,

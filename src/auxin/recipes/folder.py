@@ -85,7 +85,7 @@ def claim_directory(recipe: Recipe, directory: Path, announce: Callable[[str], N
             announce(f"Recipe changed: {line}")
         if not changes:
             return
-    elif _dumped(recipe)["corpus"] != _corpus_of(path):
+    elif _dumped(recipe)["data"] != _data_of(path):
         # Prepared for settings that no stage was begun with.
         shutil.rmtree(directory / DATA, ignore_errors=True)
     recipe.to_yaml(path)
@@ -152,10 +152,10 @@ def _dumped(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json")
 
 
-def _corpus_of(path: Path) -> dict[str, Any] | None:
-    """The corpus settings of a recipe's file; None if it can't be read any more."""
+def _data_of(path: Path) -> dict[str, Any] | None:
+    """The data settings of a recipe's file; None if it can't be read any more."""
     try:
-        return dict(_dumped(Recipe.from_yaml(path))["corpus"])
+        return dict(_dumped(Recipe.from_yaml(path))["data"])
     except ConfigError:
         return None
 

@@ -8,6 +8,7 @@ from auxin.accounting import Cost, Ledger, StageRecord
 from auxin.accounting.ledger import LEDGER_FILE
 from auxin.edits import Plan, Receipt, apply_to_checkpoint
 from auxin.errors import CheckpointError
+from auxin.objectives.measures import Measure
 
 
 def grow_checkpoint(
@@ -16,7 +17,8 @@ def grow_checkpoint(
     output: str | Path,
     *,
     stage_name: str = "grow",
-    validation_loss: Callable[[Path], float] | None = None,
+    measure: Measure | None = None,
+    value_of: Callable[[Path], float] | None = None,
     data_fingerprint: str | None = None,
 ) -> Receipt:
     """Apply `plan` to the checkpoint `source` and write the result to `output`, its ledger one stage longer.
@@ -28,7 +30,8 @@ def grow_checkpoint(
         source: the checkpoint to grow.
         output: a folder that does not exist or is empty; it appears when all of it, the ledger too, is written.
         stage_name: of the ledger's record.
-        validation_loss: measures a checkpoint folder, in nats per token; None: the record says nothing about the loss.
+        measure: what is measured before and after; None: nothing.
+        value_of: measures a checkpoint's folder.
         data_fingerprint: of the data that it measures on, and that the plan was made with, if with any. None: that
             of the data which the plan names.
 
@@ -46,11 +49,13 @@ def grow_checkpoint(
             name=stage_name,
             kind="grow",
             parameters=receipt.parameters_after,
-            tokens=cost.tokens,
+            units=cost.units,
+            unit=cost.unit,
             samples=cost.samples,
             flops=cost.flops,
-            loss_before=None if validation_loss is None else validation_loss(source),
-            loss_after=None if validation_loss is None else validation_loss(folder),
+            measure=None if measure is None else measure.kind,
+            value_before=None if value_of is None else value_of(source),
+            value_after=None if value_of is None else value_of(folder),
             plan=plan.model_dump(mode="json"),
             receipt=receipt.model_dump(mode="json", exclude={"plan"}),
             data_fingerprint=data_fingerprint or cost.data,

@@ -49,7 +49,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
     except yaml.YAMLError as error:
         raise ConfigError(f"{name_or_path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{name_or_path} holds no recipe: expected a mapping with name, title, corpus and branches.")
+        raise ConfigError(f"{name_or_path} holds no recipe: expected a mapping with name, title, data and branches.")
     for override in overrides or []:
         apply_override(values, override)
     return Recipe.parse(values, source=name_or_path)
@@ -99,7 +99,7 @@ def training_recipe(
         "name": "train",
         "title": f"Train {path.name}",
         "seed": seed,
-        "corpus": corpus,
+        "data": corpus,
         "training": {key: value for key, value in training.items() if value is not None},
         "branches": [{"name": "main", "title": path.name, "stages": stages}],
     }

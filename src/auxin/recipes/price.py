@@ -1,14 +1,18 @@
-"""The price of a recipe before it runs: parameters, tokens, FLOPs and memory of every stage."""
+"""The price of a recipe before it runs: parameters, data, FLOPs and memory of every stage."""
+
+from collections.abc import Mapping
+from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from auxin.accounting import FlopsPerToken, Ledger, count_parameters, training_memory
+from auxin.accounting import Ledger, count_parameters, training_memory
 from auxin.accounting.ledger import LEDGER_FILE
+from auxin.data.dataset import SampleForm
 from auxin.edits.structure import edited_skeleton
 from auxin.errors import ConfigError
-from auxin.objectives import ObjectiveSettings
+from auxin.models.loading import load_config
+from auxin.objectives import Objective, ObjectiveSettings, Reference
 from auxin.objectives.calibration import CalibrationSettings
-from auxin.objectives.objective import is_encoder_decoder, objective_flops
 from auxin.recipes.schema import Branch, BuildStage, GrowStage, Recipe, Stage, TrainStage
 from auxin.recipes.stage_models import StageConfigs, estimated_stages, growth_data, stage_configs
 from auxin.settings import Settings
@@ -23,7 +27,8 @@ class StagePrice(Settings):
     parameters: int
     """Of the model that the stage leaves."""
     steps: int = 0
-    tokens: int = 0
+    units: int = 0
+    """Units of data: tokens, examples, ..."""
     flops: float = 0.0
     """Training FLOPs, forward and backward."""
     memory_bytes: int | None = None
@@ -39,17 +44,19 @@ class RecipePrice(Settings):
     """What a recipe will cost; printed as a table."""
 
     name: str
+    unit: str = "token"
+    """Of the data, in the singular."""
     stages: list[StagePrice]
     branch_flops: dict[str, float]
     """Training FLOPs of every branch, those before its fork included."""
 
     def __str__(self) -> str:
-        rows = [("branch", "stage", "parameters", "steps", "tokens", "training FLOPs", "memory")]
+        rows = [("branch", "stage", "parameters", "steps", f"{self.unit}s", "training FLOPs", "memory")]
         for stage in self.stages:
             costs = ("", "", "", "")
-            if stage.tokens:
+            if stage.units:
                 memory = "" if stage.memory_bytes is None else f"{stage.memory_bytes / 2**30:.2f} GiB"
-                costs = (f"{stage.steps:,}" if stage.steps else "", f"{stage.tokens:,}", f"{stage.flops:.3g}", memory)
+                costs = (f"{stage.steps:,}" if stage.steps else "", f"{stage.units:,}", f"{stage.flops:.3g}", memory)
             kind = f"{stage.kind}, an estimate" if stage.estimate else stage.kind
             rows.append((stage.branch, f"{stage.stage} ({kind})", f"{stage.parameters:,}", *costs))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -69,33 +76,32 @@ class RecipePrice(Settings):
         return "\n".join([*lines, *(f"  {name}  {flops:.3g}" for name, flops in self.branch_flops.items())])
 
 
-def price_recipe(recipe: Recipe, memory: bool = True, vocabulary: dict[str, int] | None = None) -> RecipePrice:
+def price_recipe(recipe: Recipe, memory: bool = True, form: SampleForm | None = None) -> RecipePrice:
     """Price every stage of `recipe` on shapes alone; nothing is read, trained or written.
 
     Args:
         recipe: the recipe.
         memory: count the memory too, which takes longer than all the rest.
-        vocabulary: config fields that the corpus decides, where they are known. None: where the recipe loads a
-            tokenizer, models keep their own vocabulary size; where it trains one, the size asked for counts (a small
-            corpus may not fill it).
+        form: of the data's samples, where the data is prepared. None: as far as its settings tell; where a tokenizer is
+            to be trained, the size asked for counts (a small corpus may not fill it).
 
     Raises:
         ConfigError, PlanError: the recipe can't be run as it stands.
     """
-    known = None if vocabulary is None else vocabulary.get("vocab_size")
-    if vocabulary is None:
-        vocabulary = {} if recipe.corpus.tokenizer is not None else {"vocab_size": recipe.corpus.vocab_size}
-    return _Pricing(recipe, stage_configs(recipe, vocabulary), memory, known).price()
+    form = recipe.data.form() if form is None else form
+    return _Pricing(recipe, stage_configs(recipe, form), memory, form).price()
 
 
 class _Pricing:
-    """Follows a recipe's branches; a model is counted once however many stages train it."""
+    """Follows a recipe's branches; what a model costs under an objective is counted once, however many stages train
+    it."""
 
-    def __init__(self, recipe: Recipe, structures: StageConfigs, memory: bool, tokenizer_size: int | None) -> None:
-        self.recipe, self.structures, self.memory, self.tokenizer_size = recipe, structures, memory, tokenizer_size
+    def __init__(self, recipe: Recipe, structures: StageConfigs, memory: bool, form: SampleForm) -> None:
+        self.recipe, self.structures, self.memory, self.form = recipe, structures, memory, form
         self.estimated = estimated_stages(recipe)
         self.spent: dict[tuple[str, str], float] = {}
-        self.costs: dict[str, tuple[int, FlopsPerToken]] = {}
+        self.parameters: dict[str, int] = {}
+        self.flops: dict[tuple[str, str], float] = {}
 
     def price(self) -> RecipePrice:
         stages: list[StagePrice] = []
@@ -104,13 +110,12 @@ class _Pricing:
             parent, _, stage = (branch.fork or "").partition("/")
             stages += self._branch(branch, self.spent[parent, stage] if parent else 0.0, totals)
             totals[branch.name] = self.spent[branch.name, branch.stages[-1].name]
-        return RecipePrice(name=self.recipe.name, stages=stages, branch_flops=totals)
+        return RecipePrice(name=self.recipe.name, unit=self.form.unit, stages=stages, branch_flops=totals)
 
     def _branch(self, branch: Branch, flops: float, totals: dict[str, float]) -> list[StagePrice]:
         prices = []
         for stage in branch.stages:
             config = self.structures[branch.name][stage.name]
-            parameters, per_token = self._cost(config)
             if (
                 isinstance(stage, BuildStage)
                 and stage.checkpoint is not None
@@ -121,35 +126,56 @@ class _Pricing:
                 branch=branch.name,
                 stage=stage.name,
                 kind=stage.kind,
-                parameters=parameters,
+                parameters=self._parameters(config),
                 estimate=self._is_estimate(branch, stage),
             )
             if isinstance(stage, GrowStage) and (asked := growth_data(stage)) is not None:
-                tokens = asked.samples * self._length(f"{branch.name}/{stage.name}: ", asked)
-                price = price.model_copy(update={"tokens": tokens, "flops": tokens * per_token.training})
-                flops += price.flops
-            if not isinstance(stage, BuildStage):
-                self._check_objective(f"{branch.name}/{stage.name}: ", config)
-            if isinstance(stage, TrainStage):
-                budget = None
-                if stage.flops_of is not None:
-                    budget = remaining_flops(stage, totals[stage.flops_of], flops)
-                settings = self.recipe.training_settings(stage, flops=budget)
-                length = self.recipe.corpus.context_length
-                steps = settings.total_steps(length, per_token.training)
-                tokens = steps * settings.batch_size * length
+                where = f"{branch.name}/{stage.name}: "
+                form = self._shortened(where, asked)
+                per_sample = self._flops(where, config, self.recipe.objective, form)
                 price = price.model_copy(
-                    update={
-                        "steps": steps,
-                        "tokens": tokens,
-                        "flops": tokens * per_token.training,
-                        "memory_bytes": self._memory(config, settings.sequences_per_forward),
-                    }
+                    update={"units": form.amount(asked.samples), "flops": asked.samples * per_sample}
                 )
                 flops += price.flops
+            if isinstance(stage, TrainStage):
+                price = self._trained(f"{branch.name}/{stage.name}: ", price, stage, config, flops, totals)
+                flops += price.flops
+            elif not isinstance(stage, BuildStage):
+                self._bound(f"{branch.name}/{stage.name}: ", config, self.recipe.objective, self.form)
             self.spent[branch.name, stage.name] = flops
             prices.append(price)
         return prices
+
+    def _trained(
+        self,
+        where: str,
+        price: StagePrice,
+        stage: TrainStage,
+        config: PreTrainedConfig,
+        spent: float,
+        totals: dict[str, float],
+    ) -> StagePrice:
+        """`price` with what a train stage costs."""
+        budget = remaining_flops(stage, totals[stage.flops_of], spent) if stage.flops_of is not None else None
+        settings = self.recipe.training_settings(stage, flops=budget)
+        # What branches are compared by has to fit too.
+        self._bound(where, config, self.recipe.objective, self.form)
+        per_sample = self._flops(where, config, settings.objective, self.form)
+        steps = settings.total_steps(self.form, per_sample)
+        samples = steps * settings.batch_size
+        memory = None
+        if self.memory:
+            objective = self._bound(where, config, settings.objective, self.form)
+            inputs = {**objective.example(settings.samples_per_forward), **objective.call}
+            memory = training_memory(edited_skeleton(config), settings.samples_per_forward, inputs=inputs).total
+        return price.model_copy(
+            update={
+                "steps": steps,
+                "units": self.form.amount(samples),
+                "flops": samples * per_sample,
+                "memory_bytes": memory,
+            }
+        )
 
     def _is_estimate(self, branch: Branch, stage: Stage) -> bool:
         """Whether the stage's model is an estimate, or that of the branch that its budget goes by."""
@@ -158,42 +184,44 @@ class _Pricing:
             other is not None and (other.name, other.stages[-1].name) in self.estimated
         )
 
-    def _length(self, where: str, asked: CalibrationSettings) -> int:
-        """Tokens of a sample."""
+    def _shortened(self, where: str, asked: CalibrationSettings) -> SampleForm:
+        """The form of the samples that a method looks at."""
         try:
-            return asked.checked_length(self.recipe.corpus.context_length, "corpus.context_length")
+            return asked.shortened(self.form, "data.context_length")
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from error
 
-    def _cost(self, config: PreTrainedConfig) -> tuple[int, FlopsPerToken]:
+    def _parameters(self, config: PreTrainedConfig) -> int:
         key = config.to_json_string()
-        if key not in self.costs:
-            model = edited_skeleton(config)
-            # A model that nothing trains may be of any kind.
-            objective = self.recipe.objective if is_encoder_decoder(config) else ObjectiveSettings()
-            self.costs[key] = (
-                count_parameters(model).total,
-                objective_flops(model, objective, self.recipe.corpus.context_length),
-            )
-        return self.costs[key]
+        if key not in self.parameters:
+            self.parameters[key] = count_parameters(edited_skeleton(config)).total
+        return self.parameters[key]
 
-    def _memory(self, config: PreTrainedConfig, micro_batch_size: int) -> int | None:
-        if not self.memory:
-            return None
-        length = self.recipe.corpus.context_length
-        lengths = self.recipe.objective.lengths(length)
-        encoder, decoder = (length, None) if lengths is None else (lengths.inputs, lengths.targets)
-        return training_memory(edited_skeleton(config), micro_batch_size, encoder, decoder).total
+    def _flops(self, where: str, config: PreTrainedConfig, objective: ObjectiveSettings, form: SampleForm) -> float:
+        """Of learning from one sample."""
+        key = config.to_json_string(), f"{objective.model_dump_json()} {form.length}"
+        if key not in self.flops:
+            bound = self._bound(where, config, objective, form)
+            self.flops[key] = bound.training_flops(edited_skeleton(config))
+        return self.flops[key]
 
-    def _check_objective(self, where: str, config: PreTrainedConfig) -> None:
-        objective, length = self.recipe.objective, self.recipe.corpus.context_length
+    def _bound(self, where: str, config: PreTrainedConfig, objective: ObjectiveSettings, form: SampleForm) -> Objective:
         try:
-            objective.check_architecture(config)
-            objective.check_positions(config, length, "corpus.context_length")
-            if self.tokenizer_size is not None:
-                objective.corruption(config, self.tokenizer_size, length)
+            return objective.bind(config, form, self._references(objective))
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from error
+
+    def _references(self, objective: ObjectiveSettings) -> Mapping[str, Reference]:
+        """The shapes of the models that `objective` goes by."""
+        found: dict[str, Reference] = {}
+        for name in objective.references():
+            branch, _, stage = name.partition("/")
+            if branch in self.structures and stage in self.structures[branch]:
+                config = self.structures[branch][stage]
+            else:
+                config = load_config(Path(name))
+            found[name] = Reference(edited_skeleton(config), fingerprint="")
+        return found
 
 
 def remaining_flops(stage: TrainStage, total: float, spent: float) -> float:

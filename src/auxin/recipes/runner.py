@@ -3,36 +3,30 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from auxin.accounting import Ledger, StageRecord, count_parameters
 from auxin.accounting.ledger import LEDGER_FILE
 from auxin.accounting.results import RunResults
-from auxin.data import PackedData, prepare
+from auxin.data.dataset import DATASETS, Dataset, Processor
 from auxin.data.tokenizer import load_tokenizer, tokenizer_digest
 from auxin.edits.folder_store import TRAINING_FOLDER
 from auxin.errors import CheckpointError, ConfigError
-from auxin.evaluation import evaluate_loss
 from auxin.files import new_folder, write_text
-from auxin.models.loading import load_config, load_model
+from auxin.models.loading import load_config, load_model, new_model
 from auxin.objectives.calibration import Calibration
-from auxin.objectives.objective import is_encoder_decoder
+from auxin.objectives.measures import Measure
+from auxin.objectives.objective import Objective, ObjectiveSettings, Reference
 from auxin.planning.bench import Bench
 from auxin.recipes.folder import DATA, OUTCOME_FILE, StageOutcome, claim_directory, left_checkpoint, stage_directory
 from auxin.recipes.growth import grow_checkpoint
 from auxin.recipes.price import price_recipe, remaining_flops
-from auxin.recipes.results import collect_results, describe_left_out
+from auxin.recipes.results import collect_results
 from auxin.recipes.schema import Branch, BuildStage, EvaluateStage, GrowStage, Recipe, Stage, TrainStage
 from auxin.recipes.stage_hooks import stage_hooks
 from auxin.recipes.stage_models import (
@@ -64,7 +58,7 @@ class Run:
 
     recipe: Recipe
     directory: Path
-    data: PackedData
+    data: Dataset
     structures: StageConfigs
     announce: Announce
 
@@ -85,7 +79,7 @@ class Run:
             return self.structures[branch.name][stage.name]
         names = {name for name in (stage.like, stage.parameters_of) if name is not None}
         ends = {name: {"": load_config(self.final_checkpoint(name))} for name in names}
-        return built_config(stage, ends, vocabulary_fields(self.data.tokenizer()), self.recipe)
+        return built_config(stage, ends, self.data.form, self.recipe.objective)
 
     def bench(self, stage: GrowStage, model: PreTrainedModel, folder: Path) -> Bench:
         """What the method of `stage` works at: it looks at documents of the training split alone."""
@@ -95,20 +89,33 @@ class Run:
         data = Calibration.of_split(self.data, model.config, asked, self.recipe.objective, seed)
         return Bench(model, data, seed, folder)
 
+    def references(self, objective: ObjectiveSettings, ledger: Ledger) -> dict[str, Reference]:
+        """The models of finished stages that `objective` goes by, for a model of `ledger`."""
+        found: dict[str, Reference] = {}
+        for name in objective.references():
+            branch, _, stage = name.partition("/")
+            if any(branch == other.name for other in self.recipe.branches):
+                found[name] = reference_model(self.checkpoint(branch, stage), ledger)
+        return found
+
     def final_checkpoint(self, branch_name: str) -> Path:
         """The checkpoint that a finished branch left."""
         branch = next(branch for branch in self.recipe.branches if branch.name == branch_name)
         return self.checkpoint(branch_name, branch.stages[-1].name)
 
-    def validation_loss(self, checkpoint: Path) -> float:
-        """Loss of `checkpoint` on the whole held-out split, in nats per predicted token."""
+    def measured(self, checkpoint: Path, measures: Sequence[Measure]) -> dict[str, float]:
+        """What `measures` give for `checkpoint` on the whole held-out split, by name."""
         model = load_model(checkpoint, choose_device(self.recipe.training.get("device", "auto")))
-        corruption = self.recipe.objective.corruption(model.config, self.data.vocab_size, self.data.context_length)
-        return evaluate_loss(model, self.data.validation, self.evaluation_batch_size, corruption=corruption)
+        objective, split = self.bound(model), self.data.split("validation")
+        return {measure.kind: measure(model, split, objective, self.evaluation_batch_size) for measure in measures}
+
+    def bound(self, model: PreTrainedModel) -> Objective:
+        """The recipe's objective for `model`."""
+        return self.recipe.objective.bind(model.config, self.data.form)
 
     @property
     def evaluation_batch_size(self) -> int:
-        """Sequences per forward pass of an evaluation: as many as one of training has."""
+        """Samples per forward pass of an evaluation: as many as one of training has."""
         training = self.recipe.training
         return int(training.get("micro_batch_size") or training.get("batch_size", 32))
 
@@ -145,13 +152,14 @@ def open_run(recipe: Recipe, output: str | Path, announce: Announce = print) -> 
         ConfigError, PlanError: as `run_recipe`.
     """
     directory = Path(output)
-    price_recipe(recipe, memory=False, vocabulary=_known_vocabulary(recipe, directory))
+    price_recipe(recipe, memory=False)
     claim_directory(recipe, directory, announce)
-    announce(f"Corpus: {recipe.corpus.source}")
-    data = prepare(recipe.corpus, directory / DATA, progress=True)
-    announce(f"{data.report.documents:,} documents; left out: {describe_left_out(data.report)}")
-    check_tokenizers(recipe, data)
-    return Run(recipe, directory, data, stage_configs(recipe, vocabulary_fields(data.tokenizer())), announce)
+    data = DATASETS.find(recipe.data.kind).prepare(recipe.data, directory / DATA, True)
+    announce("Data: " + "; ".join(f"{name}: {value}" for name, value in data.describe().items()))
+    check_processors(recipe, data)
+    # Again, now that it is known what the data decides.
+    price_recipe(recipe, memory=False, form=data.form)
+    return Run(recipe, directory, data, stage_configs(recipe, data.form), announce)
 
 
 def finish_run(run: Run, command: str) -> RunResults:
@@ -183,32 +191,18 @@ def rewrite_report(directory: str | Path) -> list[Path]:
     return paths
 
 
-def vocabulary_fields(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """The config fields that the corpus's tokenizer decides."""
-    fields = {"vocab_size": max(tokenizer.get_vocab().values()) + 1}
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if (value := getattr(tokenizer, name)) is not None:
-            fields[name] = value
-    return fields
-
-
-def _known_vocabulary(recipe: Recipe, directory: Path) -> dict[str, int] | None:
-    """What the corpus's tokenizer decides, where the recipe names one or a run in `directory` has trained it."""
-    trained = directory / DATA / "tokenizer"
-    if recipe.corpus.tokenizer is None and not trained.exists():
-        return None
-    return vocabulary_fields(load_tokenizer(recipe.corpus.tokenizer or trained))
-
-
-def check_tokenizers(recipe: Recipe, data: PackedData) -> None:
+def check_processors(recipe: Recipe, data: Dataset) -> None:
     """Make sure that adopted checkpoints meet the tokens they know.
 
     Raises:
-        ConfigError: the corpus has another tokenizer than a checkpoint that a branch starts from.
+        ConfigError: the data has another tokenizer than a checkpoint that a branch starts from.
     """
-    given = recipe.corpus.tokenizer
-    # Saving a tokenizer with the corpus may have normalized it: the one that was loaded counts as well.
-    tokenizers = [data.tokenizer(), *([] if given is None else [load_tokenizer(given)])]
+    own = data.processor()
+    if not isinstance(own, PreTrainedTokenizerFast):
+        return
+    given = getattr(recipe.data, "tokenizer", None)
+    # Saving a tokenizer with the data may have normalized it: the one that was loaded counts as well.
+    tokenizers = [own, *([] if given is None else [load_tokenizer(given)])]
     digests = {tokenizer_digest(tokenizer) for tokenizer in tokenizers}
     for branch in recipe.branches:
         source = getattr(branch.stages[0], "checkpoint", None)
@@ -216,9 +210,15 @@ def check_tokenizers(recipe: Recipe, data: PackedData) -> None:
             continue
         if tokenizer_digest(load_tokenizer(source)) not in digests:
             raise ConfigError(
-                f"{branch.name}: the checkpoint {source} has another tokenizer than the corpus, so that its embeddings "
-                f"would be taken for other tokens. Set corpus.tokenizer: {source}"
+                f"{branch.name}: the checkpoint {source} has another tokenizer than the data, so that its embeddings "
+                f"would be taken for other tokens. Set data.tokenizer: {source}"
             )
+
+
+def reference_model(checkpoint: Path, ledger: Ledger) -> Reference:
+    """The model in `checkpoint`, for one of `ledger` to learn from: frozen, with the layers that the changes between
+    the two made the other's of, where it is an ancestor."""
+    raise NotImplementedError
 
 
 def run_branch(run: Run, branch: Branch) -> None:
@@ -258,11 +258,10 @@ def build(run: Run, stage: BuildStage, directory: Path, config: PreTrainedConfig
         return adopt(run, stage, stage.checkpoint, directory / STAGE_CHECKPOINT)
     with torch.random.fork_rng():
         torch.manual_seed(run.recipe.seed)
-        auto = AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
-        model = auto.from_config(config)
+        model = new_model(config)
     record = StageRecord(name=stage.name, kind="build", parameters=count_parameters(model).total, seed=run.recipe.seed)
     return write_checkpoint_folder(
-        directory / STAGE_CHECKPOINT, model=model, tokenizer=run.data.tokenizer(), ledger=Ledger().append(record)
+        directory / STAGE_CHECKPOINT, model=model, processor=run.data.processor(), ledger=Ledger().append(record)
     )
 
 
@@ -289,7 +288,7 @@ def other_data(ledger: Ledger, fingerprint: str) -> set[str]:
     return {
         record.data_fingerprint or "unknown"
         for record in ledger.stages
-        if record.tokens and record.data_fingerprint != fingerprint
+        if record.units and record.data_fingerprint != fingerprint
     }
 
 
@@ -305,27 +304,30 @@ def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path) ->
     carried = not stage.fresh_optimizer and (previous / TRAINING_FOLDER).exists()
     fingerprint = run.data.fingerprint
     trained = [record for record in ledger.stages if record.kind == "train"]
-    seen = sum(record.tokens for record in trained if record.data_fingerprint == fingerprint)
+    seen = sum(record.units for record in trained if record.data_fingerprint == fingerprint)
     result = train(
         load_model(previous, dtype=torch.float32),
         run.data,
         settings,
         directory,
-        tokenizer=own_tokenizer(run, previous),
+        measures=run.recipe.measures,
+        measured_objective=run.recipe.objective,
+        references=run.references(settings.objective, ledger),
+        processor=own_processor(run, previous),
         optimizer_from=previous if carried else None,
         ledger=ledger,
         hooks=stage_hooks(stage, ledger),
         stage_name=stage.name,
-        data_position=seen // (settings.batch_size * run.data.context_length),
+        data_position=seen // run.data.form.amount(settings.batch_size),
     )
     return result.checkpoint
 
 
-def own_tokenizer(run: Run, checkpoint: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer that goes with the model in `checkpoint`: the run's, unless a growth has changed it. The corpus
-    stays in the run's tokens, which the changed one begins with."""
-    own = run.data.tokenizer()
-    if any((checkpoint / name).is_file() for name in TOKENIZER_FILES):
+def own_processor(run: Run, checkpoint: Path) -> Processor | None:
+    """What goes with the model in `checkpoint`: the run's, unless a change has changed the tokenizer. The data stays in
+    the run's tokens, which the changed one begins with."""
+    own = run.data.processor()
+    if isinstance(own, PreTrainedTokenizerFast) and any((checkpoint / name).is_file() for name in TOKENIZER_FILES):
         found = load_tokenizer(checkpoint)
         return own if tokenizer_digest(found) == tokenizer_digest(own) else found
     return own
@@ -342,7 +344,8 @@ def grow(run: Run, stage: GrowStage, directory: Path, previous: Path) -> Path:
         previous,
         output,
         stage_name=stage.name,
-        validation_loss=run.validation_loss,
+        measure=run.recipe.measures[0],
+        value_of=lambda checkpoint: run.measured(checkpoint, run.recipe.measures[:1])[run.recipe.measures[0].kind],
         data_fingerprint=run.data.fingerprint,
     )
     return output
@@ -351,13 +354,16 @@ def grow(run: Run, stage: GrowStage, directory: Path, previous: Path) -> Path:
 def evaluate(run: Run, stage: EvaluateStage, directory: Path, previous: Path) -> Path:
     """Measure the held-out loss; the checkpoint stays the one before, its ledger gains the measurement."""
     started = time.perf_counter()
-    loss = run.validation_loss(previous)
+    found = run.measured(previous, run.recipe.measures)
+    first = run.recipe.measures[0].kind
     ledger = Ledger.load(previous)
     record = StageRecord(
         name=stage.name,
         kind="evaluate",
         parameters=ledger.stages[-1].parameters,
-        loss_after=loss,
+        measure=first,
+        value_after=found[first],
+        measures=found,
         data_fingerprint=run.data.fingerprint,
         seconds=time.perf_counter() - started,
     )
@@ -372,10 +378,12 @@ def describe_last_stage(ledger: Ledger) -> str:
     """One line on what the last stage did and cost."""
     stage = ledger.stages[-1]
     parts = [f"{stage.name}: {stage.parameters:,} parameters"]
-    if stage.kind == "train" or stage.tokens:
-        parts.append(f"{stage.tokens:,} tokens, {stage.flops:.3g} FLOPs, {stage.seconds:.0f} s")
-    if stage.kind == "grow" and stage.loss_before is not None and stage.loss_after is not None:
-        parts.append(f"validation loss {stage.loss_before:.6f}, changed by {stage.loss_after - stage.loss_before:+.1e}")
-    elif stage.loss_after is not None:
-        parts.append(f"validation loss {stage.loss_after:.4f}")
+    if stage.kind == "train" or stage.units:
+        parts.append(f"{stage.units:,} {stage.unit}s, {stage.flops:.3g} FLOPs, {stage.seconds:.0f} s")
+    name = f"validation {(stage.measure or '').replace('_', ' ')}"
+    if stage.kind == "grow" and stage.value_before is not None and stage.value_after is not None:
+        change = stage.value_after - stage.value_before
+        parts.append(f"{name} {stage.value_before:.6f}, changed by {change:+.1e}")
+    elif stage.value_after is not None:
+        parts.append(f"{name} {stage.value_after:.4f}")
     return ", ".join(parts)

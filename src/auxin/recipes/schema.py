@@ -5,20 +5,21 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from auxin.data import CorpusSettings
+from auxin.data.dataset import DATASETS, DatasetSettings
 from auxin.errors import ConfigError, unknown_name
 from auxin.methods.grow.tokenformer import TokenGrowth
-from auxin.objectives import ObjectiveSettings
+from auxin.objectives.measures import REGISTRY as MEASURES
+from auxin.objectives.measures import Loss, Measure
+from auxin.objectives.objective import OBJECTIVES, ObjectiveSettings
 from auxin.settings import Settings
 from auxin.training import TrainingSettings
+from auxin.training.settings import BUDGETS
+from auxin.words.one_of import OneOf, parse_one
 
 STAGE_NAME = r"^[a-z0-9][a-z0-9._-]*$"
 """A stage's name is part of a folder's."""
 
-OBJECTIVE_FIELDS = tuple(ObjectiveSettings.model_fields)
-"""Settings of training that all stages have alike: losses under another objective can't be compared."""
-
-BUDGETS = ("steps", "tokens", "flops", "flops_of")
+ONE_OBJECTIVE = OneOf(OBJECTIVES)
 
 
 class BuildStage(Settings):
@@ -33,12 +34,12 @@ class BuildStage(Settings):
     model_type: str | None = None
     """A transformers model type ("tokenformer", "gpt_neox", "llama", "t5", ...), configured by `config`."""
     config: dict[str, Any] = {}
-    """Fields of the model's config; the vocabulary and the special tokens come from the corpus."""
+    """Fields of the model's config; the vocabulary and the special tokens come from the data."""
     pad_to_multiple_of: int = Field(default=1, ge=1)
-    """Rows of the embedding table are padded to a multiple of this; rows beyond the tokenizer's are unused, but for the
-    sentinels of span corruption."""
+    """Rows of the embedding table are padded to a multiple of this; rows beyond the tokenizer's are unused, but for
+    those that an objective needs (the sentinels of span corruption)."""
     checkpoint: Path | None = None
-    """A checkpoint folder to start from; any local Hugging Face causal language model, or an encoder-decoder."""
+    """A checkpoint folder to start from; any local Hugging Face model that can learn the recipe's objective."""
     like: str | None = None
     """Build the structure that this branch ends with: the final size from scratch."""
     parameters_of: str | None = None
@@ -66,8 +67,8 @@ class TrainStage(Settings):
     flops_of: str | None = None
     """Train until this branch's total training FLOPs (its ancestors and earlier stages included) equal that one's."""
     settings: dict[str, Any] = {}
-    """Fields of TrainingSettings that this stage sets, its budget (steps, tokens or flops) among them. The objective is
-    the same for all stages and stands in the recipe's `training`."""
+    """Fields of TrainingSettings that this stage sets, its budget (steps, tokens, samples or flops) among them, and its
+    objective where it is another one than the recipe's. Branches are compared by the recipe's measures all the same."""
     fresh_optimizer: bool = False
     """Forget the moments of the stage before (default: they are carried along)."""
     tau_anneal_steps: int = Field(default=0, ge=0)
@@ -119,7 +120,7 @@ class GrowStage(Settings):
 
 
 class EvaluateStage(Settings):
-    """Measure the loss on the whole held-out split and write it into the ledger."""
+    """Measure on the whole held-out split and write it into the ledger."""
 
     kind: Literal["evaluate"]
     """Says that this is an evaluate stage."""
@@ -164,10 +165,14 @@ class Recipe(Settings):
     """A paragraph for the report."""
     seed: int = Field(default=0, ge=0)
     """Seeds the initial weights, the data order and the growths of every branch."""
-    corpus: CorpusSettings
-    """The text that all branches learn and are measured on."""
+    data: Annotated[DatasetSettings, OneOf(DATASETS, default="text", settings=lambda kind: kind.settings)]
+    """What all branches learn and are measured on: `{kind: text, ...}`, which is the default kind, or another kind."""
     training: dict[str, Any] = {}
-    """Fields of TrainingSettings shared by all train stages."""
+    """Fields of TrainingSettings shared by all train stages. Its objective is the recipe's: what new models are built
+    for, and what a loss is measured of."""
+    measures: list[Annotated[Measure, OneOf(MEASURES)]] = Field(default=[Loss()], min_length=1)
+    """What is measured on the held-out split. Branches are compared by the first; the others are measured at the end of
+    each train stage."""
     branches: list[Branch] = Field(min_length=1)
     """Run in this order; a branch may refer to those above it."""
     main_branch: str | None = None
@@ -188,29 +193,34 @@ class Recipe(Settings):
                         message = unknown_name("branch", other, known)
                         raise ValueError(f"{branch.name}/{stage.name}: {field}: {message} Name a branch written above.")
                 if isinstance(stage, TrainStage):
-                    self._check_objective(branch, stage)
-                    self.training_settings(stage, flops=1.0)
+                    self._check_references(branch, stage, {**known, branch.name: branch})
             known[branch.name] = branch
         if self.main_branch is not None and self.main_branch not in known:
             raise ValueError("main_branch: " + unknown_name("branch", self.main_branch, known))
         return self
 
-    def _check_objective(self, branch: Branch, stage: TrainStage) -> None:
-        if own := [name for name in OBJECTIVE_FIELDS if name in stage.settings]:
-            raise ValueError(
-                f"{branch.name}/{stage.name}: settings: {own[0]} ({stage.settings[own[0]]!r}) is the same for all "
-                f"stages, whose losses could not be compared otherwise. Write it as training.{own[0]} of the recipe."
-            )
+    def _check_references(self, branch: Branch, stage: TrainStage, known: dict[str, Branch]) -> None:
+        """Refuse an objective that goes by a stage which is not done before this one."""
+        for reference in self.training_settings(stage, flops=1.0).objective.references():
+            name, slash, other = reference.partition("/")
+            if name not in known:
+                continue  # the folder of a checkpoint, which is looked at when it is needed
+            stages = [candidate.name for candidate in known[name].stages]
+            before = stages[: stages.index(stage.name)] if name == branch.name else stages
+            if not slash or other not in before:
+                where = f"{branch.name}/{stage.name}: objective: {reference!r}: "
+                raise ValueError(where + unknown_name("earlier stage", other, before))
 
     @property
     def objective(self) -> ObjectiveSettings:
-        """What all train stages learn, and what every evaluation measures.
+        """What new models are built for, what stages learn that say nothing else, and what losses are measured of.
 
         Raises:
             ConfigError: a wrong value.
         """
-        values = {name: self.training[name] for name in OBJECTIVE_FIELDS if name in self.training}
-        return ObjectiveSettings.parse(values, source="training")
+        values = self.training.get("objective", "causal")
+        found: ObjectiveSettings = parse_one(ONE_OBJECTIVE, values, "training.objective")
+        return found
 
     def _check_fork(self, branch: Branch, known: dict[str, Branch]) -> None:
         parent, _, stage = str(branch.fork).partition("/")
@@ -233,10 +243,11 @@ class Recipe(Settings):
             ConfigError: an unknown or wrong field, or not exactly one budget.
         """
         values: dict[str, Any] = {"seed": self.seed, **self.training, **stage.settings}
-        given = [name for name in BUDGETS[:3] if values.get(name) is not None]
+        given = [name for name in BUDGETS if values.get(name) is not None]
         if stage.flops_of is not None:
             given.append("flops_of")
             values["flops"] = flops
         if len(given) != 1:
-            raise ConfigError(f"{stage.name}: give exactly one of {', '.join(BUDGETS)}; given: {given or 'none'}")
+            known = ", ".join((*BUDGETS, "flops_of"))
+            raise ConfigError(f"{stage.name}: give exactly one of {known}; given: {given or 'none'}")
         return TrainingSettings.parse(values, source=f"train stage {stage.name!r}")

@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from auxin.accounting import count_parameters
+from auxin.data.dataset import SampleForm
 from auxin.edits import Plan, planned_config
 from auxin.edits.structure import edited_config, edited_skeleton, structural_edits
 from auxin.errors import ConfigError, PlanError, unknown_name
@@ -18,7 +19,7 @@ from auxin.models.loading import load_config
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.models.tokenformer.presets import preset_config
 from auxin.objectives.calibration import CalibrationSettings
-from auxin.objectives.objective import is_encoder_decoder
+from auxin.objectives.objective import ObjectiveSettings, is_encoder_decoder
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method, asked_data, estimate_plan, make_plan
 from auxin.recipes.schema import BuildStage, GrowStage, Recipe
@@ -40,13 +41,13 @@ StageConfigs = dict[str, dict[str, PreTrainedConfig]]
 """Branch name -> stage name -> the config of the model which that stage leaves; of `estimated_stages` a likely one."""
 
 
-def stage_configs(recipe: Recipe, vocabulary: dict[str, int]) -> StageConfigs:
+def stage_configs(recipe: Recipe, form: SampleForm) -> StageConfigs:
     """Follow every branch of `recipe` on configs alone.
 
     Args:
         recipe: the recipe.
-        vocabulary: config fields that the corpus decides (vocab_size, bos_token_id, ...); without them a model keeps
-            its own.
+        form: of the data's samples; config fields that it does not know yet (vocab_size, ...) are those that a model
+            has of itself.
 
     Raises:
         ConfigError, PlanError: a model that can't be built or a growth that can't be done, before any work starts.
@@ -60,7 +61,7 @@ def stage_configs(recipe: Recipe, vocabulary: dict[str, int]) -> StageConfigs:
         stages: dict[str, PreTrainedConfig] = {}
         for stage in branch.stages:
             if isinstance(stage, BuildStage):
-                config = built_config(stage, structures, vocabulary, recipe)
+                config = built_config(stage, structures, form, recipe.objective)
             elif isinstance(stage, GrowStage):
                 assert config is not None  # the schema: a branch begins with a build or a fork
                 plan = growth_plan(stage, Bench(edited_skeleton(config), seed=recipe.seed))
@@ -144,22 +145,22 @@ def final_config(structures: StageConfigs, branch: str) -> PreTrainedConfig:
 
 
 def built_config(
-    stage: BuildStage, structures: StageConfigs, vocabulary: dict[str, int], recipe: Recipe
+    stage: BuildStage, structures: StageConfigs, form: SampleForm, objective: ObjectiveSettings
 ) -> PreTrainedConfig:
     """The config of the model that `stage` builds.
 
     Args:
         stage: the stage.
         structures: of the branches that `like` and `parameters_of` name.
-        vocabulary: as for `stage_configs`.
-        recipe: the stage's.
+        form: as for `stage_configs`.
+        objective: what the model is built for.
 
     Raises:
         ConfigError: it can't be built.
     """
-    tokens = vocabulary.get("vocab_size")
-    if tokens is not None:
-        vocabulary = {**vocabulary, "vocab_size": _padded(tokens, stage)}
+    decided = {**form.config_values, **objective.config_values(form)}
+    if form.vocab_size is not None:
+        decided["vocab_size"] = _padded(form.vocab_size + objective.extra_tokens(form), stage)
     if stage.like is not None:
         config = final_config(structures, stage.like)
         if structural_edits(config):
@@ -171,10 +172,11 @@ def built_config(
     if stage.checkpoint is not None:
         return load_config(stage.checkpoint)
     if stage.preset is not None:
-        return edited_config(preset_config(stage.preset), {**vocabulary, **stage.config})
-    config = _configured(stage, {**vocabulary, **stage.config})
+        return edited_config(preset_config(stage.preset), {**decided, **stage.config})
+    config = _configured(stage, {**decided, **stage.config})
     if is_encoder_decoder(config):
-        _make_room_for_sentinels(config, stage, tokens, recipe)
+        _begin_and_end(config, stage)
+    config.architectures = [architecture_of(config, objective, f"build stage {stage.name!r}")]
     if stage.parameters_of is not None:
         target = count_parameters(edited_skeleton(final_config(structures, stage.parameters_of))).total
         config = match_parameters(config, target)
@@ -185,21 +187,34 @@ def _padded(tokens: int, stage: BuildStage) -> int:
     return math.ceil(tokens / stage.pad_to_multiple_of) * stage.pad_to_multiple_of
 
 
-def _make_room_for_sentinels(config: PreTrainedConfig, stage: BuildStage, tokens: int | None, recipe: Recipe) -> None:
-    """Give the config of an encoder-decoder a row for each sentinel, and the tokens that texts begin and end with.
+def architecture_of(config: PreTrainedConfig, objective: ObjectiveSettings, where: str) -> str:
+    """The name of the class that a model of `config` has to be to learn `objective`.
 
-    There are as many sentinels as a context of the recipe's corpus has spans. They come right after the tokenizer's
-    `tokens` ids, before the rows are padded to a multiple. The decoder starts from the padding token, as T5's does,
-    else from the end token; what the type's own defaults name (also as the end that BART is forced to) would be any
-    token of this tokenizer. What the stage's `config` says goes first.
+    Raises:
+        ConfigError: transformers has none; `where` names the place.
+    """
+    auto = objective.auto_class()
+    try:
+        found = auto._model_mapping[type(config)]
+    except KeyError:
+        raise ConfigError(
+            f"{where}: {config.model_type} has no class for the objective {objective.kind!r} ({auto.__name__}). Give "
+            "another model_type, or another training.objective."
+        ) from None
+    return str((found[0] if isinstance(found, (list, tuple)) else found).__name__)
+
+
+def _begin_and_end(config: PreTrainedConfig, stage: BuildStage) -> None:
+    """Give the config of an encoder-decoder the tokens that texts begin and end with.
+
+    The decoder starts from the padding token, as T5's does, else from the end token; what the type's own defaults name
+    (also as the end that BART is forced to) would be any token of this tokenizer. What the stage's `config` says goes
+    first.
     """
     if "decoder_start_token_id" not in stage.config:
         config.decoder_start_token_id = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
     if getattr(config, "forced_eos_token_id", None) is not None and "forced_eos_token_id" not in stage.config:
         config.forced_eos_token_id = config.eos_token_id
-    lengths = recipe.objective.lengths(recipe.corpus.context_length)
-    if lengths is not None and tokens is not None and "vocab_size" not in stage.config:
-        config.vocab_size = _padded(tokens + lengths.spans, stage)
 
 
 def _configured(stage: BuildStage, values: dict[str, Any]) -> PreTrainedConfig:

@@ -3,7 +3,7 @@
   const branches = JSON.parse(document.getElementById("data").textContent);
   const chart = document.getElementById("chart");
   const AXES = {
-    tokens: { title: "training tokens", hover: "%{x:.4s} tokens" },
+    units: { title: "training tokens", hover: "%{x:.4s} tokens" },
     flops: { title: "training FLOPs", hover: "%{x:.3e} FLOPs" },
     seconds: { title: "wall time", hover: "%{x:.0f} s" },
   };
@@ -129,7 +129,7 @@
       gridcolor: style("--line"), linecolor: style("--line"), zeroline: false, tickcolor: style("--line"),
       exponentformat: "power", automargin: false,
     };
-    const ticks = state.axis === "seconds" && range ? timeTicks(range.x[1]) : state.axis === "tokens" ? { exponentformat: "SI" } : {};
+    const ticks = state.axis === "seconds" && range ? timeTicks(range.x[1]) : state.axis === "units" ? { exponentformat: "SI" } : {};
     return {
       font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: style("--soft") },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, margin, hovermode: "closest",

@@ -6,7 +6,7 @@ from auxin.accounting.results import BranchResult, CurvePoint, GrowthPoint, RunR
 from auxin.report.formatting import is_number, short
 from auxin.settings import Settings
 
-AXES = ("tokens", "flops", "seconds")
+AXES = ("units", "flops", "seconds")
 """The costs that a loss is drawn against."""
 
 
@@ -44,7 +44,7 @@ def branch_colours(results: RunResults) -> dict[str, BranchColour]:
 
 
 def points(branch: BranchResult, loss: str) -> list[CurvePoint]:
-    """The points of `branch` at which `loss` ("training_loss" or "validation_loss") was measured and is finite."""
+    """The points of `branch` at which `loss` ("training_loss" or "value") was measured and is finite."""
     return [point for point in branch.curve if is_number(getattr(point, loss))]
 
 
@@ -59,7 +59,7 @@ def chart_data(results: RunResults) -> list[dict[str, Any]]:
             "light": colours[branch.name].light,
             "dark": colours[branch.name].dark,
             "symbol": SYMBOLS[index % len(SYMBOLS)],
-            "validation": _columns(points(branch, "validation_loss"), "validation_loss"),
+            "validation": _columns(points(branch, "value"), "value"),
             "training": _columns(points(branch, "training_loss"), "training_loss"),
             "growths": [_growth(growth) for growth in drawable_growths(branch)],
         }
@@ -69,7 +69,7 @@ def chart_data(results: RunResults) -> list[dict[str, Any]]:
 
 def drawable_growths(branch: BranchResult) -> list[GrowthPoint]:
     """The growths of `branch` whose place on the loss axis is known."""
-    return [growth for growth in branch.growths if is_number(growth.loss_after)]
+    return [growth for growth in branch.growths if is_number(growth.value_after)]
 
 
 def growth_label(growth: GrowthPoint) -> str:
@@ -84,4 +84,4 @@ def _columns(measured: list[CurvePoint], loss: str) -> dict[str, Any]:
 
 def _growth(growth: GrowthPoint) -> dict[str, Any]:
     costs = {axis: getattr(growth, axis) for axis in AXES}
-    return {**costs, "loss": growth.loss_after, "label": growth_label(growth), "stage": growth.stage}
+    return {**costs, "loss": growth.value_after, "label": growth_label(growth), "stage": growth.stage}

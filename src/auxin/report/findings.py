@@ -28,23 +28,23 @@ def headline(results: RunResults) -> str:
     main = main_result(results)
     if main is None:
         return "The main branch has no results yet."
-    if difference(main.validation_loss, 0.0) is None:
+    if difference(main.value, 0.0) is None:
         return f"{main.title} has no final validation loss: the run is not finished, or it failed."
     reached = (
         f"For {power(main.flops)} training FLOPs, “{main.title}” reached a validation loss of "
-        f"{decimal(main.validation_loss, 3)} nats per token"
+        f"{decimal(main.value, 3)} nats per token"
     )
     clauses = [
         _comparison(main, other)
         for other in results.branches
-        if other.name != main.name and difference(other.validation_loss, 0.0) is not None
+        if other.name != main.name and difference(other.value, 0.0) is not None
     ]
     return f"{reached}{': ' if clauses else ''}{', '.join(clauses)}."
 
 
 def standing(main: BranchResult, other: BranchResult) -> str | None:
     """Whether `main` is "ahead", "behind" or "level" in final loss; None where one has none."""
-    gap = difference(main.validation_loss, other.validation_loss)
+    gap = difference(main.value, other.value)
     if gap is None:
         return None
     return "level" if abs(gap) <= TIE else "ahead" if gap < 0 else "behind"
@@ -55,7 +55,7 @@ def growth_sentence(results: RunResults) -> str | None:
     main = main_result(results)
     promised = [growth for growth in main.growths if growth.promise == "exact"] if main else []
     changes = [
-        abs(value) for growth in promised if (value := difference(growth.loss_after, growth.loss_before)) is not None
+        abs(value) for growth in promised if (value := difference(growth.value_after, growth.value_before)) is not None
     ]
     if not changes:
         return None
@@ -72,7 +72,7 @@ def _sizes(growths: list[GrowthPoint]) -> str:
 
 
 def _comparison(main: BranchResult, other: BranchResult) -> str:
-    gap = abs(difference(main.validation_loss, other.validation_loss) or 0.0)
+    gap = abs(difference(main.value, other.value) or 0.0)
     verdict = {
         "ahead": f"{gap:.3f} better than",
         "behind": f"{gap:.3f} worse than",

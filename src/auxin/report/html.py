@@ -67,13 +67,13 @@ def _row(branch: BranchResult, main: BranchResult | None) -> dict[str, Any]:
     other = main is not None and branch.name != main.name
     return {
         "branch": branch,
-        "gap": formatting.difference(branch.validation_loss, main.validation_loss) if main and other else None,
+        "gap": formatting.difference(branch.value, main.value) if main and other else None,
         "standing": standing(main, branch) if main and other else None,
     }
 
 
 def _best(results: RunResults) -> float | None:
-    losses = [b.validation_loss for b in results.branches if formatting.is_number(b.validation_loss)]
+    losses = [b.value for b in results.branches if formatting.is_number(b.value)]
     return min((loss for loss in losses if loss is not None), default=None)
 
 
@@ -83,7 +83,7 @@ def _growth_rows(results: RunResults) -> list[dict[str, Any]]:
     seen: set[tuple[str, int, float]] = set()
     for branch in branch_order(results):
         for growth in branch.growths:
-            key = (growth.stage, growth.tokens, growth.flops)
+            key = (growth.stage, growth.units, growth.flops)
             if key not in seen:
                 seen.add(key)
                 rows.append({"title": branch.title, "growth": growth, "verdict": _verdict(growth)})
@@ -92,7 +92,7 @@ def _growth_rows(results: RunResults) -> list[dict[str, Any]]:
 
 def _verdict(growth: GrowthPoint) -> str:
     """What became of the promise: "kept", "broken", "none" (nothing exact was promised) or "unknown"."""
-    change = formatting.difference(growth.loss_after, growth.loss_before)
+    change = formatting.difference(growth.value_after, growth.value_before)
     if growth.promise != "exact":
         return "none"
     if change is None:

@@ -15,7 +15,7 @@ class StageNode(Settings):
     record: StageRecord
     parameters_before: int | None
     """None for the first stage of a lineage."""
-    loss_after: float | None
+    value_after: float | None
     """None also when it is not finite."""
     details: list[tuple[str, str]]
     """Names and JSON texts of what was planned and measured."""
@@ -48,7 +48,7 @@ def lineage(results: RunResults) -> list[BranchNode]:
             StageNode(
                 record=record,
                 parameters_before=records[index - 1].parameters if index else None,
-                loss_after=record.loss_after if is_number(record.loss_after) else None,
+                value_after=record.value_after if is_number(record.value_after) else None,
                 details=[(name, _json(value)) for name in ("plan", "receipt") if (value := getattr(record, name))],
                 forks=[node(child) for child in children.get((branch.name, index), [])],
             )

@@ -30,7 +30,7 @@ def write_chart_svg(results: RunResults, path: str | Path) -> Path:
 def chart_svg(results: RunResults) -> str:
     """The picture's SVG."""
     order = branch_order(results)
-    curves = {branch.name: measured for branch in order if (measured := points(branch, "validation_loss"))}
+    curves = {branch.name: measured for branch in order if (measured := points(branch, "value"))}
     body = [text(LEFT, 24, results.title, size=17, weight=600)]
     plane = _Plane.around(curves)
     if plane is None:
@@ -65,7 +65,7 @@ class _Plane(NamedTuple):
             loss
             for curve in curves.values()
             for point in curve
-            if point.flops >= left and (loss := point.validation_loss) is not None
+            if point.flops >= left and (loss := point.value) is not None
         ]
         room = 0.06 * (max(losses) - min(losses) or 0.1)
         return cls(left, largest, min(losses) - room, max(losses) + room)
@@ -110,7 +110,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _curve(plane: _Plane, branch: BranchResult, measured: list[CurvePoint], colour: str, results: RunResults) -> str:
     # The last point before the visible part is kept at its edge, so that no curve begins in the middle of nowhere.
-    visible = _clip([(point.flops, point.validation_loss or 0.0) for point in measured], plane)
+    visible = _clip([(point.flops, point.value or 0.0) for point in measured], plane)
     path = " ".join(f"{plane.x(x):.1f},{plane.y(y):.1f}" for x, y in visible)
     width = 3.2 if branch.name == results.main_branch else 2
     return (
@@ -138,7 +138,7 @@ def _clip(curve: list[tuple[float, float]], plane: _Plane) -> list[tuple[float, 
 def _growths(plane: _Plane, branch: BranchResult, colour: str, labelled: bool) -> list[str]:
     parts = []
     for growth in drawable_growths(branch):
-        loss = growth.loss_after
+        loss = growth.value_after
         if loss is None or growth.flops < plane.left or not plane.low <= loss <= plane.high:
             continue
         x, y = plane.x(growth.flops), plane.y(loss)
@@ -153,8 +153,8 @@ def _labels(
     plane: _Plane, branches: list[BranchResult], curves: dict[str, list[CurvePoint]], colours: dict[str, str]
 ) -> list[str]:
     """Title and last loss of every branch beside the end of its curve, moved apart where they would overlap."""
-    order = sorted(branches, key=lambda branch: curves[branch.name][-1].validation_loss or 0.0, reverse=True)
-    places = [plane.y(curves[branch.name][-1].validation_loss or 0.0) for branch in order]
+    order = sorted(branches, key=lambda branch: curves[branch.name][-1].value or 0.0, reverse=True)
+    places = [plane.y(curves[branch.name][-1].value or 0.0) for branch in order]
     parts = []
     for branch, place, moved in zip(order, places, spread(places), strict=True):
         end, colour = curves[branch.name][-1], colours[branch.name]
@@ -165,7 +165,7 @@ def _labels(
             f'<polyline points="{x + 6:.1f},{place:.1f} {elbow},{moved:.1f} {elbow + 5},{moved:.1f}" '
             f'fill="none" stroke="{colour}" stroke-opacity="0.6"/>'
         )
-        lines = textwrap.wrap(f"{branch.title} {end.validation_loss:.3f}", LABEL_CHARACTERS)
+        lines = textwrap.wrap(f"{branch.title} {end.value:.3f}", LABEL_CHARACTERS)
         for index, content in enumerate(lines):
             y = moved + 4.5 + 16 * (index - (len(lines) - 1) / 2)
             parts.append(text(WIDTH - RIGHT + 22, y, content, colour=colour, weight=600))

@@ -21,9 +21,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import AdamW, Optimizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from auxin.accounting.ledger import Ledger
+from auxin.data.dataset import Processor
 from auxin.errors import CheckpointError
 from auxin.files import flush, flush_tree, write_text
 from auxin.models.loading import existing_folder, load_model, no_progress_bar
@@ -49,7 +50,7 @@ def write_checkpoint_folder(
     directory: str | Path,
     model: PreTrainedModel,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    processor: Processor | None = None,
     ledger: Ledger | None = None,
     optimizer: Optimizer | None = None,
     tensors: Mapping[str, Tensor] | None = None,
@@ -60,7 +61,7 @@ def write_checkpoint_folder(
     Args:
         directory: where it shall be; an existing folder is replaced after the new one is complete.
         model: its weights, config and generation config go to the root.
-        tokenizer: goes to the root.
+        processor: the tokenizer, or what else makes inputs for the model; goes to the root.
         ledger: the model's books so far.
         optimizer: its moments go to `training/`, named after the model's parameters.
         tensors: further tensors of the training state.
@@ -80,8 +81,8 @@ def write_checkpoint_folder(
         (partial / TRAINING).mkdir(parents=True)
         with no_progress_bar():
             model.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+        if processor is not None:
+            processor.save_pretrained(partial)
         if ledger is not None:
             ledger.save(partial)
         training = dict(tensors or {})

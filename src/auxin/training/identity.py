@@ -6,7 +6,6 @@ from typing import Any, Self
 from transformers import PreTrainedConfig
 
 from auxin.errors import CheckpointError
-from auxin.objectives import ObjectiveSettings
 from auxin.settings import Settings
 from auxin.training.settings import TrainingSettings
 
@@ -38,10 +37,18 @@ class RunIdentity(Settings):
     data_position: int
     """Batch of the data order at which the stage starts."""
     model_config_values: dict[str, Any]
+    objective: dict[str, str] = {}
+    """What of the objective is not in the settings: fingerprints of the models that it goes by."""
 
     @classmethod
     def of(
-        cls, stage_name: str, settings: TrainingSettings, fingerprint: str, position: int, config: PreTrainedConfig
+        cls,
+        stage_name: str,
+        settings: TrainingSettings,
+        fingerprint: str,
+        position: int,
+        config: PreTrainedConfig,
+        objective: dict[str, str],
     ) -> Self:
         """The identity of a stage about to start."""
         values = {key: value for key, value in config.to_dict().items() if key not in _ORIGIN_KEYS}
@@ -52,6 +59,7 @@ class RunIdentity(Settings):
             data_position=position,
             # Through JSON, as the stored one went: tuples become lists, integer keys strings.
             model_config_values=json.loads(json.dumps(values, default=str)),
+            objective=objective,
         )
 
     def check(self, saved: Self, output_dir: str) -> list[str]:
@@ -69,7 +77,8 @@ class RunIdentity(Settings):
             "data_position": (saved.data_position, self.data_position),
         }
         for prefix, old, new in (
-            ("settings", {**_defaults(), **saved.settings}, self.settings),
+            ("settings", saved.settings, self.settings),
+            ("objective", saved.objective, self.objective),
             ("model config", saved.model_config_values, self.model_config_values),
         ):
             for key in sorted(old.keys() | new.keys()):
@@ -86,9 +95,3 @@ class RunIdentity(Settings):
                 "train into another folder (from this run's checkpoint, if you like)."
             )
         return notes
-
-
-def _defaults() -> dict[str, Any]:
-    """What a setting was in a run that was started before the setting existed."""
-    fields = ObjectiveSettings.model_fields
-    return {name: field.default for name, field in fields.items()}

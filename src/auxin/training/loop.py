@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from auxin.accounting.ledger import Ledger, StageRecord
 from auxin.accounting.parameters import count_parameters
-from auxin.data import PackedData, make_loader
+from auxin.data.dataset import Dataset, Processor
+from auxin.data.loader import make_loader
 from auxin.errors import CheckpointError, TrainingError
-from auxin.evaluation.perplexity import evaluate_loss
-from auxin.objectives.objective import model_inputs, objective_flops
+from auxin.objectives.measures import Loss, Measure
+from auxin.objectives.objective import Objective, ObjectiveSettings, References, training_noise
 from auxin.planning.hooks import Hook
 from auxin.training.checkpoint import (
     CHECKPOINTS,
@@ -52,12 +53,14 @@ class TrainingResult:
 
     checkpoint: Path
     """Folder of the last checkpoint."""
-    final_validation_loss: float | None
-    """Over the whole validation split, in nats per predicted token; None when `stop_after` ended the call before the
-    stage."""
-    tokens: int
-    """Training tokens of the stage, those of skipped and rewound steps included: they cost as much. They are tokens of
-    text, whatever the objective makes of them."""
+    value: float | None
+    """What the first measure gives on the whole held-out split, the loss where none was named; None when `stop_after`
+    ended the call before the stage."""
+    measures: dict[str, float]
+    """All measures at the end, by name; empty where `value` is None."""
+    units: int
+    """Units of data (tokens, examples, ...) of the stage, those of skipped and rewound steps included: they cost as
+    much. Of text they are tokens of the text, whatever the objective makes of them."""
     flops: float
     """Training FLOPs of the stage, forward and backward."""
     seconds: float
@@ -72,11 +75,14 @@ class TrainingResult:
 
 def train(
     model: PreTrainedModel,
-    data: PackedData,
+    data: Dataset,
     settings: TrainingSettings,
     output_dir: str | Path,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    measures: Sequence[Measure] = (),
+    measured_objective: ObjectiveSettings | None = None,
+    references: References | None = None,
+    processor: Processor | None = None,
     optimizer_from: str | Path | None = None,
     ledger: Ledger | None = None,
     hooks: Sequence[Hook] = (),
@@ -85,19 +91,24 @@ def train(
     data_position: int = 0,
     progress: bool = True,
 ) -> TrainingResult:
-    """Train a language model for one stage, in place; resume where `output_dir` holds a started run.
+    """Train a model for one stage, in place; resume where `output_dir` holds a started run.
 
     The same call with the same seed on the same machine with the same number of threads gives the same bits, whether it
     was killed and resumed or left alone. On CUDA this holds as far as the kernels are deterministic: see
     `torch.use_deterministic_algorithms`, which is left to the caller. The caller's random state is left alone.
 
     Args:
-        model: any Hugging Face causal language model, or encoder-decoder for span corruption, with float32 weights; it
-            is moved to the device of the settings.
-        data: packed contexts; `train` is learnt, `validation` evaluated.
+        model: any Hugging Face model that can learn the objective of the settings, with float32 weights; it is moved to
+            the device of the settings.
+        data: its split `train` is learnt, `validation` evaluated.
         settings: the stage's settings.
         output_dir: gets `checkpoints/`, `latest`, `metrics.jsonl` and `tensorboard/`.
-        tokenizer: saved with each checkpoint; None takes the data's.
+        measures: what is measured on the held-out split; the first one on the way too, all of them at the end. Default:
+            the loss.
+        measured_objective: what the measures are of; default: what is learnt.
+        references: other models that the objective goes by, by the names that it gives; those that are folders are
+            read where they are left out.
+        processor: saved with each checkpoint; None takes the data's.
         optimizer_from: a checkpoint whose AdamW moments are taken over; the schedule starts anew. None: fresh moments.
         ledger: the parent's books; None starts new ones.
         hooks: see `Hook`; resumed with the run.
@@ -114,10 +125,13 @@ def train(
     """
     output_dir = Path(output_dir)
     device = choose_device(settings.device)
-    check_fit(model, data, settings)
-    flops = objective_flops(model, settings, data.context_length).training
-    total_steps = settings.total_steps(data.context_length, flops)
-    identity = RunIdentity.of(stage_name, settings, data.fingerprint, data_position, model.config)
+    form = data.form
+    objective = settings.objective.bind(model.config, form, references)
+    check_fit(model, objective)
+    measured = objective if measured_objective is None else measured_objective.bind(model.config, form, references)
+    flops = objective.training_flops(model)
+    total_steps = settings.total_steps(form, flops)
+    identity = RunIdentity.of(stage_name, settings, data.fingerprint, data_position, model.config, objective.identity())
     output_dir.mkdir(parents=True, exist_ok=True)
     with _exclusive(output_dir), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.nn.Module.to(model, device)
@@ -129,9 +143,35 @@ def train(
             start_position=data_position,
             data_position=data_position,
         )
-        tokenizer = data.tokenizer() if tokenizer is None else tokenizer
-        loop = _Loop(state, data, settings, output_dir, identity, total_steps, flops, tokenizer, ledger)
+        evaluation = _Evaluation(tuple(measures) or (Loss(),), measured, data)
+        processor = data.processor() if processor is None else processor
+        loop = _Loop(
+            state, data, objective, evaluation, settings, output_dir, identity, total_steps, flops, processor, ledger
+        )
         return loop.run(optimizer_from, stop_after, progress)
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """What is measured on held-out samples."""
+
+    measures: tuple[Measure, ...]
+    objective: Objective
+    data: Dataset
+
+    @property
+    def key(self) -> str:
+        """What lines of metrics call the first measure."""
+        return f"validation_{self.measures[0].kind}"
+
+    def first(self, model: torch.nn.Module, batch_size: int, max_batches: int | None) -> float:
+        """The first measure."""
+        return self.measures[0](model, self.data.split("validation"), self.objective, batch_size, max_batches)
+
+    def all(self, model: torch.nn.Module, batch_size: int) -> dict[str, float]:
+        """All of them on the whole split, by name."""
+        split = self.data.split("validation")
+        return {measure.kind: measure(model, split, self.objective, batch_size) for measure in self.measures}
 
 
 class _Loop:
@@ -140,28 +180,32 @@ class _Loop:
     def __init__(
         self,
         state: TrainingState,
-        data: PackedData,
+        data: Dataset,
+        objective: Objective,
+        evaluation: _Evaluation,
         settings: TrainingSettings,
         output_dir: Path,
         identity: RunIdentity,
         total_steps: int,
-        flops_per_token: float,
-        tokenizer: PreTrainedTokenizerBase | None,
+        flops_per_sample: float,
+        processor: Processor | None,
         ledger: Ledger | None,
     ) -> None:
         self.state = state
         self.data = data
+        self.form = data.form
+        self.objective = objective
+        self.evaluation = evaluation
         self.settings = settings
         self.output_dir = output_dir
         self.identity = identity
         self.total_steps = total_steps
-        self.tokens_per_step = settings.batch_size * data.context_length
-        self.flops_per_token = flops_per_token
-        self.tokenizer = tokenizer
+        self.units_per_step = self.form.amount(settings.batch_size)
+        self.flops_per_sample = flops_per_sample
+        self.processor = processor
         self.parent = ledger or Ledger()
         self.model = state.model
         self.device = state.model.device
-        self.corruption = settings.corruption(state.model.config, data.vocab_size, data.context_length)
         self.precision = choose_precision(settings.precision, self.device)
         self.peak = peak_flops(self.device, self.precision)
         self.forward = torch.compile(self.model) if settings.compile else self.model
@@ -184,7 +228,7 @@ class _Loop:
             # A kill may have come between naming the checkpoint and removing what it made superfluous.
             self._prune(checkpoint)
             if saved["finished"]:
-                return self._result(checkpoint, self.parent.stages[-1].loss_after, self.parent)
+                return self._result(checkpoint, self.parent.stages[-1].measures, self.parent)
         else:
             self._start(optimizer_from)
         was_training = self.model.training
@@ -192,7 +236,9 @@ class _Loop:
         self.metrics = MetricsLog(
             self.output_dir, self.settings.tensorboard, None if checkpoint is None else position, step
         )
-        self.display = ProgressDisplay(self.identity.stage_name, self.total_steps, step, progress)
+        self.display = ProgressDisplay(
+            self.identity.stage_name, self.total_steps, step, progress, self.form.unit, self.evaluation.measures[0].name
+        )
         try:
             with Interruption() as interruption:
                 if checkpoint is None:
@@ -218,11 +264,11 @@ class _Loop:
 
     def _begin(self) -> None:
         """Evaluate and save the untrained state: the guard needs a way back, and a disk that is full shows at once."""
-        loss = self._evaluate(self.settings.evaluation_batches)
+        value = self._evaluate(self.settings.evaluation_batches)
         if self.settings.evaluation_batches is None:
-            # The books set it beside the final loss, which is that of the whole split.
-            self.state.loss_before = loss
-        self._log({"validation_loss": loss})
+            # The books set it beside the final value, which is that of the whole split.
+            self.state.value_before = value
+        self._log({self.evaluation.key: value})
         self._save()
 
     def _resume(self, checkpoint: Path) -> dict[str, Any]:
@@ -284,19 +330,21 @@ class _Loop:
                 break
             if settings.evaluation_interval is not None and step % settings.evaluation_interval == 0:
                 with self._off_the_clock():
-                    loss = self._evaluate(settings.evaluation_batches)
-                    self._log({"validation_loss": loss})
-                    self.display.show_validation(loss)
+                    value = self._evaluate(settings.evaluation_batches)
+                    self._log({self.evaluation.key: value})
+                    self.display.show_validation(value)
             if self._checkpoint_due():
                 with self._off_the_clock():
                     self._save()
         if state.step < self.total_steps:
-            return self._result(self._save_unplanned(), None, self._books(None))
-        loss = self._evaluate(None)
-        self._log({"validation_loss": loss})
-        checkpoint = self._save(loss)
-        self.display.line(f"{state.step} steps done, validation loss {loss:.4f}, saved in {checkpoint}")
-        return self._result(checkpoint, loss, self._books(loss))
+            return self._result(self._save_unplanned(), {}, self._books({}))
+        with self._autocast():
+            found = self.evaluation.all(self.model, self.settings.samples_per_forward)
+        self._log({f"validation_{kind}": value for kind, value in found.items()})
+        checkpoint = self._save(found)
+        shown = ", ".join(f"{measure.name} {found[measure.kind]:.4f}" for measure in self.evaluation.measures)
+        self.display.line(f"{state.step} steps done, validation {shown}, saved in {checkpoint}")
+        return self._result(checkpoint, found, self._books(found))
 
     # One step.
 
@@ -308,10 +356,10 @@ class _Loop:
             group["lr"] = rate * relative
         for hook in state.hooks:
             hook.before_step(state.step)
-        contexts = next(self.batches)["input_ids"]
-        batch = model_inputs(contexts, self.corruption, settings.seed, state.data_position)
+        noise = training_noise(settings.seed, state.data_position)
+        inputs = self.objective.inputs(next(self.batches), noise)
         state.data_position += 1
-        loss, norm = self._gradients(batch)
+        loss, norm = self._gradients(inputs)
         self.rate, self.norm = rate, norm
         problem = state.guard.problem(loss, norm)
         if problem is not None:
@@ -323,22 +371,28 @@ class _Loop:
         state.loss_sum += loss
         state.loss_count += 1
         state.step += 1
-        self.display.update(state.step, loss, self._tokens_per_second())
+        self.display.update(state.step, loss, self._units_per_second())
         return True
 
-    def _gradients(self, batch: dict[str, Tensor]) -> tuple[float, float]:
-        """Leave the clipped gradients of the mean loss over the batch's tokens; return loss and norm before clipping.
+    def _gradients(self, inputs: dict[str, Tensor]) -> tuple[float, float]:
+        """Leave the clipped gradients of the mean loss over the batch's targets; return loss and norm before clipping.
 
-        Every context predicts equally many tokens, so weighing a micro-batch by its contexts weighs every token alike.
+        A micro-batch weighs as many targets as it has, so that how a batch is cut changes nothing but rounding.
         """
         self.state.optimizer.zero_grad(set_to_none=True)
+        parts = _parts(inputs, self.settings.samples_per_forward)
+        counts = [self.objective.targets(part) for part in parts]
         if self.device.type == "cuda":
-            batch = {name: ids.pin_memory().to(self.device, non_blocking=True) for name, ids in batch.items()}
-        losses, size = [], self.settings.sequences_per_forward
-        for inputs, labels in zip(batch["input_ids"].split(size), batch["labels"].split(size), strict=True):
-            share = len(inputs) / self.settings.batch_size
+            parts = [
+                {name: value.pin_memory().to(self.device, non_blocking=True) for name, value in part.items()}
+                for part in parts
+            ]
+        losses, total = [], sum(counts)
+        for part, count in zip(parts, counts, strict=True):
+            if not count:
+                continue  # a mean over nothing is not a number
             with self._autocast():
-                loss = self.forward(input_ids=inputs, labels=labels, use_cache=False).loss * share
+                loss = self.objective.loss(self.forward, part) * (count / total)
             loss.backward()
             losses.append(loss.detach())
         norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -404,7 +458,7 @@ class _Loop:
             return newest
         return self._save(periodic=False)
 
-    def _save(self, final_loss: float | None = None, periodic: bool = True) -> Path:
+    def _save(self, final: dict[str, float] | None = None, periodic: bool = True) -> Path:
         state = self.state
         if periodic:
             state.rewind_step = state.step
@@ -413,12 +467,12 @@ class _Loop:
         write_checkpoint_folder(
             checkpoint,
             self.model,
-            tokenizer=self.tokenizer,
-            ledger=self._books(final_loss),
+            processor=self.processor,
+            ledger=self._books(final or {}),
             tensors=state.tensors(),
             state={
                 "version": 1,
-                "finished": final_loss is not None,
+                "finished": final is not None,
                 "total_steps": self.total_steps,
                 "identity": self.identity.model_dump(),
                 "state": state.values(),
@@ -442,18 +496,21 @@ class _Loop:
             checkpoint,
         )
 
-    def _books(self, final_loss: float | None) -> Ledger:
-        """The parent's books with a record of this stage as it stands."""
-        state = self.state
+    def _books(self, final: dict[str, float]) -> Ledger:
+        """The parent's books with a record of this stage as it stands, and at its end with what was measured."""
+        state, measure = self.state, self.evaluation.measures[0]
         record = StageRecord(
             name=self.identity.stage_name,
             kind="train",
             parameters=self.num_parameters,
-            tokens=self._tokens(),
+            units=self._units(),
+            unit=self.form.unit,
             flops=self._flops(),
             seconds=state.seconds,
-            loss_before=state.loss_before,
-            loss_after=final_loss,
+            measure=measure.kind,
+            value_before=state.value_before,
+            value_after=final.get(measure.kind),
+            measures=final,
             data_fingerprint=self.identity.data_fingerprint,
             seed=self.settings.seed,
             started_at=state.started_at,
@@ -461,19 +518,23 @@ class _Loop:
         )
         return self.parent.append(record)
 
-    def _tokens(self) -> int:
+    def _batches_drawn(self) -> int:
         # Positions, not steps: a batch whose step was skipped or rewound was paid for too.
-        return (self.state.data_position - self.state.start_position) * self.tokens_per_step
+        return self.state.data_position - self.state.start_position
+
+    def _units(self) -> int:
+        return self._batches_drawn() * self.units_per_step
 
     def _flops(self) -> float:
-        return self._tokens() * self.flops_per_token
+        return self._batches_drawn() * self.settings.batch_size * self.flops_per_sample
 
-    def _result(self, checkpoint: Path, final_loss: float | None, ledger: Ledger) -> TrainingResult:
+    def _result(self, checkpoint: Path, final: dict[str, float], ledger: Ledger) -> TrainingResult:
         state = self.state
         return TrainingResult(
             checkpoint,
-            final_loss,
-            self._tokens(),
+            final.get(self.evaluation.measures[0].kind),
+            final,
+            self._units(),
             self._flops(),
             state.seconds,
             state.step,
@@ -483,14 +544,13 @@ class _Loop:
 
     def _evaluate(self, batches: int | None) -> float:
         with self._autocast():
-            size = self.settings.sequences_per_forward
-            return evaluate_loss(self.model, self.data.validation, size, batches, self.corruption)
+            return self.evaluation.first(self.model, self.settings.samples_per_forward, batches)
 
     def _measurements(self) -> dict[str, Any]:
         """Loss (mean over the good steps since the last line), rate, gradient norm and speed."""
         state = self.state
-        speed = self._tokens_per_second()
-        flops = speed * self.flops_per_token
+        speed = self._units_per_second()
+        flops = speed / self.form.units * self.flops_per_sample
         mean = state.loss_sum / state.loss_count if state.loss_count else math.nan
         state.loss_sum, state.loss_count = 0.0, 0
         self._reset_speed()
@@ -498,7 +558,7 @@ class _Loop:
             "loss": mean,
             "learning_rate": self.rate,
             "gradient_norm": self.norm,
-            "tokens_per_second": speed,
+            "units_per_second": speed,
             "flops_per_second": flops,
         }
         return values if self.peak is None else {**values, "mfu": flops / self.peak}
@@ -510,7 +570,7 @@ class _Loop:
             {
                 "step": state.step,
                 "data_position": state.data_position,
-                "tokens": self._tokens(),
+                "units": self._units(),
                 "flops": self._flops(),
                 "seconds": round(state.seconds, 3),
                 **values,
@@ -527,14 +587,14 @@ class _Loop:
     def _reset_speed(self) -> None:
         self.speed_since, self.speed_position, self.pause = time.perf_counter(), self.state.data_position, 0.0
 
-    def _tokens_per_second(self) -> float:
+    def _units_per_second(self) -> float:
         batches = self.state.data_position - self.speed_position
         elapsed = time.perf_counter() - self.speed_since - self.pause
-        return batches * self.tokens_per_step / max(elapsed, 1e-9)
+        return batches * self.units_per_step / max(elapsed, 1e-9)
 
     @contextlib.contextmanager
     def _off_the_clock(self) -> Iterator[None]:
-        """Evaluations and checkpoints do not count as training in tokens per second."""
+        """Evaluations and checkpoints do not count as training in units per second."""
         started = time.perf_counter()
         yield
         self.pause += time.perf_counter() - started
@@ -543,8 +603,15 @@ class _Loop:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
     def _draw_from(self, position: int) -> None:
-        loader = make_loader(self.data.train, self.settings.batch_size, self.settings.seed, position=position)
+        loader = make_loader(self.data.split("train"), self.settings.batch_size, self.settings.seed, position=position)
         self.batches = iter(loader)
+
+
+def _parts(inputs: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    """`inputs` cut into micro-batches of `size` samples."""
+    pieces = {name: value.split(size) for name, value in inputs.items()}
+    count = len(next(iter(pieces.values())))
+    return [{name: piece[number] for name, piece in pieces.items()} for number in range(count)]
 
 
 @contextlib.contextmanager

@@ -17,14 +17,15 @@ METRICS_FILE = "metrics.jsonl"
 
 TAGS = {
     "loss": "loss/training",
-    "validation_loss": "loss/validation",
     "learning_rate": "optimizer/learning_rate",
     "gradient_norm": "optimizer/gradient_norm",
-    "tokens_per_second": "speed/tokens_per_second",
+    "units_per_second": "speed/units_per_second",
     "flops_per_second": "speed/flops_per_second",
     "mfu": "speed/mfu",
 }
-"""TensorBoard's tags of the metrics."""
+"""TensorBoard's tags of the metrics; one that begins with VALIDATION is tagged by the rest of its name."""
+VALIDATION = "validation_"
+"""How the names of what was measured on the held-out split begin."""
 
 
 class MetricsLog:
@@ -59,9 +60,10 @@ class MetricsLog:
                 f"{self.path} could not be written: {error}. Free space on the disk, then run again to resume."
             ) from error
         if self._summary is not None:
-            for key, tag in TAGS.items():
-                if clean.get(key) is not None:
-                    self._summary.add_scalar(tag, clean[key], line["step"])
+            for key, value in clean.items():
+                tag = f"{key.removeprefix(VALIDATION)}/validation" if key.startswith(VALIDATION) else TAGS.get(key)
+                if tag is not None and value is not None:
+                    self._summary.add_scalar(tag, value, line["step"])
 
     def rewind(self, step: int) -> None:
         """Remove the metrics of steps beyond `step`, which training forgets; events stay."""

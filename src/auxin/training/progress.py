@@ -10,9 +10,19 @@ LINE_INTERVAL = 30.0
 
 
 class ProgressDisplay:
-    """Shows steps, loss, tokens per second and the time left, on standard error."""
+    """Shows steps, loss, what is measured, speed and the time left, on standard error.
 
-    def __init__(self, name: str, total_steps: int, step: int, enabled: bool) -> None:
+    Args:
+        name: of the stage.
+        total_steps: its steps.
+        step: those that are done.
+        enabled: whether anything is shown.
+        unit: of the data, in the singular.
+        measure: what is measured on the held-out split.
+    """
+
+    def __init__(self, name: str, total_steps: int, step: int, enabled: bool, unit: str, measure: str) -> None:
+        self._unit, self._measure = unit, measure
         self._console = Console(stderr=True, quiet=not enabled)
         self._name = name
         self._total = total_steps
@@ -34,9 +44,9 @@ class ProgressDisplay:
             self._task = self._bar.add_task(name, total=total_steps, completed=step, status="")
             self._bar.start()
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+    def update(self, step: int, loss: float, units_per_second: float) -> None:
         """Show the state after `step` steps."""
-        status = f"loss {loss:.4f}{self._validation}  {_short(tokens_per_second)} tokens/s"
+        status = f"loss {loss:.4f}{self._validation}  {_short(units_per_second)} {self._unit}s/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=status)
         elif time.perf_counter() - self._last_line >= LINE_INTERVAL:
@@ -45,9 +55,10 @@ class ProgressDisplay:
             left = (self._last_line - started) / max(1, step - first) * (self._total - step)
             self.line(f"step {step}/{self._total}  {status}  {left:.0f} s left")
 
-    def show_validation(self, loss: float) -> None:
-        """Show a validation loss from now on."""
-        self._validation = f"  val. {loss:.4f}"
+    def show_validation(self, value: float) -> None:
+        """Show what was measured on the held-out split from now on."""
+        name = "val." if self._measure == "loss" else self._measure
+        self._validation = f"  {name} {value:.4f}"
 
     def line(self, text: str) -> None:
         """Print a line above the bar."""

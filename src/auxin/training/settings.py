@@ -1,12 +1,16 @@
 """Settings of one training stage."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from auxin.data.dataset import SampleForm
 from auxin.errors import ConfigError
 from auxin.objectives import ObjectiveSettings
+from auxin.objectives.causal import Causal
+from auxin.objectives.objective import OBJECTIVES
 from auxin.settings import Settings
+from auxin.words.one_of import OneOf
 
 
 class GuardSettings(Settings):
@@ -40,19 +44,30 @@ class GuardSettings(Settings):
         return self
 
 
-class TrainingSettings(ObjectiveSettings):
-    """How to train; the budget is exactly one of `steps`, `tokens` and `flops`."""
+BUDGETS = ("steps", "tokens", "samples", "flops")
+"""Fields of which exactly one is a stage's budget."""
 
+
+class TrainingSettings(Settings):
+    """How to train; the budget is exactly one of `steps`, `tokens`, `samples` and `flops`."""
+
+    objective: Annotated[ObjectiveSettings, OneOf(OBJECTIVES)] = Causal()
+    """What is learnt: `causal`, or `{kind: span_corruption, noise_density: 0.2}`; see the page on objectives."""
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps."""
     tokens: int | None = Field(default=None, ge=1)
-    """Training tokens, which are tokens of text also where some are hidden; rounded to whole steps, at least one."""
+    """Training tokens, for data whose unit they are: tokens of text, also where an objective hides some; rounded to
+    whole steps, at least one."""
+    samples: int | None = Field(default=None, ge=1)
+    """Samples to train on, counted as often as they are seen: contexts of packed text, labelled texts, images; rounded
+    to whole steps, at least one."""
     flops: float | None = Field(default=None, gt=0)
     """Training FLOPs (forward and backward); rounded to whole steps, at least one."""
     batch_size: int = Field(default=32, ge=1)
-    """Sequences per optimizer step."""
+    """Samples per optimizer step: contexts of packed text, labelled texts, images."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Sequences per forward pass; gradients are accumulated over the batch. None is `batch_size`."""
+    """Samples per forward pass; gradients are accumulated over the batch, every target weighing the same. None is
+    `batch_size`."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
@@ -90,15 +105,15 @@ class TrainingSettings(ObjectiveSettings):
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Of the data order, of dropout and of span corruption's noise in training; held-out noise is always the same."""
+    """Of the data order, of dropout and of an objective's noise in training; held-out noise is always the same."""
     guard: GuardSettings = GuardSettings()
     """Protection against bad steps."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        given = {name: value for name in ("steps", "tokens", "flops") if (value := getattr(self, name)) is not None}
+        given = {name: value for name in BUDGETS if (value := getattr(self, name)) is not None}
         if len(given) != 1:
-            raise ValueError(f"the budget needs exactly one of steps, tokens and flops, not {given or 'none of them'}.")
+            raise ValueError(f"the budget needs exactly one of {', '.join(BUDGETS)}, not {given or 'none of them'}.")
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ValueError(
                 f"micro_batch_size ({self.micro_batch_size}) is larger than batch_size ({self.batch_size}). Lower it."
@@ -109,28 +124,25 @@ class TrainingSettings(ObjectiveSettings):
         return self
 
     @property
-    def sequences_per_forward(self) -> int:
+    def samples_per_forward(self) -> int:
         """The micro-batch size in effect."""
         return self.micro_batch_size or self.batch_size
 
-    def total_steps(self, context_length: int, flops_per_token: float) -> int:
+    def total_steps(self, form: SampleForm, flops_per_sample: float) -> int:
         """Optimizer steps that the budget buys: the nearest whole number, at least one.
 
         Args:
-            context_length: tokens of text per sequence.
-            flops_per_token: training FLOPs per token of text at that length.
+            form: of the samples.
+            flops_per_sample: training FLOPs of one.
 
         Raises:
-            ConfigError: the schedule's warmup and decay do not fit into the steps.
+            ConfigError: the schedule's warmup and decay do not fit into the steps, or the budget is in another unit
+                than the data's.
         """
-        tokens_per_step = self.batch_size * context_length
         if self.steps is not None:
             steps = self.steps
-        elif self.tokens is not None:
-            steps = max(1, round(self.tokens / tokens_per_step))
         else:
-            assert self.flops is not None
-            steps = max(1, round(self.flops / (tokens_per_step * flops_per_token)))
+            steps = max(1, round(self._samples(form, flops_per_sample) / self.batch_size))
         decay = self.decay_steps(steps)
         if self.warmup_steps + decay > steps:
             raise ConfigError(
@@ -138,6 +150,20 @@ class TrainingSettings(ObjectiveSettings):
                 "of this stage. Lower warmup_steps or decay_fraction, or raise the budget."
             )
         return steps
+
+    def _samples(self, form: SampleForm, flops_per_sample: float) -> float:
+        """Samples that a budget other than steps buys."""
+        if self.samples is not None:
+            return self.samples
+        if self.flops is not None:
+            return self.flops / flops_per_sample
+        assert self.tokens is not None
+        if form.unit != "token":
+            raise ConfigError(
+                f"tokens: {self.tokens} is no budget for data that is counted in {form.unit}s. Give samples, steps or "
+                "flops."
+            )
+        return self.tokens / form.units
 
     def decay_steps(self, total_steps: int) -> int:
         """Steps of the decay phase of wsd; 0 for the other schedules."""

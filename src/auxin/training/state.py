@@ -36,8 +36,8 @@ class TrainingState:
     """Step of the last periodic checkpoint; where a rewind goes."""
     seconds: float = 0.0
     """Wall time of the stage, summed over its pieces."""
-    loss_before: float | None = None
-    """Validation loss at the start."""
+    value_before: float | None = None
+    """The first measure at the start."""
     started_at: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     notes: list[str] = field(default_factory=list)
     """What the ledger shall say about this stage."""
@@ -99,7 +99,7 @@ _PLAIN = (
     "step",
     "rewind_step",
     "seconds",
-    "loss_before",
+    "value_before",
     "started_at",
     "notes",
     "loss_sum",
