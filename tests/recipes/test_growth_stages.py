@@ -21,9 +21,10 @@ from auxin.models.tokenformer import TokenFormerConfig
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.planning.bench import Bench
 from auxin.planning.hooks import ExactRates, OldRates
+from auxin.planning.lineage import old_shapes
 from auxin.recipes import Recipe, price_recipe, run_recipe
 from auxin.recipes.schema import TrainStage
-from auxin.recipes.stage_hooks import old_shapes, stage_hooks
+from auxin.recipes.stage_hooks import stage_hooks
 from auxin.recipes.stage_models import estimated_stages, final_config, change_plan, stage_configs
 from corpora import small_corpus, write_documents
 
@@ -117,7 +118,7 @@ def expanded(corpus, tmp_path_factory):
     """Grown twice in a row by identity shapes, then trained with all that was there before frozen."""
     folder = tmp_path_factory.mktemp("expanded") / "out"
     stages = [grow("llama-pro", group_size=1), grow("llama-pro", group_size=2) | {"name": "again"}]
-    made = recipe(corpus, *stages, AFTER | {"old_rate": 0.0})
+    made = recipe(corpus, *stages, AFTER | {"hooks": [{"kind": "old_rates", "ratio": 0.0}]})
     return folder, run_recipe(made, folder, "", announce=lambda line: None)
 
 
@@ -135,7 +136,7 @@ def test_two_growths_in_a_row_freeze_what_was_there_before_both(expanded):
 
 
 def test_old_entries_that_are_mixed_with_new_ones_are_refused(corpus, tmp_path):
-    made = recipe(corpus, grow("hypercloning", factor=2), AFTER | {"old_rate": 0.5})
+    made = recipe(corpus, grow("hypercloning", factor=2), AFTER | {"hooks": [{"kind": "old_rates", "ratio": 0.5}]})
     with pytest.raises(PlanError, match=r"hypercloning makes .* out of old entries and new ones alike"):
         run_recipe(made, tmp_path / "out", "", announce=lambda line: None)
 
@@ -148,7 +149,7 @@ def tokenformer_plans():
 
 def ledger_of(*plans):
     grown = [StageRecord(name="grow", kind="change", parameters=1, plan=plan.model_dump(mode="json")) for plan in plans]
-    return Ledger(stages=[StageRecord(name="base", kind="train", parameters=1, tokens=1), *grown])
+    return Ledger(stages=[StageRecord(name="base", kind="train", parameters=1, units=1), *grown])
 
 
 def test_the_hooks_of_a_stage_know_what_was_there_before():
@@ -158,7 +159,11 @@ def test_the_hooks_of_a_stage_know_what_was_there_before():
     assert shapes["model.layers.0.attention.query.value_tokens"] == (4, 8)
     assert shapes["model.layers.0.attention.proj.key_tokens"] == (4, 8)
     assert shapes.keys() == {name for name, _ in edited_skeleton(config).named_parameters()}
-    stage = TrainStage(kind="train", name="t", old_tokens_rate=0.0, old_rate=0.5, old_rate_steps=4)
+    hooks = [
+        {"kind": "old_token_rates", "ratio": 0.0, "steps": 4},
+        {"kind": "old_rates", "ratio": 0.5, "steps": 4},
+    ]
+    stage = TrainStage(kind="train", name="t", hooks=hooks)
     tokens, everything = stage_hooks(stage, ledger_of(plan))
     assert isinstance(tokens, OldTokenRates)
     assert tokens.old_counts == {"qkv": 4, "proj": 4, "ffn": 8}
@@ -166,10 +171,11 @@ def test_the_hooks_of_a_stage_know_what_was_there_before():
     assert (tokens.steps, everything.steps, everything.ratio) == (4, 4, 0.5)
 
 
-@pytest.mark.parametrize("field", ["old_tokens_rate", "old_rate", "exact_rates"])
-def test_what_is_about_a_growth_needs_one(field):
-    stage = TrainStage.parse({"kind": "train", "name": "t", field: 0.5 if field != "exact_rates" else True})
-    with pytest.raises(ConfigError, match=field):
+@pytest.mark.parametrize("kind", ["old_token_rates", "old_rates", "exact_rates"])
+def test_what_is_about_a_change_needs_one(kind):
+    settings = {} if kind == "exact_rates" else {"ratio": 0.5}
+    stage = TrainStage.parse({"kind": "train", "name": "t", "hooks": [{"kind": kind, **settings}]})
+    with pytest.raises(ConfigError, match=f"t: hooks: {kind}"):
         stage_hooks(stage, ledger_of())
 
 
@@ -177,7 +183,7 @@ def test_exact_rates_go_on_with_the_small_model(corpus, tmp_path):
     """The optimizer of the grown model takes the small model's steps: the held-out losses agree."""
     made = {
         "small": [AFTER],
-        "grown": [grow("hypercloning", factor=2), AFTER | {"exact_rates": True}],
+        "grown": [grow("hypercloning", factor=2), AFTER | {"hooks": ["exact_rates"]}],
         "plain": [grow("hypercloning", factor=2), AFTER],
     }
     losses = {}
@@ -357,10 +363,10 @@ def test_a_plan_that_sets_config_alone_keeps_all_old():
 def test_exact_rates_are_a_hook_of_their_own(expanded):
     folder, _ = expanded
     ledger = Ledger.load(folder / "branches/main/03-grow-llama-pro/checkpoint")
-    stage = TrainStage(kind="train", name="t", exact_rates=True)
+    stage = TrainStage(kind="train", name="t", hooks=["exact_rates"])
     (hook,) = stage_hooks(stage, ledger)
     assert isinstance(hook, ExactRates)
-    with pytest.raises(ConfigError, match="right after one growth"):
+    with pytest.raises(ConfigError, match="right after one change"):
         stage_hooks(stage, Ledger.load(folder / "branches/main/04-again/checkpoint"))
 
 

@@ -59,7 +59,7 @@ def tiny_recipe(corpus, **settings):
                             "name": "grow",
                             "tokens": {"qkv_tokens": 4, "proj_tokens": 4, "ffn_tokens": 16},
                         },
-                        {"kind": "train", "name": "final", "settings": {"steps": 6}, "old_tokens_rate": 0.5},
+                        {"kind": "train", "name": "final", "settings": {"steps": 6}, "hooks": [{"kind": "old_token_rates", "ratio": 0.5}]},
                         {"kind": "evaluate"},
                     ],
                 },
@@ -203,7 +203,7 @@ def test_a_half_precision_checkpoint_of_other_data_trains_on(run, corpus, tmp_pa
     other.mkdir()
     for path in corpus.iterdir():
         (other / path.name).write_text(path.read_text().replace("growing", "going on"))
-    recipe = adopting(other, half, TRAIN | {"old_tokens_rate": 0.0}, tokenizer=source)
+    recipe = adopting(other, half, TRAIN | {"hooks": [{"kind": "old_token_rates", "ratio": 0.0}]}, tokenizer=source)
     results = run_recipe(recipe, tmp_path / "out", "", announce=lambda line: None)
     notes = results.branches[0].ledger.stages[-2].notes
     assert any("torch.bfloat16" in note for note in notes)
