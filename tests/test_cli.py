@@ -209,7 +209,7 @@ def test_evaluate_scores_texts_and_the_held_out_split(trained, texts):
     scores = json.loads(printed.out)
     assert scores[str(text)]["bytes"] == text.stat().st_size
     (branch,) = trained.results["branches"]
-    assert scores[str(data)]["nats_per_token"] == pytest.approx(branch["validation_loss"], rel=1e-5)
+    assert scores[str(data)]["nats_per_token"] == pytest.approx(branch["value"], rel=1e-5)
     assert scores[str(data)]["bits_per_byte"] == pytest.approx(branch["bits_per_byte"], rel=1e-5)
     assert str(text) in call("evaluate", trained.checkpoint, "--text", text).out
 

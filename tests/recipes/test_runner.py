@@ -16,13 +16,12 @@ from safetensors.torch import load_file
 from auxin.accounting import Ledger
 from auxin.accounting.results import RunResults, perplexity_of
 from auxin.data import CorpusReport
-from auxin.data.corpus import Skipped
+from auxin.data.corpus import Skipped, describe_left_out
 from auxin.errors import CheckpointError, ConfigError
 from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth
 from auxin.models.loading import load_config, load_model
 from auxin.recipes import Recipe, price_recipe, run_recipe
 from auxin.recipes.growth import grow_checkpoint
-from auxin.recipes.results import describe_left_out
 from auxin.recipes.runner import Run
 from auxin.report import findings, write_chart_svg, write_report
 from corpora import small_corpus, write_documents
@@ -154,7 +153,7 @@ def test_another_recipe_is_kept_out_of_a_runs_folder(run, corpus, tmp_path):
 def test_what_a_corpus_leaves_out_is_told(run):
     _, results, lines = run
     assert any("documents; left out: 0 duplicates" in line for line in lines)
-    assert results.corpus["left out"] == "0 duplicates"
+    assert results.data["left out"] == "0 duplicates"
     report = CorpusReport.model_construct(
         duplicates=2, skipped={"not UTF-8": Skipped(count=4, examples=("a", "b", "c", "d"))}, limit="max_bytes"
     )
@@ -168,9 +167,9 @@ def test_a_run_that_cant_be_done_writes_nothing(corpus, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def adopting(corpus, checkpoint, *stages, tokenizer=None, **corpus_changes):
+def adopting(corpus, checkpoint, *stages, tokenizer=None, **changes):
     values = tiny_recipe(corpus).model_dump(mode="json", exclude_defaults=True)
-    values["corpus"] |= {"tokenizer": None if tokenizer is None else str(tokenizer), **corpus_changes}
+    values["data"] |= {"tokenizer": None if tokenizer is None else str(tokenizer), **changes}
     build = {"kind": "build", "checkpoint": str(checkpoint)}
     values["branches"] = [{"name": "main", "title": "main", "stages": [build, *stages]}]
     return Recipe.parse(values)
@@ -189,7 +188,7 @@ def test_a_checkpoint_keeps_its_tokens(run, corpus, tmp_path):
     checkpoint = directory / "branches/grown/03-grow/checkpoint"
     # With fewer entries, the tokenizer that this corpus would train is another.
     recipe = adopting(corpus, checkpoint, TRAIN, vocab_size=280)
-    with pytest.raises(ConfigError, match=re.escape(f"Set corpus.tokenizer: {checkpoint}")):
+    with pytest.raises(ConfigError, match=re.escape(f"Set data.tokenizer: {checkpoint}")):
         run_recipe(recipe, tmp_path / "out", "", announce=lambda line: None)
     assert not (tmp_path / "out/branches").exists()
 
@@ -240,12 +239,12 @@ def test_a_diverged_branch_has_an_infinite_perplexity_and_a_report(run, tmp_path
     _, results, _ = run
     assert perplexity_of(2.0) == pytest.approx(7.389056)
     assert perplexity_of(1e4) == math.inf
-    diverged = results.branches[1].model_copy(update={"validation_loss": 1e4, "perplexity": math.inf})
+    diverged = results.branches[1].model_copy(update={"value": 1e4, "perplexity": math.inf})
     infinite = results.model_copy(update={"branches": [results.branches[0], diverged]})
     write_report(infinite, tmp_path / "report.html")
     write_chart_svg(infinite, tmp_path / "chart.svg")
     assert "</html>" in (tmp_path / "report.html").read_text()
-    assert RunResults.parse(json.loads(infinite.model_dump_json())).branches[1].validation_loss == 1e4
+    assert RunResults.parse(json.loads(infinite.model_dump_json())).branches[1].value == 1e4
 
 
 def test_a_grown_checkpoint_appears_with_its_own_ledger_or_not_at_all(run, tmp_path, monkeypatch):
@@ -295,8 +294,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(run, corpus, tmp_path):
     assert not (output / "branches/grown/05-evaluate").exists()
     assert not (output / "results.json").exists()
     again = run_recipe(tiny_recipe(corpus), output, "", announce=lambda line: None)
-    losses = [branch.validation_loss for branch in results.branches]
-    assert [branch.validation_loss for branch in again.branches] == losses
+    losses = [branch.value for branch in results.branches]
+    assert [branch.value for branch in again.branches] == losses
     final = "branches/grown/05-evaluate/checkpoint/model.safetensors"
     left, right = load_file(directory / final), load_file(output / final)
     assert all(torch.equal(left[name], right[name]) for name in left)

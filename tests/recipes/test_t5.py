@@ -139,7 +139,7 @@ def test_a_t5_checkpoint_is_trained_on(run, corpus, tmp_path):
     ]
     again = run_recipe(Recipe.parse(values), tmp_path / "out", "", announce=lambda line: None)
     stages = again.branches[0].ledger.stages
-    assert stages[-2].value_after == pytest.approx(results.branches[0].validation_loss, abs=1e-6)
+    assert stages[-2].value_after == pytest.approx(results.branches[0].value, abs=1e-6)
     # A longer context has more spans than the checkpoint has rows for.
     values["corpus"]["context_length"] = 400
     with pytest.raises(ConfigError, match=r"main/before: vocab_size: \d+ has no room for the 20 sentinels"):

@@ -13,7 +13,6 @@ from auxin.accounting.flops import flops_per_token
 from auxin.accounting.ledger import Ledger, StageRecord
 from auxin.data import CorpusSettings, make_loader, prepare
 from auxin.errors import CheckpointError, ConfigError, TrainingError
-from auxin.evaluation.perplexity import evaluate_loss
 from auxin.nn import Pattention
 from auxin.training import latest_checkpoint, load_model, train
 from auxin.training import loop as loop_module
@@ -27,6 +26,7 @@ from training.tiny import (
     TinyData,
     bits,
     checkpoint_bits,
+    held_out_loss,
     read_metrics,
     tiny_gpt2,
     tiny_llama,
@@ -81,7 +81,7 @@ def test_any_causal_language_model_learns(tmp_path, kind):
     record = result.ledger.stages[-1]
     assert record.value_before == pytest.approx(math.log(VOCABULARY), abs=0.5)
     assert result.value == record.value_after
-    assert result.value == pytest.approx(evaluate_loss(model, data.validation, 4), abs=1e-6)
+    assert result.value == pytest.approx(held_out_loss(model, data.validation, 4), abs=1e-6)
     assert result.value < 0.6 * record.value_before
     assert bits(weights(load_model(result.checkpoint))) == bits(weights(model))
 
