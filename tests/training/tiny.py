@@ -163,6 +163,26 @@ def held_out_loss(
     return Loss()(model, Contexts(array), bound, batch_size, max_batches)
 
 
+class Look:
+    """A hook that keeps the gradients of every step."""
+
+    def __init__(self) -> None:
+        self.gradients: list[list[Tensor]] = []
+
+    def attach(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+        self.model = model
+
+    def before_step(self, step: int) -> None: ...
+
+    def after_step(self, step: int) -> None:
+        self.gradients.append([p.grad.clone() for p in self.model.parameters()])
+
+    def state_dict(self) -> dict[str, object]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, object]) -> None: ...
+
+
 def weights(model: PreTrainedModel) -> torch.Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in model.state_dict().values()])
 
