@@ -145,7 +145,7 @@ def _grown(name: str, remedies: tuple[str, ...], tokens: dict[str, int], cosine:
         "name": name,
         "title": title(name),
         "fork": f"{'stable' if WSD in remedies else 'ended'}/small",
-        "stages": [{"kind": "grow", "tokens": {**tokens, "regime": regime}}, train],
+        "stages": [{"kind": "change", "tokens": {**tokens, "regime": regime}}, train],
     }
 
 

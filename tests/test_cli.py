@@ -158,7 +158,7 @@ def test_a_plan_is_made_applied_and_its_difference_shown(trained, tmp_path):
         assert json.loads(call("plan", place, *arguments[1:], "--json").out)["settings"] == {"ffn_tokens": 40}
     applied = call("apply", trained.checkpoint, tmp_path / "plan.yaml", "-o", tmp_path / "grown").out
     assert "Promise 'exact'" in applied
-    assert Ledger.load(tmp_path / "grown").stages[-1].kind == "grow"
+    assert Ledger.load(tmp_path / "grown").stages[-1].kind == "change"
     shown = call("diff", trained.checkpoint, tmp_path / "grown").out
     assert "ffn_tokens" in shown
     assert "model.layers.*.mlp.key_tokens (2)" in shown

@@ -18,7 +18,7 @@ from auxin.methods.grow.masked import MaskRamp
 from auxin.nn.altup import AltUpLayer, block_distance
 from auxin.planning.bench import Bench
 from auxin.recipes import Recipe, run_recipe
-from auxin.recipes.growth import grow_checkpoint
+from auxin.recipes.change import change_checkpoint
 from corpora import small_corpus, write_documents
 from methods.altup_models import EXACT, alter, altered, outputs, shake, small, streams, train, updates
 from tiny_models import change, inputs, logits
@@ -87,8 +87,8 @@ BUILD = {
 
 def test_both_orders_in_one_recipe(corpus, tmp_path):
     stages = {
-        "altup": {"kind": "grow", "name": "wide", "method": "altup", "settings": {"blocks": 2}},
-        "tokens": {"kind": "grow", "name": "long", "tokens": {"qkv_tokens": 9, "proj_tokens": 9, "ffn_tokens": 16}},
+        "altup": {"kind": "change", "name": "wide", "method": "altup", "settings": {"blocks": 2}},
+        "tokens": {"kind": "change", "name": "long", "tokens": {"qkv_tokens": 9, "proj_tokens": 9, "ffn_tokens": 16}},
     }
 
     def steps(name):
@@ -380,6 +380,6 @@ def test_a_plan_of_a_wide_stream_is_applied_to_a_checkpoint_with_books(tmp_path)
     model = small("t5", dtype=torch.float32)
     model.save_pretrained(tmp_path / "old")
     plan = plan_altup(model, AltUpSettings(conversion="copies", blocks=2))
-    receipt = grow_checkpoint(plan, tmp_path / "old", tmp_path / "new")
+    receipt = change_checkpoint(plan, tmp_path / "old", tmp_path / "new")
     assert receipt.max_relative_change < 1e-5
     assert Ledger.load(tmp_path / "new").stages[-1].plan["method"] == "altup"

@@ -24,7 +24,7 @@ from auxin.planning.hooks import ExactRates, OldRates
 from auxin.recipes import Recipe, price_recipe, run_recipe
 from auxin.recipes.schema import TrainStage
 from auxin.recipes.stage_hooks import old_shapes, stage_hooks
-from auxin.recipes.stage_models import estimated_stages, final_config, growth_plan, stage_configs
+from auxin.recipes.stage_models import estimated_stages, final_config, change_plan, stage_configs
 from corpora import small_corpus, write_documents
 
 LLAMA = {
@@ -67,7 +67,7 @@ def corpus(tmp_path_factory):
 
 
 def grow(method, **settings):
-    return {"kind": "grow", "name": f"grow-{method}", "method": method, "settings": settings}
+    return {"kind": "change", "name": f"grow-{method}", "method": method, "settings": settings}
 
 
 AFTER = {"kind": "train", "name": "after", "settings": {"steps": 2}}
@@ -78,15 +78,15 @@ AFTER = {"kind": "train", "name": "after", "settings": {"steps": 2}}
     [
         (grow("stackng", factor=2), "Did you mean 'stacking'"),
         (grow("stacking", faktor=2), "Did you mean 'factor'"),
-        ({"kind": "grow", "method": "stacking", "to": "354m"}, r"exactly one of method, to \(a preset\) and tokens"),
-        ({"kind": "grow", "to": "354m", "settings": {"factor": 2}}, "settings go with method"),
-        ({"kind": "grow", "to": "354m", "calibration": {"samples": 2}}, "calibration goes with method"),
+        ({"kind": "change", "method": "stacking", "to": "354m"}, r"exactly one of method, to \(a preset\) and tokens"),
+        ({"kind": "change", "to": "354m", "settings": {"factor": 2}}, "settings go with method"),
+        ({"kind": "change", "to": "354m", "calibration": {"samples": 2}}, "calibration goes with method"),
         (grow("stacking", factor=2) | {"calibration": {"samples": 2}}, "stacking looks at no data.*samples"),
         (grow("ligo", layers=3, steps=0) | {"calibration": {"samples": 2}}, "ligo looks at no data with these"),
         (grow("ligo", layers=3) | {"calibration": {"length": 17}}, "length is 17, but corpus.context_length is 16"),
         (grow("ligo", layers=3) | {"calibration": {"lenght": 8}}, "calibration: lenght: unknown.*mean 'length'"),
         (grow("ligo", layers=3, batch_size=2), "batch_size: unknown field"),
-        ({"kind": "grow", "to": "354m"}, "only a TokenFormer grows by tokens, this is a llama"),
+        ({"kind": "change", "to": "354m"}, "only a TokenFormer grows by tokens, this is a llama"),
         (grow("stacking", layers=1), "stacking can't shrink"),
     ],
 )
@@ -108,7 +108,7 @@ def test_what_a_growth_makes_is_known_before_it_is_done(corpus):
 def test_a_growths_seed_is_the_recipes_unless_it_has_its_own(corpus):
     made = recipe(corpus, grow("hypercloning", factor=2), {**grow("hypercloning", factor=2, seed=7), "name": "b"})
     model = edited_skeleton(stage_configs(made, {"vocab_size": 300})["main"]["base"])
-    plans = [growth_plan(stage, Bench(model, seed=3)) for stage in made.branches[0].stages[2:]]
+    plans = [change_plan(stage, Bench(model, seed=3)) for stage in made.branches[0].stages[2:]]
     assert [plan.seed for plan in plans] == [3, 7]
 
 
@@ -147,7 +147,7 @@ def tokenformer_plans():
 
 
 def ledger_of(*plans):
-    grown = [StageRecord(name="grow", kind="grow", parameters=1, plan=plan.model_dump(mode="json")) for plan in plans]
+    grown = [StageRecord(name="grow", kind="change", parameters=1, plan=plan.model_dump(mode="json")) for plan in plans]
     return Ledger(stages=[StageRecord(name="base", kind="train", parameters=1, tokens=1), *grown])
 
 
@@ -213,7 +213,7 @@ def looking(found, factor):
 
 @pytest.fixture
 def install(monkeypatch):
-    """Makes a method the one that every grow stage finds."""
+    """Makes a method the one that every change stage finds."""
 
     def installed(method):
         monkeypatch.setattr("auxin.recipes.stage_models.find_method", lambda name: method)

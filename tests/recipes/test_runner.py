@@ -21,7 +21,7 @@ from auxin.errors import CheckpointError, ConfigError
 from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth
 from auxin.models.loading import load_config, load_model
 from auxin.recipes import Recipe, price_recipe, run_recipe
-from auxin.recipes.growth import grow_checkpoint
+from auxin.recipes.change import change_checkpoint
 from auxin.recipes.runner import Run
 from auxin.report import findings, write_chart_svg, write_report
 from corpora import small_corpus, write_documents
@@ -54,7 +54,7 @@ def tiny_recipe(corpus, **settings):
                         },
                         {"kind": "train", "name": "base", "settings": {"steps": 6, "decay_fraction": 0.0}},
                         {
-                            "kind": "grow",
+                            "kind": "change",
                             "name": "grow",
                             "tokens": {"qkv_tokens": 4, "proj_tokens": 4, "ffn_tokens": 16},
                         },
@@ -221,7 +221,7 @@ def test_a_half_precision_checkpoint_of_other_data_trains_on(run, corpus, tmp_pa
 def test_a_forks_curve_ends_with_the_fork_though_stage_names_repeat(corpus, tmp_path):
     values = tiny_recipe(corpus).model_dump(mode="json", exclude_defaults=True)
     build = values["branches"][0]["stages"][0]
-    grow = {"kind": "grow", "name": "grow", "tokens": {"qkv_tokens": 4}}
+    grow = {"kind": "change", "name": "grow", "tokens": {"qkv_tokens": 4}}
     values["branches"] = [
         {"name": "a", "title": "a", "stages": [build, TRAIN]},
         {"name": "d", "title": "d", "fork": "a/train", "stages": [grow, TRAIN]},
@@ -253,7 +253,7 @@ def test_a_grown_checkpoint_appears_with_its_own_ledger_or_not_at_all(run, tmp_p
     source = source / (source / "latest").read_text().strip()
     config = load_config(source)
     plan = plan_token_growth(config, TokenGrowth(qkv_tokens=6))
-    grow_checkpoint(plan, source, tmp_path / "grown")
+    change_checkpoint(plan, source, tmp_path / "grown")
     kinds = [stage.kind for stage in Ledger.load(tmp_path / "grown").stages]
     assert kinds == [*(stage.kind for stage in Ledger.load(source).stages), "grow"]
 
@@ -262,7 +262,7 @@ def test_a_grown_checkpoint_appears_with_its_own_ledger_or_not_at_all(run, tmp_p
 
     monkeypatch.setattr(Ledger, "save", full)
     with pytest.raises(CheckpointError, match="No space left"):
-        grow_checkpoint(plan, source, tmp_path / "again")
+        change_checkpoint(plan, source, tmp_path / "again")
     assert [path.name for path in tmp_path.iterdir()] == ["grown"]
 
 

@@ -25,7 +25,7 @@ def t5_recipe(corpus, *stages, training=None, model_type="t5", config=None, **bu
     if not stages:
         stages = (
             {"kind": "train", "name": "base", "settings": {"steps": 6, "decay_fraction": 0.0}},
-            {"kind": "grow", "method": "hypercloning", "settings": {"factor": 2}},
+            {"kind": "change", "method": "hypercloning", "settings": {"factor": 2}},
             {"kind": "train", "name": "more", "settings": {"steps": 3}},
             {"kind": "evaluate"},
         )

@@ -1,4 +1,4 @@
-"""Batches whose samples have different numbers of targets: every target weighs the same, and none at all is a bad step."""
+"""Batches whose samples have different numbers of targets: every target weighs the same; none at all is a bad step."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_micro_batches_with_different_numbers_of_targets_weigh_by_them(tmp_path,
     for got, expected in zip(look.gradients[0], model.parameters(), strict=True):
         torch.testing.assert_close(got, expected.grad, atol=1e-6, rtol=1e-4)
     line = next(line for line in read_metrics(tmp_path) if "loss" in line)
-    assert line["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
 class _Nothing(CausalObjective):
@@ -58,7 +58,7 @@ class Nothing(Causal):
 
 def test_a_batch_without_a_target_is_a_bad_step(tmp_path):
     model = tiny_llama()
-    with pytest.raises(TrainingError, match="more than 3 bad steps.*the last: the loss is nan"):
+    with pytest.raises(TrainingError, match=r"more than 3 bad steps.*the last: the loss is nan"):
         train(
             model,
             TinyData(),

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 import torch
 import transformers
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from auxin.errors import CheckpointError
 from auxin.files import write_text
@@ -17,7 +17,7 @@ from auxin.settings import Settings
 
 LEDGER_FILE = "ledger.json"
 
-StageKind = Literal["build", "train", "grow", "evaluate", "convert"]
+StageKind = Literal["build", "train", "change", "evaluate", "convert"]
 
 
 class StageRecord(Settings):
@@ -55,6 +55,17 @@ class StageRecord(Settings):
     started_at: str = Field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     notes: list[str] = []
     """What a reader must know: skipped batches, rewinds, interruptions."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_former_words(cls, values: Any) -> Any:
+        """Refuse records of before changes of all kinds had one word."""
+        if isinstance(values, dict) and values.get("kind") == "grow":
+            raise ValueError(
+                "the stage kind 'grow' is called 'change' now: this was written by an earlier version. Do it again "
+                "with this one, or go on with the earlier one"
+            )
+        return values
 
 
 class Ledger(Settings):

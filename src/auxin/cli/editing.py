@@ -27,7 +27,7 @@ def grow(
     """Grow a TokenFormer by appending parameter tokens; its optimizer's moments follow."""
     from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth, token_growth_to
     from auxin.models.loading import load_config
-    from auxin.recipes.growth import grow_checkpoint
+    from auxin.recipes.change import change_checkpoint
 
     config: Any = load_config(model_folder(checkpoint))
     counts = {"qkv_tokens": qkv_tokens, "proj_tokens": proj_tokens, "ffn_tokens": ffn_tokens}
@@ -43,7 +43,7 @@ def grow(
         return
     if output is None:
         raise ConfigError("--output: give the folder of the grown checkpoint, or --dry-run to see the plan only.")
-    receipt = grow_checkpoint(plan, checkpoint, output)
+    receipt = change_checkpoint(plan, checkpoint, output)
     _print_receipt(receipt, output, as_json)
 
 
@@ -124,9 +124,9 @@ def apply(
 ) -> None:
     """Apply a plan to a checkpoint, tensor by tensor; its optimizer's moments follow, its books are kept."""
     from auxin.edits import Plan
-    from auxin.recipes.growth import grow_checkpoint
+    from auxin.recipes.change import change_checkpoint
 
-    receipt = grow_checkpoint(Plan.from_yaml(plan), model_folder(checkpoint), output)
+    receipt = change_checkpoint(Plan.from_yaml(plan), model_folder(checkpoint), output)
     _print_receipt(receipt, output, as_json)
 
 

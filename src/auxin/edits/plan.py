@@ -43,6 +43,9 @@ class Plan(Settings):
     """Files that belong to the plan; they lie beside it."""
     drops: list[CheckpointFile] = []
     """Files of the checkpoint that go, since they would describe the old model beside the new one."""
+    hooks: list[dict[str, Any]] = []
+    """What takes part in the training after the plan, without which the method is not complete: kinds of hooks with
+    their settings, see `auxin.planning.hooks`. Recipes obey it; `hooks_of` makes them for a loop of one's own."""
     notes: list[str] = []
     """What whoever trains the new model should know before."""
     made_for: dict[str, Any] | None = None
@@ -123,7 +126,8 @@ class Plan(Settings):
         head = f"{self.method}: promise {self.promise}, seed {self.seed}"
         if self.estimate:
             head += " (an estimate: made without the model's weights, the plan with them may have other sizes)"
-        notes = [f"Note: {note}" for note in self.notes]
+        notes = [f"Hook in the training after: {_hook_in_words(hook)}" for hook in self.hooks]
+        notes += [f"Note: {note}" for note in self.notes]
         if self.cost is not None:
             notes.append(f"Planning took {self.cost}")
         if self.made_for is None:
@@ -152,6 +156,11 @@ class Plan(Settings):
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         )
+
+
+def _hook_in_words(hook: dict[str, Any]) -> str:
+    settings = ", ".join(f"{name} = {value}" for name, value in hook.items() if name != "kind")
+    return str(hook.get("kind")) + (f" ({settings})" if settings else "")
 
 
 def _structure_rows(plan: Plan) -> list[list[str]]:

@@ -1,21 +1,36 @@
 """What takes part in the training that follows an edit: the loop's hook, and those that hold old entries back."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from auxin.accounting import Ledger, StageRecord
 from auxin.edits.continuation import continue_exactly
 from auxin.edits.executor import Receipt
 from auxin.edits.module_store import leading
+from auxin.edits.plan import Plan
 from auxin.errors import CheckpointError, ConfigError, PlanError
+from auxin.planning.lineage import changes_since_training, last_changes, old_shapes
+from auxin.settings import Settings
+from auxin.words.one_of import OneOf, parse_one
 from auxin.words.paths import path_pattern
+from auxin.words.registry import Registry
 
-OldShapes = dict[str, tuple[int, ...]]
-"""By a parameter's name the shape of its old entries, which are the first ones along every axis."""
+
+@dataclass(frozen=True)
+class HookContext:
+    """What a hook is made from."""
+
+    place: str
+    """Where it was asked for, for messages."""
+    ledger: Ledger
+    """Of the model that is trained."""
 
 
 class Hook(Protocol):
@@ -35,6 +50,113 @@ class Hook(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
+
+
+class HookSettings(Settings):
+    """The base of every kind of hook as data; each has a field `kind: Literal["its_name"]`, under which a subclass is
+    known once its module is imported. Kinds of other packages are named in the entry point group "auxin.hooks"."""
+
+    kind: str
+    """Which hook this is."""
+    goes_first: ClassVar[bool] = False
+    """Whether it has to be attached before the others, as one that regroups the optimizer's parameters has."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Add the kind to the registry."""
+        HOOKS.add(cls.model_fields["kind"].default, cls)
+
+    def made(self, context: HookContext) -> Hook:
+        """The hook.
+
+        Raises:
+            ConfigError, PlanError: it has no meaning for the model of `context`.
+        """
+        raise NotImplementedError
+
+
+def asked_by(plan: Plan) -> list[HookSettings]:
+    """The hooks that `plan` brings along; ConfigError when one is of an unknown kind."""
+    return [parse_one(ONE_HOOK, values, f"hooks of the plan by {plan.method}") for values in plan.hooks]
+
+
+def hooks_of(plan: Plan, receipt: Receipt | None = None) -> list[Hook]:
+    """The hooks that `plan`, which was applied, brings along, for whoever trains the model in a loop of their own: call
+    `attach` once, `before_step` and `after_step` around every step.
+
+    Args:
+        plan: the plan.
+        receipt: of its application, for a hook that needs it.
+    """
+    record = StageRecord(
+        name="change",
+        kind="change",
+        parameters=0 if receipt is None else receipt.parameters_after,
+        plan=plan.model_dump(mode="json"),
+        receipt=None if receipt is None else receipt.model_dump(mode="json", exclude={"plan"}),
+    )
+    context = HookContext(f"the plan by {plan.method}", Ledger(stages=[record]))
+    return [hook.made(context) for hook in sorted(asked_by(plan), key=lambda hook: not hook.goes_first)]
+
+
+def _hooks_in(loaded: Any) -> Iterator[tuple[str, type[HookSettings]]]:
+    # Those of modules add themselves; an entry point names one.
+    if isinstance(loaded, type) and issubclass(loaded, HookSettings):
+        yield loaded.model_fields["kind"].default, loaded
+
+
+HOOKS: Registry[type[HookSettings]] = Registry("hook", "auxin.methods", _hooks_in)
+"""Every kind of hook, by name; those of a method stand in its module."""
+ONE_HOOK = OneOf(HOOKS)
+
+
+class OldRatesSettings(HookSettings):
+    """What was there before the last change, embeddings and norms included, learns at another rate."""
+
+    kind: Literal["old_rates"] = "old_rates"
+    """Says that this is the rate of old entries."""
+    ratio: float = Field(ge=0.0, le=1.0)
+    """Learning rate of old entries relative to what is new; 0 freezes them, as LLaMA Pro does with all but its new
+    layers."""
+    steps: int | None = Field(default=None, ge=1)
+    """Steps of the stage for which this holds; None: all."""
+
+    def made(self, context: HookContext) -> Hook:
+        """For the entries before the last changes that no training lies between."""
+        plans = last_changes(context.ledger, f"{context.place}: old_rates")
+        return OldRates(self.ratio, old_shapes(plans), self.steps)
+
+
+class TrainOnlySettings(HookSettings):
+    """Train nothing but some modules or parameters."""
+
+    kind: Literal["train_only"] = "train_only"
+    """Says that this freezes all but some parts."""
+    paths: list[str] = Field(min_length=1)
+    """Dotted paths of modules or parameters, `*` for any one part: "model.layers.*.mlp", "lm_head.weight"."""
+
+    def made(self, context: HookContext) -> Hook:
+        """For these paths."""
+        return TrainOnly(self.paths)
+
+
+class ExactRatesSettings(HookSettings):
+    """After a growth that carried the moments: rates at which AdamW goes on exactly as it would have in the small model
+    (readers of n copies learn n times slower). Copies then never part, so this is for comparing and checking."""
+
+    kind: Literal["exact_rates"] = "exact_rates"
+    """Says that the optimizer goes on exactly."""
+    goes_first: ClassVar[bool] = True
+
+    def made(self, context: HookContext) -> Hook:
+        """For the change right before."""
+        record = context.ledger.stages[-1]
+        if record.kind != "change" or record.receipt is None or len(changes_since_training(context.ledger)) != 1:
+            raise ConfigError(
+                f"{context.place}: exact_rates is for the training right after one change, and this one follows "
+                f"{record.name!r} ({record.kind}). Leave it out."
+            )
+        return ExactRates(Receipt.model_validate({**record.receipt, "plan": record.plan}))
 
 
 class OldRates:

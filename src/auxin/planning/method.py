@@ -13,7 +13,6 @@ from auxin.errors import ConfigError, PlanError
 from auxin.models.loading import load_config, load_model
 from auxin.objectives.calibration import Calibration, CalibrationSettings, CorpusCalibration
 from auxin.planning.bench import Bench
-from auxin.planning.hooks import Hook
 from auxin.settings import Settings
 
 Intent = Literal["grow", "prune", "factorize", "moe", "quantize", "restructure", "adapt"]
@@ -46,8 +45,6 @@ class Method:
     """Whether `plan` looks at the weights."""
     promise: str = ""
     """What its plans promise and under which conditions, in a few words; the plan itself says what it is."""
-    hooks: Callable[[Plan], list[Hook]] | None = None
-    """(plan) -> what takes part in the training after the growth, for a method that is only complete with it."""
     calibration: Callable[[Any], CalibrationSettings | None] | None = None
     """(settings) -> how much data `plan` wants to look at or to learn from, unless the user says otherwise; None, or no
     function: none. The bench's data is then made of it, and its meter counts what is really drawn."""

@@ -74,7 +74,10 @@ def claim_directory(recipe: Recipe, directory: Path, announce: Callable[[str], N
             raise ConfigError(f"{directory} is not empty and holds no run. Give another --output.")
         directory.mkdir(parents=True, exist_ok=True)
     elif (directory / BRANCHES).exists():
-        saved = Recipe.from_yaml(path)
+        try:
+            saved = Recipe.from_yaml(path)
+        except ConfigError as error:
+            raise ConfigError(f"{directory} holds a run that can't go on: {error}. Give another --output.") from error
         changes = differences(_dumped(saved), _dumped(recipe))
         if refused := [line for field, line in changes.items() if not _may_change(field, saved, recipe, directory)]:
             raise ConfigError(

@@ -13,8 +13,8 @@ from auxin.errors import ConfigError
 from auxin.models.loading import load_config
 from auxin.objectives import Objective, ObjectiveSettings, Reference
 from auxin.objectives.calibration import CalibrationSettings
-from auxin.recipes.schema import Branch, BuildStage, GrowStage, Recipe, Stage, TrainStage
-from auxin.recipes.stage_models import StageConfigs, estimated_stages, growth_data, stage_configs
+from auxin.recipes.schema import Branch, BuildStage, ChangeStage, Recipe, Stage, TrainStage
+from auxin.recipes.stage_models import StageConfigs, change_data, estimated_stages, stage_configs
 from auxin.settings import Settings
 
 
@@ -129,7 +129,7 @@ class _Pricing:
                 parameters=self._parameters(config),
                 estimate=self._is_estimate(branch, stage),
             )
-            if isinstance(stage, GrowStage) and (asked := growth_data(stage)) is not None:
+            if isinstance(stage, ChangeStage) and (asked := change_data(stage)) is not None:
                 where = f"{branch.name}/{stage.name}: "
                 form = self._shortened(where, asked)
                 per_sample = self._flops(where, config, self.recipe.objective, form)

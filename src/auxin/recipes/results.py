@@ -85,7 +85,7 @@ def branch_result(
             folder = directory / "branches" / branch.name / f"{number:02d}-{record.name}"
             curve = [*curve, *stage_curve(folder, record, spent, data.form.unit, measure)]
         spent = spent.append(record)
-        if record.kind == "grow":
+        if record.kind == "change":
             growths = [*growths, growth_point(record, spent, parameters_before, data.form.unit)]
         parameters_before = record.parameters
         courses[f"{branch.name}/{record.name}"] = (curve, growths)

@@ -23,18 +23,18 @@ from auxin.objectives.calibration import Calibration
 from auxin.objectives.measures import Measure
 from auxin.objectives.objective import Objective, ObjectiveSettings, Reference
 from auxin.planning.bench import Bench
+from auxin.recipes.change import change_checkpoint
 from auxin.recipes.folder import DATA, OUTCOME_FILE, StageOutcome, claim_directory, left_checkpoint, stage_directory
-from auxin.recipes.growth import grow_checkpoint
 from auxin.recipes.price import price_recipe, remaining_flops
 from auxin.recipes.results import collect_results
-from auxin.recipes.schema import Branch, BuildStage, EvaluateStage, GrowStage, Recipe, Stage, TrainStage
+from auxin.recipes.schema import Branch, BuildStage, ChangeStage, EvaluateStage, Recipe, Stage, TrainStage
 from auxin.recipes.stage_hooks import stage_hooks
 from auxin.recipes.stage_models import (
     StageConfigs,
     built_config,
+    change_data,
+    change_plan,
     estimated_stages,
-    growth_data,
-    growth_plan,
     stage_configs,
 )
 from auxin.report import write_chart_svg, write_report
@@ -81,9 +81,9 @@ class Run:
         ends = {name: {"": load_config(self.final_checkpoint(name))} for name in names}
         return built_config(stage, ends, self.data.form, self.recipe.objective)
 
-    def bench(self, stage: GrowStage, model: PreTrainedModel, folder: Path) -> Bench:
+    def bench(self, stage: ChangeStage, model: PreTrainedModel, folder: Path) -> Bench:
         """What the method of `stage` works at: it looks at documents of the training split alone."""
-        asked, seed = growth_data(stage), self.recipe.seed
+        asked, seed = change_data(stage), self.recipe.seed
         if asked is None:
             return Bench(model, seed=seed, folder=folder)
         data = Calibration.of_split(self.data, model.config, asked, self.recipe.objective, seed)
@@ -247,8 +247,8 @@ def run_stage(run: Run, branch: Branch, stage: Stage, directory: Path, previous:
     assert previous is not None  # the schema: what does not begin with a build is forked
     if isinstance(stage, TrainStage):
         return train_stage(run, stage, directory, previous)
-    if isinstance(stage, GrowStage):
-        return grow(run, stage, directory, previous)
+    if isinstance(stage, ChangeStage):
+        return change(run, stage, directory, previous)
     return evaluate(run, stage, directory, previous)
 
 
@@ -333,13 +333,13 @@ def own_processor(run: Run, checkpoint: Path) -> Processor | None:
     return own
 
 
-def grow(run: Run, stage: GrowStage, directory: Path, previous: Path) -> Path:
-    """Grow the checkpoint `previous`, its optimizer's moments along with it, and measure what that did to the loss."""
+def change(run: Run, stage: ChangeStage, directory: Path, previous: Path) -> Path:
+    """Change the checkpoint `previous`, its optimizer's moments along with it, and measure before and after."""
     output = directory / STAGE_CHECKPOINT
-    plan = growth_plan(stage, run.bench(stage, load_model(previous), directory))
+    plan = change_plan(stage, run.bench(stage, load_model(previous), directory))
     for note in plan.notes:
         run.announce(f"  Note: {note}")
-    grow_checkpoint(
+    change_checkpoint(
         plan,
         previous,
         output,
@@ -381,9 +381,9 @@ def describe_last_stage(ledger: Ledger) -> str:
     if stage.kind == "train" or stage.units:
         parts.append(f"{stage.units:,} {stage.unit}s, {stage.flops:.3g} FLOPs, {stage.seconds:.0f} s")
     name = f"validation {(stage.measure or '').replace('_', ' ')}"
-    if stage.kind == "grow" and stage.value_before is not None and stage.value_after is not None:
-        change = stage.value_after - stage.value_before
-        parts.append(f"{name} {stage.value_before:.6f}, changed by {change:+.1e}")
+    if stage.kind == "change" and stage.value_before is not None and stage.value_after is not None:
+        moved = stage.value_after - stage.value_before
+        parts.append(f"{name} {stage.value_before:.6f}, changed by {moved:+.1e}")
     elif stage.value_after is not None:
         parts.append(f"{name} {stage.value_after:.4f}")
     return ", ".join(parts)

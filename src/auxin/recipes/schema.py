@@ -11,6 +11,7 @@ from auxin.methods.grow.tokenformer import TokenGrowth
 from auxin.objectives.measures import REGISTRY as MEASURES
 from auxin.objectives.measures import Loss, Measure
 from auxin.objectives.objective import OBJECTIVES, ObjectiveSettings
+from auxin.planning.hooks import ONE_HOOK, HookSettings
 from auxin.settings import Settings
 from auxin.training import TrainingSettings
 from auxin.training.settings import BUDGETS
@@ -20,6 +21,16 @@ STAGE_NAME = r"^[a-z0-9][a-z0-9._-]*$"
 """A stage's name is part of a folder's."""
 
 ONE_OBJECTIVE = OneOf(OBJECTIVES)
+
+
+FORMER_HOOKS = {
+    "tau_anneal_steps": "{kind: tau_anneal, steps: ...}",
+    "old_tokens_rate": "{kind: old_token_rates, ratio: ...}",
+    "old_rate": "{kind: old_rates, ratio: ...}",
+    "old_rate_steps": "{kind: old_rates, ratio: ..., steps: ...}",
+    "exact_rates": "{kind: exact_rates}",
+}
+"""Fields that train stages had, and what says the same."""
 
 
 class BuildStage(Settings):
@@ -71,27 +82,17 @@ class TrainStage(Settings):
     objective where it is another one than the recipe's. Branches are compared by the recipe's measures all the same."""
     fresh_optimizer: bool = False
     """Forget the moments of the stage before (default: they are carried along)."""
-    tau_anneal_steps: int = Field(default=0, ge=0)
-    """After a growth with the regime "annealed": steps over which the score scale goes to the grown size's."""
-    old_tokens_rate: float = Field(default=1.0, ge=0.0, le=1.0)
-    """Learning rate of a TokenFormer's tokens from before the last growth, relative to the new ones'; 0 freezes
-    them."""
-    old_rate: float = Field(default=1.0, ge=0.0, le=1.0)
-    """Learning rate of everything from before the last growth, embeddings and norms included, relative to what is new;
-    0 freezes it, as LLaMA Pro does with all but its new layers."""
-    old_rate_steps: int | None = Field(default=None, ge=1)
-    """Steps of this stage for which `old_tokens_rate` and `old_rate` hold; None: all."""
-    exact_rates: bool = False
-    """After a growth that carried the moments: rates at which AdamW goes on exactly as it would have in the small model
-    (readers of n copies learn n times slower). Copies then never part, so this is for comparing and checking."""
+    hooks: list[Annotated[HookSettings, ONE_HOOK]] = []
+    """What takes part in the training beside the loop: `{kind: old_rates, ratio: 0}` and so on. Hooks that the change
+    before brings along need not be named."""
 
 
-class GrowStage(Settings):
-    """Grow the model by a method of `auxin methods`; the optimizer's moments follow."""
+class ChangeStage(Settings):
+    """Change the model by a method of `auxin methods`: grow it, prune it, ...; the optimizer's moments follow."""
 
-    kind: Literal["grow"]
-    """Says that this is a grow stage."""
-    name: str = Field(default="grow", pattern=STAGE_NAME)
+    kind: Literal["change"]
+    """Says that this is a change stage."""
+    name: str = Field(default="change", pattern=STAGE_NAME)
     """Lower case letters, digits, dots, _ and -; unique in its branch."""
     method: str | None = None
     """The method's name ("hypercloning", "llama-pro", ...)."""
@@ -101,7 +102,7 @@ class GrowStage(Settings):
     """Fields of CalibrationSettings: how much of the run's training split a method that looks at data sees. What is not
     set is what the method asks for. Held-out documents are never among it."""
     to: str | None = None
-    """Of a TokenFormer: a preset to grow to."""
+    """Of a TokenFormer: a preset to grow to; short for the method "tokenformer"."""
     tokens: TokenGrowth | None = None
     """Of a TokenFormer: token counts after the growth, and the regime; short for the method "tokenformer"."""
 
@@ -110,7 +111,7 @@ class GrowStage(Settings):
         given = [name for name in ("method", "to", "tokens") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"a grow stage takes exactly one of method, to (a preset) and tokens; given: {given or 'none'}"
+                f"a change stage takes exactly one of method, to (a preset) and tokens; given: {given or 'none'}"
             )
         if self.settings and self.method is None:
             raise ValueError("settings go with method")
@@ -128,7 +129,7 @@ class EvaluateStage(Settings):
     """Lower case letters, digits, dots, _ and -; unique in its branch."""
 
 
-Stage = Annotated[BuildStage | TrainStage | GrowStage | EvaluateStage, Field(discriminator="kind")]
+Stage = Annotated[BuildStage | TrainStage | ChangeStage | EvaluateStage, Field(discriminator="kind")]
 
 
 class Branch(Settings):
@@ -177,6 +178,30 @@ class Recipe(Settings):
     """Run in this order; a branch may refer to those above it."""
     main_branch: str | None = None
     """The branch that the others are compared with; default: the first."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_former_words(cls, values: Any) -> Any:
+        """Say the new word for one that recipes had before."""
+        if not isinstance(values, dict):
+            return values
+        if "corpus" in values:
+            raise ValueError("corpus: is called data now. Write data: in its place")
+        for branch in _mappings(values.get("branches")):
+            for stage in _mappings(branch.get("stages")):
+                if stage.get("kind") == "grow":
+                    place = f"{branch.get('name')}/{stage.get('name', 'grow')}"
+                    raise ValueError(
+                        f"{place}: the stage kind 'grow' is called 'change' now. Write kind: change (a stage without a "
+                        "name is then called change too)"
+                    )
+                if former := [name for name in FORMER_HOOKS if name in stage]:
+                    place = f"{branch.get('name')}/{stage.get('name')}"
+                    raise ValueError(
+                        f"{place}: {former[0]}: hooks are written as data now. Write hooks: "
+                        f"[{FORMER_HOOKS[former[0]]}] in its place"
+                    )
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -251,3 +276,8 @@ class Recipe(Settings):
             known = ", ".join((*BUDGETS, "flops_of"))
             raise ConfigError(f"{stage.name}: give exactly one of {known}; given: {given or 'none'}")
         return TrainingSettings.parse(values, source=f"train stage {stage.name!r}")
+
+
+def _mappings(values: Any) -> list[dict[str, Any]]:
+    """The mappings in a list that may be none."""
+    return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []

@@ -22,7 +22,7 @@ from auxin.objectives.calibration import CalibrationSettings
 from auxin.objectives.objective import ObjectiveSettings, is_encoder_decoder
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method, asked_data, estimate_plan, make_plan
-from auxin.recipes.schema import BuildStage, GrowStage, Recipe
+from auxin.recipes.schema import BuildStage, ChangeStage, Recipe
 from auxin.settings import Settings
 
 _HIDDEN_FIELDS = {"_name_or_path", "transformers_version", "architectures", "auto_map", "torch_dtype"}
@@ -62,9 +62,9 @@ def stage_configs(recipe: Recipe, form: SampleForm) -> StageConfigs:
         for stage in branch.stages:
             if isinstance(stage, BuildStage):
                 config = built_config(stage, structures, form, recipe.objective)
-            elif isinstance(stage, GrowStage):
+            elif isinstance(stage, ChangeStage):
                 assert config is not None  # the schema: a branch begins with a build or a fork
-                plan = growth_plan(stage, Bench(edited_skeleton(config), seed=recipe.seed))
+                plan = change_plan(stage, Bench(edited_skeleton(config), seed=recipe.seed))
                 config = planned_config(plan.edits, config)
             assert config is not None
             stages[stage.name] = config
@@ -72,7 +72,7 @@ def stage_configs(recipe: Recipe, form: SampleForm) -> StageConfigs:
     return structures
 
 
-def growth_plan(stage: GrowStage, bench: Bench) -> Plan:
+def change_plan(stage: ChangeStage, bench: Bench) -> Plan:
     """The plan of the growth that `stage` asks for.
 
     Args:
@@ -84,7 +84,7 @@ def growth_plan(stage: GrowStage, bench: Bench) -> Plan:
         ConfigError: there is no such method, or a setting is unknown or wrong.
         PlanError: the growth is impossible.
     """
-    where = f"grow stage {stage.name!r}"
+    where = f"change stage {stage.name!r}"
     if stage.method is None:
         config = bench.model.config
         if not isinstance(config, TokenFormerConfig):
@@ -99,7 +99,7 @@ def growth_plan(stage: GrowStage, bench: Bench) -> Plan:
         raise PlanError(f"{where}: {error}") from error
 
 
-def growth_data(stage: GrowStage) -> CalibrationSettings | None:
+def change_data(stage: ChangeStage) -> CalibrationSettings | None:
     """How much of the training split the method of `stage` looks at or learns from; None: nothing, as for most methods.
 
     Raises:
@@ -107,7 +107,7 @@ def growth_data(stage: GrowStage) -> CalibrationSettings | None:
     """
     if stage.method is None:
         return None
-    method, where = find_method(stage.method), f"grow stage {stage.name!r}: calibration"
+    method, where = find_method(stage.method), f"change stage {stage.name!r}: calibration"
     settings, given = _method_settings(stage, method), CalibrationSettings.parse(stage.calibration, source=where)
     try:
         return asked_data(method, settings, given)
@@ -126,7 +126,7 @@ def estimated_stages(recipe: Recipe) -> set[tuple[str, str]]:
         for stage in branch.stages:
             if isinstance(stage, BuildStage):
                 estimated = bool({stage.like, stage.parameters_of} & ends)
-            elif isinstance(stage, GrowStage) and stage.method is not None:
+            elif isinstance(stage, ChangeStage) and stage.method is not None:
                 estimated = estimated or find_method(stage.method).is_estimated
             if estimated:
                 found.add((branch.name, stage.name))
@@ -135,8 +135,8 @@ def estimated_stages(recipe: Recipe) -> set[tuple[str, str]]:
     return found
 
 
-def _method_settings(stage: GrowStage, method: Method) -> Settings:
-    return method.settings.parse(stage.settings, source=f"grow stage {stage.name!r}: settings of {method.name}")
+def _method_settings(stage: ChangeStage, method: Method) -> Settings:
+    return method.settings.parse(stage.settings, source=f"change stage {stage.name!r}: settings of {method.name}")
 
 
 def final_config(structures: StageConfigs, branch: str) -> PreTrainedConfig:

@@ -1,7 +1,6 @@
 """The training loop of one stage: steps, evaluations, checkpoints, resumption."""
 
 import contextlib
-import fcntl
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -37,9 +36,11 @@ from auxin.training.checkpoint import (
 from auxin.training.fit import check_fit
 from auxin.training.guard import Guard, GuardEvent
 from auxin.training.hardware import choose_device, choose_precision, peak_flops
+from auxin.training.held_out import HeldOut
 from auxin.training.identity import RunIdentity
 from auxin.training.interruption import Interruption, TrainingInterrupted
-from auxin.training.metrics import MetricsLog, last_progress
+from auxin.training.lock import exclusive
+from auxin.training.metrics import VALIDATION, MetricsLog, last_progress
 from auxin.training.optimizer import build_optimizer, restore_optimizer
 from auxin.training.progress import ProgressDisplay
 from auxin.training.schedule import learning_rate
@@ -133,7 +134,7 @@ def train(
     total_steps = settings.total_steps(form, flops)
     identity = RunIdentity.of(stage_name, settings, data.fingerprint, data_position, model.config, objective.identity())
     output_dir.mkdir(parents=True, exist_ok=True)
-    with _exclusive(output_dir), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with exclusive(output_dir), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.nn.Module.to(model, device)
         state = TrainingState(
             model=model,
@@ -143,35 +144,12 @@ def train(
             start_position=data_position,
             data_position=data_position,
         )
-        evaluation = _Evaluation(tuple(measures) or (Loss(),), measured, data)
+        evaluation = HeldOut(tuple(measures) or (Loss(),), measured, data)
         processor = data.processor() if processor is None else processor
         loop = _Loop(
             state, data, objective, evaluation, settings, output_dir, identity, total_steps, flops, processor, ledger
         )
         return loop.run(optimizer_from, stop_after, progress)
-
-
-@dataclass(frozen=True)
-class _Evaluation:
-    """What is measured on held-out samples."""
-
-    measures: tuple[Measure, ...]
-    objective: Objective
-    data: Dataset
-
-    @property
-    def key(self) -> str:
-        """What lines of metrics call the first measure."""
-        return f"validation_{self.measures[0].kind}"
-
-    def first(self, model: torch.nn.Module, batch_size: int, max_batches: int | None) -> float:
-        """The first measure."""
-        return self.measures[0](model, self.data.split("validation"), self.objective, batch_size, max_batches)
-
-    def all(self, model: torch.nn.Module, batch_size: int) -> dict[str, float]:
-        """All of them on the whole split, by name."""
-        split = self.data.split("validation")
-        return {measure.kind: measure(model, split, self.objective, batch_size) for measure in self.measures}
 
 
 class _Loop:
@@ -182,7 +160,7 @@ class _Loop:
         state: TrainingState,
         data: Dataset,
         objective: Objective,
-        evaluation: _Evaluation,
+        evaluation: HeldOut,
         settings: TrainingSettings,
         output_dir: Path,
         identity: RunIdentity,
@@ -340,7 +318,7 @@ class _Loop:
             return self._result(self._save_unplanned(), {}, self._books({}))
         with self._autocast():
             found = self.evaluation.all(self.model, self.settings.samples_per_forward)
-        self._log({f"validation_{kind}": value for kind, value in found.items()})
+        self._log({VALIDATION + kind: value for kind, value in found.items()})
         checkpoint = self._save(found)
         shown = ", ".join(f"{measure.name} {found[measure.kind]:.4f}" for measure in self.evaluation.measures)
         self.display.line(f"{state.step} steps done, validation {shown}, saved in {checkpoint}")
@@ -614,16 +592,3 @@ def _parts(inputs: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
     pieces = {name: value.split(size) for name, value in inputs.items()}
     count = len(next(iter(pieces.values())))
     return [{name: piece[number] for name, piece in pieces.items()} for number in range(count)]
-
-
-@contextlib.contextmanager
-def _exclusive(output_dir: Path) -> Iterator[None]:
-    """Hold the run's folder: two processes that train into one would mix their checkpoints. Freed also by a kill."""
-    with (output_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TrainingError(
-                f"{output_dir} is in use: another process trains into it. Wait for it or choose another folder."
-            ) from error
-        yield

@@ -34,7 +34,8 @@ from auxin.errors import PlanError
 from auxin.nn.graft import Grafted, GraftedConv1D, GraftedLinear
 from auxin.nn.pattention import ScoreFunction
 from auxin.planning.bench import from_model
-from auxin.planning.hooks import Hook, OldRates, OldShapes
+from auxin.planning.hooks import Hook, OldRates
+from auxin.planning.lineage import OldShapes
 from auxin.planning.method import Method
 from auxin.settings import Settings
 from auxin.words.paths import path_pattern

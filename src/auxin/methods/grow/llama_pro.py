@@ -6,11 +6,11 @@ zeroed modules of a new layer get a gradient; the others follow as soon as these
 
 The paper adapts a finished model to a new domain and trains the new layers only, so that what the model knew stays
 within reach: embeddings, old layers, final norm and head are frozen. That is `train_only_new`, a hook of the training
-that follows. Where pretraining goes on, everything is trained.
+that follows, which the plan brings along. Where pretraining goes on, everything is trained.
 
-    plan = plan_block_expansion(model, BlockExpansion(group_size=4))
+    plan = plan_block_expansion(model, BlockExpansion(group_size=4, train_only_new=True))
     apply(plan, model)
-    train(model, data, settings, folder, hooks=[train_new_layers(plan)])
+    train(model, data, settings, folder, hooks=hooks_of(plan))
 
 The paper's own expansion of Llama 2 (32 -> 40 layers) is group_size = 4, copies = 1. Its ablation found 8 new layers of
 32 as good as 16, all new layers at the top somewhat worse and all at the bottom a failure.
@@ -27,7 +27,7 @@ from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.planning.bench import from_model
 from auxin.planning.depth import arrange, chosen_stacks, depth, identity_layers
-from auxin.planning.hooks import Hook, TrainOnly
+from auxin.planning.hooks import TrainOnly, TrainOnlySettings
 from auxin.planning.method import Method
 from auxin.settings import Settings
 
@@ -68,13 +68,16 @@ def plan_block_expansion(model: PreTrainedModel, settings: BlockExpansion) -> Pl
     for stack in chosen_stacks(body, settings.part):
         order, new = _expansion(settings, depth(model, stack), stack.path)
         edits += arrange(model, body, stack, order, dict.fromkeys(new, 0.0), exact=True)
-    return Plan(
+    plan = Plan(
         method="llama-pro",
         settings=settings.model_dump(mode="json", exclude_defaults=True),
         promise="exact",
         edits=edits,
         made_for=config_values(model.config),
     )
+    if not settings.train_only_new:
+        return plan
+    return plan.model_copy(update={"hooks": [TrainOnlySettings(paths=_new_paths(plan)).model_dump()]})
 
 
 def new_layers(settings: BlockExpansion, num_hidden_layers: int) -> list[int]:
@@ -92,7 +95,11 @@ def train_new_layers(plan: Plan) -> TrainOnly:
     Raises:
         ConfigError: the plan inserts no identity blocks.
     """
-    return TrainOnly([f"{path}.{index}" for path, indices in identity_layers(plan).items() for index in indices])
+    return TrainOnly(_new_paths(plan))
+
+
+def _new_paths(plan: Plan) -> list[str]:
+    return [f"{path}.{index}" for path, indices in identity_layers(plan).items() for index in indices]
 
 
 def _expansion(settings: BlockExpansion, layers: int, name: str) -> tuple[list[int], list[int]]:
@@ -141,10 +148,6 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
     return {"group_size": halves.pop() if len(halves) == len(depths) == 1 else 1}
 
 
-def _hooks(plan: Plan) -> list[Hook]:
-    return [train_new_layers(plan)] if plan.settings.get("train_only_new") else []
-
-
 METHOD = Method(
     name="llama-pro",
     title="Deeper by identity blocks after every group of layers (LLaMA Pro)",
@@ -153,6 +156,5 @@ METHOD = Method(
     settings=BlockExpansion,
     plan=from_model(plan_block_expansion),
     examples=_examples,
-    hooks=_hooks,
     promise="exact to the last bit for every pre-norm architecture; refused for post-norm",
 )

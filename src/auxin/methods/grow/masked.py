@@ -38,7 +38,7 @@ from auxin.nn.masked import Masked
 from auxin.planning.bench import from_model
 from auxin.planning.depth import chosen_stacks, depth
 from auxin.planning.fixed_heads import fixed_head_sizes, size_values
-from auxin.planning.hooks import Hook
+from auxin.planning.hooks import Hook, HookContext, HookSettings
 from auxin.planning.method import Method
 from auxin.planning.size_edits import size_edits
 from auxin.planning.width import describe_sizes
@@ -117,6 +117,7 @@ def plan_masked(model: PreTrainedModel, settings: MaskedGrowth) -> Plan:
         promise="exact",
         seed=settings.seed,
         edits=edits,
+        hooks=[MaskRampSettings(steps=settings.ramp_steps).model_dump()] if settings.ramp_steps else [],
         made_for=config_values(model.config),
     )
 
@@ -146,6 +147,19 @@ def plan_unmask(model: PreTrainedModel) -> Plan:
         edits=[RemoveModule(module=edit.module, leaves="inner") for edit in reversed(masks)],
         made_for=config_values(model.config),
     )
+
+
+class MaskRampSettings(HookSettings):
+    """The masks of masked growth open in the course of the stage."""
+
+    kind: Literal["mask_ramp"] = "mask_ramp"
+    """Says that masks open."""
+    steps: int = Field(ge=1)
+    """Steps from strength 0 to 1, from the start of the stage."""
+
+    def made(self, context: HookContext) -> Hook:
+        """See `MaskRamp`."""
+        return MaskRamp(self.steps)
 
 
 class MaskRamp:
@@ -464,11 +478,6 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
     return values
 
 
-def _hooks(plan: Plan) -> list[Hook]:
-    steps = plan.settings.get("ramp_steps")
-    return [MaskRamp(steps)] if steps else []
-
-
 METHOD = Method(
     name="masked",
     title="Masked structural growth: random new weights, let in by masks in the course of training",
@@ -478,5 +487,4 @@ METHOD = Method(
     plan=from_model(plan_masked),
     examples=_examples,
     promise="exact, at mask strength 0; finish is exact at strength 1",
-    hooks=_hooks,
 )

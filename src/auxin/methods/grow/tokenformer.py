@@ -16,7 +16,7 @@ All but "grouped" enlarge the newest group of each slot; older groups stay as th
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -24,14 +24,15 @@ from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.edits import Edit, NormalFill, PadParameter, Plan, Promise, Receipt, RepeatFill, SetConfig, ZeroFill, apply
-from auxin.edits.structure import config_values
+from auxin.edits.structure import config_from_values, config_values
 from auxin.errors import ConfigError, PlanError
 from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
 from auxin.models.tokenformer.configuration import SLOTS, Slot
 from auxin.models.tokenformer.modeling import SLOT_OF_MODULE, TokenFormerPreTrainedModel
 from auxin.models.tokenformer.presets import check_growable, preset_config
 from auxin.nn.pattention import Pattention
-from auxin.planning.hooks import OldRates
+from auxin.planning.hooks import Hook, HookContext, HookSettings, OldRates
+from auxin.planning.lineage import last_changes
 from auxin.planning.method import Method
 from auxin.settings import Settings
 
@@ -337,6 +338,19 @@ def _token_modules(model: nn.Module) -> Iterator[tuple[str, Slot, Pattention]]:
             yield path, next(slot for end, slot in SLOT_OF_MODULE.items() if path.endswith(end)), module
 
 
+class TauAnnealSettings(HookSettings):
+    """After a growth with the regime "annealed": the score scale goes to the grown size's."""
+
+    kind: Literal["tau_anneal"] = "tau_anneal"
+    """Says that the score scale moves."""
+    steps: int = Field(ge=1)
+    """Steps that it takes, from the start of the stage."""
+
+    def made(self, context: HookContext) -> Hook:
+        """See `TauAnneal`."""
+        return TauAnneal(self.steps)
+
+
 class TauAnneal:
     """Training hook: moves tau^2 of every group linearly from its stored value to the group's size in `steps` steps.
 
@@ -379,6 +393,24 @@ class TauAnneal:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the hook that gave `state`."""
         self.steps, self._start = state["steps"], state["start"]
+
+
+class OldTokenRatesSettings(HookSettings):
+    """A TokenFormer's tokens from before the last growth learn at another rate than the new ones."""
+
+    kind: Literal["old_token_rates"] = "old_token_rates"
+    """Says that this is the rate of old tokens."""
+    ratio: float = Field(ge=0.0, le=1.0)
+    """Learning rate of old tokens relative to the new ones'; 0 freezes them."""
+    steps: int | None = Field(default=None, ge=1)
+    """Steps of the stage for which this holds; None: all."""
+
+    def made(self, context: HookContext) -> Hook:
+        """For the tokens before the last changes that no training lies between."""
+        plans = last_changes(context.ledger, f"{context.place}: old_token_rates")
+        assert plans[0].made_for is not None  # methods say what a plan is made for
+        before = cast(TokenFormerConfig, config_from_values(plans[0].made_for))
+        return OldTokenRates(self.ratio, {slot: sum(before.group_sizes(slot)) for slot in SLOTS}, self.steps)
 
 
 class OldTokenRates(OldRates):

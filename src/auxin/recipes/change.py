@@ -1,4 +1,4 @@
-"""Growing one checkpoint, its books kept: the folder appears with weights, moments and ledger of one model."""
+"""Changing one checkpoint, its books kept: the folder appears with weights, moments and ledger of one model."""
 
 import time
 from collections.abc import Callable
@@ -11,12 +11,12 @@ from auxin.errors import CheckpointError
 from auxin.objectives.measures import Measure
 
 
-def grow_checkpoint(
+def change_checkpoint(
     plan: Plan,
     source: str | Path,
     output: str | Path,
     *,
-    stage_name: str = "grow",
+    stage_name: str = "change",
     measure: Measure | None = None,
     value_of: Callable[[Path], float] | None = None,
     data_fingerprint: str | None = None,
@@ -26,8 +26,8 @@ def grow_checkpoint(
     What making the plan took, as far as it was measured (`Plan.cost`), is booked with the stage.
 
     Args:
-        plan: the growth.
-        source: the checkpoint to grow.
+        plan: the change.
+        source: the checkpoint to change.
         output: a folder that does not exist or is empty; it appears when all of it, the ledger too, is written.
         stage_name: of the ledger's record.
         measure: what is measured before and after; None: nothing.
@@ -47,7 +47,7 @@ def grow_checkpoint(
     def keep_books(folder: Path, receipt: Receipt) -> None:
         record = StageRecord(
             name=stage_name,
-            kind="grow",
+            kind="change",
             parameters=receipt.parameters_after,
             units=cost.units,
             unit=cost.unit,
