@@ -34,6 +34,9 @@ def corpus(tmp_path_factory):
     return write_documents(tmp_path_factory.mktemp("corpus"), documents=40)
 
 
+OLD_TOKENS = {"kind": "old_token_rates", "ratio": 0.5}
+
+
 def tiny_recipe(corpus, **settings):
     return Recipe.parse(
         {
@@ -58,7 +61,7 @@ def tiny_recipe(corpus, **settings):
                             "name": "grow",
                             "tokens": {"qkv_tokens": 4, "proj_tokens": 4, "ffn_tokens": 16},
                         },
-                        {"kind": "train", "name": "final", "settings": {"steps": 6}, "old_tokens_rate": 0.5},
+                        {"kind": "train", "name": "final", "settings": {"steps": 6}, "hooks": [OLD_TOKENS]},
                         {"kind": "evaluate"},
                     ],
                 },
@@ -97,8 +100,8 @@ def test_the_books_add_up(run, corpus):
     assert flops["small"] == pytest.approx(flops["grown"], rel=0.05)
     assert flops["scratch"] == pytest.approx(flops["grown"], rel=0.1)
     grown, small = results.branches[0], results.branches[1]
-    assert grown.tokens == sum(stage.units for stage in grown.ledger.stages) == 12 * 4 * 16
-    assert [stage.kind for stage in grown.ledger.stages] == ["build", "train", "grow", "train", "evaluate"]
+    assert grown.units == sum(stage.units for stage in grown.ledger.stages) == 12 * 4 * 16
+    assert [stage.kind for stage in grown.ledger.stages] == ["build", "train", "change", "train", "evaluate"]
     assert small.ledger.stages[:2] == grown.ledger.stages[:2]
     assert (small.parent, small.fork_stage) == ("grown", "base")
 
@@ -117,7 +120,7 @@ def test_curves_are_cumulative_and_start_with_the_parents(run):
     for branch in results.branches:
         tokens = [point.units for point in branch.curve]
         assert tokens == sorted(tokens)
-        assert branch.curve[-1].tokens == branch.units
+        assert branch.curve[-1].units == branch.units
         assert branch.curve[-1].flops == pytest.approx(branch.flops)
     small = results.branches[1].curve
     assert small[0] == results.branches[0].curve[0]
@@ -152,7 +155,7 @@ def test_another_recipe_is_kept_out_of_a_runs_folder(run, corpus, tmp_path):
 
 def test_what_a_corpus_leaves_out_is_told(run):
     _, results, lines = run
-    assert any("documents; left out: 0 duplicates" in line for line in lines)
+    assert any(line.startswith("Data: ") and "left out: 0 duplicates" in line for line in lines)
     assert results.data["left out"] == "0 duplicates"
     report = CorpusReport.model_construct(
         duplicates=2, skipped={"not UTF-8": Skipped(count=4, examples=("a", "b", "c", "d"))}, limit="max_bytes"
@@ -202,7 +205,7 @@ def test_a_half_precision_checkpoint_of_other_data_trains_on(run, corpus, tmp_pa
     other.mkdir()
     for path in corpus.iterdir():
         (other / path.name).write_text(path.read_text().replace("growing", "going on"))
-    recipe = adopting(other, half, TRAIN | {"old_tokens_rate": 0.0}, tokenizer=source)
+    recipe = adopting(other, half, TRAIN | {"hooks": [OLD_TOKENS | {"ratio": 0.0}]}, tokenizer=source)
     results = run_recipe(recipe, tmp_path / "out", "", announce=lambda line: None)
     notes = results.branches[0].ledger.stages[-2].notes
     assert any("torch.bfloat16" in note for note in notes)
@@ -255,7 +258,7 @@ def test_a_grown_checkpoint_appears_with_its_own_ledger_or_not_at_all(run, tmp_p
     plan = plan_token_growth(config, TokenGrowth(qkv_tokens=6))
     change_checkpoint(plan, source, tmp_path / "grown")
     kinds = [stage.kind for stage in Ledger.load(tmp_path / "grown").stages]
-    assert kinds == [*(stage.kind for stage in Ledger.load(source).stages), "grow"]
+    assert kinds == [*(stage.kind for stage in Ledger.load(source).stages), "change"]
 
     def full(self, folder):
         raise OSError(28, "No space left on device")
