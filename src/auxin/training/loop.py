@@ -367,6 +367,8 @@ class _Loop:
                 for part in parts
             ]
         losses, total = [], sum(counts)
+        if not total:
+            return math.nan, math.nan  # nothing to learn from: a bad step
         for part, count in zip(parts, counts, strict=True):
             if not count:
                 continue  # a mean over nothing is not a number
