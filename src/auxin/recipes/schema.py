@@ -187,22 +187,12 @@ class Recipe(Settings):
         """Say the new word for one that recipes had before."""
         if not isinstance(values, dict):
             return values
-        if "corpus" in values:
-            raise ValueError("corpus: is called data now. Write data: in its place")
+        found = ["corpus: is called data now. Write data: in its place"] if "corpus" in values else []
         for branch in _mappings(values.get("branches")):
             for stage in _mappings(branch.get("stages")):
-                if stage.get("kind") == "grow":
-                    place = f"{branch.get('name')}/{stage.get('name', 'grow')}"
-                    raise ValueError(
-                        f"{place}: the stage kind 'grow' is called 'change' now. Write kind: change (a stage without a "
-                        "name is then called change too)"
-                    )
-                if former := [name for name in FORMER_HOOKS if name in stage]:
-                    place = f"{branch.get('name')}/{stage.get('name')}"
-                    raise ValueError(
-                        f"{place}: {former[0]}: hooks are written as data now. Write hooks: "
-                        f"[{FORMER_HOOKS[former[0]]}] in its place"
-                    )
+                found += _former_words(stage, f"{branch.get('name')}/{stage.get('name') or stage.get('kind')}")
+        if found:
+            raise ValueError("; ".join(found))
         return values
 
     @model_validator(mode="after")
@@ -278,6 +268,20 @@ class Recipe(Settings):
             known = ", ".join((*BUDGETS, "flops_of"))
             raise ConfigError(f"{stage.name}: give exactly one of {known}; given: {given or 'none'}")
         return TrainingSettings.parse(values, source=f"train stage {stage.name!r}")
+
+
+def _former_words(stage: dict[str, Any], place: str) -> list[str]:
+    """What `stage` says in words that recipes had before, with the new ones."""
+    found = []
+    if stage.get("kind") == "grow":
+        found.append(
+            f"{place}: the stage kind 'grow' is called 'change' now. Write kind: change (a stage without a name is then "
+            "called change too)"
+        )
+    for name in FORMER_HOOKS:
+        if name in stage:
+            found.append(f"{place}: {name}: hooks are data now. Write hooks: [{FORMER_HOOKS[name]}] in its place")
+    return found
 
 
 def _mappings(values: Any) -> list[dict[str, Any]]:
