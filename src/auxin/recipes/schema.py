@@ -278,9 +278,11 @@ def _former_words(stage: dict[str, Any], place: str) -> list[str]:
             f"{place}: the stage kind 'grow' is called 'change' now. Write kind: change (a stage without a name is then "
             "called change too)"
         )
-    for name in FORMER_HOOKS:
-        if name in stage:
-            found.append(f"{place}: {name}: hooks are data now. Write hooks: [{FORMER_HOOKS[name]}] in its place")
+    found += [
+        f"{place}: {name}: hooks are data now. Write hooks: [{hook}] in its place"
+        for name, hook in FORMER_HOOKS.items()
+        if name in stage
+    ]
     return found
 
 
