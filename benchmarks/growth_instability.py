@@ -140,7 +140,7 @@ def _grown(name: str, remedies: tuple[str, ...], tokens: dict[str, int], cosine:
     if MOMENTS not in remedies:
         train["fresh_optimizer"] = True
     if HELD in remedies:
-        train |= {"old_rate": 0.0, "old_rate_steps": HELD_STEPS}
+        train |= {"hooks": [{"kind": "old_rates", "ratio": 0.0, "steps": HELD_STEPS}]}
     return {
         "name": name,
         "title": title(name),

@@ -25,7 +25,7 @@ from auxin.data import CorpusSettings
 from auxin.methods.grow.tokenformer import TokenGrowth
 from auxin.models.tokenformer.presets import PRESETS
 from auxin.objectives.calibration import CalibrationSettings
-from auxin.recipes.schema import Branch, BuildStage, EvaluateStage, ChangeStage, Recipe, TrainStage
+from auxin.recipes.schema import Branch, BuildStage, ChangeStage, EvaluateStage, Recipe, TrainStage
 from auxin.training import GuardSettings, TrainingSettings
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,6 +16,6 @@ def write_documents(folder: Path, documents: int = 30, phrase: str = "growing is
 
 
 def small_corpus(folder: Path, **changes: Any) -> dict[str, Any]:
-    """A recipe's `corpus` that reads `folder`: few tokens, short contexts, enough held out to measure on."""
+    """A recipe's `data` that reads `folder`: few tokens, short contexts, enough held out to measure on."""
     values = {"vocab_size": 300, "context_length": 16, "validation_fraction": 0.2}
     return {"source": "files", "paths": [str(folder)], **values, **changes}

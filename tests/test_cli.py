@@ -64,7 +64,7 @@ def trained(texts, tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("run")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     arguments = ["--steps", 3, "--batch-size", 2, "--context-length", 32, "--vocab-size", 280, "--seed", 3]
-    settings = ["--set", "training.tensorboard=false", "--set", "corpus.validation_fraction=0.2"]
+    settings = ["--set", "training.tensorboard=false", "--set", "data.validation_fraction=0.2"]
     output = folder / "out"
     printed = call(
         "train", "--model", folder / "config.json", "--corpus", texts, *arguments, *settings, "-o", output, "--json"
@@ -83,7 +83,7 @@ def test_every_command_has_help_with_an_example(command):
 
 def test_train_trains_and_reports(trained):
     (branch,) = trained.results["branches"]
-    assert branch["tokens"] == 3 * 2 * 32
+    assert branch["units"] == 3 * 2 * 32
     assert trained.results["seed"] == 3
     assert trained.results["command"].split()[0] == "auxin"
     assert "plotly" in (trained.output / "report.html").read_text(encoding="utf-8")
@@ -93,10 +93,10 @@ def test_train_goes_on_from_a_checkpoint(trained, texts, tmp_path):
     printed = call(
         *("train", "--model", trained.checkpoint, "--corpus", texts, "--steps", 2, "--batch-size", 2),
         *("--context-length", 32, "-o", tmp_path / "on", "--json"),
-        *("--set", "training.tensorboard=false", "--set", "corpus.validation_fraction=0.2"),
+        *("--set", "training.tensorboard=false", "--set", "data.validation_fraction=0.2"),
     )
     (branch,) = json.loads(printed.out)["branches"]
-    assert branch["tokens"] == (3 + 2) * 2 * 32, "the ancestors' tokens count"
+    assert branch["units"] == (3 + 2) * 2 * 32, "the ancestors' tokens count"
 
 
 def test_grow_shows_its_plan_and_writes_nothing(trained, tmp_path):
@@ -209,7 +209,7 @@ def test_evaluate_scores_texts_and_the_held_out_split(trained, texts):
     scores = json.loads(printed.out)
     assert scores[str(text)]["bytes"] == text.stat().st_size
     (branch,) = trained.results["branches"]
-    assert scores[str(data)]["nats_per_token"] == pytest.approx(branch["validation_loss"], rel=1e-5)
+    assert scores[str(data)]["nats_per_token"] == pytest.approx(branch["value"], rel=1e-5)
     assert scores[str(data)]["bits_per_byte"] == pytest.approx(branch["bits_per_byte"], rel=1e-5)
     assert str(text) in call("evaluate", trained.checkpoint, "--text", text).out
 
@@ -266,7 +266,7 @@ def test_a_prompt_in_another_encoding_is_one_message(trained, monkeypatch, capfd
 def test_a_source_that_is_gone_is_one_line(trained, texts, tmp_path, monkeypatch, capfd):
     corpus, run = shutil.copytree(texts, tmp_path / "texts"), tmp_path / "run"
     arguments = ["train", "--model", trained.checkpoint, "--corpus", corpus, "--batch-size", 2, "--context-length", 32]
-    arguments += ["--steps", 1, "--set", "training.tensorboard=false", "--set", "corpus.validation_fraction=0.2"]
+    arguments += ["--steps", 1, "--set", "training.tensorboard=false", "--set", "data.validation_fraction=0.2"]
     assert main(monkeypatch, capfd, *arguments, "-o", run).code == 0
     shutil.rmtree(corpus)
     done = main(monkeypatch, capfd, *arguments, "-o", run)

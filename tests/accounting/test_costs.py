@@ -16,7 +16,9 @@ from transformers import (
 
 from auxin.accounting import count_parameters, flops_per_token, training_memory
 from auxin.accounting.flops import countable_kernels
+from auxin.errors import ConfigError
 from auxin.models.tokenformer import TokenFormerConfig
+from tiny_models import tiny
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 CONFIGS = {
@@ -105,9 +107,8 @@ def test_a_tied_table_counts_once():
     assert count_parameters(tied).non_embedding == count_parameters(untied).non_embedding
 
 
-@pytest.mark.parametrize("name", ["gpt-neox", "mixtral", "t5", *TOKENFORMERS])
-def test_training_memory_is_what_a_real_step_saves(name):
-    model = tiny_t5() if name == "t5" else AutoModelForCausalLM.from_config(CONFIGS[name])
+def saved_by_a_real_step(model, **inputs) -> int:
+    """Bytes that autograd keeps of a forward pass, each storage once, parameters left out."""
     parameters = {p.data_ptr() for p in model.parameters()}
     storages: dict[int, int] = {}
 
@@ -116,14 +117,41 @@ def test_training_memory_is_what_a_real_step_saves(name):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    ids = torch.randint(96, (3, 16))
-    labels = ids[:, :5].contiguous() if name == "t5" else ids
     held = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or keep(t), lambda t: t):
-        model(input_ids=ids, labels=labels, use_cache=False)
+        model.train()(**inputs)
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("name", ["gpt-neox", "mixtral", "t5", *TOKENFORMERS])
+def test_training_memory_is_what_a_real_step_saves(name):
+    model = tiny_t5() if name == "t5" else AutoModelForCausalLM.from_config(CONFIGS[name])
+    ids = torch.randint(96, (3, 16))
+    labels = ids[:, :5].contiguous() if name == "t5" else ids
+    saved = saved_by_a_real_step(model, input_ids=ids, labels=labels, use_cache=False)
     estimate = training_memory(model, 3, 16, labels.shape[1])
     assert estimate.weights == 4 * count_parameters(model).total
     assert estimate.optimizer == 2 * estimate.weights
     # Experts are counted in half of the bytes, twice, and so is what is float32 in either type.
     tolerance = 0.3 if name == "mixtral" else 0.1
-    assert estimate.activations == pytest.approx(sum(storages.values()), rel=tolerance)
+    assert estimate.activations == pytest.approx(saved, rel=tolerance)
+
+
+def test_training_memory_of_images_is_what_a_real_step_saves():
+    model = tiny("vit", dtype=torch.float32, image_size=16)
+    images = {batch: torch.randn(batch, 3, 16, 16) for batch in (2, 5)}
+    found = {}
+    for batch, pixels in images.items():
+        saved = saved_by_a_real_step(model, pixel_values=pixels, labels=torch.zeros(batch, dtype=torch.long))
+        estimate = training_memory(model, batch)
+        assert estimate.weights == 4 * count_parameters(model).total
+        assert estimate.activations == pytest.approx(saved, rel=0.1)
+        given = {"pixel_values": pixels, "labels": torch.zeros(batch, dtype=torch.long)}
+        assert training_memory(model, batch, inputs=given) == estimate
+        found[batch] = estimate.activations
+    assert found[5] == pytest.approx(5 / 2 * found[2], rel=0.05), "an image costs what an image costs"
+
+
+def test_memory_of_text_needs_a_length():
+    with pytest.raises(ConfigError, match=r"sequence_length: needed to count the memory of a model of text\. Give it"):
+        training_memory(tiny_t5(), 2)

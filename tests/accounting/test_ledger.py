@@ -11,10 +11,15 @@ def stage(name="train", **values):
 
 
 def test_a_child_carries_its_ancestors_costs():
-    parent = Ledger().append(stage(tokens=100, flops=6e3, seconds=1.5))
-    child = parent.append(stage(tokens=50, flops=9e3, seconds=2.0))
+    parent = Ledger().append(stage(units=100, flops=6e3, seconds=1.5))
+    child = parent.append(stage(units=50, flops=9e3, seconds=2.0))
     assert (child.total_units(), child.total_flops, child.total_seconds) == (150, 15e3, 3.5)
     assert parent.total_units() == 100
+
+
+def test_units_of_one_kind_are_added_up_alone():
+    ledger = Ledger().append(stage(units=100)).append(stage(units=7, unit="image")).append(stage(units=20))
+    assert (ledger.total_units(), ledger.total_units("image"), ledger.total_units("example")) == (120, 7, 0)
 
 
 def test_round_trip(tmp_path):

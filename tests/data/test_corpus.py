@@ -108,7 +108,7 @@ def test_fingerprint_follows_content_and_settings(tmp_path: Path) -> None:
 def test_bytes_per_token_counts_the_packed_text(tmp_path: Path) -> None:
     data = prepare(corpus_of(tmp_path / "a.jsonl"), tmp_path / "data")
     text = data.tokenizer().decode(data.validation.reshape(-1)).replace(SEPARATOR, "")
-    assert data.bytes_per_token == len(text.encode()) / data.validation.size
+    assert data.bytes_per_unit == len(text.encode()) / data.validation.size
 
 
 def test_arrays_are_mapped_and_read_only(tmp_path: Path) -> None:
@@ -299,5 +299,5 @@ def test_a_slice_of_the_standard_library(tmp_path: Path) -> None:
     assert data.report.documents == 60
     assert data.report.limit == "max_documents"
     assert data.vocab_size == 512
-    assert 1.5 < data.bytes_per_token < 6
+    assert 1.5 < data.bytes_per_unit < 6
     assert "import" in data.tokenizer().decode(data.train[:50].reshape(-1))

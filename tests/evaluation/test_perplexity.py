@@ -1,19 +1,17 @@
-"""Loss and perplexity against an oracle that recomputes everything for each token."""
+"""Perplexity against an oracle that recomputes everything for each token."""
 
 import math
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from auxin.data.tokenizer import SEPARATOR, train_tokenizer
 from auxin.errors import DataError
-from auxin.evaluation import evaluate_loss, perplexity
+from auxin.evaluation import perplexity
 from oracles.perplexity import strided_losses
 from tiny_models import fresh_llama
 
@@ -78,59 +76,3 @@ def test_a_special_token_in_the_text_is_text() -> None:
 def test_windows_that_can_not_be(text: str, context_length: int, stride: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
         perplexity(MODEL, TOKENIZER, text, context_length, stride)
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "max_batches", "rows"), [(3, None, 7), (3, 2, 6), (2, 9, 7), (7, 1, 7), (4, 1, 4)]
-)
-def test_evaluate_loss_is_the_mean_over_tokens(batch_size: int, max_batches: int | None, rows: int) -> None:
-    array = np.random.default_rng(0).integers(0, 280, (7, 9)).astype(np.uint16)
-    expected = [loss for row in array[:rows] for loss in strided_losses(next_token_logits, row.tolist(), len(row), 1)]
-    found = evaluate_loss(MODEL, array, batch_size, max_batches)
-    assert found == pytest.approx(sum(expected) / len(expected), rel=1e-5)
-
-
-class _Uniform(nn.Module):
-    """Says the same of every token, remembers in which state it was asked, and fails when told to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.frozen = nn.Dropout(0.5).eval()
-        self.seen: list[tuple[bool, bool]] = []
-        self.fails = False
-
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
-        self.seen.append((self.training, torch.is_inference_mode_enabled()))
-        if self.fails:
-            raise RuntimeError("no")
-        return SimpleNamespace(logits=self.weight.expand(*input_ids.shape, 50))
-
-
-def test_modes_are_restored_also_after_a_failure() -> None:
-    model = _Uniform().train()
-    model.frozen.eval()
-    array = np.zeros((3, 5), np.uint16)
-    assert evaluate_loss(model, array, 2) == pytest.approx(math.log(50))
-    assert model.seen == [(False, True)] * 2
-    assert model.training
-    assert not model.frozen.training
-    model.fails = True
-    with pytest.raises(RuntimeError, match="no"):
-        evaluate_loss(model, array, 2)
-    assert model.training
-    assert torch.is_grad_enabled()
-
-
-@pytest.mark.parametrize(
-    ("shape", "arguments", "message"),
-    [
-        ((0, 5), (2, None), "shape \\(0, 5\\)"),
-        ((3, 1), (2, None), "shape \\(3, 1\\)"),
-        ((3, 5), (0, None), "batch_size is 0"),
-        ((3, 5), (2, 0), "max_batches is 0"),
-    ],
-)
-def test_nothing_to_evaluate(shape: tuple[int, int], arguments: tuple[int, int | None], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        evaluate_loss(_Uniform(), np.zeros(shape, np.uint16), *arguments)

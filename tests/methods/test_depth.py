@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from auxin.edits import Plan, RemoveModule, apply, apply_to_checkpoint
 from auxin.edits.kinds.parameter_edits import ScaleParameter
 from auxin.errors import ConfigError, PlanError, PromiseError
-from auxin.methods.grow.llama_pro import METHOD as LLAMA_PRO
 from auxin.methods.grow.llama_pro import BlockExpansion, new_layers, plan_block_expansion, train_new_layers
 from auxin.methods.grow.masked import MaskedGrowth, MaskRamp, plan_masked
 from auxin.methods.grow.solar import DepthUpscaling, plan_depth_upscaling
@@ -22,6 +21,7 @@ from auxin.models.loading import skeleton
 from auxin.nn.masked import MaskedBlock
 from auxin.nn.stand_ins import Zeros
 from auxin.planning.depth import identity_layers
+from auxin.planning.hooks import hooks_of
 from auxin.training.optimizer import optimizer_tensors
 from covering import covers, families, whole
 from edits.models import assert_same
@@ -267,8 +267,8 @@ def test_only_the_new_layers_are_trained():
         optimizer.step()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != name.startswith(("model.layers.2.", "model.layers.5.")), name
-    assert LLAMA_PRO.hooks(plan) == []
-    (hook,) = LLAMA_PRO.hooks(expanded(model_of("llama"), group_size=2, train_only_new=True))
+    assert plan.hooks == []
+    (hook,) = hooks_of(expanded(model_of("llama"), group_size=2, train_only_new=True))
     assert hook.paths == ["model.layers.2", "model.layers.5"]
     with pytest.raises(ConfigError, match="at least one path"):
         train_new_layers(stacking(model, factor=2))

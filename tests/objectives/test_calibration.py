@@ -9,11 +9,12 @@ import torch
 from auxin.data import CorpusSettings, PackedData, prepare
 from auxin.data.tokenizer import train_tokenizer
 from auxin.errors import ConfigError, DataError
-from auxin.objectives import ObjectiveSettings
 from auxin.objectives.calibration import Calibration, CalibrationSettings, CorpusCalibration
+from auxin.objectives.causal import Causal
+from auxin.objectives.span_corruption import SpanCorruption
 from tiny_models import inputs, labels, tiny
 
-SPANS = ObjectiveSettings(objective="span_corruption", noise_density=0.3, mean_span_length=2.0)
+SPANS = SpanCorruption(noise_density=0.3, mean_span_length=2.0)
 TEXT = "document {} says that the early bird of number {} catches the worm. "
 
 
@@ -147,7 +148,7 @@ def test_an_encoder_decoder_gets_what_is_cut_out_and_pays_for_the_whole_text(dat
     sentinels = batch["input_ids"] >= data.vocab_size
     assert (sentinels.sum(dim=1) == 2).all()
     # Without a word on the objective it is the architecture's.
-    assert Calibration.of_split(data, config("t5")).objective == ObjectiveSettings(objective="span_corruption")
+    assert Calibration.of_split(data, config("t5")).objective == SpanCorruption()
 
 
 def test_what_does_not_fit_is_refused(data):
@@ -158,8 +159,8 @@ def test_what_does_not_fit_is_refused(data):
     refused(r"length is 17, but the data's context_length is 16", config(), length=17)
     refused(r"max_position_embeddings is 8", config(max_position_embeddings=8))
     refused(r"'span_corruption' is for encoder-decoders", config(), SPANS)
-    refused(r"'causal' is for decoders", config("t5"), ObjectiveSettings())
-    refused(r"tokenizer has \d+ entries, the model 19: it belongs to another model", tiny("llama").config)
+    refused(r"'causal' is for decoders", config("t5"), Causal())
+    refused(r"tokenizer has \d+ tokens, but the model's vocab_size is 19", tiny("llama").config)
     with pytest.raises(ConfigError, match="samples"):
         CalibrationSettings.parse({"samples": 0})
 

@@ -8,7 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from auxin.errors import ConfigError, DataError
-from auxin.objectives.span_corruption import SpanCorruption, held_out_generator, noise_mask, span_lengths
+from auxin.objectives.objective import held_out_noise, training_noise
+from auxin.objectives.spans import SpanCutter, noise_mask, span_lengths
 from oracles.span_corruption import all_masks, corrupted, noise_counts, number_of_masks, restored
 
 FIRST, END = 1000, 0
@@ -22,15 +23,15 @@ lengths = st.builds(
 seeds = st.integers(0, 2**63 - 1)
 
 
-def corruption_of(context: int, density: float = 0.15, mean: float = 3.0) -> SpanCorruption:
+def corruption_of(context: int, density: float = 0.15, mean: float = 3.0) -> SpanCutter:
     try:
-        return SpanCorruption(span_lengths(context, density, mean), FIRST, END)
+        return SpanCutter(span_lengths(context, density, mean), FIRST, END)
     except ConfigError:
         assume(False)
         raise
 
 
-def contexts_of(corruption: SpanCorruption, rows: int, seed: int = 0) -> np.ndarray:
+def contexts_of(corruption: SpanCutter, rows: int, seed: int = 0) -> np.ndarray:
     shape = (rows, corruption.lengths.context)
     return np.random.default_rng(seed).integers(0, FIRST, shape).astype(np.uint16)
 
@@ -39,7 +40,7 @@ def contexts_of(corruption: SpanCorruption, rows: int, seed: int = 0) -> np.ndar
 def test_inputs_and_targets_are_those_made_by_hand_and_rebuild_the_context(sizes, rows, seed, position):
     corruption = corruption_of(*sizes)
     contexts = contexts_of(corruption, rows, seed % 97)
-    inputs, targets = corruption.training_batch(contexts, seed, position)
+    inputs, targets = corruption.corrupt(contexts, training_noise(seed, position))
     assert inputs.shape == (rows, corruption.lengths.inputs)
     assert targets.shape == (rows, corruption.lengths.targets)
     assert inputs.dtype == targets.dtype == np.int64
@@ -94,13 +95,13 @@ def test_every_way_of_cutting_is_as_likely_as_the_others():
 def test_seed_and_position_decide_alone(seed, position):
     corruption = corruption_of(60)
     contexts = contexts_of(corruption, 4)
-    first = corruption.training_batch(contexts, seed, position)
+    first = corruption.corrupt(contexts, training_noise(seed, position))
     np.random.default_rng(0).random(3)
-    again = corruption.training_batch(contexts, seed, position)
+    again = corruption.corrupt(contexts, training_noise(seed, position))
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
     for other in (
-        corruption.training_batch(contexts, seed, position + 1),
-        corruption.training_batch(contexts, seed ^ 1, position),
+        corruption.corrupt(contexts, training_noise(seed, position + 1)),
+        corruption.corrupt(contexts, training_noise(seed ^ 1, position)),
     ):
         assert (first[0] != other[0]).any()
 
@@ -109,8 +110,8 @@ def test_seed_and_position_decide_alone(seed, position):
 def test_held_out_noise_does_not_depend_on_the_size_of_batches(sizes):
     corruption = corruption_of(50)
     contexts = contexts_of(corruption, sum(sizes))
-    whole = corruption.corrupt(contexts, held_out_generator())
-    generator = held_out_generator()
+    whole = corruption.corrupt(contexts, held_out_noise())
+    generator = held_out_noise()
     parts = [corruption.corrupt(part, generator) for part in np.split(contexts, np.cumsum(sizes)[:-1].tolist())]
     for index in (0, 1):
         assert (np.concatenate([part[index] for part in parts]) == whole[index]).all()
@@ -134,4 +135,4 @@ def test_too_many_spans_are_refused():
 def test_contexts_of_another_length_are_refused():
     corruption = corruption_of(50)
     with pytest.raises(DataError, match=r"expected \(batch, 50\)"):
-        corruption.corrupt(np.zeros((2, 49), np.uint16), held_out_generator())
+        corruption.corrupt(np.zeros((2, 49), np.uint16), held_out_noise())

@@ -48,7 +48,7 @@ def test_what_a_method_looks_at_is_counted_and_not_declared(passes, backward):
     plan = make_plan(looks(passes, backward), at, STACKING.settings(factor=2))
     per_token = flops_per_token(model, 7)
     tokens = passes * 2 * 2 * 7
-    assert (at.spent.samples, at.spent.tokens) == (passes * 4, tokens)
+    assert (at.spent.samples, at.spent.units) == (passes * 4, tokens)
     assert at.spent.flops == tokens * (per_token.training if backward else per_token.forward)
     assert at.spent.seconds > 0
     assert plan.cost == at.spent.cost(at.data)

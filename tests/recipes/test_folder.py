@@ -74,9 +74,9 @@ def test_a_folder_in_which_nothing_was_begun_is_taken_over(tmp_path):
     (tmp_path / "data").mkdir()
     claim(tmp_path, seed=3)
     assert (tmp_path / "data").exists()
-    claim(tmp_path, seed=3, corpus__vocab_size=999)
+    claim(tmp_path, seed=3, data__vocab_size=999)
     assert not (tmp_path / "data").exists()
-    assert Recipe.from_yaml(tmp_path / RECIPE_FILE) == recipe(seed=3, corpus__vocab_size=999)
+    assert Recipe.from_yaml(tmp_path / RECIPE_FILE) == recipe(seed=3, data__vocab_size=999)
 
 
 def test_what_was_begun_does_not_depend_on_may_change(tmp_path):
@@ -105,7 +105,7 @@ def test_what_was_begun_does_not_depend_on_may_change(tmp_path):
     ("changes", "message"),
     [
         ({"seed": 4}, "seed: 0 there, 4 asked"),
-        ({"corpus__vocab_size": 300}, "corpus.vocab_size: 4096 there, 300 asked"),
+        ({"data__vocab_size": 300}, "data.vocab_size: 4096 there, 300 asked"),
         ({"training__batch_size": 8}, "training.batch_size: 4 there, 8 asked"),
         ({"branches__0__name": "z", "branches__1__stages__0__like": "z", "branches__1__stages__1__flops_of": "z"}, "a"),
         ({"branches__0__stages__1__settings": {"steps": 6}}, "branches.0.stages.1.settings.steps: 5 there, 6 asked"),

@@ -21,10 +21,11 @@ from auxin.models.tokenformer import TokenFormerConfig
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.planning.bench import Bench
 from auxin.planning.hooks import ExactRates, OldRates
+from auxin.planning.lineage import old_shapes
 from auxin.recipes import Recipe, price_recipe, run_recipe
 from auxin.recipes.schema import TrainStage
-from auxin.recipes.stage_hooks import old_shapes, stage_hooks
-from auxin.recipes.stage_models import estimated_stages, final_config, change_plan, stage_configs
+from auxin.recipes.stage_hooks import stage_hooks
+from auxin.recipes.stage_models import change_plan, estimated_stages, final_config, stage_configs
 from corpora import small_corpus, write_documents
 
 LLAMA = {
@@ -83,7 +84,7 @@ AFTER = {"kind": "train", "name": "after", "settings": {"steps": 2}}
         ({"kind": "change", "to": "354m", "calibration": {"samples": 2}}, "calibration goes with method"),
         (grow("stacking", factor=2) | {"calibration": {"samples": 2}}, "stacking looks at no data.*samples"),
         (grow("ligo", layers=3, steps=0) | {"calibration": {"samples": 2}}, "ligo looks at no data with these"),
-        (grow("ligo", layers=3) | {"calibration": {"length": 17}}, "length is 17, but corpus.context_length is 16"),
+        (grow("ligo", layers=3) | {"calibration": {"length": 17}}, "length is 17, but data.context_length is 16"),
         (grow("ligo", layers=3) | {"calibration": {"lenght": 8}}, "calibration: lenght: unknown.*mean 'length'"),
         (grow("ligo", layers=3, batch_size=2), "batch_size: unknown field"),
         ({"kind": "change", "to": "354m"}, "only a TokenFormer grows by tokens, this is a llama"),
@@ -98,7 +99,7 @@ def test_an_impossible_growth_is_refused_before_any_work(corpus, tmp_path, stage
 
 def test_what_a_growth_makes_is_known_before_it_is_done(corpus):
     made = recipe(corpus, grow("stacking", factor=2), AFTER, grow("hypercloning", factor=2), AFTER | {"name": "last"})
-    config = final_config(stage_configs(made, {"vocab_size": 300}), "main")
+    config = final_config(stage_configs(made, made.data.form()), "main")
     assert (config.num_hidden_layers, config.hidden_size) == (4, 32)
     prices = {stage.stage: stage for stage in price_recipe(made, memory=False).stages}
     assert prices["last"].parameters == count_parameters(edited_skeleton(config)).total
@@ -107,7 +108,7 @@ def test_what_a_growth_makes_is_known_before_it_is_done(corpus):
 
 def test_a_growths_seed_is_the_recipes_unless_it_has_its_own(corpus):
     made = recipe(corpus, grow("hypercloning", factor=2), {**grow("hypercloning", factor=2, seed=7), "name": "b"})
-    model = edited_skeleton(stage_configs(made, {"vocab_size": 300})["main"]["base"])
+    model = edited_skeleton(stage_configs(made, made.data.form())["main"]["base"])
     plans = [change_plan(stage, Bench(model, seed=3)) for stage in made.branches[0].stages[2:]]
     assert [plan.seed for plan in plans] == [3, 7]
 
@@ -117,7 +118,7 @@ def expanded(corpus, tmp_path_factory):
     """Grown twice in a row by identity shapes, then trained with all that was there before frozen."""
     folder = tmp_path_factory.mktemp("expanded") / "out"
     stages = [grow("llama-pro", group_size=1), grow("llama-pro", group_size=2) | {"name": "again"}]
-    made = recipe(corpus, *stages, AFTER | {"old_rate": 0.0})
+    made = recipe(corpus, *stages, AFTER | {"hooks": [{"kind": "old_rates", "ratio": 0.0}]})
     return folder, run_recipe(made, folder, "", announce=lambda line: None)
 
 
@@ -135,7 +136,7 @@ def test_two_growths_in_a_row_freeze_what_was_there_before_both(expanded):
 
 
 def test_old_entries_that_are_mixed_with_new_ones_are_refused(corpus, tmp_path):
-    made = recipe(corpus, grow("hypercloning", factor=2), AFTER | {"old_rate": 0.5})
+    made = recipe(corpus, grow("hypercloning", factor=2), AFTER | {"hooks": [{"kind": "old_rates", "ratio": 0.5}]})
     with pytest.raises(PlanError, match=r"hypercloning makes .* out of old entries and new ones alike"):
         run_recipe(made, tmp_path / "out", "", announce=lambda line: None)
 
@@ -148,7 +149,7 @@ def tokenformer_plans():
 
 def ledger_of(*plans):
     grown = [StageRecord(name="grow", kind="change", parameters=1, plan=plan.model_dump(mode="json")) for plan in plans]
-    return Ledger(stages=[StageRecord(name="base", kind="train", parameters=1, tokens=1), *grown])
+    return Ledger(stages=[StageRecord(name="base", kind="train", parameters=1, units=1), *grown])
 
 
 def test_the_hooks_of_a_stage_know_what_was_there_before():
@@ -158,7 +159,8 @@ def test_the_hooks_of_a_stage_know_what_was_there_before():
     assert shapes["model.layers.0.attention.query.value_tokens"] == (4, 8)
     assert shapes["model.layers.0.attention.proj.key_tokens"] == (4, 8)
     assert shapes.keys() == {name for name, _ in edited_skeleton(config).named_parameters()}
-    stage = TrainStage(kind="train", name="t", old_tokens_rate=0.0, old_rate=0.5, old_rate_steps=4)
+    hooks = [{"kind": "old_token_rates", "ratio": 0.0, "steps": 4}, {"kind": "old_rates", "ratio": 0.5, "steps": 4}]
+    stage = TrainStage(kind="train", name="t", hooks=hooks)
     tokens, everything = stage_hooks(stage, ledger_of(plan))
     assert isinstance(tokens, OldTokenRates)
     assert tokens.old_counts == {"qkv": 4, "proj": 4, "ffn": 8}
@@ -166,10 +168,11 @@ def test_the_hooks_of_a_stage_know_what_was_there_before():
     assert (tokens.steps, everything.steps, everything.ratio) == (4, 4, 0.5)
 
 
-@pytest.mark.parametrize("field", ["old_tokens_rate", "old_rate", "exact_rates"])
-def test_what_is_about_a_growth_needs_one(field):
-    stage = TrainStage.parse({"kind": "train", "name": "t", field: 0.5 if field != "exact_rates" else True})
-    with pytest.raises(ConfigError, match=field):
+@pytest.mark.parametrize("kind", ["old_token_rates", "old_rates", "exact_rates"])
+def test_what_is_about_a_growth_needs_one(kind):
+    hook = {"kind": kind} if kind == "exact_rates" else {"kind": kind, "ratio": 0.5}
+    stage = TrainStage.parse({"kind": "train", "name": "t", "hooks": [hook]})
+    with pytest.raises(ConfigError, match=f"t: hooks: {kind} is for"):
         stage_hooks(stage, ledger_of())
 
 
@@ -177,7 +180,7 @@ def test_exact_rates_go_on_with_the_small_model(corpus, tmp_path):
     """The optimizer of the grown model takes the small model's steps: the held-out losses agree."""
     made = {
         "small": [AFTER],
-        "grown": [grow("hypercloning", factor=2), AFTER | {"exact_rates": True}],
+        "grown": [grow("hypercloning", factor=2), AFTER | {"hooks": ["exact_rates"]}],
         "plain": [grow("hypercloning", factor=2), AFTER],
     }
     losses = {}
@@ -185,7 +188,7 @@ def test_exact_rates_go_on_with_the_small_model(corpus, tmp_path):
         results = run_recipe(
             recipe(corpus, *stages, training={"gradient_clip": None}), tmp_path / name, "", announce=lambda line: None
         )
-        losses[name] = results.branches[0].validation_loss
+        losses[name] = results.branches[0].value
     assert losses["grown"] == pytest.approx(losses["small"], abs=2e-5)
     assert abs(losses["plain"] - losses["small"]) > 10 * abs(losses["grown"] - losses["small"])
 
@@ -232,14 +235,14 @@ def test_a_method_that_looks_at_weights_is_priced_as_an_estimate_and_books_what_
     price = price_recipe(made, memory=False)
     assert not found
     assert [stage.estimate for stage in price.stages] == [False, False, True, True]
-    assert "grow-looking (grow, an estimate)" in str(price)
+    assert "grow-looking (change, an estimate)" in str(price)
     assert "An estimate: a method looks at weights" in str(price)
     assert price.stages[2].units == 20 * 16
     results = run_recipe(made, tmp_path / "out", "", announce=quiet)
     assert found == [False]
     record = results.branches[0].ledger.stages[2]
     assert (record.samples, record.units) == (20, 20 * 16)
-    assert results.branches[0].tokens == 2 * 4 * 16 + 20 * 16 + 2 * 4 * 16
+    assert results.branches[0].units == 2 * 4 * 16 + 20 * 16 + 2 * 4 * 16
     base = tmp_path / "out/branches/main/02-base"
     small = load_model(base / (base / "latest").read_text().strip())
     # It looks forwards, once, at the small model; the price took it for learning with the grown one.
@@ -287,7 +290,7 @@ def test_what_goes_by_an_estimated_branch_reads_what_that_branch_left(corpus, tm
         ("fork", "after"),
         ("fork", "grow-looking"),
     }
-    assert final_config(stage_configs(made, {"vocab_size": 300}), "like").num_hidden_layers == 4
+    assert final_config(stage_configs(made, made.data.form()), "like").num_hidden_layers == 4
     run_recipe(made, tmp_path / "out", "", announce=quiet)
     models = {
         name: load_model(tmp_path / "out/branches" / name / "02-evaluate/checkpoint")
@@ -320,7 +323,7 @@ def test_ligo_learns_from_the_training_split_alone_and_pays_for_every_token(corp
 
     monkeypatch.setattr(GrowthOperator, "loss", recorded)
     made = recipe(corpus, grow("ligo", layers=3, intermediate_size=40, steps=60), AFTER)
-    assert made.corpus.validation_fraction == 0.2
+    assert made.data.validation_fraction == 0.2
     results = run_recipe(made, tmp_path / "out", "", announce=quiet)
     contexts = torch.cat(seen).tolist()
     data = PackedData.load(tmp_path / "out/data")
@@ -357,10 +360,10 @@ def test_a_plan_that_sets_config_alone_keeps_all_old():
 def test_exact_rates_are_a_hook_of_their_own(expanded):
     folder, _ = expanded
     ledger = Ledger.load(folder / "branches/main/03-grow-llama-pro/checkpoint")
-    stage = TrainStage(kind="train", name="t", exact_rates=True)
+    stage = TrainStage(kind="train", name="t", hooks=["exact_rates"])
     (hook,) = stage_hooks(stage, ledger)
     assert isinstance(hook, ExactRates)
-    with pytest.raises(ConfigError, match="right after one growth"):
+    with pytest.raises(ConfigError, match="right after one change"):
         stage_hooks(stage, Ledger.load(folder / "branches/main/04-again/checkpoint"))
 
 

@@ -16,13 +16,12 @@ from safetensors.torch import load_file
 from auxin.accounting import Ledger
 from auxin.accounting.results import RunResults, perplexity_of
 from auxin.data import CorpusReport
-from auxin.data.corpus import Skipped
+from auxin.data.corpus import Skipped, describe_left_out
 from auxin.errors import CheckpointError, ConfigError
 from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth
 from auxin.models.loading import load_config, load_model
 from auxin.recipes import Recipe, price_recipe, run_recipe
 from auxin.recipes.change import change_checkpoint
-from auxin.recipes.results import describe_left_out
 from auxin.recipes.runner import Run
 from auxin.report import findings, write_chart_svg, write_report
 from corpora import small_corpus, write_documents
@@ -33,6 +32,9 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "m
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return write_documents(tmp_path_factory.mktemp("corpus"), documents=40)
+
+
+OLD_TOKENS = {"kind": "old_token_rates", "ratio": 0.5}
 
 
 def tiny_recipe(corpus, **settings):
@@ -59,7 +61,7 @@ def tiny_recipe(corpus, **settings):
                             "name": "grow",
                             "tokens": {"qkv_tokens": 4, "proj_tokens": 4, "ffn_tokens": 16},
                         },
-                        {"kind": "train", "name": "final", "settings": {"steps": 6}, "old_tokens_rate": 0.5},
+                        {"kind": "train", "name": "final", "settings": {"steps": 6}, "hooks": [OLD_TOKENS]},
                         {"kind": "evaluate"},
                     ],
                 },
@@ -98,8 +100,8 @@ def test_the_books_add_up(run, corpus):
     assert flops["small"] == pytest.approx(flops["grown"], rel=0.05)
     assert flops["scratch"] == pytest.approx(flops["grown"], rel=0.1)
     grown, small = results.branches[0], results.branches[1]
-    assert grown.tokens == sum(stage.units for stage in grown.ledger.stages) == 12 * 4 * 16
-    assert [stage.kind for stage in grown.ledger.stages] == ["build", "train", "grow", "train", "evaluate"]
+    assert grown.units == sum(stage.units for stage in grown.ledger.stages) == 12 * 4 * 16
+    assert [stage.kind for stage in grown.ledger.stages] == ["build", "train", "change", "train", "evaluate"]
     assert small.ledger.stages[:2] == grown.ledger.stages[:2]
     assert (small.parent, small.fork_stage) == ("grown", "base")
 
@@ -118,7 +120,7 @@ def test_curves_are_cumulative_and_start_with_the_parents(run):
     for branch in results.branches:
         tokens = [point.units for point in branch.curve]
         assert tokens == sorted(tokens)
-        assert branch.curve[-1].tokens == branch.units
+        assert branch.curve[-1].units == branch.units
         assert branch.curve[-1].flops == pytest.approx(branch.flops)
     small = results.branches[1].curve
     assert small[0] == results.branches[0].curve[0]
@@ -153,8 +155,8 @@ def test_another_recipe_is_kept_out_of_a_runs_folder(run, corpus, tmp_path):
 
 def test_what_a_corpus_leaves_out_is_told(run):
     _, results, lines = run
-    assert any("documents; left out: 0 duplicates" in line for line in lines)
-    assert results.corpus["left out"] == "0 duplicates"
+    assert any(line.startswith("Data: ") and "left out: 0 duplicates" in line for line in lines)
+    assert results.data["left out"] == "0 duplicates"
     report = CorpusReport.model_construct(
         duplicates=2, skipped={"not UTF-8": Skipped(count=4, examples=("a", "b", "c", "d"))}, limit="max_bytes"
     )
@@ -168,9 +170,9 @@ def test_a_run_that_cant_be_done_writes_nothing(corpus, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def adopting(corpus, checkpoint, *stages, tokenizer=None, **corpus_changes):
+def adopting(corpus, checkpoint, *stages, tokenizer=None, **changes):
     values = tiny_recipe(corpus).model_dump(mode="json", exclude_defaults=True)
-    values["corpus"] |= {"tokenizer": None if tokenizer is None else str(tokenizer), **corpus_changes}
+    values["data"] |= {"tokenizer": None if tokenizer is None else str(tokenizer), **changes}
     build = {"kind": "build", "checkpoint": str(checkpoint)}
     values["branches"] = [{"name": "main", "title": "main", "stages": [build, *stages]}]
     return Recipe.parse(values)
@@ -189,7 +191,7 @@ def test_a_checkpoint_keeps_its_tokens(run, corpus, tmp_path):
     checkpoint = directory / "branches/grown/03-grow/checkpoint"
     # With fewer entries, the tokenizer that this corpus would train is another.
     recipe = adopting(corpus, checkpoint, TRAIN, vocab_size=280)
-    with pytest.raises(ConfigError, match=re.escape(f"Set corpus.tokenizer: {checkpoint}")):
+    with pytest.raises(ConfigError, match=re.escape(f"Set data.tokenizer: {checkpoint}")):
         run_recipe(recipe, tmp_path / "out", "", announce=lambda line: None)
     assert not (tmp_path / "out/branches").exists()
 
@@ -203,7 +205,7 @@ def test_a_half_precision_checkpoint_of_other_data_trains_on(run, corpus, tmp_pa
     other.mkdir()
     for path in corpus.iterdir():
         (other / path.name).write_text(path.read_text().replace("growing", "going on"))
-    recipe = adopting(other, half, TRAIN | {"old_tokens_rate": 0.0}, tokenizer=source)
+    recipe = adopting(other, half, TRAIN | {"hooks": [OLD_TOKENS | {"ratio": 0.0}]}, tokenizer=source)
     results = run_recipe(recipe, tmp_path / "out", "", announce=lambda line: None)
     notes = results.branches[0].ledger.stages[-2].notes
     assert any("torch.bfloat16" in note for note in notes)
@@ -240,12 +242,12 @@ def test_a_diverged_branch_has_an_infinite_perplexity_and_a_report(run, tmp_path
     _, results, _ = run
     assert perplexity_of(2.0) == pytest.approx(7.389056)
     assert perplexity_of(1e4) == math.inf
-    diverged = results.branches[1].model_copy(update={"validation_loss": 1e4, "perplexity": math.inf})
+    diverged = results.branches[1].model_copy(update={"value": 1e4, "perplexity": math.inf})
     infinite = results.model_copy(update={"branches": [results.branches[0], diverged]})
     write_report(infinite, tmp_path / "report.html")
     write_chart_svg(infinite, tmp_path / "chart.svg")
     assert "</html>" in (tmp_path / "report.html").read_text()
-    assert RunResults.parse(json.loads(infinite.model_dump_json())).branches[1].validation_loss == 1e4
+    assert RunResults.parse(json.loads(infinite.model_dump_json())).branches[1].value == 1e4
 
 
 def test_a_grown_checkpoint_appears_with_its_own_ledger_or_not_at_all(run, tmp_path, monkeypatch):
@@ -256,7 +258,7 @@ def test_a_grown_checkpoint_appears_with_its_own_ledger_or_not_at_all(run, tmp_p
     plan = plan_token_growth(config, TokenGrowth(qkv_tokens=6))
     change_checkpoint(plan, source, tmp_path / "grown")
     kinds = [stage.kind for stage in Ledger.load(tmp_path / "grown").stages]
-    assert kinds == [*(stage.kind for stage in Ledger.load(source).stages), "grow"]
+    assert kinds == [*(stage.kind for stage in Ledger.load(source).stages), "change"]
 
     def full(self, folder):
         raise OSError(28, "No space left on device")
@@ -295,8 +297,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(run, corpus, tmp_path):
     assert not (output / "branches/grown/05-evaluate").exists()
     assert not (output / "results.json").exists()
     again = run_recipe(tiny_recipe(corpus), output, "", announce=lambda line: None)
-    losses = [branch.validation_loss for branch in results.branches]
-    assert [branch.validation_loss for branch in again.branches] == losses
+    losses = [branch.value for branch in results.branches]
+    assert [branch.value for branch in again.branches] == losses
     final = "branches/grown/05-evaluate/checkpoint/model.safetensors"
     left, right = load_file(directory / final), load_file(output / final)
     assert all(torch.equal(left[name], right[name]) for name in left)

@@ -32,10 +32,10 @@ def changed(**changes):
     ("changes", "message"),
     [
         ({"trainning": {}}, "trainning: unknown field. Did you mean 'training'"),
-        ({"corpus__vocabsize": 512}, "Did you mean 'vocab_size'"),
-        ({"corpus__source": "web"}, "corpus.source"),
+        ({"data__vocabsize": 512}, "Did you mean 'vocab_size'"),
+        ({"data__source": "web"}, "data.source"),
         ({"branches__0__stages__2__tokens__ffn_token": 9}, "Did you mean 'ffn_tokens'"),
-        ({"branches__0__stages__1__settings": {"step": 5}}, "exactly one of steps, tokens, flops, flops_of"),
+        ({"branches__0__stages__1__settings": {"step": 5}}, "exactly one of steps, tokens, samples, flops, flops_of"),
         ({"branches__0__stages__1__settings": {"steps": 5, "learning_rat": 1}}, "Did you mean 'learning_rate'"),
         ({"branches__1__fork": "grwn/base"}, "Did you mean 'grown'"),
         ({"branches__1__fork": "grown/bse"}, "Did you mean 'base'"),
@@ -64,7 +64,7 @@ def test_a_wrong_recipe_names_the_field_and_the_mend(changes, message):
 def test_a_model_that_cant_be_built_is_refused_in_one_short_message(build, message):
     recipe = Recipe.parse(changed(branches__0__stages__0={"kind": "build", **build}))
     with pytest.raises(ConfigError, match=message) as caught:
-        stage_configs(recipe, {"vocab_size": 512})
+        stage_configs(recipe, recipe.data.form())
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1500
 
@@ -74,7 +74,8 @@ def test_fields_under_former_names_are_known():
     build = {"kind": "build", "model_type": "gpt_neox", "config": {**config, "num_attention_heads": 4}}
     values = {**changed(), "branches": [{"name": "a", "title": "a", "stages": [build]}]}
     values["main_branch"] = "a"
-    rope = final_config(stage_configs(Recipe.parse(values), {"vocab_size": 512}), "a").rope_parameters
+    recipe = Recipe.parse(values)
+    rope = final_config(stage_configs(recipe, recipe.data.form()), "a").rope_parameters
     assert (rope["rope_theta"], rope["partial_rotary_factor"]) == (500.0, 0.5)
 
 
@@ -82,7 +83,7 @@ def test_fields_under_former_names_are_known():
     ("changes", "message"),
     [
         ({"branches__0__stages__1__settings": {"steps": 50, "warmup_steps": 100}}, "warmup_steps"),
-        ({"corpus__context_length": 256}, "context_length is 256"),
+        ({"data__context_length": 256}, "context_length is 256"),
         (
             {"branches__1__fork": "grown/final", "branches__1__stages__0__flops_of": "grown"},
             "flops_of: 'grown' used no more FLOPs than were used before",
@@ -143,7 +144,8 @@ def test_files_that_are_no_text_are_refused(tmp_path):
 
 
 def test_structures_are_known_before_training():
-    structures = stage_configs(load_recipe("demo"), {"vocab_size": 512})
+    recipe = load_recipe("demo")
+    structures = stage_configs(recipe, recipe.data.form())
     grown, scratch = final_config(structures, "grown"), final_config(structures, "scratch")
     assert isinstance(grown, TokenFormerConfig)
     assert list(grown.ffn_tokens) == [32, 64, 160]
@@ -161,17 +163,19 @@ def test_the_papers_recipe_has_its_sizes_and_budgets():
     # Forward and backward: 6 N per token for the products, and three times the paper's 4 L d T for attention.
     base = grown[0]
     per_token = 3 * (2 * (84_934_656 + 50304 * 768) + 4 * 12 * 768 * 1024)
-    assert base.flops == pytest.approx(base.tokens * per_token, rel=1e-9)
+    assert base.flops == pytest.approx(base.units * per_token, rel=1e-9)
     assert price.branch_flops["grown"] < price.branch_flops["scratch"]
 
 
 def test_an_impossible_growth_is_refused_before_anything_runs():
     values = changed(branches__0__stages__2__tokens={"qkv_tokens": 4})
+    recipe = Recipe.parse(values)
     with pytest.raises(PlanError, match="qkv_tokens"):
-        stage_configs(Recipe.parse(values), {"vocab_size": 512})
+        stage_configs(recipe, recipe.data.form())
 
 
 def test_a_dense_model_too_large_to_match_is_refused():
-    config = final_config(stage_configs(load_recipe("demo"), {"vocab_size": 512}), "dense")
+    recipe = load_recipe("demo")
+    config = final_config(stage_configs(recipe, recipe.data.form()), "dense")
     with pytest.raises(ConfigError, match="parameters_of"):
         match_parameters(config, 100)

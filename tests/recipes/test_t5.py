@@ -1,6 +1,7 @@
 """A recipe that pretrains a T5: built with its sentinels, trained, grown, measured, priced and reported."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 from auxin.accounting import Ledger, count_parameters, flops_per_token
 from auxin.cli import app
+from auxin.data import PackedData, SampleForm
 from auxin.errors import ConfigError, DataError
 from auxin.evaluation.inspection import describe_checkpoint
 from auxin.models.loading import load_config, load_model
@@ -70,16 +72,14 @@ def test_a_built_t5_has_its_sentinels_and_knows_where_texts_begin_and_end(run):
 
 
 def test_the_price_is_what_was_paid(run, corpus):
-    _, results = run
+    directory, results = run
     (branch,) = results.branches
     price = price_recipe(t5_recipe(corpus))
-    tokens = results.corpus["vocabulary"]
     stages = {stage.stage: stage for stage in price.stages}
-    assert branch.units == stages["base"].tokens + stages["more"].tokens == 9 * 4 * CONTEXT
+    assert branch.units == stages["base"].units + stages["more"].units == 9 * 4 * CONTEXT
     assert all(stage.memory_bytes for stage in price.stages if stage.kind == "train")
     # The vocabulary that the small corpus really gave is not the one that was asked for.
-    vocabulary = {"vocab_size": int(tokens), "eos_token_id": 0, "pad_token_id": 0}
-    known = price_recipe(t5_recipe(corpus), vocabulary=vocabulary)
+    known = price_recipe(t5_recipe(corpus), form=PackedData.load(directory / "data").form)
     assert branch.flops == pytest.approx(known.branch_flops["main"], rel=1e-9)
     paid = [stage.flops for stage in branch.ledger.stages if stage.kind == "train"]
     assert paid == pytest.approx([s.flops for s in known.stages if s.kind == "train"], rel=1e-9)
@@ -110,7 +110,7 @@ def test_the_report_leaves_out_bits_per_byte(run):
     assert branch.bits_per_byte is None
     assert branch.perplexity is not None
     told = f"4 of 24 tokens cut out, spans: 1; encoder {INPUTS} tokens, decoder {TARGETS}"
-    assert results.corpus["span corruption"] == told
+    assert results.data["span corruption"] == told
     assert "</html>" in (directory / "report.html").read_text()
     assert (directory / "chart.svg").exists()
     shown = describe_checkpoint(directory / "branches/main/05-evaluate/checkpoint")
@@ -131,7 +131,7 @@ def test_a_t5_checkpoint_is_trained_on(run, corpus, tmp_path):
     directory, results = run
     source = directory / "branches/main/04-more/checkpoints/step-00000003"
     values = t5_recipe(corpus).model_dump(mode="json", exclude_defaults=True)
-    values["corpus"]["tokenizer"] = str(source)
+    values["data"]["tokenizer"] = str(source)
     values["branches"][0]["stages"] = [
         {"kind": "build", "checkpoint": str(source)},
         {"kind": "evaluate", "name": "before"},
@@ -139,10 +139,10 @@ def test_a_t5_checkpoint_is_trained_on(run, corpus, tmp_path):
     ]
     again = run_recipe(Recipe.parse(values), tmp_path / "out", "", announce=lambda line: None)
     stages = again.branches[0].ledger.stages
-    assert stages[-2].value_after == pytest.approx(results.branches[0].validation_loss, abs=1e-6)
+    assert stages[-2].value_after == pytest.approx(results.branches[0].value, abs=1e-6)
     # A longer context has more spans than the checkpoint has rows for.
-    values["corpus"]["context_length"] = 400
-    with pytest.raises(ConfigError, match=r"main/before: vocab_size: \d+ has no room for the 20 sentinels"):
+    values["data"]["context_length"] = 400
+    with pytest.raises(ConfigError, match=r"main/before: vocab_size: \d+ has no room for the 20 tokens"):
         run_recipe(Recipe.parse(values), tmp_path / "longer", "", announce=lambda line: None)
     assert not (tmp_path / "longer").exists()
 
@@ -154,10 +154,16 @@ LLAMA = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "nu
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"training": {}}, "main/train: objective: 'causal' is for decoders, and t5 is an encoder-decoder"),
-        ({"model_type": "llama", "config": LLAMA}, "main/train: objective: 'span_corruption' is for encoder-decoders"),
         (
-            {"training": {"objective": "span_corruption", "noise_density": 0.01}},
+            {"training": {}},
+            "build stage 'build': t5 has no class for the objective 'causal'.*another training.objective",
+        ),
+        (
+            {"model_type": "llama", "config": LLAMA},
+            "build stage 'build': llama has no class for.*'span_corruption'.*another model_type",
+        ),
+        (
+            {"training": {"objective": {"kind": "span_corruption", "noise_density": 0.01}}},
             "context_length: 24 is too short for span corruption: noise_density 0.01.*51 or more",
         ),
     ],
@@ -168,14 +174,32 @@ def test_what_does_not_fit_is_said_before_work_starts(corpus, tmp_path, changes,
     assert not (tmp_path / "out").exists()
 
 
-def test_stages_share_one_objective(corpus):
-    with pytest.raises(ConfigError, match=r"main/train: settings: noise_density \(0.3\).*training.noise_density"):
-        t5_recipe(corpus, {**TRAIN, "settings": {"steps": 2, "noise_density": 0.3}})
+def test_a_stage_may_learn_something_else_than_what_is_compared(run, corpus, tmp_path):
+    """Its held-out loss is that of the recipe's objective: the one of the same weights elsewhere."""
+    more = {"objective": {"kind": "span_corruption", "noise_density": 0.3}, "steps": 2, "learning_rate": 1e-12}
+    recipe = t5_recipe(
+        corpus,
+        {"kind": "train", "name": "base", "settings": {"steps": 6, "decay_fraction": 0.0}},
+        {"kind": "train", "name": "more", "settings": more},
+    )
+    results = run_recipe(recipe, tmp_path / "out", "", announce=lambda line: None)
+    _, base, stage = results.branches[0].ledger.stages
+    assert base.value_after == pytest.approx(run[1].branches[0].ledger.stages[1].value_after, abs=1e-6)
+    assert stage.value_after == pytest.approx(base.value_after, abs=1e-6)
+    # 30% of 24 are 7, in 2 spans: the encoder sees 19 tokens, the decoder 10.
+    model = load_trained(tmp_path / "out/branches/main/03-more/checkpoints/step-00000002")
+    cut = flops_per_token(model, 1, encoder_length=19, decoder_length=10).training
+    assert stage.flops == pytest.approx(2 * 4 * cut)
+
+
+def form_of(recipe: Recipe, **tokens: int) -> SampleForm:
+    """The form of the recipe's data with a tokenizer of 300 tokens, some of them special."""
+    return replace(recipe.data.form(), vocab_size=300, config_values={"vocab_size": 300, **tokens})
 
 
 def test_what_the_stage_says_about_its_tokens_goes_first(corpus):
     recipe = t5_recipe(corpus, TRAIN, config={**SIZES, "vocab_size": 512, "decoder_start_token_id": 3})
-    config = stage_configs(recipe, {"vocab_size": 300, "pad_token_id": 1, "eos_token_id": 2})["main"]["build"]
+    config = stage_configs(recipe, form_of(recipe, pad_token_id=1, eos_token_id=2))["main"]["build"]
     assert (config.vocab_size, config.decoder_start_token_id) == (512, 3)
 
 
@@ -183,9 +207,8 @@ def test_the_tokens_of_barts_own_tokenizer_are_not_taken_over(corpus):
     """BART's config names 2 as the token to start from and to be forced to end with."""
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 64}
     recipe = t5_recipe(corpus, TRAIN, model_type="bart", config=sizes)
-    fields = {"vocab_size": 300, "eos_token_id": 7, "pad_token_id": 5}
-    config = stage_configs(recipe, fields)["main"]["build"]
+    config = stage_configs(recipe, form_of(recipe, eos_token_id=7, pad_token_id=5))["main"]["build"]
     assert (config.decoder_start_token_id, config.forced_eos_token_id, config.vocab_size) == (5, 7, 304)
-    without_padding = {"vocab_size": 300, "eos_token_id": 7}
-    config = stage_configs(t5_recipe(corpus, TRAIN, config={**SIZES, "pad_token_id": None}), without_padding)
+    recipe = t5_recipe(corpus, TRAIN, config={**SIZES, "pad_token_id": None})
+    config = stage_configs(recipe, form_of(recipe, eos_token_id=7))
     assert config["main"]["build"].decoder_start_token_id == 7

@@ -86,7 +86,7 @@ def test_too_many_means_within_the_window():
 
 
 def bad_batches(data: TinyData, batch_size: int, batches: int) -> list[int]:
-    loader = iter(make_loader(data.train, batch_size, seed=0))
+    loader = iter(make_loader(data.split("train"), batch_size, seed=0))
     return [p for p in range(batches) if bool((next(loader)["input_ids"] == VOCABULARY - 1).any())]
 
 

@@ -13,8 +13,8 @@ from auxin.accounting.flops import flops_per_token
 from auxin.accounting.ledger import Ledger, StageRecord
 from auxin.data import CorpusSettings, make_loader, prepare
 from auxin.errors import CheckpointError, ConfigError, TrainingError
-from auxin.evaluation.perplexity import evaluate_loss
 from auxin.nn import Pattention
+from auxin.objectives.causal import Causal
 from auxin.training import latest_checkpoint, load_model, train
 from auxin.training import loop as loop_module
 from auxin.training.fit import check_fit
@@ -24,9 +24,11 @@ from training.tiny import (
     CONTEXT,
     MODELS,
     VOCABULARY,
+    Look,
     TinyData,
     bits,
     checkpoint_bits,
+    held_out_loss,
     read_metrics,
     tiny_gpt2,
     tiny_llama,
@@ -81,7 +83,7 @@ def test_any_causal_language_model_learns(tmp_path, kind):
     record = result.ledger.stages[-1]
     assert record.value_before == pytest.approx(math.log(VOCABULARY), abs=0.5)
     assert result.value == record.value_after
-    assert result.value == pytest.approx(evaluate_loss(model, data.validation, 4), abs=1e-6)
+    assert result.value == pytest.approx(held_out_loss(model, data.validation, 4), abs=1e-6)
     assert result.value < 0.6 * record.value_before
     assert bits(weights(load_model(result.checkpoint))) == bits(weights(model))
 
@@ -108,27 +110,11 @@ def gradients_of(model, batch: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("micro", [None, 1, 2, 3, 8])
 def test_accumulated_gradients_are_those_of_the_mean_over_tokens(tmp_path, micro):
     """3 divides 8 into parts of 3, 3 and 2: the last must weigh less."""
-    seen: list[list[torch.Tensor]] = []
-
-    class Look:
-        def attach(self, model, optimizer) -> None:
-            self.model = model
-
-        def before_step(self, step: int) -> None: ...
-
-        def after_step(self, step: int) -> None:
-            seen.append([p.grad.clone() for p in self.model.parameters()])
-
-        def state_dict(self) -> dict:
-            return {}
-
-        def load_state_dict(self, state: dict) -> None: ...
-
-    data = TinyData()
+    look, data = Look(), TinyData()
     options = {"steps": 1, "batch_size": 8, "micro_batch_size": micro, "gradient_clip": None, "warmup_steps": 0}
-    run(tiny_llama(), tmp_path, data, hooks=[Look()], decay_fraction=0.0, **options)
-    batch = next(iter(make_loader(data.train, 8, seed=0)))["input_ids"]
-    for got, expected in zip(seen[0], gradients_of(tiny_llama(), batch), strict=True):
+    run(tiny_llama(), tmp_path, data, hooks=[look], decay_fraction=0.0, **options)
+    batch = next(iter(make_loader(data.split("train"), 8, seed=0)))["input_ids"]
+    for got, expected in zip(look.gradients[0], gradients_of(tiny_llama(), batch), strict=True):
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
     line = next(line for line in read_metrics(tmp_path) if "loss" in line)
     expected_norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients_of(tiny_llama(), batch)))
@@ -144,23 +130,9 @@ def test_small_batches_accumulate_to_the_large_one(tmp_path):
 
 
 def test_gradients_are_clipped_before_the_update(tmp_path):
-    norms: list[float] = []
-
-    class Look:
-        def attach(self, model, optimizer) -> None:
-            self.model = model
-
-        def before_step(self, step: int) -> None: ...
-
-        def after_step(self, step: int) -> None:
-            norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in self.model.parameters())))
-
-        def state_dict(self) -> dict:
-            return {}
-
-        def load_state_dict(self, state: dict) -> None: ...
-
-    run(tiny_llama(), tmp_path, steps=5, gradient_clip=0.1, hooks=[Look()])
+    look = Look()
+    run(tiny_llama(), tmp_path, steps=5, gradient_clip=0.1, hooks=[look])
+    norms = [math.sqrt(sum(float(g.square().sum()) for g in step)) for step in look.gradients]
     assert norms == pytest.approx([0.1] * 5, rel=1e-3)
     assert all(line["gradient_norm"] > 0.2 for line in read_metrics(tmp_path) if "loss" in line)
 
@@ -169,7 +141,7 @@ def test_gradients_are_clipped_before_the_update(tmp_path):
 
 
 def test_metrics_and_ledger_agree_with_arithmetic(tmp_path):
-    parent = Ledger(stages=[StageRecord(name="before", kind="train", parameters=1, tokens=10, flops=20.0)])
+    parent = Ledger(stages=[StageRecord(name="before", kind="train", parameters=1, units=10, flops=20.0)])
     settings = {"steps": 12, "log_interval": 4, "evaluation_interval": 6, "evaluation_batches": 1}
     result = run(tiny_llama(), tmp_path, ledger=parent, stage_name="base", **settings)
     flops = flops_per_token(tiny_llama(), CONTEXT).training
@@ -184,8 +156,8 @@ def test_metrics_and_ledger_agree_with_arithmetic(tmp_path):
     assert [line["step"] for line in lines if "loss" in line] == [4, 8, 12]
     assert [line["step"] for line in lines if "validation_loss" in line] == [0, 6, 12]
     for line in lines:
-        assert line["tokens"] == line["step"] * 4 * CONTEXT
-        assert line["flops"] == line["tokens"] * flops
+        assert line["units"] == line["step"] * 4 * CONTEXT
+        assert line["flops"] == line["units"] * flops
         if "loss" in line:
             assert line["flops_per_second"] == pytest.approx(line["units_per_second"] * flops)
             assert "mfu" not in line, "nobody publishes the peak of this CPU"
@@ -435,7 +407,7 @@ def test_models_and_data_that_do_not_fit(tmp_path, model, data, message):
 def test_causal_models_pass_the_probe_which_leaves_no_trace(make):
     model = make().train()
     before = torch.random.get_rng_state(), bits(weights(model))
-    check_fit(model, TinyData())
+    check_fit(model, Causal().bind(model.config, TinyData().form))
     assert (torch.equal(torch.random.get_rng_state(), before[0]), bits(weights(model))) == (True, before[1])
     assert all(module.training for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -6,9 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from auxin.data import SampleForm
 from auxin.errors import ConfigError
 from auxin.training import TrainingSettings, learning_rate
 from training.tiny import tiny_settings
+
+FORM = SampleForm("token", 16, ("input_ids",), length=16)
 
 
 def rates(settings: TrainingSettings, steps: int) -> list[float]:
@@ -63,7 +66,7 @@ def test_no_step_is_wasted_and_none_exceeds_the_peak(steps, warmup, decay, minim
         minimum_learning_rate_ratio=minimum,
         warmup_steps=int(warmup * (steps - (round(decay * steps) if schedule == "wsd" else 0))),
     )
-    assert settings.total_steps(16, 1.0) == steps
+    assert settings.total_steps(FORM, 1.0) == steps
     got = rates(settings, steps)
     assert all(0 < rate <= settings.learning_rate for rate in got)
     after = got[settings.warmup_steps :]
@@ -79,21 +82,30 @@ def test_no_step_is_wasted_and_none_exceeds_the_peak(steps, warmup, decay, minim
         ({"tokens": 1}, 1),
         ({"flops": 4 * 16 * 100.0 * 7.4}, 7),
         ({"flops": 1.0}, 1),
+        ({"samples": 4 * 7 + 1}, 7),
+        ({"samples": 4 * 7 + 3}, 8),
     ],
 )
 def test_budgets_buy_the_nearest_number_of_steps(budget, steps):
-    assert tiny_settings(**budget, warmup_steps=0, decay_fraction=0).total_steps(16, 100.0) == steps
+    assert tiny_settings(**budget, warmup_steps=0, decay_fraction=0).total_steps(FORM, 1600.0) == steps
+
+
+def test_tokens_are_no_budget_for_what_is_not_made_of_them():
+    images = SampleForm("image", 1, ("pixel_values", "labels"))
+    assert tiny_settings(samples=40, warmup_steps=0).total_steps(images, 1.0) == 10
+    with pytest.raises(ConfigError, match=r"tokens: 640 is no budget for data that is counted in images.*samples"):
+        tiny_settings(tokens=640).total_steps(images, 1.0)
 
 
 def test_phases_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="8 of warmup and 5 of decay do not fit into the 10 steps"):
-        tiny_settings(steps=10, warmup_steps=8, decay_fraction=0.5).total_steps(16, 1.0)
+        tiny_settings(steps=10, warmup_steps=8, decay_fraction=0.5).total_steps(FORM, 1.0)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "exactly one of steps, tokens and flops, not none"),
+        ({}, "exactly one of steps, tokens, samples, flops, not none"),
         ({"steps": 1, "tokens": 5}, "exactly one"),
         ({"steps": 1, "batch_size": 2, "micro_batch_size": 4}, r"micro_batch_size \(4\) is larger"),
         ({"steps": 1, "adam_betas": (0.9, 1.0)}, "adam_betas"),

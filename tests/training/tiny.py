@@ -19,6 +19,9 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from auxin.data import Contexts, SampleForm
 from auxin.models import TokenFormerConfig, TokenFormerForCausalLM
+from auxin.objectives import ObjectiveSettings
+from auxin.objectives.causal import Causal
+from auxin.objectives.measures import Loss
 from auxin.training import TrainingSettings
 from auxin.training.optimizer import build_optimizer
 from tiny_models import fresh_llama
@@ -144,6 +147,40 @@ def stepped(seed: int = 0) -> tuple[LlamaForCausalLM, torch.optim.Optimizer]:
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     return model, optimizer
+
+
+def held_out_loss(
+    model: PreTrainedModel,
+    array: np.ndarray,
+    batch_size: int = 4,
+    max_batches: int | None = None,
+    objective: ObjectiveSettings | None = None,
+) -> float:
+    """The mean loss in nats of a target that `objective` (None: each next token) makes of the contexts in `array`."""
+    length = array.shape[1]
+    form = SampleForm("token", length, ("input_ids",), length=length, vocab_size=VOCABULARY)
+    bound = (objective or Causal()).bind(model.config, form)
+    return Loss()(model, Contexts(array), bound, batch_size, max_batches)
+
+
+class Look:
+    """A hook that keeps the gradients of every step."""
+
+    def __init__(self) -> None:
+        self.gradients: list[list[Tensor]] = []
+
+    def attach(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+        self.model = model
+
+    def before_step(self, step: int) -> None: ...
+
+    def after_step(self, step: int) -> None:
+        self.gradients.append([p.grad.clone() for p in self.model.parameters()])
+
+    def state_dict(self) -> dict[str, object]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, object]) -> None: ...
 
 
 def weights(model: PreTrainedModel) -> torch.Tensor:

@@ -157,7 +157,7 @@ class PackedData:
         """UTF-8 bytes of text per token of the packed validation split.
 
         Separators are among the tokens and count zero bytes; the dropped tail is in neither number. So bits per byte =
-        (nats per token) / ln 2 / bytes_per_token.
+        (nats per token) / ln 2 / bytes_per_unit.
         """
         return self._manifest.report.validation.packed_bytes / self._manifest.report.validation.tokens
 

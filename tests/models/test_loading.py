@@ -1,0 +1,54 @@
+"""Which class a config is loaded as."""
+
+import pytest
+from transformers import (
+    AlbertConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    BertLMHeadModel,
+    CLIPTextConfig,
+    LlamaConfig,
+    T5Config,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+from auxin.models.loading import load_model, model_class_of, skeleton
+from auxin.models.tokenformer import TokenFormerConfig
+from tiny_models import tiny
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LlamaConfig(), AutoModelForCausalLM),
+        (TokenFormerConfig(), AutoModelForCausalLM),
+        (T5Config(), AutoModelForSeq2SeqLM),
+        (BertConfig(), AutoModelForMaskedLM),
+        (AlbertConfig(), AutoModelForMaskedLM),
+        (ViTConfig(), AutoModelForImageClassification),
+        (CLIPTextConfig(), AutoModel),
+        # What it was saved with goes first; what transformers does not have is left to the Auto classes.
+        (BertConfig(architectures=["BertLMHeadModel"]), BertLMHeadModel),
+        (ViTConfig(architectures=["ViTModel"]), ViTModel),
+        (TokenFormerConfig(architectures=["TokenFormerForCausalLM"]), AutoModelForCausalLM),
+        (LlamaConfig(architectures=["LlamaConfig"]), AutoModelForCausalLM),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_the_class_of_a_config(config, expected):
+    assert model_class_of(config) is expected
+
+
+def test_a_type_without_a_causal_head_is_built_and_loaded_as_what_it_is(tmp_path):
+    model = tiny("vit")
+    assert type(skeleton(model.config)) is ViTForImageClassification
+    model.save_pretrained(tmp_path)
+    assert type(load_model(tmp_path)) is ViTForImageClassification
+    plain = model.config.__class__(**{**model.config.to_dict(), "architectures": None})
+    assert type(skeleton(plain)) is ViTForImageClassification
