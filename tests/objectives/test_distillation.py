@@ -113,9 +113,14 @@ def test_the_whole_loss_is_the_sum_made_by_hand():
     )
     expected = 0.3 * hard_loss(flat[0], labels) + 0.7 * soft_loss(*flat, labels, 3.0) + 0.5 * hidden + 2.0 * maps
     assert objective.loss(student, inputs).item() == pytest.approx(expected, rel=1e-5)
-    # Outside of learning, attention is what it was, and nobody listens.
+    # Outside of learning, attention is what it was, and nobody listens but what transformers has put there.
     assert {student.config._attn_implementation, teacher.config._attn_implementation} == {"sdpa"}
-    assert not any(layer._forward_hooks for layer in (*student.bert.encoder.layer, *teacher.bert.encoder.layer))
+    layers = [*student.bert.encoder.layer, *teacher.bert.encoder.layer]
+    listeners = [len(layer._forward_hooks) for layer in layers]
+    with objective.learning(student):
+        assert sum(len(layer._forward_hooks) for layer in layers) == sum(listeners) + 4
+        assert student.config._attn_implementation == teacher.config._attn_implementation == "eager"
+    assert [len(layer._forward_hooks) for layer in layers] == listeners
 
 
 @pytest.mark.parametrize("kind", WRAPPED)
