@@ -197,6 +197,11 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.objective.references():
+            raise ValueError(
+                f"training.objective: {self.objective.kind!r} goes by another model, and what branches are built for "
+                "and compared by can't. Set it in the settings of a train stage"
+            )
         known: dict[str, Branch] = {}
         for branch in self.branches:
             if branch.name in known:
@@ -218,7 +223,7 @@ class Recipe(Settings):
 
     def _check_references(self, branch: Branch, stage: TrainStage, known: dict[str, Branch]) -> None:
         """Refuse an objective that goes by a stage which is not done before this one."""
-        for reference in self.training_settings(stage, flops=1.0).objective.references():
+        for reference in self.references(stage):
             name, slash, other = reference.partition("/")
             if name not in known:
                 continue  # the folder of a checkpoint, which is looked at when it is needed
@@ -227,6 +232,23 @@ class Recipe(Settings):
             if not slash or other not in before:
                 where = f"{branch.name}/{stage.name}: objective: {reference!r}: "
                 raise ValueError(where + unknown_name("earlier stage", other, before))
+
+    def references(self, stage: TrainStage) -> tuple[str, ...]:
+        """The other models that the objective of a train stage goes by, as "branch/stage" or a checkpoint's folder."""
+        return self.training_settings(stage, flops=1.0 if stage.flops_of is not None else None).objective.references()
+
+    def checkpoints(self) -> list[tuple[str, Path]]:
+        """Every checkpoint outside of the run that is named, behind the branch or stage that names it."""
+        own = {branch.name for branch in self.branches}
+        found: list[tuple[str, Path]] = []
+        for branch in self.branches:
+            for stage in branch.stages:
+                if isinstance(stage, BuildStage) and stage.checkpoint is not None:
+                    found.append((branch.name, stage.checkpoint))
+                elif isinstance(stage, TrainStage):
+                    outside = [name for name in self.references(stage) if name.partition("/")[0] not in own]
+                    found += [(f"{branch.name}/{stage.name}", Path(name)) for name in outside]
+        return found
 
     @property
     def objective(self) -> ObjectiveSettings:
