@@ -21,8 +21,6 @@ STAGE_NAME = r"^[a-z0-9][a-z0-9._-]*$"
 """A stage's name is part of a folder's."""
 
 ONE_OBJECTIVE = OneOf(OBJECTIVES)
-
-
 FORMER_HOOKS = {
     "tau_anneal_steps": "{kind: tau_anneal, steps: ...}",
     "old_tokens_rate": "{kind: old_token_rates, ratio: ...}",
@@ -297,8 +295,8 @@ def _former_words(stage: dict[str, Any], place: str) -> list[str]:
     found = []
     if stage.get("kind") == "grow":
         found.append(
-            f"{place}: the stage kind 'grow' is called 'change' now. Write kind: change (a stage without a name is then "
-            "called change too)"
+            f"{place}: the stage kind 'grow' is called 'change' now. Write kind: change (a stage without a name is "
+            "then called change too)"
         )
     found += [
         f"{place}: {name}: hooks are data now. Write hooks: [{hook}] in its place"
