@@ -19,6 +19,7 @@ FLOORS = [
     {"planning", "analysis", "evaluation"},
     {"methods", "training"},
     {"recipes", "doctor"},
+    {"face"},
     {"cli"},
     {"__main__"},
 ]
