@@ -18,7 +18,7 @@ from auxin.errors import ConfigError
 from auxin.methods import method as find_method
 from auxin.models.loading import load_model
 from auxin.planning.method import Data, plan_for
-from auxin.recipes.growth import grow_checkpoint
+from auxin.recipes.change import change_checkpoint
 
 
 def plan(
@@ -111,7 +111,7 @@ def apply(
         raise ConfigError(
             f"{source} is a folder, which is left as it is. Give output, the folder of the new checkpoint."
         )
-    return grow_checkpoint(plan, source, output)
+    return change_checkpoint(plan, source, output)
 
 
 def load(
