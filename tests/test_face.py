@@ -168,7 +168,7 @@ def test_data_is_batches_or_a_calibration(given, tmp_path):
         "calibration": Calibration.of_batches(model, batches),
     }[given]
     plan = auxin.plan(model, "ligo", data=data, folder=tmp_path, layers=3, steps=2)
-    assert (plan.cost.samples, plan.cost.tokens) == (4, 4 * 7)
+    assert (plan.cost.samples, plan.cost.units) == (4, 4 * 7)
     assert plan.cost.data == Calibration.of_batches(model, batches).fingerprint
     auxin.apply(plan, model)
     assert model.config.num_hidden_layers == 3
@@ -187,7 +187,7 @@ def test_data_is_a_corpus_whose_tokenizer_a_model_in_memory_does_not_know(tmp_pa
             auxin.plan(model, "ligo", layers=3, steps=2, **missing)
     corpus["tokenizer"] = str(tmp_path / "tokenizer")
     plan = auxin.plan(model, "ligo", data=data, folder=tmp_path, layers=3, steps=2)
-    assert (plan.cost.samples, plan.cost.tokens) == (2 + 1, 3 * 8)
+    assert (plan.cost.samples, plan.cost.units) == (2 + 1, 3 * 8)
 
 
 def test_data_that_nothing_looks_at_is_refused():
