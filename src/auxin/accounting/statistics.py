@@ -45,7 +45,9 @@ def spread(values: Sequence[float | None]) -> Spread:
 
 def difference(one: Spread, other: Spread) -> Spread:
     """`one` minus `other`, seed by seed, so that what a seed does to both cancels."""
-    return spread([None if a is None or b is None else a - b for a, b in zip(one.values, other.values, strict=True)])
+    return spread(
+        [None if a is None or b is None else a - b for a, b in zip(one.values, other.values, strict=True)]
+    )
 
 
 def written(found: Spread, digits: int = 3, sign: bool = False) -> str:

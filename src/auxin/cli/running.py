@@ -7,38 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from auxin.cli.app import LARGEST_SEED, AsJson, Overrides, app, model_folder
 from auxin.cli.printing import number, print_line, print_table, to_stderr
-from auxin.errors import ConfigError
 
 
-class _SeveralValues(TyperCommand):
-    """A command whose options --seeds and --branches take all the words that follow: `--seeds 0 1 2`."""
-
-    def parse_args(self, context: Any, args: list[str]) -> list[str]:
-        """Repeat the option before each of its words, as click wants it."""
-        spelled: list[str] = []
-        option: str | None = None
-        for word in args:
-            if word in SEVERAL:
-                option = word
-                continue
-            if word.startswith("-"):
-                option = None
-            spelled += [option, word] if option is not None else [word]
-        return super().parse_args(context, spelled)
-
-
-SEVERAL = ("--seeds", "--branches")
-
-
-@app.command(
-    cls=_SeveralValues,
-    epilog="Example: [bold]auxin run demo --output runs/demo[/]\n\n"
-    "Over seeds: [bold]auxin run demo --seeds 0 1 2 --jobs 2[/]",
-)
+@app.command(epilog="Example: [bold]auxin run demo --output runs/demo[/]")
 def run(
     recipe: Annotated[str, typer.Argument(help="A built-in recipe's name or a YAML file.")],
     output: Annotated[
@@ -47,46 +21,22 @@ def run(
     seed: Annotated[
         int | None, typer.Option(min=0, max=LARGEST_SEED, help="The recipe's seed; the same as --set seed=N.")
     ] = None,
-    seeds: Annotated[
-        list[int] | None,
-        typer.Option(min=0, max=LARGEST_SEED, metavar="N ...", help="Run with each of these seeds and compare means."),
-    ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Branches side by side, in processes of one thread each.")] = 1,
-    branches: Annotated[
-        list[str] | None, typer.Option(metavar="NAME ...", help="With seeds: only these branches, and what they need.")
-    ] = None,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print stages, costs and memory; train nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: train, grow and compare its branches, and write a report. Resumes where it stopped."""
-    from auxin.recipes import load_recipe, price_recipe, run_parallel, run_recipe, run_seeds
+    from auxin.recipes import load_recipe, price_recipe, run_recipe
 
-    if seed is not None and seeds:
-        raise ConfigError(f"--seed {seed} and --seeds {seeds} contradict each other. Give one of them.")
     changes = [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])]
     loaded = load_recipe(recipe, changes)
-    chosen = seeds or ([] if seed is not None else loaded.seeds)
-    if branches and not chosen:
-        raise ConfigError("--branches goes with --seeds. Give a seed too, for example --seeds 0.")
     if dry_run:
         price = price_recipe(loaded)
         print(price.model_dump_json(indent=2) if as_json else price)
-        if chosen and not as_json:
-            print(f"\nAll of it once for each of {len(chosen)} seeds: {', '.join(map(str, chosen))}.")
         return
     directory = output or Path("runs") / loaded.name
-    announce = to_stderr if as_json else print_line
     arguments = ["auxin", "run", recipe, *(part for change in changes for part in ("--set", change))]
-    arguments += ["--seeds", *map(str, chosen)] if chosen else []
-    arguments += ["--branches", *branches] if branches else []
-    command = shlex.join([*arguments, *(["--jobs", str(jobs)] if jobs > 1 else [])])
-    if chosen:
-        results = run_seeds(loaded, directory, command, seeds=chosen, jobs=jobs, branches=branches, announce=announce)
-    elif jobs > 1:
-        results = run_parallel(loaded, directory, command, jobs, announce)
-    else:
-        results = run_recipe(loaded, directory, command, announce=announce)
+    results = run_recipe(loaded, directory, shlex.join(arguments), announce=to_stderr if as_json else print_line)
     _print_results(results, directory, as_json)
 
 

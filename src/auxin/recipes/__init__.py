@@ -4,7 +4,6 @@ from auxin.recipes.library import builtin_recipes, load_recipe, training_recipe
 from auxin.recipes.price import RecipePrice, price_recipe
 from auxin.recipes.runner import rewrite_report, run_recipe
 from auxin.recipes.schema import Recipe
-from auxin.recipes.seeds import run_parallel, run_seeds
 
 __all__ = [
     "Recipe",
@@ -13,8 +12,6 @@ __all__ = [
     "load_recipe",
     "price_recipe",
     "rewrite_report",
-    "run_parallel",
     "run_recipe",
-    "run_seeds",
     "training_recipe",
 ]

@@ -59,11 +59,6 @@ def left_checkpoint(directory: Path, branch: Branch, stage: Stage) -> Path:
     return checkpoint
 
 
-def is_finished(directory: Path, branch: Branch) -> bool:
-    """Whether every stage of `branch` is done in the run's folder `directory`."""
-    return (stage_directory(directory, branch, branch.stages[-1]) / OUTCOME_FILE).exists()
-
-
 def claim_directory(recipe: Recipe, directory: Path, announce: Callable[[str], None]) -> None:
     """Make `directory` the folder of `recipe`'s run, or make sure that it is.
 
@@ -74,8 +69,6 @@ def claim_directory(recipe: Recipe, directory: Path, announce: Callable[[str], N
         ConfigError: it holds the run of another recipe, or something else.
     """
     path = directory / RECIPE_FILE
-    if any(directory.glob("seed-*/" + RECIPE_FILE)):
-        raise ConfigError(f"{directory} holds a comparison of seeds. Give --seeds as before, or another --output.")
     if not path.exists():
         # A kill during the very first write leaves a temporary file.
         if directory.exists() and any(found.name != f".{RECIPE_FILE}.tmp" for found in directory.iterdir()):

@@ -62,8 +62,6 @@ class Run:
     data: Dataset
     structures: StageConfigs
     announce: Announce
-    label: str | None = None
-    """What lines about training begin with, where several processes write at once; None: a bar shows it."""
 
     def stage_directory(self, branch: Branch, stage: Stage) -> Path:
         """Where `stage` of `branch` keeps everything it writes."""
@@ -145,69 +143,33 @@ def run_recipe(recipe: Recipe, output: str | Path, command: str, announce: Annou
     return finish_run(run, command)
 
 
-def open_run(
-    recipe: Recipe,
-    output: str | Path,
-    announce: Announce = print,
-    *,
-    data_directory: Path | None = None,
-    label: str | None = None,
-    check: bool = True,
-) -> Run:
-    """Make the folder `output` ready for the branches of `recipe`: the recipe is checked, the data prepared.
+def open_run(recipe: Recipe, output: str | Path, announce: Announce = print) -> Run:
+    """Make the folder `output` ready for the branches of `recipe`: the recipe is checked, the corpus prepared.
 
     With `run_branch` and `finish_run`, several processes can share the work: each opens the run and does other
     branches, none of which refers to one that is not finished.
-
-    Args:
-        recipe: what to do.
-        output: the run's folder.
-        announce: is told what happens, a line at a time.
-        data_directory: where the data is prepared; None: in the folder, for this run alone.
-        label: see `Run`.
-        check: False in a process that shares the work, after another one has opened the run.
 
     Raises:
         ConfigError, PlanError: as `run_recipe`.
     """
     directory = Path(output)
-    if check:
-        price_recipe(recipe, memory=False)
-        claim_directory(recipe, directory, announce)
-    prepared = directory / DATA if data_directory is None else data_directory
-    data = DATASETS.find(recipe.data.kind).prepare(recipe.data, prepared, check)
-    if not check:
-        return Run(recipe, directory, data, stage_configs(recipe, data.form), announce, label)
+    price_recipe(recipe, memory=False)
+    claim_directory(recipe, directory, announce)
+    data = DATASETS.find(recipe.data.kind).prepare(recipe.data, directory / DATA, True)
     announce("Data: " + "; ".join(f"{name}: {value}" for name, value in data.describe().items()))
     check_processors(recipe, data)
     # Again, now that it is known what the data decides.
     price_recipe(recipe, memory=False, form=data.form)
-    return Run(recipe, directory, data, stage_configs(recipe, data.form), announce, label)
+    return Run(recipe, directory, data, stage_configs(recipe, data.form), announce)
 
 
-def finish_run(run: Run, command: str, recipe: Recipe | None = None) -> RunResults:
-    """Gather what the branches of `recipe` (None: all of `run`), all done, measured, and write `results.json` and the
-    report."""
-    recipe = run.recipe if recipe is None else recipe
-    finals = {branch.name: run.final_checkpoint(branch.name) for branch in recipe.branches}
-    results = collect_results(recipe, run.directory, run.data, finals, command)
+def finish_run(run: Run, command: str) -> RunResults:
+    """Gather what the branches of `run`, all done, measured, and write `results.json` and the report."""
+    finals = {branch.name: run.final_checkpoint(branch.name) for branch in run.recipe.branches}
+    results = collect_results(run.recipe, run.directory, run.data, finals, command)
     write_text(run.directory / RESULTS_FILE, results.model_dump_json(indent=2) + "\n")
     rewrite_report(run.directory)
     return results
-
-
-def read_results(directory: str | Path) -> RunResults:
-    """What the run in `directory`, or the comparison over seeds, measured.
-
-    Raises:
-        CheckpointError: the folder holds no finished run.
-    """
-    path = Path(directory) / RESULTS_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} can't be read ({error}). Give the folder of a finished run.") from error
-    return RunResults.parse(values, source=str(path))
 
 
 def rewrite_report(directory: str | Path) -> list[Path]:
@@ -217,7 +179,13 @@ def rewrite_report(directory: str | Path) -> list[Path]:
         CheckpointError: the folder holds no finished run.
     """
     directory = Path(directory)
-    results = read_results(directory)
+    try:
+        values = json.loads((directory / RESULTS_FILE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{directory}/{RESULTS_FILE} can't be read ({error}). Give the folder of a finished run."
+        ) from error
+    results = RunResults.parse(values, source=f"{directory}/{RESULTS_FILE}")
     paths = [directory / "report.html", directory / "chart.svg"]
     write_report(results, paths[0])
     write_chart_svg(results, paths[1])
@@ -344,7 +312,6 @@ def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path) ->
         optimizer_from=previous if carried else None,
         ledger=ledger,
         hooks=stage_hooks(stage, ledger),
-        progress=True if run.label is None else f"{run.label}, {stage.name}",
         stage_name=stage.name,
         data_position=seen // run.data.form.amount(settings.batch_size),
     )

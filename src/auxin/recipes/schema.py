@@ -163,9 +163,7 @@ class Recipe(Settings):
     description: str = ""
     """A paragraph for the report."""
     seed: int = Field(default=0, ge=0)
-    """Seeds the initial weights, the data order and the changes of every branch."""
-    seeds: list[int] = []
-    """Run once with each of these in place of `seed`, and compare means, with intervals and seed by seed."""
+    """Seeds the initial weights, the data order and the growths of every branch."""
     data: Annotated[DatasetSettings, OneOf(DATASETS, default="text", settings=lambda kind: kind.settings)]
     """What all branches learn and are measured on: `{kind: text, ...}`, which is the default kind, or another kind."""
     training: dict[str, Any] = {}

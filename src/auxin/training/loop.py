@@ -90,7 +90,7 @@ def train(
     stage_name: str = "train",
     stop_after: int | None = None,
     data_position: int = 0,
-    progress: bool | str = True,
+    progress: bool = True,
 ) -> TrainingResult:
     """Train a model for one stage, in place; resume where `output_dir` holds a started run.
 
@@ -116,8 +116,7 @@ def train(
         stage_name: of the ledger's record.
         stop_after: save and return after this many steps of the stage; calling again goes on.
         data_position: batch of the data order to start at, so that a stage need not see again what its parent saw.
-        progress: show the progress on standard error; a text: as lines that begin with it and not as a bar, for where
-            several processes write at once.
+        progress: show the progress on standard error.
 
     Raises:
         ConfigError: settings, model and data do not fit together.
@@ -194,7 +193,7 @@ class _Loop:
 
     # The course of a call.
 
-    def run(self, optimizer_from: str | Path | None, stop_after: int | None, progress: bool | str) -> TrainingResult:
+    def run(self, optimizer_from: str | Path | None, stop_after: int | None, progress: bool) -> TrainingResult:
         """Start or resume, train, evaluate, save."""
         self.clock = time.perf_counter()
         checkpoint = latest_checkpoint(self.output_dir)

@@ -16,21 +16,21 @@ class ProgressDisplay:
         name: of the stage.
         total_steps: its steps.
         step: those that are done.
-        shown: whether anything is shown; a text: lines that begin with it, and no bar.
+        enabled: whether anything is shown.
         unit: of the data, in the singular.
         measure: what is measured on the held-out split.
     """
 
-    def __init__(self, name: str, total_steps: int, step: int, shown: bool | str, unit: str, measure: str) -> None:
+    def __init__(self, name: str, total_steps: int, step: int, enabled: bool, unit: str, measure: str) -> None:
         self._unit, self._measure = unit, measure
-        self._console = Console(stderr=True, quiet=not shown)
-        self._name = shown if isinstance(shown, str) else name
+        self._console = Console(stderr=True, quiet=not enabled)
+        self._name = name
         self._total = total_steps
         self._bar: Progress | None = None
         self._first = (time.perf_counter(), step)
         self._last_line = time.perf_counter()
         self._validation = ""
-        if shown is True and self._console.is_terminal:
+        if enabled and self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 # Narrow, so that the numbers are whole on a terminal of 80 columns.
