@@ -4,7 +4,6 @@ import math
 from typing import Literal
 
 from auxin.accounting.ledger import Ledger
-from auxin.accounting.statistics import Spread
 from auxin.settings import Settings
 
 _LARGEST_EXPONENT = 700
@@ -27,9 +26,7 @@ class CurvePoint(Settings):
     training_loss: float | None = None
     """Nats per target of what the stage learns, mean over the steps since the last point."""
     value: float | None = None
-    """The run's measure on the held-out split; of several seeds the mean."""
-    half_width: float | None = None
-    """Of the 95% interval of that mean; None for one seed."""
+    """The run's measure on the held-out split."""
 
 
 class GrowthPoint(Settings):
@@ -47,8 +44,6 @@ class GrowthPoint(Settings):
     """The same right after."""
     promise: str
     """What the growth's plan promised: exact, approximate or none."""
-    changes: Spread | None = None
-    """Of several seeds: what it did to the measure in each."""
 
     @property
     def change(self) -> float | None:
@@ -58,19 +53,8 @@ class GrowthPoint(Settings):
         return self.value_after - self.value_before
 
 
-class BranchSpread(Settings):
-    """What the seeds of a comparison measured at the end of one branch."""
-
-    value: Spread
-    """The measure."""
-    gap: Spread | None = None
-    """It minus the main branch's, seed by seed; None for the main branch."""
-    measures: dict[str, Spread] = {}
-    """Further measures, by name."""
-
-
 class BranchResult(Settings):
-    """One branch: its costs, ancestors included, and what they bought; of several seeds the means."""
+    """One branch: its costs, ancestors included, and what they bought."""
 
     name: str
     title: str
@@ -95,8 +79,6 @@ class BranchResult(Settings):
     """exp of a loss in nats per token, infinite where that is too large for a number (JSON then has null)."""
     bits_per_byte: float | None = None
     """Held-out bits per UTF-8 byte of the text; None where the loss is not that of a whole text."""
-    spread: BranchSpread | None = None
-    """Of several seeds."""
 
 
 class MeasureDescription(Settings):
@@ -131,16 +113,13 @@ class MeasureDescription(Settings):
 
 
 class RunResults(Settings):
-    """All branches of one run, or of one run per seed, and what is needed to run it again."""
+    """All branches of one run, and what is needed to run it again."""
 
     name: str
     title: str
     description: str = ""
     command: str
     seed: int
-    """Of several seeds the first, whose lineage is shown."""
-    seeds: list[int] = []
-    """Of a comparison over seeds; empty for a single run."""
     machine: dict[str, str]
     """Processor, cores, accelerator, memory."""
     versions: dict[str, str]
