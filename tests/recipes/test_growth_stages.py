@@ -24,7 +24,7 @@ from auxin.planning.hooks import ExactRates, OldRates
 from auxin.recipes import Recipe, price_recipe, run_recipe
 from auxin.recipes.schema import TrainStage
 from auxin.recipes.stage_hooks import old_shapes, stage_hooks
-from auxin.recipes.stage_models import estimated_stages, final_config, change_plan, stage_configs
+from auxin.recipes.stage_models import change_plan, estimated_stages, final_config, stage_configs
 from corpora import small_corpus, write_documents
 
 LLAMA = {

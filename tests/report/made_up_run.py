@@ -24,7 +24,7 @@ def stage_record(name: str, kind: str, size: int, tokens: int = 0, **values: obj
             "name": name,
             "kind": kind,
             "parameters": PARAMETERS[size],
-            "tokens": tokens,
+            "units": tokens,
             "flops": flops * tokens / 1000,
             "seconds": seconds * tokens / 1000 or 0.4,
             "versions": VERSIONS,
@@ -44,7 +44,7 @@ def curve(stage: str, size: int, tokens: int, before: Ledger, start: float) -> l
         result.append(
             CurvePoint(
                 stage=stage,
-                tokens=before.total_units() + done,
+                units=before.total_units() + done,
                 flops=before.total_flops + flops * done / 1000,
                 seconds=before.total_seconds + seconds * done / 1000,
                 training_loss=loss - 0.02 + 0.05 * math.sin(12.9898 * step + size) ** 3,
@@ -63,7 +63,7 @@ def branch_result(name: str, title: str, ledger: Ledger, points: list[CurvePoint
             "ledger": ledger,
             "curve": points,
             "parameters": ledger.stages[-1].parameters,
-            "tokens": ledger.total_units(),
+            "units": ledger.total_units(),
             "flops": ledger.total_flops,
             "seconds": ledger.total_seconds,
             "value": loss,
@@ -89,13 +89,13 @@ def grown_branch() -> BranchResult:
             before = ledger.stages[-1].parameters
             ledger = ledger.append(
                 stage_record(
-                    f"grow-{size - 1}", "grow", size, value_before=loss, value_after=after, plan=plan, receipt=receipt
+                    f"grow-{size - 1}", "change", size, value_before=loss, value_after=after, plan=plan, receipt=receipt
                 )
             )
             growths.append(
                 GrowthPoint(
                     stage=f"grow-{size - 1}",
-                    tokens=ledger.total_units(),
+                    units=ledger.total_units(),
                     flops=ledger.total_flops,
                     seconds=ledger.total_seconds,
                     parameters_before=before,
@@ -148,7 +148,7 @@ def results() -> RunResults:
         seed=0,
         machine={"processor": "Example CPU @ 2.40GHz", "cores": "2", "memory": "7.8 GiB", "system": "Linux 6.1"},
         versions=VERSIONS,
-        corpus={"source": "stdlib", "documents": "1,021", "fingerprint": "9f2c" * 16},
+        data={"source": "stdlib", "documents": "1,021", "fingerprint": "9f2c" * 16},
         main_branch="grown",
         branches=branches,
     )
@@ -171,3 +171,28 @@ def partial_results() -> RunResults:
         update={"curve": [], "ledger": Ledger(), "value": None, "perplexity": None, "bits_per_byte": None}
     )
     return whole.model_copy(update={"branches": [broken, empty], "machine": {}})
+
+
+def seeded(seed: int, shift: float, small_shift: float) -> RunResults:
+    """The run with another seed: all losses are shifted by `shift`, those of the small branch by `small_shift` too."""
+
+    def moved(branch: BranchResult) -> BranchResult:
+        by = shift + (small_shift if branch.name == "small" else 0.0)
+
+        def higher(value: float | None) -> float | None:
+            return None if value is None else value + by
+
+        curve = [
+            point.model_copy(update={"value": higher(point.value), "training_loss": higher(point.training_loss)})
+            for point in branch.curve
+        ]
+        growths = [
+            growth.model_copy(
+                update={"value_before": higher(growth.value_before), "value_after": higher(growth.value_after)}
+            )
+            for growth in branch.growths
+        ]
+        return branch.model_copy(update={"value": higher(branch.value), "curve": curve, "growths": growths})
+
+    run = results()
+    return run.model_copy(update={"seed": seed, "branches": [moved(branch) for branch in run.branches]})
