@@ -27,7 +27,7 @@ def run(
     recipe: Annotated[str, typer.Argument(help="A built-in recipe's name or a YAML file.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The folder; the same resumes. Default: runs/NAME (runs/NAME-seeds)."),
+        typer.Option("--output", "-o", help="The folder; the same resumes. Default: runs/NAME[-seeds]."),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, max=LARGEST_SEED, help="The recipe's seed; the same as --set seed=N.")
@@ -56,8 +56,8 @@ def run(
     loaded = load_recipe(recipe, changes)
     if seed is not None and loaded.seeds is not None:
         raise ConfigError(
-            f"--seed {seed}: the recipe has seeds {loaded.seeds}. Give --seeds {seed}, or --set seeds=null for a run with "
-            "one seed."
+            f"--seed {seed}: the recipe has seeds {loaded.seeds}. Give --seeds {seed}, or --set seeds=null for a run "
+            "with one seed."
         )
     if dry_run:
         price = price_recipe(part_of(loaded, branches)) if loaded.seeds is None else price_seeds(loaded, branches)
@@ -68,7 +68,7 @@ def run(
     arguments += [part for change in changes if not change.startswith("seeds=[") for part in ("--set", change)]
     arguments += ["--jobs", str(jobs)] if jobs > 1 else []
     arguments += ["--branches", *branches] if branches else []
-    how = {"announce": to_stderr if as_json else print_line, "jobs": jobs, "branches": branches}
+    how: dict[str, Any] = {"announce": to_stderr if as_json else print_line, "jobs": jobs, "branches": branches}
     if loaded.seeds is None:
         directory = output or Path("runs") / loaded.name
         _print_results(run_recipe(loaded, directory, shlex.join(arguments), **how), directory, as_json)
