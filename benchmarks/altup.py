@@ -11,11 +11,9 @@ the models taking turns in shuffled order; the ratios are medians over the repet
 same repetition.
 """
 
-import argparse
 import itertools
 import json
 import random
-import shlex
 import statistics
 import sys
 from collections.abc import Iterable
@@ -23,36 +21,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from branches import interval, results_of, run_all, seed_folder, where
+from comparing import chosen_recipe, compared, interval, options
 from drawing import COLOURS, GREY, Point, scatter
 from measuring import chosen_clock
 from torch import Tensor
 from torch.optim import AdamW
 
+from auxin.accounting.comparison import BranchComparison, Comparison
 from auxin.accounting.inputs import example_inputs
 from auxin.models.loading import load_model
-from auxin.recipes import Recipe, load_recipe
-from auxin.recipes.folder import left_checkpoint
+from auxin.objectives.span_corruption import SpanCorruption
+from auxin.recipes import Recipe
+from auxin.recipes.folder import left_checkpoint, seed_directory
+from auxin.report.comparison import unit_words
+from auxin.report.markdown import markdown_table, origin
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {"decoder": "altup", "t5": "altup-t5"}
 BASELINE = "baseline"
 KINDS = ("eager", "compiled")
-Cells = dict[str, dict[str, dict[str, float]]]
-"""Branch -> seed -> what it measured."""
-
-
-def decoder(seed: int) -> Recipe:
-    """The decoder's recipe with a seed."""
-    return load_recipe(RECIPES["decoder"], [f"seed={seed}"])
-
-
-def t5(seed: int) -> Recipe:
-    """The T5's recipe with a seed."""
-    return load_recipe(RECIPES["t5"], [f"seed={seed}"])
-
-
-MAKE = {"decoder": decoder, "t5": t5}
+Cells = dict[str, BranchComparison]
+"""The branches that were run with every seed, by name."""
 
 
 def step_times(
@@ -94,9 +83,10 @@ def step_times(
 def batch(recipe: Recipe, model: Any) -> dict[str, Tensor]:
     """Random inputs and labels of the lengths that the recipe trains on."""
     settings = recipe.training_settings(recipe.branches[0].stages[-1])  # type: ignore[arg-type]
-    if (lengths := recipe.objective.lengths(recipe.corpus.context_length)) is None:
-        inputs = example_inputs(model, settings.batch_size, recipe.corpus.context_length, seed=0)
+    if not isinstance(recipe.objective, SpanCorruption):
+        inputs = example_inputs(model, settings.batch_size, recipe.data.context_length, seed=0)
         return inputs | {"labels": inputs["input_ids"]}
+    lengths = recipe.objective.lengths(recipe.data.form())
     inputs = example_inputs(model, settings.batch_size, lengths.inputs, seed=0, decoder_length=lengths.targets)
     return {"input_ids": inputs["input_ids"], "labels": inputs["decoder_input_ids"]}
 
@@ -117,39 +107,31 @@ def speedup(loss: float, seconds: float, dense: list[tuple[float, float]]) -> st
     return f"beyond the widest, {dense[-1][0] / seconds - 1:+.0%} or more"
 
 
-def table(model: str, cells: Cells, times: dict[str, Any], command: str) -> str:
+def table(comparison: Comparison, cells: Cells, times: dict[str, Any]) -> str:
     """The results as Markdown."""
-    recipe = MAKE[model](0)
-    titles = {branch.name: branch.title for branch in recipe.branches}
-    seeds = sorted({int(seed) for by_seed in cells.values() for seed in by_seed})
-    unit = "token that the decoder writes" if model == "t5" else "token"
     lines = [
-        f"# Alternating updates: {recipe.title.lower()}",
+        f"# Alternating updates: {comparison.title.lower()}",
         "",
-        f"{recipe.description} Held-out loss in nats per {unit}: mean over the seeds and 95 % interval (Student's t); "
-        "differences are taken seed by seed. Step: forward, backward and AdamW on one batch, relative to the baseline "
-        "(CPU time of one thread, models taking turns). Speed-up: how much longer a step of the dense model of the "
-        "same mean loss takes, between the measured widths linearly.",
+        f"{comparison.description} Held-out loss in {unit_words(comparison.measure).strip()}: mean over the seeds and "
+        "95 % interval (Student's t); differences are taken seed by seed. Step: forward, backward and AdamW on one "
+        "batch, relative to the baseline (CPU time of one thread, models taking turns), written with --time. Speed-up: "
+        "how much longer a step of the dense model of the same mean loss takes, between the measured widths linearly.",
         "",
-        where(command, seeds),
+        origin(comparison),
         "",
-        "| branch | parameters | training FLOPs | step, eager | step, compiled | held-out loss | minus baseline "
-        "| speed-up at equal loss, eager | compiled |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    means = {name: statistics.mean(cell["loss"] for cell in by_seed.values()) for name, by_seed in cells.items()}
+    header = ["branch", "parameters", "training FLOPs", "step, eager", "step, compiled", "held-out loss"]
+    header += ["minus baseline", "speed-up at equal loss, eager", "compiled"]
+    means = {name: branch.value.mean for name, branch in cells.items() if branch.value is not None}
+    rows = []
     for name in sorted(means, key=lambda name: means[name]):
-        by_seed = cells[name]
-        first = next(iter(by_seed.values()))
-        gaps = [cell["loss"] - cells[BASELINE][s]["loss"] for s, cell in by_seed.items() if s in cells[BASELINE]]
-        same = name.removesuffix("-flops")
-        row = [titles[name], f"{first['parameters']:,.0f}", f"{first['flops']:.3g}"]
+        branch, same = cells[name], name.removesuffix("-flops")
+        row = [branch.title, f"{branch.parameters:,}", f"{branch.flops:.3g}"]
         row += [f"{times[kind][same]['ratio']:.2f}" if same in times.get(kind, {}) else "-" for kind in KINDS]
-        row += [interval([cell["loss"] for cell in by_seed.values()])]
-        row += ["-" if name == BASELINE else interval(gaps, sign=True)]
-        row += [_speedup(name, means, times.get(kind, {})) for kind in KINDS]
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines) + "\n"
+        row += [interval(branch.values.values())]
+        row += ["-" if branch.difference is None else branch.difference.text(signed=True)]
+        rows.append(row + [_speedup(name, means, times.get(kind, {})) for kind in KINDS])
+    return "\n".join([*lines, *markdown_table(header, rows)]) + "\n"
 
 
 def _speedup(name: str, means: dict[str, float], times: dict[str, Any]) -> str:
@@ -164,20 +146,19 @@ def _is_dense(name: str) -> bool:
     return name.startswith("dense-") and not name.endswith("-flops")
 
 
-def picture(model: str, cells: Cells, times: dict[str, Any]) -> str:
+def picture(cells: Cells, times: dict[str, Any]) -> str:
     """Held-out loss against the time of a step."""
     kind = "compiled" if times.get("compiled") else "eager"
-    recipe = MAKE[model](0)
     points, colours = [], iter([colour for colour in COLOURS * 3 if colour.upper() != GREY.upper()])
     along = []
-    for branch in recipe.branches:
-        if branch.name not in cells or branch.name not in times.get(kind, {}):
+    for name, branch in cells.items():
+        if name not in times.get(kind, {}):
             continue
-        dense = branch.name == BASELINE or _is_dense(branch.name)
+        dense = name == BASELINE or _is_dense(name)
         along += [branch.title] if dense else []
-        losses = [cell["loss"] for cell in cells[branch.name].values()]
+        losses = [value for value in branch.values.values() if value is not None]
         colour = GREY if dense else next(colours)
-        points.append(Point(branch.title, colour, times[kind][branch.name]["ratio"], losses))
+        points.append(Point(branch.title, colour, times[kind][name]["ratio"], losses))
     heading = "Held-out loss after equal steps against the time of a step"
     label = f"time of a training step, {kind}, baseline = 1; held-out loss in nats per token, bars span the seeds"
     return scatter(heading, label, points, along)
@@ -185,44 +166,36 @@ def picture(model: str, cells: Cells, times: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run what is missing, then write results, table and picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, None)
     parser.add_argument("model", choices=list(RECIPES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--branches", nargs="+", help="only these, and what they need")
-    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
-    parser.add_argument("--runs", type=Path, help="folder of the runs; default: runs/altup-<model>")
-    parser.add_argument("--read-only", action="store_true", help="run nothing; write what the finished branches show")
     parser.add_argument("--time", nargs="+", choices=KINDS, default=[], help="time the steps again")
     parser.add_argument("--repetitions", type=int, default=15, help="of the timed steps")
-    options = parser.parse_args()
-    name, make = RECIPES[options.model], MAKE[options.model]
-    runs = options.runs or ROOT / "runs" / f"altup-{options.model}"
-    results = ROOT / "benchmarks" / "results" / f"{name.replace('-', '_')}.json"
-    if not options.read_only:
-        run_all(make, options.seeds, runs, options.branches, options.jobs)
-    cells: Cells = {}
-    for seed in options.seeds:
-        for branch, result in results_of(make(seed), seed_folder(runs, seed)).items():
-            assert result.validation_loss is not None
-            cells.setdefault(branch, {})[str(seed)] = {
-                "loss": result.validation_loss,
-                "flops": result.flops,
-                "parameters": float(result.parameters),
-            }
-    # A branch that was not run with every seed would be compared on other terms than the rest.
-    cells = {branch: by_seed for branch, by_seed in cells.items() if len(by_seed) == len(options.seeds)}
+    arguments = parser.parse_args()
+    name = RECIPES[arguments.model]
+    stem = name.replace("-", "_")
+    arguments.runs = arguments.runs or ROOT / "runs" / f"{name}-seeds"
+    results = arguments.results or ROOT / "benchmarks" / "results" / f"{stem}.json"
+    page = arguments.table or ROOT / "docs" / "results" / f"{stem}.md"
+    image = arguments.picture or ROOT / "docs" / "images" / f"{stem}_loss.svg"
+    recipe = chosen_recipe(name, arguments)
+    comparison = compared(recipe, arguments)
+    cells = {
+        branch.name: branch
+        for branch in comparison.branches
+        # A branch that was not run with every seed would be compared on other terms than the rest.
+        if branch.seeds == comparison.seeds and branch.value is not None
+    }
     times: dict[str, Any] = json.loads(results.read_text())["times"] if results.exists() else {}
     torch.set_num_threads(1)
-    for kind in options.time:
-        times[kind] = step_times(make(0), seed_folder(runs, 0), cells, kind, options.repetitions)
-    command = shlex.join(["python", "benchmarks/altup.py", options.model, "--time", *KINDS])
-    record = {"command": command, "cells": cells, "times": times}
-    page = ROOT / "docs" / "results" / f"{name.replace('-', '_')}.md"
-    image = ROOT / "docs" / "images" / f"{name.replace('-', '_')}_loss.svg"
-    results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    page.write_text(table(options.model, cells, times, command), encoding="utf-8")
+    first = comparison.seeds[0]
+    for kind in arguments.time:
+        folder = seed_directory(arguments.runs, first)
+        times[kind] = step_times(recipe.of_seed(first), folder, cells, kind, arguments.repetitions)
+    record = {"cells": {name: branch.values for name, branch in cells.items()}, "times": times}
+    results.write_text(json.dumps({"command": comparison.command, **record}, indent=1) + "\n", encoding="utf-8")
+    page.write_text(table(comparison, cells, times), encoding="utf-8")
     if times:
-        image.write_text(picture(options.model, cells, times), encoding="utf-8")
+        image.write_text(picture(cells, times), encoding="utf-8")
     print(f"Written to {results}, {page} and {image}", file=sys.stderr)
 
 

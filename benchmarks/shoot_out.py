@@ -9,16 +9,17 @@ Finished branches are not run again. About 900 seconds of one core per seed.
 import itertools
 import json
 import math
-import shlex
 import statistics
 import sys
 from pathlib import Path
 
-from branches import command_line, curve_since, interval, results_of, run_all, seed_folder, where
+from comparing import chosen_recipe, compared, curve_since, interval, options
 from drawing import COLOURS, Curve, Line, draw
 
+from auxin.accounting.comparison import Comparison
 from auxin.accounting.results import BranchResult
-from auxin.recipes import Recipe, load_recipe
+from auxin.recipes import seed_results
+from auxin.report.markdown import markdown_table, origin
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "shoot_out.json"
@@ -36,12 +37,10 @@ SHOWN = ("tokens", "tokens-official", "hypercloning", "stack", "llama-pro-all", 
          "scratch-deep", "scratch-tokenformer", "dense")  # fmt: skip
 """The branches that the picture shows; more would not be told apart."""
 
+HEADER = ("branch", "shape", "parameters", "rise at growth", "worst rise", "final loss", "minus from scratch",
+          "minus small", "FLOPs saved")  # fmt: skip
+
 Cell = dict[str, float | None]
-
-
-def recipe(seed: int) -> Recipe:
-    """The built-in recipe with a seed."""
-    return load_recipe("shoot-out", [f"seed={seed}"])
 
 
 def shape(name: str) -> str:
@@ -51,20 +50,20 @@ def shape(name: str) -> str:
 
 def measured(result: BranchResult) -> Cell:
     """What one branch of one seed shows, losses in nats per token."""
-    assert result.validation_loss is not None
-    cell: Cell = {"final": result.validation_loss, "flops": result.flops, "parameters": float(result.parameters)}
+    assert result.value is not None
+    cell: Cell = {"final": result.value, "flops": result.flops, "parameters": float(result.parameters)}
     if result.growths:
-        before, after = result.growths[0].loss_before, max(growth.loss_after or 0.0 for growth in result.growths)
+        before, after = result.growths[0].value_before, max(growth.value_after or 0.0 for growth in result.growths)
         assert before is not None
         last = [growth for growth in result.growths if growth.stage != "unmask"][-1]
         later = [loss for _, loss in curve_since(result, {"ramp", "after"})]
         cell |= {
             "before": before,
             "grown_at": result.growths[0].flops,
-            "at_growth": (last.loss_after or math.nan) - before,
+            "at_growth": (last.value_after or math.nan) - before,
             "worst": max(after, *later) - before,
         }
-    elif before := next((record.loss_after for record in result.ledger.stages if record.name == "base"), None):
+    elif before := next((record.value_after for record in result.ledger.stages if record.name == "base"), None):
         # The small model that trains on rises too: what a growth adds has to be told from that.
         cell["worst"] = max(loss for _, loss in curve_since(result, {"after"})) - before
     return cell
@@ -80,7 +79,9 @@ def saved_flops(curve: Curve, target: float, total: float) -> float | None:
     return None
 
 
-def summary(cells: dict[str, dict[str, Cell]], curves: dict[str, dict[str, Curve]]) -> list[list[str]]:
+def summary(
+    cells: dict[str, dict[str, Cell]], curves: dict[str, dict[str, Curve]], titles: dict[str, str]
+) -> list[list[str]]:
     """One row for each branch, the best final loss first."""
     rows = []
     for name, by_seed in cells.items():
@@ -99,11 +100,11 @@ def summary(cells: dict[str, dict[str, Cell]], curves: dict[str, dict[str, Curve
             (
                 statistics.mean(finals),
                 [
-                    titles()[name],
+                    titles[name],
                     "small" if name in UNGROWN else shape(name),
                     f"{next(iter(by_seed.values()))['parameters']:,.0f}",
-                    interval(jumps, sign=True),
-                    interval(rises, sign=True),
+                    interval(jumps, signed=True),
+                    interval(rises, signed=True),
                     interval(finals),
                     _gap(cells, name, scratch),
                     _gap(cells, name, SMALL[shape(name)]),
@@ -119,7 +120,7 @@ def _gap(cells: dict[str, dict[str, Cell]], name: str, other: str) -> str:
     if name == other:
         return "-"
     common = [seed for seed in cells[name] if seed in cells.get(other, {})]
-    return interval([_value(cells[name][s]["final"]) - _value(cells[other][s]["final"]) for s in common], sign=True)
+    return interval([_value(cells[name][s]["final"]) - _value(cells[other][s]["final"]) for s in common], signed=True)
 
 
 def _saved(reached: list[float], seeds: int) -> str:
@@ -133,21 +134,20 @@ def _value(number: float | None) -> float:
     return math.nan if number is None else number
 
 
-def titles() -> dict[str, str]:
-    """The branches' titles by name, in the recipe's order."""
-    return {branch.name: branch.title for branch in recipe(0).branches}
-
-
-def table(cells: dict[str, dict[str, Cell]], curves: dict[str, dict[str, Curve]], command: str) -> str:
+def table(
+    comparison: Comparison,
+    cells: dict[str, dict[str, Cell]],
+    curves: dict[str, dict[str, Curve]],
+    titles: dict[str, str],
+) -> str:
     """The results as Markdown."""
-    seeds = sorted({int(seed) for by_seed in cells.values() for seed in by_seed})
     flops = [_value(cell["flops"]) for by_seed in cells.values() for cell in by_seed.values()]
     before = [_value(cell["before"]) for cell in cells.get("hypercloning", {}).values()]
     tokens_before = [_value(cell["before"]) for cell in cells.get("tokens", {}).values()]
     lines = [
         "# The shoot-out's result",
         "",
-        f"{recipe(0).description} Held-out loss in nats per token: mean over the seeds and 95 % interval (Student's "
+        f"{comparison.description} Held-out loss in nats per token: mean over the seeds and 95 % interval (Student's "
         f"t). Training FLOPs of every branch, ancestors included: {min(flops):.3g} to {max(flops):.3g}. Loss before "
         f"the growth: {interval(before)} (Llama), {interval(tokens_before)} (TokenFormer). Rises are against it; the "
         "worst is the highest of the measurements from the growth (or where the small model trains on) to the end, "
@@ -155,20 +155,17 @@ def table(cells: dict[str, dict[str, Cell]], curves: dict[str, dict[str, Curve]]
         "branch of the same final shape; FLOPs saved are those left of the budget when the branch first reaches its "
         "final loss. Small is the model before the growth, trained on. Differences are taken seed by seed.",
         "",
-        where(command, seeds),
+        origin(comparison),
         "",
-        "| branch | shape | parameters | rise at growth | worst rise | final loss | minus from scratch | minus small "
-        "| FLOPs saved |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
-        *(f"| {' | '.join(row)} |" for row in summary(cells, curves)),
+        *markdown_table(HEADER, summary(cells, curves, titles), words=2),
     ]
     return "\n".join(lines) + "\n"
 
 
-def picture(cells: dict[str, dict[str, Cell]], curves: dict[str, dict[str, Curve]]) -> str:
+def picture(cells: dict[str, dict[str, Cell]], curves: dict[str, dict[str, Curve]], titles: dict[str, str]) -> str:
     """Held-out loss against training FLOPs since the growth."""
     lines = [
-        Line(titles()[name], COLOURS[number], list(curves[name].values()), dashed=name in {*SCRATCH.values(), "dense"})
+        Line(titles[name], COLOURS[number], list(curves[name].values()), dashed=name in {*SCRATCH.values(), "dense"})
         for number, name in enumerate(SHOWN)
         if name in curves
     ]
@@ -180,20 +177,21 @@ def picture(cells: dict[str, dict[str, Cell]], curves: dict[str, dict[str, Curve
 
 def main() -> None:
     """Run what is missing, then write the results, the table and the picture."""
-    arguments = command_line(__doc__, ROOT / "runs" / "shoot-out", RESULTS, TABLE, PICTURE)
-    if not arguments.read_only:
-        run_all(recipe, arguments.seeds, arguments.runs, arguments.branches, arguments.jobs)
+    parser = options(__doc__, ROOT / "runs" / "shoot-out-seeds")
+    parser.set_defaults(results=RESULTS, table=TABLE, picture=PICTURE)
+    arguments = parser.parse_args()
+    comparison = compared(chosen_recipe("shoot-out", arguments), arguments)
     cells: dict[str, dict[str, Cell]] = {}
     curves: dict[str, dict[str, Curve]] = {}
-    for seed in arguments.seeds:
-        for name, result in results_of(recipe(seed), seed_folder(arguments.runs, seed)).items():
-            cells.setdefault(name, {})[str(seed)] = measured(result)
-            curves.setdefault(name, {})[str(seed)] = curve_since(result, {"base", "ramp", "after"})
-    command = shlex.join(["python", "benchmarks/shoot_out.py", "--seeds", *map(str, arguments.seeds)])
-    record = {"command": command, "cells": cells, "curves": curves}
+    for seed, results in seed_results(arguments.runs).items():
+        for result in results.branches:
+            cells.setdefault(result.name, {})[str(seed)] = measured(result)
+            curves.setdefault(result.name, {})[str(seed)] = curve_since(result, {"base", "ramp", "after"})
+    titles = {branch.name: branch.title for branch in comparison.branches}
+    record = {"command": comparison.command, "cells": cells, "curves": curves}
     arguments.results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    arguments.table.write_text(table(cells, curves, command), encoding="utf-8")
-    arguments.picture.write_text(picture(cells, curves), encoding="utf-8")
+    arguments.table.write_text(table(comparison, cells, curves, titles), encoding="utf-8")
+    arguments.picture.write_text(picture(cells, curves, titles), encoding="utf-8")
     print(f"Written to {arguments.table}, {arguments.picture} and {arguments.results}", file=sys.stderr)
 
 

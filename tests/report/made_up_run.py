@@ -212,3 +212,28 @@ def partial_results() -> RunResults:
         update={"curve": [], "ledger": Ledger(), "value": None, "perplexity": None, "bits_per_byte": None}
     )
     return whole.model_copy(update={"branches": [broken, empty], "machine": {}})
+
+
+def seeded(seed: int, shift: float, small_shift: float) -> RunResults:
+    """The run with another seed: all losses are shifted by `shift`, those of the small branch by `small_shift` too."""
+
+    def moved(branch: BranchResult) -> BranchResult:
+        by = shift + (small_shift if branch.name == "small" else 0.0)
+
+        def higher(value: float | None) -> float | None:
+            return None if value is None else value + by
+
+        curve = [
+            point.model_copy(update={"value": higher(point.value), "training_loss": higher(point.training_loss)})
+            for point in branch.curve
+        ]
+        growths = [
+            growth.model_copy(
+                update={"value_before": higher(growth.value_before), "value_after": higher(growth.value_after)}
+            )
+            for growth in branch.growths
+        ]
+        return branch.model_copy(update={"value": higher(branch.value), "curve": curve, "growths": growths})
+
+    run = results()
+    return run.model_copy(update={"seed": seed, "branches": [moved(branch) for branch in run.branches]})

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 
 
-def describe_machine() -> dict[str, str]:
-    """Processor, cores, memory, accelerator and system, as a report prints them."""
+def describe_machine(threads: int | None = None) -> dict[str, str]:
+    """Processor, cores, memory, accelerator and system, as a report prints them; and the `threads` of the process that
+    computed, which are this one's unless they are given."""
     description = {
         "processor": processor_name(),
         "cores": str(usable_cores()),
-        "threads": str(torch.get_num_threads()),
+        "threads": str(threads or torch.get_num_threads()),
         "system": f"{platform.system()} {platform.release()}",
     }
     if (memory := memory_bytes()) is not None:

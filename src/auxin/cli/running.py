@@ -3,41 +3,94 @@
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from auxin.cli.app import LARGEST_SEED, AsJson, Overrides, app, model_folder
+from auxin.cli.listed import ListedOptions
 from auxin.cli.printing import number, print_line, print_table, to_stderr
+from auxin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from auxin.accounting.comparison import Comparison
 
 
-@app.command(epilog="Example: [bold]auxin run demo --output runs/demo[/]")
+@app.command(
+    cls=ListedOptions,
+    epilog="Example: [bold]auxin run demo --output runs/demo[/]\n\n"
+    "Over seeds: [bold]auxin run demo --seeds 0 1 2 --jobs 2[/]",
+)
 def run(
     recipe: Annotated[str, typer.Argument(help="A built-in recipe's name or a YAML file.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The run's folder; the same one resumes. Default: runs/NAME.")
+        Path | None,
+        typer.Option("--output", "-o", help="The folder; the same resumes. Default: runs/NAME[-seeds]."),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, max=LARGEST_SEED, help="The recipe's seed; the same as --set seed=N.")
+    ] = None,
+    seeds: Annotated[
+        list[str] | None, typer.Option(metavar="N ...", help="Run with each of these, and compare over them.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Branches at a time, in processes of one thread each.")] = 1,
+    branches: Annotated[
+        list[str] | None, typer.Option(metavar="NAME ...", help="Only these, and what they need.")
     ] = None,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print stages, costs and memory; train nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: train, grow and compare its branches, and write a report. Resumes where it stopped."""
-    from auxin.recipes import load_recipe, price_recipe, run_recipe
+    from auxin.recipes import load_recipe, part_of, price_recipe, price_seeds, run_recipe, run_seeds
 
-    changes = [*(overrides or []), *([f"seed={seed}"] if seed is not None else [])]
+    changes, given = list(overrides or []), _seeds(seeds)
+    if seed is not None and given is not None:
+        raise ConfigError(f"--seed {seed} and --seeds {_spaced(given)} contradict each other. Give one of them.")
+    if given is not None:
+        changes.append(f"seeds={given}")
+    if seed is not None:
+        changes.append(f"seed={seed}")
     loaded = load_recipe(recipe, changes)
+    if seed is not None and loaded.seeds is not None:
+        raise ConfigError(
+            f"--seed {seed}: the recipe has seeds {loaded.seeds}. Give --seeds {seed}, or --set seeds=null for a run "
+            "with one seed."
+        )
     if dry_run:
-        price = price_recipe(loaded)
+        price = price_recipe(part_of(loaded, branches)) if loaded.seeds is None else price_seeds(loaded, branches)
         print(price.model_dump_json(indent=2) if as_json else price)
         return
-    directory = output or Path("runs") / loaded.name
-    arguments = ["auxin", "run", recipe, *(part for change in changes for part in ("--set", change))]
-    results = run_recipe(loaded, directory, shlex.join(arguments), announce=to_stderr if as_json else print_line)
-    _print_results(results, directory, as_json)
+    arguments = ["auxin", "run", recipe]
+    arguments += ["--seeds", *map(str, given)] if given is not None else []
+    arguments += [part for change in changes if not change.startswith("seeds=[") for part in ("--set", change)]
+    arguments += ["--jobs", str(jobs)] if jobs > 1 else []
+    arguments += ["--branches", *branches] if branches else []
+    how: dict[str, Any] = {"announce": to_stderr if as_json else print_line, "jobs": jobs, "branches": branches}
+    if loaded.seeds is None:
+        directory = output or Path("runs") / loaded.name
+        _print_results(run_recipe(loaded, directory, shlex.join(arguments), **how), directory, as_json)
+    else:
+        directory = output or Path("runs") / f"{loaded.name}-seeds"
+        _print_comparison(run_seeds(loaded, directory, shlex.join(arguments), **how), directory, as_json)
+
+
+def _seeds(words: list[str] | None) -> list[int] | None:
+    """The seeds of `--seeds 0 1 2` or `--seeds 0,1,2`; None where the option was not given."""
+    if not words:
+        return None
+    seeds = []
+    for word in ",".join(words).split(","):
+        if not (word.isascii() and word.isdigit() and int(word) <= LARGEST_SEED):
+            raise ConfigError(f"--seeds {_spaced(words)}: {word!r} is no whole number from 0 to {LARGEST_SEED}.")
+        seeds.append(int(word))
+    return seeds
+
+
+def _spaced(values: Sequence[object]) -> str:
+    return " ".join(map(str, values))
 
 
 @app.command(epilog="Example: [bold]auxin recipes[/]")
@@ -128,6 +181,37 @@ def report(directory: Annotated[Path, typer.Argument(metavar="RUN", help="The fo
 
     for path in rewrite_report(directory):
         print(path)
+
+
+def _print_comparison(comparison: "Comparison", directory: Path, as_json: bool) -> None:
+    from auxin.report.comparison import comparison_findings, comparison_rows, estimate_text, measure_words
+
+    if as_json:
+        print(comparison.model_dump_json(indent=2))
+        return
+    seeds = ", ".join(map(str, comparison.seeds))
+    interval = ", 95 % intervals" if len(comparison.seeds) > 1 else ""
+    print(f"\nMeans of seeds {seeds}{interval}; differences from the first row are taken seed by seed.\n")
+    print_table(
+        [
+            "branch",
+            "parameters",
+            "FLOPs",
+            measure_words(comparison.measure).replace("validation", "val."),
+            "difference",
+        ],
+        [
+            [
+                *(row.branch.title, f"{row.branch.parameters:,}", f"{row.branch.flops:.2e}"),
+                estimate_text(row.branch.value, 3),
+                "" if row.standing == "main" else estimate_text(row.branch.difference, 3, signed=True),
+            ]
+            for row in comparison_rows(comparison)
+        ],
+    )
+    for sentence in comparison_findings(comparison):
+        print(sentence)
+    print(f"\nReport: {(directory / 'report.html').resolve()}")
 
 
 def _print_results(results: Any, directory: Path, as_json: bool) -> None:

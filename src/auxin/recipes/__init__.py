@@ -4,14 +4,20 @@ from auxin.recipes.library import builtin_recipes, load_recipe, training_recipe
 from auxin.recipes.price import RecipePrice, price_recipe
 from auxin.recipes.runner import rewrite_report, run_recipe
 from auxin.recipes.schema import Recipe
+from auxin.recipes.seeds import SeedsPrice, part_of, price_seeds, run_seeds, seed_results
 
 __all__ = [
     "Recipe",
     "RecipePrice",
+    "SeedsPrice",
     "builtin_recipes",
     "load_recipe",
+    "part_of",
     "price_recipe",
+    "price_seeds",
     "rewrite_report",
     "run_recipe",
+    "run_seeds",
+    "seed_results",
     "training_recipe",
 ]

@@ -18,6 +18,8 @@ RECIPE_FILE = "recipe.yaml"
 OUTCOME_FILE = "stage.json"
 BRANCHES = "branches"
 DATA = "data"
+SEED = "seed-"
+"""What the folder of one seed's run begins with, in that of a run with several."""
 
 NOT_SET = "not set"
 DESCRIBING = frozenset({"title", "description", "main_branch"})
@@ -59,6 +61,16 @@ def left_checkpoint(directory: Path, branch: Branch, stage: Stage) -> Path:
     return checkpoint
 
 
+def is_finished(directory: Path, branch: Branch) -> bool:
+    """Whether every stage of `branch` is done in the run's folder `directory`."""
+    return (stage_directory(directory, branch, branch.stages[-1]) / OUTCOME_FILE).exists()
+
+
+def seed_directory(directory: Path, seed: int) -> Path:
+    """Where the run with one seed lies in the folder of a run with several: a run's folder of its own, without data."""
+    return directory / f"{SEED}{seed}"
+
+
 def claim_directory(recipe: Recipe, directory: Path, announce: Callable[[str], None]) -> None:
     """Make `directory` the folder of `recipe`'s run, or make sure that it is.
 
@@ -66,8 +78,10 @@ def claim_directory(recipe: Recipe, directory: Path, announce: Callable[[str], N
     was begun depends on it; what changed is announced.
 
     Raises:
-        ConfigError: it holds the run of another recipe, or something else.
+        ConfigError: it holds the run of another recipe, one with several seeds where `recipe` has one or the other way
+            round, or something else.
     """
+    _check_kind(recipe, directory)
     path = directory / RECIPE_FILE
     if not path.exists():
         # A kill during the very first write leaves a temporary file.
@@ -75,17 +89,8 @@ def claim_directory(recipe: Recipe, directory: Path, announce: Callable[[str], N
             raise ConfigError(f"{directory} is not empty and holds no run. Give another --output.")
         directory.mkdir(parents=True, exist_ok=True)
     elif (directory / BRANCHES).exists():
-        try:
-            saved = Recipe.from_yaml(path)
-        except ConfigError as error:
-            raise ConfigError(f"{directory} holds a run that can't go on: {error}. Give another --output.") from error
-        changes = differences(_dumped(saved), _dumped(recipe))
-        if refused := [line for field, line in changes.items() if not _may_change(field, saved, recipe, directory)]:
-            raise ConfigError(
-                f"{directory} holds a run of another recipe: {'; '.join(refused)}. What was begun can't be changed. "
-                "Give another --output, or the recipe as it was."
-            )
-        for line in changes.values():
+        changes = allowed_changes(recipe, directory)
+        for line in changes:
             announce(f"Recipe changed: {line}")
         if not changes:
             return
@@ -93,6 +98,69 @@ def claim_directory(recipe: Recipe, directory: Path, announce: Callable[[str], N
         # Prepared for settings that no stage was begun with.
         shutil.rmtree(directory / DATA, ignore_errors=True)
     recipe.to_yaml(path)
+
+
+def claim_seeds(recipe: Recipe, directory: Path, announce: Callable[[str], None]) -> None:
+    """As `claim_directory`, for a recipe with several seeds: `directory` holds the data and, for each seed, a folder
+    that is claimed for the run with that seed. Folders of other seeds stay as they are.
+
+    Raises:
+        ConfigError: as `claim_directory`, before anything is written.
+    """
+    seeds = recipe.seeds or []
+    _check_kind(recipe, directory)
+    begun = sorted(path.parent for path in directory.glob(f"{SEED}*/{BRANCHES}"))
+    for folder in begun:
+        saved = _data_of(folder / RECIPE_FILE)
+        if saved is not None and (lines := differences(saved, _dumped(recipe)["data"], "data").values()):
+            raise ConfigError(
+                f"{directory} holds runs on other data: {'; '.join(lines)}. Give another --output, or the recipe as it "
+                "was."
+            )
+    changes: dict[str, None] = {}
+    for seed in seeds:
+        if seed_directory(directory, seed) in begun:
+            changes |= dict.fromkeys(allowed_changes(recipe.of_seed(seed), seed_directory(directory, seed)))
+    claim_directory(recipe, directory, announce)
+    for line in changes:
+        announce(f"Recipe changed: {line}")
+    for seed in seeds:
+        claim_directory(recipe.of_seed(seed), seed_directory(directory, seed), lambda line: None)
+    if others := [folder.name for folder in begun if folder.name not in {f"{SEED}{seed}" for seed in seeds}]:
+        announce(f"Not among the seeds asked for, and left as they are: {', '.join(others)}")
+
+
+def _check_kind(recipe: Recipe, directory: Path) -> None:
+    """Keep runs with one seed and with several apart."""
+    if recipe.seeds is None and any(directory.glob(f"{SEED}*/{RECIPE_FILE}")):
+        raise ConfigError(
+            f"{directory} holds a run with several seeds, and the recipe has one. Give --seeds (or the recipe seeds) "
+            "to go on with it, or another --output."
+        )
+    if recipe.seeds is not None and (directory / BRANCHES).exists():
+        raise ConfigError(
+            f"{directory} holds a run with one seed, and the recipe has seeds {recipe.seeds}. Give another --output, "
+            "or one seed to go on with it."
+        )
+
+
+def allowed_changes(recipe: Recipe, directory: Path) -> list[str]:
+    """Where `recipe` differs from that of the begun run in `directory`, as lines to announce.
+
+    Raises:
+        ConfigError: it differs where something that was begun depends on it, or the saved one can't be read.
+    """
+    try:
+        saved = Recipe.from_yaml(directory / RECIPE_FILE)
+    except ConfigError as error:
+        raise ConfigError(f"{directory} holds a run that can't go on: {error}. Give another --output.") from error
+    changes = differences(_dumped(saved), _dumped(recipe))
+    if refused := [line for field, line in changes.items() if not _may_change(field, saved, recipe, directory)]:
+        raise ConfigError(
+            f"{directory} holds a run of another recipe: {'; '.join(refused)}. What was begun can't be changed. "
+            "Give another --output, or the recipe as it was."
+        )
+    return list(changes.values())
 
 
 def differences(old: Any, new: Any, field: str = "") -> dict[str, str]:

@@ -28,20 +28,26 @@ Course = tuple[list[CurvePoint], list[GrowthPoint]]
 
 
 def collect_results(
-    recipe: Recipe, directory: Path, data: Dataset, final_checkpoints: dict[str, Path], command: str
+    recipe: Recipe,
+    directory: Path,
+    data: Dataset,
+    final_checkpoints: dict[str, Path],
+    command: str,
+    threads: int | None = None,
 ) -> RunResults:
-    """Read the ledgers and metrics of a finished run.
+    """Read the ledgers and metrics of a run's finished branches.
 
     Args:
         recipe: the recipe that ran.
         directory: the run's folder.
         data: its data.
-        final_checkpoints: the last checkpoint of each branch.
+        final_checkpoints: the last checkpoint of each finished branch, one at least.
         command: the command line that reproduces the run.
+        threads: with which the branches were run; None: this process's.
     """
     branches: list[BranchResult] = []
     courses: dict[str, Course] = {}
-    for branch in recipe.branches:
+    for branch in (branch for branch in recipe.branches if branch.name in final_checkpoints):
         ledger = Ledger.load(final_checkpoints[branch.name])
         objective = recipe.objective.bind(load_config(final_checkpoints[branch.name]), data.form)
         branches.append(branch_result(branch, ledger, directory, data, courses, recipe.measures[0], objective))
@@ -51,7 +57,7 @@ def collect_results(
         description=recipe.description,
         command=command,
         seed=recipe.seed,
-        machine=describe_machine(),
+        machine=describe_machine(threads),
         versions=software_versions(),
         unit=data.form.unit,
         measure=describe_measure(recipe.measures[0], objective),

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from auxin.accounting import Ledger, StageRecord, count_parameters
+from auxin.accounting.comparison import Comparison
 from auxin.accounting.ledger import LEDGER_FILE
 from auxin.accounting.results import RunResults
 from auxin.data.dataset import DATASETS, Dataset, Processor
@@ -24,7 +25,16 @@ from auxin.objectives.measures import Measure
 from auxin.objectives.objective import Objective, ObjectiveSettings, Reference
 from auxin.planning.bench import Bench
 from auxin.recipes.change import change_checkpoint
-from auxin.recipes.folder import DATA, OUTCOME_FILE, StageOutcome, claim_directory, left_checkpoint, stage_directory
+from auxin.recipes.folder import (
+    BRANCHES,
+    DATA,
+    OUTCOME_FILE,
+    StageOutcome,
+    claim_directory,
+    is_finished,
+    left_checkpoint,
+    stage_directory,
+)
 from auxin.recipes.price import price_recipe, remaining_flops
 from auxin.recipes.references import reference_model
 from auxin.recipes.results import collect_results
@@ -38,9 +48,11 @@ from auxin.recipes.stage_models import (
     estimated_stages,
     stage_configs,
 )
-from auxin.report import write_chart_svg, write_report
+from auxin.recipes.workers import Cell, raise_failures, run_cells
+from auxin.report import write_chart_svg, write_markdown, write_report
 from auxin.training import train, write_checkpoint_folder
 from auxin.training.hardware import choose_device
+from auxin.training.lock import exclusive
 
 RESULTS_FILE = "results.json"
 STAGE_CHECKPOINT = "checkpoint"
@@ -69,7 +81,7 @@ class Run:
 
     def checkpoint(self, branch_name: str, stage_name: str) -> Path:
         """The checkpoint that a finished stage left."""
-        branch = next(branch for branch in self.recipe.branches if branch.name == branch_name)
+        branch = self.recipe.branch(branch_name)
         stage = next(stage for stage in branch.stages if stage.name == stage_name)
         return left_checkpoint(self.directory, branch, stage)
 
@@ -101,8 +113,7 @@ class Run:
 
     def final_checkpoint(self, branch_name: str) -> Path:
         """The checkpoint that a finished branch left."""
-        branch = next(branch for branch in self.recipe.branches if branch.name == branch_name)
-        return self.checkpoint(branch_name, branch.stages[-1].name)
+        return self.checkpoint(branch_name, self.recipe.branch(branch_name).stages[-1].name)
 
     def measured(self, checkpoint: Path, measures: Sequence[Measure]) -> dict[str, float]:
         """What `measures` give for `checkpoint` on the whole held-out split, by name."""
@@ -121,33 +132,52 @@ class Run:
         return int(training.get("micro_batch_size") or training.get("batch_size", 32))
 
 
-def run_recipe(recipe: Recipe, output: str | Path, command: str, announce: Announce = print) -> RunResults:
+def run_recipe(
+    recipe: Recipe,
+    output: str | Path,
+    command: str,
+    announce: Announce = print,
+    jobs: int = 1,
+    branches: Sequence[str] | None = None,
+) -> RunResults:
     """Run `recipe` into the folder `output`, or go on where an earlier run into it stopped.
 
     Args:
-        recipe: what to do.
+        recipe: what to do, with one seed; `run_seeds` takes one with several.
         output: the run's folder; made if it does not exist.
         command: the command line that reproduces the run, for the report.
         announce: is told what happens, a line at a time.
+        jobs: branches that are run at a time. 1: in this process, with all its threads; more: in processes of one
+            thread each, whose numbers are therefore the same to rounding only.
+        branches: names of the branches to run, with those that they need; None: all.
 
     Returns:
-        What the run measured; also written to `results.json` and `report.html` in `output`.
+        What the finished branches measured; also written to `results.json` and `report.html` in `output`.
 
     Raises:
         ConfigError, PlanError: `output` holds another recipe's run, or the recipe asks for what can't be built or
             does not fit together; found before anything is written, as far as it does not depend on the corpus.
+        TrainingError: a branch failed (with several jobs, after the others were done), or a signal came.
     """
+    if recipe.seeds is not None:
+        raise ConfigError(f"seeds: {recipe.seeds}: a run has one seed. Use run_seeds, or give the recipe one as seed.")
+    wanted = recipe.needed(branches)
     run = open_run(recipe, output, announce)
-    for branch in recipe.branches:
-        run_branch(run, branch)
-    return finish_run(run, command)
+    if jobs == 1:
+        for name in wanted:
+            run_branch(run, recipe.branch(name))
+        return finish_run(run, command)
+    failures = run_cells([Cell(run.directory, run.directory / DATA, recipe, name) for name in wanted], jobs, announce)
+    results = finish_run(run, command, threads=1)
+    raise_failures(failures)
+    return results
 
 
 def open_run(recipe: Recipe, output: str | Path, announce: Announce = print) -> Run:
     """Make the folder `output` ready for the branches of `recipe`: the recipe is checked, the corpus prepared.
 
-    With `run_branch` and `finish_run`, several processes can share the work: each opens the run and does other
-    branches, none of which refers to one that is not finished.
+    With `run_branch` and `finish_run`, several processes can share the work: one opens the run, each of the others
+    goes by `prepared_run` and does other branches, none of which refers to one that is not finished.
 
     Raises:
         ConfigError, PlanError: as `run_recipe`.
@@ -155,7 +185,16 @@ def open_run(recipe: Recipe, output: str | Path, announce: Announce = print) -> 
     directory = Path(output)
     price_recipe(recipe, memory=False)
     claim_directory(recipe, directory, announce)
-    data = DATASETS.find(recipe.data.kind).prepare(recipe.data, directory / DATA, True)
+    return prepared_run(recipe, directory, directory / DATA, announce)
+
+
+def prepared_run(recipe: Recipe, directory: Path, data_directory: Path, announce: Announce) -> Run:
+    """The run of `recipe` in its folder `directory`, which is claimed; the data is prepared where it is not yet.
+
+    Raises:
+        ConfigError, PlanError: the recipe does not fit the data.
+    """
+    data = DATASETS.find(recipe.data.kind).prepare(recipe.data, data_directory, True)
     announce("Data: " + "; ".join(f"{name}: {value}" for name, value in data.describe().items()))
     check_processors(recipe, data)
     # Again, now that it is known what the data decides.
@@ -163,17 +202,28 @@ def open_run(recipe: Recipe, output: str | Path, announce: Announce = print) -> 
     return Run(recipe, directory, data, stage_configs(recipe, data.form), announce)
 
 
-def finish_run(run: Run, command: str) -> RunResults:
-    """Gather what the branches of `run`, all done, measured, and write `results.json` and the report."""
-    finals = {branch.name: run.final_checkpoint(branch.name) for branch in run.recipe.branches}
-    results = collect_results(run.recipe, run.directory, run.data, finals, command)
+def finish_run(run: Run, command: str, threads: int | None = None) -> RunResults:
+    """Gather what the finished branches of `run` measured, and write `results.json` and the report.
+
+    Args:
+        run: the run, of which at least one branch is finished.
+        command: the command line that reproduces it.
+        threads: with which the branches were run; None: this process's.
+    """
+    finals = {
+        branch.name: run.final_checkpoint(branch.name)
+        for branch in run.recipe.branches
+        if is_finished(run.directory, branch)
+    }
+    results = collect_results(run.recipe, run.directory, run.data, finals, command, threads)
     write_text(run.directory / RESULTS_FILE, results.model_dump_json(indent=2) + "\n")
     rewrite_report(run.directory)
     return results
 
 
 def rewrite_report(directory: str | Path) -> list[Path]:
-    """Write `report.html` and `chart.svg` of the run in `directory` from its `results.json`; returns their paths.
+    """Write `report.html` and `chart.svg` of the run in `directory` from its `results.json`; of one with several seeds
+    `results.md` too, its tables as Markdown. Returns their paths.
 
     Raises:
         CheckpointError: the folder holds no finished run.
@@ -185,10 +235,15 @@ def rewrite_report(directory: str | Path) -> list[Path]:
         raise CheckpointError(
             f"{directory}/{RESULTS_FILE} can't be read ({error}). Give the folder of a finished run."
         ) from error
-    results = RunResults.parse(values, source=f"{directory}/{RESULTS_FILE}")
-    paths = [directory / "report.html", directory / "chart.svg"]
-    write_report(results, paths[0])
-    write_chart_svg(results, paths[1])
+    several = isinstance(values, dict) and "seeds" in values
+    kind: type[RunResults | Comparison] = Comparison if several else RunResults
+    results = kind.parse(values, source=f"{directory}/{RESULTS_FILE}")
+    paths = [
+        write_report(results, directory / "report.html"),
+        write_chart_svg(results, directory / "chart.svg"),
+    ]
+    if isinstance(results, Comparison):
+        paths.append(write_markdown(results, directory / "results.md"))
     return paths
 
 
@@ -217,7 +272,18 @@ def check_processors(recipe: Recipe, data: Dataset) -> None:
 
 
 def run_branch(run: Run, branch: Branch) -> None:
-    """Do the stages of `branch` that are not done yet."""
+    """Do the stages of `branch` that are not done yet.
+
+    Raises:
+        TrainingError: another process is at it.
+    """
+    folder = run.directory / BRANCHES / branch.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder):
+        _run_stages(run, branch)
+
+
+def _run_stages(run: Run, branch: Branch) -> None:
     run.announce(f"\n{branch.title}")
     previous = run.checkpoint(*branch.fork.split("/", 1)) if branch.fork is not None else None
     for stage in branch.stages:

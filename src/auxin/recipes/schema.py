@@ -1,5 +1,6 @@
 """What a recipe file says: stages in branches, and what the branches are compared by."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -164,6 +165,8 @@ class Recipe(Settings):
     """A paragraph for the report."""
     seed: int = Field(default=0, ge=0)
     """Seeds the initial weights, the data order and the growths of every branch."""
+    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
+    """Instead of `seed`: every branch runs with each of these, and what it reaches is their mean and its interval."""
     data: Annotated[DatasetSettings, OneOf(DATASETS, default="text", settings=lambda kind: kind.settings)]
     """What all branches learn and are measured on: `{kind: text, ...}`, which is the default kind, or another kind."""
     training: dict[str, Any] = {}
@@ -190,6 +193,14 @@ class Recipe(Settings):
         if found:
             raise ValueError("; ".join(found))
         return values
+
+    @model_validator(mode="after")
+    def _one_kind_of_seeds(self) -> Self:
+        if self.seeds is not None and self.seed:
+            raise ValueError(f"seed ({self.seed}) and seeds ({self.seeds}) contradict each other. Give one of them")
+        if self.seeds is not None and len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds must differ; given: {self.seeds}")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -256,6 +267,48 @@ class Recipe(Settings):
         values = self.training.get("objective", "causal")
         found: ObjectiveSettings = parse_one(ONE_OBJECTIVE, values, "training.objective")
         return found
+
+    def of_seed(self, seed: int) -> Self:
+        """The recipe of a run with one seed."""
+        return self.model_copy(update={"seed": seed, "seeds": None})
+
+    def branch(self, name: str) -> Branch:
+        """The branch that is called `name`.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        for branch in self.branches:
+            if branch.name == name:
+                return branch
+        raise ConfigError(unknown_name("branch", name, [branch.name for branch in self.branches]))
+
+    def needed(self, wanted: Sequence[str] | None) -> list[str]:
+        """The names of the `wanted` branches (None: all) and of those that must be finished before, in order.
+
+        Raises:
+            ConfigError: one of them is not in the recipe.
+        """
+        chosen = {branch.name for branch in self.branches} if wanted is None else set()
+        open_ones = list(wanted or [])
+        while open_ones:
+            name = open_ones.pop()
+            if name not in chosen:
+                chosen.add(name)
+                open_ones += self.depends_on(self.branch(name))
+        return [branch.name for branch in self.branches if branch.name in chosen]
+
+    def depends_on(self, branch: Branch) -> set[str]:
+        """The names of the branches that have to be finished before `branch` can begin: it is forked from them, or its
+        stages go by their ends."""
+        names = {branch.fork.partition("/")[0]} if branch.fork is not None else set()
+        for stage in branch.stages:
+            named = {getattr(stage, field, None) for field in ("like", "parameters_of", "flops_of")}
+            if isinstance(stage, TrainStage):
+                references = self.training_settings(stage, flops=1.0).objective.references()
+                named |= {reference.partition("/")[0] for reference in references}
+            names |= {other.name for other in self.branches if other.name in named}
+        return names - {branch.name}
 
     def _check_fork(self, branch: Branch, known: dict[str, Branch]) -> None:
         parent, _, stage = str(branch.fork).partition("/")

@@ -11,6 +11,8 @@
   const WIDE = 760;
   const LABEL_HEIGHT = 17;
   const LATE_SHARE = 0.12; // of the cost: before it the loss falls steeply and hides everything after
+  const BAND_SHARE = 0.4; // of the curves' height: so much is added for the bands on either side, at most
+  const SMALLEST = 1e-6; // a logarithmic axis has no place for 0
   const state = { axis: "flops", range: "late", scale: "linear", training: false, hidden: new Set() };
   const shown = () => branches.filter((branch) => !state.hidden.has(branch.name));
   const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -21,6 +23,7 @@
     // The main branch is drawn last, over the others.
     const order = [...shown()].reverse();
     const result = [];
+    order.forEach((branch) => { if (branch.validation.half) result.push(band(branch, branch.validation)); });
     if (state.training) order.forEach((branch) => result.push(curve(branch, branch.training, true)));
     order.forEach((branch) => result.push(curve(branch, branch.validation, false)));
     order.forEach((branch) => { if (branch.growths.length) result.push(growths(branch)); });
@@ -34,10 +37,22 @@
       mode: training || !few ? "lines" : "lines+markers", opacity: training ? 0.4 : 1,
       line: { color: hue(branch), width: training ? 1 : branch.main ? 3 : 2 },
       marker: { symbol: branch.symbol, size: 6, color: hue(branch) },
-      hovertemplate: `<b>%{y:.4f}</b> ${training ? "training loss" : `validation ${words.measure}`}<br>${AXES[state.axis].hover}` +
+      text: points.loss.map((_, i) => (points.half ? ` ± ${points.half[i].toFixed(4)}` : "")),
+      hovertemplate: `<b>%{y:.4f}%{text}</b> ${training ? "training loss" : `validation ${words.measure}`}<br>${AXES[state.axis].hover}` +
         "<br>%{customdata}<extra>%{fullData.name}</extra>",
     };
   }
+
+  /** The interval around a mean curve: there along its upper edge, and back along the lower one. */
+  function band(branch, points) {
+    const [x, edge] = [points[state.axis], (sign) => points.loss.map((loss, i) => bound(loss + sign * points.half[i]))];
+    return {
+      type: "scatter", mode: "lines", x: [...x, ...[...x].reverse()], y: [...edge(1), ...edge(-1).reverse()],
+      fill: "toself", fillcolor: `${hue(branch)}2e`, line: { width: 0 }, hoverinfo: "skip",
+    };
+  }
+
+  const bound = (loss) => (state.scale === "log" ? Math.max(loss, SMALLEST) : loss);
 
   function growths(branch) {
     return {
@@ -52,15 +67,22 @@
   function ranges() {
     const largest = Math.max(0, ...shown().flatMap((branch) => branch.validation[state.axis]));
     const from = state.range === "late" ? LATE_SHARE * largest : 0;
-    const losses = [];
+    const losses = [], edges = [];
     for (const branch of shown()) {
       for (const points of state.training ? [branch.validation, branch.training] : [branch.validation]) {
-        points.loss.forEach((loss, index) => { if (points[state.axis][index] >= from && (loss > 0 || state.scale !== "log")) losses.push(loss); });
+        points.loss.forEach((loss, index) => {
+          if (points[state.axis][index] < from || (loss <= 0 && state.scale === "log")) return;
+          losses.push(loss);
+          if (points.half && points === branch.validation) edges.push(loss - points.half[index], loss + points.half[index]);
+        });
       }
     }
     if (!losses.length || largest === 0) return null;
     const transform = state.scale === "log" ? Math.log10 : (value) => value;
-    const low = transform(Math.min(...losses)), high = transform(Math.max(...losses));
+    // Bands are shown, but the widest must not press the curves flat.
+    const span = Math.max(...losses) - Math.min(...losses);
+    const outer = (beyond, pick, sign) => beyond(pick(...losses) + sign * BAND_SHARE * span, pick(...losses, ...edges));
+    const low = transform(bound(outer(Math.max, Math.min, -1))), high = transform(outer(Math.min, Math.max, 1));
     const room = 0.06 * (high - low || 0.1);
     return { x: [from - 0.01 * (largest - from), largest + 0.015 * (largest - from)], y: [low - room, high + room] };
   }
@@ -89,9 +111,11 @@
     return ends.map((end) => ({
       xref: "paper", yref: "paper", x: 1, y: end.moved / height, xanchor: "left", yanchor: "middle", xshift: 6,
       align: "left", showarrow: false, font: { color: hue(end.branch), size: 13 },
-      text: `${lines(end.branch.title).map(escapeText).join("<br>")} <b>${end.loss.toFixed(3)}</b>`,
+      text: `${lines(end.branch.title).map(escapeText).join("<br>")} <b>${end.loss.toFixed(3)}${spread(end.branch.validation)}</b>`,
     }));
   }
+
+  const spread = (points) => (points.half ? ` ± ${points.half.at(-1).toFixed(3)}` : "");
 
   function lines(title) {
     const result = [""];

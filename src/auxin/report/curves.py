@@ -1,13 +1,17 @@
 """What the charts draw, and the colours they draw it in."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, overload
 
+from auxin.accounting.comparison import BranchComparison, Comparison
 from auxin.accounting.results import BranchResult, CurvePoint, GrowthPoint, RunResults
 from auxin.report.formatting import is_number, short
 from auxin.settings import Settings
 
 AXES = ("units", "flops", "seconds")
 """The costs that the measure is drawn against."""
+HALF_WIDTHS = {"value": "half_width", "training_loss": "training_half_width"}
+"""The fields of a mean curve's points that hold the intervals."""
 
 
 class BranchColour(Settings):
@@ -33,22 +37,30 @@ SYMBOLS = ("circle", "square", "triangle-up", "diamond", "cross", "x")
 """Plotly's markers: a second way to tell branches apart."""
 
 
-def branch_order(results: RunResults) -> list[BranchResult]:
+@overload
+def branch_order(results: RunResults) -> list[BranchResult]: ...
+@overload
+def branch_order(results: Comparison) -> list[BranchComparison]: ...
+@overload
+def branch_order(results: RunResults | Comparison) -> Sequence[BranchResult | BranchComparison]: ...
+def branch_order(results: RunResults | Comparison) -> Sequence[BranchResult | BranchComparison]:
     """The main branch first, so that its colour is the same in every report; then as the recipe has them."""
+    if isinstance(results, Comparison):
+        return sorted(results.branches, key=lambda branch: branch.name != results.main_branch)
     return sorted(results.branches, key=lambda branch: branch.name != results.main_branch)
 
 
-def branch_colours(results: RunResults) -> dict[str, BranchColour]:
+def branch_colours(results: RunResults | Comparison) -> dict[str, BranchColour]:
     """The colour of each branch; they repeat when there are more branches than colours."""
     return {branch.name: COLOURS[index % len(COLOURS)] for index, branch in enumerate(branch_order(results))}
 
 
-def points(branch: BranchResult, loss: str) -> list[CurvePoint]:
+def points(branch: BranchResult | BranchComparison, loss: str) -> list[CurvePoint]:
     """The points of `branch` at which `loss` ("training_loss" or "value") was measured and is finite."""
     return [point for point in branch.curve if is_number(getattr(point, loss))]
 
 
-def chart_data(results: RunResults) -> list[dict[str, Any]]:
+def chart_data(results: RunResults | Comparison) -> list[dict[str, Any]]:
     """Everything that the page's chart draws, as JSON values, in the order of the legend."""
     colours = branch_colours(results)
     return [
@@ -67,12 +79,12 @@ def chart_data(results: RunResults) -> list[dict[str, Any]]:
     ]
 
 
-def chart_words(results: RunResults) -> dict[str, str]:
+def chart_words(results: RunResults | Comparison) -> dict[str, str]:
     """What the page's chart calls what it draws."""
     return {"unit": results.unit, "measure": results.measure.name, "axis": results.measure.with_unit}
 
 
-def drawable_growths(branch: BranchResult) -> list[GrowthPoint]:
+def drawable_growths(branch: BranchResult | BranchComparison) -> list[GrowthPoint]:
     """The growths of `branch` whose place on the measure's axis is known."""
     return [growth for growth in branch.growths if is_number(growth.value_after)]
 
@@ -84,7 +96,14 @@ def growth_label(growth: GrowthPoint) -> str:
 
 def _columns(measured: list[CurvePoint], loss: str) -> dict[str, Any]:
     columns: dict[str, Any] = {axis: [getattr(point, axis) for point in measured] for axis in AXES}
-    return {**columns, "loss": [getattr(point, loss) for point in measured], "stage": [p.stage for p in measured]}
+    columns |= {"loss": [getattr(point, loss) for point in measured], "stage": [p.stage for p in measured]}
+    widths = [half_width(point, loss) for point in measured]
+    return columns if None in widths or not widths else {**columns, "half": widths}
+
+
+def half_width(point: CurvePoint, loss: str = "value") -> float | None:
+    """Of the interval around `loss` at a point of a mean curve; None where there is no interval."""
+    return getattr(point, HALF_WIDTHS[loss], None)
 
 
 def _growth(growth: GrowthPoint) -> dict[str, Any]:

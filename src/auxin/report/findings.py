@@ -1,6 +1,7 @@
 """What a run shows, as sentences made of its numbers; also that growing lost, where it did."""
 
 import math
+from collections.abc import Sequence
 
 from auxin.accounting.results import BranchResult, GrowthPoint, MeasureDescription, RunResults
 from auxin.report.formatting import change, decimal, difference, power, short
@@ -58,18 +59,33 @@ def growth_sentence(results: RunResults) -> str | None:
     changes = [
         abs(value) for growth in promised if (value := difference(growth.value_after, growth.value_before)) is not None
     ]
+    return promise_sentence(promised, changes, results.measure)
+
+
+def promise_sentence(
+    promised: Sequence[GrowthPoint], changes: Sequence[float], measure: MeasureDescription, over: str = ""
+) -> str | None:
+    """What became of growths that promised to be exact; None where no change was measured.
+
+    Args:
+        promised: the growths.
+        changes: how much they changed the measure, without signs.
+        measure: what was measured.
+        over: put behind "changed by at most X nats".
+    """
     if not changes:
         return None
-    largest, name = max(changes), f"validation {results.measure.name}"
-    by = f"{change(largest).lstrip('+')} {results.measure.unit.partition('/')[0]}".rstrip()
+    largest, name = max(changes), f"validation {measure.name}"
+    by = f"{change(largest).lstrip('+')} {measure.unit.partition('/')[0]}".rstrip()
     if largest < EXACT_CHANGE:
         at_most = "did not change at all" if largest == 0 else f"changed by at most {by}"
+        at_most += over
         times = "growth" if len(changes) == 1 else f"{len(changes)} growths"
         return f"At the {times} from {_sizes(promised)} parameters the {name} {at_most}."
     return f"A growth that promised to be exact changed the {name} by {by}."
 
 
-def _sizes(growths: list[GrowthPoint]) -> str:
+def _sizes(growths: Sequence[GrowthPoint]) -> str:
     return " to ".join([short(growths[0].parameters_before), *(short(g.parameters_after) for g in growths)])
 
 

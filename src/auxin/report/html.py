@@ -9,9 +9,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from auxin.accounting.comparison import Comparison
 from auxin.accounting.results import BranchResult, GrowthPoint, MeasureDescription, RunResults
 from auxin.files import write_text
 from auxin.report import formatting
+from auxin.report.comparison import (
+    comparison_growth_sentence,
+    comparison_growths,
+    comparison_headline,
+    comparison_rows,
+    estimate_text,
+    measure_words,
+    unit_words,
+)
 from auxin.report.curves import branch_colours, branch_order, chart_data, chart_words
 from auxin.report.findings import EXACT_CHANGE, growth_sentence, headline, main_result, standing
 from auxin.report.lineage import lineage
@@ -20,7 +30,7 @@ TEMPLATE = "report.html"
 SCRIPT = "chart.js"
 
 
-def write_report(results: RunResults, path: str | Path) -> Path:
+def write_report(results: RunResults | Comparison, path: str | Path) -> Path:
     """Write the report of `results` to `path`, whole or not at all.
 
     The page holds everything it shows, its chart library included (about 5 MB), follows the light or dark setting of
@@ -32,8 +42,8 @@ def write_report(results: RunResults, path: str | Path) -> Path:
     return path
 
 
-def render_report(results: RunResults) -> str:
-    """The report's HTML."""
+def render_report(results: RunResults | Comparison) -> str:
+    """The report's HTML; with several seeds it shows means, their intervals and the seeds' own results."""
     environment = Environment(
         loader=PackageLoader("auxin.report", "."),
         autoescape=True,
@@ -43,15 +53,11 @@ def render_report(results: RunResults) -> str:
     )
     for name in ("exact", "short", "power", "duration", "decimal", "signed", "change", "sentence"):
         environment.filters[name] = getattr(formatting, name)
-    main = main_result(results)
+    environment.filters["estimate"] = estimate_text
+    own = _of_seeds(results) if isinstance(results, Comparison) else _of_run(results)
     return environment.get_template(TEMPLATE).render(
+        **own,
         results=results,
-        headline=headline(results),
-        growth_sentence=growth_sentence(results),
-        rows=[_row(branch, main, results.measure) for branch in branch_order(results)],
-        best=_best(results),
-        growths=_growth_rows(results),
-        trees=lineage(results),
         titles={branch.name: branch.title for branch in results.branches},
         colours=branch_colours(results),
         chart=_script_json(chart_data(results)),
@@ -61,6 +67,33 @@ def render_report(results: RunResults) -> str:
         script=Markup(files("auxin.report").joinpath(SCRIPT).read_text(encoding="utf-8")),
         fork_of={branch.name: branch.parent for branch in results.branches},
     )
+
+
+def _of_run(results: RunResults) -> dict[str, Any]:
+    """What the page says of one run alone."""
+    main = main_result(results)
+    return {
+        "several": False,
+        "headline": headline(results),
+        "growth_sentence": growth_sentence(results),
+        "rows": [_row(branch, main, results.measure) for branch in branch_order(results)],
+        "best": _best(results),
+        "growths": _growth_rows(results),
+        "trees": lineage(results),
+    }
+
+
+def _of_seeds(comparison: Comparison) -> dict[str, Any]:
+    """What the page says of several seeds alone."""
+    return {
+        "several": True,
+        "headline": comparison_headline(comparison),
+        "growth_sentence": comparison_growth_sentence(comparison),
+        "rows": comparison_rows(comparison),
+        "growths": comparison_growths(comparison),
+        "measure": measure_words(comparison.measure),
+        "measure_unit": unit_words(comparison.measure),
+    }
 
 
 def _row(branch: BranchResult, main: BranchResult | None, measure: MeasureDescription) -> dict[str, Any]:

@@ -2,24 +2,30 @@
 
 import math
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from auxin.accounting.comparison import BranchComparison, Comparison
 from auxin.accounting.results import BranchResult, CurvePoint, RunResults
 from auxin.files import write_text
-from auxin.report.curves import branch_colours, branch_order, drawable_growths, growth_label, points
+from auxin.report.curves import branch_colours, branch_order, drawable_growths, growth_label, half_width, points
 from auxin.report.formatting import SUPERSCRIPTS
 from auxin.report.svg import document, line, text
+
+Drawn = BranchResult | BranchComparison
 
 WIDTH, HEIGHT = 880, 460
 LEFT, RIGHT, TOP, BOTTOM = 62, 236, 50, 56
 LATE_SHARE = 0.12
 """Share of the costs that is left out at the start, where the loss falls steeply and hides what comes after."""
+BAND_SHARE = 0.4
+"""Of the curves' height: so much is added for bands on either side, at most."""
 LABEL_HEIGHT = 34
 LABEL_CHARACTERS = 25
 
 
-def write_chart_svg(results: RunResults, path: str | Path) -> Path:
+def write_chart_svg(results: RunResults | Comparison, path: str | Path) -> Path:
     """Write the picture to `path`, whole or not at all; no font, script or image from elsewhere is needed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,8 +33,8 @@ def write_chart_svg(results: RunResults, path: str | Path) -> Path:
     return path
 
 
-def chart_svg(results: RunResults) -> str:
-    """The picture's SVG."""
+def chart_svg(results: RunResults | Comparison) -> str:
+    """The picture's SVG; with several seeds, means and bands of their 95 % intervals."""
     order = branch_order(results)
     curves = {branch.name: measured for branch in order if (measured := points(branch, "value"))}
     body = [text(LEFT, 24, results.title, size=17, weight=600)]
@@ -39,6 +45,7 @@ def chart_svg(results: RunResults) -> str:
         colours = {name: colour.both for name, colour in branch_colours(results).items()}
         body += _axes(plane, f"validation {results.measure.with_unit}")
         drawn = [branch for branch in reversed(order) if branch.name in curves]
+        body += [_band(plane, curves[branch.name], colours[branch.name]) for branch in drawn]
         body += [_curve(plane, branch, curves[branch.name], colours[branch.name], results) for branch in drawn]
         for branch in drawn:
             body += _growths(plane, branch, colours[branch.name], labelled=branch.name == results.main_branch)
@@ -61,14 +68,19 @@ class _Plane(NamedTuple):
         if largest <= 0:
             return None
         left = LATE_SHARE * largest
-        losses = [
-            loss
+        late = [
+            (point.value, half_width(point) or 0.0)
             for curve in curves.values()
             for point in curve
-            if point.flops >= left and (loss := point.value) is not None
+            if point.flops >= left and point.value is not None
         ]
-        room = 0.06 * (max(losses) - min(losses) or 0.1)
-        return cls(left, largest, min(losses) - room, max(losses) + room)
+        low, high = min(loss for loss, _ in late), max(loss for loss, _ in late)
+        # Bands are shown, but the widest must not press the curves flat.
+        beyond = BAND_SHARE * (high - low)
+        low = max(low - beyond, min(loss - width for loss, width in late))
+        high = min(high + beyond, max(loss + width for loss, width in late))
+        room = 0.06 * (high - low or 0.1)
+        return cls(left, largest, low - room, high + room)
 
     def x(self, flops: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * (flops - self.left) / (self.right - self.left)
@@ -108,7 +120,27 @@ def _ticks(low: float, high: float) -> list[float]:
     return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _curve(plane: _Plane, branch: BranchResult, measured: list[CurvePoint], colour: str, results: RunResults) -> str:
+def _band(plane: _Plane, measured: list[CurvePoint], colour: str) -> str:
+    """The interval around a mean curve, cut off at the plane's edges; empty where there is none."""
+    widths = [half_width(point) for point in measured]
+    if not any(widths):
+        return ""
+
+    def edge(sign: int) -> list[tuple[float, float]]:
+        curve = [
+            (point.flops, (point.value or 0.0) + sign * (width or 0.0))
+            for point, width in zip(measured, widths, strict=True)
+        ]
+        inside = [(x, min(max(y, plane.low), plane.high)) for x, y in curve]
+        return _clip(inside, plane)
+
+    outline = " ".join(f"{plane.x(x):.1f},{plane.y(y):.1f}" for x, y in [*edge(1), *reversed(edge(-1))])
+    return f'<polygon points="{outline}" fill="{colour}" fill-opacity="0.16"/>'
+
+
+def _curve(
+    plane: _Plane, branch: Drawn, measured: list[CurvePoint], colour: str, results: RunResults | Comparison
+) -> str:
     # The last point before the visible part is kept at its edge, so that no curve begins in the middle of nowhere.
     visible = _clip([(point.flops, point.value or 0.0) for point in measured], plane)
     path = " ".join(f"{plane.x(x):.1f},{plane.y(y):.1f}" for x, y in visible)
@@ -135,7 +167,7 @@ def _clip(curve: list[tuple[float, float]], plane: _Plane) -> list[tuple[float, 
     return result
 
 
-def _growths(plane: _Plane, branch: BranchResult, colour: str, labelled: bool) -> list[str]:
+def _growths(plane: _Plane, branch: Drawn, colour: str, labelled: bool) -> list[str]:
     parts = []
     for growth in drawable_growths(branch):
         loss = growth.value_after
@@ -150,7 +182,7 @@ def _growths(plane: _Plane, branch: BranchResult, colour: str, labelled: bool) -
 
 
 def _labels(
-    plane: _Plane, branches: list[BranchResult], curves: dict[str, list[CurvePoint]], colours: dict[str, str]
+    plane: _Plane, branches: Sequence[Drawn], curves: dict[str, list[CurvePoint]], colours: dict[str, str]
 ) -> list[str]:
     """Title and last loss of every branch beside the end of its curve, moved apart where they would overlap."""
     order = sorted(branches, key=lambda branch: curves[branch.name][-1].value or 0.0, reverse=True)
@@ -165,7 +197,10 @@ def _labels(
             f'<polyline points="{x + 6:.1f},{place:.1f} {elbow},{moved:.1f} {elbow + 5},{moved:.1f}" '
             f'fill="none" stroke="{colour}" stroke-opacity="0.6"/>'
         )
-        lines = textwrap.wrap(f"{branch.title} {end.value:.3f}", LABEL_CHARACTERS)
+        width = half_width(end)
+        # The number is kept on one line.
+        number = f"{end.value:.3f}" if width is None else f"{end.value:.3f}\u00a0±\u00a0{width:.3f}"
+        lines = textwrap.wrap(f"{branch.title} {number}", LABEL_CHARACTERS)
         for index, content in enumerate(lines):
             y = moved + 4.5 + 16 * (index - (len(lines) - 1) / 2)
             parts.append(text(WIDTH - RIGHT + 22, y, content, colour=colour, weight=600))

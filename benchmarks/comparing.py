@@ -1,0 +1,60 @@
+"""What the benchmarks that compare a recipe's branches over seeds share: their options, and the run itself."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from auxin.accounting.comparison import Comparison
+from auxin.accounting.results import BranchResult
+from auxin.accounting.statistics import Estimate
+from auxin.recipes import Recipe, load_recipe, read_comparison, run_seeds
+
+
+def options(description: str | None, runs: Path | None) -> argparse.ArgumentParser:
+    """The options of such a benchmark.
+
+    Args:
+        description: the benchmark's docstring.
+        runs: the default folder of its runs.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--branches", nargs="+", help="only these, and what they need")
+    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
+    parser.add_argument("--runs", type=Path, default=runs)
+    parser.add_argument("--results", type=Path, help="where the numbers are written")
+    parser.add_argument("--table", type=Path, help="where the table is written")
+    parser.add_argument("--picture", type=Path, help="where the picture is written")
+    parser.add_argument("--read-only", action="store_true", help="run nothing; write what the finished branches show")
+    return parser
+
+
+def chosen_recipe(name: str, arguments: argparse.Namespace) -> Recipe:
+    """The recipe called `name`, with the seeds and changes that were asked for."""
+    return load_recipe(name, [*arguments.set, f"seeds={arguments.seeds}"])
+
+
+def compared(recipe: Recipe, arguments: argparse.Namespace) -> Comparison:
+    """Run what is missing, unless only reading was asked for; what the finished branches show."""
+    if arguments.read_only:
+        return read_comparison(arguments.runs)
+    # A table or picture elsewhere, or more processes, change no number.
+    parts = ["--seeds", *map(str, arguments.seeds), *(part for change in arguments.set for part in ("--set", change))]
+    model = [arguments.model] if "model" in arguments else []
+    script = Path(sys.argv[0]).resolve().relative_to(Path(__file__).resolve().parents[1])
+    command = shlex.join(["python", str(script), *model, *parts])
+    return run_seeds(recipe, arguments.runs, command, jobs=arguments.jobs, branches=arguments.branches)
+
+
+def interval(values: Iterable[float | None], signed: bool = False) -> str:
+    """Mean and 95 % interval as a table has them; a dash where there is none."""
+    found = Estimate.of(values)
+    return "-" if found is None else found.text(3, signed)
+
+
+def curve_since(result: BranchResult, stages: set[str]) -> list[tuple[float, float]]:
+    """(FLOPs, held-out loss) of the measurements in `stages`, in order."""
+    return [(point.flops, point.value) for point in result.curve if point.value is not None and point.stage in stages]
