@@ -29,7 +29,6 @@ from measuring import chosen_clock
 from torch import Tensor
 from torch.optim import AdamW
 
-from auxin.accounting.inputs import example_inputs
 from auxin.models.loading import load_model
 from auxin.recipes import Recipe, load_recipe
 from auxin.recipes.folder import left_checkpoint
@@ -94,11 +93,9 @@ def step_times(
 def batch(recipe: Recipe, model: Any) -> dict[str, Tensor]:
     """Random inputs and labels of the lengths that the recipe trains on."""
     settings = recipe.training_settings(recipe.branches[0].stages[-1])  # type: ignore[arg-type]
-    if (lengths := recipe.objective.lengths(recipe.corpus.context_length)) is None:
-        inputs = example_inputs(model, settings.batch_size, recipe.corpus.context_length, seed=0)
-        return inputs | {"labels": inputs["input_ids"]}
-    inputs = example_inputs(model, settings.batch_size, lengths.inputs, seed=0, decoder_length=lengths.targets)
-    return {"input_ids": inputs["input_ids"], "labels": inputs["decoder_input_ids"]}
+    zeros = recipe.objective.bind(model.config, recipe.data.form()).example(settings.batch_size)
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randint(model.config.vocab_size, ids.shape, generator=generator) for name, ids in zeros.items()}
 
 
 def speedup(loss: float, seconds: float, dense: list[tuple[float, float]]) -> str:
@@ -203,9 +200,9 @@ def main() -> None:
     cells: Cells = {}
     for seed in options.seeds:
         for branch, result in results_of(make(seed), seed_folder(runs, seed)).items():
-            assert result.validation_loss is not None
+            assert result.value is not None
             cells.setdefault(branch, {})[str(seed)] = {
-                "loss": result.validation_loss,
+                "loss": result.value,
                 "flops": result.flops,
                 "parameters": float(result.parameters),
             }

@@ -20,6 +20,7 @@ from auxin.accounting import Ledger
 from auxin.accounting.ledger import software_versions
 from auxin.accounting.machine import describe_machine
 from auxin.accounting.results import BranchResult
+from auxin.models.loading import load_config
 from auxin.recipes import Recipe
 from auxin.recipes.folder import DATA, OUTCOME_FILE, claim_directory, left_checkpoint, stage_directory
 from auxin.recipes.results import Course, branch_result
@@ -126,21 +127,21 @@ def results_of(recipe: Recipe, folder: Path) -> dict[str, BranchResult]:
     """What the finished branches of one run measured, by name, in the recipe's order."""
     run = open_run(recipe, folder, announce=lambda line: None)
     courses: dict[str, Course] = {}
+    measure = recipe.measures[0]
     results: dict[str, BranchResult] = {}
     for branch in recipe.branches:
         if is_finished(recipe, folder, branch.name):
-            ledger = Ledger.load(left_checkpoint(folder, branch, branch.stages[-1]))
-            results[branch.name] = branch_result(branch, ledger, folder, run.data, courses, recipe.objective)
+            checkpoint = left_checkpoint(folder, branch, branch.stages[-1])
+            objective = recipe.objective.bind(load_config(checkpoint), run.data.form)
+            results[branch.name] = branch_result(
+                branch, Ledger.load(checkpoint), folder, run.data, courses, measure, objective
+            )
     return results
 
 
 def curve_since(result: BranchResult, stages: set[str]) -> list[tuple[float, float]]:
     """(FLOPs, held-out loss) of the measurements in `stages`, in order."""
-    return [
-        (point.flops, point.validation_loss)
-        for point in result.curve
-        if point.validation_loss is not None and point.stage in stages
-    ]
+    return [(point.flops, point.value) for point in result.curve if point.value is not None and point.stage in stages]
 
 
 def interval(values: Sequence[float], digits: int = 3, sign: bool = False) -> str:

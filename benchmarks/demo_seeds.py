@@ -33,10 +33,10 @@ def branch_row(branches: list[BranchResult]) -> str:
     cells = [
         first.title,
         f"{first.parameters:,}",
-        f"{first.tokens / 1e6:.2f}M",
+        f"{first.units / 1e6:.2f}M",
         f"{first.flops:.2e}",
         f"{first.seconds:.0f}",
-        spread([branch.validation_loss or float("nan") for branch in branches], 3),
+        spread([branch.value or float("nan") for branch in branches], 3),
         spread([branch.perplexity or float("nan") for branch in branches], 2),
         spread([branch.bits_per_byte or float("nan") for branch in branches], 3),
     ]
@@ -72,7 +72,7 @@ def page(runs: list[RunResults], command: str) -> str:
     for run in runs:
         for point in run.branches[0].growths:
             parameters = f"{point.parameters_before:,} to {point.parameters_after:,}"
-            losses = f"{point.loss_before:.6f} | {point.loss_after:.6f} | {point.change:+.1e}"
+            losses = f"{point.value_before:.6f} | {point.value_after:.6f} | {point.change:+.1e}"
             lines.append(f"| {run.seed} | {point.stage} | {parameters} | {losses} |")
     lines += ["", "What each seed says:", ""]
     for run in runs:

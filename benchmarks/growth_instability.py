@@ -109,7 +109,7 @@ def recipe(seed: int) -> Recipe:
             "name": "growth-instability",
             "title": "What removes the rise of the loss after a growth",
             "seed": seed,
-            "corpus": {
+            "data": {
                 "source": "stdlib",
                 "vocab_size": 512,
                 "context_length": 128,
@@ -152,9 +152,9 @@ def _grown(name: str, remedies: tuple[str, ...], tokens: dict[str, int], cosine:
 def measured(result: BranchResult) -> dict[str, float]:
     """What one branch of one seed shows, losses in nats per token."""
     curve = [loss for _, loss in curve_since(result, {"after"})]
-    before = result.ledger.stages[-2].loss_before if result.growths else curve[0]
+    before = result.ledger.stages[-2].value_before if result.growths else curve[0]
     assert before is not None
-    assert result.validation_loss is not None
+    assert result.value is not None
     # A branch that never rose is back at once.
     back = next((i for i, loss in enumerate(curve) if i and loss <= before), None)
     return {
@@ -162,7 +162,7 @@ def measured(result: BranchResult) -> dict[str, float]:
         "at_growth": curve[0] - before,
         "worst": max(curve) - before,
         "steps_above": math.inf if back is None else float(back * INTERVAL),
-        "final": result.validation_loss,
+        "final": result.value,
         "flops": result.flops,
         "parameters": float(result.parameters),
     }

@@ -51,20 +51,20 @@ def shape(name: str) -> str:
 
 def measured(result: BranchResult) -> Cell:
     """What one branch of one seed shows, losses in nats per token."""
-    assert result.validation_loss is not None
-    cell: Cell = {"final": result.validation_loss, "flops": result.flops, "parameters": float(result.parameters)}
+    assert result.value is not None
+    cell: Cell = {"final": result.value, "flops": result.flops, "parameters": float(result.parameters)}
     if result.growths:
-        before, after = result.growths[0].loss_before, max(growth.loss_after or 0.0 for growth in result.growths)
+        before, after = result.growths[0].value_before, max(growth.value_after or 0.0 for growth in result.growths)
         assert before is not None
         last = [growth for growth in result.growths if growth.stage != "unmask"][-1]
         later = [loss for _, loss in curve_since(result, {"ramp", "after"})]
         cell |= {
             "before": before,
             "grown_at": result.growths[0].flops,
-            "at_growth": (last.loss_after or math.nan) - before,
+            "at_growth": (last.value_after or math.nan) - before,
             "worst": max(after, *later) - before,
         }
-    elif before := next((record.loss_after for record in result.ledger.stages if record.name == "base"), None):
+    elif before := next((record.value_after for record in result.ledger.stages if record.name == "base"), None):
         # The small model that trains on rises too: what a growth adds has to be told from that.
         cell["worst"] = max(loss for _, loss in curve_since(result, {"after"})) - before
     return cell
