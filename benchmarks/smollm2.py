@@ -50,18 +50,20 @@ import auxin  # noqa: F401  teaches transformers to load what was edited
 from auxin.accounting import count_parameters
 from auxin.accounting.machine import describe_machine
 from auxin.accounting.results import perplexity_of
-from auxin.data import CorpusSettings
+from auxin.data import Contexts, CorpusSettings, SampleForm
 from auxin.data.corpus import document_key, is_validation
 from auxin.data.sources import read_documents
 from auxin.edits import apply
 from auxin.edits.promise import relative_change
 from auxin.errors import AuxinError, PlanError
-from auxin.evaluation import evaluate_loss
 from auxin.methods import method, methods
 from auxin.methods.adapt.graft import freeze_all_but_branches
 from auxin.methods.grow.masked import plan_unmask
 from auxin.nn.altup import AltUpLayer, block_distance
+from auxin.objectives.causal import Causal
+from auxin.objectives.measures import Loss
 from auxin.planning.bench import Bench
+from auxin.planning.hooks import hooks_of
 from auxin.training import Hook, TrainingSettings, learning_rate
 from auxin.training.optimizer import build_optimizer
 
@@ -260,7 +262,8 @@ def logits_of(model: PreTrainedModel, probe: Tensor) -> Tensor:
 def losses(model: PreTrainedModel, data: dict[str, Tensor], trial: Trial) -> dict[str, float]:
     """Nats per token on the held-out text of each kind."""
     windows = {kind: spread(data[f"{kind}.held_out"], trial.windows, trial.window) for kind in KINDS}
-    return {kind: evaluate_loss(model, windows[kind].numpy(), batch_size=1) for kind in KINDS}
+    objective = Causal().bind(model.config, SampleForm("token", trial.window, ("input_ids",), length=trial.window))
+    return {kind: Loss()(model, Contexts(windows[kind].numpy()), objective, batch_size=1) for kind in KINDS}
 
 
 def edited(case: Case, work: Path, trial: Trial, probe: Tensor) -> tuple[PreTrainedModel, dict[str, Any], list[Hook]]:
@@ -280,7 +283,7 @@ def edited(case: Case, work: Path, trial: Trial, probe: Tensor) -> tuple[PreTrai
         "overshoot": receipt.overshoot,
         "edit_seconds": time.perf_counter() - start,
     }
-    hooks = chosen.hooks(plan) if chosen.hooks else []
+    hooks = hooks_of(plan, receipt)
     if case.branches_only:
         hooks += freeze_all_but_branches(model)
     return model, facts, hooks

@@ -21,10 +21,15 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from auxin.data import CorpusSettings
-from auxin.methods.grow.tokenformer import TokenGrowth
+from auxin.data import CorpusSettings, DatasetSettings
+from auxin.methods.grow.tokenformer import OldTokenRatesSettings, TauAnnealSettings, TokenGrowth
 from auxin.models.tokenformer.presets import PRESETS
 from auxin.objectives.calibration import CalibrationSettings
+from auxin.objectives.causal import Causal
+from auxin.objectives.measures import Measure
+from auxin.objectives.objective import ObjectiveSettings
+from auxin.objectives.span_corruption import SpanCorruption
+from auxin.planning.hooks import ExactRatesSettings, HookSettings, OldRatesSettings, TrainOnlySettings
 from auxin.recipes.schema import Branch, BuildStage, ChangeStage, EvaluateStage, Recipe, TrainStage
 from auxin.training import GuardSettings, TrainingSettings
 
@@ -42,6 +47,13 @@ SETTINGS: tuple[type[BaseModel], ...] = (
     CalibrationSettings,
     EvaluateStage,
     TrainingSettings,
+    Causal,
+    SpanCorruption,
+    OldRatesSettings,
+    OldTokenRatesSettings,
+    TauAnnealSettings,
+    TrainOnlySettings,
+    ExactRatesSettings,
     GuardSettings,
     TokenGrowth,
 )
@@ -52,6 +64,13 @@ MARKED = re.compile(
 DEMO_TABLE = re.compile(r"<!-- demo-table:begin -->\n(?P<table>.*?)<!-- demo-table:end -->", re.DOTALL)
 BEYOND_SENSE = 1e18
 """Limits from here on are the machine's and say nothing to a person."""
+SEVERAL_KINDS: dict[type[BaseModel], str] = {
+    DatasetSettings: "[data](#corpussettings)",
+    ObjectiveSettings: "[objective](#objectives)",
+    Measure: "[measure](#measures)",
+    HookSettings: "[hook](#hooks)",
+}
+"""Bases of settings of several kinds, and where their kinds are explained."""
 SYMBOLS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
@@ -172,6 +191,8 @@ def _name(annotation: Any) -> str:
     }
     if annotation in words:
         return words[annotation]
+    if annotation in SEVERAL_KINDS:
+        return SEVERAL_KINDS[annotation]
     return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
 
 
@@ -180,13 +201,13 @@ def _default(field: FieldInfo) -> str:
     if default is PydanticUndefined:
         return "required" if field.default_factory is None else "-"
     if isinstance(default, BaseModel):
-        return "its defaults"
+        return f"`{default.kind}`" if hasattr(default, "kind") else "its defaults"
     if default is None:
         return "`null`"
     if isinstance(default, bool):
         return f"`{str(default).lower()}`"
     if isinstance(default, (tuple, list)):
-        return f"`[{', '.join(map(str, default))}]`"
+        return f"`[{', '.join(str(getattr(item, 'kind', item)) for item in default)}]`"
     return f"`{default}`" if default != "" else "empty"
 
 
