@@ -96,7 +96,14 @@ def test_what_does_not_fit_together_has_no_price(changes, message):
 
 
 def test_builtin_recipes_are_valid():
-    assert set(builtin_recipes()) == {"altup", "altup-t5", "demo", "shoot-out", "tokenformer-124m-to-1.4b"}
+    assert set(builtin_recipes()) == {
+        "altup",
+        "altup-t5",
+        "demo",
+        "growth-rules",
+        "shoot-out",
+        "tokenformer-124m-to-1.4b",
+    }
 
 
 def test_the_demo_is_priced_at_equal_flops():

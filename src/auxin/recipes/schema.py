@@ -21,8 +21,6 @@ STAGE_NAME = r"^[a-z0-9][a-z0-9._-]*$"
 """A stage's name is part of a folder's."""
 
 ONE_OBJECTIVE = OneOf(OBJECTIVES)
-
-
 FORMER_HOOKS = {
     "tau_anneal_steps": "{kind: tau_anneal, steps: ...}",
     "old_tokens_rate": "{kind: old_token_rates, ratio: ...}",
@@ -187,22 +185,12 @@ class Recipe(Settings):
         """Say the new word for one that recipes had before."""
         if not isinstance(values, dict):
             return values
-        if "corpus" in values:
-            raise ValueError("corpus: is called data now. Write data: in its place")
+        found = ["corpus: is called data now. Write data: in its place"] if "corpus" in values else []
         for branch in _mappings(values.get("branches")):
             for stage in _mappings(branch.get("stages")):
-                if stage.get("kind") == "grow":
-                    place = f"{branch.get('name')}/{stage.get('name', 'grow')}"
-                    raise ValueError(
-                        f"{place}: the stage kind 'grow' is called 'change' now. Write kind: change (a stage without a "
-                        "name is then called change too)"
-                    )
-                if former := [name for name in FORMER_HOOKS if name in stage]:
-                    place = f"{branch.get('name')}/{stage.get('name')}"
-                    raise ValueError(
-                        f"{place}: {former[0]}: hooks are written as data now. Write hooks: "
-                        f"[{FORMER_HOOKS[former[0]]}] in its place"
-                    )
+                found += _former_words(stage, f"{branch.get('name')}/{stage.get('name') or stage.get('kind')}")
+        if found:
+            raise ValueError("; ".join(found))
         return values
 
     @model_validator(mode="after")
@@ -300,6 +288,22 @@ class Recipe(Settings):
             known = ", ".join((*BUDGETS, "flops_of"))
             raise ConfigError(f"{stage.name}: give exactly one of {known}; given: {given or 'none'}")
         return TrainingSettings.parse(values, source=f"train stage {stage.name!r}")
+
+
+def _former_words(stage: dict[str, Any], place: str) -> list[str]:
+    """What `stage` says in words that recipes had before, with the new ones."""
+    found = []
+    if stage.get("kind") == "grow":
+        found.append(
+            f"{place}: the stage kind 'grow' is called 'change' now. Write kind: change (a stage without a name is "
+            "then called change too)"
+        )
+    found += [
+        f"{place}: {name}: hooks are data now. Write hooks: [{hook}] in its place"
+        for name, hook in FORMER_HOOKS.items()
+        if name in stage
+    ]
+    return found
 
 
 def _mappings(values: Any) -> list[dict[str, Any]]:
