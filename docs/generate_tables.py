@@ -26,6 +26,8 @@ from auxin.methods.grow.tokenformer import OldTokenRatesSettings, TauAnnealSetti
 from auxin.models.tokenformer.presets import PRESETS
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.objectives.causal import Causal
+from auxin.objectives.distillation import Distillation
+from auxin.objectives.masked_language import MaskedLanguage
 from auxin.objectives.measures import Measure
 from auxin.objectives.objective import ObjectiveSettings
 from auxin.objectives.span_corruption import SpanCorruption
@@ -34,7 +36,7 @@ from auxin.recipes.schema import Branch, BuildStage, ChangeStage, EvaluateStage,
 from auxin.training import GuardSettings, TrainingSettings
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/recipes.md", "docs/tokenformer.md", "docs/results/pattention.md")
+PAGES = ("README.md", "docs/recipes.md", "docs/objectives.md", "docs/tokenformer.md", "docs/results/pattention.md")
 DEMO_PAGE = ROOT / "docs" / "results" / "demo.md"
 MEASURED = ROOT / "benchmarks" / "results"
 SETTINGS: tuple[type[BaseModel], ...] = (
@@ -56,6 +58,8 @@ SETTINGS: tuple[type[BaseModel], ...] = (
     ExactRatesSettings,
     GuardSettings,
     TokenGrowth,
+    MaskedLanguage,
+    Distillation,
 )
 """The settings classes that a recipe is made of."""
 MARKED = re.compile(
@@ -188,6 +192,7 @@ def _name(annotation: Any) -> str:
         bool: "`true` or `false`",
         type(None): "`null`",
         Path: "path",
+        ObjectiveSettings: "[objective](objectives.md)",
     }
     if annotation in words:
         return words[annotation]
