@@ -68,8 +68,8 @@ def table(comparison: Comparison, cells: Cells) -> str:
         f"# {comparison.title}",
         "",
         f"{comparison.description} After the growth the model has {some['parameters']:,.0f} parameters. Held-out loss "
-        f"in nats per token, measured every {INTERVAL} steps: mean over the seeds and 95 % interval (Student's t). Rises "
-        "are against the loss right before the growth, which is that of the stable phase, and higher, with "
+        f"in nats per token, measured every {INTERVAL} steps: mean over the seeds and 95 % interval (Student's t). "
+        "Rises are against the loss right before the growth, which is that of the stable phase, and higher, with "
         f"warmup-stable-decay. All end at the same training FLOPs ({some['flops']:.3g}).",
         "",
         origin(comparison),
