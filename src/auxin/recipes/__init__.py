@@ -4,7 +4,7 @@ from auxin.recipes.library import builtin_recipes, load_recipe, training_recipe
 from auxin.recipes.price import RecipePrice, price_recipe
 from auxin.recipes.runner import rewrite_report, run_recipe
 from auxin.recipes.schema import Recipe
-from auxin.recipes.seeds import SeedsPrice, part_of, price_seeds, run_seeds, seed_results
+from auxin.recipes.seeds import SeedsPrice, part_of, price_seeds, read_comparison, run_seeds, seed_results
 
 __all__ = [
     "Recipe",
@@ -15,6 +15,7 @@ __all__ = [
     "part_of",
     "price_recipe",
     "price_seeds",
+    "read_comparison",
     "rewrite_report",
     "run_recipe",
     "run_seeds",

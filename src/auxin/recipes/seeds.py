@@ -6,7 +6,7 @@ from pathlib import Path
 
 from auxin.accounting.comparison import Comparison, compare
 from auxin.accounting.results import RunResults
-from auxin.errors import ConfigError
+from auxin.errors import CheckpointError, ConfigError
 from auxin.files import write_text
 from auxin.recipes.folder import DATA, claim_seeds, is_finished, seed_directory
 from auxin.recipes.price import RecipePrice, price_recipe
@@ -121,15 +121,32 @@ def run_seeds(
     return comparison
 
 
+def read_comparison(output: str | Path) -> Comparison:
+    """What `run_seeds` wrote into the folder `output`.
+
+    Raises:
+        CheckpointError: there is no comparison.
+    """
+    path = Path(output) / RESULTS_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{path} can't be read ({error}). Give the folder of a run with several seeds."
+        ) from error
+    return Comparison.parse(values, source=str(path))
+
+
 def seed_results(output: str | Path) -> dict[int, RunResults]:
     """What each seed's run in the folder `output` of `run_seeds` measured, for further evaluation; by seed.
 
     Only the seeds of its last comparison.
+
+    Raises:
+        CheckpointError: there is no comparison.
     """
-    directory = Path(output)
-    comparison = Comparison.parse(json.loads((directory / RESULTS_FILE).read_text(encoding="utf-8")))
-    found = {}
-    for seed in comparison.seeds:
+    directory, found = Path(output), {}
+    for seed in read_comparison(output).seeds:
         path = seed_directory(directory, seed) / RESULTS_FILE
         found[seed] = RunResults.parse(json.loads(path.read_text(encoding="utf-8")), source=str(path))
     return found
