@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from auxin.accounting import Ledger
 from auxin.accounting.results import RunResults, perplexity_of
 from auxin.data import CorpusReport
-from auxin.data.preparing import Skipped
+from auxin.data.collecting import Skipped
 from auxin.errors import CheckpointError, ConfigError
 from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth
 from auxin.models.loading import load_config, load_model

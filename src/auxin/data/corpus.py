@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from auxin.data.collecting import Collected, ReadReport
 from auxin.data.dataset import DatasetKind, ProgressCallback, SampleForm, SplitName
 from auxin.data.loader import Contexts
 from auxin.data.packing import DocumentSpool, SplitReport, pack, token_dtype
-from auxin.data.preparing import Collected, Manifest, PreparedText, ReadReport, Steps, open_array, prepare_folder
+from auxin.data.preparing import Manifest, PreparedText, Steps, open_array, prepare_folder
 from auxin.data.settings import CorpusSettings, packed_form
 from auxin.data.sources import read_documents
 from auxin.data.tokenizer import load_tokenizer, plain_backend, tokenizer_digest, vocabulary_fields
