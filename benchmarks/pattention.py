@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from measuring import chosen_clock, machine, peak_bytes, quartiles
 from torch import Tensor
 
-from auxin.nn import pattention
+from auxin.nn.pattention import pattention
 
 SHAPES = [
     (2048, 256, 1024),

@@ -115,7 +115,7 @@ def test_grow_keeps_the_function_and_the_books(trained, tmp_path):
     assert torch.allclose(old(ids).logits, new(ids).logits, atol=1e-6)
     before, after = Ledger.load(trained.checkpoint), Ledger.load(tmp_path / "g")
     assert after.stages[:-1] == before.stages
-    assert (after.stages[-1].kind, after.stages[-1].parameters) == ("grow", receipt["parameters_after"])
+    assert (after.stages[-1].kind, after.stages[-1].parameters) == ("change", receipt["parameters_after"])
     described = json.loads(call("show", tmp_path / "g", "--json").out)
     assert {group["slot"]: group["sizes"] for group in described["token_groups"]} == {
         "qkv": [6, 4],
@@ -186,7 +186,7 @@ def test_a_method_learns_from_given_text_and_the_books_say_from_how_much(trained
     assert len(list(plan.parent.glob("ligo-*.safetensors"))) == 1, "the operator lies beside the plan"
     call("apply", trained.checkpoint, plan, "-o", tmp_path / "larger")
     record = Ledger.load(tmp_path / "larger").stages[-1]
-    assert (record.kind, record.samples, record.units) == ("grow", 6, 48)
+    assert (record.kind, record.samples, record.units) == ("change", 6, 48)
     assert record.flops > 0
     shown = call("show", tmp_path / "larger").out
     assert "48 tokens" in shown

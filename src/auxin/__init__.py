@@ -1,8 +1,38 @@
-"""Auxin changes the size of a transformer without starting over."""
+"""Auxin changes the size of a transformer without starting over.
+
+`methods()` lists what can be done to a model, `plan` says what it would be, as a `Plan`, which is data; `apply` does it
+to a model or a checkpoint and returns a `Receipt`; `load` loads what was saved; `grow` appends parameter tokens to a
+TokenFormer.
+
+Importing the package tells transformers about its architectures and about edited models, so that `from_pretrained`
+loads them; everything else is imported when it is used.
+"""
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from auxin.words.first_use import on_first_use
+
+if TYPE_CHECKING:
+    from auxin.edits.executor import Receipt
+    from auxin.edits.plan import Plan
+    from auxin.face import apply, load, plan
+    from auxin.methods import methods
+    from auxin.methods.grow.tokenformer import grow
+else:
+    __getattr__ = on_first_use(
+        __name__,
+        {
+            "auxin.edits.executor": ("Receipt",),
+            "auxin.edits.plan": ("Plan",),
+            "auxin.face": ("apply", "load", "plan"),
+            "auxin.methods": ("methods",),
+            "auxin.methods.grow.tokenformer": ("grow",),
+        },
+    )[0]
+
+__all__ = ["Plan", "Receipt", "apply", "grow", "load", "methods", "plan"]
 
 if Path(sys.argv[0] if sys.argv else "").name not in {"auxin", "auxin.exe"}:
     # The command line does this in the commands that load a model: its help need not wait seconds for torch.
@@ -11,10 +41,6 @@ if Path(sys.argv[0] if sys.argv else "").name not in {"auxin", "auxin.exe"}:
     from auxin.edits import replay  # noqa: F401
 
 
-def __getattr__(name: str) -> Any:
-    """Load `grow` when it is first asked for."""
-    if name == "grow":
-        from auxin.methods.grow.tokenformer import grow
-
-        return grow
-    raise AttributeError(f"module 'auxin' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    """The few words; rooms of the house are imported by their own names."""
+    return list(__all__)

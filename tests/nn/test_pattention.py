@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from auxin.errors import ConfigError
-from auxin.nn import Pattention, pattention
+from auxin.nn.pattention import Pattention, pattention
 from oracles import pattention as oracle
 
 SCORE_FUNCTIONS = ["l2_norm_gelu", "gelu_l2_norm", "softmax"]

@@ -3,7 +3,7 @@
 import math
 
 from auxin.accounting import Ledger, StageRecord
-from auxin.accounting.results import BranchResult, CurvePoint, GrowthPoint, RunResults
+from auxin.accounting.results import BranchResult, CurvePoint, GrowthPoint, MeasureDescription, RunResults
 
 VERSIONS = {"auxin": "0.1.0", "python": "3.12.1", "torch": "2.13.0", "transformers": "5.23.0"}
 COSTS = {1: (0.55e12, 0.03), 2: (0.9e12, 0.045), 3: (1.6e12, 0.07)}
@@ -24,7 +24,7 @@ def stage_record(name: str, kind: str, size: int, tokens: int = 0, **values: obj
             "name": name,
             "kind": kind,
             "parameters": PARAMETERS[size],
-            "tokens": tokens,
+            "units": tokens,
             "flops": flops * tokens / 1000,
             "seconds": seconds * tokens / 1000 or 0.4,
             "versions": VERSIONS,
@@ -44,7 +44,7 @@ def curve(stage: str, size: int, tokens: int, before: Ledger, start: float) -> l
         result.append(
             CurvePoint(
                 stage=stage,
-                tokens=before.total_units() + done,
+                units=before.total_units() + done,
                 flops=before.total_flops + flops * done / 1000,
                 seconds=before.total_seconds + seconds * done / 1000,
                 training_loss=loss - 0.02 + 0.05 * math.sin(12.9898 * step + size) ** 3,
@@ -63,7 +63,7 @@ def branch_result(name: str, title: str, ledger: Ledger, points: list[CurvePoint
             "ledger": ledger,
             "curve": points,
             "parameters": ledger.stages[-1].parameters,
-            "tokens": ledger.total_units(),
+            "units": ledger.total_units(),
             "flops": ledger.total_flops,
             "seconds": ledger.total_seconds,
             "value": loss,
@@ -89,13 +89,13 @@ def grown_branch() -> BranchResult:
             before = ledger.stages[-1].parameters
             ledger = ledger.append(
                 stage_record(
-                    f"grow-{size - 1}", "grow", size, value_before=loss, value_after=after, plan=plan, receipt=receipt
+                    f"grow-{size - 1}", "change", size, value_before=loss, value_after=after, plan=plan, receipt=receipt
                 )
             )
             growths.append(
                 GrowthPoint(
                     stage=f"grow-{size - 1}",
-                    tokens=ledger.total_units(),
+                    units=ledger.total_units(),
                     flops=ledger.total_flops,
                     seconds=ledger.total_seconds,
                     parameters_before=before,
@@ -148,9 +148,50 @@ def results() -> RunResults:
         seed=0,
         machine={"processor": "Example CPU @ 2.40GHz", "cores": "2", "memory": "7.8 GiB", "system": "Linux 6.1"},
         versions=VERSIONS,
-        corpus={"source": "stdlib", "documents": "1,021", "fingerprint": "9f2c" * 16},
+        data={"source": "stdlib", "documents": "1,021", "fingerprint": "9f2c" * 16},
         main_branch="grown",
         branches=branches,
+    )
+
+
+def results_of_images() -> RunResults:
+    """The same branches as classifiers of images, compared by an accuracy that rises as the losses fall."""
+    run = results()
+
+    def accuracy(loss: float | None) -> float | None:
+        return None if loss is None else 1 - loss / 8
+
+    def relabelled(branch: BranchResult) -> BranchResult:
+        stages = [
+            stage.model_copy(
+                update={
+                    "unit": "image",
+                    "measure": None if stage.value_after is None else "accuracy",
+                    "value_before": accuracy(stage.value_before),
+                    "value_after": accuracy(stage.value_after),
+                }
+            )
+            for stage in branch.ledger.stages
+        ]
+        growths = [
+            growth.model_copy(
+                update={"value_before": accuracy(growth.value_before), "value_after": accuracy(growth.value_after)}
+            )
+            for growth in branch.growths
+        ]
+        curve = [point.model_copy(update={"value": accuracy(point.value)}) for point in branch.curve]
+        values = {"ledger": Ledger(stages=stages), "growths": growths, "curve": curve}
+        none = {"perplexity": None, "bits_per_byte": None}
+        return branch.model_copy(update={**values, **none, "value": accuracy(branch.value)})
+
+    return run.model_copy(
+        update={
+            "title": "Grow a ViT",
+            "description": "One model grows twice.",
+            "unit": "image",
+            "measure": MeasureDescription(kind="accuracy", name="accuracy", unit="", better="higher"),
+            "branches": [relabelled(branch) for branch in run.branches],
+        }
     )
 
 

@@ -41,7 +41,7 @@ VISIT = """<script>
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   });
   const seen = { start: drawn() };
-  for (const selector of ["[data-value=tokens]", "[data-value=seconds]", "[data-value=all]", "[data-value=log]",
+  for (const selector of ["[data-value=units]", "[data-value=seconds]", "[data-value=all]", "[data-value=log]",
     "#training", "#theme", "#legend button"]) {
     document.querySelector(selector).click();
     seen[selector] = drawn();
@@ -81,7 +81,7 @@ def test_the_charts_draw_on_every_axis_in_both_themes(tmp_path):
     seen = visit(write_report(run, tmp_path / "report.html"), tmp_path / "profile", "--window-size=1200,900")
     curves, growths = len(run.branches), sum(bool(branch.growths) for branch in run.branches)
     assert seen["start"]["theme"] == "light"
-    for state in ("start", "[data-value=tokens]", "[data-value=seconds]", "[data-value=all]", "[data-value=log]"):
+    for state in ("start", "[data-value=units]", "[data-value=seconds]", "[data-value=all]", "[data-value=log]"):
         assert seen[state]["curves"] == curves + growths, state
         assert seen[state]["ticks"] >= 3, state
     assert seen["start"]["labels"] == curves + len(run.branches[0].growths)

@@ -42,17 +42,17 @@ def test_the_table_holds_every_branch_and_marks_the_best(page):
     run = results()
     table = page[page.index('<section id="results">') : page.index('<section id="growths">')]
     for branch in run.branches:
-        for text in (branch.title, formatting.power(branch.flops), f"{branch.validation_loss:.4f}"):
+        for text in (branch.title, formatting.power(branch.flops), f"{branch.value:.4f}"):
             assert text in table
         assert f"{branch.perplexity:.3f}" in table
         assert f"{branch.bits_per_byte:.4f}" in table
-    best = min(branch.validation_loss for branch in run.branches)
+    best = min(branch.value for branch in run.branches)
     assert re.findall(r'class="best">([\d.]+)<', table)[0] == f"{best:.4f}"
 
 
 def test_the_headline_says_what_growing_won_and_what_it_lost():
     run = results()
-    loss = {branch.name: branch.validation_loss for branch in run.branches}
+    loss = {branch.name: branch.value for branch in run.branches}
     text = headline(run)
     assert f"{loss['small'] - loss['grown']:.3f} better than “Small TokenFormer, trained on”" in text
     assert f"{loss['grown'] - loss['scratch']:.3f} worse than “TokenFormer of the final size, from scratch”" in text
@@ -163,7 +163,7 @@ def test_the_picture_holds_every_curve_growth_and_title(tmp_path: Path):
     root = ElementTree.parse(path).getroot()
     text = " ".join("".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text"))
     for branch in run.branches:
-        assert f"{branch.validation_loss:.3f}" in text
+        assert f"{branch.value:.3f}" in text
     thick = [e for e in root.iter("{http://www.w3.org/2000/svg}polyline") if e.get("stroke-width")]
     assert len(thick) == len(run.branches)
     assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) == len(run.branches[0].growths)

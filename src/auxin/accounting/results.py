@@ -110,6 +110,25 @@ class MeasureDescription(Settings):
     """Empty for a plain number."""
     better: Literal["lower", "higher"] = "lower"
 
+    @property
+    def unit_in_words(self) -> str:
+        """ "nats per token"; empty for a plain number."""
+        return self.unit.replace("/", " per ")
+
+    @property
+    def with_unit(self) -> str:
+        """For an axis: "loss, nats per token"."""
+        return ", ".join(part for part in (self.name, self.unit_in_words) if part)
+
+    @property
+    def per_token(self) -> bool:
+        """Whether it is a loss of tokens, which has a perplexity."""
+        return self.kind == "loss" and self.unit == "nats/token"
+
+    def gain(self, difference: float) -> float:
+        """`difference` of two values, positive where it is to the better."""
+        return difference if self.better == "higher" else -difference
+
 
 class RunResults(Settings):
     """All branches of one run, or of one run per seed, and what is needed to run it again."""

@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 from pydantic import SerializeAsAny
 from transformers import PreTrainedModel
@@ -16,6 +15,7 @@ from auxin.analysis.measurement import CalibrationData, Measurement, Result
 from auxin.edits.structure import config_values
 from auxin.errors import ConfigError
 from auxin.files import write_text
+from auxin.models.fingerprint import add_weights
 from auxin.settings import Settings
 
 FORMAT = 1
@@ -88,12 +88,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     """
     values = {key: value for key, value in config_values(model.config).items() if key not in _NOT_THE_MODEL}
     digest = hashlib.sha256(f"{type(model).__name__}\n{json.dumps(values, sort_keys=True)}\n".encode())
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise ConfigError(f"{name}: the model is a skeleton without weights. Load its weights to measure it.")
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    add_weights(digest, model)
     return digest.hexdigest()
 
 

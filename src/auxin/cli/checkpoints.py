@@ -164,11 +164,12 @@ def _print_lineage(ledger: Any) -> None:
         costs.append(f"{stage.seconds:.1f} s")
         if stage.value_after is not None:
             before = "" if stage.value_before is None else f"{stage.value_before:.4f} -> "
-            costs.append(f"{stage.measure or 'value'} {before}{stage.value_after:.4f}")
+            costs.append(f"{(stage.measure or 'value').replace('_', ' ')} {before}{stage.value_after:.4f}")
         name = stage.name if stage.name == stage.kind else f"{stage.name} ({stage.kind})"
         node = node.add(f"[bold]{escaped(name)}[/]  {', '.join(costs)}")
         for note in stage.notes:
             node.add(f"[yellow]{escaped(note)}[/]")
     print_wide(tree)
-    data = ", ".join(f"{ledger.total_units(unit):,} {unit}s" for unit in dict.fromkeys(s.unit for s in ledger.stages))
+    units = dict.fromkeys(stage.unit for stage in ledger.stages if stage.units) or ("token",)
+    data = ", ".join(f"{ledger.total_units(unit):,} {unit}s" for unit in units)
     print(f"In all {data}, {ledger.total_flops:.3g} training FLOPs, {ledger.total_seconds:.1f} s")

@@ -186,14 +186,18 @@ def _print_results(results: Any, directory: Path, as_json: bool) -> None:
     if as_json:
         print(results.model_dump_json(indent=2))
         return
+    measure = results.measure
     print()
     print_table(
-        ["branch", "parameters", "tokens", "training FLOPs", "seconds", "val. loss", "perplexity", "bits/byte"],
+        [
+            *("branch", "parameters", f"{results.unit}s", "training FLOPs", "seconds", f"val. {measure.name}"),
+            *(("perplexity", "bits/byte") if measure.per_token else ()),
+        ],
         [
             [
                 *(branch.title, f"{branch.parameters:,}", f"{branch.units:,}", f"{branch.flops:.3e}"),
                 *(f"{branch.seconds:.0f}", number(branch.value, 4)),
-                *(number(branch.perplexity, 3), number(branch.bits_per_byte, 4)),
+                *((number(branch.perplexity, 3), number(branch.bits_per_byte, 4)) if measure.per_token else ()),
             ]
             for branch in results.branches
         ],
@@ -201,7 +205,7 @@ def _print_results(results: Any, directory: Path, as_json: bool) -> None:
     growths = [(branch, point) for branch in results.branches for point in branch.growths if branch.parent is None]
     if growths:
         print_table(
-            ["growth", "parameters", "loss before", "loss after", "change"],
+            ["growth", "parameters", f"{measure.name} before", f"{measure.name} after", "change"],
             [
                 [
                     *(f"{branch.name}/{point.stage}", f"{point.parameters_before:,} -> {point.parameters_after:,}"),

@@ -3,15 +3,19 @@
 transformers has one public way to rewrite a model between building it and loading its weights, which it made for
 quantizers. A config whose `quantization_config` names the method "auxin" is handed to the class below. An edited model
 is quantized in nothing else: once it is loaded, it is a plain model to Trainer, PEFT and whoever asks.
+
+Whoever imports `auxin` imports this module; the edits themselves are imported with the first edited model.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from auxin.edits.structure import REPLAY_METHOD, fill_brick_buffers, rebuild, structural_edits
+from auxin.edits.mark import REPLAY_METHOD
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @register_quantization_config(REPLAY_METHOD)
@@ -27,17 +31,21 @@ class EditsConfig(QuantizationConfigMixin):
 class EditsReplay(HfQuantizer):
     """Does the edits of a checkpoint again on the model that its weights are about to be loaded into."""
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        from auxin.edits.structure import rebuild, structural_edits
+
         rebuild(model, structural_edits(model.config))
         return model
 
-    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def postprocess_model(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         """Fill what no checkpoint holds, and take back the marks of a quantized model, which this is not."""
+        from auxin.edits.structure import fill_brick_buffers
+
         fill_brick_buffers(model)
         self._unmark(model)
         return model
 
-    def _unmark(self, model: PreTrainedModel) -> None:
+    def _unmark(self, model: "PreTrainedModel") -> None:
         model.config.quantization_config = self.quantization_config.to_dict()
         for name in ("hf_quantizer", "quantization_method", "is_quantized"):
             vars(model).pop(name, None)

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from auxin.edits.kinds.module_edits import ConfigureModule, RemoveModule, ReplaceModule, TieParameters, WrapModule
-from auxin.edits.structure import REPLAY_METHOD, structural_edits
+from auxin.edits.mark import REPLAY_METHOD
+from auxin.edits.structure import structural_edits
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.nn.bricks import find_brick
 

@@ -14,11 +14,10 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _LazyAutoMapping
 
 from auxin.edits.kinds.module_edits import StructuralEdit
+from auxin.edits.mark import REPLAY_METHOD
 from auxin.errors import CheckpointError, PlanError, unknown_name
+from auxin.models.deferred import undeferred
 from auxin.models.loading import skeleton
-
-REPLAY_METHOD = "auxin"
-"""Our name in the config's `quantization_config`, where transformers lets a model be rewritten before it is loaded."""
 
 Watcher = Callable[[Any, PreTrainedModel], None]
 
@@ -66,7 +65,7 @@ def other_architecture(
     own = {"model_type", "architectures", "transformers_version", "quantization_config", "_name_or_path"}
     carried = {key: value for key, value in model.config.to_dict().items() if key in known and key not in own}
     try:
-        return cls.from_dict({**carried, **copy.deepcopy(values)}), cast(type[PreTrainedModel], task[cls])
+        return cls.from_dict({**carried, **copy.deepcopy(values)}), cast(type[PreTrainedModel], undeferred(task[cls]))
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise PlanError(f"the config of {model_type} refuses it: {error.__cause__ or error}") from error
 

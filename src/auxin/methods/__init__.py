@@ -1,9 +1,12 @@
 """Published techniques, one module each: settings and a function that returns a plan.
 
+The package can be called, and then lists them as `methods` does: that is `auxin.methods()`.
+
 A method of this package is a module below this one with a module-level `METHOD` (or `METHODS`, a tuple). A method of
 another package is an entry point in the group "auxin.methods" whose object is a `Method`.
 """
 
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -37,3 +40,15 @@ def _methods_in(loaded: Any) -> Iterator[tuple[str, Method]]:
 
 
 _METHODS = Registry("method", __name__, _methods_in)
+
+
+class _Callable(ModuleType):
+    """A package that is called for what it lists. Importing it puts it where `auxin.methods` is looked up, so that no
+    function can be there."""
+
+    def __call__(self) -> dict[str, Method]:
+        """See `methods`."""
+        return methods()
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -10,7 +10,7 @@ sum of the group sizes.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Self, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from auxin.errors import ConfigError, unknown_name
 from auxin.nn.bricks import Brick
-
-ScoreFunction = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
-Gelu = Literal["erf", "tanh"]
+from auxin.nn.scores import Gelu, ScoreFunction
 
 # On a CPU the elementwise work goes through blocks of rows that stay in the cache (and are still large enough to be
 # shared between threads); elsewhere the blocks only bound the temporaries.

@@ -5,10 +5,12 @@ what kind of model can learn this. Bound to a model's config and to what the dat
 `Objective`, which the loop, the prices, the measures and the calibration use and of which they know nothing more.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from auxin.accounting.flops import BACKWARD_PER_FORWARD, forward_flops
 from auxin.data.dataset import SampleForm
 from auxin.errors import ConfigError
+from auxin.models.fingerprint import weights_fingerprint
+from auxin.models.loading import load_model
 from auxin.settings import Settings
 from auxin.words.registry import Registry
 
@@ -29,15 +33,25 @@ HELD_OUT_SEED = 0
 
 @dataclass(frozen=True)
 class Reference:
-    """Another model that an objective goes by, such as a teacher."""
+    """Another model that an objective goes by, such as a teacher; it is frozen and put into evaluation mode."""
 
     model: PreTrainedModel
-    """Frozen, in evaluation mode; on the meta device where only a price is asked for."""
+    """On the meta device where only a price is asked for."""
     fingerprint: str
     """Hex SHA-256 of its weights; it is part of what a run is."""
     layers: Mapping[int, int] | None = None
     """By a layer's number in the model that learns, the layer of this model that it was made from by the changes in
-    between; None where no changes are known to lie between them."""
+    between; None where no changes are known to lie between them. Layers are numbered as by `layer_paths`."""
+
+    def __post_init__(self) -> None:
+        self.model.eval().requires_grad_(False)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Self:
+        """The model of a checkpoint's folder, in the type that its weights were saved in; CheckpointError where it
+        can't be loaded."""
+        model = load_model(folder)
+        return cls(model, weights_fingerprint(model))
 
 
 References = Mapping[str, Reference]
@@ -84,7 +98,11 @@ class Objective:
 
     def targets(self, inputs: Mapping[str, Tensor]) -> int:
         """How many targets the loss of these inputs is a mean over."""
-        return int((self._labels(inputs) != IGNORED).sum())
+        return int(self.sample_targets(inputs).sum())
+
+    def sample_targets(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """How many of them each sample has, (samples,)."""
+        return (self._labels(inputs) != IGNORED)[:, None].flatten(1).sum(1)
 
     def loss(self, model: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Tensor:
         """The mean loss over the targets of `inputs`, in nats, to be minimized: that of the model's own head, with
@@ -102,8 +120,21 @@ class Objective:
         logits, labels = self._logits_and_labels(model, inputs)
         return logits.argmax(-1), labels
 
+    def at_targets(self, logits: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Of the logits that a model gives for `inputs` those of the targets, (targets, classes), and the right
+        classes, (targets,)."""
+        labels = self._labels(inputs)
+        logits = logits[:, :-1] if self.shifted else logits
+        wanted = labels != IGNORED
+        return logits[wanted], labels[wanted]
+
     def check(self, model: PreTrainedModel) -> None:
         """Refuse a model, with its weights, that would not learn what it is meant to; ConfigError says why."""
+
+    @contextlib.contextmanager
+    def learning(self, model: PreTrainedModel) -> Iterator[None]:
+        """Within the context, `model`, on its device, is what `loss` needs it to be; afterwards it is as it was."""
+        yield
 
     def training_flops(self, model: nn.Module) -> float:
         """FLOPs of learning from one sample, forward and backward; counted on shapes."""
@@ -125,11 +156,7 @@ class Objective:
         """Of the targets alone: (targets, classes) and (targets,)."""
         device = next(model.parameters()).device
         inputs = {name: value.to(device) for name, value in inputs.items()}
-        logits: Tensor = model(**inputs, **self.call).logits
-        labels = self._labels(inputs)
-        logits = logits[:, :-1] if self.shifted else logits
-        wanted = labels != IGNORED
-        return logits[wanted], labels[wanted]
+        return self.at_targets(model(**inputs, **self.call).logits, inputs)
 
 
 class ObjectiveSettings(Settings):

@@ -1,10 +1,17 @@
 """What the changes in a model's books made of what was there before them."""
 
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+
+from transformers import PreTrainedModel
+
 from auxin.accounting import Ledger
 from auxin.edits import CentreParameter, PadParameter, Plan, ScaleParameter
-from auxin.edits.resolution import resolve
+from auxin.edits.origin import Joined, Made, Origin
+from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.structure import config_from_values, edited_skeleton
 from auxin.errors import ConfigError, PlanError
+from auxin.models.layers import layer_paths
 
 OldShapes = dict[str, tuple[int, ...]]
 """By a parameter's name the shape of its old entries, which are the first ones along every axis."""
@@ -67,3 +74,73 @@ def old_shapes(plans: list[Plan]) -> OldShapes:
             if origin.kept in left:
                 shapes[name] = left.pop(origin.kept)
     return shapes
+
+
+def changes_between(ancestor: Ledger, descendant: Ledger) -> list[Plan] | None:
+    """The plans of the changes that made the model of `descendant` out of that of `ancestor`, in order, whatever either
+    was trained on since they parted; None where the books don't tell: they have no beginning in common, or `ancestor`
+    was changed since."""
+    old, new = ([record for record in books.stages if record.kind != "evaluate"] for books in (ancestor, descendant))
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(old, new, strict=False)))
+    if not shared or any(record.plan is not None for record in old[shared:]):
+        return None
+    return [Plan.model_validate(record.plan) for record in new[shared:] if record.plan is not None]
+
+
+def layers_made_from(plans: Sequence[Plan], model: PreTrainedModel) -> dict[int, int]:
+    """By a layer's number in what `plans` make of `model`, the layer of `model` that it was made from.
+
+    A layer was made from another one if all its parameters that come from layers come from that one: kept, cut, padded,
+    or made anew out of its own. Copies were all made from the layer that they are copies of; layers that are new, or
+    blended of several, from none.
+
+    Args:
+        plans: applied one after the other.
+        model: the model before; its weights are not looked at.
+
+    Raises:
+        PlanError: a plan does not fit, or the layers of the architecture are not known.
+    """
+    found = {number: number for number in range(len(layer_paths(model)))}
+    for plan in plans:
+        resolved = resolve(plan.edits, model)
+        found = {new: found[old] for new, old in _sources(resolved, model).items() if old in found}
+        model = resolved.after
+    return found
+
+
+def _sources(resolved: ResolvedPlan, model: PreTrainedModel) -> dict[int, int]:
+    """The same for one plan."""
+    before, after = _Numbers(model), _Numbers(resolved.after)
+    sources: dict[int, set[int]] = {}
+    for name, origin in resolved.origins.items():
+        new = after.layer_of(name)
+        if new is not None:
+            old = (before.layer_of(read) for read in _own_reads(origin))
+            sources.setdefault(new, set()).update(number for number in old if number is not None)
+    return {new: next(iter(old)) for new, old in sources.items() if len(old) == 1}
+
+
+def _own_reads(origin: Origin) -> Iterator[str]:
+    """The old tensors that a parameter is made of, without those that were put behind its own for a choice."""
+    match origin.source:
+        case Joined(names):
+            yield names[0]
+        case Made(group):
+            for part in group.inputs.values():
+                yield from _own_reads(part)
+        case _:
+            yield from origin.reads
+
+
+class _Numbers:
+    """The numbers of a model's layers."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._numbers = {path: number for number, path in enumerate(layer_paths(model))}
+
+    def layer_of(self, name: str) -> int | None:
+        """The number of the layer that a parameter lies in; None outside of layers."""
+        parts = name.split(".")
+        paths = (".".join(parts[:length]) for length in range(1, len(parts)))
+        return next((self._numbers[path] for path in paths if path in self._numbers), None)

@@ -1,22 +1,27 @@
 """What a method is to the rest of the package: a name, settings, and a function that returns a plan."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from auxin.edits.plan import Plan
 from auxin.edits.structure import edited_skeleton
 from auxin.errors import ConfigError, PlanError
 from auxin.models.loading import load_config, load_model
-from auxin.objectives.calibration import Calibration, CalibrationSettings, CorpusCalibration
+from auxin.objectives.calibration import Batch, Calibration, CalibrationSettings, CorpusCalibration
 from auxin.planning.bench import Bench
 from auxin.settings import Settings
 
 Intent = Literal["grow", "prune", "factorize", "moe", "quantize", "restructure", "adapt"]
 Asked = TypeVar("Asked", bound=CalibrationSettings)
+Data = Calibration | Iterable[Batch] | Mapping[str, Any]
+"""What a method that looks at data can be given: made ready, as batches, or as fields of `CorpusCalibration`."""
+RESERVED = ("data", "folder")
+"""What no setting of a method may be called, since whoever asks for a plan says by these words what it is made with."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,10 @@ class Method:
             raise TypeError(
                 f"the method {self.name!r} looks at data, which says nothing without weights; set needs_weights"
             )
+        if taken := [name for name in RESERVED if name in self.settings.model_fields]:
+            raise TypeError(
+                f"the method {self.name!r} has a setting {taken[0]!r}, a word that `auxin.plan` uses itself; rename it"
+            )
 
 
 def make_plan(method: Method, bench: Bench, settings: Any) -> Plan:
@@ -106,42 +115,93 @@ def estimate_plan(method: Method, bench: Bench, settings: Any) -> Plan:
 
 def plan_for(
     method: Method,
-    source: str | Path,
-    values: dict[str, Any],
-    data: dict[str, Any] | None = None,
+    source: str | Path | PreTrainedModel,
+    values: Mapping[str, Any],
+    data: Data | None = None,
     folder: str | Path = ".",
 ) -> Plan:
-    """The plan that `method` makes for the model in a folder, which belongs to no run.
+    """The plan that `method` makes for a model, or for that in a folder, which belongs to no run.
 
     Args:
         method: the method.
-        source: a checkpoint folder, or its config.json; weights are needed only where the method looks at them.
+        source: a model, which is left as it is, or a checkpoint folder, or its config.json; weights are needed only
+            where the method looks at them.
         values: settings of the method by name.
-        data: fields of `CorpusCalibration`, for a method that looks at data; what is not set is what the method asks
-            for, of the training split of the standard library's source in the tokens of the folder's tokenizer.
+        data: for a method that looks at data: a `Calibration`, batches (token ids, or inputs by name with labels), or
+            fields of `CorpusCalibration`. What is not set is what the method asks for, of the training split of the
+            standard library's source in the tokens of the folder's tokenizer; a model has none, so that there
+            `corpus.tokenizer` has to be set.
         folder: for files that belong to the plan.
 
     Raises:
-        ConfigError: a setting is unknown or wrong, or there is data for a method that looks at none.
+        ConfigError: a setting is unknown or wrong, there is data for a method that looks at none, or a model has no
+            weights and the method looks at them.
         CheckpointError: the folder can't be read.
-        DataError: there is no tokenizer, or no text.
+        DataError: there is no tokenizer, no text, or no batch.
         PlanError: the method can't do it.
     """
-    path = Path(source)
+    settings = method.settings.parse(values, source=method.name)
+    asked = _asked(method, settings, data)
+    if isinstance(source, PreTrainedModel):
+        model, tokenizer = _with_weights(method, source), None
+    else:
+        model, tokenizer = _model_in(method, Path(source))
+    found = None if asked is None else _calibration(method, model, tokenizer, asked)
+    return make_plan(method, Bench(model, found, folder=Path(folder)), settings)
+
+
+def _with_weights(method: Method, model: PreTrainedModel) -> PreTrainedModel:
+    if method.needs_weights and any(parameter.is_meta for parameter in model.parameters()):
+        raise ConfigError(
+            f"{method.name} looks at the model's weights, and those of this {type(model).__name__} are on the meta "
+            "device. Give a model with weights."
+        )
+    return model
+
+
+def _model_in(method: Method, path: Path) -> tuple[PreTrainedModel, Path]:
+    """The model in a folder, on the meta device where shapes are enough, and the folder."""
     if path.is_file() and path.name != "config.json":
         raise ConfigError(f"{path} is no model. Give a checkpoint's folder, or a config.json.")
     checkpoint = path.parent if path.is_file() else path
-    settings = method.settings.parse(values, source=method.name)
-    asked = asked_data(method, settings, CorpusCalibration.parse(data or {}, source="data"))
     config = load_config(checkpoint)
     if method.needs_weights and not any(checkpoint.glob("*.safetensors")):
         raise ConfigError(
             f"{method.name} looks at the model's weights, and {checkpoint} holds no *.safetensors file. Give a whole "
             "checkpoint."
         )
-    model = load_model(checkpoint) if method.needs_weights else edited_skeleton(config)
-    found = None if asked is None else Calibration.of_corpus(model, checkpoint, asked)
-    return make_plan(method, Bench(model, found, folder=Path(folder)), settings)
+    return load_model(checkpoint) if method.needs_weights else edited_skeleton(config), checkpoint
+
+
+def _asked(
+    method: Method, settings: Any, data: Data | None
+) -> Calibration | Iterable[Batch] | CorpusCalibration | None:
+    """The data that was given, or how much is to be read; None: none is looked at."""
+    if data is None or isinstance(data, Mapping):
+        return asked_data(method, settings, CorpusCalibration.parse(data or {}, source="data"))
+    if method.calibration is None or method.calibration(settings) is None:
+        raise ConfigError(f"{method.name} looks at no data with these settings, and data was given. Leave it out.")
+    if isinstance(data, Tensor):
+        raise ConfigError(f"data is one tensor of shape {list(data.shape)}. Give a list of batches: [tensor].")
+    return data
+
+
+def _calibration(
+    method: Method,
+    model: PreTrainedModel,
+    tokenizer: Path | None,
+    asked: Calibration | Iterable[Batch] | CorpusCalibration,
+) -> Calibration:
+    if isinstance(asked, Calibration):
+        return asked
+    if not isinstance(asked, CorpusCalibration):
+        return Calibration.of_batches(model, asked)
+    if tokenizer is None and (asked.corpus is None or asked.corpus.tokenizer is None):
+        raise ConfigError(
+            f"{method.name} looks at data, and a model in memory says nothing about its tokenizer. Give data: a list "
+            "of batches of token ids, or a corpus with a tokenizer; or give the model's folder instead of the model."
+        )
+    return Calibration.of_corpus(model, tokenizer or Path(), asked)
 
 
 def asked_data(method: Method, settings: Any, given: Asked) -> Asked | None:

@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, what of it is begun, and what of its recipe may still change."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from auxin.errors import CheckpointError, ConfigError
-from auxin.recipes.schema import Branch, Recipe, Stage
+from auxin.recipes.schema import Branch, Recipe, Stage, TrainStage
 from auxin.settings import Settings
 from auxin.training.checkpoint import LATEST_FILE
 from auxin.training.identity import MAY_CHANGE
@@ -133,23 +134,30 @@ def _may_change(field: str, saved: Recipe, recipe: Recipe, directory: Path) -> b
     stage, inner = int(stage_match[1]), stage_match[2] or ""
     if inner.startswith("settings.") and _is_free_setting(inner.removeprefix("settings.")):
         return True
-    return not (stage < len(begun) and begun[stage]) and branch.name not in _relied_on(saved, directory)
+    return not (stage < len(begun) and begun[stage]) and stage >= _relied_on(saved, directory).get(branch.name, 0)
 
 
 def _is_free_setting(name: str) -> bool:
     return name.split(".")[0] in MAY_CHANGE
 
 
-def _relied_on(recipe: Recipe, directory: Path) -> set[str]:
-    """Branches whose end decided something of a stage that was begun: its size or its budget."""
-    return {
-        name
-        for branch in recipe.branches
-        for stage in branch.stages
-        if _begun(directory, branch, stage)
-        for field in ("like", "parameters_of", "flops_of")
-        if (name := getattr(stage, field, None)) is not None
-    }
+def _relied_on(recipe: Recipe, directory: Path) -> dict[str, float]:
+    """How many stages of a branch decided something of a stage that was begun. All of them, those that may come too,
+    where a size or a budget goes by the branch's end; those up to a teacher where an objective goes by that."""
+    found: dict[str, float] = {}
+    for branch in recipe.branches:
+        for stage in branch.stages:
+            if not _begun(directory, branch, stage):
+                continue
+            for field in ("like", "parameters_of", "flops_of"):
+                if (name := getattr(stage, field, None)) is not None:
+                    found[name] = math.inf
+            for reference in recipe.references(stage) if isinstance(stage, TrainStage) else ():
+                name, _, last = reference.partition("/")
+                stages = [other.name for one in recipe.branches if one.name == name for other in one.stages]
+                if last in stages:
+                    found[name] = max(found.get(name, 0), stages.index(last) + 1)
+    return found
 
 
 def _begun(directory: Path, branch: Branch, stage: Stage) -> bool:

@@ -1,18 +1,16 @@
 """The price of a recipe before it runs: parameters, data, FLOPs and memory of every stage."""
 
-from collections.abc import Mapping
-from pathlib import Path
-
 from transformers import PreTrainedConfig
 
 from auxin.accounting import Ledger, count_parameters, training_memory
 from auxin.accounting.ledger import LEDGER_FILE
+from auxin.accounting.memory import FLOAT32_BYTES
 from auxin.data.dataset import SampleForm
 from auxin.edits.structure import edited_skeleton
 from auxin.errors import ConfigError
-from auxin.models.loading import load_config
-from auxin.objectives import Objective, ObjectiveSettings, Reference
+from auxin.objectives import Objective, ObjectiveSettings, References
 from auxin.objectives.calibration import CalibrationSettings
+from auxin.recipes.references import reference_shapes
 from auxin.recipes.schema import Branch, BuildStage, ChangeStage, Recipe, Stage, TrainStage
 from auxin.recipes.stage_models import StageConfigs, change_data, estimated_stages, stage_configs
 from auxin.settings import Settings
@@ -33,7 +31,7 @@ class StagePrice(Settings):
     """Training FLOPs, forward and backward."""
     memory_bytes: int | None = None
     """Of one process that holds the whole model: float32 weights, gradients and moments, and the activations of one
-    micro-batch in float32 without checkpointing."""
+    micro-batch in float32 without checkpointing; and the weights of a teacher."""
     estimate: bool = False
     """Whether these numbers may come out differently: a method before or in this stage, or in a branch that it goes by,
     decides by looking at weights. What such a method looks at is priced as if it learned from each of its samples
@@ -138,7 +136,7 @@ class _Pricing:
                 )
                 flops += price.flops
             if isinstance(stage, TrainStage):
-                price = self._trained(f"{branch.name}/{stage.name}: ", price, stage, config, flops, totals)
+                price = self._trained(branch, price, stage, config, flops, totals)
                 flops += price.flops
             elif not isinstance(stage, BuildStage):
                 self._bound(f"{branch.name}/{stage.name}: ", config, self.recipe.objective, self.form)
@@ -148,7 +146,7 @@ class _Pricing:
 
     def _trained(
         self,
-        where: str,
+        branch: Branch,
         price: StagePrice,
         stage: TrainStage,
         config: PreTrainedConfig,
@@ -156,18 +154,21 @@ class _Pricing:
         totals: dict[str, float],
     ) -> StagePrice:
         """`price` with what a train stage costs."""
+        where = f"{branch.name}/{stage.name}: "
         budget = remaining_flops(stage, totals[stage.flops_of], spent) if stage.flops_of is not None else None
         settings = self.recipe.training_settings(stage, flops=budget)
         # What branches are compared by has to fit too.
         self._bound(where, config, self.recipe.objective, self.form)
-        per_sample = self._flops(where, config, settings.objective, self.form)
+        references = reference_shapes(self.recipe, self.structures, branch, stage, settings.objective)
+        per_sample = self._flops(where, config, settings.objective, self.form, references)
         steps = settings.total_steps(self.form, per_sample)
         samples = steps * settings.batch_size
         memory = None
         if self.memory:
-            objective = self._bound(where, config, settings.objective, self.form)
+            objective = self._bound(where, config, settings.objective, self.form, references)
             inputs = {**objective.example(settings.samples_per_forward), **objective.call}
             memory = training_memory(edited_skeleton(config), settings.samples_per_forward, inputs=inputs).total
+            memory += sum(FLOAT32_BYTES * count_parameters(other.model).total for other in references.values())
         return price.model_copy(
             update={
                 "steps": steps,
@@ -178,11 +179,13 @@ class _Pricing:
         )
 
     def _is_estimate(self, branch: Branch, stage: Stage) -> bool:
-        """Whether the stage's model is an estimate, or that of the branch that its budget goes by."""
-        other = next((one for one in self.recipe.branches if one.name == getattr(stage, "flops_of", None)), None)
-        return (branch.name, stage.name) in self.estimated or (
-            other is not None and (other.name, other.stages[-1].name) in self.estimated
-        )
+        """Whether the stage's model is an estimate, that of the branch that its budget goes by, or one that its
+        objective goes by."""
+        ends = {one.name: (one.name, one.stages[-1].name) for one in self.recipe.branches}
+        others = [ends[name] for name in (getattr(stage, "flops_of", None),) if name is not None]
+        if isinstance(stage, TrainStage):
+            others += [(name.partition("/")[0], name.partition("/")[2]) for name in self.recipe.references(stage)]
+        return not self.estimated.isdisjoint([(branch.name, stage.name), *others])
 
     def _shortened(self, where: str, asked: CalibrationSettings) -> SampleForm:
         """The form of the samples that a method looks at."""
@@ -197,31 +200,36 @@ class _Pricing:
             self.parameters[key] = count_parameters(edited_skeleton(config)).total
         return self.parameters[key]
 
-    def _flops(self, where: str, config: PreTrainedConfig, objective: ObjectiveSettings, form: SampleForm) -> float:
+    def _flops(
+        self,
+        where: str,
+        config: PreTrainedConfig,
+        objective: ObjectiveSettings,
+        form: SampleForm,
+        references: References | None = None,
+    ) -> float:
         """Of learning from one sample."""
         key = config.to_json_string(), f"{objective.model_dump_json()} {form.length}"
         if key not in self.flops:
-            bound = self._bound(where, config, objective, form)
-            self.flops[key] = bound.training_flops(edited_skeleton(config))
+            bound = self._bound(where, config, objective, form, references)
+            try:
+                self.flops[key] = bound.training_flops(edited_skeleton(config))
+            except ConfigError as error:
+                raise ConfigError(f"{where}{error}") from error
         return self.flops[key]
 
-    def _bound(self, where: str, config: PreTrainedConfig, objective: ObjectiveSettings, form: SampleForm) -> Objective:
+    def _bound(
+        self,
+        where: str,
+        config: PreTrainedConfig,
+        objective: ObjectiveSettings,
+        form: SampleForm,
+        references: References | None = None,
+    ) -> Objective:
         try:
-            return objective.bind(config, form, self._references(objective))
+            return objective.bind(config, form, references)
         except ConfigError as error:
             raise ConfigError(f"{where}{error}") from error
-
-    def _references(self, objective: ObjectiveSettings) -> Mapping[str, Reference]:
-        """The shapes of the models that `objective` goes by."""
-        found: dict[str, Reference] = {}
-        for name in objective.references():
-            branch, _, stage = name.partition("/")
-            if branch in self.structures and stage in self.structures[branch]:
-                config = self.structures[branch][stage]
-            else:
-                config = load_config(Path(name))
-            found[name] = Reference(edited_skeleton(config), fingerprint="")
-        return found
 
 
 def remaining_flops(stage: TrainStage, total: float, spent: float) -> float:

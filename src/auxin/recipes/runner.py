@@ -26,6 +26,7 @@ from auxin.recipes.adopting import adopt
 from auxin.recipes.change import change_checkpoint
 from auxin.recipes.folder import DATA, OUTCOME_FILE, StageOutcome, claim_directory, left_checkpoint, stage_directory
 from auxin.recipes.price import price_recipe, remaining_flops
+from auxin.recipes.references import reference_model
 from auxin.recipes.results import collect_results
 from auxin.recipes.schema import Branch, BuildStage, ChangeStage, EvaluateStage, Recipe, Stage, TrainStage
 from auxin.recipes.stage_hooks import stage_hooks
@@ -92,12 +93,12 @@ class Run:
         return Bench(model, data, seed, folder)
 
     def references(self, objective: ObjectiveSettings, ledger: Ledger) -> dict[str, Reference]:
-        """The models of finished stages that `objective` goes by, for a model of `ledger`."""
+        """The models, of finished stages or in folders, that `objective` goes by, for a model of `ledger`."""
         found: dict[str, Reference] = {}
         for name in objective.references():
             branch, _, stage = name.partition("/")
-            if any(branch == other.name for other in self.recipe.branches):
-                found[name] = reference_model(self.checkpoint(branch, stage), ledger)
+            ours = any(branch == other.name for other in self.recipe.branches)
+            found[name] = reference_model(self.checkpoint(branch, stage) if ours else Path(name), ledger)
         return found
 
     def final_checkpoint(self, branch_name: str) -> Path:
@@ -227,7 +228,8 @@ def check_processors(recipe: Recipe, data: Dataset) -> None:
     """Make sure that adopted checkpoints meet the tokens they know.
 
     Raises:
-        ConfigError: the data has another tokenizer than a checkpoint that a branch starts from.
+        ConfigError: the data has another tokenizer than a checkpoint that a branch starts from, or that a stage's
+            objective goes by.
     """
     own = data.processor()
     if not isinstance(own, PreTrainedTokenizerFast):
@@ -235,22 +237,15 @@ def check_processors(recipe: Recipe, data: Dataset) -> None:
     given = getattr(recipe.data, "tokenizer", None)
     # Saving a tokenizer with the data may have normalized it: the one that was loaded counts as well.
     tokenizers = [own, *([] if given is None else [read_tokenizer(given)])]
-    for branch in recipe.branches:
-        source = getattr(branch.stages[0], "checkpoint", None)
-        if source is None or not any((source / name).is_file() for name in TOKENIZER_FILES):
+    for where, source in recipe.checkpoints():
+        if not any((source / name).is_file() for name in TOKENIZER_FILES):
             continue
         found = read_tokenizer(source)
         if not any(same_tokens(found, tokenizer) for tokenizer in tokenizers):
             raise ConfigError(
-                f"{branch.name}: the checkpoint {source} has another tokenizer than the data, so that its embeddings "
+                f"{where}: the checkpoint {source} has another tokenizer than the data, so that its embeddings "
                 f"would be taken for other tokens. Set data.tokenizer: {source}"
             )
-
-
-def reference_model(checkpoint: Path, ledger: Ledger) -> Reference:
-    """The model in `checkpoint`, for one of `ledger` to learn from: frozen, with the layers that the changes between
-    the two made the other's of, where it is an ancestor."""
-    raise NotImplementedError
 
 
 def run_branch(run: Run, branch: Branch) -> None:

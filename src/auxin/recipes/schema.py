@@ -21,8 +21,6 @@ STAGE_NAME = r"^[a-z0-9][a-z0-9._-]*$"
 """A stage's name is part of a folder's."""
 
 ONE_OBJECTIVE = OneOf(OBJECTIVES)
-
-
 FORMER_HOOKS = {
     "tau_anneal_steps": "{kind: tau_anneal, steps: ...}",
     "old_tokens_rate": "{kind: old_token_rates, ratio: ...}",
@@ -187,26 +185,21 @@ class Recipe(Settings):
         """Say the new word for one that recipes had before."""
         if not isinstance(values, dict):
             return values
-        if "corpus" in values:
-            raise ValueError("corpus: is called data now. Write data: in its place")
+        found = ["corpus: is called data now. Write data: in its place"] if "corpus" in values else []
         for branch in _mappings(values.get("branches")):
             for stage in _mappings(branch.get("stages")):
-                if stage.get("kind") == "grow":
-                    place = f"{branch.get('name')}/{stage.get('name', 'grow')}"
-                    raise ValueError(
-                        f"{place}: the stage kind 'grow' is called 'change' now. Write kind: change (a stage without a "
-                        "name is then called change too)"
-                    )
-                if former := [name for name in FORMER_HOOKS if name in stage]:
-                    place = f"{branch.get('name')}/{stage.get('name')}"
-                    raise ValueError(
-                        f"{place}: {former[0]}: hooks are written as data now. Write hooks: "
-                        f"[{FORMER_HOOKS[former[0]]}] in its place"
-                    )
+                found += _former_words(stage, f"{branch.get('name')}/{stage.get('name') or stage.get('kind')}")
+        if found:
+            raise ValueError("; ".join(found))
         return values
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.objective.references():
+            raise ValueError(
+                f"training.objective: {self.objective.kind!r} goes by another model, and what branches are built for "
+                "and compared by can't. Set it in the settings of a train stage"
+            )
         known: dict[str, Branch] = {}
         for branch in self.branches:
             if branch.name in known:
@@ -228,7 +221,7 @@ class Recipe(Settings):
 
     def _check_references(self, branch: Branch, stage: TrainStage, known: dict[str, Branch]) -> None:
         """Refuse an objective that goes by a stage which is not done before this one."""
-        for reference in self.training_settings(stage, flops=1.0).objective.references():
+        for reference in self.references(stage):
             name, slash, other = reference.partition("/")
             if name not in known:
                 continue  # the folder of a checkpoint, which is looked at when it is needed
@@ -237,6 +230,23 @@ class Recipe(Settings):
             if not slash or other not in before:
                 where = f"{branch.name}/{stage.name}: objective: {reference!r}: "
                 raise ValueError(where + unknown_name("earlier stage", other, before))
+
+    def references(self, stage: TrainStage) -> tuple[str, ...]:
+        """The other models that the objective of a train stage goes by, as "branch/stage" or a checkpoint's folder."""
+        return self.training_settings(stage, flops=1.0 if stage.flops_of is not None else None).objective.references()
+
+    def checkpoints(self) -> list[tuple[str, Path]]:
+        """Every checkpoint outside of the run that is named, behind the branch or stage that names it."""
+        own = {branch.name for branch in self.branches}
+        found: list[tuple[str, Path]] = []
+        for branch in self.branches:
+            for stage in branch.stages:
+                if isinstance(stage, BuildStage) and stage.checkpoint is not None:
+                    found.append((branch.name, stage.checkpoint))
+                elif isinstance(stage, TrainStage):
+                    outside = [name for name in self.references(stage) if name.partition("/")[0] not in own]
+                    found += [(f"{branch.name}/{stage.name}", Path(name)) for name in outside]
+        return found
 
     @property
     def objective(self) -> ObjectiveSettings:
@@ -278,6 +288,22 @@ class Recipe(Settings):
             known = ", ".join((*BUDGETS, "flops_of"))
             raise ConfigError(f"{stage.name}: give exactly one of {known}; given: {given or 'none'}")
         return TrainingSettings.parse(values, source=f"train stage {stage.name!r}")
+
+
+def _former_words(stage: dict[str, Any], place: str) -> list[str]:
+    """What `stage` says in words that recipes had before, with the new ones."""
+    found = []
+    if stage.get("kind") == "grow":
+        found.append(
+            f"{place}: the stage kind 'grow' is called 'change' now. Write kind: change (a stage without a name is "
+            "then called change too)"
+        )
+    found += [
+        f"{place}: {name}: hooks are data now. Write hooks: [{hook}] in its place"
+        for name, hook in FORMER_HOOKS.items()
+        if name in stage
+    ]
+    return found
 
 
 def _mappings(values: Any) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
 "use strict";
 (() => {
   const branches = JSON.parse(document.getElementById("data").textContent);
+  const words = JSON.parse(document.getElementById("words").textContent);
   const chart = document.getElementById("chart");
   const AXES = {
-    units: { title: "training tokens", hover: "%{x:.4s} tokens" },
+    units: { title: `training ${words.unit}s`, hover: `%{x:.4s} ${words.unit}s` },
     flops: { title: "training FLOPs", hover: "%{x:.3e} FLOPs" },
     seconds: { title: "wall time", hover: "%{x:.0f} s" },
   };
@@ -33,7 +34,7 @@
       mode: training || !few ? "lines" : "lines+markers", opacity: training ? 0.4 : 1,
       line: { color: hue(branch), width: training ? 1 : branch.main ? 3 : 2 },
       marker: { symbol: branch.symbol, size: 6, color: hue(branch) },
-      hovertemplate: `<b>%{y:.4f}</b> ${training ? "training" : "validation"} loss<br>${AXES[state.axis].hover}` +
+      hovertemplate: `<b>%{y:.4f}</b> ${training ? "training loss" : `validation ${words.measure}`}<br>${AXES[state.axis].hover}` +
         "<br>%{customdata}<extra>%{fullData.name}</extra>",
     };
   }
@@ -43,7 +44,7 @@
       type: "scatter", mode: "markers", name: branch.title, x: branch.growths.map((growth) => growth[state.axis]),
       y: branch.growths.map((growth) => growth.loss), customdata: branch.growths.map((growth) => growth.label),
       marker: { symbol: "diamond", size: 13, color: hue(branch), line: { color: style("--card"), width: 2 } },
-      hovertemplate: `<b>growth</b> %{customdata} parameters<br>%{y:.4f} validation loss<br>${AXES[state.axis].hover}` +
+      hovertemplate: `<b>growth</b> %{customdata} parameters<br>%{y:.4f} validation ${words.measure}<br>${AXES[state.axis].hover}` +
         "<extra>%{fullData.name}</extra>",
     };
   }
@@ -54,7 +55,7 @@
     const losses = [];
     for (const branch of shown()) {
       for (const points of state.training ? [branch.validation, branch.training] : [branch.validation]) {
-        points.loss.forEach((loss, index) => { if (points[state.axis][index] >= from) losses.push(loss); });
+        points.loss.forEach((loss, index) => { if (points[state.axis][index] >= from && (loss > 0 || state.scale !== "log")) losses.push(loss); });
       }
     }
     if (!losses.length || largest === 0) return null;
@@ -137,12 +138,12 @@
       hoverlabel: { bgcolor: style("--card"), bordercolor: style("--line"), font: { color: style("--ink") }, align: "left" },
       xaxis: { ...axis, ...ticks, title: { text: `${AXES[state.axis].title}, ancestors included`, standoff: 12 }, range: range?.x },
       yaxis: {
-        ...axis, title: { text: "loss, nats per token", standoff: 8 }, type: state.scale, range: range?.y,
+        ...axis, title: { text: words.axis, standoff: 8 }, type: state.scale, range: range?.y,
         ...(state.scale === "log" ? { nticks: 8, minor: { showgrid: false }, tickformat: ".2~f" } : {}),
       },
       annotations: range
         ? [...growthLabels(range), ...(wide ? endLabels(range, chart.clientHeight - margin.t - margin.b) : [])]
-        : [{ text: "no loss was measured", xref: "paper", yref: "paper", x: 0.5, y: 0.5, showarrow: false }],
+        : [{ text: `no ${words.measure} was measured`, xref: "paper", yref: "paper", x: 0.5, y: 0.5, showarrow: false }],
     };
   }
 
@@ -165,7 +166,8 @@
     pressable(button, () => { state[button.parentElement.dataset.setting] = button.dataset.value; });
   });
   const training = document.getElementById("training");
-  pressable(training, () => {
+  // Only losses share an axis with the training loss.
+  if (training) pressable(training, () => {
     state.training = !state.training;
     training.setAttribute("aria-pressed", String(state.training));
   });

@@ -7,7 +7,7 @@ from auxin.report.formatting import is_number, short
 from auxin.settings import Settings
 
 AXES = ("units", "flops", "seconds")
-"""The costs that a loss is drawn against."""
+"""The costs that the measure is drawn against."""
 
 
 class BranchColour(Settings):
@@ -67,8 +67,13 @@ def chart_data(results: RunResults) -> list[dict[str, Any]]:
     ]
 
 
+def chart_words(results: RunResults) -> dict[str, str]:
+    """What the page's chart calls what it draws."""
+    return {"unit": results.unit, "measure": results.measure.name, "axis": results.measure.with_unit}
+
+
 def drawable_growths(branch: BranchResult) -> list[GrowthPoint]:
-    """The growths of `branch` whose place on the loss axis is known."""
+    """The growths of `branch` whose place on the measure's axis is known."""
     return [growth for growth in branch.growths if is_number(growth.value_after)]
 
 

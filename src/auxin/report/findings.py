@@ -2,15 +2,16 @@
 
 import math
 
-from auxin.accounting.results import BranchResult, GrowthPoint, RunResults
+from auxin.accounting.results import BranchResult, GrowthPoint, MeasureDescription, RunResults
 from auxin.report.formatting import change, decimal, difference, power, short
 
 EXACT_CHANGE = 1e-5
-"""Largest change of the held-out loss, in nats per token, at a growth that kept its promise to be exact."""
+"""Largest change of the measure, such as the held-out loss in nats per token, at a growth that kept its promise to be
+exact."""
 SAME_COST = 0.02
 """Relative difference of costs up to which two branches are said to have cost the same."""
 TIE = 0.005
-"""Difference of losses, in nats per token, up to which they are said to be equal."""
+"""Difference of values, such as losses in nats per token, up to which they are said to be equal."""
 
 
 def main_result(results: RunResults) -> BranchResult | None:
@@ -29,25 +30,25 @@ def headline(results: RunResults) -> str:
     if main is None:
         return "The main branch has no results yet."
     if difference(main.value, 0.0) is None:
-        return f"{main.title} has no final validation loss: the run is not finished, or it failed."
+        return f"{main.title} has no final validation {results.measure.name}: the run is not finished, or it failed."
     reached = (
-        f"For {power(main.flops)} training FLOPs, “{main.title}” reached a validation loss of "
-        f"{decimal(main.value, 3)} nats per token"
+        f"For {power(main.flops)} training FLOPs, “{main.title}” reached a validation {results.measure.name} of "
+        f"{decimal(main.value, 3)} {results.measure.unit_in_words}".rstrip()
     )
     clauses = [
-        _comparison(main, other)
+        _comparison(main, other, results.measure)
         for other in results.branches
         if other.name != main.name and difference(other.value, 0.0) is not None
     ]
     return f"{reached}{': ' if clauses else ''}{', '.join(clauses)}."
 
 
-def standing(main: BranchResult, other: BranchResult) -> str | None:
-    """Whether `main` is "ahead", "behind" or "level" in final loss; None where one has none."""
+def standing(main: BranchResult, other: BranchResult, measure: MeasureDescription) -> str | None:
+    """Whether `main` is "ahead", "behind" or "level" in its final `measure`; None where one has none."""
     gap = difference(main.value, other.value)
     if gap is None:
         return None
-    return "level" if abs(gap) <= TIE else "ahead" if gap < 0 else "behind"
+    return "level" if abs(gap) <= TIE else "ahead" if measure.gain(gap) > 0 else "behind"
 
 
 def growth_sentence(results: RunResults) -> str | None:
@@ -59,25 +60,26 @@ def growth_sentence(results: RunResults) -> str | None:
     ]
     if not changes:
         return None
-    largest = max(changes)
+    largest, name = max(changes), f"validation {results.measure.name}"
+    by = f"{change(largest).lstrip('+')} {results.measure.unit.partition('/')[0]}".rstrip()
     if largest < EXACT_CHANGE:
-        at_most = "did not change at all" if largest == 0 else f"changed by at most {change(largest).lstrip('+')} nats"
+        at_most = "did not change at all" if largest == 0 else f"changed by at most {by}"
         times = "growth" if len(changes) == 1 else f"{len(changes)} growths"
-        return f"At the {times} from {_sizes(promised)} parameters the validation loss {at_most}."
-    return f"A growth that promised to be exact changed the validation loss by {change(largest).lstrip('+')} nats."
+        return f"At the {times} from {_sizes(promised)} parameters the {name} {at_most}."
+    return f"A growth that promised to be exact changed the {name} by {by}."
 
 
 def _sizes(growths: list[GrowthPoint]) -> str:
     return " to ".join([short(growths[0].parameters_before), *(short(g.parameters_after) for g in growths)])
 
 
-def _comparison(main: BranchResult, other: BranchResult) -> str:
+def _comparison(main: BranchResult, other: BranchResult, measure: MeasureDescription) -> str:
     gap = abs(difference(main.value, other.value) or 0.0)
     verdict = {
         "ahead": f"{gap:.3f} better than",
         "behind": f"{gap:.3f} worse than",
         "level": f"within {TIE} of",
-    }[standing(main, other) or "level"]
+    }[standing(main, other, measure) or "level"]
     ratio = other.flops / main.flops if main.flops else math.nan
     cost = "" if math.isnan(ratio) or abs(ratio - 1) <= SAME_COST else f" (at {ratio:.2f} times these FLOPs)"
     return f"{verdict} “{other.title}”{cost}"

@@ -78,6 +78,11 @@ def change(value: float | None) -> str:
     return f"{mantissa} × 10{str(int(exponent)).translate(SUPERSCRIPTS)}".replace("-", "−")
 
 
+def sentence(text: str) -> str:
+    """`text` with a capital at its beginning: Macro F1."""
+    return text[:1].upper() + text[1:]
+
+
 def difference(after: float | None, before: float | None) -> float | None:
     """after - before; None where one of them was not measured."""
     return None if after is None or before is None or not math.isfinite(after - before) else after - before

@@ -9,10 +9,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from auxin.accounting.results import BranchResult, GrowthPoint, RunResults
+from auxin.accounting.results import BranchResult, GrowthPoint, MeasureDescription, RunResults
 from auxin.files import write_text
 from auxin.report import formatting
-from auxin.report.curves import branch_colours, branch_order, chart_data
+from auxin.report.curves import branch_colours, branch_order, chart_data, chart_words
 from auxin.report.findings import EXACT_CHANGE, growth_sentence, headline, main_result, standing
 from auxin.report.lineage import lineage
 
@@ -41,20 +41,21 @@ def render_report(results: RunResults) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("exact", "short", "power", "duration", "decimal", "signed", "change"):
+    for name in ("exact", "short", "power", "duration", "decimal", "signed", "change", "sentence"):
         environment.filters[name] = getattr(formatting, name)
     main = main_result(results)
     return environment.get_template(TEMPLATE).render(
         results=results,
         headline=headline(results),
         growth_sentence=growth_sentence(results),
-        rows=[_row(branch, main) for branch in branch_order(results)],
+        rows=[_row(branch, main, results.measure) for branch in branch_order(results)],
         best=_best(results),
         growths=_growth_rows(results),
         trees=lineage(results),
         titles={branch.name: branch.title for branch in results.branches},
         colours=branch_colours(results),
         chart=_script_json(chart_data(results)),
+        words=_script_json(chart_words(results)),
         order={branch.name: index for index, branch in enumerate(branch_order(results))},
         plotly=Markup(get_plotlyjs()),
         script=Markup(files("auxin.report").joinpath(SCRIPT).read_text(encoding="utf-8")),
@@ -62,19 +63,19 @@ def render_report(results: RunResults) -> str:
     )
 
 
-def _row(branch: BranchResult, main: BranchResult | None) -> dict[str, Any]:
-    """One line of the table; `gap` is how far the branch's loss lies from the main one's."""
+def _row(branch: BranchResult, main: BranchResult | None, measure: MeasureDescription) -> dict[str, Any]:
+    """One line of the table; `gap` is how far the branch's value lies from the main one's."""
     other = main is not None and branch.name != main.name
     return {
         "branch": branch,
         "gap": formatting.difference(branch.value, main.value) if main and other else None,
-        "standing": standing(main, branch) if main and other else None,
+        "standing": standing(main, branch, measure) if main and other else None,
     }
 
 
 def _best(results: RunResults) -> float | None:
-    losses = [b.value for b in results.branches if formatting.is_number(b.value)]
-    return min((loss for loss in losses if loss is not None), default=None)
+    values = [b.value for b in results.branches if b.value is not None and formatting.is_number(b.value)]
+    return max(values, key=results.measure.gain, default=None)
 
 
 def _growth_rows(results: RunResults) -> list[dict[str, Any]]:

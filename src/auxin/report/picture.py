@@ -1,4 +1,4 @@
-"""A static picture of a run: validation loss against training FLOPs, as SVG that reads on white and on black."""
+"""A static picture of a run: the measure against training FLOPs, as SVG that reads on white and on black."""
 
 import math
 import textwrap
@@ -34,16 +34,16 @@ def chart_svg(results: RunResults) -> str:
     body = [text(LEFT, 24, results.title, size=17, weight=600)]
     plane = _Plane.around(curves)
     if plane is None:
-        body.append(text(WIDTH / 2, HEIGHT / 2, "no loss was measured", anchor="middle"))
+        body.append(text(WIDTH / 2, HEIGHT / 2, f"no {results.measure.name} was measured", anchor="middle"))
     else:
         colours = {name: colour.both for name, colour in branch_colours(results).items()}
-        body += _axes(plane)
+        body += _axes(plane, f"validation {results.measure.with_unit}")
         drawn = [branch for branch in reversed(order) if branch.name in curves]
         body += [_curve(plane, branch, curves[branch.name], colours[branch.name], results) for branch in drawn]
         for branch in drawn:
             body += _growths(plane, branch, colours[branch.name], labelled=branch.name == results.main_branch)
         body += _labels(plane, drawn, curves, colours)
-    return document(f"{results.title}: validation loss against training FLOPs", WIDTH, HEIGHT, body)
+    return document(f"{results.title}: validation {results.measure.name} against training FLOPs", WIDTH, HEIGHT, body)
 
 
 class _Plane(NamedTuple):
@@ -77,7 +77,7 @@ class _Plane(NamedTuple):
         return TOP + (HEIGHT - TOP - BOTTOM) * (self.high - loss) / (self.high - self.low)
 
 
-def _axes(plane: _Plane) -> list[str]:
+def _axes(plane: _Plane, vertical: str) -> list[str]:
     parts = []
     for loss in _ticks(plane.low, plane.high):
         y = plane.y(loss)
@@ -95,7 +95,7 @@ def _axes(plane: _Plane) -> list[str]:
         text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, f"training FLOPs × {power}, ancestors included", anchor="middle")
     )
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    title = text(0, 0, "validation loss, nats per token", anchor="middle")
+    title = text(0, 0, vertical, anchor="middle")
     parts.append(f'<g transform="translate(15 {middle:.0f}) rotate(-90)">{title}</g>')
     return parts
 
@@ -128,7 +128,7 @@ def _clip(curve: list[tuple[float, float]], plane: _Plane) -> list[tuple[float, 
             if previous is not None and previous[0] < plane.left:
                 share = (plane.left - previous[0]) / (x - previous[0])
                 entry = previous[1] + share * (y - previous[1])
-                if entry <= plane.high:
+                if plane.low <= entry <= plane.high:
                     result.append((plane.left, entry))
             result.append((x, y))
         previous = (x, y)

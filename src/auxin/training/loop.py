@@ -150,7 +150,8 @@ def train(
         loop = _Loop(
             state, data, objective, evaluation, settings, output_dir, identity, total_steps, flops, processor, ledger
         )
-        return loop.run(optimizer_from, stop_after, progress)
+        with objective.learning(model):
+            return loop.run(optimizer_from, stop_after, progress)
 
 
 class _Loop:

@@ -32,7 +32,7 @@ from auxin.edits.plan import collapse
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.nn.graft import Grafted, GraftedConv1D, GraftedLinear
-from auxin.nn.pattention import ScoreFunction
+from auxin.nn.scores import ScoreFunction
 from auxin.planning.bench import from_model
 from auxin.planning.hooks import Hook, OldRates
 from auxin.planning.lineage import OldShapes

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedConfig
 
 from auxin.errors import ConfigError, unknown_name
-from auxin.nn.pattention import Gelu, ScoreFunction
+from auxin.nn.scores import Gelu, ScoreFunction
 
 Slot = Literal["qkv", "proj", "ffn"]
 SLOTS: tuple[Slot, ...] = get_args(Slot)

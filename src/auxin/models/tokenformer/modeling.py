@@ -8,7 +8,7 @@ from typing import Any, Self, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.loss.loss_utils import ForCausalLMLoss, fixed_cross_entropy
@@ -372,3 +372,8 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+# From here on the Auto classes know the classes themselves, and not what stood in for them until they were imported.
+AutoModel.register(TokenFormerConfig, TokenFormerModel, exist_ok=True)
+AutoModelForCausalLM.register(TokenFormerConfig, TokenFormerForCausalLM, exist_ok=True)

@@ -1,0 +1,6 @@
+"""How the scores of parameter tokens become weights: the names, for who needs no more."""
+
+from typing import Literal
+
+ScoreFunction = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
+Gelu = Literal["erf", "tanh"]

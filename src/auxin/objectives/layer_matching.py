@@ -1,0 +1,223 @@
+"""Layers of two models side by side: which belong together, what they give in a run, and how far that is apart.
+
+Hidden states are what a layer leaves in the residual stream, before any norm that stands behind the last one.
+Attentions are the maps after the softmax, and after the dropout of a model that trains, as transformers gives them.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from auxin.accounting.flops import countable_kernels
+from auxin.accounting.shapes import shape_only_copy, without_data
+from auxin.errors import ConfigError, PlanError
+from auxin.models.layers import layer_paths
+
+EAGER = "eager"
+"""The one implementation of attention that has maps to give."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What the layers of a model gave in one run, by their numbers."""
+
+    hidden: dict[int, Tensor]
+    """(samples, places, width) each."""
+    attentions: dict[int, Tensor]
+    """(samples, heads, places, places looked at) each."""
+
+
+def paired_layers(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    asked: Mapping[int, int] | None,
+    known: Mapping[int, int] | None,
+) -> dict[int, int]:
+    """Which layer of the teacher each layer of the student is compared with, by their numbers; the others with none.
+
+    Args:
+        student, teacher: the models; skeletons will do.
+        asked: what somebody wants; None: nothing is asked for.
+        known: which layers of the teacher those of the student were made from; None: not known.
+
+    Raises:
+        ConfigError: an architecture whose layers are not known, a layer that does not exist, or nothing to go by.
+    """
+    try:
+        ours, theirs = len(layer_paths(student)), len(layer_paths(teacher))
+    except PlanError as error:
+        raise ConfigError(f"hidden_states, attentions: {error} Leave them at 0.") from error
+    pairs = asked if asked is not None else known
+    if pairs is None:
+        if ours != theirs:
+            raise ConfigError(
+                f"layers: the student has {ours} layers and the teacher {theirs}, and no changes are known that made "
+                "one of the other. Say which belong together, student's first: {0: 0, 1: 3}."
+            )
+        return {layer: layer for layer in range(ours)}
+    for whose, count, numbers in (("student", ours, pairs), ("teacher", theirs, pairs.values())):
+        if beyond := [number for number in numbers if not 0 <= number < count]:
+            raise ConfigError(f"layers: the {whose} has no layer {beyond[0]}; its layers are 0 to {count - 1}.")
+    if not pairs:
+        raise ConfigError(
+            "layers: no layer of the student was made from one of the teacher's. Say which belong together, student's "
+            "first: {0: 0, 1: 3}."
+        )
+    return dict(pairs)
+
+
+@contextlib.contextmanager
+def watched_layers(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Within the context, what the numbered layers left in the last run of `model`; whoever has read it clears it."""
+    seen: dict[int, Tensor] = {}
+    paths = layer_paths(model)
+
+    def keep(number: int) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            seen[number] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [model.get_submodule(paths[number]).register_forward_hook(keep(number)) for number in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context, the model's attention computes its maps; afterwards it is implemented as before."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(EAGER)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def attention_maps(output: Any) -> tuple[Tensor, ...]:
+    """The maps of all layers in a model's output, an encoder's before those of its decoder."""
+    if getattr(output, "encoder_attentions", None) is not None:
+        return (*output.encoder_attentions, *output.decoder_attentions)
+    return tuple(output.attentions or ())
+
+
+def check_shapes(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    pairs: Mapping[int, int],
+    inputs: Mapping[str, Any],
+    hidden: bool,
+    attentions: bool,
+) -> None:
+    """Refuse models whose paired layers can't be subtracted from each other; nothing is computed.
+
+    Args:
+        student, teacher: the models; skeletons will do.
+        pairs: by a layer's number in the student, the teacher's.
+        inputs: keyword arguments of a call of either.
+        hidden, attentions: what is compared.
+
+    Raises:
+        ConfigError: widths, numbers of heads or numbers of places differ, or a model gives no maps.
+    """
+    ours = _shapes(student, list(pairs), inputs, attentions, "student")
+    theirs = _shapes(teacher, list(pairs.values()), inputs, attentions, "teacher")
+    for layer, other in pairs.items():
+        found = tuple(ours.hidden[layer].shape), tuple(theirs.hidden[other].shape)
+        if hidden and found[0] != found[1]:
+            raise ConfigError(
+                f"hidden_states: layer {layer} of the student gives {_states(found[0])}, and layer {other} of the "
+                f"teacher {_states(found[1])}: only equal ones can be compared. Set hidden_states: 0, give a "
+                "teacher of the student's width, or pair other layers."
+            )
+        if not attentions:
+            continue
+        maps = tuple(ours.attentions[layer].shape), tuple(theirs.attentions[other].shape)
+        if maps[0] != maps[1]:
+            raise ConfigError(
+                f"attentions: layer {layer} of the student has {maps[0][1]} heads over {maps[0][2]} places, and layer "
+                f"{other} of the teacher {maps[1][1]} heads over {maps[1][2]}: only equal ones can be compared. Set "
+                "attentions: 0, give a teacher with as many heads, or pair other layers."
+            )
+
+
+def _states(shape: tuple[int, ...]) -> str:
+    return f"{shape[-1]} numbers at each of {shape[-2]} places"
+
+
+def _shapes(
+    model: PreTrainedModel, layers: Sequence[int], inputs: Mapping[str, Any], attentions: bool, whose: str
+) -> Layers:
+    """What the numbered layers give, without data."""
+    with shape_only_copy(model) as copy, countable_kernels(copy):
+        assert isinstance(copy, PreTrainedModel)
+        copy.eval()
+        if attentions:
+            copy.set_attn_implementation(EAGER)
+        with watched_layers(copy, layers) as seen:
+            output = copy(**without_data(inputs), **({"output_attentions": True} if attentions else {}))
+        return layers_of(copy, seen, output if attentions else None, layers, whose)
+
+
+def layers_of(
+    model: PreTrainedModel, seen: dict[int, Tensor], output: Any, layers: Sequence[int], whose: str
+) -> Layers:
+    """What the numbered layers of `model` gave in the run of which `seen` was kept, which is emptied, and `output` is
+    the result; None where its maps are not asked for.
+
+    Raises:
+        ConfigError: `model`, which is `whose`, has another number of maps than layers.
+    """
+    hidden = dict(seen)
+    seen.clear()
+    if output is None:
+        return Layers(hidden, {})
+    maps = attention_maps(output)
+    if len(maps) != len(layer_paths(model)) or any(maps[number] is None for number in layers):
+        raise ConfigError(
+            f"attentions: the {whose} has {len(layer_paths(model))} layers and gives {len(maps)} maps, so that it is "
+            "not known whose they are. Set attentions: 0."
+        )
+    return Layers(hidden, {number: maps[number] for number in layers})
+
+
+def mean_squared_distance(
+    ours: Mapping[int, Tensor],
+    theirs: Mapping[int, Tensor],
+    pairs: Mapping[int, int],
+    weights: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """The mean squared difference of paired tensors, the mean over the pairs, float32.
+
+    Every sample weighs as much as `weights` says and every place of it the same, so that parts of a batch, weighed by
+    the sum of their weights, make up the whole.
+
+    Args:
+        ours, theirs: by a layer's number, (samples, places, width) or (samples, heads, places, places looked at).
+        pairs: by a layer's number on our side, that on theirs.
+        weights: (samples,).
+        mask: (samples, places), 0 at places that are padding; None: none is. Tensors of another number of places, such
+            as a decoder's beside an encoder's mask, have none either.
+    """
+    total = weights.sum()
+    parts = []
+    for layer, other in pairs.items():
+        squared = (ours[layer].float() - theirs[other].float()).square()
+        # The mean over all but samples and places, whatever comes between.
+        by_place = squared.mean(-1) if squared.dim() == 3 else squared.mean((1, 3))
+        if mask is None or mask.shape != by_place.shape:
+            by_sample = by_place.mean(1)
+        else:
+            real = mask.to(by_place.dtype)
+            by_sample = (by_place * real).sum(1) / real.sum(1)
+        parts.append((by_sample * weights).sum() / total)
+    return torch.stack(parts).mean()

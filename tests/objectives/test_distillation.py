@@ -1,0 +1,330 @@
+"""Distillation: the loss and its gradient are those of the papers, nothing of the teacher's is trained, and what can't
+be compared is refused."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import BertForSequenceClassification, BertLMHeadModel, BertModel
+
+from auxin.accounting.flops import forward_flops
+from auxin.errors import ConfigError
+from auxin.objectives.causal import Causal
+from auxin.objectives.distillation import Distillation
+from auxin.objectives.masked_language import MaskedLanguage
+from auxin.objectives.measures import Accuracy, Loss
+from auxin.objectives.objective import IGNORED, Reference, training_noise
+from auxin.objectives.span_corruption import SpanCorruption
+from auxin.training.checkpoint import write_checkpoint_folder
+from objectives.tiny_encoders import tiny_bert
+from oracles.distillation import hard_loss, soft_gradient, soft_loss, squared_distance
+from training.tiny import VOCABULARY, TinyData, tiny_gpt2, tiny_llama, tiny_t5
+
+DATA = TinyData()
+WRAPPED = {
+    "causal": (Causal(), tiny_llama),
+    "masked_language": (MaskedLanguage(mask_probability=0.3), tiny_bert),
+    "span_corruption": (SpanCorruption(noise_density=0.3, mean_span_length=2.0), tiny_t5),
+}
+
+
+def bound(student, teacher, wrapped=None, layers=None, form=DATA.form, **settings):
+    """The objective for `student`, with a teacher that is given."""
+    made = Distillation(teacher="main/base", objective=wrapped or Causal(), **settings)
+    return made.bind(student.config, form, {"main/base": Reference(teacher, "f", layers)})
+
+
+def inputs_of(objective, rows=3):
+    return objective.inputs(DATA.split("train").rows(range(rows)), training_noise(0, 0))
+
+
+def gradients(objective, model, parts):
+    """Of the mean loss over the targets of all parts, put together as the loop does it."""
+    model.zero_grad()
+    total = sum(objective.targets(part) for part in parts)
+    for part in parts:
+        (objective.loss(model, part) * (objective.targets(part) / total)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def difference(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    scale = max(value.abs().max() for value in theirs.values())
+    return max(float((ours[name] - theirs[name]).abs().max() / scale) for name in ours)
+
+
+def arrays(tensors, *numbers):
+    return [tensors[number].numpy() for number in numbers]
+
+
+@given(
+    rows=st.integers(1, 5),
+    classes=st.tuples(st.integers(2, 9), st.integers(2, 9)),
+    temperature=st.floats(0.3, 8.0),
+    seed=st.integers(0, 2**32),
+)
+def test_the_soft_loss_and_its_gradient_are_hintons(rows, classes, temperature, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = [3 * torch.randn(1, rows, count, generator=generator, dtype=torch.float64) for count in classes]
+    labels = torch.randint(2, (1, rows), generator=generator)
+    labels[0, 1:][torch.rand(rows - 1, generator=generator) < 0.4] = IGNORED
+    objective = bound(tiny_bert(), tiny_bert(), MaskedLanguage(), temperature=temperature)
+    student = logits[0].requires_grad_()
+    loss = objective.soft_loss(student, logits[1], {"labels": labels})
+    loss.backward()
+    hand = (logits[0][0].detach().numpy(), logits[1][0].numpy(), labels[0].numpy(), temperature)
+    assert loss.item() == pytest.approx(soft_loss(*hand), rel=1e-4, abs=1e-5)
+    assert student.grad[0].numpy() == pytest.approx(soft_gradient(*hand), rel=1e-3, abs=1e-5)
+
+
+def test_the_whole_loss_is_the_sum_made_by_hand():
+    student, teacher = tiny_bert(0).eval(), tiny_bert(1, num_hidden_layers=3)
+    objective = Distillation(
+        teacher="t",
+        objective=MaskedLanguage(mask_probability=0.3),
+        temperature=3.0,
+        weight=0.7,
+        hidden_states=0.5,
+        attentions=2.0,
+        layers={0: 0, 1: 2},
+    ).bind(student.config, DATA.form, {"t": Reference(teacher, "f")})
+    inputs = inputs_of(objective)
+    # Samples of different numbers of targets.
+    first = (inputs["labels"][0] != IGNORED).nonzero()[1:].flatten()
+    inputs["labels"][0, first] = IGNORED
+    given = {"input_ids": inputs["input_ids"], "output_hidden_states": True, "output_attentions": True}
+    models = [copy.deepcopy(model) for model in (student, teacher)]
+    for model in models:
+        model.set_attn_implementation("eager")
+    with torch.no_grad():
+        ours, theirs = (model(**given) for model in models)
+    flat = [output.logits.flatten(0, 1).numpy() for output in (ours, theirs)]
+    labels = inputs["labels"].flatten().numpy()
+    targets = (inputs["labels"] != IGNORED).sum(1).numpy()
+    # A BERT's norm ends each layer, so that transformers' hidden states are what the layers give.
+    hidden = squared_distance(
+        [ours.hidden_states[i].numpy() for i in (1, 2)], [theirs.hidden_states[i].numpy() for i in (1, 3)], targets
+    )
+    maps = squared_distance(
+        [ours.attentions[i].numpy() for i in (0, 1)], [theirs.attentions[i].numpy() for i in (0, 2)], targets
+    )
+    expected = 0.3 * hard_loss(flat[0], labels) + 0.7 * soft_loss(*flat, labels, 3.0) + 0.5 * hidden + 2.0 * maps
+    assert objective.loss(student, inputs).item() == pytest.approx(expected, rel=1e-5)
+    # Outside of learning, attention is what it was, and nobody listens but what transformers has put there.
+    assert {student.config._attn_implementation, teacher.config._attn_implementation} == {"sdpa"}
+    layers = [*student.bert.encoder.layer, *teacher.bert.encoder.layer]
+    listeners = [len(layer._forward_hooks) for layer in layers]
+    with objective.learning(student):
+        assert sum(len(layer._forward_hooks) for layer in layers) == sum(listeners) + 4
+        assert student.config._attn_implementation == teacher.config._attn_implementation == "eager"
+    assert [len(layer._forward_hooks) for layer in layers] == listeners
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_without_weight_it_is_the_wrapped_objective_to_the_bit(kind):
+    wrapped, make = WRAPPED[kind]
+    student = make(0)
+    objective = bound(student, make(1), wrapped, weight=0.0)
+    plain = wrapped.bind(student.config, DATA.form)
+    inputs = inputs_of(objective)
+    assert all(torch.equal(value, inputs[name]) for name, value in inputs_of(plain).items())
+    assert torch.equal(objective.loss(student, inputs), plain.loss(student, inputs))
+    assert objective.training_flops(student) == plain.training_flops(student)
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(kind):
+    wrapped, make = WRAPPED[kind]
+    student, teacher = make(0).eval(), make(0)
+    objective = bound(student, teacher, wrapped, weight=1.0, hidden_states=1.0, attentions=1.0)
+    inputs = inputs_of(objective)
+    assert objective.loss(student, inputs).item() == pytest.approx(0, abs=1e-6)
+    worst = max(float(value.abs().max()) for value in gradients(objective, student, [inputs]).values())
+    assert worst < 1e-6
+    other = bound(student, make(1), wrapped, weight=1.0)
+    assert other.loss(student, inputs).item() > 1e-3
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_measures_and_counts_are_the_wrapped_objectives(kind):
+    wrapped, make = WRAPPED[kind]
+    student, teacher = make(0), make(1)
+    objective, plain = bound(student, teacher, wrapped), wrapped.bind(student.config, DATA.form)
+    names = ("target", "shifted", "whole_text", "noisy", "call")
+    assert [getattr(objective, name) for name in names] == [getattr(plain, name) for name in names]
+    for measure in (Loss(), Accuracy()):
+        held_out = DATA.split("validation")
+        assert measure(student, held_out, objective, 4) == measure(student, held_out, plain, 4)
+    asked = forward_flops(teacher, {**plain.example(1), **plain.call})
+    assert objective.training_flops(student) == plain.training_flops(student) + asked
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked_language"])
+@pytest.mark.parametrize("sizes", [[1, 1, 1, 1], [3, 1]])
+def test_parts_of_different_numbers_of_targets_make_the_gradient_of_the_whole(kind, sizes):
+    wrapped, make = WRAPPED[kind]
+    student, teacher = make(0).eval(), make(1)
+    objective = bound(student, teacher, wrapped, weight=0.6, hidden_states=0.8, attentions=3.0)
+    inputs = inputs_of(objective, 4)
+    inputs["labels"] = inputs["labels"].clone()  # the inputs themselves, where each next token is learnt
+    for row, kept in enumerate((3, 5, 2, 4)):
+        inputs["labels"][row, (inputs["labels"][row] != IGNORED).nonzero()[kept:].flatten()] = IGNORED
+    pieces = {name: value.split(sizes) for name, value in inputs.items()}
+    parts = [{name: piece[i] for name, piece in pieces.items()} for i in range(len(sizes))]
+    assert len({objective.targets(part) for part in parts}) > 1
+    assert difference(gradients(objective, student, parts), gradients(objective, student, [inputs])) < 1e-5
+
+
+def test_only_the_student_learns():
+    student, teacher = tiny_llama(0), tiny_llama(1)
+    before = copy.deepcopy(teacher.state_dict())
+    objective = bound(student, teacher, hidden_states=1.0)
+    assert not teacher.training
+    objective.loss(student, inputs_of(objective)).backward()
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert all(p.grad is not None for p in student.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_a_teacher_without_a_class_gives_it_no_chance_and_one_with_more_is_cut():
+    small, large = tiny_llama(0), tiny_llama(1, vocab_size=VOCABULARY + 6)
+    for student, teacher in ((small, large), (large, small)):
+        objective = bound(student.eval(), teacher, weight=1.0, temperature=1.5)
+        inputs = inputs_of(objective)
+        with torch.no_grad():
+            logits = [model(input_ids=inputs["input_ids"]).logits[:, :-1].flatten(0, 1) for model in (student, teacher)]
+            found = objective.loss(student, inputs).item()
+        labels = inputs["labels"][:, 1:].flatten().numpy()
+        assert found == pytest.approx(soft_loss(*(x.numpy() for x in logits), labels, 1.5), rel=1e-5)
+
+
+def test_layers_are_paired_by_what_they_were_made_from():
+    student, teacher = tiny_llama(0, num_hidden_layers=2), tiny_llama(1, num_hidden_layers=4)
+    with torch.no_grad():
+        for number, source in ((0, 1), (1, 3)):
+            teacher.model.layers[number].load_state_dict(teacher.model.layers[number].state_dict())
+            student.model.layers[number].load_state_dict(teacher.model.layers[source].state_dict())
+    objective = bound(student, teacher, hidden_states=1.0, weight=0.0, layers={0: 1, 1: 3})
+    assert objective._pairs(student) == {0: 1, 1: 3}
+    new = bound(student, teacher, hidden_states=1.0, weight=0.0, layers={1: 3})
+    assert new._pairs(student) == {1: 3}
+    asked = Distillation(teacher="t", hidden_states=1.0, layers={0: 2})
+    known = {"t": Reference(teacher, "f", {0: 1, 1: 3})}
+    assert asked.bind(student.config, DATA.form, known)._pairs(student) == {0: 2}
+    equal = bound(student, tiny_llama(2), hidden_states=1.0)
+    assert equal._pairs(student) == {0: 0, 1: 1}
+
+
+def test_students_and_teachers_of_other_families_can_be_compared():
+    student, teacher = tiny_llama(0), tiny_gpt2(1, dropout=0.0)
+    objective = bound(student, teacher, hidden_states=1.0, attentions=1.0)
+    objective.training_flops(student)
+    assert torch.isfinite(objective.loss(student, inputs_of(objective)))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "settings", "message"),
+    [
+        (
+            tiny_llama,
+            lambda: tiny_llama(hidden_size=48),
+            {"hidden_states": 1.0},
+            "layer 0 of the student gives 32 .*48",
+        ),
+        (tiny_llama, lambda: tiny_llama(num_attention_heads=4), {"attentions": 1.0}, "has 2 heads over 16.*4 heads"),
+        (
+            tiny_llama,
+            lambda: tiny_llama(num_hidden_layers=3),
+            {"hidden_states": 1.0},
+            "student has 2 layers and .*3",
+        ),
+        (
+            tiny_llama,
+            tiny_llama,
+            {"hidden_states": 1.0, "layers": {0: 2}},
+            "teacher has no layer 2; its layers are 0",
+        ),
+        (tiny_llama, tiny_llama, {"hidden_states": 1.0, "layers": {5: 0}}, "student has no layer 5"),
+        (tiny_llama, tiny_llama, {"hidden_states": 1.0, "layers": {}}, "no layer of the student was made"),
+        (tiny_t5, tiny_t5, {"hidden_states": 1.0, "layers": {0: 3}}, "at each of 13 places"),
+    ],
+)
+def test_layers_that_can_not_be_compared_are_refused_before_anything_is_learnt(student, teacher, settings, message):
+    model = student()
+    wrapped = SpanCorruption(noise_density=0.3, mean_span_length=2.0) if student is tiny_t5 else Causal()
+    made = Distillation(teacher="t", objective=wrapped, **settings)
+    objective = made.bind(model.config, DATA.form, {"t": Reference(teacher(), "f")})
+    with pytest.raises(ConfigError, match=message):
+        objective.training_flops(model)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        (tiny_t5, "teacher: 't': objective: 'causal' is for decoders, and t5"),
+        (lambda: tiny_llama(vocab_size=32), "teacher: 't': The data's tokenizer has 64 tokens, but the model's .* 32"),
+        (lambda: tiny_llama(max_position_embeddings=8), "teacher: 't': The data's context_length is 16"),
+    ],
+)
+def test_teachers_that_do_not_know_what_is_asked_are_refused(teacher, message):
+    with pytest.raises(ConfigError, match=message):
+        Distillation(teacher="t").bind(tiny_llama().config, DATA.form, {"t": Reference(teacher(), "f")})
+
+
+def test_teachers_of_another_task_are_refused():
+    settings = Distillation(teacher="t", objective="masked_language")
+    for cls in (BertModel, BertForSequenceClassification):
+        with pytest.raises(
+            ConfigError, match=rf"teacher: 't': a {cls.__name__} does not answer what 'masked_language'"
+        ):
+            settings.bind(tiny_bert().config, DATA.form, {"t": Reference(cls(tiny_bert().config), "f")})
+    encoder = Reference(BertLMHeadModel(tiny_bert().config), "f")
+    objective = Distillation(teacher="t").bind(tiny_llama().config, DATA.form, {"t": encoder})
+    with pytest.raises(ConfigError, match="objective: teacher: 't': BertLMHeadModel is not causal"):
+        objective.check(tiny_llama())
+    classes, teacher = replace(DATA.form, labels=("a", "b", "c")), Reference(tiny_llama(num_labels=5), "f")
+    with pytest.raises(ConfigError, match="it tells 5 classes apart, and the student 3"):
+        Distillation(teacher="t").bind(tiny_llama(num_labels=3).config, classes, {"t": teacher})
+
+
+def test_a_teacher_in_a_folder_is_read_and_known_by_its_weights(tmp_path):
+    folders = [write_checkpoint_folder(tmp_path / str(seed), tiny_llama(seed)) for seed in (1, 2)]
+    student = tiny_llama()
+    found = [Distillation(teacher=str(folder)).bind(student.config, DATA.form) for folder in folders]
+    assert torch.equal(found[0].teacher.lm_head.weight, tiny_llama(1).lm_head.weight)
+    names = [objective.identity()["teacher"] for objective in found]
+    assert [len(name) for name in names] == [64, 64]
+    assert names[0] != names[1]
+    again = write_checkpoint_folder(tmp_path / "again", tiny_llama(1))
+    assert Distillation(teacher=str(again)).bind(student.config, DATA.form).identity()["teacher"] == names[0]
+    with pytest.raises(ConfigError, match=r"objective: teacher: .*nowhere does not exist or is no folder"):
+        Distillation(teacher=str(tmp_path / "nowhere")).bind(student.config, DATA.form)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "teacher: required"),
+        ({"teacher": "t", "temperature": 0}, "temperature"),
+        ({"teacher": "t", "weight": 1.5}, "weight"),
+        ({"teacher": "t", "layers": {0: 0}}, "layers says what hidden_states and attentions compare, and both are 0"),
+        ({"teacher": "t", "hidden_states": 1, "layers": {-1: 0}}, "layers"),
+        ({"teacher": "t", "objective": {"kind": "distillation", "teacher": "u"}}, "goes by another model itself"),
+        ({"teacher": "t", "objective": "masked_langage"}, "Did you mean 'masked_language'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        Distillation.parse(values)
+
+
+def test_the_settings_go_through_yaml_and_keep_the_wrapped_ones(tmp_path):
+    made = Distillation(
+        teacher="a/b", objective=MaskedLanguage(mask_probability=0.2), hidden_states=1.0, layers={0: 1, 1: 3}
+    )
+    made.to_yaml(tmp_path / "o.yaml")
+    assert Distillation.from_yaml(tmp_path / "o.yaml") == made
+    assert Distillation.parse(made.model_dump(mode="json")) == made
