@@ -51,7 +51,7 @@ from auxin.accounting import count_parameters
 from auxin.accounting.machine import describe_machine
 from auxin.accounting.results import perplexity_of
 from auxin.data import Contexts, CorpusSettings, SampleForm
-from auxin.data.corpus import document_key, is_validation
+from auxin.data.collecting import document_key, is_validation
 from auxin.data.sources import read_documents
 from auxin.edits import apply
 from auxin.edits.promise import relative_change

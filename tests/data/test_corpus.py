@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 import auxin.data.corpus as corpus
 from auxin.data import CorpusSettings, PackedData, prepare
-from auxin.data.corpus import document_key, is_validation
+from auxin.data.collecting import document_key, is_validation
 from auxin.data.tokenizer import SEPARATOR, tokenizer_digest, train_tokenizer
 from auxin.errors import ConfigError, DataError
 

@@ -58,7 +58,7 @@ class NextNumber(ObjectiveSettings):
     kind: Literal["next_number"] = "next_number"
     every: int = 1
 
-    def auto_class(self):
+    def auto_class(self, form):
         return AutoModelForCausalLM
 
     def _bound(self, config, form, references):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from auxin.accounting import Ledger
 from auxin.accounting.results import RunResults, perplexity_of
 from auxin.data import CorpusReport
-from auxin.data.corpus import Skipped, describe_left_out
+from auxin.data.collecting import Skipped
 from auxin.errors import CheckpointError, ConfigError
 from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth
 from auxin.models.loading import load_config, load_model
@@ -160,7 +160,7 @@ def test_what_a_corpus_leaves_out_is_told(run):
     report = CorpusReport.model_construct(
         duplicates=2, skipped={"not UTF-8": Skipped(count=4, examples=("a", "b", "c", "d"))}, limit="max_bytes"
     )
-    told = describe_left_out(report)
+    told = report.describe_left_out()
     assert told == "2 duplicates; 4 skipped: not UTF-8 (a, b, c, ...); everything after max_bytes was reached"
 
 

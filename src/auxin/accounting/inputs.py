@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def example_inputs(
@@ -20,9 +20,8 @@ def example_inputs(
     config = model.config
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     if model.main_input_name == "pixel_values":
-        size = config.image_size if isinstance(config.image_size, (list, tuple)) else [config.image_size] * 2
-        shape = (batch, config.num_channels, *size)
-        pixels = torch.zeros(shape) if generator is None else torch.randn(shape, generator=generator)
+        shape = image_shape(config)
+        pixels = torch.zeros(batch, *shape) if generator is None else torch.randn(batch, *shape, generator=generator)
         return {"pixel_values": pixels}
 
     def ids(length: int) -> Tensor:
@@ -33,3 +32,9 @@ def example_inputs(
 
     inputs = {"input_ids": ids(length)}
     return inputs | ({"decoder_input_ids": ids(decoder_length or length)} if config.is_encoder_decoder else {})
+
+
+def image_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model of `config` takes."""
+    size = config.image_size if isinstance(config.image_size, (list, tuple)) else [config.image_size] * 2
+    return config.num_channels, size[0], size[1]

@@ -51,7 +51,19 @@ class SourceSettings(DatasetSettings):
         return self
 
 
-class CorpusSettings(SourceSettings):
+class TextSettings(SourceSettings):
+    """Texts, and what turns them into samples of equally many tokens."""
+
+    tokenizer: Path | None = None
+    """A tokenizer to load (a folder or a `tokenizer.json`); None trains a byte-level BPE on the training split."""
+    vocab_size: int = Field(default=4096, ge=257)
+    """Entries of the trained tokenizer, special token included (256 bytes and one separator at least). A small
+    corpus may not fill it. Not used when `tokenizer` is given."""
+    context_length: int = Field(default=512, ge=2)
+    """Tokens per sample."""
+
+
+class CorpusSettings(TextSettings):
     """Documents that become packed tokens: one text after the other, cut into contexts of equal length.
 
     Raises:
@@ -61,11 +73,6 @@ class CorpusSettings(SourceSettings):
 
     kind: Literal["text"] = "text"
     """Says that this is packed text."""
-    tokenizer: Path | None = None
-    """A tokenizer to load (a folder or a `tokenizer.json`); None trains a byte-level BPE on the training split."""
-    vocab_size: int = Field(default=4096, ge=257)
-    """Entries of the trained tokenizer, special token included (256 bytes and one separator at least). A small
-    corpus may not fill it. Not used when `tokenizer` is given."""
     context_length: int = Field(default=512, ge=2)
     """Tokens per packed context."""
 

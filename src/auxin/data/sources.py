@@ -1,11 +1,11 @@
-"""Documents from the standard library, local files and Hugging Face datasets, each with the reason if skipped."""
+"""Documents and rows from the standard library, local files and Hugging Face datasets, with the reason if skipped."""
 
 import glob
 import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from auxin.errors import DataError
 # Folders of the standard library that hold no source of its own, or its tests.
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 _ROWS_PER_BATCH = 1024
+_HIDDEN = "hidden file"
 
 
 class Document(NamedTuple):
@@ -23,6 +24,20 @@ class Document(NamedTuple):
     name: str
     data: bytes | None
     skipped: str | None = None
+    content: bytes | None = None
+    """What makes it another document than others, where that is not all of `data`."""
+
+
+class Row(NamedTuple):
+    """The fields of one row that were asked for, or the reason why it was skipped (then `values` is None)."""
+
+    name: str
+    values: tuple[Any, ...] | None
+    skipped: str | None = None
+
+
+Fields = Mapping[str, str]
+"""By the setting that names it, a field of every row."""
 
 
 def read_documents(settings: SourceSettings) -> Iterator[Document]:
@@ -31,18 +46,37 @@ def read_documents(settings: SourceSettings) -> Iterator[Document]:
     Raises:
         DataError: the source can't be found or reached, or its rows have no text field.
     """
+    fields = {"text_field": settings.text_field}
     if settings.source == "huggingface":
-        yield from _huggingface_documents(settings)
+        yield from map(_row_document, _huggingface_rows(settings, fields))
         return
     for name, path in source_files(settings):
         if path is None:
-            yield Document(name, None, "hidden file")
-        elif path.suffix == ".jsonl":
-            yield from _jsonl_documents(name, path, settings.text_field)
-        elif path.suffix == ".parquet":
-            yield from _parquet_documents(name, path, settings.text_field)
+            yield Document(name, None, _HIDDEN)
+        elif path.suffix in _ROW_READERS:
+            yield from map(_row_document, _ROW_READERS[path.suffix](name, path, fields))
         else:
             yield _checked(name, _read(path))
+
+
+def read_rows(settings: SourceSettings, fields: Fields) -> Iterator[Row]:
+    """Yield the values of `fields` of every row of the source, in a fixed order, one row at a time.
+
+    Rows are those of JSON lines, Parquet and Hugging Face datasets; other files have none and are skipped as a whole.
+
+    Raises:
+        DataError: the source can't be found or reached, or its rows lack a field.
+    """
+    if settings.source == "huggingface":
+        yield from _huggingface_rows(settings, fields)
+        return
+    for name, path in source_files(settings):
+        if path is None:
+            yield Row(name, None, _HIDDEN)
+        elif path.suffix in _ROW_READERS:
+            yield from _ROW_READERS[path.suffix](name, path, fields)
+        else:
+            yield Row(name, None, "neither .jsonl nor .parquet")
 
 
 def source_files(settings: SourceSettings) -> list[tuple[str, Path | None]]:
@@ -118,7 +152,7 @@ def _checked(name: str, data: bytes) -> Document:
     return Document(name, data) if text.strip() else Document(name, None, "empty")
 
 
-def _text_document(name: str, value: Any) -> Document:
+def text_document(name: str, value: Any) -> Document:
     """The document of one row's text field."""
     if not isinstance(value, str):
         return Document(name, None, "text field is not a string")
@@ -128,17 +162,25 @@ def _text_document(name: str, value: Any) -> Document:
         return Document(name, None, "not valid Unicode")
 
 
-def _no_field(where: str, field: str, known: list[str]) -> DataError:
-    return DataError(f"{where} has no field {field!r}. Set `text_field` to one of: {', '.join(known) or '(none)'}.")
+def _row_document(row: Row) -> Document:
+    return Document(row.name, None, row.skipped) if row.values is None else text_document(row.name, row.values[0])
 
 
-def _jsonl_documents(name: str, path: Path, field: str) -> Iterator[Document]:
+def _require(fields: Fields, known: Collection[str], where: str) -> None:
+    """Refuse rows that lack one of `fields`; DataError."""
+    for setting, field in fields.items():
+        if field not in known:
+            names = ", ".join(known) or "(none)"
+            raise DataError(f"{where} has no field {field!r}. Set `{setting}` to one of: {names}.")
+
+
+def _jsonl_rows(name: str, path: Path, fields: Fields) -> Iterator[Row]:
     try:
         lines = path.open("rb")
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror}. Make it readable or leave it out.") from error
     with lines:
-        seen_a_row = seen_the_field = False
+        seen_a_row = seen_the_fields = False
         for number, line in enumerate(lines, start=1):
             row_name = f"{name}:{number}"
             if not line.strip():
@@ -147,46 +189,50 @@ def _jsonl_documents(name: str, path: Path, field: str) -> Iterator[Document]:
             try:
                 row = json.loads(line)
             except UnicodeDecodeError:
-                yield Document(row_name, None, "not UTF-8")
+                yield Row(row_name, None, "not UTF-8")
                 continue
             except (ValueError, RecursionError):
-                yield Document(row_name, None, "not valid JSON")
+                yield Row(row_name, None, "not valid JSON")
                 continue
             if not isinstance(row, dict):
-                yield Document(row_name, None, "not a JSON object")
+                yield Row(row_name, None, "not a JSON object")
                 continue
-            if field not in row:
+            if missing := [field for field in fields.values() if field not in row]:
                 # The first row decides whether the setting is wrong or one row is.
-                if not seen_the_field:
-                    raise _no_field(row_name, field, sorted(row))
-                yield Document(row_name, None, f"no field {field!r}")
+                if not seen_the_fields:
+                    _require(fields, sorted(row), row_name)
+                yield Row(row_name, None, f"no field {missing[0]!r}")
                 continue
-            seen_the_field = True
-            yield _text_document(row_name, row[field])
+            seen_the_fields = True
+            yield Row(row_name, tuple(row[field] for field in fields.values()))
         if not seen_a_row:
-            yield Document(name, None, "empty")
+            yield Row(name, None, "empty")
 
 
-def _parquet_documents(name: str, path: Path, field: str) -> Iterator[Document]:
+def _parquet_rows(name: str, path: Path, fields: Fields) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                raise _no_field(name, field, file.schema_arrow.names)
+            _require(fields, file.schema_arrow.names, name)
             if file.metadata.num_rows == 0:
-                yield Document(name, None, "empty")
+                yield Row(name, None, "empty")
             number = 0
-            for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=[field]):
-                for value in batch.column(0).to_pylist():
+            for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=sorted(set(fields.values()))):
+                columns = [batch.column(field).to_pylist() for field in fields.values()]
+                for values in zip(*columns, strict=True):
                     number += 1
-                    yield _text_document(f"{name}:{number}", value)
+                    yield Row(f"{name}:{number}", values)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable Parquet file: {error}") from error
 
 
-def _huggingface_documents(settings: SourceSettings) -> Iterator[Document]:
+_ROW_READERS = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+"""By the suffix of files that hold rows."""
+
+
+def _huggingface_rows(settings: SourceSettings, fields: Fields) -> Iterator[Row]:
     import datasets
 
     where = f"dataset {settings.name!r}" + (f" ({settings.config})" if settings.config else "")
@@ -198,11 +244,10 @@ def _huggingface_documents(settings: SourceSettings) -> Iterator[Document]:
             f"The {where}, split {settings.split!r}, could not be loaded: {type(error).__name__}: {error} "
             "Check the name, config and split, and that the Hub can be reached (or that the dataset is cached)."
         ) from error
-    if settings.text_field not in dataset.column_names:
-        raise _no_field(f"The {where}", settings.text_field, dataset.column_names)
-    rows = dataset.select_columns([settings.text_field])
+    _require(fields, dataset.column_names, f"The {where}")
+    rows = dataset.select_columns(sorted(set(fields.values())))
     number = 0
     for batch in rows.iter(batch_size=_ROWS_PER_BATCH):
-        for value in batch[settings.text_field]:
+        for values in zip(*(batch[field] for field in fields.values()), strict=True):
             number += 1
-            yield _text_document(f"{settings.name}:{number}", value)
+            yield Row(f"{settings.name}:{number}", values)

@@ -108,6 +108,11 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(f"{tokenizer.eos_token_id}\n{backend.to_str()}".encode()).hexdigest()
 
 
+def same_tokens(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
+    """Whether both turn every text into the same ids, special tokens of their rules included."""
+    return plain_backend(one).to_str() == plain_backend(other).to_str()
+
+
 def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """A copy of the Rust tokenizer without truncation and padding, for which special tokens in a text are text."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)

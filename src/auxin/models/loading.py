@@ -15,12 +15,14 @@ from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -33,6 +35,7 @@ _TASKS = (
     (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING),
     (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
     (AutoModelForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
+    (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
 )
 
 
@@ -70,34 +73,81 @@ def load_model(
     folder = _model_folder(folder)
     if model_class is None:
         model_class = model_class_of(load_config(folder))
+    model, missing = _from_pretrained(folder, model_class, dtype=dtype or "auto")
+    _refuse_missing(folder, missing)
+    torch.nn.Module.to(model, device)
+    return model
+
+
+def load_with_new_head(
+    folder: str | Path, config: PreTrainedConfig, saved: PreTrainedModel
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load a checkpoint as a model with another head, of which what the checkpoint's own class does not have is drawn
+    from torch's generator.
+
+    Args:
+        folder: the checkpoint.
+        config: the model's, with the class in `architectures`.
+        saved: the checkpoint's own model; its weights are not looked at.
+
+    Returns:
+        The model in the type of its saved weights, and the names of the weights that were drawn.
+
+    Raises:
+        CheckpointError: the folder is missing, incomplete or damaged, or lacks a weight that its own class has.
+    """
+    folder = _model_folder(folder)
+    model, missing = _from_pretrained(folder, model_class_of(config), dtype="auto", config=copy.deepcopy(config))
+    own = {_below_head(name, saved) for name in saved.state_dict()}
+    _refuse_missing(folder, [name for name in missing if _below_head(name, model) in own])
+    return model, missing
+
+
+def _below_head(name: str, model: PreTrainedModel) -> str:
+    """A weight's name in the model without a head, which is a part of one with a head."""
+    return name.removeprefix(f"{model.base_model_prefix}.")
+
+
+def _from_pretrained(folder: Path, model_class: Any, **options: Any) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of the weights that the folder lacks."""
     try:
         with no_progress_bar():
             model, info = model_class.from_pretrained(
-                folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+                folder, local_files_only=True, output_loading_info=True, **options
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise CheckpointError(
             f"{folder} can't be loaded as {_in_words(model_class)}: {reason}. Restore it or use another one."
         ) from error
-    if missing := sorted(info["missing_keys"]):
+    return model, sorted(info["missing_keys"])
+
+
+def _refuse_missing(folder: Path, missing: list[str]) -> None:
+    if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} weight(s) that its config asks for, the first: {missing[0]}. "
             "Restore it or use another one."
         )
-    torch.nn.Module.to(model, device)
-    return cast(PreTrainedModel, model)
 
 
 def model_class_of(config: PreTrainedConfig) -> Any:
     """The class that `config` was saved with, one of transformers'; without one, the Auto class of the first task that
-    its type has: language modelling from one sequence to another, masked or causal, or classifying images; else that of
-    models without a task."""
+    its type has: language modelling from one sequence to another, masked or causal, classifying images or texts; else
+    that of models without a task."""
     name = next(iter(config.architectures or []), "")
     found = getattr(transformers, name, None)
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found
     return next((auto for auto, mapping in _TASKS if type(config) in mapping), AutoModel)
+
+
+def task_classes(auto_class: Any, config: PreTrainedConfig) -> tuple[type[PreTrainedModel], ...]:
+    """The classes that an Auto class has for models of `config`; none where it has none."""
+    found = auto_class._model_mapping.get(type(config), None)
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, (list, tuple)) else (found,)
 
 
 def skeleton(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:

@@ -31,7 +31,7 @@ class Causal(ObjectiveSettings):
     kind: Literal["causal"] = "causal"
     """Says that this is causal language modelling."""
 
-    def auto_class(self) -> Any:
+    def auto_class(self, form: SampleForm) -> Any:
         """Causal language models."""
         return AutoModelForCausalLM
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from auxin.accounting.flops import forward_flops
 from auxin.data.dataset import SampleForm
 from auxin.errors import CheckpointError, ConfigError
+from auxin.models.loading import task_classes
 from auxin.objectives.layer_matching import (
     check_shapes,
     eager_attention,
@@ -88,8 +89,8 @@ class Distillation(WrappingSettings):
             self.objective.bind(teacher.config, form)
         except ConfigError as error:
             raise ConfigError(where + str(error)) from error
-        expected = self.objective.auto_class()._model_mapping.get(type(teacher.config), None)
-        if expected is not None and not isinstance(teacher, expected):
+        expected = task_classes(self.objective.auto_class(form), teacher.config)
+        if expected and not isinstance(teacher, expected):
             raise ConfigError(
                 f"{where}a {type(teacher).__name__} does not answer what {self.objective.kind!r} asks. Give a teacher "
                 "that has learnt that."

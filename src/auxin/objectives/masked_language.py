@@ -54,7 +54,7 @@ class MaskedLanguage(ObjectiveSettings):
         assert form.length is not None
         return min(form.length, max(1, round(self.mask_probability * form.length)))
 
-    def auto_class(self) -> Any:
+    def auto_class(self, form: SampleForm) -> Any:
         """Encoders that name tokens."""
         return AutoModelForMaskedLM
 

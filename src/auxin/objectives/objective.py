@@ -169,8 +169,8 @@ class ObjectiveSettings(Settings):
     kind: str
     """Which objective this is."""
 
-    def auto_class(self) -> Any:
-        """The Auto class of transformers whose models learn this."""
+    def auto_class(self, form: SampleForm) -> Any:
+        """The Auto class of transformers whose models learn this from samples of `form`."""
         raise NotImplementedError
 
     def check_config(self, config: PreTrainedConfig) -> None:
@@ -268,7 +268,8 @@ def packed_text(settings: ObjectiveSettings, form: SampleForm) -> None:
     if form.tensors != ("input_ids",):
         raise ConfigError(
             f"objective: {settings.kind!r} learns from packed text, and a sample of this data holds "
-            f"{', '.join(form.tensors)}. Set the data's kind to text, or give an objective for {form.unit}s."
+            f"{', '.join(form.tensors)}. Set data.kind: text, or "
+            + ("training.objective: classification." if "labels" in form.tensors else f"an objective for {form.unit}s.")
         )
 
 

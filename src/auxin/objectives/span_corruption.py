@@ -43,7 +43,7 @@ class SpanCorruption(ObjectiveSettings):
         assert form.length is not None
         return span_lengths(form.length, self.noise_density, self.mean_span_length)
 
-    def auto_class(self) -> Any:
+    def auto_class(self, form: SampleForm) -> Any:
         """Encoder-decoders."""
         return AutoModelForSeq2SeqLM
 

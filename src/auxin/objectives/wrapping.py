@@ -22,9 +22,9 @@ class WrappingSettings(ObjectiveSettings):
     objective: Annotated[ObjectiveSettings, OneOf(OBJECTIVES)] = Causal()
     """The objective that this adds to: `masked_language`, `{kind: span_corruption, noise_density: 0.2}`, ..."""
 
-    def auto_class(self) -> Any:
+    def auto_class(self, form: SampleForm) -> Any:
         """As of the wrapped objective."""
-        return self.objective.auto_class()
+        return self.objective.auto_class(form)
 
     def check_config(self, config: PreTrainedConfig) -> None:
         """As of the wrapped objective."""

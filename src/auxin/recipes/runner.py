@@ -12,10 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from auxin.accounting import Ledger, StageRecord, count_parameters
 from auxin.accounting.comparison import Comparison
-from auxin.accounting.ledger import LEDGER_FILE
 from auxin.accounting.results import RunResults
 from auxin.data.dataset import DATASETS, Dataset, Processor
-from auxin.data.tokenizer import load_tokenizer, tokenizer_digest
+from auxin.data.tokenizer import read_tokenizer, same_tokens
 from auxin.edits.folder_store import TRAINING_FOLDER
 from auxin.errors import CheckpointError, ConfigError
 from auxin.files import new_folder, write_text
@@ -24,6 +23,7 @@ from auxin.objectives.calibration import Calibration
 from auxin.objectives.measures import Measure
 from auxin.objectives.objective import Objective, ObjectiveSettings, Reference
 from auxin.planning.bench import Bench
+from auxin.recipes.adopting import adopt
 from auxin.recipes.change import change_checkpoint
 from auxin.recipes.folder import (
     BRANCHES,
@@ -259,12 +259,12 @@ def check_processors(recipe: Recipe, data: Dataset) -> None:
         return
     given = getattr(recipe.data, "tokenizer", None)
     # Saving a tokenizer with the data may have normalized it: the one that was loaded counts as well.
-    tokenizers = [own, *([] if given is None else [load_tokenizer(given)])]
-    digests = {tokenizer_digest(tokenizer) for tokenizer in tokenizers}
+    tokenizers = [own, *([] if given is None else [read_tokenizer(given)])]
     for where, source in recipe.checkpoints():
         if not any((source / name).is_file() for name in TOKENIZER_FILES):
             continue
-        if tokenizer_digest(load_tokenizer(source)) not in digests:
+        found = read_tokenizer(source)
+        if not any(same_tokens(found, tokenizer) for tokenizer in tokenizers):
             raise ConfigError(
                 f"{where}: the checkpoint {source} has another tokenizer than the data, so that its embeddings "
                 f"would be taken for other tokens. Set data.tokenizer: {source}"
@@ -316,7 +316,8 @@ def run_stage(run: Run, branch: Branch, stage: Stage, directory: Path, previous:
 def build(run: Run, stage: BuildStage, directory: Path, config: PreTrainedConfig) -> Path:
     """Make a model with random weights from the recipe's seed, or take over a checkpoint."""
     if stage.checkpoint is not None:
-        return adopt(run, stage, stage.checkpoint, directory / STAGE_CHECKPOINT)
+        output = directory / STAGE_CHECKPOINT
+        return adopt(stage.checkpoint, output, config, run.data, stage.name, run.recipe.seed)
     with torch.random.fork_rng():
         torch.manual_seed(run.recipe.seed)
         model = new_model(config)
@@ -324,33 +325,6 @@ def build(run: Run, stage: BuildStage, directory: Path, config: PreTrainedConfig
     return write_checkpoint_folder(
         directory / STAGE_CHECKPOINT, model=model, processor=run.data.processor(), ledger=Ledger().append(record)
     )
-
-
-def adopt(run: Run, stage: BuildStage, source: Path, output: Path) -> Path:
-    """Copy the checkpoint `source` into the run, its moments and books along with it."""
-    ledger = Ledger.load(source) if (source / LEDGER_FILE).exists() else Ledger()
-    model = load_model(source)
-    notes = [f"started from {source}"]
-    if half := sorted({str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}):
-        notes.append(f"its weights are {', '.join(half)}; they are trained in float32")
-    if others := sorted(other_data(ledger, run.data.fingerprint)):
-        notes.append(
-            f"trained before on other data (fingerprint {', '.join(others)}): held-out documents may have been seen"
-        )
-    record = StageRecord(name=stage.name, kind="build", parameters=count_parameters(model).total, notes=notes)
-    with new_folder(output) as folder:
-        shutil.copytree(source, folder, dirs_exist_ok=True)
-        ledger.append(record).save(folder)
-    return output
-
-
-def other_data(ledger: Ledger, fingerprint: str) -> set[str]:
-    """Fingerprints of the data other than that of `fingerprint` on which stages of `ledger` were trained."""
-    return {
-        record.data_fingerprint or "unknown"
-        for record in ledger.stages
-        if record.units and record.data_fingerprint != fingerprint
-    }
 
 
 def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path) -> Path:
@@ -389,8 +363,8 @@ def own_processor(run: Run, checkpoint: Path) -> Processor | None:
     the run's tokens, which the changed one begins with."""
     own = run.data.processor()
     if isinstance(own, PreTrainedTokenizerFast) and any((checkpoint / name).is_file() for name in TOKENIZER_FILES):
-        found = load_tokenizer(checkpoint)
-        return own if tokenizer_digest(found) == tokenizer_digest(own) else found
+        found = read_tokenizer(checkpoint)
+        return own if same_tokens(found, own) else found
     return own
 
 

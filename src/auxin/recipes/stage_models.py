@@ -15,7 +15,7 @@ from auxin.edits.structure import edited_config, edited_skeleton, structural_edi
 from auxin.errors import ConfigError, PlanError, unknown_name
 from auxin.methods import method as find_method
 from auxin.methods.grow.tokenformer import plan_token_growth, token_growth_to
-from auxin.models.loading import load_config
+from auxin.models.loading import load_config, task_classes
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.models.tokenformer.presets import preset_config
 from auxin.objectives.calibration import CalibrationSettings
@@ -170,13 +170,13 @@ def built_config(
             )
         return _ungrown(config)
     if stage.checkpoint is not None:
-        return load_config(stage.checkpoint)
+        return _adopted(load_config(stage.checkpoint), form, objective)
     if stage.preset is not None:
         return edited_config(preset_config(stage.preset), {**decided, **stage.config})
     config = _configured(stage, {**decided, **stage.config})
     if is_encoder_decoder(config):
         _begin_and_end(config, stage)
-    config.architectures = [architecture_of(config, objective, f"build stage {stage.name!r}")]
+    config.architectures = [architecture_of(config, form, objective, f"build stage {stage.name!r}")]
     if stage.parameters_of is not None:
         target = count_parameters(edited_skeleton(final_config(structures, stage.parameters_of))).total
         config = match_parameters(config, target)
@@ -187,21 +187,34 @@ def _padded(tokens: int, stage: BuildStage) -> int:
     return math.ceil(tokens / stage.pad_to_multiple_of) * stage.pad_to_multiple_of
 
 
-def architecture_of(config: PreTrainedConfig, objective: ObjectiveSettings, where: str) -> str:
-    """The name of the class that a model of `config` has to be to learn `objective`.
+def architecture_of(config: PreTrainedConfig, form: SampleForm, objective: ObjectiveSettings, where: str) -> str:
+    """The name of the class that a model of `config` has to be to learn `objective` from samples of `form`.
 
     Raises:
         ConfigError: transformers has none; `where` names the place.
     """
-    auto = objective.auto_class()
-    try:
-        found = auto._model_mapping[type(config)]
-    except KeyError:
+    auto = objective.auto_class(form)
+    found = task_classes(auto, config)
+    if not found:
         raise ConfigError(
             f"{where}: {config.model_type} has no class for the objective {objective.kind!r} ({auto.__name__}). Give "
             "another model_type, or another training.objective."
-        ) from None
-    return str((found[0] if isinstance(found, (list, tuple)) else found).__name__)
+        )
+    return found[0].__name__
+
+
+def _adopted(config: PreTrainedConfig, form: SampleForm, objective: ObjectiveSettings) -> PreTrainedConfig:
+    """The config of the model that a checkpoint of `config` becomes: one with a new head where the class that it was
+    saved with does not learn `objective`, and another class of its type does."""
+    names = [found.__name__ for found in task_classes(objective.auto_class(form), config)]
+    if not config.architectures or not names or config.architectures[0] in names:
+        return config
+    values = objective.config_values(form)
+    if getattr(config, "pad_token_id", None) is None and "pad_token_id" in form.config_values:
+        values["pad_token_id"] = form.config_values["pad_token_id"]
+    changed = edited_config(config, values)
+    changed.architectures = names[:1]
+    return changed
 
 
 def _begin_and_end(config: PreTrainedConfig, stage: BuildStage) -> None:

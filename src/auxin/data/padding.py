@@ -1,0 +1,82 @@
+"""Texts one by one, cut and padded to one length, with a tokenizer's own special tokens.
+
+Where the tokenizer's rule adds none, as with many decoders, the end-of-text token ends each text, also the first of a
+pair. Padding is on the right: positions are then those of the text, and decoders look for the last token that is none.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+
+from auxin.data.tokenizer import load_tokenizer, plain_backend, read_tokenizer, vocabulary_fields
+from auxin.errors import DataError
+
+
+def padding_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """As `read_tokenizer`, for texts of their own: it has special tokens, or an end-of-text token, and one to pad with
+    (the end-of-text token where it has no other).
+
+    Raises:
+        DataError: as `read_tokenizer`, or there are no such tokens.
+    """
+    tokenizer = read_tokenizer(path)
+    if not tokenizer.num_special_tokens_to_add(pair=False):
+        tokenizer = load_tokenizer(path)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise DataError(f"The tokenizer {path} has no token to pad texts with. Set its pad_token.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+class Padded(NamedTuple):
+    """A text, or a pair, as a sample."""
+
+    ids: list[int]
+    """Padding included."""
+    tokens: int
+    """Without padding."""
+    second: int
+    """Where the second text begins, as the tokenizer counts it; the whole length where there is none."""
+    is_cut: bool
+    """Whether it was too long."""
+
+
+class PaddingEncoder:
+    """Encodes texts to one length; special tokens that are spelled out in a text stay text.
+
+    Args:
+        tokenizer: see `padding_tokenizer`.
+        length: tokens of a sample, special ones included.
+        is_pair: whether samples are pairs, of which the longer text is cut first.
+
+    Raises:
+        DataError: the length has no room for a token of each text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, length: int, is_pair: bool) -> None:
+        self.length, self.padding = length, int(tokenizer.pad_token_id)
+        self.vocab_size = vocabulary_fields(tokenizer)["vocab_size"]
+        self._backend = plain_backend(tokenizer)
+        if not self._backend.num_special_tokens_to_add(is_pair=False):
+            end = {"id": "end", "ids": [tokenizer.eos_token_id], "tokens": [tokenizer.eos_token]}
+            self._backend.post_processor = processors.TemplateProcessing(
+                single=["$A", "end"], pair=["$A", "end", "$B:1", "end:1"], special_tokens=[end]
+            )
+        special, texts = self._backend.num_special_tokens_to_add(is_pair=is_pair), 1 + is_pair
+        if length < special + texts:
+            raise DataError(
+                f"context_length: {length} has no room for {special} special tokens and one of each text. Give "
+                f"{special + texts} or more."
+            )
+        self._backend.enable_truncation(length, strategy="longest_first")
+
+    def encode(self, texts: Sequence[Sequence[str]]) -> Iterator[Padded]:
+        """Each text, or pair of texts, on all threads."""
+        for found in self._backend.encode_batch([one[0] if len(one) == 1 else tuple(one) for one in texts]):
+            padding = [self.padding] * (self.length - len(found.ids))
+            second = found.type_ids.index(1) if 1 in found.type_ids else self.length
+            yield Padded([*found.ids, *padding], len(found.ids), second, bool(found.overflowing))

@@ -1,0 +1,304 @@
+"""What kinds of text share: a folder of them is prepared once, appears whole, and is opened again after that."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+import numpy as np
+from filelock import FileLock
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from transformers import PreTrainedTokenizerFast
+
+from auxin.data.collecting import Collected, ReadReport, collect
+from auxin.data.dataset import ProgressCallback
+from auxin.data.packing import DocumentSpool
+from auxin.data.settings import TextSettings
+from auxin.data.sources import Document, source_signature
+from auxin.data.tokenizer import read_tokenizer, tokenizer_digest, train_tokenizer
+from auxin.errors import DataError
+from auxin.files import flush, write_text
+from auxin.settings import Settings
+
+TOKENIZER = "tokenizer"
+"""The folder of the tokenizer in that of the data."""
+
+
+class Manifest(Settings):
+    """What a prepared folder says about itself, beside its settings and report."""
+
+    format: int
+    fingerprint: str
+    source_signature: str | None
+    documents_digest: str
+    tokenizer_digest: str
+    loaded_tokenizer_digest: str | None
+    settings: TextSettings
+    report: ReadReport
+
+
+ManifestT = TypeVar("ManifestT", bound=Manifest)
+
+
+class PreparedText(Generic[ManifestT]):
+    """A prepared folder: memory-mapped arrays, their tokenizer, and what they were made of."""
+
+    noun: ClassVar[str]
+    """What messages call it."""
+    manifest_file: ClassVar[str]
+    manifest_class: ClassVar[type[Manifest]]
+    version: ClassVar[int] = 1
+    """Of the folder's format."""
+
+    def __init__(self, directory: Path, manifest: ManifestT) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self._open()
+
+    def _open(self) -> None:
+        """Map the arrays; DataError where one is missing or of another size."""
+        raise NotImplementedError
+
+    def _digests(self) -> Iterator[tuple[str, np.ndarray, str]]:
+        """Each array's file, the array and its recorded digest."""
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Self:
+        """Open a prepared folder; sizes and shapes are checked, contents are not (see `verify`).
+
+        Raises:
+            DataError: nothing prepared there, or a file of it is missing or of another size.
+        """
+        directory = Path(directory)
+        path = directory / cls.manifest_file
+        try:
+            manifest: Any = cls.manifest_class.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{directory} holds no prepared {cls.noun} ({cls.manifest_file} is missing). Prepare one."
+            ) from error
+        except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} is damaged or of another version: {error}. Delete the folder.") from error
+        if manifest.format != cls.version:
+            raise DataError(f"{path} has format {manifest.format}, this version reads {cls.version}. Prepare it again.")
+        data = cls(directory, manifest)
+        if not (directory / TOKENIZER / "tokenizer.json").is_file():
+            raise DataError(f"{directory / TOKENIZER} is missing its tokenizer. Delete {directory} and prepare again.")
+        return data
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the documents, tokenizer, split, order and samples. Where the files lie does not matter."""
+        return self.manifest.fingerprint
+
+    @property
+    def context_length(self) -> int:
+        """Tokens per row."""
+        return self.manifest.settings.context_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the tokenizer; every token id is below it."""
+        return self.manifest.report.vocab_size
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Load the tokenizer."""
+        return read_tokenizer(self.directory / TOKENIZER)
+
+    def processor(self) -> PreTrainedTokenizerFast:
+        """The tokenizer."""
+        return self.tokenizer()
+
+    def verify(self) -> None:
+        """Read everything and compare it with the recorded digests.
+
+        Raises:
+            DataError: a file's content has changed.
+        """
+        for name, array, expected in self._digests():
+            digest = hashlib.sha256()
+            for start in range(0, len(array), 4096):
+                digest.update(array[start : start + 4096].tobytes())
+            if digest.hexdigest() != expected:
+                raise DataError(f"{self.directory / name} is damaged. Delete {self.directory} and prepare again.")
+        if tokenizer_digest(self.tokenizer()) != self.manifest.tokenizer_digest:
+            raise DataError(f"{self.directory / TOKENIZER} has changed. Delete {self.directory} and prepare again.")
+
+
+SettingsT = TypeVar("SettingsT", bound=TextSettings)
+PreparedT = TypeVar("PreparedT", bound=PreparedText[Any])
+
+
+@dataclass(frozen=True)
+class Steps(Generic[SettingsT, PreparedT]):
+    """What is its own in how one kind of text is prepared."""
+
+    data: type[PreparedT]
+    """Opens the folder."""
+    documents: Callable[[SettingsT], Iterable[Document]]
+    """Reads the source."""
+    load_tokenizer: Callable[[Path], PreTrainedTokenizerFast]
+    """Loads a tokenizer that is named."""
+    texts: Callable[[DocumentSpool], Iterable[str]]
+    """What of the training split a tokenizer is trained on."""
+    build: Callable[[SettingsT, Collected, PreTrainedTokenizerFast, Path, ProgressCallback], dict[str, Any]]
+    """Writes the arrays into the folder; returns the manifest's `fingerprint`, `report` and what else it has."""
+
+
+def prepare_folder(
+    steps: Steps[SettingsT, PreparedT], settings: SettingsT, directory: str | Path, progress: ProgressCallback | bool
+) -> PreparedT:
+    """Prepare texts in `directory`, or open what is there.
+
+    A finished folder of the same settings is opened again, after its files were checked by size and the source by
+    name, size and time (then by content). The folder appears complete or not at all; a second process waits.
+
+    Args:
+        steps: the kind's own.
+        settings: the data.
+        directory: the folder to fill; it must not exist, be empty, or hold data of the same settings.
+        progress: a callback, or True for progress bars.
+
+    Raises:
+        DataError: the source can't be used, a split would be empty, or the folder holds something else.
+    """
+    noun, directory = steps.data.noun, Path(directory).absolute()
+    if directory.exists() and not directory.is_dir():
+        raise DataError(f"{directory} is a file. Give a folder for the prepared {noun}.")
+    for path in settings.paths:
+        if path.is_dir() and directory.is_relative_to(path.absolute()):
+            raise DataError(f"{directory} lies inside {path}, so that its files would become documents. Give another.")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory.parent / f".{directory.name}.lock"):
+        if directory.exists() and any(directory.iterdir()):
+            return _reuse(steps, settings, directory)
+        partial = directory.parent / f".{directory.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: the lock is ours
+        partial.mkdir()
+        try:
+            with _progress(progress, noun) as advance:
+                _fill(steps, settings, partial, advance)
+            os.replace(partial, directory)
+            flush(directory.parent)
+        except OSError as error:
+            raise DataError(
+                f"The {noun} could not be written to {directory}: {error}. Nothing was left there."
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return steps.data.load(directory)
+
+
+def _fill(steps: Steps[SettingsT, PreparedT], settings: SettingsT, directory: Path, advance: ProgressCallback) -> None:
+    # Read before the documents: a file that changes meanwhile is then noticed at the next use.
+    signature = source_signature(settings)
+    loaded = steps.load_tokenizer(settings.tokenizer) if settings.tokenizer else None
+    collected = collect(settings, steps.documents(settings), directory, advance)
+    made = loaded
+    if made is None:
+        texts = _announced(steps.texts(collected.train), len(collected.train), advance)
+        made = train_tokenizer(texts, settings.vocab_size, settings.context_length)
+    made.save_pretrained(directory / TOKENIZER)
+    # What is read back later encodes the documents: saving may normalize a loaded tokenizer.
+    tokenizer = read_tokenizer(directory / TOKENIZER)
+    own = steps.build(settings, collected, tokenizer, directory, advance)
+    collected.unlink()
+    manifest = steps.data.manifest_class(
+        format=steps.data.version,
+        source_signature=signature,
+        documents_digest=collected.digest(),
+        tokenizer_digest=tokenizer_digest(tokenizer),
+        loaded_tokenizer_digest=tokenizer_digest(loaded) if loaded else None,
+        settings=settings,
+        **own,
+    )
+    write_text(directory / steps.data.manifest_file, manifest.model_dump_json(indent=1))
+
+
+def _reuse(steps: Steps[SettingsT, PreparedT], settings: SettingsT, directory: Path) -> PreparedT:
+    """Open the finished folder if it is of the same settings and its source has not changed."""
+    noun = steps.data.noun
+    if not (directory / steps.data.manifest_file).is_file():
+        raise DataError(f"{directory} is not empty and holds no prepared {noun}. Give an empty or a new folder.")
+    data = steps.data.load(directory)
+    manifest: Manifest = data.manifest
+    if manifest.settings != settings:
+        old, new = manifest.settings.model_dump(mode="json"), settings.model_dump(mode="json")
+        changes = ", ".join(f"{key}: {old[key]!r} there, {new[key]!r} asked" for key in new if old[key] != new[key])
+        raise DataError(
+            f"{directory} holds a prepared {noun} of other settings ({changes}). Give another folder or delete it."
+        )
+    try:
+        signature = source_signature(settings)
+        tokenizer = tokenizer_digest(steps.load_tokenizer(settings.tokenizer)) if settings.tokenizer else None
+        changed = signature != manifest.source_signature and _digest(steps, settings) != manifest.documents_digest
+    except DataError as error:
+        warnings.warn(f"{directory} is used as prepared; its source can't be compared any more: {error}", stacklevel=4)
+        return data
+    if changed:
+        raise DataError(
+            f"The source has changed since {directory} was prepared from it. Delete the folder to prepare it again, "
+            "or give another one."
+        )
+    if tokenizer != manifest.loaded_tokenizer_digest:
+        raise DataError(f"The tokenizer {settings.tokenizer} is not the one that {directory} was prepared with.")
+    return data
+
+
+def _digest(steps: Steps[SettingsT, PreparedT], settings: SettingsT) -> str:
+    """The digest of the source's documents as `_fill` records it."""
+    with tempfile.TemporaryDirectory() as folder:
+        documents = steps.documents(settings)
+        return collect(settings, documents, Path(folder), lambda stage, done, total: None).digest()
+
+
+def open_array(path: Path, shape: tuple[int, ...], types: Collection[Any]) -> np.ndarray:
+    """Map a prepared array from the disk, read-only.
+
+    Raises:
+        DataError: it is missing, damaged, or has another shape or type.
+    """
+    mend = f"Delete {path.parent} and prepare again."
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing. {mend}") from error
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path} is damaged: {error}. {mend}") from error
+    if array.shape != shape or array.dtype not in types:
+        raise DataError(f"{path} is {array.dtype} of shape {array.shape}, expected {shape}. {mend}")
+    return array
+
+
+def _announced(texts: Iterable[str], total: int, advance: ProgressCallback) -> Iterator[str]:
+    for done, text in enumerate(texts):
+        advance("tokenizer", done, total)
+        yield text
+
+
+@contextlib.contextmanager
+def _progress(progress: ProgressCallback | bool, noun: str) -> Iterator[ProgressCallback]:
+    if callable(progress):
+        yield progress
+        return
+    # Standard output belongs to what the caller prints; FORCE_COLOR would send the bars to a pipe there.
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not (progress and console.is_terminal), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def advance(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(f"{noun}: {stage}", total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield advance
