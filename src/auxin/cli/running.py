@@ -43,7 +43,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print stages, costs and memory; train nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a recipe: train, grow and compare its branches, and write a report. Resumes where it stopped."""
+    """Run a recipe: train, change and compare its branches, and write a report. Resumes where it stopped."""
     from auxin.recipes import load_recipe, part_of, price_recipe, price_seeds, run_recipe, run_seeds
 
     changes, given = list(overrides or []), _seeds(seeds)
@@ -216,6 +216,7 @@ def _print_comparison(comparison: "Comparison", directory: Path, as_json: bool) 
 
 def _print_results(results: Any, directory: Path, as_json: bool) -> None:
     from auxin.report import findings
+    from auxin.report.curves import word_for
 
     if as_json:
         print(results.model_dump_json(indent=2))
@@ -239,7 +240,10 @@ def _print_results(results: Any, directory: Path, as_json: bool) -> None:
     growths = [(branch, point) for branch in results.branches for point in branch.growths if branch.parent is None]
     if growths:
         print_table(
-            ["growth", "parameters", f"{measure.name} before", f"{measure.name} after", "change"],
+            [
+                *(word_for(point for _, point in growths), "parameters"),
+                *(f"{measure.name} before", f"{measure.name} after", "difference"),
+            ],
             [
                 [
                     *(f"{branch.name}/{point.stage}", f"{point.parameters_before:,} -> {point.parameters_after:,}"),

@@ -134,7 +134,7 @@ def diff_checkpoints(old: str | Path, new: str | Path) -> CheckpointDiff:
 
 def diff_plans(old: Plan, new: Plan) -> PlanDiff:
     """Compare two plans: edits are paired by kind and by what they change, in order."""
-    fields = {key: (getattr(old, key), getattr(new, key)) for key in ("method", "promise", "seed")}
+    fields = {key: (getattr(old, key), getattr(new, key)) for key in ("method", "promise", "seed", "hooks")}
     for key in sorted(old.settings.keys() | new.settings.keys()):
         fields[f"settings.{key}"] = (old.settings.get(key), new.settings.get(key))
     partners: dict[int, int] = {}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from pydantic import Field
@@ -64,7 +64,8 @@ class HookSettings(Settings):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         """Add the kind to the registry."""
-        HOOKS.add(cls.model_fields["kind"].default, cls)
+        for kind in get_args(cls.model_fields["kind"].annotation):
+            HOOKS.add(kind, cls)
 
     def made(self, context: HookContext) -> Hook:
         """The hook.
@@ -77,7 +78,10 @@ class HookSettings(Settings):
 
 def asked_by(plan: Plan) -> list[HookSettings]:
     """The hooks that `plan` brings along; ConfigError when one is of an unknown kind."""
-    return [parse_one(ONE_HOOK, values, f"hooks of the plan by {plan.method}") for values in plan.hooks]
+    return [
+        parse_one(ONE_HOOK, values, f"plan by {plan.method}: hooks.{number}")
+        for number, values in enumerate(plan.hooks)
+    ]
 
 
 def hooks_of(plan: Plan, receipt: Receipt | None = None) -> list[Hook]:
@@ -95,14 +99,15 @@ def hooks_of(plan: Plan, receipt: Receipt | None = None) -> list[Hook]:
         plan=plan.model_dump(mode="json"),
         receipt=None if receipt is None else receipt.model_dump(mode="json", exclude={"plan"}),
     )
-    context = HookContext(f"the plan by {plan.method}", Ledger(stages=[record]))
+    context = HookContext(f"plan by {plan.method}: hooks", Ledger(stages=[record]))
     return [hook.made(context) for hook in sorted(asked_by(plan), key=lambda hook: not hook.goes_first)]
 
 
 def _hooks_in(loaded: Any) -> Iterator[tuple[str, type[HookSettings]]]:
     # Those of modules add themselves; an entry point names one.
     if isinstance(loaded, type) and issubclass(loaded, HookSettings):
-        yield loaded.model_fields["kind"].default, loaded
+        for kind in get_args(loaded.model_fields["kind"].annotation):
+            yield kind, loaded
 
 
 HOOKS: Registry[type[HookSettings]] = Registry("hook", "auxin.methods", _hooks_in)
@@ -153,8 +158,8 @@ class ExactRatesSettings(HookSettings):
         record = context.ledger.stages[-1]
         if record.kind != "change" or record.receipt is None or len(changes_since_training(context.ledger)) != 1:
             raise ConfigError(
-                f"{context.place}: exact_rates is for the training right after one change, and this one follows "
-                f"{record.name!r} ({record.kind}). Leave it out."
+                f"{context.place}: exact_rates is for the training right after one change, with its receipt, and this "
+                f"one follows {record.name!r} ({record.kind}). Leave it out, or give the receipt."
             )
         return ExactRates(Receipt.model_validate({**record.receipt, "plan": record.plan}))
 

@@ -55,7 +55,11 @@ def old_shapes(plans: list[Plan]) -> OldShapes:
     Raises:
         PlanError: a plan mixes old entries with new ones.
     """
-    assert plans[0].made_for is not None  # methods say what a plan is made for
+    if plans[0].made_for is None:
+        raise PlanError(
+            f"The plan by {plans[0].method} does not say what it was made for, so that there is no telling old entries "
+            "from new ones. Give it made_for, the config before it, or leave out the hook old_rates."
+        )
     model = edited_skeleton(config_from_values(plans[0].made_for))
     shapes: OldShapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for plan in plans:

@@ -14,6 +14,7 @@ from auxin.errors import ConfigError, PlanError
 from auxin.models.loading import load_config, load_model
 from auxin.objectives.calibration import Batch, Calibration, CalibrationSettings, CorpusCalibration
 from auxin.planning.bench import Bench
+from auxin.planning.hooks import asked_by
 from auxin.settings import Settings
 
 Intent = Literal["grow", "prune", "factorize", "moe", "quantize", "restructure", "adapt"]
@@ -87,6 +88,7 @@ def make_plan(method: Method, bench: Bench, settings: Any) -> Plan:
     """
     with bench.spent.running():
         plan = method.plan(bench, settings)
+    asked_by(plan)  # a wrong hook is found now, and not when the training after begins
     cost = bench.spent.cost(bench.data)
     return plan.model_copy(update={"cost": cost}) if cost.samples or cost.flops else plan
 

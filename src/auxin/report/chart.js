@@ -57,9 +57,9 @@
   function growths(branch) {
     return {
       type: "scatter", mode: "markers", name: branch.title, x: branch.growths.map((growth) => growth[state.axis]),
-      y: branch.growths.map((growth) => growth.loss), customdata: branch.growths.map((growth) => growth.label),
+      y: branch.growths.map((growth) => growth.loss), customdata: branch.growths.map((growth) => `<b>${growth.word}</b> ${growth.label}`),
       marker: { symbol: "diamond", size: 13, color: hue(branch), line: { color: style("--card"), width: 2 } },
-      hovertemplate: `<b>growth</b> %{customdata} parameters<br>%{y:.4f} validation ${words.measure}<br>${AXES[state.axis].hover}` +
+      hovertemplate: `%{customdata} parameters<br>%{y:.4f} validation ${words.measure}<br>${AXES[state.axis].hover}` +
         "<extra>%{fullData.name}</extra>",
     };
   }

@@ -1,6 +1,6 @@
 """What the charts draw, and the colours they draw it in."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
 from auxin.accounting.comparison import BranchComparison, Comparison
@@ -90,8 +90,13 @@ def drawable_growths(branch: BranchResult | BranchComparison) -> list[GrowthPoin
 
 
 def growth_label(growth: GrowthPoint) -> str:
-    """What a growth is called in a chart."""
+    """How the sizes before and after a change are written in a chart."""
     return f"{short(growth.parameters_before)} → {short(growth.parameters_after)}"
+
+
+def word_for(changes: Iterable[GrowthPoint]) -> str:
+    """What such changes are called: "growth" where every one of them left more parameters, else "change"."""
+    return "growth" if all(point.parameters_after > point.parameters_before for point in changes) else "change"
 
 
 def _columns(measured: list[CurvePoint], loss: str) -> dict[str, Any]:
@@ -108,4 +113,5 @@ def half_width(point: CurvePoint, loss: str = "value") -> float | None:
 
 def _growth(growth: GrowthPoint) -> dict[str, Any]:
     costs = {axis: getattr(growth, axis) for axis in AXES}
-    return {**costs, "loss": growth.value_after, "label": growth_label(growth), "stage": growth.stage}
+    words = {"label": growth_label(growth), "word": word_for([growth])}
+    return {**costs, **words, "loss": growth.value_after, "stage": growth.stage}

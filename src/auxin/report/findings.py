@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from auxin.accounting.results import BranchResult, GrowthPoint, MeasureDescription, RunResults
+from auxin.report.curves import word_for
 from auxin.report.formatting import change, decimal, difference, power, short
 
 EXACT_CHANGE = 1e-5
@@ -75,14 +76,14 @@ def promise_sentence(
     """
     if not changes:
         return None
-    largest, name = max(changes), f"validation {measure.name}"
+    largest, name, word = max(changes), f"validation {measure.name}", word_for(promised)
     by = f"{change(largest).lstrip('+')} {measure.unit.partition('/')[0]}".rstrip()
     if largest < EXACT_CHANGE:
         at_most = "did not change at all" if largest == 0 else f"changed by at most {by}"
         at_most += over
-        times = "growth" if len(changes) == 1 else f"{len(changes)} growths"
+        times = word if len(changes) == 1 else f"{len(changes)} {word}s"
         return f"At the {times} from {_sizes(promised)} parameters the {name} {at_most}."
-    return f"A growth that promised to be exact changed the {name} by {by}."
+    return f"A {word} that promised to be exact changed the {name} by {by}."
 
 
 def _sizes(growths: Sequence[GrowthPoint]) -> str:

@@ -22,7 +22,7 @@ from auxin.report.comparison import (
     measure_words,
     unit_words,
 )
-from auxin.report.curves import branch_colours, branch_order, chart_data, chart_words
+from auxin.report.curves import branch_colours, branch_order, chart_data, chart_words, word_for
 from auxin.report.findings import EXACT_CHANGE, growth_sentence, headline, main_result, standing
 from auxin.report.lineage import lineage
 
@@ -58,6 +58,7 @@ def render_report(results: RunResults | Comparison) -> str:
     return environment.get_template(TEMPLATE).render(
         **own,
         results=results,
+        word=word_for(growth for branch in results.branches for growth in branch.growths),
         titles={branch.name: branch.title for branch in results.branches},
         colours=branch_colours(results),
         chart=_script_json(chart_data(results)),

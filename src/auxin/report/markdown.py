@@ -13,6 +13,7 @@ from auxin.report.comparison import (
     measure_words,
     unit_words,
 )
+from auxin.report.curves import word_for
 from auxin.report.formatting import DASH, change, short
 
 
@@ -87,5 +88,8 @@ def _growth_lines(comparison: Comparison) -> list[str]:
     ]
     if not rows:
         return []
-    header = ["growth", "parameters", "mean before", "mean after", "largest change of a seed", "promise"]
+    header = [
+        word_for(growth for _, growth, _ in comparison_growths(comparison)),
+        *("parameters", "mean before", "mean after", "largest difference of a seed", "promise"),
+    ]
     return ["", "What the growths did to the measure:", "", *markdown_table(header, rows)]
