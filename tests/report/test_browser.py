@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from auxin.accounting.comparison import compare
 from auxin.report import write_report
-from report.made_up_run import partial_results, results
+from report.made_up_run import partial_results, results, seeded
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
@@ -98,4 +99,14 @@ def test_a_failed_run_on_a_narrow_dark_screen(tmp_path):
     seen = visit(page, tmp_path / "profile", *flags)
     assert seen["start"]["theme"] == "dark"
     assert seen["start"]["curves"] == 1
+    assert {state["overflow"] for state in seen.values()} == {0}, "the page must not scroll sideways"
+
+
+@pytest.mark.parametrize("width", [1200, 500])
+def test_bands_of_several_seeds_draw_on_every_axis_and_width(tmp_path, width):
+    comparison = compare([seeded(0, 0.0, 0.0), seeded(1, 0.04, 0.01), seeded(2, -0.03, -0.01)], "")
+    seen = visit(write_report(comparison, tmp_path / "report.html"), tmp_path / "profile", f"--window-size={width},900")
+    branches, growths = len(comparison.branches), sum(bool(branch.growths) for branch in comparison.branches)
+    for state in ("start", "[data-value=units]", "[data-value=seconds]", "[data-value=all]", "[data-value=log]"):
+        assert seen[state]["curves"] == 2 * branches + growths, state
     assert {state["overflow"] for state in seen.values()} == {0}, "the page must not scroll sideways"

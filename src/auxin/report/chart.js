@@ -97,7 +97,7 @@
       const loss = branch.validation.loss.at(-1);
       return { branch, loss, place: Math.min(Math.max(position(loss), 0), height) };
     }).sort((a, b) => a.place - b.place);
-    const tall = (end) => LABEL_HEIGHT * lines(end.branch.title).length;
+    const tall = (end) => LABEL_HEIGHT * label(end).length;
     const apart = (one, other) => (tall(one) + tall(other)) / 2 + 3;
     ends.forEach((end, index) => {
       const below = ends[index - 1];
@@ -111,11 +111,16 @@
     return ends.map((end) => ({
       xref: "paper", yref: "paper", x: 1, y: end.moved / height, xanchor: "left", yanchor: "middle", xshift: 6,
       align: "left", showarrow: false, font: { color: hue(end.branch), size: 13 },
-      text: `${lines(end.branch.title).map(escapeText).join("<br>")} <b>${end.loss.toFixed(3)}${spread(end.branch.validation)}</b>`,
+      text: label(end).join("<br>"),
     }));
   }
 
-  const spread = (points) => (points.half ? ` ± ${points.half.at(-1).toFixed(3)}` : "");
+  /** The title's lines and the number, which follows where it has room: with an interval on a line of its own. */
+  function label(end) {
+    const title = lines(end.branch.title).map(escapeText), half = end.branch.validation.half;
+    const number = `<b>${end.loss.toFixed(3)}${half ? ` ± ${half.at(-1).toFixed(3)}` : ""}</b>`;
+    return half ? [...title, number] : [...title.slice(0, -1), `${title.at(-1)} ${number}`];
+  }
 
   function lines(title) {
     const result = [""];

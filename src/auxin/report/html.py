@@ -18,7 +18,6 @@ from auxin.report.comparison import (
     comparison_growths,
     comparison_headline,
     comparison_rows,
-    estimate_text,
     measure_words,
     unit_words,
 )
@@ -53,7 +52,6 @@ def render_report(results: RunResults | Comparison) -> str:
     )
     for name in ("exact", "short", "power", "duration", "decimal", "signed", "change", "sentence"):
         environment.filters[name] = getattr(formatting, name)
-    environment.filters["estimate"] = estimate_text
     own = _of_seeds(results) if isinstance(results, Comparison) else _of_run(results)
     return environment.get_template(TEMPLATE).render(
         **own,

@@ -19,6 +19,11 @@ WIDTH, HEIGHT = 880, 460
 LEFT, RIGHT, TOP, BOTTOM = 62, 236, 50, 56
 LATE_SHARE = 0.12
 """Share of the costs that is left out at the start, where the loss falls steeply and hides what comes after."""
+PLANE = (
+    f'<clipPath id="plane"><rect x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}"/>'
+    "</clipPath>"
+)
+"""What bands are cut off at."""
 BAND_SHARE = 0.4
 """Of the curves' height: so much is added for bands on either side, at most."""
 LABEL_HEIGHT = 34
@@ -45,7 +50,8 @@ def chart_svg(results: RunResults | Comparison) -> str:
         colours = {name: colour.both for name, colour in branch_colours(results).items()}
         body += _axes(plane, f"validation {results.measure.with_unit}")
         drawn = [branch for branch in reversed(order) if branch.name in curves]
-        body += [_band(plane, curves[branch.name], colours[branch.name]) for branch in drawn]
+        if bands := [band for branch in drawn if (band := _band(plane, curves[branch.name], colours[branch.name]))]:
+            body += [PLANE, *bands]
         body += [_curve(plane, branch, curves[branch.name], colours[branch.name], results) for branch in drawn]
         for branch in drawn:
             body += _growths(plane, branch, colours[branch.name], labelled=branch.name == results.main_branch)
@@ -121,21 +127,19 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _band(plane: _Plane, measured: list[CurvePoint], colour: str) -> str:
-    """The interval around a mean curve, cut off at the plane's edges; empty where there is none."""
+    """The interval around a mean curve, to be cut off at the plane's edges; empty where there is none."""
     widths = [half_width(point) for point in measured]
     if not any(widths):
         return ""
 
     def edge(sign: int) -> list[tuple[float, float]]:
-        curve = [
+        return [
             (point.flops, (point.value or 0.0) + sign * (width or 0.0))
             for point, width in zip(measured, widths, strict=True)
         ]
-        inside = [(x, min(max(y, plane.low), plane.high)) for x, y in curve]
-        return _clip(inside, plane)
 
     outline = " ".join(f"{plane.x(x):.1f},{plane.y(y):.1f}" for x, y in [*edge(1), *reversed(edge(-1))])
-    return f'<polygon points="{outline}" fill="{colour}" fill-opacity="0.16"/>'
+    return f'<polygon points="{outline}" fill="{colour}" fill-opacity="0.16" clip-path="url(#plane)"/>'
 
 
 def _curve(
@@ -187,8 +191,10 @@ def _labels(
     """Title and last loss of every branch beside the end of its curve, moved apart where they would overlap."""
     order = sorted(branches, key=lambda branch: curves[branch.name][-1].value or 0.0, reverse=True)
     places = [plane.y(curves[branch.name][-1].value or 0.0) for branch in order]
+    labels = [_label(branch.title, curves[branch.name][-1]) for branch in order]
+    height = max(LABEL_HEIGHT, 2 + 16 * max(map(len, labels)))
     parts = []
-    for branch, place, moved in zip(order, places, spread(places), strict=True):
+    for branch, lines, place, moved in zip(order, labels, places, spread(places, height), strict=True):
         end, colour = curves[branch.name][-1], colours[branch.name]
         x = plane.x(end.flops)
         parts.append(f'<circle cx="{x:.1f}" cy="{place:.1f}" r="3.5" fill="{colour}"/>')
@@ -197,14 +203,17 @@ def _labels(
             f'<polyline points="{x + 6:.1f},{place:.1f} {elbow},{moved:.1f} {elbow + 5},{moved:.1f}" '
             f'fill="none" stroke="{colour}" stroke-opacity="0.6"/>'
         )
-        width = half_width(end)
-        # The number is kept on one line.
-        number = f"{end.value:.3f}" if width is None else f"{end.value:.3f}\u00a0±\u00a0{width:.3f}"
-        lines = textwrap.wrap(f"{branch.title} {number}", LABEL_CHARACTERS)
         for index, content in enumerate(lines):
             y = moved + 4.5 + 16 * (index - (len(lines) - 1) / 2)
             parts.append(text(WIDTH - RIGHT + 22, y, content, colour=colour, weight=600))
     return parts
+
+
+def _label(title: str, end: CurvePoint) -> list[str]:
+    """The lines of a curve's title and last loss; a loss and its interval are not parted."""
+    width = half_width(end)
+    number = f"{end.value:.3f}" if width is None else f"{end.value:.3f}\u00a0±\u00a0{width:.3f}"
+    return textwrap.wrap(f"{title} {number}", LABEL_CHARACTERS)
 
 
 def spread(places: list[float], height: float = LABEL_HEIGHT) -> list[float]:
