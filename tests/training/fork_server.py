@@ -15,9 +15,23 @@ from pathlib import Path
 import torch
 
 from auxin.errors import AuxinError
+from auxin.objectives.measures import Accuracy, Loss
 from auxin.training import GuardSettings, train
-from training.tiny import SPANS, TinyData, poisoned_llama, poisoned_t5, tiny_settings
+from labelled import TinyLabelled
+from training.tiny import SPANS, TinyData, poisoned_bert, poisoned_llama, poisoned_t5, tiny_settings
 
+# Dropout draws from the generator whose state a checkpoint must carry; two rows are poisoned.
+TASKS = {
+    "language": (lambda: poisoned_llama(attention_dropout=0.2), TinyData, {}, (Loss(),)),
+    "spans": (lambda: poisoned_t5(dropout=0.2), TinyData, SPANS, (Loss(),)),
+    "classes": (
+        lambda: poisoned_bert(dropout=0.2),
+        TinyLabelled,
+        {"objective": "classification"},
+        (Accuracy(), Loss()),
+    ),
+}
+"""By what is learnt: the model, the data, the objective and what is measured."""
 FILE_OPERATIONS = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink")
 
 
@@ -74,17 +88,17 @@ def child(request: dict) -> None:
         signal.setitimer(signal.ITIMER_PROF, request["dies_after"])
     if "count" in request:
         count_file_operations(request.get("kill_at"), Path(request["count"]))
+    make_model, make_data, objective, measures = TASKS[request.get("task", "language")]
     settings = tiny_settings(
         steps=17,
         checkpoint_interval=5,
         evaluation_interval=6,
         log_interval=2,
         guard=GuardSettings(action="rewind", maximum_events=9),
-        **(SPANS if request.get("spans") else {}),
+        **objective,
     )
-    # Dropout draws from the generator whose state a checkpoint must carry; two rows are poisoned.
-    model = poisoned_t5(dropout=0.2) if request.get("spans") else poisoned_llama(attention_dropout=0.2)
-    train(model, TinyData(poisoned_rows=(5, 40)), settings, output_dir, hooks=[Mischief(request)], progress=False)
+    data, hooks = make_data(poisoned_rows=(5, 40)), [Mischief(request)]
+    train(make_model(), data, settings, output_dir, measures=measures, hooks=hooks, progress=False)
 
 
 def serve(request: dict) -> dict:

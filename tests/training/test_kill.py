@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -51,15 +52,29 @@ def run() -> Iterator[Run]:
         process.stdin.close()
 
 
+Alone = tuple[Path, int, float]
+
+
 @pytest.fixture(scope="module")
-def alone(run, tmp_path_factory) -> tuple[Path, int, float]:
-    """The run left alone: its folder, how many file operations it made, and the seconds that it computed."""
-    folder = tmp_path_factory.mktemp("alone")
-    answer = run(folder / "run", count=str(folder / "calls"))
-    assert answer["code"] == 0, answer["message"]
-    events = [line for line in read_metrics(folder / "run") if "event" in line]
-    assert len(events) >= 2, "the run must rewind more than once to be worth killing"
-    return folder / "run", int((folder / "calls").read_text()), answer["seconds"]
+def left_alone(run, tmp_path_factory) -> Callable[[str], Alone]:
+    """The run of a task left alone: its folder, how many file operations it made, and the seconds that it computed."""
+
+    @cache
+    def once(task: str) -> Alone:
+        folder = tmp_path_factory.mktemp(f"alone-{task}")
+        answer = run(folder / "run", task=task, count=str(folder / "calls"))
+        assert answer["code"] == 0, answer["message"]
+        events = [line for line in read_metrics(folder / "run") if "event" in line]
+        assert len(events) >= 2, "the run must rewind more than once to be worth killing"
+        return folder / "run", int((folder / "calls").read_text()), answer["seconds"]
+
+    return once
+
+
+@pytest.fixture(scope="module")
+def alone(left_alone) -> Alone:
+    """That of a language model."""
+    return left_alone("language")
 
 
 def assert_same_end(one: Path, other: Path) -> None:
@@ -87,12 +102,14 @@ def assert_same(one: Path, other: Path) -> None:
     assert states[0] == states[1]
 
 
-def test_killed_at_random_moments_again_and_again(run, alone, tmp_path):
-    reference, _, seconds = alone
+@pytest.mark.parametrize("task", ["language", "classes"])
+def test_killed_at_random_moments_again_and_again(run, left_alone, tmp_path, task):
+    """A language model and a classifier end in the bits that they would have had."""
+    reference, _, seconds = left_alone(task)
     moments = random.Random(1)
     longest, killed, folder = 0.6 * seconds, 0, tmp_path / "0"
     for attempt in range(1, 9):
-        answer = run(folder, dies_after=moments.uniform(0.05, longest))
+        answer = run(folder, task=task, dies_after=moments.uniform(0.05, longest))
         if answer["code"] == 0:
             # It had gone on from a late checkpoint: start over and die sooner.
             assert_same(reference, folder)
@@ -101,7 +118,7 @@ def test_killed_at_random_moments_again_and_again(run, alone, tmp_path):
             assert answer["code"] == TIMED_OUT, answer["message"]
             killed += 1
     assert killed >= 3
-    answer = run(folder)
+    answer = run(folder, task=task)
     assert answer["code"] == 0, answer["message"]
     assert_same(reference, folder)
 
@@ -118,16 +135,16 @@ def test_killed_in_the_middle_of_saving(run, alone, tmp_path):
         assert_same(reference, folder)
 
 
-def test_span_corruption_goes_on_with_the_same_noise(run, tmp_path):
-    """Noise that came from anything but seed and position would differ after a kill, also one behind a rewind."""
-    assert run(tmp_path / "alone", spans=True)["code"] == 0
-    events = [line for line in read_metrics(tmp_path / "alone") if "event" in line]
-    assert len(events) >= 2
+@pytest.mark.parametrize("task", ["spans", "classes"])
+def test_killed_in_given_steps_it_goes_on_with_the_same_noise(run, left_alone, tmp_path, task):
+    """Noise that came from anything but seed and position would differ after a kill, also one behind a rewind; that of
+    dropout goes on where the checkpoint was."""
+    reference, _, _ = left_alone(task)
     for step in (3, 9, 12):
-        answer = run(tmp_path / "killed", spans=True, signal="SIGKILL", signal_at=step)
+        answer = run(tmp_path / "killed", task=task, signal="SIGKILL", signal_at=step)
         assert answer["code"] == SIGKILLED, answer["message"]
-    assert run(tmp_path / "killed", spans=True)["code"] == 0
-    assert_same(tmp_path / "alone", tmp_path / "killed")
+    assert run(tmp_path / "killed", task=task)["code"] == 0
+    assert_same(reference, tmp_path / "killed")
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
@@ -121,6 +123,18 @@ class PoisonedT5(T5ForConditionalGeneration):
 def poisoned_t5(seed: int = 0, dropout: float = 0.1) -> PoisonedT5:
     torch.manual_seed(seed)
     return PoisonedT5(tiny_t5_config(dropout))
+
+
+def poisoned_bert(seed: int = 0, dropout: float = 0.1, classes: int = 3) -> BertForSequenceClassification:
+    """A classifier whose loss is nan on any batch with the poison token, and untouched by it otherwise."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    tokens = {"vocab_size": VOCABULARY, "max_position_embeddings": 16, "pad_token_id": 0}
+    model = BertForSequenceClassification(BertConfig(**sizes, **rates, **tokens, num_labels=classes))
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight[POISON] = torch.nan
+    return model
 
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "tokenformer": tiny_tokenformer}
