@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from measuring import reset_peak, resident
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
@@ -28,14 +29,6 @@ MIB = 2**20
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "MALLOC_MMAP_THRESHOLD_": "65536"}
 INTERPRETER = 8 * MIB
 MODES = ["memory", "optimizer", "disk"]
-
-
-def resident(kind: str) -> int:
-    """Bytes of the resident set: VmHWM (its peak since the last reset), RssAnon or RssFile (now)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{kind}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {kind}")
 
 
 def config_of(megabytes: int) -> Any:
@@ -107,7 +100,7 @@ def measure(mode: str, megabytes: int, regime: Any, folder: Path, method_name: s
     if mode == "disk":
         model.save_pretrained(folder / "old", max_shard_size="200MB")
         del model
-    Path("/proc/self/clear_refs").write_text("5")
+    reset_peak()
     if mode == "disk":
         receipt = apply_to_checkpoint(plan, folder / "old", folder / "new")
         model = AutoModelForCausalLM.from_pretrained(folder / "new", dtype="auto")

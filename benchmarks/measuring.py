@@ -1,16 +1,24 @@
-"""What the benchmarks that time code share: clocks, peaks of memory, the machine."""
+"""What the benchmarks share: clocks, peaks of memory, the machine, how repeated numbers are written, results on the
+disk."""
 
+import ctypes
+import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
-from auxin.accounting.machine import processor_name
+from auxin.accounting.ledger import software_versions
+from auxin.accounting.machine import describe_machine, processor_name
+from auxin.files import write_text
 
 
 def chosen_clock(device: str) -> tuple[str, Callable[[], float]]:
@@ -44,6 +52,77 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
     return peak
 
 
+def resident(kind: str) -> int:
+    """Bytes of the resident set: VmRSS, RssAnon or RssFile (now), or VmHWM (its peak since the last reset)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{kind}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {kind}")
+
+
+def reset_peak() -> None:
+    """Count the resident set's peak from here on."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+class StepCosts:
+    """Training hook: what each step takes, without evaluations, checkpoints and lines of metrics, which `train` does
+    between its steps. Give it to `train` before the other hooks and once more behind them, so that they are part of a
+    step. Drawing the batch is part of it, too.
+
+    Args:
+        trim: give freed memory back to the system before each step, so that `rises` counts none of it; costs time.
+    """
+
+    def __init__(self, trim: bool = False) -> None:
+        self.seconds: list[float] = []
+        """Processor time of each step."""
+        self.peaks: list[int] = []
+        """Bytes of the resident set at each step's highest."""
+        self.rises: list[int] = []
+        """How far each step's peak lies above what is there without gradients and AdamW's state: the model, the code.
+        Says something from the second step on, when they are there before it begins."""
+        self._trim, self._running = trim, False
+
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Watch this training."""
+        self._model, self._optimizer = model, optimizer
+
+    def before_step(self, step: int) -> None:
+        """Start the clock."""
+        if self._running:
+            return
+        if self._trim:
+            ctypes.CDLL(None).malloc_trim(0)
+        gradients = sum(p.grad.nbytes for p in self._model.parameters() if p.grad is not None)
+        self._floor = resident("VmRSS") - gradients - self.state_bytes
+        reset_peak()
+        self._running, self._start = True, time.process_time()
+
+    def after_step(self, step: int) -> None:
+        """Read the clock; the last reading of a step counts."""
+        seconds, peak = time.process_time() - self._start, resident("VmHWM")
+        if not self._running:
+            for numbers in (self.seconds, self.peaks, self.rises):
+                numbers.pop()
+        self.seconds.append(seconds)
+        self.peaks.append(peak)
+        self.rises.append(peak - self._floor)
+        self._running = False
+
+    @property
+    def state_bytes(self) -> int:
+        """Of AdamW's moments."""
+        return sum(t.nbytes for state in self._optimizer.state.values() for t in state.values() if t.ndim)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: what was measured belongs to this process."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""
+
+
 def quartiles(values: list[float]) -> tuple[float, float, float]:
     """The lower quartile, the median and the upper quartile."""
     low, middle, high = statistics.quantiles(values, n=4)
@@ -61,3 +140,31 @@ def machine(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def mean_and_range(numbers: Sequence[float], form: str = ".4f") -> str:
+    """The mean of what several seeds gave, the least and the largest; a dash where there is nothing."""
+    if not numbers:
+        return "-"
+    return f"{statistics.mean(numbers):{form}} ({min(numbers):{form}} to {max(numbers):{form}})"
+
+
+def made_by(command: str, **versions: str) -> dict[str, Any]:
+    """What numbers were made by: the command line, the machine, and the versions, further ones among them."""
+    return {"command": command, "machine": describe_machine(), "versions": {**software_versions(), **versions}}
+
+
+def made_by_line(results: dict[str, Any]) -> str:
+    """The same as a line of a page."""
+    machine, versions = (
+        ", ".join(f"{key} {value}" for key, value in results[part].items()) for part in ("machine", "versions")
+    )
+    return f"Command: `{results['command']}`. Machine: {machine}. Versions: {versions}."
+
+
+def write_results(results: dict[str, Any], path: Path, text: str, page: Path) -> None:
+    """Write results as JSON and their page as Markdown, so that neither is ever half there."""
+    for folder in (path.parent, page.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(results, indent=1, sort_keys=True) + "\n")
+    write_text(page, text)

@@ -4,39 +4,40 @@ A small Llama with a byte-level BPE of 512 tokens is trained on the Python stand
 with the BPE's training are added, their rows starting by each rule, and the model is trained on; beside them the old
 vocabulary, trained on with the same FLOPs, and new rows as transformers draws them without this package
 (`resize_token_embeddings(mean_resizing=False)`: normal, standard deviation 0.02, a new optimizer). Judged in bits per
-byte of held-out files, since losses per token of two tokenizers can't be compared.
+byte of the held-out files, since losses per token of two tokenizers can't be compared.
+
+Each tokenizer has a corpus of its own, of the same files with the same ones held out, by the hash of their content.
 
     python benchmarks/vocabulary.py            about two minutes on a free core
     python benchmarks/vocabulary.py --quick    half a minute, to see that it runs
 """
 
 import argparse
-import copy
-import json
-import math
-import platform
 import statistics
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from torch import Tensor
-from torch.optim import AdamW
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from measuring import made_by, made_by_line, mean_and_range, write_results
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from auxin.accounting import flops_per_token
-from auxin.data.tokenizer import plain_backend, train_tokenizer
-from auxin.data.vocabulary import Merge, learn_merges, texts_of
-from auxin.methods.grow.vocabulary import grow_vocabulary
+from auxin.data import CorpusSettings, PackedData, prepare
+from auxin.data.vocabulary import Merge, enlarge_tokenizer, learn_merges
+from auxin.edits import apply_to_checkpoint
+from auxin.evaluation import perplexity
+from auxin.methods import method
+from auxin.planning.bench import Bench
+from auxin.training import TrainingResult, TrainingSettings, load_model, train, write_checkpoint_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "vocabulary.json"
-TABLE = ROOT / "docs" / "results" / "vocabulary.md"
+PAGE = ROOT / "docs" / "results" / "vocabulary.md"
 OLD, DRAWN = "old vocabulary", "drawn by transformers"
 BRANCHES = ("pieces", "mean", DRAWN, OLD)
+"""The last one gets the FLOPs of the one before."""
 
 
 @dataclass(frozen=True)
@@ -54,142 +55,128 @@ class Trial:
     length: int = 128
     learning_rate: float = 3e-3
     bytes: int = 2_000_000
-    held_out: int = 60_000
 
 
-QUICK = Trial((0,), steps_before=60, steps_after=20, bytes=400_000, held_out=20_000, hidden_size=32, layers=1)
+QUICK = Trial((0,), steps_before=60, steps_after=20, bytes=1_000_000, hidden_size=32, layers=1)
 
 
-def main() -> None:
-    """Run all seeds and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a short run that writes nothing")
-    quick = parser.parse_args().quick
-    trial = QUICK if quick else Trial()
-    torch.set_num_threads(1)
-    # Every 20th file is held out.
-    texts = list(texts_of("stdlib", trial.bytes))
-    training = [text for number, text in enumerate(texts) if number % 20]
-    held_out = "\n".join(texts[::20]).encode()[: trial.held_out].decode(errors="ignore")
-    tokenizer = train_tokenizer(training, trial.vocabulary, trial.length)
-    merges = learn_merges(tokenizer, training, trial.new_tokens)
-    found: dict[str, list[dict[str, float]]] = {branch: [] for branch in BRANCHES}
-    for seed in trial.seeds:
-        for branch, numbers in run(trial, seed, tokenizer, merges, training, held_out).items():
-            found[branch].append(numbers)
-            print(seed, branch, numbers, file=sys.stderr, flush=True)
-    report = {
-        "trial": asdict(trial),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "corpus": f"standard library of Python {platform.python_version()}",
-        "branches": found,
-    }
-    page = table(report)
-    print(page)
-    if not quick:
-        RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        TABLE.write_text(page, encoding="utf-8")
+@dataclass(frozen=True)
+class Corpora:
+    """The same text in old and in new tokens."""
+
+    old: PackedData
+    new: PackedData
+    merges: list[Merge]
+    """What makes the new tokens of the old ones."""
+    held_out: str
+    """The held-out files."""
+
+    @classmethod
+    def of(cls, trial: Trial, work: Path) -> "Corpora":
+        """Prepare both; the new tokens are learned from the files that are trained on."""
+        settings = CorpusSettings(
+            vocab_size=trial.vocabulary, context_length=trial.length, max_bytes=trial.bytes, validation_fraction=0.05
+        )
+        old = prepare(settings, work / "old", progress=False)
+        tokenizer = old.tokenizer()
+        merges = learn_merges(tokenizer, documents(old, "train"), trial.new_tokens)
+        enlarge_tokenizer(tokenizer, merges=merges).tokenizer.save_pretrained(work / "tokenizer")
+        again = settings.model_copy(update={"tokenizer": work / "tokenizer"})
+        new = prepare(again, work / "new", progress=False)
+        return cls(old, new, merges, "\n".join(documents(old, "validation")))
 
 
-def run(
-    trial: Trial,
-    seed: int,
-    tokenizer: PreTrainedTokenizerFast,
-    merges: list[Merge],
-    training: list[str],
-    held_out: str,
-) -> dict[str, dict[str, float]]:
-    """One seed: train, grow by every rule, train on."""
+def documents(data: PackedData, split: str) -> list[str]:
+    """The documents of a split, as they were packed."""
+    tokenizer = data.tokenizer()
+    text = str(tokenizer.decode(getattr(data, split).ravel(), clean_up_tokenization_spaces=False))
+    return text.split(str(tokenizer.eos_token))
+
+
+def scored(folder: Path, corpora: Corpora, data: PackedData, trial: Trial) -> float:
+    """Bits per byte of the held-out files, in windows that overlap by half, by the model in `folder`."""
+    return perplexity(load_model(folder), data.tokenizer(), corpora.held_out, trial.length).bits_per_byte
+
+
+def source_model(trial: Trial, seed: int, corpora: Corpora, work: Path) -> TrainingResult:
+    """Train the model that is to grow, at a constant rate after a warm-up."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=trial.vocabulary,
         hidden_size=trial.hidden_size,
         intermediate_size=3 * trial.hidden_size,
         num_hidden_layers=trial.layers,
         num_attention_heads=4,
-        num_key_value_heads=4,
         max_position_embeddings=trial.length,
         tie_word_embeddings=True,
-        pad_token_id=None,
+        **corpora.old.form.config_values,
     )
-    source = LlamaForCausalLM(config)
-    optimizer = AdamW(source.parameters(), lr=trial.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    ids = encoded(tokenizer, training)
-    train(source, optimizer, ids, trial.steps_before, seed, trial)
-    before = bits_per_byte(source, tokenizer, held_out, trial)
-    first_flops = flops_per_token(source, trial.length).forward
+    settings = settings_of(trial, seed, steps=trial.steps_before, warmup_steps=50, decay_fraction=0.0)
+    return train(LlamaForCausalLM(config), corpora.old, settings, work / "source", progress=False)
+
+
+def settings_of(trial: Trial, seed: int, **values: Any) -> TrainingSettings:
+    """The settings of one stage."""
+    return TrainingSettings(
+        batch_size=trial.batch,
+        learning_rate=trial.learning_rate,
+        evaluation_batches=1,
+        checkpoint_interval=None,
+        tensorboard=False,
+        seed=seed,
+        **values,
+    )
+
+
+def start_of(branch: str, source: Path, seed: int, corpora: Corpora, output: Path) -> tuple[Path, bool]:
+    """The checkpoint from which a branch trains on, and whether it has moments for AdamW."""
+    if branch == OLD:
+        return source, True
+    if branch == DRAWN:
+        model = load_model(source)
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(corpora.new.vocab_size, mean_resizing=False)
+        write_checkpoint_folder(output, model)
+        return output, False
+    grow = method("vocabulary")
+    settings = grow.settings.parse({"merges": corpora.merges, "rule": branch, "tokenizer": source})
+    plan = grow.plan(Bench(load_model(source), folder=output.with_suffix(".files")), settings)
+    apply_to_checkpoint(plan, source, output)
+    return output, True
+
+
+def run(trial: Trial, seed: int, corpora: Corpora, work: Path) -> dict[str, dict[str, float]]:
+    """One seed: train, grow by every rule, train on."""
+    result = source = source_model(trial, seed, corpora, work)
+    before = scored(source.checkpoint, corpora, corpora.old, trial)
     numbers: dict[str, dict[str, float]] = {}
     for branch in BRANCHES:
-        model, grown_tokenizer, state = copy.deepcopy((source, tokenizer, optimizer.state_dict()))
-        own = AdamW(model.parameters(), lr=trial.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-        own.load_state_dict(state)
-        if branch in ("pieces", "mean"):
-            grow_vocabulary(model, grown_tokenizer, merges=merges, rule=branch, optimizer=own)  # type: ignore[arg-type]
-        elif branch == DRAWN:
-            grow_vocabulary(copy.deepcopy(model), grown_tokenizer, merges=merges)
-            torch.manual_seed(seed)
-            model.resize_token_embeddings(trial.vocabulary + trial.new_tokens, mean_resizing=False)
-            own = AdamW(model.parameters(), lr=trial.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-        after = bits_per_byte(model, grown_tokenizer, held_out, trial)
+        data = corpora.old if branch == OLD else corpora.new
+        start, moments = start_of(branch, source.checkpoint, seed, corpora, work / branch)
         # The old vocabulary has a smaller head: the same FLOPs are more steps.
-        new_flops = flops_per_token(model, trial.length).forward
-        grown_flops = first_flops + 2 * trial.new_tokens * trial.hidden_size
-        steps = round(trial.steps_after * grown_flops / new_flops)
-        grown_ids = ids if branch == OLD else encoded(grown_tokenizer, training)
-        train(model, own, grown_ids, steps, seed + 1, trial, decay=True)
+        budget = {"flops": result.flops} if branch == OLD else {"steps": trial.steps_after}
+        result = train(
+            load_model(start),
+            data,
+            settings_of(trial, seed, decay_fraction=1.0, **budget),
+            work / f"{branch}, trained",
+            optimizer_from=start if moments else None,
+            data_position=source.data_position,
+            progress=False,
+        )
         numbers[branch] = {
             "before": before,
-            "after": after,
-            "final": bits_per_byte(model, grown_tokenizer, held_out, trial),
-            "steps": steps,
-            "bytes_per_token": len(held_out.encode()) / len(encoded(grown_tokenizer, [held_out])),
+            "after": scored(start, corpora, data, trial),
+            "final": scored(result.checkpoint, corpora, data, trial),
+            "steps": result.steps,
+            "bytes_per_token": data.bytes_per_unit,
         }
+        print(seed, branch, numbers[branch], file=sys.stderr, flush=True)
     return numbers
 
 
-def encoded(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
-    """All texts as one row of ids."""
-    found = plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
-    return torch.tensor([index for encoding in found for index in encoding.ids])
-
-
-def train(
-    model: PreTrainedModel, optimizer: AdamW, ids: Tensor, steps: int, seed: int, trial: Trial, decay: bool = False
-) -> None:
-    """Train on random stretches; the rate is constant after a warm-up, or falls linearly to zero."""
-    generator = torch.Generator().manual_seed(seed)
-    model.train()
-    for step in range(steps):
-        rate = 1 - step / steps if decay else min(1.0, (step + 1) / 50)
-        for group in optimizer.param_groups:
-            group["lr"] = trial.learning_rate * rate
-        starts = torch.randint(len(ids) - trial.length, (trial.batch,), generator=generator)
-        batch = torch.stack([ids[start : start + trial.length] for start in starts])
-        optimizer.zero_grad()
-        model(input_ids=batch, labels=batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-
-@torch.no_grad()
-def bits_per_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text: str, trial: Trial) -> float:
-    """Of `text`, in windows that overlap by half; the first token is given."""
-    model.eval()
-    ids = encoded(tokenizer, [text])
-    nats, half = 0.0, trial.length // 2
-    for start in range(0, len(ids) - 1, half):
-        window = ids[max(0, start - half) : start + half]
-        scored = len(window) - (half if start else 1)
-        if scored <= 0:
-            break
-        log = model(input_ids=window[None]).logits[0, :-1].log_softmax(-1)
-        nats -= log[-scored:].gather(-1, window[-scored:, None]).sum().item()
-    return nats / math.log(2) / len(text.encode())
-
-
-def table(report: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> str:
     """The results as a page."""
-    trial = report["trial"]
+    trial = results["trial"]
     lines = [
         "# A larger vocabulary for a trained model",
         "",
@@ -197,24 +184,44 @@ def table(report: dict[str, Any]) -> str:
         f"{trial['vocabulary']} tokens, trained {trial['steps_before']} steps of {trial['batch']} x {trial['length']} "
         f"tokens on the Python standard library, gets {trial['new_tokens']} tokens more (learned from the training "
         f"files) and is trained {trial['steps_after']} steps on, the rate falling to zero. The branch with the old "
-        "vocabulary gets as many steps as the same FLOPs allow. Bits per byte of held-out files: mean over the seeds "
-        "(least to largest).",
+        "vocabulary gets as many steps as the same FLOPs allow. Bits per byte of the held-out files "
+        f"({results['held_out_bytes']:,} bytes): mean over the seeds (least to largest).",
         "",
-        f"Command: `python benchmarks/vocabulary.py`. Seeds: {list(trial['seeds'])}. Versions: {report['versions']}. "
-        f"Corpus: {report['corpus']}.",
+        f"{made_by_line(results)} Seeds: {list(trial['seeds'])}. Corpus: standard library of Python "
+        f"{results['versions']['python']}, fingerprint {results['fingerprint'][:16]}.",
         "",
         "| new rows | bytes per token | steps | before | right after growth | trained on |",
         "|---|---|---|---|---|---|",
     ]
-    for branch, found in report["branches"].items():
-        cells = [_range([run[key] for run in found]) for key in ("before", "after", "final")]
-        bytes_per_token = statistics.mean(run["bytes_per_token"] for run in found)
-        lines.append(f"| {branch} | {bytes_per_token:.2f} | {found[0]['steps']:.0f} | " + " | ".join(cells) + " |")
+    for branch in BRANCHES:
+        found = [numbers[branch] for numbers in results["seeds"]]
+        cells = [mean_and_range([numbers[key] for numbers in found], ".3f") for key in ("before", "after", "final")]
+        bytes_per_token = statistics.mean(numbers["bytes_per_token"] for numbers in found)
+        lines.append(f"| {branch} | {bytes_per_token:.2f} | {found[0]['steps']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _range(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+def main() -> None:
+    """Run all seeds and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a short run that writes nothing")
+    quick = parser.parse_args().quick
+    trial = QUICK if quick else Trial()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        corpora = Corpora.of(trial, work)
+        results = {
+            **made_by("python benchmarks/vocabulary.py"),
+            "trial": asdict(trial),
+            "fingerprint": corpora.old.fingerprint,
+            "held_out_bytes": len(corpora.held_out.encode()),
+            "seeds": [run(trial, seed, corpora, work / str(seed)) for seed in trial.seeds],
+        }
+    page = table(results)
+    print(page)
+    if not quick:
+        write_results(results, RESULTS, page, PAGE)
 
 
 if __name__ == "__main__":

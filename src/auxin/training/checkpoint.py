@@ -29,6 +29,7 @@ from auxin.errors import CheckpointError
 from auxin.files import flush, flush_tree, write_text
 from auxin.models.loading import existing_folder, load_model, no_progress_bar
 from auxin.nn.bricks import Brick
+from auxin.training.adapters import has_adapter, load_adapter
 from auxin.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from auxin.training.settings import TrainingSettings
 
@@ -222,11 +223,15 @@ def load_optimizer(checkpoint: str | Path, model: PreTrainedModel, settings: Tra
 
 
 def load_weights(checkpoint: str | Path, model: PreTrainedModel) -> None:
-    """Copy weights, buffers and config of a checkpoint into `model`, which must have its structure.
+    """Copy weights, buffers and config of a checkpoint into `model`, which must have its structure; of a model with an
+    adapter, that alone.
 
     Raises:
         CheckpointError: the folder is unusable, or its tensors have other names or shapes.
     """
+    if has_adapter(model):
+        load_adapter(Path(checkpoint), model)
+        return
     saved = load_model(checkpoint, dtype=model.dtype, model_class=type(model))
     for kind in ("named_parameters", "named_buffers"):
         source = dict(getattr(saved, kind)())

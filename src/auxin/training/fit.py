@@ -5,6 +5,7 @@ from transformers import PreTrainedModel
 
 from auxin.errors import ConfigError
 from auxin.objectives.objective import Objective
+from auxin.training.adapters import check_adapter, has_adapter
 
 
 def check_fit(model: PreTrainedModel, objective: Objective) -> None:
@@ -25,4 +26,6 @@ def check_fit(model: PreTrainedModel, objective: Objective) -> None:
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("The model has no trainable parameter: requires_grad is False everywhere.")
+    if has_adapter(model):
+        check_adapter(model)
     objective.check(model)

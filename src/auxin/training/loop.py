@@ -100,7 +100,7 @@ def train(
 
     Args:
         model: any Hugging Face model that can learn the objective of the settings, with float32 weights; it is moved to
-            the device of the settings.
+            the device of the settings. Of one with a PEFT adapter (`add_adapter`) checkpoints hold the adapter alone.
         data: its split `train` is learnt, `validation` evaluated.
         settings: the stage's settings.
         output_dir: gets `checkpoints/`, `latest`, `metrics.jsonl` and `tensorboard/`.
