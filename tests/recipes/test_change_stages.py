@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from auxin.accounting import Ledger, StageRecord, count_parameters, flops_per_token
+from auxin.cli.running import _print_results
 from auxin.data import PackedData
 from auxin.data.tokenizer import load_tokenizer
-from auxin.edits import Plan, SetConfig
+from auxin.edits import ArrangeLayers, Plan, SetConfig
 from auxin.edits.structure import config_values, edited_skeleton
 from auxin.errors import ConfigError, PlanError
 from auxin.methods import methods
@@ -19,7 +20,7 @@ from auxin.methods.grow.tokenformer import OldTokenRates, TokenGrowth, plan_toke
 from auxin.models.loading import load_model
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.objectives.calibration import CalibrationSettings
-from auxin.planning.bench import Bench
+from auxin.planning.bench import Bench, from_model
 from auxin.planning.hooks import ExactRates, OldRates
 from auxin.planning.lineage import old_shapes
 from auxin.recipes import Recipe, price_recipe, run_recipe
@@ -255,6 +256,38 @@ def test_a_method_that_looks_at_weights_is_priced_as_an_estimate_and_books_what_
     install(dataclasses.replace(looking(found, factor=2), outline=None))
     with pytest.raises(PlanError, match="'grow-looking': looking looks at the weights and has no outline"):
         price_recipe(made, memory=False)
+
+
+def without_the_last_layer(model, settings):
+    """A plan that leaves out the upper of two layers."""
+    return Plan(
+        method="shorter",
+        promise="none",
+        edits=[ArrangeLayers(layers="model.layers", order=[0])],
+        made_for=config_values(model.config),
+    )
+
+
+def test_a_change_that_makes_the_model_smaller_is_priced_measured_and_called_a_change(
+    corpus, tmp_path, install, capsys
+):
+    plan = from_model(without_the_last_layer)
+    install(dataclasses.replace(methods()["stacking"], name="shorter", intent="prune", plan=plan))
+    made = recipe(corpus, grow("shorter", factor=2) | {"name": "change"}, AFTER)
+    prices = [stage.parameters for stage in price_recipe(made, memory=False).stages]
+    assert prices[0] == prices[1] > prices[2] == prices[3]
+    results = run_recipe(made, tmp_path / "out", "", announce=quiet)
+    (point,) = results.branches[0].growths
+    assert point.parameters_after < point.parameters_before
+    small = load_model(tmp_path / "out/branches/main/03-change/checkpoint")
+    assert (small.config.num_hidden_layers, count_parameters(small).total) == (1, point.parameters_after)
+    assert point.value_before is not None
+    assert point.value_after is not None
+    assert point.value_after != point.value_before
+    _print_results(results, tmp_path / "out", as_json=False)
+    printed = capsys.readouterr().out
+    assert re.search(r"^change +parameters +loss before +loss after +difference$", printed, flags=re.MULTILINE)
+    assert "growth" not in printed
 
 
 def test_data_that_a_growth_looked_at_does_not_move_the_training_on(corpus, tmp_path, install):
