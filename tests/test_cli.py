@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from auxin import cli
 from auxin.accounting import Ledger
+from auxin.cli.listed import ListedOptions, repeated
 from auxin.errors import AuxinError, CheckpointError, ConfigError, TrainingError
 from auxin.models import TokenFormerForCausalLM
 from corpora import write_documents
@@ -429,3 +430,43 @@ def test_a_reader_who_goes_away_is_no_error():
         os.close(write)
     assert done.stderr == b""
     assert done.returncode in (1, 141)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (["demo", "--seeds", "0", "1", "2", "--jobs", "2"], "demo --seeds 0 --seeds 1 --seeds 2 --jobs 2"),
+        (["--seeds", "0", "1", "demo"], "--seeds 0 --seeds 1 demo"),
+        (
+            ["demo", "--seeds", "0,1", "--branches", "a", "b", "-o", "x"],
+            "demo --seeds 0,1 --branches a --branches b -o x",
+        ),
+        (["demo", "--seeds", "x", "1"], "demo --seeds x --seeds 1"),
+        (["demo", "--set", "seeds=1", "2"], "demo --set seeds=1 2"),
+    ],
+)
+def test_an_option_takes_the_values_that_follow(written, read):
+    assert repeated(written, ListedOptions.listed) == read.split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "3", "--seeds", "0", "1"], "--seed 3 and --seeds 0 1 contradict"),
+        (["--seed", "0", "--set", "seeds=[0, 1]"], "the recipe has seeds"),
+        (["--seeds", "0", "x"], "extra argument"),
+        (["--seeds", "1,-2"], "'-2' is no whole number"),
+        (["--seeds", "1", "1"], "must differ"),
+        (["--branches", "grwon"], "grown"),
+    ],
+)
+def test_seeds_and_branches_that_make_no_sense(monkeypatch, capfd, arguments, message):
+    result = main(monkeypatch, capfd, "run", "demo", *arguments, "--dry-run")
+    assert result.code == 2
+    assert message in result.err
+
+
+def test_all_seeds_are_priced_without_training():
+    told = json.loads(call("run", "demo", "--seeds", "3", "4", "--branches", "small", "--dry-run", "--json").out)
+    assert list(told["seeds"]) == ["3", "4"]
+    assert {stage["branch"] for stage in told["seeds"]["3"]["stages"]} == {"grown", "small"}
