@@ -8,8 +8,8 @@ byte of the held-out files, since losses per token of two tokenizers can't be co
 
 Each tokenizer has a corpus of its own, of the same files with the same ones held out, by the hash of their content.
 
-    python benchmarks/vocabulary.py            about two minutes on a free core
-    python benchmarks/vocabulary.py --quick    half a minute, to see that it runs
+    python benchmarks/vocabulary.py            about four minutes on a free core
+    python benchmarks/vocabulary.py --quick    20 seconds, to see that it runs
 """
 
 import argparse
