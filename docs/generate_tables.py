@@ -22,13 +22,14 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from auxin.data import CorpusSettings, DatasetSettings
+from auxin.methods.grow.masked import MaskRampSettings
 from auxin.methods.grow.tokenformer import OldTokenRatesSettings, TauAnnealSettings, TokenGrowth
 from auxin.models.tokenformer.presets import PRESETS
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.objectives.causal import Causal
 from auxin.objectives.distillation import Distillation
 from auxin.objectives.masked_language import MaskedLanguage
-from auxin.objectives.measures import Measure
+from auxin.objectives.measures import Accuracy, Loss, MacroF1, Measure
 from auxin.objectives.objective import ObjectiveSettings
 from auxin.objectives.span_corruption import SpanCorruption
 from auxin.planning.hooks import ExactRatesSettings, HookSettings, OldRatesSettings, TrainOnlySettings
@@ -51,9 +52,13 @@ SETTINGS: tuple[type[BaseModel], ...] = (
     TrainingSettings,
     Causal,
     SpanCorruption,
+    Loss,
+    Accuracy,
+    MacroF1,
     OldRatesSettings,
     OldTokenRatesSettings,
     TauAnnealSettings,
+    MaskRampSettings,
     TrainOnlySettings,
     ExactRatesSettings,
     GuardSettings,

@@ -131,7 +131,7 @@ def test_grow_keeps_the_function_and_the_books(trained, tmp_path):
     assert scored[0]["validation_loss"] == pytest.approx(before.stages[-1].value_after, abs=1e-5)
     shown = call("show", tmp_path / "g").out
     assert "24 + 16" in shown
-    assert shown.index("train") < shown.index("grow"), "the lineage, in order"
+    assert shown.index("train") < shown.index("change"), "the lineage, in order"
 
 
 def test_methods_are_listed_and_explained():

@@ -223,13 +223,27 @@ def test_generated_tables_are_up_to_date():
 
 
 def test_the_page_of_recipes_has_every_field():
-    """Not by the generator's own account: by the schema that recipes are validated with."""
+    """Not by the generator's own account: by the schemas that recipes and their stages are validated with, and by the
+    registries of what is of several kinds."""
+    from auxin.data.dataset import DATASETS
+    from auxin.objectives.measures import REGISTRY as MEASURES
+    from auxin.objectives.objective import OBJECTIVES
+    from auxin.planning.hooks import HOOKS
     from auxin.recipes.schema import Recipe
+    from auxin.training import TrainingSettings
 
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    schema = Recipe.model_json_schema()
-    for title, part in {"Recipe": schema, **schema["$defs"]}.items():
-        section = text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    kinds = [kind.settings for kind in DATASETS.all().values()]
+    kinds += [kind for registry in (OBJECTIVES, MEASURES, HOOKS) for kind in registry.all().values()]
+    schemas = {settings.__name__: settings.model_json_schema() for settings in (Recipe, TrainingSettings, *kinds)}
+    parts = {
+        **schemas,
+        **{title: part for schema in schemas.values() for title, part in schema.get("$defs", {}).items()},
+    }
+    assert {"CorpusSettings", "SpanCorruption", "Accuracy", "OldRatesSettings", "TrainStage"} <= parts.keys()
+    for title, part in parts.items():
+        found = re.search(rf"\n###? {title}\n(.*?)(?=\n###? |\Z)", text, re.DOTALL)
+        section = found[1] if found else ""
         assert section, f"docs/recipes.md has no section {title}"
         for field in part["properties"]:
             assert f"\n| `{field}` |" in section, f"docs/recipes.md does not explain {field} of {title}"

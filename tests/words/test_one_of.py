@@ -116,6 +116,14 @@ def test_a_registry_may_hold_something_that_has_settings():
     assert parse_one(one_of, "coat", "shop") == Coat()
 
 
+def test_the_schema_for_editors_has_the_kinds():
+    fields = Person.model_json_schema()["properties"]
+    kinds = {"enum": ["belt", "case", "coat"]}
+    mapping = {"type": "object", "properties": {"kind": kinds}}
+    assert fields["wears"]["anyOf"] == [kinds, {**mapping, "required": ["kind"]}]
+    assert fields["below"]["anyOf"] == [kinds, mapping]
+
+
 def test_outside_of_a_field_the_message_begins_with_the_place():
     assert parse_one(ANY, "coat", "--wear") == Coat()
     with pytest.raises(ConfigError, match=r"^--wear\.length: required, but not given\.; --wear\.size: unknown field"):

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pydantic import GetCoreSchemaHandler, ValidationError
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
 from auxin.errors import AuxinError, ConfigError
@@ -69,6 +70,14 @@ class OneOf:
         return core_schema.no_info_plain_validator_function(
             self.parse, serialization=core_schema.plain_serializer_function_ser_schema(written, info_arg=True)
         )
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The name of a kind that is installed, or a mapping with it; the fields of the kinds are not spelled out."""
+        kinds = {"enum": list(self.registry.all())}
+        required = {"required": ["kind"]} if self.default is None else {}
+        return {"anyOf": [kinds, {"type": "object", "properties": {"kind": kinds}, **required}]}
 
 
 def parse_one(one_of: OneOf, values: Any, source: str) -> Any:
