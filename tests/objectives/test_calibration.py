@@ -64,7 +64,7 @@ def test_it_never_opens_the_held_out_split(corpus, data, tmp_path):
     class Closed(PackedData):
         validation = property(lambda self: pytest.fail("the held-out split was read"), lambda self, value: None)
 
-    closed = Closed(data.directory, data._manifest)
+    closed = Closed(data.directory, data.manifest)
     assert len(rows(Calibration.of_split(closed, config()))) == 128
 
 

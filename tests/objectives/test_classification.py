@@ -24,11 +24,12 @@ from auxin.accounting.flops import forward_flops
 from auxin.data.dataset import SampleForm
 from auxin.errors import ConfigError
 from auxin.models.loading import load_model
+from auxin.objectives.calibration import Calibration, CalibrationSettings
 from auxin.objectives.causal import Causal
 from auxin.objectives.classification import Classification
 from auxin.objectives.masked_language import MaskedLanguage
 from auxin.objectives.measures import Accuracy, Loss, MacroF1
-from auxin.objectives.objective import Objective
+from auxin.objectives.objective import Objective, Reference
 from auxin.training import train
 from labelled import Images, TinyLabelled
 from training.tiny import tiny_settings
@@ -250,3 +251,41 @@ def test_images_keep_their_processor_and_count_in_images(tmp_path) -> None:
     assert (result.units, result.steps) == (12, 3)
     assert (result.checkpoint / "preprocessor_config.json").exists()
     assert type(load_model(result.checkpoint)) is type(model)
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_a_classifier_learns_from_a_teacher(tmp_path, family: str) -> None:
+    data = Images() if family == "vit" else TinyLabelled()
+    teacher, _ = classifier(family, data.form, seed=3, num_hidden_layers=3, initializer_range=0.5)
+    objective = {"kind": "distillation", "teacher": "t", "objective": "classification", "weight": 1.0}
+    settings = tiny_settings(objective=objective, steps=60, batch_size=16, decay_fraction=0.0)
+    student, plain = classifier(family, data.form)
+    rows = data.split("train").rows(range(64))
+    inputs = plain.inputs(rows, np.random.default_rng(0))
+    told = plain.predictions(teacher.eval(), inputs)[0]
+    before = (plain.predictions(student.eval(), inputs)[0] == told).float().mean()
+    train(
+        student,
+        data,
+        settings,
+        tmp_path,
+        references={"t": Reference(teacher, "t")},
+        measures=(Accuracy(),),
+        progress=False,
+    )
+    after = (plain.predictions(student.eval(), inputs)[0] == told).float().mean()
+    assert after > max(0.8, before)
+
+
+def test_methods_look_at_labelled_samples_too() -> None:
+    config = config_of("bert")
+    wanted = CalibrationSettings(samples=10, batch_size=4, length=5)
+    found = Calibration.of_split(DATA, config, wanted, Classification())
+    batches = list(found.batches())
+    assert [len(batch["labels"]) for batch in batches] == [4, 4, 2]
+    assert all(
+        batch["input_ids"].shape == batch["attention_mask"].shape == (len(batch["labels"]), 5) for batch in batches
+    )
+    assert (found.unit, found.units_per_sample, found.distinct) == ("example", 1, 64)
+    loss = classifier("bert")[0](**batches[0]).loss
+    assert torch.isfinite(loss)

@@ -8,7 +8,7 @@ from auxin.accounting.results import perplexity_of
 from auxin.data import PackedData
 from auxin.data.tokenizer import tokenizer_digest
 from auxin.errors import DataError
-from auxin.evaluation.perplexity import NO_TEXT_TO_SCORE, Perplexity, refuse_encoder_decoder
+from auxin.evaluation.perplexity import NO_TEXT_TO_SCORE, Perplexity, refuse_no_causal_model
 from auxin.objectives.causal import Causal
 from auxin.objectives.measures import Loss
 
@@ -25,9 +25,9 @@ def score_held_out(
         batch_size: contexts per forward pass.
 
     Raises:
-        DataError: the corpus was prepared with another tokenizer, or the model is an encoder-decoder.
+        DataError: the corpus was prepared with another tokenizer, or the model predicts no next token.
     """
-    refuse_encoder_decoder(model, NO_TEXT_TO_SCORE)
+    refuse_no_causal_model(model, NO_TEXT_TO_SCORE)
     if tokenizer_digest(tokenizer) != tokenizer_digest(data.tokenizer()):
         raise DataError(
             f"{data.directory} was prepared with another tokenizer than the model's, so its tokens mean nothing to it. "

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from auxin.errors import DataError
-from auxin.evaluation.perplexity import refuse_encoder_decoder
+from auxin.evaluation.perplexity import refuse_no_causal_model
 
 DEFAULT_NEW_TOKENS = 64
 SMALLEST_TEMPERATURE = 1e-6
@@ -38,9 +38,9 @@ def generate_text(
 
     Raises:
         DataError: nothing to start from, a prompt that is no valid text, prompt and continuation exceed the model's
-            positions, a number is out of range, or the model is an encoder-decoder.
+            positions, a number is out of range, or the model predicts no next token.
     """
-    refuse_encoder_decoder(model, "continues no text: its decoder writes what is missing in what its encoder reads")
+    refuse_no_causal_model(model, "continues no text: its decoder writes what is missing in what its encoder reads")
     _check_numbers(max_new_tokens, temperature, top_p, seed)
     ids = _prompt_ids(tokenizer, prompt)
     max_new_tokens = _fitting_tokens(model, len(ids), max_new_tokens)

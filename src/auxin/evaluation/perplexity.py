@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from auxin.accounting.results import perplexity_of
 from auxin.errors import DataError
@@ -62,9 +62,9 @@ def perplexity(
         batch_size: windows per forward pass.
 
     Raises:
-        DataError: the text has nothing to score, a number is out of range, or the model is an encoder-decoder.
+        DataError: the text has nothing to score, a number is out of range, or the model predicts no next token.
     """
-    refuse_encoder_decoder(model, NO_TEXT_TO_SCORE)
+    refuse_no_causal_model(model, NO_TEXT_TO_SCORE)
     stride = context_length // 2 if stride is None else stride
     _check_window(model, context_length, stride, batch_size)
     ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
@@ -129,8 +129,15 @@ def _token_losses(model: nn.Module, input_ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float().transpose(1, 2), input_ids[:, 1:], reduction="none")
 
 
-def refuse_encoder_decoder(model: nn.Module, reason: str) -> None:
-    """DataError with `reason` when `model` has an encoder and a decoder, so that what is asked for has no meaning."""
+def refuse_no_causal_model(model: nn.Module, reason: str) -> None:
+    """DataError where what is asked for has no meaning: `reason` says why not of an encoder-decoder; a model with
+    another head, such as a classifier, has nothing to do with the next token at all."""
     config: Any = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise DataError(f"The model is an encoder-decoder ({config.model_type}), which {reason}.")
+    if isinstance(model, PreTrainedModel) and not isinstance(model, GenerationMixin):
+        raise DataError(
+            f"The model is a {type(model).__name__}, which neither continues a text nor has a probability of one. Give "
+            "a causal language model; what this one has learnt is measured by the stages of a recipe and stands in its "
+            "ledger (auxin show)."
+        )
