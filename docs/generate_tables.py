@@ -22,9 +22,11 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from auxin.data import CorpusSettings
+from auxin.data.labelled_text import LabelledTextSettings
 from auxin.methods.grow.tokenformer import TokenGrowth
 from auxin.models.tokenformer.presets import PRESETS
 from auxin.objectives.calibration import CalibrationSettings
+from auxin.objectives.classification import Classification
 from auxin.recipes.schema import Branch, BuildStage, ChangeStage, EvaluateStage, Recipe, TrainStage
 from auxin.training import GuardSettings, TrainingSettings
 
@@ -35,6 +37,7 @@ MEASURED = ROOT / "benchmarks" / "results"
 SETTINGS: tuple[type[BaseModel], ...] = (
     Recipe,
     CorpusSettings,
+    LabelledTextSettings,
     Branch,
     BuildStage,
     TrainStage,
@@ -42,6 +45,7 @@ SETTINGS: tuple[type[BaseModel], ...] = (
     CalibrationSettings,
     EvaluateStage,
     TrainingSettings,
+    Classification,
     GuardSettings,
     TokenGrowth,
 )
