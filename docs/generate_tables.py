@@ -22,11 +22,13 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from auxin.data import CorpusSettings, DatasetSettings
+from auxin.data.labelled_text import LabelledTextSettings
 from auxin.methods.grow.masked import MaskRampSettings
 from auxin.methods.grow.tokenformer import OldTokenRatesSettings, TauAnnealSettings, TokenGrowth
 from auxin.models.tokenformer.presets import PRESETS
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.objectives.causal import Causal
+from auxin.objectives.classification import Classification
 from auxin.objectives.distillation import Distillation
 from auxin.objectives.masked_language import MaskedLanguage
 from auxin.objectives.measures import Accuracy, Loss, MacroF1, Measure
@@ -37,12 +39,13 @@ from auxin.recipes.schema import Branch, BuildStage, ChangeStage, EvaluateStage,
 from auxin.training import GuardSettings, TrainingSettings
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/recipes.md", "docs/objectives.md", "docs/tokenformer.md", "docs/results/pattention.md")
+PAGES = ("README.md", "docs/recipes.md", "docs/tokenformer.md", "docs/results/pattention.md")
 DEMO_PAGE = ROOT / "docs" / "results" / "demo.md"
 MEASURED = ROOT / "benchmarks" / "results"
 SETTINGS: tuple[type[BaseModel], ...] = (
     Recipe,
     CorpusSettings,
+    LabelledTextSettings,
     Branch,
     BuildStage,
     TrainStage,
@@ -61,6 +64,7 @@ SETTINGS: tuple[type[BaseModel], ...] = (
     MaskRampSettings,
     TrainOnlySettings,
     ExactRatesSettings,
+    Classification,
     GuardSettings,
     TokenGrowth,
     MaskedLanguage,

@@ -52,6 +52,9 @@ class LabelledTextSettings(TextSettings):
     """Says that these are labelled texts."""
     source: Literal["files", "huggingface"] = "files"
     """`files`: the `.jsonl` and `.parquet` files among `paths`. `huggingface`: the dataset `name`."""
+    paths: tuple[Path, ...] = ()
+    """For `files`: files, folders (read recursively) and globs. Other files than `.jsonl` and `.parquet` hold no rows;
+    they are left out and counted."""
     context_length: int = Field(default=128, ge=2)
     """Tokens per text, special ones included: longer texts are cut, shorter ones padded, all batches have one shape."""
     text_pair_field: str | None = None
