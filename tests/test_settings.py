@@ -1,5 +1,6 @@
 """Messages about wrong settings: the field as it was written, and the nearest right name."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
@@ -48,3 +49,11 @@ def test_members_of_plain_unions_are_no_fields():
     with pytest.raises(ConfigError, match=r"^height: .*; height: ") as raised:
         Plant.parse({"height": "tall"})
     assert "height.int" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["height: 2026-99-99\n", "[" * 5000, "height: [\n", "height: 0b\n"])
+def test_broken_yaml_is_a_wrong_setting(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "plant.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"plant\.yaml"):
+        Plant.from_yaml(path)

@@ -36,16 +36,26 @@ class Settings(BaseModel):
         """Read and validate a YAML file; a missing file or broken YAML is a ConfigError too."""
         path = Path(path)
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
         except FileNotFoundError as error:
             raise ConfigError(f"{path} does not exist. Give the path of an existing YAML file.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
             raise ConfigError(f"{path} is not valid YAML: {error}") from error
-        return cls.parse(values, source=str(path))
+        return cls.parse(read_yaml(text, str(path)), source=str(path))
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the settings, defaults left out, as YAML; a reader sees the old file or the whole new one."""
         write_text(Path(path), yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False))
+
+
+def read_yaml(text: str, source: str) -> Any:
+    """What the YAML in `text` says; ConfigError that begins with `source` when it is broken."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: what looks like a date and is none
+        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{source} is not valid YAML: it is nested too deeply.") from error
 
 
 def describe(error: ValidationError, cls: type[BaseModel], source: str | None, values: Any) -> str:

@@ -357,3 +357,12 @@ def test_the_fingerprint_follows_content_and_settings(tmp_path: Path, tokenizers
     }
     prints = {name: prepare(value, tmp_path / f"x-{name}").fingerprint for name, value in changed.items()}
     assert len({base, *prints.values()}) == len(prints) + 1
+
+
+def test_a_number_is_no_place_among_classes_that_are_numbers() -> None:
+    numbers = LabelledTextSettings.parse({"paths": ["a.jsonl"], "labels": [1, 2, 3]})
+    assert labelled.label_name(1, "row 1", numbers) == "1"
+    with pytest.raises(DataError, match="none of `labels`"):
+        labelled.label_name(0, "row 1", numbers)
+    words = LabelledTextSettings.parse({"paths": ["a.jsonl"], "labels": ["no", "yes"]})
+    assert labelled.label_name(0, "row 1", words) == "no"

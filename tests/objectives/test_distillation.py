@@ -328,3 +328,10 @@ def test_the_settings_go_through_yaml_and_keep_the_wrapped_ones(tmp_path):
     made.to_yaml(tmp_path / "o.yaml")
     assert Distillation.from_yaml(tmp_path / "o.yaml") == made
     assert Distillation.parse(made.model_dump(mode="json")) == made
+
+
+@pytest.mark.parametrize("field", ["temperature", "weight", "hidden_states", "attentions"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_factors_are_finite(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=field):
+        Distillation.parse({"teacher": "a/one", field: value})

@@ -247,3 +247,16 @@ def test_another_package_adds_a_kind(tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, "auxin-head", PLUGIN, group="hooks", thing="HeadOnly")
     (hook,) = hooks_of(plan)
     assert hook.paths == ["lm_head"]
+
+
+def test_old_entries_are_free_after_a_last_held_step_that_was_left_out() -> None:
+    layer = torch.nn.Linear(2, 2, bias=False)
+    layer.weight.data.zero_()
+    hook = OldRates(0.0, {"weight": (1, 2)}, steps=1)
+    hook.attach(layer, torch.optim.SGD(layer.parameters()))
+    hook.before_step(0)  # the guard leaves its update out, so that no after_step follows
+    hook.before_step(1)
+    with torch.no_grad():
+        layer.weight += 1
+        hook.after_step(1)
+    assert layer.weight.tolist() == [[1.0, 1.0], [1.0, 1.0]]

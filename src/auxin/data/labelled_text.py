@@ -62,9 +62,9 @@ class LabelledTextSettings(TextSettings):
     label_field: str = "label"
     """The field that holds the class: text, a whole number, true or false. A row with null is skipped."""
     labels: tuple[bool | int | str, ...] | None = Field(default=None, min_length=2)
-    """The classes in the order of their numbers; a number in the rows that is not itself among them is the place of one
-    in this list, counted from 0. None: the distinct ones of the source, sorted; a price before the data is prepared is
-    then that of two classes."""
+    """The classes in the order of their numbers. Where none of them is a number itself, a number in the rows is the
+    place of one in this list, counted from 0. None: the distinct ones of the source, sorted; a price before the data is
+    prepared is then that of two classes."""
 
     @field_validator("source", mode="before")
     @classmethod
@@ -318,8 +318,10 @@ def label_name(value: Any, row: str, settings: LabelledTextSettings) -> str:
     name, known = _written(value), settings.label_names
     if known is None or name in known:
         return name
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(known):
-        return known[value]
+    is_place = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(known)
+    # Places among numbers would make one class of two: 0 and 1 of the classes 1, 2 and 3.
+    if is_place and not any(other.removeprefix("-").isdecimal() for other in known):
+        return known[int(value)]
     raise DataError(
         f"{row}: {settings.label_field} is {value!r}, which is none of `labels` ({', '.join(known)}). Add it there, or "
         "leave the row out."

@@ -47,13 +47,13 @@ class Distillation(WrappingSettings):
     teacher: str = Field(min_length=1)
     """The model to learn from: "branch/stage" of the recipe, done before, or a checkpoint's folder. It has to know the
     student's tokens; of a larger vocabulary the first rows count."""
-    temperature: float = Field(default=2.0, gt=0)
+    temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     """T: the logits of both are divided by it; above 1 the unlikely answers count more."""
     weight: float = Field(default=0.5, ge=0, le=1)
     """Of the teacher's answers; the rest is that of the wrapped objective's own loss."""
-    hidden_states: float = Field(default=0.0, ge=0)
+    hidden_states: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Factor on the mean squared difference between the outputs of paired layers, which have to be equally wide."""
-    attentions: float = Field(default=0.0, ge=0)
+    attentions: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Factor on the mean squared difference between the attention maps of paired layers, which need equally many heads.
     While the student learns, attention of both models is computed eagerly, which is slower."""
     layers: dict[NonNegativeInt, NonNegativeInt] | None = None

@@ -202,6 +202,7 @@ class OldRates:
 
     def before_step(self, step: int) -> None:
         """Remember the old entries."""
+        self._before = []  # of a step whose update was left out
         if self.ratio < 1 and (self.steps is None or step < self.steps):
             self._before = [entries.clone() for entries in self._old]
 

@@ -11,6 +11,7 @@ import yaml
 from auxin.errors import ConfigError, unknown_name
 from auxin.models.tokenformer.presets import PRESETS
 from auxin.recipes.schema import Recipe
+from auxin.settings import read_yaml
 
 BUILTIN = files("auxin.recipes") / "builtin"
 
@@ -44,10 +45,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
             known = [path.name.removesuffix(".yaml") for path in BUILTIN.iterdir() if path.name.endswith(".yaml")]
             raise ConfigError(unknown_name("recipe", name_or_path, known) + " A file needs its .yaml suffix.")
         text = resource.read_text(encoding="utf-8")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name_or_path} is not valid YAML: {error}") from error
+    values = read_yaml(text, name_or_path)
     if not isinstance(values, dict):
         raise ConfigError(f"{name_or_path} holds no recipe: expected a mapping with name, title, data and branches.")
     for override in overrides or []:
@@ -138,7 +136,7 @@ def apply_override(values: dict[str, Any], override: str, option: str = "--set")
             raise ConfigError(f"{option} {override!r}: {part!r} holds the value {target!r}, not a group of values.")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError: what looks like a date and is none
         reason = str(getattr(error, "problem", None) or error)
         raise ConfigError(f"{option} {override!r}: the value {text!r} is not valid YAML: {reason}.") from error
     if isinstance(value, str):
