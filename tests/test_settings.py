@@ -48,3 +48,11 @@ def test_members_of_plain_unions_are_no_fields():
     with pytest.raises(ConfigError, match=r"^height: .*; height: ") as raised:
         Plant.parse({"height": "tall"})
     assert "height.int" not in str(raised.value)
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path):
+    class Part(Settings):
+        size: int = 1
+
+    with pytest.raises(ConfigError, match=r"is a folder\. Give the path of a YAML file"):
+        Part.from_yaml(tmp_path)
