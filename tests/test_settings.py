@@ -57,3 +57,11 @@ def test_broken_yaml_is_a_wrong_setting(text: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"plant\.yaml"):
         Plant.from_yaml(path)
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path):
+    class Part(Settings):
+        size: int = 1
+
+    with pytest.raises(ConfigError, match=r"is a folder\. Give the path of a YAML file"):
+        Part.from_yaml(tmp_path)

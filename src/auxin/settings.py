@@ -33,12 +33,14 @@ class Settings(BaseModel):
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
-        """Read and validate a YAML file; a missing file or broken YAML is a ConfigError too."""
+        """Read and validate a YAML file; a missing file, a folder or broken YAML is a ConfigError too."""
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError as error:
             raise ConfigError(f"{path} does not exist. Give the path of an existing YAML file.") from error
+        except IsADirectoryError as error:
+            raise ConfigError(f"{path} is a folder. Give the path of a YAML file.") from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path} is not valid YAML: {error}") from error
         return cls.parse(read_yaml(text, str(path)), source=str(path))

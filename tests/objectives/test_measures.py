@@ -202,3 +202,11 @@ def test_contexts_that_predict_nothing(shape: tuple[int, ...]) -> None:
 def test_nothing_to_measure(measure: Measure, split, arguments: tuple[int, int | None], message: str) -> None:
     with pytest.raises(DataError, match=message):
         measure(_Uniform(), split, CAUSAL, *arguments)
+
+
+@pytest.mark.parametrize("measure", [Loss(), Accuracy(), MacroF1()])
+def test_a_model_whose_logits_are_no_numbers_has_no_value(measure: Measure) -> None:
+    model = fresh_llama(vocab_size=WORDS)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    assert math.isnan(measure(model, contexts(), CAUSAL, 4))

@@ -45,6 +45,11 @@ def changed(**changes):
         ({"branches__0__stages__0__preset": "124m"}, "exactly one of preset, model_type, checkpoint and like"),
         ({"branches__0__stages__1__name": "../../base"}, "branches.0.stages.1"),
         ({"main_branch": "growm"}, "Did you mean 'grown'"),
+        ({"seeds": [2**63]}, "seeds.0"),
+        ({"seeds": [True]}, "seeds.0"),
+        ({"measures": ["loss", "loss"]}, "measures must differ"),
+        ({"branches__0__stages__1__hooks": ["exact_rates", "exact_rates"]}, "exact_rates stands twice"),
+        ({"branches__0__stages__1__hooks": [{"kind": "train_only", "paths": [""]}]}, "hooks.0.paths.0"),
     ],
 )
 def test_a_wrong_recipe_names_the_field_and_the_mend(changes, message):
@@ -58,6 +63,7 @@ def test_a_wrong_recipe_names_the_field_and_the_mend(changes, message):
         ({"model_type": "lama"}, "unknown model_type 'lama'. Did you mean"),
         ({"model_type": "llama", "config": {"hidden_size": 30, "num_attention_heads": 4}}, "multiple of the number"),
         ({"model_type": "gpt2", "config": {"hiden_size": 32}}, "Did you mean 'hidden_size'"),
+        ({"model_type": "llama", "config": {"intermediate_size": -1}}, "no llama can be built with these sizes"),
         ({"model_type": "tokenformer", "config": {"qkv_token": 8}}, "Did you mean 'qkv_tokens'"),
     ],
 )
@@ -100,7 +106,6 @@ def test_builtin_recipes_are_valid():
         "altup",
         "altup-t5",
         "demo",
-        "growth-rules",
         "shoot-out",
         "tokenformer-124m-to-1.4b",
     }

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -61,7 +61,7 @@ class LabelledTextSettings(TextSettings):
     """The field of a second text, for classes of pairs."""
     label_field: str = "label"
     """The field that holds the class: text, a whole number, true or false. A row with null is skipped."""
-    labels: tuple[bool | int | str, ...] | None = Field(default=None, min_length=2)
+    labels: tuple[StrictBool | StrictInt | StrictStr, ...] | None = Field(default=None, min_length=2)
     """The classes in the order of their numbers. Where none of them is a number itself, a number in the rows is the
     place of one in this list, counted from 0. None: the distinct ones of the source, sorted; a price before the data is
     prepared is then that of two classes."""

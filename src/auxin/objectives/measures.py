@@ -1,5 +1,6 @@
 """What branches are compared by: numbers that are measured on the held-out split, whatever a stage has learnt."""
 
+import math
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from auxin.data.dataset import Split
 from auxin.errors import DataError
 from auxin.models.evaluating import evaluating
-from auxin.objectives.objective import Objective, held_out_noise
+from auxin.objectives.objective import NOT_A_NUMBER, Objective, held_out_noise
 from auxin.settings import Settings
 from auxin.words.registry import Registry
 
@@ -89,7 +90,8 @@ class Loss(Measure):
 
 
 class Accuracy(Measure):
-    """Share of the targets whose likeliest class is the right one, 0 to 1."""
+    """Share of the targets whose likeliest class is the right one, 0 to 1; not a number where a model's logits are
+    none."""
 
     kind: Literal["accuracy"] = "accuracy"
     """Says that this is the accuracy."""
@@ -99,6 +101,8 @@ class Accuracy(Measure):
     ) -> float:
         """Every target weighs the same."""
         predicted, right = _predictions(model, split, objective, batch_size, max_batches)
+        if bool((predicted == NOT_A_NUMBER).any()):
+            return math.nan
         return float((predicted == right).double().mean())
 
 
@@ -121,6 +125,8 @@ class MacroF1(Measure):
     ) -> float:
         """Of all samples together, not of batches."""
         predicted, right = _predictions(model, split, objective, batch_size, max_batches)
+        if bool((predicted == NOT_A_NUMBER).any()):
+            return math.nan
         classes = int(max(predicted.max(), right.max())) + 1
         hits = torch.bincount(right[predicted == right], minlength=classes)
         # 2 TP + FP + FN is how often a class is predicted and how often it occurs, together.

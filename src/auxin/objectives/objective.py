@@ -27,6 +27,8 @@ from auxin.words.registry import Registry
 
 IGNORED = -100
 """The label of what is not predicted, as everywhere in transformers."""
+NOT_A_NUMBER = -1
+"""In place of a class that a model has not named, since its logits are not numbers."""
 HELD_OUT_SEED = 0
 """The noise of held-out inputs is the same for every model and every seed of training."""
 
@@ -116,9 +118,10 @@ class Objective:
         return nn.functional.cross_entropy(logits.float(), labels, reduction="none")
 
     def predictions(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The likeliest class of each target, and the right one, both (targets,)."""
+        """The likeliest class of each target, NOT_A_NUMBER where its logits are none, and the right one, (targets,)."""
         logits, labels = self._logits_and_labels(model, inputs)
-        return logits.argmax(-1), labels
+        # The largest of numbers that are none is the first of them, which would pass for an answer.
+        return logits.argmax(-1).masked_fill(logits.isnan().any(-1), NOT_A_NUMBER), labels
 
     def at_targets(self, logits: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Of the logits that a model gives for `inputs` those of the targets, (targets, classes), and the right

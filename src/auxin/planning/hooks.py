@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Annotated, Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from pydantic import Field
@@ -137,7 +137,7 @@ class TrainOnlySettings(HookSettings):
 
     kind: Literal["train_only"] = "train_only"
     """Says that this freezes all but some parts."""
-    paths: list[str] = Field(min_length=1)
+    paths: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
     """Dotted paths of modules or parameters, `*` for any one part: "model.layers.*.mlp", "lm_head.weight"."""
 
     def made(self, context: HookContext) -> Hook:

@@ -85,6 +85,13 @@ class TrainStage(Settings):
     """What takes part in the training beside the loop: `{kind: old_rates, ratio: 0}` and so on. Hooks that the change
     before brings along need not be named."""
 
+    @model_validator(mode="after")
+    def _hooks_once(self) -> Self:
+        for number, hook in enumerate(self.hooks):
+            if hook in self.hooks[:number]:
+                raise ValueError(f"hooks: {hook.kind} stands twice with the same settings. Leave one out")
+        return self
+
 
 class ChangeStage(Settings):
     """Change the model by a method of `auxin methods`: grow it, prune it, ...; the optimizer's moments follow."""
@@ -163,9 +170,9 @@ class Recipe(Settings):
     """Heading of the report."""
     description: str = ""
     """A paragraph for the report."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seeds the initial weights, the data order and the growths of every branch."""
-    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**63, strict=True)]] | None = Field(default=None, min_length=1)
     """Instead of `seed`: every branch runs with each of these, and what it reaches is their mean and its interval."""
     data: Annotated[DatasetSettings, OneOf(DATASETS, default="text", settings=lambda kind: kind.settings)]
     """What all branches learn and are measured on: `{kind: text, ...}`, which is the default kind, or another kind."""
@@ -193,6 +200,13 @@ class Recipe(Settings):
         if found:
             raise ValueError("; ".join(found))
         return values
+
+    @model_validator(mode="after")
+    def _measures_once(self) -> Self:
+        kinds = [measure.kind for measure in self.measures]
+        if len(set(kinds)) != len(kinds):
+            raise ValueError(f"measures must differ; given: {kinds}")
+        return self
 
     @model_validator(mode="after")
     def _one_kind_of_seeds(self) -> Self:

@@ -15,6 +15,7 @@ from auxin.edits.structure import edited_config, edited_skeleton, structural_edi
 from auxin.errors import ConfigError, PlanError, unknown_name
 from auxin.methods import method as find_method
 from auxin.methods.grow.tokenformer import plan_token_growth, token_growth_to
+from auxin.models.building import REFUSALS
 from auxin.models.loading import load_config, task_classes
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.models.tokenformer.presets import preset_config
@@ -177,6 +178,7 @@ def built_config(
     if is_encoder_decoder(config):
         _begin_and_end(config, stage)
     config.architectures = [architecture_of(config, form, objective, f"build stage {stage.name!r}")]
+    _check_sizes(config, stage)
     if stage.parameters_of is not None:
         target = count_parameters(edited_skeleton(final_config(structures, stage.parameters_of))).total
         config = match_parameters(config, target)
@@ -215,6 +217,17 @@ def _adopted(config: PreTrainedConfig, form: SampleForm, objective: ObjectiveSet
     changed = edited_config(config, values)
     changed.architectures = names[:1]
     return changed
+
+
+def _check_sizes(config: PreTrainedConfig, stage: BuildStage) -> None:
+    """Refuse sizes of which no model can be made, which many configs take; ConfigError."""
+    try:
+        edited_skeleton(config)
+    except (*REFUSALS, OverflowError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"build stage {stage.name!r}: config: no {config.model_type} can be built with these sizes: {reason}"
+        ) from error
 
 
 def _begin_and_end(config: PreTrainedConfig, stage: BuildStage) -> None:
