@@ -273,9 +273,9 @@ CORPUS = {"context_length": 16, "max_bytes": 90_000, "validation_fraction": 0.3}
 
 
 def test_on_the_command_line_it_learns_from_the_standard_library_and_the_books_say_what_it_saw(saved, tmp_path):
-    data = {"data": {**CORPUS, "context_length": 48}, "length": 16, "batch_size": 2}
+    data = {"corpus": {**CORPUS, "context_length": 48}, "length": 16, "batch_size": 2}
     plan = plan_for(METHOD, saved, {"layers": 3, "steps": 5}, data, tmp_path)
-    assert (plan.cost.samples, plan.cost.tokens) == (5 * 2, 5 * 2 * 16), "not the 48 tokens of a context"
+    assert (plan.cost.samples, plan.cost.units) == (5 * 2, 5 * 2 * 16), "not the 48 tokens of a context"
     assert plan.cost.seconds > 0
     apply_to_checkpoint(plan, saved, tmp_path / "larger")
     (saved / "tokenizer.json").unlink()
@@ -294,7 +294,7 @@ def test_the_flops_in_the_books_are_those_of_the_steps(tmp_path):
     per_token = flops_per_token(model, ids.shape[1])
     # Embedding and head don't learn: the head's product has one product behind it, not two.
     head = 2 * model.config.hidden_size * model.config.vocab_size
-    assert plan.cost.tokens == 3 * ids.numel()
+    assert plan.cost.units == 3 * ids.numel()
     assert plan.cost.flops == 3 * ids.numel() * (per_token.training - head)
 
 
@@ -325,7 +325,7 @@ def test_an_encoder_decoder_learns_span_corruption_from_text(tmp_path):
     model.save_pretrained(tmp_path / "model")
     train_tokenizer(["def f(x): return x\n" * 50], 300, 32).save_pretrained(tmp_path / "model")
     plan = plan_for(METHOD, tmp_path / "model", {"layers": 3, "steps": 2}, {"corpus": CORPUS}, tmp_path)
-    assert plan.cost.tokens == 2 * 8 * 16, "tokens of text, also of those that are cut out"
+    assert plan.cost.units == 2 * 8 * 16, "tokens of text, also of those that are cut out"
     apply_to_checkpoint(plan, tmp_path / "model", tmp_path / "larger")
 
 
@@ -352,7 +352,7 @@ def test_data_is_read_again_when_it_ends(tmp_path):
     one, two = (inputs(model, seed)["input_ids"] for seed in (1, 2))
     bench = Bench(model, Calibration.of_batches(model, [one, two]), folder=tmp_path)
     plan_ligo(bench, LigoGrowth(layers=3, steps=5))
-    assert (bench.spent.samples, bench.spent.tokens) == (5 * len(one), 5 * one.numel())
+    assert (bench.spent.samples, bench.spent.units) == (5 * len(one), 5 * one.numel())
 
 
 def test_grouped_heads_that_stay_do_not_stand_in_the_way(tmp_path):
