@@ -114,6 +114,15 @@ class Ledger(Settings):
             raise CheckpointError(f"{path} is not valid JSON ({error}). Restore it from a backup.") from error
 
 
+def books_in(folder: str | Path) -> Ledger:
+    """The books in a checkpoint's folder; empty ones where it has none.
+
+    Raises:
+        CheckpointError: they can't be read.
+    """
+    return Ledger.load(folder) if (Path(folder) / LEDGER_FILE).exists() else Ledger()
+
+
 def software_versions() -> dict[str, str]:
     """The versions on which a number depends."""
     return {

@@ -45,10 +45,6 @@ class SampleForm:
         """Units in so many samples."""
         return samples * self.units
 
-    def counted(self, units: int) -> str:
-        """So many units in words: "1,024 tokens"."""
-        return f"{units:,} {self.unit}{'' if units == 1 else 's'}"
-
 
 class Processor(Protocol):
     """What turns raw inputs into a model's: a tokenizer, an image processor, a feature extractor; of transformers."""

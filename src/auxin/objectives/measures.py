@@ -14,13 +14,14 @@ from auxin.errors import DataError
 from auxin.models.evaluating import evaluating
 from auxin.objectives.objective import NOT_A_NUMBER, Objective, held_out_noise
 from auxin.settings import Settings
+from auxin.words.one_of import kinds_of
 from auxin.words.registry import Registry
 
 
 class Measure(Settings):
     """The base of every measure; each has a field `kind: Literal["its_name"]`.
 
-    A measure of this package is a class of this module, listed in `MEASURES_HERE`; other packages name theirs in the
+    A measure of this package is a class of this module, listed in `MEASURES`; other packages name theirs in the
     entry point group "auxin.measures".
     """
 
@@ -170,7 +171,8 @@ def _measures_in(loaded: Any) -> Iterator[tuple[str, type[Measure]]]:
     for item in found:
         if not (isinstance(item, type) and issubclass(item, Measure)):
             raise TypeError(f"{item!r} is no measure (a class of auxin.objectives.measures.Measure)")
-        yield item.model_fields["kind"].default, item
+        for kind in kinds_of(item):
+            yield kind, item
 
 
 MEASURES: tuple[type[Measure], ...] = (Loss, Accuracy, MacroF1)

@@ -23,6 +23,7 @@ from auxin.errors import ConfigError
 from auxin.models.fingerprint import weights_fingerprint
 from auxin.models.loading import load_model
 from auxin.settings import Settings
+from auxin.words.one_of import kinds_of
 from auxin.words.registry import Registry
 
 IGNORED = -100
@@ -286,7 +287,8 @@ def _objectives_in(loaded: Any) -> Iterator[tuple[str, type[ObjectiveSettings]]]
     if found is not None:
         if not (isinstance(found, type) and issubclass(found, ObjectiveSettings)):
             raise TypeError(f"{found!r} is no settings class of an objective (auxin.objectives.ObjectiveSettings)")
-        yield found.model_fields["kind"].default, found
+        for kind in kinds_of(found):
+            yield kind, found
 
 
 OBJECTIVES: Registry[type[ObjectiveSettings]] = Registry("objective", "auxin.objectives", _objectives_in)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Protocol, get_args
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -18,7 +18,7 @@ from auxin.edits.plan import Plan
 from auxin.errors import CheckpointError, ConfigError, PlanError
 from auxin.planning.lineage import changes_since_training, last_changes, old_shapes
 from auxin.settings import Settings
-from auxin.words.one_of import OneOf, parse_one
+from auxin.words.one_of import OneOf, kinds_of, parse_one
 from auxin.words.paths import path_pattern
 from auxin.words.registry import Registry
 
@@ -64,7 +64,7 @@ class HookSettings(Settings):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         """Add the kind to the registry."""
-        for kind in get_args(cls.model_fields["kind"].annotation):
+        for kind in kinds_of(cls):
             HOOKS.add(kind, cls)
 
     def made(self, context: HookContext) -> Hook:
@@ -100,13 +100,22 @@ def hooks_of(plan: Plan, receipt: Receipt | None = None) -> list[Hook]:
         receipt=None if receipt is None else receipt.model_dump(mode="json", exclude={"plan"}),
     )
     context = HookContext(f"plan by {plan.method}: hooks", Ledger(stages=[record]))
-    return [hook.made(context) for hook in sorted(asked_by(plan), key=lambda hook: not hook.goes_first)]
+    return made_hooks(asked_by(plan), context)
+
+
+def made_hooks(asked: Sequence[HookSettings], context: HookContext) -> list[Hook]:
+    """The hooks that `asked` say, in their order but for those that go first.
+
+    Raises:
+        ConfigError, PlanError: one has no meaning for the model of `context`.
+    """
+    return [hook.made(context) for hook in sorted(asked, key=lambda hook: not hook.goes_first)]
 
 
 def _hooks_in(loaded: Any) -> Iterator[tuple[str, type[HookSettings]]]:
     # Those of modules add themselves; an entry point names one.
     if isinstance(loaded, type) and issubclass(loaded, HookSettings):
-        for kind in get_args(loaded.model_fields["kind"].annotation):
+        for kind in kinds_of(loaded):
             yield kind, loaded
 
 

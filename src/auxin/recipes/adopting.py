@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from auxin.accounting import Ledger, StageRecord, count_parameters
-from auxin.accounting.ledger import LEDGER_FILE
+from auxin.accounting.ledger import books_in
 from auxin.data.dataset import Dataset
 from auxin.edits.folder_store import TRAINING_FOLDER
 from auxin.edits.structure import edited_skeleton
@@ -33,7 +33,7 @@ def adopt(source: Path, output: Path, config: PreTrainedConfig, data: Dataset, n
     Raises:
         CheckpointError: it can't be loaded, or lacks a weight that its own class has.
     """
-    ledger = Ledger.load(source) if (source / LEDGER_FILE).exists() else Ledger()
+    ledger = books_in(source)
     saved, notes = load_config(source), [f"started from {source}"]
     keeps_its_head = saved.architectures == config.architectures
     if keeps_its_head:

@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from auxin.accounting import Cost, Ledger, StageRecord
-from auxin.accounting.ledger import LEDGER_FILE
+from auxin.accounting import Cost, StageRecord
+from auxin.accounting.ledger import books_in
 from auxin.edits import Plan, Receipt, apply_to_checkpoint
 from auxin.errors import CheckpointError
 from auxin.objectives.measures import Measure
@@ -41,7 +41,7 @@ def change_checkpoint(
     """
     started = time.perf_counter()
     source, output = Path(source), Path(output)
-    ledger = Ledger.load(source) if (source / LEDGER_FILE).exists() else Ledger()
+    ledger = books_in(source)
     cost = plan.cost or Cost()
 
     def keep_books(folder: Path, receipt: Receipt) -> None:

@@ -1,5 +1,8 @@
 """The price of a recipe before it runs: parameters, data, FLOPs and memory of every stage."""
 
+import contextlib
+from collections.abc import Iterator
+
 from transformers import PreTrainedConfig
 
 from auxin.accounting import Ledger, count_parameters, training_memory
@@ -74,7 +77,12 @@ class RecipePrice(Settings):
         return "\n".join([*lines, *(f"  {name}  {flops:.3g}" for name, flops in self.branch_flops.items())])
 
 
-def price_recipe(recipe: Recipe, memory: bool = True, form: SampleForm | None = None) -> RecipePrice:
+def price_recipe(
+    recipe: Recipe,
+    memory: bool = True,
+    form: SampleForm | None = None,
+    structures: StageConfigs | None = None,
+) -> RecipePrice:
     """Price every stage of `recipe` on shapes alone; nothing is read, trained or written.
 
     Args:
@@ -82,12 +90,13 @@ def price_recipe(recipe: Recipe, memory: bool = True, form: SampleForm | None = 
         memory: count the memory too, which takes longer than all the rest.
         form: of the data's samples, where the data is prepared. None: as far as its settings tell; where a tokenizer is
             to be trained, the size asked for counts (a small corpus may not fill it).
+        structures: `stage_configs` of both, where they are known.
 
     Raises:
         ConfigError, PlanError: the recipe can't be run as it stands.
     """
     form = recipe.data.form() if form is None else form
-    return _Pricing(recipe, stage_configs(recipe, form), memory, form).price()
+    return _Pricing(recipe, structures or stage_configs(recipe, form), memory, form).price()
 
 
 class _Pricing:
@@ -189,10 +198,8 @@ class _Pricing:
 
     def _shortened(self, where: str, asked: CalibrationSettings) -> SampleForm:
         """The form of the samples that a method looks at."""
-        try:
+        with _placed(where):
             return asked.shortened(self.form, "data.context_length")
-        except ConfigError as error:
-            raise ConfigError(f"{where}{error}") from error
 
     def _parameters(self, config: PreTrainedConfig) -> int:
         key = config.to_json_string()
@@ -212,10 +219,8 @@ class _Pricing:
         key = config.to_json_string(), f"{objective.model_dump_json()} {form.length}"
         if key not in self.flops:
             bound = self._bound(where, config, objective, form, references)
-            try:
+            with _placed(where):
                 self.flops[key] = bound.training_flops(edited_skeleton(config))
-            except ConfigError as error:
-                raise ConfigError(f"{where}{error}") from error
         return self.flops[key]
 
     def _bound(
@@ -226,10 +231,17 @@ class _Pricing:
         form: SampleForm,
         references: References | None = None,
     ) -> Objective:
-        try:
+        with _placed(where):
             return objective.bind(config, form, references)
-        except ConfigError as error:
-            raise ConfigError(f"{where}{error}") from error
+
+
+@contextlib.contextmanager
+def _placed(where: str) -> Iterator[None]:
+    """Within the context, a ConfigError's message begins with `where`."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{where}{error}") from error
 
 
 def remaining_flops(stage: TrainStage, total: float, spent: float) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.accounting import Ledger, StageRecord
-from auxin.accounting.ledger import LEDGER_FILE
+from auxin.accounting.ledger import books_in
 from auxin.edits.structure import edited_skeleton
 from auxin.errors import CheckpointError, ConfigError, PlanError
 from auxin.models.loading import load_config
@@ -83,14 +83,9 @@ def planned_books(recipe: Recipe, structures: StageConfigs, branch_name: str, st
     return Ledger(stages=records)
 
 
-def books_in(folder: Path) -> Ledger:
-    """The books in a checkpoint's folder; empty ones where it has none."""
-    return Ledger.load(folder) if (folder / LEDGER_FILE).exists() else Ledger()
-
-
 def _way(recipe: Recipe, branch_name: str, stage_name: str) -> Iterator[tuple[str, Stage]]:
     """The stages up to one, from the build on, each with its branch's name."""
-    branch = next(branch for branch in recipe.branches if branch.name == branch_name)
+    branch = recipe.branch(branch_name)
     if branch.fork is not None:
         yield from _way(recipe, *branch.fork.split("/", 1))
     for stage in branch.stages:

@@ -20,6 +20,7 @@ from auxin.data.dataset import Dataset
 from auxin.models.loading import load_config
 from auxin.objectives.measures import Loss, Measure
 from auxin.objectives.objective import Objective
+from auxin.recipes.folder import stage_directory
 from auxin.recipes.schema import Branch, Recipe
 from auxin.training.metrics import METRICS_FILE, VALIDATION
 
@@ -86,9 +87,9 @@ def branch_result(
     curve, growths = courses[branch.fork] if branch.fork else ([], [])
     spent = Ledger(stages=inherited)
     parameters_before = inherited[-1].parameters if inherited else 0
-    for number, record in enumerate(own, start=1):
+    for stage, record in zip(branch.stages, own, strict=True):
         if record.kind == "train":
-            folder = directory / "branches" / branch.name / f"{number:02d}-{record.name}"
+            folder = stage_directory(directory, branch, stage)
             curve = [*curve, *stage_curve(folder, record, spent, data.form.unit, measure)]
         spent = spent.append(record)
         if record.kind == "change":

@@ -21,7 +21,7 @@ from auxin.files import new_folder, write_text
 from auxin.models.loading import load_config, load_model, new_model
 from auxin.objectives.calibration import Calibration
 from auxin.objectives.measures import Measure
-from auxin.objectives.objective import Objective, ObjectiveSettings, Reference
+from auxin.objectives.objective import ObjectiveSettings, Reference
 from auxin.planning.bench import Bench
 from auxin.recipes.adopting import adopt
 from auxin.recipes.change import change_checkpoint
@@ -52,6 +52,7 @@ from auxin.recipes.workers import Cell, raise_failures, run_cells
 from auxin.report import write_chart_svg, write_markdown, write_report
 from auxin.training import train, write_checkpoint_folder
 from auxin.training.hardware import choose_device
+from auxin.training.held_out import HeldOut
 from auxin.training.lock import exclusive
 
 RESULTS_FILE = "results.json"
@@ -118,12 +119,8 @@ class Run:
     def measured(self, checkpoint: Path, measures: Sequence[Measure]) -> dict[str, float]:
         """What `measures` give for `checkpoint` on the whole held-out split, by name."""
         model = load_model(checkpoint, choose_device(self.recipe.training.get("device", "auto")))
-        objective, split = self.bound(model), self.data.split("validation")
-        return {measure.kind: measure(model, split, objective, self.evaluation_batch_size) for measure in measures}
-
-    def bound(self, model: PreTrainedModel) -> Objective:
-        """The recipe's objective for `model`."""
-        return self.recipe.objective.bind(model.config, self.data.form)
+        objective = self.recipe.objective.bind(model.config, self.data.form)
+        return HeldOut(tuple(measures), objective, self.data).all(model, self.evaluation_batch_size)
 
     @property
     def evaluation_batch_size(self) -> int:
@@ -198,8 +195,9 @@ def prepared_run(recipe: Recipe, directory: Path, data_directory: Path, announce
     announce("Data: " + "; ".join(f"{name}: {value}" for name, value in data.describe().items()))
     check_processors(recipe, data)
     # Again, now that it is known what the data decides.
-    price_recipe(recipe, memory=False, form=data.form)
-    return Run(recipe, directory, data, stage_configs(recipe, data.form), announce)
+    structures = stage_configs(recipe, data.form)
+    price_recipe(recipe, memory=False, form=data.form, structures=structures)
+    return Run(recipe, directory, data, structures, announce)
 
 
 def finish_run(run: Run, command: str, threads: int | None = None) -> RunResults:
@@ -387,7 +385,7 @@ def change(run: Run, stage: ChangeStage, directory: Path, previous: Path) -> Pat
 
 
 def evaluate(run: Run, stage: EvaluateStage, directory: Path, previous: Path) -> Path:
-    """Measure the held-out loss; the checkpoint stays the one before, its ledger gains the measurement."""
+    """Measure on the held-out split; the checkpoint stays the one before, its ledger gains the measurement."""
     started = time.perf_counter()
     found = run.measured(previous, run.recipe.measures)
     first = run.recipe.measures[0].kind

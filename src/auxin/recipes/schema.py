@@ -256,7 +256,7 @@ class Recipe(Settings):
 
     def references(self, stage: TrainStage) -> tuple[str, ...]:
         """The other models that the objective of a train stage goes by, as "branch/stage" or a checkpoint's folder."""
-        return self.training_settings(stage, flops=1.0 if stage.flops_of is not None else None).objective.references()
+        return self.training_settings(stage, flops=1.0).objective.references()
 
     def checkpoints(self) -> list[tuple[str, Path]]:
         """Every checkpoint outside of the run that is named, behind the branch or stage that names it."""
@@ -319,8 +319,7 @@ class Recipe(Settings):
         for stage in branch.stages:
             named = {getattr(stage, field, None) for field in ("like", "parameters_of", "flops_of")}
             if isinstance(stage, TrainStage):
-                references = self.training_settings(stage, flops=1.0).objective.references()
-                named |= {reference.partition("/")[0] for reference in references}
+                named |= {reference.partition("/")[0] for reference in self.references(stage)}
             names |= {other.name for other in self.branches if other.name in named}
         return names - {branch.name}
 

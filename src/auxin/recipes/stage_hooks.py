@@ -1,7 +1,7 @@
 """What takes part in the training of a stage: the hooks that it asks for, and those that changes bring along."""
 
 from auxin.accounting import Ledger
-from auxin.planning.hooks import Hook, HookContext, asked_by
+from auxin.planning.hooks import Hook, HookContext, asked_by, made_hooks
 from auxin.planning.lineage import changes_since_training
 from auxin.recipes.schema import TrainStage
 
@@ -17,4 +17,4 @@ def stage_hooks(stage: TrainStage, ledger: Ledger) -> list[Hook]:
     """
     context = HookContext(f"{stage.name}: hooks", ledger)
     asked = [hook for plan in changes_since_training(ledger) for hook in asked_by(plan)]
-    return [hook.made(context) for hook in sorted([*asked, *stage.hooks], key=lambda hook: not hook.goes_first)]
+    return made_hooks([*asked, *stage.hooks], context)

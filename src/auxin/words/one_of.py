@@ -1,7 +1,7 @@
 """Fields that hold one of several settings classes, found by their kind in a registry."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic.json_schema import JsonSchemaValue
@@ -78,6 +78,11 @@ class OneOf:
         kinds = {"enum": list(self.registry.all())}
         required = {"required": ["kind"]} if self.default is None else {}
         return {"anyOf": [kinds, {"type": "object", "properties": {"kind": kinds}, **required}]}
+
+
+def kinds_of(settings: type[Settings]) -> tuple[str, ...]:
+    """The kinds that settings with a field `kind: Literal[...]` are found by."""
+    return get_args(settings.model_fields["kind"].annotation)
 
 
 def parse_one(one_of: OneOf, values: Any, source: str) -> Any:
