@@ -190,7 +190,7 @@ def test_factors_of_new_heads_and_units_are_as_those_before(plugin):
     torch.testing.assert_close(new.detach(), torch.cat([old, old.mean().expand(5)]))
     model, keep = scaled("llama"), circular(16, 16)
     heads = (StreamMap(4, (0, 1, 2, 3)), StreamMap(2, (0, 1)))
-    edits = widen(anatomy(model), Widening(keep, *heads, ffn=padded(12, 17), head_dim=4)).edits
+    edits = widen(anatomy(model), Widening(keep, *heads, feed_forward={"ffn": padded(12, 17)}, head_dim=4)).edits
     apply(Plan(method="maps", promise="exact", edits=edits, made_for=config_values(model.config)), model)
     torch.testing.assert_close(scales(model)["model.layers.0.mlp.up_proj.scale"].detach(), new.detach())
     for family, hidden in (("gpt2", 32), ("gpt_neox", 64)):

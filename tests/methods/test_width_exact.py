@@ -14,7 +14,7 @@ from auxin.models.anatomy import anatomy
 from auxin.planning.bench import Bench
 from auxin.planning.depth import identity_order
 from auxin.planning.width import widen
-from auxin.planning.width_maps import StreamMap, Widening, circular, head_maps, padded
+from auxin.planning.width_maps import StreamMap, Widening, circular, feed_forward_maps, head_maps, padded
 from auxin.planning.width_targets import WidthTargets
 from tiny_models import FAMILIES, change, inputs, logits, tiny
 
@@ -48,7 +48,7 @@ def widened(model, approximate=False, **maps):
         "residual": circular(sizes.residual, sizes.residual),
         "query": circular(sizes.query_heads, sizes.query_heads),
         "key_value": circular(sizes.key_value_heads, sizes.key_value_heads),
-        "ffn": circular(sizes.ffn, sizes.ffn) if sizes.ffn else None,
+        "feed_forward": feed_forward_maps(sizes, sizes, circular),
         "head_dim": sizes.head_dim,
     }
     result = widen(body, Widening(**{**keep, **maps}), approximate)
@@ -249,7 +249,8 @@ def test_one_norm_over_all_heads_asks_for_equal_copies():
 def test_added_heads_and_units_that_nothing_reads_are_exact(family):
     model = tiny(family)
     sizes = anatomy(model).sizes
-    maps = {"ffn": StreamMap(sizes.ffn, tuple(range(sizes.ffn)), added=5)} if sizes.ffn else {}
+    longer = StreamMap(sizes.ffn or 0, tuple(range(sizes.ffn or 0)), added=5)
+    maps = {"feed_forward": {"ffn": longer}} if sizes.ffn else {}
     if family in ("llama", "qwen3", "t5"):
         groups = 2 if family == "llama" else 1
         keys, queries = sizes.key_value_heads, sizes.query_heads

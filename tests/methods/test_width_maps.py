@@ -130,7 +130,7 @@ def test_arbitrary_maps_are_r_w_c():
     body = anatomy(model)
     query, key_value = head_maps(body.sizes, 8, 4, chosen=[1, 1])
     ffn, residual = [*range(12), 5, 5, 0], [*range(16), 3, 3, 9, 0, 1, 2, 3, 15]
-    widening = Widening(StreamMap(16, tuple(residual)), query, key_value, StreamMap(12, tuple(ffn)), 4)
+    widening = Widening(StreamMap(16, tuple(residual)), query, key_value, {"ffn": StreamMap(12, tuple(ffn))}, 4)
     with pytest.raises(PlanError, match="unequal copies"):
         widen(body, widening)
     widened = widen(body, widening, approximate=True)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import PhiConfig, PhiForCausalLM
+from transformers import XGLMConfig, XGLMForCausalLM
 
 from auxin.edits import ConfigureModule, Plan, SetConfig, SliceParameter, apply
 from auxin.edits.structure import edited_skeleton
@@ -99,17 +99,17 @@ def test_tiny_models_run_in_double_precision(family):
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones():
     values = {"hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9}
-    model = skeleton(PhiConfig(intermediate_size=8, num_hidden_layers=1, **values), PhiForCausalLM)
-    with pytest.raises(PlanError, match=r"Unknown architecture 'phi'.*llama"):
+    model = skeleton(XGLMConfig(ffn_dim=8, num_layers=1, **values), XGLMForCausalLM)
+    with pytest.raises(PlanError, match=r"Unknown architecture 'xglm'.*llama"):
         anatomy(model)
 
 
 def test_another_package_can_register_an_architecture(tmp_path, monkeypatch):
-    model = skeleton(PhiConfig(hidden_size=8, num_attention_heads=2, vocab_size=9, intermediate_size=8), PhiForCausalLM)
+    model = skeleton(XGLMConfig(d_model=8, attention_heads=2, vocab_size=9, ffn_dim=8), XGLMForCausalLM)
     model.config.model_type = "gpt2"
-    monkeypatch.setattr(ANATOMIES, "_own", {"phi": lambda model: "described"})
+    monkeypatch.setattr(ANATOMIES, "_own", {"xglm": lambda model: "described"})
     monkeypatch.setattr(ANATOMIES, "_complete", True)
-    with pytest.raises(PlanError, match=r"Unknown architecture 'gpt2'\. Known: phi"):
+    with pytest.raises(PlanError, match=r"Unknown architecture 'gpt2'\. Known: xglm"):
         anatomy(model)
     ANATOMIES.add("gpt2", lambda model: "described elsewhere")
     assert anatomy(model, complete=False) == "described elsewhere"

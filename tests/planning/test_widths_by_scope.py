@@ -185,7 +185,7 @@ def test_cutting_is_the_way_back_from_padding(family):
         key_value=StreamMap(
             old.key_value_heads, tuple(range(old.key_value_heads)), added=old.key_value_heads // 2 * bound
         ),
-        ffn=StreamMap(12, tuple(range(12)), added=5),
+        feed_forward={"ffn": StreamMap(12, tuple(range(12)), added=5)},
         head_dim=old.head_dim,
         padding="zeros" if body.norm == "rms" else "mean",
     )
@@ -269,7 +269,7 @@ def keeping(sizes, **maps):
         "residual": circular(sizes.residual, sizes.residual),
         "query": circular(sizes.query_heads, sizes.query_heads),
         "key_value": circular(sizes.key_value_heads, sizes.key_value_heads),
-        "ffn": circular(sizes.ffn, sizes.ffn),
+        "feed_forward": {"ffn": circular(sizes.ffn, sizes.ffn)},
         "head_dim": sizes.head_dim,
     }
     return Widening(**{**same, **maps})
@@ -311,12 +311,12 @@ def test_a_map_must_be_one_of_this_model():
     model = cut_ffn("llama")
     body = anatomy(model)
     with pytest.raises(PlanError, match=r"model\.layers\.1: the widening maps 12 units of ffn, and there are 6"):
-        widen(body, keeping(body.sizes, ffn=circular(12, 24)))
+        widen(body, keeping(body.sizes, feed_forward={"ffn": circular(12, 24)}))
     body = anatomy(tiny("llama"))
     with pytest.raises(PlanError, match=r"scopes=\['model.layers.1'\]"):
         widen(body, keeping(body.sizes, scoped={("ffn", "model.layers.1"): circular(12, 24)}))
     with pytest.raises(PlanError, match="feed-forward unit 1 would be lost"):
-        widen(body, keeping(body.sizes, ffn=StreamMap(12, (0,))), approximate=True)
+        widen(body, keeping(body.sizes, feed_forward={"ffn": StreamMap(12, (0,))}), approximate=True)
     lost_and_copied = keeping(body.sizes, query=StreamMap(4, (0, 0)))
     with pytest.raises(PlanError, match="query head unit 1 would be lost"):
         widen(body, lost_and_copied, approximate=True, cut=True)
@@ -331,7 +331,9 @@ def test_scoped_maps_are_those_between_the_widths_of_each_scope():
         ("query", "b"): StreamMap(2, (0, 1, 0, 1)),
         ("key_value", "b"): StreamMap(1, (0, 0)),
     }
-    assert keeping(old, ffn=circular(12, 24), scoped=maps).sizes(old).at("b") == Sizes(16, 4, 2, 4, 24)
+    assert keeping(old, feed_forward={"ffn": circular(12, 24)}, scoped=maps).sizes(old).at("b") == Sizes(
+        16, 4, 2, 4, 24
+    )
 
 
 # Methods -------------------------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 
 from auxin.errors import PlanError
 from auxin.models.scoped_config import ScopedConfig, config_at
-from auxin.words.roles import Anatomy, LayerStack, ParameterRole, Segment, Stream, Width
+from auxin.words.roles import FEED_FORWARD, Anatomy, LayerStack, ParameterRole, Segment, Stream, Width
 
-STREAMS: tuple[Stream, ...] = ("query", "key_value", "ffn")
+STREAMS: tuple[Stream, ...] = ("query", "key_value", *FEED_FORWARD)
 """The streams whose widths can differ from layer to layer."""
 Grain = Literal["model", "stack", "layer"]
 """By what the roles of a stack tell a stream's widths apart."""

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.planning.width import Widened, widen
-from auxin.planning.width_maps import StreamMap, Widening, circular
+from auxin.planning.width_maps import StreamMap, Widening, circular, feed_forward_maps
 from auxin.words.paths import encloses
-from auxin.words.roles import Anatomy, Sizes, Stream
+from auxin.words.roles import FEED_FORWARD, Anatomy, Sizes, Stream
 
-_CUT: tuple[Stream, ...] = ("residual", "query", "ffn")
+_CUT: tuple[Stream, ...] = ("residual", "query", *FEED_FORWARD)
 
 
 def cut(model: PreTrainedModel, keep: Mapping[tuple[Stream, str], Sequence[int]]) -> Widened:
@@ -28,9 +28,9 @@ def cut(model: PreTrainedModel, keep: Mapping[tuple[Stream, str], Sequence[int]]
 
     Args:
         model: the model, on any device; weights are not looked at.
-        keep: the units that stay, counted from 0, by stream ("residual", "query" for whole heads, or "ffn") and scope:
-            "" for all layers, a stack ("encoder.block") or a layer ("model.layers.3"); the residual has no other scope
-            than "". They keep their order.
+        keep: the units that stay, counted from 0, by stream ("residual", "query" for whole heads, or one of the
+            feed-forward streams) and scope: "" for all layers, a stack ("encoder.block") or a layer ("model.layers.3");
+            the residual has no other scope than "". They keep their order.
 
     Raises:
         PlanError: an unknown scope or unit, heads of one key-value head that would be more than those of another, heads
@@ -44,7 +44,7 @@ def cut(model: PreTrainedModel, keep: Mapping[tuple[Stream, str], Sequence[int]]
         residual=circular(sizes.residual, sizes.residual),
         query=circular(sizes.query_heads, sizes.query_heads),
         key_value=circular(sizes.key_value_heads, sizes.key_value_heads),
-        ffn=circular(sizes.ffn, sizes.ffn) if sizes.ffn else None,
+        feed_forward=feed_forward_maps(sizes, sizes, circular),
         head_dim=sizes.head_dim,
     )
     maps = _kept_as_they_are(body)
@@ -57,7 +57,7 @@ def cut(model: PreTrainedModel, keep: Mapping[tuple[Stream, str], Sequence[int]]
         residual=maps.pop(("residual", ""), same.residual),
         query=maps.pop(("query", ""), same.query),
         key_value=maps.pop(("key_value", ""), same.key_value),
-        ffn=maps.pop(("ffn", ""), same.ffn) if same.ffn else None,
+        feed_forward={stream: maps.pop((stream, ""), units) for stream, units in same.feed_forward.items()},
         head_dim=sizes.head_dim,
         scoped=maps,
     )
@@ -83,8 +83,8 @@ def _check(body: Anatomy, keep: Mapping[tuple[Stream, str], Sequence[int]]) -> N
             raise PlanError(f"{stream}: units of this stream are not cut. Name one of {', '.join(_CUT)}.")
         if stream == "residual" and scope:
             raise PlanError(f"{scope}: the residual is one through all layers. Give its units for the scope ''.")
-        if stream == "ffn" and not body.scopes("ffn"):
-            raise PlanError(f"The {body.family} architecture has no feed-forward units. Leave them out.")
+        if stream in FEED_FORWARD and not body.scopes(stream):
+            raise PlanError(f"The {body.family} model has no units of {stream}. Leave them out.")
         if stream == "query" and scope:
             _check_head_scope(body, scope)
         inside = [width for width in body.sizes.scoped if width.stream == stream and width.scope != scope]

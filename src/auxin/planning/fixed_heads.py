@@ -1,6 +1,4 @@
-"""Sizes of a growth that leaves the head dimension as it is, and how the config says them."""
-
-from typing import Any
+"""Sizes of a growth that leaves the head dimension as it is."""
 
 from auxin.errors import PlanError
 from auxin.planning.width_targets import WidthTargets
@@ -28,20 +26,3 @@ def fixed_head_sizes(anatomy: Anatomy, targets: WidthTargets) -> Sizes:
             f"{below // old.head_dim + 1}."
         )
     return new
-
-
-def size_values(anatomy: Anatomy, new: Sizes) -> dict[str, Any]:
-    """The config's values for the widths `new`: those that change, and those that the config would derive from them."""
-    old, fields = anatomy.sizes, anatomy.fields
-    sizes = (
-        (fields.hidden_size, old.residual, new.residual),
-        (fields.heads, old.query_heads, new.query_heads),
-        (fields.key_value_heads, old.key_value_heads, new.key_value_heads),
-        (fields.ffn, old.ffn, new.ffn),
-    )
-    values: dict[str, Any] = {field: after for field, before, after in sizes if field and before != after}
-    if values and fields.head_dim is not None:
-        values[fields.head_dim] = new.head_dim
-    if fields.hidden_size in values and fields.ffn is not None:
-        values[fields.ffn] = new.ffn
-    return values

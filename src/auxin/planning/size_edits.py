@@ -1,10 +1,10 @@
 """How the widths of a plan are said: in the config, or for single modules where the config has one value for all."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from typing import Any
 
 from auxin.edits.kinds.module_edits import ConfigureModule
-from auxin.words.roles import Anatomy, LayerStack, Sizes, Stream
+from auxin.words.roles import FEED_FORWARD, SETTINGS, Anatomy, LayerStack, Sizes, Stream
 
 
 def size_edits(anatomy: Anatomy, new: Sizes) -> tuple[Sizes, list[ConfigureModule]]:
@@ -24,26 +24,31 @@ def size_edits(anatomy: Anatomy, new: Sizes) -> tuple[Sizes, list[ConfigureModul
     fields = anatomy.fields
     said: dict[Stream, int | None] = {}
     values: dict[str, dict[str, int]] = {}
-    streams: tuple[tuple[Stream, str | None], ...] = (
-        ("query", fields.heads),
-        ("key_value", fields.key_value_heads),
-        ("ffn", fields.ffn),
-    )
-    heads = _told(anatomy, "query", new)[0]
-    refused = anatomy.heads_divide_hidden_size and heads is not None and new.residual % heads != 0
-    for stream, field in streams:
-        said[stream], told = _told(anatomy, stream, new, stays=refused and stream != "ffn")
+    streams: tuple[Stream, ...] = ("query", "key_value", *FEED_FORWARD)
+    usual = _told(anatomy, "query", new)[0]
+    refused = anatomy.heads_divide_hidden_size and usual is not None and new.residual % usual != 0
+    for stream in streams:
+        field = fields.of(stream)
+        said[stream], told = _told(anatomy, stream, new, stays=refused and stream not in FEED_FORWARD)
         for scope, units in told.items() if field is not None else ():
             for module in _modules(anatomy, stream, scope):
                 values.setdefault(module, {})[str(field)] = units
-    config = replace(
-        new,
-        query_heads=said["query"] or new.query_heads,
-        key_value_heads=said["key_value"] or new.key_value_heads,
-        ffn=said["ffn"],
-        scoped=(),
-    )
+    heads = said["query"] or new.query_heads, said["key_value"] or new.key_value_heads
+    config = Sizes.of(new.residual, *heads, new.head_dim, said)
     return config, [ConfigureModule(module=module, values=told) for module, told in values.items()]
+
+
+def size_values(anatomy: Anatomy, new: Sizes) -> dict[str, Any]:
+    """The config's values for the widths `new`: those that change, and those that the config would derive from them."""
+    old, fields = anatomy.sizes, anatomy.fields
+    widths = {field: (old.units(stream), new.units(stream)) for stream in SETTINGS if (field := fields.of(stream))}
+    values: dict[str, Any] = {field: after for field, (before, after) in widths.items() if before != after}
+    if fields.head_dim is not None and (values or new.head_dim != old.head_dim):
+        values[fields.head_dim] = new.head_dim
+    if fields.hidden_size in values:
+        values |= dict.fromkeys(fields.like_hidden_size, new.residual)
+        values |= {fields.ffn: new.ffn} if fields.ffn and new.ffn else {}
+    return values
 
 
 def _told(anatomy: Anatomy, stream: Stream, new: Sizes, stays: bool = False) -> tuple[int | None, dict[str, int]]:
@@ -67,7 +72,7 @@ def _told(anatomy: Anatomy, stream: Stream, new: Sizes, stays: bool = False) -> 
 def _modules(anatomy: Anatomy, stream: Stream, scope: str) -> Iterator[str]:
     """The modules that take the width of a stream in a scope from their config, as paths and patterns."""
     for stack in anatomy.stacks:
-        parts = stack.feed_forward if stream == "ffn" else stack.attentions
+        parts = stack.feed_forward if stream in FEED_FORWARD else stack.attentions
         if not scope and _follows_model(anatomy, stack, stream):
             yield from (f"{stack.path}.*.{part}".rstrip(".") for part in parts)
         elif scope == stack.path:

@@ -26,10 +26,10 @@ from auxin.edits.kinds.layer_edits import JoinAbove
 from auxin.edits.kinds.parameter_edits import CentreParameter, PadParameter, ScaleParameter, SliceParameter
 from auxin.edits.plan import Promise
 from auxin.errors import PlanError
-from auxin.planning.size_edits import size_edits
+from auxin.planning.size_edits import size_edits, size_values
 from auxin.planning.width_conditions import fatal_reasons, inexact_reasons, norm_scale, rotary_after
 from auxin.planning.width_maps import Widening
-from auxin.words.roles import Anatomy, HeadPart, ParameterRole, Segment, Sizes, Stream
+from auxin.words.roles import SETTINGS, Anatomy, HeadPart, ParameterRole, Segment, Sizes
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def diagonal_edits(anatomy: Anatomy, widening: Widening) -> list[Edit]:
     copies = len(widening.residual.index) // widening.residual.old
     edits: list[Edit] = []
     for role in anatomy.roles:
-        if role.kind == "matrix" and set(role.access) == {"writes", "reads"}:
+        if role.kind == "matrix" and {"writes", "reads"} <= set(role.access):
             output_axis = role.access.index("writes")
             stretches = [copies * segment.size for segment in role.axes[output_axis]]
             edits.append(
@@ -98,10 +98,10 @@ def diagonal_edits(anatomy: Anatomy, widening: Widening) -> list[Edit]:
 
 def describe_sizes(anatomy: Anatomy) -> str:
     """The model's widths by their names in the settings of methods, ranges where layers differ."""
-    names: list[tuple[Stream, str]] = [("residual", "hidden_size"), ("query", "num_attention_heads")]
-    names += [("key_value", "num_key_value_heads")] if anatomy.fields.key_value_heads else []
     parts = []
-    for stream, name in [*names, ("ffn", "intermediate_size")]:
+    for stream, name in SETTINGS.items():
+        if stream == "key_value" and not anatomy.fields.key_value_heads:
+            continue
         found = {anatomy.sizes.units(stream, scope) for scope in anatomy.scopes(stream) or [""]} - {None}
         widths = sorted(units for units in found if units is not None)
         parts += [f"{name} = {' to '.join(map(str, dict.fromkeys((widths[0], widths[-1]))))}"] if widths else []
@@ -125,21 +125,8 @@ class _Writer:
 
     def _config_values(self, said: Sizes) -> dict[str, Any]:
         """The config's values after the widening, those that change."""
-        fields, sizes = self.anatomy.fields, self.anatomy.sizes
-        new = (
-            (fields.hidden_size, sizes.residual, said.residual),
-            (fields.heads, sizes.query_heads, said.query_heads),
-            (fields.key_value_heads, sizes.key_value_heads, said.key_value_heads),
-            (fields.head_dim, sizes.head_dim, said.head_dim),
-            (fields.ffn, sizes.ffn, said.ffn),
-        )
-        values: dict[str, Any] = {field: after for field, before, after in new if field and before != after}
-        # A feed-forward size that the config derives from the hidden size must be said once that changes.
-        if fields.ffn and fields.hidden_size in values and said.ffn:
-            values[fields.ffn] = said.ffn
-        if self.eta != 1 and fields.epsilon:
-            values[fields.epsilon] = self.anatomy.epsilon * self.eta**2
-        return values
+        values, epsilon = size_values(self.anatomy, said), self.anatomy.fields.epsilon
+        return values | ({epsilon: self.anatomy.epsilon * self.eta**2} if self.eta != 1 and epsilon else {})
 
     def edits(self, role: ParameterRole) -> list[Edit]:
         """The edits of the parameters of one role."""
@@ -338,15 +325,18 @@ class _Places:
         return self._new() if part == "key" or self.is_scale else -1
 
     def _turned(self, dim: int) -> int | None:
-        """The old dimension of a query or key at `dim`: rotated pairs (i, i + r/2) go to (m i, m i + r'/2), which turns
-        as fast; the others stay in order behind them."""
+        """The old dimension of a query or key at `dim`: rotated pairs (i, i + r/2) go to (m i, m i + r'/2), or
+        (2i, 2i + 1) to (2 m i, 2 m i + 1), which turns as fast; the others stay in order behind them."""
         (old, new), (old_dims, _) = self.rotary, self.dims
+        neighbours = self.anatomy.rotary_pairs == "neighbours"
         if dim >= new:
             kept = old + dim - new
             return kept if kept < old_dims else None
         times, half = new // old, new // 2
-        pair, second = dim % half, dim >= half
-        return pair // times + (old // 2 if second else 0) if pair % times == 0 else None
+        pair, second = (dim // 2, dim % 2 == 1) if neighbours else (dim % half, dim >= half)
+        if pair % times:
+            return None
+        return 2 * (pair // times) + second if neighbours else pair // times + (old // 2 if second else 0)
 
     def _new(self) -> int:
         """The next random entry, or a zero where the axis is read."""

@@ -6,11 +6,17 @@ from collections.abc import Iterable
 from auxin.errors import PlanError
 from auxin.planning.width_maps import StreamMap, Widening
 from auxin.words.paths import encloses
-from auxin.words.roles import Anatomy, Sizes, Stream
+from auxin.words.roles import FEED_FORWARD, SETTINGS, Anatomy, Sizes, Stream
 
 ROPE_BY_FREQUENCY = ("default", "linear", "llama3")
 """Rotary embeddings whose treatment of a pair depends on its frequency alone, not on the head dimension."""
-_UNITS: dict[Stream, str] = {"residual": "hidden", "query": "query head", "ffn": "feed-forward"}
+_UNITS: dict[Stream, str] = {
+    "residual": "hidden",
+    "query": "query head",
+    "ffn": "feed-forward",
+    "expert_ffn": "expert's feed-forward",
+    "shared_expert_ffn": "shared expert's feed-forward",
+}
 
 
 def fatal_reasons(anatomy: Anatomy, widening: Widening, from_above: bool, cut: bool) -> list[str]:
@@ -84,30 +90,21 @@ def _residual_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
 def refuse_fixed_widths(anatomy: Anatomy, new: Sizes) -> None:
     """Raise PlanError when a brick of the model keeps it from having the widths `new`."""
     old = anatomy.sizes
-    widths: list[tuple[Stream, str, int | None, int | None]] = [
-        ("residual", "hidden_size", old.residual, new.residual),
-        ("query", "num_attention_heads", old.query_heads, new.query_heads),
-        ("key_value", "num_key_value_heads", old.key_value_heads, new.key_value_heads),
-        ("query", "head_dim", old.head_dim, new.head_dim),
-        ("key_value", "head_dim", old.head_dim, new.head_dim),
-        ("ffn", "intermediate_size", old.ffn, new.ffn),
-    ]
-    if reasons := _fixed(anatomy, widths):
+    widths = [(stream, name, old.units(stream), new.units(stream)) for stream, name in SETTINGS.items()]
+    if reasons := _fixed(anatomy, [*widths, *_head_dims(old.head_dim, new.head_dim)]):
         raise PlanError(reasons[0])
 
 
 def _fixed_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
     """Why bricks of the model keep it from being widened so; empty where they don't."""
-    fields: dict[Stream, str] = {
-        "residual": "hidden_size",
-        "query": "num_attention_heads",
-        "key_value": "num_key_value_heads",
-        "ffn": "intermediate_size",
-    }
     # A map may keep the number of units and still move or cut them.
-    widths = [(s, fields[s], m.old if m.is_identity else None, m.size) for s, _, m in widening.maps()]
-    dims = (anatomy.sizes.head_dim, widening.head_dim)
-    return _fixed(anatomy, [*widths, ("query", "head_dim", *dims), ("key_value", "head_dim", *dims)])
+    widths = [(s, SETTINGS[s], m.old if m.is_identity else None, m.size) for s, _, m in widening.maps()]
+    return _fixed(anatomy, [*widths, *_head_dims(anatomy.sizes.head_dim, widening.head_dim)])
+
+
+def _head_dims(before: int, after: int) -> list[tuple[Stream, str, int | None, int | None]]:
+    """The head dimension as a width of both kinds of heads."""
+    return [("query", "head_dim", before, after), ("key_value", "head_dim", before, after)]
 
 
 def _fixed(anatomy: Anatomy, widths: Iterable[tuple[Stream, str, int | None, int | None]]) -> list[str]:
@@ -184,7 +181,9 @@ def _head_dim_reasons(anatomy: Anatomy, head_dim: int) -> list[str]:
 
 
 def rotary_after(anatomy: Anatomy, head_dim: int) -> int:
-    """How many of `head_dim` dimensions are rotated when the rotated share stays."""
+    """How many of `head_dim` dimensions are rotated: the same share as before, or the same number."""
+    if anatomy.rotary_dim_stays:
+        return anatomy.rotary_dim
     return int(anatomy.rotary_dim / anatomy.sizes.head_dim * head_dim + 1e-9)
 
 
@@ -209,7 +208,7 @@ def _unfit(anatomy: Anatomy, widening: Widening) -> list[str]:
 
 def _above_reasons(anatomy: Anatomy, from_above: bool) -> list[str]:
     """Why units of the layer above can't be taken."""
-    streams: tuple[Stream, ...] = ("ffn", "query", "key_value")
+    streams: tuple[Stream, ...] = (*FEED_FORWARD, "query", "key_value")
     layers = [scope for stream in streams for scope in anatomy.scopes(stream)]
     stacks = {stack.path for stack in anatomy.stacks}
     if not from_above or not set(layers) - stacks - {""}:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from auxin.errors import PlanError
 from auxin.words.paths import innermost
-from auxin.words.roles import Segment, Sizes, Stream, Width
+from auxin.words.roles import FEED_FORWARD, Segment, Sizes, Stream, Width
 
 Padding = Literal["zeros", "mean"]
 
@@ -125,8 +125,8 @@ class Widening:
     residual: StreamMap
     query: StreamMap
     key_value: StreamMap
-    ffn: StreamMap | None
-    """None where the feed-forward part has no units of its own."""
+    feed_forward: Mapping[Stream, StreamMap]
+    """By the stream; those that an architecture lacks are left out. See `feed_forward_maps`."""
     head_dim: int
     """After the growth."""
     padding: Padding = "zeros"
@@ -148,8 +148,8 @@ class Widening:
         yield "residual", "", self.residual
         yield "query", "", self.query
         yield "key_value", "", self.key_value
-        if self.ffn is not None:
-            yield "ffn", "", self.ffn
+        for stream, stream_map in self.feed_forward.items():
+            yield stream, "", stream_map
         for (stream, scope), stream_map in self.scoped.items():
             yield stream, scope, stream_map
 
@@ -171,15 +171,27 @@ class Widening:
         places = {(width.stream, width.scope): None for width in old.scoped} | dict.fromkeys(self.scoped)
         maps = ((stream, scope, self.at(stream, scope)) for stream, scope in places)
         widths = [Width(stream, scope, found.size) for stream, scope, found in maps if found is not None]
-        ffn = self.ffn.size if self.ffn is not None else None
-        new = Sizes(self.residual.size, self.query.size, self.key_value.size, self.head_dim, ffn)
+        inner = {stream: stream_map.size for stream, stream_map in self.feed_forward.items()}
+        new = Sizes.of(self.residual.size, self.query.size, self.key_value.size, self.head_dim, inner)
         return new.with_widths(widths)
+
+
+def feed_forward_maps(old: Sizes, new: Sizes, units: Callable[[int, int], StreamMap]) -> dict[Stream, StreamMap]:
+    """The maps of the feed-forward streams of a model, for `Widening.feed_forward`.
+
+    Args:
+        old: the model's widths.
+        new: those after the growth.
+        units: the map from a number of units to another one.
+    """
+    widths = {stream: (old.units(stream), new.units(stream)) for stream in FEED_FORWARD}
+    return {stream: units(before, after) for stream, (before, after) in widths.items() if before and after}
 
 
 def scoped_maps(
     old: Sizes,
     new: Sizes,
-    ffn: Callable[[int, int], StreamMap],
+    units: Callable[[int, int], StreamMap],
     heads: Callable[[Sizes, Sizes], tuple[StreamMap, ...]],
 ) -> dict[tuple[Stream, str], StreamMap]:
     """The maps of the scopes of a model that have widths of their own, for `Widening.scoped`.
@@ -187,7 +199,7 @@ def scoped_maps(
     Args:
         old: the model's widths.
         new: those after the growth.
-        ffn: the map from a number of feed-forward units to another one.
+        units: the map from a number of feed-forward units to another one.
         heads: the maps of query and key-value heads between the widths of two models.
     """
     maps: dict[tuple[Stream, str], StreamMap] = {}
@@ -196,8 +208,8 @@ def scoped_maps(
         before, after = old.at(scope), new.at(scope)
         if streams & {"query", "key_value"}:
             maps["query", scope], maps["key_value", scope] = heads(before, after)
-        if "ffn" in streams and before.ffn and after.ffn:
-            maps["ffn", scope] = ffn(before.ffn, after.ffn)
+        inner = feed_forward_maps(before, after, units)
+        maps |= {(stream, scope): stream_map for stream, stream_map in inner.items() if stream in streams}
     return maps
 
 

@@ -7,7 +7,7 @@ from pydantic import Field
 from auxin.errors import PlanError
 from auxin.planning.width import describe_sizes
 from auxin.settings import Settings
-from auxin.words.roles import Anatomy, Sizes, Stream, Width
+from auxin.words.roles import FEED_FORWARD, SETTINGS, Anatomy, Sizes, Stream, Width
 
 
 class WidthTargets(Settings):
@@ -24,7 +24,11 @@ class WidthTargets(Settings):
     num_key_value_heads: int | None = Field(default=None, gt=0)
     """Key-value heads; they follow the query heads in their old ratio. A single one stays single."""
     intermediate_size: int | None = Field(default=None, gt=0)
-    """Hidden units of the feed-forward part."""
+    """Hidden units of the feed-forward part; of each expert, where the config has no other name for these."""
+    moe_intermediate_size: int | None = Field(default=None, gt=0)
+    """Hidden units of each expert, where experts have a size of their own."""
+    shared_expert_intermediate_size: int | None = Field(default=None, gt=0)
+    """Hidden units of the expert that all tokens share, where it has a size of its own."""
 
     def sizes(self, anatomy: Anatomy, scoped: Iterable[Width] | None = None) -> Sizes:
         """All widths after the growth.
@@ -40,32 +44,44 @@ class WidthTargets(Settings):
         """
         old = anatomy.sizes
         hidden = _at_least("hidden_size", self.hidden_size, old.residual)
+        if anatomy.heads_stay and self.num_attention_heads not in (None, old.query_heads):
+            raise PlanError(f"num_attention_heads = {self.num_attention_heads}: {anatomy.heads_stay} Leave it out.")
         heads = _at_least("num_attention_heads", self.num_attention_heads, old.query_heads)
         head_dim = old.head_dim
         if anatomy.fields.head_dim is None:
-            heads, head_dim = self._bound_heads(old, hidden)
+            heads, head_dim = self._bound_heads(anatomy, hidden)
         elif anatomy.heads_divide_hidden_size and hidden % heads:
             raise PlanError(
                 f"num_attention_heads = {heads} does not divide hidden_size = {hidden}, which this architecture's "
                 f"config insists on. The nearest possible: {_either(_divisors_near(hidden, heads, old.query_heads))}."
             )
-        new = Sizes(hidden, heads, self._key_value_heads(anatomy, heads), head_dim, self._ffn(anatomy))
+        inner = {stream: self._feed_forward(anatomy, stream, hidden) for stream in FEED_FORWARD}
+        new = Sizes.of(hidden, heads, self._key_value_heads(anatomy, heads), head_dim, inner)
         new = new.with_widths(self._unchanged(old) if scoped is None else scoped)
         refuse_shrinking(old, new)
         return new
 
     def gives(self, stream: Stream) -> bool:
         """Whether the width of `stream` is given for all layers; heads of both kinds are given together."""
-        if stream == "ffn":
-            return self.intermediate_size is not None
+        if stream in FEED_FORWARD:
+            return self._given(stream) is not None
         return self.num_attention_heads is not None or self.num_key_value_heads is not None
 
     def _unchanged(self, old: Sizes) -> list[Width]:
         """The widths of narrower scopes that stay."""
         return [width for width in old.scoped if not self.gives(width.stream)]
 
-    def _bound_heads(self, old: Sizes, hidden: int) -> tuple[int, int]:
+    def _bound_heads(self, anatomy: Anatomy, hidden: int) -> tuple[int, int]:
         """Heads and their dimension where the product is the hidden size."""
+        old = anatomy.sizes
+        if anatomy.heads_stay:
+            if hidden % old.query_heads:
+                below = hidden // old.query_heads * old.query_heads
+                raise PlanError(
+                    f"hidden_size = {hidden} is no multiple of the {old.query_heads} heads, whose number stays: "
+                    f"{anatomy.heads_stay} The nearest possible: {_either((below, below + old.query_heads))}."
+                )
+            return old.query_heads, hidden // old.query_heads
         if self.num_attention_heads is not None:
             heads = self.num_attention_heads
             if hidden % heads or hidden // heads < old.head_dim:
@@ -111,30 +127,49 @@ class WidthTargets(Settings):
             )
         return wanted
 
-    def _ffn(self, anatomy: Anatomy) -> int | None:
-        if anatomy.sizes.ffn is None:
-            if self.intermediate_size is not None:
+    def _given(self, stream: Stream) -> int | None:
+        """The width asked for, of a feed-forward stream."""
+        value: int | None = getattr(self, SETTINGS[stream])
+        return value
+
+    def _feed_forward(self, anatomy: Anatomy, stream: Stream, hidden: int) -> int | None:
+        old, wanted, name = anatomy.sizes.units(stream), self._given(stream), SETTINGS[stream]
+        if old is not None and anatomy.fields.of(stream) is None:
+            follows = old * hidden // anatomy.sizes.residual
+            if wanted not in (None, follows):
                 raise PlanError(
-                    f"intermediate_size = {self.intermediate_size}: the {anatomy.family} architecture has no such "
-                    "size. Leave it out; its feed-forward part grows by tokens (method tokenformer)."
+                    f"{name} = {wanted}: in this architecture it is {old // anatomy.sizes.residual} times the hidden "
+                    f"size, {follows} for hidden_size = {hidden}. Leave it out."
                 )
-            return None
-        return _at_least("intermediate_size", self.intermediate_size, anatomy.sizes.ffn)
+            return follows
+        if old is not None:
+            return _at_least(name, wanted, old)
+        if wanted is not None:
+            others = [SETTINGS[other] for other in FEED_FORWARD if anatomy.sizes.units(other)]
+            instead = (
+                f"What it has is {' and '.join(others)}."
+                if others
+                else "Its feed-forward part grows by tokens (method tokenformer)."
+            )
+            raise PlanError(f"{name} = {wanted}: this {anatomy.family} model has no such size. Leave it out. {instead}")
+        return None
+
+
+def feed_forward_settings(anatomy: Anatomy, factor: float) -> dict[str, int]:
+    """Settings of `WidthTargets` that ask for `factor` times as many units in all feed-forward parts whose width the
+    config says, rounded down."""
+    sizes = {stream: anatomy.sizes.units(stream) for stream in FEED_FORWARD if anatomy.fields.of(stream)}
+    return {SETTINGS[stream]: int(units * factor) for stream, units in sizes.items() if units}
 
 
 def refuse_shrinking(old: Sizes, new: Sizes) -> None:
     """Raise PlanError when a layer or a stack that has widths of its own would lose units."""
-    names: dict[Stream, str] = {
-        "query": "num_attention_heads",
-        "key_value": "num_key_value_heads",
-        "ffn": "intermediate_size",
-    }
     for width in old.scoped:
         wanted = new.units(width.stream, width.scope)
         if wanted is not None and wanted < width.units:
             raise PlanError(
-                f"{names[width.stream]} = {wanted} is less than the {width.units} that {width.scope} has; growth can't "
-                f"shrink. The nearest possible: {width.units}."
+                f"{SETTINGS[width.stream]} = {wanted} is less than the {width.units} that {width.scope} has; growth "
+                f"can't shrink. The nearest possible: {width.units}."
             )
 
 

@@ -9,14 +9,26 @@ A width belongs to a stream and a **scope**: the model (""), a stack ("encoder.b
 modules in layers ("model.layers.*.mlp.experts"). Where several scopes enclose a place, the innermost one's width holds.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from auxin.errors import PlanError
 from auxin.words.paths import innermost, path_pattern
 
-Stream = Literal["residual", "query", "key_value", "ffn", "vocabulary"]
+Stream = Literal["residual", "query", "key_value", "ffn", "expert_ffn", "shared_expert_ffn", "vocabulary"]
+FEED_FORWARD: tuple[Stream, ...] = ("ffn", "expert_ffn", "shared_expert_ffn")
+"""The streams of hidden units: of dense feed-forward parts (or of experts, where the config has one size for both), of
+experts with a size of their own, and of the expert that all tokens share."""
+SETTINGS: dict[Stream, str] = {
+    "residual": "hidden_size",
+    "query": "num_attention_heads",
+    "key_value": "num_key_value_heads",
+    "ffn": "intermediate_size",
+    "expert_ffn": "moe_intermediate_size",
+    "shared_expert_ffn": "shared_expert_intermediate_size",
+}
+"""What the width of a stream is called in the settings of methods."""
 Access = Literal["writes", "reads"]
 Kind = Literal["matrix", "bias", "embedding", "gain", "offset", "head", "query_gain", "key_gain", "scale", "mixing"]
 """What a parameter is: a matrix between streams, its bias, an embedding (of tokens, positions, types), a norm's gain or
@@ -95,7 +107,8 @@ class LayerStack:
     length_field: str
     """The config's attribute with the number of layers."""
     outputs: tuple[str, ...]
-    """Modules of a layer whose output is added to the residual, relative to the layer: "self_attn.o_proj"."""
+    """Modules of a layer whose output is added to the residual, relative to the layer: "self_attn.o_proj"; or single
+    parameters, where a module has others beside (experts): "mlp.experts.down_proj". Layers may lack some."""
     output_norms: tuple[str, ...] = ()
     """Norms between such an output and the residual, relative to the layer."""
     norm_position: NormPosition = "before"
@@ -142,8 +155,25 @@ class Sizes:
     key_value_heads: int
     head_dim: int
     ffn: int | None
+    """None where the architecture has no such units; so for those of experts."""
     scoped: tuple[Width, ...] = ()
     """The widths that differ from those of the scopes around them; empty where all layers are alike."""
+    expert_ffn: int | None = None
+    shared_expert_ffn: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        residual: int,
+        query_heads: int,
+        key_value_heads: int,
+        head_dim: int,
+        feed_forward: Mapping[Stream, int | None],
+    ) -> "Sizes":
+        """The widths of a model whose layers are alike, those of `FEED_FORWARD` by their streams."""
+        ffn, expert, shared = (feed_forward.get(stream) for stream in FEED_FORWARD)
+        heads = query_heads, key_value_heads, head_dim
+        return cls(residual, *heads, ffn, expert_ffn=expert, shared_expert_ffn=shared)
 
     def units(self, stream: Stream, scope: str = "") -> int | None:
         """The units of `stream` at `scope`, which are those of the innermost scope around it that has a width; None
@@ -156,7 +186,8 @@ class Sizes:
         query, key_value = self.units("query", scope), self.units("key_value", scope)
         assert query is not None
         assert key_value is not None
-        return Sizes(self.residual, query, key_value, self.head_dim, self.units("ffn", scope))
+        inner = {stream: self.units(stream, scope) for stream in FEED_FORWARD}
+        return Sizes.of(self.residual, query, key_value, self.head_dim, inner)
 
     def with_widths(self, widths: Iterable[Width]) -> "Sizes":
         """The model's widths with these of narrower scopes instead of its own; those that say nothing new are left
@@ -169,8 +200,15 @@ class Sizes:
         return {"": self._model_wide(stream)} | {w.scope: w.units for w in self.scoped if w.stream == stream}
 
     def _model_wide(self, stream: Stream) -> int | None:
-        known = {"residual": self.residual, "query": self.query_heads, "key_value": self.key_value_heads}
-        return self.ffn if stream == "ffn" else known.get(stream)
+        known = {
+            "residual": self.residual,
+            "query": self.query_heads,
+            "key_value": self.key_value_heads,
+            "ffn": self.ffn,
+            "expert_ffn": self.expert_ffn,
+            "shared_expert_ffn": self.shared_expert_ffn,
+        }
+        return known.get(stream)
 
 
 @dataclass(frozen=True)
@@ -184,6 +222,22 @@ class ConfigFields:
     head_dim: str | None
     """None: the head dimension is hidden size / heads."""
     epsilon: str | None
+    expert_ffn: str | None = None
+    shared_expert_ffn: str | None = None
+    like_hidden_size: tuple[str, ...] = ()
+    """Further values that are the hidden size, under names of their own (OPT's word_embed_proj_dim)."""
+
+    def of(self, stream: Stream) -> str | None:
+        """The name under which the config holds the width of `stream`."""
+        known = {
+            "residual": self.hidden_size,
+            "query": self.heads,
+            "key_value": self.key_value_heads,
+            "ffn": self.ffn,
+            "expert_ffn": self.expert_ffn,
+            "shared_expert_ffn": self.shared_expert_ffn,
+        }
+        return known.get(stream)
 
 
 @dataclass(frozen=True)
@@ -212,6 +266,10 @@ class Anatomy:
     """How many of a head's dimensions are rotated by position; 0: none."""
     rope_type: str = "default"
     """How the rotary frequencies depend on the dimension, in the words of transformers."""
+    rotary_pairs: Literal["halves", "neighbours"] = "halves"
+    """Which dimensions are rotated together: i and i + r/2 of r, or 2i and 2i + 1."""
+    rotary_dim_stays: bool = False
+    """Whether the config has a number of rotated dimensions, and not their share of the head dimension (GPT-J)."""
     attention_scaled: bool = True
     """Whether attention scores are divided by the square root of the head dimension."""
     logits_scaled: bool = False
@@ -227,8 +285,12 @@ class Anatomy:
     residual_blocks: ResidualBlocks = "one"
     """Whether the residual stream between layers is one block, or several (AltUp) that come from one embedding and end
     as one ("recycled"), or that embedding and head hold too ("wide")."""
+    heads_stay: str = ""
+    """Why the number of heads can't change although their dimension can, in a sentence that follows
+    "num_attention_heads = 8: "; empty where it can."""
     fixed_widths: tuple[tuple[Stream, str], ...] = ()
-    """The streams whose width can't change because of a brick, and why, in sentences that follow "WIDTH = 64: "."""
+    """The streams whose width can't change, because of the architecture or of a brick, and why, in sentences that
+    follow "WIDTH = 64: "."""
 
     @property
     def rotary(self) -> bool:

@@ -25,7 +25,7 @@ from auxin.planning.bench import from_model
 from auxin.planning.depth import arrange, chosen_stacks, depth, stacked_order
 from auxin.planning.method import Method
 from auxin.planning.width import widen
-from auxin.planning.width_maps import StreamMap, Widening, drawn, head_maps, scoped_maps
+from auxin.planning.width_maps import StreamMap, Widening, drawn, feed_forward_maps, head_maps, scoped_maps
 from auxin.planning.width_targets import WidthTargets, refuse_unchanged
 from auxin.words.roles import Anatomy, Sizes
 
@@ -92,9 +92,9 @@ def _random_maps(body: Anatomy, sizes: Sizes, seed: int) -> Widening:
     old = body.sizes
     residual = random_map(old.residual, sizes.residual)
     query, key_value = heads(old, sizes)
-    ffn = random_map(old.ffn, sizes.ffn) if old.ffn and sizes.ffn else None
+    feed_forward = feed_forward_maps(old, sizes, random_map)
     scoped = scoped_maps(old, sizes, random_map, heads)
-    return Widening(residual, query, key_value, ffn, sizes.head_dim, scoped=scoped)
+    return Widening(residual, query, key_value, feed_forward, sizes.head_dim, scoped=scoped)
 
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:

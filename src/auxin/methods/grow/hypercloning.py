@@ -25,9 +25,9 @@ from auxin.models.anatomy import anatomy
 from auxin.planning.bench import from_model
 from auxin.planning.method import Method
 from auxin.planning.width import diagonal_edits, widen
-from auxin.planning.width_maps import StreamMap, Widening, circular, head_maps, scoped_maps
+from auxin.planning.width_maps import StreamMap, Widening, circular, feed_forward_maps, head_maps, scoped_maps
 from auxin.planning.width_targets import WidthTargets, refuse_unchanged
-from auxin.words.roles import Anatomy, Sizes, Width
+from auxin.words.roles import FEED_FORWARD, SETTINGS, Anatomy, Sizes, Width
 
 
 class HyperCloning(WidthTargets):
@@ -58,7 +58,7 @@ def plan_hypercloning(model: PreTrainedModel, settings: HyperCloning) -> Plan:
         residual=circular(body.sizes.residual, sizes.residual),
         query=query,
         key_value=key_value,
-        ffn=circular(body.sizes.ffn, sizes.ffn) if body.sizes.ffn and sizes.ffn else None,
+        feed_forward=feed_forward_maps(body.sizes, sizes, circular),
         head_dim=sizes.head_dim,
         noise=10 ** (-settings.snr_db / 20) if settings.variant == "noisy" else 0.0,
         scoped=scoped_maps(body.sizes, sizes, circular, _head_maps),
@@ -84,11 +84,11 @@ def _targets(body: Anatomy, settings: HyperCloning) -> WidthTargets:
         kept = old.key_value_heads if old.key_value_heads == 1 < old.query_heads else factor * old.key_value_heads
         multiples = {
             "hidden_size": factor * old.residual,
-            "num_attention_heads": factor * old.query_heads,
+            "num_attention_heads": old.query_heads if body.heads_stay else factor * old.query_heads,
             "num_key_value_heads": kept if body.fields.key_value_heads else None,
-            "intermediate_size": factor * old.ffn if old.ffn else None,
+            **{SETTINGS[stream]: factor * units for stream in FEED_FORWARD if (units := old.units(stream))},
         }
-        wanted = {name: multiples[name] if value is None else value for name, value in wanted.items()}
+        wanted = {name: multiples.get(name) if value is None else value for name, value in wanted.items()}
     return WidthTargets.parse(wanted)
 
 
@@ -111,16 +111,10 @@ def _head_maps(old: Sizes, new: Sizes) -> tuple[StreamMap, ...]:
 
 def _diagonal(body: Anatomy, widening: Widening, sizes: Sizes) -> list[Edit]:
     """What makes copy j of every matrix's output read copy j of its input."""
-    names = {
-        "residual": "hidden_size",
-        "query": "num_attention_heads",
-        "key_value": "num_key_value_heads",
-        "ffn": "intermediate_size",
-    }
     times = sizes.residual // body.sizes.residual
     for kind, scope, stream in widening.maps():
         if stream.index != tuple(range(stream.old)) * times:
-            name = f"{scope}: {names[kind]}" if scope else names[kind]
+            name = f"{scope}: {SETTINGS[kind]}" if scope else SETTINGS[kind]
             raise PlanError(
                 f"{name} = {stream.size}: the diagonal variant needs {times} copies of everything, as of hidden_size. "
                 f"Ask for {name} = {stream.old * times}, or for variant symmetric."

@@ -23,8 +23,8 @@ from auxin.planning.bench import from_model
 from auxin.planning.depth import depth, identity_blocks
 from auxin.planning.method import Method
 from auxin.planning.width import widen
-from auxin.planning.width_maps import Padding, Widening, circular, head_maps, padded, scoped_maps
-from auxin.planning.width_targets import WidthTargets, refuse_unchanged
+from auxin.planning.width_maps import Padding, Widening, circular, feed_forward_maps, head_maps, padded, scoped_maps
+from auxin.planning.width_targets import WidthTargets, feed_forward_settings, refuse_unchanged
 
 
 class Lemon(WidthTargets):
@@ -61,7 +61,7 @@ def plan_lemon(model: PreTrainedModel, settings: Lemon) -> Plan:
             residual=padded(body.sizes.residual, sizes.residual),
             query=query,
             key_value=key_value,
-            ffn=circular(body.sizes.ffn, sizes.ffn) if body.sizes.ffn and sizes.ffn else None,
+            feed_forward=feed_forward_maps(body.sizes, sizes, circular),
             head_dim=sizes.head_dim,
             padding=settings.padding or ("zeros" if body.norm == "rms" else "mean"),
             noise=settings.split_noise,
@@ -86,8 +86,7 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
     bound = body.fields.head_dim is None and (body.qk_norm == "all_heads" or body.grouped)
     hidden = 2 * body.sizes.residual if whole or bound else body.sizes.residual * 3 // 2
     settings: dict[str, Any] = {"hidden_size": hidden}
-    if body.sizes.ffn:
-        settings["intermediate_size"] = body.sizes.ffn * 3 // 2
+    settings |= feed_forward_settings(body, 1.5)
     if body.norm_position != "after_residual":
         settings["num_hidden_layers"] = max(depth(model, stack) for stack in body.stacks) + 1
     return settings

@@ -45,11 +45,12 @@ from auxin.objectives.calibration import Calibration, CalibrationSettings
 from auxin.planning.attentions import attention_numbers
 from auxin.planning.bench import Bench
 from auxin.planning.depth import chosen_stacks, depth
-from auxin.planning.fixed_heads import fixed_head_sizes, size_values
+from auxin.planning.fixed_heads import fixed_head_sizes
 from auxin.planning.method import Method
+from auxin.planning.size_edits import size_values
 from auxin.planning.width import describe_sizes
 from auxin.planning.width_conditions import refuse_fixed_widths
-from auxin.planning.width_targets import WidthTargets
+from auxin.planning.width_targets import WidthTargets, feed_forward_settings
 from auxin.words.roles import Anatomy, LayerStack, ParameterRole, Segment, Sizes
 
 BATCH_SIZE = 8
@@ -473,12 +474,8 @@ def _depths(model: PreTrainedModel, body: Anatomy, settings: LigoGrowth) -> dict
 
 def _units(sizes: Sizes, segment: Segment) -> int:
     """Units of a segment's stream in a model of these sizes."""
-    return {
-        "residual": sizes.residual,
-        "query": sizes.query_heads,
-        "key_value": sizes.key_value_heads,
-        "ffn": sizes.ffn or 0,
-    }.get(segment.stream, segment.count)
+    units = sizes.units(segment.stream)
+    return segment.count if units is None else units
 
 
 def _parts(segment: Segment) -> tuple[str, ...]:
@@ -507,8 +504,7 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
         values["num_attention_heads"] = heads
         if body.fields.head_dim is not None:
             values["hidden_size"] = (body.sizes.residual // heads + 1) * heads
-    if body.sizes.ffn:
-        values["intermediate_size"] = body.sizes.ffn * 5 // 4
+    values |= feed_forward_settings(body, 1.25)
     return values
 
 

@@ -37,13 +37,13 @@ from auxin.nn.bricks import Brick
 from auxin.nn.masked import Masked
 from auxin.planning.bench import from_model
 from auxin.planning.depth import chosen_stacks, depth
-from auxin.planning.fixed_heads import fixed_head_sizes, size_values
+from auxin.planning.fixed_heads import fixed_head_sizes
 from auxin.planning.hooks import Hook, HookContext, HookSettings
 from auxin.planning.method import Method
-from auxin.planning.size_edits import size_edits
+from auxin.planning.size_edits import size_edits, size_values
 from auxin.planning.width import describe_sizes
 from auxin.planning.width_conditions import refuse_fixed_widths
-from auxin.planning.width_targets import WidthTargets
+from auxin.planning.width_targets import WidthTargets, feed_forward_settings
 from auxin.words.paths import path_pattern
 from auxin.words.roles import Anatomy, LayerStack, ParameterRole, Segment, Sizes
 
@@ -473,8 +473,7 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
     values["num_attention_heads"] = heads
     if body.fields.head_dim is not None:
         values["hidden_size"] = (body.sizes.residual // heads + 1) * heads  # Llama's must be a multiple
-    if body.sizes.ffn:
-        values["intermediate_size"] = body.sizes.ffn * 5 // 4
+    values |= feed_forward_settings(body, 1.25)
     return values
 
 

@@ -22,8 +22,8 @@ from auxin.planning.bench import from_model
 from auxin.planning.depth import depth, identity_blocks
 from auxin.planning.method import Method
 from auxin.planning.width import describe_sizes, widen
-from auxin.planning.width_maps import StreamMap, Widening, circular, drawn, head_maps, scoped_maps
-from auxin.planning.width_targets import WidthTargets
+from auxin.planning.width_maps import StreamMap, Widening, circular, drawn, feed_forward_maps, head_maps, scoped_maps
+from auxin.planning.width_targets import WidthTargets, feed_forward_settings
 from auxin.settings import Settings
 from auxin.words.roles import Sizes
 
@@ -36,7 +36,11 @@ class Net2Net(Settings):
     num_key_value_heads: int | None = Field(default=None, gt=0)
     """Key-value heads; they follow the query heads in their old ratio."""
     intermediate_size: int | None = Field(default=None, gt=0)
-    """Hidden units of the feed-forward part."""
+    """Hidden units of the feed-forward part; of each expert, where the config has no other name for these."""
+    moe_intermediate_size: int | None = Field(default=None, gt=0)
+    """Hidden units of each expert, where experts have a size of their own."""
+    shared_expert_intermediate_size: int | None = Field(default=None, gt=0)
+    """Hidden units of the expert that all tokens share, where it has a size of its own."""
     num_hidden_layers: int | None = Field(default=None, gt=0)
     """Layers; of an encoder and a decoder, of each."""
     noise: float = Field(default=0.05, ge=0, allow_inf_nan=False)
@@ -55,7 +59,7 @@ def plan_net2net(model: PreTrainedModel, settings: Net2Net) -> Plan:
     """
     body = anatomy(model)
     old = body.sizes
-    wanted = settings.model_dump(include={"num_attention_heads", "num_key_value_heads", "intermediate_size"})
+    wanted = settings.model_dump(include=set(WidthTargets.model_fields) & set(Net2Net.model_fields))
     if body.fields.head_dim is None and settings.num_attention_heads not in (None, old.query_heads):
         raise PlanError(
             f"num_attention_heads = {settings.num_attention_heads}: in this architecture the head dimension is hidden "
@@ -98,17 +102,16 @@ def _random_maps(old: Sizes, new: Sizes, draw: random.Random, noise: float) -> W
         return drawn(old, new, [draw.randrange(old) for _ in range(new - old)])
 
     query, key_value = heads(old, new)
-    ffn = units(old.ffn, new.ffn) if old.ffn and new.ffn else None
+    feed_forward = feed_forward_maps(old, new, units)
     residual = circular(old.residual, old.residual)
     scoped = scoped_maps(old, new, units, heads)
-    return Widening(residual, query, key_value, ffn, old.head_dim, noise=noise, scoped=scoped)
+    return Widening(residual, query, key_value, feed_forward, old.head_dim, noise=noise, scoped=scoped)
 
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
     body = anatomy(model)
     settings: dict[str, Any] = {}
-    if body.sizes.ffn:
-        settings["intermediate_size"] = body.sizes.ffn * 3 // 2
+    settings |= feed_forward_settings(body, 1.5)
     if body.norm_position != "after_residual":
         settings["num_hidden_layers"] = max(depth(model, stack) for stack in body.stacks) + 1
     return settings

@@ -1,0 +1,82 @@
+"""Finding the anatomy of a model: by its architecture, for its widths by scope, with the bricks that it holds."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+
+from auxin.errors import PlanError, unknown_name
+from auxin.models.edited_anatomy import with_bricks
+from auxin.models.scopes import in_scopes
+from auxin.words.registry import Registry
+from auxin.words.roles import Anatomy
+
+ANATOMIES: Registry[Callable[[PreTrainedModel], Anatomy]] = Registry(
+    "anatomy", "auxin.models.anatomy", error=PlanError, plural="anatomies"
+)
+"""What describes the models of a `model_type`, by that; roles that a model lacks are dropped by `anatomy`. Entry points
+of the group "auxin.anatomies" name modules of other packages that add some."""
+
+
+def anatomy(model: PreTrainedModel, complete: bool = True, scopes: Iterable[str] = ()) -> Anatomy:
+    """The anatomy of `model`, which may be a skeleton on the meta device.
+
+    Widths are those of its tensors: layers and stacks whose widths differ from what the config says have them by scope.
+
+    Args:
+        model: the model, with a head of whatever task or without one.
+        complete: whether every parameter must have a role. Without, as for methods that treat layers as black boxes,
+            any decoder whose modules have Llama's names will do; widths are those of the config then.
+        scopes: stacks and layers whose widths shall be told apart although they may be alike; see `in_scopes`.
+
+    Raises:
+        PlanError: the architecture is not known (nor, where that will do, built like Llama), the model has a parameter
+            that its architecture's anatomy lacks or knows in another shape, or `scopes` names what is no stack and no
+            layer.
+    """
+    family = model.config.model_type
+    describe = ANATOMIES.get(family)
+    if describe is None and not complete and _is_built_like_llama(model):
+        describe = ANATOMIES.find("llama")
+    if describe is None:
+        raise PlanError(unknown_name("architecture", family, ANATOMIES.all()) + ("" if complete else _NOT_LIKE_LLAMA))
+    found = describe(model)
+    if not complete:
+        return found
+    found = with_bricks(in_scopes(model, found, scopes), model)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    used = [role for role in found.roles if any(role.matches(name) for name in shapes)]
+    epsilon = getattr(model.config, found.fields.epsilon) if found.fields.epsilon else 0.0
+    found = replace(found, roles=tuple(used), epsilon=epsilon)
+    for name, shape in shapes.items():
+        _check_shape(found, name, shape)
+    return found
+
+
+def _check_shape(found: Anatomy, name: str, shape: tuple[int, ...]) -> None:
+    """PlanError when a parameter has no role, or one of another shape."""
+    axes = found.role(name).axes
+    # What holds several blocks of the residual is as many times as long.
+    open_ended = ("residual",) if found.residual_blocks == "wide" else ()
+    known = [[segment for segment in segments if segment.stream not in open_ended] for segments in axes]
+    along = [sum(segment.size for segment in segments) if segments else None for segments in known]
+    if len(along) != len(shape) or any(size not in (None, have) for size, have in zip(along, shape, strict=True)):
+        wanted = ["any size" if size is None else size for size in along]
+        raise PlanError(
+            f"{name} has shape {list(shape)}, and the anatomy of {found.family} says {wanted}. The model is not what "
+            "its architecture builds by its config; only methods that treat layers as black boxes can change it."
+        )
+
+
+_LIKE_LLAMA = ("model.embed_tokens", "model.layers", "model.norm", "lm_head")
+_NOT_LIKE_LLAMA = (
+    f" Nor has it the modules of a decoder like Llama ({', '.join(_LIKE_LLAMA)}), so that no residual stream is known "
+    "in it."
+)
+
+
+def _is_built_like_llama(model: PreTrainedModel) -> bool:
+    try:
+        return all(model.get_submodule(path) is not None for path in _LIKE_LLAMA)
+    except AttributeError:
+        return False

@@ -1,0 +1,70 @@
+"""What the descriptions of architectures share: sizes from configs, the heads on a base model, rotary embeddings."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from auxin.words.roles import Axes, ParameterRole, Sizes, linear
+
+VOCABULARY_HEADS = ("lm_head", "embed_out")
+"""Linear layers from what leaves the layers to the vocabulary."""
+OTHER_HEADS = ("score", "qa_outputs", "classifier")
+"""Linear layers from there to classes, of a text, a token or an image, or to the ends of an answer."""
+
+
+def norm_epsilon(norm: Any) -> float:
+    """Epsilon of a norm's module. OLMo's norm writes the usual 1e-5 into its code."""
+    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-5)))
+
+
+def base_prefix(model: PreTrainedModel) -> str:
+    """What the names of the parameters below a head begin with: "model." for a Llama with one, "" for one without."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
+
+
+def sizes_of(config: Any, ffn: int | None, head_dim: int | None = None, key_value_heads: int | None = None) -> Sizes:
+    """The widths that a config says."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    return Sizes(hidden, heads, key_value_heads or heads, head_dim or hidden // heads, ffn)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the output head is the token embedding."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", embedding)
+
+
+def head_of(model: PreTrainedModel) -> str | None:
+    """The module that reads what leaves the layers, beside the base model; None for a model without a head."""
+    return next((head for head in (*VOCABULARY_HEADS, *OTHER_HEADS) if hasattr(model, head)), None)
+
+
+def head_roles(axes: Axes) -> list[ParameterRole]:
+    """The roles of the heads that are one linear layer."""
+    heads = [role for head in VOCABULARY_HEADS for role in linear(head, axes.vocabulary, axes.residual, "head")]
+    return [*heads, *(role for head in OTHER_HEADS for role in linear(head, (), axes.residual, "head"))]
+
+
+def head_readers() -> tuple[str, ...]:
+    """The linear layers beside the base model that may read what leaves the layers."""
+    return (*VOCABULARY_HEADS, *OTHER_HEADS)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary embeddings, as a config says them."""
+
+    share: float
+    """The rotated part of the head dimension."""
+    rope_type: str
+
+
+def rotary_of(config: Any) -> Rotary:
+    """What `rope_parameters` says, or, where types of layers have their own, what they say together: a type that is not
+    "default", if there is one."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    share = max(float(value.get("partial_rotary_factor") or 1.0) for value in nested)
+    types = [value.get("rope_type", "default") for value in nested]
+    return Rotary(share, next((name for name in types if name != "default"), "default"))
