@@ -1,6 +1,7 @@
 """What every method does to every architecture: the probes behind the tests of all methods and docs/capabilities.md."""
 
 import copy
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from auxin.edits import Plan, Promise, Receipt, apply
+from auxin.edits.promise import TOLERANCE
 from auxin.edits.structure import structural_edits
 from auxin.errors import PlanError
 from auxin.methods import methods
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
 from intents import Figures, missed
-from tiny_models import FAMILIES, inputs, tiny
+from tiny_models import FAMILIES, inputs, output, tiny
 
 TITLES = {
     "llama": "Llama",
@@ -103,6 +105,22 @@ def attempt(method: Method, model: PreTrainedModel) -> Result | Refusal:
     return Result(plan, receipt, model, old, before, logits(model))
 
 
+def check(method: Method, outcome: Result | Refusal) -> None:
+    """A refusal gives a reason; a plan keeps its promise and does what the method is for."""
+    if isinstance(outcome, Refusal):
+        assert len(outcome.reason.split()) >= 6, f"{outcome.reason!r} is no reason"
+        assert outcome.reason.endswith("."), outcome.reason
+        assert not re.match(r"Edit \d|No edit", outcome.reason), "the method refuses, not the executor"
+        return
+    assert torch.isfinite(outcome.after).all()
+    if outcome.promise == "exact":
+        assert outcome.change <= TOLERANCE
+    if outcome.receipt.max_relative_change is not None and outcome.promise == "exact":
+        assert outcome.receipt.max_relative_change <= outcome.receipt.tolerance
+    assert outcome.receipt.parameters_after == sum(p.numel() for p in outcome.model.parameters())
+    assert outcome.missed(method) is None
+
+
 def again(method: Method, result: Result) -> Result | Refusal:
     """A second plan of `method` on what the first made; the first's model stays as it is."""
     return attempt(method, copy.deepcopy(result.model))
@@ -111,7 +129,7 @@ def again(method: Method, result: Result) -> Result | Refusal:
 def logits(model: PreTrainedModel) -> Tensor:
     """Logits on the tiny models' inputs."""
     with torch.no_grad():
-        return model(**inputs(model)).logits
+        return output(model(**inputs(model)))
 
 
 def change(before: Tensor, after: Tensor) -> float:

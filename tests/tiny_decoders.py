@@ -46,7 +46,10 @@ VALUES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {**_RMS, **_EXPERTS, "sliding_window": WINDOW}),
     "phi": ("Phi", {**COMMON, "layer_norm_eps": EPSILON, "hidden_size": 32, "qk_layernorm": True, **rope(0.5)}),
     "phi3": ("Phi3", {**_RMS, "hidden_size": 32, "sliding_window": WINDOW, **rope(0.5)}),
-    "gemma2": ("Gemma2", {**_RMS, **_WINDOWS, "head_dim": 6, "query_pre_attn_scalar": 9, "attn_logit_softcapping": 5.0}),
+    "gemma2": (
+        "Gemma2",
+        {**_RMS, **_WINDOWS, "head_dim": 6, "query_pre_attn_scalar": 9, "attn_logit_softcapping": 5.0},
+    ),
     "gemma3_text": ("Gemma3", {**_RMS, **_WINDOWS, "head_dim": 6, "query_pre_attn_scalar": 9}),
     "qwen2_moe": (
         "Qwen2Moe",
@@ -70,7 +73,10 @@ VALUES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("Cohere", {**COMMON, "layer_norm_eps": EPSILON, "use_qk_norm": True}),
     "cohere2": ("Cohere2", {**COMMON, **_WINDOWS, "layer_norm_eps": EPSILON, "head_dim": 6}),
     "smollm3": ("SmolLM3", {**_RMS, "no_rope_layers": [1, 0]}),
-    "stablelm": ("StableLm", {**COMMON, "layer_norm_eps": EPSILON, "hidden_size": 32, "use_qkv_bias": True, **rope(0.5)}),
+    "stablelm": (
+        "StableLm",
+        {**COMMON, "layer_norm_eps": EPSILON, "hidden_size": 32, "use_qkv_bias": True, **rope(0.5)},
+    ),
     "starcoder2": ("Starcoder2", {**COMMON, "norm_epsilon": EPSILON, "sliding_window": WINDOW}),
     "glm": ("Glm", {**_RMS, "head_dim": 8, **rope(0.5)}),
     "glm4": ("Glm4", {**_RMS, "head_dim": 8, **rope(0.5)}),
@@ -86,5 +92,6 @@ def made(name: str, values: dict[str, Any]) -> Made:
     return getattr(transformers, f"{name}ForCausalLM"), config, values
 
 
-DECODERS: dict[str, Made] = {family: made(*own) for family, own in VALUES.items()}
+MODELS: dict[str, Made] = {family: made(*own) for family, own in VALUES.items()}
 """Model class, config class and values of the config, by model type."""
+INPUTS: dict[str, Any] = {}

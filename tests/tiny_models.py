@@ -31,6 +31,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+import tiny_decoders
 from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
 
 VOCABULARY = 19
@@ -148,7 +149,14 @@ MODELS: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
     ),
 }
 FAMILIES = [family for family in MODELS if family != "gemma"]
-"""The architectures with which every method is tested, by their model types."""
+"""The architectures with which every method is tested in every way, by their model types."""
+GROUPS = (tiny_decoders,)
+"""The further ones, by kind: MODELS as above, and INPUTS, what makes inputs (model, batch, length, generator) of other
+kinds than token ids, by model type."""
+FURTHER = {family: made for group in GROUPS for family, made in group.MODELS.items()}
+"""All of them by name: the model type, with a word behind it where there are several of one."""
+MODELS |= FURTHER
+INPUTS = {model_type: make for group in GROUPS for model_type, make in group.INPUTS.items()}
 ALWAYS_TIED = ("t5",)
 
 
@@ -156,7 +164,7 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **confi
     """A tiny model of `family` in evaluation mode, weights normal with standard deviation 0.5, gains around 1.
 
     Args:
-        family: one of `FAMILIES`.
+        family: one of `MODELS`.
         seed: of the weights.
         dtype: of the weights.
         config: values of its config that differ from the usual ones, e.g. tie_word_embeddings=True.
@@ -189,6 +197,8 @@ def inputs(model: PreTrainedModel, seed: int = 1, batch: int = 2, length: int = 
     """Inputs of `model`'s forward, without labels; the same ones for a model whose vocabulary has grown."""
     generator = torch.Generator().manual_seed(seed)
     config: Any = model.config
+    if config.model_type in INPUTS:
+        return INPUTS[config.model_type](model, batch, length, generator)
     if config.model_type == "vit":
         shape = (batch, config.num_channels, config.image_size, config.image_size)
         return {"pixel_values": torch.randn(shape, generator=generator, dtype=torch.float64).to(model.dtype)}
@@ -229,10 +239,20 @@ class InDouble(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def output(result: Any) -> Tensor:
+    """The logits, or the last hidden states of a model without a head; of two towers both embeddings, one after the
+    other."""
+    if "logits" in result:
+        return result.logits
+    if "image_embeds" in result:
+        return torch.cat([result.text_embeds, result.image_embeds])
+    return result.last_hidden_state
+
+
 def logits(model: PreTrainedModel, seed: int = 1) -> Tensor:
-    """The logits on `inputs`, in the model's type throughout."""
+    """The output on `inputs`, in the model's type throughout."""
     with torch.no_grad(), InDouble():
-        return model(**inputs(model, seed)).logits
+        return output(model(**inputs(model, seed)))
 
 
 def change(before: Tensor, after: Tensor) -> float:

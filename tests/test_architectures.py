@@ -1,0 +1,76 @@
+"""Every method on every further architecture: exact to rounding or refused with the reason, and whole when saved.
+
+`test_every_method.py` tries some architectures, one of each kind, in more ways.
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from auxin.methods import methods
+from auxin.models.anatomy import anatomy
+from capabilities import Refusal, Result, attempt, built_in, check, probe
+from tiny_models import FURTHER, inputs, output, tiny
+
+CASES = [(name, family) for family in FURTHER for name in built_in()]
+
+
+@pytest.mark.parametrize("family", FURTHER)
+def test_every_parameter_has_one_role_of_its_shape(family):
+    model = tiny(family)
+    found = anatomy(model)
+    for name, parameter in model.named_parameters():
+        (role,) = [role for role in found.roles if role.matches(name)]
+        assert len(role.axes) == len(role.access) == parameter.dim(), name
+        for size, segments, access in zip(parameter.shape, role.axes, role.access, strict=True):
+            assert (access is None) == (not segments), name
+            assert not segments or sum(segment.size for segment in segments) == size, name
+
+
+@pytest.mark.parametrize(("name", "family"), CASES)
+def test_the_method_is_applied_as_promised_or_refused_with_the_reason(name, family):
+    check(methods()[name], probe(name, family))
+
+
+@pytest.mark.parametrize(("name", "family"), CASES)
+def test_cached_decoding_is_full_decoding(name, family):
+    outcome = probe(name, family)
+    if isinstance(outcome, Refusal):
+        pytest.skip(f"refused: {outcome.reason}")
+    if not outcome.model.can_generate():
+        pytest.skip("writes no text")
+    ids = {key: value for key, value in inputs(outcome.model).items() if not key.startswith("decoder")}
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    written = outcome.model.generate(**ids, use_cache=True, **settings)
+    assert torch.equal(written, outcome.model.generate(**ids, use_cache=False, **settings))
+
+
+@pytest.mark.parametrize("family", FURTHER)
+def test_every_result_loads_in_a_new_process_bit_by_bit(family, tmp_path):
+    """In float32, as models are kept; what is plain in a process without auxin."""
+    cases: dict[str, dict[str, dict[str, str]]] = {"plain": {}, "replayed": {}}
+    for name, method in built_in().items():
+        outcome = attempt(method, tiny(family, seed=3, dtype=torch.float32))
+        if isinstance(outcome, Result):
+            folder = tmp_path / name
+            outcome.model.save_pretrained(folder)
+            with torch.no_grad():
+                expected = output(copy.deepcopy(outcome.model)(**inputs(outcome.model))).contiguous()
+            save_file({**inputs(outcome.model), "expected": expected}, folder / "probe.safetensors")
+            case = {"folder": str(folder), "model_class": type(outcome.model).__name__}
+            cases["plain" if outcome.is_plain else "replayed"][name] = case
+    task = tmp_path / "cases.json"
+    task.write_text(json.dumps({kind: list(of_kind.values()) for kind, of_kind in cases.items()}))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("reload.py")), str(task)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    wrong = dict(zip([*cases["plain"], *cases["replayed"]], json.loads(done.stdout), strict=True))
+    assert {name: error for name, error in wrong.items() if error} == {}
