@@ -64,9 +64,11 @@ def arrange(
             derives from the number of a layer.
 
     Raises:
-        PlanError: an identity block where the norm comes after the sum; a first layer that lacks what only the old
-            first one holds; with `exact`, a model whose layers depend on their number.
+        PlanError: a stack whose layers are no modules of their own; an identity block where the norm comes after the
+            sum; a first layer that lacks what only the old first one holds; with `exact`, a model whose layers depend
+            on their number.
     """
+    refuse_kept_layers(stack)
     scales = {} if scales is None else {index: factor for index, factor in scales.items() if factor != 1}
     _check_first_layer(model, stack, order)
     if any(factor == 0 for factor in scales.values()):
@@ -134,6 +136,17 @@ def stacked_order(layers: int, wanted: int) -> list[int]:
     """
     _refuse_shrinking(layers, wanted)
     return [*list(range(layers)) * (wanted // layers), *range(layers - wanted % layers, layers)]
+
+
+def refuse_kept_layers(stack: LayerStack) -> None:
+    """Raise PlanError when `stack` can't have more layers than it has."""
+    if stack.layers_stay:
+        raise PlanError(f"{stack.path}: {stack.layers_stay}")
+
+
+def can_deepen(anatomy: Anatomy) -> bool:
+    """Whether the stacks of a model can have more layers."""
+    return not any(stack.layers_stay for stack in anatomy.stacks)
 
 
 def refuse_post_norm(stack: LayerStack) -> None:

@@ -45,6 +45,8 @@ def size_values(anatomy: Anatomy, new: Sizes) -> dict[str, Any]:
     values: dict[str, Any] = {field: after for field, (before, after) in widths.items() if before != after}
     if fields.head_dim is not None and (values or new.head_dim != old.head_dim):
         values[fields.head_dim] = new.head_dim
+    if new.head_dim != old.head_dim:
+        values |= dict.fromkeys(fields.like_head_dim, new.head_dim)
     if fields.hidden_size in values:
         values |= dict.fromkeys(fields.like_hidden_size, new.residual)
         values |= {fields.ffn: new.ffn} if fields.ffn and new.ffn else {}

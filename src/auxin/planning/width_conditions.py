@@ -70,6 +70,11 @@ def _residual_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
     head = f"hidden_size = {new} is no whole number of copies of the {old} units, and padding"
     if anatomy.norm_position == "after_residual":
         reasons.append(f"{head} does not pass a norm that comes after the residual sum. {whole}")
+    elif anatomy.entry_norm and anatomy.norm == "layer":
+        reasons.append(
+            f"{head} does not pass a LayerNorm of the embeddings whose output is the residual: what it gives for the "
+            f"padding is neither zero nor the mean of the others. {whole}"
+        )
     elif not _can_scale_norms(anatomy):
         reasons.append(f"{head} needs norms with a gain and an epsilon that can be scaled; these have none. {whole}")
     elif anatomy.norm == "rms" and widening.padding == "mean":
@@ -88,10 +93,11 @@ def _residual_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
 
 
 def refuse_fixed_widths(anatomy: Anatomy, new: Sizes) -> None:
-    """Raise PlanError when a brick of the model keeps it from having the widths `new`."""
+    """Raise PlanError when the architecture or a brick of the model keeps it from having the widths `new`."""
     old = anatomy.sizes
     widths = [(stream, name, old.units(stream), new.units(stream)) for stream, name in SETTINGS.items()]
-    if reasons := _fixed(anatomy, [*widths, *_head_dims(old.head_dim, new.head_dim)]):
+    never = _never(anatomy, new.residual)
+    if reasons := [*_fixed(anatomy, [*widths, *_head_dims(old.head_dim, new.head_dim)]), *never]:
         raise PlanError(reasons[0])
 
 
@@ -99,7 +105,13 @@ def _fixed_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
     """Why bricks of the model keep it from being widened so; empty where they don't."""
     # A map may keep the number of units and still move or cut them.
     widths = [(s, SETTINGS[s], m.old if m.is_identity else None, m.size) for s, _, m in widening.maps()]
-    return _fixed(anatomy, [*widths, *_head_dims(anatomy.sizes.head_dim, widening.head_dim)])
+    never = _never(anatomy, widening.residual.size)
+    return [*_fixed(anatomy, [*widths, *_head_dims(anatomy.sizes.head_dim, widening.head_dim)]), *never]
+
+
+def _never(anatomy: Anatomy, hidden: int) -> list[str]:
+    """Why the model can't have this hidden size; empty where it can."""
+    return [f"hidden_size = {hidden}: {why}" for size, why in anatomy.never_hidden_size if size == hidden]
 
 
 def _head_dims(before: int, after: int) -> list[tuple[Stream, str, int | None, int | None]]:

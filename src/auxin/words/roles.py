@@ -126,6 +126,8 @@ class LayerStack:
     """The modules of a layer that take the numbers of heads from their config, relative to the layer."""
     parallel: bool = False
     """Whether all parts of a layer read what enters it (GPT-NeoX), and not each what the one before it left."""
+    layers_stay: str = ""
+    """Why there can't be more layers, in a sentence that follows the path of the stack; empty where there can."""
 
     @property
     def ends_in_norm(self) -> bool:
@@ -226,6 +228,8 @@ class ConfigFields:
     shared_expert_ffn: str | None = None
     like_hidden_size: tuple[str, ...] = ()
     """Further values that are the hidden size, under names of their own (OPT's word_embed_proj_dim)."""
+    like_head_dim: tuple[str, ...] = ()
+    """Values that say once more what hidden size / heads is (DeBERTa's attention_head_size)."""
 
     def of(self, stream: Stream) -> str | None:
         """The name under which the config holds the width of `stream`."""
@@ -288,6 +292,13 @@ class Anatomy:
     heads_stay: str = ""
     """Why the number of heads can't change although their dimension can, in a sentence that follows
     "num_attention_heads = 8: "; empty where it can."""
+    before_norms: tuple[str, ...] = ()
+    """Modules outside the layers whose output, with the residual or alone, goes into a norm right away."""
+    entry_norm: bool = False
+    """Whether the embeddings pass a norm whose output is the residual that enters the first layer, although the norms
+    of the layers don't come after the residual sum."""
+    never_hidden_size: tuple[tuple[int, str], ...] = ()
+    """Hidden sizes that the model can't get, and why, in sentences that follow "hidden_size = 64: "."""
     fixed_widths: tuple[tuple[Stream, str], ...] = ()
     """The streams whose width can't change, because of the architecture or of a brick, and why, in sentences that
     follow "WIDTH = 64: "."""
@@ -356,8 +367,9 @@ def linear(
     module: str, output: tuple[Segment, ...], read: tuple[Segment, ...], kind: Kind = "matrix"
 ) -> list[ParameterRole]:
     """The roles of a Linear's weight (out, in) and bias (out,)."""
+    access: tuple[Access | None, ...] = ("writes" if output else None, "reads" if read else None)
     return [
-        ParameterRole(f"{module}.weight", (output, read), ("writes" if output else None, "reads"), kind),
+        ParameterRole(f"{module}.weight", (output, read), access, kind),
         ParameterRole(f"{module}.bias", (output,), ("writes" if output else None,), "bias"),
     ]
 

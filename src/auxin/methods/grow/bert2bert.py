@@ -22,7 +22,7 @@ from auxin.edits.plan import Promise
 from auxin.edits.structure import config_values
 from auxin.models.anatomy import anatomy
 from auxin.planning.bench import from_model
-from auxin.planning.depth import arrange, chosen_stacks, depth, stacked_order
+from auxin.planning.depth import arrange, can_deepen, chosen_stacks, depth, stacked_order
 from auxin.planning.method import Method
 from auxin.planning.width import widen
 from auxin.planning.width_maps import StreamMap, Widening, drawn, feed_forward_maps, head_maps, scoped_maps
@@ -99,7 +99,9 @@ def _random_maps(body: Anatomy, sizes: Sizes, seed: int) -> Widening:
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
     body = anatomy(model)
-    settings: dict[str, Any] = {"num_hidden_layers": 2 * max(depth(model, stack) for stack in body.stacks)}
+    settings: dict[str, Any] = {}
+    if can_deepen(body):
+        settings["num_hidden_layers"] = 2 * max(depth(model, stack) for stack in body.stacks)
     if body.tied and body.final_norm is None:
         return settings
     return {**settings, "hidden_size": 2 * body.sizes.residual}

@@ -44,7 +44,7 @@ from auxin.nn.bricks import Brick
 from auxin.objectives.calibration import Calibration, CalibrationSettings
 from auxin.planning.attentions import attention_numbers
 from auxin.planning.bench import Bench
-from auxin.planning.depth import chosen_stacks, depth
+from auxin.planning.depth import can_deepen, chosen_stacks, depth, refuse_kept_layers
 from auxin.planning.fixed_heads import fixed_head_sizes
 from auxin.planning.method import Method
 from auxin.planning.size_edits import size_values
@@ -468,6 +468,8 @@ def _depths(model: PreTrainedModel, body: Anatomy, settings: LigoGrowth) -> dict
             raise PlanError(
                 f"layers = {new} is fewer than the {old} of {stack.path}; growth can't shrink. Ask for at least {old}."
             )
+        if new > old:
+            refuse_kept_layers(stack)
         depths[stack] = (old, new)
     return depths
 
@@ -498,7 +500,8 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
     """A quarter wider and one layer deeper, at the operator's start: a tiny model has no data."""
     body = anatomy(model)
     values: dict[str, Any] = {"steps": 0}
-    values["layers"] = 1 + max(depth(model, stack) for stack in body.stacks)
+    if can_deepen(body):
+        values["layers"] = 1 + max(depth(model, stack) for stack in body.stacks)
     if not body.grouped:
         heads = body.sizes.query_heads + 1
         values["num_attention_heads"] = heads

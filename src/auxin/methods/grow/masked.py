@@ -36,7 +36,7 @@ from auxin.models.anatomy import anatomy, norm_epsilon
 from auxin.nn.bricks import Brick
 from auxin.nn.masked import Masked
 from auxin.planning.bench import from_model
-from auxin.planning.depth import chosen_stacks, depth
+from auxin.planning.depth import can_deepen, chosen_stacks, depth, refuse_kept_layers
 from auxin.planning.fixed_heads import fixed_head_sizes
 from auxin.planning.hooks import Hook, HookContext, HookSettings
 from auxin.planning.method import Method
@@ -231,6 +231,7 @@ def _deeper(model: PreTrainedModel, body: Anatomy, settings: MaskedGrowth) -> di
                 f"least {old}."
             )
         if settings.layers > old:
+            refuse_kept_layers(stack)
             found[stack] = (old, settings.layers)
     return found
 
@@ -344,7 +345,10 @@ class _Growth:
                 fresh += pieces if source is None else 0
             first += segment.count * pieces
         size = len(index) * unit
-        edits: list[Edit] = [PadParameter(parameter=role.pattern, axis=axis, size=size, fill=_fill(role))]
+        # No mask is around a table that is added to no residual (DeBERTa's, of relative positions).
+        apart = role.kind == "embedding" and role.along("residual") and role.pattern not in self.body.embeddings
+        fill = ZeroFill() if apart else _fill(role)
+        edits: list[Edit] = [PadParameter(parameter=role.pattern, axis=axis, size=size, fill=fill)]
         if index != list(range(len(index))):
             edits.append(SliceParameter(parameter=role.pattern, axis=axis, index=index, unit=unit))
         return edits
@@ -404,7 +408,7 @@ class _Growth:
 
     def _output_norms(self, module: str) -> bool:
         """Whether a masked norm follows the output of `module` before or behind the residual sum."""
-        return any(
+        return module in self.body.before_norms or any(
             path_pattern(f"{stack.path}.*.{output}").fullmatch(module) is not None and stack.output_norms
             for stack in self.body.stacks
             for output in stack.outputs
@@ -463,11 +467,13 @@ def _fill(role: ParameterRole) -> Fill:
 
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
-    """A quarter wider in every dimension, and one layer deeper."""
+    """A quarter wider in every dimension, and one layer deeper where that goes."""
     body = anatomy(model)
     group = body.sizes.query_heads // body.sizes.key_value_heads
     heads = body.sizes.query_heads + group
-    values: dict[str, Any] = {"layers": 1 + max(depth(model, stack) for stack in body.stacks)}
+    values: dict[str, Any] = {}
+    if can_deepen(body):
+        values["layers"] = 1 + max(depth(model, stack) for stack in body.stacks)
     if body.family == "tokenformer":
         return values
     values["num_attention_heads"] = heads
