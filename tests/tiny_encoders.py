@@ -37,7 +37,7 @@ VALUES: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta": ("Roberta", _ROBERTA),
     "xlm-roberta": ("XLMRoberta", _ROBERTA),
     "camembert": ("Camembert", _ROBERTA),
-    "mpnet": ("MPNet", {**_ROBERTA, "relative_attention_num_buckets": 6}),
+    "mpnet": ("MPNet", _ROBERTA),
     "electra": ("Electra", {**_COMMON, "embedding_size": 10}),
     "distilbert": (
         "DistilBert",

@@ -7,7 +7,9 @@ that are read when the model runs (`use_cache`, ids of tokens), two kinds alone 
 * a size (an integer called num_layers, d_ff, head_dim, ...) that neither at its old value nor at twice the new one
   builds another model: the architecture takes that width from elsewhere, or all its modules have values of their own.
 
-A value that is what it was is let through; many plans say so for clarity. What is judged of `ConfigureModule`, whose
+A value that is what it was is let through; many plans say so for clarity. So is one that was equal to another value of
+the plan and stays equal to it (DeBERTa's pooler_hidden_size beside hidden_size): the config says the same twice, and a
+model with another head than this one's may read it. What is judged of `ConfigureModule`, whose
 values belong to single modules, is every value.
 """
 
@@ -48,7 +50,8 @@ def refuse_idle_values(
     for name, value in values.items():
         old = getattr(config, name)
         is_size = isinstance(value, int) and not isinstance(value, bool) and _is_size(name)
-        if value == old or (_is_own(config, name) and not is_size):
+        together = any((getattr(config, other), values[other]) == (old, value) for other in values if other != name)
+        if value == old or together or (_is_own(config, name) and not is_size):
             continue
         seen = likeness(after) if seen is None else seen
         others = [old, 2 * value] if is_size else [old]

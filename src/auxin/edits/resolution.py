@@ -135,7 +135,8 @@ class _Outcome:
                         raise PlanError(f"copy: {nearest_name('parameter', fill.of, self.state.aliases)}.")
                     origin = self.state.origins[self.state.aliases[fill.of]]
                     self._check_shape(name, origin, shapes[name])
-            elif lies_below(name, self.state.fresh_layers) or self._is_brick_buffer(after, name):
+            # What a copied layer had no place for (ModernBERT's first one, the norm before its attention) is initialised.
+            elif lies_below(name, [*self.state.fresh_layers, *self.state.copies]) or self._is_brick_buffer(after, name):
                 origin = Origin(shapes[name], Fresh(None))
             else:
                 raise PlanError(
@@ -198,7 +199,7 @@ class _Outcome:
         for path, module in resolved.after.named_modules(remove_duplicate=False):
             old_path = resolved.modules.get(path)
             if lies_below(
-                f"{path}.", [*self.state.replaced, *self.state.fresh_layers]
+                f"{path}.", [*self.state.replaced, *self.state.fresh_layers, *self.state.copies]
             ):  # those modules themselves, too
                 continue
             old = before[old_path] if old_path is not None else None

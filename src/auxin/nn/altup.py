@@ -349,6 +349,8 @@ class CollapsedOutput(Brick):
         """As the stack, its last hidden state (batch, sequence, d or K d)."""
         result = super().forward(*args, **kwargs)
         result.last_hidden_state = collapsed(result.last_hidden_state, self.collapse)
+        if result.get("hidden_states"):  # whose last one DeBERTa takes
+            result.hidden_states = (*result.hidden_states[:-1], result.last_hidden_state)
         return result
 
 

@@ -163,9 +163,9 @@ def strided_arguments(
 
     Args:
         arguments: by name, for all tokens. Known are attention_mask (additive or boolean, (batch, heads or 1, queries
-            or 1, keys), or (batch, keys)), position_embeddings (tensors (batch or 1, sequence, dim)), position_ids
-            (batch or 1, sequence), position_bias (batch or 1, heads, queries, keys), encoder_hidden_states,
-            encoder_attention_mask and encoder_decoder_position_bias (whose keys are the encoder's tokens).
+            or 1, keys), of 0 and 1 too, or (batch, keys)), position_embeddings (tensors (batch or 1, sequence, dim)), position_ids
+            (batch or 1, sequence), position_bias (batch or 1, heads, queries, keys), relative_pos (batch or 1, queries,
+            keys), encoder_hidden_states, encoder_attention_mask and encoder_decoder_position_bias (whose keys are the encoder's tokens).
         chunk: which tokens these are.
         pooled: whether an anchor stands for its whole group, which is then masked only if all of it is.
         flash: whether attention takes position_ids that are not consecutive for sequences packed into one.
@@ -184,7 +184,7 @@ def visible_tokens(mask: Tensor | None) -> Tensor | None:
     """
     if mask is None:
         return None
-    seen = mask if mask.dtype == torch.bool else mask > 0 if mask.dim() == 2 else mask > torch.finfo(mask.dtype).min / 2
+    seen = mask if mask.dtype == torch.bool else mask > (0 if _says_yes(mask) else torch.finfo(mask.dtype).min / 2)
     seen = seen if mask.dim() == 2 else seen.flatten(1, 2).any(1)
     return seen if seen.shape[-1] > 1 else None
 
@@ -205,7 +205,7 @@ def _strided(name: str, value: Any, chunk: Chunk, pooled: bool, flash: bool) -> 
         if pooled:
             return _pooled_mask(name, value, chunk)
         return _keys(name, value if value.dim() == 2 else _queries(name, value, chunk), chunk)
-    if name == "position_bias":
+    if name in ("position_bias", "relative_pos"):
         return _keys(name, _queries(name, value, chunk), chunk)
     if name in ("encoder_attention_mask", "encoder_decoder_position_bias"):
         return value if value.dim() == 2 else _queries(name, value, chunk)
@@ -256,12 +256,18 @@ def _one_for_all(name: str, x: Tensor, axis: int, tokens: int) -> Tensor:
     return x
 
 
+def _says_yes(mask: Tensor) -> bool:
+    """Whether tokens that are seen have a number above 0 in `mask` and others 0, as in DeBERTa's layers too; what is
+    added to scores holds none above 0."""
+    return mask.dtype == torch.bool or mask.dim() == 2 or bool((mask > 0).any())
+
+
 def _pooled_mask(name: str, mask: Tensor, chunk: Chunk) -> Tensor:
     """The mask for groups: a group sees what any of its tokens sees, and is seen if any of them is."""
     for axis in (-1,) if mask.dim() == 2 else (-1, -2):
         if mask.shape[axis] != chunk.length:
             _one_for_all(name, mask, axis, chunk.length)
-    bottom: float = 0 if mask.dtype == torch.bool or mask.dim() == 2 else torch.finfo(mask.dtype).min
+    bottom: float = 0 if _says_yes(mask) else torch.finfo(mask.dtype).min
     behind = -mask.shape[-1] % chunk.stride
     mask = nn.functional.pad(mask, (0, behind), value=bottom).unflatten(-1, (-1, chunk.stride)).amax(-1)
     if mask.dim() == 2:

@@ -177,7 +177,7 @@ def _refuse_numbered_layers(model: PreTrainedModel) -> None:
 
 
 def _check_first_layer(model: PreTrainedModel, stack: LayerStack, order: Sequence[int]) -> None:
-    """T5's first layer holds the position bias that all layers use."""
+    """T5's first layer holds the position bias that all layers use; ModernBERT's has no norm before its attention."""
     layers = model.get_submodule(stack.path)
     assert isinstance(layers, nn.ModuleList)
     names = [{name for name, _ in layer.named_parameters()} for layer in layers]
@@ -185,6 +185,11 @@ def _check_first_layer(model: PreTrainedModel, stack: LayerStack, order: Sequenc
         raise PlanError(
             f"{stack.path}: layer {order[0]} can't come first, since it lacks {missing[0]}, which layer 0 holds for "
             "all of them. Begin with layer 0."
+        )
+    if surplus := sorted(names[order[0]] - names[0]):
+        raise PlanError(
+            f"{stack.path}: layer {order[0]} can't come first, where this architecture has no {surplus[0]}. Begin with "
+            "layer 0."
         )
 
 

@@ -221,6 +221,11 @@ def _unfit(anatomy: Anatomy, widening: Widening) -> list[str]:
 def _above_reasons(anatomy: Anatomy, from_above: bool) -> list[str]:
     """Why units of the layer above can't be taken."""
     streams: tuple[Stream, ...] = (*FEED_FORWARD, "query", "key_value")
+    if from_above and (shared := next((stack for stack in anatomy.stacks if stack.layers_stay), None)):
+        return [
+            f"{shared.path}: the layers share their parameters, so that there is no layer above whose units one could "
+            "take. Take copies of its own (bert2bert with initialisation = fpi)."
+        ]
     layers = [scope for stream in streams for scope in anatomy.scopes(stream)]
     stacks = {stack.path for stack in anatomy.stacks}
     if not from_above or not set(layers) - stacks - {""}:

@@ -212,9 +212,10 @@ def _plan(
 
 def _check_blocks(model: PreTrainedModel, settings: AltUpSettings, stack: LayerStack, layers: int) -> None:
     if settings.chosen_selection == "alternating" and settings.blocks > layers:
+        fewer = f"Ask for at most {layers}, or for" if layers > 1 else "Ask for"
         raise PlanError(
             f"blocks = {settings.blocks} can't alternate over the {layers} layer(s) of {stack.path}: some would never "
-            f"be computed. Ask for at most {layers}, or for selection = same."
+            f"be computed. {fewer} selection = same."
         )
     places = {stack.end, *(f"{stack.path}.{layer}" for layer in range(layers))}
     bricks = [module for path, module in model.named_modules() if path in places and isinstance(module, Brick)]
@@ -467,8 +468,8 @@ class _Widening:
 
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
-    anatomy(model, complete=False)
-    return {"blocks": 2}
+    shallow = any(depth(model, stack) < 2 for stack in anatomy(model, complete=False).stacks)
+    return {"blocks": 2, "selection": "same"} if shallow else {"blocks": 2}
 
 
 METHOD = Method(

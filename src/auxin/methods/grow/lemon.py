@@ -83,6 +83,7 @@ def plan_lemon(model: PreTrainedModel, settings: Lemon) -> Plan:
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
     body = anatomy(model)
     whole = body.norm_position == "after_residual" or not body.norm_has_gain or body.fields.epsilon is None
+    whole = whole or body.entry_norm
     bound = body.fields.head_dim is None and (body.qk_norm == "all_heads" or body.grouped)
     hidden = 2 * body.sizes.residual if whole or bound else body.sizes.residual * 3 // 2
     settings: dict[str, Any] = {"hidden_size": hidden}

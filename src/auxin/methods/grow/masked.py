@@ -18,7 +18,7 @@ tensor. It covers BERT alone; the masks of pre-norm models and grouped-query hea
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -89,9 +89,11 @@ def plan_masked(model: PreTrainedModel, settings: MaskedGrowth) -> Plan:
         )
     body = anatomy(model)
     sizes = fixed_head_sizes(body, settings)
-    growth = _Growth(model, body, sizes)
-    refuse_fixed_widths(body, sizes)
     deeper = _deeper(model, body, settings)
+    # New layers made from nothing are masked as a whole, copies in their parts too.
+    copied = {stack: new for stack, (_, new) in deeper.items() if settings.new_layers == "copies"}
+    growth = _Growth(model, body, sizes, {stack: depth(model, stack) for stack in body.stacks} | copied)
+    refuse_fixed_widths(body, sizes)
     if deeper and body.residual_blocks != "one" and settings.new_layers == "random":
         raise PlanError(
             "new_layers = random: a layer made from nothing would have no alternating updates (altup), which all "
@@ -255,8 +257,10 @@ def _order(settings: MaskedGrowth, old: int, new: int) -> list[int | None]:
 class _Growth:
     """The edits of a growth in width: parameters padded with random numbers, and the masks on them."""
 
-    def __init__(self, model: PreTrainedModel, body: Anatomy, new: Sizes) -> None:
-        self.model, self.body, self.old, self.new = model, body, body.sizes, new
+    def __init__(
+        self, model: PreTrainedModel, body: Anatomy, new: Sizes, layers: Mapping[LayerStack, int]
+    ) -> None:
+        self.model, self.body, self.old, self.new, self.layers = model, body, body.sizes, new, layers
         if body.residual_blocks != "one" and self._residual_grows():
             raise PlanError(
                 f"hidden_size = {new.residual}: the residual stream has several blocks (altup), which masks don't "
@@ -293,7 +297,7 @@ class _Growth:
             settings = self._mask_settings(module, roles)
             if settings:
                 edits.append(WrapModule(module=module, brick="masked", settings=settings))
-        edits += [self._norm(module, segments) for module, segments in self._norms().items()]
+        edits += [edit for module, segments in self._norms().items() for edit in self._norm(module, segments)]
         if self._residual_grows() and self.body.norm_position != "after_residual":
             settings = {"input_size": self.new.residual, "new_inputs": self._spans(self._residual())}
             edits += [
@@ -439,9 +443,12 @@ class _Growth:
             )
         return list(paths)
 
-    def _norm(self, module: str, segments: tuple[Segment, ...]) -> Edit:
+    def _norm(self, module: str, segments: tuple[Segment, ...]) -> Iterator[Edit]:
+        """The mask around a norm, or those around the norms of layers one by one where not all have it."""
         query_or_key = segments[0].stream != "residual"
-        found = self.model.get_submodule(module.replace("*", "0"))
+        places = [path for path, _ in self.model.named_modules() if path_pattern(module).fullmatch(path)]
+        norms = [path for path in places if not isinstance(self.model.get_submodule(path), nn.Identity)]
+        found = self.model.get_submodule(norms[0])
         if isinstance(found, Brick):
             raise PlanError(
                 f"{module} is a brick ({found.brick_name}), and masks compute a norm anew, without what that does "
@@ -455,7 +462,16 @@ class _Growth:
         }
         if self.body.gain_offset:
             settings["gain_offset"] = self.body.gain_offset
-        return WrapModule(module=module, brick="masked_norm", settings=settings)
+        stack = self.body.stack_of(module)
+        if norms == places or stack is None:
+            places = [module]
+        else:
+            rest = module.removeprefix(f"{stack.path}.*")
+            lacking = {path for path in places if path not in norms}
+            paths = (f"{stack.path}.{layer}{rest}" for layer in range(self.layers[stack]))
+            places = [path for path in paths if path not in lacking]
+        for path in places:
+            yield WrapModule(module=path, brick="masked_norm", settings=settings)
 
 
 def _fill(role: ParameterRole) -> Fill:

@@ -43,7 +43,7 @@ def anatomy(model: PreTrainedModel, complete: bool = True, scopes: Iterable[str]
     found = describe(model)
     if not complete:
         return found
-    found = with_bricks(in_scopes(model, found, scopes), model)
+    found = _by_embedding(with_bricks(in_scopes(model, found, scopes), model), model)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     used = [role for role in found.roles if any(role.matches(name) for name in shapes)]
     epsilon = getattr(model.config, found.fields.epsilon) if found.fields.epsilon else 0.0
@@ -51,6 +51,27 @@ def anatomy(model: PreTrainedModel, complete: bool = True, scopes: Iterable[str]
     for name, shape in shapes.items():
         _check_shape(found, name, shape)
     return found
+
+
+def _by_embedding(found: Anatomy, model: PreTrainedModel) -> Anatomy:
+    """The anatomy in which the parameter of an embedding that is a head too has the role of the embedding under its
+    first name, which in some models is that of the head (XLM-RoBERTa)."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    others = {
+        name: first[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if first[id(parameter)] != name
+    }
+    told = {name: role for name in others if (role := next((r for r in found.roles if r.matches(name)), None))}
+    renamed = {name: others[name] for name, role in told.items() if role.kind == "embedding"}
+    return replace(
+        found,
+        roles=(
+            *(replace(told[name], pattern=shown) for name, shown in renamed.items()),
+            *(role for role in found.roles if role.pattern not in renamed.values()),
+        ),
+        embeddings=tuple(renamed.get(name, name) for name in found.embeddings),
+    )
 
 
 def _check_shape(found: Anatomy, name: str, shape: tuple[int, ...]) -> None:
