@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from auxin.edits.kinds.module_edits import ConfigureModule
 from auxin.errors import PlanError
 from auxin.models.building import REFUSALS, Builder, likeness
+from auxin.models.configs import config_holding
 from auxin.models.scoped_config import config_at
 from auxin.words.paths import encloses
 
@@ -47,11 +48,13 @@ def refuse_idle_values(
         build: builds it with other values in their places.
     """
     seen: dict[str, Any] | None = None
+    olds = {name: getattr(*config_holding(config, name)) for name in values}
     for name, value in values.items():
-        old = getattr(config, name)
-        is_size = isinstance(value, int) and not isinstance(value, bool) and _is_size(name)
-        together = any((getattr(config, other), values[other]) == (old, value) for other in values if other != name)
-        if value == old or together or (_is_own(config, name) and not is_size):
+        holder, own_name = config_holding(config, name)
+        old = olds[name]
+        is_size = isinstance(value, int) and not isinstance(value, bool) and _is_size(own_name)
+        together = any((olds[other], values[other]) == (old, value) for other in values if other != name)
+        if value == old or together or (_is_own(holder, own_name) and not is_size):
             continue
         seen = likeness(after) if seen is None else seen
         others = [old, 2 * value] if is_size else [old]
