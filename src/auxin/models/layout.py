@@ -302,9 +302,12 @@ def _lists_read_by_layer(model: PreTrainedModel, path: str, prefix: str, length:
 
 
 def _changes(entries: list[Any]) -> Iterator[tuple[list[Any], set[int]]]:
-    """Lists that differ from `entries` in places that are told: two exchanged, or one number doubled."""
+    """Lists that differ from `entries` in places that are told: one that is as another, two exchanged, or one number
+    doubled."""
     other = next((place for place, entry in enumerate(entries) if entry != entries[0]), None)
     if other is not None:
+        # Alone, since all layers may read a list that is by chance as long as they are many (DeBERTa's pos_att_type).
+        yield [entries[other], *entries[1:]], {0}
         yield [entries[{0: other, other: 0}.get(place, place)] for place in range(len(entries))], {0, other}
     elif type(entries[-1]) in (int, float):
         yield [*entries[:-1], 2 * entries[-1]], {len(entries) - 1}
@@ -354,13 +357,18 @@ def check_said(config: PreTrainedConfig, values: Mapping[str, Any]) -> None:
 
 
 def _check_layers(before: PreTrainedModel, after: PreTrainedModel, path: str, prefix: str, order: Order) -> None:
-    """PlanError when the new config builds another layer in a place than the one that shall be there."""
+    """PlanError when the new config builds another layer in a place than the one that shall be there. A copy may have
+    what the copied layer has no place for (ModernBERT's first one, a norm before its attention)."""
     old, new = (cast(nn.ModuleList, model.get_submodule(path)) for model in (before, after))
     outlines = [likeness(layer) for layer in old]
     for place, source in enumerate(order):
         if source is None:
             continue
-        found = _difference(outlines[source], likeness(new[place]), source, place, order, len(old))
+        outline, likely = outlines[source], likeness(new[place])
+        if source in order[:place]:
+            absent = [f"{name}." for name, module in old[source].named_modules() if type(module) is nn.Identity]
+            outline, likely = ({k: v for k, v in o.items() if not _lies_in(k, absent)} for o in (outline, likely))
+        found = _difference(outline, likely, source, place, order, len(old))
         if found is None or (found[0].endswith("scaling") and depends_on_numbers(before, path)):
             continue
         name, was, now = found
@@ -371,6 +379,11 @@ def _check_layers(before: PreTrainedModel, after: PreTrainedModel, path: str, pr
             f"builds another one there: {name} is {now} instead of {was}. {blamed}No value is known that follows. "
             "Choose an order in which that layer stays where it is, or a place of the same kind"
         )
+
+
+def _lies_in(key: str, above: Sequence[str]) -> bool:
+    """Whether what `likeness` sees under `key` is one of some modules, or lies in it."""
+    return any(f"{key}.".startswith(path) for path in above)
 
 
 def _difference(
