@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import (
@@ -161,16 +162,20 @@ INPUTS = {model_type: make for group in GROUPS for model_type, make in group.INP
 ALWAYS_TIED = ("t5",)
 
 
-def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **config: Any) -> PreTrainedModel:
+def tiny(
+    family: str, seed: int = 0, dtype: torch.dtype = torch.float64, head: str = "", **config: Any
+) -> PreTrainedModel:
     """A tiny model of `family` in evaluation mode, weights normal with standard deviation 0.5, gains around 1.
 
     Args:
         family: one of `MODELS`.
         seed: of the weights.
         dtype: of the weights.
+        head: the class of transformers, where it is another than the usual one.
         config: values of its config that differ from the usual ones, e.g. tie_word_embeddings=True.
     """
     model_class, config_class, values = MODELS[family]
+    model_class = getattr(transformers, head) if head else model_class
     model = model_class(config_class(**{**values, **config}))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -13,6 +13,7 @@ from auxin.edits.folder_store import FolderStore
 from auxin.edits.plan import Plan
 from auxin.edits.promise import Probe, default_probe, edited_outputs, measured_change, probe_outputs, tolerance
 from auxin.edits.resolution import resolve
+from auxin.edits.sentence_modules import followed_modules
 from auxin.edits.structure import edited_skeleton
 from auxin.errors import CheckpointError
 from auxin.files import new_folder
@@ -33,7 +34,8 @@ def apply_to_checkpoint(
     Weights (`*.safetensors`, in one file or several) and the optimizer's state (`training/*.safetensors`, tensors named
     `optimizer.<state>.<parameter>`) are read, changed and written one tensor at a time, bit by bit as `apply` would
     have it; every other file (tokenizer, ledger, ...) is copied, but for older copies of the weights (`*.bin`, `*.pth`)
-    in the folder itself. The folder appears under its name when it is complete
+    in the folder itself, and modules of sentence-transformers that follow the hidden size
+    (`auxin.edits.sentence_modules`). The folder appears under its name when it is complete
     and the promise was checked, by loading the old model and, after it, the new one.
 
     Args:
@@ -60,6 +62,7 @@ def apply_to_checkpoint(
     store = FolderStore(source, resolved)
     store.check()
     check_tensors(resolved, store, store.names())
+    followed = followed_modules(source, resolved)
     probe = default_probe(plan, before) if probe is None else probe
     # The old model is gone before the new one is loaded.
     model = load_model(source)
@@ -70,6 +73,8 @@ def apply_to_checkpoint(
         store.open(folder)
         carry(resolved, plan.seed, store)
         store.close(folder)
+        for name, content in followed.items():
+            (folder / name).write_bytes(content)
         for name in plan.drops:
             (folder / name).unlink(missing_ok=True)
         for file in plan.files:

@@ -162,7 +162,7 @@ class _Outcome:
                         raise PlanError(f"copy: {nearest_name('parameter', fill.of, self.state.aliases)}.")
                     origin = self.state.origins[self.state.aliases[fill.of]]
                     self._check_shape(name, origin, shapes[name])
-            # What a copied layer had no place for (ModernBERT's first one, the norm before its attention) is initialised.
+            # What a copied layer had no place for is initialised (a norm that ModernBERT's first layer lacks).
             elif lies_below(name, [*self.state.fresh_layers, *self.state.copies]) or self._is_brick_buffer(after, name):
                 origin = Origin(shapes[name], Fresh(None))
             else:

@@ -203,9 +203,10 @@ def strided_arguments(
 
     Args:
         arguments: by name, for all tokens. Known are attention_mask (additive or boolean, (batch, heads or 1, queries
-            or 1, keys), of 0 and 1 too, or (batch, keys)), position_embeddings (tensors (batch or 1, sequence, dim)), position_ids
+            or 1, keys), or (batch, keys)), position_embeddings (tensors (batch or 1, sequence, dim)), position_ids
             (batch or 1, sequence), position_bias (batch or 1, heads, queries, keys), relative_pos (batch or 1, queries,
-            keys), encoder_hidden_states, encoder_attention_mask and encoder_decoder_position_bias (whose keys are the encoder's tokens).
+            keys), encoder_hidden_states, encoder_attention_mask and encoder_decoder_position_bias (whose keys are the
+            encoder's tokens).
         chunk: which tokens these are.
         pooled: whether an anchor stands for its whole group, which is then masked only if all of it is.
         flash: whether attention takes position_ids that are not consecutive for sequences packed into one.

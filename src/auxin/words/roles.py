@@ -126,6 +126,8 @@ class LayerStack:
     """The modules of a layer that take the numbers of heads from their config, relative to the layer."""
     parallel: bool = False
     """Whether all parts of a layer read what enters it (GPT-NeoX), and not each what the one before it left."""
+    reader_of_entry: str = ""
+    """A module beside the layers that reads what enters the first one (DeBERTa's convolution); "" where none does."""
     layers_stay: str = ""
     """Why there can't be more layers, in a sentence that follows the path of the stack; empty where there can."""
 

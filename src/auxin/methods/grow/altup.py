@@ -157,6 +157,8 @@ def plan_altup(model: PreTrainedModel, settings: AltUpSettings) -> Plan:
     stacks = chosen_stacks(body, settings.part)
     edits: list[Edit] = []
     notes: list[str] = []
+    for stack in stacks:
+        _check_entry(settings, stack)
     if settings.control == "sum":
         edits += [
             ReplaceModule(module=f"{stack.path}.0", brick="summed_input", settings={"blocks": settings.blocks})
@@ -208,6 +210,14 @@ def _plan(
         notes=notes,
         made_for=config_values(model.config),
     )
+
+
+def _check_entry(settings: AltUpSettings, stack: LayerStack) -> None:
+    if stack.reader_of_entry and settings.conversion != "recycled":
+        raise PlanError(
+            f"conversion = {settings.conversion}: {stack.reader_of_entry} reads what enters the first layer of "
+            f"{stack.path}, one block of it, and would get {settings.blocks}. Ask for the conversion recycled."
+        )
 
 
 def _check_blocks(model: PreTrainedModel, settings: AltUpSettings, stack: LayerStack, layers: int) -> None:

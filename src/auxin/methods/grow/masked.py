@@ -260,9 +260,7 @@ def _order(settings: MaskedGrowth, old: int, new: int) -> list[int | None]:
 class _Growth:
     """The edits of a growth in width: parameters padded with random numbers, and the masks on them."""
 
-    def __init__(
-        self, model: PreTrainedModel, body: Anatomy, new: Sizes, layers: Mapping[LayerStack, int]
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, body: Anatomy, new: Sizes, layers: Mapping[LayerStack, int]) -> None:
         self.model, self.body, self.old, self.new, self.layers = model, body, body.sizes, new, layers
         if body.residual_blocks != "one" and self._residual_grows():
             raise PlanError(
@@ -406,7 +404,7 @@ class _Growth:
             for segments, access in zip(role.axes, role.access, strict=True):
                 streams = {segment.stream for segment in segments}
                 spans = self._spans(segments)
-                if access == "reads" and streams == {"query"}:
+                if access == "reads" and streams == {"query"} and segments[0].parts:
                     # The values of a new key-value head are masked; what a new query head reads of an old one is not.
                     limit = self._end_of_old_groups(segments[0])
                     spans = [[first, min(end, limit)] for first, end in spans if first < limit]

@@ -29,6 +29,9 @@ from auxin.words.roles import (
 TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings", "task_type_embeddings")
 """The tables that are added up before the first layer, that of the tokens first."""
 
+FIELDS = ConfigFields("hidden_size", "num_attention_heads", None, "intermediate_size", None, "layer_norm_eps")
+"""The usual names of the widths."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -58,9 +61,7 @@ class Encoder:
     end: str = "encoder"
     """The module that runs the layers."""
     length_field: str = "num_hidden_layers"
-    fields: ConfigFields = ConfigFields(
-        "hidden_size", "num_attention_heads", None, "intermediate_size", None, "layer_norm_eps"
-    )
+    fields: ConfigFields = FIELDS
     projection: str = ""
     """What leads from embeddings of a width of their own (embedding_size) to the residual, below the base model."""
     always_projected: bool = False
@@ -194,9 +195,9 @@ _OF_ANOTHER_MODEL = (
     "another model and as wide as it was. Leave the hidden size, and heads that follow it, as they are."
 )
 _SHARED = (
-    "the {layers} layers (num_hidden_layers) share {sets} set(s) of parameters (num_hidden_groups), so that there is no "
-    "layer that could be added: a larger num_hidden_layers only runs the same ones more often. Grow widths, for example "
-    "by hypercloning."
+    "the {layers} layers (num_hidden_layers) share {sets} set(s) of parameters (num_hidden_groups), so that there is "
+    "no layer that could be added: a larger num_hidden_layers only runs the same ones more often. Grow widths, for "
+    "example by hypercloning."
 )
 _DISTIL = Layer(
     "attention.q_lin",

@@ -5,25 +5,26 @@ read by the projections of queries and keys, or by some of their own; so it grow
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from auxin.models.anatomy.bert import Encoder, Layer, encoder
+from auxin.models.anatomy.bert import FIELDS, Encoder, Layer, encoder
 from auxin.models.anatomy.found import ANATOMIES
 from auxin.models.anatomy.parts import base_prefix
 from auxin.words.roles import Anatomy, Axes, ParameterRole, embedding, linear, norm
 
 _ENCODER = Encoder(
     Layer("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
-    fields=replace(Encoder().fields, like_hidden_size=("pooler_hidden_size",)),
+    fields=replace(FIELDS, like_hidden_size=("pooler_hidden_size",)),
     projection="embeddings.embed_proj",
     normed_projection=True,
 )
 _GROUPED = (
-    "the convolution behind the first layer is in {groups} groups (conv_groups), each of which reads neighbouring units "
-    "of the residual alone; of a wider one they would be others. Leave the hidden size, and heads that follow it, as "
-    "they are."
+    "the convolution behind the first layer is in {groups} groups (conv_groups), each of which reads neighbouring "
+    "units of the residual alone; of a wider one they would be others. Leave the hidden size, and heads that follow "
+    "it, as they are."
 )
 
 
@@ -32,17 +33,19 @@ def _deberta(model: PreTrainedModel) -> Anatomy:
     own = _ENCODER
     if hasattr(config, "attention_head_size"):
         own = replace(own, fields=replace(own.fields, like_head_dim=("attention_head_size",)))
-    body = encoder(model, own, _positions)
-    groups = getattr(config, "conv_groups", 1)
-    grouped = getattr(config, "conv_kernel_size", 0) > 0 and groups > 1
+    groups, conv = getattr(config, "conv_groups", 1), f"{base_prefix(model)}encoder.conv"
+    convolved = getattr(config, "conv_kernel_size", 0) > 0
+    grouped = convolved and groups > 1
+    body = encoder(model, own, partial(_positions, grouped=grouped))
     return replace(
         body,
-        before_norms=(*body.before_norms, f"{base_prefix(model)}encoder.conv.conv"),
+        stacks=(replace(body.stacks[0], reader_of_entry=conv if convolved else ""),),
+        before_norms=(*body.before_norms, f"{conv}.conv"),
         fixed_widths=(("residual", _GROUPED.format(groups=groups)),) if grouped else (),
     )
 
 
-def _positions(prefix: str, axes: Axes) -> list[ParameterRole]:
+def _positions(prefix: str, axes: Axes, grouped: bool) -> list[ParameterRole]:
     """The roles of what DeBERTa has beside an encoder's modules: in the first version queries, keys and values of a
     head in one, the biases of two of them apart; in the second a convolution behind the first layer."""
     attention, conv = f"{prefix}encoder.layer.*.attention.self", f"{prefix}encoder.conv"
@@ -55,7 +58,11 @@ def _positions(prefix: str, axes: Axes) -> list[ParameterRole]:
         *linear(f"{attention}.in_proj", (fused,), axes.residual),
         ParameterRole(f"{attention}.q_bias", (axes.query,), ("writes",), "bias"),
         ParameterRole(f"{attention}.v_bias", (axes.attended,), ("writes",), "bias"),
-        *(role for name in ("pos_key_proj", "pos_proj") for role in linear(f"{attention}.{name}", axes.key, axes.residual)),
+        *(
+            role
+            for name in ("pos_key_proj", "pos_proj")
+            for role in linear(f"{attention}.{name}", axes.key, axes.residual)
+        ),
         *(
             role
             for name in ("pos_query_proj", "pos_q_proj")
@@ -63,7 +70,12 @@ def _positions(prefix: str, axes: Axes) -> list[ParameterRole]:
         ),
         *linear(f"{attention}.head_logits_proj", heads, heads),
         *linear(f"{attention}.head_weights_proj", heads, heads),
-        ParameterRole(f"{conv}.conv.weight", (axes.residual, axes.residual, ()), ("writes", "reads", None), "matrix"),
+        ParameterRole(
+            f"{conv}.conv.weight",
+            (axes.residual, () if grouped else axes.residual, ()),
+            ("writes", None if grouped else "reads", None),
+            "matrix",
+        ),
         ParameterRole(f"{conv}.conv.bias", (axes.residual,), ("writes",), "bias"),
         *norm(f"{conv}.LayerNorm", axes.residual),
     ]
