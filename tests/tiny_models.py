@@ -177,7 +177,7 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **confi
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             is_gain = parameter.dim() == 1 and name.endswith("weight")
             parameter.copy_(1 + 0.3 * noise if is_gain else 0.5 * noise)
-    if any(name.endswith(".experts") for name, _ in model.named_modules()):
+    if dtype == torch.float64 and any(name.endswith(".experts") for name, _ in model.named_modules()):
         model.set_experts_implementation("eager")  # the others know no float64
     return model.to(dtype).eval()
 
