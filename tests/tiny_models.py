@@ -241,11 +241,13 @@ class InDouble(TorchFunctionMode):
 
 def output(result: Any) -> Tensor:
     """The logits, or the last hidden states of a model without a head; of two towers both embeddings, one after the
-    other."""
+    other; the beginnings and ends of answers."""
     if "logits" in result:
         return result.logits
     if "image_embeds" in result:
         return torch.cat([result.text_embeds, result.image_embeds])
+    if "start_logits" in result:
+        return torch.stack([result.start_logits, result.end_logits])
     return result.last_hidden_state
 
 
