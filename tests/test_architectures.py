@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from auxin.methods import methods
 from auxin.models.anatomy import anatomy
-from capabilities import Refusal, Result, attempt, built_in, check, probe
+from capabilities import Refusal, Result, attempt, built_in, check, check_page, probe
 from tiny_models import FURTHER, GROUPS, inputs, output, tiny
 
 CASES = [(name, family) for family in FURTHER for name in built_in()]
@@ -37,7 +37,9 @@ def test_every_parameter_has_one_role_of_its_shape(family):
 
 @pytest.mark.parametrize(("name", "family"), CASES)
 def test_the_method_is_applied_as_promised_or_refused_with_the_reason(name, family):
-    check(methods()[name], probe(name, family))
+    outcome = probe(name, family)
+    check(methods()[name], outcome)
+    check_page(name, family, outcome)
 
 
 @pytest.mark.parametrize(("name", "family"), CASES)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 Made = tuple[type[PreTrainedModel], type, dict[str, Any]]
 
+TITLE = "Decoders with the names of Llama's modules"
 VOCABULARY = 19
 WINDOW = 3
 EPSILON = 1e-2
