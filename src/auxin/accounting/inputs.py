@@ -178,7 +178,9 @@ def _texts(drawn: _Drawn, length: int) -> dict[str, Tensor] | None:
     if getattr(config, "vocab_size", None) is None:
         return None
     never = tuple(value for field in PLACEHOLDERS if isinstance(value := getattr(drawn.config, field, None), int))
-    return {IDS: drawn.ids(config, length, _end_token(drawn.model, config), never)}
+    ids = drawn.ids(config, length, _end_token(drawn.model, config), never)
+    # Several answers to one question are told apart; one answer each here.
+    return {IDS: ids[:, None] if type(drawn.model).__name__.endswith("ForMultipleChoice") else ids}
 
 
 def _end_token(model: PreTrainedModel, config: Any) -> int | None:
