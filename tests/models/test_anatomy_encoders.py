@@ -281,3 +281,9 @@ def test_layers_with_relative_positions_take_a_stride():
             alone = model(ids).logits
             behind = model(padded, attention_mask=(torch.arange(10) < 7).long().expand(len(ids), -1)).logits
         assert torch.allclose(alone, behind[:, :7], rtol=0, atol=1e-6 * alone.abs().max().item()), mode
+
+
+def test_a_classifier_of_answers_is_probed_by_itself():
+    model = tiny("bert", head="BertForMultipleChoice")
+    receipt = apply(plan_for(methods()["hypercloning"], model, {"factor": 2}), model)
+    assert receipt.max_relative_change < 1e-10

@@ -26,7 +26,7 @@ from auxin.words.roles import (
     norm,
 )
 
-TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings", "task_type_embeddings")
+TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 """The tables that are added up before the first layer, that of the tokens first."""
 
 FIELDS = ConfigFields("hidden_size", "num_attention_heads", None, "intermediate_size", None, "layer_norm_eps")
@@ -87,7 +87,8 @@ def encoder(
     sizes, fields, never = _sizes(config, own)
     axes = Axes.of(sizes, config.vocab_size)
     embedded = () if _is_projected(config, own) else axes.residual
-    stack_path, tables = f"{prefix}{own.layers}", [f"{prefix}embeddings.{name}.weight" for name in TABLES]
+    stack_path, modules = f"{prefix}{own.layers}", {path for path, _ in model.named_modules()}
+    tables = [f"{path}.weight" for name in TABLES if (path := f"{prefix}embeddings.{name}") in modules]
     found, crossed = heads(model, axes, embedded), bool(getattr(config, "add_cross_attention", False))
     roles = [
         embedding(tables[0], axes.vocabulary, embedded),
