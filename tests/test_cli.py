@@ -147,7 +147,7 @@ def test_grow_has_every_setting_of_the_method(trained):
     given = [word for name, value in rules.items() for word in (f"--{name}", value)]
     plan = json.loads(call("grow", trained.checkpoint, "--ffn-tokens", 48, *given, "--dry-run", "--json").out)
     assert plan["settings"] == {"ffn_tokens": 48, **rules}
-    with pytest.raises(ConfigError, match="keys: .*'nothing'"):
+    with pytest.raises(ConfigError, match=r"keys: .*'nothing'"):
         call("grow", trained.checkpoint, "--ffn-tokens", 48, "--keys", "nothing", "--dry-run")
 
 

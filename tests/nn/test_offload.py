@@ -1,4 +1,4 @@
-"""Models with bricks whose tensors are not there until they are needed: accelerate's offloading to the CPU and a disk."""
+"""Models with bricks whose tensors are elsewhere until they are needed: accelerate's offloading, to CPU and disk."""
 
 from collections.abc import Callable
 from typing import Any
@@ -68,9 +68,7 @@ CASES: dict[str, tuple[str, Planner]] = {
     "split gpt2": (
         "gpt2",
         by_hand(
-            ReplaceModule(
-                module="transformer.h.*.mlp", brick="split_feed_forward_conv1d", settings={"num_experts": 4}
-            )
+            ReplaceModule(module="transformer.h.*.mlp", brick="split_feed_forward_conv1d", settings={"num_experts": 4})
         ),
     ),
     "removed": (

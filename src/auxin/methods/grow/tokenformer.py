@@ -11,9 +11,10 @@ A rule says where new keys and new values come from and how the scores of the ne
 | random_keys_zero_values | random at the old keys' scale | zeros | one norm, tau = sqrt(n') | approximate |
 | official (as released) | random as at initialisation | random as at initialisation | one norm, tau = sqrt(n') | none |
 
-All but "grouped" enlarge the newest group of each slot; older groups stay as they are, which keeps every promise. Copies
-raise the norm of a group, and the epsilon beside it is stored anew for that group. Groups of very few tokens have norms
-near zero now and then, which magnify rounding: with fewer than four, "exact" becomes "approximate" and a note says so.
+All but "grouped" enlarge the newest group of each slot; older groups stay as they are, which keeps every promise.
+Copies raise the norm of a group, and the epsilon beside it is stored anew for that group. Groups of very few tokens
+have norms near zero now and then, which magnify rounding: with fewer than four, "exact" becomes "approximate" and a
+note says so.
 """
 
 import math
