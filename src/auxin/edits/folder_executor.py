@@ -13,6 +13,7 @@ from auxin.edits.folder_store import FolderStore
 from auxin.edits.plan import Plan
 from auxin.edits.promise import Probe, default_probe, edited_outputs, measured_change, probe_outputs, tolerance
 from auxin.edits.resolution import resolve
+from auxin.edits.room import refuse_too_large_for_folder
 from auxin.edits.structure import edited_skeleton
 from auxin.errors import CheckpointError
 from auxin.files import new_folder
@@ -57,6 +58,7 @@ def apply_to_checkpoint(
     for file in plan.files:
         file.check(source)
     resolved = resolve(plan.located(), before)
+    refuse_too_large_for_folder(resolved, source, output)
     store = FolderStore(source, resolved)
     store.check()
     check_tensors(resolved, store, store.names())

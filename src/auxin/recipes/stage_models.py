@@ -276,7 +276,8 @@ def _ungrown(config: PreTrainedConfig) -> PreTrainedConfig:
     if not isinstance(config, TokenFormerConfig):
         return config
     one_group = {f"{part}_tokens": [sum(getattr(config, f"{part}_tokens"))] for part in ("qkv", "proj", "ffn")}
-    return edited_config(config, {**one_group, "qkv_tau": None, "proj_tau": None, "ffn_tau": None})
+    usual = {f"{part}_{number}": None for part in ("qkv", "proj", "ffn") for number in ("tau", "eps")}
+    return edited_config(config, {**one_group, **usual})
 
 
 def match_parameters(config: PreTrainedConfig, target: int) -> PreTrainedConfig:
