@@ -282,8 +282,8 @@ class _Growth:
         for role in self.body.roles:
             for axis, segments in enumerate(role.axes):
                 edits += self._padded(role, axis, segments)
-        # Logits of a tied head that are divided by the root of the hidden size would shrink with it (T5).
-        if self.body.tied and self.body.logits_scaled and self._residual_grows():
+        # Logits that are divided by the root of the hidden size would shrink with it (T5).
+        if self.body.logits_scaled and self._residual_grows():
             factor = math.sqrt(self.new.residual / self.old.residual)
             edits.append(ScaleParameter(parameter=f"{self.body.final_norm}.weight", factor=factor))
         return edits
