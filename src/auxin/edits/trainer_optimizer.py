@@ -23,6 +23,8 @@ from auxin.edits.tensor_names import shapes_of
 from auxin.errors import CheckpointError
 
 FILE = "optimizer.pt"
+TRAINER_RULE = 0
+"""The place of the Trainer's own rule among `_groupings`."""
 MADE_AT_ONCE = {"sum"}
 """States that an optimizer (Adagrad) has from the beginning, and not from a parameter's first step."""
 
@@ -60,12 +62,12 @@ class _TrainerOptimizer:
     def __init__(self, path: Path, resolved: ResolvedPlan, weights: TensorStore) -> None:
         self.resolved, self._weights = resolved, weights
         self._content = _read(path)
-        self._groups, self._rule = _names(path, self._content, resolved.before)
+        names_in_groups, self._rule = _names(self._content, resolved.before)
         numbers = [number for group in self._content["param_groups"] for number in group["params"]]
-        names = [name for group in self._groups for name in group]
+        names = [name for group in names_in_groups for name in group]
         states = self._content["state"]
         self._states = {name: states.get(number, {}) for number, name in zip(numbers, names, strict=True)}
-        _check_shapes(path, self._states, shapes_of(resolved.before))
+        _check_shapes(self._states, shapes_of(resolved.before))
         self._new: dict[str, dict[str, Any]] = {}
 
     def read(self, name: str) -> Tensor:
@@ -127,7 +129,7 @@ def _read(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], content)
 
 
-def _names(path: Path, content: dict[str, Any], model: PreTrainedModel) -> tuple[list[list[str]], int]:
+def _names(content: dict[str, Any], model: PreTrainedModel) -> tuple[list[list[str]], int]:
     """The names of the parameters in every group, and the place of the rule by which they are in that order."""
     groups = content["param_groups"]
     found = [len(group["params"]) for group in groups]
@@ -146,10 +148,6 @@ def _names(path: Path, content: dict[str, Any], model: PreTrainedModel) -> tuple
     )
 
 
-TRAINER_RULE = 0
-"""The place of the Trainer's own rule among `_groupings`."""
-
-
 def _groupings(model: PreTrainedModel) -> list[list[list[str]]]:
     """The names of what is trained, in groups: as the Trainer makes them, and all in one."""
     try:
@@ -165,7 +163,7 @@ def _groupings(model: PreTrainedModel) -> list[list[list[str]]]:
     ]
 
 
-def _check_shapes(path: Path, states: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(states: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse moments that are not of the parameters that they were taken for."""
     for name, state in states.items():
         for key, tensor in state.items():

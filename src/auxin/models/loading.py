@@ -81,13 +81,11 @@ def _with_stored_ties(config: PreTrainedConfig, folder: Path) -> PreTrainedConfi
     try:
         ties = skeleton(plain).all_tied_weights_keys
         untied = untied_on_loading(ties, stored, lambda name: read_tensor(stored[name], name))
+        found = configs_with_ties(plain, ties, untied) if untied else []
+        fitting = (each for each in found if skeleton(each).all_tied_weights_keys.keys() == ties.keys() - set(untied))
+        return next(fitting, plain)
     except (*REFUSALS, SafetensorError, OSError):
         return config  # what can't be built or read is refused, with its reason, where that is done
-    if not untied:
-        return plain
-    wanted = ties.keys() - set(untied)
-    found = configs_with_ties(plain, ties, untied)
-    return next(each for each in found if skeleton(each).all_tied_weights_keys.keys() == wanted)
 
 
 def load_model(
