@@ -39,6 +39,8 @@ class Receipt(Settings):
     """The change up to which an exact plan counts as kept, in the parameters' data type."""
     continuation: dict[str, Rate] = {}
     """How AdamW must go on with those parameters for which it is not as before, by name; see `continue_exactly`."""
+    notes: list[str] = []
+    """Of a folder: what was left out of the new one since it is of the old model, and why; given as warnings, too."""
     seconds: float
     """Wall time, the probe included."""
 

@@ -19,12 +19,13 @@ from auxin.edits.structure import (
     edited_config,
     edited_skeleton,
     refuse_quantized,
+    skeleton_of,
     with_structural_edits,
 )
 from auxin.edits.tensor_names import lies_below, nearest_name, shapes_of, tensor_names
 from auxin.edits.tracker import Tracker
 from auxin.errors import PlanError
-from auxin.models.building import REFUSALS
+from auxin.models.loading import REFUSALS
 
 
 @dataclass
@@ -53,7 +54,7 @@ def resolve(edits: Sequence[Any], model: PreTrainedModel) -> ResolvedPlan:
             other shapes than the edits give; the message names the edit.
     """
     refuse_quantized(model.config)
-    before = edited_skeleton(model.config, type(model))
+    before = skeleton_of(model)
     _check_unchanged(model, before)
     tracker = Tracker(before)
     for index, edit in enumerate(edits):

@@ -13,6 +13,7 @@ from auxin.edits.resolution import ResolvedPlan
 from auxin.edits.tensor_names import tensor_names
 from auxin.models.building import PLAIN
 from auxin.models.scoped_config import ScopedConfig, own_values, scoped_config, unscoped
+from auxin.models.ties import TIED, UNTIED
 
 ABSENT = object()
 
@@ -84,6 +85,7 @@ class _Rebuilding:
     def do(self) -> None:
         """Change the tree, then the config."""
         self._change_configs()
+        self._tell_ties()
         self._place(self.resolved.after, "")
         for mapping in ("_tied_weights_keys", "all_tied_weights_keys"):
             ties = getattr(self.resolved.after, mapping)
@@ -184,6 +186,15 @@ class _Rebuilding:
             self.configs[id(new)] = old
             was = unscoped(getattr(self.before[str(old_path)], "config", old))
             self._change_values(old, was, new)
+
+    def _tell_ties(self) -> None:
+        """Let the config say which parameters are one tensor, where it was told wrongly before."""
+        config, after = self.model.config, self.resolved.after.config
+        for key in (TIED, UNTIED):
+            if hasattr(after, key) and getattr(config, key, None) != getattr(after, key):
+                self.undo.set(vars(config), key, copy.copy(getattr(after, key)))
+            elif key in vars(config) and not hasattr(after, key):
+                self.undo.remove(vars(config), key)
 
     def _change_values(self, config: PreTrainedConfig, before: PreTrainedConfig, after: PreTrainedConfig) -> None:
         old, new = before.to_dict(), after.to_dict()

@@ -30,6 +30,8 @@ from transformers.utils import logging as transformers_logging
 
 from auxin.accounting.machine import available_memory
 from auxin.errors import CheckpointError, ConfigError
+from auxin.models.ties import TIED, UNTIED, configs_with_ties, unmarked, untie, untied_on_loading
+from auxin.models.weight_files import read_tensor, stored_tensors
 
 _TASKS = (
     (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
@@ -38,19 +40,53 @@ _TASKS = (
     (AutoModelForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
     (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
 )
+REFUSALS = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    ZeroDivisionError,
+    KeyError,
+    IndexError,
+)
+"""What constructors raise on values that they can't take."""
 
 
 def load_config(folder: str | Path) -> PreTrainedConfig:
-    """The config of a local Hugging Face model folder; no weights are read.
+    """The config of a local Hugging Face model folder.
+
+    Which parameters are one tensor is as `from_pretrained` finds it: where the config ties two that the folder holds
+    with different values, it says that they are not tied (see `auxin.models.ties`). Only for that weights are read,
+    where the folder has any.
 
     Raises:
         CheckpointError: the folder is missing, has no config.json, or holds one that transformers can't read.
     """
     folder = _model_folder(folder)
     try:
-        return cast(PreTrainedConfig, AutoConfig.from_pretrained(folder, local_files_only=True))
+        config = cast(PreTrainedConfig, AutoConfig.from_pretrained(folder, local_files_only=True))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}/config.json can't be read: {error}") from error
+    return _with_stored_ties(config, folder)
+
+
+def _with_stored_ties(config: PreTrainedConfig, folder: Path) -> PreTrainedConfig:
+    """`config`, or one that tells which of the tensors in `folder` are tied where it doesn't."""
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    if not any(getattr(part, TIED, False) for part in (config, *parts)) and not hasattr(config, UNTIED):
+        return config
+    stored, plain = stored_tensors(folder), unmarked(config)
+    if not stored:
+        return config
+    try:
+        ties = skeleton(plain).all_tied_weights_keys
+        untied = untied_on_loading(ties, stored, lambda name: read_tensor(stored[name], name))
+        found = configs_with_ties(plain, ties, untied) if untied else []
+        fitting = (each for each in found if skeleton(each).all_tied_weights_keys.keys() == ties.keys() - set(untied))
+        return next(fitting, plain)
+    except (*REFUSALS, SafetensorError, OSError):
+        return config  # what can't be built or read is refused, with its reason, where that is done
 
 
 def load_model(
@@ -72,9 +108,10 @@ def load_model(
             error, where transformers would warn and draw a random one.
     """
     folder = _model_folder(folder)
+    config = load_config(folder)
     if model_class is None:
-        model_class = model_class_of(load_config(folder))
-    model, missing = _from_pretrained(folder, model_class, dtype=dtype or "auto")
+        model_class = model_class_of(config)
+    model, missing = _from_pretrained(folder, model_class, dtype=dtype or "auto", config=config)
     _refuse_missing(folder, missing)
     torch.nn.Module.to(model, device)
     return model
@@ -161,6 +198,7 @@ def skeleton(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None
     config = copy.deepcopy(config)
     with torch.device("meta"):
         model = new_model(config, model_class)
+        untie(model)
     fill_buffers(model, "", model)
     return model
 
