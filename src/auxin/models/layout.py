@@ -128,7 +128,6 @@ def config_for_order(model: PreTrainedModel, path: str, order: Order) -> dict[st
                 f"{', '.join(LENGTH_FIELDS)}"
             )
     assert after is not None
-    check_said(after.config, said)
     _check_layers(plain, after, path, prefix, order)
     return said
 
@@ -185,7 +184,9 @@ def _dotted(prefix: str, key: str) -> str:
 def _built(model: PreTrainedModel, values: dict[str, Any], quiet: bool = False) -> PreTrainedModel | None:
     """The skeleton with other values; None where none can be built and `quiet` says so."""
     try:
-        return skeleton(edited_config(unscoped(model.config), values), type(model))
+        config = edited_config(unscoped(model.config), values)
+        check_said(config, values)
+        return skeleton(config, type(model))
     except PlanError:
         if quiet:
             return None
