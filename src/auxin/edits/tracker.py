@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from auxin.edits.effects import Configurations
 from auxin.edits.kinds.architecture_edits import ChangeArchitecture, SetConfig
 from auxin.edits.kinds.fills import CopyFill, Fill
-from auxin.edits.kinds.layer_edits import LENGTH_FIELDS, ArrangeLayers, JoinAbove, layer_stack
+from auxin.edits.kinds.layer_edits import ArrangeLayers, JoinAbove, layer_stack
 from auxin.edits.kinds.module_edits import (
     BRICK_EDITS,
     ConfigureModule,
@@ -33,6 +33,8 @@ from auxin.edits.structure import (
 )
 from auxin.edits.tensor_names import nearest_name, shapes_of, tensor_names
 from auxin.errors import PlanError
+from auxin.models.configs import config_value
+from auxin.models.layout import LENGTH_FIELDS
 from auxin.models.places import what_is_returned
 from auxin.nn.bricks import MAKINGS, Making, find_brick
 
@@ -76,7 +78,7 @@ class Tracker:
         elif isinstance(edit, ParameterEdit):
             self._change_parameters(index, edit)
         elif isinstance(edit, ArrangeLayers):
-            self._arrange(edit)
+            self._arrange(index, edit)
         elif isinstance(edit, JoinAbove):
             self._join(edit)
         elif isinstance(edit, TieParameters):
@@ -129,13 +131,15 @@ class Tracker:
             step = Step(index, edit, name, origin.shape)
             self.origins[name] = replace(origin, shape=shape, steps=(*origin.steps, step))
 
-    def _arrange(self, edit: ArrangeLayers) -> None:
+    def _arrange(self, index: int, edit: ArrangeLayers) -> None:
         if edit.layers in self.arranged:
             raise PlanError(f"{edit.layers} was arranged by an earlier edit; merge the two")
         stack = layer_stack(self.before, edit.layers)
         edit.check(len(stack))
         self.arranged.add(edit.layers)
         self._set_values(edit.config_values(self.before))
+        for moved_entries in edit.slices(self.before):
+            self._change_parameters(index, moved_entries)
         self.structure = [moved for stored in self.structure for moved in _moved(stored, edit)]
         blended = self._blended(edit, len(stack))
         self.origins, self.aliases = self._renamed_tensors(edit)
@@ -362,8 +366,8 @@ class Tracker:
 
 def _refuse_too_deep(config: PreTrainedConfig, values: Mapping[str, Any]) -> None:
     """PlanError when a stack of layers is to be longer than can be built in a moment."""
-    for name in values.keys() & set(LENGTH_FIELDS):
-        if isinstance(values[name], int) and values[name] > max(MOST_LAYERS, getattr(config, name, 0) or 0):
+    for name in [name for name in values if name.rpartition(".")[2] in LENGTH_FIELDS]:
+        if isinstance(values[name], int) and values[name] > max(MOST_LAYERS, config_value(config, name) or 0):
             raise PlanError(
                 f"{name} = {values[name]}: so many layers take long to build, even without weights, and nothing is "
                 f"known of models of more than {MOST_LAYERS}. Ask for that many at most"

@@ -15,8 +15,7 @@ from auxin.edits.structure import edited_config, edited_skeleton, structural_edi
 from auxin.errors import ConfigError, PlanError, unknown_name
 from auxin.methods import method as find_method
 from auxin.methods.grow.tokenformer import plan_token_growth, token_growth_to
-from auxin.models.building import REFUSALS
-from auxin.models.loading import load_config, task_classes
+from auxin.models.loading import REFUSALS, load_config, task_classes
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.models.tokenformer.presets import preset_config
 from auxin.objectives.calibration import CalibrationSettings
