@@ -95,9 +95,9 @@ def arrange(
             derives from the number of a layer.
 
     Raises:
-        PlanError: a stack whose layers share their parameters; an identity block where the norm comes after the sum, or
-            where no outputs are found; a first layer that lacks what only the old first one holds; with `exact`, a
-            model whose layers depend on their number; an order that no config can say.
+        PlanError: layers that share their parameters; an identity block where the norm comes after the sum, or where
+            no outputs are found; a first layer that lacks what only the old first one holds; with `exact`, a model
+            whose layers depend on their number; an order that no config can say.
     """
     refuse_kept_layers(stack)
     scales = {} if scales is None else {index: factor for index, factor in scales.items() if factor != 1}
@@ -175,15 +175,15 @@ def stacked_order(layers: int, wanted: int) -> list[int]:
     return [*list(range(layers)) * (wanted // layers), *range(layers - wanted % layers, layers)]
 
 
+def can_deepen(anatomy: Anatomy) -> bool:
+    """Whether the stacks of a model can have more layers."""
+    return not any(stack.layers_stay for stack in anatomy.stacks)
+
+
 def refuse_kept_layers(stack: LayerStack) -> None:
     """Raise PlanError when `stack` can't have more layers than it has."""
     if stack.layers_stay:
         raise PlanError(f"{stack.path}: {stack.layers_stay}")
-
-
-def can_deepen(anatomy: Anatomy) -> bool:
-    """Whether the stacks of a model can have more layers."""
-    return not any(stack.layers_stay for stack in anatomy.stacks)
 
 
 def refuse_post_norm(stack: LayerStack) -> None:
