@@ -70,6 +70,8 @@ def _residual_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
     head = f"hidden_size = {new} is no whole number of copies of the {old} units, and padding"
     if anatomy.norm_position == "after_residual":
         reasons.append(f"{head} does not pass a norm that comes after the residual sum. {whole}")
+    elif anatomy.embedding_norm is not None and anatomy.norm == "layer":
+        reasons.append(f"{head} does not pass {anatomy.embedding_norm}, a LayerNorm whose result is the residual. {whole}")
     elif not _can_scale_norms(anatomy):
         reasons.append(f"{head} needs norms with a gain and an epsilon that can be scaled; these have none. {whole}")
     elif anatomy.norm == "rms" and widening.padding == "mean":
@@ -163,6 +165,11 @@ def _head_dim_reasons(anatomy: Anatomy, head_dim: int) -> list[str]:
         return [
             f"A head dimension of {head_dim} instead of {old}: the norm on queries and keys would divide by another "
             f"mean square. Keep {old} and ask for more heads."
+        ]
+    if anatomy.heads_clipped and anatomy.attention_scaled:
+        return [
+            f"A head dimension of {head_dim} instead of {old}: scores are divided by its root, which queries can't make "
+            f"up for where they are clipped ({anatomy.heads_clipped}). Keep {old}."
         ]
     if not rotary:
         return []

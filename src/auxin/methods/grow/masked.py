@@ -45,7 +45,7 @@ from auxin.planning.width import describe_sizes
 from auxin.planning.width_conditions import refuse_fixed_widths
 from auxin.planning.width_targets import WidthTargets, feed_forward_settings
 from auxin.words.paths import path_pattern
-from auxin.words.roles import Anatomy, LayerStack, ParameterRole, Segment, Sizes
+from auxin.words.roles import Anatomy, LayerStack, ParameterRole, Segment, Sizes, laid_out
 
 MASKS = ("masked", "masked_norm", "masked_block")
 
@@ -343,6 +343,7 @@ class _Growth:
                 index += range(start, start + pieces)
                 fresh += pieces if source is None else 0
             first += segment.count * pieces
+        index = _in_place(index, segments, [len(layout) for layout in layouts], unit)
         size = len(index) * unit
         edits: list[Edit] = [PadParameter(parameter=role.pattern, axis=axis, size=size, fill=_fill(role))]
         if index != list(range(len(index))):
@@ -351,15 +352,16 @@ class _Growth:
 
     def _spans(self, segments: tuple[Segment, ...]) -> list[list[int]]:
         """The new entries of an axis, as stretches [first, end)."""
+        layouts = [self._layout(segment) for segment in segments]
+        units = zip(segments, layouts, strict=True)
+        is_new = [source is None for segment, layout in units for source in layout for _ in range(segment.unit)]
+        places = laid_out(segments, [len(layout) for layout in layouts], [segment.unit for segment in segments])
         spans: list[list[int]] = []
-        place = 0
-        for segment in segments:
-            for source in self._layout(segment):
-                if source is None and spans and spans[-1][1] == place:
-                    spans[-1][1] += segment.unit
-                elif source is None:
-                    spans.append([place, place + segment.unit])
-                place += segment.unit
+        for place, entry in enumerate(places):
+            if is_new[entry] and spans and spans[-1][1] == place:
+                spans[-1][1] += 1
+            elif is_new[entry]:
+                spans.append([place, place + 1])
         return spans
 
     def _size(self, segments: tuple[Segment, ...]) -> int:
@@ -452,6 +454,17 @@ class _Growth:
         if self.body.gain_offset:
             settings["gain_offset"] = self.body.gain_offset
         return WrapModule(module=module, brick="masked_norm", settings=settings)
+
+
+def _in_place(index: list[int], segments: tuple[Segment, ...], units: list[int], unit: int) -> list[int]:
+    """The old piece, of `unit` entries, of every new one as the axis is laid out, from those of its segments one after
+    the other; pieces that are no old ones are new."""
+    if not any(segment.dealt for segment in segments):
+        return index
+    pieces = [segment.unit // unit for segment in segments]
+    before = laid_out(segments, [segment.count for segment in segments], pieces)
+    where = dict(zip(before, range(len(before)), strict=True))
+    return [where.get(index[piece], index[piece]) for piece in laid_out(segments, units, pieces)]
 
 
 def _fill(role: ParameterRole) -> Fill:
