@@ -337,8 +337,11 @@ class GrowthOperator(nn.Module):
 
     def _key(self, segments: tuple[Segment, ...], owner: str) -> str:
         """Name of the axis's whole matrix in the file."""
-        dealt = "dealt:" if any(segment.dealt for segment in segments) else ""
-        return dealt + "+".join(base.replace("/", ".") for _, _, base in self._bases(segments, owner))
+        names = []
+        for segment, _, base in self._bases(segments, owner):
+            unit = f".{segment.unit}" if segment.unit > 1 and not segment.parts else ""
+            names.append(base.replace("/", ".") + unit)
+        return ("dealt:" if any(segment.dealt for segment in segments) else "") + "+".join(names)
 
     def _matrix(self, segments: tuple[Segment, ...], owner: str) -> Tensor:
         """The whole matrix (new, old) of an axis: its segments one after the other, the parts of a head interleaved."""
@@ -346,7 +349,8 @@ class GrowthOperator(nn.Module):
         blocks = []
         for segment in segments:
             sizes = list(_parts(segment).values())
-            blocks.append(_interleaved([self._base(*next(bases)) for _ in sizes], sizes))
+            block = _interleaved([self._base(*next(bases)) for _ in sizes], sizes)
+            blocks.append(block if segment.parts else torch.kron(block, torch.eye(segment.unit).to(block)))
         whole, units = torch.block_diag(*blocks), [segment.unit for segment in segments]
         new = laid_out(segments, [_units(self.new, segment) for segment in segments], units)
         return whole[new][:, laid_out(segments, [segment.count for segment in segments], units)]
@@ -479,10 +483,10 @@ def _units(sizes: Sizes, segment: Segment) -> int:
 
 def _parts(segment: Segment) -> dict[str, int]:
     """What a unit of the segment is made of, with the entries of each; heads without dimensions (T5's position biases)
-    are their own kind."""
+    are their own kind, and units of no parts are mapped whole."""
     if segment.parts:
         return dict(zip(segment.parts, segment.sizes_of_parts, strict=True))
-    return {"heads" if segment.stream in ("query", "key_value") else segment.stream: segment.unit}
+    return {"heads" if segment.stream in ("query", "key_value") else segment.stream: 1}
 
 
 def _interleaved(parts: list[Tensor], sizes: list[int]) -> Tensor:
