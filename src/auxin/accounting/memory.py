@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from auxin.accounting.inputs import example_inputs
+from auxin.accounting.inputs import call_arguments, example_inputs, needs_length, without_cache
 from auxin.accounting.shapes import shape_only_copy, without_data
 from auxin.errors import ConfigError
 from auxin.settings import Settings
@@ -48,15 +48,20 @@ def training_memory(
 ) -> TrainingMemory:
     """Count the bytes to train `model` on batches of `batch_size` samples.
 
-    Activations are what autograd saves in a forward pass with loss, parameters left out, each storage once.
+    Activations are what autograd saves in a forward pass, with the loss where the model has one of its logits;
+    parameters left out, each storage once.
 
     Args:
-        model: of text or of images; its weights are not looked at.
+        model: any that `example_inputs` knows inputs of; its weights are not looked at.
         batch_size: samples in a forward pass.
-        sequence_length: tokens of each; needed for text, and what the encoder sees of an encoder-decoder.
+        sequence_length: tokens of each, or frames of a waveform; what the encoder sees of an encoder-decoder.
         decoder_length: tokens that the decoder sees; None: as many.
         inputs: keyword arguments of the forward pass, labels among them, in place of made-up ones; of tensors only
             shape and type count.
+
+    Raises:
+        ConfigError: a length is needed, or the model's code looks at values, as wav2vec2's does to drop layers.
+        PlanError: no inputs of the model can be made up.
     """
     saved: dict[int, tuple[Tensor, int]] = {}
     # Without data, torch takes grouped products of experts in bfloat16 only, which has half of float32's bytes.
@@ -86,15 +91,17 @@ def training_memory(
 
 
 def _inputs(model: nn.Module, batch_size: int, length: int | None, decoder_length: int | None) -> dict[str, Any]:
-    """Inputs and labels that `model`, on fake tensors, takes: a label for each token, or for each sample."""
-    if length is None and getattr(model, "main_input_name", "input_ids") != "pixel_values":
+    """Inputs and labels that `model`, on fake tensors, takes: a label for each token, or for each sample. No labels
+    where it has no loss for such."""
+    if length is None and (not isinstance(model, PreTrainedModel) or needs_length(model)):
         raise ConfigError("sequence_length: needed to count the memory of a model of text. Give it, or inputs.")
     if not isinstance(model, PreTrainedModel):
         ids = torch.zeros(batch_size, length or 0, dtype=torch.long)
         return {"input_ids": ids, "labels": ids, "use_cache": False}
     inputs: dict[str, Any] = {**example_inputs(model, batch_size, length or 0, decoder_length=decoder_length)}
-    inputs |= {"use_cache": False} if model.can_generate() else {}
+    inputs |= without_cache(model)
     with torch.no_grad():
-        logits = model(**inputs).logits
-    inputs.pop("decoder_input_ids", None)  # labels stand in for them
+        logits = getattr(model(**inputs), "logits", None)
+    if logits is None or "labels" not in call_arguments(model):
+        return inputs
     return {**inputs, "labels": torch.zeros(logits.shape[:-1], dtype=torch.long)}
