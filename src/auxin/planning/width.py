@@ -244,7 +244,9 @@ class _Writer:
         assert query is not None
         heads, step = query.size, len(segments[0].parts) * new
         entries = {head * step + dim for head in range(heads) for dim in range(new)}
-        places = laid_out(segments, [self._units(segment) for segment in segments], [len(s.parts) * new for s in segments])
+        places = laid_out(
+            segments, [self._units(segment) for segment in segments], [len(s.parts) * new for s in segments]
+        )
         index = [place for place, entry in enumerate(places) if entry in entries]
         return [ScaleEntries(parameter=role.pattern, factor=factor, axis=axis, index=index)]
 

@@ -71,7 +71,9 @@ def _residual_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
     if anatomy.norm_position == "after_residual":
         reasons.append(f"{head} does not pass a norm that comes after the residual sum. {whole}")
     elif anatomy.embedding_norm is not None and anatomy.norm == "layer":
-        reasons.append(f"{head} does not pass {anatomy.embedding_norm}, a LayerNorm whose result is the residual. {whole}")
+        reasons.append(
+            f"{head} does not pass {anatomy.embedding_norm}, a LayerNorm whose result is the residual. {whole}"
+        )
     elif not _can_scale_norms(anatomy):
         reasons.append(f"{head} needs norms with a gain and an epsilon that can be scaled; these have none. {whole}")
     elif anatomy.norm == "rms" and widening.padding == "mean":

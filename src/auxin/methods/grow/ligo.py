@@ -507,7 +507,7 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
     body = anatomy(model)
     values: dict[str, Any] = {"steps": 0}
     values["layers"] = 1 + max(depth(model, stack) for stack in body.stacks)
-    if not body.grouped:
+    if not body.grouped and not body.heads_stay:
         heads = body.sizes.query_heads + 1
         values["num_attention_heads"] = heads
         if body.fields.head_dim is not None:

@@ -296,7 +296,8 @@ class _Growth:
             if settings:
                 edits.append(WrapModule(module=module, brick="masked", settings=settings))
         edits += [self._norm(module, segments) for module, segments in self._norms().items()]
-        if self._residual_grows() and self.body.norm_position != "after_residual":
+        # A norm behind the embeddings masks them already.
+        if self._residual_grows() and self.body.embedding_norm is None:
             settings = {"input_size": self.new.residual, "new_inputs": self._spans(self._residual())}
             edits += [
                 WrapModule(module=f"{stack.path}.0", brick="masked_block", settings=settings)
@@ -439,9 +440,13 @@ class _Growth:
         return {path: segments for path, segments in norms.items() if self._spans(segments)}
 
     def _bare_norms(self) -> list[str]:
-        """Norms without parameters, as patterns over layers. They can be told by their class alone."""
+        """Norms over the residual without parameters, as patterns over layers. They can be told by their class alone;
+        those inside an attention are norms over heads."""
+        attentions = [f"{stack.path}.*.{part}.*" for stack in self.body.stacks for part in stack.attentions if part]
         paths: dict[str, None] = {}
         for name, module in self.model.named_modules():
+            if any(path_pattern(path).fullmatch(name) for path in attentions):
+                continue
             if type(module).__name__.endswith("Norm") and not list(module.parameters()):
                 for stack in self.body.stacks:
                     if name.startswith(f"{stack.path}."):
@@ -501,7 +506,8 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
     values: dict[str, Any] = {"layers": 1 + max(depth(model, stack) for stack in body.stacks)}
     if body.family == "tokenformer":
         return values
-    values["num_attention_heads"] = heads
+    if not body.heads_stay:
+        values["num_attention_heads"] = heads
     if body.fields.head_dim is not None:
         values["hidden_size"] = (body.sizes.residual // heads + 1) * heads  # Llama's must be a multiple
     values |= feed_forward_settings(body, 1.25)

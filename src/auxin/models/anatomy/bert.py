@@ -58,6 +58,7 @@ def _bert(model: PreTrainedModel) -> Anatomy:
         final_norm=f"{head}.transform.LayerNorm" if hasattr(model, "cls") else None,
         head=f"{head}.decoder" if hasattr(model, "cls") else "classifier",
         embeddings=tuple(f"bert.embeddings.{part}.weight" for part in parts),
+        embedding_norm="bert.embeddings.LayerNorm",
     )
 
 

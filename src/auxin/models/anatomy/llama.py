@@ -51,6 +51,8 @@ class Decoder:
     norm_has_gain: bool = True
     epsilon: str | None = "rms_norm_eps"
     final_norm: str = "norm"
+    norm_first: bool = False
+    """Whether the last norm is applied to the embeddings too (nanochat)."""
     output_norms: tuple[str, ...] = ()
     """The norms between an output and the residual."""
     gain_offset: float = 0.0
@@ -123,7 +125,7 @@ DECODERS = {
     "apertus": Decoder(qk_norm="head"),
     "seed_oss": Decoder(),
     "hunyuan_v1_dense": Decoder(qk_norm="head"),
-    "nanochat": Decoder(norm_has_gain=False, qk_norm="head"),
+    "nanochat": Decoder(norm_has_gain=False, norm_first=True, qk_norm="head"),
     "dots1": replace(_SHARED_EXPERTS, qk_norm="head"),
     "glm4_moe": replace(_SHARED_EXPERTS, qk_norm="head", qk_norm_if="use_qk_norm"),
     "ernie4_5_moe": replace(_SHARED_EXPERTS, shared_experts_field="moe_num_shared_experts", rotary_pairs="neighbours"),
@@ -213,6 +215,7 @@ def assembled(
         embeddings=(f"{prefix}embed_tokens.weight",),
         attention_scaled=own.attention_scaled,
         embedding_scaled=own.embedding_scaled,
+        embedding_norm=final_norm if own.norm_first else None,
         gain_offset=own.gain_offset,
         rotary_dim=int(sizes.head_dim * rotary.share),
         rope_type=rotary.rope_type,
@@ -313,7 +316,9 @@ def feed_forward_roles(layer: str, sizes: Sizes, own: Decoder, shared_experts: i
         for router in ("gate", "router", "shared_expert_gate"):
             roles += linear(f"{layer}.{experts}.{router}", (), axes.residual)
         roles.append(
-            ParameterRole(f"{layer}.{experts}.gate.moe_statics.e_score_correction_bias", ((), ()), (None, None), "shape")
+            ParameterRole(
+                f"{layer}.{experts}.gate.moe_statics.e_score_correction_bias", ((), ()), (None, None), "shape"
+            )
         )
         make = _interleaved_experts if own.interleaved else _experts
         roles += make(f"{layer}.{experts}.experts", inner, axes.residual)
