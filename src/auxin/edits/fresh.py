@@ -55,9 +55,9 @@ class FreshValues:
         value = self._initialised[path][name[len(path) + 1 :]].detach()
         if value.is_floating_point() and value.isnan().any():
             raise PlanError(
-                f"{name} is a constant that the model's class sets where it is built, and no rule of its initialisation "
-                "says it, so that nothing can be made like it. Make copies of what there is (for new layers of masked: "
-                "new_layers = copies)."
+                f"{name} is a constant that the model's class sets where it is built, and no rule of its "
+                "initialisation says it, so that nothing can be made like it. Make copies of what there is (for new "
+                "layers of masked: new_layers = copies)."
             )
         return value
 

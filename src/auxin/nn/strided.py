@@ -203,9 +203,9 @@ def strided_arguments(
 
     Args:
         arguments: by name, for all tokens. Known are attention_mask (additive or boolean, (batch, heads or 1, queries
-            or 1, keys), or (batch, keys)), position_embeddings (tensors (batch or 1, sequence, dim), or one), position_ids
-            (batch or 1, sequence), position_bias (batch or 1, heads, queries, keys; or MPT's (heads, 1, keys), where
-            the last keys are meant), alibi (what is added to scores, by the keys on its last axis),
+            or 1, keys), or (batch, keys)), position_embeddings (tensors (batch or 1, sequence, dim), or one),
+            position_ids (batch or 1, sequence), position_bias (batch or 1, heads, queries, keys; or MPT's (heads, 1,
+            keys), where the last keys are meant), alibi (what is added to scores, by the keys on its last axis),
             encoder_hidden_states, encoder_attention_mask and encoder_decoder_position_bias (whose keys are the
             encoder's tokens).
         chunk: which tokens these are.

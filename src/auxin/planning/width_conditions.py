@@ -127,8 +127,8 @@ def _tied_head_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
     if anatomy.final_norm is not None:
         return []
     return [
-        f"hidden_size = {widening.residual.size}: the head is the token embedding and the last norm has no gain that "
-        "could take up the number of copies, so this can't grow. Untie the head first, or leave hidden_size out."
+        f"hidden_size = {widening.residual.size}: the head is the token embedding and no norm with a gain comes "
+        "right before it that could take up the number of copies, so this can't grow. Untie the head first, or leave hidden_size out."
     ]
 
 
@@ -165,8 +165,8 @@ def _head_dim_reasons(anatomy: Anatomy, head_dim: int) -> list[str]:
         ]
     if anatomy.heads_clipped and anatomy.attention_scaled:
         return [
-            f"A head dimension of {head_dim} instead of {old}: scores are divided by its root, which queries can't make "
-            f"up for where they are clipped ({anatomy.heads_clipped}). Keep {old}."
+            f"A head dimension of {head_dim} instead of {old}: scores are divided by its root, which queries can't "
+            f"make up for where they are clipped ({anatomy.heads_clipped}). Keep {old}."
         ]
     if not rotary:
         return []

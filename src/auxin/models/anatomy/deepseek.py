@@ -1,5 +1,5 @@
-"""The anatomies of decoders with low-rank attention (DeepSeek): queries, and keys with values, come from a narrow vector
-of their own, and one rotated key serves all heads."""
+"""The anatomies of decoders with low-rank attention (DeepSeek): queries, and keys with values, come from a narrow
+vector of their own, and one rotated key serves all heads."""
 
 from functools import partial
 from typing import Any

@@ -311,7 +311,9 @@ def feed_forward_roles(layer: str, sizes: Sizes, own: Decoder, shared_experts: i
     roles = dense_feed_forward(f"{layer}.mlp", axes.ffn, axes.residual)
     roles += dense_feed_forward(f"{layer}.mlp.shared_expert", shared, axes.residual)
     inner = _units("expert_ffn", sizes.expert_ffn) if own.expert_field else axes.ffn
-    roles += dense_feed_forward(f"{layer}.mlp.shared_experts", inner * shared_experts, axes.residual)
+    # For each unit of an expert there are as many in this module; which of them belong together makes no difference.
+    together = tuple(replace(segment, unit=shared_experts) for segment in inner if shared_experts)
+    roles += dense_feed_forward(f"{layer}.mlp.shared_experts", together, axes.residual)
     for experts in EXPERTS:
         for router in ("gate", "router", "shared_expert_gate"):
             roles += linear(f"{layer}.{experts}.{router}", (), axes.residual)
