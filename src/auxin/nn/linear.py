@@ -1,6 +1,7 @@
 """Which modules are linear layers, y = W x + b of their weight and bias, whatever their class is called."""
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,8 +33,8 @@ def _attributes(module: nn.Module) -> set[str]:
 
 
 @cache
-def _same(cls: type[nn.Module], base: type[nn.Module]) -> bool:
-    """Whether small layers of `cls` compute what those of `base` compute with the same weight and bias."""
+def _same(cls: Any, base: Any) -> bool:
+    """Whether small layers of the class `cls` compute what those of `base` do with the same weight and bias."""
     if cls.forward is base.forward:
         return False
     try:
@@ -65,7 +66,7 @@ def _gives(layer: nn.Module, like: nn.Module) -> bool:
     x = torch.linspace(-2, 3, 12, dtype=torch.float64, device="cpu").view(2, 2, 3)
     if [name for name, _ in layer.named_parameters()] != [name for name, _ in like.named_parameters()]:
         return False
-    if list(layer.buffers()) or list(layer.children()):
+    if any(True for _ in layer.buffers()) or any(True for _ in layer.children()):
         return False
     layer, like = _filled(layer), _filled(like)
     return all(torch.allclose(layer.train(mode)(x), like(x), rtol=1e-12, atol=1e-12) for mode in (True, False))

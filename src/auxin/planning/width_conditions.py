@@ -128,7 +128,8 @@ def _tied_head_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
         return []
     return [
         f"hidden_size = {widening.residual.size}: the head is the token embedding and no norm with a gain comes "
-        "right before it that could take up the number of copies, so this can't grow. Untie the head first, or leave hidden_size out."
+        "right before it that could take up the number of copies, so this can't grow. Untie the head first, or leave "
+        "hidden_size out."
     ]
 
 
