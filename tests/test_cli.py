@@ -1,5 +1,6 @@
 """The command line: every command end to end on a tiny model; errors are one message and an exit code."""
 
+import inspect
 import json
 import math
 import os
@@ -15,8 +16,10 @@ from typer.testing import CliRunner
 
 from auxin import cli
 from auxin.accounting import Ledger
+from auxin.cli import editing
 from auxin.cli.listed import ListedOptions, repeated
 from auxin.errors import AuxinError, CheckpointError, ConfigError, TrainingError
+from auxin.methods.grow.tokenformer import TokenGrowth
 from auxin.models import TokenFormerForCausalLM
 from corpora import write_documents
 
@@ -134,11 +137,27 @@ def test_grow_keeps_the_function_and_the_books(trained, tmp_path):
     assert shown.index("train") < shown.index("change"), "the lineage, in order"
 
 
+def test_grow_has_every_setting_of_the_method(trained):
+    options = set(inspect.signature(editing.grow).parameters)
+    assert set(TokenGrowth.model_fields) < options
+    copied = ["--regime", "duplicate", "--noise", 0.25, "--seed", 5]
+    plan = json.loads(call("grow", trained.checkpoint, "--ffn-tokens", 48, *copied, "--dry-run", "--json").out)
+    assert plan["settings"] == {"ffn_tokens": 48, "regime": "duplicate", "noise": 0.25, "seed": 5}
+    rules = {"keys": "zeros", "values": "initial", "scale": "kept"}
+    given = [word for name, value in rules.items() for word in (f"--{name}", value)]
+    plan = json.loads(call("grow", trained.checkpoint, "--ffn-tokens", 48, *given, "--dry-run", "--json").out)
+    assert plan["settings"] == {"ffn_tokens": 48, **rules}
+    with pytest.raises(ConfigError, match=r"keys: .*'nothing'"):
+        call("grow", trained.checkpoint, "--ffn-tokens", 48, "--keys", "nothing", "--dry-run")
+
+
 def test_methods_are_listed_and_explained():
     found = json.loads(call("methods", "--json").out)
     assert found["tokenformer"]["paper"].startswith("arXiv")
     text = call("methods").out
     assert all(name in text for name in found)
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.index("grow: a larger model") < text.index("lemon") < text.index("adapt:") < text.index("graft")
     explained = call("methods", "tokenformer").out
     assert "ffn_tokens" in explained
     assert "the feed-forward part after the growth" in explained
@@ -335,6 +354,8 @@ def test_doctor_says_what_will_be_used():
         (["plan", "model", "tokenformer", "--set", "ffn_tokens=many"], 2, "received 'many'"),
         (["plan", "model", "tokenformer", "--set", "ffn_tokens"], 2, "is no key=value"),
         (["plan", "model", "tokenformer"], 2, "nothing to grow"),
+        (["plan", "model", "tokenformer"], 2, "For example: --set ffn_tokens="),
+        (["plan", "model", "hypercloning"], 2, "For example: --set factor=2"),
         (["plan", "model", "tokenformer", "--data", "samples"], 2, "--data 'samples' is no key=value"),
         (["plan", "model", "tokenformer", "--set", "ffn_tokens=30", "--data", "samples=2"], 2, "looks at no data"),
         (["plan", "model", "ligo", "--set", "layers=3", "--data", "sample=2"], 2, "Did you mean 'samples'?"),

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from auxin.cli.app import LARGEST_SEED, AsJson, Checkpoint, Output, Overrides, app, model_folder
-from auxin.cli.printing import print_table, to_stderr
+from auxin.cli.printing import print_list, print_table, to_stderr
 from auxin.errors import ConfigError
 
 
@@ -20,11 +20,18 @@ def grow(
     proj_tokens: Annotated[int | None, typer.Option(help="Tokens of the output projection, after growth.")] = None,
     ffn_tokens: Annotated[int | None, typer.Option(help="Tokens of the feed-forward part, after growth.")] = None,
     regime: Annotated[str, typer.Option(help="Rule for the new tokens; see docs/tokenformer.md.")] = "grouped",
+    keys: Annotated[str | None, typer.Option(help="Instead of the regime's rule for new keys.")] = None,
+    values: Annotated[str | None, typer.Option(help="Instead of the regime's rule for new values.")] = None,
+    scale: Annotated[str | None, typer.Option(help="Instead of the regime's scale of the scores.")] = None,
+    noise: Annotated[float, typer.Option(help="On copied values, relative; keeps their sum.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seeds the new tokens.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Grow a TokenFormer by appending parameter tokens; its optimizer's moments follow."""
+    """Grow a TokenFormer by appending parameter tokens; its optimizer's moments follow.
+
+    What the settings mean: `auxin methods tokenformer`.
+    """
     from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth, token_growth_to
     from auxin.models.loading import load_config
     from auxin.recipes.change import change_checkpoint
@@ -33,10 +40,8 @@ def grow(
     counts = {"qkv_tokens": qkv_tokens, "proj_tokens": proj_tokens, "ffn_tokens": ffn_tokens}
     if (to is None) == all(count is None for count in counts.values()):
         raise ConfigError("Give either --to PRESET or token counts (--qkv-tokens, --proj-tokens, --ffn-tokens).")
-    if to is not None:
-        settings = token_growth_to(config, to, regime=regime, seed=seed)
-    else:
-        settings = TokenGrowth.parse({**counts, "regime": regime, "seed": seed})
+    rules = {"regime": regime, "keys": keys, "values": values, "scale": scale, "noise": noise, "seed": seed}
+    settings = TokenGrowth.parse({**counts, **rules}) if to is None else token_growth_to(config, to, **rules)
     plan = plan_token_growth(config, settings)
     if dry_run:
         print(plan.model_dump_json(indent=2) if as_json else plan)
@@ -51,26 +56,29 @@ def grow(
 def methods(
     name: Annotated[str | None, typer.Argument(help="A method: print its settings.")] = None, as_json: AsJson = False
 ) -> None:
-    """List the methods that change a model, those of installed plugins too, or the settings of one."""
+    """List the methods that change a model, those of installed plugins too, by what they are for; or what one promises,
+    and its settings."""
     from auxin.methods import method, methods
 
     if name is None:
         found = methods()
         if as_json:
             print(json.dumps({key: _described(item) for key, item in found.items()}, indent=2))
-        else:
-            header = ["method", "for", "what it does", "promise", "paper", "settings"]
-            rows = [
-                [*(key, item.intent, item.title, item.promise, item.paper), ", ".join(item.settings.model_fields)]
-                for key, item in found.items()
-            ]
-            print_table(header, rows, words=True)
+            return
+        longest = max(len(key) for key in found)
+        for intent, purpose in _PURPOSES.items():
+            named = [(f"  {key:<{longest}}", item.title) for key, item in found.items() if item.intent == intent]
+            if named:
+                print(f"{intent}: {purpose}")
+                print_list(named)
+                print()
+        print("auxin methods NAME says what one of them promises, and its settings.")
         return
     item = method(name)
     if as_json:
         print(json.dumps(_described(item), indent=2))
         return
-    print(f"{item.name}: {item.title} ({item.paper}). Promise: {item.promise or 'see the plan'}.\n")
+    print(f"{item.name}: {item.title}.\nSource: {item.paper}. Promise: {item.promise or 'see the plan'}.\n")
     rows = [[field["name"], field["default"], field["meaning"]] for field in _described(item)["settings"]]
     print_table(["setting", "default", "meaning"], rows, words=True)
 
@@ -152,6 +160,18 @@ def diff(
         print_table(["what", "name", "A", "B"], rows, words=True)
     else:
         print("No difference.")
+
+
+_PURPOSES = {
+    "grow": "a larger model",
+    "prune": "a smaller model, of some of its parts",
+    "factorize": "a smaller model, of products of smaller matrices",
+    "moe": "a model of experts",
+    "quantize": "shorter numbers",
+    "restructure": "other layers",
+    "adapt": "few new parameters beside the old ones",
+}
+"""What methods are for."""
 
 
 def _described(method: Any) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,9 +17,12 @@ from transformers.models.auto.auto_factory import _LazyAutoMapping
 
 from auxin.edits.kinds.module_edits import StructuralEdit
 from auxin.edits.mark import REPLAY_METHOD
+from auxin.edits.tensor_names import tensor_names
 from auxin.errors import CheckpointError, PlanError, unknown_name
+from auxin.models.configs import edited_config as edited_config
 from auxin.models.deferred import undeferred
-from auxin.models.loading import skeleton
+from auxin.models.loading import REFUSALS, skeleton
+from auxin.models.ties import configs_with_ties, unmarked
 
 Watcher = Callable[[Any, PreTrainedModel], None]
 
@@ -28,17 +33,6 @@ def config_values(config: PreTrainedConfig) -> dict[str, Any]:
     """The config as JSON values, its type's defaults left out."""
     values = json.loads(config.to_json_string(use_diff=True))
     return {**values, "model_type": config.model_type}
-
-
-def edited_config(config: PreTrainedConfig, values: dict[str, Any]) -> PreTrainedConfig:
-    """A new config of the same type with `values` changed; PlanError when the config refuses them."""
-    unknown = [key for key in values if not hasattr(config, key)]
-    if unknown:
-        raise PlanError(f"{type(config).__name__} has no value {unknown[0]!r}")
-    try:
-        return type(config).from_dict({**config.to_dict(), **copy.deepcopy(values)})
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise PlanError(f"the config refuses it: {error.__cause__ or error}") from error
 
 
 def other_architecture(
@@ -74,6 +68,20 @@ def config_from_values(values: dict[str, Any]) -> PreTrainedConfig:
     """The config that `config_values` describes."""
     rest = {key: value for key, value in values.items() if key != "model_type"}
     return AutoConfig.for_model(values["model_type"], **rest)
+
+
+def saved_and_read(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config as it is after it was written to a config.json and read again.
+
+    Raises:
+        PlanError: it can't be read again.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config.to_json_file(Path(folder) / "config.json")
+            return type(config).from_pretrained(folder, local_files_only=True)
+    except (*REFUSALS, OSError, StrictDataclassError) as error:
+        raise PlanError(f"{type(config).__name__} refuses what it wrote: {error.__cause__ or error}") from error
 
 
 def structural_edits(config: PreTrainedConfig) -> list[Any]:
@@ -127,6 +135,52 @@ def edited_skeleton(
     if edits := structural_edits(config):
         rebuild(model, edits, before_each)
     return model
+
+
+def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The skeleton of `model`, whose parameters are one tensor where the model's are, whatever its config says of it;
+    the skeleton's own config tells it (`tie_word_embeddings`, or see `auxin.models.ties`).
+
+    Raises:
+        PlanError: no config tells of a model with such ties; the message names two of the parameters.
+    """
+    found = edited_skeleton(model.config, type(model))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if _ties(found) == _ties(model) or parameters.keys() != dict(found.named_parameters(remove_duplicate=False)).keys():
+        return found
+    plain = unmarked(model.config)
+    told = edited_skeleton(plain, type(model)).all_tied_weights_keys
+    untied = [name for name, kept in told.items() if parameters.get(name) is not parameters.get(kept)]
+    for config in configs_with_ties(plain, told, untied):
+        found = edited_skeleton(config, type(model))
+        if _ties(found) == _ties(model):
+            return found
+    raise PlanError(_ties_in_words(_ties(model), _ties(found)))
+
+
+def _ties(model: PreTrainedModel) -> set[frozenset[str]]:
+    """The names of every tensor that has several."""
+    return {frozenset(names) for names in tensor_names(model).values() if len(names) > 1}
+
+
+def _ties_in_words(actual: set[frozenset[str]], told: set[frozenset[str]]) -> str:
+    """Which two parameters are tied against what a config can say, or are not."""
+    for names in sorted(map(sorted, actual)):
+        apart = [name for name in names[1:] if not any({names[0], name} <= group for group in told)]
+        if apart:
+            return (
+                f"{names[0]} and {apart[0]} are one tensor, and the model's config takes them for two. Give each its "
+                "own torch.nn.Parameter, or tie them by a plan (tie_parameters)."
+            )
+    for names in sorted(map(sorted, told)):
+        apart = [name for name in names[1:] if not any({names[0], name} <= group for group in actual)]
+        if apart:
+            return (
+                f"{names[0]} and {apart[0]} are two tensors, and the model's config takes them for one. Call "
+                "model.tie_weights(), or set tie_word_embeddings = False in its config and give every tied parameter "
+                "its own torch.nn.Parameter."
+            )
+    raise AssertionError("the ties differ")
 
 
 def rebuild(model: PreTrainedModel, edits: list[Any], before_each: Watcher | None = None) -> None:
