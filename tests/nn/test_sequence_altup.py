@@ -387,36 +387,37 @@ class Numbered(nn.Module):
 
 def test_the_part_of_a_cache_that_belongs_to_a_layer():
     for cache in (DynamicCache(), DynamicCache(config=tiny("llama").config)):
-        mine = strided_cache(cache, Numbered())
+        mine = strided_cache(cache, Numbered(), 2)
         assert isinstance(mine, StridedLayer)
         assert cache.layers[1] is mine
         assert type(cache.layers[0]) is DynamicLayer
-        assert strided_cache(cache, Numbered()) is mine
-        assert strided_cache(EncoderDecoderCache(cache, DynamicCache()), Numbered()) is mine
+        assert strided_cache(cache, Numbered(), 2) is mine
+        assert strided_cache(EncoderDecoderCache(cache, DynamicCache()), Numbered(), 2) is mine
         numbered_otherwise = nn.Identity()
         numbered_otherwise.layer_id = 1
-        assert strided_cache(cache, numbered_otherwise) is mine
+        assert strided_cache(cache, numbered_otherwise, 2) is mine
 
 
 def test_other_caches_are_refused():
     sliding = DynamicCache()
     sliding.layers = [DynamicLayer(), DynamicSlidingWindowLayer(4)]
+    sliding.update(numbers(1, 1, 3, 2), numbers(1, 1, 3, 2), 1)
     filled = DynamicCache()
     for number in (0, 1):
         filled.update(numbers(1, 1, 3, 2), numbers(1, 1, 3, 2), number)
     offloaded = DynamicCache()
     offloaded.offloading = True
     for cache, kind in (
-        (sliding, "DynamicSlidingWindowLayer"),
+        (sliding, "DynamicCache with tokens in a DynamicSlidingWindowLayer"),
         (filled, "DynamicCache with tokens in a DynamicLayer"),
         (offloaded, "DynamicCache that is offloaded"),
         (StaticCache(config=tiny("llama").config, max_cache_len=8), "StaticLayer"),
         ((1, 2), "tuple"),
     ):
         with pytest.raises(ConfigError, match=rf"{kind}.*empty DynamicCache"):
-            strided_cache(cache, Numbered())
+            strided_cache(cache, Numbered(), 2)
     with pytest.raises(ConfigError, match="DynamicCache as its cache"):
-        strided_cache(DynamicCache(), nn.Identity())
+        strided_cache(DynamicCache(), nn.Identity(), 2)
 
 
 def test_a_strided_part_of_a_cache_follows_its_batch():
