@@ -35,7 +35,7 @@ _OPT = {
     "pad_token_id": 1,
     "word_embed_proj_dim": 16,
 }
-_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 10, "n_shared_experts": 2}
+_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 2}
 _GROUPS = {**_EXPERTS, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5}
 _LATENT = {
     **_RMS,
@@ -94,7 +94,7 @@ VALUES: dict[str, tuple[str, dict[str, Any]]] = {
             **_RMS,
             "moe_num_experts": 4,
             "moe_k": 2,
-            "moe_intermediate_size": 10,
+            "moe_intermediate_size": 16,
             "moe_num_shared_experts": 2,
             "moe_layer_start_index": 1,
             "use_bias": True,

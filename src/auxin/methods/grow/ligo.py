@@ -44,7 +44,7 @@ from auxin.nn.bricks import Brick
 from auxin.objectives.calibration import Calibration, CalibrationSettings
 from auxin.planning.attentions import attention_numbers
 from auxin.planning.bench import Bench
-from auxin.planning.depth import chosen_stacks, depth
+from auxin.planning.depth import arranged, chosen_stacks, depth
 from auxin.planning.fixed_heads import fixed_head_sizes
 from auxin.planning.method import Method
 from auxin.planning.size_edits import size_values
@@ -203,7 +203,7 @@ class GrowthOperator(nn.Module):
     def _skeleton(self, values: dict[str, Any]) -> PreTrainedModel:
         """The grown model, with the bricks that its layers and modules have, without data."""
         edits = [
-            ArrangeLayers(layers=stack.path, order=list(self._rows(stack)))
+            arranged(self.source, ArrangeLayers(layers=stack.path, order=list(self._rows(stack))))
             for stack in self.depths
             if self._is_deeper(stack)
         ]

@@ -39,7 +39,7 @@ from auxin.models.anatomy import anatomy, norm_epsilon
 from auxin.nn.bricks import Brick
 from auxin.nn.masked import Masked
 from auxin.planning.bench import from_model
-from auxin.planning.depth import chosen_stacks, depth
+from auxin.planning.depth import arranged, chosen_stacks, depth
 from auxin.planning.fixed_heads import fixed_head_sizes
 from auxin.planning.hooks import Hook, HookContext, HookSettings
 from auxin.planning.method import Method
@@ -104,7 +104,8 @@ def plan_masked(model: PreTrainedModel, settings: MaskedGrowth) -> Plan:
         _refuse_bricks_of_all_layers(model, deeper)
     edits = growth.parameter_edits()
     edits += [
-        ArrangeLayers(layers=stack.path, order=_order(settings, old, new)) for stack, (old, new) in deeper.items()
+        arranged(model, ArrangeLayers(layers=stack.path, order=_order(settings, old, new)))
+        for stack, (old, new) in deeper.items()
     ]
     edits += growth.masks()
     for stack, (old, new) in deeper.items():
