@@ -34,6 +34,7 @@ from transformers import (
 
 import tiny_decoders
 import tiny_encoders
+import tiny_gpts
 from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
 
 VOCABULARY = 19
@@ -152,7 +153,7 @@ MODELS: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
 }
 FAMILIES = [family for family in MODELS if family != "gemma"]
 """The architectures with which every method is tested in every way, by their model types."""
-GROUPS = (tiny_decoders, tiny_encoders)
+GROUPS = (tiny_decoders, tiny_gpts, tiny_encoders)
 """The further ones, by kind: MODELS as above, and INPUTS, what makes inputs (model, batch, length, generator) of other
 kinds than token ids, by model type."""
 FURTHER = {family: made for group in GROUPS for family, made in group.MODELS.items()}

@@ -243,12 +243,14 @@ def test_arguments_are_those_of_anchors(stride, seen, length, heads, boolean):
     columns = [j for j in range(seen + length) if j % stride == 0]
     square = numbers(2, heads, length, seen + length)
     mask = square > 0 if boolean else square
+    slopes, longest = numbers(2 * heads, 1, seen + length), numbers(heads, 1, seen + length + 3)
     cos, sin, ids = numbers(1, length, 3), numbers(2, length, 3), torch.arange(seen, seen + length)[None]
     cross = numbers(2, heads, length, 5)
     got = strided_arguments(
         {
             "attention_mask": mask,
             "position_bias": square[:1],
+            "alibi": slopes,
             "position_embeddings": (cos, sin),
             "position_ids": ids,
             "encoder_attention_mask": cross,
@@ -270,6 +272,10 @@ def test_arguments_are_those_of_anchors(stride, seen, length, heads, boolean):
         assert got["position_ids"][0, i] == seen + row
         assert torch.equal(got["encoder_attention_mask"][:, :, i], cross[:, :, row])
         assert torch.equal(got["encoder_decoder_position_bias"][:, :, i], cross[:, :, row])
+    assert torch.equal(got["alibi"], slopes[..., columns])
+    # MPT's are those of the longest sequence there may be, and the last ones are meant.
+    last = strided_arguments({"position_bias": longest}, chunk)["position_bias"]
+    assert torch.equal(last, longest[..., [column + 3 for column in columns]])
     assert got["attention_mask"].shape == (2, heads, len(rows), len(columns))
     assert got["encoder_hidden_states"] is cross
     assert (got["use_cache"], got["past_key_values"], got["layer_past"]) == (True, "cache", None)
@@ -381,33 +387,37 @@ class Numbered(nn.Module):
 
 def test_the_part_of_a_cache_that_belongs_to_a_layer():
     for cache in (DynamicCache(), DynamicCache(config=tiny("llama").config)):
-        mine = strided_cache(cache, Numbered())
+        mine = strided_cache(cache, Numbered(), 2)
         assert isinstance(mine, StridedLayer)
         assert cache.layers[1] is mine
         assert type(cache.layers[0]) is DynamicLayer
-        assert strided_cache(cache, Numbered()) is mine
-        assert strided_cache(EncoderDecoderCache(cache, DynamicCache()), Numbered()) is mine
+        assert strided_cache(cache, Numbered(), 2) is mine
+        assert strided_cache(EncoderDecoderCache(cache, DynamicCache()), Numbered(), 2) is mine
+        numbered_otherwise = nn.Identity()
+        numbered_otherwise.layer_id = 1
+        assert strided_cache(cache, numbered_otherwise, 2) is mine
 
 
 def test_other_caches_are_refused():
     sliding = DynamicCache()
     sliding.layers = [DynamicLayer(), DynamicSlidingWindowLayer(4)]
+    sliding.update(numbers(1, 1, 3, 2), numbers(1, 1, 3, 2), 1)
     filled = DynamicCache()
     for number in (0, 1):
         filled.update(numbers(1, 1, 3, 2), numbers(1, 1, 3, 2), number)
     offloaded = DynamicCache()
     offloaded.offloading = True
     for cache, kind in (
-        (sliding, "DynamicSlidingWindowLayer"),
+        (sliding, "DynamicCache with tokens in a DynamicSlidingWindowLayer"),
         (filled, "DynamicCache with tokens in a DynamicLayer"),
         (offloaded, "DynamicCache that is offloaded"),
         (StaticCache(config=tiny("llama").config, max_cache_len=8), "StaticLayer"),
         ((1, 2), "tuple"),
     ):
         with pytest.raises(ConfigError, match=rf"{kind}.*empty DynamicCache"):
-            strided_cache(cache, Numbered())
+            strided_cache(cache, Numbered(), 2)
     with pytest.raises(ConfigError, match="DynamicCache as its cache"):
-        strided_cache(DynamicCache(), nn.Identity())
+        strided_cache(DynamicCache(), nn.Identity(), 2)
 
 
 def test_a_strided_part_of_a_cache_follows_its_batch():

@@ -95,7 +95,9 @@ def text_length(model: PreTrainedModel, most: int, decoder: bool = False) -> int
     """
     config = _text_config(model.config, decoder)
     limits = [most]
-    for field in ("max_position_embeddings", "max_target_positions") if decoder else ("max_position_embeddings",):
+    # MPT has a name of its own.
+    fields = ("max_position_embeddings", "max_seq_len", *(("max_target_positions",) if decoder else ()))
+    for field in fields:
         limit = getattr(config, field, None)
         if isinstance(limit, int) and limit > 0:  # XLNet says -1, for no limit
             limits.append(limit)

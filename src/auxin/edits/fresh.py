@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from auxin.edits.kinds.parameter_edits import generator
 from auxin.edits.origin import Fresh, Origin
 from auxin.edits.resolution import ResolvedPlan
+from auxin.errors import PlanError
 from auxin.models.loading import initialisers
 
 
@@ -46,10 +47,19 @@ class FreshValues:
                 torch.random.default_generator.manual_seed(generator(self._seed, path, ()).initial_seed())
                 for parameter in layer.parameters():
                     parameter.zero_()
+                for buffer in filter(torch.is_floating_point, layer.buffers()):
+                    buffer.fill_(float("nan"))
                 for module, holder in initialisers(self._after, path, layer):
                     holder._init_weights(module)
-            self._initialised[path] = dict(layer.named_parameters())
-        return self._initialised[path][name[len(path) + 1 :]].detach()
+            self._initialised[path] = dict(layer.named_parameters()) | dict(layer.named_buffers())
+        value = self._initialised[path][name[len(path) + 1 :]].detach()
+        if value.is_floating_point() and value.isnan().any():
+            raise PlanError(
+                f"{name} is a constant that the model's class sets where it is built, and no rule of its "
+                "initialisation says it, so that nothing can be made like it. Make copies of what there is (for new "
+                "layers of masked: new_layers = copies)."
+            )
+        return value
 
     def _layer(self, name: str) -> str:
         """Path of the outermost layer that holds the tensor called `name`; its module where there is none."""

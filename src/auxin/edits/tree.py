@@ -103,12 +103,17 @@ class _Rebuilding:
         if path == "" and type(old) is not type(after):
             self._change_class(after)
         children = list(after._modules.items())
+        prefix = f"{path}." if path else ""
         if old is None or type_before_parametrizations(old) is not type_before_parametrizations(after):
             module = after
             device = next((tensor.device for tensor in self.tensors.values()), torch.device("cpu"))
             module.training = old.training if old is not None else self.model.training
             self._adopt_config(module)
-            buffers = {key: value if value is None else value.to(device) for key, value in after._buffers.items()}
+            # Those that checkpoints hold are placed below.
+            buffers = {
+                key: value if value is None or f"{prefix}{key}" in self.tensors else value.to(device)
+                for key, value in after._buffers.items()
+            }
         else:
             module = old if id(old) not in self.taken else _twin(old)
             self.taken.add(id(old))
@@ -120,7 +125,6 @@ class _Rebuilding:
             key: None if child is None else self._place(child, f"{path}.{key}" if path else key)
             for key, child in children
         }
-        prefix = f"{path}." if path else ""
         parameters = {
             key: None if value is None else self.tensors[f"{prefix}{key}"] for key, value in after._parameters.items()
         }

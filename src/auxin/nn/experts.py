@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from auxin.errors import PlanError
 from auxin.nn.bricks import Brick, Roles, brick
 from auxin.nn.calls import forward_arguments
+from auxin.nn.linear import linear_class
 from auxin.nn.made import take_over
 from auxin.nn.splitting import ROUTER, Division, Gates, Projections, SplitMaking, projections_of
 from auxin.words.roles import Access, ParameterRole
@@ -239,7 +240,7 @@ def _check_parts(module: nn.Module, projections: Projections, layer: type[nn.Mod
     """PlanError unless the module is a feed-forward part of plain projections and nothing else."""
     parts: Mapping[str, nn.Module] = dict(module.named_children())
     for name in projections.all:
-        if type(parts.get(name)) is not layer:
+        if linear_class(parts.get(name, module)) is not layer:
             other = " (the brick split_feed_forward_conv1d takes these)" if type(parts.get(name)) is Conv1D else ""
             raise PlanError(
                 f"{name} of the {type(module).__name__} is a {type(parts.get(name)).__name__} and no plain "

@@ -7,7 +7,8 @@ again: each further group of tokens has a norm of its own and leaves the older o
 Pattention: arXiv 2410.23168, eq. 4 and 16; grouped growth is Auxin's own.
 
 The classes are subclasses of the layers that they replace, so `weight` and `bias` keep their names and their meaning
-for whatever reads them (PEFT, transformers' own code, exporters).
+for whatever reads them (PEFT, transformers' own code, exporters). Where a model has a linear layer of a class of its
+own (Falcon), that class goes on computing W x + b, so that it comes out the same to the last bit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from auxin.errors import ConfigError
 from auxin.nn.bricks import Brick, Roles, brick
+from auxin.nn.linear import linear_class
 from auxin.nn.pattention import Pattention
 
 
@@ -38,6 +40,8 @@ class Grafted(Brick):
 
     layer: ClassVar[type[nn.Module]]
     """The class that it is a graft on."""
+    replaced: type[nn.Module]
+    """What computes W x + b: that class, or the subclass of it that the model has here."""
     axes: ClassVar[tuple[int, int]]
     """The axes of the layer's weight that are its outputs and its inputs."""
     branch: Branch
@@ -49,7 +53,8 @@ class Grafted(Brick):
         Of a layer that is grafted already the branch gets new settings; the rows that it has stay, in front.
 
         Args:
-            module: an `nn.Linear` (for GraftedLinear) or a `Conv1D` (for GraftedConv1D), also on the meta device.
+            module: an `nn.Linear` (for GraftedLinear) or a `Conv1D` (for GraftedConv1D), or one of a subclass that
+                computes the same (`linear_class`), also on the meta device.
             tokens: parameter tokens of each group, oldest first.
             settings: `tau` (per group; default sqrt(group size)), `score_function`, `gelu` and `eps` of `Pattention`.
 
@@ -57,10 +62,11 @@ class Grafted(Brick):
             ConfigError: the module is of another class, its weights are no floating-point numbers, or the settings are
                 wrong.
         """
-        if type(module) not in (cls.layer, cls):
+        if type(module) is not cls and linear_class(module) is not cls.layer:
             raise ConfigError(
-                f"{cls.__name__} replaces a {cls.layer.__name__}, received a {type(module).__name__}. Subclasses may "
-                "read their weight without being called, which would leave the branch out; graft another layer."
+                f"{cls.__name__} replaces a {cls.layer.__name__}, received a {type(module).__name__}, which does not "
+                "compute the same, or whose weight is read without it being called, which would leave the branch out. "
+                "Graft another layer."
             )
         weight = cast(Tensor, module.weight)
         if not weight.dtype.is_floating_point:
@@ -71,6 +77,7 @@ class Grafted(Brick):
         graft = cls.__new__(cls)
         with torch.device("meta"):
             cls._init_layer(graft, module)
+        graft.replaced = module.replaced if isinstance(module, Grafted) else type(module)
         for name, parameter in module.named_parameters(recurse=False):
             graft.register_parameter(name, parameter)
         graft.branch = Branch(*cls._features(module), tokens, device=weight.device, dtype=weight.dtype, **settings)
@@ -90,7 +97,7 @@ class Grafted(Brick):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        return cast(Tensor, super().forward(x) + self.branch(x))
+        return cast(Tensor, self.replaced.forward(self, x) + self.branch(x))
 
     def roles(self, replaced: Roles) -> Roles:
         """Keys read what the layer reads, values write what it writes; tokens are no stream."""
@@ -132,6 +139,7 @@ class GraftedLinear(Grafted, nn.Linear):
         **settings: Any,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        self.replaced = nn.Linear
         self.branch = Branch(in_features, out_features, tokens, device=device, dtype=dtype, **settings)
 
     @staticmethod
@@ -159,6 +167,7 @@ class GraftedConv1D(Grafted, Conv1D):
 
     def __init__(self, nf: int, nx: int, tokens: Sequence[int], **settings: Any) -> None:
         Conv1D.__init__(self, nf, nx)
+        self.replaced = Conv1D
         self.branch = Branch(nx, nf, tokens, device=self.weight.device, dtype=self.weight.dtype, **settings)
 
     @staticmethod

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from auxin.errors import PlanError
 from auxin.nn.bricks import Brick, Making, Roles, Shapes, Tensors, brick
+from auxin.nn.linear import linear_class
 from auxin.nn.made import take_over
 from auxin.nn.unmultiplied import unmultiplied
 from auxin.words.roles import ParameterRole
@@ -178,17 +179,17 @@ class LowRank(Brick):
         """The layer of low rank for `module`, filled from it where it has values.
 
         Args:
-            module: an `nn.Linear` (for LowRankLinear) or a `Conv1D` (for LowRankConv1D), also on the meta device, or
-                such a layer of low rank, which gets another rank.
+            module: an `nn.Linear` (for LowRankLinear) or a `Conv1D` (for LowRankConv1D), or one of a subclass that
+                computes the same, also on the meta device; or such a layer of low rank, which gets another rank.
             rank: from 1 to the smaller of its widths, with which it is the same function.
 
         Raises:
             PlanError: the module is of another class, or the rank is none of its.
         """
-        if type(module) not in (cls.layer, cls):
+        if type(module) is not cls and linear_class(module) is not cls.layer:
             raise PlanError(
-                f"{cls.__name__} replaces a {cls.layer.__name__}, received a {type(module).__name__}. Subclasses may "
-                "do something of their own; factorize another layer, or take off what was put around this one."
+                f"{cls.__name__} replaces a {cls.layer.__name__}, received a {type(module).__name__}, which does "
+                "something of its own. Factorize another layer, or take off what was put around this one."
             )
         shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         outputs, inputs = cls.making.sizes(shapes)

@@ -124,7 +124,7 @@ def _attention_layers(module: nn.Module) -> list[int]:
     """
     found: dict[str, list[int]] = {}
     for name, inner in module.named_modules():
-        number = getattr(inner, "layer_idx", None)
+        number = getattr(inner, "layer_idx", getattr(inner, "layer_id", None))
         own = [number] if isinstance(number, int) else []
         if isinstance(inner, StandIn):
             own = [*inner.cache_layers] * (1 + inner.looks_twice)

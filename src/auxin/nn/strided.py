@@ -158,7 +158,7 @@ def strided_cache(cache: Any, layer: nn.Module, stride: int) -> StridedLayer:
 
     Args:
         cache: a DynamicCache, or an EncoderDecoderCache with one.
-        layer: has, somewhere inside, the attribute layer_idx.
+        layer: has, somewhere inside, the attribute layer_idx (GPT-Neo: layer_id).
         stride: the layer's.
 
     Raises:
@@ -166,7 +166,7 @@ def strided_cache(cache: Any, layer: nn.Module, stride: int) -> StridedLayer:
     """
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
-    numbers = (getattr(module, "layer_idx", None) for module in layer.modules())
+    numbers = (getattr(module, name, None) for name in ("layer_idx", "layer_id") for module in layer.modules())
     number = next((number for number in numbers if isinstance(number, int)), None)
     if isinstance(cache, Cache) and number is not None and not cache.offloading:
         while cache.layer_class_to_replicate is DynamicLayer and len(cache.layers) <= number:
@@ -203,9 +203,11 @@ def strided_arguments(
 
     Args:
         arguments: by name, for all tokens. Known are attention_mask (additive or boolean, (batch, heads or 1, queries
-            or 1, keys), or (batch, keys)), position_embeddings (tensors (batch or 1, sequence, dim)), position_ids
-            (batch or 1, sequence), position_bias (batch or 1, heads, queries, keys), relative_pos (batch or 1, queries,
-            keys), encoder_hidden_states, encoder_attention_mask and encoder_decoder_position_bias (whose keys are the
+            or 1, keys), or (batch, keys)), position_embeddings (tensors (batch or 1, sequence, dim), or one),
+            position_ids (batch or 1, sequence), position_bias (batch or 1, heads, queries, keys; or MPT's (heads, 1,
+            keys), where the last keys are meant), relative_pos (batch or 1, queries, keys), alibi (what is added to
+            scores, by the keys on its last axis), encoder_hidden_states, encoder_attention_mask and
+            encoder_decoder_position_bias (whose keys are the
             encoder's tokens).
         chunk: which tokens these are.
         pooled: whether an anchor stands for its whole group, which is then masked only if all of it is.
@@ -247,6 +249,10 @@ def _strided(name: str, value: Any, chunk: Chunk, pooled: bool, flash: bool) -> 
         if pooled:
             return _pooled_mask(name, value, chunk)
         return _keys(name, value if value.dim() == 2 else _queries(name, value, chunk), chunk)
+    if name == "alibi":
+        return _keys(name, value, chunk)
+    if name == "position_bias" and value.dim() == 3:
+        return _every(value[..., -chunk.total :], -1, 0, chunk.stride)
     if name in ("position_bias", "relative_pos"):
         return _keys(name, _queries(name, value, chunk), chunk)
     if name in ("encoder_attention_mask", "encoder_decoder_position_bias"):

@@ -111,12 +111,19 @@ def arrange(
         tried = zeroed_outputs(model, stack, {order[index] for index in scales})
         stack, offset = tried.stack, tried.gain_offset
     fresh = sorted(index for index, factor in scales.items() if factor == 0)
-    arranged = ArrangeLayers(layers=stack.path, order=list(order), fresh_moments=fresh)
-    arranged.config_values(model)  # refuses now what no config can say
-    edits: list[Edit] = [arranged]
+    edits: list[Edit] = [arranged(model, ArrangeLayers(layers=stack.path, order=list(order), fresh_moments=fresh))]
     for index in sorted(scales):
         edits += _scaled_output(model, anatomy, stack, order[index], index, scales[index], offset)
     return edits
+
+
+def arranged(model: PreTrainedModel, edit: ArrangeLayers) -> ArrangeLayers:
+    """The same edit; PlanError when no config of `model` can say its order."""
+    try:
+        edit.config_values(model)
+    except PlanError as error:
+        raise PlanError(f"{edit.layers}: {str(error).rstrip('.')}.") from error
+    return edit
 
 
 def identity_layers(plan: Plan) -> dict[str, list[int]]:

@@ -17,6 +17,12 @@ def fixed_head_sizes(anatomy: Anatomy, targets: WidthTargets) -> Sizes:
     if anatomy.fields.head_dim is None and targets.hidden_size is None and targets.num_attention_heads is not None:
         targets = targets.model_copy(update={"hidden_size": targets.num_attention_heads * old.head_dim})
     new = targets.sizes(anatomy)
+    if new.head_dim != old.head_dim and anatomy.heads_stay:
+        raise PlanError(
+            f"hidden_size = {new.residual}: new heads are whole heads here, and num_attention_heads = "
+            f"{old.query_heads} stays: {anatomy.heads_stay} Leave hidden_size out, or use a method that makes heads "
+            "larger, for example hypercloning."
+        )
     if new.head_dim != old.head_dim:
         below = max(new.residual // old.head_dim * old.head_dim, old.residual)
         raise PlanError(

@@ -31,8 +31,9 @@ def size_edits(anatomy: Anatomy, new: Sizes) -> tuple[Sizes, list[ConfigureModul
         field = fields.of(stream)
         said[stream], told = _told(anatomy, stream, new, stays=refused and stream not in FEED_FORWARD)
         for scope, units in told.items() if field is not None else ():
+            alike = fields.like_heads if stream == "query" else ()
             for module in _modules(anatomy, stream, scope):
-                values.setdefault(module, {})[str(field)] = units
+                values.setdefault(module, {}).update(dict.fromkeys((str(field), *alike), units))
     heads = said["query"] or new.query_heads, said["key_value"] or new.key_value_heads
     config = Sizes.of(new.residual, *heads, new.head_dim, said)
     return config, [ConfigureModule(module=module, values=told) for module, told in values.items()]
@@ -47,6 +48,8 @@ def size_values(anatomy: Anatomy, new: Sizes) -> dict[str, Any]:
         values[fields.head_dim] = new.head_dim
     if new.head_dim != old.head_dim:
         values |= dict.fromkeys(fields.like_head_dim, new.head_dim)
+    if fields.heads in values:
+        values |= dict.fromkeys(fields.like_heads, new.query_heads)
     if fields.hidden_size in values:
         values |= dict.fromkeys(fields.like_hidden_size, new.residual)
         values |= {fields.ffn: new.ffn} if fields.ffn and new.ffn else {}

@@ -29,7 +29,7 @@ from auxin.errors import PlanError
 from auxin.planning.size_edits import size_edits, size_values
 from auxin.planning.width_conditions import fatal_reasons, inexact_reasons, norm_scale, rotary_after
 from auxin.planning.width_maps import Widening
-from auxin.words.roles import SETTINGS, Anatomy, HeadPart, ParameterRole, Segment, Sizes
+from auxin.words.roles import SETTINGS, Anatomy, HeadPart, ParameterRole, Segment, Sizes, laid_out
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ def diagonal_edits(anatomy: Anatomy, widening: Widening) -> list[Edit]:
     for role in anatomy.roles:
         if role.kind == "matrix" and {"writes", "reads"} <= set(role.access):
             output_axis = role.access.index("writes")
-            stretches = [copies * segment.size for segment in role.axes[output_axis]]
+            sizes = [copies * segment.size for segment in role.axes[output_axis]]
+            dealt = any(segment.dealt for segment in role.axes[output_axis])
+            stretches = [sum(sizes)] if dealt else sizes
             edits.append(
                 RouteParameter(
                     parameter=role.pattern,
@@ -243,8 +245,17 @@ class _Writer:
         query = self.widening.stream(segments[0])
         assert query is not None
         heads, step = query.size, len(segments[0].parts) * new
-        index = [head * step + dim for head in range(heads) for dim in range(new)]
+        entries = {head * step + dim for head in range(heads) for dim in range(new)}
+        places = laid_out(
+            segments, [self._units(segment) for segment in segments], [len(s.parts) * new for s in segments]
+        )
+        index = [place for place, entry in enumerate(places) if entry in entries]
         return [ScaleEntries(parameter=role.pattern, factor=factor, axis=axis, index=index)]
+
+    def _units(self, segment: Segment) -> int:
+        """Units of a segment after the growth."""
+        stream = self.widening.stream(segment)
+        return segment.count if stream is None else stream.size
 
     def _is_divided(self, role: ParameterRole, axis: int) -> bool:
         """Whether entries are divided by their copies: those of readers, and those of the norm before a tied head."""
@@ -296,6 +307,28 @@ class _Places:
 
     def index(self, segments: tuple[Segment, ...]) -> list[int]:
         """The old entry of every new one; -1 for zeros, those from `old` on for random ones."""
+        index = self._one_after_the_other(segments)
+        if not any(segment.dealt for segment in segments):
+            return index
+        maps = [self.widening.stream(segment) for segment in segments]
+        units = [m.size for m in maps if m is not None]
+        now = laid_out(segments, units, [sum(self._sizes(segment)) for segment in segments])
+        before = laid_out(segments, [segment.count for segment in segments], [segment.unit for segment in segments])
+        size = len(before)
+        where = dict(zip(before, range(size), strict=True))
+        # Those of the layer above lie behind, in the same order.
+        where |= {entry + size: place + size for entry, place in where.items()} if self.above else {}
+        return [where.get(index[entry], index[entry]) for entry in now]
+
+    def _sizes(self, segment: Segment) -> tuple[int, ...]:
+        """Entries of the parts of a unit after the growth; those of one without parts are its own."""
+        if not segment.parts:
+            return (segment.unit,)
+        before, after = self.dims
+        return segment.sizes_of_parts if before == after else (after,) * len(segment.parts)
+
+    def _one_after_the_other(self, segments: tuple[Segment, ...]) -> list[int]:
+        """The same for an axis whose segments lie one after the other."""
         index: list[int] = []
         start = 0
         for segment in segments:
@@ -305,19 +338,23 @@ class _Places:
                 first = None if unit is None else start + unit * segment.unit
                 if first is not None and place >= stream.old:
                     first += self.above
-                for number, part in enumerate(segment.parts):
-                    offset = None if first is None else first + number * self.dims[0]
-                    index += [self._entry(part, offset, dim) for dim in range(self.dims[1])]
+                offset = first
+                for part, before, after in zip(
+                    segment.parts, segment.sizes_of_parts, self._sizes(segment), strict=False
+                ):
+                    index += [self._entry(part, offset, dim, before, after) for dim in range(after)]
+                    offset = None if offset is None else offset + before
                 if not segment.parts:
                     index += [self._new() if first is None else first + dim for dim in range(segment.unit)]
             start += segment.size
         return index
 
-    def _entry(self, part: HeadPart, offset: int | None, dim: int) -> int:
-        """The old entry for dimension `dim` of a part whose old dimensions begin at `offset`; None for a new head."""
+    def _entry(self, part: HeadPart, offset: int | None, dim: int, before: int, after: int) -> int:
+        """The old entry for dimension `dim` of a part whose old dimensions, `before` of them, begin at `offset`; None
+        for a new head."""
         if offset is None:
             return self._new()
-        old = dim % self.dims[0] if part == "value" else self._turned(dim)
+        old = dim % before if part == "value" or before == after else self._turned(dim)
         if old is not None:
             return offset + old
         # A product of two zeros would never learn: queries get zeros, keys random numbers, factors of them others.

@@ -70,10 +70,10 @@ def _residual_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
     head = f"hidden_size = {new} is no whole number of copies of the {old} units, and padding"
     if anatomy.norm_position == "after_residual":
         reasons.append(f"{head} does not pass a norm that comes after the residual sum. {whole}")
-    elif anatomy.entry_norm and anatomy.norm == "layer":
+    elif anatomy.embedding_norm is not None and anatomy.norm == "layer":
         reasons.append(
-            f"{head} does not pass a LayerNorm of the embeddings whose output is the residual: what it gives for the "
-            f"padding is neither zero nor the mean of the others. {whole}"
+            f"{head} does not pass {anatomy.embedding_norm}, a LayerNorm whose output is the residual: what it gives "
+            f"for the padding is neither zero nor the mean of the others. {whole}"
         )
     elif not _can_scale_norms(anatomy):
         reasons.append(f"{head} needs norms with a gain and an epsilon that can be scaled; these have none. {whole}")
@@ -135,8 +135,9 @@ def _tied_head_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
     if anatomy.final_norm is not None:
         return []
     return [
-        f"hidden_size = {widening.residual.size}: the head is the token embedding and the last norm has no gain that "
-        "could take up the number of copies, so this can't grow. Untie the head first, or leave hidden_size out."
+        f"hidden_size = {widening.residual.size}: the head is the token embedding and no norm with a gain comes "
+        "right before it that could take up the number of copies, so this can't grow. Untie the head first, or leave "
+        "hidden_size out."
     ]
 
 
@@ -170,6 +171,11 @@ def _head_dim_reasons(anatomy: Anatomy, head_dim: int) -> list[str]:
         return [
             f"A head dimension of {head_dim} instead of {old}: the norm on queries and keys would divide by another "
             f"mean square. Keep {old} and ask for more heads."
+        ]
+    if anatomy.heads_clipped and anatomy.attention_scaled:
+        return [
+            f"A head dimension of {head_dim} instead of {old}: scores are divided by its root, which queries can't "
+            f"make up for where they are clipped ({anatomy.heads_clipped}). Keep {old}."
         ]
     if not rotary:
         return []

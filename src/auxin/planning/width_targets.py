@@ -105,6 +105,13 @@ class WidthTargets(Settings):
     def _key_value_heads(self, anatomy: Anatomy, heads: int) -> int:
         old, wanted = anatomy.sizes, self.num_key_value_heads
         if anatomy.fields.key_value_heads is None:
+            if anatomy.single_key_value_head:
+                if wanted not in (None, 1):
+                    raise PlanError(
+                        f"num_key_value_heads = {wanted}: in this architecture all query heads read one key-value "
+                        "head. Leave it out."
+                    )
+                return 1
             if wanted not in (None, heads):
                 raise PlanError(
                     f"num_key_value_heads = {wanted}: in this architecture every head has its own keys and values, so "

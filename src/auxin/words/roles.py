@@ -9,8 +9,9 @@ A width belongs to a stream and a **scope**: the model (""), a stack ("encoder.b
 modules in layers ("model.layers.*.mlp.experts"). Where several scopes enclose a place, the innermost one's width holds.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 from auxin.errors import PlanError
@@ -30,10 +31,13 @@ SETTINGS: dict[Stream, str] = {
 }
 """What the width of a stream is called in the settings of methods."""
 Access = Literal["writes", "reads"]
-Kind = Literal["matrix", "bias", "embedding", "gain", "offset", "head", "query_gain", "key_gain", "scale", "mixing"]
+Kind = Literal[
+    "matrix", "bias", "embedding", "gain", "offset", "head", "query_gain", "key_gain", "scale", "mixing", "shape"
+]
 """What a parameter is: a matrix between streams, its bias, an embedding (of tokens, positions, types), a norm's gain or
 its offset (the norm's bias), the output head, the gain of a norm on queries or keys, a factor of units that a matrix
-writes or reads, or what mixes a layer's input with its output (AltUp)."""
+writes or reads, what mixes a layer's input with its output (AltUp), or a number in an activation function or a router
+that runs along no stream."""
 HeadPart = Literal["query", "key", "value"]
 NormPosition = Literal["before", "after_output", "after_residual"]
 ResidualBlocks = Literal["one", "recycled", "wide"]
@@ -47,15 +51,47 @@ class Segment:
     unit: int
     count: int
     parts: tuple[HeadPart, ...] = ()
-    """What a head's unit is made of, a head dimension each: its query, key or value, or all three one after another.
-    The attention's output is read as values are. Empty where a unit has no head dimensions."""
+    """What a head's unit is made of: its query, key or value, or all three one after another. The attention's output is
+    read as values are. Empty where a unit has no head dimensions."""
+    part_sizes: tuple[int, ...] = ()
+    """Entries of each part; empty where all have the head dimension."""
     scope: str = ""
     """Where this width holds, in the module's words; "" is the whole model."""
+    dealt: bool = False
+    """Whether the axis is laid out by key-value heads: for each of them its share of every segment, and not one segment
+    after the other. All segments of an axis are, or none."""
 
     @property
     def size(self) -> int:
         """Entries of the segment."""
         return self.unit * self.count
+
+    @property
+    def sizes_of_parts(self) -> tuple[int, ...]:
+        """Entries of each part."""
+        return self.part_sizes or (self.unit // max(len(self.parts), 1),) * len(self.parts)
+
+
+def laid_out(segments: Sequence[Segment], units: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """Where the entries of an axis are: entry i of the axis is entry `laid_out(...)[i]` of its segments one after the
+    other. The same numbers, in order, where segments are not dealt out.
+
+    Args:
+        segments: of the axis.
+        units: how many units each has.
+        sizes: how many entries a unit of each has.
+    """
+    starts = list(accumulate((count * size for count, size in zip(units, sizes, strict=True)), initial=0))
+    if not any(segment.dealt for segment in segments):
+        return list(range(starts[-1]))
+    heads = min(units)
+    shares = [count // heads * size for count, size in zip(units, sizes, strict=True)]
+    return [
+        start + head * share + entry
+        for head in range(heads)
+        for start, share in zip(starts, shares, strict=False)
+        for entry in range(share)
+    ]
 
 
 @dataclass(frozen=True)
@@ -230,8 +266,10 @@ class ConfigFields:
     shared_expert_ffn: str | None = None
     like_hidden_size: tuple[str, ...] = ()
     """Further values that are the hidden size, under names of their own (OPT's word_embed_proj_dim)."""
+    like_heads: tuple[str, ...] = ()
+    """Further values that are the number of heads (DeepSeek's num_key_value_heads)."""
     like_head_dim: tuple[str, ...] = ()
-    """Values that say once more what hidden size / heads is (DeBERTa's attention_head_size)."""
+    """Values that are hidden size / heads and can be nothing else (Helium's head_dim)."""
 
     def of(self, stream: Stream) -> str | None:
         """The name under which the config holds the width of `stream`."""
@@ -286,6 +324,12 @@ class Anatomy:
     """What the norms add to their stored gain (Gemma: 1)."""
     heads_divide_hidden_size: bool = False
     """Whether the config insists on it although the head dimension is its own."""
+    embedding_norm: str | None = None
+    """The norm between the embeddings and the first layer (BERT, BLOOM), whose result is the residual."""
+    heads_clipped: str = ""
+    """What clips queries and keys behind their matrices, in words: "clip_qkv = 8"; empty where nothing does."""
+    single_key_value_head: bool = False
+    """Whether all query heads read one key-value head, whatever their number, and no value of the config says so."""
     qk_norm: Literal["none", "head", "all_heads"] = "none"
     """RMS norms on queries and keys: over each head, or over all heads together."""
     residual_blocks: ResidualBlocks = "one"
@@ -296,9 +340,6 @@ class Anatomy:
     "num_attention_heads = 8: "; empty where it can."""
     before_norms: tuple[str, ...] = ()
     """Modules outside the layers whose output, with the residual or alone, goes into a norm right away."""
-    entry_norm: bool = False
-    """Whether the embeddings pass a norm whose output is the residual that enters the first layer, although the norms
-    of the layers don't come after the residual sum."""
     never_hidden_size: tuple[tuple[int, str], ...] = ()
     """Hidden sizes that the model can't get, and why, in sentences that follow "hidden_size = 64: "."""
     fixed_widths: tuple[tuple[Stream, str], ...] = ()

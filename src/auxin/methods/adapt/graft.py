@@ -32,6 +32,7 @@ from auxin.edits.plan import collapse
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.nn.graft import Grafted, GraftedConv1D, GraftedLinear
+from auxin.nn.linear import LAYERS, linear_class
 from auxin.nn.scores import ScoreFunction
 from auxin.planning.bench import from_model
 from auxin.planning.hooks import Hook, OldRates
@@ -48,7 +49,7 @@ GRAFTED: dict[type[nn.Module], str] = {
     GraftedLinear: "grafted_linear",
     GraftedConv1D: "grafted_conv1d",
 }
-"""The brick for every class of linear layer. Subclasses are left alone: some read their weight without being called."""
+"""The brick for every class of linear layer."""
 
 
 class Graft(Settings):
@@ -71,7 +72,8 @@ def plan_graft(model: PreTrainedModel, settings: Graft) -> Plan:
     """Plan branches beside the target layers of `model`, or a further group of tokens where they have one.
 
     Args:
-        model: any transformer whose layers are `nn.Linear` or `Conv1D`; weights are not looked at.
+        model: any transformer whose layers are `nn.Linear` or `Conv1D`, or subclasses that compute the same; weights
+            are not looked at.
         settings: what to graft.
 
     Raises:
@@ -146,10 +148,18 @@ def _targets(model: PreTrainedModel, patterns: Sequence[str]) -> dict[str, nn.Mo
             "The model carries PEFT adapters, whose layers stand where grafts would go. Merge or remove them "
             "(merge_and_unload), graft, and add adapters afterwards."
         )
-    layers = {name: module for name, module in model.named_modules() if type(module) in GRAFTED}
+    layers = {name: module for name, module in model.named_modules() if _brick(module) is not None}
     stacks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     inside = {name: module for name, module in layers.items() if name.startswith(stacks)}
     if not inside:
+        others = ((name, module) for name, module in model.named_modules() if isinstance(module, LAYERS))
+        name, other = next(((name, module) for name, module in others if name.startswith(stacks)), ("", None))
+        if other is not None:
+            raise PlanError(
+                f"{name} is a {type(other).__name__}, which does not compute what nn.Linear and Conv1D do, or whose "
+                "weight is read without it being called, and there are no other linear layers inside the layer stacks, "
+                "so that nothing can be grafted. Dequantize the model first if that is why."
+            )
         raise PlanError(
             f"{type(model).__name__} has no nn.Linear or Conv1D inside its layer stacks, so there is nothing to graft "
             "on. A TokenFormer grows by the method 'tokenformer'."
@@ -171,6 +181,12 @@ def _targets(model: PreTrainedModel, patterns: Sequence[str]) -> dict[str, nn.Mo
                 "its branch. Choose layers inside the layer stacks."
             )
     return chosen
+
+
+def _brick(layer: nn.Module) -> str | None:
+    """The name of the brick for a layer; None where it is no linear layer."""
+    known = type(layer) if type(layer) in GRAFTED else linear_class(layer)
+    return None if known is None else GRAFTED[known]
 
 
 def _ends_with(name: str, pattern: str) -> bool:
@@ -206,7 +222,8 @@ def _features(layer: Any) -> tuple[int, int]:
 
 def _edits(path: str, layer: nn.Module, settings: Graft) -> list[Edit]:
     """The branch of one layer, or its next group."""
-    brick, added = GRAFTED[type(layer)], settings.tokens
+    brick, added = _brick(layer), settings.tokens
+    assert brick is not None
     if not isinstance(layer, Grafted):
         # On an input of root mean square 1, as after a norm, such keys give scores of 1.
         fills: dict[str, Fill] = {

@@ -115,9 +115,12 @@ def _diagonal(body: Anatomy, widening: Widening, sizes: Sizes) -> list[Edit]:
     for kind, scope, stream in widening.maps():
         if stream.index != tuple(range(stream.old)) * times:
             name = f"{scope}: {SETTINGS[kind]}" if scope else SETTINGS[kind]
+            stays = (kind == "query" and body.heads_stay) or (kind == "key_value" and body.single_key_value_head)
             raise PlanError(
                 f"{name} = {stream.size}: the diagonal variant needs {times} copies of everything, as of hidden_size. "
-                f"Ask for {name} = {stream.old * times}, or for variant symmetric."
+                + ("Their number can't change here; " if stays else f"Ask for {name} = {stream.old * times}, or ")
+                + ("ask " if stays else "")
+                + "for variant symmetric."
             )
     return diagonal_edits(body, widening)
 

@@ -83,10 +83,10 @@ def plan_lemon(model: PreTrainedModel, settings: Lemon) -> Plan:
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
     body = anatomy(model)
     whole = body.norm_position == "after_residual" or not body.norm_has_gain or body.fields.epsilon is None
-    whole = whole or body.entry_norm
     bound = body.fields.head_dim is None and (body.qk_norm == "all_heads" or body.grouped)
+    whole |= body.embedding_norm is not None and body.norm == "layer"
     hidden = 2 * body.sizes.residual if whole or bound else body.sizes.residual * 3 // 2
-    settings: dict[str, Any] = {"hidden_size": hidden}
+    settings: dict[str, Any] = {} if "residual" in dict(body.fixed_widths) else {"hidden_size": hidden}
     settings |= feed_forward_settings(body, 1.5)
     if body.norm_position != "after_residual":
         settings["num_hidden_layers"] = max(depth(model, stack) for stack in body.stacks) + 1

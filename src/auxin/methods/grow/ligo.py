@@ -44,14 +44,14 @@ from auxin.nn.bricks import Brick
 from auxin.objectives.calibration import Calibration, CalibrationSettings
 from auxin.planning.attentions import attention_numbers
 from auxin.planning.bench import Bench
-from auxin.planning.depth import can_deepen, chosen_stacks, depth, refuse_kept_layers
+from auxin.planning.depth import arranged, can_deepen, chosen_stacks, depth, refuse_kept_layers
 from auxin.planning.fixed_heads import fixed_head_sizes
 from auxin.planning.method import Method
 from auxin.planning.size_edits import size_values
 from auxin.planning.width import describe_sizes
 from auxin.planning.width_conditions import refuse_fixed_widths
 from auxin.planning.width_targets import WidthTargets, feed_forward_settings
-from auxin.words.roles import Anatomy, LayerStack, ParameterRole, Segment, Sizes
+from auxin.words.roles import Anatomy, LayerStack, ParameterRole, Segment, Sizes, laid_out
 
 BATCH_SIZE = 8
 """Samples per step, unless the data comes in other batches."""
@@ -203,7 +203,7 @@ class GrowthOperator(nn.Module):
     def _skeleton(self, values: dict[str, Any]) -> PreTrainedModel:
         """The grown model, with the bricks that its layers and modules have, without data."""
         edits = [
-            ArrangeLayers(layers=stack.path, order=list(self._rows(stack)))
+            arranged(self.source, ArrangeLayers(layers=stack.path, order=list(self._rows(stack))))
             for stack in self.depths
             if self._is_deeper(stack)
         ]
@@ -260,11 +260,10 @@ class GrowthOperator(nn.Module):
                     continue
                 owner = self._owner(name)
                 self._keys[self._key(segments, owner)] = (segments, owner)
-                for segment, base in self._bases(segments, owner):
+                for segment, entries, base in self._bases(segments, owner):
                     if base not in self.S and self._added(segment):
-                        self.S[base] = self._start(
-                            self._drawn(segment, generator), segment.count * self._entries(segment), generator
-                        )
+                        drawn = self._drawn(segment, entries, generator)
+                        self.S[base] = self._start(drawn, segment.count * entries, generator)
 
     def _start(self, rows: list[int], columns: int, generator: torch.Generator) -> nn.Parameter:
         """A row per entry of `rows`: the unit vector that it names, with noise; random where it is -1. Sums are 1."""
@@ -283,9 +282,9 @@ class GrowthOperator(nn.Module):
         stacked = self.settings.depth_start == "stack"
         return [layer % old if stacked else layer * old // new for layer in range(new)]
 
-    def _drawn(self, segment: Segment, generator: torch.Generator) -> list[int]:
-        """The old entry that every added one of a segment starts as; whole heads where units have several entries."""
-        added, entries = self._added(segment), self._entries(segment)
+    def _drawn(self, segment: Segment, entries: int, generator: torch.Generator) -> list[int]:
+        """The old entry that every added one of a segment starts as, `entries` of each unit; whole heads."""
+        added = self._added(segment)
         if self.settings.width_start == "average":
             return [-1] * (added * entries)
         units = torch.randint(segment.count, (added,), generator=generator).tolist()
@@ -293,11 +292,6 @@ class GrowthOperator(nn.Module):
 
     def _added(self, segment: Segment) -> int:
         return _units(self.new, segment) - segment.count
-
-    def _entries(self, segment: Segment) -> int:
-        """Entries of a unit that belong to one part (query, key or value) of a head; units of no parts are mapped
-        whole."""
-        return segment.unit // len(segment.parts) if segment.parts else 1
 
     def _length(self, segments: tuple[Segment, ...]) -> int:
         """Of the axis after the growth."""
@@ -331,36 +325,39 @@ class GrowthOperator(nn.Module):
         number = self._attention.get(self._role(name).pattern, 0)
         return f"{stack.path}.{layer}.{number}" if stack is not None else "model"
 
-    def _bases(self, segments: tuple[Segment, ...], owner: str) -> list[tuple[Segment, str]]:
-        """The matrices B that the axis is made of, with the segment each belongs to. All of the residual share one."""
+    def _bases(self, segments: tuple[Segment, ...], owner: str) -> list[tuple[Segment, int, str]]:
+        """The matrices B that the axis is made of, with the segment each belongs to and the entries that a unit of it
+        has there. All of the residual share one."""
         bases = []
         for segment in segments:
-            for part in _parts(segment):
+            for part, entries in _parts(segment).items():
                 shared = part == "residual"
-                bases.append((segment, "residual" if shared else f"{owner}.{part}".replace(".", "/")))
+                bases.append((segment, entries, "residual" if shared else f"{owner}.{part}".replace(".", "/")))
         return bases
 
     def _key(self, segments: tuple[Segment, ...], owner: str) -> str:
         """Name of the axis's whole matrix in the file."""
         names = []
-        for segment, base in self._bases(segments, owner):
+        for segment, _, base in self._bases(segments, owner):
             unit = f".{segment.unit}" if segment.unit > 1 and not segment.parts else ""
             names.append(base.replace("/", ".") + unit)
-        return "+".join(names)
+        return ("dealt:" if any(segment.dealt for segment in segments) else "") + "+".join(names)
 
     def _matrix(self, segments: tuple[Segment, ...], owner: str) -> Tensor:
         """The whole matrix (new, old) of an axis: its segments one after the other, the parts of a head interleaved."""
         bases = iter(self._bases(segments, owner))
         blocks = []
         for segment in segments:
-            parts = [self._base(*next(bases)) for _ in _parts(segment)]
-            block = _interleaved(parts, self._entries(segment))
+            sizes = list(_parts(segment).values())
+            block = _interleaved([self._base(*next(bases)) for _ in sizes], sizes)
             blocks.append(block if segment.parts else torch.kron(block, torch.eye(segment.unit).to(block)))
-        return torch.block_diag(*blocks)
+        whole, units = torch.block_diag(*blocks), [segment.unit for segment in segments]
+        new = laid_out(segments, [_units(self.new, segment) for segment in segments], units)
+        return whole[new][:, laid_out(segments, [segment.count for segment in segments], units)]
 
-    def _base(self, segment: Segment, base: str) -> Tensor:
+    def _base(self, segment: Segment, entries: int, base: str) -> Tensor:
         """B = [I; S]."""
-        size = segment.count * self._entries(segment)
+        size = segment.count * entries
         identity = torch.eye(size, device=self.device, dtype=self.dtype)
         return torch.cat([identity, self.S[base]]) if base in self.S else identity
 
@@ -486,20 +483,25 @@ def _units(sizes: Sizes, segment: Segment) -> int:
     return segment.count if units is None else units
 
 
-def _parts(segment: Segment) -> tuple[str, ...]:
-    """What a unit of the segment is made of; heads without dimensions (T5's position biases) are their own kind."""
-    return segment.parts or ("heads" if segment.stream in ("query", "key_value") else segment.stream,)
+def _parts(segment: Segment) -> dict[str, int]:
+    """What a unit of the segment is made of, with the entries of each; heads without dimensions (T5's position biases)
+    are their own kind, and units of no parts are mapped whole."""
+    if segment.parts:
+        return dict(zip(segment.parts, segment.sizes_of_parts, strict=True))
+    return {"heads" if segment.stream in ("query", "key_value") else segment.stream: 1}
 
 
-def _interleaved(parts: list[Tensor], entries: int) -> Tensor:
-    """The matrix of units that hold `entries` entries of each part, one part after the other."""
+def _interleaved(parts: list[Tensor], sizes: list[int]) -> Tensor:
+    """The matrix of units that hold `sizes` entries of the parts, one part after the other."""
     if len(parts) == 1:
         return parts[0]
-    rows, columns = (size // entries for size in parts[0].shape)
-    whole = parts[0].new_zeros(rows, len(parts), entries, columns, len(parts), entries)
-    for place, part in enumerate(parts):
-        whole[:, place, :, :, place, :] = part.view(rows, entries, columns, entries)
-    return whole.reshape(rows * len(parts) * entries, columns * len(parts) * entries)
+    rows, columns = (size // sizes[0] for size in parts[0].shape)
+    whole = parts[0].new_zeros(rows, sum(sizes), columns, sum(sizes))
+    first = 0
+    for part, size in zip(parts, sizes, strict=True):
+        whole[:, first : first + size, :, first : first + size] = part.view(rows, size, columns, size)
+        first += size
+    return whole.reshape(rows * sum(sizes), columns * sum(sizes))
 
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
@@ -508,7 +510,7 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
     values: dict[str, Any] = {"steps": 0}
     if can_deepen(body):
         values["layers"] = 1 + max(depth(model, stack) for stack in body.stacks)
-    if not body.grouped:
+    if not body.grouped and not body.heads_stay:
         heads = body.sizes.query_heads + 1
         values["num_attention_heads"] = heads
         if body.fields.head_dim is not None:

@@ -39,7 +39,7 @@ from auxin.models.anatomy import anatomy, norm_epsilon
 from auxin.nn.bricks import Brick
 from auxin.nn.masked import Masked
 from auxin.planning.bench import from_model
-from auxin.planning.depth import can_deepen, chosen_stacks, depth, refuse_kept_layers
+from auxin.planning.depth import arranged, can_deepen, chosen_stacks, depth, refuse_kept_layers
 from auxin.planning.fixed_heads import fixed_head_sizes
 from auxin.planning.hooks import Hook, HookContext, HookSettings
 from auxin.planning.method import Method
@@ -48,7 +48,7 @@ from auxin.planning.width import describe_sizes
 from auxin.planning.width_conditions import refuse_fixed_widths
 from auxin.planning.width_targets import WidthTargets, feed_forward_settings
 from auxin.words.paths import path_pattern
-from auxin.words.roles import FEED_FORWARD, Anatomy, LayerStack, ParameterRole, Segment, Sizes
+from auxin.words.roles import FEED_FORWARD, Anatomy, LayerStack, ParameterRole, Segment, Sizes, laid_out
 
 MASKS = ("masked", "masked_norm", "masked_block")
 
@@ -106,7 +106,8 @@ def plan_masked(model: PreTrainedModel, settings: MaskedGrowth) -> Plan:
         _refuse_bricks_of_all_layers(model, deeper)
     edits = growth.parameter_edits()
     edits += [
-        ArrangeLayers(layers=stack.path, order=_order(settings, old, new)) for stack, (old, new) in deeper.items()
+        arranged(model, ArrangeLayers(layers=stack.path, order=_order(settings, old, new)))
+        for stack, (old, new) in deeper.items()
     ]
     edits += growth.masks()
     for stack, (old, new) in deeper.items():
@@ -315,7 +316,8 @@ class _Growth:
             if settings:
                 edits.append(WrapModule(module=module, brick="masked", settings=settings))
         edits += [edit for module, segments in self._norms().items() for edit in self._norm(module, segments)]
-        if self._residual_grows() and self.body.norm_position != "after_residual":
+        # A norm behind the embeddings masks them already.
+        if self._residual_grows() and self.body.embedding_norm is None:
             settings = {"input_size": self.new.residual, "new_inputs": self._spans(self._residual())}
             edits += [
                 WrapModule(module=f"{stack.path}.0", brick="masked_block", settings=settings)
@@ -365,6 +367,7 @@ class _Growth:
                 index += range(start, start + pieces)
                 fresh += pieces if source is None else 0
             first += segment.count * pieces
+        index = _in_place(index, segments, [len(layout) for layout in layouts], unit)
         size = len(index) * unit
         inner = role.access[axis] == "reads" and self._is_inner(role, segments)
         # No mask is around a table that is added to no residual (DeBERTa's, of relative positions).
@@ -383,15 +386,16 @@ class _Growth:
 
     def _spans(self, segments: tuple[Segment, ...]) -> list[list[int]]:
         """The new entries of an axis, as stretches [first, end)."""
+        layouts = [self._layout(segment) for segment in segments]
+        units = zip(segments, layouts, strict=True)
+        is_new = [source is None for segment, layout in units for source in layout for _ in range(segment.unit)]
+        places = laid_out(segments, [len(layout) for layout in layouts], [segment.unit for segment in segments])
         spans: list[list[int]] = []
-        place = 0
-        for segment in segments:
-            for source in self._layout(segment):
-                if source is None and spans and spans[-1][1] == place:
-                    spans[-1][1] += segment.unit
-                elif source is None:
-                    spans.append([place, place + segment.unit])
-                place += segment.unit
+        for place, entry in enumerate(places):
+            if is_new[entry] and spans and spans[-1][1] == place:
+                spans[-1][1] += 1
+            elif is_new[entry]:
+                spans.append([place, place + 1])
         return spans
 
     def _size(self, segments: tuple[Segment, ...]) -> int:
@@ -458,9 +462,13 @@ class _Growth:
         return {path: segments for path, segments in norms.items() if self._spans(segments)}
 
     def _bare_norms(self) -> list[str]:
-        """Norms without parameters, as patterns over layers. They can be told by their class alone."""
+        """Norms over the residual without parameters, as patterns over layers. They can be told by their class alone;
+        those inside an attention are norms over heads."""
+        attentions = [f"{stack.path}.*.{part}.*" for stack in self.body.stacks for part in stack.attentions if part]
         paths: dict[str, None] = {}
         for name, module in self.model.named_modules():
+            if any(path_pattern(path).fullmatch(name) for path in attentions):
+                continue
             if type(module).__name__.endswith("Norm") and not list(module.parameters()):
                 for stack in self.body.stacks:
                     if name.startswith(f"{stack.path}."):
@@ -505,6 +513,17 @@ class _Growth:
             yield WrapModule(module=path, brick="masked_norm", settings=settings)
 
 
+def _in_place(index: list[int], segments: tuple[Segment, ...], units: list[int], unit: int) -> list[int]:
+    """The old piece, of `unit` entries, of every new one as the axis is laid out, from those of its segments one after
+    the other; pieces that are no old ones are new."""
+    if not any(segment.dealt for segment in segments):
+        return index
+    pieces = [segment.unit // unit for segment in segments]
+    before = laid_out(segments, [segment.count for segment in segments], pieces)
+    where = dict(zip(before, range(len(before)), strict=True))
+    return [where.get(index[piece], index[piece]) for piece in laid_out(segments, units, pieces)]
+
+
 def _fill(role: ParameterRole) -> Fill:
     """New weights are random at the scale of the old ones; new gains and factors are as the old ones on average, biases
     zero."""
@@ -523,7 +542,8 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
         values["layers"] = 1 + max(depth(model, stack) for stack in body.stacks)
     if body.family == "tokenformer":
         return values
-    values["num_attention_heads"] = heads
+    if not body.heads_stay:
+        values["num_attention_heads"] = heads
     if body.fields.head_dim is not None:
         values["hidden_size"] = (body.sizes.residual // heads + 1) * heads  # Llama's must be a multiple
     values |= feed_forward_settings(body, 1.25)

@@ -60,6 +60,8 @@ def plan_net2net(model: PreTrainedModel, settings: Net2Net) -> Plan:
     body = anatomy(model)
     old = body.sizes
     wanted = settings.model_dump(include=set(WidthTargets.model_fields) & set(Net2Net.model_fields))
+    if body.heads_stay and settings.num_attention_heads not in (None, old.query_heads):
+        raise PlanError(f"num_attention_heads = {settings.num_attention_heads}: {body.heads_stay} Leave it out.")
     if body.fields.head_dim is None and settings.num_attention_heads not in (None, old.query_heads):
         raise PlanError(
             f"num_attention_heads = {settings.num_attention_heads}: in this architecture the head dimension is hidden "

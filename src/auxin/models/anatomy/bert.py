@@ -115,6 +115,7 @@ def encoder(
         before_norms=(*found.before_norms, *((f"{prefix}{own.projection}",) if own.normed_projection else ())),
         never_hidden_size=never,
         fixed_widths=(("residual", _OF_ANOTHER_MODEL),) if crossed else (),
+        embedding_norm=f"{prefix}embeddings.LayerNorm",
     )
 
 

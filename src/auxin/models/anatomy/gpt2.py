@@ -1,54 +1,96 @@
-"""The anatomy of GPT-2."""
+"""The anatomies of GPT-2 and of GPT-BigCode, which names its modules in the same way."""
 
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
-from auxin.models.anatomy.parts import is_tied, sizes_of
-from auxin.words.roles import Anatomy, Axes, ConfigFields, LayerStack, conv1d, embedding, linear, norm
+from auxin.models.anatomy.parts import base_prefix, head_of, head_readers, head_roles, is_tied, sizes_of
+from auxin.words.roles import (
+    Anatomy,
+    Axes,
+    ConfigFields,
+    LayerStack,
+    ParameterRole,
+    Segment,
+    Sizes,
+    conv1d,
+    embedding,
+    linear,
+    norm,
+)
 
 
 def _gpt2(model: PreTrainedModel) -> Anatomy:
     config: Any = model.config
     sizes = sizes_of(config, config.n_inner or 4 * config.n_embd)
     axes = Axes.of(sizes, config.vocab_size)
-    layer = "transformer.h.*"
-    roles = [
-        embedding("transformer.wte.weight", axes.vocabulary, axes.residual),
-        embedding("transformer.wpe.weight", (), axes.residual),
-        *norm(f"{layer}.ln_1", axes.residual),
+    layer = f"{base_prefix(model)}h.*"
+    matrices = [
         *conv1d(f"{layer}.attn.c_attn", axes.query + axes.key + axes.value, axes.residual),
         *conv1d(f"{layer}.attn.c_proj", axes.residual, axes.attended),
-        *norm(f"{layer}.ln_2", axes.residual),
         *conv1d(f"{layer}.mlp.c_fc", axes.ffn, axes.residual),
         *conv1d(f"{layer}.mlp.c_proj", axes.residual, axes.ffn),
-        *norm("transformer.ln_f", axes.residual),
-        *linear("lm_head", axes.vocabulary, axes.residual, "head"),
+    ]
+    return _assembled(model, sizes, matrices)
+
+
+def _gpt_bigcode(model: PreTrainedModel) -> Anatomy:
+    """With multi-query attention queries, key and value lie one after the other; without, those of each head do."""
+    config: Any = model.config
+    single = bool(config.multi_query)
+    sizes = sizes_of(config, config.n_inner or 4 * config.n_embd, key_value_heads=1 if single else None)
+    axes = Axes.of(sizes, config.vocab_size)
+    layer = f"{base_prefix(model)}h.*"
+    fused = (Segment("query", 3 * sizes.head_dim, sizes.query_heads, ("query", "key", "value")),)
+    matrices = [
+        *linear(f"{layer}.attn.c_attn", axes.query + axes.key + axes.value if single else fused, axes.residual),
+        *linear(f"{layer}.attn.c_proj", axes.residual, axes.attended),
+        *linear(f"{layer}.mlp.c_fc", axes.ffn, axes.residual),
+        *linear(f"{layer}.mlp.c_proj", axes.residual, axes.ffn),
+    ]
+    return _assembled(model, sizes, matrices, single)
+
+
+def _assembled(model: PreTrainedModel, sizes: Sizes, matrices: list[ParameterRole], single: bool = False) -> Anatomy:
+    """The anatomy of a model of these widths, with the roles of its layers' matrices; `single`: whether all query heads
+    read one key-value head."""
+    config: Any = model.config
+    axes, prefix = Axes.of(sizes, config.vocab_size), base_prefix(model)
+    roles = [
+        embedding(f"{prefix}wte.weight", axes.vocabulary, axes.residual),
+        embedding(f"{prefix}wpe.weight", (), axes.residual),
+        *norm(f"{prefix}h.*.ln_1", axes.residual),
+        *norm(f"{prefix}h.*.ln_2", axes.residual),
+        *matrices,
+        *norm(f"{prefix}ln_f", axes.residual),
+        *head_roles(axes),
     ]
     return Anatomy(
-        family="gpt2",
+        family=config.model_type,
         sizes=sizes,
         fields=ConfigFields("n_embd", "n_head", None, "n_inner", None, "layer_norm_epsilon"),
         stacks=(
             LayerStack(
-                "transformer.h",
+                f"{prefix}h",
                 "n_layer",
                 ("attn.c_proj", "mlp.c_proj"),
-                entries=("transformer.wte", "transformer.wpe"),
-                end="transformer.ln_f",
-                readers=("lm_head",),
+                entries=(f"{prefix}wte", f"{prefix}wpe"),
+                end=f"{prefix}ln_f",
+                readers=head_readers(),
             ),
         ),
         roles=tuple(roles),
         norm="layer",
         norm_has_gain=True,
         tied=is_tied(model),
-        final_norm="transformer.ln_f",
-        head="lm_head",
-        embeddings=("transformer.wte.weight", "transformer.wpe.weight"),
+        final_norm=f"{prefix}ln_f",
+        head=head_of(model),
+        embeddings=(f"{prefix}wte.weight", f"{prefix}wpe.weight"),
         attention_scaled=config.scale_attn_weights,
+        single_key_value_head=single,
     )
 
 
 ANATOMIES.add("gpt2", _gpt2)
+ANATOMIES.add("gpt_bigcode", _gpt_bigcode)

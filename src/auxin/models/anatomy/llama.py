@@ -35,6 +35,8 @@ NORMS = (
     "post_feedforward_layernorm",
     "post_self_attn_layernorm",
     "post_mlp_layernorm",
+    "attention_layernorm",
+    "feedforward_layernorm",
 )
 """The norms over the residual in a layer, wherever they sit."""
 EXPERTS = ("mlp", "block_sparse_moe")
@@ -49,6 +51,8 @@ class Decoder:
     norm_has_gain: bool = True
     epsilon: str | None = "rms_norm_eps"
     final_norm: str = "norm"
+    norm_first: bool = False
+    """Whether the last norm is applied to the embeddings too (nanochat)."""
     output_norms: tuple[str, ...] = ()
     """The norms between an output and the residual."""
     gain_offset: float = 0.0
@@ -57,6 +61,8 @@ class Decoder:
     attention_scaled: bool = True
     """Whether scores are divided by the root of the head dimension; else a constant of the config does it."""
     heads_divide_hidden_size: bool = False
+    heads_are_hidden_size: bool = False
+    """Whether heads x head dimension has to be the hidden size although the config has a head dimension (Helium)."""
     qk_norm: Literal["none", "head", "each_head", "all_heads"] = "none"
     """Whether one gain serves all heads, each has its own (Cohere), or all are normed together."""
     qk_norm_if: str = ""
@@ -68,6 +74,10 @@ class Decoder:
     expert_field: str | None = None
     """The config's name for the experts' inner width, where dense layers have another one."""
     shared_expert_field: str | None = None
+    shared_experts_field: str | None = None
+    """The config's name for the number of experts, of the inner width of all others, that all tokens share."""
+    heads_are: Literal["grouped", "equal"] = "grouped"
+    """Whether query heads can share key-value heads, or the config has to say the same number of both."""
     interleaved: bool = False
     """Whether the rows of gate and up projection of experts take turns, experts have biases, and inputs come before
     outputs (gpt-oss)."""
@@ -78,6 +88,7 @@ _SANDWICH = ("post_attention_layernorm", "post_feedforward_layernorm")
 _QWEN_EXPERTS = Decoder(expert_field="moe_intermediate_size", shared_expert_field="shared_expert_intermediate_size")
 _COHERE = Decoder(norm="layer", epsilon="layer_norm_eps", parallel=True, rotary_pairs="neighbours")
 _LAYER_NORM = Decoder(norm="layer", epsilon="layer_norm_eps")
+_SHARED_EXPERTS = Decoder(expert_field="moe_intermediate_size", shared_experts_field="n_shared_experts")
 
 DECODERS = {
     "llama": Decoder(heads_divide_hidden_size=True),
@@ -108,6 +119,16 @@ DECODERS = {
     "glm4": Decoder(output_norms=("post_self_attn_layernorm", "post_mlp_layernorm"), rotary_pairs="neighbours"),
     "exaone4": Decoder(output_norms=_SANDWICH, qk_norm="head"),
     "gpt_oss": Decoder(interleaved=True),
+    "nemotron": Decoder(norm="layer", epsilon="norm_eps", gain_offset=1.0),
+    "helium": Decoder(rotary_pairs="neighbours", heads_are_hidden_size=True),
+    "arcee": Decoder(),
+    "apertus": Decoder(qk_norm="head"),
+    "seed_oss": Decoder(),
+    "hunyuan_v1_dense": Decoder(qk_norm="head"),
+    "nanochat": Decoder(norm_has_gain=False, norm_first=True, qk_norm="head"),
+    "dots1": replace(_SHARED_EXPERTS, qk_norm="head"),
+    "glm4_moe": replace(_SHARED_EXPERTS, qk_norm="head", qk_norm_if="use_qk_norm"),
+    "ernie4_5_moe": replace(_SHARED_EXPERTS, shared_experts_field="moe_num_shared_experts", rotary_pairs="neighbours"),
 }
 """By model type."""
 
@@ -126,7 +147,7 @@ def decoder(model: PreTrainedModel, own: Decoder) -> Anatomy:
     roles = [
         embedding(f"{base_prefix(model)}embed_tokens.weight", axes.vocabulary, axes.residual),
         *_attention(f"{stack_path}.*.self_attn", axes, qk_norm),
-        *feed_forward_roles(f"{stack_path}.*", sizes, own),
+        *feed_forward_roles(f"{stack_path}.*", sizes, own, shared_experts(model, own)),
         *(role for name in NORMS for role in norm(f"{stack_path}.*.{name}", axes.residual)),
         *norm(f"{base_prefix(model)}{own.final_norm}", axes.residual),
         *head_roles(axes),
@@ -154,6 +175,7 @@ def assembled(
     """
     config: Any = model.config
     prefix, rotary = base_prefix(model), rotary_of(config)
+    head_dim_field = head_dim_field or ("head_dim" if hasattr(config, "head_dim") else None)
     final_norm = f"{prefix}{own.final_norm}"
     stack = LayerStack(
         f"{prefix}layers",
@@ -174,12 +196,14 @@ def assembled(
         fields=ConfigFields(
             "hidden_size",
             "num_attention_heads",
-            "num_key_value_heads",
+            "num_key_value_heads" if own.heads_are == "grouped" else None,
             "intermediate_size" if sizes.ffn else None,
-            head_dim_field or ("head_dim" if hasattr(config, "head_dim") else None),
+            None if own.heads_are_hidden_size else head_dim_field,
             own.epsilon,
             own.expert_field if sizes.expert_ffn else None,
             own.shared_expert_field if sizes.shared_expert_ffn else None,
+            like_heads=() if own.heads_are == "grouped" else ("num_key_value_heads",),
+            like_head_dim=("head_dim",) if own.heads_are_hidden_size else (),
         ),
         stacks=(stack,),
         roles=tuple(roles),
@@ -191,11 +215,13 @@ def assembled(
         embeddings=(f"{prefix}embed_tokens.weight",),
         attention_scaled=own.attention_scaled,
         embedding_scaled=own.embedding_scaled,
+        embedding_norm=final_norm if own.norm_first else None,
         gain_offset=own.gain_offset,
         rotary_dim=int(sizes.head_dim * rotary.share),
         rope_type=rotary.rope_type,
         rotary_pairs=own.rotary_pairs,
         heads_divide_hidden_size=own.heads_divide_hidden_size,
+        heads_clipped=f"clip_qkv = {config.clip_qkv:g}" if getattr(config, "clip_qkv", None) else "",
         qk_norm="head" if qk_norm == "each_head" else qk_norm,
     )
 
@@ -253,35 +279,49 @@ def _attention(module: str, axes: Axes, qk_norm: str) -> list[ParameterRole]:
         *(role for name in ("o_proj", "dense") for role in linear(f"{module}.{name}", axes.residual, axes.attended)),
         ParameterRole(f"{module}.sinks", ((query,),), ("writes",), "bias"),
     ]
-    gains: tuple[tuple[str, str, tuple[Segment, ...], Segment, Kind], ...] = (
-        ("q_norm", "q_layernorm", axes.query, query, "query_gain"),
-        ("k_norm", "k_layernorm", axes.key, key, "key_gain"),
+    gains: tuple[tuple[str, tuple[str, ...], tuple[Segment, ...], Segment, Kind], ...] = (
+        ("q_norm", ("q_layernorm", "query_layernorm"), axes.query, query, "query_gain"),
+        ("k_norm", ("k_layernorm", "key_layernorm"), axes.key, key, "key_gain"),
     )
-    for name, other, entries, heads, kind in gains:
+    for name, others, entries, heads, kind in gains:
         if qk_norm == "each_head":
             roles.append(ParameterRole(f"{module}.{name}.weight", ((heads,), ()), ("writes", None), kind))
         else:
             roles += norm(f"{module}.{name}", entries if qk_norm == "all_heads" else (), kind)
-        roles += norm(f"{module}.{other}", (), kind)
+        roles += [role for other in others for role in norm(f"{module}.{other}", (), kind)]
     return roles
 
 
-def feed_forward_roles(layer: str, sizes: Sizes, own: Decoder) -> list[ParameterRole]:
+def shared_experts(model: PreTrainedModel, own: Decoder) -> int:
+    """How many experts of the inner width of all others all tokens share."""
+    return int((own.shared_experts_field and getattr(model.config, own.shared_experts_field, None)) or 0)
+
+
+def feed_forward_roles(layer: str, sizes: Sizes, own: Decoder, shared_experts: int = 0) -> list[ParameterRole]:
     """The roles of dense feed-forward parts, experts and routers of a layer.
 
     Args:
         layer: the layer's path, a pattern.
         sizes: the model's widths.
         own: what its architecture has of its own.
+        shared_experts: how many experts all tokens share, whose units lie in one module.
     """
     axes = Axes.of(sizes, 0)
     shared = _units("shared_expert_ffn", sizes.shared_expert_ffn)
     roles = dense_feed_forward(f"{layer}.mlp", axes.ffn, axes.residual)
     roles += dense_feed_forward(f"{layer}.mlp.shared_expert", shared, axes.residual)
     inner = _units("expert_ffn", sizes.expert_ffn) if own.expert_field else axes.ffn
+    # For each unit of an expert there are as many in this module; which of them belong together makes no difference.
+    together = tuple(replace(segment, unit=shared_experts) for segment in inner if shared_experts)
+    roles += dense_feed_forward(f"{layer}.mlp.shared_experts", together, axes.residual)
     for experts in EXPERTS:
         for router in ("gate", "router", "shared_expert_gate"):
             roles += linear(f"{layer}.{experts}.{router}", (), axes.residual)
+        roles.append(
+            ParameterRole(
+                f"{layer}.{experts}.gate.moe_statics.e_score_correction_bias", ((), ()), (None, None), "shape"
+            )
+        )
         make = _interleaved_experts if own.interleaved else _experts
         roles += make(f"{layer}.{experts}.experts", inner, axes.residual)
     return roles
@@ -299,7 +339,7 @@ def dense_feed_forward(module: str, inner: tuple[Segment, ...], residual: tuple[
     roles += linear(f"{module}.gate_up_proj", inner + inner, residual)
     for name in ("down_proj", "fc2", "c_proj"):
         roles += linear(f"{module}.{name}", residual, inner)
-    return roles
+    return [*roles, ParameterRole(f"{module}.act_fn.*", ((),), (None,), "shape")]
 
 
 def _experts(module: str, inner: tuple[Segment, ...], residual: tuple[Segment, ...]) -> list[ParameterRole]:

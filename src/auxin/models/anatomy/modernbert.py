@@ -54,7 +54,7 @@ def _modernbert(model: PreTrainedModel) -> Anatomy:
         rotary_dim=sizes.head_dim,
         rope_type=rotary.rope_type,
         before_norms=found.before_norms,
-        entry_norm=True,
+        embedding_norm=f"{prefix}embeddings.norm",
     )
 
 

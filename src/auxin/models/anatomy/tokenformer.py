@@ -5,8 +5,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
-from auxin.models.anatomy.parts import is_tied, sizes_of
-from auxin.words.roles import Anatomy, Axes, ConfigFields, LayerStack, ParameterRole, Segment, embedding, linear, norm
+from auxin.models.anatomy.parts import base_prefix, head_of, head_readers, head_roles, is_tied, sizes_of
+from auxin.words.roles import Anatomy, Axes, ConfigFields, LayerStack, ParameterRole, Segment, embedding, norm
 
 
 def _tokenformer(model: PreTrainedModel) -> Anatomy:
@@ -15,7 +15,8 @@ def _tokenformer(model: PreTrainedModel) -> Anatomy:
     config: Any = model.config
     sizes = sizes_of(config, None)
     axes = Axes.of(sizes, config.vocab_size)
-    layer = "model.layers.*"
+    prefix = base_prefix(model)
+    layer = f"{prefix}layers.*"
     ends: dict[str, tuple[tuple[Segment, ...], tuple[Segment, ...]]] = {
         "attention.query": (axes.residual, axes.query),
         "attention.key": (axes.residual, axes.key),
@@ -24,14 +25,14 @@ def _tokenformer(model: PreTrainedModel) -> Anatomy:
         "mlp": (axes.residual, axes.residual),
     }
     roles = [
-        embedding("model.embed_tokens.weight", axes.vocabulary, axes.residual),
+        embedding(f"{prefix}embed_tokens.weight", axes.vocabulary, axes.residual),
         *(ParameterRole(f"{layer}.{name}.key_tokens", ((), ends[name][0]), (None, "reads"), "matrix") for name in ends),
         *(
             ParameterRole(f"{layer}.{name}.value_tokens", ((), ends[name][1]), (None, "writes"), "matrix")
             for name in ends
         ),
-        *norm("model.norm", axes.residual),
-        *linear("lm_head", axes.vocabulary, axes.residual, "head"),
+        *norm(f"{prefix}norm", axes.residual),
+        *head_roles(axes),
     ]
     return Anatomy(
         family="tokenformer",
@@ -39,21 +40,21 @@ def _tokenformer(model: PreTrainedModel) -> Anatomy:
         fields=ConfigFields("hidden_size", "num_attention_heads", None, None, None, "layer_norm_eps"),
         stacks=(
             LayerStack(
-                "model.layers",
+                f"{prefix}layers",
                 "num_hidden_layers",
                 ("attention.proj", "mlp"),
-                entries=("model.embed_tokens",),
-                end="model.norm",
-                readers=("lm_head",),
+                entries=(f"{prefix}embed_tokens",),
+                end=f"{prefix}norm",
+                readers=head_readers(),
             ),
         ),
         roles=tuple(roles),
         norm="layer",
         norm_has_gain=False,
         tied=is_tied(model),
-        final_norm="model.norm",
-        head="lm_head",
-        embeddings=("model.embed_tokens.weight",),
+        final_norm=f"{prefix}norm",
+        head=head_of(model),
+        embeddings=(f"{prefix}embed_tokens.weight",),
         rotary_dim=config.rotary_dim,
     )
 
