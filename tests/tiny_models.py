@@ -245,6 +245,8 @@ def output(result: Any) -> Tensor:
     other."""
     if "logits" in result:
         return result.logits
+    if "reconstruction" in result:
+        return result.reconstruction
     if "image_embeds" in result:
         return torch.cat([result.text_embeds, result.image_embeds])
     return result.last_hidden_state
