@@ -15,14 +15,13 @@ from typing import Any
 
 def output(result: Any) -> Any:
     """As `tiny_models.output`, which imports auxin."""
-    import torch
-
     if "logits" in result:
         return result.logits
     if "reconstruction" in result:
         return result.reconstruction
-    if "image_embeds" in result:
-        return torch.cat([result.text_embeds, result.image_embeds])
+    for name in ("logits_per_image", "image_embeds", "text_embeds"):
+        if name in result:
+            return result[name]
     return result.last_hidden_state
 
 

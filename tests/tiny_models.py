@@ -241,14 +241,15 @@ class InDouble(TorchFunctionMode):
 
 
 def output(result: Any) -> Tensor:
-    """The logits, or the last hidden states of a model without a head; of two towers both embeddings, one after the
-    other."""
+    """The logits, of images too for two towers; else the image that is made, the embedding of one tower with a
+    projection, or the last hidden states."""
     if "logits" in result:
         return result.logits
     if "reconstruction" in result:
         return result.reconstruction
-    if "image_embeds" in result:
-        return torch.cat([result.text_embeds, result.image_embeds])
+    for name in ("logits_per_image", "image_embeds", "text_embeds"):
+        if name in result:
+            return result[name]
     return result.last_hidden_state
 
 

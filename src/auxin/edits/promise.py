@@ -35,8 +35,8 @@ Outputs = dict[str, Tensor]
 """What a model says on a probe, by name."""
 
 LOGITS = "logits"
-INNER = ("hidden_state", "hidden_states", "pooler_output")
-"""How names of outputs end that lie below a head."""
+INNER = ("hidden_state", "hidden_states", "pooler_output", "_embeds")
+"""How names of outputs end that lie below a head, or below the logits of pairs."""
 
 
 def default_probe(plan: Plan, model: PreTrainedModel) -> dict[str, Tensor]:

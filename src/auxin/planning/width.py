@@ -98,6 +98,8 @@ def diagonal_edits(anatomy: Anatomy, widening: Widening) -> list[Edit]:
 
 def describe_sizes(anatomy: Anatomy) -> str:
     """The model's widths by their names in the settings of methods, ranges where layers differ."""
+    if anatomy.towers:
+        return f"towers ({', '.join(anatomy.towers)}) with widths of their own"
     parts = []
     for stream, name in SETTINGS.items():
         if stream == "key_value" and not anatomy.fields.key_value_heads:

@@ -9,7 +9,7 @@ A width belongs to a stream and a **scope**: the model (""), a stack ("encoder.b
 modules in layers ("model.layers.*.mlp.experts"). Where several scopes enclose a place, the innermost one's width holds.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
@@ -127,11 +127,17 @@ class LayerStack:
     """The modules of a layer that take the numbers of heads from their config, relative to the layer."""
     parallel: bool = False
     """Whether all parts of a layer read what enters it (GPT-NeoX), and not each what the one before it left."""
+    tower: str = ""
+    """The tower that it belongs to, of a model of several; "" where there is one."""
 
     @property
     def ends_in_norm(self) -> bool:
         """Whether `end` is a norm behind the layers, and not the module that runs them."""
         return not self.path.startswith(f"{self.end}.")
+
+    def is_in(self, part: str) -> bool:
+        """Whether `part` names the stack's tower, or a part of its path."""
+        return part == self.tower or part in self.path.split(".")
 
     def is_read_by(self, path: str) -> bool:
         """Whether the module at `path` reads what leaves the stack."""
@@ -228,7 +234,8 @@ class FollowingWidth:
 
 @dataclass(frozen=True)
 class ConfigFields:
-    """Under which names the config holds the widths; None where it has no such value."""
+    """Under which names the config holds the widths, dotted where a config in it does; None where it has no such
+    value."""
 
     hidden_size: str
     heads: str
@@ -241,6 +248,17 @@ class ConfigFields:
     shared_expert_ffn: str | None = None
     like_hidden_size: tuple[str, ...] = ()
     """Further values that are the hidden size, under names of their own (OPT's word_embed_proj_dim)."""
+
+    @property
+    def undotted(self) -> "ConfigFields":
+        """The names in the config within that holds the values, which is the one that its modules have."""
+        return self.renamed(lambda name: name.rpartition(".")[2])
+
+    def renamed(self, rename: Callable[[str], str]) -> "ConfigFields":
+        """The fields with other names."""
+        names = {field: name for field, name in vars(self).items() if isinstance(name, str)}
+        like = tuple(map(rename, self.like_hidden_size))
+        return replace(self, **{field: rename(name) for field, name in names.items()}, like_hidden_size=like)
 
     def of(self, stream: Stream) -> str | None:
         """The name under which the config holds the width of `stream`."""
@@ -308,6 +326,9 @@ class Anatomy:
     that follow "does not pass "; empty where there is nothing."""
     bare: tuple[str, ...] = ()
     """What reads the residual without a norm before it: patterns of parameters, and outputs of the model by name."""
+    towers: tuple[str, ...] = ()
+    """The towers of a model of several where none is chosen: every one has widths of its own, which the anatomy of one
+    tower tells. Its parameters run along no stream then, and `sizes` and `fields` are those of the first."""
     ffn_follows: FollowingWidth | None = None
     """How the number of feed-forward units follows from the hidden size, where the config has no value for it; None: in
     proportion."""
