@@ -48,7 +48,7 @@ from auxin.planning.width import describe_sizes
 from auxin.planning.width_conditions import refuse_fixed_widths
 from auxin.planning.width_targets import WidthTargets, example_tower, feed_forward_settings
 from auxin.words.paths import path_pattern
-from auxin.words.roles import FEED_FORWARD, Anatomy, LayerStack, ParameterRole, Segment, Sizes
+from auxin.words.roles import FEED_FORWARD, Access, Anatomy, LayerStack, ParameterRole, Segment, Sizes
 
 MASKS = ("masked", "masked_norm", "masked_block")
 
