@@ -189,7 +189,7 @@ def initialisers(model: PreTrainedModel, path: str, part: nn.Module) -> Iterator
     for length in range(1, len(names)):
         module = model.get_submodule(".".join(names[:length]))
         above = module if isinstance(module, PreTrainedModel) else above
-    holders = {}
+    holders: dict[str, PreTrainedModel] = {}
     for name, module in part.named_modules():
         holder = holders[name.rpartition(".")[0]] if name else above
         holders[name] = module if isinstance(module, PreTrainedModel) else holder
