@@ -35,8 +35,10 @@ Outputs = dict[str, Tensor]
 """What a model says on a probe, by name."""
 
 LOGITS = "logits"
-INNER = ("hidden_state", "hidden_states", "pooler_output", "_embeds")
-"""How names of outputs end that lie below a head, or below the logits of pairs."""
+INNER = ("hidden_state", "hidden_states", "pooler_output")
+"""How names of outputs end that lie below a head."""
+EMBEDDINGS = "_embeds"
+"""How the names of a pair's embeddings end, which may lie below the logits of pairs."""
 
 
 def default_probe(plan: Plan, model: PreTrainedModel) -> dict[str, Tensor]:
@@ -202,7 +204,7 @@ def measured_change(plan: Plan, before: Outputs, after: Outputs, allowed: float)
     """
     _check_finite(plan, before, "before")
     _check_finite(plan, after, "after")
-    after = {name: _old_units(name, before[name], value) if name in before else value for name, value in after.items()}
+    before, after = _comparable(before, after)
     changes = {name: relative_change(before[name], after[name]) for name in before if name in after}
     name = max(changes, key=changes.__getitem__, default=None)
     if name is not None and before.keys() == after.keys() and changes[name] != float("inf"):
@@ -228,11 +230,22 @@ def measured_change(plan: Plan, before: Outputs, after: Outputs, allowed: float)
     )
 
 
-def _old_units(name: str, before: Tensor, after: Tensor) -> Tensor:
-    """Of hidden states that became wider the units that they had, which growth leaves in front: who reads them below a
-    head that is not there finds them in their places. Other outputs as they are."""
-    inner = name.endswith(INNER) or name.startswith("feature_maps")
-    return after[tuple(map(slice, before.shape))] if inner and before.dim() == after.dim() else after
+def _comparable(before: Outputs, after: Outputs) -> tuple[Outputs, Outputs]:
+    """The outputs whose values can be held against each other.
+
+    Of hidden states that became wider these are the units that they had, which growth leaves in front: who reads them
+    below a head that is not there finds them in their places. Embeddings that became wider (SigLIP's are hidden states
+    of a length of 1) are left out where there are logits of pairs, which alone they serve.
+    """
+    served = any(LOGITS in name for name in before)
+    told = [name for name in before if name in after and before[name].shape != after[name].shape]
+    left = {name for name in told if served and name.endswith(EMBEDDINGS)}
+    cut = {name for name in told if name.endswith(INNER) or name.startswith("feature_maps")}
+    kept = {name: value for name, value in after.items() if name not in left}
+    for name in cut:
+        if before[name].dim() == after[name].dim():
+            kept[name] = after[name][tuple(map(slice, before[name].shape))]
+    return {name: value for name, value in before.items() if name not in left}, kept
 
 
 def _check_finite(plan: Plan, outputs: Outputs, when: str) -> None:
