@@ -116,11 +116,11 @@ def joined(model: PreTrainedModel, found: Anatomy, name: str) -> Anatomy:
     residual = Axes.of(found.sizes, 0).residual
     (stack,) = found.stacks
     projections = PROJECTIONS[name]
-    others = (other for kind, several in PROJECTIONS.items() if kind != name for other in several)
+    others = tuple(other for kind, several in PROJECTIONS.items() if kind != name for other in several)
     roles = [
         *(role for projection in projections for role in linear(projection, (), residual, "head")),
         *(ParameterRole(f"{other}.weight", ((), ()), (None, None), "head") for other in others),
-        ParameterRole("classifier.bias", ((),), (None,), "bias"),
+        *(ParameterRole(f"{other}.bias", ((),), (None,), "bias") for other in others),
     ]
     for temperature in TEMPERATURES:
         if has_parameters(model, temperature):
