@@ -15,6 +15,8 @@ from typing import Any
 
 def output(result: Any) -> Any:
     """As `tiny_models.output`, which imports auxin."""
+    import torch
+
     if "logits" in result:
         return result.logits
     if "reconstruction" in result:
@@ -22,6 +24,8 @@ def output(result: Any) -> Any:
     for name in ("logits_per_image", "image_embeds", "text_embeds"):
         if name in result:
             return result[name]
+    if "start_logits" in result:
+        return torch.stack([result.start_logits, result.end_logits])
     return result.last_hidden_state
 
 

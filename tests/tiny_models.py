@@ -178,7 +178,7 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **confi
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             is_gain = parameter.dim() == 1 and name.endswith("weight")
             parameter.copy_(1 + 0.3 * noise if is_gain else 0.5 * noise)
-    if any(name.endswith(".experts") for name, _ in model.named_modules()):
+    if dtype == torch.float64 and any(name.endswith(".experts") for name, _ in model.named_modules()):
         model.set_experts_implementation("eager")  # the others know no float64
     return model.to(dtype).eval()
 
@@ -241,8 +241,8 @@ class InDouble(TorchFunctionMode):
 
 
 def output(result: Any) -> Tensor:
-    """The logits, of images too for two towers; else the image that is made, the embedding of one tower with a
-    projection, or the last hidden states."""
+    """The logits, those of pairs too; else the image that is made, the embedding of one tower with a projection, the
+    beginnings and ends of answers, or the last hidden states."""
     if "logits" in result:
         return result.logits
     if "reconstruction" in result:
@@ -250,6 +250,8 @@ def output(result: Any) -> Tensor:
     for name in ("logits_per_image", "image_embeds", "text_embeds"):
         if name in result:
             return result[name]
+    if "start_logits" in result:
+        return torch.stack([result.start_logits, result.end_logits])
     return result.last_hidden_state
 
 

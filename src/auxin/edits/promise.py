@@ -187,7 +187,8 @@ def edited_outputs(plan: Plan, model: PreTrainedModel, probe: Probe) -> Outputs:
 
 
 def measured_change(plan: Plan, before: Outputs, after: Outputs, allowed: float) -> float | None:
-    """How far the outputs moved, where that is a number: of the largest `relative_change` among them.
+    """How far the outputs moved, where that is a number: of the largest `relative_change` among them. Of outputs that
+    are wider than before, as the hidden states of a wider model without a head, those entries count that there were.
 
     None, for plans that promise nothing, where outputs have another shape than before or were all zero: nothing is to
     be compared.
@@ -233,19 +234,23 @@ def measured_change(plan: Plan, before: Outputs, after: Outputs, allowed: float)
 def _comparable(before: Outputs, after: Outputs) -> tuple[Outputs, Outputs]:
     """The outputs whose values can be held against each other.
 
-    Of hidden states that became wider these are the units that they had, which growth leaves in front: who reads them
-    below a head that is not there finds them in their places. Embeddings that became wider (SigLIP's are hidden states
-    of a length of 1) are left out where there are logits of pairs, which alone they serve.
+    Hidden states of a wider model without a head have more entries than before: the old units come first, copies and
+    new ones behind them. Embeddings that became wider (SigLIP's are hidden states of length 1) are left out where there
+    are logits of pairs, which alone they serve.
     """
     served = any(LOGITS in name for name in before)
-    told = [name for name in before if name in after and before[name].shape != after[name].shape]
-    left = {name for name in told if served and name.endswith(EMBEDDINGS)}
-    cut = {name for name in told if name.endswith(INNER) or name.startswith("feature_maps")}
-    kept = {name: value for name, value in after.items() if name not in left}
-    for name in cut:
-        if before[name].dim() == after[name].dim():
-            kept[name] = after[name][tuple(map(slice, before[name].shape))]
+    wider = [name for name in before if name in after and LOGITS not in name and _is_wider(before[name], after[name])]
+    left = {name for name in wider if served and name.endswith(EMBEDDINGS)}
+    old = {name: after[name][tuple(map(slice, before[name].shape))] for name in wider}
+    kept = {name: old.get(name, value) for name, value in after.items() if name not in left}
     return {name: value for name, value in before.items() if name not in left}, kept
+
+
+def _is_wider(before: Tensor, after: Tensor) -> bool:
+    """Whether one axis, that of the units, is longer: the last one, or in maps of features the second."""
+    pairs = list(zip(before.shape, after.shape, strict=False))
+    longer = [old < new for old, new in pairs if old != new]
+    return before.dim() == after.dim() and longer == [True]
 
 
 def _check_finite(plan: Plan, outputs: Outputs, when: str) -> None:

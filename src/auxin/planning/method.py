@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from auxin.edits.plan import Plan
-from auxin.edits.structure import edited_skeleton
+from auxin.edits.structure import config_values, edited_skeleton, skeleton_of
 from auxin.errors import AuxinError, ConfigError, PlanError
 from auxin.models.loading import load_config, load_model
 from auxin.objectives.calibration import Batch, Calibration, CalibrationSettings, CorpusCalibration
@@ -89,6 +89,8 @@ def make_plan(method: Method, bench: Bench, settings: Any) -> Plan:
     """
     with bench.spent.running():
         plan = method.plan(bench, settings)
+    if plan.made_for is not None:  # methods give the model's own config, which may tell its ties wrongly
+        plan = plan.model_copy(update={"made_for": config_values(skeleton_of(bench.model).config)})
     asked_by(plan)  # a wrong hook is found now, and not when the training after begins
     cost = bench.spent.cost(bench.data)
     return plan.model_copy(update={"cost": cost}) if cost.samples or cost.flops else plan

@@ -26,7 +26,7 @@ from auxin.data.vocabulary import EnlargedTokenizer, Merge, enlarge_tokenizer, l
 from auxin.edits import AverageRows, Edit, MeanFill, PadParameter, Plan, Receipt, SetConfig, apply
 from auxin.edits.plan_files import PlanFile, sha256
 from auxin.edits.promise import Probe
-from auxin.edits.structure import config_values, edited_config, edited_skeleton
+from auxin.edits.structure import config_values, edited_config, edited_skeleton, skeleton_of
 from auxin.errors import PlanError
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
@@ -260,9 +260,9 @@ def _tables(model: PreTrainedModel, length: int) -> list[str]:
 
     Asking the architecture finds embedding, head and bias wherever they are, and whatever else follows the vocabulary.
     """
-    config = model.config
-    larger = edited_config(config, _length_values(config, length + 1))
-    before, after = (dict(edited_skeleton(each, type(model)).named_parameters()) for each in (config, larger))
+    skeleton = skeleton_of(model)
+    larger = edited_config(skeleton.config, _length_values(skeleton.config, length + 1))
+    before, after = (dict(each.named_parameters()) for each in (skeleton, edited_skeleton(larger, type(model))))
     if odd := sorted(before.keys() ^ after.keys()):
         raise PlanError(f"With a larger vocabulary the model has other parameters ({odd[0]}); it can't grow.")
     tables = [name for name in before if before[name].shape != after[name].shape]
