@@ -37,6 +37,8 @@ Outputs = dict[str, Tensor]
 LOGITS = "logits"
 INNER = ("hidden_state", "hidden_states", "pooler_output")
 """How names of outputs end that lie below a head."""
+MAPS = "feature_maps"
+"""How the names of a backbone's hidden states begin."""
 EMBEDDINGS = "_embeds"
 """How the names of a pair's embeddings end, which may lie below the logits of pairs."""
 
@@ -239,15 +241,16 @@ def _comparable(before: Outputs, after: Outputs) -> tuple[Outputs, Outputs]:
     are logits of pairs, which alone they serve.
     """
     served = any(LOGITS in name for name in before)
-    wider = [name for name in before if name in after and LOGITS not in name and _is_wider(before[name], after[name])]
+    wider = [name for name in before if name in after and _is_wider(before[name], after[name])]
     left = {name for name in wider if served and name.endswith(EMBEDDINGS)}
-    old = {name: after[name][tuple(map(slice, before[name].shape))] for name in wider}
+    inner = [name for name in wider if name.endswith(INNER) or name.startswith(MAPS)]
+    old = {name: after[name][tuple(map(slice, before[name].shape))] for name in inner}
     kept = {name: old.get(name, value) for name, value in after.items() if name not in left}
     return {name: value for name, value in before.items() if name not in left}, kept
 
 
 def _is_wider(before: Tensor, after: Tensor) -> bool:
-    """Whether one axis, that of the units, is longer: the last one, or in maps of features the second."""
+    """Whether one axis is longer, that of the units: the last one, or in maps of features the second."""
     pairs = list(zip(before.shape, after.shape, strict=False))
     longer = [old < new for old, new in pairs if old != new]
     return before.dim() == after.dim() and longer == [True]
