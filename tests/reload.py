@@ -19,8 +19,11 @@ def output(result: Any) -> Any:
 
     if "logits" in result:
         return result.logits
-    if "image_embeds" in result:
-        return torch.cat([result.text_embeds, result.image_embeds])
+    if "reconstruction" in result:
+        return result.reconstruction
+    for name in ("logits_per_image", "image_embeds", "text_embeds"):
+        if name in result:
+            return result[name]
     if "start_logits" in result:
         return torch.stack([result.start_logits, result.end_logits])
     return result.last_hidden_state

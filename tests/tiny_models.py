@@ -35,6 +35,7 @@ from transformers import (
 import tiny_decoders
 import tiny_encoders
 import tiny_gpts
+import tiny_vision
 from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
 
 VOCABULARY = 19
@@ -153,7 +154,7 @@ MODELS: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
 }
 FAMILIES = [family for family in MODELS if family != "gemma"]
 """The architectures with which every method is tested in every way, by their model types."""
-GROUPS = (tiny_decoders, tiny_gpts, tiny_encoders)
+GROUPS = (tiny_decoders, tiny_gpts, tiny_encoders, tiny_vision)
 """The further ones, by kind: MODELS as above, and INPUTS, what makes inputs (model, batch, length, generator) of other
 kinds than token ids, by model type."""
 FURTHER = {family: made for group in GROUPS for family, made in group.MODELS.items()}
@@ -247,12 +248,15 @@ class InDouble(TorchFunctionMode):
 
 
 def output(result: Any) -> Tensor:
-    """The logits, or the last hidden states of a model without a head; of two towers both embeddings, one after the
-    other; the beginnings and ends of answers."""
+    """The logits, those of pairs too; else the image that is made, the embedding of one tower with a projection, the
+    beginnings and ends of answers, or the last hidden states."""
     if "logits" in result:
         return result.logits
-    if "image_embeds" in result:
-        return torch.cat([result.text_embeds, result.image_embeds])
+    if "reconstruction" in result:
+        return result.reconstruction
+    for name in ("logits_per_image", "image_embeds", "text_embeds"):
+        if name in result:
+            return result[name]
     if "start_logits" in result:
         return torch.stack([result.start_logits, result.end_logits])
     return result.last_hidden_state

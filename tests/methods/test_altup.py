@@ -223,7 +223,6 @@ def added(model, before, **values):
         ({"conversion": "zeros", "selection": "alternating"}, "selection: 'zeros' is exact only with 'same'"),
         ({"conversion": "zeros", "coefficients": "dynamic"}, "coefficients: 'zeros' needs mixing or gains"),
         ({"conversion": "relay", "coefficients": "dynamic"}, "coefficients: 'relay' needs mixing or gains"),
-        ({"conversion": "copies", "part": "encoder"}, "part: a wide embedding enters every stack"),
         ({"conversion": "copies", "collapse": "sum"}, "collapse: only a recycled stream is summed up"),
         ({"conversion": "free", "norm": "all"}, "norm: 'all' would mix the blocks"),
         ({"conversion": "recycled", "norm": "all"}, "norm: 'all' would mix the blocks"),
@@ -237,6 +236,12 @@ def added(model, before, **values):
 def test_settings_that_do_not_go_together_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         AltUpSettings.parse(values)
+
+
+def test_a_wide_embedding_enters_all_stacks_that_share_it():
+    settings = AltUpSettings(conversion="copies", part="encoder")
+    with pytest.raises(PlanError, match="part: a wide embedding enters every stack"):
+        plan_altup(tiny("t5"), settings)
 
 
 @pytest.mark.parametrize(

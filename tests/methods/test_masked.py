@@ -129,7 +129,7 @@ def test_scaled_embeddings_and_gains_stored_less_one_are_told_apart_from_what_re
 def test_a_tied_head_behind_a_norm_without_gain_can_not_follow_a_scaled_embedding(monkeypatch):
     model = tiny("gemma")
     body = replace(anatomy(model), final_norm=None)
-    monkeypatch.setattr("auxin.methods.grow.masked.anatomy", lambda model: body)
+    monkeypatch.setattr("auxin.methods.grow.masked.anatomy", lambda model, part=None: body)
     with pytest.raises(PlanError, match=r"hidden_size = 25: .* no gain .* Untie the head first"):
         plan_masked(model, MaskedGrowth(hidden_size=25))
     assert plan_masked(model, MaskedGrowth(intermediate_size=13)).edits

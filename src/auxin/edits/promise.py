@@ -37,6 +37,10 @@ Outputs = dict[str, Tensor]
 LOGITS = "logits"
 INNER = ("hidden_state", "hidden_states", "pooler_output")
 """How names of outputs end that lie below a head."""
+MAPS = "feature_maps"
+"""How the names of a backbone's hidden states begin."""
+EMBEDDINGS = "_embeds"
+"""How the names of a pair's embeddings end, which may lie below the logits of pairs."""
 
 
 def default_probe(plan: Plan, model: PreTrainedModel) -> dict[str, Tensor]:
@@ -203,10 +207,7 @@ def measured_change(plan: Plan, before: Outputs, after: Outputs, allowed: float)
     """
     _check_finite(plan, before, "before")
     _check_finite(plan, after, "after")
-    after = {
-        name: _old_units(before[name], value) if name in before and LOGITS not in name else value
-        for name, value in after.items()
-    }
+    before, after = _comparable(before, after)
     changes = {name: relative_change(before[name], after[name]) for name in before if name in after}
     name = max(changes, key=changes.__getitem__, default=None)
     if name is not None and before.keys() == after.keys() and changes[name] != float("inf"):
@@ -232,11 +233,27 @@ def measured_change(plan: Plan, before: Outputs, after: Outputs, allowed: float)
     )
 
 
-def _old_units(before: Tensor, after: Tensor) -> Tensor:
-    """The entries of an output that it had before. Hidden states of a wider model without a head have more: the old
-    units come first, copies and new ones behind them."""
-    wider = before.shape[:-1] == after.shape[:-1] and before.shape[-1] < after.shape[-1]
-    return after[..., : before.shape[-1]] if wider else after
+def _comparable(before: Outputs, after: Outputs) -> tuple[Outputs, Outputs]:
+    """The outputs whose values can be held against each other.
+
+    Hidden states of a wider model without a head have more entries than before: the old units come first, copies and
+    new ones behind them. Embeddings that became wider (SigLIP's are hidden states of length 1) are left out where there
+    are logits of pairs, which alone they serve.
+    """
+    served = any(LOGITS in name for name in before)
+    wider = [name for name in before if name in after and _is_wider(before[name], after[name])]
+    left = {name for name in wider if served and name.endswith(EMBEDDINGS)}
+    inner = [name for name in wider if name.endswith(INNER) or name.startswith(MAPS)]
+    old = {name: after[name][tuple(map(slice, before[name].shape))] for name in inner}
+    kept = {name: old.get(name, value) for name, value in after.items() if name not in left}
+    return {name: value for name, value in before.items() if name not in left}, kept
+
+
+def _is_wider(before: Tensor, after: Tensor) -> bool:
+    """Whether one axis is longer, that of the units: the last one, or in maps of features the second."""
+    pairs = list(zip(before.shape, after.shape, strict=False))
+    longer = [old < new for old, new in pairs if old != new]
+    return before.dim() == after.dim() and longer == [True]
 
 
 def _check_finite(plan: Plan, outputs: Outputs, when: str) -> None:

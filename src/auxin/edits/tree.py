@@ -214,7 +214,9 @@ class _Rebuilding:
             if isinstance(part, PreTrainedConfig) and type(part) is type(value):
                 self._change_values(part, getattr(before, key), value)  # the modules of that part hold it too
             else:
-                self.undo.set(vars(config), key, copy.deepcopy(value))
+                # What the config keeps behind a property (a backbone's stages) has an underscore before its name.
+                behind = isinstance(getattr(type(config), key, None), property) and f"_{key}" in vars(config)
+                self.undo.set(vars(config), f"_{key}" if behind else key, copy.deepcopy(value))
         for key in old.keys() - new.keys():
             key = PER_LAYER if key == "per_layer_config" else key
             if key in vars(config):

@@ -5,6 +5,7 @@
 | a list with an entry per layer | `layer_types`, Gemma 3n's `intermediate_size` | the entries of the new layers |
 | a list of numbers of layers | `mlp_only_layers`, `moe_layers`, `attn_layer_indices` | the numbers that they have now |
 | the layers from which outputs are taken | `deepstack_visual_indexes` | the last layer that is or copies each |
+| the stages of a backbone | `out_indices`, `out_features` | the same |
 | a rule for numbers | `first_k_dense_replace`, `attn_layer_period` | what says the same of each layer, if anything |
 | a factor made of the number of layers | MiniCPM3's `scale_depth` | the value that gives the same factor |
 | a table by number | `per_layer_config` | the entries of the new layers |
@@ -64,6 +65,9 @@ NUMBER_LISTS = (
 """Values that hold the numbers of the layers that are of some kind."""
 TAKEN_LISTS = ("deepstack_visual_indexes", "intermediate_layers_indices", "encode_proj_layers", "target_layer_ids")
 """Values that hold the numbers of layers whose outputs go elsewhere, each to a place of its own."""
+_STAGES = ("out_indices", "out_features", "stage_names")
+"""The stages that a backbone gives, by number and by name, and the names of all; the first is what enters the
+layers."""
 _OF_LAYERS = re.compile(r"(?!mtp_)\w*_per_layer|layer_\w+")
 _NOT_FOLLOWED = re.compile(r"vision_feature_layer|mtp_\w+|layer_norm\w*|layer_sizes|layer_dims?")
 
@@ -183,6 +187,8 @@ def arranged_values(config: PreTrainedConfig, order: Order, length: int) -> dict
             found[key] = [number for number, named in enumerate(flags) if named]
         elif key in TAKEN_LISTS and isinstance(value, list | tuple):
             found[key] = [_heir(key, number, order, length) for number in value]
+        elif key == _STAGES[0] and getattr(config, "stage_names", None) == _stage_names(length):
+            found |= _stages(value, order, length)
         elif key in ROOT_SCALES and isinstance(value, int | float):
             found[key] = _same_over_root(value, length, len(order))
     for rule in RULES:
@@ -204,7 +210,11 @@ def is_per_layer(key: str, value: Sequence[Any], length: int) -> bool:
 def is_known(key: str) -> bool:
     """Whether `arranged_values` knows by its name what the value `key` is."""
     ruled = any(key in rule.fields for rule in RULES)
-    return ruled or key in (*PER_LAYER_LISTS, *NUMBER_LISTS, *TAKEN_LISTS) or _OF_LAYERS.fullmatch(key) is not None
+    return (
+        ruled
+        or key in (*PER_LAYER_LISTS, *NUMBER_LISTS, *TAKEN_LISTS, *_STAGES)
+        or _OF_LAYERS.fullmatch(key) is not None
+    )
 
 
 def arranged(entries: Sequence[Any], order: Order) -> list[Any]:
@@ -214,6 +224,19 @@ def arranged(entries: Sequence[Any], order: Order) -> list[Any]:
         last = result[-1] if result else entries[0]
         result.append(copy.deepcopy(entries[source] if source is not None else last))
     return result
+
+
+def _stage_names(length: int) -> list[str]:
+    """What a backbone of `length` layers calls what enters the first one and what leaves each."""
+    return ["stem", *(f"stage{number}" for number in range(1, length + 1))]
+
+
+def _stages(taken: Sequence[int], order: Order, length: int) -> dict[str, Any]:
+    """The stages that a backbone gives, in a new order of its layers."""
+    places = [number % (length + 1) for number in taken]
+    numbers = [place and _heir(_STAGES[0], place - 1, order, length) + 1 for place in places]
+    names = _stage_names(len(order))
+    return {_STAGES[0]: numbers, _STAGES[1]: [names[number] for number in numbers], _STAGES[2]: names}
 
 
 def order_in_words(order: Order) -> str:

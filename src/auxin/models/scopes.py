@@ -95,7 +95,7 @@ class _Scopes:
 
     def _check_head_dims(self) -> None:
         """Heads are told from tensors by one dimension for all."""
-        fields, sizes = self.found.fields, self.found.sizes
+        fields, sizes = self.found.fields.undotted, self.found.sizes
         attentions = (
             (layer, f"{layer}.{part}".rstrip("."))
             for stack, layers in self.layers.items()

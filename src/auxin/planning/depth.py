@@ -31,7 +31,8 @@ def chosen_stacks(anatomy: Anatomy, part: str | None) -> list[LayerStack]:
 
     Args:
         anatomy: of the model.
-        part: a part of the stack's path, for example "encoder" or "decoder"; None means every stack.
+        part: a part of the stack's path, for example "encoder" or "decoder", or the tower that it belongs to; None
+            means every stack.
 
     Raises:
         PlanError: no stack has such a part in its path.
@@ -51,7 +52,7 @@ def stacks_to_deepen(model: PreTrainedModel, part: str | None) -> tuple[Anatomy 
             architecture whose anatomy is not known.
     """
     try:
-        known = complete_anatomy(model)
+        known = complete_anatomy(model, part=part)
     except PlanError:
         if getattr(model.config, "quantization_config", None) is not None:
             raise
@@ -60,7 +61,7 @@ def stacks_to_deepen(model: PreTrainedModel, part: str | None) -> tuple[Anatomy 
 
 
 def _named(stacks: Sequence[LayerStack], part: str | None) -> list[LayerStack]:
-    chosen = [stack for stack in stacks if part is None or part in stack.path.split(".")]
+    chosen = [stack for stack in stacks if part is None or stack.is_in(part)]
     if not chosen:
         paths = ", ".join(stack.path for stack in stacks)
         raise PlanError(f"part = {part!r} names no layers of this model, which has {paths}. Leave part out for all.")
@@ -158,14 +159,15 @@ def identity_order(layers: int, wanted: int) -> tuple[list[int], list[int]]:
     return order, [index for index in range(1, wanted) if order[index] == order[index - 1]]
 
 
-def identity_blocks(model: PreTrainedModel, anatomy: Anatomy, wanted: int) -> list[Edit]:
-    """The edits that bring every stack to `wanted` layers by identity blocks, spread as `identity_order` says.
+def identity_blocks(model: PreTrainedModel, anatomy: Anatomy, wanted: int, part: str | None = None) -> list[Edit]:
+    """The edits that bring the stacks that `part` names, see `chosen_stacks`, to `wanted` layers by identity blocks,
+    spread as `identity_order` says.
 
     Raises:
         PlanError: `wanted` is less than there are, or the architecture takes no identity blocks.
     """
     edits: list[Edit] = []
-    for stack in anatomy.stacks:
+    for stack in chosen_stacks(anatomy, part):
         order, new = identity_order(depth(model, stack), wanted)
         if new:
             edits += arrange(model, anatomy, stack, order, dict.fromkeys(new, 0.0), exact=True)

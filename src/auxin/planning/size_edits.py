@@ -28,7 +28,7 @@ def size_edits(anatomy: Anatomy, new: Sizes) -> tuple[Sizes, list[ConfigureModul
     usual = _told(anatomy, "query", new)[0]
     refused = anatomy.heads_divide_hidden_size and usual is not None and new.residual % usual != 0
     for stream in streams:
-        field = fields.of(stream)
+        field = fields.undotted.of(stream)
         said[stream], told = _told(anatomy, stream, new, stays=refused and stream not in FEED_FORWARD)
         for scope, units in told.items() if field is not None else ():
             alike = fields.like_heads if stream == "query" else ()

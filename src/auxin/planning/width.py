@@ -100,6 +100,8 @@ def diagonal_edits(anatomy: Anatomy, widening: Widening) -> list[Edit]:
 
 def describe_sizes(anatomy: Anatomy) -> str:
     """The model's widths by their names in the settings of methods, ranges where layers differ."""
+    if anatomy.towers:
+        return f"towers ({', '.join(anatomy.towers)}) with widths of their own"
     parts = []
     for stream, name in SETTINGS.items():
         if stream == "key_value" and not anatomy.fields.key_value_heads:
@@ -180,9 +182,9 @@ class _Writer:
 
     def _padding(self, role: ParameterRole, axis: int) -> Fill:
         """What the residual's added units get: what they hold does not matter to readers, whose input there is zero
-        behind the norm, so that these start random and can learn."""
+        behind the norm, so that these start random and can learn; zeros where there is no norm."""
         if role.access[axis] == "reads":
-            return NormalFill()
+            return ZeroFill() if role.pattern in self.anatomy.bare else NormalFill()
         if role.kind in ("gain", "scale"):
             return MeanFill()
         return MeanFill() if self.widening.padding == "mean" and role.kind != "offset" else ZeroFill()

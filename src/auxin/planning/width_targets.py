@@ -1,10 +1,14 @@
 """The widths that a user asks for: which go together, and the nearest possible ones where they do not."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from pydantic import Field
+from transformers import PreTrainedModel
 
 from auxin.errors import PlanError
+from auxin.models.anatomy import anatomy as complete_anatomy
+from auxin.planning.depth import chosen_stacks
 from auxin.planning.width import describe_sizes
 from auxin.settings import Settings
 from auxin.words.roles import FEED_FORWARD, SETTINGS, Anatomy, Sizes, Stream, Width
@@ -29,6 +33,8 @@ class WidthTargets(Settings):
     """Hidden units of each expert, where experts have a size of their own."""
     shared_expert_intermediate_size: int | None = Field(default=None, gt=0)
     """Hidden units of the expert that all tokens share, where it has a size of its own."""
+    part: str | None = None
+    """Of a model of several towers, the one that grows: "text" or "vision"."""
 
     def sizes(self, anatomy: Anatomy, scoped: Iterable[Width] | None = None) -> Sizes:
         """All widths after the growth.
@@ -42,6 +48,8 @@ class WidthTargets(Settings):
             PlanError: a width shrinks, does not exist in this architecture, or does not go with the others; the message
                 names the nearest possible one.
         """
+        if any(value is not None for value in self.model_dump(include=set(SETTINGS.values())).values()):
+            refuse_without_tower(anatomy)
         old = anatomy.sizes
         hidden = _at_least("hidden_size", self.hidden_size, old.residual)
         if anatomy.heads_stay and self.num_attention_heads not in (None, old.query_heads):
@@ -143,10 +151,12 @@ class WidthTargets(Settings):
         old, wanted, name = anatomy.sizes.units(stream), self._given(stream), SETTINGS[stream]
         if old is not None and anatomy.fields.of(stream) is None:
             follows = old * hidden // anatomy.sizes.residual
+            if stream == "ffn" and anatomy.ffn_follows is not None:
+                follows = anatomy.ffn_follows.units(hidden)
             if wanted not in (None, follows):
                 raise PlanError(
-                    f"{name} = {wanted}: in this architecture it is {old // anatomy.sizes.residual} times the hidden "
-                    f"size, {follows} for hidden_size = {hidden}. Leave it out."
+                    f"{name} = {wanted}: this architecture has no value for it and works it out from the hidden size: "
+                    f"{follows} for hidden_size = {hidden}. Leave it out."
                 )
             return follows
         if old is not None:
@@ -160,6 +170,46 @@ class WidthTargets(Settings):
             )
             raise PlanError(f"{name} = {wanted}: this {anatomy.family} model has no such size. Leave it out. {instead}")
         return None
+
+
+def refuse_without_tower(anatomy: Anatomy) -> None:
+    """Raise PlanError when the model has several towers and `anatomy` is that of none of them."""
+    if anatomy.towers:
+        raise PlanError(
+            f"The model has several towers ({', '.join(anatomy.towers)}), each with widths of its own, and one is "
+            f"grown at a time. Choose it: {' or '.join(f'part = {tower}' for tower in anatomy.towers)}."
+        )
+
+
+def refuse_idle_part(anatomy: Anatomy, part: str | None, deeper: bool = False) -> None:
+    """Raise PlanError when `part` chooses nothing: the model has no such tower, and no layers are added.
+
+    Args:
+        anatomy: of the model, asked for with this part.
+        part: the setting.
+        deeper: whether layers are added; `part` may then name a stack that shares its widths with others.
+    """
+    stacks = chosen_stacks(anatomy, part)
+    if part is not None and not deeper and not any(stack.tower for stack in stacks):
+        raise PlanError(
+            f"part = {part!r} chooses where layers are added, and none are asked for: the widths of this model are "
+            "those of all its stacks. Leave it out, or ask for layers too."
+        )
+
+
+def example_tower(model: PreTrainedModel, number: int = 0) -> tuple[Anatomy, dict[str, Any]]:
+    """The anatomy of a model, or of one of its towers, and the setting that chooses that; for examples of settings.
+
+    Args:
+        model: the model.
+        number: of the tower, in the order of the model's config.
+    """
+    body = complete_anatomy(model)
+    return (
+        (complete_anatomy(model, part=body.towers[number]), {"part": body.towers[number]})
+        if body.towers
+        else (body, {})
+    )
 
 
 def feed_forward_settings(anatomy: Anatomy, factor: float) -> dict[str, int]:

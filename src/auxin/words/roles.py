@@ -9,10 +9,11 @@ A width belongs to a stream and a **scope**: the model (""), a stack ("encoder.b
 modules in layers ("model.layers.*.mlp.experts"). Where several scopes enclose a place, the innermost one's width holds.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 from auxin.errors import PlanError
 from auxin.words.paths import innermost, path_pattern
@@ -166,11 +167,17 @@ class LayerStack:
     """A module beside the layers that reads what enters the first one (DeBERTa's convolution); "" where none does."""
     layers_stay: str = ""
     """Why there can't be more layers, in a sentence that follows the path of the stack; empty where there can."""
+    tower: str = ""
+    """The tower that it belongs to, of a model of several; "" where there is one."""
 
     @property
     def ends_in_norm(self) -> bool:
         """Whether `end` is a norm behind the layers, and not the module that runs them."""
         return not self.path.startswith(f"{self.end}.")
+
+    def is_in(self, part: str) -> bool:
+        """Whether `part` names the stack's tower, or a part of its path."""
+        return part == self.tower or part in self.path.split(".")
 
     def is_read_by(self, path: str) -> bool:
         """Whether the module at `path` reads what leaves the stack."""
@@ -252,8 +259,23 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class FollowingWidth:
+    """A width that follows from the hidden size."""
+
+    ratio: Fraction
+    """How many units for each of the residual, the product rounded down."""
+    multiple: int = 1
+    """And then up to a multiple of this."""
+
+    def units(self, hidden: int) -> int:
+        """The width for the hidden size `hidden`."""
+        return -(-int(self.ratio * hidden) // self.multiple) * self.multiple
+
+
+@dataclass(frozen=True)
 class ConfigFields:
-    """Under which names the config holds the widths; None where it has no such value."""
+    """Under which names the config holds the widths, dotted where a config in it does; None where it has no such
+    value."""
 
     hidden_size: str
     heads: str
@@ -270,6 +292,20 @@ class ConfigFields:
     """Further values that are the number of heads (DeepSeek's num_key_value_heads)."""
     like_head_dim: tuple[str, ...] = ()
     """Values that are hidden size / heads and can be nothing else (Helium's head_dim)."""
+
+    @property
+    def undotted(self) -> "ConfigFields":
+        """The names in the config within that holds the values, which is the one that its modules have."""
+        return self.renamed(lambda name: name.rpartition(".")[2])
+
+    def renamed(self, rename: Callable[[str], str]) -> "ConfigFields":
+        """The fields with other names."""
+        names: dict[str, Any] = {
+            field: rename(name) if isinstance(name, str) else tuple(map(rename, name))
+            for field, name in vars(self).items()
+            if name is not None
+        }
+        return replace(self, **names)
 
     def of(self, stream: Stream) -> str | None:
         """The name under which the config holds the width of `stream`."""
@@ -342,6 +378,17 @@ class Anatomy:
     """Modules outside the layers whose output, with the residual or alone, goes into a norm right away."""
     never_hidden_size: tuple[tuple[int, str], ...] = ()
     """Hidden sizes that the model can't get, and why, in sentences that follow "hidden_size = 64: "."""
+    no_padding: str = ""
+    """What padding of the residual does not pass, whatever the norms are, so that it takes whole copies alone, in words
+    that follow "does not pass "; empty where there is nothing."""
+    bare: tuple[str, ...] = ()
+    """What reads the residual without a norm before it: patterns of parameters, and outputs of the model by name."""
+    towers: tuple[str, ...] = ()
+    """The towers of a model of several where none is chosen: every one has widths of its own, which the anatomy of one
+    tower tells. Its parameters run along no stream then, and `sizes` and `fields` are those of the first."""
+    ffn_follows: FollowingWidth | None = None
+    """How the number of feed-forward units follows from the hidden size, where the config has no value for it; None: in
+    proportion."""
     fixed_widths: tuple[tuple[Stream, str], ...] = ()
     """The streams whose width can't change, because of the architecture or of a brick, and why, in sentences that
     follow "WIDTH = 64: "."""

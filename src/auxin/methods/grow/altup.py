@@ -52,6 +52,7 @@ from auxin.nn.bricks import Brick
 from auxin.planning.bench import from_model
 from auxin.planning.depth import chosen_stacks, depth
 from auxin.planning.method import Method
+from auxin.planning.width_targets import refuse_without_tower
 from auxin.settings import Settings
 from auxin.words.roles import Anatomy, LayerStack
 
@@ -96,7 +97,8 @@ class AltUpSettings(Settings):
     """Standard deviation of noise on the mixing, each row summing to zero, and with "copies" of noise on the readers,
     relative to them, summing to zero over the blocks: parts blocks that would stay equal for ever."""
     part: str | None = None
-    """"encoder" or "decoder", with "recycled": only its layers. None: all."""
+    """"encoder" or "decoder", with "recycled": only its layers. Of a model of several towers ("text" or "vision") the
+    one that is meant. None: all."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of everything that is random."""
 
@@ -124,8 +126,6 @@ class AltUpSettings(Settings):
             raise ValueError("coefficients: 'none' is a control for conversion = random with selection = same")
         if self.control is not None and (self.conversion, self.coefficients) != ("random", "static"):
             raise ValueError("control: 'sum' goes with conversion = random alone; leave the other settings out")
-        if self.part is not None and self.conversion != "recycled":
-            raise ValueError("part: a wide embedding enters every stack; leave part out, or choose recycled")
         return self
 
     @property
@@ -149,7 +149,8 @@ def plan_altup(model: PreTrainedModel, settings: AltUpSettings) -> Plan:
         raise PlanError(
             "The model carries PEFT adapters. Merge or remove them (merge_and_unload) before its stream is widened."
         )
-    body = anatomy(model, complete=False)
+    body = anatomy(model, complete=False, part=settings.part)
+    _check_part(body, settings)
     if twice := next((name for name, module in model.named_modules() if isinstance(module, AltUpLayer)), None):
         raise PlanError(
             f"{twice} has alternating updates already, and blocks can't be added to them. Start from the model before."
@@ -218,6 +219,15 @@ def _check_entry(settings: AltUpSettings, stack: LayerStack) -> None:
             f"conversion = {settings.conversion}: {stack.reader_of_entry} reads what enters the first layer of "
             f"{stack.path}, one block of it, and would get {settings.blocks}. Ask for the conversion recycled."
         )
+
+
+def _check_part(body: Anatomy, settings: AltUpSettings) -> None:
+    stacks = chosen_stacks(body, settings.part)
+    wide = settings.conversion != "recycled"
+    if wide and settings.part is not None and not all(stack.tower for stack in stacks):
+        raise PlanError("part: a wide embedding enters every stack; leave part out, or choose recycled.")
+    if wide or settings.coefficients == "dynamic":
+        refuse_without_tower(body)
 
 
 def _check_blocks(model: PreTrainedModel, settings: AltUpSettings, stack: LayerStack, layers: int) -> None:
@@ -434,6 +444,11 @@ class _Widening:
             yield ReplaceModule(module=stack.end, brick="collapsed_output", settings={"collapse": "concatenate"})
             return
         norm, blocks = self.modules[stack.end], self.settings.blocks
+        if isinstance(norm, nn.Identity):
+            raise PlanError(
+                f"conversion = {self.settings.conversion}: no norm follows the layers of {stack.path} directly that "
+                "would take their blocks one by one. Ask for the conversion recycled, which makes one of them before."
+            )
         eps = norm_epsilon(norm)
         scale = 1 / blocks if self._reads_by_table(stack) else 1.0
         if self.settings.norm == "all" and self.settings.conversion == "zeros":
@@ -459,14 +474,21 @@ class _Widening:
     def _read(self, path: str) -> Edit:
         """The weight of a layer that reads the last stream."""
         name, blocks, width = f"{path}.weight", self.settings.blocks, self.body.sizes.residual
+        states = self.modules[path].in_features // width  # side by side, each of them now of several blocks
         if self.settings.conversion == "copies":
+            index = [state for state in range(states) for _ in range(blocks)]
             return SliceParameter(
-                parameter=name, axis=1, index=[0] * blocks, unit=width, divide=True, noise=self.settings.noise
+                parameter=name, axis=1, index=index, unit=width, divide=True, noise=self.settings.noise
             )
-        if self.settings.conversion in ("zeros", "random"):
+        if self.settings.conversion in ("zeros", "random") and states == 1:
             return PadParameter(parameter=name, axis=1, size=blocks * width, fill=NormalFill())
-        index = [ABSENT_UNIT] * blocks
-        index[self._last_block(path)] = 0
+        if self.settings.conversion in ("zeros", "random"):
+            raise PlanError(
+                f"conversion = {self.settings.conversion}: {path} reads {states} hidden states side by side, between "
+                "whose blocks random columns can't be put. Ask for copies, free or recycled."
+            )
+        last = self._last_block(path)
+        index = [state if block == last else ABSENT_UNIT for state in range(states) for block in range(blocks)]
         return SliceParameter(parameter=name, axis=1, index=index, unit=width)
 
     def _last_block(self, path: str) -> int:

@@ -26,7 +26,7 @@ from auxin.planning.depth import arrange, can_deepen, chosen_stacks, depth, stac
 from auxin.planning.method import Method
 from auxin.planning.width import widen
 from auxin.planning.width_maps import StreamMap, Widening, drawn, feed_forward_maps, head_maps, scoped_maps
-from auxin.planning.width_targets import WidthTargets, refuse_unchanged
+from auxin.planning.width_targets import WidthTargets, example_tower, refuse_idle_part, refuse_unchanged
 from auxin.words.roles import Anatomy, Sizes
 
 
@@ -35,6 +35,9 @@ class Bert2Bert(WidthTargets):
 
     num_hidden_layers: int | None = Field(default=None, gt=0)
     """Layers; of an encoder and a decoder, of each."""
+    part: str | None = None
+    """Of a model of several towers, the one that grows: "text" or "vision"; with `num_hidden_layers` alone None means
+    all. Of an encoder and a decoder, the one that gets layers."""
     initialisation: Literal["fpi", "aki"] = "aki"
     """Where further output units come from: copies in the same layer, or the layer above."""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -48,9 +51,10 @@ def plan_bert2bert(model: PreTrainedModel, settings: Bert2Bert) -> Plan:
         PlanError: an unknown architecture, a target that is smaller than the model, heads that do not go together, a
             tied head without a norm that could take up the copies, or nothing to grow.
     """
-    body = anatomy(model)
+    body = anatomy(model, part=settings.part)
+    refuse_idle_part(body, settings.part, deeper=settings.num_hidden_layers is not None)
     sizes = settings.sizes(body)
-    stacks = [(stack, depth(model, stack)) for stack in chosen_stacks(body, None)]
+    stacks = [(stack, depth(model, stack)) for stack in chosen_stacks(body, settings.part)]
     deeper = {stack.path: layers for stack, layers in stacks if settings.num_hidden_layers not in (None, layers)}
     if not deeper:
         refuse_unchanged(body, sizes)
@@ -98,10 +102,10 @@ def _random_maps(body: Anatomy, sizes: Sizes, seed: int) -> Widening:
 
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
-    body = anatomy(model)
-    settings: dict[str, Any] = {"initialisation": "fpi"}
+    body, chosen = example_tower(model)
+    settings: dict[str, Any] = {**chosen, "initialisation": "fpi"}
     if can_deepen(body):
-        settings = {"num_hidden_layers": 2 * max(depth(model, stack) for stack in body.stacks)}
+        settings = {**chosen, "num_hidden_layers": 2 * max(depth(model, stack) for stack in body.stacks)}
     if (body.tied and body.final_norm is None) or "residual" in dict(body.fixed_widths):
         return settings
     return {**settings, "hidden_size": 2 * body.sizes.residual}

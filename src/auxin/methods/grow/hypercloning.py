@@ -26,7 +26,13 @@ from auxin.planning.bench import from_model
 from auxin.planning.method import Method
 from auxin.planning.width import diagonal_edits, widen
 from auxin.planning.width_maps import StreamMap, Widening, circular, feed_forward_maps, head_maps, scoped_maps
-from auxin.planning.width_targets import WidthTargets, refuse_unchanged
+from auxin.planning.width_targets import (
+    WidthTargets,
+    example_tower,
+    refuse_idle_part,
+    refuse_unchanged,
+    refuse_without_tower,
+)
 from auxin.words.roles import FEED_FORWARD, SETTINGS, Anatomy, Sizes, Width
 
 
@@ -50,7 +56,9 @@ def plan_hypercloning(model: PreTrainedModel, settings: HyperCloning) -> Plan:
         PlanError: an unknown architecture, a hidden size that is no whole number of copies, heads that do not go
             together; the message names the nearest possible target.
     """
-    body = anatomy(model)
+    body = anatomy(model, part=settings.part)
+    refuse_idle_part(body, settings.part)
+    refuse_without_tower(body)
     sizes = _targets(body, settings).sizes(body, _scoped(body, settings))
     refuse_unchanged(body, sizes)
     query, key_value = _head_maps(body.sizes, sizes)
@@ -86,7 +94,11 @@ def _targets(body: Anatomy, settings: HyperCloning) -> WidthTargets:
             "hidden_size": factor * old.residual,
             "num_attention_heads": old.query_heads if body.heads_stay else factor * old.query_heads,
             "num_key_value_heads": kept if body.fields.key_value_heads else None,
-            **{SETTINGS[stream]: factor * units for stream in FEED_FORWARD if (units := old.units(stream))},
+            **{
+                SETTINGS[stream]: factor * units
+                for stream in FEED_FORWARD
+                if body.fields.of(stream) and (units := old.units(stream))
+            },
         }
         wanted = {name: multiples.get(name) if value is None else value for name, value in wanted.items()}
     return WidthTargets.parse(wanted)
@@ -126,8 +138,7 @@ def _diagonal(body: Anatomy, widening: Widening, sizes: Sizes) -> list[Edit]:
 
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
-    anatomy(model)
-    return {"factor": 2, "variant": "noisy"}
+    return {"factor": 2, "variant": "noisy", **example_tower(model)[1]}
 
 
 METHOD = Method(

@@ -23,8 +23,16 @@ from auxin.planning.bench import from_model
 from auxin.planning.depth import depth, identity_blocks
 from auxin.planning.method import Method
 from auxin.planning.width import widen
+from auxin.planning.width_conditions import takes_padding
 from auxin.planning.width_maps import Padding, Widening, circular, feed_forward_maps, head_maps, padded, scoped_maps
-from auxin.planning.width_targets import WidthTargets, feed_forward_settings, refuse_unchanged
+from auxin.planning.width_targets import (
+    WidthTargets,
+    example_tower,
+    feed_forward_settings,
+    refuse_idle_part,
+    refuse_unchanged,
+)
+from auxin.words.roles import Anatomy
 
 
 class Lemon(WidthTargets):
@@ -32,6 +40,9 @@ class Lemon(WidthTargets):
 
     num_hidden_layers: int | None = Field(default=None, gt=0)
     """Layers; of an encoder and a decoder, of each."""
+    part: str | None = None
+    """Of a model of several towers, the one that grows: "text" or "vision"; with `num_hidden_layers` alone None means
+    all. Of an encoder and a decoder, the one that gets layers."""
     padding: Padding | None = None
     """What the residual's padding holds: "mean" or "zeros"; None is what the norm asks for. A LayerNorm takes zeros too
     when the head is not tied: the mean of all that is written into the residual is then taken off first."""
@@ -49,10 +60,11 @@ def plan_lemon(model: PreTrainedModel, settings: Lemon) -> Plan:
         PlanError: an unknown architecture, a target that is smaller than the model, a hidden size that the norms do not
             take, heads that do not go together, identity blocks in a post-norm architecture, or nothing to grow.
     """
-    body = anatomy(model)
-    sizes = settings.sizes(body)
+    body = anatomy(model, part=settings.part)
     layers = settings.num_hidden_layers
-    deeper = [] if layers is None else identity_blocks(model, body, layers)
+    refuse_idle_part(body, settings.part, deeper=layers is not None)
+    sizes = settings.sizes(body)
+    deeper = [] if layers is None else identity_blocks(model, body, layers, settings.part)
     edits: list[Edit] = []
     if sizes != body.sizes or not deeper:
         refuse_unchanged(body, sizes)
@@ -63,7 +75,7 @@ def plan_lemon(model: PreTrainedModel, settings: Lemon) -> Plan:
             key_value=key_value,
             feed_forward=feed_forward_maps(body.sizes, sizes, circular),
             head_dim=sizes.head_dim,
-            padding=settings.padding or ("zeros" if body.norm == "rms" else "mean"),
+            padding=settings.padding or _padding(body),
             noise=settings.split_noise,
             scoped=scoped_maps(
                 body.sizes, sizes, circular, lambda old, new: head_maps(old, new.query_heads, new.key_value_heads)
@@ -80,13 +92,17 @@ def plan_lemon(model: PreTrainedModel, settings: Lemon) -> Plan:
     )
 
 
+def _padding(body: Anatomy) -> Padding:
+    """What the norms ask for."""
+    return "zeros" if body.norm == "rms" else "mean"
+
+
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
-    body = anatomy(model)
-    whole = body.norm_position == "after_residual" or not body.norm_has_gain or body.fields.epsilon is None
+    body, settings = example_tower(model)
+    whole = not takes_padding(body, _padding(body))
     bound = body.fields.head_dim is None and (body.qk_norm == "all_heads" or body.grouped)
-    whole |= body.embedding_norm is not None and body.norm == "layer"
     hidden = 2 * body.sizes.residual if whole or bound else body.sizes.residual * 3 // 2
-    settings: dict[str, Any] = {} if "residual" in dict(body.fixed_widths) else {"hidden_size": hidden}
+    settings |= {} if "residual" in dict(body.fixed_widths) else {"hidden_size": hidden}
     settings |= feed_forward_settings(body, 1.5)
     if body.norm_position != "after_residual":
         settings["num_hidden_layers"] = max(depth(model, stack) for stack in body.stacks) + 1

@@ -50,7 +50,7 @@ from auxin.planning.method import Method
 from auxin.planning.size_edits import size_values
 from auxin.planning.width import describe_sizes
 from auxin.planning.width_conditions import refuse_fixed_widths
-from auxin.planning.width_targets import WidthTargets, feed_forward_settings
+from auxin.planning.width_targets import WidthTargets, example_tower, feed_forward_settings
 from auxin.words.roles import Anatomy, LayerStack, ParameterRole, Segment, Sizes, laid_out
 
 BATCH_SIZE = 8
@@ -63,7 +63,8 @@ class LigoGrowth(WidthTargets):
     layers: int | None = Field(default=None, gt=0)
     """Number of layers after the growth. With encoder and decoder: of each, or of `part`."""
     part: str | None = None
-    """Of a model with an encoder and a decoder, the one that gets layers: "encoder" or "decoder"."""
+    """Of a model with an encoder and a decoder, the one that gets layers: "encoder" or "decoder". Of a model of several
+    towers, the one that grows: "text" or "vision"; with `layers` alone None means all."""
     steps: int = Field(default=100, ge=0)
     """Optimisation steps, each on a batch of the data; 0 leaves the operator at its start and needs no data."""
     learning_rate: float = Field(default=1e-2, gt=0)
@@ -115,7 +116,7 @@ class GrowthOperator(nn.Module):
 
     def __init__(self, model: PreTrainedModel, settings: LigoGrowth) -> None:
         super().__init__()
-        self.settings, self.body = settings, anatomy(model)
+        self.settings, self.body = settings, anatomy(model, part=settings.part)
         self._check(model)
         self.new = fixed_head_sizes(self.body, settings)
         refuse_fixed_widths(self.body, self.new)
@@ -506,8 +507,8 @@ def _interleaved(parts: list[Tensor], sizes: list[int]) -> Tensor:
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
     """A quarter wider and one layer deeper, at the operator's start: a tiny model has no data."""
-    body = anatomy(model)
-    values: dict[str, Any] = {"steps": 0}
+    body, chosen = example_tower(model, -1)
+    values: dict[str, Any] = {**chosen, "steps": 0}
     if can_deepen(body):
         values["layers"] = 1 + max(depth(model, stack) for stack in body.stacks)
     if not body.grouped and not body.heads_stay:

@@ -22,7 +22,7 @@ masks of pre-norm models and grouped-query heads follow the same rules here.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 from torch import nn
@@ -46,9 +46,9 @@ from auxin.planning.method import Method
 from auxin.planning.size_edits import size_edits, size_values
 from auxin.planning.width import describe_sizes
 from auxin.planning.width_conditions import refuse_fixed_widths
-from auxin.planning.width_targets import WidthTargets, feed_forward_settings
+from auxin.planning.width_targets import WidthTargets, example_tower, feed_forward_settings
 from auxin.words.paths import path_pattern
-from auxin.words.roles import FEED_FORWARD, Anatomy, LayerStack, ParameterRole, Segment, Sizes, laid_out
+from auxin.words.roles import FEED_FORWARD, Access, Anatomy, LayerStack, ParameterRole, Segment, Sizes, laid_out
 
 MASKS = ("masked", "masked_norm", "masked_block")
 
@@ -59,7 +59,8 @@ class MaskedGrowth(WidthTargets):
     layers: int | None = Field(default=None, gt=0)
     """Number of layers after the growth; new ones go on top. With encoder and decoder: of each, or of `part`."""
     part: str | None = None
-    """Of a model with an encoder and a decoder, the one that gets layers: "encoder" or "decoder"."""
+    """Of a model with an encoder and a decoder, the one that gets layers: "encoder" or "decoder". Of a model of several
+    towers, the one that grows: "text" or "vision"; with `layers` alone None means all."""
     ramp_steps: int | None = Field(default=None, gt=0)
     """In a recipe: steps of the next train stage over which the masks open, see `MaskRamp`; None leaves them closed."""
     new_layers: Literal["random", "copies"] = "random"
@@ -90,7 +91,7 @@ def plan_masked(model: PreTrainedModel, settings: MaskedGrowth) -> Plan:
             "The model has masks of an earlier growth. Train with MaskRamp until they are at 1 and take them off "
             "(masked with finish = true), then grow again."
         )
-    body = anatomy(model)
+    body = anatomy(model, part=settings.part)
     sizes = fixed_head_sizes(body, settings)
     deeper = _deeper(model, body, settings)
     # New layers made from nothing are masked as a whole, copies in their parts too.
@@ -419,6 +420,7 @@ class _Growth:
 
     def _mask_settings(self, module: str, roles: list[ParameterRole]) -> dict[str, Any]:
         settings: dict[str, Any] = {}
+        self._refuse_heads_within(module)
         normed = self._output_norms(module)
         for role in roles:
             for segments, access in zip(role.axes, role.access, strict=True):
@@ -439,6 +441,19 @@ class _Growth:
                 ):
                     settings |= {"output_size": self._size(segments), "new_outputs": spans}
         return settings
+
+    def _refuse_heads_within(self, module: str) -> None:
+        """PlanError when heads grow in a module that makes them and reads them itself (torch's MultiheadAttention)."""
+        found = self.model.get_submodule(module.replace("*", "0"))
+        below = [role for role in self.body.roles if role.kind == "matrix" and role.pattern.startswith(f"{module}.")]
+        grown = [role for role in below if any(self._spans(segments) for segments in role.axes)]
+        both = all(any(role.along("query", how) for role in grown) for how in get_args(Access))
+        if both and not isinstance(found, Brick):
+            raise PlanError(
+                f"num_attention_heads = {self.new.query_heads}: {module}, a {type(found).__name__}, makes its heads "
+                "and reads them in one call, between which there is no place for a mask. Grow feed-forward parts or "
+                "layers, or use another method, for example lemon."
+            )
 
     def _end_of_old_groups(self, segment: Segment) -> int:
         """Where the entries of query heads end that read old key-value heads."""
@@ -534,10 +549,10 @@ def _fill(role: ParameterRole) -> Fill:
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
     """A quarter wider in every dimension, and one layer deeper where that goes."""
-    body = anatomy(model)
+    body, chosen = example_tower(model, -1)
     group = body.sizes.query_heads // body.sizes.key_value_heads
     heads = body.sizes.query_heads + group
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {**chosen}
     if can_deepen(body):
         values["layers"] = 1 + max(depth(model, stack) for stack in body.stacks)
     if body.family == "tokenformer":

@@ -23,7 +23,13 @@ from auxin.planning.depth import depth, identity_blocks
 from auxin.planning.method import Method
 from auxin.planning.width import describe_sizes, widen
 from auxin.planning.width_maps import StreamMap, Widening, circular, drawn, feed_forward_maps, head_maps, scoped_maps
-from auxin.planning.width_targets import WidthTargets, feed_forward_settings
+from auxin.planning.width_targets import (
+    WidthTargets,
+    example_tower,
+    feed_forward_settings,
+    refuse_idle_part,
+    refuse_without_tower,
+)
 from auxin.settings import Settings
 from auxin.words.roles import Sizes
 
@@ -43,6 +49,9 @@ class Net2Net(Settings):
     """Hidden units of the expert that all tokens share, where it has a size of its own."""
     num_hidden_layers: int | None = Field(default=None, gt=0)
     """Layers; of an encoder and a decoder, of each."""
+    part: str | None = None
+    """Of a model of several towers, the one that grows: "text" or "vision"; with `num_hidden_layers` alone None means
+    all. Of an encoder and a decoder, the one that gets layers."""
     noise: float = Field(default=0.05, ge=0, allow_inf_nan=False)
     """Noise on the shares of the copies, relative to the root mean square of the weights; it sums to zero over the
     copies of a unit. Without it copies of units that are read equally stay equal for ever."""
@@ -57,9 +66,12 @@ def plan_net2net(model: PreTrainedModel, settings: Net2Net) -> Plan:
         PlanError: an unknown architecture, a target that is smaller than the model, heads that do not go together or
             that would need another hidden size, identity blocks in a post-norm architecture, or nothing to grow.
     """
-    body = anatomy(model)
+    body = anatomy(model, part=settings.part)
+    refuse_idle_part(body, settings.part, deeper=settings.num_hidden_layers is not None)
     old = body.sizes
     wanted = settings.model_dump(include=set(WidthTargets.model_fields) & set(Net2Net.model_fields))
+    if settings.num_attention_heads is not None:
+        refuse_without_tower(body)
     if body.heads_stay and settings.num_attention_heads not in (None, old.query_heads):
         raise PlanError(f"num_attention_heads = {settings.num_attention_heads}: {body.heads_stay} Leave it out.")
     if body.fields.head_dim is None and settings.num_attention_heads not in (None, old.query_heads):
@@ -74,7 +86,7 @@ def plan_net2net(model: PreTrainedModel, settings: Net2Net) -> Plan:
     if sizes != old:
         edits += widen(body, _random_maps(old, sizes, draw, settings.noise)).edits
     if settings.num_hidden_layers is not None:
-        edits += identity_blocks(model, body, settings.num_hidden_layers)
+        edits += identity_blocks(model, body, settings.num_hidden_layers, settings.part)
     if not edits:
         raise PlanError(
             f"There is nothing to grow: the model already has {describe_sizes(body)} and the layers asked for. Ask for "
@@ -111,8 +123,7 @@ def _random_maps(old: Sizes, new: Sizes, draw: random.Random, noise: float) -> W
 
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
-    body = anatomy(model)
-    settings: dict[str, Any] = {}
+    body, settings = example_tower(model)
     settings |= feed_forward_settings(body, 1.5)
     if body.norm_position != "after_residual":
         settings["num_hidden_layers"] = max(depth(model, stack) for stack in body.stacks) + 1

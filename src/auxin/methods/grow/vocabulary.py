@@ -266,6 +266,11 @@ def _tables(model: PreTrainedModel, length: int) -> list[str]:
     if odd := sorted(before.keys() ^ after.keys()):
         raise PlanError(f"With a larger vocabulary the model has other parameters ({odd[0]}); it can't grow.")
     tables = [name for name in before if before[name].shape != after[name].shape]
+    if not tables:
+        raise PlanError(
+            f"No parameter of a {type(model).__name__} has rows for the {length} tokens that its config tells of, so "
+            "that there is nothing to grow. Choose a model that reads or writes text."
+        )
     for name in tables:
         old, new = tuple(before[name].shape), tuple(after[name].shape)
         if new != (length + 1, *old[1:]):

@@ -24,12 +24,14 @@ from auxin.edits.kinds.module_edits import ReplaceModule
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
+from auxin.models.scoped_config import config_at
 from auxin.nn.bricks import Brick
 from auxin.nn.sequence_altup import Mode, SequenceAltUpLayer, is_causal
 from auxin.nn.strided import argument_names
 from auxin.planning.bench import from_model
 from auxin.planning.depth import chosen_stacks, depth
 from auxin.planning.method import Method
+from auxin.planning.width_targets import refuse_without_tower
 from auxin.settings import Settings
 from auxin.words.roles import LayerStack
 
@@ -67,7 +69,7 @@ def plan_sequence_altup(model: PreTrainedModel, settings: SequenceAltUpSettings)
     """
     stack = _stack(model, settings)
     chosen = _chosen(model, stack, settings)
-    _check_stride(model, settings.stride)
+    _check_stride(model, stack, settings.stride)
     layers = model.get_submodule(stack.path)
     assert isinstance(layers, nn.ModuleList)
     for number in chosen:
@@ -93,7 +95,8 @@ def plan_sequence_altup(model: PreTrainedModel, settings: SequenceAltUpSettings)
 
 
 def _stack(model: PreTrainedModel, settings: SequenceAltUpSettings) -> LayerStack:
-    body = anatomy(model, complete=False)
+    body = anatomy(model, complete=False, part=settings.part)
+    refuse_without_tower(body)
     part = settings.part
     if part is None and len(body.stacks) > 1:
         part = "encoder"
@@ -123,8 +126,8 @@ def _chosen(model: PreTrainedModel, stack: LayerStack, settings: SequenceAltUpSe
     return sorted(settings.layers)
 
 
-def _check_stride(model: PreTrainedModel, stride: int) -> None:
-    positions = _positions(model)
+def _check_stride(model: PreTrainedModel, stack: LayerStack, stride: int) -> None:
+    positions = _positions(model, stack)
     if positions is not None and stride > positions:
         raise PlanError(
             f"stride = {stride} is longer than any sequence of this model, which has at most {positions} tokens. Ask "
@@ -132,10 +135,10 @@ def _check_stride(model: PreTrainedModel, stride: int) -> None:
         )
 
 
-def _positions(model: PreTrainedModel) -> int | None:
-    """The tokens of the longest sequence; None where the config has no bound."""
-    config: Any = model.config
-    if model.main_input_name == "pixel_values":
+def _positions(model: PreTrainedModel, stack: LayerStack) -> int | None:
+    """The tokens of the longest sequence in a stack; None where the config has no bound."""
+    config: Any = config_at(model, stack.path)
+    if hasattr(config, "patch_size") and hasattr(config, "image_size"):
         sizes = (config.image_size, config.patch_size)
         image, patch = (size if isinstance(size, Sequence) else (size, size) for size in sizes)
         return 1 + (image[0] // patch[0]) * (image[1] // patch[1])
@@ -147,6 +150,11 @@ def _check_layer(path: str, layer: nn.Module, settings: SequenceAltUpSettings) -
         raise PlanError(
             f"{path} has alternating updates, whose blocks are no tokens and can't be strided. Give the model its "
             "stride first and apply altup to the result."
+        )
+    if table := next((name for name, _ in layer.named_parameters() if name.endswith("position_bias_table")), None):
+        raise PlanError(
+            f"{path} adds biases by the distance of tokens ({table}) for all patches of an image, whatever it is "
+            "given, and can't run on some of them. Name other layers, or use a model with one bias for all layers."
         )
     if isinstance(layer, SequenceAltUpLayer):
         raise PlanError(
@@ -170,8 +178,8 @@ def _notes(layer: nn.Module, stride: int) -> list[str]:
 
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
-    anatomy(model, complete=False)
-    return {"layers": [1], "stride": 2}
+    towers = anatomy(model, complete=False).towers
+    return {"layers": [1], "stride": 2, **({"part": towers[0]} if towers else {})}
 
 
 METHOD = Method(

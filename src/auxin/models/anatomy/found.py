@@ -6,19 +6,24 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from auxin.errors import PlanError, unknown_name
+from auxin.models.anatomy.towers import Towers
+from auxin.models.configs import config_value
 from auxin.models.edited_anatomy import with_bricks
 from auxin.models.scopes import in_scopes
 from auxin.words.registry import Registry
 from auxin.words.roles import Anatomy
 
-ANATOMIES: Registry[Callable[[PreTrainedModel], Anatomy]] = Registry(
+ANATOMIES: Registry[Callable[[PreTrainedModel], Anatomy] | Towers] = Registry(
     "anatomy", "auxin.models.anatomy", error=PlanError, plural="anatomies"
 )
-"""What describes the models of a `model_type`, by that; roles that a model lacks are dropped by `anatomy`. Entry points
-of the group "auxin.anatomies" name modules of other packages that add some."""
+"""What describes the models of a `model_type`, by that, or how they are made of towers that have one each; roles that a
+model lacks are dropped by `anatomy`. Entry points of the group "auxin.anatomies" name modules of other packages that
+add some."""
 
 
-def anatomy(model: PreTrainedModel, complete: bool = True, scopes: Iterable[str] = ()) -> Anatomy:
+def anatomy(
+    model: PreTrainedModel, complete: bool = True, scopes: Iterable[str] = (), part: str | None = None
+) -> Anatomy:
     """The anatomy of `model`, which may be a skeleton on the meta device.
 
     Widths are those of its tensors: layers and stacks whose widths differ from what the config says have them by scope.
@@ -28,6 +33,8 @@ def anatomy(model: PreTrainedModel, complete: bool = True, scopes: Iterable[str]
         complete: whether every parameter must have a role. Without, as for methods that treat layers as black boxes,
             any decoder whose modules have Llama's names will do; widths are those of the config then.
         scopes: stacks and layers whose widths shall be told apart although they may be alike; see `in_scopes`.
+        part: of a model of several towers the one whose anatomy is wanted: "text", or a part of its path. None, or a
+            part that names none: that of all of them, which has no widths, unless there is only one.
 
     Raises:
         PlanError: the architecture is not known (nor, where that will do, built like Llama), the model has a parameter
@@ -40,17 +47,25 @@ def anatomy(model: PreTrainedModel, complete: bool = True, scopes: Iterable[str]
         describe = ANATOMIES.find("llama")
     if describe is None:
         raise PlanError(unknown_name("architecture", family, ANATOMIES.all()) + ("" if complete else _NOT_LIKE_LLAMA))
-    found = describe(model)
+    found = describe.anatomy(model, part, _described) if isinstance(describe, Towers) else describe(model)
     if not complete:
         return found
     found = _by_embedding(with_bricks(in_scopes(model, found, scopes), model), model)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     used = [role for role in found.roles if any(role.matches(name) for name in shapes)]
-    epsilon = getattr(model.config, found.fields.epsilon) if found.fields.epsilon else 0.0
+    epsilon = config_value(model.config, found.fields.epsilon) if found.fields.epsilon else 0.0
     found = replace(found, roles=tuple(used), epsilon=epsilon)
     for name, shape in shapes.items():
         _check_shape(found, name, shape)
     return found
+
+
+def _described(tower: PreTrainedModel) -> Anatomy:
+    """What a tower's architecture says of it, as of a model by itself."""
+    describe = ANATOMIES.find(tower.config.model_type)
+    if isinstance(describe, Towers):
+        raise PlanError(f"A tower of the model is a {type(tower).__name__}, which has several itself.")
+    return describe(tower)
 
 
 def _by_embedding(found: Anatomy, model: PreTrainedModel) -> Anatomy:

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+from torch.nn import Module, Parameter
 from transformers import PreTrainedModel
 
+from auxin.nn.bricks import Brick
 from auxin.words.roles import Axes, ParameterRole, Sizes, linear
 
 VOCABULARY_HEADS = ("lm_head", "embed_out")
@@ -21,6 +23,17 @@ def norm_epsilon(norm: Any) -> float:
 def base_prefix(model: PreTrainedModel) -> str:
     """What the names of the parameters below a head begin with: "model." for a Llama with one, "" for one without."""
     return "" if model.base_model is model else f"{model.base_model_prefix}."
+
+
+def has_parameters(model: PreTrainedModel, path: str) -> bool:
+    """Whether the architecture's module at `path`, below whatever edits put around it, has parameters of its own or
+    `path` is a parameter."""
+    found: Any = model
+    for part in path.split("."):
+        found = getattr(found, part, None)
+        while isinstance(found, Brick) and found.wrapped is not None:
+            found = found.wrapped
+    return isinstance(found, Parameter) or (isinstance(found, Module) and any(True for _ in found.parameters(False)))
 
 
 def sizes_of(config: Any, ffn: int | None, head_dim: int | None = None, key_value_heads: int | None = None) -> Sizes:
