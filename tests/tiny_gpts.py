@@ -6,7 +6,7 @@ from typing import Any
 
 from tiny_decoders import COMMON, EPSILON, WINDOW, Made, made, rope
 
-VOCABULARY = COMMON["vocab_size"]
+TITLE = "Decoders around GPT, and with low-rank attention or shared experts"
 _RMS = {**COMMON, "rms_norm_eps": EPSILON}
 _NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 _TOKENS = {key: COMMON[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}

@@ -60,13 +60,16 @@ def test_what_it_names_exists_and_a_skeleton_suffices(family):
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     for stack in found.stacks:
         assert len(modules[stack.path]) == getattr(model.config, stack.length_field)
-        for name in (*stack.outputs, *stack.output_norms):
+        # Layers may lack some of the outputs, which serve several architectures.
+        assert any(f"{stack.path}.0.{name}" in modules for name in stack.outputs)
+        for name in stack.output_norms:
             assert f"{stack.path}.0.{name}" in modules
     assert set(found.embeddings) <= set(parameters)
     assert found.head in modules
     assert found.final_norm is None or modules[found.final_norm].weight is not None
-    for field in vars(found.fields).values():
-        assert field is None or hasattr(model.config, field)
+    for value in vars(found.fields).values():
+        fields = value if isinstance(value, tuple) else (value,)
+        assert all(field is None or hasattr(model.config, field) for field in fields)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +81,9 @@ def test_the_parts_of_a_layer_read_each_other_unless_they_are_parallel(family, c
     """By intervention: what the first part of a layer gives is changed, and the second part hears of it, or not."""
     model = tiny(family, **config)
     for stack in anatomy(model).stacks:
-        first, second = (model.get_submodule(f"{stack.path}.0.{name}") for name in stack.outputs[:2])
+        modules = dict(model.named_modules())
+        paths = [path for name in stack.outputs if (path := f"{stack.path}.0.{name}") in modules]
+        first, second = (modules[path] for path in paths[:2])
         heard = []
         second.register_forward_hook(lambda module, inputs, output, heard=heard: heard.append(output))
         logits(model)

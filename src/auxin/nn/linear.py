@@ -1,8 +1,5 @@
 """Which modules are linear layers, y = W x + b of their weight and bias, whatever their class is called."""
 
-from functools import cache
-from typing import Any, cast
-
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -11,6 +8,9 @@ from auxin.nn.bricks import Brick
 
 LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
 """The classes of linear layers; that of GPT-2 keeps its weight as (in, out)."""
+
+_TRIED: dict[type[nn.Module], bool] = {}
+"""Of the subclasses seen so far whether they compute the same."""
 
 
 def linear_class(module: nn.Module) -> type[nn.Module] | None:
@@ -23,7 +23,7 @@ def linear_class(module: nn.Module) -> type[nn.Module] | None:
     if type(module) in LAYERS:
         return type(module)
     base = next((layer for layer in LAYERS if isinstance(module, layer)), None)
-    if base is None or isinstance(module, Brick) or not _same(cast(Any, type(module)), cast(Any, base)):
+    if base is None or isinstance(module, Brick) or not _same(type(module), base):
         return None
     return base if _attributes(module) <= _attributes(_small(base, True)) else None
 
@@ -32,9 +32,14 @@ def _attributes(module: nn.Module) -> set[str]:
     return {name for name in vars(module) if not name.startswith("_")}
 
 
-@cache
-def _same(cls: Any, base: Any) -> bool:
-    """Whether small layers of the class `cls` compute what those of `base` do with the same weight and bias."""
+def _same(cls: type[nn.Module], base: type[nn.Module]) -> bool:
+    """Whether small layers of `cls` compute what those of `base` compute with the same weight and bias."""
+    if cls not in _TRIED:
+        _TRIED[cls] = _tried(cls, base)
+    return _TRIED[cls]
+
+
+def _tried(cls: type[nn.Module], base: type[nn.Module]) -> bool:
     if cls.forward is base.forward:
         return False
     try:
