@@ -37,7 +37,13 @@ def in_scopes(model: PreTrainedModel, found: Anatomy, scopes: Iterable[str] = ()
 
 class _Scopes:
     def __init__(self, model: PreTrainedModel, found: Anatomy) -> None:
-        self.model, self.found = model, found
+        said = [
+            Width(stream, path, getattr(model.config, name))
+            for stream in STREAMS
+            for path, name in found.fields.names(stream).items()
+            if path
+        ]
+        self.model, self.found = model, replace(found, sizes=found.sizes.with_widths(said))
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         modules = dict(model.named_modules())
         self.layers: dict[LayerStack, list[str]] = {
@@ -56,12 +62,17 @@ class _Scopes:
         for stack, layers in self.layers.items():
             for stream in STREAMS:
                 units = {layer: measured[stream, layer] for layer in layers if (stream, layer) in measured}
-                others = {path: count for path, count in units.items() if count != self.found.sizes.units(stream)}
+                usual = self.found.sizes.units(stream, stack.path)
+                others = {path: count for path, count in units.items() if count != usual}
                 grain = asked.get(stack, "model")
-                if others and others == units and len(set(units.values())) == 1 and grain != "layer":
+                said = stack.path in self.found.fields.names(stream)
+                # What the config says for a stack stays the stack's width, also where no layer follows it.
+                if others and others == units and len(set(units.values())) == 1 and grain != "layer" and not said:
                     grain, others = "stack", {stack.path: next(iter(others.values()))}
                 elif others:
                     grain = "layer"
+                elif usual != self.found.sizes.units(stream):
+                    grain = max(grain, "stack", key=GRAINS.index)
                 grains[stack, stream] = grain
                 widths += [Width(stream, scope, count) for scope, count in others.items()]
             # Query heads read key-value heads: whoever maps the ones of a layer maps the others.
@@ -69,7 +80,8 @@ class _Scopes:
             grains[stack, "query"] = grains[stack, "key_value"] = heads
         if all(grain == "model" for grain in grains.values()):
             return self.found
-        self.found = replace(self.found, sizes=self.found.sizes.with_widths(widths))
+        sizes = self.found.sizes
+        self.found = replace(self.found, sizes=sizes.with_widths([*sizes.scoped, *widths]))
         roles = [scoped for role in self.found.roles for scoped in self._scoped(role, grains)]
         return replace(self.found, roles=tuple(roles))
 
@@ -96,6 +108,13 @@ class _Scopes:
     def _check_head_dims(self) -> None:
         """Heads are told from tensors by one dimension for all."""
         fields, sizes = self.found.fields, self.found.sizes
+        for name in fields.names("query").values() if fields.head_dim is None else ():
+            if (dim := sizes.residual // getattr(self.model.config, name)) != sizes.head_dim:
+                raise PlanError(
+                    f"{name} = {getattr(self.model.config, name)} with {fields.hidden_size} = {sizes.residual}: heads "
+                    f"of dimension {dim}, and {fields.heads} makes others of {sizes.head_dim}. Known are stacks with "
+                    "heads of one dimension; methods that only add layers can change this model."
+                )
         attentions = (
             (layer, f"{layer}.{part}".rstrip("."))
             for stack, layers in self.layers.items()

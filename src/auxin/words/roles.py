@@ -10,7 +10,7 @@ modules in layers ("model.layers.*.mlp.experts"). Where several scopes enclose a
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from auxin.errors import PlanError
@@ -226,9 +226,18 @@ class ConfigFields:
     shared_expert_ffn: str | None = None
     like_hidden_size: tuple[str, ...] = ()
     """Further values that are the hidden size, under names of their own (OPT's word_embed_proj_dim)."""
+    by_stack: Mapping[str, Mapping[Stream, str]] = field(default_factory=dict)
+    """Where each stack has widths of its own, their names by the stack's path (BART: encoder_ffn_dim, decoder_ffn_dim);
+    the names above are those of the stack whose widths are the model's."""
+
+    def names(self, stream: Stream) -> dict[str, str]:
+        """The names under which the config holds the widths of `stream`, by the stack that each is about; "" for all."""
+        own = {path: names[stream] for path, names in self.by_stack.items() if stream in names}
+        name = self.of(stream)
+        return own or ({"": name} if name else {})
 
     def of(self, stream: Stream) -> str | None:
-        """The name under which the config holds the width of `stream`."""
+        """The name under which the config holds the width of `stream` of the model."""
         known = {
             "residual": self.hidden_size,
             "query": self.heads,
