@@ -286,6 +286,42 @@ def test_a_text_in_pieces_is_the_whole_text(family, stride, cuts, mode, eager, s
     assert {cache.get_seq_length(number) for number in range(4)} == {sum(cuts)}
 
 
+WINDOWS = {
+    "mistral": {"sliding_window": 4},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 4},
+    "olmo3": {"layer_types": ["full_attention", *["sliding_attention"] * 3], "sliding_window": 5},
+    "cohere2": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]},
+}
+"""Layers that see a window of tokens, all of them or some."""
+
+
+@given(
+    family=st.sampled_from(list(WINDOWS)),
+    stride=st.integers(2, 6),
+    cuts=st.lists(st.integers(1, 7), min_size=1, max_size=6),
+    layers=st.sampled_from([[1, 2], [0, 1, 2, 3], [0], [3]]),
+    eager=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+@settings(max_examples=60)
+def test_within_sliding_windows_a_text_in_pieces_is_the_whole_text(family, stride, cuts, layers, eager, seed):
+    model = strided(deep(family, **WINDOWS[family]), seed, stride=stride, layers=layers)
+    if eager:
+        model.set_attn_implementation("eager")
+    tokens = ids(2, sum(cuts), seed)
+    with torch.no_grad(), InDouble():
+        whole = model(tokens, use_cache=False).logits
+        got, _ = in_pieces(model, tokens, cuts)
+    assert change(whole, got) <= EXACT
+
+
+def test_a_strided_layer_keeps_the_anchors_of_its_window_alone():
+    model = strided(deep("mistral", **WINDOWS["mistral"]), stride=2, layers=[1, 2])
+    with torch.no_grad():
+        _, cache = in_pieces(model, ids(2, 20), [8, *[1] * 12])
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [3, 2, 2, 3]
+
+
 def test_also_the_first_layer_can_have_a_stride():
     """It is by it that models ask a cache for the number of tokens."""
     for family in DECODERS:
@@ -322,11 +358,12 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("family", families([*DECODERS, "t5"]))
+@pytest.mark.parametrize("family", families([*DECODERS, "t5", "mistral", "gemma3_text"], "mistral"))
 @pytest.mark.parametrize("stride", [2, 5])
 def test_generation_with_and_without_a_cache_is_the_same(family, way, stride):
     """Also from a prompt that is shorter than the stride."""
-    model = strided(deep(family), stride=stride, **({"part": "decoder"} if family == "t5" else {}))
+    model = deep(family, **WINDOWS.get(family, {}))
+    strided(model, stride=stride, **({"part": "decoder"} if family == "t5" else {}))
     written = []
     for use_cache in (True, False):
         torch.manual_seed(3)

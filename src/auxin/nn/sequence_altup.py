@@ -37,6 +37,7 @@ from auxin.nn.strided import (
     CACHES,
     Chunk,
     StridedLayer,
+    StridedSlidingLayer,
     argument_names,
     strided_arguments,
     strided_cache,
@@ -184,8 +185,9 @@ class SequenceAltUpLayer(Brick):
         update = self.sequence_altup
         cache = next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
         self._check(hidden_states, arguments, cache)
-        state = None if cache is None else strided_cache(cache, self)
-        chunk = Chunk(update.stride, state.tokens if state is not None else 0, hidden_states.shape[1])
+        state = None if cache is None else strided_cache(cache, self, update.stride)
+        first_key = state.first_key if isinstance(state, StridedSlidingLayer) else 0
+        chunk = Chunk(update.stride, state.tokens if state is not None else 0, hidden_states.shape[1], first_key)
         # Without gradients it is a text that is being written, which may begin like that.
         if self.training and torch.is_grad_enabled() and chunk.total < chunk.stride:
             raise ConfigError(

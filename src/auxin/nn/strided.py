@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from auxin.errors import ConfigError
 from auxin.nn.calls import forward_arguments
@@ -33,6 +33,8 @@ class Chunk:
     """Tokens before the first one of this call."""
     length: int
     """Tokens of this call."""
+    first_key: int = 0
+    """The first token that masks have a column for: those before are out of a sliding window."""
 
     @property
     def total(self) -> int:
@@ -115,12 +117,49 @@ class StridedLayer(DynamicLayer):
             self.anchor, self.output = change(self.anchor), change(self.output)
 
 
-def strided_cache(cache: Any, layer: nn.Module) -> StridedLayer:
+class StridedSlidingLayer(StridedLayer):
+    """The same for a layer that sees a window: of the anchors before, it keeps and shows those within. Masks come out
+    of the same sizes as for other layers with the window.
+
+    Args:
+        sliding_window: tokens that a token sees, itself included.
+        stride: k.
+    """
+
+    is_sliding = True
+
+    def __init__(self, sliding_window: int, stride: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.sliding_window, self.stride = sliding_window, stride
+
+    @property
+    def first_key(self) -> int:
+        """The first token seen that the next one still sees."""
+        return max(self.tokens - self.sliding_window + 1, 0)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values of anchors to those within the window, (batch, heads, anchors, dim), and give all."""
+        if self.keys is not None and self.values is not None and self.is_initialized:
+            kept = -(-self.tokens // self.stride) - -(-self.first_key // self.stride)
+            start = max(self.keys.shape[-2] - kept, 0)
+            self.keys, self.values = self.keys[:, :, start:], self.values[:, :, start:]
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return keys, values
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        """Columns of a mask, and the token that the first of them is for."""
+        # Earlier versions of transformers give the positions of the queries.
+        queries = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        return self.tokens - self.first_key + queries, self.first_key
+
+
+def strided_cache(cache: Any, layer: nn.Module, stride: int) -> StridedLayer:
     """The part of `cache` that belongs to `layer`; put there if the cache is new.
 
     Args:
         cache: a DynamicCache, or an EncoderDecoderCache with one.
         layer: has, somewhere inside, the attribute layer_idx.
+        stride: the layer's.
 
     Raises:
         ConfigError: the cache is of another kind, or was filled by a layer that is not strided.
@@ -135,12 +174,13 @@ def strided_cache(cache: Any, layer: nn.Module) -> StridedLayer:
         found = cache.layers[number]
         if isinstance(found, StridedLayer):
             return found
-        if type(found) is DynamicLayer and found.get_seq_length() == 0:
-            new = cache.layers[number] = StridedLayer()
+        known = isinstance(found, DynamicLayer) and type(found) in (DynamicLayer, DynamicSlidingWindowLayer)
+        if isinstance(found, DynamicLayer) and known and found.get_seq_length() == 0:
+            window = found.sliding_window if isinstance(found, DynamicSlidingWindowLayer) else None
+            new = StridedLayer() if window is None else StridedSlidingLayer(window, stride)
+            cache.layers[number] = new
             return new
-        kind = (
-            f"{type(cache).__name__} with {'tokens in ' if type(found) is DynamicLayer else ''}a {type(found).__name__}"
-        )
+        kind = f"{type(cache).__name__} with {'tokens in ' if known else ''}a {type(found).__name__}"
     else:
         kind = type(cache).__name__ + (" that is offloaded" if getattr(cache, "offloading", False) else "")
     raise ConfigError(
@@ -198,7 +238,8 @@ def _strided(name: str, value: Any, chunk: Chunk, pooled: bool, flash: bool) -> 
             "attn_implementation = sdpa, and give a mask of numbers."
         )
     if name == "position_embeddings":
-        return tuple(_queries(name, part, chunk) for part in value)
+        parts = [_queries(name, part, chunk) for part in (value if isinstance(value, tuple) else [value])]
+        return tuple(parts) if isinstance(value, tuple) else parts[0]
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
     if name == "attention_mask":
@@ -242,9 +283,10 @@ def _queries(name: str, x: Tensor, chunk: Chunk) -> Tensor:
 
 def _keys(name: str, x: Tensor, chunk: Chunk) -> Tensor:
     """The columns (the last axis) of anchors, of this call and the calls before; one that is for all stays."""
-    if x.shape[-1] == chunk.total:
-        return _every(x, -1, 0, chunk.stride)
-    return _one_for_all(name, x, -1, chunk.total)
+    first = 0 if x.dim() == 2 else chunk.first_key
+    if x.shape[-1] == chunk.total - first:
+        return _every(x, -1, -first % chunk.stride, chunk.stride)
+    return _one_for_all(name, x, -1, chunk.total - first)
 
 
 def _one_for_all(name: str, x: Tensor, axis: int, tokens: int) -> Tensor:

@@ -198,7 +198,8 @@ def _factors(
     Args:
         module: the layer, or a module in it.
         path: where it is.
-        outputs: the modules whose results are scaled, relative to it; an empty string is the module itself.
+        outputs: what gives the results that are scaled, relative to it: modules, of which an empty string is this one,
+            or single parameters.
         factor: the factor.
         anatomy: of the model.
 
@@ -212,6 +213,7 @@ def _factors(
         if "" in outputs:
             own = (name for name, _ in module.named_parameters(recurse=False))
             factors |= {name: factor for name in own if not anatomy.role(f"{path}.{name}").added}
+        factors |= {output: factor for output in outputs if module._parameters.get(output) is not None}
         for part in dict.fromkeys(output.partition(".")[0] for output in outputs if output):
             # Where a module was taken away with what is inside, the stand-in says what that means.
             if (child := module._modules.get(part)) is not None:

@@ -171,7 +171,10 @@ class _Writer:
     def _slice(self, role: ParameterRole, axis: int, index: list[int], unit: int, divide: bool) -> SliceParameter:
         noisy = divide and role.access[axis] == "reads"
         noise = self.widening.noise if noisy else 0.0
-        return SliceParameter(parameter=role.pattern, axis=axis, index=index, unit=unit, divide=divide, noise=noise)
+        offset = self.anatomy.gain_offset if divide and role.kind == "gain" else 0.0
+        return SliceParameter(
+            parameter=role.pattern, axis=axis, index=index, unit=unit, divide=divide, offset=offset, noise=noise
+        )
 
     def _padding(self, role: ParameterRole, axis: int) -> Fill:
         """What the residual's added units get: what they hold does not matter to readers, whose input there is zero
@@ -213,11 +216,8 @@ class _Writer:
         edits: list[Edit] = []
         offset = self.anatomy.gain_offset if role.kind == "gain" else 0.0
         factor = self.eta if role.kind == "gain" and self._runs_along_residual(role, 0) else 1.0
-        if self._is_read_by_tied_head(role):
-            if self.anatomy.gain_offset and role.kind == "gain":
-                factor /= max(self.widening.residual.counts)
-            if self.anatomy.logits_scaled or self.anatomy.embedding_scaled:
-                factor *= self.growth
+        if self._is_read_by_tied_head(role) and (self.anatomy.logits_scaled or self.anatomy.embedding_scaled):
+            factor *= self.growth
         if role.pattern == self.anatomy.embeddings[0] and self.anatomy.embedding_scaled:
             factor /= self.growth
         if role.kind in ("matrix", "bias") and self.anatomy.qk_norm != "none" and _parts(role) & {"query", "key"}:
@@ -245,14 +245,11 @@ class _Writer:
         return [ScaleEntries(parameter=role.pattern, factor=factor, axis=axis, index=index)]
 
     def _is_divided(self, role: ParameterRole, axis: int) -> bool:
-        """Whether entries are divided by their copies: those of readers, and those of the norm before a tied head.
-        Gains that are stored with an offset get the factor after it."""
+        """Whether entries are divided by their copies: those of readers, and those of the norm before a tied head."""
         maps = [self.widening.stream(segment) for segment in role.axes[axis]]
         if any(m is not None and m.is_cut for m in maps):
             return False
-        if role.access[axis] == "reads":
-            return True
-        return self._is_read_by_tied_head(role) and not (role.kind == "gain" and self.anatomy.gain_offset)
+        return role.access[axis] == "reads" or self._is_read_by_tied_head(role)
 
     def _is_read_by_tied_head(self, role: ParameterRole) -> bool:
         """Whether the parameter belongs to the last norm, whose output the token embedding reads as a head."""

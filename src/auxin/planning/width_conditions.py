@@ -121,12 +121,7 @@ def _tied_head_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
     if widening.residual.is_identity or widening.residual.is_cut or not anatomy.tied:
         return []
     if anatomy.final_norm is not None:
-        if not anatomy.gain_offset or widening.residual.is_even:
-            return []
-        return [
-            f"hidden_size = {widening.residual.size}: the last norm stores its gains less {anatomy.gain_offset:g} "
-            "and can take up one number of copies only for a tied head. Use whole copies or padding."
-        ]
+        return []
     return [
         f"hidden_size = {widening.residual.size}: the head is the token embedding and the last norm has no gain that "
         "could take up the number of copies, so this can't grow. Untie the head first, or leave hidden_size out."

@@ -198,6 +198,8 @@ class SliceParameter(ParameterEdit):
     """Entries per unit: 1, or the head size for whole heads."""
     divide: bool = False
     """Whether every unit is divided by the number of its copies; for readers of copied units."""
+    offset: float = Field(default=0.0, allow_inf_nan=False)
+    """With `divide`: what a model adds to the stored value before it uses it, as in `ScaleParameter`."""
     noise: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """With `divide`: root mean square of noise that sums to zero over the copies of a unit, relative to that of the
     result. It breaks the symmetry of copies without changing their sum."""
@@ -210,6 +212,8 @@ class SliceParameter(ParameterEdit):
             raise ValueError(f"index: {min(self.index)} is no unit; give 0, 1, ... or -1 for zeros")
         if self.noise and not self.divide:
             raise ValueError("noise keeps a sum only among copies that were divided; set divide, or leave noise out")
+        if self.offset and not self.divide:
+            raise ValueError("offset says how copies are divided; set divide, or leave offset out")
         return self
 
     def new_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -231,7 +235,8 @@ class SliceParameter(ParameterEdit):
             return old.new_empty(self.new_shape(tuple(old.shape)))
         new = self._taken(old)
         if self.divide:
-            new.div_(self._along_axis(self._counts(old.shape)[self._sources(old.shape)], new))
+            counts = self._along_axis(self._counts(old.shape)[self._sources(old.shape)], new)
+            new = (new + self.offset).div_(counts).sub_(self.offset) if self.offset else new.div_(counts)
         if self.noise:
             self._add_noise(new, tuple(old.shape), generator(seed, name, tuple(old.shape)))
         return new
@@ -254,7 +259,9 @@ class SliceParameter(ParameterEdit):
         if first is None:
             return None
         old = new.index_select(self.axis, first.to(new.device))
-        return old * self._along_axis(self._counts(old_shape), old) if self.divide else old
+        if not self.divide:
+            return old
+        return (old + self.offset) * self._along_axis(self._counts(old_shape), old) - self.offset
 
     def inverse(self, old_shape: tuple[int, ...]) -> list[ParameterEdit] | None:
         """Taking the first copy of every unit; None where a unit was dropped or divided unevenly."""
@@ -265,12 +272,13 @@ class SliceParameter(ParameterEdit):
             SliceParameter(parameter=self.parameter, axis=self.axis, index=first, unit=self.unit)
         ]
         if self.divide and counts[0] > 1:
-            back.append(ScaleParameter(parameter=self.parameter, factor=float(counts[0])))
+            back.append(ScaleParameter(parameter=self.parameter, factor=float(counts[0]), offset=self.offset))
         return back
 
     def rate(self, old_shape: tuple[int, ...]) -> Rate:
-        """Exact where all units have equally many copies with equal shares."""
-        return _copy_rate(self._counts(old_shape), self.divide, self.noise)
+        """Exact where all units have equally many copies with equal shares; with an offset, see `ScaleParameter`."""
+        rate = _copy_rate(self._counts(old_shape), self.divide, self.noise)
+        return rate.model_copy(update={"exact": False}) if self.offset and rate != Rate() else rate
 
     @cached_property
     def _entries(self) -> Tensor:
@@ -334,7 +342,7 @@ class SliceParameter(ParameterEdit):
         units = f"units of {self.unit} along axis {self.axis}" if self.unit > 1 else f"axis {self.axis}"
         copied = len(self.index) - len(set(self.index))
         parts = [f"take {len(self.index)} of {units} ({_ranges(self.index)})"]
-        parts += ["divided"] if self.divide and copied else []
+        parts += ["divided" + (f" (offset {self.offset:g})" if self.offset else "")] if self.divide and copied else []
         parts += [f"noise {self.noise:g}"] if self.noise else []
         return ", ".join(parts)
 
@@ -347,6 +355,10 @@ class ScaleParameter(ParameterEdit):
     """The number; 0 silences what the parameter does."""
     offset: float = Field(default=0.0, allow_inf_nan=False)
     """What a model adds to the stored value before it uses it: 1 for norm gains that are stored less one."""
+
+    def collides_with(self, other: ParameterEdit) -> bool:
+        """Whether both mean the same parameters: a factor for all layers and one for a new layer are no mistake."""
+        return super().collides_with(other) and self.parameter == other.parameter
 
     def map_parameter(self, old: Tensor, seed: int, name: str) -> Tensor:
         """The new tensor."""

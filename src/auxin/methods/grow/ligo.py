@@ -295,8 +295,9 @@ class GrowthOperator(nn.Module):
         return _units(self.new, segment) - segment.count
 
     def _entries(self, segment: Segment) -> int:
-        """Entries of a unit that belong to one part (query, key or value) of a head."""
-        return segment.unit // max(len(segment.parts), 1)
+        """Entries of a unit that belong to one part (query, key or value) of a head; units of no parts are mapped
+        whole."""
+        return segment.unit // len(segment.parts) if segment.parts else 1
 
     def _length(self, segments: tuple[Segment, ...]) -> int:
         """Of the axis after the growth."""
@@ -341,7 +342,11 @@ class GrowthOperator(nn.Module):
 
     def _key(self, segments: tuple[Segment, ...], owner: str) -> str:
         """Name of the axis's whole matrix in the file."""
-        return "+".join(base.replace("/", ".") for _, base in self._bases(segments, owner))
+        names = []
+        for segment, base in self._bases(segments, owner):
+            unit = f".{segment.unit}" if segment.unit > 1 and not segment.parts else ""
+            names.append(base.replace("/", ".") + unit)
+        return "+".join(names)
 
     def _matrix(self, segments: tuple[Segment, ...], owner: str) -> Tensor:
         """The whole matrix (new, old) of an axis: its segments one after the other, the parts of a head interleaved."""
@@ -349,7 +354,8 @@ class GrowthOperator(nn.Module):
         blocks = []
         for segment in segments:
             parts = [self._base(*next(bases)) for _ in _parts(segment)]
-            blocks.append(_interleaved(parts, self._entries(segment)))
+            block = _interleaved(parts, self._entries(segment))
+            blocks.append(block if segment.parts else torch.kron(block, torch.eye(segment.unit).to(block)))
         return torch.block_diag(*blocks)
 
     def _base(self, segment: Segment, base: str) -> Tensor:
