@@ -84,11 +84,11 @@ def apply(
         model: the model, or the folder of a checkpoint.
         optimizer: of a model: what trains it, any of torch's whose state has the parameters' shape.
         probe: of a model: token ids (batch, sequence) on which the promise is checked, or inputs by name; default:
-            three random sequences or images.
+            three random samples of the kind that the model takes.
         output: of a folder: the new one, which does not exist or is empty.
 
     Returns:
-        What was done: parameters before and after, the largest change of a logit, and how AdamW can go on.
+        What was done: parameters before and after, the largest change of an output, and how AdamW can go on.
 
     Raises:
         ConfigError: something is given that is for the other kind of model, or a folder comes without `output`.

@@ -1,6 +1,7 @@
 """Which class a config is loaded as."""
 
 import pytest
+import torch
 from transformers import (
     AlbertConfig,
     AutoModel,
@@ -22,8 +23,9 @@ from transformers import (
     ViTModel,
 )
 
-from auxin.models.loading import load_model, model_class_of, skeleton
+from auxin.models.loading import initialisers, load_model, model_class_of, skeleton
 from auxin.models.tokenformer import TokenFormerConfig
+from tiny_kinds import KINDS, tiny_kind
 from tiny_models import tiny
 
 
@@ -59,3 +61,21 @@ def test_a_type_without_a_causal_head_is_built_and_loaded_as_what_it_is(tmp_path
     assert type(load_model(tmp_path)) is ViTForImageClassification
     plain = model.config.__class__(**{**model.config.to_dict(), "architectures": None})
     assert type(skeleton(plain)) is ViTForImageClassification
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_skeleton_has_the_buffers_of_a_model_whatever_models_it_is_made_of(name):
+    model = tiny_kind(name)
+    made = dict(skeleton(model.config, type(model)).named_buffers())
+    wanted = {path: buffer for path, buffer in model.named_buffers() if path not in model.state_dict()}
+    assert all(torch.equal(made[path], buffer) for path, buffer in wanted.items())
+
+
+def test_modules_are_initialised_by_the_innermost_model_that_holds_them():
+    model = tiny_kind("LlavaModel")
+    layers = model.vision_tower.encoder.layers
+    for path, part in (("", model), ("vision_tower", model.vision_tower), ("vision_tower.encoder.layers", layers)):
+        holders = {id(module): holder for module, holder in initialisers(model, path, part)}
+        assert set(holders) == {id(module) for module in part.modules()}
+        assert holders[id(layers[0].mlp)] is model.vision_tower
+        assert holders[id(part)] is (model if path == "" else model.vision_tower)

@@ -9,6 +9,7 @@ from auxin.edits.structure import edited_skeleton
 from auxin.errors import PlanError
 from auxin.models.places import what_is_returned
 from auxin.nn.stand_ins import Zeros
+from tiny_kinds import tiny_kind
 from tiny_models import tiny
 
 PAIR, BARE = ["hidden", "nothing"], []
@@ -58,6 +59,25 @@ def test_weights_are_not_looked_at_and_the_model_stays_as_it_is():
     assert not isinstance(model.get_submodule(path), Zeros)
     assert what_is_returned(edited_skeleton(model.config, type(model)), [path]) == {path: BIASED}
     assert what_is_returned(model, []) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("ASTModel", {"layers.0.attention": PAIR, "layers.1.mlp": BARE}),
+        ("WhisperModel", {"encoder.layers.0.self_attn": PAIR, "decoder.layers.1.encoder_attn": PAIR}),
+        (
+            "CLIPModel",
+            {"text_model.encoder.layers.0.mlp": BARE, "vision_model.encoder.layers.1.self_attn": PAIR},
+        ),
+        ("Wav2Vec2Model", {"encoder.layers.0.feed_forward": BARE}),
+        ("XLNetLMHeadModel", {"transformer.layer.0.ff": BARE}),
+        ("VideoMAEModel", {"encoder.layer.0.attention": BARE}),
+        ("LlavaForConditionalGeneration", {"model.language_model.layers.0.mlp": BARE}),
+    ],
+)
+def test_models_of_any_input_have_places(name, wanted):
+    assert what_is_returned(tiny_kind(name), wanted) == wanted
 
 
 def test_what_other_modules_need_is_named():

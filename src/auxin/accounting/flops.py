@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from auxin.accounting.inputs import example_inputs
+from auxin.accounting.inputs import example_inputs, follows_length, without_cache
 from auxin.accounting.shapes import shape_only_copy, without_data
 from auxin.settings import Settings
 
@@ -56,21 +56,21 @@ def flops_per_token(
     """Count the FLOPs per token of one forward pass of `model` over one sequence of `sequence_length` tokens.
 
     Args:
-        model: a language model. Of a model of images the FLOPs are those per image.
+        model: a language model. Of a model of waveforms the FLOPs are those per frame; of others whose inputs are not
+            tokens alone, those per sample: an image, a spectrogram, a text with its image.
         sequence_length: tokens of the sequence; attention makes the cost per token grow with it.
         encoder_length: tokens of those, and of what stands for others, that the encoder of an encoder-decoder sees;
             None: all. The FLOPs are still divided by `sequence_length`: they are those per token of text.
         decoder_length: tokens that its decoder sees; None: all.
     """
     if isinstance(model, PreTrainedModel):
-        inputs = example_inputs(
-            model, batch=1, length=encoder_length or sequence_length, decoder_length=decoder_length or sequence_length
-        )
-        extra = {"use_cache": False} if model.can_generate() else {}
+        length = encoder_length or sequence_length
+        inputs = example_inputs(model, batch=1, length=length, decoder_length=decoder_length or sequence_length)
+        extra, units = without_cache(model), sequence_length if follows_length(model) else 1
     else:
         inputs, extra = {"input_ids": torch.zeros(1, sequence_length, dtype=torch.long)}, {"use_cache": False}
-    tokens = sequence_length if "input_ids" in inputs else 1
-    return FlopsPerToken(forward=forward_flops(model, {**inputs, **extra}) / tokens, sequence_length=sequence_length)
+        units = sequence_length
+    return FlopsPerToken(forward=forward_flops(model, {**inputs, **extra}) / units, sequence_length=sequence_length)
 
 
 def forward_flops(model: nn.Module, inputs: Mapping[str, Any]) -> float:

@@ -1,40 +1,257 @@
 """Inputs of the kind that a model takes, on which it is probed and counted."""
 
+import inspect
+from collections.abc import Iterator
+from math import isqrt
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from auxin.errors import ConfigError, PlanError
+
+IDS, DECODER_IDS, PIXELS = "input_ids", "decoder_input_ids", "pixel_values"
+IMAGE_SIDE = 224
+"""Pixels, for models that take images of any size; the usual size of ImageNet's."""
+PLACEHOLDERS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
+"""Fields of a config: tokens that stand for what another encoder makes."""
 
 
 def example_inputs(
-    model: PreTrainedModel, batch: int, length: int, seed: int | None = None, decoder_length: int | None = None
+    model: PreTrainedModel,
+    batch: int,
+    length: int,
+    seed: int | None = None,
+    decoder_length: int | None = None,
+    vocabulary: int | None = None,
 ) -> dict[str, Tensor]:
-    """Random inputs of `model` by name: token ids, those of a decoder too, or pixels.
+    """Random inputs of `model` by name: token ids, those of a decoder too, pixels, waveforms or spectrograms.
+
+    A model that scores texts against images gets both. A language model that can look at images, too, gets text alone.
+    Texts that are pooled at their end token have it, once, at the end. Numbers have the type of the model.
 
     Args:
         model: the model, its weights are not looked at.
-        batch: number of sequences or images.
-        length: tokens per sequence; images have the size that the config says.
+        batch: number of sequences, images or recordings.
+        length: tokens per sequence, frames per waveform; images and spectrograms have the size that the config says,
+            images 224 x 224 where it says none.
         seed: of the random numbers; None: zeros.
         decoder_length: tokens per sequence of the decoder of an encoder-decoder; None: `length`.
+        vocabulary: token ids stay below it; None: below the model's vocabulary.
+
+    Raises:
+        PlanError: the model's main input is none of these, or its config does not say how large it is.
     """
-    config = model.config
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    if model.main_input_name == "pixel_values":
-        shape = image_shape(config)
-        pixels = torch.zeros(batch, *shape) if generator is None else torch.randn(batch, *shape, generator=generator)
-        return {"pixel_values": pixels}
+    drawn = _Drawn(model, batch, seed, vocabulary)
+    main = main_input(model)
+    makers = {IDS: _texts, PIXELS: _images, "input_features": _spectrograms, "input_values": _sounds}
+    inputs = makers[main](drawn, length) if main in makers else None
+    if inputs is None:
+        raise PlanError(
+            f"No inputs of a {type(model).__name__} can be made: its main input is {main!r}, and its config does not "
+            'say what that looks like. Give a probe: probe={"' + main + '": tensor, ...}.'
+        )
+    if main == IDS and takes_pairs(model):
+        inputs |= _images(drawn, length)
+    if model.config.is_encoder_decoder and DECODER_IDS in call_arguments(model):
+        inputs[DECODER_IDS] = drawn.ids(_text_config(model.config, decoder=True), decoder_length or length)
+    return inputs
 
-    def ids(length: int) -> Tensor:
-        shape, vocabulary = (batch, length), config.get_text_config().vocab_size
-        if generator is None:
+
+def main_input(model: PreTrainedModel) -> str:
+    """The name of the model's main input; that of its encoder where it says `inputs`, which are the encoder's."""
+    name: Any = model.main_input_name
+    encoder = model.get_encoder() if name == "inputs" and model.config.is_encoder_decoder else None
+    name = encoder.main_input_name if isinstance(encoder, PreTrainedModel) else name
+    return name if isinstance(name, str) else str(name[0])
+
+
+def takes_pairs(model: PreTrainedModel) -> bool:
+    """Whether the model needs texts and images: it has a tower for each, or one whose config has the sizes of both."""
+    towers = all(callable(getattr(model, f"get_{kind}_features", None)) for kind in ("text", "image"))
+    one = all(getattr(model.config, field, None) is not None for field in ("vocab_size", "image_size"))
+    return (towers or one) and PIXELS in call_arguments(model)
+
+
+def follows_length(model: PreTrainedModel) -> bool:
+    """Whether the size of all that the model takes follows the number of tokens, or of a waveform's frames."""
+    main = main_input(model)
+    return (main == IDS and not takes_pairs(model)) or (main == "input_values" and _convolutions(model) is not None)
+
+
+def needs_length(model: PreTrainedModel) -> bool:
+    """Whether the size of some of what the model takes does."""
+    return follows_length(model) or main_input(model) == IDS or DECODER_IDS in call_arguments(model)
+
+
+def text_length(model: PreTrainedModel, most: int, decoder: bool = False) -> int:
+    """Tokens of a sequence that the model has positions for, at most `most`.
+
+    Args:
+        model: the model.
+        most: what is wanted.
+        decoder: of the sequences of an encoder-decoder's decoder.
+    """
+    config = _text_config(model.config, decoder)
+    limits = [most]
+    for field in ("max_position_embeddings", "max_target_positions") if decoder else ("max_position_embeddings",):
+        limit = getattr(config, field, None)
+        if isinstance(limit, int) and limit > 0:  # XLNet says -1, for no limit
+            limits.append(limit)
+    for path, module in model.named_modules():
+        # RoBERTa's positions start behind the padding's.
+        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min(limits)
+
+
+def call_arguments(model: nn.Module) -> tuple[str, ...]:
+    """The names of what `model` is called with."""
+    return tuple(inspect.signature(model.forward).parameters)
+
+
+def without_cache(model: PreTrainedModel) -> dict[str, Any]:
+    """What a call must say, so that a model which could keep keys and values for later does not."""
+    return {"use_cache": False} if model.can_generate() or "use_cache" in call_arguments(model) else {}
+
+
+def image_shape(config: PreTrainedConfig, side: int | None = None) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model of `config` takes.
+
+    Args:
+        config: the config, or one that has such a config as a part.
+        side: height and width where the config says none; None: that is an error.
+
+    Raises:
+        ConfigError: no size is known.
+    """
+    part = _part(config, "image_size", "num_channels") or _part(config, "num_channels")
+    size = getattr(part, "image_size", None) or side
+    if part is None or size is None:
+        raise ConfigError(f"image_size: the config of {config.model_type} does not say how large its images are.")
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return part.num_channels, height, width
+
+
+class _Drawn:
+    """Tensors of random numbers for a model, or of zeros."""
+
+    def __init__(self, model: PreTrainedModel, batch: int, seed: int | None, vocabulary: int | None) -> None:
+        self.model, self.config, self.batch = model, model.config, batch
+        self._generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self._vocabulary = vocabulary
+
+    def numbers(self, *shape: int) -> Tensor:
+        """(batch, *shape), normal with variance 1."""
+        shape = (self.batch, *shape)
+        numbers = torch.zeros(shape) if self._generator is None else torch.randn(shape, generator=self._generator)
+        return numbers.to(self.model.dtype)
+
+    def ids(self, config: Any, length: int, last: int | None = None, never: tuple[int, ...] = ()) -> Tensor:
+        """Token ids (batch, length) in the vocabulary of `config`.
+
+        Args:
+            config: of the part that reads them.
+            length: tokens.
+            last: the token at the end of each, which is nowhere else.
+            never: tokens that are left out.
+        """
+        shape = (self.batch, length)
+        if self._generator is None:
             return torch.zeros(shape, dtype=torch.long)
-        return torch.randint(vocabulary, shape, generator=generator)
+        ids = torch.randint(config.vocab_size, shape, generator=self._generator)
+        limit = min(config.vocab_size, self._vocabulary or config.vocab_size)
+        ids %= limit
+        last = None if last is None else min(last, limit - 1)
+        kept = torch.ones(limit, dtype=torch.bool)
+        kept[[token for token in (*never, last) if token is not None and 0 <= token < limit]] = False
+        if not kept.all() and kept.any():
+            ids = kept.nonzero()[:, 0][ids % int(kept.sum())]
+        if last is not None:
+            ids[:, -1] = last
+        return ids
 
-    inputs = {"input_ids": ids(length)}
-    return inputs | ({"decoder_input_ids": ids(decoder_length or length)} if config.is_encoder_decoder else {})
+
+def _texts(drawn: _Drawn, length: int) -> dict[str, Tensor] | None:
+    config = _text_config(drawn.config)
+    if getattr(config, "vocab_size", None) is None:
+        return None
+    never = tuple(value for field in PLACEHOLDERS if isinstance(value := getattr(drawn.config, field, None), int))
+    return {IDS: drawn.ids(config, length, _end_token(drawn.model, config), never)}
 
 
-def image_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Channels, height and width of the images that a model of `config` takes."""
-    size = config.image_size if isinstance(config.image_size, (list, tuple)) else [config.image_size] * 2
-    return config.num_channels, size[0], size[1]
+def _end_token(model: PreTrainedModel, config: Any) -> int | None:
+    """The token at which texts are pooled, where they are pooled at one: by towers for text and by classifiers that
+    are encoder-decoders."""
+    own = (vars(module)["eos_token_id"] for module in model.modules() if "eos_token_id" in vars(module))
+    end = next(own, config.eos_token_id if model.config.is_encoder_decoder and not model.can_generate() else None)
+    if end == 2 and not model.config.is_encoder_decoder:
+        return int(config.vocab_size) - 1  # configs of early CLIPs say 2, and texts are pooled at the largest id
+    return end if isinstance(end, int) and 0 <= end < config.vocab_size else None
+
+
+def _images(drawn: _Drawn, length: int) -> dict[str, Tensor]:
+    patches = _part(drawn.config, "num_patches", "patch_size", "num_channels")
+    if patches is not None and not hasattr(patches, "image_size") and "spatial_shapes" in call_arguments(drawn.model):
+        # Images of any shape, cut into patches by the processor.
+        height = isqrt(patches.num_patches)
+        sides = torch.tensor([height, patches.num_patches // height])
+        return {
+            PIXELS: drawn.numbers(height * int(sides[1]), patches.num_channels * patches.patch_size**2),
+            "pixel_attention_mask": torch.ones(drawn.batch, height * int(sides[1]), dtype=torch.long),
+            "spatial_shapes": sides.repeat(drawn.batch, 1),
+        }
+    frames = getattr(_part(drawn.config, "num_frames", "image_size"), "num_frames", None)
+    return {PIXELS: drawn.numbers(*(() if frames is None else (frames,)), *image_shape(drawn.config, IMAGE_SIDE))}
+
+
+def _spectrograms(drawn: _Drawn, length: int) -> dict[str, Tensor] | None:
+    name, config = "input_features", drawn.config
+    if (part := _part(config, "num_mel_bins", "max_source_positions")) is not None:
+        return {name: drawn.numbers(part.num_mel_bins, 2 * part.max_source_positions)}
+    if (part := _part(config, "input_feat_per_channel", "max_source_positions")) is not None:
+        frames = min(length, part.max_source_positions)
+        return {name: drawn.numbers(frames, part.input_feat_per_channel * part.input_channels)}
+    if (part := _part(config, "feature_projection_input_dim")) is not None:
+        return {name: drawn.numbers(length, part.feature_projection_input_dim)}
+    return None
+
+
+def _sounds(drawn: _Drawn, length: int) -> dict[str, Tensor] | None:
+    name = "input_values"
+    if (convolutions := _convolutions(drawn.model)) is not None:
+        samples = length
+        for kernel, stride in reversed(convolutions):
+            samples = (samples - 1) * stride + kernel
+        return {name: drawn.numbers(samples)}
+    part = _part(drawn.config, "num_mel_bins", "max_length")
+    return None if part is None else {name: drawn.numbers(part.max_length, part.num_mel_bins)}
+
+
+def _convolutions(model: PreTrainedModel) -> list[tuple[int, int]] | None:
+    """Kernel and stride of the convolutions that make frames of a waveform, first to last; None if there are none."""
+    part = _part(model.config, "conv_kernel", "conv_stride")
+    return None if part is None else list(zip(part.conv_kernel, part.conv_stride, strict=True))
+
+
+def _text_config(config: PreTrainedConfig, decoder: bool = False) -> Any:
+    """The config of what reads token ids; of an encoder-decoder, of its encoder or its decoder."""
+    if config.is_encoder_decoder:
+        for name in ("decoder", "text_config") if decoder else ("text_encoder", "encoder"):
+            if isinstance(part := getattr(config, name, None), PreTrainedConfig):
+                return part.get_text_config()
+    return config.get_text_config()
+
+
+def _part(config: PreTrainedConfig, *fields: str) -> Any:
+    """The config, or else the first of its parts, that has all the fields; None if none has."""
+    has_all = (part for part in _parts(config) if all(getattr(part, field, None) is not None for field in fields))
+    return next(has_all, None)
+
+
+def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for name in config.sub_configs:
+        if isinstance(part := getattr(config, name, None), PreTrainedConfig):
+            yield from _parts(part)

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import PreTrainedModel
 
-from auxin.accounting.inputs import example_inputs
+from auxin.accounting.inputs import call_arguments, example_inputs, needs_length, without_cache
 from auxin.accounting.shapes import shape_only_copy, without_data
 from auxin.errors import ConfigError
 from auxin.settings import Settings
@@ -86,15 +87,22 @@ def training_memory(
 
 
 def _inputs(model: nn.Module, batch_size: int, length: int | None, decoder_length: int | None) -> dict[str, Any]:
-    """Inputs and labels that `model`, on fake tensors, takes: a label for each token, or for each sample."""
-    if length is None and getattr(model, "main_input_name", "input_ids") != "pixel_values":
+    """Inputs and labels that `model`, on fake tensors, takes: a label for each token, or for each sample. No labels
+    where it computes no loss of such, or one that looks at their values (CTC)."""
+    if length is None and (not isinstance(model, PreTrainedModel) or needs_length(model)):
         raise ConfigError("sequence_length: needed to count the memory of a model of text. Give it, or inputs.")
     if not isinstance(model, PreTrainedModel):
         ids = torch.zeros(batch_size, length or 0, dtype=torch.long)
         return {"input_ids": ids, "labels": ids, "use_cache": False}
     inputs: dict[str, Any] = {**example_inputs(model, batch_size, length or 0, decoder_length=decoder_length)}
-    inputs |= {"use_cache": False} if model.can_generate() else {}
+    inputs |= without_cache(model)
     with torch.no_grad():
-        logits = model(**inputs).logits
-    inputs.pop("decoder_input_ids", None)  # labels stand in for them
-    return {**inputs, "labels": torch.zeros(logits.shape[:-1], dtype=torch.long)}
+        logits = getattr(model(**inputs), "logits", None)
+        if logits is None or "labels" not in call_arguments(model):
+            return inputs
+        labels = torch.zeros(logits.shape[:-1], dtype=torch.long)
+        try:
+            model(**inputs, labels=labels)
+        except DataDependentOutputException:
+            return inputs
+    return {**inputs, "labels": labels}

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from auxin.errors import ConfigError
 
 
 @contextmanager
@@ -19,15 +21,25 @@ def shape_only_copy(model: nn.Module, dtype: torch.dtype | None = None) -> Itera
     Fake tensors serve where the meta device does not: transformers asks for values while it builds its masks, except
     of tensors it knows to be fake. Copying through deepcopy's memo keeps whatever surgery the model went through (a
     rebuilt `type(model)(config)` would not) and keeps tied parameters tied. `model` is not touched.
+
+    Raises:
+        ConfigError: what runs within the context looks at values.
     """
     with FakeTensorMode():
         memo: dict[int, object] = {}
         for parameter in model.parameters():
             data = torch.empty(parameter.shape, dtype=dtype or parameter.dtype)
             memo[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
-        for buffer in model.buffers():
-            memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
-        yield copy.deepcopy(model, memo)
+        plain = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+        for tensor in (*model.buffers(), *plain):
+            memo[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        try:
+            yield copy.deepcopy(model, memo)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise ConfigError(
+                f"{type(model).__name__} can't be counted on shapes alone: its code looks at values ({error}). Count "
+                "what it executes on inputs of yours, `auxin.accounting.ExecutedFlops`."
+            ) from error
 
 
 def without_data(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def _print_receipt(receipt: Any, output: Path, as_json: bool) -> None:
     moved = "can't be compared with those before" if change is None else f"moved by {change:.1e} relative"
     print(
         f"\n{receipt.parameters_before:,} -> {receipt.parameters_after:,} parameters in {receipt.seconds:.1f} s. "
-        f"Promise {plan.promise!r}: the probe's logits {moved} "
+        f"Promise {plan.promise!r}: the outputs on the probe {moved} "
         f"(allowed for an exact plan: {receipt.tolerance:.0e}).\nWritten to {output}\n"
         f"{note}"
     )

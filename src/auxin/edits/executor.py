@@ -14,7 +14,7 @@ from auxin.edits.carry import carry, check_tensors
 from auxin.edits.kinds.rate import Rate
 from auxin.edits.module_store import ModuleStore
 from auxin.edits.plan import Plan
-from auxin.edits.promise import Probe, default_probe, edited_logits, measured_change, probe_logits, tolerance
+from auxin.edits.promise import Probe, default_probe, edited_outputs, measured_change, probe_outputs, tolerance
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.tree import Undo, rebuild_tree
 from auxin.errors import PlanError
@@ -30,8 +30,9 @@ class Receipt(Settings):
     parameters_after: int
     """Parameters after, tied ones once."""
     max_relative_change: float | None
-    """max |change of a logit| / max |logit| on the probe batch. None on the meta device, where there is no data, and
-    where a plan promises nothing and the outputs can't be compared: of another shape, or all zero before."""
+    """max |change of a logit| / max |logit| on the probe, or of what the model has in their place: of that output which
+    moved most. None on the meta device, where there is no data, and where a plan promises nothing and the outputs can't
+    be compared: of another shape, or all zero before."""
     tolerance: float
     """The change up to which an exact plan counts as kept, in the parameters' data type."""
     continuation: dict[str, Rate] = {}
@@ -75,7 +76,7 @@ def apply(
             is checked.
         optimizer: the optimizer that trains the model, any of torch's whose state has the parameters' shape.
         probe: token ids (batch, sequence) on which the promise is checked, or the model's inputs by name; default:
-            three random sequences or images.
+            three random samples of the kind that the model takes.
 
     Raises:
         PlanError: the plan is an estimate or does not fit the model, which may be sharded, or a weight is not finite;
@@ -97,14 +98,14 @@ def apply(
     count, allowed = count_parameters(model).total, tolerance(model)
     if has_data:
         probe = default_probe(plan, model) if probe is None else probe
-        reference = probe_logits(model, probe, plan.vocabulary)
+        reference = probe_outputs(model, probe, plan.vocabulary)
     change: float | None = None
     try:
         carry(resolved, plan.seed, store)
         rebuild_tree(model, resolved, store.tensors, undo)
         store.join_groups()
         if has_data and probe is not None:
-            change = measured_change(plan, reference, edited_logits(plan, model, probe), allowed)
+            change = measured_change(plan, reference, edited_outputs(plan, model, probe), allowed)
         for note in plan.notes:
             warnings.warn(note, stacklevel=3)  # inference_mode, too, is between this and the caller
     except BaseException:

@@ -11,7 +11,7 @@ from auxin.edits.carry import carry, check_tensors
 from auxin.edits.executor import Receipt, continuation
 from auxin.edits.folder_store import FolderStore
 from auxin.edits.plan import Plan
-from auxin.edits.promise import Probe, default_probe, edited_logits, measured_change, probe_logits, tolerance
+from auxin.edits.promise import Probe, default_probe, edited_outputs, measured_change, probe_outputs, tolerance
 from auxin.edits.resolution import resolve
 from auxin.edits.structure import edited_skeleton
 from auxin.errors import CheckpointError
@@ -41,7 +41,7 @@ def apply_to_checkpoint(
         source_dir: a checkpoint folder of a transformers model, as `save_pretrained` writes it.
         output_dir: a folder that does not exist or is empty, and does not lie in `source_dir`.
         probe: token ids (batch, sequence) on which the promise is checked, or the model's inputs by name; default:
-            three random sequences or images.
+            three random samples of the kind that the model takes.
         finish: called with the complete folder, before it takes its name, and the receipt; writes what else belongs
             into it.
 
@@ -63,7 +63,7 @@ def apply_to_checkpoint(
     probe = default_probe(plan, before) if probe is None else probe
     # The old model is gone before the new one is loaded.
     model = load_model(source)
-    reference, allowed = probe_logits(model, probe, plan.vocabulary), tolerance(model)
+    reference, allowed = probe_outputs(model, probe, plan.vocabulary), tolerance(model)
     del model
     with new_folder(output) as folder:
         _copy_other_files(source, folder, store)
@@ -78,7 +78,7 @@ def apply_to_checkpoint(
         same_class = type(resolved.after) is type(before)
         config.architectures = before.config.architectures if same_class else [type(resolved.after).__name__]
         config.save_pretrained(folder)
-        change = measured_change(plan, reference, edited_logits(plan, load_model(folder), probe), allowed)
+        change = measured_change(plan, reference, edited_outputs(plan, load_model(folder), probe), allowed)
         receipt = Receipt(
             plan=plan,
             parameters_before=count_parameters(before).total,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from auxin.edits.kinds.parameter_edits import generator
 from auxin.edits.origin import Fresh, Origin
 from auxin.edits.resolution import ResolvedPlan
+from auxin.models.loading import initialisers
 
 
 class FreshValues:
@@ -45,8 +46,8 @@ class FreshValues:
                 torch.random.default_generator.manual_seed(generator(self._seed, path, ()).initial_seed())
                 for parameter in layer.parameters():
                     parameter.zero_()
-                for module in layer.modules():
-                    self._after._init_weights(module)
+                for module, holder in initialisers(self._after, path, layer):
+                    holder._init_weights(module)
             self._initialised[path] = dict(layer.named_parameters())
         return self._initialised[path][name[len(path) + 1 :]].detach()
 

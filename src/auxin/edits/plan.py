@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.accounting import Cost, count_parameters, flops_per_token
+from auxin.accounting.inputs import text_length
 from auxin.edits.kinds.architecture_edits import ChangeArchitecture, SetConfig
 from auxin.edits.kinds.edit import Edit, describe_edit
 from auxin.edits.kinds.parameter_edits import ParameterEdit, ProjectParameter
@@ -148,7 +149,7 @@ class Plan(Settings):
         rows = [["module", "edit", "parameters", "FLOPs per token, forward"]]
         rows += [*_structure_rows(self), *_parameter_rows(resolved)]
         if sequence_length is None:
-            sequence_length = min(1024, getattr(before.config, "max_position_embeddings", 1024) or 1024)
+            sequence_length = text_length(before, 1024)
         counts = [count_parameters(m).total for m in (resolved.before, resolved.after)]
         flops = [flops_per_token(m, sequence_length).forward for m in (resolved.before, resolved.after)]
         rows.append([f"(model, {sequence_length} tokens)", "", _arrow(*counts), _arrow(*map(round, flops))])

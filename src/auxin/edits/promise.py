@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from auxin.accounting.inputs import example_inputs
+from auxin.accounting.inputs import IDS, example_inputs, main_input, text_length, without_cache
 from auxin.edits.plan import Plan
 from auxin.errors import PlanError, PromiseError
 from auxin.models.evaluating import evaluation_mode
@@ -20,7 +20,7 @@ TOLERANCE = 1e-5
 
 
 def tolerance(model: nn.Module) -> float:
-    """How far the logits of a kept promise may move, relative to the largest logit.
+    """How far the outputs of a kept promise may move, each relative to its largest value.
 
     1e-5 in float32, and in float64 too, since constants and norms of most architectures stay in float32; eight units in
     the last place of the coarsest parameter type below that: 0.0625 in bfloat16, 0.0078 in float16.
@@ -30,33 +30,105 @@ def tolerance(model: nn.Module) -> float:
 
 
 Probe = Tensor | Mapping[str, Tensor]
-"""Token ids (batch, sequence), or inputs of the model by name."""
+"""Token ids (batch, sequence) or another main input of the model, or its inputs by name."""
+Outputs = dict[str, Tensor]
+"""What a model says on a probe, by name."""
+
+LOGITS = "logits"
+INNER = ("hidden_state", "hidden_states", "pooler_output")
+"""How names of outputs end that lie below a head."""
 
 
 def default_probe(plan: Plan, model: PreTrainedModel) -> dict[str, Tensor]:
-    """Inputs drawn with the plan's seed: sequences of at most 64 token ids, or images."""
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or PROBE_LENGTH
-    inputs = example_inputs(model, PROBE_SEQUENCES, min(PROBE_LENGTH, limit), seed=plan.seed)
-    if plan.vocabulary is None:
-        return inputs
-    return {name: ids % plan.vocabulary for name, ids in inputs.items()}
+    """Inputs drawn with the plan's seed, `example_inputs`: three images, recordings, or sequences of 64 token ids, of
+    fewer where the model has no positions for them. One sequence for a classifier that finds its last token by the
+    padding behind it and has none."""
+    alone = type(model).__name__.endswith("ForSequenceClassification") and model.config.pad_token_id is None
+    return example_inputs(
+        model,
+        1 if alone else PROBE_SEQUENCES,
+        text_length(model, PROBE_LENGTH),
+        seed=plan.seed,
+        decoder_length=text_length(model, PROBE_LENGTH, decoder=True),
+        vocabulary=plan.vocabulary,
+    )
 
 
-def probe_logits(model: PreTrainedModel, probe: Probe, vocabulary: int | None = None) -> Tensor:
-    """The logits on `probe` in evaluation mode, the first `vocabulary` of them if given; training flags are put back.
+def probe_outputs(model: PreTrainedModel, probe: Probe, vocabulary: int | None = None) -> Outputs:
+    """What `model` says on `probe` in evaluation mode, `compared_outputs`; training flags are put back.
 
     Under autocast or with TF32 products two exact models would differ by the rounding of the shorter type, so both are
-    off here, whatever the caller's settings.
+    off here, whatever the caller's settings. What a model draws, as a masked autoencoder its masks, is drawn with the
+    same seed each time.
+
+    Args:
+        model: the model.
+        probe: its inputs.
+        vocabulary: of logits over the vocabulary only the first so many are given; None: all.
+
+    Raises:
+        PlanError: the model does not run on the probe, or says nothing that could be compared.
     """
-    inputs = {"input_ids": probe} if isinstance(probe, Tensor) else dict(probe)
-    inputs = {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
-        for name, value in inputs.items()
+    inputs = dict(probe) if isinstance(probe, Mapping) else {_name_of(probe, model): probe}
+    extra = without_cache(model) | ({} if model.config.return_dict else {"return_dict": True})
+    with evaluation_mode(model), torch.no_grad(), full_precision(model.device.type), same_draws(model.device):
+        try:
+            outputs = compared_outputs(model(**{name: _moved(value, model) for name, value in inputs.items()}, **extra))
+        except Exception as error:
+            given = ", ".join(f"{name} {list(getattr(value, 'shape', []))}" for name, value in inputs.items())
+            raise PlanError(
+                f"{type(model).__name__} does not run on the probe ({given}): {error!r}. Give a probe on which it "
+                'runs: probe={"name": tensor, ...}.'
+            ) from error
+    if not outputs:
+        raise PlanError(
+            f"{type(model).__name__} gives no tensor on the probe that could be compared. Give a probe on which it "
+            'does: probe={"name": tensor, ...}.'
+        )
+    if vocabulary is None:
+        return outputs
+    size = getattr(model.config.get_text_config(), "vocab_size", None)
+    return {
+        name: value[..., :vocabulary] if LOGITS in name and value.shape[-1] == size else value
+        for name, value in outputs.items()
     }
-    extra = {"use_cache": False} if model.can_generate() else {}
-    with evaluation_mode(model), torch.no_grad(), full_precision(model.device.type):
-        return cast(Tensor, model(**inputs, **extra).logits[..., :vocabulary])
+
+
+def _name_of(probe: Tensor, model: PreTrainedModel) -> str:
+    return main_input(model) if probe.is_floating_point() else IDS
+
+
+def _moved(value: Tensor, model: PreTrainedModel) -> Tensor:
+    return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+
+
+def compared_outputs(result: Any) -> Outputs:
+    """The outputs by name that make up a model's function: all floating tensors, losses left out. Where there are
+    logits, hidden states and what is pooled of them are no part of it, as below a head they may have another width.
+
+    Args:
+        result: what the model returned; what lies in tuples, or in the outputs of its parts, counts where there is
+            nothing else.
+    """
+    whole = dict(result) if isinstance(result, Mapping) else {"output": result}
+    found = {name: value for name, value in whole.items() if _is_compared(value)} or dict(_inside("", whole))
+    if any(LOGITS in name for name in found):
+        return {name: value for name, value in found.items() if not name.endswith(INNER)}
+    return found
+
+
+def _is_compared(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
+
+
+def _inside(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in nested mappings and tuples, named as in `text_model_output.last_hidden_state`."""
+    if _is_compared(value):
+        yield name, value
+    elif isinstance(value, Mapping | tuple | list):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, part in items:
+            yield from _inside(f"{name}.{key}" if name else str(key), part)
 
 
 @contextmanager
@@ -75,6 +147,17 @@ def full_precision(device_type: str) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
+@contextmanager
+def same_draws(device: torch.device) -> Iterator[None]:
+    """Within the context, torch's own random numbers are the same each time; the caller's go on as before."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(0)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        yield
+
+
 def relative_change(before: Tensor, after: Tensor) -> float:
     """max |after - before| / max |before|: 0 when nothing moved, infinite if shapes differ or values aren't finite."""
     if before.shape != after.shape:
@@ -86,60 +169,76 @@ def relative_change(before: Tensor, after: Tensor) -> float:
     return moved / largest if 0 < largest < float("inf") and moved == moved else float("inf")
 
 
-def edited_logits(plan: Plan, model: PreTrainedModel, probe: Probe) -> Tensor:
-    """The logits after the edits, `probe_logits`.
+def edited_outputs(plan: Plan, model: PreTrainedModel, probe: Probe) -> Outputs:
+    """The outputs after the edits, `probe_outputs`.
 
     Raises:
         PlanError: the edited model does not run.
     """
     try:
-        return probe_logits(model, probe, plan.vocabulary)
-    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+        return probe_outputs(model, probe, plan.vocabulary)
+    except PlanError as error:
         raise PlanError(
-            f"The model that the plan of {plan.method} makes does not run on the probe: {error!r}. "
+            f"The model that the plan of {plan.method} makes does not run on the probe: {error.__cause__ or error!r}. "
             "Nothing was changed. What its edits of modules put somewhere does not do what that place needs."
         ) from error
 
 
-def measured_change(plan: Plan, before: Tensor, after: Tensor, allowed: float) -> float | None:
-    """How far the logits moved, `relative_change`, where that is a number.
+def measured_change(plan: Plan, before: Outputs, after: Outputs, allowed: float) -> float | None:
+    """How far the outputs moved, where that is a number: of the largest `relative_change` among them.
 
-    None, for plans that promise nothing, where the outputs have another shape than before or were all zero: nothing is
-    to be compared.
+    None, for plans that promise nothing, where outputs have another shape than before or were all zero: nothing is to
+    be compared.
 
     Args:
         plan: what was done.
-        before, after: the logits.
+        before, after: the outputs.
         allowed: the change up to which an exact plan counts as kept.
 
     Raises:
-        PlanError: the logits were not finite before the edit.
+        PlanError: the outputs were not finite before the edit.
         PromiseError: they are not finite after it, they moved farther than an exact plan may move them, or there is
             nothing to compare and the plan promised something.
     """
-    for when, logits in (("before", before), ("after", after)):
-        if not logits.isfinite().all():
-            bad = int((~logits.isfinite()).sum())
+    _check_finite(plan, before, "before")
+    _check_finite(plan, after, "after")
+    changes = {name: relative_change(before[name], after[name]) for name in before if name in after}
+    name = max(changes, key=changes.__getitem__, default=None)
+    if name is not None and before.keys() == after.keys() and changes[name] != float("inf"):
+        if plan.promise == "exact" and changes[name] > allowed:
+            raise PromiseError(
+                f"The plan of {plan.method} promised to keep the function, but the {_called(name)} moved by "
+                f"{changes[name]:.3g} of the largest one (allowed: {allowed:.3g}). Nothing was changed. Correct the "
+                "plan, or let it promise less."
+            )
+        return changes[name]
+    if plan.promise == "none":
+        return None
+    if name is None or before.keys() != after.keys():
+        what = f"are {', '.join(after)} and were {', '.join(before)}"
+    elif before[name].shape != after[name].shape:
+        what = f"have shape {list(after[name].shape)} and had {list(before[name].shape)}"
+    else:
+        what = "were all zero"
+    which = "" if name in (None, LOGITS) else f" ({name})"
+    raise PromiseError(
+        f"The plan of {plan.method} promises {plan.promise!r}, but the outputs{which} {what}: no telling how far they "
+        "moved. Nothing was changed. Let the plan promise 'none', or give a probe on which it can be told."
+    )
+
+
+def _check_finite(plan: Plan, outputs: Outputs, when: str) -> None:
+    for name, values in outputs.items():
+        if not values.isfinite().all():
+            bad = int((~values.isfinite()).sum())
             message = (
-                f"{bad} of {logits.numel()} logits are not finite on the probe {when} the edits of {plan.method}. "
-                "Nothing was changed. "
+                f"{bad} of {values.numel()} {_called(name)} are not finite on the probe {when} the edits of "
+                f"{plan.method}. Nothing was changed. "
             )
             if when == "before":
                 raise PlanError(message + "Mend the model, or probe it with other inputs.")
             raise PromiseError(message + "Correct the plan: some of its factors or values are too large.")
-    change = relative_change(before, after)
-    if change != float("inf"):
-        if plan.promise == "exact" and change > allowed:
-            raise PromiseError(
-                f"The plan of {plan.method} promised to keep the function, but the logits moved by {change:.3g} of the "
-                f"largest one (allowed: {allowed:.3g}). Nothing was changed. Correct the plan, or let it promise less."
-            )
-        return change
-    if plan.promise == "none":
-        return None
-    shapes = f"have shape {list(after.shape)} and had {list(before.shape)}"
-    what = shapes if before.shape != after.shape else "were all zero"
-    raise PromiseError(
-        f"The plan of {plan.method} promises {plan.promise!r}, but the outputs {what}: no telling how far they "
-        "moved. Nothing was changed. Let the plan promise 'none', or give a probe on which it can be told."
-    )
+
+
+def _called(name: str) -> str:
+    return name if name.endswith(LOGITS) else f"values of {name}"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.edits.effects import refuse_idle_values
@@ -204,7 +205,9 @@ class _Outcome:
             old = before[old_path] if old_path is not None else None
             if old is None and self._in_brick(path):
                 continue
-            if type(old) is not type(module) and not self.state.changes_architecture():
+            # Torch's parametrizations, as of weight norms, make a class of its own for each module.
+            is_same = old is not None and type_before_parametrizations(old) is type_before_parametrizations(module)
+            if not is_same and not self.state.changes_architecture():
                 was = type(old).__name__ if old is not None else "nothing"
                 raise PlanError(
                     f"With the plan's config values ({self._set_in_words()}) the module {path} would be "

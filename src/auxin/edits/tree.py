@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.edits.resolution import ResolvedPlan
@@ -98,7 +99,7 @@ class _Rebuilding:
         if path == "" and type(old) is not type(after):
             self._change_class(after)
         children = list(after._modules.items())
-        if old is None or type(old) is not type(after):
+        if old is None or type_before_parametrizations(old) is not type_before_parametrizations(after):
             module = after
             device = next((tensor.device for tensor in self.tensors.values()), torch.device("cpu"))
             module.training = old.training if old is not None else self.model.training

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import cast
 
 from auxin.accounting import Ledger, ParameterCount, count_parameters, flops_per_token
+from auxin.accounting.inputs import text_length
 from auxin.accounting.ledger import LEDGER_FILE
 from auxin.data import PackedData
 from auxin.data.tokenizer import load_tokenizer
@@ -72,7 +73,7 @@ def describe_checkpoint(folder: str | Path, corpus: PackedData | None = None) ->
     folder = Path(folder)
     config = load_config(folder)
     model = edited_skeleton(config)
-    length = min(LONGEST_SEQUENCE, getattr(config, "max_position_embeddings", None) or LONGEST_SEQUENCE)
+    length = text_length(model, LONGEST_SEQUENCE)
     groups: list[TokenGroups] = []
     nested: list[NestedModel] = []
     if isinstance(config, TokenFormerConfig):

@@ -103,7 +103,7 @@ class Builder:
                 tensor.data = tensor.data.to(types[name])
         # In a skeleton they are real; while a checkpoint is loaded nothing is yet, and transformers fills them later.
         if any(not buffer.is_meta for buffer in self.old.buffers()):
-            fill_buffers(self.model, new)
+            fill_buffers(self.model, self.path, new)
         return new
 
     def _found_arguments(self) -> dict[str, Any]:

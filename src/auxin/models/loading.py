@@ -160,7 +160,7 @@ def skeleton(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None
     config = copy.deepcopy(config)
     with torch.device("meta"):
         model = new_model(config, model_class)
-    fill_buffers(model, model)
+    fill_buffers(model, "", model)
     return model
 
 
@@ -176,16 +176,37 @@ def new_model(config: PreTrainedConfig, model_class: type[PreTrainedModel] | Non
     return cast(PreTrainedModel, model)
 
 
-def fill_buffers(model: PreTrainedModel, part: nn.Module) -> None:
-    """Make the buffers outside of checkpoints real in `part` of `model`, with the values that loading gives them."""
-    for module in part.modules():
+def initialisers(model: PreTrainedModel, path: str, part: nn.Module) -> Iterator[tuple[nn.Module, PreTrainedModel]]:
+    """The modules of `part`, each with the innermost model that holds it: that one's `_init_weights` is its rule.
+
+    Args:
+        model: the whole model.
+        path: where in it `part` stands, or will stand.
+        part: a module.
+    """
+    above: PreTrainedModel = model
+    names = path.split(".")
+    for length in range(1, len(names)):
+        module = model.get_submodule(".".join(names[:length]))
+        above = module if isinstance(module, PreTrainedModel) else above
+    holders = {}
+    for name, module in part.named_modules():
+        holder = holders[name.rpartition(".")[0]] if name else above
+        holders[name] = module if isinstance(module, PreTrainedModel) else holder
+        yield module, holders[name]
+
+
+def fill_buffers(model: PreTrainedModel, path: str, part: nn.Module) -> None:
+    """Make the buffers outside of checkpoints real in `part`, which stands or will stand at `path` of `model`, with the
+    values that loading gives them."""
+    for module, holder in initialisers(model, path, part):
         names = [name for name in module._non_persistent_buffers_set if module._buffers[name] is not None]
         for name in names:
             module._buffers[name] = torch.zeros_like(cast(Tensor, module._buffers[name]), device="cpu")
         if names:
             # Buffers outside of checkpoints are filled by a model's own initialisation; on parameters without data
             # that does nothing.
-            model._init_weights(module)
+            holder._init_weights(module)
 
 
 @contextlib.contextmanager
