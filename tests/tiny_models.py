@@ -32,6 +32,7 @@ from transformers import (
 )
 
 import tiny_decoders
+import tiny_seq2seq
 from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
 
 VOCABULARY = 19
@@ -150,7 +151,7 @@ MODELS: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
 }
 FAMILIES = [family for family in MODELS if family != "gemma"]
 """The architectures with which every method is tested in every way, by their model types."""
-GROUPS = (tiny_decoders,)
+GROUPS = (tiny_decoders, tiny_seq2seq)
 """The further ones, by kind: MODELS as above, and INPUTS, what makes inputs (model, batch, length, generator) of other
 kinds than token ids, by model type."""
 FURTHER = {family: made for group in GROUPS for family, made in group.MODELS.items()}
@@ -172,8 +173,12 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **confi
     model_class, config_class, values = MODELS[family]
     model = model_class(config_class(**{**values, **config}))
     generator = torch.Generator().manual_seed(seed)
+    made = model._keys_to_ignore_on_save or ()  # what the model makes again instead of saving it
+    biases = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("bias")]
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in [*model.named_parameters(), *biases]:
+            if name in made:
+                continue
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             is_gain = parameter.dim() == 1 and name.endswith("weight")
             parameter.copy_(1 + 0.3 * noise if is_gain else 0.5 * noise)

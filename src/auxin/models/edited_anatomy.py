@@ -35,7 +35,7 @@ def with_bricks(found: Anatomy, model: nn.Module) -> Anatomy:
         final_norm=final_norm,
         embeddings=tuple(names.get(name, name) for name in found.embeddings),
         residual_blocks=_residual_blocks(bricks.values()),
-        fixed_widths=tuple(_fixed_widths(bricks.values()).items()),
+        fixed_widths=(*found.fixed_widths, *_fixed_widths(bricks.values()).items()),
     )
     told.check_complete(whole)
     return whole

@@ -44,6 +44,7 @@ class _Scopes:
             if path
         ]
         self.model, self.found = model, replace(found, sizes=found.sizes.with_widths(said))
+        self.found = replace(self.found, fixed_widths=(*found.fixed_widths, *self._other_head_dims()))
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         modules = dict(model.named_modules())
         self.layers: dict[LayerStack, list[str]] = {
@@ -105,16 +106,19 @@ class _Scopes:
                     )
         return units
 
+    def _other_head_dims(self) -> Iterator[tuple[Stream, str]]:
+        """What can't change where the stacks' own numbers of heads make heads of several dimensions."""
+        fields, sizes = self.found.fields, self.found.sizes
+        heads = {name: getattr(self.model.config, name) for name in fields.names("query").values()}
+        if fields.head_dim is None and any(sizes.residual // count != sizes.head_dim for count in heads.values()):
+            said = " and ".join(f"{name} = {count}" for name, count in heads.items())
+            dims = " and ".join(str(sizes.residual // count) for count in heads.values())
+            why = f"{said} make heads of dimensions {dims}, and only heads of one dimension grow. Leave it out."
+            yield from ((stream, why) for stream in ("residual", "query", "key_value"))
+
     def _check_head_dims(self) -> None:
         """Heads are told from tensors by one dimension for all."""
         fields, sizes = self.found.fields, self.found.sizes
-        for name in fields.names("query").values() if fields.head_dim is None else ():
-            if (dim := sizes.residual // getattr(self.model.config, name)) != sizes.head_dim:
-                raise PlanError(
-                    f"{name} = {getattr(self.model.config, name)} with {fields.hidden_size} = {sizes.residual}: heads "
-                    f"of dimension {dim}, and {fields.heads} makes others of {sizes.head_dim}. Known are stacks with "
-                    "heads of one dimension; methods that only add layers can change this model."
-                )
         attentions = (
             (layer, f"{layer}.{part}".rstrip("."))
             for stack, layers in self.layers.items()

@@ -365,8 +365,9 @@ def linear(
     module: str, output: tuple[Segment, ...], read: tuple[Segment, ...], kind: Kind = "matrix"
 ) -> list[ParameterRole]:
     """The roles of a Linear's weight (out, in) and bias (out,)."""
+    access: tuple[Access | None, ...] = ("writes" if output else None, "reads" if read else None)
     return [
-        ParameterRole(f"{module}.weight", (output, read), ("writes" if output else None, "reads"), kind),
+        ParameterRole(f"{module}.weight", (output, read), access, kind),
         ParameterRole(f"{module}.bias", (output,), ("writes" if output else None,), "bias"),
     ]
 

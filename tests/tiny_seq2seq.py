@@ -1,0 +1,77 @@
+"""Configs of tiny encoder-decoders and of models of sound, with what is peculiar to each: other widths of encoder and
+decoder, scaled embeddings, sinusoids, convolutions in front, position biases in every layer."""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+Made = tuple[type[PreTrainedModel], type, dict[str, Any]]
+
+VOCABULARY = 19
+MELS, FRAMES = 5, 6
+_BART = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 12,
+    "decoder_ffn_dim": 14,
+    "max_position_embeddings": 32,
+    "scale_embedding": True,
+    "dropout": 0.0,
+    "activation_function": "gelu",
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+_T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "d_kv": 5,
+    "d_ff": 12,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 6,
+    "relative_attention_max_distance": 10,
+    "layer_norm_epsilon": 1e-2,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+}
+
+VALUES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bart": ("Bart", "ForConditionalGeneration", _BART),
+    "mbart": ("MBart", "ForConditionalGeneration", _BART),
+    "plbart": ("PLBart", "ForConditionalGeneration", _BART),
+    "pegasus": ("Pegasus", "ForConditionalGeneration", _BART),
+    "marian": ("Marian", "MTModel", {**_BART, "num_beams": 1}),
+    "blenderbot": ("Blenderbot", "ForConditionalGeneration", _BART),
+    "blenderbot-small": ("BlenderbotSmall", "ForConditionalGeneration", _BART),
+    "m2m_100": ("M2M100", "ForConditionalGeneration", _BART),
+}
+"""By model type, with a word behind it where there are several: what the names of its classes begin with, how that of
+the model ends, and the values of its config."""
+
+
+def _texts(model: PreTrainedModel, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Ids for the encoder, and for the decoder where there is one; of the end token none, at which texts are pooled."""
+    config: Any = model.config
+
+    def ids(size: int) -> Tensor:
+        return torch.randint(3, min(config.vocab_size, VOCABULARY), (batch, size), generator=generator)
+
+    return {"input_ids": ids(length)} | ({"decoder_input_ids": ids(length - 2)} if config.is_encoder_decoder else {})
+
+
+MODELS: dict[str, Made] = {
+    family: (getattr(transformers, name + end), getattr(transformers, f"{name}Config"), values)
+    for family, (name, end, values) in VALUES.items()
+}
+"""Model class, config class and values of the config, by model type."""
+INPUTS: dict[str, Any] = {model_type: _texts for model_type in VALUES}
