@@ -302,6 +302,11 @@ class Anatomy:
     follow "WIDTH = 64: "."""
 
     @property
+    def token_embeddings(self) -> list[str]:
+        """The parameters that hold a row for each token; a model of two stacks may have several."""
+        return [role.pattern for role in self.roles if role.kind == "embedding" and role.along("vocabulary")]
+
+    @property
     def rotary(self) -> bool:
         """Whether queries and keys are rotated by position."""
         return self.rotary_dim > 0

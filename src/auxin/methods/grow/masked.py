@@ -279,10 +279,29 @@ class _Growth:
         for role in self.body.roles:
             for axis, segments in enumerate(role.axes):
                 edits += self._padded(role, axis, segments)
-        # Logits of a tied head that are divided by the root of the hidden size would shrink with it (T5).
-        if self.body.tied and self.body.logits_scaled and self._residual_grows():
-            factor = math.sqrt(self.new.residual / self.old.residual)
-            edits.append(ScaleParameter(parameter=f"{self.body.final_norm}.weight", factor=factor))
+        return edits + self._scales() if self._residual_grows() else edits
+
+    def _scales(self) -> list[Edit]:
+        """Factors that make up for those of the hidden size, which are of the old one no more.
+
+        An embedding that is multiplied by its root (Gemma) is divided by that of the growth; what a tied head reads is
+        multiplied by it, there and where its logits are divided by that root (T5).
+        """
+        growth = math.sqrt(self.new.residual / self.old.residual)
+        edits: list[Edit] = []
+        if self.body.embedding_scaled:
+            tables = self.body.token_embeddings
+            edits += [ScaleParameter(parameter=table, factor=1 / growth) for table in tables]
+        if self.body.tied and (self.body.embedding_scaled or self.body.logits_scaled):
+            if self.body.final_norm is None:
+                raise PlanError(
+                    f"hidden_size = {self.new.residual}: the head is the token embedding, and the last norm has no "
+                    "gain that could take up the root of the growth. Untie the head first, or leave hidden_size out."
+                )
+            last = [role for role in self.body.roles if role.pattern.rpartition(".")[0] == self.body.final_norm]
+            for role in last:
+                offset = self.body.gain_offset if role.kind == "gain" else 0.0
+                edits.append(ScaleParameter(parameter=role.pattern, factor=growth, offset=offset))
         return edits
 
     def masks(self) -> list[Edit]:

@@ -140,6 +140,9 @@ def grow(
     seed: int = 0,
     noise: float = 0.0,
     probe: Tensor | None = None,
+    keys: KeyRule | None = None,
+    values: ValueRule | None = None,
+    scale: ScaleRule | None = None,
 ) -> Receipt:
     """Append parameter tokens to `model` in place; the state of `optimizer` follows.
 
@@ -152,7 +155,8 @@ def grow(
         optimizer: the optimizer that trains the model, if there is one.
         seed: seed of the new tokens' random numbers.
         noise: relative noise on copied values, for the regime "duplicate".
-        probe: token ids (batch, sequence) on which the promise is checked; default: two random sequences.
+        probe: token ids (batch, sequence) on which the promise is checked; default: three random sequences.
+        keys, values, scale: override those of the regime, see `TokenGrowth`.
 
     Returns:
         What was done, with the largest change of a logit.
@@ -168,6 +172,9 @@ def grow(
         "regime": regime,
         "seed": seed,
         "noise": noise,
+        "keys": keys,
+        "values": values,
+        "scale": scale,
     }
     return apply(plan_token_growth(model.config, TokenGrowth.parse(wanted)), model, optimizer, probe)
 
