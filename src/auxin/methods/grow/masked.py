@@ -12,9 +12,12 @@ they do nothing, and what is left is the plain grown architecture, whose checkpo
 
 The paper grows one dimension at a time, 5000 steps each, in the order feed-forward, layers, width, heads, layers; any
 subset can be grown at once here. It starts new weights normal, at the old ones' scale; new gains start at the mean of
-the old ones, new biases at zero. Departures: the released code leaves the second moments of new entries at zero, where
-their first steps would be several times too long; here they start from the mean of the old ones, as in every padded
-tensor. It covers BERT alone; the masks of pre-norm models and grouped-query heads follow the same rules here.
+the old ones, new biases at zero. New units of experts, which never leave the module of all experts, have no mask: they
+are random and read by zeros, so that they are absent at first and learn at once.
+
+Departures: the released code leaves the second moments of new entries at zero, where their first steps would be several
+times too long; here they start from the mean of the old ones, as in every padded tensor. It covers BERT alone; the
+masks of pre-norm models and grouped-query heads follow the same rules here.
 """
 
 import math
@@ -45,7 +48,7 @@ from auxin.planning.width import describe_sizes
 from auxin.planning.width_conditions import refuse_fixed_widths
 from auxin.planning.width_targets import WidthTargets, feed_forward_settings
 from auxin.words.paths import path_pattern
-from auxin.words.roles import Anatomy, LayerStack, ParameterRole, Segment, Sizes
+from auxin.words.roles import FEED_FORWARD, Anatomy, LayerStack, ParameterRole, Segment, Sizes
 
 MASKS = ("masked", "masked_norm", "masked_block")
 
@@ -363,10 +366,18 @@ class _Growth:
                 fresh += pieces if source is None else 0
             first += segment.count * pieces
         size = len(index) * unit
-        edits: list[Edit] = [PadParameter(parameter=role.pattern, axis=axis, size=size, fill=_fill(role))]
+        inner = role.access[axis] == "reads" and self._is_inner(role, segments)
+        fill = ZeroFill() if inner else _fill(role)
+        edits: list[Edit] = [PadParameter(parameter=role.pattern, axis=axis, size=size, fill=fill)]
         if index != list(range(len(index))):
             edits.append(SliceParameter(parameter=role.pattern, axis=axis, index=index, unit=unit))
         return edits
+
+    def _is_inner(self, role: ParameterRole, segments: tuple[Segment, ...]) -> bool:
+        """Whether the units that a parameter reads never leave its module, which writes them too (experts)."""
+        streams, owner = {segment.stream for segment in segments} & {*FEED_FORWARD}, role.pattern.rpartition(".")[0]
+        beside = (other for other in self.body.roles if other.pattern.rpartition(".")[0] == owner)
+        return any(other.along(stream, "writes") for other in beside for stream in streams)
 
     def _spans(self, segments: tuple[Segment, ...]) -> list[list[int]]:
         """The new entries of an axis, as stretches [first, end)."""
@@ -411,9 +422,15 @@ class _Growth:
                     # The values of a new key-value head are masked; what a new query head reads of an old one is not.
                     limit = self._end_of_old_groups(segments[0])
                     spans = [[first, min(end, limit)] for first, end in spans if first < limit]
-                if access == "reads" and streams & {"ffn", "query"} and spans:
-                    settings |= {"input_size": self._size(segments), "new_inputs": spans}
-                elif access == "writes" and spans and not streams & {"ffn"} and not (normed and "residual" in streams):
+                if access == "reads" and streams & {*FEED_FORWARD, "query"} and spans:
+                    if not self._is_inner(role, segments):
+                        settings |= {"input_size": self._size(segments), "new_inputs": spans}
+                elif (
+                    access == "writes"
+                    and spans
+                    and not streams & {*FEED_FORWARD}
+                    and not (normed and "residual" in streams)
+                ):
                     settings |= {"output_size": self._size(segments), "new_outputs": spans}
         return settings
 
@@ -432,7 +449,8 @@ class _Growth:
     def _norms(self) -> dict[str, tuple[Segment, ...]]:
         """The norms over streams that grow, with what they run along: the residual, for those without parameters."""
         roles = [role for role in self.body.roles if role.kind in ("gain", "query_gain", "key_gain")]
-        norms = {role.pattern.rpartition(".")[0]: role.axes[0] for role in roles if role.axes[0]}
+        # Over the last axis: a gain for each head and dimension (Cohere) is of a norm over dimensions.
+        norms = {role.pattern.rpartition(".")[0]: role.axes[-1] for role in roles if role.axes[-1]}
         if not self.body.norm_has_gain and self._residual_grows():
             norms |= {path: self._residual() for path in self._bare_norms() if path not in norms}
         return {path: segments for path, segments in norms.items() if self._spans(segments)}
