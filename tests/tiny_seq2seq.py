@@ -1,6 +1,7 @@
 """Configs of tiny encoder-decoders and of models of sound, with what is peculiar to each: other widths of encoder and
 decoder, scaled embeddings, sinusoids, convolutions in front, position biases in every layer."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -52,8 +53,11 @@ VALUES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "pegasus": ("Pegasus", "ForConditionalGeneration", _BART),
     "marian": ("Marian", "MTModel", {**_BART, "num_beams": 1}),
     "blenderbot": ("Blenderbot", "ForConditionalGeneration", _BART),
-    "blenderbot-small": ("BlenderbotSmall", "ForConditionalGeneration", _BART),
     "m2m_100": ("M2M100", "ForConditionalGeneration", _BART),
+    "mt5": ("MT5", "ForConditionalGeneration", _T5),
+    "umt5": ("UMT5", "ForConditionalGeneration", _T5),
+    "t5 encoder": ("T5", "EncoderModel", _T5),
+    "t5 headless": ("T5", "Model", {**_T5, "feed_forward_proj": "gated-gelu"}),
 }
 """By model type, with a word behind it where there are several: what the names of its classes begin with, how that of
 the model ends, and the values of its config."""
@@ -66,7 +70,8 @@ def _texts(model: PreTrainedModel, batch: int, length: int, generator: torch.Gen
     def ids(size: int) -> Tensor:
         return torch.randint(3, min(config.vocab_size, VOCABULARY), (batch, size), generator=generator)
 
-    return {"input_ids": ids(length)} | ({"decoder_input_ids": ids(length - 2)} if config.is_encoder_decoder else {})
+    has_decoder = "decoder_input_ids" in inspect.signature(model.forward).parameters
+    return {"input_ids": ids(length)} | ({"decoder_input_ids": ids(length - 2)} if has_decoder else {})
 
 
 MODELS: dict[str, Made] = {
@@ -74,4 +79,4 @@ MODELS: dict[str, Made] = {
     for family, (name, end, values) in VALUES.items()
 }
 """Model class, config class and values of the config, by model type."""
-INPUTS: dict[str, Any] = {model_type: _texts for model_type in VALUES}
+INPUTS: dict[str, Any] = {config.model_type: _texts for _, config, _ in MODELS.values()}

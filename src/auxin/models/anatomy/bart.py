@@ -53,7 +53,6 @@ class EncoderDecoder:
 ENCODER_DECODERS = {
     "bart": EncoderDecoder("after_residual"),
     "plbart": EncoderDecoder("after_residual"),
-    "blenderbot-small": EncoderDecoder("after_residual"),
     "marian": EncoderDecoder("after_residual", computed_positions=True),
     "mbart": EncoderDecoder(),
     "blenderbot": EncoderDecoder(),
