@@ -366,8 +366,9 @@ class _Growth:
                 fresh += pieces if source is None else 0
             first += segment.count * pieces
         size = len(index) * unit
-        inner = role.access[axis] == "reads" and self._is_inner(role, segments)
-        fill = ZeroFill() if inner else _fill(role)
+        # No mask is between experts' own units, nor before the layers, where Whisper's second convolution reads one.
+        unmasked = role.kind == "embedding" or self._is_inner(role, segments)
+        fill = ZeroFill() if unmasked and role.access[axis] == "reads" else _fill(role)
         edits: list[Edit] = [PadParameter(parameter=role.pattern, axis=axis, size=size, fill=fill)]
         if index != list(range(len(index))):
             edits.append(SliceParameter(parameter=role.pattern, axis=axis, index=index, unit=unit))
