@@ -53,6 +53,28 @@ _WHISPER = {
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
 }
+_SOUND = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 12,
+    "conv_dim": (6, 6),
+    "conv_kernel": (4, 3),
+    "conv_stride": (3, 2),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "layer_norm_eps": 1e-2,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.0,
+    "final_dropout": 0.0,
+    "layerdrop": 0.0,
+    "pad_token_id": 0,
+}
+_STABLE = {**_SOUND, "do_stable_layer_norm": True, "feat_extract_norm": "layer", "conv_bias": True}
 
 VALUES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bart": ("Bart", "ForConditionalGeneration", _BART),
@@ -68,6 +90,10 @@ VALUES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "t5 encoder": ("T5", "EncoderModel", _T5),
     "whisper": ("Whisper", "ForConditionalGeneration", _WHISPER),
     "whisper headless": ("Whisper", "Model", _WHISPER),
+    "wav2vec2": ("Wav2Vec2", "ForCTC", _SOUND),
+    "wav2vec2 stable": ("Wav2Vec2", "ForCTC", {**_STABLE, "adapter_attn_dim": 3}),
+    "hubert": ("Hubert", "ForSequenceClassification", {**_SOUND, "classifier_proj_size": 5, "num_labels": 3}),
+    "hubert headless": ("Hubert", "Model", _STABLE),
 }
 """By model type, with a word behind it where there are several: what the names of its classes begin with, how that of
 the model ends, and the values of its config."""
@@ -92,10 +118,16 @@ def _spectrograms(model: PreTrainedModel, batch: int, length: int, generator: to
     return {"input_features": features, "decoder_input_ids": _texts(model, batch, length, generator)["input_ids"]}
 
 
+def _sounds(model: PreTrainedModel, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Waveforms, six samples for a frame and some more."""
+    waves = torch.randn((batch, 6 * length + 7), generator=generator, dtype=torch.float64)
+    return {"input_values": waves.to(model.dtype)}
+
+
 MODELS: dict[str, Made] = {
     family: (getattr(transformers, name + end), getattr(transformers, f"{name}Config"), values)
     for family, (name, end, values) in VALUES.items()
 }
 """Model class, config class and values of the config, by model type."""
 INPUTS: dict[str, Any] = {config.model_type: _texts for _, config, _ in MODELS.values()}
-INPUTS["whisper"] = _spectrograms
+INPUTS |= {"whisper": _spectrograms, "wav2vec2": _sounds, "hubert": _sounds}

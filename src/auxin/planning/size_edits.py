@@ -46,6 +46,8 @@ def size_values(anatomy: Anatomy, new: Sizes) -> dict[str, Any]:
         values[fields.head_dim] = new.head_dim
     if fields.hidden_size in values:
         values |= dict.fromkeys(fields.like_hidden_size, new.residual)
+        if fields.residual_groups is not None:
+            values[fields.residual_groups] = anatomy.residual_groups * new.residual // old.residual
         values |= {name: units for name, (_, units) in widths.items() if names[name][0] == "ffn" and units}
     return values
 

@@ -218,6 +218,8 @@ class _Writer:
         factor = self.eta if role.kind == "gain" and self._runs_along_residual(role, 0) else 1.0
         if self._is_read_by_tied_head(role) and (self.anatomy.logits_scaled or self.anatomy.embedding_scaled):
             factor *= self.growth
+        if role.kind == "length":
+            factor *= self.growth
         if self.anatomy.embedding_scaled and role.pattern in self.anatomy.token_embeddings:
             factor /= self.growth
         if role.kind in ("matrix", "bias") and self.anatomy.qk_norm != "none" and _parts(role) & {"query", "key"}:

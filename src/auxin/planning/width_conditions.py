@@ -21,7 +21,8 @@ _UNITS: dict[Stream, str] = {
 
 def fatal_reasons(anatomy: Anatomy, widening: Widening, from_above: bool, cut: bool) -> list[str]:
     """Why the maps make nonsense of a model; see `auxin.planning.width.widen` for the arguments."""
-    reasons = [*_unfit(anatomy, widening), *_above_reasons(anatomy, from_above)]
+    groups = _group_reasons(anatomy, widening.residual.size) if not widening.residual.is_tiled else []
+    reasons = [*_unfit(anatomy, widening), *_above_reasons(anatomy, from_above), *groups]
     return [*reasons, *_lost(widening, cut), *_fixed_reasons(anatomy, widening), *_tied_head_reasons(anatomy, widening)]
 
 
@@ -91,7 +92,8 @@ def refuse_fixed_widths(anatomy: Anatomy, new: Sizes) -> None:
     """Raise PlanError when a brick of the model keeps it from having the widths `new`."""
     old = anatomy.sizes
     widths = [(stream, name, old.units(stream), new.units(stream)) for stream, name in SETTINGS.items()]
-    if reasons := _fixed(anatomy, [*widths, *_head_dims(old.head_dim, new.head_dim)]):
+    fixed = _fixed(anatomy, [*widths, *_head_dims(old.head_dim, new.head_dim)])
+    if reasons := [*fixed, *_group_reasons(anatomy, new.residual)]:
         raise PlanError(reasons[0])
 
 
@@ -100,6 +102,18 @@ def _fixed_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
     # A map may keep the number of units and still move or cut them.
     widths = [(s, SETTINGS[s], m.old if m.is_identity else None, m.size) for s, _, m in widening.maps()]
     return _fixed(anatomy, [*widths, *_head_dims(anatomy.sizes.head_dim, widening.head_dim)])
+
+
+def _group_reasons(anatomy: Anatomy, hidden: int) -> list[str]:
+    """Why the residual can't get another width but by whole copies; empty where it can."""
+    old = anatomy.sizes.residual
+    if not anatomy.residual_groups or hidden == old:
+        return []
+    return [
+        f"hidden_size = {hidden}: a convolution mixes the {old} units of the residual in {anatomy.residual_groups} groups "
+        f"({anatomy.fields.residual_groups}), and keeps what it does for whole copies of them in order alone. Use "
+        f"hypercloning with a multiple of {old}, or leave hidden_size out."
+    ]
 
 
 def _head_dims(before: int, after: int) -> list[tuple[Stream, str, int | None, int | None]]:

@@ -30,10 +30,13 @@ SETTINGS: dict[Stream, str] = {
 }
 """What the width of a stream is called in the settings of methods."""
 Access = Literal["writes", "reads"]
-Kind = Literal["matrix", "bias", "embedding", "gain", "offset", "head", "query_gain", "key_gain", "scale", "mixing"]
+Kind = Literal[
+    "matrix", "bias", "embedding", "gain", "offset", "head", "query_gain", "key_gain", "scale", "mixing", "length"
+]
 """What a parameter is: a matrix between streams, its bias, an embedding (of tokens, positions, types), a norm's gain or
 its offset (the norm's bias), the output head, the gain of a norm on queries or keys, a factor of units that a matrix
-writes or reads, or what mixes a layer's input with its output (AltUp)."""
+writes or reads, what mixes a layer's input with its output (AltUp), or the length that a weight norm gives to a
+parameter over all units of the residual."""
 HeadPart = Literal["query", "key", "value"]
 NormPosition = Literal["before", "after_output", "after_residual"]
 ResidualBlocks = Literal["one", "recycled", "wide"]
@@ -226,6 +229,8 @@ class ConfigFields:
     shared_expert_ffn: str | None = None
     like_hidden_size: tuple[str, ...] = ()
     """Further values that are the hidden size, under names of their own (OPT's word_embed_proj_dim)."""
+    residual_groups: str | None = None
+    """The number of groups in which a convolution mixes units of the residual (wav2vec 2.0)."""
     by_stack: Mapping[str, Mapping[Stream, str]] = field(default_factory=dict)
     """Where each stack has widths of its own, their names by the stack's path (BART: encoder_ffn_dim, decoder_ffn_dim);
     the names above are those of the stack whose widths are the model's."""
@@ -297,6 +302,9 @@ class Anatomy:
     heads_stay: str = ""
     """Why the number of heads can't change although their dimension can, in a sentence that follows
     "num_attention_heads = 8: "; empty where it can."""
+    residual_groups: int = 0
+    """In how many groups, one after the other, a convolution mixes units of the residual; 0: none does. Whole copies
+    have groups of their own."""
     fixed_widths: tuple[tuple[Stream, str], ...] = ()
     """The streams whose width can't change, because of the architecture or of a brick, and why, in sentences that
     follow "WIDTH = 64: "."""
