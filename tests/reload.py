@@ -19,6 +19,8 @@ def output(result: Any) -> Any:
 
     if "logits" in result:
         return result.logits
+    if "reconstruction" in result:
+        return result.reconstruction
     if "image_embeds" in result:
         return torch.cat([result.text_embeds, result.image_embeds])
     return result.last_hidden_state

@@ -33,6 +33,7 @@ from transformers import (
 
 import tiny_decoders
 import tiny_seq2seq
+import tiny_vision
 from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
 
 VOCABULARY = 19
@@ -151,7 +152,7 @@ MODELS: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
 }
 FAMILIES = [family for family in MODELS if family != "gemma"]
 """The architectures with which every method is tested in every way, by their model types."""
-GROUPS = (tiny_decoders, tiny_seq2seq)
+GROUPS = (tiny_decoders, tiny_seq2seq, tiny_vision)
 """The further ones, by kind: MODELS as above, and INPUTS, what makes inputs (model, batch, length, generator) of other
 kinds than token ids, by model type."""
 FURTHER = {family: made for group in GROUPS for family, made in group.MODELS.items()}
@@ -249,6 +250,8 @@ def output(result: Any) -> Tensor:
     other."""
     if "logits" in result:
         return result.logits
+    if "reconstruction" in result:
+        return result.reconstruction
     if "image_embeds" in result:
         return torch.cat([result.text_embeds, result.image_embeds])
     return result.last_hidden_state

@@ -19,12 +19,14 @@ from auxin.edits.structure import (
     edited_config,
     edited_skeleton,
     refuse_quantized,
+    saved_and_read,
     with_structural_edits,
 )
 from auxin.edits.tensor_names import lies_below, nearest_name, shapes_of, tensor_names
 from auxin.edits.tracker import Tracker
 from auxin.errors import PlanError
-from auxin.models.building import REFUSALS
+from auxin.models.building import REFUSALS, first_difference
+from auxin.models.layout import check_said
 
 
 @dataclass
@@ -96,6 +98,8 @@ class _Outcome:
             modules[path] = "" if not path else self.state.modules.get(path)
         resolved = ResolvedPlan(self.state.before, after, origins, modules, self.state.configurations.back)
         self._check_modules(resolved)
+        check_said(after.config, said)
+        self._check_read_again(after)
         return resolved
 
     def _built(self, values: dict[str, Any] | None = None) -> PreTrainedModel:
@@ -112,6 +116,28 @@ class _Outcome:
             raise PlanError(
                 f"No model can be built with the plan's config values ({self._set_in_words()}): {error!r}."
             ) from error
+
+    def _check_read_again(self, after: PreTrainedModel) -> None:
+        """PlanError when the model that is built from the config as it is saved is not the edited one."""
+        try:
+            config = saved_and_read(after.config)
+        except PlanError as error:
+            raise PlanError(
+                f"With the plan's config values ({self._set_in_words()}) the model could be saved, and not be loaded: "
+                f"{error}. Leave out the value that does not go with the others."
+            ) from error
+        if config.to_dict() == after.config.to_dict():
+            return
+        again = edited_skeleton(config, type(after))
+        found = first_difference(after, again)
+        # What a config says in another way once it is read is of no account, nor what no saving of it keeps.
+        if found is not None and found != first_difference(
+            self.state.before, edited_skeleton(saved_and_read(self.state.before.config), type(self.state.before))
+        ):
+            raise PlanError(
+                f"With the plan's config values ({self._set_in_words()}) the model that is loaded from a checkpoint "
+                f"would be another one: {found}. Leave out the value that its config does not keep."
+            )
 
     def _origins(self, after: PreTrainedModel) -> dict[str, Origin]:
         names, shapes = tensor_names(after), shapes_of(after)
@@ -207,6 +233,8 @@ class _Outcome:
                 continue
             # Torch's parametrizations, as of weight norms, make a class of its own for each module.
             is_same = old is not None and type_before_parametrizations(old) is type_before_parametrizations(module)
+            # What is dropped in training may depend on a layer's number (BEiT); it is no part of the function.
+            is_same |= old is not None and _only_drops(path) and not [*old.parameters(), *module.parameters()]
             if not is_same and not self.state.changes_architecture():
                 was = type(old).__name__ if old is not None else "nothing"
                 raise PlanError(
@@ -231,6 +259,10 @@ class _Outcome:
         parts = path.split(".")
         above = [".".join(parts[: length + 1]) for length in range(len(parts))]
         return any(edit.matches(place) for edit in edits for place in above)
+
+
+def _only_drops(path: str) -> bool:
+    return "drop" in path.rpartition(".")[2]
 
 
 def _check_unchanged(model: PreTrainedModel, before: PreTrainedModel) -> None:

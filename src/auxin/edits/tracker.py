@@ -73,7 +73,7 @@ class Tracker:
         elif isinstance(edit, ParameterEdit):
             self._change_parameters(index, edit)
         elif isinstance(edit, ArrangeLayers):
-            self._arrange(edit)
+            self._arrange(index, edit)
         elif isinstance(edit, JoinAbove):
             self._join(edit)
         elif isinstance(edit, TieParameters):
@@ -125,13 +125,15 @@ class Tracker:
             step = Step(index, edit, name, origin.shape)
             self.origins[name] = replace(origin, shape=shape, steps=(*origin.steps, step))
 
-    def _arrange(self, edit: ArrangeLayers) -> None:
+    def _arrange(self, index: int, edit: ArrangeLayers) -> None:
         if edit.layers in self.arranged:
             raise PlanError(f"{edit.layers} was arranged by an earlier edit; merge the two")
         stack = layer_stack(self.before, edit.layers)
         edit.check(len(stack))
         self.arranged.add(edit.layers)
         self._set_values(edit.config_values(self.before))
+        for moved_entries in edit.slices(self.before):
+            self._change_parameters(index, moved_entries)
         self.structure = [moved for stored in self.structure for moved in _moved(stored, edit)]
         blended = self._blended(edit, len(stack))
         self.origins, self.aliases = self._renamed_tensors(edit)

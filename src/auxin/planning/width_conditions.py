@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 
 from auxin.errors import PlanError
-from auxin.planning.width_maps import StreamMap, Widening
+from auxin.planning.width_maps import Padding, StreamMap, Widening
 from auxin.words.paths import encloses
 from auxin.words.roles import FEED_FORWARD, SETTINGS, Anatomy, Sizes, Stream
 
@@ -21,7 +21,10 @@ _UNITS: dict[Stream, str] = {
 
 def fatal_reasons(anatomy: Anatomy, widening: Widening, from_above: bool, cut: bool) -> list[str]:
     """Why the maps make nonsense of a model; see `auxin.planning.width.widen` for the arguments."""
-    groups = _group_reasons(anatomy, widening.residual.size) if not widening.residual.is_tiled else []
+    residual = widening.residual
+    # What padding does not pass, it says below.
+    kept = residual.is_tiled or residual.index == tuple(range(residual.old))
+    groups = [] if kept else _group_reasons(anatomy, residual.size)
     reasons = [*_unfit(anatomy, widening), *_above_reasons(anatomy, from_above), *groups]
     return [*reasons, *_lost(widening, cut), *_fixed_reasons(anatomy, widening), *_tied_head_reasons(anatomy, widening)]
 
@@ -66,26 +69,47 @@ def _residual_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
             f"hidden_size = {new}: with unequal copies of the {old} units the norm's statistics are weighted anew for "
             f"each token. {whole or 'Use whole copies, or padding.'}"
         )
-    if not residual.added:
-        return reasons
-    head = f"hidden_size = {new} is no whole number of copies of the {old} units, and padding"
-    if anatomy.norm_position == "after_residual":
-        reasons.append(f"{head} does not pass a norm that comes after the residual sum. {whole}")
-    elif not _can_scale_norms(anatomy):
-        reasons.append(f"{head} needs norms with a gain and an epsilon that can be scaled; these have none. {whole}")
-    elif anatomy.norm == "rms" and widening.padding == "mean":
-        reasons.append(f"{head} with the mean changes the mean square that an RMSNorm divides by. Pad with zeros.")
-    elif anatomy.norm == "layer" and widening.padding == "zeros" and anatomy.tied:
+    if residual.added and (why := _padding_reason(anatomy, widening.padding)):
         reasons.append(
-            f"{head} with zeros needs a residual without mean, which a LayerNorm does not notice but a tied head does. "
-            "Pad with the mean, or untie the head first."
-        )
-    elif anatomy.norm == "layer" and any(r.kind == "scale" and r.along("residual", "writes") for r in anatomy.roles):
-        reasons.append(
-            f"{head} asks for the mean of what a layer gives, which factors of its units change behind it. Merge them "
-            f"first. {whole}"
+            f"hidden_size = {new} is no whole number of copies of the {old} units, and padding {why} {whole}".rstrip()
         )
     return reasons
+
+
+def takes_padding(anatomy: Anatomy, padding: Padding) -> bool:
+    """Whether the residual can be padded without a change of the function."""
+    return not _padding_reason(anatomy, padding)
+
+
+def _padding_reason(anatomy: Anatomy, padding: Padding) -> str:
+    """Why padding of the residual changes the function, in sentences that follow "padding "; empty where it does
+    not."""
+    scaled = [role for role in anatomy.roles if role.kind == "scale" and role.along("residual", "writes")]
+    if anatomy.norm_position == "after_residual":
+        return "does not pass a norm that comes after the residual sum."
+    if anatomy.no_padding:
+        return f"does not pass {anatomy.no_padding}."
+    if not _can_scale_norms(anatomy):
+        return "needs norms with a gain and an epsilon that can be scaled; these have none."
+    if anatomy.norm == "rms" and padding == "mean":
+        return "with the mean changes the mean square that an RMSNorm divides by. Pad with zeros."
+    if anatomy.norm == "layer" and padding == "zeros" and anatomy.tied:
+        return (
+            "with zeros needs a residual without mean, which a LayerNorm does not notice but a tied head does. Pad "
+            "with the mean, or untie the head first."
+        )
+    if anatomy.norm == "layer" and padding == "zeros" and anatomy.bare:
+        return (
+            "with zeros needs a residual without mean, which a LayerNorm does not notice but "
+            f"{' and '.join(anatomy.bare)} would, without a norm before. Pad with the mean."
+        )
+    if anatomy.norm == "layer" and scaled:
+        mend = " Merge them first." if all(role.added for role in scaled) else ""
+        return (
+            f"asks for the mean of what a layer gives, which factors of its units ({scaled[0].pattern}) change behind "
+            f"it.{mend}"
+        )
+    return ""
 
 
 def refuse_fixed_widths(anatomy: Anatomy, new: Sizes) -> None:
@@ -111,7 +135,7 @@ def _group_reasons(anatomy: Anatomy, hidden: int) -> list[str]:
         return []
     return [
         f"hidden_size = {hidden}: a convolution mixes the {old} units of the residual in {anatomy.residual_groups} groups "
-        f"({anatomy.fields.residual_groups}), and keeps what it does for whole copies of them in order alone. Use "
+        f"({anatomy.fields.residual_groups}), and does the same only for whole copies of all of them, in order. Use "
         f"hypercloning with a multiple of {old}, or leave hidden_size out."
     ]
 

@@ -136,10 +136,12 @@ class WidthTargets(Settings):
         old, wanted, name = anatomy.sizes.units(stream), self._given(stream), SETTINGS[stream]
         if old is not None and anatomy.fields.of(stream) is None:
             follows = old * hidden // anatomy.sizes.residual
+            if stream == "ffn" and anatomy.ffn_follows is not None:
+                follows = anatomy.ffn_follows.units(hidden)
             if wanted not in (None, follows):
                 raise PlanError(
-                    f"{name} = {wanted}: in this architecture it is {old // anatomy.sizes.residual} times the hidden "
-                    f"size, {follows} for hidden_size = {hidden}. Leave it out."
+                    f"{name} = {wanted}: this architecture has no value for it and works it out from the hidden size: "
+                    f"{follows} for hidden_size = {hidden}. Leave it out."
                 )
             return follows
         if old is not None:

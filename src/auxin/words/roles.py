@@ -11,6 +11,7 @@ modules in layers ("model.layers.*.mlp.experts"). Where several scopes enclose a
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Literal
 
 from auxin.errors import PlanError
@@ -215,6 +216,20 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class FollowingWidth:
+    """A width that follows from the hidden size."""
+
+    ratio: Fraction
+    """How many units for each of the residual, the product rounded down."""
+    multiple: int = 1
+    """And then up to a multiple of this."""
+
+    def units(self, hidden: int) -> int:
+        """The width for the hidden size `hidden`."""
+        return -(-int(self.ratio * hidden) // self.multiple) * self.multiple
+
+
+@dataclass(frozen=True)
 class ConfigFields:
     """Under which names the config holds the widths; None where it has no such value."""
 
@@ -305,6 +320,14 @@ class Anatomy:
     residual_groups: int = 0
     """In how many groups, one after the other, a convolution mixes units of the residual; 0: none does. Whole copies
     have groups of their own."""
+    no_padding: str = ""
+    """What padding of the residual does not pass, whatever the norms are, so that it takes whole copies alone, in words
+    that follow "does not pass "; empty where there is nothing."""
+    bare: tuple[str, ...] = ()
+    """What reads the residual without a norm before it: patterns of parameters, and outputs of the model by name."""
+    ffn_follows: FollowingWidth | None = None
+    """How the number of feed-forward units follows from the hidden size, where the config has no value for it; None: in
+    proportion."""
     fixed_widths: tuple[tuple[Stream, str], ...] = ()
     """The streams whose width can't change, because of the architecture or of a brick, and why, in sentences that
     follow "WIDTH = 64: "."""

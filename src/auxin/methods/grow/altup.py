@@ -423,6 +423,11 @@ class _Widening:
             yield ReplaceModule(module=stack.end, brick="collapsed_output", settings={"collapse": "concatenate"})
             return
         norm, blocks = self.modules[stack.end], self.settings.blocks
+        if isinstance(norm, nn.Identity):
+            raise PlanError(
+                f"conversion = {self.settings.conversion}: no norm follows the layers of {stack.path} directly that "
+                "would take their blocks one by one. Ask for the conversion recycled, which makes one of them before."
+            )
         eps = norm_epsilon(norm)
         scale = 1 / blocks if self._reads_by_table(stack) else 1.0
         if self.settings.norm == "all" and self.settings.conversion == "zeros":
@@ -448,14 +453,21 @@ class _Widening:
     def _read(self, path: str) -> Edit:
         """The weight of a layer that reads the last stream."""
         name, blocks, width = f"{path}.weight", self.settings.blocks, self.body.sizes.residual
+        states = self.modules[path].in_features // width  # side by side, each of them now of several blocks
         if self.settings.conversion == "copies":
+            index = [state for state in range(states) for _ in range(blocks)]
             return SliceParameter(
-                parameter=name, axis=1, index=[0] * blocks, unit=width, divide=True, noise=self.settings.noise
+                parameter=name, axis=1, index=index, unit=width, divide=True, noise=self.settings.noise
             )
-        if self.settings.conversion in ("zeros", "random"):
+        if self.settings.conversion in ("zeros", "random") and states == 1:
             return PadParameter(parameter=name, axis=1, size=blocks * width, fill=NormalFill())
-        index = [ABSENT_UNIT] * blocks
-        index[self._last_block(path)] = 0
+        if self.settings.conversion in ("zeros", "random"):
+            raise PlanError(
+                f"conversion = {self.settings.conversion}: {path} reads {states} hidden states side by side, between "
+                "whose blocks random columns can't be put. Ask for copies, free or recycled."
+            )
+        last = self._last_block(path)
+        index = [state if block == last else ABSENT_UNIT for state in range(states) for block in range(blocks)]
         return SliceParameter(parameter=name, axis=1, index=index, unit=width)
 
     def _last_block(self, path: str) -> int:

@@ -86,7 +86,11 @@ def _targets(body: Anatomy, settings: HyperCloning) -> WidthTargets:
             "hidden_size": factor * old.residual,
             "num_attention_heads": old.query_heads if body.heads_stay else factor * old.query_heads,
             "num_key_value_heads": kept if body.fields.key_value_heads else None,
-            **{SETTINGS[stream]: factor * units for stream in FEED_FORWARD if (units := old.units(stream))},
+            **{
+                SETTINGS[stream]: factor * units
+                for stream in FEED_FORWARD
+                if body.fields.of(stream) and (units := old.units(stream))
+            },
         }
         wanted = {name: multiples.get(name) if value is None else value for name, value in wanted.items()}
     return WidthTargets.parse(wanted)

@@ -23,8 +23,10 @@ from auxin.planning.bench import from_model
 from auxin.planning.depth import depth, identity_blocks
 from auxin.planning.method import Method
 from auxin.planning.width import widen
+from auxin.planning.width_conditions import takes_padding
 from auxin.planning.width_maps import Padding, Widening, circular, feed_forward_maps, head_maps, padded, scoped_maps
 from auxin.planning.width_targets import WidthTargets, feed_forward_settings, refuse_unchanged
+from auxin.words.roles import Anatomy
 
 
 class Lemon(WidthTargets):
@@ -63,7 +65,7 @@ def plan_lemon(model: PreTrainedModel, settings: Lemon) -> Plan:
             key_value=key_value,
             feed_forward=feed_forward_maps(body.sizes, sizes, circular),
             head_dim=sizes.head_dim,
-            padding=settings.padding or ("zeros" if body.norm == "rms" else "mean"),
+            padding=settings.padding or _padding(body),
             noise=settings.split_noise,
             scoped=scoped_maps(
                 body.sizes, sizes, circular, lambda old, new: head_maps(old, new.query_heads, new.key_value_heads)
@@ -80,9 +82,14 @@ def plan_lemon(model: PreTrainedModel, settings: Lemon) -> Plan:
     )
 
 
+def _padding(body: Anatomy) -> Padding:
+    """What the norms ask for."""
+    return "zeros" if body.norm == "rms" else "mean"
+
+
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
     body = anatomy(model)
-    whole = body.norm_position == "after_residual" or not body.norm_has_gain or body.fields.epsilon is None
+    whole = not takes_padding(body, _padding(body))
     bound = body.fields.head_dim is None and (body.qk_norm == "all_heads" or body.grouped)
     hidden = 2 * body.sizes.residual if whole or bound else body.sizes.residual * 3 // 2
     settings: dict[str, Any] = {"hidden_size": hidden}

@@ -148,6 +148,11 @@ def _check_layer(path: str, layer: nn.Module, settings: SequenceAltUpSettings) -
             f"{path} has alternating updates, whose blocks are no tokens and can't be strided. Give the model its "
             "stride first and apply altup to the result."
         )
+    if table := next((name for name, _ in layer.named_parameters() if name.endswith("position_bias_table")), None):
+        raise PlanError(
+            f"{path} adds biases by the distance of tokens ({table}) for all patches of an image, whatever it is given, "
+            "and can't run on some of them. Name other layers, or use a model with one bias for all layers."
+        )
     if isinstance(layer, SequenceAltUpLayer):
         raise PlanError(
             f"{path} has a stride of {layer.sequence_altup.stride} already. Name other layers, or start from the model "

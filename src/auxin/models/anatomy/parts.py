@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch.nn import Embedding, Module, Parameter
 from transformers import PreTrainedModel
 
+from auxin.nn.bricks import Brick
 from auxin.words.roles import Axes, ParameterRole, Sizes, linear
 
 VOCABULARY_HEADS = ("lm_head", "embed_out")
@@ -24,6 +25,17 @@ def base_prefix(model: PreTrainedModel) -> str:
     return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
+def has_parameters(model: PreTrainedModel, path: str) -> bool:
+    """Whether the architecture's module at `path`, below whatever edits put around it, has parameters of its own or
+    `path` is a parameter."""
+    found: Any = model
+    for part in path.split("."):
+        found = getattr(found, part, None)
+        while isinstance(found, Brick) and found.wrapped is not None:
+            found = found.wrapped
+    return isinstance(found, Parameter) or (isinstance(found, Module) and any(True for _ in found.parameters(False)))
+
+
 def sizes_of(config: Any, ffn: int | None, head_dim: int | None = None, key_value_heads: int | None = None) -> Sizes:
     """The widths that a config says."""
     hidden, heads = config.hidden_size, config.num_attention_heads
@@ -33,7 +45,7 @@ def sizes_of(config: Any, ffn: int | None, head_dim: int | None = None, key_valu
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether the output head is a token embedding, the one of the model's inputs or its decoder's own."""
     head = getattr(model.get_output_embeddings(), "weight", None)
-    tables = (module.weight for module in model.modules() if isinstance(module, nn.Embedding))
+    tables = (module.weight for module in model.modules() if isinstance(module, Embedding))
     return head is not None and any(table is head for table in tables)
 
 

@@ -1,59 +1,160 @@
-"""The anatomy of ViT."""
+"""Encoders of patches that name their modules as ViT does: of images, and of spectrograms (AST).
 
+What an architecture has of its own is a row of `PATCHES`; roles of modules that it lacks are dropped by whoever asks
+for the anatomy. The layer scale of DINOv2 and BEiT is a factor of the units that a layer writes.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
-from auxin.models.anatomy.parts import sizes_of
-from auxin.words.roles import Anatomy, Axes, ConfigFields, LayerStack, embedding, linear, norm
+from auxin.models.anatomy.llama import dense_feed_forward
+from auxin.models.anatomy.parts import base_prefix, has_parameters, sizes_of
+from auxin.words.roles import (
+    Anatomy,
+    Axes,
+    ConfigFields,
+    FollowingWidth,
+    LayerStack,
+    ParameterRole,
+    Segment,
+    Sizes,
+    embedding,
+    linear,
+    norm,
+)
+
+TOKENS = ("cls_token", "distillation_token", "register_tokens", "position_embeddings")
+"""Embeddings beside those of patches; three axes each, of which the last is the hidden size."""
+NORMS = ("layernorm_before", "layernorm_after", "norm1", "norm2")
+"""The norms of a layer, both before a part."""
+FACTORS = ("layer_scale1.lambda1", "layer_scale2.lambda1", "lambda_1", "lambda_2")
+"""The layer scale."""
+HEADS = ("classifier", "cls_classifier", "distillation_classifier", "lm_head", "classifier.dense")
+"""Linear layers from what leaves the layers to classes, or to visual words."""
+READERS = (*HEADS, "decoder.0", "pooler.dense")
+"""All that reads what leaves the layers, beside or, the last, in the base model."""
 
 
-def _vit(model: PreTrainedModel) -> Anatomy:
+@dataclass(frozen=True)
+class Patches:
+    """What an encoder of patches has of its own."""
+
+    layers: str = "layers"
+    norm: str = "layernorm"
+    """The norm behind the layers, or what stands in its place."""
+    head_reads: int = 1
+    """How many hidden states, side by side, a classifier reads."""
+    derives_units: bool = False
+    """Whether the number of feed-forward units follows from the hidden size by `mlp_ratio`; of gated ones there are two
+    thirds, rounded up to a multiple of 8."""
+    mask_axes: int = 3
+    """Axes of the embedding of masked patches."""
+
+
+_DINOV2 = Patches(layers="encoder.layer", head_reads=2, derives_units=True, mask_axes=2)
+PATCHES = {
+    "vit": Patches(),
+    "deit": Patches(),
+    "beit": Patches(),
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": _DINOV2,
+    "audio-spectrogram-transformer": Patches(),
+}
+"""By model type."""
+
+
+def patches(model: PreTrainedModel, own: Patches) -> Anatomy:
+    """The anatomy of an encoder of patches.
+
+    Args:
+        model: the model, with a head of whatever task or without one.
+        own: what its architecture has of its own.
+    """
     config: Any = model.config
-    sizes = sizes_of(config, config.intermediate_size)
-    axes = Axes.of(sizes, 0)
-    layer = "vit.layers.*"
-    patches = "vit.embeddings.patch_embeddings.projection"
+    follows = _following(config) if own.derives_units else None
+    sizes = sizes_of(config, follows.units(config.hidden_size) if follows else config.intermediate_size)
+    prefix = base_prefix(model)
+    stack_path, end = f"{prefix}{own.layers}", f"{prefix}{own.norm}"
+    roles = _roles(model, own, sizes)
+    norms = [name for name in _last_norms(prefix, own) if has_parameters(model, name)]
+    readers = tuple(f"{prefix}{name}" if name == "pooler.dense" else name for name in READERS)
+    units = None if follows else "intermediate_size"
+    heads = (name for name in HEADS if has_parameters(model, name))
+    stack = LayerStack(
+        stack_path,
+        "num_hidden_layers",
+        ("attention.o_proj", "mlp.fc2", "mlp.down_proj"),
+        entries=(f"{prefix}embeddings",),
+        end=end,
+        readers=readers,
+        feed_forward=("mlp",),
+        attentions=("attention",),
+    )
+    return Anatomy(
+        family=config.model_type,
+        sizes=sizes,
+        fields=ConfigFields("hidden_size", "num_attention_heads", None, units, None, "layer_norm_eps"),
+        stacks=(stack,),
+        roles=roles,
+        norm="layer",
+        norm_has_gain=True,
+        tied=False,
+        final_norm=norms[-1],
+        head=next(heads, None),
+        embeddings=tuple(
+            role.pattern for role in roles if role.kind == "embedding" and has_parameters(model, role.pattern)
+        ),
+        no_padding=f"{norms[1]}, which norms what {norms[0]} gives" if len(norms) > 1 else "",
+        bare=() if norms[0] == end else ("last_hidden_state",),
+        ffn_follows=follows,
+    )
+
+
+def _following(config: Any) -> FollowingWidth:
+    if config.use_swiglu_ffn:
+        return FollowingWidth(Fraction(config.mlp_ratio) * Fraction(2, 3), 8)
+    return FollowingWidth(Fraction(config.mlp_ratio))
+
+
+def _roles(model: PreTrainedModel, own: Patches, sizes: Sizes) -> tuple[ParameterRole, ...]:
+    axes, prefix = Axes.of(sizes, 0), base_prefix(model)
+    layer, projection = f"{prefix}{own.layers}.*", f"{prefix}embeddings.patch_embeddings.projection"
+    per_head = (Segment("query", 1, sizes.query_heads),)
     roles = [
-        embedding("vit.embeddings.cls_token", (), (), axes.residual),
-        embedding("vit.embeddings.position_embeddings", (), (), axes.residual),
-        embedding(f"{patches}.weight", axes.residual, (), (), ()),
-        embedding(f"{patches}.bias", axes.residual),
+        *(embedding(f"{prefix}embeddings.{token}", (), (), axes.residual) for token in TOKENS),
+        embedding(f"{prefix}embeddings.mask_token", *[()] * (own.mask_axes - 1), axes.residual),
+        embedding(f"{projection}.weight", axes.residual, (), (), ()),
+        embedding(f"{projection}.bias", axes.residual),
         *linear(f"{layer}.attention.q_proj", axes.query, axes.residual),
         *linear(f"{layer}.attention.k_proj", axes.key, axes.residual),
         *linear(f"{layer}.attention.v_proj", axes.value, axes.residual),
         *linear(f"{layer}.attention.o_proj", axes.residual, axes.attended),
-        *norm(f"{layer}.layernorm_before", axes.residual),
-        *norm(f"{layer}.layernorm_after", axes.residual),
-        *linear(f"{layer}.mlp.fc1", axes.ffn, axes.residual),
-        *linear(f"{layer}.mlp.fc2", axes.residual, axes.ffn),
-        *norm("vit.layernorm", axes.residual),
-        *linear("classifier", (), axes.residual, "head"),
-    ]
-    return Anatomy(
-        family="vit",
-        sizes=sizes,
-        fields=ConfigFields("hidden_size", "num_attention_heads", None, "intermediate_size", None, "layer_norm_eps"),
-        stacks=(
-            LayerStack(
-                "vit.layers",
-                "num_hidden_layers",
-                ("attention.o_proj", "mlp.fc2"),
-                entries=("vit.embeddings",),
-                end="vit.layernorm",
-                readers=("classifier",),
-                feed_forward=("mlp",),
-            ),
+        *dense_feed_forward(f"{layer}.mlp", axes.ffn, axes.residual),
+        *(role for name in NORMS for role in norm(f"{layer}.{name}", axes.residual)),
+        *(ParameterRole(f"{layer}.{name}", (axes.residual,), ("writes",), "scale") for name in FACTORS),
+        *(
+            embedding(f"{place}.relative_position_bias_table", (), per_head)
+            for place in (f"{layer}.relative_position_bias", f"{prefix}shared_position_bias")
         ),
-        roles=tuple(roles),
-        norm="layer",
-        norm_has_gain=True,
-        tied=False,
-        final_norm="vit.layernorm",
-        head="classifier",
-        embeddings=tuple(role.pattern for role in roles if role.kind == "embedding"),
-    )
+        *(role for name in _last_norms(prefix, own) for role in norm(name, axes.residual)),
+        *linear(f"{prefix}pooler.dense", (), axes.residual),
+        *(role for name in HEADS for role in linear(name, (), axes.residual * own.head_reads, "head")),
+        ParameterRole("decoder.0.weight", ((), axes.residual, (), ()), (None, "reads", None, None), "head"),
+        ParameterRole("decoder.0.bias", ((),), (None,), "bias"),
+    ]
+    return tuple(roles)
 
 
-ANATOMIES.add("vit", _vit)
+def _last_norms(prefix: str, own: Patches) -> tuple[str, ...]:
+    """The norms that may sit between the layers and a head, in order: BEiT's behind its pooling, or with the head;
+    AST's head has one of its own."""
+    return tuple(dict.fromkeys((f"{prefix}{own.norm}", f"{prefix}pooler.layernorm", own.norm, "classifier.layernorm")))
+
+
+for _family, _own in PATCHES.items():
+    ANATOMIES.add(_family, partial(patches, own=_own))

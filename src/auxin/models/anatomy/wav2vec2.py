@@ -64,6 +64,7 @@ def _wav2vec2(model: PreTrainedModel) -> Anatomy:
         head=next((head for head in READERS if hasattr(model, head)), None),
         embeddings=(f"{prefix}feature_projection.projection.weight",),
         residual_groups=config.num_conv_pos_embedding_groups,
+        no_padding=f"{prefix}encoder.pos_conv_embed, a convolution whose groups are alike",
         fixed_widths=fixed,
     )
 

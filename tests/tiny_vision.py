@@ -1,0 +1,68 @@
+"""Configs of tiny encoders of images and of spectrograms, with and without heads, with what is peculiar to each: two
+class tokens, a layer scale away from 1, registers, gated feed-forward parts, relative positions."""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tiny_decoders import EPSILON, Made
+
+_COMMON = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 12,
+    "layer_norm_eps": EPSILON,
+    "image_size": 8,
+    "patch_size": 4,
+    "num_labels": 3,
+}
+_DINOV2 = {**{key: value for key, value in _COMMON.items() if key != "intermediate_size"}, "mlp_ratio": 2}
+_AST = {"max_length": 16, "num_mel_bins": 8, "frequency_stride": 4, "time_stride": 4}
+
+
+def _made(model: str, config: str, values: dict[str, Any]) -> Made:
+    return getattr(transformers, model), getattr(transformers, f"{config}Config"), values
+
+
+MODELS: dict[str, Made] = {
+    "vit base": _made("ViTModel", "ViT", _COMMON),
+    "vit masked": _made("ViTForMaskedImageModeling", "ViT", {**_COMMON, "encoder_stride": 4}),
+    "deit": _made("DeiTForImageClassificationWithTeacher", "DeiT", _COMMON),
+    "dinov2": _made("Dinov2ForImageClassification", "Dinov2", _DINOV2),
+    "dinov2 gated": _made("Dinov2ForImageClassification", "Dinov2", {**_DINOV2, "use_swiglu_ffn": True}),
+    "dinov2_with_registers": _made("Dinov2WithRegistersForImageClassification", "Dinov2WithRegisters", _DINOV2),
+    "beit": _made(
+        "BeitForImageClassification",
+        "Beit",
+        {**_COMMON, "use_relative_position_bias": True, "use_absolute_position_embeddings": True},
+    ),
+    "audio-spectrogram-transformer": _made("ASTForAudioClassification", "AST", {**_COMMON, **_AST}),
+}
+"""Model class, config class and values of the config, by the model type and a word for what else it is."""
+
+
+def _pixels(model: PreTrainedModel, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    config: Any = model.config
+    shape = (batch, config.num_channels, config.image_size, config.image_size)
+    pixels = torch.randn(shape, generator=generator, dtype=torch.float64).to(model.dtype)
+    if "Masked" not in type(model).__name__:
+        return {"pixel_values": pixels}
+    patches = (config.image_size // config.patch_size) ** 2
+    return {"pixel_values": pixels, "bool_masked_pos": torch.arange(patches).expand(batch, -1) % 2 == 0}
+
+
+def _spectrogram(model: PreTrainedModel, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    config: Any = model.config
+    shape = (batch, config.max_length, config.num_mel_bins)
+    return {"input_values": torch.randn(shape, generator=generator, dtype=torch.float64).to(model.dtype)}
+
+
+INPUTS = {
+    **dict.fromkeys(("vit", "deit", "dinov2", "dinov2_with_registers", "beit"), _pixels),
+    "audio-spectrogram-transformer": _spectrogram,
+}
+"""What makes inputs, by model type."""
