@@ -22,9 +22,7 @@ _UNITS: dict[Stream, str] = {
 def fatal_reasons(anatomy: Anatomy, widening: Widening, from_above: bool, cut: bool) -> list[str]:
     """Why the maps make nonsense of a model; see `auxin.planning.width.widen` for the arguments."""
     residual = widening.residual
-    # What padding does not pass, it says below.
-    kept = residual.is_tiled or residual.index == tuple(range(residual.old))
-    groups = [] if kept else _group_reasons(anatomy, residual.size)
+    groups = [] if residual.is_tiled and not residual.added else _group_reasons(anatomy, residual.size)
     reasons = [*_unfit(anatomy, widening), *_above_reasons(anatomy, from_above), *groups]
     return [*reasons, *_lost(widening, cut), *_fixed_reasons(anatomy, widening), *_tied_head_reasons(anatomy, widening)]
 

@@ -333,6 +333,11 @@ class Anatomy:
     follow "WIDTH = 64: "."""
 
     @property
+    def residual_stays(self) -> bool:
+        """Whether the residual takes no other width, or none but whole copies in order."""
+        return self.residual_groups > 0 or any(stream == "residual" for stream, _ in self.fixed_widths)
+
+    @property
     def token_embeddings(self) -> list[str]:
         """The parameters that hold a row for each token; a model of two stacks may have several."""
         return [role.pattern for role in self.roles if role.kind == "embedding" and role.along("vocabulary")]

@@ -100,7 +100,7 @@ def _random_maps(body: Anatomy, sizes: Sizes, seed: int) -> Widening:
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
     body = anatomy(model)
     settings: dict[str, Any] = {"num_hidden_layers": 2 * max(depth(model, stack) for stack in body.stacks)}
-    if body.tied and body.final_norm is None:
+    if body.residual_stays or (body.tied and body.final_norm is None):
         return settings
     return {**settings, "hidden_size": 2 * body.sizes.residual}
 

@@ -505,10 +505,11 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
     body = anatomy(model)
     values: dict[str, Any] = {"steps": 0}
     values["layers"] = 1 + max(depth(model, stack) for stack in body.stacks)
-    if not body.grouped:
+    bound = body.fields.head_dim is None
+    if not body.grouped and not (bound and body.residual_stays):
         heads = body.sizes.query_heads + 1
         values["num_attention_heads"] = heads
-        if body.fields.head_dim is not None:
+        if not bound and not body.residual_stays:
             values["hidden_size"] = (body.sizes.residual // heads + 1) * heads
     values |= feed_forward_settings(body, 1.25)
     return values

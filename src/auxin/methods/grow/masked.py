@@ -508,8 +508,9 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
     values: dict[str, Any] = {"layers": 1 + max(depth(model, stack) for stack in body.stacks)}
     if body.family == "tokenformer":
         return values
-    values["num_attention_heads"] = heads
-    if body.fields.head_dim is not None:
+    if body.fields.head_dim is not None or not body.residual_stays:
+        values["num_attention_heads"] = heads
+    if body.fields.head_dim is not None and not body.residual_stays:
         values["hidden_size"] = (body.sizes.residual // heads + 1) * heads  # Llama's must be a multiple
     values |= feed_forward_settings(body, 1.25)
     return values

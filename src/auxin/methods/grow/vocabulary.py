@@ -156,6 +156,11 @@ def plan_vocabulary(
     sources = [list(old) if settings.rule == "pieces" else [] for old in pieces]
     edits: list[Edit] = []
     tables, biases = _followers(model, length)
+    if not tables:
+        raise PlanError(
+            f"vocab_size = {length}: a {type(model).__name__} has no table of tokens, so that it has no vocabulary to "
+            "grow. Choose a language model."
+        )
     if new_length > length:
         edits += [PadParameter(parameter=name, axis=axis, size=new_length, fill=ZeroFill()) for name, axis in biases]
     for name in tables:
