@@ -222,7 +222,8 @@ class GrowthOperator(nn.Module):
                     f"{path} has {module.temporary}, which the operator can't map. Before it learns, "
                     f"{module.plain_form}."
                 )
-        if self.body.sizes.scoped:
+        fields, scoped = self.body.fields, self.body.sizes.scoped
+        if any(width.scope not in fields.names(width.stream) for width in scoped):
             raise PlanError(
                 f"The layers have different widths ({describe_sizes(self.body)}), and the operator blends all of a "
                 "stack. Bring them to one width first, for example by net2net, or use another method."
