@@ -172,7 +172,11 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **confi
         config: values of its config that differ from the usual ones, e.g. tie_word_embeddings=True.
     """
     model_class, config_class, values = MODELS[family]
-    model = model_class(config_class(**{**values, **config}))
+    return filled(model_class(config_class(**{**values, **config})), seed, dtype)
+
+
+def filled(model: PreTrainedModel, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """`model` with the weights of a tiny one; see `tiny`."""
     generator = torch.Generator().manual_seed(seed)
     made = model._keys_to_ignore_on_save or ()  # what the model makes again instead of saving it
     biases = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("bias")]
