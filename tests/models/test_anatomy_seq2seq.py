@@ -162,7 +162,7 @@ def test_exact_with_every_switch(family, switch):
 
 def test_a_decoder_alone_gets_no_more_layers_than_its_cache():
     model = made("mbart", "MBartForCausalLM", encoder_layers=2)
-    with pytest.raises(PlanError, match="decoder_layers = 4: transformers makes the cache .* encoder_layers = 2"):
+    with pytest.raises(PlanError, match=r"decoder_layers = 4: transformers makes the cache .* encoder_layers = 2"):
         auxin.plan(model, "llama-pro", group_size=1)
 
 
@@ -214,8 +214,12 @@ def test_stacks_with_heads_of_two_dimensions_grow_in_what_is_left():
 @pytest.mark.parametrize("family", ["marian", "m2m_100"])
 def test_sinusoids_that_are_not_saved_keep_the_hidden_size(family):
     model = made(family)
-    for name, settings in (("hypercloning", {"factor": 2}), ("lemon", {"hidden_size": 32}), ("ligo", {"hidden_size": 20, "num_attention_heads": 5, "steps": 0})):
-        with pytest.raises(PlanError, match="hidden_size = .*sinusoids .* does not save"):
+    for name, settings in (
+        ("hypercloning", {"factor": 2}),
+        ("lemon", {"hidden_size": 32}),
+        ("ligo", {"hidden_size": 20, "num_attention_heads": 5, "steps": 0}),
+    ):
+        with pytest.raises(PlanError, match=r"hidden_size = .*sinusoids .* does not save"):
             auxin.plan(model, name, **settings)
 
 
@@ -253,6 +257,6 @@ def test_a_convolution_in_groups_takes_whole_copies_in_order():
 
 def test_batch_norms_over_the_residual_keep_its_width():
     model = made("hubert", conv_pos_batch_norm=True)
-    with pytest.raises(PlanError, match="hidden_size = 32: .*conv_pos_batch_norm"):
+    with pytest.raises(PlanError, match=r"hidden_size = 32: .*conv_pos_batch_norm"):
         auxin.plan(model, "hypercloning", factor=2)
     assert moved(model, auxin.plan(model, "net2net", intermediate_size=20)) <= EXACT

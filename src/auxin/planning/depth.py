@@ -213,9 +213,9 @@ def _refuse_short_cache(model: PreTrainedModel, stack: LayerStack, wanted: int) 
     length = getattr(config, counted, None) if hasattr(config, stack.length_field) else None
     if isinstance(length, int) and wanted > length:
         raise PlanError(
-            f"{stack.length_field} = {wanted}: transformers makes the cache of a {type(model).__name__} for {counted} = "
-            f"{length} layers, and with more it does not run. Set {counted} = {wanted} in its config first; nothing "
-            "else reads that."
+            f"{stack.length_field} = {wanted}: transformers makes the cache of a {type(model).__name__} for "
+            f"{counted} = {length} layers, and with more it does not run. Set {counted} = {wanted} in its config first; "
+            "nothing else reads that."
         )
 
 

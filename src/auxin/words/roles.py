@@ -251,7 +251,7 @@ class ConfigFields:
     the names above are those of the stack whose widths are the model's."""
 
     def names(self, stream: Stream) -> dict[str, str]:
-        """The names under which the config holds the widths of `stream`, by the stack that each is about; "" for all."""
+        """The names under which the config holds the widths of `stream`, by the stack that each is for; "" for all."""
         own = {path: names[stream] for path, names in self.by_stack.items() if stream in names}
         name = self.of(stream)
         return own or ({"": name} if name else {})

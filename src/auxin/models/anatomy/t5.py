@@ -9,7 +9,6 @@ from auxin.models.anatomy.found import ANATOMIES
 from auxin.models.anatomy.parts import base_prefix, head_roles, is_tied, sizes_of
 from auxin.words.roles import Anatomy, Axes, ConfigFields, LayerStack, ParameterRole, embedding, linear, norm
 
-
 READERS = ("lm_head", "qa_outputs", "classifier", "classification_head.dense")
 """What reads what leaves the last stack."""
 PARTS = {"encoder": ("SelfAttention",), "decoder": ("SelfAttention", "EncDecAttention")}

@@ -56,7 +56,11 @@ def _wav2vec2(model: PreTrainedModel) -> Anatomy:
                 ("feed_forward",),
             ),
         ),
-        roles=(*_front_roles(prefix, axes), *_layer_roles(f"{prefix}encoder.layers.*", axes), *_head_roles(model, axes)),
+        roles=(
+            *_front_roles(prefix, axes),
+            *_layer_roles(f"{prefix}encoder.layers.*", axes),
+            *_head_roles(model, axes),
+        ),
         norm="layer",
         norm_has_gain=True,
         tied=False,
