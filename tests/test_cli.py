@@ -147,7 +147,7 @@ def test_grow_has_every_setting_of_the_method(trained):
     given = [word for name, value in rules.items() for word in (f"--{name}", value)]
     plan = json.loads(call("grow", trained.checkpoint, "--ffn-tokens", 48, *given, "--dry-run", "--json").out)
     assert plan["settings"] == {"ffn_tokens": 48, **rules}
-    with pytest.raises(ConfigError, match="keys: .*'nothing'"):
+    with pytest.raises(ConfigError, match=r"keys: .*'nothing'"):
         call("grow", trained.checkpoint, "--ffn-tokens", 48, "--keys", "nothing", "--dry-run")
 
 
@@ -156,6 +156,8 @@ def test_methods_are_listed_and_explained():
     assert found["tokenformer"]["paper"].startswith("arXiv")
     text = call("methods").out
     assert all(name in text for name in found)
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.index("grow: a larger model") < text.index("lemon") < text.index("adapt:") < text.index("graft")
     explained = call("methods", "tokenformer").out
     assert "ffn_tokens" in explained
     assert "the feed-forward part after the growth" in explained
@@ -352,6 +354,8 @@ def test_doctor_says_what_will_be_used():
         (["plan", "model", "tokenformer", "--set", "ffn_tokens=many"], 2, "received 'many'"),
         (["plan", "model", "tokenformer", "--set", "ffn_tokens"], 2, "is no key=value"),
         (["plan", "model", "tokenformer"], 2, "nothing to grow"),
+        (["plan", "model", "tokenformer"], 2, "For example: --set ffn_tokens="),
+        (["plan", "model", "hypercloning"], 2, "For example: --set factor=2"),
         (["plan", "model", "tokenformer", "--data", "samples"], 2, "--data 'samples' is no key=value"),
         (["plan", "model", "tokenformer", "--set", "ffn_tokens=30", "--data", "samples=2"], 2, "looks at no data"),
         (["plan", "model", "ligo", "--set", "layers=3", "--data", "sample=2"], 2, "Did you mean 'samples'?"),

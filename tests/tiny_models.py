@@ -187,7 +187,7 @@ def filled(model: PreTrainedModel, seed: int = 0, dtype: torch.dtype = torch.flo
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             is_gain = parameter.dim() == 1 and name.endswith("weight")
             parameter.copy_(1 + 0.3 * noise if is_gain else 0.5 * noise)
-    if any(name.endswith(".experts") for name, _ in model.named_modules()):
+    if dtype == torch.float64 and any(name.endswith(".experts") for name, _ in model.named_modules()):
         model.set_experts_implementation("eager")  # the others know no float64
     return model.to(dtype).eval()
 
@@ -251,13 +251,15 @@ class InDouble(TorchFunctionMode):
 
 def output(result: Any) -> Tensor:
     """The logits, or the last hidden states of a model without a head; of two towers both embeddings, one after the
-    other."""
+    other; the beginnings and ends of answers."""
     if "logits" in result:
         return result.logits
     if "reconstruction" in result:
         return result.reconstruction
     if "image_embeds" in result:
         return torch.cat([result.text_embeds, result.image_embeds])
+    if "start_logits" in result:
+        return torch.stack([result.start_logits, result.end_logits])
     return result.last_hidden_state
 
 

@@ -20,7 +20,7 @@ import auxin.edits.module_store
 import auxin.edits.promise
 import auxin.edits.tree
 import auxin.models.evaluating
-from auxin.edits import NormalFill, PadParameter, Plan, SetConfig, ZeroFill, apply
+from auxin.edits import NormalFill, PadParameter, Plan, SetConfig, apply
 from auxin.edits.kinds.edit import ArrangeLayers, ChangeArchitecture, MakeParameters, TieParameters
 from auxin.methods.adapt.graft import Graft, plan_graft
 from auxin.methods.grow.masked import MaskedGrowth, plan_masked

@@ -62,6 +62,10 @@ def flops_per_token(
         encoder_length: tokens of those, and of what stands for others, that the encoder of an encoder-decoder sees;
             None: all. The FLOPs are still divided by `sequence_length`: they are those per token of text.
         decoder_length: tokens that its decoder sees; None: all.
+
+    Raises:
+        ConfigError: the model's code looks at values, so that it can't be counted on shapes.
+        PlanError: no inputs of the model can be made up.
     """
     if isinstance(model, PreTrainedModel):
         length = encoder_length or sequence_length

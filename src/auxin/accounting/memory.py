@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import PreTrainedModel
 
 from auxin.accounting.inputs import call_arguments, example_inputs, needs_length, without_cache
@@ -49,15 +48,20 @@ def training_memory(
 ) -> TrainingMemory:
     """Count the bytes to train `model` on batches of `batch_size` samples.
 
-    Activations are what autograd saves in a forward pass with loss, parameters left out, each storage once.
+    Activations are what autograd saves in a forward pass, with the loss where the model has one of its logits;
+    parameters left out, each storage once.
 
     Args:
-        model: of text or of images; its weights are not looked at.
+        model: any that `example_inputs` knows inputs of; its weights are not looked at.
         batch_size: samples in a forward pass.
-        sequence_length: tokens of each; needed for text, and what the encoder sees of an encoder-decoder.
+        sequence_length: tokens of each, or frames of a waveform; what the encoder sees of an encoder-decoder.
         decoder_length: tokens that the decoder sees; None: as many.
         inputs: keyword arguments of the forward pass, labels among them, in place of made-up ones; of tensors only
             shape and type count.
+
+    Raises:
+        ConfigError: a length is needed, or the model's code looks at values, as wav2vec2's does to drop layers.
+        PlanError: no inputs of the model can be made up.
     """
     saved: dict[int, tuple[Tensor, int]] = {}
     # Without data, torch takes grouped products of experts in bfloat16 only, which has half of float32's bytes.
@@ -88,7 +92,7 @@ def training_memory(
 
 def _inputs(model: nn.Module, batch_size: int, length: int | None, decoder_length: int | None) -> dict[str, Any]:
     """Inputs and labels that `model`, on fake tensors, takes: a label for each token, or for each sample. No labels
-    where it computes no loss of such, or one that looks at their values (CTC)."""
+    where it has no loss for such."""
     if length is None and (not isinstance(model, PreTrainedModel) or needs_length(model)):
         raise ConfigError("sequence_length: needed to count the memory of a model of text. Give it, or inputs.")
     if not isinstance(model, PreTrainedModel):
@@ -98,11 +102,6 @@ def _inputs(model: nn.Module, batch_size: int, length: int | None, decoder_lengt
     inputs |= without_cache(model)
     with torch.no_grad():
         logits = getattr(model(**inputs), "logits", None)
-        if logits is None or "labels" not in call_arguments(model):
-            return inputs
-        labels = torch.zeros(logits.shape[:-1], dtype=torch.long)
-        try:
-            model(**inputs, labels=labels)
-        except DataDependentOutputException:
-            return inputs
-    return {**inputs, "labels": labels}
+    if logits is None or "labels" not in call_arguments(model):
+        return inputs
+    return {**inputs, "labels": torch.zeros(logits.shape[:-1], dtype=torch.long)}

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from auxin.cli.app import LARGEST_SEED, AsJson, Checkpoint, Output, Overrides, app, model_folder
-from auxin.cli.printing import print_table, to_stderr
+from auxin.cli.printing import print_list, print_table, to_stderr
 from auxin.errors import ConfigError
 
 
@@ -56,26 +56,29 @@ def grow(
 def methods(
     name: Annotated[str | None, typer.Argument(help="A method: print its settings.")] = None, as_json: AsJson = False
 ) -> None:
-    """List the methods that change a model, those of installed plugins too, or the settings of one."""
+    """List the methods that change a model, those of installed plugins too, by what they are for; or what one promises,
+    and its settings."""
     from auxin.methods import method, methods
 
     if name is None:
         found = methods()
         if as_json:
             print(json.dumps({key: _described(item) for key, item in found.items()}, indent=2))
-        else:
-            header = ["method", "for", "what it does", "promise", "paper", "settings"]
-            rows = [
-                [*(key, item.intent, item.title, item.promise, item.paper), ", ".join(item.settings.model_fields)]
-                for key, item in found.items()
-            ]
-            print_table(header, rows, words=True)
+            return
+        longest = max(len(key) for key in found)
+        for intent, purpose in _PURPOSES.items():
+            named = [(f"  {key:<{longest}}", item.title) for key, item in found.items() if item.intent == intent]
+            if named:
+                print(f"{intent}: {purpose}")
+                print_list(named)
+                print()
+        print("auxin methods NAME says what one of them promises, and its settings.")
         return
     item = method(name)
     if as_json:
         print(json.dumps(_described(item), indent=2))
         return
-    print(f"{item.name}: {item.title} ({item.paper}). Promise: {item.promise or 'see the plan'}.\n")
+    print(f"{item.name}: {item.title}.\nSource: {item.paper}. Promise: {item.promise or 'see the plan'}.\n")
     rows = [[field["name"], field["default"], field["meaning"]] for field in _described(item)["settings"]]
     print_table(["setting", "default", "meaning"], rows, words=True)
 
@@ -157,6 +160,18 @@ def diff(
         print_table(["what", "name", "A", "B"], rows, words=True)
     else:
         print("No difference.")
+
+
+_PURPOSES = {
+    "grow": "a larger model",
+    "prune": "a smaller model, of some of its parts",
+    "factorize": "a smaller model, of products of smaller matrices",
+    "moe": "a model of experts",
+    "quantize": "shorter numbers",
+    "restructure": "other layers",
+    "adapt": "few new parameters beside the old ones",
+}
+"""What methods are for."""
 
 
 def _described(method: Any) -> dict[str, Any]:

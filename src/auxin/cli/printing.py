@@ -1,6 +1,7 @@
 """Tables, numbers and lines as the commands print them."""
 
 import math
+import os
 import sys
 from typing import Any
 
@@ -20,8 +21,19 @@ def print_table(header: list[str], rows: list[list[str]], words: bool = False) -
 
 
 def print_wide(content: Any) -> None:
-    """Print what rich can draw; on a pipe 200 columns wide, where rich would cut at 80: a script wants whole lines."""
-    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(content)
+    """Print what rich can draw, as wide as the terminal or as COLUMNS says; else, on a pipe, 200 columns wide, where
+    rich would cut at 80: a script wants whole lines."""
+    Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200).print(content)
+
+
+def print_list(rows: list[tuple[str, str]]) -> None:
+    """Print names and what is said about each, in 80 columns or less."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for row in rows:
+        table.add_row(*(escaped(cell) for cell in row))
+    console = Console(highlight=False)
+    console.width = min(console.width, 80)
+    console.print(table)
 
 
 def number(value: float | None, digits: int) -> str:

@@ -15,6 +15,7 @@ from auxin.edits.structure import config_values
 from auxin.edits.tensor_names import collapse
 from auxin.errors import CheckpointError
 from auxin.models.loading import load_config
+from auxin.models.weight_files import read_tensor, weight_files
 from auxin.settings import Settings
 
 UNTOLD_CONFIG = {"transformers_version", "_name_or_path"}
@@ -111,7 +112,7 @@ def diff_checkpoints(old: str | Path, new: str | Path) -> CheckpointDiff:
     keys = sorted(key for key in old_values.keys() | new_values.keys() if key.rpartition(".")[2] not in UNTOLD_CONFIG)
     reshaped, changed, equal = [], [], 0
     for name in old_files.keys() & new_files.keys():
-        before, after = _tensor(old_files[name], name), _tensor(new_files[name], name)
+        before, after = read_tensor(old_files[name], name), read_tensor(new_files[name], name)
         if before.shape != after.shape or before.dtype != after.dtype:
             kept = _leading_blocks_equal(before, after)
             reshaped.append(Reshaped(name=name, old=_place(before), new=_place(after), kept=kept))
@@ -125,8 +126,12 @@ def diff_checkpoints(old: str | Path, new: str | Path) -> CheckpointDiff:
             for key in keys
             if old_values.get(key) != new_values.get(key)
         },
-        removed={name: _place(_tensor(old_files[name], name)) for name in sorted(old_files.keys() - new_files.keys())},
-        added={name: _place(_tensor(new_files[name], name)) for name in sorted(new_files.keys() - old_files.keys())},
+        removed={
+            name: _place(read_tensor(old_files[name], name)) for name in sorted(old_files.keys() - new_files.keys())
+        },
+        added={
+            name: _place(read_tensor(new_files[name], name)) for name in sorted(new_files.keys() - old_files.keys())
+        },
         reshaped=sorted(reshaped, key=lambda item: item.name),
         changed=sorted(changed, key=lambda item: item.name),
         equal=equal,
@@ -176,7 +181,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     """The file of every tensor of the weights in `folder`."""
     load_config(folder)  # says what is wrong with a folder that is none
     files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 files |= dict.fromkeys(file.keys(), path)
@@ -185,11 +190,6 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     if not files:
         raise CheckpointError(f"{folder} holds no *.safetensors file: there are no weights to compare.")
     return files
-
-
-def _tensor(path: Path, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
 
 
 def _leading_blocks_equal(old: Tensor, new: Tensor) -> bool:

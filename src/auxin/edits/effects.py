@@ -20,8 +20,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.edits.kinds.module_edits import ConfigureModule
 from auxin.errors import PlanError
-from auxin.models.building import REFUSALS, Builder, likeness
+from auxin.models.building import Builder, likeness
 from auxin.models.configs import config_holding
+from auxin.models.loading import REFUSALS
 from auxin.models.scoped_config import config_at
 from auxin.words.paths import encloses
 

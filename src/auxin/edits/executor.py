@@ -16,6 +16,7 @@ from auxin.edits.module_store import ModuleStore
 from auxin.edits.plan import Plan
 from auxin.edits.promise import Probe, default_probe, edited_outputs, measured_change, probe_outputs, tolerance
 from auxin.edits.resolution import ResolvedPlan, resolve
+from auxin.edits.room import refuse_too_large
 from auxin.edits.tree import Undo, rebuild_tree
 from auxin.errors import PlanError
 from auxin.models.evaluating import training_flags
@@ -38,6 +39,8 @@ class Receipt(Settings):
     """The change up to which an exact plan counts as kept, in the parameters' data type."""
     continuation: dict[str, Rate] = {}
     """How AdamW must go on with those parameters for which it is not as before, by name; see `continue_exactly`."""
+    notes: list[str] = []
+    """Of a folder: what was left out of the new one since it is of the old model, and why; given as warnings, too."""
     seconds: float
     """Wall time, the probe included."""
 
@@ -80,8 +83,8 @@ def apply(
             three random samples of the kind that the model takes.
 
     Raises:
-        PlanError: the plan is an estimate or does not fit the model, which may be sharded, or a weight is not finite;
-            found before anything changes.
+        PlanError: the plan is an estimate or does not fit the model, which may be sharded, or the memory, or a weight
+            is not finite; found before anything changes.
         PromiseError: the plan promised to keep the function and did not, or the logits are not finite after it.
     """
     undo = Undo()
@@ -103,6 +106,7 @@ def _applied(
     resolved = resolve(plan.located(), model)
     store = ModuleStore(model, resolved, optimizer, undo)
     store.check()
+    refuse_too_large(resolved, parameters, optimizer)
     check_tensors(resolved, store, parameters)
     rates = continuation(resolved)
     has_data = not any(parameter.is_meta for parameter in parameters.values())

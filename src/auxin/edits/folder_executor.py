@@ -1,7 +1,7 @@
 """Applying a plan to a checkpoint folder: tensors stream from the old files to the new ones, one at a time."""
 
-import shutil
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,15 +10,18 @@ from auxin.edits import replay  # noqa: F401 - edited checkpoints load
 from auxin.edits.carry import carry, check_tensors
 from auxin.edits.executor import Receipt, continuation
 from auxin.edits.folder_store import FolderStore
+from auxin.edits.other_files import ADAPTER, WITHOUT_MOMENTS, copy_other_files, forget_best
 from auxin.edits.plan import Plan
 from auxin.edits.promise import Probe, default_probe, edited_outputs, measured_change, probe_outputs, tolerance
-from auxin.edits.resolution import resolve
+from auxin.edits.resolution import ResolvedPlan, resolve
+from auxin.edits.room import refuse_too_large_for_folder
 from auxin.edits.structure import edited_skeleton
-from auxin.errors import CheckpointError
+from auxin.edits.trainer_optimizer import FILE as TRAINER_OPTIMIZER
+from auxin.edits.trainer_optimizer import carry_trainer_optimizer
+from auxin.errors import CheckpointError, PlanError
 from auxin.files import new_folder
 from auxin.models.loading import load_config, load_model
-
-OLD_WEIGHTS = (".bin", ".bin.index.json", ".pth")
+from auxin.models.weight_files import weight_files
 
 
 def apply_to_checkpoint(
@@ -30,11 +33,13 @@ def apply_to_checkpoint(
 ) -> Receipt:
     """Write the checkpoint that `plan` makes of the one in `source_dir` to `output_dir`.
 
-    Weights (`*.safetensors`, in one file or several) and the optimizer's state (`training/*.safetensors`, tensors named
-    `optimizer.<state>.<parameter>`) are read, changed and written one tensor at a time, bit by bit as `apply` would
-    have it; every other file (tokenizer, ledger, ...) is copied, but for older copies of the weights (`*.bin`, `*.pth`)
-    in the folder itself. The folder appears under its name when it is complete
-    and the promise was checked, by loading the old model and, after it, the new one.
+    Weights (the `*.safetensors` that `from_pretrained` reads) and the optimizer's state (`training/*.safetensors`,
+    tensors named `optimizer.<state>.<parameter>`) are read, changed and written one tensor at a time, bit by bit as
+    `apply` would have it. The moments in the `optimizer.pt` of transformers' Trainer follow, too, so that it can resume
+    in the new folder; that state is in memory as a whole. Every other file (tokenizer, ledger, random generators, ...)
+    is copied, but for those that are of the old model: other copies of its weights, adapters, optimizers' states that
+    can't be followed. These are left out, with a warning and a note in the receipt for each. The folder appears under
+    its name when it is complete and the promise was checked, by loading the old model and, after it, the new one.
 
     Args:
         plan: what to do.
@@ -57,6 +62,7 @@ def apply_to_checkpoint(
     for file in plan.files:
         file.check(source)
     resolved = resolve(plan.located(), before)
+    refuse_too_large_for_folder(resolved, source, output)
     store = FolderStore(source, resolved)
     store.check()
     check_tensors(resolved, store, store.names())
@@ -66,10 +72,12 @@ def apply_to_checkpoint(
     reference, allowed = probe_outputs(model, probe, plan.vocabulary), tolerance(model)
     del model
     with new_folder(output) as folder:
-        _copy_other_files(source, folder, store)
+        notes = copy_other_files(source, folder, {*store.files(), Path(TRAINER_OPTIMIZER)})
+        notes += forget_best(folder)
         store.open(folder)
         carry(resolved, plan.seed, store)
         store.close(folder)
+        notes += _carry_trainer_optimizer(plan, source, folder, resolved, store)
         for name in plan.drops:
             (folder / name).unlink(missing_ok=True)
         for file in plan.files:
@@ -86,17 +94,39 @@ def apply_to_checkpoint(
             max_relative_change=change,
             tolerance=allowed,
             continuation=continuation(resolved),
+            notes=notes,
             seconds=time.perf_counter() - start,
         )
         if finish is not None:
             finish(folder, receipt)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     return receipt
+
+
+def _carry_trainer_optimizer(
+    plan: Plan, source: Path, target: Path, resolved: ResolvedPlan, store: FolderStore
+) -> list[str]:
+    """Carry the optimizer's state of transformers' Trainer along, where there is one; a sentence where it can't be."""
+    path = source / TRAINER_OPTIMIZER
+    if not path.is_file():
+        return []
+    try:
+        carry_trainer_optimizer(path, target / TRAINER_OPTIMIZER, resolved, plan.seed, store)
+    except (CheckpointError, PlanError) as error:
+        return [f"{TRAINER_OPTIMIZER} was left out. {error} {WITHOUT_MOMENTS}"]
+    return []
 
 
 def _check_folders(source: Path, output: Path) -> None:
     if not (source / "config.json").is_file():
         raise CheckpointError(f"{source} is no checkpoint: it holds no config.json. Give the folder of a saved model.")
-    if not any(source.glob("*.safetensors")):
+    if (source / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{source} holds an adapter ({ADAPTER}), which is a part of the model that transformers loads from it. "
+            "Merge it into the weights (merge_and_unload) and save that, or take the adapter's files out."
+        )
+    if not weight_files(source):
         raise CheckpointError(
             f"{source} holds no *.safetensors file. Convert its weights first: load the model and call save_pretrained."
         )
@@ -104,16 +134,3 @@ def _check_folders(source: Path, output: Path) -> None:
         raise CheckpointError(f"{output} lies in the folder that is read, {source}. Choose another output folder.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output} exists and is not empty. Choose another output folder, or remove it.")
-
-
-def _copy_other_files(source: Path, target: Path, store: FolderStore) -> None:
-    rewritten = store.files()
-
-    def ignore(folder: str, names: list[str]) -> list[str]:
-        stale = names if Path(folder) == source else []  # weights that would stay those of the old model
-        return [
-            *(name for name in names if (Path(folder) / name).relative_to(source) in rewritten),
-            *(name for name in stale if name.endswith(OLD_WEIGHTS)),
-        ]
-
-    shutil.copytree(source, target, ignore=ignore, dirs_exist_ok=True)

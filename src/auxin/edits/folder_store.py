@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,7 @@ from auxin.edits.resolution import ResolvedPlan
 from auxin.edits.safetensors_file import SafetensorsWriter, torch_dtype
 from auxin.edits.tensor_names import shapes_of, tensor_names
 from auxin.errors import CheckpointError
+from auxin.models.weight_files import read_tensor, weight_files
 
 TRAINING_FOLDER = "training"
 INDEX_ENDING = ".safetensors.index.json"
@@ -37,14 +39,12 @@ class _Place:
     shape: tuple[int, ...]
 
     def tensor(self) -> Tensor:
-        with safe_open(self.file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(self.name)
-        return tensor
+        return read_tensor(self.file, self.name)
 
 
 class FolderStore:
-    """The weights of a checkpoint (`*.safetensors`, in one file or several), the optimizer's state (tensors named
-    `optimizer.<state>.<parameter>` in `training/*.safetensors`), and the files that the plan makes of them.
+    """The weights of a checkpoint (the `*.safetensors` that `from_pretrained` reads), the optimizer's state (tensors
+    named `optimizer.<state>.<parameter>` in `training/*.safetensors`), and the files that the plan makes of them.
 
     Every tensor goes into the file of the same name in which its first old one was, a fresh one to its neighbours; a
     file's other tensors are copied. The new files are whole after `close`.
@@ -62,7 +62,7 @@ class FolderStore:
         names = tensor_names(resolved.before)
         self._canonical = {alias: name for name, aliases in names.items() for alias in aliases}
         self._aliases = tensor_names(resolved.after)
-        self._weights = sorted(source.glob("*.safetensors"))
+        self._weights = weight_files(source)
         self._training = sorted((source / TRAINING_FOLDER).glob("*.safetensors"))
         self._metadata: dict[Path, dict[str, str]] = {}
         self._places = {place.name: place for path in self._weights for place in self._places_in(path)}
@@ -163,7 +163,8 @@ class FolderStore:
         for place in (*self._left_alone(), *self._other_training):
             self._writers[place.file].add(place.name, place.tensor())
         for path, writer in self._writers.items():
-            writer.finish(_metadata_for(self._metadata[path], writer))
+            with writer:  # a short header would else stay in the buffer, and the file be read without it
+                writer.finish(_metadata_for(self._metadata[path], writer))
         for path in self._indices():
             _write_index(path, output / path.relative_to(self.source))
 
@@ -183,7 +184,7 @@ class FolderStore:
                     _Place(path, name, torch_dtype(name, piece.get_dtype()), tuple(piece.get_shape()))
                     for name, piece in pieces.items()
                 ]
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} can't be read: {error}. Restore it from an earlier checkpoint.") from error
 
     def _found_homes(self) -> dict[str, Path]:
@@ -218,13 +219,21 @@ class FolderStore:
         return next((alias for alias in aliases if alias not in shared), aliases[0])
 
     def _indices(self) -> list[Path]:
-        return [path for folder in ("", TRAINING_FOLDER) for path in (self.source / folder).glob(f"*{INDEX_ENDING}")]
+        """The indices of the files that are rewritten; one that names others is not the model's."""
+        rewritten = {*self._weights, *self._training}
+        indices = [path for name in ("", TRAINING_FOLDER) for path in (self.source / name).glob(f"*{INDEX_ENDING}")]
+        return [path for path in indices if {path.parent / name for name in _weight_map(path).values()} <= rewritten]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of every tensor, by an index."""
+    return cast(dict[str, str], json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}))
 
 
 def _write_index(source: Path, target: Path) -> None:
     index = json.loads(source.read_text(encoding="utf-8"))
     total, count, places = 0, 0, {}
-    for path in sorted({target.parent / name for name in index.get("weight_map", {}).values()}):
+    for path in sorted({target.parent / name for name in _weight_map(source).values()}):
         with safe_open(path, framework="pt") as file:
             for name in file.offset_keys():
                 piece = file.get_slice(name)

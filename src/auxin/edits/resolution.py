@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.edits.effects import refuse_idle_values
 from auxin.edits.kinds.edit import describe_edit
-from auxin.edits.kinds.fills import CopyFill
+from auxin.edits.kinds.fills import CopyFill, Fill
 from auxin.edits.kinds.module_edits import (
     ConfigureModule,
     ModuleEdit,
@@ -20,13 +20,15 @@ from auxin.edits.structure import (
     edited_skeleton,
     refuse_quantized,
     saved_and_read,
+    skeleton_of,
     with_structural_edits,
 )
 from auxin.edits.tensor_names import lies_below, nearest_name, shapes_of, tensor_names
 from auxin.edits.tracker import Tracker
 from auxin.errors import PlanError
-from auxin.models.building import REFUSALS, first_difference
+from auxin.models.building import first_difference
 from auxin.models.layout import check_said
+from auxin.models.loading import REFUSALS
 
 
 @dataclass
@@ -55,7 +57,7 @@ def resolve(edits: Sequence[Any], model: PreTrainedModel) -> ResolvedPlan:
             other shapes than the edits give; the message names the edit.
     """
     refuse_quantized(model.config)
-    before = edited_skeleton(model.config, type(model))
+    before = skeleton_of(model)
     _check_unchanged(model, before)
     tracker = Tracker(before)
     for index, edit in enumerate(edits):
@@ -140,7 +142,7 @@ class _Outcome:
             )
 
     def _origins(self, after: PreTrainedModel) -> dict[str, Origin]:
-        names, shapes = tensor_names(after), shapes_of(after)
+        names, shapes, fresh_layers = tensor_names(after), shapes_of(after), set(self.state.fresh_layers)
         origins: dict[str, Origin] = {}
         for name, aliases in names.items():
             found = dict.fromkeys(self.state.aliases[alias] for alias in aliases if alias in self.state.aliases)
@@ -162,7 +164,9 @@ class _Outcome:
                         raise PlanError(f"copy: {nearest_name('parameter', fill.of, self.state.aliases)}.")
                     origin = self.state.origins[self.state.aliases[fill.of]]
                     self._check_shape(name, origin, shapes[name])
-            elif lies_below(name, self.state.fresh_layers) or self._is_brick_buffer(after, name):
+                else:
+                    _check_fill(name, fill, shapes[name])
+            elif lies_below(name, fresh_layers) or self._is_brick_buffer(after, name):
                 origin = Origin(shapes[name], Fresh(None))
             else:
                 raise PlanError(
@@ -180,7 +184,8 @@ class _Outcome:
                     f"Edit {late.index + 1} ({describe_edit(self.edits[late.index])}): {name} was used up by edit "
                     f"{index + 1} ({describe_edit(self.edits[index])}), and the model has it no more. Change it before."
                 )
-        left = [name for name in left if not lies_below(name, [*self.state.replaced, *self.state.copies])]
+        others = {*self.state.replaced, *self.state.copies}
+        left = [name for name in left if not lies_below(name, others)]
         if left:
             raise PlanError(
                 f"With the plan's edits the model has no parameter {left[0]} any more, and no edit removes it "
@@ -222,19 +227,16 @@ class _Outcome:
     def _check_modules(self, resolved: ResolvedPlan) -> None:
         """Modules stay what they are unless an edit says otherwise: a config value can't turn one into another."""
         before = dict(resolved.before.named_modules(remove_duplicate=False))
+        others = {*self.state.replaced, *self.state.fresh_layers}
         for path, module in resolved.after.named_modules(remove_duplicate=False):
             old_path = resolved.modules.get(path)
-            if lies_below(
-                f"{path}.", [*self.state.replaced, *self.state.fresh_layers]
-            ):  # those modules themselves, too
+            if lies_below(f"{path}.", others):  # those modules themselves, too
                 continue
             old = before[old_path] if old_path is not None else None
             if old is None and self._in_brick(path):
                 continue
             # Torch's parametrizations, as of weight norms, make a class of its own for each module.
             is_same = old is not None and type_before_parametrizations(old) is type_before_parametrizations(module)
-            # What is dropped in training may depend on a layer's number (BEiT); it is no part of the function.
-            is_same |= old is not None and _only_drops(path) and not [*old.parameters(), *module.parameters()]
             if not is_same and not self.state.changes_architecture():
                 was = type(old).__name__ if old is not None else "nothing"
                 raise PlanError(
@@ -243,9 +245,8 @@ class _Outcome:
                     "Leave out the config value that changes it."
                 )
         gone = set(filter(None, self.state.modules)) - set(resolved.modules)
-        if not self.state.changes_architecture() and (
-            gone := {path for path in gone if not lies_below(path, [*self.state.replaced, *self.state.copies])}
-        ):
+        others = {*self.state.replaced, *self.state.copies}
+        if not self.state.changes_architecture() and (gone := {path for path in gone if not lies_below(path, others)}):
             path = min(gone)
             raise PlanError(
                 f"With the plan's config values ({self._set_in_words()}) the module {path} would be nothing instead of "
@@ -261,8 +262,13 @@ class _Outcome:
         return any(edit.matches(place) for edit in edits for place in above)
 
 
-def _only_drops(path: str) -> bool:
-    return "drop" in path.rpartition(".")[2]
+def _check_fill(name: str, fill: Fill, shape: tuple[int, ...]) -> None:
+    """PlanError when `fill` can't fill the new parameter called `name`."""
+    length, *rest = shape or (1,)
+    try:
+        fill.check((0, *rest), 0, length)
+    except PlanError as error:
+        raise PlanError(f"The fill of {name}: {error}.") from error
 
 
 def _check_unchanged(model: PreTrainedModel, before: PreTrainedModel) -> None:

@@ -17,11 +17,12 @@ from transformers.models.auto.auto_factory import _LazyAutoMapping
 
 from auxin.edits.kinds.module_edits import StructuralEdit
 from auxin.edits.mark import REPLAY_METHOD
+from auxin.edits.tensor_names import tensor_names
 from auxin.errors import CheckpointError, PlanError, unknown_name
-from auxin.models.building import REFUSALS
 from auxin.models.configs import edited_config as edited_config
 from auxin.models.deferred import undeferred
-from auxin.models.loading import skeleton
+from auxin.models.loading import REFUSALS, skeleton
+from auxin.models.ties import configs_with_ties, unmarked
 
 Watcher = Callable[[Any, PreTrainedModel], None]
 
@@ -134,6 +135,52 @@ def edited_skeleton(
     if edits := structural_edits(config):
         rebuild(model, edits, before_each)
     return model
+
+
+def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The skeleton of `model`, whose parameters are one tensor where the model's are, whatever its config says of it;
+    the skeleton's own config tells it (`tie_word_embeddings`, or see `auxin.models.ties`).
+
+    Raises:
+        PlanError: no config tells of a model with such ties; the message names two of the parameters.
+    """
+    found = edited_skeleton(model.config, type(model))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if _ties(found) == _ties(model) or parameters.keys() != dict(found.named_parameters(remove_duplicate=False)).keys():
+        return found
+    plain = unmarked(model.config)
+    told = edited_skeleton(plain, type(model)).all_tied_weights_keys
+    untied = [name for name, kept in told.items() if parameters.get(name) is not parameters.get(kept)]
+    for config in configs_with_ties(plain, told, untied):
+        found = edited_skeleton(config, type(model))
+        if _ties(found) == _ties(model):
+            return found
+    raise PlanError(_ties_in_words(_ties(model), _ties(found)))
+
+
+def _ties(model: PreTrainedModel) -> set[frozenset[str]]:
+    """The names of every tensor that has several."""
+    return {frozenset(names) for names in tensor_names(model).values() if len(names) > 1}
+
+
+def _ties_in_words(actual: set[frozenset[str]], told: set[frozenset[str]]) -> str:
+    """Which two parameters are tied against what a config can say, or are not."""
+    for names in sorted(map(sorted, actual)):
+        apart = [name for name in names[1:] if not any({names[0], name} <= group for group in told)]
+        if apart:
+            return (
+                f"{names[0]} and {apart[0]} are one tensor, and the model's config takes them for two. Give each its "
+                "own torch.nn.Parameter, or tie them by a plan (tie_parameters)."
+            )
+    for names in sorted(map(sorted, told)):
+        apart = [name for name in names[1:] if not any({names[0], name} <= group for group in actual)]
+        if apart:
+            return (
+                f"{names[0]} and {apart[0]} are two tensors, and the model's config takes them for one. Call "
+                "model.tie_weights(), or set tie_word_embeddings = False in its config and give every tied parameter "
+                "its own torch.nn.Parameter."
+            )
+    raise AssertionError("the ties differ")
 
 
 def rebuild(model: PreTrainedModel, edits: list[Any], before_each: Watcher | None = None) -> None:

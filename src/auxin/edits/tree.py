@@ -13,8 +13,11 @@ from auxin.edits.resolution import ResolvedPlan
 from auxin.edits.tensor_names import tensor_names
 from auxin.models.building import PLAIN
 from auxin.models.scoped_config import ScopedConfig, own_values, scoped_config, unscoped
+from auxin.models.ties import TIED, UNTIED
 
 ABSENT = object()
+PER_LAYER = "_heterogeneity_spec"
+"""Where a config of transformers keeps the values that single layers have of their own."""
 
 
 class Undo:
@@ -84,6 +87,7 @@ class _Rebuilding:
     def do(self) -> None:
         """Change the tree, then the config."""
         self._change_configs()
+        self._tell_ties()
         self._place(self.resolved.after, "")
         for mapping in ("_tied_weights_keys", "all_tied_weights_keys"):
             ties = getattr(self.resolved.after, mapping)
@@ -185,10 +189,22 @@ class _Rebuilding:
             was = unscoped(getattr(self.before[str(old_path)], "config", old))
             self._change_values(old, was, new)
 
+    def _tell_ties(self) -> None:
+        """Let the config say which parameters are one tensor, where it was told wrongly before."""
+        config, after = self.model.config, self.resolved.after.config
+        for key in (TIED, UNTIED):
+            if hasattr(after, key) and getattr(config, key, None) != getattr(after, key):
+                self.undo.set(vars(config), key, copy.copy(getattr(after, key)))
+            elif key in vars(config) and not hasattr(after, key):
+                self.undo.remove(vars(config), key)
+
     def _change_values(self, config: PreTrainedConfig, before: PreTrainedConfig, after: PreTrainedConfig) -> None:
         old, new = before.to_dict(), after.to_dict()
         for key in new:
             if key in old and old[key] == new[key]:
+                continue
+            if key == "per_layer_config":  # which a config keeps in another form
+                self.undo.set(vars(config), PER_LAYER, copy.deepcopy(vars(after)[PER_LAYER]))
                 continue
             part, value = vars(config).get(key), getattr(after, key)
             if isinstance(part, PreTrainedConfig) and type(part) is type(value):
@@ -196,6 +212,7 @@ class _Rebuilding:
             else:
                 self.undo.set(vars(config), key, copy.deepcopy(value))
         for key in old.keys() - new.keys():
+            key = PER_LAYER if key == "per_layer_config" else key
             if key in vars(config):
                 self.undo.remove(vars(config), key)
 

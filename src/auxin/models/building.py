@@ -18,24 +18,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.errors import PlanError
-from auxin.models.loading import fill_buffers
+from auxin.models.loading import REFUSALS, fill_buffers
 from auxin.models.scoped_config import config_at, scoped_config, unscoped
 
 PLAIN = (bool, int, float, str, tuple, list, dict, type(None))
 UNTOLD = ("training", "name_or_path", "all_tied_weights_keys")
 """Attributes that say nothing about how a module was built."""
 ATTEMPTS = 64
-REFUSALS = (
-    ValueError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    RuntimeError,
-    ZeroDivisionError,
-    KeyError,
-    IndexError,
-)
-"""What constructors raise on values that they can't take."""
 
 
 class Builder:

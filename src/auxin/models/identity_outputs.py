@@ -115,21 +115,33 @@ def _given(model: PreTrainedModel, paths: list[str]) -> dict[str, _Given]:
             value,
         )
 
-    try:
-        with shape_only_copy(model) as fake:
-            whole = cast(PreTrainedModel, fake).eval()
-            whole.set_experts_implementation("batched_mm")  # which runs on shapes of any type
-            for path in paths:
-                whole.get_submodule(path).register_forward_pre_hook(watch(path), with_kwargs=True)
-            options = {"use_cache": False} if whole.can_generate() else {}
-            whole(**example_inputs(whole, 2, 5, decoder_length=4), **options)
-    except Exception as error:  # an architecture whose inputs are not known here may raise anything
-        raise PlanError(
-            f"{type(model).__name__} does not run on shapes, so that the outputs of its layers are not known: {error}"
-        ) from error
+    failures: list[str] = []
+    for part in _parts_around(model, paths[0]):
+        if len(found) == len(paths):
+            break
+        try:
+            with shape_only_copy(model) as fake:
+                whole = cast(PreTrainedModel, fake).eval()
+                whole.set_experts_implementation("batched_mm")  # which runs on shapes of any type
+                for path in paths:
+                    whole.get_submodule(path).register_forward_pre_hook(watch(path), with_kwargs=True)
+                runs = cast(PreTrainedModel, whole.get_submodule(part))
+                options = {"use_cache": False} if runs.can_generate() else {}
+                runs(**example_inputs(runs, 2, 5, decoder_length=4), **options)
+        except Exception as error:  # an architecture whose inputs are not known here may raise anything
+            failures.append(str(error))
     if missing := [path for path in paths if path not in found]:
-        raise PlanError(f"{missing[0]} does not run on example inputs, so that its outputs are not known")
+        why = f": {failures[0]}" if failures else ""
+        raise PlanError(f"{missing[0]} does not run on example inputs, so that its outputs are not known{why}")
     return found
+
+
+def _parts_around(model: PreTrainedModel, path: str) -> list[str]:
+    """The paths of the models around a module, from the whole one to the innermost: an image's encoder takes inputs of
+    its own."""
+    parts = path.split(".")
+    around = [".".join(parts[:length]) for length in range(len(parts))]
+    return [name for name in around if isinstance(model.get_submodule(name), PreTrainedModel)]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ a new config builds with those that they shall be.
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -17,10 +17,10 @@ from auxin.accounting.inputs import example_inputs
 from auxin.accounting.shapes import shape_only_copy
 from auxin.errors import PlanError
 from auxin.models.anatomy import ANATOMIES, anatomy
-from auxin.models.building import REFUSALS, in_words, likeness
+from auxin.models.building import in_words, likeness
 from auxin.models.configs import config_parts, config_path, config_value, edited_config
 from auxin.models.layer_rules import Order, arranged, arranged_values, is_known, order_in_words
-from auxin.models.loading import skeleton
+from auxin.models.loading import REFUSALS, skeleton
 from auxin.models.scoped_config import unscoped
 from auxin.words.roles import LayerStack
 
@@ -58,11 +58,11 @@ def layer_stacks(model: PreTrainedModel) -> tuple[LayerStack, ...]:
 
 
 def found_stacks(model: PreTrainedModel) -> tuple[LayerStack, ...]:
-    """The stacks that can be seen in any model: the outermost lists of modules that a value of the config counts and
-    whose modules, where they run on example inputs, make hidden states of hidden states, once each.
+    """The stacks that can be seen in any model: the outermost lists of modules that a value of the config counts. Of
+    several that one value counts they are those whose modules make hidden states of hidden states.
 
     Raises:
-        PlanError: none is found, or a layer runs more than once.
+        PlanError: none is found; the message says so where layers run more than once.
     """
     plain = plain_skeleton(model)
     lists = {
@@ -70,17 +70,23 @@ def found_stacks(model: PreTrainedModel) -> tuple[LayerStack, ...]:
         for path, module in plain.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and not re.search(r"\.\d+\.", path)
     }
-    calls = _calls(plain, [f"{path}.{place}" for path, layers in lists.items() for place in range(len(layers))])
-    found, several = [], []
-    for path, layers in lists.items():
-        field = _counted_by(plain, path, len(layers))
-        seen = [calls[name] for place in range(len(layers)) if (name := f"{path}.{place}") in calls]
-        if field is None or not all(_is_layer(layer) for layer in layers) or not all(hidden for _, hidden in seen):
-            if any(times > 1 for times, _ in seen):
-                several.append(f"{path}, whose {len(layers)} modules run {max(times for times, _ in seen)} times each")
-            continue
-        found.append(LayerStack(path, field, ()))
+    counted = {
+        path: field
+        for path, layers in lists.items()
+        if all(_is_layer(layer) for layer in layers) and (field := _counted_by(plain, path, len(layers))) is not None
+    }
+    doubtful = {path for path, field in counted.items() if list(counted.values()).count(field) > 1}
+    calls = _calls(plain, {path: lists[path] for path in (doubtful if counted else lists)})
+    found = [
+        LayerStack(path, field, ())
+        for path, field in counted.items()
+        if path not in doubtful or all(hidden for _, hidden in calls.get(path, ()))
+    ]
     if not found:
+        several = [
+            f"{path}, whose {len(lists[path])} modules run {max(seen)[0]} times each" for path, seen in calls.items()
+        ]
+        several = [words for words, seen in zip(several, calls.values(), strict=True) if max(seen)[0] > 1]
         raise PlanError(
             f"No stack of layers is found in a {type(model).__name__}: no list of modules has a length that a value of "
             + (f"its config counts. Its layers share their weights: {several[0]}." if several else "its config counts.")
@@ -128,7 +134,6 @@ def config_for_order(model: PreTrainedModel, path: str, order: Order) -> dict[st
                 f"{', '.join(LENGTH_FIELDS)}"
             )
     assert after is not None
-    check_said(after.config, said)
     _check_layers(plain, after, path, prefix, order)
     return said
 
@@ -185,7 +190,9 @@ def _dotted(prefix: str, key: str) -> str:
 def _built(model: PreTrainedModel, values: dict[str, Any], quiet: bool = False) -> PreTrainedModel | None:
     """The skeleton with other values; None where none can be built and `quiet` says so."""
     try:
-        return skeleton(edited_config(unscoped(model.config), values), type(model))
+        config = edited_config(unscoped(model.config), values)
+        check_said(config, values)
+        return skeleton(config, type(model))
     except PlanError:
         if quiet:
             return None
@@ -238,31 +245,34 @@ def _is_layer(module: nn.Module) -> bool:
     return sum(1 for part in module.modules() if any(True for _ in part.parameters(recurse=False))) > 1
 
 
-def _calls(model: PreTrainedModel, paths: Sequence[str]) -> dict[str, tuple[int, bool]]:
-    """How often the modules at `paths` run on example inputs, and whether they make hidden states of hidden states.
-    Those that don't run are left out; all, where the model does not run."""
-    found: dict[str, tuple[int, bool]] = {}
+def _calls(model: PreTrainedModel, lists: Mapping[str, nn.ModuleList]) -> dict[str, list[tuple[int, bool]]]:
+    """By the paths of lists of modules: how often each of those that run on example inputs does, and whether it makes
+    hidden states of hidden states. Lists of which none runs are left out; all, where the model does not run."""
+    found: dict[str, dict[int, tuple[int, bool]]] = {}
 
-    def seen(path: str) -> Any:
+    def seen(path: str, place: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             made = output[0] if isinstance(output, tuple) and output else output
             like = isinstance(made, Tensor) and bool(given) and made.shape == given[0].shape
-            times, so_far = found.get(path, (0, True))
-            found[path] = (times + 1, so_far and like)
+            times, so_far = found.setdefault(path, {}).get(place, (0, True))
+            found[path][place] = (times + 1, so_far and like)
 
         return hook
 
+    if not lists:
+        return {}
     try:
         with shape_only_copy(model) as fake:
             copy = cast(PreTrainedModel, fake).eval()
             copy.set_experts_implementation("batched_mm")  # which runs on shapes of any type
-            for path in paths:
-                copy.get_submodule(path).register_forward_hook(seen(path), with_kwargs=True)
+            for path, layers in lists.items():
+                for place in range(len(layers)):
+                    copy.get_submodule(f"{path}.{place}").register_forward_hook(seen(path, place), with_kwargs=True)
             copy(**example_inputs(copy, 1, 4))
     except Exception:  # an architecture whose inputs are not known here may raise anything
         return {}
-    return found
+    return {path: list(calls.values()) for path, calls in found.items()}
 
 
 def _check_shared(path: str, layers: nn.ModuleList, order: Order) -> None:

@@ -28,7 +28,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from auxin.errors import CheckpointError
+from auxin.accounting.machine import available_memory
+from auxin.errors import CheckpointError, ConfigError
+from auxin.models.ties import TIED, UNTIED, configs_with_ties, unmarked, untie, untied_on_loading
+from auxin.models.weight_files import read_tensor, stored_tensors
 
 _TASKS = (
     (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
@@ -37,19 +40,53 @@ _TASKS = (
     (AutoModelForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
     (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
 )
+REFUSALS = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    ZeroDivisionError,
+    KeyError,
+    IndexError,
+)
+"""What constructors raise on values that they can't take."""
 
 
 def load_config(folder: str | Path) -> PreTrainedConfig:
-    """The config of a local Hugging Face model folder; no weights are read.
+    """The config of a local Hugging Face model folder.
+
+    Which parameters are one tensor is as `from_pretrained` finds it: where the config ties two that the folder holds
+    with different values, it says that they are not tied (see `auxin.models.ties`). Only for that weights are read,
+    where the folder has any.
 
     Raises:
         CheckpointError: the folder is missing, has no config.json, or holds one that transformers can't read.
     """
     folder = _model_folder(folder)
     try:
-        return cast(PreTrainedConfig, AutoConfig.from_pretrained(folder, local_files_only=True))
+        config = cast(PreTrainedConfig, AutoConfig.from_pretrained(folder, local_files_only=True))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}/config.json can't be read: {error}") from error
+    return _with_stored_ties(config, folder)
+
+
+def _with_stored_ties(config: PreTrainedConfig, folder: Path) -> PreTrainedConfig:
+    """`config`, or one that tells which of the tensors in `folder` are tied where it doesn't."""
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    if not any(getattr(part, TIED, False) for part in (config, *parts)) and not hasattr(config, UNTIED):
+        return config
+    stored, plain = stored_tensors(folder), unmarked(config)
+    if not stored:
+        return config
+    try:
+        ties = skeleton(plain).all_tied_weights_keys
+        untied = untied_on_loading(ties, stored, lambda name: read_tensor(stored[name], name))
+        found = configs_with_ties(plain, ties, untied) if untied else []
+        fitting = (each for each in found if skeleton(each).all_tied_weights_keys.keys() == ties.keys() - set(untied))
+        return next(fitting, plain)
+    except (*REFUSALS, SafetensorError, OSError):
+        return config  # what can't be built or read is refused, with its reason, where that is done
 
 
 def load_model(
@@ -71,9 +108,10 @@ def load_model(
             error, where transformers would warn and draw a random one.
     """
     folder = _model_folder(folder)
+    config = load_config(folder)
     if model_class is None:
-        model_class = model_class_of(load_config(folder))
-    model, missing = _from_pretrained(folder, model_class, dtype=dtype or "auto")
+        model_class = model_class_of(config)
+    model, missing = _from_pretrained(folder, model_class, dtype=dtype or "auto", config=config)
     _refuse_missing(folder, missing)
     torch.nn.Module.to(model, device)
     return model
@@ -160,6 +198,7 @@ def skeleton(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None
     config = copy.deepcopy(config)
     with torch.device("meta"):
         model = new_model(config, model_class)
+        untie(model)
     fill_buffers(model, "", model)
     return model
 
@@ -189,7 +228,7 @@ def initialisers(model: PreTrainedModel, path: str, part: nn.Module) -> Iterator
     for length in range(1, len(names)):
         module = model.get_submodule(".".join(names[:length]))
         above = module if isinstance(module, PreTrainedModel) else above
-    holders = {}
+    holders: dict[str, PreTrainedModel] = {}
     for name, module in part.named_modules():
         holder = holders[name.rpartition(".")[0]] if name else above
         holders[name] = module if isinstance(module, PreTrainedModel) else holder
@@ -198,7 +237,12 @@ def initialisers(model: PreTrainedModel, path: str, part: nn.Module) -> Iterator
 
 def fill_buffers(model: PreTrainedModel, path: str, part: nn.Module) -> None:
     """Make the buffers outside of checkpoints real in `part`, which stands or will stand at `path` of `model`, with the
-    values that loading gives them."""
+    values that loading gives them.
+
+    Raises:
+        ConfigError: there is no memory for them.
+    """
+    _refuse_large_buffers(part)
     for module, holder in initialisers(model, path, part):
         names = [name for name in module._non_persistent_buffers_set if module._buffers[name] is not None]
         for name in names:
@@ -207,6 +251,23 @@ def fill_buffers(model: PreTrainedModel, path: str, part: nn.Module) -> None:
             # Buffers outside of checkpoints are filled by a model's own initialisation; on parameters without data
             # that does nothing.
             holder._init_weights(module)
+
+
+def _refuse_large_buffers(part: nn.Module) -> None:
+    """ConfigError when the buffers outside of checkpoints need more memory than there is: a table of positions, say."""
+    sizes = {
+        f"{path}.{name}".lstrip("."): buffer.numel() * buffer.element_size()
+        for path, module in part.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name in module._non_persistent_buffers_set
+    }
+    needed, room = sum(sizes.values()), available_memory()
+    if room is not None and needed > room:
+        largest = max(sizes, key=sizes.__getitem__)
+        raise ConfigError(
+            f"the tables that no checkpoint holds need {needed:,} bytes, {sizes[largest]:,} of them {largest}, and "
+            f"there is memory for {room:,}. Give a smaller size, of the positions most likely"
+        )
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """What a method is to the rest of the package: a name, settings, and a function that returns a plan."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from auxin.edits.plan import Plan
-from auxin.edits.structure import edited_skeleton
-from auxin.errors import ConfigError, PlanError
+from auxin.edits.structure import config_values, edited_skeleton, skeleton_of
+from auxin.errors import AuxinError, ConfigError, PlanError
 from auxin.models.loading import load_config, load_model
 from auxin.objectives.calibration import Batch, Calibration, CalibrationSettings, CorpusCalibration
 from auxin.planning.bench import Bench
@@ -88,6 +89,8 @@ def make_plan(method: Method, bench: Bench, settings: Any) -> Plan:
     """
     with bench.spent.running():
         plan = method.plan(bench, settings)
+    if plan.made_for is not None:  # methods give the model's own config, which may tell its ties wrongly
+        plan = plan.model_copy(update={"made_for": config_values(skeleton_of(bench.model).config)})
     asked_by(plan)  # a wrong hook is found now, and not when the training after begins
     cost = bench.spent.cost(bench.data)
     return plan.model_copy(update={"cost": cost}) if cost.samples or cost.flops else plan
@@ -140,7 +143,7 @@ def plan_for(
             weights and the method looks at them.
         CheckpointError: the folder can't be read.
         DataError: there is no tokenizer, no text, or no batch.
-        PlanError: the method can't do it.
+        PlanError: the method can't do it; where no settings were given, with some that it can be done with.
     """
     settings = method.settings.parse(values, source=method.name)
     asked = _asked(method, settings, data)
@@ -149,7 +152,24 @@ def plan_for(
     else:
         model, tokenizer = _model_in(method, Path(source))
     found = None if asked is None else _calibration(method, model, tokenizer, asked)
-    return make_plan(method, Bench(model, found, folder=Path(folder)), settings)
+    try:
+        return make_plan(method, Bench(model, found, folder=Path(folder)), settings)
+    except PlanError as error:
+        example = "" if values else _example(method, model)
+        raise PlanError(f"{error} {example}".rstrip()) from error
+
+
+def _example(method: Method, model: PreTrainedModel) -> str:
+    """Settings with which `method` can change `model`, for someone who gave none, in a sentence; empty where there are
+    none."""
+    try:
+        example = method.examples(model)
+        estimate_plan(method, Bench(model), method.settings.parse(example))
+    except AuxinError:
+        return ""
+    values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in example.items()}
+    options = " ".join(f"--set {key}={value}" for key, value in values.items())
+    return f"For example: {options}." if options else ""
 
 
 def _with_weights(method: Method, model: PreTrainedModel) -> PreTrainedModel:

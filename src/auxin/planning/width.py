@@ -220,6 +220,8 @@ class _Writer:
             factor *= self.growth
         if role.kind == "length":
             factor *= self.growth
+        if self.anatomy.logits_scaled and not self.anatomy.tied and role.pattern == f"{self.anatomy.head}.weight":
+            factor *= self.growth  # T5 divides the logits of a head of its own, too, where its config says so
         if self.anatomy.embedding_scaled and role.pattern in self.anatomy.token_embeddings:
             factor /= self.growth
         if role.kind in ("matrix", "bias") and self.anatomy.qk_norm != "none" and _parts(role) & {"query", "key"}:

@@ -302,7 +302,7 @@ class Anatomy:
     attention_scaled: bool = True
     """Whether attention scores are divided by the square root of the head dimension."""
     logits_scaled: bool = False
-    """Whether the tied head's logits are divided by the square root of the hidden size (T5)."""
+    """Whether the logits are divided by the square root of the hidden size (T5)."""
     embedding_scaled: bool = False
     """Whether token embeddings are multiplied by the square root of the hidden size (Gemma)."""
     gain_offset: float = 0.0

@@ -37,7 +37,7 @@ from auxin.edits import Edit, PadParameter, Plan, SetConfig, ZeroFill
 from auxin.edits.kinds.edit import ArrangeLayers, ProjectParameter
 from auxin.edits.plan_files import PlanFile
 from auxin.edits.resolution import resolve
-from auxin.edits.structure import config_values, edited_config, edited_skeleton
+from auxin.edits.structure import config_values, edited_config, edited_skeleton, skeleton_of
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.nn.bricks import Brick
@@ -207,7 +207,7 @@ class GrowthOperator(nn.Module):
             for stack in self.depths
             if self._is_deeper(stack)
         ]
-        deeper = resolve(edits, self.source).after if edits else self.source
+        deeper = resolve(edits, self.source).after if edits else skeleton_of(self.source)
         return edited_skeleton(edited_config(deeper.config, values), type(self.source))
 
     def _check(self, model: PreTrainedModel) -> None:

@@ -288,14 +288,14 @@ class _Growth:
         """Factors that make up for those of the hidden size, which are of the old one no more.
 
         An embedding that is multiplied by its root (Gemma) is divided by that of the growth; what a tied head reads is
-        multiplied by it, there and where its logits are divided by that root (T5).
+        multiplied by it, and so it is where logits are divided by that root (T5).
         """
         growth = math.sqrt(self.new.residual / self.old.residual)
         edits: list[Edit] = []
         if self.body.embedding_scaled:
             tables = self.body.token_embeddings
             edits += [ScaleParameter(parameter=table, factor=1 / growth) for table in tables]
-        if self.body.tied and (self.body.embedding_scaled or self.body.logits_scaled):
+        if self.body.logits_scaled or (self.body.tied and self.body.embedding_scaled):
             if self.body.final_norm is None:
                 raise PlanError(
                     f"hidden_size = {self.new.residual}: the head is the token embedding, and the last norm has no "

@@ -28,7 +28,7 @@ from auxin.data.vocabulary import EnlargedTokenizer, Merge, enlarge_tokenizer, l
 from auxin.edits import AverageRows, Edit, MeanFill, PadParameter, Plan, Receipt, SetConfig, ZeroFill, apply
 from auxin.edits.plan_files import PlanFile, sha256
 from auxin.edits.promise import Probe
-from auxin.edits.structure import config_values, edited_config, edited_skeleton
+from auxin.edits.structure import config_values, edited_config, edited_skeleton, skeleton_of
 from auxin.edits.tensor_names import shapes_of
 from auxin.errors import PlanError
 from auxin.planning.bench import Bench
@@ -272,13 +272,12 @@ def _followers(model: PreTrainedModel, length: int) -> tuple[list[str], list[tup
 
     Asking the architecture finds embedding, head and bias wherever they are, and whatever else follows the vocabulary.
     """
-    config = model.config
-    larger = edited_config(config, _length_values(config, length + 1))
-    skeletons = [edited_skeleton(each, type(model)) for each in (config, larger)]
-    before, after = (shapes_of(each) for each in skeletons)
+    skeleton = skeleton_of(model)
+    larger = edited_config(skeleton.config, _length_values(skeleton.config, length + 1))
+    before, after = (shapes_of(each) for each in (skeleton, edited_skeleton(larger, type(model))))
     if odd := sorted(before.keys() ^ after.keys()):
         raise PlanError(f"With a larger vocabulary the model has other parameters ({odd[0]}); it can't grow.")
-    parameters = dict(skeletons[0].named_parameters())
+    parameters = dict(skeleton.named_parameters())
     tables: list[str] = []
     biases: list[tuple[str, int]] = []
     for name in (name for name in before if before[name] != after[name]):

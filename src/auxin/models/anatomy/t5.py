@@ -42,7 +42,7 @@ def _t5(model: PreTrainedModel) -> Anatomy:
         head=next((head for head in READERS if hasattr(model, head.partition(".")[0])), None),
         embeddings=(f"{prefix}shared.weight",),
         attention_scaled=False,
-        logits_scaled=_scales_logits(config),
+        logits_scaled=hasattr(model, "lm_head") and _scales_logits(config),
     )
 
 

@@ -137,7 +137,7 @@ def export_official(checkpoint_dir: str | Path, output_path: str | Path) -> Conv
     output_path.parent.mkdir(parents=True, exist_ok=True)
     temporary = output_path.with_name(f".{output_path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        torch.save(state, temporary)  # The one place where this format is written: the official code loads no other.
+        torch.save(state, temporary)  # The official code loads no other format.
         flush(temporary)
         del state
         difference = _compare(_tensors(_read(temporary)), model, "export")
