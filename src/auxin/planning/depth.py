@@ -214,8 +214,8 @@ def _refuse_short_cache(model: PreTrainedModel, stack: LayerStack, wanted: int) 
     if isinstance(length, int) and wanted > length:
         raise PlanError(
             f"{stack.length_field} = {wanted}: transformers makes the cache of a {type(model).__name__} for "
-            f"{counted} = {length} layers, and with more it does not run. Set {counted} = {wanted} in its config first; "
-            "nothing else reads that."
+            f"{counted} = {length} layers, and with more it does not run. Set {counted} = {wanted} in its config "
+            "first; nothing else reads that."
         )
 
 

@@ -133,8 +133,8 @@ def _group_reasons(anatomy: Anatomy, hidden: int) -> list[str]:
         return []
     return [
         f"hidden_size = {hidden}: a convolution mixes the {old} units of the residual in {anatomy.residual_groups} "
-        f"groups ({anatomy.fields.residual_groups}), and does the same only for whole copies of all of them, in order. Use "
-        f"hypercloning with a multiple of {old}, or leave hidden_size out."
+        f"groups ({anatomy.fields.residual_groups}), and does the same only for whole copies of all of them, in order. "
+        f"Use hypercloning with a multiple of {old}, or leave hidden_size out."
     ]
 
 
