@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from tiny_decoders import EPSILON, VOCABULARY, Made
 
+TITLE = "Encoders of text"
 _COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,

@@ -35,6 +35,7 @@ from transformers import (
 import tiny_decoders
 import tiny_encoders
 import tiny_gpts
+import tiny_seq2seq
 import tiny_vision
 from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
 
@@ -154,7 +155,7 @@ MODELS: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
 }
 FAMILIES = [family for family in MODELS if family != "gemma"]
 """The architectures with which every method is tested in every way, by their model types."""
-GROUPS = (tiny_decoders, tiny_gpts, tiny_encoders, tiny_vision)
+GROUPS = (tiny_decoders, tiny_gpts, tiny_encoders, tiny_seq2seq, tiny_vision)
 """The further ones, by kind: MODELS as above, and INPUTS, what makes inputs (model, batch, length, generator) of other
 kinds than token ids, by model type."""
 FURTHER = {family: made for group in GROUPS for family, made in group.MODELS.items()}
@@ -178,10 +179,18 @@ def tiny(
     """
     model_class, config_class, values = MODELS[family]
     model_class = getattr(transformers, head) if head else model_class
-    model = model_class(config_class(**{**values, **config}))
+    return filled(model_class(config_class(**{**values, **config})), seed, dtype)
+
+
+def filled(model: PreTrainedModel, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """`model` with the weights of a tiny one; see `tiny`."""
     generator = torch.Generator().manual_seed(seed)
+    made = model._keys_to_ignore_on_save or ()  # what the model makes again instead of saving it
+    biases = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("bias")]
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in [*model.named_parameters(), *biases]:
+            if name in made:
+                continue
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             is_gain = parameter.dim() == 1 and name.endswith("weight")
             parameter.copy_(1 + 0.3 * noise if is_gain else 0.5 * noise)

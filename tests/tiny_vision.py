@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from tiny_decoders import EPSILON, Made
 
+TITLE = "Images, towers and spectrograms"
 _COMMON = {
     "hidden_size": 16,
     "num_hidden_layers": 2,

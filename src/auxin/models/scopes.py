@@ -37,7 +37,14 @@ def in_scopes(model: PreTrainedModel, found: Anatomy, scopes: Iterable[str] = ()
 
 class _Scopes:
     def __init__(self, model: PreTrainedModel, found: Anatomy) -> None:
-        self.model, self.found = model, found
+        said = [
+            Width(stream, path, getattr(model.config, name))
+            for stream in STREAMS
+            for path, name in found.fields.names(stream).items()
+            if path
+        ]
+        self.model, self.found = model, replace(found, sizes=found.sizes.with_widths(said))
+        self.found = replace(self.found, fixed_widths=(*found.fixed_widths, *self._other_head_dims()))
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         modules = dict(model.named_modules())
         self.layers: dict[LayerStack, list[str]] = {
@@ -56,12 +63,17 @@ class _Scopes:
         for stack, layers in self.layers.items():
             for stream in STREAMS:
                 units = {layer: measured[stream, layer] for layer in layers if (stream, layer) in measured}
-                others = {path: count for path, count in units.items() if count != self.found.sizes.units(stream)}
+                usual = self.found.sizes.units(stream, stack.path)
+                others = {path: count for path, count in units.items() if count != usual}
                 grain = asked.get(stack, "model")
-                if others and others == units and len(set(units.values())) == 1 and grain != "layer":
+                said = stack.path in self.found.fields.names(stream)
+                # What the config says for a stack stays the stack's width, also where no layer follows it.
+                if others and others == units and len(set(units.values())) == 1 and grain != "layer" and not said:
                     grain, others = "stack", {stack.path: next(iter(others.values()))}
                 elif others:
                     grain = "layer"
+                elif usual != self.found.sizes.units(stream):
+                    grain = max(grain, "stack", key=GRAINS.index)
                 grains[stack, stream] = grain
                 widths += [Width(stream, scope, count) for scope, count in others.items()]
             # Query heads read key-value heads: whoever maps the ones of a layer maps the others.
@@ -69,7 +81,8 @@ class _Scopes:
             grains[stack, "query"] = grains[stack, "key_value"] = heads
         if all(grain == "model" for grain in grains.values()):
             return self.found
-        self.found = replace(self.found, sizes=self.found.sizes.with_widths(widths))
+        sizes = self.found.sizes
+        self.found = replace(self.found, sizes=sizes.with_widths([*sizes.scoped, *widths]))
         roles = [scoped for role in self.found.roles for scoped in self._scoped(role, grains)]
         return replace(self.found, roles=tuple(roles))
 
@@ -92,6 +105,16 @@ class _Scopes:
                         f"{have} units of {segment.unit}. The model is not what its architecture builds."
                     )
         return units
+
+    def _other_head_dims(self) -> Iterator[tuple[Stream, str]]:
+        """What can't change where the stacks' own numbers of heads make heads of several dimensions."""
+        fields, sizes = self.found.fields, self.found.sizes
+        heads = {name: getattr(self.model.config, name) for name in fields.names("query").values()}
+        if fields.head_dim is None and any(sizes.residual // count != sizes.head_dim for count in heads.values()):
+            said = " and ".join(f"{name} = {count}" for name, count in heads.items())
+            dims = " and ".join(str(sizes.residual // count) for count in heads.values())
+            why = f"{said} make heads of dimensions {dims}, and only heads of one dimension grow. Leave it out."
+            yield from ((stream, why) for stream in ("residual", "query", "key_value"))
 
     def _check_head_dims(self) -> None:
         """Heads are told from tensors by one dimension for all."""

@@ -98,11 +98,13 @@ def arrange(
     Raises:
         PlanError: layers that share their parameters; an identity block where the norm comes after the sum, or where
             no outputs are found; a first layer that lacks what only the old first one holds; with `exact`, a model
-            whose layers depend on their number; an order that no config can say.
+            whose layers depend on their number; more layers than transformers makes a cache for; an order that no
+            config can say.
     """
     refuse_kept_layers(stack)
     scales = {} if scales is None else {index: factor for index, factor in scales.items() if factor != 1}
     _check_first_layer(model, stack, order)
+    _refuse_short_cache(model, stack, len(order))
     if any(factor == 0 for factor in scales.values()):
         refuse_post_norm(stack)
     if exact:
@@ -219,6 +221,22 @@ def _refuse_numbered_layers(model: PreTrainedModel, stack: LayerStack) -> None:
             f"{said}: this model divides attention scores by the number of the layer, so that a layer that moves up is "
             "another function and no inserted layer keeps the model's. Use a method without that promise, for example "
             "stacking."
+        )
+
+
+def _refuse_short_cache(model: PreTrainedModel, stack: LayerStack, wanted: int) -> None:
+    """Raise PlanError when a decoder that stands alone (BartForCausalLM) would have more layers than its cache, which
+    transformers makes as long as the config's num_hidden_layers: the encoder's number in the configs of two stacks."""
+    config = model.config
+    counted = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    if config.is_encoder_decoder or not model.can_generate() or stack.length_field in ("", counted):
+        return
+    length = getattr(config, counted, None) if hasattr(config, stack.length_field) else None
+    if isinstance(length, int) and wanted > length:
+        raise PlanError(
+            f"{stack.length_field} = {wanted}: transformers makes the cache of a {type(model).__name__} for "
+            f"{counted} = {length} layers, and with more it does not run. Set {counted} = {wanted} in its config "
+            "first; nothing else reads that."
         )
 
 

@@ -1,10 +1,11 @@
 """How the widths of a plan are said: in the config, or for single modules where the config has one value for all."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from auxin.edits.kinds.module_edits import ConfigureModule
-from auxin.words.roles import FEED_FORWARD, SETTINGS, Anatomy, LayerStack, Sizes, Stream
+from auxin.words.paths import encloses
+from auxin.words.roles import FEED_FORWARD, SETTINGS, Anatomy, LayerStack, Sizes, Stream, Width
 
 
 def size_edits(anatomy: Anatomy, new: Sizes) -> tuple[Sizes, list[ConfigureModule]]:
@@ -19,31 +20,29 @@ def size_edits(anatomy: Anatomy, new: Sizes) -> tuple[Sizes, list[ConfigureModul
         new: the widths afterwards.
 
     Returns:
-        The widths of the config, without narrower scopes, and the edits of modules.
+        The widths of the config, with narrower scopes where it has a name for them, and the edits of modules.
     """
-    fields = anatomy.fields
-    said: dict[Stream, int | None] = {}
+    said: dict[tuple[Stream, str], int | None] = {}
     values: dict[str, dict[str, int]] = {}
     streams: tuple[Stream, ...] = ("query", "key_value", *FEED_FORWARD)
-    usual = _told(anatomy, "query", new)[0]
-    refused = anatomy.heads_divide_hidden_size and usual is not None and new.residual % usual != 0
+    refused = anatomy.heads_divide_hidden_size and new.residual % _config_heads(anatomy, new) != 0
     for stream in streams:
-        field = fields.undotted.of(stream)
-        said[stream], told = _told(anatomy, stream, new, stays=refused and stream not in FEED_FORWARD)
-        for scope, units in told.items() if field is not None else ():
-            alike = fields.like_heads if stream == "query" else ()
-            for module in _modules(anatomy, stream, scope):
-                values.setdefault(module, {}).update(dict.fromkeys((str(field), *alike), units))
-    heads = said["query"] or new.query_heads, said["key_value"] or new.key_value_heads
-    config = Sizes.of(new.residual, *heads, new.head_dim, said)
-    return config, [ConfigureModule(module=module, values=told) for module, told in values.items()]
+        alike = anatomy.fields.undotted.like_heads if stream == "query" else ()
+        for home, field in anatomy.fields.undotted.names(stream).items():
+            said[stream, home], told = _told(anatomy, stream, home, new, refused and stream not in FEED_FORWARD)
+            for scope, units in told.items():
+                for module in _modules(anatomy, stream, home, scope):
+                    values.setdefault(module, {}).update(dict.fromkeys((field, *alike), units))
+    modules = [ConfigureModule(module=module, values=told) for module, told in values.items()]
+    return _config_sizes(anatomy, new, said), modules
 
 
 def size_values(anatomy: Anatomy, new: Sizes) -> dict[str, Any]:
     """The config's values for the widths `new`: those that change, and those that the config would derive from them."""
     old, fields = anatomy.sizes, anatomy.fields
-    widths = {field: (old.units(stream), new.units(stream)) for stream in SETTINGS if (field := fields.of(stream))}
-    values: dict[str, Any] = {field: after for field, (before, after) in widths.items() if before != after}
+    names = {name: (stream, home) for stream in SETTINGS for home, name in fields.names(stream).items()}
+    widths = {name: (old.units(*place), new.units(*place)) for name, place in names.items()}
+    values: dict[str, Any] = {name: after for name, (before, after) in widths.items() if before != after}
     if fields.head_dim is not None and (values or new.head_dim != old.head_dim):
         values[fields.head_dim] = new.head_dim
     if new.head_dim != old.head_dim:
@@ -52,18 +51,41 @@ def size_values(anatomy: Anatomy, new: Sizes) -> dict[str, Any]:
         values |= dict.fromkeys(fields.like_heads, new.query_heads)
     if fields.hidden_size in values:
         values |= dict.fromkeys(fields.like_hidden_size, new.residual)
-        values |= {fields.ffn: new.ffn} if fields.ffn and new.ffn else {}
+        if fields.residual_groups is not None:
+            values[fields.residual_groups] = anatomy.residual_groups * new.residual // old.residual
+        values |= {name: units for name, (_, units) in widths.items() if names[name][0] == "ffn" and units}
     return values
 
 
-def _told(anatomy: Anatomy, stream: Stream, new: Sizes, stays: bool = False) -> tuple[int | None, dict[str, int]]:
-    """The width of a stream that the config says (with `stays`, as before), and those of the scopes that need an
-    edit."""
-    usual = anatomy.sizes.units(stream)
-    before = {scope: anatomy.sizes.units(stream, scope) for scope in anatomy.scopes(stream)}
+def _config_heads(anatomy: Anatomy, new: Sizes) -> int:
+    """The query heads that the config would have to say, were it not to refuse them."""
+    return _told(anatomy, "query", "", new)[0] or new.query_heads
+
+
+def _config_sizes(anatomy: Anatomy, new: Sizes, said: Mapping[tuple[Stream, str], int | None]) -> Sizes:
+    """The widths `new` with those that the config says; of a stream that it doesn't know, those of the model."""
+
+    def of_model(stream: Stream) -> int | None:
+        units = [units for (named, _), units in said.items() if named == stream]
+        return units[0] if units else new.units(stream)
+
+    heads = of_model("query") or new.query_heads, of_model("key_value") or new.key_value_heads
+    inner = {stream: of_model(stream) for stream in FEED_FORWARD}
+    widths = [Width(stream, home, units) for (stream, home), units in said.items() if home and units is not None]
+    return Sizes.of(new.residual, *heads, new.head_dim, inner).with_widths(widths)
+
+
+def _told(
+    anatomy: Anatomy, stream: Stream, home: str, new: Sizes, stays: bool = False
+) -> tuple[int | None, dict[str, int]]:
+    """The width of a stream that the config says for the stack `home` ("": for all; with `stays`, as before), and those
+    of the scopes that need an edit."""
+    usual = anatomy.sizes.units(stream, home)
+    scopes = [scope for scope in anatomy.scopes(stream) if _is_about(anatomy, stream, home, scope)]
+    before = {scope: anatomy.sizes.units(stream, scope) for scope in scopes}
     after = {scope: units for scope in before if (units := new.units(stream, scope)) is not None}
     if not after:
-        return new.units(stream), {}
+        return new.units(stream, home), {}
     following = {after[scope] for scope in after if before[scope] == usual} or set(after.values())
     config = following.pop() if len(following) == 1 and not stays else usual
     told = {
@@ -74,9 +96,19 @@ def _told(anatomy: Anatomy, stream: Stream, new: Sizes, stays: bool = False) -> 
     return config, told
 
 
-def _modules(anatomy: Anatomy, stream: Stream, scope: str) -> Iterator[str]:
-    """The modules that take the width of a stream in a scope from their config, as paths and patterns."""
+def _is_about(anatomy: Anatomy, stream: Stream, home: str, scope: str) -> bool:
+    """Whether what the config says for the stack `home` is about the units of `stream` in `scope`."""
+    if scope:
+        return encloses(home, scope)
+    return any(_follows_model(anatomy, stack, stream) for stack in anatomy.stacks if home in ("", stack.path))
+
+
+def _modules(anatomy: Anatomy, stream: Stream, home: str, scope: str) -> Iterator[str]:
+    """The modules of the stack `home` ("": of all) that take the width of a stream in a scope from their config, as
+    paths and patterns."""
     for stack in anatomy.stacks:
+        if home not in ("", stack.path):
+            continue
         parts = stack.feed_forward if stream in FEED_FORWARD else stack.attentions
         if not scope and _follows_model(anatomy, stack, stream):
             yield from (f"{stack.path}.*.{part}".rstrip(".") for part in parts)

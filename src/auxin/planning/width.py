@@ -222,9 +222,11 @@ class _Writer:
         factor = self.eta if role.kind == "gain" and self._runs_along_residual(role, 0) else 1.0
         if self._is_read_by_tied_head(role) and (self.anatomy.logits_scaled or self.anatomy.embedding_scaled):
             factor *= self.growth
+        if role.kind == "length":
+            factor *= self.growth
         if self.anatomy.logits_scaled and not self.anatomy.tied and role.pattern == f"{self.anatomy.head}.weight":
             factor *= self.growth  # T5 divides the logits of a head of its own, too, where its config says so
-        if role.pattern == self.anatomy.embeddings[0] and self.anatomy.embedding_scaled:
+        if self.anatomy.embedding_scaled and role.pattern in self.anatomy.token_embeddings:
             factor /= self.growth
         if role.kind in ("matrix", "bias") and self.anatomy.qk_norm != "none" and _parts(role) & {"query", "key"}:
             # The norm on queries and keys has the same epsilon, which shrank; its input shrinks with it.

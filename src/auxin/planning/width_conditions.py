@@ -21,7 +21,9 @@ _UNITS: dict[Stream, str] = {
 
 def fatal_reasons(anatomy: Anatomy, widening: Widening, from_above: bool, cut: bool) -> list[str]:
     """Why the maps make nonsense of a model; see `auxin.planning.width.widen` for the arguments."""
-    reasons = [*_unfit(anatomy, widening), *_above_reasons(anatomy, from_above)]
+    residual = widening.residual
+    groups = [] if residual.is_tiled and not residual.added else _group_reasons(anatomy, residual.size)
+    reasons = [*_unfit(anatomy, widening), *_above_reasons(anatomy, from_above), *groups]
     return [*reasons, *_lost(widening, cut), *_fixed_reasons(anatomy, widening), *_tied_head_reasons(anatomy, widening)]
 
 
@@ -117,8 +119,8 @@ def refuse_fixed_widths(anatomy: Anatomy, new: Sizes) -> None:
     """Raise PlanError when the architecture or a brick of the model keeps it from having the widths `new`."""
     old = anatomy.sizes
     widths = [(stream, name, old.units(stream), new.units(stream)) for stream, name in SETTINGS.items()]
-    never = _never(anatomy, new.residual)
-    if reasons := [*_fixed(anatomy, [*widths, *_head_dims(old.head_dim, new.head_dim)]), *never]:
+    fixed = _fixed(anatomy, [*widths, *_head_dims(old.head_dim, new.head_dim)])
+    if reasons := [*fixed, *_never(anatomy, new.residual), *_group_reasons(anatomy, new.residual)]:
         raise PlanError(reasons[0])
 
 
@@ -133,6 +135,18 @@ def _fixed_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
 def _never(anatomy: Anatomy, hidden: int) -> list[str]:
     """Why the model can't have this hidden size; empty where it can."""
     return [f"hidden_size = {hidden}: {why}" for size, why in anatomy.never_hidden_size if size == hidden]
+
+
+def _group_reasons(anatomy: Anatomy, hidden: int) -> list[str]:
+    """Why the residual can't get another width but by whole copies; empty where it can."""
+    old = anatomy.sizes.residual
+    if not anatomy.residual_groups or hidden == old:
+        return []
+    return [
+        f"hidden_size = {hidden}: a convolution mixes the {old} units of the residual in {anatomy.residual_groups} "
+        f"groups ({anatomy.fields.residual_groups}), and does the same only for whole copies of all of them, in order. "
+        f"Use hypercloning with a multiple of {old}, or leave hidden_size out."
+    ]
 
 
 def _head_dims(before: int, after: int) -> list[tuple[Stream, str, int | None, int | None]]:

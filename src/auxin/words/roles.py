@@ -10,7 +10,7 @@ modules in layers ("model.layers.*.mlp.experts"). Where several scopes enclose a
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import accumulate
 from typing import Any, Literal
@@ -33,12 +33,23 @@ SETTINGS: dict[Stream, str] = {
 """What the width of a stream is called in the settings of methods."""
 Access = Literal["writes", "reads"]
 Kind = Literal[
-    "matrix", "bias", "embedding", "gain", "offset", "head", "query_gain", "key_gain", "scale", "mixing", "shape"
+    "matrix",
+    "bias",
+    "embedding",
+    "gain",
+    "offset",
+    "head",
+    "query_gain",
+    "key_gain",
+    "scale",
+    "mixing",
+    "shape",
+    "length",
 ]
 """What a parameter is: a matrix between streams, its bias, an embedding (of tokens, positions, types), a norm's gain or
 its offset (the norm's bias), the output head, the gain of a norm on queries or keys, a factor of units that a matrix
-writes or reads, what mixes a layer's input with its output (AltUp), or a number in an activation function or a router
-that runs along no stream."""
+writes or reads, what mixes a layer's input with its output (AltUp), a number in an activation function or a router that
+runs along no stream, or the length that a weight norm gives to a parameter over all units of the residual."""
 HeadPart = Literal["query", "key", "value"]
 NormPosition = Literal["before", "after_output", "after_residual"]
 ResidualBlocks = Literal["one", "recycled", "wide"]
@@ -292,6 +303,17 @@ class ConfigFields:
     """Further values that are the number of heads (DeepSeek's num_key_value_heads)."""
     like_head_dim: tuple[str, ...] = ()
     """Values that are hidden size / heads and can be nothing else (Helium's head_dim)."""
+    residual_groups: str | None = None
+    """The number of groups in which a convolution mixes units of the residual (wav2vec 2.0)."""
+    by_stack: Mapping[str, Mapping[Stream, str]] = field(default_factory=dict)
+    """Where each stack has widths of its own, their names by the stack's path (BART: encoder_ffn_dim, decoder_ffn_dim);
+    the names above are those of the stack whose widths are the model's."""
+
+    def names(self, stream: Stream) -> dict[str, str]:
+        """The names under which the config holds the widths of `stream`, by the stack that each is for; "" for all."""
+        own = {path: names[stream] for path, names in self.by_stack.items() if stream in names}
+        name = self.of(stream)
+        return own or ({"": name} if name else {})
 
     @property
     def undotted(self) -> "ConfigFields":
@@ -303,12 +325,13 @@ class ConfigFields:
         names: dict[str, Any] = {
             field: rename(name) if isinstance(name, str) else tuple(map(rename, name))
             for field, name in vars(self).items()
-            if name is not None
+            if isinstance(name, str | tuple)
         }
-        return replace(self, **names)
+        own = {path: {stream: rename(name) for stream, name in of.items()} for path, of in self.by_stack.items()}
+        return replace(self, **names, by_stack=own)
 
     def of(self, stream: Stream) -> str | None:
-        """The name under which the config holds the width of `stream`."""
+        """The name under which the config holds the width of `stream` of the model."""
         known = {
             "residual": self.hidden_size,
             "query": self.heads,
@@ -378,6 +401,9 @@ class Anatomy:
     """Modules outside the layers whose output, with the residual or alone, goes into a norm right away."""
     never_hidden_size: tuple[tuple[int, str], ...] = ()
     """Hidden sizes that the model can't get, and why, in sentences that follow "hidden_size = 64: "."""
+    residual_groups: int = 0
+    """In how many groups, one after the other, a convolution mixes units of the residual; 0: none does. Whole copies
+    have groups of their own."""
     no_padding: str = ""
     """What padding of the residual does not pass, whatever the norms are, so that it takes whole copies alone, in words
     that follow "does not pass "; empty where there is nothing."""
@@ -392,6 +418,16 @@ class Anatomy:
     fixed_widths: tuple[tuple[Stream, str], ...] = ()
     """The streams whose width can't change, because of the architecture or of a brick, and why, in sentences that
     follow "WIDTH = 64: "."""
+
+    @property
+    def residual_stays(self) -> bool:
+        """Whether the residual takes no other width, or none but whole copies in order."""
+        return self.residual_groups > 0 or any(stream == "residual" for stream, _ in self.fixed_widths)
+
+    @property
+    def token_embeddings(self) -> list[str]:
+        """The parameters that hold a row for each token; a model of two stacks may have several."""
+        return [role.pattern for role in self.roles if role.kind == "embedding" and role.along("vocabulary")]
 
     @property
     def rotary(self) -> bool:

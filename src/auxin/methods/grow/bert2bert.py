@@ -106,7 +106,7 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
     settings: dict[str, Any] = {**chosen, "initialisation": "fpi"}
     if can_deepen(body):
         settings = {**chosen, "num_hidden_layers": 2 * max(depth(model, stack) for stack in body.stacks)}
-    if (body.tied and body.final_norm is None) or "residual" in dict(body.fixed_widths):
+    if body.residual_stays or (body.tied and body.final_norm is None):
         return settings
     return {**settings, "hidden_size": 2 * body.sizes.residual}
 

@@ -102,7 +102,7 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
     whole = not takes_padding(body, _padding(body))
     bound = body.fields.head_dim is None and (body.qk_norm == "all_heads" or body.grouped)
     hidden = 2 * body.sizes.residual if whole or bound else body.sizes.residual * 3 // 2
-    settings |= {} if "residual" in dict(body.fixed_widths) else {"hidden_size": hidden}
+    settings |= {} if body.residual_stays and not body.residual_groups else {"hidden_size": hidden}
     settings |= feed_forward_settings(body, 1.5)
     if body.norm_position != "after_residual":
         settings["num_hidden_layers"] = max(depth(model, stack) for stack in body.stacks) + 1

@@ -223,7 +223,8 @@ class GrowthOperator(nn.Module):
                     f"{path} has {module.temporary}, which the operator can't map. Before it learns, "
                     f"{module.plain_form}."
                 )
-        if self.body.sizes.scoped:
+        fields, scoped = self.body.fields, self.body.sizes.scoped
+        if any(width.scope not in fields.names(width.stream) for width in scoped):
             raise PlanError(
                 f"The layers have different widths ({describe_sizes(self.body)}), and the operator blends all of a "
                 "stack. Bring them to one width first, for example by net2net, or use another method."
@@ -511,10 +512,11 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
     values: dict[str, Any] = {**chosen, "steps": 0}
     if can_deepen(body):
         values["layers"] = 1 + max(depth(model, stack) for stack in body.stacks)
-    if not body.grouped and not body.heads_stay:
+    bound = body.fields.head_dim is None
+    if not body.grouped and not body.heads_stay and not (bound and body.residual_stays):
         heads = body.sizes.query_heads + 1
         values["num_attention_heads"] = heads
-        if body.fields.head_dim is not None:
+        if not bound and not body.residual_stays:
             values["hidden_size"] = (body.sizes.residual // heads + 1) * heads
     values |= feed_forward_settings(body, 1.25)
     return values

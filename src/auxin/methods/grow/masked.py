@@ -298,15 +298,18 @@ class _Growth:
         growth = math.sqrt(self.new.residual / self.old.residual)
         edits: list[Edit] = []
         if self.body.embedding_scaled:
-            edits.append(ScaleParameter(parameter=self.body.embeddings[0], factor=1 / growth))
+            tables = self.body.token_embeddings
+            edits += [ScaleParameter(parameter=table, factor=1 / growth) for table in tables]
         if self.body.logits_scaled or (self.body.tied and self.body.embedding_scaled):
             if self.body.final_norm is None:
                 raise PlanError(
                     f"hidden_size = {self.new.residual}: the head is the token embedding, and the last norm has no "
                     "gain that could take up the root of the growth. Untie the head first, or leave hidden_size out."
                 )
-            gain = f"{self.body.final_norm}.weight"
-            edits.append(ScaleParameter(parameter=gain, factor=growth, offset=self.body.gain_offset))
+            last = [role for role in self.body.roles if role.pattern.rpartition(".")[0] == self.body.final_norm]
+            for role in last:
+                offset = self.body.gain_offset if role.kind == "gain" else 0.0
+                edits.append(ScaleParameter(parameter=role.pattern, factor=growth, offset=offset))
         return edits
 
     def masks(self) -> list[Edit]:
@@ -370,10 +373,11 @@ class _Growth:
             first += segment.count * pieces
         index = _in_place(index, segments, [len(layout) for layout in layouts], unit)
         size = len(index) * unit
-        inner = role.access[axis] == "reads" and self._is_inner(role, segments)
-        # No mask is around a table that is added to no residual (DeBERTa's, of relative positions).
+        # No mask is between experts' own units, before the layers, where Whisper's second convolution reads one, or
+        # around a table that is added to no residual (DeBERTa's, of relative positions).
+        unmasked = role.access[axis] == "reads" and (role.kind == "embedding" or self._is_inner(role, segments))
         apart = role.kind == "embedding" and role.along("residual") and role.pattern not in self.body.embeddings
-        fill = ZeroFill() if inner or apart else _fill(role)
+        fill = ZeroFill() if unmasked or apart else _fill(role)
         edits: list[Edit] = [PadParameter(parameter=role.pattern, axis=axis, size=size, fill=fill)]
         if index != list(range(len(index))):
             edits.append(SliceParameter(parameter=role.pattern, axis=axis, index=index, unit=unit))
@@ -557,9 +561,10 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
         values["layers"] = 1 + max(depth(model, stack) for stack in body.stacks)
     if body.family == "tokenformer":
         return values
-    if not body.heads_stay:
+    bound = body.fields.head_dim is None
+    if not body.heads_stay and not (bound and body.residual_stays):
         values["num_attention_heads"] = heads
-    if body.fields.head_dim is not None:
+    if not bound and not body.residual_stays:
         values["hidden_size"] = (body.sizes.residual // heads + 1) * heads  # Llama's must be a multiple
     values |= feed_forward_settings(body, 1.25)
     return values

@@ -7,6 +7,8 @@ New rows of the embedding and of an untied head (its bias too) start as means of
 | pieces (default) | mean of the rows of the old tokens that it was split into | arXiv 2402.09977, "FVT" |
 | mean | mean of the rows of all old tokens | a new token takes at most an average token's probability |
 
+What a model keeps per token without training it (BART's final_logits_bias) gets zeros, as when transformers resizes it.
+
 Rows beyond the vocabulary, which tables have so that their length is a multiple of 64 or so, hold no token and take no
 part in the means; new tokens use them up before the table grows. What a text without new tokens gives is kept: the
 logits of all old tokens stay as they are. Their probabilities do not, since the softmax has more terms.
@@ -23,10 +25,11 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from auxin.data.tokenizer import TOKENIZER_FILES, read_tokenizer
 from auxin.data.vocabulary import EnlargedTokenizer, Merge, enlarge_tokenizer, learn_merges, texts_of
-from auxin.edits import AverageRows, Edit, MeanFill, PadParameter, Plan, Receipt, SetConfig, apply
+from auxin.edits import AverageRows, Edit, MeanFill, PadParameter, Plan, Receipt, SetConfig, ZeroFill, apply
 from auxin.edits.plan_files import PlanFile, sha256
 from auxin.edits.promise import Probe
 from auxin.edits.structure import config_values, edited_config, edited_skeleton, skeleton_of
+from auxin.edits.tensor_names import shapes_of
 from auxin.errors import PlanError
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
@@ -152,7 +155,15 @@ def plan_vocabulary(
     new_length = length if first + count <= length else -(-(first + count) // multiple) * multiple
     sources = [list(old) if settings.rule == "pieces" else [] for old in pieces]
     edits: list[Edit] = []
-    for name in _tables(model, length):
+    tables, biases = _followers(model, length)
+    if not tables:
+        raise PlanError(
+            f"vocab_size = {length}: a {type(model).__name__} has no table of tokens, so that it has no vocabulary to "
+            "grow. Choose a language model."
+        )
+    if new_length > length:
+        edits += [PadParameter(parameter=name, axis=axis, size=new_length, fill=ZeroFill()) for name, axis in biases]
+    for name in tables:
         if new_length > length:
             edits.append(PadParameter(parameter=name, axis=0, size=new_length, fill=MeanFill(rows=first)))
         edits.append(AverageRows(parameter=name, first=first, sources=sources))
@@ -255,29 +266,37 @@ def _length_values(config: PreTrainedConfig, length: int) -> dict[str, Any]:
     return {"vocab_size": length}
 
 
-def _tables(model: PreTrainedModel, length: int) -> list[str]:
-    """The parameters whose first axis the vocabulary indexes: those that are longer with a larger one. Tied ones once.
+def _followers(model: PreTrainedModel, length: int) -> tuple[list[str], list[tuple[str, int]]]:
+    """What is longer with a larger vocabulary: the parameters whose first axis it indexes, tied ones once, and the
+    buffers in checkpoints, with the axis of each (BART's final_logits_bias).
 
     Asking the architecture finds embedding, head and bias wherever they are, and whatever else follows the vocabulary.
     """
     skeleton = skeleton_of(model)
     larger = edited_config(skeleton.config, _length_values(skeleton.config, length + 1))
-    before, after = (dict(each.named_parameters()) for each in (skeleton, edited_skeleton(larger, type(model))))
+    before, after = (shapes_of(each) for each in (skeleton, edited_skeleton(larger, type(model))))
     if odd := sorted(before.keys() ^ after.keys()):
         raise PlanError(f"With a larger vocabulary the model has other parameters ({odd[0]}); it can't grow.")
-    tables = [name for name in before if before[name].shape != after[name].shape]
+    parameters = dict(skeleton.named_parameters())
+    tables: list[str] = []
+    biases: list[tuple[str, int]] = []
+    for name in (name for name in before if before[name] != after[name]):
+        old, new = before[name], after[name]
+        axes = [axis for axis in range(len(old)) if new == (*old[:axis], length + 1, *old[axis + 1 :])]
+        if name in parameters and 0 in axes:
+            tables.append(name)
+        elif name not in parameters and axes:
+            biases.append((name, axes[0]))
+        else:
+            raise PlanError(
+                f"With a larger vocabulary {name} would get shape {list(new)} from {list(old)}; it can't grow."
+            )
     if not tables:
         raise PlanError(
             f"No parameter of a {type(model).__name__} has rows for the {length} tokens that its config tells of, so "
             "that there is nothing to grow. Choose a model that reads or writes text."
         )
-    for name in tables:
-        old, new = tuple(before[name].shape), tuple(after[name].shape)
-        if new != (length + 1, *old[1:]):
-            raise PlanError(
-                f"With a larger vocabulary {name} would get shape {list(new)} from {list(old)}; it can't grow."
-            )
-    return tables
+    return tables, biases
 
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:

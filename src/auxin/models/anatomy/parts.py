@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch.nn import Module, Parameter
+from torch.nn import Embedding, Module, Parameter
 from transformers import PreTrainedModel
 
 from auxin.nn.bricks import Brick
@@ -43,9 +43,10 @@ def sizes_of(config: Any, ffn: int | None, head_dim: int | None = None, key_valu
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the output head is the token embedding."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", embedding)
+    """Whether the output head is a token embedding, the one of the model's inputs or its decoder's own."""
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    tables = (module.weight for module in model.modules() if isinstance(module, Embedding))
+    return head is not None and any(table is head for table in tables)
 
 
 def head_of(model: PreTrainedModel) -> str | None:
