@@ -39,8 +39,6 @@ NORMS = (
     "feedforward_layernorm",
 )
 """The norms over the residual in a layer, wherever they sit."""
-EXPERTS = ("mlp", "block_sparse_moe")
-"""What the modules with experts are called."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,8 @@ class Decoder:
     norm_has_gain: bool = True
     epsilon: str | None = "rms_norm_eps"
     final_norm: str = "norm"
+    feed_forward: str = "mlp"
+    """The feed-forward part of a layer, dense or with experts."""
     norm_first: bool = False
     """Whether the last norm is applied to the embeddings too (nanochat)."""
     output_norms: tuple[str, ...] = ()
@@ -109,7 +109,7 @@ DECODERS = {
     "phi": replace(_LAYER_NORM, final_norm="final_layernorm", parallel=True, qk_norm="head", qk_norm_if="qk_layernorm"),
     "phi3": Decoder(),
     "granite": Decoder(attention_scaled=False),
-    "granitemoe": Decoder(attention_scaled=False),
+    "granitemoe": Decoder(feed_forward="block_sparse_moe", attention_scaled=False),
     "cohere": replace(_COHERE, qk_norm="each_head", qk_norm_if="use_qk_norm"),
     "cohere2": _COHERE,
     "smollm3": Decoder(),
@@ -186,7 +186,7 @@ def assembled(
         (f"{prefix}embed_tokens",),
         final_norm,
         head_readers(),
-        EXPERTS,
+        (own.feed_forward,),
         ("self_attn",),
         own.parallel or bool(own.parallel_if and getattr(config, own.parallel_if)),
     )
@@ -232,7 +232,11 @@ OUTPUTS = (
     "mlp.down_proj",
     "mlp.fc2",
     "mlp.c_proj",
-    *(f"{experts}.experts.{name}" for experts in EXPERTS for name in ("down_proj", "down_proj_bias")),
+    *(
+        f"{experts}.experts.{name}"
+        for experts in ("mlp", "block_sparse_moe")
+        for name in ("down_proj", "down_proj_bias")
+    ),
     "mlp.shared_expert.down_proj",
     "mlp.shared_experts.down_proj",
 )
@@ -314,17 +318,12 @@ def feed_forward_roles(layer: str, sizes: Sizes, own: Decoder, shared_experts: i
     # For each unit of an expert there are as many in this module; which of them belong together makes no difference.
     together = tuple(replace(segment, unit=shared_experts) for segment in inner if shared_experts)
     roles += dense_feed_forward(f"{layer}.mlp.shared_experts", together, axes.residual)
-    for experts in EXPERTS:
-        for router in ("gate", "router", "shared_expert_gate"):
-            roles += linear(f"{layer}.{experts}.{router}", (), axes.residual)
-        roles.append(
-            ParameterRole(
-                f"{layer}.{experts}.gate.moe_statics.e_score_correction_bias", ((), ()), (None, None), "shape"
-            )
-        )
-        make = _interleaved_experts if own.interleaved else _experts
-        roles += make(f"{layer}.{experts}.experts", inner, axes.residual)
-    return roles
+    for router in ("gate", "router", "shared_expert_gate"):
+        roles += linear(f"{layer}.{own.feed_forward}.{router}", (), axes.residual)
+    correction = f"{layer}.{own.feed_forward}.gate.moe_statics.e_score_correction_bias"
+    roles.append(ParameterRole(correction, ((), ()), (None, None), "shape"))
+    make = _interleaved_experts if own.interleaved else _experts
+    return roles + make(f"{layer}.{own.feed_forward}.experts", inner, axes.residual)
 
 
 def _units(stream: Stream, count: int | None) -> tuple[Segment, ...]:
