@@ -6,33 +6,54 @@ python docs/generate_capabilities.py --check   changes nothing, exits with 1 whe
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from capabilities import built_in, matrix  # noqa: E402 - from the tests' folder
-from tiny_models import FAMILIES  # noqa: E402
+from capabilities import built_in, counted, matrix  # noqa: E402 - from the tests' folder
+from tiny_models import FAMILIES, GROUPS  # noqa: E402
 
 PAGE = ROOT / "docs" / "capabilities.md"
 INTRODUCTION = """# What works on what
 
 Written by `python docs/generate_capabilities.py`, which applies every method, with settings of its own choice, to a
-tiny model of every architecture: random gains and biases, grouped-query heads, tied heads where the architecture has
-them. `tests/test_every_method.py` goes over the same cases.
+tiny model of every architecture with nothing trivial in it: random gains and biases, windows shorter than the inputs,
+multipliers that are not 1. `tests/test_every_method.py` and `tests/test_architectures.py` go over the same cases:
+nothing moves under a promise, cached decoding is full decoding, and what is saved loads in a new process to the bit.
 
-- **exact**: the function is the same, and the executor has checked it.
-- **approximate**, **changes the function**: it is not, and the method does not claim it.
-- **replayed**: the config alone can't say what the model is; it loads in transformers after `import auxin`, and
-  runtimes that don't know auxin refuse it. All others load without auxin (a TokenFormer always needs it).
-- **refused**: with the reason below. A number in it (layers, heads, widths) is the tiny model's.
+| cell | meaning |
+|---|---|
+| exact | the function is the same, and the executor has checked it |
+| approx, other | it is nearly the same, or another one, and the method says so |
+| + | replayed: the config alone can't say what the model is; it loads in transformers after `import auxin` |
+| no (1) | refused, for the reason of that number; numbers in it (layers, heads, widths) are the tiny model's |
 
+What has no + loads without auxin (a TokenFormer always needs it). Names in code letters are model types, with a word
+behind where there are several models of one. Any other architecture of transformers: methods that need a list of layers
+and no more (`stacking`, `solar`, `llama-pro`), or single modules (`graft`, `vocabulary`), take it where they can.
 """
 
 
 def page() -> str:
     """The whole page."""
-    return INTRODUCTION + matrix(built_in(), FAMILIES)
+    found, notes = built_in(), dict[str, int]()
+    kinds = {"In every way": FAMILIES} | {group.TITLE: list(group.MODELS) for group in GROUPS}
+    families = [family for kind in kinds.values() for family in kind]
+    total = counted(found, families)
+    parts = [INTRODUCTION, f"\nOf {total.total()} cells, {_in_words(total)}.\n"]
+    for title, kind in kinds.items():
+        parts.append(f"\n## {title}\n\n{_in_words(counted(found, kind)).capitalize()}.\n\n")
+        parts.append(matrix(found, kind, notes))
+    parts.append("\n## Refused because\n\n" + "".join(f"{number}. {text}\n" for text, number in notes.items()))
+    promises = "".join(f"- `{name}`: {method.promise}.\n" for name, method in found.items())
+    return "".join(parts) + f"\n## What each promises, and when\n\n{promises}"
+
+
+def _in_words(cells: Counter[str]) -> str:
+    words = {"exact": "exact", "approximate": "approximate", "none": "another function", "refused": "refused"}
+    return ", ".join(f"{cells[key]} {word}" for key, word in words.items() if cells[key])
 
 
 def main() -> None:

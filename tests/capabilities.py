@@ -3,9 +3,11 @@
 import copy
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -121,6 +123,17 @@ def check(method: Method, outcome: Result | Refusal) -> None:
     assert outcome.missed(method) is None
 
 
+def check_page(name: str, family: str, outcome: Result | Refusal) -> None:
+    """docs/capabilities.md says what happened."""
+    said = word(outcome) + (f": {reason(family, outcome)}" if isinstance(outcome, Refusal) else "")
+    assert _page()[name, row_title(family)] == said, "run python docs/generate_capabilities.py"
+
+
+@cache
+def _page() -> dict[tuple[str, str], str]:
+    return written((Path(__file__).resolve().parents[1] / "docs" / "capabilities.md").read_text(encoding="utf-8"))
+
+
 def again(method: Method, result: Result) -> Result | Refusal:
     """A second plan of `method` on what the first made; the first's model stays as it is."""
     return attempt(method, copy.deepcopy(result.model))
@@ -139,30 +152,66 @@ def change(before: Tensor, after: Tensor) -> float:
     return ((after - before).abs().max() / before.abs().max()).item()
 
 
-def matrix(found: Mapping[str, Method], families: Iterable[str]) -> str:
-    """The table of methods by architectures, and what the marks in it mean, in Markdown."""
-    families = list(families)
-    notes: dict[str, int] = {}
-    lines = [
-        "| method | " + " | ".join(TITLES[family] for family in families) + " |",
-        "|---|" + "---|" * len(families),
-    ]
-    for name in found:
-        cells = [_cell(name, family, notes) for family in families]
-        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
-    lines += ["", "Refused because:", ""]
-    lines += [f"{number}. {text}" for text, number in notes.items()]
-    lines += ["", "What each promises, and when:", ""]
-    lines += [f"- `{name}`: {method.promise}." for name, method in found.items()]
+def matrix(found: Mapping[str, Method], families: Iterable[str], notes: dict[str, int]) -> str:
+    """The table of architectures by methods in Markdown.
+
+    Args:
+        found: the methods by name.
+        families: the architectures, names of `tiny_models.MODELS`.
+        notes: reasons of refusals by what they say, with their numbers; new ones are added.
+    """
+    lines = ["| | " + " | ".join(f"`{name}`" for name in found) + " |", "|---|" + ":-:|" * len(found)]
+    for family in families:
+        cells = [_cell(name, family, notes) for name in found]
+        lines.append(f"| {row_title(family)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def counted(found: Iterable[str], families: Iterable[str]) -> Counter[str]:
+    """How many cells of the table are "exact", "approximate", "none" (the function changes) or "refused"."""
+    return Counter(
+        "refused" if isinstance(outcome, Refusal) else outcome.promise
+        for outcome in (probe(name, family) for family, name in product(list(families), list(found)))
+    )
+
+
+def row_title(family: str) -> str:
+    """What the row of an architecture is called."""
+    return TITLES.get(family, f"`{family}`")
+
+
+def word(outcome: Result | Refusal) -> str:
+    """What the table says of an outcome, but for a refusal's number."""
+    if isinstance(outcome, Refusal):
+        return "no"
+    said = {"exact": "exact", "approximate": "approx", "none": "other"}[outcome.promise]
+    return f"{said}+" if structural_edits(outcome.model.config) else said
+
+
+def reason(family: str, outcome: Refusal) -> str:
+    """Why something was refused, in one text for all architectures that are refused for the same reason."""
+    return outcome.reason.replace(f"of type {tiny(family).config.model_type!r}", "of this type")
+
+
+def written(page: str) -> dict[tuple[str, str], str]:
+    """The cells of a page with tables, by method and title of the row; refusals with their reasons."""
+    cells: dict[tuple[str, str], str] = {}
+    header: list[str] = []
+    reasons = dict(re.findall(r"^(\d+)\. `[^`]+`: (.*)$", page, re.MULTILINE))
+    for line in page.splitlines():
+        first, *others = [part.strip() for part in line.strip("|").split("|")] if line.startswith("|") else [""]
+        if line.startswith("| | `"):
+            header = [other.strip("`") for other in others]
+        elif len(others) == len(header) and not first.startswith("-"):
+            for name, cell in zip(header, others, strict=True):
+                number = re.fullmatch(r"no \((\d+)\)", cell)
+                cells[name, first] = f"no: {reasons[number[1]]}" if number else cell
+    return cells
 
 
 def _cell(name: str, family: str, notes: dict[str, int]) -> str:
     outcome = probe(name, family)
     if isinstance(outcome, Refusal):
-        # One note for all architectures that are refused for the same reason.
-        reason = outcome.reason.replace(f"of type {family!r}", "of this type")
-        number = notes.setdefault(f"`{name}`: {reason}", len(notes) + 1)
-        return f"refused ({number})"
-    word = "changes the function" if outcome.promise == "none" else outcome.promise
-    return f"{word}, replayed" if structural_edits(outcome.model.config) else word
+        number = notes.setdefault(f"`{name}`: {reason(family, outcome)}", len(notes) + 1)
+        return f"no ({number})"
+    return word(outcome)

@@ -21,6 +21,8 @@ def output(result: Any) -> Any:
         return result.logits
     if "image_embeds" in result:
         return torch.cat([result.text_embeds, result.image_embeds])
+    if "start_logits" in result:
+        return torch.stack([result.start_logits, result.end_logits])
     return result.last_hidden_state
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from safetensors.torch import save_file
 
 from auxin.methods import methods
 from auxin.models.anatomy import anatomy
-from capabilities import Refusal, Result, attempt, built_in, check, probe
-from tiny_models import FURTHER, inputs, output, tiny
+from capabilities import Refusal, Result, attempt, built_in, check, check_page, probe
+from tiny_models import FURTHER, GROUPS, inputs, output, tiny
 
 CASES = [(name, family) for family in FURTHER for name in built_in()]
 
@@ -36,7 +37,9 @@ def test_every_parameter_has_one_role_of_its_shape(family):
 
 @pytest.mark.parametrize(("name", "family"), CASES)
 def test_the_method_is_applied_as_promised_or_refused_with_the_reason(name, family):
-    check(methods()[name], probe(name, family))
+    outcome = probe(name, family)
+    check(methods()[name], outcome)
+    check_page(name, family, outcome)
 
 
 @pytest.mark.parametrize(("name", "family"), CASES)
@@ -52,20 +55,20 @@ def test_cached_decoding_is_full_decoding(name, family):
     assert torch.equal(written, outcome.model.generate(**ids, use_cache=False, **settings))
 
 
-@pytest.mark.parametrize("family", FURTHER)
-def test_every_result_loads_in_a_new_process_bit_by_bit(family, tmp_path):
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)
+def test_every_result_loads_in_a_new_process_bit_by_bit(group, tmp_path):
     """In float32, as models are kept; what is plain in a process without auxin."""
     cases: dict[str, dict[str, dict[str, str]]] = {"plain": {}, "replayed": {}}
-    for name, method in built_in().items():
+    for family, (name, method) in product(group.MODELS, built_in().items()):
         outcome = attempt(method, tiny(family, seed=3, dtype=torch.float32))
         if isinstance(outcome, Result):
-            folder = tmp_path / name
+            folder = tmp_path / f"{family}-{name}"
             outcome.model.save_pretrained(folder)
             with torch.no_grad():
                 expected = output(copy.deepcopy(outcome.model)(**inputs(outcome.model))).contiguous()
             save_file({**inputs(outcome.model), "expected": expected}, folder / "probe.safetensors")
             case = {"folder": str(folder), "model_class": type(outcome.model).__name__}
-            cases["plain" if outcome.is_plain else "replayed"][name] = case
+            cases["plain" if outcome.is_plain else "replayed"][f"{name} on {family}"] = case
     task = tmp_path / "cases.json"
     task.write_text(json.dumps({kind: list(of_kind.values()) for kind, of_kind in cases.items()}))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}

@@ -1,5 +1,6 @@
 """The command line: every command end to end on a tiny model; errors are one message and an exit code."""
 
+import inspect
 import json
 import math
 import os
@@ -15,8 +16,10 @@ from typer.testing import CliRunner
 
 from auxin import cli
 from auxin.accounting import Ledger
+from auxin.cli import editing
 from auxin.cli.listed import ListedOptions, repeated
 from auxin.errors import AuxinError, CheckpointError, ConfigError, TrainingError
+from auxin.methods.grow.tokenformer import TokenGrowth
 from auxin.models import TokenFormerForCausalLM
 from corpora import write_documents
 
@@ -132,6 +135,20 @@ def test_grow_keeps_the_function_and_the_books(trained, tmp_path):
     shown = call("show", tmp_path / "g").out
     assert "24 + 16" in shown
     assert shown.index("train") < shown.index("change"), "the lineage, in order"
+
+
+def test_grow_has_every_setting_of_the_method(trained):
+    options = set(inspect.signature(editing.grow).parameters)
+    assert set(TokenGrowth.model_fields) < options
+    copied = ["--regime", "duplicate", "--noise", 0.25, "--seed", 5]
+    plan = json.loads(call("grow", trained.checkpoint, "--ffn-tokens", 48, *copied, "--dry-run", "--json").out)
+    assert plan["settings"] == {"ffn_tokens": 48, "regime": "duplicate", "noise": 0.25, "seed": 5}
+    rules = {"keys": "zeros", "values": "initial", "scale": "kept"}
+    given = [word for name, value in rules.items() for word in (f"--{name}", value)]
+    plan = json.loads(call("grow", trained.checkpoint, "--ffn-tokens", 48, *given, "--dry-run", "--json").out)
+    assert plan["settings"] == {"ffn_tokens": 48, **rules}
+    with pytest.raises(ConfigError, match=r"keys: .*'nothing'"):
+        call("grow", trained.checkpoint, "--ffn-tokens", 48, "--keys", "nothing", "--dry-run")
 
 
 def test_methods_are_listed_and_explained():

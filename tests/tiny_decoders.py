@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 Made = tuple[type[PreTrainedModel], type, dict[str, Any]]
 
+TITLE = "Decoders with the names of Llama's modules"
 VOCABULARY = 19
 WINDOW = 3
 EPSILON = 1e-2
@@ -92,6 +93,19 @@ def made(name: str, values: dict[str, Any]) -> Made:
     return getattr(transformers, f"{name}ForCausalLM"), config, values
 
 
+HEADS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama_without_head": ("LlamaModel", "LlamaConfig", {**_RMS}),
+    "llama_for_texts": ("LlamaForSequenceClassification", "LlamaConfig", {**_RMS, "pad_token_id": 2}),
+    "llama_for_tokens": ("LlamaForTokenClassification", "LlamaConfig", {**_RMS}),
+    "llama_for_answers": ("LlamaForQuestionAnswering", "LlamaConfig", {**_RMS}),
+    "mixtral_without_head": ("MixtralModel", "MixtralConfig", {**_RMS, **_EXPERTS}),
+    "gemma2_without_head": ("Gemma2Model", "Gemma2Config", {**_RMS, **_WINDOWS, "head_dim": 6}),
+    "qwen3_for_texts": ("Qwen3ForSequenceClassification", "Qwen3Config", {**_RMS, "pad_token_id": 2}),
+}
+"""Models without a head, and with others than the language model's."""
 MODELS: dict[str, Made] = {family: made(*own) for family, own in VALUES.items()}
-"""Model class, config class and values of the config, by model type."""
+MODELS |= {
+    name: (getattr(transformers, cls), getattr(transformers, config), own) for name, (cls, config, own) in HEADS.items()
+}
+"""Model class, config class and values of the config, by name."""
 INPUTS: dict[str, Any] = {}

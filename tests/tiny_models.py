@@ -177,7 +177,7 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **confi
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             is_gain = parameter.dim() == 1 and name.endswith("weight")
             parameter.copy_(1 + 0.3 * noise if is_gain else 0.5 * noise)
-    if any(name.endswith(".experts") for name, _ in model.named_modules()):
+    if dtype == torch.float64 and any(name.endswith(".experts") for name, _ in model.named_modules()):
         model.set_experts_implementation("eager")  # the others know no float64
     return model.to(dtype).eval()
 
@@ -241,11 +241,13 @@ class InDouble(TorchFunctionMode):
 
 def output(result: Any) -> Tensor:
     """The logits, or the last hidden states of a model without a head; of two towers both embeddings, one after the
-    other."""
+    other; the beginnings and ends of answers."""
     if "logits" in result:
         return result.logits
     if "image_embeds" in result:
         return torch.cat([result.text_embeds, result.image_embeds])
+    if "start_logits" in result:
+        return torch.stack([result.start_logits, result.end_logits])
     return result.last_hidden_state
 
 

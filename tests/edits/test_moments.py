@@ -147,8 +147,7 @@ def test_new_rows_make_no_outlying_update_in_training():
 def test_moments_of_copies_are_those_of_the_gradients_that_copies_get():
     """exp_avg maps as the gradient does and exp_avg_sq as its square: after the duplication, the first moment of every
     parameter is the gradient that the grown model gets (float64, betas 0)."""
-    # Copies raise the norm but not the epsilon beside it.
-    model = tiny_model(dtype=torch.float64, pattention_eps=1e-30)
+    model = tiny_model(dtype=torch.float64, pattention_eps=0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.0, 0.0), weight_decay=0.0)
     ids = token_ids(5)
     model(input_ids=ids, labels=ids).loss.backward()

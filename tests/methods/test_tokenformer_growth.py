@@ -73,6 +73,47 @@ def test_grouped_growth_keeps_the_function(heads, head_dim, layers, start, added
     assert model.num_parameters() == model.config.num_parameters()
 
 
+@pytest.mark.parametrize("size", range(1, 9))
+@pytest.mark.parametrize("score_function", ["l2_norm_gelu", "gelu_l2_norm", "softmax"])
+@pytest.mark.parametrize("regime", EXACT)
+def test_groups_of_any_size_grow_exactly_in_exact_arithmetic(regime, score_function, size):
+    """The epsilon beside the norm included, in any order of growths; and what float32 can't keep is not promised."""
+    if score_function == "softmax" and regime in ("zero_keys", "annealed"):
+        return
+    sizes = {"qkv_tokens": size, "proj_tokens": size, "ffn_tokens": size}
+    for dtype, allowed in ((torch.float64, 1e-12), (torch.float32, 1e-5 if size >= 4 else 1e-3)):
+        model = tiny_model(size, dtype, score_function=score_function, **sizes)
+        before = logits(model)
+        receipt = auxin.grow(model, 2 * size, 3 * size, 2 * size, regime)
+        promised = size >= 4 or score_function == "softmax"
+        assert receipt.plan.promise == ("exact" if promised else "approximate")
+        assert [f"tokens has a group of {size}" in note for note in receipt.plan.notes] == [True] * (not promised)
+        auxin.grow(model, 6 * size, 6 * size, 6 * size, regime)
+        assert change(before, logits(model)) <= allowed
+
+
+def test_epsilon_follows_the_norm_of_copies_alone():
+    model = tiny_model(ffn_tokens=[5, 2], pattention_eps=1e-3)
+    auxin.grow(model, ffn_tokens=13, regime="duplicate")
+    assert model.config.ffn_tokens == [5, 8]
+    assert model.config.ffn_eps == pytest.approx([1e-3, 2e-3], abs=1e-12)
+    assert model.config.qkv_eps is None
+    auxin.grow(model, ffn_tokens=20, qkv_tokens=20)
+    assert model.config.ffn_eps == pytest.approx([1e-3, 2e-3, 1e-3], abs=1e-12)
+    assert model.config.qkv_eps is None
+    assert model.model.layers[1].mlp.eps == tuple(model.config.ffn_eps)
+    small = model.truncate_groups(2)
+    assert small.config.ffn_eps == model.config.ffn_eps[:2]
+    assert small.model.layers[0].mlp.eps == tuple(model.config.ffn_eps[:2])
+
+
+def test_a_model_with_epsilons_of_its_own_loads_as_it_was_saved(tmp_path):
+    model = tiny_model(ffn_tokens=[5, 2], pattention_eps=0.1).eval()
+    auxin.grow(model, ffn_tokens=13, qkv_tokens=24, regime="duplicate")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path)), logits(model))
+
+
 @pytest.mark.parametrize("regime", EXACT)
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_exact_regimes_keep_the_function_of_a_trained_model(regime, rounds):

@@ -47,13 +47,14 @@ def adamw(model, **settings):
     return torch.optim.AdamW(model.parameters(), **{"lr": 3e-3, "weight_decay": 0.1, "eps": 1e-3, **settings})
 
 
-def widened_twin(family, method, settings, **model_config):
+def widened_twin(family, method, settings, optimizer=adamw, **model_config):
     """A model after three steps, and its widened copy; both with their optimizers."""
+    make = optimizer
     small = tiny(family, **model_config)
-    optimizer = adamw(small)
+    optimizer = make(small)
     train(small, optimizer, range(3))
     wide = copy.deepcopy(small)
-    wide_optimizer = adamw(wide)
+    wide_optimizer = make(wide)
     wide_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     plan = method.plan(Bench(wide), method.settings.parse(settings))
     receipt = apply(plan, wide, wide_optimizer, probe=inputs(wide))
@@ -101,6 +102,72 @@ def test_six_steps_tied_and_untied(tied):
         train(small, optimizer, range(10, 16))
         train(wide, wide_optimizer, range(10, 16))
         assert change(logits(small), logits(wide)) < 1e-10
+
+
+def of(kind, **settings):
+    """What makes an optimizer of a model, by its class."""
+    return lambda model: kind(model.parameters(), **settings)
+
+
+class Unsteady(torch.optim.AdamW):
+    """May do anything."""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        of(torch.optim.AdamW, lr=3e-3, weight_decay=0.1, eps=1e-3, amsgrad=True),
+        of(torch.optim.AdamW, lr=3e-3, weight_decay=0.1, eps=1e-3, maximize=True, foreach=True),
+        of(torch.optim.AdamW, lr=3e-3, weight_decay=0.1, eps=1e-3, fused=True),
+        of(torch.optim.Adam, lr=3e-3, eps=1e-3, amsgrad=True),
+        of(torch.optim.Adam, lr=3e-3, eps=1e-3, weight_decay=0.1, decoupled_weight_decay=True),
+    ],
+    ids=["amsgrad", "maximize", "fused", "adam", "adam decoupled"],
+)
+def test_six_steps_of_all_that_step_as_adamw_does(make):
+    small, optimizer, wide, wide_optimizer, receipt = widened_twin("llama", HYPERCLONING, {"factor": 2}, make)
+    continue_exactly(wide_optimizer, wide, receipt)
+    before = logits(small)
+    train(small, optimizer, range(10, 16))
+    train(wide, wide_optimizer, range(10, 16))
+    assert change(logits(small), logits(wide)) < 1e-10
+    assert change(before, logits(small)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (of(torch.optim.SGD, lr=1e-2, momentum=0.9), r"optimizer: SGD has no exact .* torch\.optim\.AdamW"),
+        (of(torch.optim.RMSprop, lr=1e-3), r"optimizer: RMSprop"),
+        (of(torch.optim.NAdam, lr=1e-3), r"optimizer: NAdam"),
+        (of(Unsteady, lr=1e-3), r"optimizer: Unsteady"),
+        (of(torch.optim.Adam, lr=3e-3, weight_decay=0.1), r"optimizer: Adam adds weight_decay = 0\.1 \(group 0\)"),
+    ],
+    ids=["sgd", "rmsprop", "nadam", "a subclass", "adam with decay"],
+)
+def test_optimizers_with_other_steps_are_refused_before_anything_changes(make, named):
+    *_, wide, wide_optimizer, receipt = widened_twin("llama", HYPERCLONING, {"factor": 2}, make)
+    groups = [dict(group) for group in wide_optimizer.param_groups]
+    with pytest.raises(PlanError, match=named):
+        continue_exactly(wide_optimizer, wide, receipt)
+    assert wide_optimizer.param_groups == groups
+
+
+@pytest.mark.parametrize(
+    "make",
+    [of(torch.optim.SGD, lr=1e-2, momentum=0.9), of(torch.optim.Adam, lr=3e-3, weight_decay=0.1)],
+    ids=["sgd", "adam with decay"],
+)
+def test_the_rates_of_adamw_would_lead_others_elsewhere(make, monkeypatch):
+    """Why they are refused: with the same factors their next steps are not those of the small model."""
+    monkeypatch.setattr("auxin.edits.continuation._refuse_other_rules", lambda optimizer: None)
+    small, optimizer, wide, wide_optimizer, receipt = widened_twin("llama", HYPERCLONING, {"factor": 2}, make)
+    for group in wide_optimizer.param_groups:
+        group.setdefault("eps", 1.0)
+    continue_exactly(wide_optimizer, wide, receipt)
+    train(small, optimizer, range(10, 16))
+    train(wide, wide_optimizer, range(10, 16))
+    assert change(logits(small), logits(wide)) > 0.01
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

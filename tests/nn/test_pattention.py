@@ -103,6 +103,28 @@ def test_groups_are_the_sum_of_layers_of_one_group():
     torch.testing.assert_close(module(x), sum(parts), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
+@pytest.mark.parametrize("sizes", [[3, 5], [4, 4], [16, 32]])
+def test_every_group_may_have_an_epsilon_of_its_own(score_function, sizes):
+    eps, tau = [0.5, 0.01], roots(sizes)
+    x, keys = random(7, 6, scale=0.3), random(sum(sizes), 6, seed=1)
+    values = random(sum(sizes), 5, seed=2)
+    parts = [
+        oracle.pattention(x.numpy(), k.numpy(), v.numpy(), [t], [size], score_function, eps=number)
+        for k, v, t, size, number in zip(keys.split(sizes), values.split(sizes), tau.tolist(), sizes, eps, strict=True)
+    ]
+    arguments = (x, keys, values)
+    for trained in (False, True):
+        for as_compiled in (False, True):
+            tensors = [tensor.clone().requires_grad_(trained) for tensor in arguments]
+            scales = tau.clone().requires_grad_(as_compiled)  # then it takes the way compilers take
+            ours = pattention(*tensors, scales, sizes, score_function, eps=eps)
+            np.testing.assert_allclose(ours.detach().numpy(), sum(parts), rtol=0, atol=1e-12)
+    tensors = [tensor.clone().requires_grad_() for tensor in arguments]
+    check = torch.autograd.gradcheck
+    assert check(lambda *t: pattention(*t, tau, sizes, score_function, eps=eps), tensors)
+
+
 def test_jacobian_is_equation_25():
     n = 7
     scores, identity = random(n, seed=3), torch.eye(n, dtype=torch.float64)
@@ -201,8 +223,9 @@ def test_duplicated_tokens_under_the_root_rule_are_exact(gelu):
     module, x = layer([6], gelu=gelu), random(4, 6)
     for times in (2, 3):
         keys, values = module.key_tokens.repeat(times, 1), module.value_tokens.repeat(times, 1) / times
-        grown = pattention(x, keys, values, roots([6 * times]), [6 * times], gelu=gelu, eps=1e-14)
-        before = pattention(x, module.key_tokens, module.value_tokens, module.tau, [6], gelu=gelu, eps=1e-14)
+        eps = 0.1 * math.sqrt(times)
+        grown = pattention(x, keys, values, roots([6 * times]), [6 * times], gelu=gelu, eps=eps)
+        before = pattention(x, module.key_tokens, module.value_tokens, module.tau, [6], gelu=gelu, eps=0.1)
         torch.testing.assert_close(grown, before, rtol=0, atol=1e-12)
 
 
@@ -356,7 +379,8 @@ def test_runs_one_gemm_for_the_scores_and_one_for_the_values(groups):
 @every_score_function
 def test_compiles_whole_and_sees_a_new_tau_without_recompiling(score_function, groups):
     torch.compiler.reset()
-    module, x = layer(groups, score_function=score_function), random(3, 6)
+    eps = [0.3, 0.1][: len(groups)] if groups[0] > groups[-1] else 1e-6
+    module, x = layer(groups, score_function=score_function, eps=eps), random(3, 6)
     x[1] = 0
     x.requires_grad_()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -454,6 +478,8 @@ def test_default_scales_and_initialisation():
         ({"group_sizes": [4], "tau": [0.0]}, "positive"),
         ({"group_sizes": [4], "tau": [math.nan]}, "positive"),
         ({"group_sizes": [4], "eps": 0.0}, "eps"),
+        ({"group_sizes": [4, 2], "eps": [1e-6, math.nan]}, "eps must be a positive number, got nan"),
+        ({"group_sizes": [4, 2], "eps": [1e-6]}, r"eps has 1 values .* for 2 groups"),
         ({"group_sizes": [4], "score_function": "softmix"}, "softmax"),
         ({"group_sizes": [4], "gelu": "relu"}, "tanh"),
     ],

@@ -46,3 +46,15 @@ def memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def available_memory() -> int | None:
+    """Memory that a process can still get, in bytes: what Linux tells of it, swap included; elsewhere all there is.
+    None where the system does not tell."""
+    information = Path("/proc/meminfo")
+    if information.exists():
+        lines = (line.partition(":") for line in information.read_text(encoding="utf-8").splitlines())
+        told = {name: int(rest.split()[0]) * 1024 for name, _, rest in lines if rest.strip().endswith("kB")}
+        if "MemAvailable" in told:
+            return told["MemAvailable"] + told.get("SwapFree", 0)
+    return memory_bytes()

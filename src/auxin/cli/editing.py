@@ -20,11 +20,18 @@ def grow(
     proj_tokens: Annotated[int | None, typer.Option(help="Tokens of the output projection, after growth.")] = None,
     ffn_tokens: Annotated[int | None, typer.Option(help="Tokens of the feed-forward part, after growth.")] = None,
     regime: Annotated[str, typer.Option(help="Rule for the new tokens; see docs/tokenformer.md.")] = "grouped",
+    keys: Annotated[str | None, typer.Option(help="Instead of the regime's rule for new keys.")] = None,
+    values: Annotated[str | None, typer.Option(help="Instead of the regime's rule for new values.")] = None,
+    scale: Annotated[str | None, typer.Option(help="Instead of the regime's scale of the scores.")] = None,
+    noise: Annotated[float, typer.Option(help="On copied values, relative; keeps their sum.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seeds the new tokens.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Grow a TokenFormer by appending parameter tokens; its optimizer's moments follow."""
+    """Grow a TokenFormer by appending parameter tokens; its optimizer's moments follow.
+
+    What the settings mean: `auxin methods tokenformer`.
+    """
     from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth, token_growth_to
     from auxin.models.loading import load_config
     from auxin.recipes.change import change_checkpoint
@@ -33,10 +40,8 @@ def grow(
     counts = {"qkv_tokens": qkv_tokens, "proj_tokens": proj_tokens, "ffn_tokens": ffn_tokens}
     if (to is None) == all(count is None for count in counts.values()):
         raise ConfigError("Give either --to PRESET or token counts (--qkv-tokens, --proj-tokens, --ffn-tokens).")
-    if to is not None:
-        settings = token_growth_to(config, to, regime=regime, seed=seed)
-    else:
-        settings = TokenGrowth.parse({**counts, "regime": regime, "seed": seed})
+    rules = {"regime": regime, "keys": keys, "values": values, "scale": scale, "noise": noise, "seed": seed}
+    settings = TokenGrowth.parse({**counts, **rules}) if to is None else token_growth_to(config, to, **rules)
     plan = plan_token_growth(config, settings)
     if dry_run:
         print(plan.model_dump_json(indent=2) if as_json else plan)

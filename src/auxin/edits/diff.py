@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from auxin.edits.kinds.edit import describe_edit
 from auxin.edits.plan import Plan
@@ -107,8 +108,8 @@ def diff_checkpoints(old: str | Path, new: str | Path) -> CheckpointDiff:
         CheckpointError: a folder is no checkpoint with safetensors files, or can't be read.
     """
     old_files, new_files = _tensor_files(Path(old)), _tensor_files(Path(new))
-    old_values, new_values = (config_values(load_config(folder)) for folder in (old, new))
-    keys = sorted((old_values.keys() | new_values.keys()) - UNTOLD_CONFIG)
+    old_values, new_values = (_by_dotted_name(load_config(folder)) for folder in (old, new))
+    keys = sorted(key for key in old_values.keys() | new_values.keys() if key.rpartition(".")[2] not in UNTOLD_CONFIG)
     reshaped, changed, equal = [], [], 0
     for name in old_files.keys() & new_files.keys():
         before, after = read_tensor(old_files[name], name), read_tensor(new_files[name], name)
@@ -135,6 +136,15 @@ def diff_checkpoints(old: str | Path, new: str | Path) -> CheckpointDiff:
         changed=sorted(changed, key=lambda item: item.name),
         equal=equal,
     )
+
+
+def _by_dotted_name(config: PreTrainedConfig) -> dict[str, Any]:
+    """The values of `config` that are not its type's defaults; those of configs within by dotted names."""
+    found = config_values(config)
+    for name in [key for key in found if isinstance(getattr(config, key, None), PreTrainedConfig)]:
+        found.pop(name)
+        found |= {f"{name}.{key}": value for key, value in _by_dotted_name(getattr(config, name)).items()}
+    return found
 
 
 def diff_plans(old: Plan, new: Plan) -> PlanDiff:

@@ -20,7 +20,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.edits.kinds.module_edits import ConfigureModule
 from auxin.errors import PlanError
-from auxin.models.building import REFUSALS, Builder, likeness
+from auxin.models.building import Builder, likeness
+from auxin.models.configs import config_holding
+from auxin.models.loading import REFUSALS
 from auxin.models.scoped_config import config_at
 from auxin.words.paths import encloses
 
@@ -46,9 +48,10 @@ def refuse_idle_values(
     """
     seen: dict[str, Any] | None = None
     for name, value in values.items():
-        old = getattr(config, name)
-        is_size = isinstance(value, int) and not isinstance(value, bool) and _is_size(name)
-        if value == old or (_is_own(config, name) and not is_size):
+        holder, own_name = config_holding(config, name)
+        old = getattr(holder, own_name)
+        is_size = isinstance(value, int) and not isinstance(value, bool) and _is_size(own_name)
+        if value == old or (_is_own(holder, own_name) and not is_size):
             continue
         seen = likeness(after) if seen is None else seen
         others = [old, 2 * value] if is_size else [old]

@@ -16,8 +16,10 @@ from auxin.edits.module_store import ModuleStore
 from auxin.edits.plan import Plan
 from auxin.edits.promise import Probe, default_probe, edited_outputs, measured_change, probe_outputs, tolerance
 from auxin.edits.resolution import ResolvedPlan, resolve
+from auxin.edits.room import refuse_too_large
 from auxin.edits.tree import Undo, rebuild_tree
 from auxin.errors import PlanError
+from auxin.models.evaluating import training_flags
 from auxin.settings import Settings
 
 
@@ -81,39 +83,45 @@ def apply(
             three random samples of the kind that the model takes.
 
     Raises:
-        PlanError: the plan is an estimate or does not fit the model, which may be sharded, or a weight is not finite;
-            found before anything changes.
+        PlanError: the plan is an estimate or does not fit the model, which may be sharded, or the memory, or a weight
+            is not finite; found before anything changes.
         PromiseError: the plan promised to keep the function and did not, or the logits are not finite after it.
     """
+    undo = Undo()
+    try:
+        return _applied(plan, getattr(model, "_orig_mod", model), optimizer, probe, undo)  # torch.compile wraps
+    except BaseException:
+        undo.everything()
+        raise
+
+
+def _applied(
+    plan: Plan, model: PreTrainedModel, optimizer: Optimizer | None, probe: Probe | None, undo: Undo
+) -> Receipt:
+    """As `apply`, which puts everything back by `undo` when any line of this raises."""
     start = time.perf_counter()
     plan.refuse_estimate()
-    model = getattr(model, "_orig_mod", model)  # torch.compile wraps
     parameters = dict(model.named_parameters())
     _refuse_sharded(parameters)
     resolved = resolve(plan.located(), model)
-    undo = Undo()
     store = ModuleStore(model, resolved, optimizer, undo)
     store.check()
+    refuse_too_large(resolved, parameters, optimizer)
     check_tensors(resolved, store, parameters)
     rates = continuation(resolved)
     has_data = not any(parameter.is_meta for parameter in parameters.values())
     count, allowed = count_parameters(model).total, tolerance(model)
+    undo.add(training_flags(model))  # the probe's evaluation mode, too, may be interrupted
     if has_data:
         probe = default_probe(plan, model) if probe is None else probe
         reference = probe_outputs(model, probe, plan.vocabulary)
     change: float | None = None
-    try:
-        carry(resolved, plan.seed, store)
-        rebuild_tree(model, resolved, store.tensors, undo)
-        store.join_groups()
-        if has_data and probe is not None:
-            change = measured_change(plan, reference, edited_outputs(plan, model, probe), allowed)
-        for note in plan.notes:
-            warnings.warn(note, stacklevel=3)  # inference_mode, too, is between this and the caller
-    except BaseException:
-        undo.everything()
-        raise
-    return Receipt(
+    carry(resolved, plan.seed, store)
+    rebuild_tree(model, resolved, store.tensors, undo)
+    store.join_groups()
+    if has_data and probe is not None:
+        change = measured_change(plan, reference, edited_outputs(plan, model, probe), allowed)
+    receipt = Receipt(
         plan=plan,
         parameters_before=count,
         parameters_after=count_parameters(model).total,
@@ -122,6 +130,9 @@ def apply(
         continuation=rates,
         seconds=time.perf_counter() - start,
     )
+    for note in plan.notes:
+        warnings.warn(note, stacklevel=4)  # `apply` and its inference_mode, too, are between this and the caller
+    return receipt
 
 
 def continuation(resolved: ResolvedPlan) -> dict[str, Rate]:

@@ -15,6 +15,7 @@ from auxin.edits.other_files import ADAPTER, WITHOUT_MOMENTS, copy_other_files, 
 from auxin.edits.plan import Plan
 from auxin.edits.promise import Probe, default_probe, edited_outputs, measured_change, probe_outputs, tolerance
 from auxin.edits.resolution import ResolvedPlan, resolve
+from auxin.edits.room import refuse_too_large_for_folder
 from auxin.edits.structure import edited_skeleton
 from auxin.edits.trainer_optimizer import FILE as TRAINER_OPTIMIZER
 from auxin.edits.trainer_optimizer import carry_trainer_optimizer
@@ -62,6 +63,7 @@ def apply_to_checkpoint(
     for file in plan.files:
         file.check(source)
     resolved = resolve(plan.located(), before)
+    refuse_too_large_for_folder(resolved, source, output)
     store = FolderStore(source, resolved)
     store.check()
     check_tensors(resolved, store, store.names())

@@ -3,7 +3,7 @@
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.edits.kinds.architecture_edits import SetConfig
 from auxin.edits.kinds.edit import describe_edit
@@ -21,6 +21,7 @@ from auxin.edits.plan import Plan
 from auxin.edits.resolution import resolve
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
+from auxin.models.configs import config_holding
 
 
 def inverse_plan(plan: Plan, model: PreTrainedModel) -> Plan:
@@ -55,10 +56,9 @@ def inverse_plan(plan: Plan, model: PreTrainedModel) -> Plan:
             back += resolved.configured[index]
         else:
             back += _undone(plan, index, model, resolved.after, steps.get(index, []))
-    old = resolved.before.config.to_dict()
     changed = {key: value for edit in plan.edits if isinstance(edit, SetConfig) for key, value in edit.values.items()}
     if changed:
-        back.append(SetConfig(values={key: old[key] for key in changed}))
+        back.append(SetConfig(values={key: _old_value(resolved.before.config, key) for key in changed}))
     return Plan(
         method=f"inverse of {plan.method}",
         promise=plan.promise,
@@ -67,6 +67,12 @@ def inverse_plan(plan: Plan, model: PreTrainedModel) -> Plan:
         edits=back,
         made_for=config_values(resolved.after.config),
     )
+
+
+def _old_value(config: PreTrainedConfig, key: str) -> Any:
+    """The value that `key`, which may be dotted, has in `config`, as plans write it."""
+    holder, name = config_holding(config, key)
+    return holder.to_dict()[holder.attribute_map.get(name, name)]
 
 
 def _copies(plan: Plan, model: PreTrainedModel) -> dict[str, int]:

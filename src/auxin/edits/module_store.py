@@ -94,8 +94,8 @@ class ModuleStore:
         if not states:
             return
         optimizer = self.optimizer
-        optimizer.state[parameter] = {key: v.clone() if isinstance(v, Tensor) else v for key, v in states.items()}
         self.undo.add(lambda: optimizer.state.pop(parameter, None))
+        optimizer.state[parameter] = {key: v.clone() if isinstance(v, Tensor) else v for key, v in states.items()}
 
     def _inherited(self, origin: Origin, name: str, carrier: Carrier) -> Tensor:
         """The old tensor itself, with new data where something happens to it."""
@@ -107,16 +107,18 @@ class ModuleStore:
         data = carrier.value(name)
         if not isinstance(old, nn.Parameter):
             return data
-        kept = None if _restores(origin, data, old.detach()) else old.detach()
-        gradient = old.grad
+        kept, gradient = [old.detach()], old.grad
+        restores = _restores(origin, data, kept[0])
 
         def put_back() -> None:
-            _replace_data(old, _restored(origin, old.detach()).clone() if kept is None else kept)
+            _replace_data(old, kept[0] if kept else _restored(origin, old.detach()).clone())
             old.grad = gradient
 
         self.undo.add(put_back)
         old.grad = None
         _replace_data(old, data)
+        if restores:  # from what is in place by now
+            kept.clear()
         self._change_states(old, origin, carrier.states(name))
         return old
 
@@ -161,10 +163,12 @@ class ModuleStore:
             group["params"] = kept
 
     def _restore_list_later(self, group: dict[str, Any]) -> None:
-        parameters = list(group["params"])
+        members = group["params"]
+        parameters = list(members)
 
         def put_back() -> None:
-            group["params"] = parameters
+            members[:] = parameters
+            group["params"] = members
 
         self.undo.add(put_back)
 

@@ -185,7 +185,8 @@ def edited_outputs(plan: Plan, model: PreTrainedModel, probe: Probe) -> Outputs:
 
 
 def measured_change(plan: Plan, before: Outputs, after: Outputs, allowed: float) -> float | None:
-    """How far the outputs moved, where that is a number: of the largest `relative_change` among them.
+    """How far the outputs moved, where that is a number: of the largest `relative_change` among them. Of outputs that
+    are wider than before, as the hidden states of a wider model without a head, those entries count that there were.
 
     None, for plans that promise nothing, where outputs have another shape than before or were all zero: nothing is to
     be compared.
@@ -202,6 +203,10 @@ def measured_change(plan: Plan, before: Outputs, after: Outputs, allowed: float)
     """
     _check_finite(plan, before, "before")
     _check_finite(plan, after, "after")
+    after = {
+        name: _old_units(before[name], value) if name in before and LOGITS not in name else value
+        for name, value in after.items()
+    }
     changes = {name: relative_change(before[name], after[name]) for name in before if name in after}
     name = max(changes, key=changes.__getitem__, default=None)
     if name is not None and before.keys() == after.keys() and changes[name] != float("inf"):
@@ -225,6 +230,13 @@ def measured_change(plan: Plan, before: Outputs, after: Outputs, allowed: float)
         f"The plan of {plan.method} promises {plan.promise!r}, but the outputs{which} {what}: no telling how far they "
         "moved. Nothing was changed. Let the plan promise 'none', or give a probe on which it can be told."
     )
+
+
+def _old_units(before: Tensor, after: Tensor) -> Tensor:
+    """The entries of an output that it had before. Hidden states of a wider model without a head have more: the old
+    units come first, copies and new ones behind them."""
+    wider = before.shape[:-1] == after.shape[:-1] and before.shape[-1] < after.shape[-1]
+    return after[..., : before.shape[-1]] if wider else after
 
 
 def _check_finite(plan: Plan, outputs: Outputs, when: str) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.edits.effects import refuse_idle_values
 from auxin.edits.kinds.edit import describe_edit
-from auxin.edits.kinds.fills import CopyFill
+from auxin.edits.kinds.fills import CopyFill, Fill
 from auxin.edits.kinds.module_edits import (
     ConfigureModule,
     ModuleEdit,
@@ -19,12 +19,15 @@ from auxin.edits.structure import (
     edited_config,
     edited_skeleton,
     refuse_quantized,
+    saved_and_read,
     skeleton_of,
     with_structural_edits,
 )
 from auxin.edits.tensor_names import lies_below, nearest_name, shapes_of, tensor_names
 from auxin.edits.tracker import Tracker
 from auxin.errors import PlanError
+from auxin.models.building import first_difference
+from auxin.models.layout import check_said
 from auxin.models.loading import REFUSALS
 
 
@@ -97,6 +100,8 @@ class _Outcome:
             modules[path] = "" if not path else self.state.modules.get(path)
         resolved = ResolvedPlan(self.state.before, after, origins, modules, self.state.configurations.back)
         self._check_modules(resolved)
+        check_said(after.config, said)
+        self._check_read_again(after)
         return resolved
 
     def _built(self, values: dict[str, Any] | None = None) -> PreTrainedModel:
@@ -114,8 +119,30 @@ class _Outcome:
                 f"No model can be built with the plan's config values ({self._set_in_words()}): {error!r}."
             ) from error
 
+    def _check_read_again(self, after: PreTrainedModel) -> None:
+        """PlanError when the model that is built from the config as it is saved is not the edited one."""
+        try:
+            config = saved_and_read(after.config)
+        except PlanError as error:
+            raise PlanError(
+                f"With the plan's config values ({self._set_in_words()}) the model could be saved, and not be loaded: "
+                f"{error}. Leave out the value that does not go with the others."
+            ) from error
+        if config.to_dict() == after.config.to_dict():
+            return
+        again = edited_skeleton(config, type(after))
+        found = first_difference(after, again)
+        # What a config says in another way once it is read is of no account, nor what no saving of it keeps.
+        if found is not None and found != first_difference(
+            self.state.before, edited_skeleton(saved_and_read(self.state.before.config), type(self.state.before))
+        ):
+            raise PlanError(
+                f"With the plan's config values ({self._set_in_words()}) the model that is loaded from a checkpoint "
+                f"would be another one: {found}. Leave out the value that its config does not keep."
+            )
+
     def _origins(self, after: PreTrainedModel) -> dict[str, Origin]:
-        names, shapes = tensor_names(after), shapes_of(after)
+        names, shapes, fresh_layers = tensor_names(after), shapes_of(after), set(self.state.fresh_layers)
         origins: dict[str, Origin] = {}
         for name, aliases in names.items():
             found = dict.fromkeys(self.state.aliases[alias] for alias in aliases if alias in self.state.aliases)
@@ -137,7 +164,9 @@ class _Outcome:
                         raise PlanError(f"copy: {nearest_name('parameter', fill.of, self.state.aliases)}.")
                     origin = self.state.origins[self.state.aliases[fill.of]]
                     self._check_shape(name, origin, shapes[name])
-            elif lies_below(name, self.state.fresh_layers) or self._is_brick_buffer(after, name):
+                else:
+                    _check_fill(name, fill, shapes[name])
+            elif lies_below(name, fresh_layers) or self._is_brick_buffer(after, name):
                 origin = Origin(shapes[name], Fresh(None))
             else:
                 raise PlanError(
@@ -155,7 +184,8 @@ class _Outcome:
                     f"Edit {late.index + 1} ({describe_edit(self.edits[late.index])}): {name} was used up by edit "
                     f"{index + 1} ({describe_edit(self.edits[index])}), and the model has it no more. Change it before."
                 )
-        left = [name for name in left if not lies_below(name, [*self.state.replaced, *self.state.copies])]
+        others = {*self.state.replaced, *self.state.copies}
+        left = [name for name in left if not lies_below(name, others)]
         if left:
             raise PlanError(
                 f"With the plan's edits the model has no parameter {left[0]} any more, and no edit removes it "
@@ -197,11 +227,10 @@ class _Outcome:
     def _check_modules(self, resolved: ResolvedPlan) -> None:
         """Modules stay what they are unless an edit says otherwise: a config value can't turn one into another."""
         before = dict(resolved.before.named_modules(remove_duplicate=False))
+        others = {*self.state.replaced, *self.state.fresh_layers}
         for path, module in resolved.after.named_modules(remove_duplicate=False):
             old_path = resolved.modules.get(path)
-            if lies_below(
-                f"{path}.", [*self.state.replaced, *self.state.fresh_layers]
-            ):  # those modules themselves, too
+            if lies_below(f"{path}.", others):  # those modules themselves, too
                 continue
             old = before[old_path] if old_path is not None else None
             if old is None and self._in_brick(path):
@@ -216,9 +245,8 @@ class _Outcome:
                     "Leave out the config value that changes it."
                 )
         gone = set(filter(None, self.state.modules)) - set(resolved.modules)
-        if not self.state.changes_architecture() and (
-            gone := {path for path in gone if not lies_below(path, [*self.state.replaced, *self.state.copies])}
-        ):
+        others = {*self.state.replaced, *self.state.copies}
+        if not self.state.changes_architecture() and (gone := {path for path in gone if not lies_below(path, others)}):
             path = min(gone)
             raise PlanError(
                 f"With the plan's config values ({self._set_in_words()}) the module {path} would be nothing instead of "
@@ -232,6 +260,15 @@ class _Outcome:
         parts = path.split(".")
         above = [".".join(parts[: length + 1]) for length in range(len(parts))]
         return any(edit.matches(place) for edit in edits for place in above)
+
+
+def _check_fill(name: str, fill: Fill, shape: tuple[int, ...]) -> None:
+    """PlanError when `fill` can't fill the new parameter called `name`."""
+    length, *rest = shape or (1,)
+    try:
+        fill.check((0, *rest), 0, length)
+    except PlanError as error:
+        raise PlanError(f"The fill of {name}: {error}.") from error
 
 
 def _check_unchanged(model: PreTrainedModel, before: PreTrainedModel) -> None:

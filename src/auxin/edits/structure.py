@@ -2,7 +2,9 @@
 
 import copy
 import json
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,8 +19,9 @@ from auxin.edits.kinds.module_edits import StructuralEdit
 from auxin.edits.mark import REPLAY_METHOD
 from auxin.edits.tensor_names import tensor_names
 from auxin.errors import CheckpointError, PlanError, unknown_name
+from auxin.models.configs import edited_config as edited_config
 from auxin.models.deferred import undeferred
-from auxin.models.loading import skeleton
+from auxin.models.loading import REFUSALS, skeleton
 from auxin.models.ties import configs_with_ties, unmarked
 
 Watcher = Callable[[Any, PreTrainedModel], None]
@@ -30,17 +33,6 @@ def config_values(config: PreTrainedConfig) -> dict[str, Any]:
     """The config as JSON values, its type's defaults left out."""
     values = json.loads(config.to_json_string(use_diff=True))
     return {**values, "model_type": config.model_type}
-
-
-def edited_config(config: PreTrainedConfig, values: dict[str, Any]) -> PreTrainedConfig:
-    """A new config of the same type with `values` changed; PlanError when the config refuses them."""
-    unknown = [key for key in values if not hasattr(config, key)]
-    if unknown:
-        raise PlanError(f"{type(config).__name__} has no value {unknown[0]!r}")
-    try:
-        return type(config).from_dict({**config.to_dict(), **copy.deepcopy(values)})
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise PlanError(f"the config refuses it: {error.__cause__ or error}") from error
 
 
 def other_architecture(
@@ -76,6 +68,20 @@ def config_from_values(values: dict[str, Any]) -> PreTrainedConfig:
     """The config that `config_values` describes."""
     rest = {key: value for key, value in values.items() if key != "model_type"}
     return AutoConfig.for_model(values["model_type"], **rest)
+
+
+def saved_and_read(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config as it is after it was written to a config.json and read again.
+
+    Raises:
+        PlanError: it can't be read again.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config.to_json_file(Path(folder) / "config.json")
+            return type(config).from_pretrained(folder, local_files_only=True)
+    except (*REFUSALS, OSError, StrictDataclassError) as error:
+        raise PlanError(f"{type(config).__name__} refuses what it wrote: {error.__cause__ or error}") from error
 
 
 def structural_edits(config: PreTrainedConfig) -> list[Any]:

@@ -1,7 +1,7 @@
 """Names of a model's tensors: which of them are one tensor's, their shapes, the nearest to one that does not exist."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from difflib import get_close_matches
 
 from torch import nn
@@ -30,9 +30,10 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensors[name].shape) for name in tensor_names(model)}
 
 
-def lies_below(name: str, paths: Iterable[str]) -> bool:
-    """Whether `name` lies below one of `paths`."""
-    return any(name.startswith(f"{path}.") for path in paths)
+def lies_below(name: str, paths: Set[str]) -> bool:
+    """Whether `name` lies below one of `paths`, of which there may be thousands."""
+    parts = name.split(".")
+    return any(".".join(parts[:length]) in paths for length in range(1, len(parts)))
 
 
 def nearest_name(what: str, name: str, known: Iterable[str]) -> str:

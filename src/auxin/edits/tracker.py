@@ -33,8 +33,13 @@ from auxin.edits.structure import (
 )
 from auxin.edits.tensor_names import nearest_name, shapes_of, tensor_names
 from auxin.errors import PlanError
+from auxin.models.configs import config_value
+from auxin.models.layout import LENGTH_FIELDS
 from auxin.models.places import what_is_returned
 from auxin.nn.bricks import MAKINGS, Making, find_brick
+
+MOST_LAYERS = 1024
+"""Of a stack that a plan makes. The deepest that was published has 500 (DeepNet, arXiv 2203.00555)."""
 
 
 class Tracker:
@@ -73,7 +78,7 @@ class Tracker:
         elif isinstance(edit, ParameterEdit):
             self._change_parameters(index, edit)
         elif isinstance(edit, ArrangeLayers):
-            self._arrange(edit)
+            self._arrange(index, edit)
         elif isinstance(edit, JoinAbove):
             self._join(edit)
         elif isinstance(edit, TieParameters):
@@ -95,6 +100,7 @@ class Tracker:
     def _set_values(self, values: dict[str, Any]) -> None:
         if twice := [key for key in values if key in self.values and self.values[key] != values[key]]:
             raise PlanError(f"{twice[0]} = {self.values[twice[0]]} was asked for by an earlier edit; make them agree")
+        _refuse_too_deep(self.architecture[0], values)
         edited_config(self.architecture[0], values)
         self.values |= values
 
@@ -125,13 +131,15 @@ class Tracker:
             step = Step(index, edit, name, origin.shape)
             self.origins[name] = replace(origin, shape=shape, steps=(*origin.steps, step))
 
-    def _arrange(self, edit: ArrangeLayers) -> None:
+    def _arrange(self, index: int, edit: ArrangeLayers) -> None:
         if edit.layers in self.arranged:
             raise PlanError(f"{edit.layers} was arranged by an earlier edit; merge the two")
         stack = layer_stack(self.before, edit.layers)
         edit.check(len(stack))
         self.arranged.add(edit.layers)
         self._set_values(edit.config_values(self.before))
+        for moved_entries in edit.slices(self.before):
+            self._change_parameters(index, moved_entries)
         self.structure = [moved for stored in self.structure for moved in _moved(stored, edit)]
         blended = self._blended(edit, len(stack))
         self.origins, self.aliases = self._renamed_tensors(edit)
@@ -174,13 +182,13 @@ class Tracker:
             for new in edit.renamed(name):
                 origins[new] = replace(origin, fresh_moments=True) if edit.layer_of(new) in anew else origin
         for alias, name in self.aliases.items():
+            targets = edit.renamed(name)
+            by_layer = {edit.layer_of(target): target for target in targets}
             for new in edit.renamed(alias):
-                targets = edit.renamed(name)
                 if not targets:
                     raise PlanError(f"{alias} is tied to {name}, which lies in a layer that goes; keep that layer")
                 # In a copied layer the names of one tensor stay the names of one tensor.
-                together = [target for target in targets if edit.layer_of(target) == edit.layer_of(new)]
-                aliases[new] = (together or targets)[0]
+                aliases[new] = by_layer.get(edit.layer_of(new), targets[0])
         return origins, aliases
 
     def _blended(self, edit: ArrangeLayers, length: int) -> dict[str, Origin]:
@@ -354,6 +362,16 @@ class Tracker:
             raise PlanError(f"{edit.parameter} is tied to {gone}; name that one")
         self.aliases = {alias: kept if name == gone else name for alias, name in self.aliases.items()}
         del self.origins[gone]
+
+
+def _refuse_too_deep(config: PreTrainedConfig, values: Mapping[str, Any]) -> None:
+    """PlanError when a stack of layers is to be longer than can be built in a moment."""
+    for name in [name for name in values if name.rpartition(".")[2] in LENGTH_FIELDS]:
+        if isinstance(values[name], int) and values[name] > max(MOST_LAYERS, config_value(config, name) or 0):
+            raise PlanError(
+                f"{name} = {values[name]}: so many layers take long to build, even without weights, and nothing is "
+                f"known of models of more than {MOST_LAYERS}. Ask for that many at most"
+            )
 
 
 def _moved(stored: Any, edit: ArrangeLayers) -> list[Any]:

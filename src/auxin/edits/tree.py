@@ -16,6 +16,8 @@ from auxin.models.scoped_config import ScopedConfig, own_values, scoped_config, 
 from auxin.models.ties import TIED, UNTIED
 
 ABSENT = object()
+PER_LAYER = "_heterogeneity_spec"
+"""Where a config of transformers keeps the values that single layers have of their own."""
 
 
 class Undo:
@@ -201,12 +203,16 @@ class _Rebuilding:
         for key in new:
             if key in old and old[key] == new[key]:
                 continue
+            if key == "per_layer_config":  # which a config keeps in another form
+                self.undo.set(vars(config), PER_LAYER, copy.deepcopy(vars(after)[PER_LAYER]))
+                continue
             part, value = vars(config).get(key), getattr(after, key)
             if isinstance(part, PreTrainedConfig) and type(part) is type(value):
                 self._change_values(part, getattr(before, key), value)  # the modules of that part hold it too
             else:
                 self.undo.set(vars(config), key, copy.deepcopy(value))
         for key in old.keys() - new.keys():
+            key = PER_LAYER if key == "per_layer_config" else key
             if key in vars(config):
                 self.undo.remove(vars(config), key)
 

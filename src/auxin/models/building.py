@@ -7,6 +7,7 @@ and is right only when it makes the same module again.
 
 import copy
 import inspect
+import json
 from collections.abc import Iterator, Mapping
 from itertools import islice, product
 from typing import Any
@@ -134,6 +135,24 @@ def likeness(module: nn.Module, alone: bool = False) -> dict[str, Any]:
             of checkpoints, which are otherwise a part of it where they are real.
     """
     return dict(_seen(module, alone))
+
+
+def first_difference(one: nn.Module, other: nn.Module) -> str | None:
+    """The first place, in words, in which two modules are not alike, as `likeness` sees them; None where they are.
+    Tuples and lists, and the numbers and words that are keys of tables, are the same in what is read from a file."""
+    seen, found = likeness(one), likeness(other)
+    for key in (*seen, *(key for key in found if key not in seen)):
+        was, now = seen.get(key), found.get(key)
+        if was != now and json.dumps(was, default=str) != json.dumps(now, default=str):
+            return f"{key.lstrip('.') or 'the model'} is {in_words(now)} instead of {in_words(was)}"
+    return None
+
+
+def in_words(value: Any) -> str:
+    """What `likeness` sees in one place, for messages."""
+    if isinstance(value, type):
+        return value.__name__
+    return f"of shape {list(value[0])}" if isinstance(value, tuple) and len(value) == 3 else repr(value)
 
 
 def _seen(module: nn.Module, alone: bool) -> Iterator[tuple[str, Any]]:

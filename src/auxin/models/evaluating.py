@@ -1,22 +1,32 @@
 """Evaluation mode, for a while."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
 
+def training_flags(model: nn.Module) -> Callable[[], None]:
+    """What gives every module of `model` the training flag again that it has now."""
+    flags = [(module, module.training) for module in model.modules()]
+
+    def put_back() -> None:
+        for module, training in flags:
+            module.training = training
+
+    return put_back
+
+
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Within the context, all modules are in evaluation mode; afterwards each has its own flag again."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+    put_back = training_flags(model)
     try:
+        model.eval()
         yield
     finally:
-        for module, training in flags:
-            module.training = training
+        put_back()
 
 
 @contextlib.contextmanager

@@ -3,18 +3,18 @@
 from torch import nn
 from transformers import PreTrainedModel
 
-from auxin.models.anatomy import anatomy
+from auxin.models.layout import layer_stacks
 
 
 def layer_paths(model: PreTrainedModel) -> tuple[str, ...]:
     """The path of every layer of `model`, which may be a skeleton; an encoder's before those of its decoder.
 
     Raises:
-        PlanError: the architecture is not known, nor built like Llama.
+        PlanError: the architecture is not known, and no stack of layers is found in it.
     """
     return tuple(
         f"{stack.path}.{number}"
-        for stack in anatomy(model, complete=False).stacks
+        for stack in layer_stacks(model)
         for number in range(_length(model.get_submodule(stack.path)))
     )
 

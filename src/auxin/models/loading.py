@@ -28,7 +28,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from auxin.errors import CheckpointError
+from auxin.accounting.machine import available_memory
+from auxin.errors import CheckpointError, ConfigError
 from auxin.models.ties import TIED, UNTIED, configs_with_ties, unmarked, untie, untied_on_loading
 from auxin.models.weight_files import read_tensor, stored_tensors
 
@@ -236,7 +237,12 @@ def initialisers(model: PreTrainedModel, path: str, part: nn.Module) -> Iterator
 
 def fill_buffers(model: PreTrainedModel, path: str, part: nn.Module) -> None:
     """Make the buffers outside of checkpoints real in `part`, which stands or will stand at `path` of `model`, with the
-    values that loading gives them."""
+    values that loading gives them.
+
+    Raises:
+        ConfigError: there is no memory for them.
+    """
+    _refuse_large_buffers(part)
     for module, holder in initialisers(model, path, part):
         names = [name for name in module._non_persistent_buffers_set if module._buffers[name] is not None]
         for name in names:
@@ -245,6 +251,23 @@ def fill_buffers(model: PreTrainedModel, path: str, part: nn.Module) -> None:
             # Buffers outside of checkpoints are filled by a model's own initialisation; on parameters without data
             # that does nothing.
             holder._init_weights(module)
+
+
+def _refuse_large_buffers(part: nn.Module) -> None:
+    """ConfigError when the buffers outside of checkpoints need more memory than there is: a table of positions, say."""
+    sizes = {
+        f"{path}.{name}".lstrip("."): buffer.numel() * buffer.element_size()
+        for path, module in part.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name in module._non_persistent_buffers_set
+    }
+    needed, room = sum(sizes.values()), available_memory()
+    if room is not None and needed > room:
+        largest = max(sizes, key=sizes.__getitem__)
+        raise ConfigError(
+            f"the tables that no checkpoint holds need {needed:,} bytes, {sizes[largest]:,} of them {largest}, and "
+            f"there is memory for {room:,}. Give a smaller size, of the positions most likely"
+        )
 
 
 @contextlib.contextmanager

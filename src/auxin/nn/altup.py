@@ -19,7 +19,7 @@ publishes it (`Gemma3nTextAltUp`).
 
 import copy
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,24 @@ Collapse = Literal["mean", "sum", "concatenate"]
 """What leaves the last layer: the blocks' mean or their sum (Recycled-AltUp), or all of them (AltUp)."""
 
 
-class AltUp(nn.Module):
+class PredictCorrect(nn.Module):
+    """What all ways of mixing blocks share."""
+
+    def predict(self, streams: Tensor) -> tuple[Tensor, Tensor]:
+        """What `correct` needs, and what the layer sees, (..., d)."""
+        raise NotImplementedError
+
+    def correct(self, state: Tensor, output: Tensor) -> Tensor:
+        """The new streams (K, ..., d), from what `predict` gave and the layer's output (..., d)."""
+        raise NotImplementedError
+
+    def forward(self, streams: Tensor, output: Tensor | None = None) -> Any:
+        """`predict`, or with the layer's output `correct`. Call the module: whoever brings a module's tensors when it
+        is called (offloading to a disk, say) has to see it."""
+        return self.predict(streams) if output is None else self.correct(streams, output)
+
+
+class AltUp(PredictCorrect):
     """Predict and correct with coefficients that all tokens share: K K + K parameters.
 
     Args:
@@ -94,7 +111,7 @@ class AltUp(nn.Module):
         return f"blocks={self.blocks}, active={self.active}"
 
 
-class DynamicAltUp(nn.Module):
+class DynamicAltUp(PredictCorrect):
     """Predict and correct with coefficients computed from each token, as in Gemma 3n: K^3 + K^2 + d (K + 1) parameters.
 
     m(x) = tanh(W_r RMSNorm(x) / d), K numbers; C = W_p m(x_a) as a K x K matrix; the layer sees xh_a = (x + C x)_a;
@@ -127,8 +144,8 @@ class DynamicAltUp(nn.Module):
         self.blocks, self.active, self.eps, self.clip = blocks, active, eps, clip
         self.router_norm = nn.RMSNorm(hidden_size, eps=eps, device=device, dtype=dtype)
         self.router = nn.Linear(hidden_size, blocks, bias=False, device=device, dtype=dtype)
-        self.prediction = nn.Linear(blocks, blocks**2, bias=False, device=device, dtype=dtype)
-        self.correction = nn.Linear(blocks, blocks, bias=False, device=device, dtype=dtype)
+        self.prediction = _Clipped(blocks, blocks**2, clip, device, dtype)
+        self.correction = _Clipped(blocks, blocks, clip, device, dtype)
         nn.init.zeros_(self.prediction.weight)
         nn.init.zeros_(self.correction.weight)
 
@@ -145,17 +162,35 @@ class DynamicAltUp(nn.Module):
         gains = 1 + gains.to(torch.promote_types(predicted.dtype, torch.float32))
         return ((predicted - gains * predicted[self.active]) + gains * output).to(predicted.dtype)
 
-    def _projected(self, projection: nn.Linear, x: Tensor) -> Tensor:
+    def _projected(self, projection: nn.Module, x: Tensor) -> Tensor:
         modalities = self.router(self.router_norm(x) / x.shape[-1])
         modalities = torch.tanh(modalities.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
-        weight = projection.weight if self.clip is None else projection.weight.clamp(-self.clip, self.clip)
-        return linear(modalities, weight)
+        return cast(Tensor, projection(modalities))
 
     def extra_repr(self) -> str:
         return f"blocks={self.blocks}, active={self.active}, eps={self.eps:g}, clip={self.clip}"
 
 
-class PassBy(nn.Module):
+class _Clipped(nn.Linear):
+    """An `nn.Linear` without bias whose weight's entries are bounded by `clip` where it is used; None: by nothing."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        clip: float | None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=False, device=device, dtype=dtype)
+        self.clip = clip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return linear(x, self.weight if self.clip is None else self.weight.clamp(-self.clip, self.clip))
+
+
+class PassBy(PredictCorrect):
     """The control: the layer's output takes the place of the active block, the others stay as they are.
 
     Args:
@@ -235,11 +270,11 @@ class AltUpLayer(Brick):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Streams, or what becomes streams; then whatever the layer takes. As the layer, its first result streams."""
         streams = as_streams(hidden_states, self.altup.blocks, self.split, self.hidden_size)
-        state, seen = self.altup.predict(streams)
+        state, seen = self.altup(streams)
         result = super().forward(seen, *args, **kwargs)
         if isinstance(result, tuple):
-            return (self.altup.correct(state, result[0]), *result[1:])
-        return self.altup.correct(state, result)
+            return (self.altup(state, result[0]), *result[1:])
+        return self.altup(state, result)
 
     def roles(self, replaced: Roles) -> Roles:
         """Those of mixing and gains: small tensors along no stream. (What computes dynamic ones reads the residual,

@@ -1,6 +1,9 @@
-"""How a module is called: by which names its forward knows what it is given."""
+"""How a module is called: by which names its forward knows what it is given, and what happens around that."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -18,3 +21,20 @@ def forward_arguments(module: nn.Module) -> tuple[str, ...]:
             return tuple(p.name for p in parameters[1:] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
     inner = getattr(module, "inner", None)
     return forward_arguments(inner) if isinstance(inner, nn.Module) else ()
+
+
+@contextmanager
+def as_if_called(module: nn.Module) -> Iterator[None]:
+    """Within the context, the own tensors of `module` are there to be read as they are while it is called.
+
+    Where a model is offloaded (accelerate, to the CPU or a disk), a module's tensors have data during its calls alone.
+    """
+    hook: Any = vars(module).get("_hf_hook")  # accelerate's name for it
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from auxin.errors import ConfigError, PlanError
 from auxin.nn.bricks import Brick, brick
+from auxin.nn.calls import as_if_called
 from auxin.words.roles import Stream
 
 Spans = Sequence[Sequence[int]]
@@ -48,7 +49,7 @@ class Masked(Brick):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "inner" or name.startswith("__"):
+            if name == "inner" or name.startswith("_"):  # what others note about a module is about that one alone
                 raise
             value = getattr(self.inner, name)
             if callable(value):  # a module or a method
@@ -171,11 +172,12 @@ class MaskedNorm(Masked):
             normed = normed - (normed * mask).sum(-1, keepdim=True) / total
         variance = (normed.square() * mask).sum(-1, keepdim=True) / total
         normed = normed * torch.rsqrt(variance + self.eps)
-        weight, bias = getattr(self.inner, "weight", None), getattr(self.inner, "bias", None)
-        if weight is not None:
-            normed = normed * (weight.to(dtype) + self.gain_offset)
-        if bias is not None:
-            normed = normed + bias.to(dtype)
+        with as_if_called(self.inner):
+            weight, bias = getattr(self.inner, "weight", None), getattr(self.inner, "bias", None)
+            if weight is not None:
+                normed = normed * (weight.to(dtype) + self.gain_offset)
+            if bias is not None:
+                normed = normed + bias.to(dtype)
         return (normed * mask).to(x.dtype)
 
 

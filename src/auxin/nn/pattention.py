@@ -38,7 +38,7 @@ def pattention(
     group_sizes: Sequence[int],
     score_function: ScoreFunction = "l2_norm_gelu",
     gelu: Gelu = "erf",
-    eps: float = 1e-6,
+    eps: float | Sequence[float] = 1e-6,
 ) -> Tensor:
     """Sum over groups g of f(A_g) V_g, where A = x K^T: one score GEMM and one value GEMM, however many the groups.
 
@@ -60,7 +60,7 @@ def pattention(
         tau: (number of groups,) float32 or float64, not trained; its values may change without recompilation.
         group_sizes: tokens of each group; sums to n.
         score_function, gelu: by name; "erf" is the exact GELU, "tanh" its approximation.
-        eps: added to the norm, in the norm's precision.
+        eps: added to the norm, in the norm's precision; one for all groups, or one for each.
 
     Raises:
         ConfigError: sizes, scales and tensors don't fit each other.
@@ -107,14 +107,14 @@ class Pattention(Brick):
         tau: Sequence[float] | None = None,
         score_function: ScoreFunction = "l2_norm_gelu",
         gelu: Gelu = "erf",
-        eps: float = 1e-6,
+        eps: float | Sequence[float] = 1e-6,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_settings(group_sizes, score_function, gelu, eps)
+        _check_settings(group_sizes, score_function, gelu)
         self.in_features, self.out_features, self.group_sizes = in_features, out_features, tuple(group_sizes)
-        self.score_function, self.gelu, self.eps = score_function, gelu, eps
+        self.score_function, self.gelu, self.eps = score_function, gelu, _checked_eps(eps, self.group_sizes)
         self.key_tokens = nn.Parameter(torch.empty(sum(group_sizes), in_features, device=device, dtype=dtype))
         self.value_tokens = nn.Parameter(torch.empty(sum(group_sizes), out_features, device=device, dtype=dtype))
         self.register_buffer(
@@ -155,7 +155,8 @@ class Pattention(Brick):
         return {"value_tokens": factor}
 
     def overwritten_with(self, other: nn.Module) -> None:
-        """The plain numbers that the scales were set from; the buffer may have rounded them."""
+        """The plain numbers: epsilons, and those that the scales were set from, which the buffer may have rounded."""
+        self.eps = cast(Pattention, other).eps
         self.set_tau(cast(Pattention, other).initial_tau)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -182,7 +183,7 @@ class Pattention(Brick):
         return self
 
 
-def _check_settings(group_sizes: Sequence[int], score_function: str, gelu: str, eps: float) -> None:
+def _check_settings(group_sizes: Sequence[int], score_function: str, gelu: str) -> None:
     if not group_sizes or not all(isinstance(size, int) and size > 0 for size in group_sizes):
         raise ConfigError(
             f"group_sizes must be one or more positive integers, got {list(group_sizes)!r}; give the number of tokens "
@@ -192,10 +193,21 @@ def _check_settings(group_sizes: Sequence[int], score_function: str, gelu: str, 
         raise ConfigError(unknown_name("score_function", score_function, get_args(ScoreFunction)))
     if gelu not in get_args(Gelu):
         raise ConfigError(unknown_name("gelu", gelu, get_args(Gelu)))
-    if not (eps > 0 and math.isfinite(eps)):
+
+
+def _checked_eps(eps: float | Sequence[float], group_sizes: tuple[int, ...]) -> float | tuple[float, ...]:
+    """One number where that is all that is said, or one for every group."""
+    numbers = tuple(map(float, eps if isinstance(eps, Sequence) else [eps] * len(group_sizes)))
+    if len(numbers) != len(group_sizes):
         raise ConfigError(
-            f"eps must be a positive number, got {eps!r}; without it a row of zero scores divides by zero."
+            f"eps has {len(numbers)} values {list(numbers)} for {len(group_sizes)} groups of sizes "
+            f"{list(group_sizes)}; give one, or one per group."
         )
+    if wrong := [number for number in numbers if not (number > 0 and math.isfinite(number))]:
+        raise ConfigError(
+            f"eps must be a positive number, got {wrong[0]!r}; without it a row of zero scores divides by zero."
+        )
+    return numbers[0] if len(set(numbers)) == 1 else numbers
 
 
 def _checked_tau(values: Sequence[float], group_sizes: tuple[int, ...]) -> tuple[float, ...]:
@@ -217,9 +229,18 @@ class _Rule:
 
     __slots__ = ("approximate", "eps", "group_sizes", "score_function")
 
-    def __init__(self, score_function: ScoreFunction, gelu: Gelu, eps: float, group_sizes: tuple[int, ...]) -> None:
-        self.score_function, self.eps, self.group_sizes = score_function, eps, group_sizes
+    def __init__(
+        self, score_function: ScoreFunction, gelu: Gelu, eps: float | Sequence[float], group_sizes: tuple[int, ...]
+    ) -> None:
+        self.score_function, self.group_sizes = score_function, group_sizes
+        self.eps = _checked_eps(eps, group_sizes)
         self.approximate = "none" if gelu == "erf" else "tanh"
+
+    def beside(self, norms: Tensor) -> float | Tensor:
+        """What is added to `norms` (groups, rows)."""
+        if isinstance(self.eps, float):
+            return self.eps
+        return torch.cat([norms.new_full((1, 1), eps) for eps in self.eps])
 
 
 def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -242,19 +263,23 @@ def _plain_weights(scores: Tensor, tau: Tensor, rule: _Rule) -> Tensor:
 
     Compilers make a loop of its own from each group that is a slice of the scores, and those loops run across memory.
     Where the group sizes have a large common divisor, whole rows are handled instead, seen as pieces of that size."""
-    sizes = list(rule.group_sizes)
+    sizes, eps = list(rule.group_sizes), rule.eps
     piece = math.gcd(*sizes)
-    if piece == max(sizes):
+    if isinstance(eps, float) and piece == max(sizes):
         groups = scores.unflatten(-1, (len(sizes), piece))
-        return _formula(groups, tau.unsqueeze(-1), rule).flatten(-2)
+        return _formula(groups, tau.unsqueeze(-1), rule, [eps]).flatten(-2)
+    each = [eps] * len(sizes) if isinstance(eps, float) else eps
     if rule.score_function != "softmax" and piece >= SMALLEST_PIECE:
-        return _formula(scores.unflatten(-1, (-1, piece)), tau, rule, [size // piece for size in sizes]).flatten(-2)
-    blocks = zip(scores.split(sizes, dim=-1), tau.split(1), strict=True)
-    return torch.cat([_formula(block, factor, rule) for block, factor in blocks], dim=-1)
+        pieces = [size // piece for size in sizes]
+        return _formula(scores.unflatten(-1, (-1, piece)), tau, rule, each, pieces).flatten(-2)
+    blocks = zip(scores.split(sizes, dim=-1), tau.split(1), each, strict=True)
+    return torch.cat([_formula(block, factor, rule, [number]) for block, factor, number in blocks], dim=-1)
 
 
-def _formula(scores: Tensor, tau: Tensor, rule: _Rule, pieces: Sequence[int] = ()) -> Tensor:
-    """f(A) over the last dimension, or, if `pieces` says how many of them make up each group, over the last two."""
+def _formula(scores: Tensor, tau: Tensor, rule: _Rule, eps: Sequence[float], pieces: Sequence[int] = ()) -> Tensor:
+    """f(A) over the last dimension, or, if `pieces` says how many of them make up each group, over the last two.
+
+    `eps` has one number for each of those groups."""
     dtype = _norm_dtype(scores.dtype)
     if rule.score_function == "softmax":
         return (torch.softmax(scores, dim=-1, dtype=dtype) * tau.square()).to(scores.dtype)
@@ -265,8 +290,8 @@ def _formula(scores: Tensor, tau: Tensor, rule: _Rule, pieces: Sequence[int] = (
     squares = scores.to(dtype).square().sum(dim=-1, keepdim=True)
     sums = [part.sum(dim=-2, keepdim=True) for part in squares.split(list(pieces), dim=-2)] if pieces else [squares]
     scales = [
-        factor / (total.clamp_min(torch.finfo(dtype).tiny).sqrt() + rule.eps)
-        for factor, total in zip(tau.split(1) if pieces else [tau], sums, strict=True)
+        factor / (total.clamp_min(torch.finfo(dtype).tiny).sqrt() + number)
+        for factor, total, number in zip(tau.split(1) if pieces else [tau], sums, eps, strict=True)
     ]
     if scores.dtype == torch.float16:
         scales = [scale.masked_fill(total == 0, 0) for scale, total in zip(scales, sums, strict=True)]
@@ -323,7 +348,7 @@ def _compute_weights(scores: Tensor, tau: Tensor, rule: _Rule, out: Tensor) -> T
 
 
 def _scale(norms: Tensor, tau: Tensor, rule: _Rule) -> Tensor:
-    return tau.unsqueeze(-1) / (norms + rule.eps)
+    return tau.unsqueeze(-1) / (norms + rule.beside(norms))
 
 
 class _Weights(torch.autograd.Function):
@@ -374,7 +399,8 @@ def _gelu_l2_norm_backward(gradient: Tensor, scores: Tensor, norms: Tensor, tau:
     """S = s G, s = tau / (||G|| + eps), G = GELU(A):  dG = s (dS - G <G, dS> / (||G|| (||G|| + eps))), dA from dG."""
     activated = F.gelu(scores, approximate=rule.approximate)
     scale = _backward_scale(gradient, norms, tau, rule)
-    along = _group_sums(gradient * activated, rule, norms.dtype) / _positive(norms) * scale / (norms + rule.eps)
+    along = _group_sums(gradient * activated, rule, norms.dtype) / _positive(norms) * scale
+    along = along / (norms + rule.beside(norms))
     _subtract_projection_(gradient, activated, scale, along, rule)
     _gelu_backward_(gradient, scores, rule)
 

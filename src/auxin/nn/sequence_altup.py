@@ -75,6 +75,11 @@ class SequenceAltUp(nn.Module):
         deviations = nn.Parameter(torch.zeros(3, device=device, dtype=dtype)) if mode == "altup" else None
         self.register_parameter("deviations", deviations)
 
+    def forward(self, x: Tensor, anchors: Tensor, outputs: Tensor, offset: int = 0) -> Tensor:
+        """`correct`. Call the module: whoever brings a module's tensors when it is called (offloading to a disk, say)
+        has to see it."""
+        return self.correct(x, anchors, outputs, offset)
+
     def correct(self, x: Tensor, anchors: Tensor, outputs: Tensor, offset: int = 0) -> Tensor:
         """The new tokens (batch, sequence, d), in the type of `x`.
 
@@ -210,7 +215,7 @@ class SequenceAltUpLayer(Brick):
             result = super().forward(anchors[-1], **strided_arguments(arguments, chunk, flash=_is_flash(self)))
             outputs.append(result[0] if isinstance(result, tuple) else result)
         seen, made = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in (anchors, outputs))
-        new = update.correct(hidden_states, seen, made, chunk.offset)
+        new = update(hidden_states, seen, made, chunk.offset)
         if state is not None:
             result = _remembered(state, result)
             state.advance(chunk.length, seen, made)
@@ -241,7 +246,7 @@ class SequenceAltUpLayer(Brick):
         means = self.sequence_altup.means(hidden_states, visible_tokens(arguments.get("attention_mask")))
         result = layer(means, **strided_arguments(arguments, chunk, pooled=True, flash=_is_flash(self)))
         outputs = result[0] if isinstance(result, tuple) else result
-        return self._with_first(result, self.sequence_altup.correct(hidden_states, means, outputs), arguments)
+        return self._with_first(result, self.sequence_altup(hidden_states, means, outputs), arguments)
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         if len(args) > len(self.argument_names):

@@ -5,6 +5,10 @@ block: the function is the same to the last bit, whatever else the layer holds (
 norm stands between f and the residual (OLMo2) it would make anything of a small output, so that its gain is zeroed
 instead. Where the norm comes after the sum (BERT, the original transformer) norm(x + 0) is not x: there is no identity
 block. What a brick on the way from an output module to the layer needs beside that, the brick says.
+
+A list of layers is all that an order needs, so that any model will do whose stacks are found (`auxin.models.layout`).
+Which modules are the outputs is told by the architecture's anatomy, or found by trying
+(`auxin.models.identity_outputs`).
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -15,6 +19,9 @@ from transformers import PreTrainedModel
 from auxin.edits.kinds.edit import ArrangeLayers, Edit, ScaleParameter
 from auxin.edits.plan import Plan
 from auxin.errors import PlanError
+from auxin.models.anatomy import anatomy as complete_anatomy
+from auxin.models.identity_outputs import zeroed_outputs
+from auxin.models.layout import depends_on_numbers, found_stacks, held_by_the_first
 from auxin.nn.bricks import Brick
 from auxin.words.roles import Anatomy, LayerStack
 
@@ -29,9 +36,33 @@ def chosen_stacks(anatomy: Anatomy, part: str | None) -> list[LayerStack]:
     Raises:
         PlanError: no stack has such a part in its path.
     """
-    chosen = [stack for stack in anatomy.stacks if part is None or part in stack.path.split(".")]
+    return _named(anatomy.stacks, part)
+
+
+def stacks_to_deepen(model: PreTrainedModel, part: str | None) -> tuple[Anatomy | None, list[LayerStack]]:
+    """The stacks that `part` names, as `chosen_stacks` has them, of any model whose stacks can be found.
+
+    Returns:
+        The model's anatomy, None where it is not known, and the stacks; of those that were found no more is known than
+        where they are and what counts them.
+
+    Raises:
+        PlanError: no stack is found, no stack has such a part in its path, or a model that plans have changed has an
+            architecture whose anatomy is not known.
+    """
+    try:
+        known = complete_anatomy(model)
+    except PlanError:
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise
+        return None, _named(found_stacks(model), part)
+    return known, chosen_stacks(known, part)
+
+
+def _named(stacks: Sequence[LayerStack], part: str | None) -> list[LayerStack]:
+    chosen = [stack for stack in stacks if part is None or part in stack.path.split(".")]
     if not chosen:
-        paths = ", ".join(stack.path for stack in anatomy.stacks)
+        paths = ", ".join(stack.path for stack in stacks)
         raise PlanError(f"part = {part!r} names no layers of this model, which has {paths}. Leave part out for all.")
     return chosen
 
@@ -45,7 +76,7 @@ def depth(model: PreTrainedModel, stack: LayerStack) -> int:
 
 def arrange(
     model: PreTrainedModel,
-    anatomy: Anatomy,
+    anatomy: Anatomy | None,
     stack: LayerStack,
     order: Sequence[int],
     scales: Mapping[int, float] | None = None,
@@ -55,7 +86,7 @@ def arrange(
 
     Args:
         model: the model, on any device.
-        anatomy: of the model.
+        anatomy: of the model; None where it is not known, so that the outputs of scaled layers are found by trying.
         stack: one of its stacks.
         order: the old layer that each new one is or copies, bottom first.
         scales: factor of the output of a new layer, by its index; 0 makes it an identity block, whose moments start
@@ -64,19 +95,26 @@ def arrange(
             derives from the number of a layer.
 
     Raises:
-        PlanError: an identity block where the norm comes after the sum; a first layer that lacks what only the old
-            first one holds; with `exact`, a model whose layers depend on their number.
+        PlanError: an identity block where the norm comes after the sum, or where no outputs are found; a first layer
+            that lacks what only the old first one holds; with `exact`, a model whose layers depend on their number;
+            an order that no config can say.
     """
     scales = {} if scales is None else {index: factor for index, factor in scales.items() if factor != 1}
     _check_first_layer(model, stack, order)
     if any(factor == 0 for factor in scales.values()):
         refuse_post_norm(stack)
     if exact:
-        _refuse_numbered_layers(model)
+        _refuse_numbered_layers(model, stack)
+    offset = 0.0 if anatomy is None else anatomy.gain_offset
+    if scales and not stack.outputs:
+        tried = zeroed_outputs(model, stack, {order[index] for index in scales})
+        stack, offset = tried.stack, tried.gain_offset
     fresh = sorted(index for index, factor in scales.items() if factor == 0)
-    edits: list[Edit] = [ArrangeLayers(layers=stack.path, order=list(order), fresh_moments=fresh)]
+    arranged = ArrangeLayers(layers=stack.path, order=list(order), fresh_moments=fresh)
+    arranged.config_values(model)  # refuses now what no config can say
+    edits: list[Edit] = [arranged]
     for index in sorted(scales):
-        edits += _scaled_output(model, anatomy, stack, order[index], index, scales[index])
+        edits += _scaled_output(model, anatomy, stack, order[index], index, scales[index], offset)
     return edits
 
 
@@ -154,12 +192,12 @@ def _refuse_shrinking(layers: int, wanted: int) -> None:
         )
 
 
-def _refuse_numbered_layers(model: PreTrainedModel) -> None:
-    if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
+def _refuse_numbered_layers(model: PreTrainedModel, stack: LayerStack) -> None:
+    if (said := depends_on_numbers(model, stack.path)) is not None:
         raise PlanError(
-            "scale_attn_by_inverse_layer_idx = True: this model divides attention scores by the number of the layer, "
-            "so that a layer that moves up is another function and no inserted layer keeps the model's. Use a method "
-            "without that promise, for example stacking."
+            f"{said}: this model divides attention scores by the number of the layer, so that a layer that moves up is "
+            "another function and no inserted layer keeps the model's. Use a method without that promise, for example "
+            "stacking."
         )
 
 
@@ -168,7 +206,7 @@ def _check_first_layer(model: PreTrainedModel, stack: LayerStack, order: Sequenc
     layers = model.get_submodule(stack.path)
     assert isinstance(layers, nn.ModuleList)
     names = [{name for name, _ in layer.named_parameters()} for layer in layers]
-    if missing := sorted(names[0] - names[order[0]]):
+    if missing := sorted(filter(held_by_the_first, names[0] - names[order[0]])):
         raise PlanError(
             f"{stack.path}: layer {order[0]} can't come first, since it lacks {missing[0]}, which layer 0 holds for "
             "all of them. Begin with layer 0."
@@ -176,7 +214,13 @@ def _check_first_layer(model: PreTrainedModel, stack: LayerStack, order: Sequenc
 
 
 def _scaled_output(
-    model: PreTrainedModel, anatomy: Anatomy, stack: LayerStack, old: int, new: int, factor: float
+    model: PreTrainedModel,
+    anatomy: Anatomy | None,
+    stack: LayerStack,
+    old: int,
+    new: int,
+    factor: float,
+    gain_offset: float,
 ) -> list[Edit]:
     """Scale what the new layer `new`, made of the layer `old`, adds to the residual."""
     path = f"{stack.path}.{old}"
@@ -184,14 +228,17 @@ def _scaled_output(
     outputs = stack.output_norms if after_output else stack.outputs
     edits: list[Edit] = []
     for name, value in _factors(model.get_submodule(path), path, outputs, factor, anatomy).items():
-        is_gain = after_output and anatomy.role(f"{path}.{name}").kind == "gain"
-        offset = anatomy.gain_offset if is_gain else 0.0
+        if anatomy is None:
+            is_gain = after_output and name.endswith("weight")
+        else:
+            is_gain = after_output and anatomy.role(f"{path}.{name}").kind == "gain"
+        offset = gain_offset if is_gain else 0.0
         edits.append(ScaleParameter(parameter=f"{stack.path}.{new}.{name}", factor=value, offset=offset))
     return edits
 
 
 def _factors(
-    module: nn.Module, path: str, outputs: Collection[str], factor: float, anatomy: Anatomy
+    module: nn.Module, path: str, outputs: Collection[str], factor: float, anatomy: Anatomy | None
 ) -> dict[str, float]:
     """Factors by which the results of modules become `factor` times as large, by the names of parameters in `module`.
 
@@ -201,7 +248,7 @@ def _factors(
         outputs: what gives the results that are scaled, relative to it: modules, of which an empty string is this one,
             or single parameters.
         factor: the factor.
-        anatomy: of the model.
+        anatomy: of the model; None where it is not known.
 
     Raises:
         PlanError: a brick on the way knows no factors for that.
@@ -212,7 +259,7 @@ def _factors(
         factors = {}
         if "" in outputs:
             own = (name for name, _ in module.named_parameters(recurse=False))
-            factors |= {name: factor for name in own if not anatomy.role(f"{path}.{name}").added}
+            factors |= {name: factor for name in own if anatomy is None or not anatomy.role(f"{path}.{name}").added}
         factors |= {output: factor for output in outputs if module._parameters.get(output) is not None}
         for part in dict.fromkeys(output.partition(".")[0] for output in outputs if output):
             # Where a module was taken away with what is inside, the stand-in says what that means.

@@ -15,8 +15,7 @@ from auxin.edits.structure import edited_config, edited_skeleton, structural_edi
 from auxin.errors import ConfigError, PlanError, unknown_name
 from auxin.methods import method as find_method
 from auxin.methods.grow.tokenformer import plan_token_growth, token_growth_to
-from auxin.models.building import REFUSALS
-from auxin.models.loading import load_config, task_classes
+from auxin.models.loading import REFUSALS, load_config, task_classes
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.models.tokenformer.presets import preset_config
 from auxin.objectives.calibration import CalibrationSettings
@@ -276,7 +275,8 @@ def _ungrown(config: PreTrainedConfig) -> PreTrainedConfig:
     if not isinstance(config, TokenFormerConfig):
         return config
     one_group = {f"{part}_tokens": [sum(getattr(config, f"{part}_tokens"))] for part in ("qkv", "proj", "ffn")}
-    return edited_config(config, {**one_group, "qkv_tau": None, "proj_tau": None, "ffn_tau": None})
+    usual = {f"{part}_{number}": None for part in ("qkv", "proj", "ffn") for number in ("tau", "eps")}
+    return edited_config(config, {**one_group, **usual})
 
 
 def match_parameters(config: PreTrainedConfig, target: int) -> PreTrainedConfig:

@@ -52,6 +52,8 @@ def test_a_saved_config_may_hold_ints(tmp_path):
         ({"ffn_tokens": [8, 8], "ffn_tau": [1.0]}, r"ffn_tau.*\(2\)"),
         ({"qkv_tau": [math.nan]}, "qkv_tau.*positive finite"),
         ({"qkv_tau": 3.0}, "qkv_tau must be None or a list"),
+        ({"proj_eps": [0.0]}, "proj_eps.*positive finite"),
+        ({"ffn_tokens": [8, 8], "ffn_eps": [1e-6]}, r"ffn_eps.*\(2\)"),
         ({"score_function": "softmx"}, "Did you mean 'softmax'"),
         ({"gelu": "exact"}, "gelu"),
         ({"hidden_size": 12, "num_attention_heads": 1}, "rotates 3, which must be even"),

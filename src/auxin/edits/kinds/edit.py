@@ -4,7 +4,7 @@ An edit knows how the structure changes (a config value, a shape, a module), how
 how the moments of an optimizer follow, and how to get the old state back out of the new one.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -54,10 +54,20 @@ Edit = Annotated[
 ]
 
 
+LONGEST = 400
+"""Characters of an edit in words: a list of thousands of layers would bury the message that it stands in."""
+
+
 def describe_edit(edit: Edit) -> str:
     """One line for one edit."""
+    whole = isinstance(edit, SetConfig | ChangeArchitecture | TieParameters)
+    words = str(edit) if whole else f"{_place(edit)}: {edit}"
+    return words if len(words) <= LONGEST else f"{words[:LONGEST]} ..."
+
+
+def _place(edit: Any) -> str:
+    """What an edit changes."""
     if isinstance(edit, ParameterEdit):
-        return f"{edit.parameter}: {edit}"
-    if isinstance(edit, ArrangeLayers | JoinAbove):
-        return f"{edit.layers}: {edit}"
-    return str(edit) if isinstance(edit, SetConfig | ChangeArchitecture | TieParameters) else f"{edit.module}: {edit}"
+        return edit.parameter
+    place: str = edit.layers if isinstance(edit, ArrangeLayers | JoinAbove) else edit.module
+    return place

@@ -22,6 +22,10 @@ class Tagged(Settings):
 class _FreshFill(Tagged):
     """New rows that owe nothing to a particular old row."""
 
+    def check(self, shape: tuple[int, ...], axis: int, size: int) -> None:
+        """PlanError when it can't lengthen a tensor of `shape` along `axis` to `size`; of one that is all new the axis
+        0 has length 0."""
+
     def restore(self, new: Tensor, axis: int, size: int) -> Tensor:
         """The old tensor out of the padded one (a view)."""
         return new.narrow(axis, 0, size)
@@ -58,6 +62,11 @@ class NormalFill(_FreshFill):
     std: float | None = Field(default=None, gt=0)
     """Standard deviation; None means the root mean square of the old tensor."""
 
+    def check(self, shape: tuple[int, ...], axis: int, size: int) -> None:
+        """PlanError when there is nothing old whose root mean square could be taken."""
+        if self.std is None and not math.prod(shape):
+            raise PlanError("std: there are no old entries to take it from; give a number")
+
     def write(self, new: Tensor, axis: int, size: int, generator: torch.Generator) -> None:
         """Fill the new rows of `new`, whose first `size` along `axis` are the old ones."""
         rows = new.narrow(axis, size, new.shape[axis] - size)
@@ -91,6 +100,11 @@ class MeanFill(_FreshFill):
     """Only the first so many old rows count, of values and of moments: those of a table that hold something. None: all.
     """
 
+    def check(self, shape: tuple[int, ...], axis: int, size: int) -> None:
+        """PlanError when there are not as many old rows as are to be averaged."""
+        if max(self.rows or 0, 1) > shape[axis]:
+            raise PlanError(f"the mean of {self.rows or 'all'} rows needs more than the {shape[axis]} old rows")
+
     def write(self, new: Tensor, axis: int, size: int, generator: torch.Generator) -> None:
         """Fill the new rows of `new`, whose first `size` along `axis` are the old ones."""
         rows = new.narrow(axis, size, new.shape[axis] - size)
@@ -119,6 +133,18 @@ class RepeatFill(Tagged):
     noise: float = Field(default=0.0, ge=0)
     """Root mean square of the noise, relative to that of the result. With `divide` it sums to zero over the copies of a
     row, so that it breaks their symmetry without changing their sum; without, it is added to the new rows only."""
+
+    def check(self, shape: tuple[int, ...], axis: int, size: int) -> None:
+        """PlanError when there is no old row to repeat."""
+        if self.first >= shape[axis]:
+            raise PlanError(f"first row to repeat {self.first} is beyond the {shape[axis]} old rows")
+
+    def copies(self, size: int, new_size: int) -> tuple[int, bool]:
+        """How many copies those of `size` old rows have that have most, itself included, and whether all have as
+        many."""
+        repeated, rows = size - self.first, new_size - self.first
+        most = -(-rows // repeated)
+        return most, most == 1 or (self.first == 0 and rows % repeated == 0)
 
     def write(self, new: Tensor, axis: int, size: int, generator: torch.Generator) -> None:
         """Fill the new rows of `new`, whose first `size` along `axis` are the old ones, and divide if asked."""
@@ -181,6 +207,15 @@ class ValuesFill(_FreshFill):
     values: list[float] = Field(min_length=1)
     """All of the new entries, the last axis running fastest."""
 
+    def check(self, shape: tuple[int, ...], axis: int, size: int) -> None:
+        """PlanError when there are not as many values as new entries."""
+        rows = (*shape[:axis], size - shape[axis], *shape[axis + 1 :])
+        if len(self.values) != math.prod(rows):
+            raise PlanError(
+                f"values: {len(self.values)} are given for {math.prod(rows)} new entries of shape {list(rows)}; give "
+                "one for each"
+            )
+
     def write(self, new: Tensor, axis: int, size: int, generator: torch.Generator) -> None:
         """Fill the new rows of `new`, whose first `size` along `axis` are the old ones."""
         rows = new.narrow(axis, size, new.shape[axis] - size)
@@ -198,9 +233,13 @@ class CopyFill(_FreshFill):
     of: str
     """The parameter, relative to the brick."""
 
-    def write(self, new: Tensor, axis: int, size: int, generator: torch.Generator) -> None:
-        """Nothing is filled: the new parameter has the old one as its source."""
+    def check(self, shape: tuple[int, ...], axis: int, size: int) -> None:
+        """PlanError for rows of an old parameter. (A new one has the other parameter as its source and is no fill.)"""
         raise PlanError("copy fills whole new parameters of a brick, not rows of a padded one; use repeat")
+
+    def write(self, new: Tensor, axis: int, size: int, generator: torch.Generator) -> None:
+        """Never called: see `check`."""
+        raise NotImplementedError
 
     def __str__(self) -> str:
         return f"a copy of {self.of}"

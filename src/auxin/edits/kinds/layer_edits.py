@@ -1,6 +1,5 @@
 """The edit of a stack of layers: duplicate, insert, drop, reorder, and blend."""
 
-import copy
 import re
 from typing import Any, Literal
 
@@ -9,25 +8,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from auxin.edits.kinds.fills import Tagged
+from auxin.edits.kinds.parameter_edits import ABSENT_UNIT, SliceParameter
 from auxin.errors import PlanError
-
-LENGTH_FIELDS = (
-    "num_hidden_layers",
-    "num_layers",
-    "num_decoder_layers",
-    "encoder_layers",
-    "decoder_layers",
-    "n_layers",
-)
-"""What configs call the length of a stack; other names (n_layer, ...) are mapped to these by the configs themselves."""
-PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type", "attention_layers")
-"""Config values that hold one entry per layer."""
+from auxin.models.layout import config_for_order, tensors_by_layer
 
 
 class ArrangeLayers(Tagged):
     """Say for every layer of a stack which old layer it is: duplicating, inserting, dropping and reordering layers.
 
-    The config's number of layers and its lists with an entry per layer follow.
+    The config's number of layers follows, and what it says of layers by their numbers; see `auxin.models.layer_rules`.
     """
 
     kind: Literal["arrange_layers"] = "arrange_layers"
@@ -93,41 +82,22 @@ class ArrangeLayers(Tagged):
         return ArrangeLayers(layers=self.layers, order=[self.order.index(layer) for layer in range(length)])
 
     def config_values(self, model: PreTrainedModel) -> dict[str, Any]:
-        """What the config of `model` must say for the stack to be as long as `order`."""
-        old = model.get_submodule(self.layers)
-        assert isinstance(old, nn.ModuleList)
-        values: dict[str, Any] = {}
-        if len(self.order) != len(old):
-            values[self._length_field(model, len(old))] = len(self.order)
-        config = model.config.to_dict()
-        for key in PER_LAYER_LISTS:
-            entries = config.get(key)
-            if isinstance(entries, list) and len(entries) == len(old):
-                values[key] = self._arranged(entries)
-        if per_layer := config.get("per_layer_config"):
-            entries = [per_layer.get(layer, per_layer.get(str(layer))) for layer in range(len(old))]
-            values["per_layer_config"] = {i: entry for i, entry in enumerate(self._arranged(entries)) if entry}
-        return values
+        """What the config of `model` must say, by dotted names, for the stack to hold the layers `order`: their number,
+        and what it says of layers by their numbers.
 
-    def _arranged(self, entries: list[Any]) -> list[Any]:
-        """An entry per new layer; a fresh one gets that of the layer before it."""
-        arranged: list[Any] = []
-        for source in self.order:
-            last = arranged[-1] if arranged else entries[0]
-            arranged.append(copy.deepcopy(entries[source] if source is not None else last))
-        return arranged
+        Raises:
+            PlanError: the config can't say it.
+        """
+        return config_for_order(model, self.layers, self.order)
 
-    def _length_field(self, model: PreTrainedModel, length: int) -> str:
-        """The config value that decides how long the stack is. Encoder and decoder have one each."""
-        decoder = self.layers.startswith("decoder.") or ".decoder." in self.layers
-        names = sorted(LENGTH_FIELDS, key=lambda name: ("decoder" in name) != decoder)
-        for name in names:
-            if getattr(model.config, name, None) == length:
-                return name
-        raise PlanError(
-            f"no value of {type(model.config).__name__} says that {self.layers} has {length} layers; known names: "
-            f"{', '.join(LENGTH_FIELDS)}"
-        )
+    def slices(self, model: PreTrainedModel) -> list[SliceParameter]:
+        """What happens to the parameters of `model` outside of the stack that hold entries of each of its layers; those
+        of fresh layers are zeros."""
+        index = [ABSENT_UNIT if source is None else source for source in self.order]
+        return [
+            SliceParameter(parameter=name, axis=axis, index=index, unit=unit)
+            for name, (axis, unit) in tensors_by_layer(model, self.layers, self.order).items()
+        ]
 
     def __str__(self) -> str:
         fresh = self.order.count(None)

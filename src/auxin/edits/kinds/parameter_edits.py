@@ -16,7 +16,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from auxin.edits.kinds.fills import Fill, MeanFill, RepeatFill, Tagged, ZeroFill, mean_of_rows, root_mean_square
+from auxin.edits.kinds.fills import Fill, RepeatFill, Tagged, ZeroFill, mean_of_rows, root_mean_square
 from auxin.edits.kinds.rate import Rate
 from auxin.errors import PlanError
 from auxin.words.paths import path_pattern
@@ -83,10 +83,7 @@ class PadParameter(ParameterEdit):
                 f"size {self.size} must be more than the {shape[self.axis]} that axis {self.axis} of shape "
                 f"{list(shape)} has; padding can't shrink"
             )
-        if self.fill.kind == "repeat" and self.fill.first >= shape[self.axis]:
-            raise PlanError(f"first row to repeat {self.fill.first} is beyond the {shape[self.axis]} old rows")
-        if isinstance(self.fill, MeanFill) and (self.fill.rows or 0) > shape[self.axis]:
-            raise PlanError(f"the mean of {self.fill.rows} rows needs more than the {shape[self.axis]} old rows")
+        self.fill.check(shape, self.axis, self.size)
         return (*shape[: self.axis], self.size, *shape[self.axis + 1 :])
 
     def map_parameter(self, old: Tensor, seed: int, name: str) -> Tensor:
@@ -118,9 +115,7 @@ class PadParameter(ParameterEdit):
         if isinstance(self.fill, ZeroFill):
             return Rate()
         if isinstance(self.fill, RepeatFill):
-            size = old_shape[self.axis]
-            counts = torch.bincount(self.fill.sources(size, self.size), minlength=size)
-            return _copy_rate(counts, self.fill.divide, self.fill.noise)
+            return _copy_rate(*self.fill.copies(old_shape[self.axis], self.size), self.fill.divide, self.fill.noise)
         return Rate(exact=False)
 
     def _room_for(self, old: Tensor) -> Tensor:
@@ -277,7 +272,9 @@ class SliceParameter(ParameterEdit):
 
     def rate(self, old_shape: tuple[int, ...]) -> Rate:
         """Exact where all units have equally many copies with equal shares; with an offset, see `ScaleParameter`."""
-        rate = _copy_rate(self._counts(old_shape), self.divide, self.noise)
+        counts = self._counts(old_shape)
+        most = max(int(counts.max()), 1)
+        rate = _copy_rate(most, bool((counts == most).all()), self.divide, self.noise)
         return rate.model_copy(update={"exact": False}) if self.offset and rate != Rate() else rate
 
     @cached_property
@@ -490,14 +487,14 @@ def _check_axis(axis: int, shape: tuple[int, ...]) -> None:
         raise PlanError(f"axis {axis} is beyond the {len(shape)} axes of shape {list(shape)}")
 
 
-def _copy_rate(counts: Tensor, divide: bool, noise: float) -> Rate:
-    """The rate of entries that have `counts` copies each; those dropped are no concern of the new model's.
+def _copy_rate(most: int, even: bool, divide: bool, noise: float) -> Rate:
+    """The rate of entries of which the `most` copied ones have so many copies; those dropped are no concern of the new
+    model's.
 
-    Where the counts differ, no rate is right for all; that of the most copied ones is safe. Where noise makes the
-    shares of readers differ, the copies that they read get different gradients from then on.
+    Where the counts differ (not `even`), no rate is right for all; that of the most copied ones is safe. Where noise
+    makes the shares of readers differ, the copies that they read get different gradients from then on.
     """
-    most = max(int(counts.max()), 1)
-    exact = bool((counts == most).all()) and not noise
+    exact = even and not noise
     if divide:
         return Rate(lr=1 / most, exact=exact)
     return Rate(eps=1 / most, exact=exact)

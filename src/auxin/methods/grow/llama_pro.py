@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 from auxin.edits import Edit, Plan
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
-from auxin.models.anatomy import anatomy
+from auxin.models.layout import layer_stacks
 from auxin.planning.bench import from_model
-from auxin.planning.depth import arrange, chosen_stacks, depth, identity_layers
+from auxin.planning.depth import arrange, depth, identity_layers, stacks_to_deepen
 from auxin.planning.hooks import TrainOnly, TrainOnlySettings
 from auxin.planning.method import Method
 from auxin.settings import Settings
@@ -60,12 +60,12 @@ def plan_block_expansion(model: PreTrainedModel, settings: BlockExpansion) -> Pl
     """Plan identity blocks after every group of layers; weights are not needed.
 
     Raises:
-        PlanError: an unknown or a post-norm architecture, layers that depend on their number, or groups that do not
-            come out even.
+        PlanError: no stack of layers is found, a post-norm architecture or one whose outputs are not found, layers that
+            depend on their number, or groups that do not come out even.
     """
-    body = anatomy(model)
+    body, stacks = stacks_to_deepen(model, settings.part)
     edits: list[Edit] = []
-    for stack in chosen_stacks(body, settings.part):
+    for stack in stacks:
         order, new = _expansion(settings, depth(model, stack), stack.path)
         edits += arrange(model, body, stack, order, dict.fromkeys(new, 0.0), exact=True)
     plan = Plan(
@@ -143,7 +143,7 @@ def _group_size(layers: int, wanted: int, copies: int, possible: list[int], name
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
     # Two groups where that goes, so that new layers stand between old ones.
-    depths = {depth(model, stack) for stack in anatomy(model).stacks}
+    depths = {depth(model, stack) for stack in layer_stacks(model)}
     halves = {layers // 2 for layers in depths if layers % 2 == 0}
     return {"group_size": halves.pop() if len(halves) == len(depths) == 1 else 1}
 

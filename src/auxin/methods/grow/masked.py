@@ -282,10 +282,26 @@ class _Growth:
         for role in self.body.roles:
             for axis, segments in enumerate(role.axes):
                 edits += self._padded(role, axis, segments)
-        # Logits that are divided by the root of the hidden size would shrink with it (T5).
-        if self.body.logits_scaled and self._residual_grows():
-            factor = math.sqrt(self.new.residual / self.old.residual)
-            edits.append(ScaleParameter(parameter=f"{self.body.final_norm}.weight", factor=factor))
+        return edits + self._scales() if self._residual_grows() else edits
+
+    def _scales(self) -> list[Edit]:
+        """Factors that make up for those of the hidden size, which are of the old one no more.
+
+        An embedding that is multiplied by its root (Gemma) is divided by that of the growth; what a tied head reads is
+        multiplied by it, and so it is where logits are divided by that root (T5).
+        """
+        growth = math.sqrt(self.new.residual / self.old.residual)
+        edits: list[Edit] = []
+        if self.body.embedding_scaled:
+            edits.append(ScaleParameter(parameter=self.body.embeddings[0], factor=1 / growth))
+        if self.body.logits_scaled or (self.body.tied and self.body.embedding_scaled):
+            if self.body.final_norm is None:
+                raise PlanError(
+                    f"hidden_size = {self.new.residual}: the head is the token embedding, and the last norm has no "
+                    "gain that could take up the root of the growth. Untie the head first, or leave hidden_size out."
+                )
+            gain = f"{self.body.final_norm}.weight"
+            edits.append(ScaleParameter(parameter=gain, factor=growth, offset=self.body.gain_offset))
         return edits
 
     def masks(self) -> list[Edit]:

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from auxin.edits import Edit, Plan
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
-from auxin.models.anatomy import anatomy
+from auxin.models.layout import layer_stacks
 from auxin.planning.bench import from_model
-from auxin.planning.depth import arrange, chosen_stacks, depth, is_exact
+from auxin.planning.depth import arrange, depth, is_exact, stacks_to_deepen
 from auxin.planning.method import Method
 from auxin.settings import Settings
 from auxin.words.roles import LayerStack
@@ -73,13 +73,13 @@ def plan_depth_upscaling(model: PreTrainedModel, settings: DepthUpscaling) -> Pl
     """Plan a model of slices of layers; weights are not needed.
 
     Raises:
-        PlanError: an unknown architecture, slices beyond its layers, a number of layers that two copies can't give, or
-            a slice of scale 0 in a post-norm architecture.
+        PlanError: no stack of layers is found, slices beyond its layers, a number of layers that two copies can't give,
+            an order that no config can say, or a slice of scale 0 in a post-norm architecture.
     """
-    body = anatomy(model)
+    body, stacks = stacks_to_deepen(model, settings.part)
     edits: list[Edit] = []
     exact = True
-    for stack in chosen_stacks(body, settings.part):
+    for stack in stacks:
         old = depth(model, stack)
         slices = _slices(settings, old, stack)
         order = [layer for piece in slices for layer in range(*piece.layers)]
@@ -133,7 +133,7 @@ def _dropped(wanted: int, layers: int, stack: LayerStack) -> int:
 
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
-    return {"dropped": min(depth(model, stack) for stack in anatomy(model).stacks) // 4}
+    return {"dropped": min(depth(model, stack) for stack in layer_stacks(model)) // 4}
 
 
 METHOD = Method(

@@ -23,9 +23,8 @@ from transformers import PreTrainedModel
 from auxin.edits import Edit, Plan
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
-from auxin.models.anatomy import anatomy
 from auxin.planning.bench import from_model
-from auxin.planning.depth import arrange, chosen_stacks, depth, stacked_order
+from auxin.planning.depth import arrange, depth, stacked_order, stacks_to_deepen
 from auxin.planning.method import Method
 from auxin.settings import Settings
 
@@ -55,11 +54,11 @@ def plan_stacking(model: PreTrainedModel, settings: LayerStacking) -> Plan:
     """Plan a deeper model of copied layers; weights are not needed.
 
     Raises:
-        PlanError: an unknown architecture, or no more layers than there are.
+        PlanError: no stack of layers is found, or no more layers are asked for than there are.
     """
-    body = anatomy(model)
+    body, stacks = stacks_to_deepen(model, settings.part)
     edits: list[Edit] = []
-    for stack in chosen_stacks(body, settings.part):
+    for stack in stacks:
         old = depth(model, stack)
         new = old * settings.factor if settings.factor is not None else settings.layers
         assert new is not None

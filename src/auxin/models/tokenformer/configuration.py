@@ -35,6 +35,10 @@ class TokenFormerConfig(PreTrainedConfig):
         score_function: "l2_norm_gelu" (the paper's default), "gelu_l2_norm" or "softmax".
         gelu: "erf" (the official PyTorch code) or "tanh" (the official JAX code).
         pattention_eps: added to the norm of the scores.
+        qkv_eps: what is added to the norm of each group of `qkv_tokens` instead, or None for `pattention_eps`. Where
+            every token of a group was copied c times, the norm is sqrt(c) times as large, and so must this be.
+        proj_eps: the same for each group of `proj_tokens`, or None.
+        ffn_eps: the same for each group of `ffn_tokens`, or None.
         partial_rotary_factor: fraction of each head's dimensions that is rotated; 0 means no position encoding.
         rope_theta: base of the rotary frequencies.
         layer_norm_eps: epsilon of all layer norms; those inside the layers have no parameters, the final one has.
@@ -66,6 +70,9 @@ class TokenFormerConfig(PreTrainedConfig):
     score_function: ScoreFunction = "l2_norm_gelu"
     gelu: Gelu = "erf"
     pattention_eps: float = 1e-6
+    qkv_eps: list[float] | None = None
+    proj_eps: list[float] | None = None
+    ffn_eps: list[float] | None = None
     partial_rotary_factor: float = 0.25
     rope_theta: float = 10000.0
     layer_norm_eps: float = 1e-5
@@ -82,25 +89,27 @@ class TokenFormerConfig(PreTrainedConfig):
             _check_positive_int(field, getattr(self, field))
         for slot in SLOTS:
             setattr(self, f"{slot}_tokens", _group_sizes(f"{slot}_tokens", getattr(self, f"{slot}_tokens")))
-            setattr(self, f"{slot}_tau", self._checked_tau(slot))
+            for field in (f"{slot}_tau", f"{slot}_eps"):
+                setattr(self, field, self._checked_numbers(field, slot))
         self._check_heads()
         for field, known in (("score_function", get_args(ScoreFunction)), ("gelu", get_args(Gelu))):
             if getattr(self, field) not in known:
                 raise ConfigError(unknown_name(field, str(getattr(self, field)), known))
         super().__post_init__(**kwargs)
 
-    def _checked_tau(self, slot: Slot) -> list[float] | None:
-        tau, sizes = getattr(self, f"{slot}_tau"), self.group_sizes(slot)
-        if tau is None:
+    def _checked_numbers(self, field: str, slot: Slot) -> list[float] | None:
+        """A positive number for each group of `slot`, or None."""
+        numbers, sizes = getattr(self, field), self.group_sizes(slot)
+        if numbers is None:
             return None
-        if not isinstance(tau, (list, tuple)) or len(tau) != len(sizes):
+        if not isinstance(numbers, (list, tuple)) or len(numbers) != len(sizes):
             raise ConfigError(
-                f"{slot}_tau must be None or a list of one number per group of {slot}_tokens ({len(sizes)}), "
-                f"received {tau!r}."
+                f"{field} must be None or a list of one number per group of {slot}_tokens ({len(sizes)}), "
+                f"received {numbers!r}."
             )
-        if not all(_is_number(value) and math.isfinite(value) and value > 0 for value in tau):
-            raise ConfigError(f"{slot}_tau must hold positive finite numbers, received {tau!r}.")
-        return [float(value) for value in tau]
+        if not all(_is_number(value) and math.isfinite(value) and value > 0 for value in numbers):
+            raise ConfigError(f"{field} must hold positive finite numbers, received {numbers!r}.")
+        return [float(value) for value in numbers]
 
     def _check_heads(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -126,6 +135,11 @@ class TokenFormerConfig(PreTrainedConfig):
         """The scale of each group of `slot`, defaults filled in."""
         tau = getattr(self, f"{slot}_tau")
         return [math.sqrt(size) for size in self.group_sizes(slot)] if tau is None else list(tau)
+
+    def group_eps(self, slot: Slot) -> list[float]:
+        """What is added to the norm of each group of `slot`, defaults filled in."""
+        eps = getattr(self, f"{slot}_eps")
+        return [self.pattention_eps] * len(self.group_sizes(slot)) if eps is None else list(eps)
 
     @property
     def num_groups(self) -> int:

@@ -93,7 +93,7 @@ def _pattention(config: TokenFormerConfig, slot: Slot) -> Pattention:
         tau=config.group_tau(slot),
         score_function=config.score_function,
         gelu=config.gelu,
-        eps=config.pattention_eps,
+        eps=config.group_eps(slot),
     )
 
 
@@ -221,7 +221,7 @@ class TokenFormerPreTrainedModel(PreTrainedModel):
             )
         values = self.config.to_dict()
         for slot in SLOTS:
-            for field in (f"{slot}_tokens", f"{slot}_tau"):
+            for field in (f"{slot}_tokens", f"{slot}_tau", f"{slot}_eps"):
                 values[field] = values[field][:num_groups] if values[field] is not None else None
         config = type(self.config).from_dict(values)
         config._attn_implementation = self.config._attn_implementation

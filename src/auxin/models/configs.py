@@ -1,0 +1,86 @@
+"""Values of configs by dotted names, where a config holds others: "text_config.num_hidden_layers".
+
+Models of several parts (an image's encoder and a language model, an encoder and a decoder) have a config for each, all
+held by one. A dotted name leads through the configs to the value.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from auxin.errors import PlanError
+from auxin.models.scoped_config import unscoped
+
+
+def config_parts(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
+    """`config` and all configs in it by the dotted names that lead there; its own is ""."""
+    found = {"": config}
+    for name, part in vars(config).items():
+        if isinstance(part, PreTrainedConfig) and not name.startswith("_"):
+            found |= {f"{name}.{rest}".rstrip("."): inner for rest, inner in config_parts(part).items()}
+    return found
+
+
+def config_holding(config: PreTrainedConfig, key: str) -> tuple[PreTrainedConfig, str]:
+    """The config that holds the value called `key`, and the value's name in it.
+
+    Raises:
+        PlanError: there is no such config, or it has no such value.
+    """
+    *path, name = key.split(".")
+    for number, part in enumerate(path):
+        inner = getattr(config, part, None)
+        if not isinstance(inner, PreTrainedConfig):
+            known = ", ".join(filter(None, config_parts(config))) or "none"
+            raise PlanError(
+                f"{type(config).__name__} has no config {'.'.join(path[: number + 1])!r} within; it has {known}"
+            )
+        config = inner
+    if not hasattr(config, name):
+        raise PlanError(f"{type(config).__name__} has no value {name!r}")
+    return config, name
+
+
+def config_value(config: PreTrainedConfig, key: str) -> Any:
+    """The value called `key`; PlanError where there is none."""
+    holder, name = config_holding(config, key)
+    return getattr(holder, name)
+
+
+def edited_config(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTrainedConfig:
+    """A new config of the same type with `values`, by dotted names, changed. Every config is made by its own class.
+
+    Raises:
+        PlanError: a value does not exist, or its config refuses it.
+    """
+    for key in values:
+        config_holding(config, key)
+    own = {key: copy.deepcopy(value) for key, value in values.items() if "." not in key}
+    inner: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        part, _, name = key.partition(".")
+        if name:
+            inner.setdefault(part, {})[name] = value
+    for part, changes in inner.items():
+        own[part] = edited_config(getattr(config, part), changes).to_dict()
+    try:
+        return type(config).from_dict({**config.to_dict(), **own})
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise PlanError(f"the config refuses it: {error.__cause__ or error}") from error
+
+
+def config_path(model: PreTrainedModel, path: str) -> str:
+    """The dotted name, in the model's config, of the config that the module at `path` was built with; "" where that is
+    the model's own, or a copy that was made of it (T5's encoder and decoder have one each)."""
+    known = {id(config): name for name, config in config_parts(unscoped(model.config)).items()}
+    found, module = "", model
+    for part in path.split("."):
+        child = module._modules.get(part)
+        if child is None:
+            break
+        module = child  # type: ignore[assignment]
+        found = known.get(id(unscoped(getattr(module, "config", None))), found)
+    return found

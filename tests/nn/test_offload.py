@@ -1,0 +1,124 @@
+"""Models with bricks whose tensors are elsewhere until they are needed: accelerate's offloading, to CPU and disk."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from auxin.edits import Plan, apply
+from auxin.edits.kinds.edit import RemoveModule, ReplaceModule
+from auxin.edits.structure import structural_edits
+from auxin.methods import method
+from auxin.nn.bricks import BRICKS
+from auxin.planning.bench import Bench
+from tiny_models import inputs, tiny
+
+accelerate = pytest.importorskip("accelerate", reason="offloading is accelerate's")
+
+Planner = Callable[[Any], Plan]
+
+
+def by_hand(*edits: Any) -> Planner:
+    return lambda model: Plan(method="by hand", promise="none", edits=list(edits))
+
+
+def by(name: str, **settings: Any) -> Planner:
+    found = method(name)
+    return lambda model: found.plan(Bench(model), found.settings.parse(settings))
+
+
+WIDER = {"hidden_size": 20, "intermediate_size": 16, "layers": 3}
+CASES: dict[str, tuple[str, Planner]] = {
+    "nothing": ("llama", by_hand()),
+    "tokenformer": ("tokenformer", by("tokenformer", ffn_tokens=20)),
+    "altup": ("llama", by("altup")),
+    "altup of copies": ("gemma", by("altup", conversion="copies")),
+    "altup added up": ("gemma", by("altup", conversion="random", control="sum")),
+    "altup dynamic": ("llama", by("altup", coefficients="dynamic")),
+    "altup passing by": ("llama", by("altup", conversion="random", selection="same", coefficients="none")),
+    "altup of an encoder": ("bert", by("altup")),
+    "altup of an encoder's tables": ("bert", by("altup", conversion="copies")),
+    "altup of encoder and decoder": ("t5", by("altup", conversion="copies")),
+    "sequence-altup": ("llama", by("sequence-altup", layers=[1])),
+    "masked": ("llama", by("masked", **WIDER)),
+    "masked gemma": ("gemma", by("masked", **WIDER)),
+    "masked gpt2": ("gpt2", by("masked", **WIDER)),
+    "masked bert": ("bert", by("masked", **WIDER)),
+    "graft": ("llama", by("graft", tokens=3)),
+    "graft gpt2": ("gpt2", by("graft", tokens=3)),
+    "low rank": (
+        "llama",
+        by_hand(ReplaceModule(module="model.layers.*.mlp.up_proj", brick="low_rank_linear", settings={"rank": 4})),
+    ),
+    "low rank gpt2": (
+        "gpt2",
+        by_hand(ReplaceModule(module="transformer.h.*.mlp.c_fc", brick="low_rank_conv1d", settings={"rank": 4})),
+    ),
+    "split": (
+        "llama",
+        by_hand(
+            ReplaceModule(
+                module="model.layers.*.mlp",
+                brick="split_feed_forward",
+                settings={"num_experts": 4, "experts_per_token": 2, "shared_experts": 1},
+            )
+        ),
+    ),
+    "split gpt2": (
+        "gpt2",
+        by_hand(
+            ReplaceModule(module="transformer.h.*.mlp", brick="split_feed_forward_conv1d", settings={"num_experts": 4})
+        ),
+    ),
+    "removed": (
+        "llama",
+        by_hand(
+            RemoveModule(module="model.layers.0.self_attn", leaves="zeros"), RemoveModule(module="model.layers.1.mlp")
+        ),
+    ),
+}
+
+
+def edited(case: str) -> Any:
+    """The edited model, moved from where its bricks do nothing."""
+    family, plan = CASES[case]
+    model = tiny(family, dtype=torch.float32)
+    apply(plan(model), model)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(**inputs(model)).logits
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_offloaded_model_computes_what_it_does_in_memory(case, tmp_path):
+    model = edited(case)
+    model.save_pretrained(tmp_path / "model")
+    whole = type(model).from_pretrained(tmp_path / "model").eval()
+    expected = logits(whole)
+    assert torch.isfinite(expected).all()
+    on_cpu = accelerate.cpu_offload(whole)
+    on_disk = type(model).from_pretrained(
+        tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "offload"
+    )
+    for offloaded in (on_cpu, on_disk):
+        assert all(parameter.is_meta for parameter in offloaded.parameters())
+        for _ in range(2):  # what was brought is taken away again
+            assert torch.equal(logits(offloaded.eval()), expected)
+            assert all(parameter.is_meta for parameter in offloaded.parameters())
+
+
+def test_every_brick_is_among_them():
+    found: set[str] = set()
+    for case in CASES:
+        for edit in structural_edits(edited(case).config):
+            found |= {getattr(edit, "brick", None) or getattr(edit, "leaves", "")}
+    ours = {name for name, brick in BRICKS.all().items() if brick.__module__.startswith("auxin.")}
+    assert ours - found == set()
