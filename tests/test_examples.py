@@ -1,5 +1,6 @@
 """The examples do what they say."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -43,10 +44,8 @@ def test_smollm2_grows_deeper_and_answers_without_auxin(tmp_path, capsys, monkey
 
 
 def test_the_readme_has_the_real_models_numbers(tmp_path):
-    """On shapes alone; the file of the example's output is the README."""
-    LlamaConfig(**SMOLLM2, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
-    plan = str(auxin.plan(tmp_path, "llama-pro", layers=33))
+    """On shapes alone: nothing is downloaded."""
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
-    before, after = 134_515_008, 145_135_296
-    assert f"{before:,} -> {after:,}" in plan
-    assert f"{before:,} -> {after:,} parameters" in readme
+    (parameters,) = re.findall(r"([\d,]+ -> [\d,]+) parameters", readme)
+    LlamaConfig(**SMOLLM2, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    assert parameters in str(auxin.plan(tmp_path, "llama-pro", layers=33))
