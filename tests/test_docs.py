@@ -5,8 +5,8 @@ blocks, lines of `auxin` go through the command line as written and lines of `ma
 right after one of them is its output, `...` standing for anything. A block after `<!-- file: NAME -->` becomes that
 file; one after `<!-- not run: reason -->` is skipped.
 
-Nothing is downloaded: `hf download MODEL --local-dir FOLDER` writes a narrow Llama to the folder, as deep as SmolLM2-135M
-(tests/stand_in.py). What a page says of the real model's output stands apart from the commands, and other tests hold it.
+Nothing is downloaded: `hf download MODEL --local-dir FOLDER` writes a narrow Llama as deep as SmolLM2-135M to it
+(tests/stand_in.py). What a page says of a real model stands apart from the commands, and other tests hold it.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 from stand_in import write_stand_in
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,7 +119,7 @@ def run_shell(block: Block) -> str:
             assert words[3] == "--local-dir", f"line {block.line}: {line}: a folder by name, which later lines can read"
             write_stand_in(Path(words[4]))
         else:
-            assert words[0] == "auxin", f"line {block.line}: only auxin, make and hf can be run; mark the block as not run"
+            assert words[0] == "auxin", f"line {block.line}: only auxin, make, hf can be run; mark the block as not run"
             output += run_auxin(line)
     return output
 

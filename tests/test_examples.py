@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from stand_in import SENTENCE, SMOLLM2, write_stand_in
 from transformers import LlamaConfig
 
 import auxin
+from stand_in import SENTENCE, SMOLLM2, write_stand_in
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
