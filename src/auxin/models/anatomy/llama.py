@@ -164,7 +164,8 @@ def assembled(
         (f"{prefix}embed_tokens",),
         final_norm,
         head_readers(),
-        EXPERTS,
+        # Those that the model has: an edit of a module that is nowhere would be refused.
+        tuple(part for part in EXPERTS if any(f".{part}." in name for name, _ in model.named_parameters())),
         ("self_attn",),
         own.parallel or bool(own.parallel_if and getattr(config, own.parallel_if)),
     )
