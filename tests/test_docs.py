@@ -4,6 +4,9 @@ Fenced blocks of a page run in order, in one namespace and one temporary folder.
 blocks, lines of `auxin` go through the command line as written and lines of `make` must name a target. A `text` block
 right after one of them is its output, `...` standing for anything. A block after `<!-- file: NAME -->` becomes that
 file; one after `<!-- not run: reason -->` is skipped.
+
+Nothing is downloaded: `hf download MODEL --local-dir FOLDER` writes a narrow Llama as deep as SmolLM2-135M to it
+(tests/stand_in.py). What a page says of a real model stands apart from the commands, and other tests hold it.
 """
 
 import contextlib
@@ -21,6 +24,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from stand_in import write_stand_in
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")) if "results" not in path.parts)
@@ -110,8 +115,11 @@ def run_shell(block: Block) -> str:
             continue
         if words[0] == "make":
             assert set(words[1:]) <= make_targets(), f"line {block.line}: {line}: no such target"
+        elif words[:2] == ["hf", "download"]:
+            assert words[3] == "--local-dir", f"line {block.line}: {line}: a folder by name, which later lines can read"
+            write_stand_in(Path(words[4]))
         else:
-            assert words[0] == "auxin", f"line {block.line}: only auxin and make can be run; mark the block as not run"
+            assert words[0] == "auxin", f"line {block.line}: only auxin, make, hf can be run; mark the block as not run"
             output += run_auxin(line)
     return output
 

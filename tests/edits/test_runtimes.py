@@ -3,7 +3,7 @@
 import pytest
 
 from auxin.edits import Plan, RemoveModule, apply
-from auxin.edits.runtimes import about_runtimes
+from auxin.edits.runtimes import about_runtimes, without_auxin
 from auxin.methods import method
 from auxin.planning.bench import Bench
 from capabilities import probe
@@ -12,7 +12,9 @@ from tiny_models import tiny
 
 
 def test_what_the_config_can_say_needs_nothing():
-    assert "loads without auxin" in about_runtimes(probe("hypercloning", "llama").model.config)
+    config = probe("hypercloning", "llama").model.config
+    assert "loads without auxin" in about_runtimes(config)
+    assert without_auxin(config) is None
 
 
 def test_a_tokenformer_is_served_through_transformers():
@@ -25,8 +27,15 @@ def test_a_tokenformer_is_served_through_transformers():
 def test_replayed_edits_are_refused_elsewhere_and_a_way_out_is_named(method, words):
     note = about_runtimes(probe(method, "llama").model.config)
     assert "vLLM and other runtimes refuse" in note
-    assert "`import auxin` before from_pretrained" in note
     assert words in note
+    assert note.endswith(
+        "weights that don't fit it are reported as unexpected and dropped, missing ones are drawn at random."
+    )
+    assert '`import auxin` before from_pretrained: without it transformers only logs "Unknown quantization type' in note
+
+
+def test_an_edited_tokenformer_is_no_type_that_transformers_knows():
+    assert "it knows no TokenFormer without it" in about_runtimes(probe("masked", "tokenformer").model.config)
 
 
 def test_a_removed_module_has_no_plain_form():

@@ -67,8 +67,9 @@ def test_what_it_names_exists_and_a_skeleton_suffices(family):
     assert set(found.embeddings) <= set(parameters)
     assert found.head in modules
     assert found.final_norm is None or modules[found.final_norm].weight is not None
-    for value in vars(found.fields).values():
-        fields = value if isinstance(value, tuple) else (value,)
+    own = [name for names in found.fields.by_stack.values() for name in names.values()]
+    for value in (own, *(value for name, value in vars(found.fields).items() if name != "by_stack")):
+        fields = value if isinstance(value, list | tuple) else (value,)
         assert all(field is None or hasattr(model.config, field) for field in fields)
 
 

@@ -239,7 +239,7 @@ def test_heads_bound_to_the_residual_are_cut_with_it(family):
         ("gpt2", {("query", ""): [0, 1]}, r"16 units of the residual with 2 heads of dimension 4.*Keep 4 heads, or 8"),
         ("gpt2", {("residual", ""): range(14)}, r"Keep a multiple of 4 units"),
         ("t5", {("query", "decoder.block.1"): [0]}, r"Give the heads that stay for decoder\.block"),
-        ("tokenformer", {("ffn", ""): [0]}, r"tokenformer architecture has no feed-forward units"),
+        ("tokenformer", {("ffn", ""): [0]}, r"tokenformer model has no units of ffn"),
     ],
 )
 def test_what_can_not_be_cut_is_refused_with_a_reason(family, keep, message):

@@ -10,6 +10,7 @@ from auxin.edits import replay  # noqa: F401 - edited checkpoints load
 from auxin.edits.carry import carry, check_tensors
 from auxin.edits.executor import Receipt, continuation
 from auxin.edits.folder_store import FolderStore
+from auxin.edits.model_card import mark_model_card
 from auxin.edits.other_files import ADAPTER, WITHOUT_MOMENTS, copy_other_files, forget_best
 from auxin.edits.plan import Plan
 from auxin.edits.promise import Probe, default_probe, edited_outputs, measured_change, probe_outputs, tolerance
@@ -91,6 +92,7 @@ def apply_to_checkpoint(
         same_class = type(resolved.after) is type(before)
         config.architectures = before.config.architectures if same_class else [type(resolved.after).__name__]
         config.save_pretrained(folder)
+        mark_model_card(folder, config)
         change = measured_change(plan, reference, edited_outputs(plan, load_model(folder), probe), allowed)
         receipt = Receipt(
             plan=plan,

@@ -24,9 +24,23 @@ def about_runtimes(config: PreTrainedConfig) -> str:
             )
         return "An ordinary checkpoint: config.json says all of it, and it loads without auxin."
     return (
-        f"config.json keeps structural edits, under quant_method {REPLAY_METHOD!r}: in transformers, `import auxin` "
-        "before from_pretrained. vLLM and other runtimes refuse a quant_method that they don't know. A form that they "
-        f"take: {'; '.join(_ways_out(edits))}."
+        f"config.json keeps structural edits, under quant_method {REPLAY_METHOD!r}. vLLM and other runtimes refuse a "
+        f"quant_method that they don't know. A form that they take: {'; '.join(_ways_out(edits))}. "
+        f"{without_auxin(config)}"
+    )
+
+
+def without_auxin(config: PreTrainedConfig) -> str | None:
+    """What transformers does with a checkpoint of `config` where `auxin` is not imported, and what to do; None where
+    the config holds no structural edits."""
+    if not structural_edits(config):
+        return None
+    if isinstance(config, TokenFormerConfig):
+        return "In transformers, `import auxin` before from_pretrained: it knows no TokenFormer without it."
+    return (
+        f'In transformers, `import auxin` before from_pretrained: without it transformers only logs "Unknown '
+        f'quantization type, got {REPLAY_METHOD}" and returns a model without these edits, another one than this; '
+        "weights that don't fit it are reported as unexpected and dropped, missing ones are drawn at random."
     )
 
 
