@@ -43,7 +43,9 @@ def size_values(anatomy: Anatomy, new: Sizes) -> dict[str, Any]:
     names = {name: (stream, home) for stream in SETTINGS for home, name in fields.names(stream).items()}
     widths = {name: (old.units(*place), new.units(*place)) for name, place in names.items()}
     values: dict[str, Any] = {name: after for name, (before, after) in widths.items() if before != after}
-    if fields.head_dim is not None and (values or new.head_dim != old.head_dim):
+    # What the config derives where it is not said must be said once what it is derived from changes.
+    derived_from = {name for name, (stream, _) in names.items() if stream in ("residual", "query")}
+    if fields.head_dim is not None and (values.keys() & derived_from or new.head_dim != old.head_dim):
         values[fields.head_dim] = new.head_dim
     if new.head_dim != old.head_dim:
         values |= dict.fromkeys(fields.like_head_dim, new.head_dim)

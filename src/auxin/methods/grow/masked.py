@@ -448,7 +448,7 @@ class _Growth:
 
     def _refuse_heads_within(self, module: str) -> None:
         """PlanError when heads grow in a module that makes them and reads them itself (torch's MultiheadAttention)."""
-        found = self.model.get_submodule(module.replace("*", "0"))
+        found = next(m for path, m in self.model.named_modules() if path_pattern(module).fullmatch(path))
         below = [role for role in self.body.roles if role.kind == "matrix" and role.pattern.startswith(f"{module}.")]
         grown = [role for role in below if any(self._spans(segments) for segments in role.axes)]
         both = all(any(role.along("query", how) for role in grown) for how in get_args(Access))

@@ -232,11 +232,9 @@ OUTPUTS = (
     "mlp.down_proj",
     "mlp.fc2",
     "mlp.c_proj",
-    *(
-        f"{experts}.experts.{name}"
-        for experts in ("mlp", "block_sparse_moe")
-        for name in ("down_proj", "down_proj_bias")
-    ),
+    "mlp.experts.down_proj",
+    "mlp.experts.down_proj_bias",
+    "block_sparse_moe.experts.down_proj",
     "mlp.shared_expert.down_proj",
     "mlp.shared_experts.down_proj",
 )
