@@ -92,8 +92,8 @@ def _by_embedding(found: Anatomy, model: PreTrainedModel) -> Anatomy:
 def _check_shape(found: Anatomy, name: str, shape: tuple[int, ...]) -> None:
     """PlanError when a parameter has no role, or one of another shape."""
     axes = found.role(name).axes
-    # What holds several blocks of the residual is as many times as long.
-    open_ended = ("residual",) if found.residual_blocks == "wide" else ()
+    # What holds several blocks of the residual is as many times as long; bricks that make it so fix the width.
+    open_ended = ("residual",) if "residual" in dict(found.fixed_widths) else ()
     known = [[segment for segment in segments if segment.stream not in open_ended] for segments in axes]
     along = [sum(segment.size for segment in segments) if segments else None for segments in known]
     if len(along) != len(shape) or any(size not in (None, have) for size, have in zip(along, shape, strict=True)):
