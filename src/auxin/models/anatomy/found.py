@@ -82,7 +82,8 @@ def _by_embedding(found: Anatomy, model: PreTrainedModel) -> Anatomy:
     return replace(
         found,
         roles=(
-            *(replace(told[name], pattern=shown) for name, shown in renamed.items()),
+            # Once, however many of its names have roles: BART's encoder and decoder share one.
+            *{shown: replace(told[name], pattern=shown) for name, shown in renamed.items()}.values(),
             *(role for role in found.roles if role.pattern not in renamed.values()),
         ),
         embeddings=tuple(renamed.get(name, name) for name in found.embeddings),
