@@ -46,7 +46,9 @@ def anatomy(
     if describe is None and not complete and _is_built_like_llama(model):
         describe = ANATOMIES.find("llama")
     if describe is None:
-        raise PlanError(unknown_name("architecture", family, ANATOMIES.all()) + ("" if complete else _NOT_LIKE_LLAMA))
+        raise PlanError(
+            unknown_name("architecture", family, ANATOMIES.all()) + (_ANY_MODEL if complete else _NOT_LIKE_LLAMA)
+        )
     found = describe.anatomy(model, part, _described) if isinstance(describe, Towers) else describe(model)
     if not complete:
         return found
@@ -105,6 +107,10 @@ def _check_shape(found: Anatomy, name: str, shape: tuple[int, ...]) -> None:
         )
 
 
+_ANY_MODEL = (
+    " Methods that leave the widths alone take others too: stacking, solar and llama-pro add layers, graft adds tokens "
+    "beside linear layers."
+)
 _LIKE_LLAMA = ("model.embed_tokens", "model.layers", "model.norm", "lm_head")
 _NOT_LIKE_LLAMA = (
     f" Nor has it the modules of a decoder like Llama ({', '.join(_LIKE_LLAMA)}), so that no residual stream is known "
