@@ -7,6 +7,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from auxin.errors import PlanError
+from auxin.models.configs import config_value
 from auxin.models.scoped_config import ScopedConfig, config_at
 from auxin.words.roles import FEED_FORWARD, Anatomy, LayerStack, ParameterRole, Segment, Stream, Width
 
@@ -109,7 +110,7 @@ class _Scopes:
     def _other_head_dims(self) -> Iterator[tuple[Stream, str]]:
         """What can't change where the stacks' own numbers of heads make heads of several dimensions."""
         fields, sizes = self.found.fields, self.found.sizes
-        heads = {name: getattr(self.model.config, name) for name in fields.names("query").values()}
+        heads = {name: config_value(self.model.config, name) for name in fields.names("query").values()}
         if fields.head_dim is None and any(sizes.residual // count != sizes.head_dim for count in heads.values()):
             said = " and ".join(f"{name} = {count}" for name, count in heads.items())
             dims = " and ".join(str(sizes.residual // count) for count in heads.values())
