@@ -6,6 +6,7 @@ backwards. This is the same for one tensor at a time.
 
 import copy
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any, cast
 
 from torch import Tensor
@@ -29,14 +30,19 @@ class StoredForm:
         transforms = get_model_conversion_mapping(model)
         self._renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
         self._converters = [item for item in transforms if isinstance(item, WeightConverter)]
-        # As transformers saves a model that it did not load: names of earlier times and prefixes don't come back.
+
+    @cached_property
+    def _back(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+        """As transformers saves a model that it did not load: names of earlier times and prefixes don't come back."""
         back = [
             item.reverse_transform()
-            for item in reversed(get_model_conversion_mapping(model, add_legacy=False))
+            for item in reversed(get_model_conversion_mapping(self._model, add_legacy=False))
             if not isinstance(item, PrefixChange)
         ]
-        self._renamings_back = [item for item in back if isinstance(item, WeightRenaming)]
-        self._converters_back = [item for item in back if isinstance(item, WeightConverter)]
+        return (
+            [item for item in back if isinstance(item, WeightRenaming)],
+            [item for item in back if isinstance(item, WeightConverter)],
+        )
 
     def loaded_as(self, stored: str) -> str:
         """The name in the model of a tensor in a file that is renamed at most."""
@@ -75,16 +81,16 @@ class StoredForm:
 
     def saved(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """What transformers writes of the model's tensor `name`, by the names in files: itself, or its pieces."""
-        renamed, pattern, converter = _converted(name, self._converters_back)
+        renamings, converters = self._back
+        renamed, pattern, converter = _converted(name, converters)
         if converter is None:
-            stored = _renamed(name, self._renamings_back)
+            stored = _renamed(name, renamings)
             return {stored if self.loaded_as(stored) == name else name: tensor}
         mapping = copy.deepcopy(converter)
         mapping.add_tensor(renamed, name, pattern, cast(Any, tensor))
         parts = mapping.convert(renamed, model=self._model, config=self._model.config)
         return {
-            _renamed(stored, self._renamings_back): part[0] if isinstance(part, list) else part
-            for stored, part in parts.items()
+            _renamed(stored, renamings): part[0] if isinstance(part, list) else part for stored, part in parts.items()
         }
 
 
