@@ -68,7 +68,7 @@ def edited_config(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTra
         own[part] = edited_config(getattr(config, part), changes).to_dict()
     try:
         return type(config).from_dict({**config.to_dict(), **own})
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:  # no torch.float99
         raise PlanError(f"the config refuses it: {error.__cause__ or error}") from error
 
 
