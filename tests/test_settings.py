@@ -45,6 +45,31 @@ def test_the_message_names_what_was_written(part, message):
     assert str(raised.value).startswith("plant.yaml: parts.0")
 
 
+def test_a_field_like_no_other_comes_with_those_there_are():
+    with pytest.raises(ConfigError, match=r"^colour: unknown field\. Known: parts, height\.$"):
+        Plant.parse({"colour": "green"})
+
+
+def test_a_list_is_asked_for_as_one_writes_it():
+    with pytest.raises(ConfigError, match=r"^parts: Input should be a list, \[a, b\] \(received 'root'\)$"):
+        Plant.parse({"parts": "root"})
+
+
+class Pot(Settings):
+    size: int
+    colour: str
+
+
+def test_another_file_is_told_by_what_it_lacks(tmp_path):
+    path = tmp_path / "other.yaml"
+    path.write_text("shape: round\nplants: 3\n")
+    with pytest.raises(ConfigError, match=r"other\.yaml is no pot: it has none of size, colour\.$"):
+        Pot.from_yaml(path)
+    path.write_text("shape: round\nsize: 3\n")
+    with pytest.raises(ConfigError, match=r"colour: required, but not given.*shape: unknown field"):
+        Pot.from_yaml(path)
+
+
 def test_members_of_plain_unions_are_no_fields():
     with pytest.raises(ConfigError, match=r"^height: .*; height: ") as raised:
         Plant.parse({"height": "tall"})

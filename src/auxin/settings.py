@@ -43,7 +43,18 @@ class Settings(BaseModel):
             raise ConfigError(f"{path} is a folder. Give the path of a YAML file.") from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path} is not valid YAML: {error}") from error
-        return cls.parse(read_yaml(text, str(path)), source=str(path))
+        values = read_yaml(text, str(path))
+        if isinstance(values, dict):
+            cls.refuse_other_file(values, str(path))
+        return cls.parse(values, source=str(path))
+
+    @classmethod
+    def refuse_other_file(cls, values: dict[str, Any], path: str) -> None:
+        """Raise ConfigError when the mapping in the file `path` has no field that these settings need: another file was
+        given by mistake, and a line for each field of it would bury that."""
+        required = [name for name, field in cls.model_fields.items() if field.is_required()]
+        if len(required) > 1 and not any(name in values for name in required):
+            raise ConfigError(f"{path} is no {cls.__name__.lower()}: it has none of {', '.join(required)}.")
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the settings, defaults left out, as YAML; a reader sees the old file or the whole new one."""
@@ -75,7 +86,10 @@ def wrong_fields(error: ValidationError, cls: type[BaseModel], values: Any) -> l
         if item["type"] == "one_of":
             lines += [(".".join(part for part in (field, inner) if part), text) for inner, text in context["lines"]]
         elif item["type"] == "extra_forbidden":
-            lines.append((field, f"unknown field.{_nearest(item['loc'][-1], _field_names(cls) - {item['loc'][-1]})}"))
+            near = _nearest(item["loc"][-1], _field_names(cls) - {item["loc"][-1]})
+            if not near and len(item["loc"]) == 1:
+                near = f" Known: {', '.join(cls.model_fields)}."
+            lines.append((field, f"unknown field.{near}"))
         elif item["type"] == "missing":
             lines.append((field, "required, but not given."))
         elif item["type"] in ("union_tag_invalid", "union_tag_not_found"):
@@ -87,6 +101,8 @@ def wrong_fields(error: ValidationError, cls: type[BaseModel], values: Any) -> l
             lines.append((field, f"{context['tag']!r} is none of {context['expected_tags']}.{near}"))
         else:
             message = item["msg"].removeprefix("Value error, ")
+            if item["type"] in ("list_type", "tuple_type"):  # one word for both: what is written is YAML
+                message = "Input should be a list, [a, b]"
             # A check of several fields at once names them itself; repeating the whole mapping would bury its message.
             received = "" if isinstance(item["input"], dict) else f" (received {item['input']!r})"
             if item["type"] == "literal_error" and (near := _nearest(item["input"], _QUOTED.findall(item["msg"]))):

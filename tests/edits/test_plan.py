@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import auxin
 from auxin.accounting import flops_per_token
 from auxin.edits import NormalFill, PadParameter, Plan, RepeatFill, SetConfig, ZeroFill, apply, planned_config
 from auxin.edits.plan import resolve
@@ -127,6 +128,46 @@ def test_the_table_has_one_row_for_all_layers_and_counts_what_the_model_has():
     assert f"{parameters:,} -> {model.num_parameters():,}" in lines[-1]
     assert f"{round(flops):,} -> {round(flops_per_token(model, 32).forward):,}" in lines[-1]
     assert flops_per_token(model, 32).forward - flops == pytest.approx(2 * 3 * 30 * 32 * 2)
+
+
+def test_rows_of_experts_leave_their_flops_to_the_last_row():
+    table = str(auxin.plan(tiny("mixtral"), "net2net", intermediate_size=24)).splitlines()
+    row = next(line for line in table if line.startswith("model.layers.*.mlp.experts.down_proj"))
+    assert row.endswith(f"{2 * 4 * 16 * 12:,} -> {2 * 4 * 16 * 24:,}")
+    before, _, after = table[-1].split()[-3:]
+    assert table[-1].startswith("(model, 32 tokens)")
+    assert (
+        int(after.replace(",", "")) - int(before.replace(",", "")) == 2 * 2 * (3 * 16 * 12) * 2
+    )  # two experts a token
+
+
+@pytest.mark.parametrize(
+    ("family", "counted"), [("vit", "per sample"), ("whisper", "per sample"), ("wav2vec2", "frames")]
+)
+def test_what_is_no_text_is_not_counted_in_tokens(family, counted):
+    last = str(auxin.plan(tiny(family), "stacking", factor=2)).splitlines()[-1]
+    assert counted in last
+    assert "tokens" not in last
+
+
+def test_a_plan_says_which_model_it_was_made_for():
+    plan = auxin.plan(tiny("llama"), "net2net", intermediate_size=96)
+    assert plan.made_for_another(tiny("llama").config) == ""
+    assert plan.made_for_another(tiny("bert").config) == (
+        "The plan was made for a model of type 'llama'; this one is 'bert'."
+    )
+    other = tiny("llama", intermediate_size=80)
+    assert "intermediate_size = " in plan.made_for_another(other.config)
+    assert "there and 80 here" in plan.made_for_another(other.config)
+    assert plan_of(FFN_30).made_for_another(tiny("bert").config) == ""
+
+
+def test_a_plan_for_another_folder_says_so_when_it_does_not_fit(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "llama")
+    plan = auxin.plan(tiny("bert"), "stacking", factor=2)
+    with pytest.raises(PlanError, match=r"is no stack of layers.*made for a model of type 'bert'; this one is 'llama'"):
+        auxin.apply(plan, tmp_path / "llama", output=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_plan_by_hand_for_single_layers_is_one_row_too():

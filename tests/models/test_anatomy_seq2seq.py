@@ -236,7 +236,7 @@ def test_a_larger_vocabulary_takes_what_follows_it_along(family):
 
 
 def test_no_vocabulary_grows_without_a_table():
-    with pytest.raises(PlanError, match="HubertModel has no table of tokens"):
+    with pytest.raises(PlanError, match="No parameter of a HubertModel has rows for the 19 tokens"):
         auxin.plan(tiny("hubert headless"), "vocabulary", rows=3)
 
 

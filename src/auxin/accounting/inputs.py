@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from math import isqrt
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,20 @@ def follows_length(model: PreTrainedModel) -> bool:
 def needs_length(model: PreTrainedModel) -> bool:
     """Whether the size of some of what the model takes does."""
     return follows_length(model) or main_input(model) == IDS or DECODER_IDS in call_arguments(model)
+
+
+def unit_of_cost(model: PreTrainedModel) -> Literal["token", "frame", "sample"]:
+    """What FLOPs are counted per: a token of a text, a frame of a waveform, or else a whole sample (an image, a
+    spectrogram, a text with its image)."""
+    if not follows_length(model):
+        return "sample"
+    return "token" if main_input(model) == IDS else "frame"
+
+
+def counted_length(model: PreTrainedModel, most: int) -> int:
+    """Tokens at which costs are counted: those that the model has positions for, at most `most`. Where a decoder alone
+    reads tokens, as Whisper's does, they are its tokens."""
+    return text_length(model, most, decoder=main_input(model) != IDS and DECODER_IDS in call_arguments(model))
 
 
 def text_length(model: PreTrainedModel, most: int, decoder: bool = False) -> int:

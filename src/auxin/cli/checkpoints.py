@@ -124,11 +124,12 @@ def show(
     if as_json:
         print(found.model_dump_json(indent=2))
         return
+    sizes = {name: str(part) for name, part in {"": found, **found.parts}.items() if str(part)}
+    at = "" if found.unit == "sample" else f" at {found.sequence_length} {found.unit}s"
     print(
-        f"{found.model_type}: {found.num_hidden_layers} layers, hidden size {found.hidden_size}, "
-        f"{found.num_attention_heads} heads, vocabulary {found.vocab_size:,}\n"
+        f"{found.model_type}: {'; '.join(f'{name}: {size}' if name else size for name, size in sizes.items())}\n"
         f"{found.parameters.total:,} parameters, {found.parameters.non_embedding:,} without embeddings; "
-        f"{found.flops_per_token:.4g} FLOPs per token forward at {found.sequence_length} tokens"
+        f"{found.flops_per_token:.4g} FLOPs per {found.unit} forward{at}"
     )
     if found.token_groups:
         rows = [

@@ -85,7 +85,9 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         raise DataError(f"Tokenizer {path} does not exist. Give a folder or a tokenizer.json, or leave it out.")
     if path.is_dir() and not any((path / name).is_file() for name in TOKENIZER_FILES):
         # For some architectures transformers would make up an empty one, which turns every text into nothing.
-        raise DataError(f"There is no tokenizer.json in {path}. Give another folder or file with --tokenizer.")
+        raise DataError(
+            f"There is no tokenizer.json in {path}. Save the tokenizer there, or give another folder or file."
+        )
     try:
         tokenizer: Any
         if path.is_file():

@@ -23,7 +23,7 @@ from auxin.edits.trainer_optimizer import FILE as TRAINER_OPTIMIZER
 from auxin.edits.trainer_optimizer import carry_trainer_optimizer
 from auxin.errors import CheckpointError, PlanError
 from auxin.files import new_folder
-from auxin.models.loading import load_config, load_model
+from auxin.models.loading import existing_folder, load_config, load_model
 from auxin.models.weight_files import weight_files
 
 
@@ -128,6 +128,7 @@ def _carry_trainer_optimizer(
 
 
 def _check_folders(source: Path, output: Path) -> None:
+    existing_folder(source)
     if not (source / "config.json").is_file():
         raise CheckpointError(f"{source} is no checkpoint: it holds no config.json. Give the folder of a saved model.")
     if (source / ADAPTER).is_file():

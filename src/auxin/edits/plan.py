@@ -10,14 +10,14 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.accounting import Cost, count_parameters, flops_per_token
-from auxin.accounting.inputs import text_length
+from auxin.accounting.inputs import counted_length, unit_of_cost
 from auxin.edits.kinds.architecture_edits import ChangeArchitecture, SetConfig
 from auxin.edits.kinds.edit import Edit, describe_edit
 from auxin.edits.kinds.parameter_edits import ParameterEdit, ProjectParameter
 from auxin.edits.origin import Fresh, Made, Origin
 from auxin.edits.plan_files import CheckpointFile, PlanFile
 from auxin.edits.resolution import ResolvedPlan, resolve
-from auxin.edits.structure import config_from_values, edited_skeleton
+from auxin.edits.structure import config_from_values, config_values, edited_skeleton
 from auxin.edits.tensor_names import collapse, shapes_of
 from auxin.errors import PlanError
 from auxin.settings import Settings
@@ -136,11 +136,28 @@ class Plan(Settings):
             return "\n".join([head, *(f"  {describe_edit(edit)}" for edit in self.edits), *notes])
         return "\n".join([head, self.table(config_from_values(self.made_for)), *notes])
 
+    def made_for_another(self, config: PreTrainedConfig) -> str:
+        """A sentence that says by what a model of `config` differs from the one that the plan was made for; empty where
+        it does not, or where the plan does not say."""
+        if self.made_for is None:
+            return ""
+        made_for, values = self.made_for, config_values(config)
+        if (other := made_for.get("model_type")) != config.model_type:
+            return f"The plan was made for a model of type {other!r}; this one is {config.model_type!r}."
+        differ = [
+            f"{name} = {made_for.get(name)} there and {values.get(name)} here"
+            for name in dict.fromkeys([*made_for, *values])
+            if name not in _NOT_OF_THE_MODEL and made_for.get(name) != values.get(name)
+        ]
+        return f"The plan was made for another model: {', '.join(differ[:4])}." if differ else ""
+
     def table(self, model: PreTrainedModel | PreTrainedConfig, sequence_length: int | None = None) -> str:
         """The plan as a table for `model` (or a config): edits, parameters and FLOPs per token before and after.
 
-        The FLOPs of a row are those of the matrix products with its parameters; the last row counts the whole model,
-        attention at `sequence_length` (default: the model's context length, at most 1024) included.
+        The FLOPs of a row are those of the matrix products with its parameters, where there is one for each token;
+        those of experts and of convolutions are in the last row alone, which counts the whole model, attention at
+        `sequence_length` (default: the model's context length, at most 1024) included. Of a model whose inputs are
+        more than tokens it counts a whole sample.
 
         Raises:
             PlanError: the plan does not fit.
@@ -150,14 +167,20 @@ class Plan(Settings):
         rows = [["module", "edit", "parameters", "FLOPs per token, forward"]]
         rows += [*_structure_rows(self), *_parameter_rows(resolved)]
         if sequence_length is None:
-            sequence_length = text_length(before, 1024)
+            sequence_length = counted_length(before, 1024)
         counts = [count_parameters(m).total for m in (resolved.before, resolved.after)]
         flops = [flops_per_token(m, sequence_length).forward for m in (resolved.before, resolved.after)]
-        rows.append([f"(model, {sequence_length} tokens)", "", _arrow(*counts), _arrow(*map(round, flops))])
+        unit = unit_of_cost(before)
+        counted = f"{sequence_length} {unit}s" if unit != "sample" else "per sample"
+        rows.append([f"(model, {counted})", "", _arrow(*counts), _arrow(*map(round, flops))])
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         )
+
+
+_NOT_OF_THE_MODEL = ("architectures", "dtype", "transformers_version")
+"""Values of a config in which two models may differ and take the same plan."""
 
 
 def _hook_in_words(hook: dict[str, Any]) -> str:
@@ -181,16 +204,20 @@ def _parameter_rows(resolved: ResolvedPlan) -> list[list[str]]:
     looked_up = _only_looked_up(resolved.after)
     rows: dict[tuple[str, str], list[int]] = {}
     old_shapes = shapes_of(resolved.before)
+    uncounted: set[tuple[str, str]] = set()
     for name, origin in resolved.origins.items():
         if not origin.steps and not isinstance(origin.source, Fresh | Made):
             continue
-        sums = rows.setdefault((collapse(name), _what_happens(origin)), [0, 0, 0, 0])
+        row = (collapse(name), _what_happens(origin))
+        sums = rows.setdefault(row, [0, 0, 0, 0])
         old_shape = old_shapes[origin.reads[0]] if not isinstance(origin.source, Fresh | Made) else (0,)
         for column, shape in enumerate((old_shape, origin.shape)):
             sums[column] += prod(shape)
+            if len(shape) > 2:  # how many tokens an expert gets, or places a convolution, the shape does not say
+                uncounted.add(row)
             if len(shape) == 2 and name not in looked_up:
                 sums[2 + column] += 2 * prod(shape)
-    return [[*key, _arrow(*sums[:2]), _arrow(*sums[2:])] for key, sums in rows.items()]
+    return [[*key, _arrow(*sums[:2]), "" if key in uncounted else _arrow(*sums[2:])] for key, sums in rows.items()]
 
 
 def _what_happens(origin: Origin) -> str:

@@ -1,10 +1,12 @@
 """What a checkpoint is: structure, token groups, costs, lineage; its weights are read only to score nested models."""
 
 from pathlib import Path
-from typing import cast
+from typing import Literal, Self, cast
+
+from transformers import PreTrainedConfig
 
 from auxin.accounting import Ledger, ParameterCount, count_parameters, flops_per_token
-from auxin.accounting.inputs import text_length
+from auxin.accounting.inputs import counted_length, unit_of_cost
 from auxin.accounting.ledger import LEDGER_FILE
 from auxin.data import PackedData
 from auxin.data.tokenizer import load_tokenizer
@@ -37,20 +39,40 @@ class NestedModel(Settings):
     """Nats per token on a held-out split, where one was given."""
 
 
-class CheckpointDescription(Settings):
+class Widths(Settings):
+    """What the config of a model, or of a part of one, says of its size; None where it says nothing."""
+
+    num_hidden_layers: int | None = None
+    hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    vocab_size: int | None = None
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> Self:
+        """The sizes that `config` has."""
+        found = {name: getattr(config, name, None) for name in cls.model_fields}
+        return cls(**{name: size for name, size in found.items() if isinstance(size, int)})
+
+    def __str__(self) -> str:
+        words = {"{} layers": self.num_hidden_layers, "hidden size {}": self.hidden_size}
+        words |= {"{} heads": self.num_attention_heads, "vocabulary {:,}": self.vocab_size}
+        return ", ".join(word.format(size) for word, size in words.items() if size is not None)
+
+
+class CheckpointDescription(Widths):
     """What `auxin show` tells."""
 
     path: str
     model_type: str
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    vocab_size: int
+    parts: dict[str, Widths] = {}
+    """Of a model whose config has configs of parts, such as `text_config`: theirs, by these names."""
     parameters: ParameterCount
     sequence_length: int
     """At which `flops_per_token` is counted."""
     flops_per_token: float
-    """Forward, with attention."""
+    """Forward, with attention, per `unit`."""
+    unit: Literal["token", "frame", "sample"] = "token"
+    """What the FLOPs are counted per; a sample is an image, a spectrogram, or a text with its image."""
     token_groups: list[TokenGroups] = []
     """Of a TokenFormer."""
     nested: list[NestedModel] = []
@@ -60,7 +82,7 @@ class CheckpointDescription(Settings):
 
 
 def describe_checkpoint(folder: str | Path, corpus: PackedData | None = None) -> CheckpointDescription:
-    """Describe the causal language model in `folder`.
+    """Describe the model in `folder`.
 
     Args:
         folder: a checkpoint.
@@ -73,7 +95,7 @@ def describe_checkpoint(folder: str | Path, corpus: PackedData | None = None) ->
     folder = Path(folder)
     config = load_config(folder)
     model = edited_skeleton(config)
-    length = text_length(model, LONGEST_SEQUENCE)
+    length = counted_length(model, LONGEST_SEQUENCE)
     groups: list[TokenGroups] = []
     nested: list[NestedModel] = []
     if isinstance(config, TokenFormerConfig):
@@ -85,13 +107,12 @@ def describe_checkpoint(folder: str | Path, corpus: PackedData | None = None) ->
     return CheckpointDescription(
         path=str(folder),
         model_type=config.model_type,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        vocab_size=config.vocab_size,
+        **Widths.of(config).model_dump(),
+        parts={name: Widths.of(part) for name in config.sub_configs if (part := getattr(config, name, None))},
         parameters=count_parameters(model),
         sequence_length=length,
         flops_per_token=flops_per_token(model, length).forward,
+        unit=unit_of_cost(model),
         token_groups=groups,
         nested=nested,
         ledger=Ledger.load(folder) if (folder / LEDGER_FILE).exists() else None,

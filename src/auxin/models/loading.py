@@ -289,7 +289,11 @@ def existing_folder(path: str | Path) -> Path:
     """`path`; CheckpointError when it is no folder."""
     folder = Path(path)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} does not exist or is no folder. Give the folder of a checkpoint.")
+        if folder.is_file():
+            raise CheckpointError(
+                f"{folder} is a file and no folder. Give the folder of a checkpoint: {folder.parent}."
+            )
+        raise CheckpointError(f"{folder} does not exist. Give the folder of a checkpoint.")
     return folder
 
 

@@ -64,7 +64,9 @@ def _named(stacks: Sequence[LayerStack], part: str | None) -> list[LayerStack]:
     chosen = [stack for stack in stacks if part is None or stack.is_in(part)]
     if not chosen:
         paths = ", ".join(stack.path for stack in stacks)
-        raise PlanError(f"part = {part!r} names no layers of this model, which has {paths}. Leave part out for all.")
+        towers = " or ".join(f"part = {stack.tower}" for stack in stacks if stack.tower)
+        instead = f"Choose {towers}." if towers else "Leave part out for all."
+        raise PlanError(f"part = {part!r} names no layers of this model, which has {paths}. {instead}")
     return chosen
 
 

@@ -1,6 +1,7 @@
 """What a method is to the rest of the package: a name, settings, and a function that returns a plan."""
 
 import json
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,10 @@ def make_plan(method: Method, bench: Bench, settings: Any) -> Plan:
     with bench.spent.running():
         plan = method.plan(bench, settings)
     if plan.made_for is not None:  # methods give the model's own config, which may tell its ties wrongly
-        plan = plan.model_copy(update={"made_for": config_values(skeleton_of(bench.model).config)})
+        values = config_values(skeleton_of(bench.model).config)
+        # The config of a model that was never saved names no class, and a plan is shown for the class that it is of.
+        values["architectures"] = [type(bench.model).__name__]
+        plan = plan.model_copy(update={"made_for": values})
     asked_by(plan)  # a wrong hook is found now, and not when the training after begins
     cost = bench.spent.cost(bench.data)
     return plan.model_copy(update={"cost": cost}) if cost.samples or cost.flops else plan
@@ -168,7 +172,8 @@ def _example(method: Method, model: PreTrainedModel) -> str:
     except AuxinError:
         return ""
     values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in example.items()}
-    options = " ".join(f"--set {key}={value}" for key, value in values.items())
+    # Brackets are patterns to some shells.
+    options = " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in values.items())
     return f"For example: {options}." if options else ""
 
 

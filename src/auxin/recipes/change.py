@@ -7,7 +7,8 @@ from pathlib import Path
 from auxin.accounting import Cost, StageRecord
 from auxin.accounting.ledger import books_in
 from auxin.edits import Plan, Receipt, apply_to_checkpoint
-from auxin.errors import CheckpointError
+from auxin.errors import CheckpointError, PlanError, PromiseError
+from auxin.models.loading import load_config
 from auxin.objectives.measures import Measure
 
 
@@ -66,6 +67,10 @@ def change_checkpoint(
 
     try:
         return apply_to_checkpoint(plan, source, output, finish=keep_books)
+    except (PlanError, PromiseError) as error:
+        if why := plan.made_for_another(load_config(source)):
+            raise type(error)(f"{error} {why}") from error
+        raise
     except OSError as error:
         raise CheckpointError(
             f"{output} can't be written: {error}. Nothing was left there. Free space, or choose another output folder."

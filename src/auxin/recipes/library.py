@@ -50,6 +50,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
         raise ConfigError(f"{name_or_path} holds no recipe: expected a mapping with name, title, data and branches.")
     for override in overrides or []:
         apply_override(values, override)
+    Recipe.refuse_other_file(values, name_or_path)
     return Recipe.parse(values, source=name_or_path)
 
 
@@ -123,7 +124,7 @@ def apply_override(values: dict[str, Any], override: str, option: str = "--set")
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(
-            f"{option} {override!r} is no key=value. Write for example --set training.learning_rate=1e-3."
+            f"{option} {override!r} is no key=value. Write {option} {key or 'KEY'}=VALUE, without spaces around the =."
         )
     *path, last = key.split(".")
     target: Any = values

@@ -127,7 +127,8 @@ def _dropped(wanted: int, layers: int, stack: LayerStack) -> int:
         near = min(range(least, most + 1, 2), key=lambda target: (abs(target - wanted), -target))
         raise PlanError(
             f"layers = {wanted}: two copies of the {layers} layers of {stack.path}, the same number left out of each, "
-            f"give an even number from {least} to {most}. The nearest possible is {near}; slices can say any other."
+            f"give {f'an even number from {least} to ' if least < most else ''}{most}. The nearest possible is {near}; "
+            "slices can say any other."
         )
     return layers - wanted // 2
 

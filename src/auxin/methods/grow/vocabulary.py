@@ -262,7 +262,7 @@ def _length_values(config: PreTrainedConfig, length: int) -> dict[str, Any]:
     text = config.get_text_config()
     for name in config.sub_configs:
         if getattr(config, name, None) is text:
-            return {name: {**text.to_dict(), "vocab_size": length}}
+            return {f"{name}.vocab_size": length}
     return {"vocab_size": length}
 
 

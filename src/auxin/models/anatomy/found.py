@@ -46,7 +46,9 @@ def anatomy(
     if describe is None and not complete and _is_built_like_llama(model):
         describe = ANATOMIES.find("llama")
     if describe is None:
-        raise PlanError(unknown_name("architecture", family, ANATOMIES.all()) + ("" if complete else _NOT_LIKE_LLAMA))
+        raise PlanError(
+            unknown_name("architecture", family, ANATOMIES.all()) + (_ANY_MODEL if complete else _NOT_LIKE_LLAMA)
+        )
     found = describe.anatomy(model, part, _described) if isinstance(describe, Towers) else describe(model)
     found = replace(found, stacks=tuple(_as_built(stack, model) for stack in found.stacks))
     if not complete:
@@ -98,7 +100,8 @@ def _by_embedding(found: Anatomy, model: PreTrainedModel) -> Anatomy:
     return replace(
         found,
         roles=(
-            *(replace(told[name], pattern=shown) for name, shown in renamed.items()),
+            # Once, however many of its names have roles: BART's encoder and decoder share one.
+            *{shown: replace(told[name], pattern=shown) for name, shown in renamed.items()}.values(),
             *(role for role in found.roles if role.pattern not in renamed.values()),
         ),
         embeddings=tuple(renamed.get(name, name) for name in found.embeddings),
@@ -120,6 +123,10 @@ def _check_shape(found: Anatomy, name: str, shape: tuple[int, ...]) -> None:
         )
 
 
+_ANY_MODEL = (
+    " Methods that leave the widths alone take others too: stacking, solar and llama-pro add layers, graft adds tokens "
+    "beside linear layers."
+)
 _LIKE_LLAMA = ("model.embed_tokens", "model.layers", "model.norm", "lm_head")
 _NOT_LIKE_LLAMA = (
     f" Nor has it the modules of a decoder like Llama ({', '.join(_LIKE_LLAMA)}), so that no residual stream is known "
