@@ -12,8 +12,10 @@ from torch import nn
 
 from auxin.errors import PlanError
 from auxin.nn.bricks import Brick, Roles
+from auxin.words.anatomy import Anatomy, LayerStack, ResidualBlocks
 from auxin.words.paths import path_pattern
-from auxin.words.roles import Anatomy, LayerStack, ParameterRole, ResidualBlocks, Stream
+from auxin.words.roles import ParameterRole
+from auxin.words.widths import Stream
 
 
 def with_bricks(found: Anatomy, model: nn.Module) -> Anatomy:

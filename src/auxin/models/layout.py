@@ -22,7 +22,7 @@ from auxin.models.configs import config_parts, config_path, config_value, edited
 from auxin.models.layer_rules import Order, arranged, arranged_values, is_known, order_in_words
 from auxin.models.loading import REFUSALS, skeleton
 from auxin.models.scoped_config import unscoped
-from auxin.words.roles import LayerStack
+from auxin.words.anatomy import LayerStack
 
 LENGTH_FIELDS = (
     "num_hidden_layers",

@@ -8,7 +8,9 @@ from transformers import PreTrainedModel
 
 from auxin.errors import PlanError
 from auxin.models.scoped_config import ScopedConfig, config_at
-from auxin.words.roles import FEED_FORWARD, Anatomy, LayerStack, ParameterRole, Segment, Stream, Width
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import ParameterRole, Segment
+from auxin.words.widths import FEED_FORWARD, Stream, Width
 
 STREAMS: tuple[Stream, ...] = ("query", "key_value", *FEED_FORWARD)
 """The streams whose widths can differ from layer to layer."""

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from auxin.edits.kinds.module_edits import ConfigureModule
+from auxin.words.anatomy import Anatomy, LayerStack
 from auxin.words.paths import encloses
-from auxin.words.roles import FEED_FORWARD, SETTINGS, Anatomy, LayerStack, Sizes, Stream, Width
+from auxin.words.widths import FEED_FORWARD, SETTINGS, Sizes, Stream, Width
 
 
 def size_edits(anatomy: Anatomy, new: Sizes) -> tuple[Sizes, list[ConfigureModule]]:

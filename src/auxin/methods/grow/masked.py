@@ -47,8 +47,10 @@ from auxin.planning.size_edits import size_edits, size_values
 from auxin.planning.width import describe_sizes
 from auxin.planning.width_conditions import refuse_fixed_widths
 from auxin.planning.width_targets import WidthTargets, example_tower, feed_forward_settings
+from auxin.words.anatomy import Anatomy, LayerStack
 from auxin.words.paths import path_pattern
-from auxin.words.roles import FEED_FORWARD, Access, Anatomy, LayerStack, ParameterRole, Segment, Sizes, laid_out
+from auxin.words.roles import Access, ParameterRole, Segment, laid_out
+from auxin.words.widths import FEED_FORWARD, Sizes
 
 MASKS = ("masked", "masked_norm", "masked_block")
 

@@ -8,19 +8,9 @@ from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
 from auxin.models.anatomy.parts import base_prefix, head_of, head_readers, head_roles, is_tied, rotary_of, sizes_of
-from auxin.words.roles import (
-    Anatomy,
-    Axes,
-    ConfigFields,
-    LayerStack,
-    ParameterRole,
-    Segment,
-    Sizes,
-    Stream,
-    embedding,
-    linear,
-    norm,
-)
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Axes, ParameterRole, Segment, embedding, linear, norm
+from auxin.words.widths import ConfigFields, Sizes, Stream
 
 SLOPES = "the slopes of ALiBi depend on the number of heads, so that all heads would attend otherwise than before."
 """Why the number of heads stays."""

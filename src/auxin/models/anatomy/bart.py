@@ -14,19 +14,9 @@ from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
 from auxin.models.anatomy.parts import base_prefix, is_tied
-from auxin.words.roles import (
-    Anatomy,
-    Axes,
-    ConfigFields,
-    LayerStack,
-    NormPosition,
-    ParameterRole,
-    Sizes,
-    Stream,
-    embedding,
-    linear,
-    norm,
-)
+from auxin.words.anatomy import Anatomy, LayerStack, NormPosition
+from auxin.words.roles import Axes, ParameterRole, embedding, linear, norm
+from auxin.words.widths import ConfigFields, Sizes, Stream
 
 ATTENTIONS = {"encoder": ("self_attn",), "decoder": ("self_attn", "encoder_attn")}
 """The attentions of a layer of each stack, in the order in which they run."""

@@ -14,17 +14,9 @@ from transformers import PreTrainedModel
 from auxin.models.anatomy.encoder_heads import Heads, heads
 from auxin.models.anatomy.found import ANATOMIES
 from auxin.models.anatomy.parts import base_prefix, sizes_of
-from auxin.words.roles import (
-    Anatomy,
-    Axes,
-    ConfigFields,
-    LayerStack,
-    ParameterRole,
-    Sizes,
-    embedding,
-    linear,
-    norm,
-)
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Axes, ParameterRole, embedding, linear, norm
+from auxin.words.widths import ConfigFields, Sizes
 
 TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 """The tables that are added up before the first layer, that of the tokens first."""

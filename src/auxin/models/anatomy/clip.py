@@ -13,17 +13,9 @@ from transformers import PreTrainedModel
 from auxin.models.anatomy.found import ANATOMIES
 from auxin.models.anatomy.parts import base_prefix, has_parameters, sizes_of
 from auxin.models.anatomy.towers import Towers
-from auxin.words.roles import (
-    Access,
-    Anatomy,
-    Axes,
-    ConfigFields,
-    LayerStack,
-    ParameterRole,
-    embedding,
-    linear,
-    norm,
-)
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Access, Axes, ParameterRole, embedding, linear, norm
+from auxin.words.widths import ConfigFields
 
 PROJECTIONS = {"text": ("text_projection",), "vision": ("visual_projection", "classifier")}
 """Linear layers beside the towers, by the tower that they read."""

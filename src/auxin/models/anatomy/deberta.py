@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from auxin.models.anatomy.bert import FIELDS, Encoder, Layer, encoder
 from auxin.models.anatomy.found import ANATOMIES
 from auxin.models.anatomy.parts import base_prefix
-from auxin.words.roles import Anatomy, Axes, ParameterRole, embedding, linear, norm
+from auxin.words.anatomy import Anatomy
+from auxin.words.roles import Axes, ParameterRole, embedding, linear, norm
 
 _ENCODER = Encoder(
     Layer("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),

@@ -6,19 +6,9 @@ from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
 from auxin.models.anatomy.parts import base_prefix, head_of, head_readers, head_roles, is_tied, sizes_of
-from auxin.words.roles import (
-    Anatomy,
-    Axes,
-    ConfigFields,
-    LayerStack,
-    ParameterRole,
-    Segment,
-    Sizes,
-    conv1d,
-    embedding,
-    linear,
-    norm,
-)
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Axes, ParameterRole, Segment, conv1d, embedding, linear, norm
+from auxin.words.widths import ConfigFields, Sizes
 
 
 def _gpt2(model: PreTrainedModel) -> Anatomy:

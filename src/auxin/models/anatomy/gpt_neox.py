@@ -6,7 +6,9 @@ from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
 from auxin.models.anatomy.parts import base_prefix, head_of, head_readers, head_roles, is_tied, rotary_of, sizes_of
-from auxin.words.roles import Anatomy, Axes, ConfigFields, LayerStack, Segment, embedding, linear, norm
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Axes, Segment, embedding, linear, norm
+from auxin.words.widths import ConfigFields
 
 
 def _gpt_neox(model: PreTrainedModel) -> Anatomy:

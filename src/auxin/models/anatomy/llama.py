@@ -12,21 +12,9 @@ from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
 from auxin.models.anatomy.parts import base_prefix, head_of, head_readers, head_roles, is_tied, rotary_of, sizes_of
-from auxin.words.roles import (
-    Access,
-    Anatomy,
-    Axes,
-    ConfigFields,
-    Kind,
-    LayerStack,
-    ParameterRole,
-    Segment,
-    Sizes,
-    Stream,
-    embedding,
-    linear,
-    norm,
-)
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Access, Axes, Kind, ParameterRole, Segment, embedding, linear, norm
+from auxin.words.widths import ConfigFields, Sizes, Stream
 
 NORMS = (
     "input_layernorm",

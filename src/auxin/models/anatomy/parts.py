@@ -7,7 +7,8 @@ from torch.nn import Embedding, Module, Parameter
 from transformers import PreTrainedModel
 
 from auxin.nn.bricks import Brick
-from auxin.words.roles import Axes, ParameterRole, Sizes, linear
+from auxin.words.roles import Axes, ParameterRole, linear
+from auxin.words.widths import Sizes
 
 VOCABULARY_HEADS = ("lm_head", "embed_out")
 """Linear layers from what leaves the layers to the vocabulary."""

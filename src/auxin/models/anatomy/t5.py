@@ -7,7 +7,9 @@ from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
 from auxin.models.anatomy.parts import base_prefix, head_roles, is_tied, sizes_of
-from auxin.words.roles import Anatomy, Axes, ConfigFields, LayerStack, ParameterRole, embedding, linear, norm
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Axes, ParameterRole, embedding, linear, norm
+from auxin.words.widths import ConfigFields
 
 READERS = ("lm_head", "qa_outputs", "classifier", "classification_head.dense")
 """What reads what leaves the last stack."""

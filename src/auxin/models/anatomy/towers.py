@@ -13,7 +13,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from auxin.models.scoped_config import unscoped
-from auxin.words.roles import Anatomy, LayerStack, ParameterRole
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import ParameterRole
 
 _CONFIG = "_config"
 

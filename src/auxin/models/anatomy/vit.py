@@ -14,19 +14,9 @@ from transformers import PreTrainedModel
 from auxin.models.anatomy.found import ANATOMIES
 from auxin.models.anatomy.llama import dense_feed_forward
 from auxin.models.anatomy.parts import base_prefix, has_parameters, sizes_of
-from auxin.words.roles import (
-    Anatomy,
-    Axes,
-    ConfigFields,
-    FollowingWidth,
-    LayerStack,
-    ParameterRole,
-    Segment,
-    Sizes,
-    embedding,
-    linear,
-    norm,
-)
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Axes, ParameterRole, Segment, embedding, linear, norm
+from auxin.words.widths import ConfigFields, FollowingWidth, Sizes
 
 TOKENS = ("cls_token", "distillation_token", "register_tokens", "position_embeddings")
 """Embeddings beside those of patches; three axes each, of which the last is the hidden size."""

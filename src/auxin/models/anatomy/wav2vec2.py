@@ -6,17 +6,9 @@ from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
 from auxin.models.anatomy.parts import base_prefix, sizes_of
-from auxin.words.roles import (
-    Anatomy,
-    Axes,
-    ConfigFields,
-    LayerStack,
-    ParameterRole,
-    Stream,
-    embedding,
-    linear,
-    norm,
-)
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Axes, ParameterRole, embedding, linear, norm
+from auxin.words.widths import ConfigFields, Stream
 
 READERS = ("lm_head", "projector", "classifier", "project_hid")
 """What reads what leaves the encoder."""
