@@ -7,6 +7,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from auxin.errors import PlanError
+from auxin.models.configs import config_value
 from auxin.models.scoped_config import ScopedConfig, config_at
 from auxin.words.anatomy import Anatomy, LayerStack
 from auxin.words.roles import ParameterRole, Segment
@@ -40,7 +41,7 @@ def in_scopes(model: PreTrainedModel, found: Anatomy, scopes: Iterable[str] = ()
 class _Scopes:
     def __init__(self, model: PreTrainedModel, found: Anatomy) -> None:
         said = [
-            Width(stream, path, getattr(model.config, name))
+            Width(stream, path, config_value(model.config, name))
             for stream in STREAMS
             for path, name in found.fields.names(stream).items()
             if path
@@ -111,7 +112,7 @@ class _Scopes:
     def _other_head_dims(self) -> Iterator[tuple[Stream, str]]:
         """What can't change where the stacks' own numbers of heads make heads of several dimensions."""
         fields, sizes = self.found.fields, self.found.sizes
-        heads = {name: getattr(self.model.config, name) for name in fields.names("query").values()}
+        heads = {name: config_value(self.model.config, name) for name in fields.names("query").values()}
         if fields.head_dim is None and any(sizes.residual // count != sizes.head_dim for count in heads.values()):
             said = " and ".join(f"{name} = {count}" for name, count in heads.items())
             dims = " and ".join(str(sizes.residual // count) for count in heads.values())
