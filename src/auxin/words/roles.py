@@ -5,7 +5,7 @@ gains, biases) and **reads** it with the axis that consumes them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
@@ -150,6 +150,17 @@ class Axes:
             ffn=(Segment("ffn", 1, sizes.ffn),) if sizes.ffn else (),
             vocabulary=(Segment("vocabulary", 1, vocabulary),),
         )
+
+    @property
+    def fused(self) -> tuple[Segment, ...]:
+        """Query, key and value of one head after those of the one before it."""
+        (query,) = self.query
+        return (replace(query, unit=3 * query.unit, parts=("query", "key", "value")),)
+
+
+def per_head(heads: tuple[Segment, ...]) -> tuple[Segment, ...]:
+    """Segments with one entry for each head of `heads`, whose units are heads."""
+    return tuple(replace(segment, unit=1, parts=()) for segment in heads)
 
 
 def linear(

@@ -7,18 +7,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
-from auxin.models.anatomy.parts import base_prefix, head_of, head_readers, head_roles, is_tied, rotary_of, sizes_of
+from auxin.models.anatomy.parts import HEADS, base_prefix, head_of, head_roles, is_tied, rotary_of, sizes_of
 from auxin.words.anatomy import Anatomy, LayerStack
-from auxin.words.roles import Axes, ParameterRole, Segment, embedding, linear, norm
-from auxin.words.widths import ConfigFields, Sizes, Stream
+from auxin.words.roles import Axes, ParameterRole, embedding, linear, norm
+from auxin.words.widths import ConfigFields, Stream
 
 SLOPES = "the slopes of ALiBi depend on the number of heads, so that all heads would attend otherwise than before."
 """Why the number of heads stays."""
-
-
-def _by_heads(sizes: Sizes) -> tuple[Segment, ...]:
-    """Query, key and value of one head after those of the one before it."""
-    return (Segment("query", 3 * sizes.head_dim, sizes.query_heads, ("query", "key", "value")),)
 
 
 def _feed_forward(module: str, axes: Axes) -> list[ParameterRole]:
@@ -37,7 +32,7 @@ def _falcon(model: PreTrainedModel) -> Anatomy:
     layer = f"{prefix}h.*"
     apart = axes.query + axes.key + axes.value
     dealt = tuple(replace(segment, dealt=True) for segment in apart)
-    fused = dealt if grouped else apart if single else _by_heads(sizes)
+    fused = dealt if grouped else apart if single else axes.fused
     norms = ("input_layernorm", "post_attention_layernorm", "ln_attn", "ln_mlp")
     roles = [
         embedding(f"{prefix}word_embeddings.weight", axes.vocabulary, axes.residual),
@@ -76,7 +71,7 @@ def _falcon(model: PreTrainedModel) -> Anatomy:
                 ("self_attention.dense", "mlp.dense_4h_to_h"),
                 entries=(f"{prefix}word_embeddings",),
                 end=f"{prefix}ln_f",
-                readers=head_readers(),
+                readers=HEADS,
                 feed_forward=("mlp",),
                 attentions=("self_attention",),
                 parallel=bool(grouped or config.parallel_attn),
@@ -107,7 +102,7 @@ def _bloom(model: PreTrainedModel) -> Anatomy:
         embedding(f"{prefix}word_embeddings.weight", axes.vocabulary, axes.residual),
         *norm(f"{prefix}word_embeddings_layernorm", axes.residual),
         *(role for name in norms for role in norm(f"{layer}.{name}", axes.residual)),
-        *linear(f"{layer}.self_attention.query_key_value", _by_heads(sizes), axes.residual),
+        *linear(f"{layer}.self_attention.query_key_value", axes.fused, axes.residual),
         *linear(f"{layer}.self_attention.dense", axes.residual, axes.attended),
         *_feed_forward(f"{layer}.mlp", axes),
         *norm(f"{prefix}ln_f", axes.residual),
@@ -128,7 +123,7 @@ def _bloom(model: PreTrainedModel) -> Anatomy:
                 "after_residual" if after_norm else "before",
                 (f"{prefix}word_embeddings_layernorm",),
                 f"{prefix}ln_f",
-                head_readers(),
+                HEADS,
                 ("mlp",),
                 ("self_attention",),
             ),
@@ -173,7 +168,7 @@ def _mpt(model: PreTrainedModel) -> Anatomy:
                 ("attn.out_proj", "ffn.down_proj"),
                 entries=(f"{prefix}wte",),
                 end=f"{prefix}norm_f",
-                readers=head_readers(),
+                readers=HEADS,
                 feed_forward=("ffn",),
                 attentions=("attn",),
             ),

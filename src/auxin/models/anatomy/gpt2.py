@@ -5,9 +5,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
-from auxin.models.anatomy.parts import base_prefix, head_of, head_readers, head_roles, is_tied, sizes_of
+from auxin.models.anatomy.parts import HEADS, base_prefix, head_of, head_roles, is_tied, sizes_of
 from auxin.words.anatomy import Anatomy, LayerStack
-from auxin.words.roles import Axes, ParameterRole, Segment, conv1d, embedding, linear, norm
+from auxin.words.roles import Axes, ParameterRole, conv1d, embedding, linear, norm
 from auxin.words.widths import ConfigFields, Sizes
 
 
@@ -32,9 +32,8 @@ def _gpt_bigcode(model: PreTrainedModel) -> Anatomy:
     sizes = sizes_of(config, config.n_inner or 4 * config.n_embd, key_value_heads=1 if single else None)
     axes = Axes.of(sizes, config.vocab_size)
     layer = f"{base_prefix(model)}h.*"
-    fused = (Segment("query", 3 * sizes.head_dim, sizes.query_heads, ("query", "key", "value")),)
     matrices = [
-        *linear(f"{layer}.attn.c_attn", axes.query + axes.key + axes.value if single else fused, axes.residual),
+        *linear(f"{layer}.attn.c_attn", axes.query + axes.key + axes.value if single else axes.fused, axes.residual),
         *linear(f"{layer}.attn.c_proj", axes.residual, axes.attended),
         *linear(f"{layer}.mlp.c_fc", axes.ffn, axes.residual),
         *linear(f"{layer}.mlp.c_proj", axes.residual, axes.ffn),
@@ -67,7 +66,7 @@ def _assembled(model: PreTrainedModel, sizes: Sizes, matrices: list[ParameterRol
                 ("attn.c_proj", "mlp.c_proj"),
                 entries=(f"{prefix}wte", f"{prefix}wpe"),
                 end=f"{prefix}ln_f",
-                readers=head_readers(),
+                readers=HEADS,
             ),
         ),
         roles=tuple(roles),

@@ -5,9 +5,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
-from auxin.models.anatomy.parts import base_prefix, head_of, head_readers, head_roles, is_tied, rotary_of, sizes_of
+from auxin.models.anatomy.parts import HEADS, base_prefix, head_of, head_roles, is_tied, rotary_of, sizes_of
 from auxin.words.anatomy import Anatomy, LayerStack
-from auxin.words.roles import Axes, Segment, embedding, linear, norm
+from auxin.words.roles import Axes, embedding, linear, norm
 from auxin.words.widths import ConfigFields
 
 
@@ -17,13 +17,11 @@ def _gpt_neox(model: PreTrainedModel) -> Anatomy:
     axes = Axes.of(sizes, config.vocab_size)
     prefix, rotary = base_prefix(model), rotary_of(config)
     layer = f"{prefix}layers.*"
-    # Query, key and value of one head lie together: a unit is three head dimensions.
-    fused = (Segment("query", 3 * sizes.head_dim, sizes.query_heads, ("query", "key", "value")),)
     roles = [
         embedding(f"{prefix}embed_in.weight", axes.vocabulary, axes.residual),
         *norm(f"{layer}.input_layernorm", axes.residual),
         *norm(f"{layer}.post_attention_layernorm", axes.residual),
-        *linear(f"{layer}.attention.query_key_value", fused, axes.residual),
+        *linear(f"{layer}.attention.query_key_value", axes.fused, axes.residual),
         *linear(f"{layer}.attention.dense", axes.residual, axes.attended),
         *linear(f"{layer}.mlp.dense_h_to_4h", axes.ffn, axes.residual),
         *linear(f"{layer}.mlp.dense_4h_to_h", axes.residual, axes.ffn),
@@ -41,7 +39,7 @@ def _gpt_neox(model: PreTrainedModel) -> Anatomy:
                 ("attention.dense", "mlp.dense_4h_to_h"),
                 entries=(f"{prefix}embed_in",),
                 end=f"{prefix}final_layer_norm",
-                readers=head_readers(),
+                readers=HEADS,
                 feed_forward=("mlp",),
                 parallel=config.use_parallel_residual,
             ),

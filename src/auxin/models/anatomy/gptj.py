@@ -5,19 +5,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
-from auxin.models.anatomy.parts import base_prefix, head_of, head_readers, head_roles, is_tied, sizes_of
+from auxin.models.anatomy.parts import HEADS, attention_roles, base_prefix, head_of, head_roles, is_tied, sizes_of
 from auxin.words.anatomy import Anatomy, LayerStack
-from auxin.words.roles import Axes, ParameterRole, embedding, linear, norm
+from auxin.words.roles import Axes, embedding, linear, norm
 from auxin.words.widths import ConfigFields
-
-
-def _attention(module: str, axes: Axes) -> list[ParameterRole]:
-    return [
-        *linear(f"{module}.q_proj", axes.query, axes.residual),
-        *linear(f"{module}.k_proj", axes.key, axes.residual),
-        *linear(f"{module}.v_proj", axes.value, axes.residual),
-        *linear(f"{module}.out_proj", axes.residual, axes.attended),
-    ]
 
 
 def _gptj(model: PreTrainedModel) -> Anatomy:
@@ -28,7 +19,7 @@ def _gptj(model: PreTrainedModel) -> Anatomy:
     roles = [
         embedding(f"{prefix}wte.weight", axes.vocabulary, axes.residual),
         *norm(f"{layer}.ln_1", axes.residual),
-        *_attention(f"{layer}.attn", axes),
+        *attention_roles(f"{layer}.attn", axes),
         *linear(f"{layer}.mlp.fc_in", axes.ffn, axes.residual),
         *linear(f"{layer}.mlp.fc_out", axes.residual, axes.ffn),
         *norm(f"{prefix}ln_f", axes.residual),
@@ -45,7 +36,7 @@ def _gptj(model: PreTrainedModel) -> Anatomy:
                 ("attn.out_proj", "mlp.fc_out"),
                 entries=(f"{prefix}wte",),
                 end=f"{prefix}ln_f",
-                readers=head_readers(),
+                readers=HEADS,
                 attentions=("attn",),
                 parallel=True,
             ),
@@ -72,7 +63,7 @@ def _gpt_neo(model: PreTrainedModel) -> Anatomy:
         embedding(f"{prefix}wte.weight", axes.vocabulary, axes.residual),
         embedding(f"{prefix}wpe.weight", (), axes.residual),
         *norm(f"{layer}.ln_1", axes.residual),
-        *_attention(f"{layer}.attn.attention", axes),
+        *attention_roles(f"{layer}.attn.attention", axes),
         *norm(f"{layer}.ln_2", axes.residual),
         *linear(f"{layer}.mlp.c_fc", axes.ffn, axes.residual),
         *linear(f"{layer}.mlp.c_proj", axes.residual, axes.ffn),
@@ -90,7 +81,7 @@ def _gpt_neo(model: PreTrainedModel) -> Anatomy:
                 ("attn.attention.out_proj", "mlp.c_proj"),
                 entries=(f"{prefix}wte", f"{prefix}wpe"),
                 end=f"{prefix}ln_f",
-                readers=head_readers(),
+                readers=HEADS,
                 attentions=("attn",),
             ),
         ),

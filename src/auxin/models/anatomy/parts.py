@@ -10,10 +10,12 @@ from auxin.nn.bricks import Brick
 from auxin.words.roles import Axes, ParameterRole, linear
 from auxin.words.widths import Sizes
 
-VOCABULARY_HEADS = ("lm_head", "embed_out")
+VOCABULARY_HEADS = ("lm_head", "embed_out", "proj_out")
 """Linear layers from what leaves the layers to the vocabulary."""
 OTHER_HEADS = ("score", "qa_outputs", "classifier")
 """Linear layers from there to classes, of a text, a token or an image, or to the ends of an answer."""
+HEADS = (*VOCABULARY_HEADS, *OTHER_HEADS)
+"""The linear layers beside the base model that may read what leaves the layers."""
 
 
 def norm_epsilon(norm: Any) -> float:
@@ -50,9 +52,9 @@ def is_tied(model: PreTrainedModel) -> bool:
     return head is not None and any(table is head for table in tables)
 
 
-def head_of(model: PreTrainedModel) -> str | None:
-    """The module that reads what leaves the layers, beside the base model; None for a model without a head."""
-    return next((head for head in (*VOCABULARY_HEADS, *OTHER_HEADS) if hasattr(model, head)), None)
+def head_of(model: PreTrainedModel, heads: tuple[str, ...] = HEADS) -> str | None:
+    """That of `heads` which reads what leaves the layers, beside the base model; None for a model without a head."""
+    return next((head for head in heads if hasattr(model, head.partition(".")[0])), None)
 
 
 def head_roles(axes: Axes) -> list[ParameterRole]:
@@ -61,9 +63,23 @@ def head_roles(axes: Axes) -> list[ParameterRole]:
     return [*heads, *(role for head in OTHER_HEADS for role in linear(head, (), axes.residual, "head"))]
 
 
-def head_readers() -> tuple[str, ...]:
-    """The linear layers beside the base model that may read what leaves the layers."""
-    return (*VOCABULARY_HEADS, *OTHER_HEADS)
+def attention_roles(
+    module: str, axes: Axes, names: tuple[str, str, str, str] = ("q_proj", "k_proj", "v_proj", "out_proj")
+) -> list[ParameterRole]:
+    """The roles of an attention whose queries, keys and values come from a matrix each.
+
+    Args:
+        module: the path, a pattern, of what holds the matrices.
+        axes: of the model's streams.
+        names: of the matrices of queries, keys, values and of the output, relative to `module`.
+    """
+    query, key, value, output = (f"{module}.{name}" for name in names)
+    return [
+        *linear(query, axes.query, axes.residual),
+        *linear(key, axes.key, axes.residual),
+        *linear(value, axes.value, axes.residual),
+        *linear(output, axes.residual, axes.attended),
+    ]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
-from auxin.models.anatomy.parts import base_prefix, head_of, head_readers, head_roles, is_tied, sizes_of
+from auxin.models.anatomy.parts import HEADS, base_prefix, head_of, head_roles, is_tied, sizes_of
 from auxin.words.anatomy import Anatomy, LayerStack
 from auxin.words.roles import Axes, ParameterRole, Segment, embedding, norm
 from auxin.words.widths import ConfigFields
@@ -47,7 +47,7 @@ def _tokenformer(model: PreTrainedModel) -> Anatomy:
                 ("attention.proj", "mlp"),
                 entries=(f"{prefix}embed_tokens",),
                 end=f"{prefix}norm",
-                readers=head_readers(),
+                readers=HEADS,
             ),
         ),
         roles=tuple(roles),
