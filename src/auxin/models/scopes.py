@@ -10,6 +10,7 @@ from auxin.errors import PlanError
 from auxin.models.configs import config_value
 from auxin.models.scoped_config import ScopedConfig, config_at
 from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.paths import dotted
 from auxin.words.roles import ParameterRole, Segment
 from auxin.words.widths import FEED_FORWARD, Stream, Width
 
@@ -123,7 +124,7 @@ class _Scopes:
         """Heads are told from tensors by one dimension for all."""
         fields, sizes = self.found.fields.undotted, self.found.sizes
         attentions = (
-            (layer, f"{layer}.{part}".rstrip("."))
+            (layer, dotted(layer, part))
             for stack, layers in self.layers.items()
             for layer in layers
             for part in stack.attentions
