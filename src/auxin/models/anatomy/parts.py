@@ -1,14 +1,17 @@
-"""What the descriptions of architectures share: sizes from configs, the heads on a base model, rotary embeddings."""
+"""What the descriptions of architectures share: sizes from configs, attentions, the heads on a base model, rotary
+embeddings, and what all decoders with LayerNorms have."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.nn import Embedding, Module, Parameter
 from transformers import PreTrainedModel
 
 from auxin.nn.bricks import Brick
-from auxin.words.roles import Axes, ParameterRole, linear
-from auxin.words.widths import Sizes
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Axes, ParameterRole, linear, norm
+from auxin.words.widths import ConfigFields, Sizes
 
 VOCABULARY_HEADS = ("lm_head", "embed_out", "proj_out")
 """Linear layers from what leaves the layers to the vocabulary."""
@@ -18,9 +21,9 @@ HEADS = (*VOCABULARY_HEADS, *OTHER_HEADS)
 """The linear layers beside the base model that may read what leaves the layers."""
 
 
-def norm_epsilon(norm: Any) -> float:
+def norm_epsilon(module: Any) -> float:
     """Epsilon of a norm's module. OLMo's norm writes the usual 1e-5 into its code."""
-    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-5)))
+    return float(getattr(module, "variance_epsilon", getattr(module, "eps", 1e-5)))
 
 
 def base_prefix(model: PreTrainedModel) -> str:
@@ -80,6 +83,36 @@ def attention_roles(
         *linear(value, axes.value, axes.residual),
         *linear(output, axes.residual, axes.attended),
     ]
+
+
+def layer_norm_decoder(
+    model: PreTrainedModel, sizes: Sizes, fields: ConfigFields, stack: LayerStack, roles: Sequence[ParameterRole]
+) -> Anatomy:
+    """The anatomy of a decoder of one stack that has LayerNorms in its layers and one behind them, and one of the usual
+    heads or none. What its architecture has of its own beside these is for the caller to replace.
+
+    Args:
+        model: the model.
+        sizes: its widths.
+        fields: under which names the config holds them.
+        stack: its layers, which end in the norm behind them; the heads are what reads them.
+        roles: of its embeddings and layers.
+    """
+    config: Any = model.config
+    axes = Axes.of(sizes, config.vocab_size)
+    return Anatomy(
+        family=config.model_type,
+        sizes=sizes,
+        fields=fields,
+        stacks=(replace(stack, readers=HEADS),),
+        roles=(*roles, *norm(stack.end, axes.residual), *head_roles(axes)),
+        norm="layer",
+        norm_has_gain=True,
+        tied=is_tied(model),
+        final_norm=stack.end,
+        head=head_of(model),
+        embeddings=tuple(role.pattern for role in roles if role.kind == "embedding"),
+    )
 
 
 @dataclass(frozen=True)
