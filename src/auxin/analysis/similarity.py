@@ -36,7 +36,7 @@ from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.report.forest import Mark, Panel, Row, Series, forest_svg
 from auxin.settings import Settings
-from auxin.words.roles import Anatomy, LayerStack
+from auxin.words.anatomy import Anatomy, LayerStack
 
 Kind = Literal["attention", "cross-attention", "feed-forward"]
 WHOLE = "whole layer"

@@ -33,7 +33,7 @@ from auxin.planning.depth import chosen_stacks, depth
 from auxin.planning.method import Method
 from auxin.planning.width_targets import refuse_without_tower
 from auxin.settings import Settings
-from auxin.words.roles import LayerStack
+from auxin.words.anatomy import LayerStack
 
 
 class SequenceAltUpSettings(Settings):

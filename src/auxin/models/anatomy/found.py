@@ -10,8 +10,8 @@ from auxin.models.anatomy.towers import Towers
 from auxin.models.configs import config_value
 from auxin.models.edited_anatomy import with_bricks
 from auxin.models.scopes import in_scopes
+from auxin.words.anatomy import Anatomy, LayerStack
 from auxin.words.registry import Registry
-from auxin.words.roles import Anatomy, LayerStack
 
 ANATOMIES: Registry[Callable[[PreTrainedModel], Anatomy] | Towers] = Registry(
     "anatomy", "auxin.models.anatomy", error=PlanError, plural="anatomies"
