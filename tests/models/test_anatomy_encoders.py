@@ -75,6 +75,12 @@ GROWTHS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """LiGO writes the file of its operator where it is asked for."""
+    monkeypatch.chdir(tmp_path)
+
+
 def inputs(model):
     given = inputs_of(model)
     if type(model).__name__.endswith("MultipleChoice"):

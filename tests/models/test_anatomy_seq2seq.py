@@ -75,6 +75,12 @@ SWITCHES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """LiGO writes the file of its operator where it is asked for."""
+    monkeypatch.chdir(tmp_path)
+
+
 def made(family: str, name: str = "", **config) -> PreTrainedModel:
     """The tiny model of `family` with another head."""
     usual, config_class, values = MODELS[family]
