@@ -17,10 +17,19 @@ from safetensors.torch import save_file
 
 from auxin.methods import methods
 from auxin.models.anatomy import anatomy
-from capabilities import Refusal, Result, attempt, built_in, check, check_page, probe
+from capabilities import Result, attempt, built_in, check, check_page, probe
 from tiny_models import FURTHER, GROUPS, inputs, output, tiny
 
 CASES = [(name, family) for family in FURTHER for name in built_in()]
+KINDS = {group.__name__: list(group.MODELS) for group in GROUPS}
+LOADED = [
+    *(pytest.param(families[::5], id=f"{kind}, some") for kind, families in KINDS.items()),
+    *(
+        pytest.param([family for family in families if family not in families[::5]], id=kind, marks=pytest.mark.whole)
+        for kind, families in KINDS.items()
+    ),
+]
+"""Families whose results are loaded again: of every kind some, all others with --all."""
 
 
 @pytest.mark.parametrize("family", FURTHER)
@@ -37,29 +46,22 @@ def test_every_parameter_has_one_role_of_its_shape(family):
 
 @pytest.mark.parametrize(("name", "family"), CASES)
 def test_the_method_is_applied_as_promised_or_refused_with_the_reason(name, family):
+    """And then writes with a cache what it writes without one."""
     outcome = probe(name, family)
     check(methods()[name], outcome)
     check_page(name, family, outcome)
+    if isinstance(outcome, Result) and outcome.model.can_generate():
+        ids = {key: value for key, value in inputs(outcome.model).items() if not key.startswith("decoder")}
+        settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        written = outcome.model.generate(**ids, use_cache=True, **settings)
+        assert torch.equal(written, outcome.model.generate(**ids, use_cache=False, **settings))
 
 
-@pytest.mark.parametrize(("name", "family"), CASES)
-def test_cached_decoding_is_full_decoding(name, family):
-    outcome = probe(name, family)
-    if isinstance(outcome, Refusal):
-        pytest.skip(f"refused: {outcome.reason}")
-    if not outcome.model.can_generate():
-        pytest.skip("writes no text")
-    ids = {key: value for key, value in inputs(outcome.model).items() if not key.startswith("decoder")}
-    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    written = outcome.model.generate(**ids, use_cache=True, **settings)
-    assert torch.equal(written, outcome.model.generate(**ids, use_cache=False, **settings))
-
-
-@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)
-def test_every_result_loads_in_a_new_process_bit_by_bit(group, tmp_path):
+@pytest.mark.parametrize("families", LOADED)
+def test_every_result_loads_in_a_new_process_bit_by_bit(families, tmp_path):
     """In float32, as models are kept; what is plain in a process without auxin."""
     cases: dict[str, dict[str, dict[str, str]]] = {"plain": {}, "replayed": {}}
-    for family, (name, method) in product(group.MODELS, built_in().items()):
+    for family, (name, method) in product(families, built_in().items()):
         outcome = attempt(method, tiny(family, seed=3, dtype=torch.float32))
         if isinstance(outcome, Result):
             folder = tmp_path / f"{family}-{name}"

@@ -17,7 +17,7 @@ from auxin.models.anatomy import anatomy
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
 from auxin.settings import Settings
-from auxin.words.roles import LayerStack
+from auxin.words.anatomy import LayerStack
 
 
 class LayerDrop(Settings):

@@ -186,6 +186,8 @@ def test_values_of_configs_within_have_dotted_names(tmp_path):
     ):
         with pytest.raises(PlanError, match=message):
             resolve([SetConfig(values={key: 3})], model)
+    with pytest.raises(PlanError, match=r"set dtype = float99\): the config refuses it: .*float99"):
+        resolve([SetConfig(values={"dtype": "float99"})], model)
 
 
 def test_a_config_that_keeps_another_value_is_found_out():

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     BartConfig,
     BartForConditionalGeneration,
@@ -25,6 +26,7 @@ from auxin.edits import ArrangeLayers, Plan, apply, apply_to_checkpoint
 from auxin.edits.structure import skeleton_of
 from auxin.errors import PlanError
 from auxin.models.loading import load_config
+from tiny_kinds import tiny_kind
 
 VOCABULARY = 32
 
@@ -301,3 +303,22 @@ def test_t5_of_version_1_1_keeps_its_head_and_its_logits(tmp_path):
     new = T5ForConditionalGeneration.from_pretrained(tmp_path / "new")
     assert not new.config.scale_decoder_outputs
     assert new.lm_head.weight is not new.shared.weight
+
+
+@pytest.mark.parametrize("stored_as", ["lm_head.weight", "language_model.lm_head.weight"])
+def test_a_head_of_its_own_is_found_where_files_have_other_names_than_the_model(stored_as, tmp_path):
+    """Gemma 3 with images: `model.language_model` lies as `language_model.model` in the files."""
+    model = tiny_kind("Gemma3ForConditionalGeneration")
+    model.save_pretrained(tmp_path / "old")
+    tensors = load_file(tmp_path / "old" / "model.safetensors")
+    embedding = tensors["language_model.model.embed_tokens.weight"]
+    tensors[stored_as] = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(0))
+    save_file(tensors, tmp_path / "old" / "model.safetensors", {"format": "pt"})
+    old = AutoModelForImageTextToText.from_pretrained(tmp_path / "old")
+    assert torch.equal(old.lm_head.weight, tensors[stored_as])
+    plan = auxin.plan(tmp_path / "old", "llama-pro", layers=3, part="language_model")
+    assert auxin.apply(plan, tmp_path / "old", output=tmp_path / "new").max_relative_change == 0
+    new = AutoModelForImageTextToText.from_pretrained(tmp_path / "new")
+    assert torch.equal(new.lm_head.weight, old.lm_head.weight)
+    assert torch.equal(new.get_input_embeddings().weight, old.get_input_embeddings().weight)
+    assert stored_as in load_file(tmp_path / "new" / "model.safetensors")

@@ -25,7 +25,7 @@ from covering import families, whole
 from oracles import sequence_altup as oracle
 from tiny_models import FAMILIES, VOCABULARY, InDouble, change, inputs, labels, logits, tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore:Anchors are counted")
+pytestmark = pytest.mark.filterwarnings("ignore:Anchors are counted", "ignore:The loss that balances")
 
 DECODERS = [*(family for family in FAMILIES if family not in ("t5", "bert", "vit")), "gemma"]
 EXACT = 1e-12
@@ -628,3 +628,20 @@ def test_the_defaults_are_the_papers():
     assert [edit.module for edit in plan.edits] == ["model.layers.1", "model.layers.3"]
     assert "multiples of 4" in plan.notes[0]
     assert METHOD.intent == "restructure"
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_what_balances_experts_takes_no_mask_and_the_plan_says_so(family):
+    model = tiny(family)
+    plan = plan_sequence_altup(model, SequenceAltUpSettings(layers=[1], stride=2))
+    assert "give none beside it" in plan.notes[1]
+    apply(plan, model)
+    ids = inputs(model)["input_ids"]
+    balanced = {"input_ids": ids, "labels": ids, "output_router_logits": True, "use_cache": False}
+    result = model(**balanced)
+    assert [len(rows) for rows in result.router_logits] == [ids.numel(), ids.shape[0] * -(-ids.shape[1] // 2)]
+    result.loss.backward()
+    assert torch.isfinite(result.loss)
+    with pytest.raises(RuntimeError, match="must match the size"):  # transformers' own; once it's gone, so is the note
+        model(**balanced, attention_mask=torch.ones_like(ids))
+    assert len(plan_sequence_altup(tiny("llama"), SequenceAltUpSettings(layers=[1], stride=2)).notes) == 1

@@ -15,7 +15,7 @@ from auxin.models.anatomy import anatomy
 from auxin.planning.bench import Bench
 from auxin.planning.width import widen
 from auxin.planning.width_maps import StreamMap, Widening, circular, drawn, head_maps, padded
-from auxin.words.roles import Sizes
+from auxin.words.widths import Sizes
 from oracles import width as oracle
 from tiny_models import inputs, logits, tiny
 

@@ -9,7 +9,7 @@ from auxin.edits.structure import edited_skeleton
 from auxin.errors import PlanError
 from auxin.models.anatomy import ANATOMIES, anatomy
 from auxin.models.loading import skeleton
-from auxin.words.roles import Sizes, Width
+from auxin.words.widths import Sizes, Width
 from cut_models import FFN, layer, narrow_edits, narrow_plan
 from tiny_models import FAMILIES, inputs, labels, logits, tiny
 

@@ -5,7 +5,7 @@ import pytest
 import auxin
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
-from auxin.words.roles import FEED_FORWARD
+from auxin.words.widths import FEED_FORWARD
 from tiny_decoders import rope
 from tiny_models import change, logits, tiny
 

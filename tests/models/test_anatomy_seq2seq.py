@@ -16,7 +16,7 @@ from auxin.planning.depth import depth
 from auxin.planning.size_edits import size_edits, size_values
 from auxin.planning.width import widen
 from auxin.planning.width_maps import Widening, circular, feed_forward_maps, head_maps, scoped_maps
-from auxin.words.roles import Width
+from auxin.words.widths import Width
 from tiny_models import InDouble, change, filled, inputs, output, tiny
 from tiny_seq2seq import MODELS
 
@@ -73,6 +73,12 @@ SWITCHES = [
     ("hubert", {"feat_proj_layer_norm": False}),
     ("hubert headless", {"layerdrop": 0.5}),
 ]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """LiGO writes the file of its operator where it is asked for."""
+    monkeypatch.chdir(tmp_path)
 
 
 def made(family: str, name: str = "", **config) -> PreTrainedModel:

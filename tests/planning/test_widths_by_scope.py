@@ -14,7 +14,7 @@ from auxin.planning.bench import Bench
 from auxin.planning.cutting import cut
 from auxin.planning.width import describe_sizes, widen
 from auxin.planning.width_maps import StreamMap, Widening, circular, head_maps, scoped_maps
-from auxin.words.roles import Sizes, Width
+from auxin.words.widths import Sizes, Width
 from cut_models import FFN, KEPT, layer, narrow_plan, silence
 from tiny_models import change, inputs, logits, tiny
 

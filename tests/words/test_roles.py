@@ -1,6 +1,7 @@
-"""How the entries of an axis lie."""
+"""How the entries of an axis lie, and the axes of heads."""
 
-from auxin.words.roles import Segment, laid_out
+from auxin.words.roles import Axes, Segment, laid_out, per_head
+from auxin.words.widths import Sizes
 
 
 def test_segments_lie_one_after_the_other():
@@ -22,3 +23,10 @@ def test_parts_have_the_head_dimension_or_sizes_of_their_own():
     assert Segment("query", 6, 4, ("query", "key", "value")).sizes_of_parts == (2, 2, 2)
     assert Segment("query", 5, 4, ("key", "value"), (3, 2)).sizes_of_parts == (3, 2)
     assert Segment("ffn", 1, 12).sizes_of_parts == ()
+
+
+def test_fused_heads_and_single_entries_of_heads():
+    axes = Axes.of(Sizes(residual=12, query_heads=4, key_value_heads=2, head_dim=3, ffn=None), vocabulary=7)
+    assert axes.fused == (Segment("query", 9, 4, ("query", "key", "value")),)
+    assert per_head(axes.query) == (Segment("query", 1, 4),)
+    assert per_head(axes.key) == (Segment("key_value", 1, 2),)

@@ -3,7 +3,8 @@
 import pytest
 
 from auxin.words.paths import encloses, innermost
-from auxin.words.roles import Axes, Segment, Sizes, Width
+from auxin.words.roles import Axes, Segment
+from auxin.words.widths import Sizes, Width
 
 EXPERTS = "model.layers.*.mlp.experts"
 SIZES = Sizes(16, 4, 2, 4, 12).with_widths(

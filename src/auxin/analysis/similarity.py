@@ -22,6 +22,7 @@ float32 at least.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -35,7 +36,7 @@ from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.report.forest import Mark, Panel, Row, Series, forest_svg
 from auxin.settings import Settings
-from auxin.words.roles import Anatomy, LayerStack
+from auxin.words.anatomy import Anatomy, LayerStack
 
 Kind = Literal["attention", "cross-attention", "feed-forward"]
 WHOLE = "whole layer"
@@ -202,10 +203,11 @@ class _StackObserver:
     """The layers of one stack."""
 
     def __init__(self, model: PreTrainedModel, body: Anatomy, stack: LayerStack) -> None:
+        modules = model.get_submodule(stack.path)
+        stack = replace(stack, outputs=_parts(stack, modules))
         self.path = stack.path
         self.is_decoder = body.head is not None and stack.is_read_by(body.head)
         self.kinds = _kinds(body, stack)
-        modules = model.get_submodule(stack.path)
         self.layers = [_LayerObserver(f"{stack.path}.{n}", layer, stack) for n, layer in enumerate(modules.children())]
 
     def result(self, estimates: Iterator[Estimate]) -> StackSimilarity:
@@ -218,6 +220,16 @@ class _StackObserver:
             ]
             found.append(LayerSimilarity(path=layer.path, parts=parts, similarity=next(estimates)))
         return StackSimilarity(path=self.path, layers=found)
+
+
+def _parts(stack: LayerStack, layers: nn.Module) -> tuple[str, ...]:
+    """The modules whose outputs are the parts of a layer: those of the stack, but a whole feed-forward part where it is
+    some of its parameters that give them (experts)."""
+    parameters = {name for layer in layers.children() for name, _ in layer.named_parameters()}
+    within = [name for name in stack.outputs if name in parameters]
+    whole = [part for part in stack.feed_forward if part and any(name.startswith(f"{part}.") for name in within)]
+    found = (next((part for part in whole if name.startswith(f"{part}.")), name) for name in stack.outputs)
+    return tuple(dict.fromkeys(found))
 
 
 def _kinds(body: Anatomy, stack: LayerStack) -> list[Kind]:

@@ -15,6 +15,7 @@ from auxin.edits.kinds.rate import Rate
 from auxin.edits.module_store import ModuleStore
 from auxin.edits.plan import Plan
 from auxin.edits.promise import Probe, default_probe, edited_outputs, measured_change, probe_outputs, tolerance
+from auxin.edits.purpose import refuse_other_model
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.room import refuse_too_large
 from auxin.edits.tree import Undo, rebuild_tree
@@ -103,6 +104,7 @@ def _applied(
     plan.refuse_estimate()
     parameters = dict(model.named_parameters())
     _refuse_sharded(parameters)
+    refuse_other_model(plan, model.config)
     resolved = resolve(plan.located(), model)
     store = ModuleStore(model, resolved, optimizer, undo)
     store.check()

@@ -14,6 +14,7 @@ from auxin.edits.model_card import mark_model_card
 from auxin.edits.other_files import ADAPTER, WITHOUT_MOMENTS, copy_other_files, forget_best
 from auxin.edits.plan import Plan
 from auxin.edits.promise import Probe, default_probe, edited_outputs, measured_change, probe_outputs, tolerance
+from auxin.edits.purpose import refuse_other_model
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.room import refuse_too_large_for_folder
 from auxin.edits.sentence_modules import followed_modules
@@ -64,6 +65,7 @@ def apply_to_checkpoint(
     before = edited_skeleton(load_config(source))
     for file in plan.files:
         file.check(source)
+    refuse_other_model(plan, before.config)
     resolved = resolve(plan.located(), before)
     refuse_too_large_for_folder(resolved, source, output)
     store = FolderStore(source, resolved)

@@ -11,9 +11,6 @@ from typing import cast
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 
 from auxin.edits.carry import Carrier, OnDemand
 from auxin.edits.origin import Origin
@@ -21,6 +18,7 @@ from auxin.edits.resolution import ResolvedPlan
 from auxin.edits.safetensors_file import SafetensorsWriter, torch_dtype
 from auxin.edits.tensor_names import shapes_of, tensor_names
 from auxin.errors import CheckpointError
+from auxin.models.stored_form import StoredForm
 from auxin.models.weight_files import read_tensor, weight_files
 
 TRAINING_FOLDER = "training"
@@ -47,7 +45,8 @@ class FolderStore:
     named `optimizer.<state>.<parameter>` in `training/*.safetensors`), and the files that the plan makes of them.
 
     Every tensor goes into the file of the same name in which its first old one was, a fresh one to its neighbours; a
-    file's other tensors are copied. The new files are whole after `close`.
+    file's other tensors are copied. What lies in the files under other names than in the model, or in pieces (experts
+    one by one), does so in the new ones. The new files are whole after `close`.
 
     Args:
         source: the checkpoint's folder.
@@ -66,11 +65,19 @@ class FolderStore:
         self._training = sorted((source / TRAINING_FOLDER).glob("*.safetensors"))
         self._metadata: dict[Path, dict[str, str]] = {}
         self._places = {place.name: place for path in self._weights for place in self._places_in(path)}
-        self._loaded_as = _names_after_loading(resolved.before, self._places)
+        self._form, self._new_form = StoredForm(resolved.before), StoredForm(resolved.after)
+        self._loaded_as = {name: self._form.loaded_as(name) for name in self._places}
         self._stored: dict[str, list[str]] = {name: [] for name in names}
         for name, alias in self._loaded_as.items():
             if alias in self._canonical:
                 self._stored[self._canonical[alias]].append(name)
+        unknown = [name for name, alias in self._loaded_as.items() if alias not in self._canonical]
+        self._pieces = {
+            name: pieces
+            for name, pieces in self._form.pieces(unknown).items()
+            if name in self._stored and not self._stored[name]
+        }
+        self._any_other_form = bool(self._pieces) or any(name != alias for name, alias in self._loaded_as.items())
         self._states: dict[str, dict[str, _Place]] = {}
         self._other_training: list[_Place] = []
         for path in self._training:
@@ -88,6 +95,8 @@ class FolderStore:
 
     def read(self, name: str) -> Tensor:
         """The old tensor called `name`."""
+        if name in self._pieces:
+            return self._form.merged(name, {piece: self._places[piece].tensor() for piece in self._pieces[name]})
         return self._places[self._stored[name][0]].tensor()
 
     def states(self, name: str) -> Mapping[str, Tensor]:
@@ -108,15 +117,16 @@ class FolderStore:
             value = value.to(self._floating_type_in(home, value.dtype))
         # A tensor of several names may lie in the file under each of them.
         kept = [alias for alias in stored if self._loaded_as[alias] in self._aliases[name]]
-        for new in kept or [self._unshared(self._aliases[name])]:
-            self._writers[home].add(new, value)
+        parts = dict.fromkeys(kept, value) or self._in_files(name, origin, value)
+        for new, part in parts.items():
+            self._writers[home].add(new, part)
         for state, tensor in carrier.states(name).items():
             place = next(places[state] for old in origin.reads if state in (places := self._states.get(old, {})))
             self._writers[place.file].add(f"optimizer.{state}.{name}", tensor)
 
     def names(self) -> Iterator[str]:
         """The old tensors that the weights hold."""
-        return (name for name, stored in self._stored.items() if stored)
+        return (name for name, stored in self._stored.items() if stored or name in self._pieces)
 
     def check(self) -> None:
         """Refuse files that don't hold what the config says.
@@ -132,8 +142,15 @@ class FolderStore:
                         f"{place.file}: {place.name} has shape {list(place.shape)}, but config.json says "
                         f"{list(shapes[name])}. The folder mixes two models."
                     )
+        for name, pieces in self._pieces.items():
+            empty = {piece: torch.empty(self._places[piece].shape, device="meta") for piece in pieces}
+            if (shape := tuple(self._form.merged(name, empty).shape)) != shapes[name]:
+                raise CheckpointError(
+                    f"{self.source}: {pieces[0]} and {len(pieces) - 1} more make {name} of shape {list(shape)}, but "
+                    f"config.json says {list(shapes[name])}. The folder mixes two models, or is incomplete."
+                )
         needed = {old for name in self._homes for old in self.resolved.origins[name].reads}
-        if missing := sorted(name for name in needed if not self._stored[name]):
+        if missing := sorted(needed - set(self.names())):
             raise CheckpointError(
                 f"{self.source} holds no tensor {missing[0]}. The checkpoint is incomplete, or keeps its tensors in "
                 "another form: load the model, apply the plan to it and save it."
@@ -149,10 +166,18 @@ class FolderStore:
         """Begin the new files below the folder `output`."""
         (output / TRAINING_FOLDER).mkdir(exist_ok=True) if self._training else None
         new = [alias for aliases in self._aliases.values() for alias in aliases]
+        after = self.resolved.after.state_dict()
+        parts = [
+            part for name in self._homes for part in self._in_files(name, self.resolved.origins[name], after[name])
+        ]
         states = {state for places in self._states.values() for state in places}
         for path in (*self._weights, *self._training):
             own = [place.name for place in (*self._places.values(), *self._other_training) if place.file == path]
-            made = new if path in self._weights else [f"optimizer.{state}.{name}" for state in states for name in new]
+            made = (
+                [*new, *parts]
+                if path in self._weights
+                else [f"optimizer.{state}.{name}" for state in states for name in new]
+            )
             room = sum(len(json.dumps([key, text])) for key, text in self._metadata[path].items())
             notes = sum(len(name) + 64 for name in made)
             target = output / path.relative_to(self.source)
@@ -169,8 +194,10 @@ class FolderStore:
             _write_index(path, output / path.relative_to(self.source))
 
     def _left_alone(self) -> Iterator[_Place]:
-        """The tensors that the model does not know by their names, such as experts that lie in the files one by one."""
+        """The tensors that the model does not know by their names, and pieces of tensors that stay as they are."""
         taken = {alias for aliases in self._aliases.values() for alias in aliases}
+        passing = self.resolved.origins.keys() - self._homes.keys()
+        taken |= {piece for name, pieces in self._pieces.items() if name not in passing for piece in pieces}
         for name, place in self._places.items():
             if self._loaded_as[name] not in self._canonical and name not in taken:
                 yield place
@@ -193,19 +220,34 @@ class FolderStore:
         path = self._weights[0]
         for name, origin in self.resolved.origins.items():
             if not self._passes(name, origin):
-                stored = self._stored[origin.reads[0]] if origin.reads else []
+                stored = self._lying_as(origin)
                 path = self._places[stored[0]].file if stored else path
                 homes[name] = path
         return homes
 
     def _passes(self, name: str, origin: Origin) -> bool:
-        """Whether a parameter stays as it is and lies in the files in another form (experts one by one): its tensors,
-        in the same layer and of names that the model does not have, are copied as they are."""
+        """Whether a parameter stays as it is and lies in the files in another form (experts one by one): its pieces,
+        or tensors in the same layer and of names that the model does not have, are copied as they are."""
         if origin.kept != name or origin.steps or self._stored[name]:
             return False
+        if name in self._pieces:
+            return True
         layer = re.match(r"(?:.*?\.)??\d+\.", name)
         unknown = (stored for stored, alias in self._loaded_as.items() if alias not in self._canonical)
         return layer is not None and any(stored.startswith(layer[0]) for stored in unknown)
+
+    def _lying_as(self, origin: Origin) -> list[str]:
+        """The names in the files of the first old tensor that a new one is made of, or of its pieces."""
+        return (self._stored[origin.reads[0]] or self._pieces.get(origin.reads[0], [])) if origin.reads else []
+
+    def _in_files(self, name: str, origin: Origin, value: Tensor) -> dict[str, Tensor]:
+        """A new tensor as it is written: as transformers would where the old one lies under other names than in the
+        model or in pieces; of a fresh one, where any does."""
+        alias, stored = self._unshared(self._aliases[name]), self._lying_as(origin)
+        other_form = any(self._loaded_as[old] != old or old not in self._canonical for old in stored)
+        if not (other_form if stored else self._any_other_form):
+            return {alias: value}
+        return self._new_form.saved(alias, value)
 
     def _floating_type_in(self, path: Path, default: torch.dtype) -> torch.dtype:
         """The type in which a fresh tensor is written: that of the weights around it."""
@@ -245,19 +287,6 @@ def _write_index(source: Path, target: Path) -> None:
     if "total_parameters" in index["metadata"]:
         index["metadata"]["total_parameters"] = count
     target.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _names_after_loading(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
-    """The name in the model of every tensor in the files: transformers renames some on loading, and back on saving."""
-    renamings = [item for item in get_model_conversion_mapping(model) if isinstance(item, WeightRenaming)]
-    names = set(model.state_dict())
-    found: dict[str, str] = {}
-    for name in stored:
-        alias = name
-        for renaming in () if name in names else renamings:
-            alias = renaming.rename_source_key(alias)[0]
-        found[name] = alias
-    return found
 
 
 def _metadata_for(metadata: Mapping[str, str], written: SafetensorsWriter) -> dict[str, str] | None:

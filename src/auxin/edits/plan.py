@@ -50,7 +50,8 @@ class Plan(Settings):
     notes: list[str] = []
     """What whoever trains the new model should know before."""
     made_for: dict[str, Any] | None = None
-    """The config of the model that the plan was made for, so that it can be shown without one; applying ignores it."""
+    """The config of the model that the plan was made for. It shows the plan without a model; a model of another
+    architecture, or of another size where the plan changes it, is refused."""
     estimate: bool = False
     """Whether this was made without the weights that the method looks at: it tells a likely size, and is refused where
     a plan is applied."""

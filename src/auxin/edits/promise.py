@@ -12,6 +12,7 @@ from auxin.accounting.inputs import IDS, example_inputs, main_input, text_length
 from auxin.edits.plan import Plan
 from auxin.errors import PlanError, PromiseError
 from auxin.models.evaluating import evaluation_mode
+from auxin.words.paths import dotted
 
 PROBE_SEQUENCES = 3
 """Two would hide a module that returns one tensor where a pair is unpacked."""
@@ -132,7 +133,7 @@ def _inside(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, Mapping | tuple | list):
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
         for key, part in items:
-            yield from _inside(f"{name}.{key}" if name else str(key), part)
+            yield from _inside(dotted(name, str(key)), part)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from difflib import get_close_matches
 
 from torch import nn
 
+from auxin.words.paths import dotted
+
 
 def tensor_names(model: nn.Module) -> dict[str, list[str]]:
     """All names of every parameter and persistent buffer, by the first one; a tied parameter has several."""
@@ -15,7 +17,7 @@ def tensor_names(model: nn.Module) -> dict[str, list[str]]:
     for path, module in model.named_modules():
         for key, buffer in module._buffers.items():
             if buffer is not None and key not in module._non_persistent_buffers_set:
-                names.setdefault(id(buffer), []).append(f"{path}.{key}" if path else key)
+                names.setdefault(id(buffer), []).append(dotted(path, key))
     return {aliases[0]: aliases for aliases in names.values()}
 
 

@@ -14,6 +14,7 @@ from auxin.edits.tensor_names import tensor_names
 from auxin.models.building import PLAIN
 from auxin.models.scoped_config import ScopedConfig, own_values, scoped_config, unscoped
 from auxin.models.ties import TIED, UNTIED
+from auxin.words.paths import dotted
 
 ABSENT = object()
 PER_LAYER = "_heterogeneity_spec"
@@ -122,8 +123,7 @@ class _Rebuilding:
             buffers = self._buffers(module, before, after)
         self.placed[id(after)] = module
         new_children = {
-            key: None if child is None else self._place(child, f"{path}.{key}" if path else key)
-            for key, child in children
+            key: None if child is None else self._place(child, dotted(path, key)) for key, child in children
         }
         parameters = {
             key: None if value is None else self.tensors[f"{prefix}{key}"] for key, value in after._parameters.items()

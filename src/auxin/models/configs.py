@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.errors import PlanError
 from auxin.models.scoped_config import unscoped
+from auxin.words.paths import dotted
 
 
 def config_parts(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
@@ -20,7 +21,7 @@ def config_parts(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
     found = {"": config}
     for name, part in vars(config).items():
         if isinstance(part, PreTrainedConfig) and not name.startswith("_"):
-            found |= {f"{name}.{rest}".rstrip("."): inner for rest, inner in config_parts(part).items()}
+            found |= {dotted(name, rest): inner for rest, inner in config_parts(part).items()}
     return found
 
 
@@ -68,7 +69,7 @@ def edited_config(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTra
         own[part] = edited_config(getattr(config, part), changes).to_dict()
     try:
         return type(config).from_dict({**config.to_dict(), **own})
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:  # no torch.float99
         raise PlanError(f"the config refuses it: {error.__cause__ or error}") from error
 
 

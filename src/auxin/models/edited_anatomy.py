@@ -12,8 +12,10 @@ from torch import nn
 
 from auxin.errors import PlanError
 from auxin.nn.bricks import Brick, Roles
-from auxin.words.paths import path_pattern
-from auxin.words.roles import Anatomy, LayerStack, ParameterRole, ResidualBlocks, Stream
+from auxin.words.anatomy import Anatomy, LayerStack, ResidualBlocks
+from auxin.words.paths import dotted, path_pattern
+from auxin.words.roles import ParameterRole
+from auxin.words.widths import Stream
 
 
 def with_bricks(found: Anatomy, model: nn.Module) -> Anatomy:
@@ -87,7 +89,7 @@ class _Told:
         for name in self.shapes:
             path, _, last = name.rpartition(".")
             if self.plain[path] != path:
-                names[_joined(self.plain[path], last)] = name
+                names[dotted(self.plain[path], last)] = name
         return names
 
     def innermost(self, path: str) -> str:
@@ -157,7 +159,7 @@ def _plain_paths(model: nn.Module) -> dict[str, str]:
             above, _, name = path.rpartition(".")
             parent = modules[above]
             wraps = isinstance(parent, Brick) and parent.wrapped is module
-            plain[path] = plain[above] if wraps else _joined(plain[above], name)
+            plain[path] = plain[above] if wraps else dotted(plain[above], name)
     return plain
 
 
@@ -192,7 +194,3 @@ def _fixed_widths(bricks: Iterable[Brick]) -> dict[Stream, str]:
         for stream, reason in brick.fixed_widths().items():
             fixed.setdefault(stream, reason)
     return fixed
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

@@ -24,7 +24,7 @@ from auxin.errors import PlanError
 from auxin.models.building import likeness
 from auxin.models.layout import plain_skeleton
 from auxin.nn.calls import forward_arguments
-from auxin.words.roles import LayerStack
+from auxin.words.anatomy import LayerStack
 
 DTYPE = torch.float32
 """What layers are tried in: some keep their residual in it whatever the type of their weights. x + 0 is x in any."""

@@ -22,7 +22,8 @@ from auxin.models.configs import config_parts, config_path, config_value, edited
 from auxin.models.layer_rules import Order, arranged, arranged_values, is_known, order_in_words
 from auxin.models.loading import REFUSALS, skeleton
 from auxin.models.scoped_config import unscoped
-from auxin.words.roles import LayerStack
+from auxin.words.anatomy import LayerStack
+from auxin.words.paths import dotted
 
 LENGTH_FIELDS = (
     "num_hidden_layers",
@@ -114,21 +115,21 @@ def config_for_order(model: PreTrainedModel, path: str, order: Order) -> dict[st
     values = arranged_values(config, order, len(layers))
     for key in _lists_read_by_layer(plain, path, prefix, len(layers)):
         values[key] = arranged(list(getattr(config, key)), order)
-    values = {_dotted(prefix, key): value for key, value in values.items()}
+    values = {dotted(prefix, key): value for key, value in values.items()}
     values |= _taken_elsewhere(plain, prefix, order, len(layers))
     after, said = None, values
     if len(order) == len(layers):
         after = _built(plain, values)
     else:
         for field in _length_fields(config, path, len(layers)):
-            said = {**values, _dotted(prefix, field): len(order)}
+            said = {**values, dotted(prefix, field): len(order)}
             after = _built(plain, said, quiet=True)
             if after is not None and len(cast(nn.ModuleList, after.get_submodule(path))) == len(order):
                 break
         else:
             # What is wrong with the likeliest name says more than that there is none.
             if fields := _length_fields(config, path, len(layers)):
-                _built(plain, {**values, _dotted(prefix, fields[0]): len(order)})
+                _built(plain, {**values, dotted(prefix, fields[0]): len(order)})
             raise PlanError(
                 f"no value of {type(config).__name__} says that {path} has {len(layers)} layers; known names: "
                 f"{', '.join(LENGTH_FIELDS)}"
@@ -183,10 +184,6 @@ def plain_skeleton(model: PreTrainedModel) -> PreTrainedModel:
     return skeleton(unscoped(model.config), type(model)) if edited or not on_meta else model
 
 
-def _dotted(prefix: str, key: str) -> str:
-    return f"{prefix}.{key}" if prefix else key
-
-
 def _built(model: PreTrainedModel, values: dict[str, Any], quiet: bool = False) -> PreTrainedModel | None:
     """The skeleton with other values; None where none can be built and `quiet` says so."""
     try:
@@ -226,9 +223,9 @@ def _counted_by(model: PreTrainedModel, path: str, length: int) -> str | None:
         except PlanError:
             continue
         for field in fields if order else []:
-            after = _built(model, {_dotted(prefix, k): v for k, v in {**values, field: len(order)}.items()}, quiet=True)
+            after = _built(model, {dotted(prefix, k): v for k, v in {**values, field: len(order)}.items()}, quiet=True)
             if after is not None and _length_at(after, path) == len(order):
-                return _dotted(prefix, field)
+                return dotted(prefix, field)
     return None
 
 
@@ -302,7 +299,7 @@ def _lists_read_by_layer(model: PreTrainedModel, path: str, prefix: str, length:
         if not isinstance(value, list | tuple) or len(value) != length or is_known(key) or key.startswith("_"):
             continue
         for changed, places in _changes(list(value)):
-            after = _built(model, {_dotted(prefix, key): changed}, quiet=True)
+            after = _built(model, {dotted(prefix, key): changed}, quiet=True)
             if after is None or _length_at(after, path) != length:
                 continue
             others = cast(nn.ModuleList, after.get_submodule(path))
@@ -443,7 +440,7 @@ def _speaking_of_numbers(model: PreTrainedModel, path: str, prefix: str) -> list
         if type(value) is not int or not _NUMBERS.search(key) or getattr(config, key, None) in (None, len(layers)):
             continue
         for other in (value + 1, value - 1):
-            after = _built(model, {_dotted(prefix, key): other}, quiet=True)
+            after = _built(model, {dotted(prefix, key): other}, quiet=True)
             if after is None or _length_at(after, path) != len(layers):
                 continue
             changed = [likeness(layer) != old for layer, old in zip(after.get_submodule(path), outlines, strict=True)]  # type: ignore[call-overload]

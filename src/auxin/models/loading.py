@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from auxin.accounting.machine import available_memory
 from auxin.errors import CheckpointError, ConfigError
+from auxin.models.stored_form import StoredForm
 from auxin.models.ties import TIED, UNTIED, configs_with_ties, unmarked, untie, untied_on_loading
 from auxin.models.weight_files import read_tensor, stored_tensors
 
@@ -80,8 +81,10 @@ def _with_stored_ties(config: PreTrainedConfig, folder: Path) -> PreTrainedConfi
     if not stored:
         return config
     try:
-        ties = skeleton(plain).all_tied_weights_keys
-        untied = untied_on_loading(ties, stored, lambda name: read_tensor(stored[name], name))
+        bare = skeleton(plain)
+        ties, form = bare.all_tied_weights_keys, StoredForm(bare)
+        names = {form.loaded_as(name): name for name in stored}
+        untied = untied_on_loading(ties, names, lambda name: read_tensor(stored[names[name]], names[name]))
         found = configs_with_ties(plain, ties, untied) if untied else []
         fitting = (each for each in found if skeleton(each).all_tied_weights_keys.keys() == ties.keys() - set(untied))
         return next(fitting, plain)

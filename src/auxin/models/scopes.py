@@ -9,7 +9,10 @@ from transformers import PreTrainedModel
 from auxin.errors import PlanError
 from auxin.models.configs import config_value
 from auxin.models.scoped_config import ScopedConfig, config_at
-from auxin.words.roles import FEED_FORWARD, Anatomy, LayerStack, ParameterRole, Segment, Stream, Width
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.paths import dotted
+from auxin.words.roles import ParameterRole, Segment
+from auxin.words.widths import FEED_FORWARD, Stream, Width
 
 STREAMS: tuple[Stream, ...] = ("query", "key_value", *FEED_FORWARD)
 """The streams whose widths can differ from layer to layer."""
@@ -39,7 +42,7 @@ def in_scopes(model: PreTrainedModel, found: Anatomy, scopes: Iterable[str] = ()
 class _Scopes:
     def __init__(self, model: PreTrainedModel, found: Anatomy) -> None:
         said = [
-            Width(stream, path, getattr(model.config, name))
+            Width(stream, path, config_value(model.config, name))
             for stream in STREAMS
             for path, name in found.fields.names(stream).items()
             if path
@@ -121,7 +124,7 @@ class _Scopes:
         """Heads are told from tensors by one dimension for all."""
         fields, sizes = self.found.fields.undotted, self.found.sizes
         attentions = (
-            (layer, f"{layer}.{part}".rstrip("."))
+            (layer, dotted(layer, part))
             for stack, layers in self.layers.items()
             for layer in layers
             for part in stack.attentions

@@ -62,7 +62,7 @@ def untied_on_loading(ties: Mapping[str, str], stored: Iterable[str], read: Call
 
     Args:
         ties: what class and config tie, by the name that is given up.
-        stored: the names that the checkpoint holds.
+        stored: the names that the checkpoint holds, as they are in the model.
         read: gives the tensor of one of them.
     """
     holders = {name: name for name in stored}

@@ -28,7 +28,9 @@ from torch.nn.functional import linear
 from auxin.errors import ConfigError
 from auxin.nn.bricks import Brick, Roles, brick
 from auxin.nn.extension import extended
-from auxin.words.roles import ParameterRole, ResidualBlocks, Stream
+from auxin.words.anatomy import ResidualBlocks
+from auxin.words.roles import ParameterRole
+from auxin.words.widths import Stream
 
 Coefficients = Literal["static", "dynamic", "none"]
 """Of mixing and gains: the same for all tokens (the paper), computed from each token (Gemma 3n), or none: the other

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from auxin.errors import PlanError
+from auxin.words.anatomy import ResidualBlocks
 from auxin.words.registry import Registry
-from auxin.words.roles import ParameterRole, ResidualBlocks, Stream
+from auxin.words.roles import ParameterRole
+from auxin.words.widths import Stream
 
 Shapes = Mapping[str, tuple[int, ...]]
 Tensors = Mapping[str, Tensor]

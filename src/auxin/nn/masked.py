@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from auxin.errors import ConfigError, PlanError
 from auxin.nn.bricks import Brick, brick
 from auxin.nn.calls import as_if_called
-from auxin.words.roles import Stream
+from auxin.words.widths import Stream
 
 Spans = Sequence[Sequence[int]]
 """Stretches [first, end) of new units on an axis."""

@@ -2,7 +2,8 @@
 
 from itertools import takewhile
 
-from auxin.words.roles import Anatomy, ParameterRole
+from auxin.words.anatomy import Anatomy
+from auxin.words.roles import ParameterRole
 
 
 def attention_numbers(anatomy: Anatomy) -> dict[str, int]:

@@ -14,8 +14,9 @@ from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.planning.width import Widened, widen
 from auxin.planning.width_maps import StreamMap, Widening, circular, feed_forward_maps
+from auxin.words.anatomy import Anatomy
 from auxin.words.paths import encloses
-from auxin.words.roles import FEED_FORWARD, Anatomy, Sizes, Stream
+from auxin.words.widths import FEED_FORWARD, Sizes, Stream
 
 _CUT: tuple[Stream, ...] = ("residual", "query", *FEED_FORWARD)
 

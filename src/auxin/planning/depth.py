@@ -23,7 +23,7 @@ from auxin.models.anatomy import anatomy as complete_anatomy
 from auxin.models.identity_outputs import zeroed_outputs
 from auxin.models.layout import depends_on_numbers, found_stacks, held_by_the_first
 from auxin.nn.bricks import Brick
-from auxin.words.roles import Anatomy, LayerStack
+from auxin.words.anatomy import Anatomy, LayerStack
 
 
 def chosen_stacks(anatomy: Anatomy, part: str | None) -> list[LayerStack]:

@@ -2,7 +2,8 @@
 
 from auxin.errors import PlanError
 from auxin.planning.width_targets import WidthTargets
-from auxin.words.roles import Anatomy, Sizes
+from auxin.words.anatomy import Anatomy
+from auxin.words.widths import Sizes
 
 
 def fixed_head_sizes(anatomy: Anatomy, targets: WidthTargets) -> Sizes:

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from auxin.edits.kinds.module_edits import ConfigureModule
-from auxin.words.paths import encloses
-from auxin.words.roles import FEED_FORWARD, SETTINGS, Anatomy, LayerStack, Sizes, Stream, Width
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.paths import dotted, encloses
+from auxin.words.widths import FEED_FORWARD, SETTINGS, Sizes, Stream, Width
 
 
 def size_edits(anatomy: Anatomy, new: Sizes) -> tuple[Sizes, list[ConfigureModule]]:
@@ -113,12 +114,12 @@ def _modules(anatomy: Anatomy, stream: Stream, home: str, scope: str) -> Iterato
             continue
         parts = stack.feed_forward if stream in FEED_FORWARD else stack.attentions
         if not scope and _follows_model(anatomy, stack, stream):
-            yield from (f"{stack.path}.*.{part}".rstrip(".") for part in parts)
+            yield from (dotted(stack.path, "*", part) for part in parts)
         elif scope == stack.path:
-            yield from (f"{scope}.*.{part}".rstrip(".") for part in parts)
+            yield from (dotted(scope, "*", part) for part in parts)
         elif scope.startswith(f"{stack.path}."):
             is_layer = "." not in scope.removeprefix(f"{stack.path}.")
-            yield from (f"{scope}.{part}".rstrip(".") for part in (parts if is_layer else ("",)))
+            yield from (dotted(scope, part) for part in (parts if is_layer else ("",)))
 
 
 def _follows_model(anatomy: Anatomy, stack: LayerStack, stream: Stream) -> bool:

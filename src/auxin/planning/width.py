@@ -29,7 +29,9 @@ from auxin.errors import PlanError
 from auxin.planning.size_edits import size_edits, size_values
 from auxin.planning.width_conditions import fatal_reasons, inexact_reasons, norm_scale, rotary_after
 from auxin.planning.width_maps import Widening
-from auxin.words.roles import SETTINGS, Anatomy, HeadPart, ParameterRole, Segment, Sizes, laid_out
+from auxin.words.anatomy import Anatomy
+from auxin.words.roles import HeadPart, ParameterRole, Segment, laid_out
+from auxin.words.widths import SETTINGS, Sizes
 
 
 @dataclass(frozen=True)

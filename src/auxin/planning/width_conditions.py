@@ -5,8 +5,9 @@ from collections.abc import Iterable
 
 from auxin.errors import PlanError
 from auxin.planning.width_maps import Padding, StreamMap, Widening
+from auxin.words.anatomy import Anatomy
 from auxin.words.paths import encloses
-from auxin.words.roles import FEED_FORWARD, SETTINGS, Anatomy, Sizes, Stream
+from auxin.words.widths import FEED_FORWARD, SETTINGS, Sizes, Stream
 
 ROPE_BY_FREQUENCY = ("default", "linear", "llama3")
 """Rotary embeddings whose treatment of a pair depends on its frequency alone, not on the head dimension."""

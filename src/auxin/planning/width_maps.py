@@ -11,7 +11,8 @@ from typing import Literal
 
 from auxin.errors import PlanError
 from auxin.words.paths import innermost
-from auxin.words.roles import FEED_FORWARD, Segment, Sizes, Stream, Width
+from auxin.words.roles import Segment
+from auxin.words.widths import FEED_FORWARD, Sizes, Stream, Width
 
 Padding = Literal["zeros", "mean"]
 

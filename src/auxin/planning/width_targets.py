@@ -11,7 +11,8 @@ from auxin.models.anatomy import anatomy as complete_anatomy
 from auxin.planning.depth import chosen_stacks
 from auxin.planning.width import describe_sizes
 from auxin.settings import Settings
-from auxin.words.roles import FEED_FORWARD, SETTINGS, Anatomy, Sizes, Stream, Width
+from auxin.words.anatomy import Anatomy
+from auxin.words.widths import FEED_FORWARD, SETTINGS, Sizes, Stream, Width
 
 
 class WidthTargets(Settings):

@@ -1,1 +1,1 @@
-"""The words that all rooms speak: roles of parameters, dotted paths, and things that are called by name."""
+"""The words that all rooms speak: widths, roles of parameters, anatomies, paths, and things called by name."""

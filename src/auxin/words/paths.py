@@ -5,6 +5,11 @@ from collections.abc import Iterable
 from functools import cache
 
 
+def dotted(*paths: str) -> str:
+    """One path after the other; "" is the place itself and adds nothing."""
+    return ".".join(filter(None, paths))
+
+
 @cache
 def path_pattern(path: str, before: str = "", after: str = "") -> re.Pattern[str]:
     """The regular expression that matches the names which `path` means.

@@ -13,7 +13,7 @@ from auxin.errors import PlanError
 from auxin.models.building import Builder, likeness
 from auxin.nn.bricks import BRICKS, find_brick
 from auxin.nn.stand_ins import Identity, Zeros
-from auxin.words.paths import encloses, path_pattern
+from auxin.words.paths import dotted, encloses, path_pattern
 
 Leaves = Literal["identity", "zeros", "inner"]
 
@@ -178,7 +178,7 @@ class ConfigureModule(ModuleEdit):
             bricks = tuple(BRICKS.all().values())
             for name, module in model.get_submodule(path).named_modules():
                 if isinstance(module, bricks):
-                    place = f"{path}.{name}".rstrip(".")
+                    place = dotted(path, name)
                     raise PlanError(
                         f"{place} is {type(module).__name__}, a brick of an earlier edit, which is not built from the "
                         "config. Name modules beside it or in it, or take it off first"

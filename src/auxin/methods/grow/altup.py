@@ -54,7 +54,7 @@ from auxin.planning.depth import chosen_stacks, depth
 from auxin.planning.method import Method
 from auxin.planning.width_targets import refuse_without_tower
 from auxin.settings import Settings
-from auxin.words.roles import Anatomy, LayerStack
+from auxin.words.anatomy import Anatomy, LayerStack
 
 Conversion = Literal["recycled", "copies", "free", "relay", "zeros", "random"]
 Selection = Literal["alternating", "same"]

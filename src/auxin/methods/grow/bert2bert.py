@@ -27,7 +27,8 @@ from auxin.planning.method import Method
 from auxin.planning.width import widen
 from auxin.planning.width_maps import StreamMap, Widening, drawn, feed_forward_maps, head_maps, scoped_maps
 from auxin.planning.width_targets import WidthTargets, example_tower, refuse_idle_part, refuse_unchanged
-from auxin.words.roles import Anatomy, Sizes
+from auxin.words.anatomy import Anatomy
+from auxin.words.widths import Sizes
 
 
 class Bert2Bert(WidthTargets):

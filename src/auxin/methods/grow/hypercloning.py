@@ -33,7 +33,8 @@ from auxin.planning.width_targets import (
     refuse_unchanged,
     refuse_without_tower,
 )
-from auxin.words.roles import FEED_FORWARD, SETTINGS, Anatomy, Sizes, Width
+from auxin.words.anatomy import Anatomy
+from auxin.words.widths import FEED_FORWARD, SETTINGS, Sizes, Width
 
 
 class HyperCloning(WidthTargets):

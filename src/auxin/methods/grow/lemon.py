@@ -32,7 +32,7 @@ from auxin.planning.width_targets import (
     refuse_idle_part,
     refuse_unchanged,
 )
-from auxin.words.roles import Anatomy
+from auxin.words.anatomy import Anatomy
 
 
 class Lemon(WidthTargets):

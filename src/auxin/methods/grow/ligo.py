@@ -51,7 +51,9 @@ from auxin.planning.size_edits import size_values
 from auxin.planning.width import describe_sizes
 from auxin.planning.width_conditions import refuse_fixed_widths
 from auxin.planning.width_targets import WidthTargets, example_tower, feed_forward_settings
-from auxin.words.roles import Anatomy, LayerStack, ParameterRole, Segment, Sizes, laid_out
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import ParameterRole, Segment, laid_out
+from auxin.words.widths import Sizes
 
 BATCH_SIZE = 8
 """Samples per step, unless the data comes in other batches."""

@@ -47,8 +47,10 @@ from auxin.planning.size_edits import size_edits, size_values
 from auxin.planning.width import describe_sizes
 from auxin.planning.width_conditions import refuse_fixed_widths
 from auxin.planning.width_targets import WidthTargets, example_tower, feed_forward_settings
+from auxin.words.anatomy import Anatomy, LayerStack
 from auxin.words.paths import path_pattern
-from auxin.words.roles import FEED_FORWARD, Access, Anatomy, LayerStack, ParameterRole, Segment, Sizes, laid_out
+from auxin.words.roles import Access, ParameterRole, Segment, laid_out
+from auxin.words.widths import FEED_FORWARD, Sizes
 
 MASKS = ("masked", "masked_norm", "masked_block")
 
@@ -447,12 +449,14 @@ class _Growth:
         return settings
 
     def _refuse_heads_within(self, module: str) -> None:
-        """PlanError when heads grow in a module that makes them and reads them itself (torch's MultiheadAttention)."""
+        """PlanError when heads grow in a module that makes them with one matrix and reads them with another (torch's
+        MultiheadAttention)."""
         found = next(m for path, m in self.model.named_modules() if path_pattern(module).fullmatch(path))
         below = [role for role in self.body.roles if role.kind == "matrix" and role.pattern.startswith(f"{module}.")]
         grown = [role for role in below if any(self._spans(segments) for segments in role.axes)]
-        both = all(any(role.along("query", how) for role in grown) for how in get_args(Access))
-        if both and not isinstance(found, Brick):
+        # A matrix from heads to heads (DeBERTa's head_logits_proj) is masked on both sides.
+        ends = {role.pattern: [how for how in get_args(Access) if role.along("query", how)] for role in grown}
+        if all([how] in ends.values() for how in get_args(Access)) and not isinstance(found, Brick):
             raise PlanError(
                 f"num_attention_heads = {self.new.query_heads}: {module}, a {type(found).__name__}, makes its heads "
                 "and reads them in one call, between which there is no place for a mask. Grow feed-forward parts or "

@@ -31,7 +31,7 @@ from auxin.planning.width_targets import (
     refuse_without_tower,
 )
 from auxin.settings import Settings
-from auxin.words.roles import Sizes
+from auxin.words.widths import Sizes
 
 
 class Net2Net(Settings):

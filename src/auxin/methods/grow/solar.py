@@ -23,7 +23,7 @@ from auxin.planning.bench import from_model
 from auxin.planning.depth import arrange, depth, is_exact, stacks_to_deepen
 from auxin.planning.method import Method
 from auxin.settings import Settings
-from auxin.words.roles import LayerStack
+from auxin.words.anatomy import LayerStack
 
 
 class Slice(Settings):

@@ -33,7 +33,7 @@ from auxin.planning.depth import chosen_stacks, depth
 from auxin.planning.method import Method
 from auxin.planning.width_targets import refuse_without_tower
 from auxin.settings import Settings
-from auxin.words.roles import LayerStack
+from auxin.words.anatomy import LayerStack
 
 
 class SequenceAltUpSettings(Settings):
@@ -89,7 +89,7 @@ def plan_sequence_altup(model: PreTrainedModel, settings: SequenceAltUpSettings)
         settings=settings.model_dump(mode="json", exclude_defaults=True),
         promise="none",
         edits=edits,
-        notes=_notes(layers[chosen[0]], settings.stride),
+        notes=_notes(model, [layers[number] for number in chosen], settings.stride),
         made_for=config_values(model.config),
     )
 
@@ -168,13 +168,21 @@ def _check_layer(path: str, layer: nn.Module, settings: SequenceAltUpSettings) -
         )
 
 
-def _notes(layer: nn.Module, stride: int) -> list[str]:
-    if not is_causal(layer):
-        return []
-    return [
-        f"Anchors are counted from the first column: pad batches on the left by multiples of {stride}, or what a text "
-        "becomes depends on its padding."
-    ]
+def _notes(model: PreTrainedModel, layers: Sequence[nn.Module], stride: int) -> list[str]:
+    notes = []
+    if is_causal(layers[0]):
+        notes.append(
+            f"Anchors are counted from the first column: pad batches on the left by multiples of {stride}, or what a "
+            "text becomes depends on its padding."
+        )
+    # As transformers' models with experts call their modules of all experts.
+    has_experts = any(name.endswith("experts") for layer in layers for name, _ in layer.named_modules())
+    if has_experts and hasattr(model.config, "output_router_logits"):
+        notes.append(
+            "The loss that balances experts (output_router_logits) sees what routers say of anchors only, and "
+            "transformers can't tell which rows of an attention mask are theirs: give none beside it."
+        )
+    return notes
 
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:

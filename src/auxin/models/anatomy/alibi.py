@@ -7,28 +7,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
-from auxin.models.anatomy.parts import base_prefix, head_of, head_readers, head_roles, is_tied, rotary_of, sizes_of
-from auxin.words.roles import (
-    Anatomy,
-    Axes,
-    ConfigFields,
-    LayerStack,
-    ParameterRole,
-    Segment,
-    Sizes,
-    Stream,
-    embedding,
-    linear,
-    norm,
-)
+from auxin.models.anatomy.parts import base_prefix, layer_norm_decoder, rotary_of, sizes_of
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Axes, ParameterRole, embedding, linear, norm
+from auxin.words.widths import ConfigFields, Stream
 
 SLOPES = "the slopes of ALiBi depend on the number of heads, so that all heads would attend otherwise than before."
 """Why the number of heads stays."""
-
-
-def _by_heads(sizes: Sizes) -> tuple[Segment, ...]:
-    """Query, key and value of one head after those of the one before it."""
-    return (Segment("query", 3 * sizes.head_dim, sizes.query_heads, ("query", "key", "value")),)
 
 
 def _feed_forward(module: str, axes: Axes) -> list[ParameterRole]:
@@ -47,7 +32,7 @@ def _falcon(model: PreTrainedModel) -> Anatomy:
     layer = f"{prefix}h.*"
     apart = axes.query + axes.key + axes.value
     dealt = tuple(replace(segment, dealt=True) for segment in apart)
-    fused = dealt if grouped else apart if single else _by_heads(sizes)
+    fused = dealt if grouped else apart if single else axes.fused
     norms = ("input_layernorm", "post_attention_layernorm", "ln_attn", "ln_mlp")
     roles = [
         embedding(f"{prefix}word_embeddings.weight", axes.vocabulary, axes.residual),
@@ -55,8 +40,6 @@ def _falcon(model: PreTrainedModel) -> Anatomy:
         *linear(f"{layer}.self_attention.query_key_value", fused, axes.residual),
         *linear(f"{layer}.self_attention.dense", axes.residual, axes.attended),
         *_feed_forward(f"{layer}.mlp", axes),
-        *norm(f"{prefix}ln_f", axes.residual),
-        *head_roles(axes),
     ]
     stays: tuple[tuple[Stream, str], ...] = ()
     if config.alibi:
@@ -67,38 +50,31 @@ def _falcon(model: PreTrainedModel) -> Anatomy:
         )
         stays = (("residual", reason),)
     rotary = rotary_of(config)
-    return Anatomy(
-        family="falcon",
-        sizes=sizes,
-        fields=ConfigFields(
-            "hidden_size",
-            "num_attention_heads",
-            "num_kv_heads" if grouped else None,
-            "ffn_hidden_size",
-            None,
-            "layer_norm_epsilon",
-            like_heads=() if grouped or single else ("num_kv_heads",),
-        ),
-        stacks=(
+    return replace(
+        layer_norm_decoder(
+            model,
+            sizes,
+            ConfigFields(
+                "hidden_size",
+                "num_attention_heads",
+                "num_kv_heads" if grouped else None,
+                "ffn_hidden_size",
+                None,
+                "layer_norm_epsilon",
+                like_heads=() if grouped or single else ("num_kv_heads",),
+            ),
             LayerStack(
                 f"{prefix}h",
                 "num_hidden_layers",
                 ("self_attention.dense", "mlp.dense_4h_to_h"),
                 entries=(f"{prefix}word_embeddings",),
                 end=f"{prefix}ln_f",
-                readers=head_readers(),
                 feed_forward=("mlp",),
                 attentions=("self_attention",),
                 parallel=bool(grouped or config.parallel_attn),
             ),
+            roles,
         ),
-        roles=tuple(roles),
-        norm="layer",
-        norm_has_gain=True,
-        tied=is_tied(model),
-        final_norm=f"{prefix}ln_f",
-        head=head_of(model),
-        embeddings=(f"{prefix}word_embeddings.weight",),
         rotary_dim=0 if config.alibi else int(sizes.head_dim * rotary.share),
         rope_type=rotary.rope_type,
         heads_stay=SLOPES if config.alibi else "",
@@ -117,39 +93,30 @@ def _bloom(model: PreTrainedModel) -> Anatomy:
         embedding(f"{prefix}word_embeddings.weight", axes.vocabulary, axes.residual),
         *norm(f"{prefix}word_embeddings_layernorm", axes.residual),
         *(role for name in norms for role in norm(f"{layer}.{name}", axes.residual)),
-        *linear(f"{layer}.self_attention.query_key_value", _by_heads(sizes), axes.residual),
+        *linear(f"{layer}.self_attention.query_key_value", axes.fused, axes.residual),
         *linear(f"{layer}.self_attention.dense", axes.residual, axes.attended),
         *_feed_forward(f"{layer}.mlp", axes),
-        *norm(f"{prefix}ln_f", axes.residual),
-        *head_roles(axes),
     ]
     # What the residual goes on with is then what each norm gives.
     after_norm = config.apply_residual_connection_post_layernorm
-    return Anatomy(
-        family="bloom",
-        sizes=sizes,
-        fields=ConfigFields("hidden_size", "n_head", None, None, None, "layer_norm_epsilon"),
-        stacks=(
+    return replace(
+        layer_norm_decoder(
+            model,
+            sizes,
+            ConfigFields("hidden_size", "n_head", None, None, None, "layer_norm_epsilon"),
             LayerStack(
                 f"{prefix}h",
                 "n_layer",
                 ("self_attention.dense", "mlp.dense_4h_to_h"),
                 norms if after_norm else (),
                 "after_residual" if after_norm else "before",
-                (f"{prefix}word_embeddings_layernorm",),
-                f"{prefix}ln_f",
-                head_readers(),
-                ("mlp",),
-                ("self_attention",),
+                entries=(f"{prefix}word_embeddings_layernorm",),
+                end=f"{prefix}ln_f",
+                feed_forward=("mlp",),
+                attentions=("self_attention",),
             ),
+            roles,
         ),
-        roles=tuple(roles),
-        norm="layer",
-        norm_has_gain=True,
-        tied=is_tied(model),
-        final_norm=f"{prefix}ln_f",
-        head=head_of(model),
-        embeddings=(f"{prefix}word_embeddings.weight",),
         embedding_norm=f"{prefix}word_embeddings_layernorm",
         heads_stay=SLOPES,
     )
@@ -169,32 +136,23 @@ def _mpt(model: PreTrainedModel) -> Anatomy:
         *norm(f"{layer}.norm_2", axes.residual),
         *linear(f"{layer}.ffn.up_proj", axes.ffn, axes.residual),
         *linear(f"{layer}.ffn.down_proj", axes.residual, axes.ffn),
-        *norm(f"{prefix}norm_f", axes.residual),
-        *head_roles(axes),
     ]
-    return Anatomy(
-        family="mpt",
-        sizes=sizes,
-        fields=ConfigFields("d_model", "n_heads", None, None, None, "layer_norm_epsilon"),
-        stacks=(
+    return replace(
+        layer_norm_decoder(
+            model,
+            sizes,
+            ConfigFields("d_model", "n_heads", None, None, None, "layer_norm_epsilon"),
             LayerStack(
                 f"{prefix}blocks",
                 "n_layers",
                 ("attn.out_proj", "ffn.down_proj"),
                 entries=(f"{prefix}wte",),
                 end=f"{prefix}norm_f",
-                readers=head_readers(),
                 feed_forward=("ffn",),
                 attentions=("attn",),
             ),
+            roles,
         ),
-        roles=tuple(roles),
-        norm="layer",
-        norm_has_gain=True,
-        tied=is_tied(model),
-        final_norm=f"{prefix}norm_f",
-        head=head_of(model),
-        embeddings=(f"{prefix}wte.weight",),
         attention_scaled=attention.softmax_scale is None,
         heads_stay=SLOPES,
         heads_clipped=f"clip_qkv = {attention.clip_qkv:g}" if attention.clip_qkv else "",

@@ -13,24 +13,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
-from auxin.models.anatomy.parts import base_prefix, is_tied
-from auxin.words.roles import (
-    Anatomy,
-    Axes,
-    ConfigFields,
-    LayerStack,
-    NormPosition,
-    ParameterRole,
-    Sizes,
-    Stream,
-    embedding,
-    linear,
-    norm,
-)
+from auxin.models.anatomy.parts import VOCABULARY_HEADS, attention_roles, base_prefix, head_of, is_tied
+from auxin.words.anatomy import Anatomy, LayerStack, NormPosition
+from auxin.words.roles import Axes, ParameterRole, embedding, linear, norm
+from auxin.words.widths import ConfigFields, Sizes, Stream
 
 ATTENTIONS = {"encoder": ("self_attn",), "decoder": ("self_attn", "encoder_attn")}
 """The attentions of a layer of each stack, in the order in which they run."""
-VOCABULARY_HEADS = ("lm_head", "proj_out")
 READERS = (*VOCABULARY_HEADS, "qa_outputs", "classification_head.dense", "projector")
 """What reads what leaves the last stack."""
 COMPUTED = (
@@ -110,7 +99,7 @@ def encoder_decoder(model: PreTrainedModel, own: EncoderDecoder) -> Anatomy:
         norm_has_gain=True,
         tied=tied,
         final_norm=post_norm_end if own.norm_position == "after_residual" else f"{last}.layer_norm",
-        head=next((head for head in READERS if hasattr(model, head.partition(".")[0])), None),
+        head=head_of(model, READERS),
         embeddings=tuple(role.pattern for role in roles if role.kind == "embedding"),
         embedding_scaled=own.scales_embeddings and bool(config.scale_embedding),
         fixed_widths=(("residual", COMPUTED),) if own.computed_positions else (),
@@ -161,10 +150,7 @@ def _layer_roles(layer: str, attentions: tuple[str, ...], axes: Axes) -> list[Pa
     """The roles of a layer, but for its last norm."""
     roles: list[ParameterRole] = []
     for attention in attentions:
-        roles += linear(f"{layer}.{attention}.q_proj", axes.query, axes.residual)
-        roles += linear(f"{layer}.{attention}.k_proj", axes.key, axes.residual)
-        roles += linear(f"{layer}.{attention}.v_proj", axes.value, axes.residual)
-        roles += linear(f"{layer}.{attention}.out_proj", axes.residual, axes.attended)
+        roles += attention_roles(f"{layer}.{attention}", axes)
         roles += norm(f"{layer}.{attention}_layer_norm", axes.residual)
     return [
         *roles,

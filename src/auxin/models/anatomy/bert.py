@@ -13,18 +13,10 @@ from transformers import PreTrainedModel
 
 from auxin.models.anatomy.encoder_heads import Heads, heads
 from auxin.models.anatomy.found import ANATOMIES
-from auxin.models.anatomy.parts import base_prefix, sizes_of
-from auxin.words.roles import (
-    Anatomy,
-    Axes,
-    ConfigFields,
-    LayerStack,
-    ParameterRole,
-    Sizes,
-    embedding,
-    linear,
-    norm,
-)
+from auxin.models.anatomy.parts import attention_roles, base_prefix, sizes_of
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Axes, ParameterRole, embedding, linear, norm, per_head
+from auxin.words.widths import ConfigFields, Sizes
 
 TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 """The tables that are added up before the first layer, that of the tokens first."""
@@ -96,7 +88,7 @@ def encoder(
         *norm(f"{prefix}embeddings.LayerNorm", axes.residual if own.normed_projection else embedded),
         *(linear(f"{prefix}{own.projection}", axes.residual, embedded) if own.projection else ()),
         *layer_roles(f"{stack_path}.*", own.layer, axes),
-        *(attention_roles(f"{stack_path}.*", CROSS_ATTENTION, axes) if crossed else ()),
+        *(normed_attention_roles(f"{stack_path}.*", CROSS_ATTENTION, axes) if crossed else ()),
         *found.roles,
         *(more(prefix, axes) if more else ()),
     ]
@@ -167,20 +159,17 @@ def layer_roles(path: str, layer: Layer, axes: Axes) -> list[ParameterRole]:
         axes: of the model's streams.
     """
     return [
-        *attention_roles(path, layer, axes),
+        *normed_attention_roles(path, layer, axes),
         *linear(f"{path}.{layer.inner}", axes.ffn, axes.residual),
         *linear(f"{path}.{layer.outer}", axes.residual, axes.ffn),
         *norm(f"{path}.{layer.output_norm}", axes.residual),
     ]
 
 
-def attention_roles(path: str, layer: Layer, axes: Axes) -> list[ParameterRole]:
+def normed_attention_roles(path: str, layer: Layer, axes: Axes) -> list[ParameterRole]:
     """The roles of a layer's attention and of the norm behind it; as `layer_roles`."""
     return [
-        *linear(f"{path}.{layer.query}", axes.query, axes.residual),
-        *linear(f"{path}.{layer.key}", axes.key, axes.residual),
-        *linear(f"{path}.{layer.value}", axes.value, axes.residual),
-        *linear(f"{path}.{layer.attended}", axes.residual, axes.attended),
+        *attention_roles(path, axes, (layer.query, layer.key, layer.value, layer.attended)),
         *norm(f"{path}.{layer.attention_norm}", axes.residual),
     ]
 
@@ -259,8 +248,7 @@ for _family, _own in ENCODERS.items():
 
 def _position_biases(prefix: str, axes: Axes) -> list[ParameterRole]:
     """MPNet's table of biases for the scores of heads, which all layers share."""
-    heads_alone = (replace(axes.query[0], unit=1, parts=()),)
-    return [embedding(f"{prefix}encoder.relative_attention_bias.weight", (), heads_alone)]
+    return [embedding(f"{prefix}encoder.relative_attention_bias.weight", (), per_head(axes.query))]
 
 
 ANATOMIES.add("mpnet", partial(encoder, own=Encoder(_MPNET), more=_position_biases))

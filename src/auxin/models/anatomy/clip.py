@@ -11,19 +11,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
-from auxin.models.anatomy.parts import base_prefix, has_parameters, sizes_of
+from auxin.models.anatomy.parts import attention_roles, base_prefix, has_parameters, sizes_of
 from auxin.models.anatomy.towers import Towers
-from auxin.words.roles import (
-    Access,
-    Anatomy,
-    Axes,
-    ConfigFields,
-    LayerStack,
-    ParameterRole,
-    embedding,
-    linear,
-    norm,
-)
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Access, Axes, ParameterRole, embedding, linear, norm
+from auxin.words.widths import ConfigFields
 
 PROJECTIONS = {"text": ("text_projection",), "vision": ("visual_projection", "classifier")}
 """Linear layers beside the towers, by the tower that they read."""
@@ -84,10 +76,7 @@ def _roles(prefix: str, kind: str, axes: Axes) -> list[ParameterRole]:
         embedding(f"{embeddings}.patch_embedding.bias", axes.residual),
         embedding(f"{embeddings}.class_embedding", axes.residual),
         embedding(f"{embeddings}.position_embedding.weight", (), axes.residual),
-        *linear(f"{layer}.self_attn.q_proj", axes.query, axes.residual),
-        *linear(f"{layer}.self_attn.k_proj", axes.key, axes.residual),
-        *linear(f"{layer}.self_attn.v_proj", axes.value, axes.residual),
-        *linear(f"{layer}.self_attn.out_proj", axes.residual, axes.attended),
+        *attention_roles(f"{layer}.self_attn", axes),
         *linear(f"{layer}.mlp.fc1", axes.ffn, axes.residual),
         *linear(f"{layer}.mlp.fc2", axes.residual, axes.ffn),
         *(role for name in ("layer_norm1", "layer_norm2") for role in norm(f"{layer}.{name}", axes.residual)),

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from auxin.models.anatomy.bert import FIELDS, Encoder, Layer, encoder
 from auxin.models.anatomy.found import ANATOMIES
 from auxin.models.anatomy.parts import base_prefix
-from auxin.words.roles import Anatomy, Axes, ParameterRole, embedding, linear, norm
+from auxin.words.anatomy import Anatomy
+from auxin.words.roles import Axes, ParameterRole, embedding, linear, norm, per_head
 
 _ENCODER = Encoder(
     Layer("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
@@ -49,13 +50,11 @@ def _positions(prefix: str, axes: Axes, grouped: bool) -> list[ParameterRole]:
     """The roles of what DeBERTa has beside an encoder's modules: in the first version queries, keys and values of a
     head in one, the biases of two of them apart; in the second a convolution behind the first layer."""
     attention, conv = f"{prefix}encoder.layer.*.attention.self", f"{prefix}encoder.conv"
-    (value,) = axes.attended
-    fused = replace(value, unit=3 * value.unit, parts=("query", "key", "value"))
-    heads = (replace(value, unit=1, parts=()),)
+    heads = per_head(axes.query)
     return [
         embedding(f"{prefix}encoder.rel_embeddings.weight", (), axes.residual),
         *norm(f"{prefix}encoder.LayerNorm", axes.residual),
-        *linear(f"{attention}.in_proj", (fused,), axes.residual),
+        *linear(f"{attention}.in_proj", axes.fused, axes.residual),
         ParameterRole(f"{attention}.q_bias", (axes.query,), ("writes",), "bias"),
         ParameterRole(f"{attention}.v_bias", (axes.attended,), ("writes",), "bias"),
         *(

@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 from auxin.models.anatomy.found import ANATOMIES
 from auxin.models.anatomy.llama import Decoder, assembled, feed_forward_roles, feed_forward_sizes, shared_experts
 from auxin.models.anatomy.parts import base_prefix, head_roles, sizes_of
-from auxin.words.roles import Anatomy, Axes, ParameterRole, Segment, Sizes, embedding, linear, norm
+from auxin.words.anatomy import Anatomy
+from auxin.words.roles import Axes, ParameterRole, Segment, embedding, linear, norm
+from auxin.words.widths import Sizes
 
 LATENT = {
     "deepseek_v2": Decoder(

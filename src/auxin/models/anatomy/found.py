@@ -10,8 +10,8 @@ from auxin.models.anatomy.towers import Towers
 from auxin.models.configs import config_value
 from auxin.models.edited_anatomy import with_bricks
 from auxin.models.scopes import in_scopes
+from auxin.words.anatomy import Anatomy, LayerStack
 from auxin.words.registry import Registry
-from auxin.words.roles import Anatomy
 
 ANATOMIES: Registry[Callable[[PreTrainedModel], Anatomy] | Towers] = Registry(
     "anatomy", "auxin.models.anatomy", error=PlanError, plural="anatomies"
@@ -50,6 +50,7 @@ def anatomy(
             unknown_name("architecture", family, ANATOMIES.all()) + (_ANY_MODEL if complete else _NOT_LIKE_LLAMA)
         )
     found = describe.anatomy(model, part, _described) if isinstance(describe, Towers) else describe(model)
+    found = replace(found, stacks=tuple(_as_built(stack, model) for stack in found.stacks))
     if not complete:
         return found
     found = _by_embedding(with_bricks(in_scopes(model, found, scopes), model), model)
@@ -60,6 +61,21 @@ def anatomy(
     for name, shape in shapes.items():
         _check_shape(found, name, shape)
     return found
+
+
+def _as_built(stack: LayerStack, model: PreTrainedModel) -> LayerStack:
+    """The stack with those outputs alone that one of its layers has: descriptions serve several architectures."""
+    names = [*(name for name, _ in model.named_modules()), *(name for name, _ in model.named_parameters())]
+    within = (
+        name.removeprefix(f"{stack.path}.").partition(".")[2] for name in names if name.startswith(f"{stack.path}.")
+    )
+    # Wrappers are between the parts of a name.
+    plain = {f".{name}".replace(".inner", "").removeprefix(".") for name in within}
+    return replace(
+        stack,
+        outputs=tuple(name for name in stack.outputs if name in plain),
+        output_norms=tuple(name for name in stack.output_norms if name in plain),
+    )
 
 
 def _described(tower: PreTrainedModel) -> Anatomy:

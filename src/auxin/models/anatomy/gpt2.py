@@ -1,24 +1,15 @@
 """The anatomies of GPT-2 and of GPT-BigCode, which names its modules in the same way."""
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
-from auxin.models.anatomy.parts import base_prefix, head_of, head_readers, head_roles, is_tied, sizes_of
-from auxin.words.roles import (
-    Anatomy,
-    Axes,
-    ConfigFields,
-    LayerStack,
-    ParameterRole,
-    Segment,
-    Sizes,
-    conv1d,
-    embedding,
-    linear,
-    norm,
-)
+from auxin.models.anatomy.parts import base_prefix, layer_norm_decoder, sizes_of
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Axes, ParameterRole, conv1d, embedding, linear, norm
+from auxin.words.widths import ConfigFields, Sizes
 
 
 def _gpt2(model: PreTrainedModel) -> Anatomy:
@@ -42,9 +33,8 @@ def _gpt_bigcode(model: PreTrainedModel) -> Anatomy:
     sizes = sizes_of(config, config.n_inner or 4 * config.n_embd, key_value_heads=1 if single else None)
     axes = Axes.of(sizes, config.vocab_size)
     layer = f"{base_prefix(model)}h.*"
-    fused = (Segment("query", 3 * sizes.head_dim, sizes.query_heads, ("query", "key", "value")),)
     matrices = [
-        *linear(f"{layer}.attn.c_attn", axes.query + axes.key + axes.value if single else fused, axes.residual),
+        *linear(f"{layer}.attn.c_attn", axes.query + axes.key + axes.value if single else axes.fused, axes.residual),
         *linear(f"{layer}.attn.c_proj", axes.residual, axes.attended),
         *linear(f"{layer}.mlp.c_fc", axes.ffn, axes.residual),
         *linear(f"{layer}.mlp.c_proj", axes.residual, axes.ffn),
@@ -63,30 +53,21 @@ def _assembled(model: PreTrainedModel, sizes: Sizes, matrices: list[ParameterRol
         *norm(f"{prefix}h.*.ln_1", axes.residual),
         *norm(f"{prefix}h.*.ln_2", axes.residual),
         *matrices,
-        *norm(f"{prefix}ln_f", axes.residual),
-        *head_roles(axes),
     ]
-    return Anatomy(
-        family=config.model_type,
-        sizes=sizes,
-        fields=ConfigFields("n_embd", "n_head", None, "n_inner", None, "layer_norm_epsilon"),
-        stacks=(
+    return replace(
+        layer_norm_decoder(
+            model,
+            sizes,
+            ConfigFields("n_embd", "n_head", None, "n_inner", None, "layer_norm_epsilon"),
             LayerStack(
                 f"{prefix}h",
                 "n_layer",
                 ("attn.c_proj", "mlp.c_proj"),
                 entries=(f"{prefix}wte", f"{prefix}wpe"),
                 end=f"{prefix}ln_f",
-                readers=head_readers(),
             ),
+            roles,
         ),
-        roles=tuple(roles),
-        norm="layer",
-        norm_has_gain=True,
-        tied=is_tied(model),
-        final_norm=f"{prefix}ln_f",
-        head=head_of(model),
-        embeddings=(f"{prefix}wte.weight", f"{prefix}wpe.weight"),
         attention_scaled=config.scale_attn_weights,
         single_key_value_head=single,
     )

@@ -1,21 +1,15 @@
 """The anatomies of GPT-J and GPT-Neo: GPT-2's names with queries, keys and values in matrices of their own."""
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
-from auxin.models.anatomy.parts import base_prefix, head_of, head_readers, head_roles, is_tied, sizes_of
-from auxin.words.roles import Anatomy, Axes, ConfigFields, LayerStack, ParameterRole, embedding, linear, norm
-
-
-def _attention(module: str, axes: Axes) -> list[ParameterRole]:
-    return [
-        *linear(f"{module}.q_proj", axes.query, axes.residual),
-        *linear(f"{module}.k_proj", axes.key, axes.residual),
-        *linear(f"{module}.v_proj", axes.value, axes.residual),
-        *linear(f"{module}.out_proj", axes.residual, axes.attended),
-    ]
+from auxin.models.anatomy.parts import attention_roles, base_prefix, layer_norm_decoder, sizes_of
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Axes, embedding, linear, norm
+from auxin.words.widths import ConfigFields
 
 
 def _gptj(model: PreTrainedModel) -> Anatomy:
@@ -26,35 +20,26 @@ def _gptj(model: PreTrainedModel) -> Anatomy:
     roles = [
         embedding(f"{prefix}wte.weight", axes.vocabulary, axes.residual),
         *norm(f"{layer}.ln_1", axes.residual),
-        *_attention(f"{layer}.attn", axes),
+        *attention_roles(f"{layer}.attn", axes),
         *linear(f"{layer}.mlp.fc_in", axes.ffn, axes.residual),
         *linear(f"{layer}.mlp.fc_out", axes.residual, axes.ffn),
-        *norm(f"{prefix}ln_f", axes.residual),
-        *head_roles(axes),
     ]
-    return Anatomy(
-        family="gptj",
-        sizes=sizes,
-        fields=ConfigFields("n_embd", "n_head", None, "n_inner", None, "layer_norm_epsilon"),
-        stacks=(
+    return replace(
+        layer_norm_decoder(
+            model,
+            sizes,
+            ConfigFields("n_embd", "n_head", None, "n_inner", None, "layer_norm_epsilon"),
             LayerStack(
                 f"{prefix}h",
                 "n_layer",
                 ("attn.out_proj", "mlp.fc_out"),
                 entries=(f"{prefix}wte",),
                 end=f"{prefix}ln_f",
-                readers=head_readers(),
                 attentions=("attn",),
                 parallel=True,
             ),
+            roles,
         ),
-        roles=tuple(roles),
-        norm="layer",
-        norm_has_gain=True,
-        tied=is_tied(model),
-        final_norm=f"{prefix}ln_f",
-        head=head_of(model),
-        embeddings=(f"{prefix}wte.weight",),
         rotary_dim=config.rotary_dim or sizes.head_dim,
         rotary_pairs="neighbours",
         rotary_dim_stays=True,
@@ -70,35 +55,26 @@ def _gpt_neo(model: PreTrainedModel) -> Anatomy:
         embedding(f"{prefix}wte.weight", axes.vocabulary, axes.residual),
         embedding(f"{prefix}wpe.weight", (), axes.residual),
         *norm(f"{layer}.ln_1", axes.residual),
-        *_attention(f"{layer}.attn.attention", axes),
+        *attention_roles(f"{layer}.attn.attention", axes),
         *norm(f"{layer}.ln_2", axes.residual),
         *linear(f"{layer}.mlp.c_fc", axes.ffn, axes.residual),
         *linear(f"{layer}.mlp.c_proj", axes.residual, axes.ffn),
-        *norm(f"{prefix}ln_f", axes.residual),
-        *head_roles(axes),
     ]
-    return Anatomy(
-        family="gpt_neo",
-        sizes=sizes,
-        fields=ConfigFields("hidden_size", "num_heads", None, "intermediate_size", None, "layer_norm_epsilon"),
-        stacks=(
+    return replace(
+        layer_norm_decoder(
+            model,
+            sizes,
+            ConfigFields("hidden_size", "num_heads", None, "intermediate_size", None, "layer_norm_epsilon"),
             LayerStack(
                 f"{prefix}h",
                 "num_layers",
                 ("attn.attention.out_proj", "mlp.c_proj"),
                 entries=(f"{prefix}wte", f"{prefix}wpe"),
                 end=f"{prefix}ln_f",
-                readers=head_readers(),
                 attentions=("attn",),
             ),
+            roles,
         ),
-        roles=tuple(roles),
-        norm="layer",
-        norm_has_gain=True,
-        tied=is_tied(model),
-        final_norm=f"{prefix}ln_f",
-        head=head_of(model),
-        embeddings=(f"{prefix}wte.weight", f"{prefix}wpe.weight"),
         attention_scaled=False,
     )
 

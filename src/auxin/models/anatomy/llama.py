@@ -11,22 +11,19 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
-from auxin.models.anatomy.parts import base_prefix, head_of, head_readers, head_roles, is_tied, rotary_of, sizes_of
-from auxin.words.roles import (
-    Access,
-    Anatomy,
-    Axes,
-    ConfigFields,
-    Kind,
-    LayerStack,
-    ParameterRole,
-    Segment,
-    Sizes,
-    Stream,
-    embedding,
-    linear,
-    norm,
+from auxin.models.anatomy.parts import (
+    HEADS,
+    attention_roles,
+    base_prefix,
+    head_of,
+    head_roles,
+    is_tied,
+    rotary_of,
+    sizes_of,
 )
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Access, Axes, Kind, ParameterRole, Segment, embedding, linear, norm, per_head
+from auxin.words.widths import ConfigFields, Sizes, Stream
 
 NORMS = (
     "input_layernorm",
@@ -185,7 +182,7 @@ def assembled(
         "after_output" if own.output_norms else "before",
         (f"{prefix}embed_tokens",),
         final_norm,
-        head_readers(),
+        HEADS,
         (own.feed_forward,),
         ("self_attn",),
         own.parallel or bool(own.parallel_if and getattr(config, own.parallel_if)),
@@ -272,24 +269,21 @@ def feed_forward_sizes(model: PreTrainedModel, own: Decoder, sizes: Sizes) -> Si
 
 
 def _attention(module: str, axes: Axes, qk_norm: str) -> list[ParameterRole]:
-    query, key = (replace(segments[0], unit=1, parts=()) for segments in (axes.query, axes.key))
     roles = [
-        *linear(f"{module}.q_proj", axes.query, axes.residual),
-        *linear(f"{module}.k_proj", axes.key, axes.residual),
-        *linear(f"{module}.v_proj", axes.value, axes.residual),
         *linear(f"{module}.qkv_proj", axes.query + axes.key + axes.value, axes.residual),
-        *(role for name in ("o_proj", "dense") for role in linear(f"{module}.{name}", axes.residual, axes.attended)),
-        ParameterRole(f"{module}.sinks", ((query,),), ("writes",), "bias"),
+        *attention_roles(module, axes, ("q_proj", "k_proj", "v_proj", "o_proj")),
+        *linear(f"{module}.dense", axes.residual, axes.attended),
+        ParameterRole(f"{module}.sinks", (per_head(axes.query),), ("writes",), "bias"),
     ]
-    gains: tuple[tuple[str, tuple[str, ...], tuple[Segment, ...], Segment, Kind], ...] = (
-        ("q_norm", ("q_layernorm", "query_layernorm"), axes.query, query, "query_gain"),
-        ("k_norm", ("k_layernorm", "key_layernorm"), axes.key, key, "key_gain"),
+    gains: tuple[tuple[str, tuple[str, ...], tuple[Segment, ...], Kind], ...] = (
+        ("q_norm", ("q_layernorm", "query_layernorm"), axes.query, "query_gain"),
+        ("k_norm", ("k_layernorm", "key_layernorm"), axes.key, "key_gain"),
     )
-    for name, others, entries, heads, kind in gains:
+    for name, others, heads, kind in gains:
         if qk_norm == "each_head":
-            roles.append(ParameterRole(f"{module}.{name}.weight", ((heads,), ()), ("writes", None), kind))
+            roles.append(ParameterRole(f"{module}.{name}.weight", (per_head(heads), ()), ("writes", None), kind))
         else:
-            roles += norm(f"{module}.{name}", entries if qk_norm == "all_heads" else (), kind)
+            roles += norm(f"{module}.{name}", heads if qk_norm == "all_heads" else (), kind)
         roles += [role for other in others for role in norm(f"{module}.{other}", (), kind)]
     return roles
 

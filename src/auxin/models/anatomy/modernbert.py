@@ -7,7 +7,9 @@ from transformers import PreTrainedModel
 from auxin.models.anatomy.encoder_heads import heads
 from auxin.models.anatomy.found import ANATOMIES
 from auxin.models.anatomy.parts import base_prefix, rotary_of, sizes_of
-from auxin.words.roles import Anatomy, Axes, ConfigFields, LayerStack, embedding, linear, norm
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Axes, embedding, linear, norm
+from auxin.words.widths import ConfigFields
 
 
 def _modernbert(model: PreTrainedModel) -> Anatomy:

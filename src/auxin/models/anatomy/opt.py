@@ -6,8 +6,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
-from auxin.models.anatomy.parts import base_prefix, head_of, head_readers, head_roles, is_tied, sizes_of
-from auxin.words.roles import Anatomy, Axes, ConfigFields, LayerStack, embedding, linear, norm
+from auxin.models.anatomy.parts import HEADS, attention_roles, base_prefix, head_of, head_roles, is_tied, sizes_of
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Axes, embedding, linear, norm
+from auxin.words.widths import ConfigFields
 
 
 def _opt(model: PreTrainedModel) -> Anatomy:
@@ -25,10 +27,7 @@ def _opt(model: PreTrainedModel) -> Anatomy:
         *linear(f"{decoder}.project_in", axes.residual, ()),
         *linear(f"{decoder}.project_out", (), axes.residual),
         *(role for name in norms for role in norm(f"{layer}.{name}", axes.residual)),
-        *linear(f"{layer}.self_attn.q_proj", axes.query, axes.residual),
-        *linear(f"{layer}.self_attn.k_proj", axes.key, axes.residual),
-        *linear(f"{layer}.self_attn.v_proj", axes.value, axes.residual),
-        *linear(f"{layer}.self_attn.out_proj", axes.residual, axes.attended),
+        *attention_roles(f"{layer}.self_attn", axes),
         *linear(f"{layer}.fc1", axes.ffn, axes.residual),
         *linear(f"{layer}.fc2", axes.residual, axes.ffn),
         *norm(f"{decoder}.final_layer_norm", axes.residual),
@@ -61,7 +60,7 @@ def _opt(model: PreTrainedModel) -> Anatomy:
                 (f"{decoder}.{'project_in' if projected else 'embed_tokens'}", f"{decoder}.embed_positions"),
                 # Where it projects, what the decoder gives is no residual any more.
                 "" if projected and not ends_in_norm else end,
-                (f"{decoder}.project_out",) if projected else head_readers(),
+                (f"{decoder}.project_out",) if projected else HEADS,
                 attentions=("self_attn",),
             ),
         ),

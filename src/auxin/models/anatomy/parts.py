@@ -1,23 +1,29 @@
-"""What the descriptions of architectures share: sizes from configs, the heads on a base model, rotary embeddings."""
+"""What the descriptions of architectures share: sizes from configs, attentions, the heads on a base model, rotary
+embeddings, and what all decoders with LayerNorms have."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.nn import Embedding, Module, Parameter
 from transformers import PreTrainedModel
 
 from auxin.nn.bricks import Brick
-from auxin.words.roles import Axes, ParameterRole, Sizes, linear
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Axes, ParameterRole, linear, norm
+from auxin.words.widths import ConfigFields, Sizes
 
-VOCABULARY_HEADS = ("lm_head", "embed_out")
+VOCABULARY_HEADS = ("lm_head", "embed_out", "proj_out")
 """Linear layers from what leaves the layers to the vocabulary."""
 OTHER_HEADS = ("score", "qa_outputs", "classifier")
 """Linear layers from there to classes, of a text, a token or an image, or to the ends of an answer."""
+HEADS = (*VOCABULARY_HEADS, *OTHER_HEADS)
+"""The linear layers beside the base model that may read what leaves the layers."""
 
 
-def norm_epsilon(norm: Any) -> float:
+def norm_epsilon(module: Any) -> float:
     """Epsilon of a norm's module. OLMo's norm writes the usual 1e-5 into its code."""
-    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-5)))
+    return float(getattr(module, "variance_epsilon", getattr(module, "eps", 1e-5)))
 
 
 def base_prefix(model: PreTrainedModel) -> str:
@@ -49,9 +55,9 @@ def is_tied(model: PreTrainedModel) -> bool:
     return head is not None and any(table is head for table in tables)
 
 
-def head_of(model: PreTrainedModel) -> str | None:
-    """The module that reads what leaves the layers, beside the base model; None for a model without a head."""
-    return next((head for head in (*VOCABULARY_HEADS, *OTHER_HEADS) if hasattr(model, head)), None)
+def head_of(model: PreTrainedModel, heads: tuple[str, ...] = HEADS) -> str | None:
+    """That of `heads` which reads what leaves the layers, beside the base model; None for a model without a head."""
+    return next((head for head in heads if hasattr(model, head.partition(".")[0])), None)
 
 
 def head_roles(axes: Axes) -> list[ParameterRole]:
@@ -60,9 +66,53 @@ def head_roles(axes: Axes) -> list[ParameterRole]:
     return [*heads, *(role for head in OTHER_HEADS for role in linear(head, (), axes.residual, "head"))]
 
 
-def head_readers() -> tuple[str, ...]:
-    """The linear layers beside the base model that may read what leaves the layers."""
-    return (*VOCABULARY_HEADS, *OTHER_HEADS)
+def attention_roles(
+    module: str, axes: Axes, names: tuple[str, str, str, str] = ("q_proj", "k_proj", "v_proj", "out_proj")
+) -> list[ParameterRole]:
+    """The roles of an attention whose queries, keys and values come from a matrix each.
+
+    Args:
+        module: the path, a pattern, of what holds the matrices.
+        axes: of the model's streams.
+        names: of the matrices of queries, keys, values and of the output, relative to `module`.
+    """
+    query, key, value, output = (f"{module}.{name}" for name in names)
+    return [
+        *linear(query, axes.query, axes.residual),
+        *linear(key, axes.key, axes.residual),
+        *linear(value, axes.value, axes.residual),
+        *linear(output, axes.residual, axes.attended),
+    ]
+
+
+def layer_norm_decoder(
+    model: PreTrainedModel, sizes: Sizes, fields: ConfigFields, stack: LayerStack, roles: Sequence[ParameterRole]
+) -> Anatomy:
+    """The anatomy of a decoder of one stack that has LayerNorms in its layers and one behind them, and one of the usual
+    heads or none. What its architecture has of its own beside these is for the caller to replace.
+
+    Args:
+        model: the model.
+        sizes: its widths.
+        fields: under which names the config holds them.
+        stack: its layers, which end in the norm behind them; the heads are what reads them.
+        roles: of its embeddings and layers.
+    """
+    config: Any = model.config
+    axes = Axes.of(sizes, config.vocab_size)
+    return Anatomy(
+        family=config.model_type,
+        sizes=sizes,
+        fields=fields,
+        stacks=(replace(stack, readers=HEADS),),
+        roles=(*roles, *norm(stack.end, axes.residual), *head_roles(axes)),
+        norm="layer",
+        norm_has_gain=True,
+        tied=is_tied(model),
+        final_norm=stack.end,
+        head=head_of(model),
+        embeddings=tuple(role.pattern for role in roles if role.kind == "embedding"),
+    )
 
 
 @dataclass(frozen=True)

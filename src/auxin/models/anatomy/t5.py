@@ -1,13 +1,14 @@
 """The anatomy of T5 and of those that have its modules: mT5, and UMT5, in which every layer has a position bias."""
 
-from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
-from auxin.models.anatomy.parts import base_prefix, head_roles, is_tied, sizes_of
-from auxin.words.roles import Anatomy, Axes, ConfigFields, LayerStack, ParameterRole, embedding, linear, norm
+from auxin.models.anatomy.parts import attention_roles, base_prefix, head_of, head_roles, is_tied, sizes_of
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Axes, ParameterRole, embedding, linear, norm, per_head
+from auxin.words.widths import ConfigFields
 
 READERS = ("lm_head", "qa_outputs", "classifier", "classification_head.dense")
 """What reads what leaves the last stack."""
@@ -39,7 +40,7 @@ def _t5(model: PreTrainedModel) -> Anatomy:
         norm_has_gain=True,
         tied=is_tied(model),
         final_norm=f"{prefix}{stacks[-1]}.final_layer_norm",
-        head=next((head for head in READERS if hasattr(model, head.partition(".")[0])), None),
+        head=head_of(model, READERS),
         embeddings=(f"{prefix}shared.weight",),
         attention_scaled=False,
         logits_scaled=hasattr(model, "lm_head") and _scales_logits(config),
@@ -53,15 +54,11 @@ def _scales_logits(config: Any) -> bool:
 
 
 def _block_roles(block: str, attentions: tuple[str, ...], axes: Axes) -> list[ParameterRole]:
-    heads = tuple(replace(segment, unit=1, parts=()) for segment in axes.query)
     roles: list[ParameterRole] = []
     for number, attention in enumerate(attentions):
         module = f"{block}.layer.{number}.{attention}"
-        roles += linear(f"{module}.q", axes.query, axes.residual)
-        roles += linear(f"{module}.k", axes.key, axes.residual)
-        roles += linear(f"{module}.v", axes.value, axes.residual)
-        roles += linear(f"{module}.o", axes.residual, axes.attended)
-        roles.append(embedding(f"{module}.relative_attention_bias.weight", (), heads))
+        roles += attention_roles(module, axes, ("q", "k", "v", "o"))
+        roles.append(embedding(f"{module}.relative_attention_bias.weight", (), per_head(axes.query)))
     feed = f"{block}.layer.{len(attentions)}.DenseReluDense"
     for name in ("wi", "wi_0", "wi_1"):
         roles += linear(f"{feed}.{name}", axes.ffn, axes.residual)

@@ -1,12 +1,15 @@
 """The anatomy of a TokenFormer."""
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
-from auxin.models.anatomy.parts import base_prefix, head_of, head_readers, head_roles, is_tied, sizes_of
-from auxin.words.roles import Anatomy, Axes, ConfigFields, LayerStack, ParameterRole, Segment, embedding, norm
+from auxin.models.anatomy.parts import base_prefix, layer_norm_decoder, sizes_of
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Axes, ParameterRole, Segment, embedding
+from auxin.words.widths import ConfigFields
 
 
 def _tokenformer(model: PreTrainedModel) -> Anatomy:
@@ -31,30 +34,22 @@ def _tokenformer(model: PreTrainedModel) -> Anatomy:
             ParameterRole(f"{layer}.{name}.value_tokens", ((), ends[name][1]), (None, "writes"), "matrix")
             for name in ends
         ),
-        *norm(f"{prefix}norm", axes.residual),
-        *head_roles(axes),
     ]
-    return Anatomy(
-        family="tokenformer",
-        sizes=sizes,
-        fields=ConfigFields("hidden_size", "num_attention_heads", None, None, None, "layer_norm_eps"),
-        stacks=(
+    return replace(
+        layer_norm_decoder(
+            model,
+            sizes,
+            ConfigFields("hidden_size", "num_attention_heads", None, None, None, "layer_norm_eps"),
             LayerStack(
                 f"{prefix}layers",
                 "num_hidden_layers",
                 ("attention.proj", "mlp"),
                 entries=(f"{prefix}embed_tokens",),
                 end=f"{prefix}norm",
-                readers=head_readers(),
             ),
+            roles,
         ),
-        roles=tuple(roles),
-        norm="layer",
         norm_has_gain=False,
-        tied=is_tied(model),
-        final_norm=f"{prefix}norm",
-        head=head_of(model),
-        embeddings=(f"{prefix}embed_tokens.weight",),
         rotary_dim=config.rotary_dim,
     )
 

@@ -13,7 +13,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from auxin.models.scoped_config import unscoped
-from auxin.words.roles import Anatomy, LayerStack, ParameterRole
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.paths import dotted
+from auxin.words.roles import ParameterRole
 
 _CONFIG = "_config"
 
@@ -104,7 +106,7 @@ def _stack(stack: LayerStack, tower: Tower) -> LayerStack:
         path=f"{tower.path}.{stack.path}",
         length_field=f"{tower.name}{_CONFIG}.{stack.length_field}",
         entries=within(stack.entries),
-        end=f"{tower.path}.{stack.end}".rstrip("."),
+        end=dotted(tower.path, stack.end),
         readers=within(stack.readers),
         tower=tower.name,
     )

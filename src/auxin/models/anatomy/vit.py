@@ -13,20 +13,10 @@ from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
 from auxin.models.anatomy.llama import dense_feed_forward
-from auxin.models.anatomy.parts import base_prefix, has_parameters, sizes_of
-from auxin.words.roles import (
-    Anatomy,
-    Axes,
-    ConfigFields,
-    FollowingWidth,
-    LayerStack,
-    ParameterRole,
-    Segment,
-    Sizes,
-    embedding,
-    linear,
-    norm,
-)
+from auxin.models.anatomy.parts import attention_roles, base_prefix, has_parameters, sizes_of
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Axes, ParameterRole, embedding, linear, norm, per_head
+from auxin.words.widths import ConfigFields, FollowingWidth, Sizes
 
 TOKENS = ("cls_token", "distillation_token", "register_tokens", "position_embeddings")
 """Embeddings beside those of patches; three axes each, of which the last is the hidden size."""
@@ -124,21 +114,17 @@ def _following(config: Any) -> FollowingWidth:
 def _roles(model: PreTrainedModel, own: Patches, sizes: Sizes) -> tuple[ParameterRole, ...]:
     axes, prefix = Axes.of(sizes, 0), base_prefix(model)
     layer, projection = f"{prefix}{own.layers}.*", f"{prefix}embeddings.patch_embeddings.projection"
-    per_head = (Segment("query", 1, sizes.query_heads),)
     roles = [
         *(embedding(f"{prefix}embeddings.{token}", (), (), axes.residual) for token in TOKENS),
         embedding(f"{prefix}embeddings.mask_token", *[()] * (own.mask_axes - 1), axes.residual),
         embedding(f"{projection}.weight", axes.residual, (), (), ()),
         embedding(f"{projection}.bias", axes.residual),
-        *linear(f"{layer}.attention.q_proj", axes.query, axes.residual),
-        *linear(f"{layer}.attention.k_proj", axes.key, axes.residual),
-        *linear(f"{layer}.attention.v_proj", axes.value, axes.residual),
-        *linear(f"{layer}.attention.o_proj", axes.residual, axes.attended),
+        *attention_roles(f"{layer}.attention", axes, ("q_proj", "k_proj", "v_proj", "o_proj")),
         *dense_feed_forward(f"{layer}.mlp", axes.ffn, axes.residual),
         *(role for name in NORMS for role in norm(f"{layer}.{name}", axes.residual)),
         *(ParameterRole(f"{layer}.{name}", (axes.residual,), ("writes",), "scale") for name in FACTORS),
         *(
-            embedding(f"{place}.relative_position_bias_table", (), per_head)
+            embedding(f"{place}.relative_position_bias_table", (), per_head(axes.query))
             for place in (f"{layer}.relative_position_bias", f"{prefix}shared_position_bias")
         ),
         *(role for name in _last_norms(prefix, own) for role in norm(name, axes.residual)),

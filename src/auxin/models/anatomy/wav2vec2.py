@@ -5,18 +5,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from auxin.models.anatomy.found import ANATOMIES
-from auxin.models.anatomy.parts import base_prefix, sizes_of
-from auxin.words.roles import (
-    Anatomy,
-    Axes,
-    ConfigFields,
-    LayerStack,
-    ParameterRole,
-    Stream,
-    embedding,
-    linear,
-    norm,
-)
+from auxin.models.anatomy.parts import attention_roles, base_prefix, head_of, sizes_of
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.roles import Axes, ParameterRole, embedding, linear, norm
+from auxin.words.widths import ConfigFields, Stream
 
 READERS = ("lm_head", "projector", "classifier", "project_hid")
 """What reads what leaves the encoder."""
@@ -65,7 +57,7 @@ def _wav2vec2(model: PreTrainedModel) -> Anatomy:
         norm_has_gain=True,
         tied=False,
         final_norm=f"{prefix}encoder.layer_norm" if stable else None,
-        head=next((head for head in READERS if hasattr(model, head)), None),
+        head=head_of(model, READERS),
         embeddings=(f"{prefix}feature_projection.projection.weight",),
         residual_groups=config.num_conv_pos_embedding_groups,
         no_padding=f"{prefix}encoder.pos_conv_embed, a convolution whose groups are alike",
@@ -101,10 +93,7 @@ def _front_roles(prefix: str, axes: Axes) -> list[ParameterRole]:
 
 def _layer_roles(layer: str, axes: Axes) -> list[ParameterRole]:
     return [
-        *linear(f"{layer}.attention.q_proj", axes.query, axes.residual),
-        *linear(f"{layer}.attention.k_proj", axes.key, axes.residual),
-        *linear(f"{layer}.attention.v_proj", axes.value, axes.residual),
-        *linear(f"{layer}.attention.out_proj", axes.residual, axes.attended),
+        *attention_roles(f"{layer}.attention", axes),
         *norm(f"{layer}.layer_norm", axes.residual),
         *linear(f"{layer}.feed_forward.intermediate_dense", axes.ffn, axes.residual),
         *linear(f"{layer}.feed_forward.output_dense", axes.residual, axes.ffn),

@@ -1,0 +1,45 @@
+"""Whether a plan is for the model that it is applied to."""
+
+from transformers import PreTrainedConfig
+
+from auxin.edits.kinds.architecture_edits import SetConfig
+from auxin.edits.kinds.edit import ArrangeLayers
+from auxin.edits.plan import Plan
+from auxin.edits.structure import config_from_values
+from auxin.errors import PlanError
+from auxin.models.configs import config_value
+from auxin.models.layout import LENGTH_FIELDS
+
+
+def refuse_other_model(plan: Plan, config: PreTrainedConfig) -> None:
+    """PlanError when `plan` was made for a model of another architecture, or where what it changes in the config, or
+    the number of layers that it arranges, is another in `config`: its indices and factors are those of the other one.
+
+    A plan that does not say what it was made for, as one written by hand, is for any model that its edits fit.
+    """
+    if plan.made_for is None:
+        return
+    made_for = config_from_values(plan.made_for)
+    if made_for.model_type != config.model_type:
+        raise PlanError(
+            f"The plan of {plan.method} was made for a {made_for.model_type}, and this is a {config.model_type}. Make "
+            "one for this model."
+        )
+    for key in _changed(plan, config):
+        try:
+            wanted, found = config_value(made_for, key), config_value(config, key)
+        except PlanError:  # the edit itself says that there is no such value
+            continue
+        if wanted != found and not isinstance(wanted, PreTrainedConfig):
+            raise PlanError(
+                f"The plan of {plan.method} was made for {key} = {wanted}, and this model has {found}. Make one for "
+                "this model."
+            )
+
+
+def _changed(plan: Plan, config: PreTrainedConfig) -> list[str]:
+    """The config's values whose old value the plan goes by."""
+    keys = [key for edit in plan.edits if isinstance(edit, SetConfig) for key in edit.values]
+    if any(isinstance(edit, ArrangeLayers) for edit in plan.edits):
+        keys += [name for name in LENGTH_FIELDS if isinstance(getattr(config, name, None), int)]
+    return list(dict.fromkeys(keys))
