@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from auxin.methods import methods
 from auxin.models.anatomy import anatomy
 from capabilities import Refusal, Result, attempt, built_in, check, check_page, probe
-from tiny_models import FURTHER, GROUPS, inputs, output, tiny
+from outputs import output
+from tiny_models import FURTHER, GROUPS, inputs, tiny
 
 CASES = [(name, family) for family in FURTHER for name in built_in()]
 
