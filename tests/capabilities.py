@@ -22,7 +22,8 @@ from auxin.methods import methods
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
 from intents import Figures, missed
-from tiny_models import FAMILIES, inputs, output, tiny
+from outputs import output
+from tiny_models import FAMILIES, inputs, tiny
 
 TITLES = {
     "llama": "Llama",

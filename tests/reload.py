@@ -12,21 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-
-def output(result: Any) -> Any:
-    """As `tiny_models.output`, which imports auxin."""
-    import torch
-
-    if "logits" in result:
-        return result.logits
-    if "reconstruction" in result:
-        return result.reconstruction
-    for name in ("logits_per_image", "image_embeds", "text_embeds"):
-        if name in result:
-            return result[name]
-    if "start_logits" in result:
-        return torch.stack([result.start_logits, result.end_logits])
-    return result.last_hidden_state
+from outputs import output
 
 
 def check(folder: Path, model_class: str) -> str | None:

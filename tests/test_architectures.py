@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from auxin.methods import methods
 from auxin.models.anatomy import anatomy
 from capabilities import Result, attempt, built_in, check, check_page, probe
-from tiny_models import FURTHER, GROUPS, inputs, output, tiny
+from outputs import output
 
 CASES = [(name, family) for family in FURTHER for name in built_in()]
 KINDS = {group.__name__: list(group.MODELS) for group in GROUPS}

@@ -38,38 +38,27 @@ import tiny_gpts
 import tiny_seq2seq
 import tiny_vision
 from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
+from outputs import output
+from tiny_decoders import COMMON, EPSILON, VOCABULARY
+from tiny_seq2seq import T5
 
-VOCABULARY = 19
 LENGTH = 7
-EPSILON = 1e-2
 
-_LLAMA = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 12,
-    "max_position_embeddings": 32,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": None,
-}
-_NEOX = {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"}
+_NEOX = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
 _ENCODER = {key: value for key, value in _NEOX.items() if not key.startswith(("bos", "eos", "pad"))}
 
 MODELS: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
     "llama": (
         LlamaForCausalLM,
         LlamaConfig,
-        {**_LLAMA, "rms_norm_eps": EPSILON, "attention_bias": True, "mlp_bias": True},
+        {**COMMON, "rms_norm_eps": EPSILON, "attention_bias": True, "mlp_bias": True},
     ),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {**_LLAMA, "rms_norm_eps": EPSILON}),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {**_LLAMA, "rms_norm_eps": EPSILON, "head_dim": 6}),
-    "olmo": (OlmoForCausalLM, OlmoConfig, _LLAMA),
-    "olmo2": (Olmo2ForCausalLM, Olmo2Config, {**_LLAMA, "rms_norm_eps": EPSILON}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {**COMMON, "rms_norm_eps": EPSILON}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {**COMMON, "rms_norm_eps": EPSILON, "head_dim": 6}),
+    "olmo": (OlmoForCausalLM, OlmoConfig, COMMON),
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config, {**COMMON, "rms_norm_eps": EPSILON}),
     # Embeddings times the root of the hidden size (16, so that it is a whole number), gains stored less one.
-    "gemma": (GemmaForCausalLM, GemmaConfig, {**_LLAMA, "rms_norm_eps": EPSILON, "head_dim": 4}),
+    "gemma": (GemmaForCausalLM, GemmaConfig, {**COMMON, "rms_norm_eps": EPSILON, "head_dim": 4}),
     "gpt2": (
         GPT2LMHeadModel,
         GPT2Config,
@@ -101,19 +90,7 @@ MODELS: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
     "t5": (
         T5ForConditionalGeneration,
         T5Config,
-        {
-            "vocab_size": VOCABULARY,
-            "d_model": 16,
-            "d_kv": 5,
-            "d_ff": 12,
-            "num_layers": 2,
-            "num_heads": 4,
-            "relative_attention_num_buckets": 6,
-            "relative_attention_max_distance": 10,
-            "layer_norm_epsilon": EPSILON,
-            "dropout_rate": 0.0,
-            "decoder_start_token_id": 0,
-        },
+        T5,
     ),
     "bert": (
         BertForMaskedLM,
@@ -207,7 +184,7 @@ def fresh_llama(seed: int = 0, **config: Any) -> LlamaForCausalLM:
         config: values of its config that differ from the usual sizes.
     """
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**{**_LLAMA, **config}))
+    return LlamaForCausalLM(LlamaConfig(**{**COMMON, **config}))
 
 
 def inputs(model: PreTrainedModel, seed: int = 1, batch: int = 2, length: int = LENGTH) -> dict[str, Tensor]:
@@ -254,21 +231,6 @@ class InDouble(TorchFunctionMode):
         if double and kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
-
-
-def output(result: Any) -> Tensor:
-    """The logits, those of pairs too; else the image that is made, the embedding of one tower with a projection, the
-    beginnings and ends of answers, or the last hidden states."""
-    if "logits" in result:
-        return result.logits
-    if "reconstruction" in result:
-        return result.reconstruction
-    for name in ("logits_per_image", "image_embeds", "text_embeds"):
-        if name in result:
-            return result[name]
-    if "start_logits" in result:
-        return torch.stack([result.start_logits, result.end_logits])
-    return result.last_hidden_state
 
 
 def logits(model: PreTrainedModel, seed: int = 1) -> Tensor:

@@ -9,10 +9,9 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-Made = tuple[type[PreTrainedModel], type, dict[str, Any]]
+from tiny_decoders import EPSILON, VOCABULARY, Made
 
 TITLE = "Encoders with decoders, and speech"
-VOCABULARY = 19
 MELS, FRAMES = 5, 6
 _BART = {
     "vocab_size": VOCABULARY,
@@ -33,7 +32,7 @@ _BART = {
     "decoder_start_token_id": 2,
     "forced_eos_token_id": None,
 }
-_T5 = {
+T5 = {
     "vocab_size": VOCABULARY,
     "d_model": 16,
     "d_kv": 5,
@@ -42,7 +41,7 @@ _T5 = {
     "num_heads": 4,
     "relative_attention_num_buckets": 6,
     "relative_attention_max_distance": 10,
-    "layer_norm_epsilon": 1e-2,
+    "layer_norm_epsilon": EPSILON,
     "dropout_rate": 0.0,
     "decoder_start_token_id": 0,
 }
@@ -66,7 +65,7 @@ _SOUND = {
     "num_feat_extract_layers": 2,
     "num_conv_pos_embeddings": 4,
     "num_conv_pos_embedding_groups": 2,
-    "layer_norm_eps": 1e-2,
+    "layer_norm_eps": EPSILON,
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
     "activation_dropout": 0.0,
@@ -87,9 +86,9 @@ VALUES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "m2m_100": ("M2M100", "ForConditionalGeneration", _BART),
     # Without gates, which make more than 1e-5 of the float32 rounding in their norms; those are tested in float64.
     # Heads of three, too: scores are not divided, and float32 rounds those of five to more than 1e-5 of a logit.
-    "mt5": ("MT5", "ForConditionalGeneration", {**_T5, "feed_forward_proj": "relu", "d_kv": 3}),
-    "umt5": ("UMT5", "ForConditionalGeneration", {**_T5, "feed_forward_proj": "relu"}),
-    "t5 encoder": ("T5", "EncoderModel", _T5),
+    "mt5": ("MT5", "ForConditionalGeneration", {**T5, "feed_forward_proj": "relu", "d_kv": 3}),
+    "umt5": ("UMT5", "ForConditionalGeneration", {**T5, "feed_forward_proj": "relu"}),
+    "t5 encoder": ("T5", "EncoderModel", T5),
     "whisper": ("Whisper", "ForConditionalGeneration", _WHISPER),
     "whisper headless": ("Whisper", "Model", _WHISPER),
     "wav2vec2": ("Wav2Vec2", "ForCTC", _SOUND),

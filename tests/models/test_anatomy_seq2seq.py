@@ -17,7 +17,8 @@ from auxin.planning.size_edits import size_edits, size_values
 from auxin.planning.width import widen
 from auxin.planning.width_maps import Widening, circular, feed_forward_maps, head_maps, scoped_maps
 from auxin.words.widths import Width
-from tiny_models import InDouble, change, filled, inputs, output, tiny
+from outputs import output
+from tiny_models import InDouble, change, filled, inputs, tiny
 from tiny_seq2seq import MODELS
 
 EXACT = 1e-12

@@ -9,7 +9,8 @@ import transformers
 import auxin
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
-from tiny_models import MODELS, InDouble, change, inputs, output, tiny
+from outputs import output
+from tiny_models import MODELS, InDouble, change, inputs, tiny
 
 WIDER: list[tuple[str, dict[str, Any]]] = [
     ("hypercloning", {"factor": 2}),

@@ -186,7 +186,7 @@ class _Writer:
         """What the residual's added units get: what they hold does not matter to readers, whose input there is zero
         behind the norm, so that these start random and can learn; zeros where there is no norm."""
         if role.access[axis] == "reads":
-            return ZeroFill() if role.pattern in self.anatomy.bare else NormalFill()
+            return ZeroFill() if role.pattern in self.anatomy.unnormed_readers else NormalFill()
         if role.kind in ("gain", "scale"):
             return MeanFill()
         return MeanFill() if self.widening.padding == "mean" and role.kind != "offset" else ZeroFill()

@@ -102,10 +102,10 @@ def _padding_reason(anatomy: Anatomy, padding: Padding) -> str:
             "with zeros needs a residual without mean, which a LayerNorm does not notice but a tied head does. Pad "
             "with the mean, or untie the head first."
         )
-    if anatomy.norm == "layer" and padding == "zeros" and anatomy.bare:
+    if anatomy.norm == "layer" and padding == "zeros" and anatomy.unnormed_readers:
         return (
             "with zeros needs a residual without mean, which a LayerNorm does not notice but "
-            f"{' and '.join(anatomy.bare)} would, without a norm before. Pad with the mean."
+            f"{' and '.join(anatomy.unnormed_readers)} would, without a norm before. Pad with the mean."
         )
     if anatomy.norm == "layer" and scaled:
         mend = " Merge them first." if all(role.added for role in scaled) else ""
@@ -126,7 +126,7 @@ def refuse_fixed_widths(anatomy: Anatomy, new: Sizes) -> None:
 
 
 def _fixed_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
-    """Why bricks of the model keep it from being widened so; empty where they don't."""
+    """Why the architecture or a brick of the model keeps it from being widened so; empty where nothing does."""
     # A map may keep the number of units and still move or cut them.
     widths = [(s, SETTINGS[s], m.old if m.is_identity else None, m.size) for s, _, m in widening.maps()]
     never = _never(anatomy, widening.residual.size)
@@ -156,7 +156,7 @@ def _head_dims(before: int, after: int) -> list[tuple[Stream, str, int | None, i
 
 
 def _fixed(anatomy: Anatomy, widths: Iterable[tuple[Stream, str, int | None, int | None]]) -> list[str]:
-    """A reason for every changed width (stream, name, before, after) of a stream that a brick fixes."""
+    """A reason for every changed width (stream, name, before, after) of a stream whose width is fixed."""
     fixed = dict(anatomy.fixed_widths)
     return [
         f"{name} = {after}: {fixed[stream]}"

@@ -126,7 +126,7 @@ class Anatomy:
     no_padding: str = ""
     """What padding of the residual does not pass, whatever the norms are, so that it takes whole copies alone, in words
     that follow "does not pass "; empty where there is nothing."""
-    bare: tuple[str, ...] = ()
+    unnormed_readers: tuple[str, ...] = ()
     """What reads the residual without a norm before it: patterns of parameters, and outputs of the model by name."""
     towers: tuple[str, ...] = ()
     """The towers of a model of several where none is chosen: every one has widths of its own, which the anatomy of one

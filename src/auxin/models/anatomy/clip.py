@@ -64,7 +64,7 @@ def tower(model: PreTrainedModel, kind: str) -> Anatomy:
         head=next(iter(reading), None),
         embeddings=tuple(r.pattern for r in roles if r.kind == "embedding" and has_parameters(model, r.pattern)),
         no_padding=f"{first}, a LayerNorm whose output is the residual and has a mean of its own" if first else "",
-        bare=(f"{prefix}head.attention.in_proj_weight", "pooler_output") if pools else (),
+        unnormed_readers=(f"{prefix}head.attention.in_proj_weight", "pooler_output") if pools else (),
     )
 
 

@@ -93,7 +93,9 @@ def _in_model(tower: Tower) -> Anatomy:
         final_norm=None if found.final_norm is None else path + found.final_norm,
         head=None if found.head is None else path + found.head,
         embeddings=tuple(path + name for name in found.embeddings),
-        bare=tuple(path + name for name in found.bare),
+        embedding_norm=None if found.embedding_norm is None else path + found.embedding_norm,
+        before_norms=tuple(path + name for name in found.before_norms),
+        unnormed_readers=tuple(path + name for name in found.unnormed_readers),
     )
 
 
@@ -108,6 +110,7 @@ def _stack(stack: LayerStack, tower: Tower) -> LayerStack:
         entries=within(stack.entries),
         end=dotted(tower.path, stack.end),
         readers=within(stack.readers),
+        reader_of_entry=dotted(tower.path, stack.reader_of_entry) if stack.reader_of_entry else "",
         tower=tower.name,
     )
 

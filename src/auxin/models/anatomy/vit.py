@@ -100,7 +100,7 @@ def patches(model: PreTrainedModel, own: Patches) -> Anatomy:
             role.pattern for role in roles if role.kind == "embedding" and has_parameters(model, role.pattern)
         ),
         no_padding=f"{norms[1]}, which norms what {norms[0]} gives" if len(norms) > 1 else "",
-        bare=() if norms[0] == end else ("last_hidden_state",),
+        unnormed_readers=() if norms[0] == end else ("last_hidden_state",),
         ffn_follows=follows,
     )
 
