@@ -19,6 +19,7 @@ from auxin.methods import methods
 from auxin.models.anatomy import anatomy
 from capabilities import Result, attempt, built_in, check, check_page, probe
 from outputs import output
+from tiny_models import FURTHER, GROUPS, inputs, tiny
 
 CASES = [(name, family) for family in FURTHER for name in built_in()]
 KINDS = {group.__name__: list(group.MODELS) for group in GROUPS}
