@@ -125,7 +125,7 @@ def test_a_broken_promise_and_an_interruption_leave_nothing_behind(tmp_path, mon
 def test_folders_that_can_not_be_used_are_refused(tmp_path):
     model = tiny_model()
     plan = plan_token_growth(model.config, TokenGrowth(ffn_tokens=30))
-    with pytest.raises(CheckpointError, match=r"nowhere is no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"nowhere does not exist"):
         apply_to_checkpoint(plan, tmp_path / "nowhere", tmp_path / "new")
     source = save(model, tmp_path / "old")
     with pytest.raises(CheckpointError, match=r"old exists and is not empty"):

@@ -94,7 +94,6 @@ def test_the_saved_model_is_read_again(name, tmp_path):
         ("ernie4_5_moe", [1, 0, 2], "moe_layer_start_index = 1, moe_layer_end_index = 3, moe_layer_interval = 1"),
         ("gemma4_text", [0, 1, 3, 2], r"layer_types\[3\] would have to be 'sliding_attention'.*makes 'full_attention'"),
         ("zamba2", [0, 1, 2, 3, 1], r"layers 1, 3 of model\.layers hold one tensor \(shared_transformer.*each once"),
-        ("modernbert", [0, 0, 1], r"layer 1 of model\.layers is the old layer 0.*attn_norm is LayerNorm.*of Identity"),
     ],
 )
 def test_what_a_config_cannot_say_is_refused_by_name(name, order, message):
