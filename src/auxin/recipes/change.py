@@ -68,7 +68,8 @@ def change_checkpoint(
     try:
         return apply_to_checkpoint(plan, source, output, finish=keep_books)
     except (PlanError, PromiseError) as error:
-        if why := plan.made_for_another(load_config(source)):
+        # Where the plan is refused for that alone, it is said already.
+        if "was made for" not in str(error) and (why := plan.made_for_another(load_config(source))):
             raise type(error)(f"{error} {why}") from error
         raise
     except OSError as error:
