@@ -164,5 +164,5 @@ def test_what_is_impossible_is_refused(family, settings, words):
 
 
 def test_a_tied_head_behind_a_norm_without_gain_is_refused():
-    with pytest.raises(PlanError, match="no gain"):
+    with pytest.raises(PlanError, match="no norm with a gain"):
         plan_for(tiny("olmo", tie_word_embeddings=True), hidden_size=32)

@@ -53,13 +53,13 @@ def tiny_recipe(corpus, **settings):
                         {
                             "kind": "build",
                             "model_type": "tokenformer",
-                            "config": {**SIZES, "qkv_tokens": 2, "proj_tokens": 2, "ffn_tokens": 8},
+                            "config": {**SIZES, "qkv_tokens": 4, "proj_tokens": 4, "ffn_tokens": 8},
                         },
                         {"kind": "train", "name": "base", "settings": {"steps": 6, "decay_fraction": 0.0}},
                         {
                             "kind": "change",
                             "name": "grow",
-                            "tokens": {"qkv_tokens": 4, "proj_tokens": 4, "ffn_tokens": 16},
+                            "tokens": {"qkv_tokens": 8, "proj_tokens": 8, "ffn_tokens": 16},
                         },
                         {"kind": "train", "name": "final", "settings": {"steps": 6}, "hooks": [OLD_TOKENS]},
                         {"kind": "evaluate"},
@@ -224,7 +224,7 @@ def test_a_half_precision_checkpoint_of_other_data_trains_on(run, corpus, tmp_pa
 def test_a_forks_curve_ends_with_the_fork_though_stage_names_repeat(corpus, tmp_path):
     values = tiny_recipe(corpus).model_dump(mode="json", exclude_defaults=True)
     build = values["branches"][0]["stages"][0]
-    grow = {"kind": "change", "name": "grow", "tokens": {"qkv_tokens": 4}}
+    grow = {"kind": "change", "name": "grow", "tokens": {"qkv_tokens": 8}}
     values["branches"] = [
         {"name": "a", "title": "a", "stages": [build, TRAIN]},
         {"name": "d", "title": "d", "fork": "a/train", "stages": [grow, TRAIN]},

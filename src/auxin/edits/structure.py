@@ -66,6 +66,8 @@ def other_architecture(
 
 def config_from_values(values: dict[str, Any]) -> PreTrainedConfig:
     """The config that `config_values` describes."""
+    # JSON has no infinity; configs write it in another way, and read it again only from their own files.
+    values = PreTrainedConfig._decode_special_floats(values)
     rest = {key: value for key, value in values.items() if key != "model_type"}
     return AutoConfig.for_model(values["model_type"], **rest)
 
