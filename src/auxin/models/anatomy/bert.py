@@ -104,7 +104,7 @@ def encoder(
         final_norm=found.norm,
         head=found.last,
         embeddings=tuple(tables),
-        before_norms=(*found.before_norms, *((f"{prefix}{own.projection}",) if own.normed_projection else ())),
+        before_norms=(f"{prefix}{own.projection}",) if own.normed_projection else (),
         never_hidden_size=never,
         fixed_widths=(("residual", _OF_ANOTHER_MODEL),) if crossed else (),
         embedding_norm=f"{prefix}embeddings.LayerNorm",

@@ -77,8 +77,6 @@ class Heads:
     """The norm right before it."""
     tied: bool = False
     """Whether the token embedding reads a stream like the residual as the last layer."""
-    before_norms: tuple[str, ...] = ()
-    """The transforms, whose output goes into their norm."""
 
 
 def heads(model: PreTrainedModel, axes: Axes, embedding: tuple[Segment, ...]) -> Heads:
@@ -108,7 +106,7 @@ def heads(model: PreTrainedModel, axes: Axes, embedding: tuple[Segment, ...]) ->
     ]
     last = next((path for path in (found.decoder, *classifiers) if path in modules), None)
     tied = bool(embedding) and (not found.decoder or is_tied(model))
-    return Heads(tuple(roles), (found.transform, *poolers), last, found.norm, tied, (found.transform,))
+    return Heads(tuple(roles), (found.transform, *poolers), last, found.norm, tied)
 
 
 def _layers(modules: Collection[str], paths: Iterable[str]) -> list[str]:

@@ -55,7 +55,6 @@ def _modernbert(model: PreTrainedModel) -> Anatomy:
         embeddings=(tokens,),
         rotary_dim=sizes.head_dim,
         rope_type=rotary.rope_type,
-        before_norms=found.before_norms,
         embedding_norm=f"{prefix}embeddings.norm",
     )
 
