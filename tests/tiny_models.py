@@ -190,6 +190,7 @@ def fresh_llama(seed: int = 0, **config: Any) -> LlamaForCausalLM:
 def inputs(model: PreTrainedModel, seed: int = 1, batch: int = 2, length: int = LENGTH) -> dict[str, Tensor]:
     """Inputs of `model`'s forward, without labels; the same ones for a model whose vocabulary has grown."""
     generator = torch.Generator().manual_seed(seed)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # below PEFT's adapters
     config: Any = model.config
     if config.model_type in INPUTS:
         return INPUTS[config.model_type](model, batch, length, generator)
