@@ -111,7 +111,7 @@ def test_gemma_scales_its_embeddings_and_stores_gains_less_one(settings, tied):
 
 def test_a_tied_head_behind_a_norm_without_gain_is_refused():
     model = tiny("olmo", tie_word_embeddings=True)
-    with pytest.raises(PlanError, match="no norm with a gain .* could take up"):
+    with pytest.raises(PlanError, match=r"no norm with a gain .* could take up"):
         by(HYPERCLONING, model, hidden_size=32)
     assert run(model, by(HYPERCLONING, model, intermediate_size=24)) < EXACT
 
