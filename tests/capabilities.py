@@ -121,7 +121,8 @@ def check(method: Method, outcome: Result | Refusal) -> None:
     if outcome.receipt.max_relative_change is not None and outcome.promise == "exact":
         assert outcome.receipt.max_relative_change <= outcome.receipt.tolerance
     assert outcome.receipt.parameters_after == sum(p.numel() for p in outcome.model.parameters())
-    assert outcome.missed(method) is None
+    left = outcome.missed(method)
+    assert left is None, left
 
 
 def check_page(name: str, family: str, outcome: Result | Refusal) -> None:

@@ -2,6 +2,7 @@
 
 import os
 
+os.environ.pop("COLUMNS", None)  # test processes side by side get the width of a terminal that is none
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
