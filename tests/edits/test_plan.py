@@ -8,6 +8,7 @@ import auxin
 from auxin.accounting import flops_per_token
 from auxin.edits import NormalFill, PadParameter, Plan, RepeatFill, SetConfig, ZeroFill, apply, planned_config
 from auxin.edits.plan import resolve
+from auxin.edits.purpose import made_for_another
 from auxin.errors import ConfigError, PlanError
 from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth
 from edits.models import tiny_model
@@ -152,14 +153,14 @@ def test_what_is_no_text_is_not_counted_in_tokens(family, counted):
 
 def test_a_plan_says_which_model_it_was_made_for():
     plan = auxin.plan(tiny("llama"), "net2net", intermediate_size=96)
-    assert plan.made_for_another(tiny("llama").config) == ""
-    assert plan.made_for_another(tiny("bert").config) == (
+    assert made_for_another(plan, tiny("llama").config) == ""
+    assert made_for_another(plan, tiny("bert").config) == (
         "The plan was made for a model of type 'llama'; this one is 'bert'."
     )
     other = tiny("llama", intermediate_size=80)
-    assert "intermediate_size = " in plan.made_for_another(other.config)
-    assert "there and 80 here" in plan.made_for_another(other.config)
-    assert plan_of(FFN_30).made_for_another(tiny("bert").config) == ""
+    assert "intermediate_size = " in made_for_another(plan, other.config)
+    assert "there and 80 here" in made_for_another(plan, other.config)
+    assert made_for_another(plan_of(FFN_30), tiny("bert").config) == ""
 
 
 def test_a_plan_for_another_folder_says_so_when_it_does_not_fit(tmp_path):

@@ -17,7 +17,7 @@ from auxin.edits.kinds.parameter_edits import ParameterEdit, ProjectParameter
 from auxin.edits.origin import Fresh, Made, Origin
 from auxin.edits.plan_files import CheckpointFile, PlanFile
 from auxin.edits.resolution import ResolvedPlan, resolve
-from auxin.edits.structure import config_from_values, config_values, edited_skeleton
+from auxin.edits.structure import config_from_values, edited_skeleton
 from auxin.edits.tensor_names import collapse, shapes_of
 from auxin.errors import PlanError
 from auxin.settings import Settings
@@ -136,21 +136,6 @@ class Plan(Settings):
             return "\n".join([head, *(f"  {describe_edit(edit)}" for edit in self.edits), *notes])
         return "\n".join([head, self.table(config_from_values(self.made_for)), *notes])
 
-    def made_for_another(self, config: PreTrainedConfig) -> str:
-        """A sentence that says by what a model of `config` differs from the one that the plan was made for; empty where
-        it does not, or where the plan does not say."""
-        if self.made_for is None:
-            return ""
-        made_for, values = self.made_for, config_values(config)
-        if (other := made_for.get("model_type")) != config.model_type:
-            return f"The plan was made for a model of type {other!r}; this one is {config.model_type!r}."
-        differ = [
-            f"{name} = {made_for.get(name)} there and {values.get(name)} here"
-            for name in dict.fromkeys([*made_for, *values])
-            if name not in _NOT_OF_THE_MODEL and made_for.get(name) != values.get(name)
-        ]
-        return f"The plan was made for another model: {', '.join(differ[:4])}." if differ else ""
-
     def table(self, model: PreTrainedModel | PreTrainedConfig, sequence_length: int | None = None) -> str:
         """The plan as a table for `model` (or a config): edits, parameters and FLOPs per token before and after.
 
@@ -177,10 +162,6 @@ class Plan(Settings):
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         )
-
-
-_NOT_OF_THE_MODEL = ("architectures", "dtype", "transformers_version")
-"""Values of a config in which two models may differ and take the same plan."""
 
 
 def _hook_in_words(hook: dict[str, Any]) -> str:

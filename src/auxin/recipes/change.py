@@ -7,6 +7,7 @@ from pathlib import Path
 from auxin.accounting import Cost, StageRecord
 from auxin.accounting.ledger import books_in
 from auxin.edits import Plan, Receipt, apply_to_checkpoint
+from auxin.edits.purpose import OtherModelError, made_for_another
 from auxin.errors import CheckpointError, PlanError, PromiseError
 from auxin.models.loading import load_config
 from auxin.objectives.measures import Measure
@@ -67,9 +68,10 @@ def change_checkpoint(
 
     try:
         return apply_to_checkpoint(plan, source, output, finish=keep_books)
+    except OtherModelError:
+        raise  # it says all
     except (PlanError, PromiseError) as error:
-        # Where the plan is refused for that alone, it is said already.
-        if "was made for" not in str(error) and (why := plan.made_for_another(load_config(source))):
+        if why := made_for_another(plan, load_config(source)):
             raise type(error)(f"{error} {why}") from error
         raise
     except OSError as error:
