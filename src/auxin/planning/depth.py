@@ -77,6 +77,11 @@ def depth(model: PreTrainedModel, stack: LayerStack) -> int:
     return len(layers)
 
 
+def deepest(model: PreTrainedModel, anatomy: Anatomy) -> int:
+    """The number of layers in the longest stack."""
+    return max(depth(model, stack) for stack in anatomy.stacks)
+
+
 def arrange(
     model: PreTrainedModel,
     anatomy: Anatomy | None,

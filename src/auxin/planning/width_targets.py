@@ -53,8 +53,7 @@ class WidthTargets(Settings):
             refuse_without_tower(anatomy)
         old = anatomy.sizes
         hidden = _at_least("hidden_size", self.hidden_size, old.residual)
-        if anatomy.heads_stay and self.num_attention_heads not in (None, old.query_heads):
-            raise PlanError(f"num_attention_heads = {self.num_attention_heads}: {anatomy.heads_stay} Leave it out.")
+        refuse_other_heads(anatomy, self.num_attention_heads)
         heads = _at_least("num_attention_heads", self.num_attention_heads, old.query_heads)
         head_dim = old.head_dim
         if anatomy.fields.head_dim is None:
@@ -218,6 +217,24 @@ def feed_forward_settings(anatomy: Anatomy, factor: float) -> dict[str, int]:
     config says, rounded down."""
     sizes = {stream: anatomy.sizes.units(stream) for stream in FEED_FORWARD if anatomy.fields.of(stream)}
     return {SETTINGS[stream]: int(units * factor) for stream, units in sizes.items() if units}
+
+
+def somewhat_wider(anatomy: Anatomy) -> dict[str, int]:
+    """Settings of `WidthTargets` that ask for the fewest heads more, a hidden size that goes with them, and a quarter
+    more feed-forward units, each where it can change and is not bound to another; for examples of settings."""
+    sizes, bound, settings = anatomy.sizes, anatomy.fields.head_dim is None, feed_forward_settings(anatomy, 1.25)
+    heads = sizes.query_heads + sizes.query_heads // sizes.key_value_heads
+    if not anatomy.heads_stay and not (bound and anatomy.residual_stays):
+        settings["num_attention_heads"] = heads
+    if not bound and not anatomy.residual_stays:
+        settings["hidden_size"] = (sizes.residual // heads + 1) * heads  # Llama's must be a multiple
+    return settings
+
+
+def refuse_other_heads(anatomy: Anatomy, wanted: int | None) -> None:
+    """Raise PlanError when another number of query heads is wanted, and the architecture keeps the one that it has."""
+    if anatomy.heads_stay and wanted not in (None, anatomy.sizes.query_heads):
+        raise PlanError(f"num_attention_heads = {wanted}: {anatomy.heads_stay} Leave it out.")
 
 
 def refuse_shrinking(old: Sizes, new: Sizes) -> None:

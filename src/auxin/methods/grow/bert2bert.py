@@ -22,7 +22,7 @@ from auxin.edits.plan import Promise
 from auxin.edits.structure import config_values
 from auxin.models.anatomy import anatomy
 from auxin.planning.bench import from_model
-from auxin.planning.depth import arrange, can_deepen, chosen_stacks, depth, stacked_order
+from auxin.planning.depth import arrange, can_deepen, chosen_stacks, deepest, depth, stacked_order
 from auxin.planning.method import Method
 from auxin.planning.width import widen
 from auxin.planning.width_maps import StreamMap, Widening, drawn, feed_forward_maps, head_maps, scoped_maps
@@ -106,7 +106,7 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
     body, chosen = example_tower(model)
     settings: dict[str, Any] = {**chosen, "initialisation": "fpi"}
     if can_deepen(body):
-        settings = {**chosen, "num_hidden_layers": 2 * max(depth(model, stack) for stack in body.stacks)}
+        settings = {**chosen, "num_hidden_layers": 2 * deepest(model, body)}
     if body.residual_stays or (body.tied and body.final_norm is None):
         return settings
     return {**settings, "hidden_size": 2 * body.sizes.residual}

@@ -20,7 +20,7 @@ from auxin.edits import Edit, Plan
 from auxin.edits.structure import config_values
 from auxin.models.anatomy import anatomy
 from auxin.planning.bench import from_model
-from auxin.planning.depth import depth, identity_blocks
+from auxin.planning.depth import deepest, identity_blocks
 from auxin.planning.method import Method
 from auxin.planning.width import widen
 from auxin.planning.width_conditions import takes_padding
@@ -105,7 +105,7 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
     settings |= {} if body.residual_stays and not body.residual_groups else {"hidden_size": hidden}
     settings |= feed_forward_settings(body, 1.5)
     if body.norm_position != "after_residual":
-        settings["num_hidden_layers"] = max(depth(model, stack) for stack in body.stacks) + 1
+        settings["num_hidden_layers"] = deepest(model, body) + 1
     return settings
 
 

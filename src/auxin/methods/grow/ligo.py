@@ -44,13 +44,13 @@ from auxin.nn.bricks import Brick
 from auxin.objectives.calibration import Calibration, CalibrationSettings
 from auxin.planning.attentions import attention_numbers
 from auxin.planning.bench import Bench
-from auxin.planning.depth import arranged, can_deepen, chosen_stacks, depth, refuse_kept_layers
+from auxin.planning.depth import arranged, can_deepen, chosen_stacks, deepest, depth, refuse_kept_layers
 from auxin.planning.fixed_heads import fixed_head_sizes
 from auxin.planning.method import Method
 from auxin.planning.size_edits import size_values
 from auxin.planning.width import describe_sizes
 from auxin.planning.width_conditions import refuse_fixed_widths
-from auxin.planning.width_targets import WidthTargets, example_tower, feed_forward_settings
+from auxin.planning.width_targets import WidthTargets, example_tower, feed_forward_settings, somewhat_wider
 from auxin.words.anatomy import Anatomy, LayerStack
 from auxin.words.roles import ParameterRole, Segment, laid_out
 from auxin.words.widths import Sizes
@@ -513,15 +513,9 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
     body, chosen = example_tower(model, -1)
     values: dict[str, Any] = {**chosen, "steps": 0}
     if can_deepen(body):
-        values["layers"] = 1 + max(depth(model, stack) for stack in body.stacks)
-    bound = body.fields.head_dim is None
-    if not body.grouped and not body.heads_stay and not (bound and body.residual_stays):
-        heads = body.sizes.query_heads + 1
-        values["num_attention_heads"] = heads
-        if not bound and not body.residual_stays:
-            values["hidden_size"] = (body.sizes.residual // heads + 1) * heads
-    values |= feed_forward_settings(body, 1.25)
-    return values
+        values["layers"] = 1 + deepest(model, body)
+    # Heads that share keys and values can't grow here, nor with them the hidden size where it follows from them.
+    return values | (feed_forward_settings(body, 1.25) if body.grouped else somewhat_wider(body))
 
 
 def _outline(bench: Bench, settings: LigoGrowth) -> Plan:

@@ -39,14 +39,14 @@ from auxin.models.anatomy import anatomy, norm_epsilon
 from auxin.nn.bricks import Brick
 from auxin.nn.masked import Masked
 from auxin.planning.bench import from_model
-from auxin.planning.depth import arranged, can_deepen, chosen_stacks, depth, refuse_kept_layers
+from auxin.planning.depth import arranged, can_deepen, chosen_stacks, deepest, depth, refuse_kept_layers
 from auxin.planning.fixed_heads import fixed_head_sizes
 from auxin.planning.hooks import Hook, HookContext, HookSettings
 from auxin.planning.method import Method
 from auxin.planning.size_edits import size_edits, size_values
 from auxin.planning.width import describe_sizes
 from auxin.planning.width_conditions import refuse_fixed_widths
-from auxin.planning.width_targets import WidthTargets, example_tower, feed_forward_settings
+from auxin.planning.width_targets import WidthTargets, example_tower, somewhat_wider
 from auxin.words.anatomy import Anatomy, LayerStack
 from auxin.words.paths import path_pattern
 from auxin.words.roles import Access, ParameterRole, Segment, laid_out
@@ -558,20 +558,12 @@ def _fill(role: ParameterRole) -> Fill:
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
     """A quarter wider in every dimension, and one layer deeper where that goes."""
     body, chosen = example_tower(model, -1)
-    group = body.sizes.query_heads // body.sizes.key_value_heads
-    heads = body.sizes.query_heads + group
     values: dict[str, Any] = {**chosen}
     if can_deepen(body):
-        values["layers"] = 1 + max(depth(model, stack) for stack in body.stacks)
+        values["layers"] = 1 + deepest(model, body)
     if body.family == "tokenformer":
         return values
-    bound = body.fields.head_dim is None
-    if not body.heads_stay and not (bound and body.residual_stays):
-        values["num_attention_heads"] = heads
-    if not bound and not body.residual_stays:
-        values["hidden_size"] = (body.sizes.residual // heads + 1) * heads  # Llama's must be a multiple
-    values |= feed_forward_settings(body, 1.25)
-    return values
+    return values | somewhat_wider(body)
 
 
 METHOD = Method(

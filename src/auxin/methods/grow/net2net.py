@@ -19,7 +19,7 @@ from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.planning.bench import from_model
-from auxin.planning.depth import depth, identity_blocks
+from auxin.planning.depth import deepest, identity_blocks
 from auxin.planning.method import Method
 from auxin.planning.width import describe_sizes, widen
 from auxin.planning.width_maps import StreamMap, Widening, circular, drawn, feed_forward_maps, head_maps, scoped_maps
@@ -28,6 +28,7 @@ from auxin.planning.width_targets import (
     example_tower,
     feed_forward_settings,
     refuse_idle_part,
+    refuse_other_heads,
     refuse_without_tower,
 )
 from auxin.settings import Settings
@@ -72,8 +73,7 @@ def plan_net2net(model: PreTrainedModel, settings: Net2Net) -> Plan:
     wanted = settings.model_dump(include=set(WidthTargets.model_fields) & set(Net2Net.model_fields))
     if settings.num_attention_heads is not None:
         refuse_without_tower(body)
-    if body.heads_stay and settings.num_attention_heads not in (None, old.query_heads):
-        raise PlanError(f"num_attention_heads = {settings.num_attention_heads}: {body.heads_stay} Leave it out.")
+    refuse_other_heads(body, settings.num_attention_heads)
     if body.fields.head_dim is None and settings.num_attention_heads not in (None, old.query_heads):
         raise PlanError(
             f"num_attention_heads = {settings.num_attention_heads}: in this architecture the head dimension is hidden "
@@ -126,7 +126,7 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
     body, settings = example_tower(model)
     settings |= feed_forward_settings(body, 1.5)
     if body.norm_position != "after_residual":
-        settings["num_hidden_layers"] = max(depth(model, stack) for stack in body.stacks) + 1
+        settings["num_hidden_layers"] = deepest(model, body) + 1
     return settings
 
 
