@@ -22,6 +22,10 @@ class PlanError(AuxinError, ValueError):
     exit_code = 2
 
 
+class OtherModelError(PlanError):
+    """A plan was made for another model, or another file of it, than what it is applied to; the message says so."""
+
+
 class DataError(AuxinError, ValueError):
     """Text, a corpus or a tokenizer can't be used as asked."""
 

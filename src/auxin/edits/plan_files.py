@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from auxin.errors import PlanError
+from auxin.errors import OtherModelError, PlanError
 from auxin.files import write_bytes
 from auxin.settings import Settings
 
@@ -112,7 +112,8 @@ class PlanFile(Settings):
         """Copy the file from the plan's folder `source` into a `checkpoint`.
 
         Raises:
-            PlanError: as `find`, or the checkpoint's file that it replaces is another one than the plan was made for.
+            PlanError: as `find`.
+            OtherModelError: the checkpoint's file that it replaces is another one than the plan was made for.
         """
         target = checkpoint / self.place()
         self.check(checkpoint)
@@ -120,10 +121,10 @@ class PlanFile(Settings):
         shutil.copyfile(self.find(source), target)
 
     def check(self, checkpoint: Path) -> None:
-        """PlanError when the `checkpoint`'s file that it replaces is not the one that the plan was made for."""
+        """OtherModelError when the `checkpoint`'s file that it replaces is not the one that the plan was made for."""
         target = checkpoint / self.place()
         if self.instead_of is not None and (not target.is_file() or sha256(target) != self.instead_of):
-            raise PlanError(
+            raise OtherModelError(
                 f"{target} is not the file that the plan was made for and that it replaces. Plan again for this "
                 "checkpoint."
             )

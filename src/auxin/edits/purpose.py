@@ -6,16 +6,12 @@ from auxin.edits.kinds.architecture_edits import SetConfig
 from auxin.edits.kinds.edit import ArrangeLayers
 from auxin.edits.plan import Plan
 from auxin.edits.structure import config_from_values, config_values
-from auxin.errors import PlanError
+from auxin.errors import OtherModelError, PlanError
 from auxin.models.configs import config_value
 from auxin.models.layout import LENGTH_FIELDS
 
 NOT_OF_THE_MODEL = ("architectures", "dtype", "transformers_version")
 """Values of a config in which two models may differ and take the same plan."""
-
-
-class OtherModelError(PlanError):
-    """A plan was made for another model than the one that it is to be applied to; the message says so."""
 
 
 def refuse_other_model(plan: Plan, config: PreTrainedConfig) -> None:

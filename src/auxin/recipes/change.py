@@ -7,8 +7,8 @@ from pathlib import Path
 from auxin.accounting import Cost, StageRecord
 from auxin.accounting.ledger import books_in
 from auxin.edits import Plan, Receipt, apply_to_checkpoint
-from auxin.edits.purpose import OtherModelError, made_for_another
-from auxin.errors import CheckpointError, PlanError, PromiseError
+from auxin.edits.purpose import made_for_another
+from auxin.errors import CheckpointError, OtherModelError, PlanError, PromiseError
 from auxin.models.loading import load_config
 from auxin.objectives.measures import Measure
 
