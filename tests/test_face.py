@@ -27,7 +27,7 @@ from auxin.settings import Settings
 from tiny_models import change, inputs, labels, logits, tiny
 from tiny_tokenizers import tiny_tokenizer
 
-WORDS = ["Plan", "Receipt", "apply", "grow", "load", "methods", "plan"]
+WORDS = ["Plan", "Receipt", "apply", "grow", "load", "methods", "plan", "save"]
 EXACT = 1e-12
 
 

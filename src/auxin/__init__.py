@@ -17,7 +17,7 @@ from auxin.words.first_use import on_first_use
 if TYPE_CHECKING:
     from auxin.edits.executor import Receipt
     from auxin.edits.plan import Plan
-    from auxin.face import apply, load, plan
+    from auxin.face import apply, load, plan, save
     from auxin.methods import methods
     from auxin.methods.grow.tokenformer import grow
 else:
@@ -26,13 +26,13 @@ else:
         {
             "auxin.edits.executor": ("Receipt",),
             "auxin.edits.plan": ("Plan",),
-            "auxin.face": ("apply", "load", "plan"),
+            "auxin.face": ("apply", "load", "plan", "save"),
             "auxin.methods": ("methods",),
             "auxin.methods.grow.tokenformer": ("grow",),
         },
     )[0]
 
-__all__ = ["Plan", "Receipt", "apply", "grow", "load", "methods", "plan"]
+__all__ = ["Plan", "Receipt", "apply", "grow", "load", "methods", "plan", "save"]
 
 if Path(sys.argv[0] if sys.argv else "").name not in {"auxin", "auxin.exe"}:
     # The command line does this in the commands that load a model: its help need not wait seconds for torch.

@@ -1,4 +1,5 @@
-"""What `import auxin` offers for everyday work: a plan for a model, the plan applied, a model loaded.
+"""What `import auxin` offers for everyday work: a plan for a model, the plan applied, models
+loaded and saved.
 
 The same words serve a model in memory and a checkpoint's folder.
 """
@@ -14,7 +15,9 @@ from auxin.edits import executor
 from auxin.edits.executor import Receipt
 from auxin.edits.plan import Plan
 from auxin.edits.promise import Probe
+from auxin.edits.saved import save_model
 from auxin.errors import ConfigError
+from auxin.files import new_folder
 from auxin.methods import method as find_method
 from auxin.models.loading import load_model
 from auxin.planning.method import Data, plan_for
@@ -129,6 +132,32 @@ def load(
             where transformers would draw a random one.
     """
     return load_model(folder, device, dtype)
+
+
+def save(model: PreTrainedModel, folder: str | Path) -> Path:
+    """Write a model to a folder that `load` reads, `save_pretrained` with two things more for a model whose edits its
+    config's class does not have: its card says that it needs auxin, and its weights lie under a name of their own, so
+    that without `import auxin` `from_pretrained` fails and does not return another model.
+
+    Args:
+        model: a model of transformers.
+        folder: one that does not exist or is empty; it appears under its name when it is complete. A tokenizer's files
+            are added by its own `save_pretrained`.
+
+    Returns:
+        `folder` as a Path.
+
+    Raises:
+        CheckpointError: the folder is in use.
+    """
+    source = _source(model, "auxin.save")
+    if not isinstance(source, PreTrainedModel):
+        raise ConfigError(
+            f"auxin.save writes a model in memory, and {source} is a folder. Load it, or copy the folder."
+        )
+    with new_folder(Path(folder)) as partial:
+        save_model(source, partial)
+    return Path(folder)
 
 
 def _source(model: Any, caller: str) -> PreTrainedModel | Path:

@@ -1,16 +1,10 @@
 """The card of a model that needs auxin says so, and the rest of the card is left alone."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
-import auxin
 from auxin.edits import MergeModule, Plan, ReplaceModule, apply_to_checkpoint
 from auxin.edits.model_card import BEGIN, END, mark_model_card
-from auxin.edits.runtimes import about_runtimes, without_auxin
+from auxin.edits.runtimes import without_auxin
 from auxin.models.loading import load_config
 from capabilities import probe
 from tiny_models import tiny
@@ -82,42 +76,3 @@ def test_a_checkpoint_has_it_until_a_plan_makes_it_plain(tmp_path):
     apply_to_checkpoint(MERGED, replaced, merged)
     assert (merged / "README.md").read_text() == "# A model\n"
     assert (source / "README.md").read_text() == "# A model\n"
-
-
-LOAD = """
-import json, sys
-import transformers
-from transformers import AutoModelForCausalLM
-
-model, report = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
-assert "auxin" not in sys.modules
-found = {"parameters": sum(p.numel() for p in model.parameters()), "brick": type(model.model.layers[0].mlp.down_proj)}
-print(json.dumps({**found, "brick": found["brick"].__name__, **{k: sorted(report[k]) for k in report}}, default=str))
-"""
-
-
-def test_without_auxin_transformers_does_what_is_written(tmp_path):
-    """In a process of its own: the warning, the plain model, and what is reported of weights that don't fit."""
-    model = tiny("llama")
-    model.save_pretrained(tmp_path / "source")
-    auxin.apply(REPLACED, tmp_path / "source", output=tmp_path / "edited")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(tmp_path / "edited")],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment | {"HF_HUB_OFFLINE": "1"},
-    )
-    note = about_runtimes(load_config(tmp_path / "edited"))
-    assert note.endswith(without_auxin(load_config(tmp_path / "edited")))
-    logged = "Unknown quantization type, got auxin"
-    assert logged in done.stderr
-    assert logged in note
-    found = json.loads(done.stdout)
-    assert found["brick"] == "Linear"
-    assert found["parameters"] == sum(p.numel() for p in model.parameters())
-    assert all(key.endswith("down_proj.weight") for key in found["missing_keys"])
-    assert all("_factor" in key for key in found["unexpected_keys"])
-    assert found["missing_keys"]
-    assert found["unexpected_keys"]

@@ -1,6 +1,7 @@
 """The probe sees what a model computes, whatever it takes and says."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ def scaled(module: str, factor: float, promise: str = "exact") -> Plan:
     return Plan(method="hand", promise=promise, edits=edits)
 
 
+SEES = re.compile(r"(vision_tower.*layers|visual|projector).*(fc1|linear_1|mlp.0)$")
 NOTHING = Plan(method="hand", promise="exact", edits=[])
 
 
@@ -31,6 +33,42 @@ def test_a_change_anywhere_breaks_a_promise_and_none_keeps_it(name):
         with pytest.raises(PromiseError, match=r"hand promised to keep the function, but the .* moved by"):
             apply(scaled(module, 2.0), model)
     assert all(torch.equal(tensor, weights[path]) for path, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "name", ["LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration", "Gemma3ForConditionalGeneration"]
+)
+def test_a_language_model_that_can_see_is_probed_with_images(name):
+    model = tiny_kind(name)
+    for parameter in model.parameters():
+        if not parameter.any():  # Gemma's way from the images to the text begins at zero
+            torch.nn.init.normal_(parameter, std=0.1)
+    weights = copy.deepcopy(model.state_dict())
+    seen = [path for path, _ in model.named_modules() if SEES.search(path)]
+    for module in (seen[0], seen[-1]):
+        assert apply(scaled(module, 1.0), model).unread == []
+        with pytest.raises(PromiseError, match=r"hand promised to keep the function, but the logits moved by"):
+            apply(scaled(module, 2.0), model)
+    assert all(torch.equal(tensor, weights[path]) for path, tensor in model.state_dict().items())
+
+
+def test_what_took_no_part_in_the_probe_is_said():
+    model = tiny_kind("LlavaForConditionalGeneration")
+    text = default_probe(NOTHING, model)
+    module = "model.vision_tower.encoder.layers.1.mlp.fc1"
+    with pytest.warns(UserWarning, match=rf"1 of the parameters .* \({module}.weight, .* the promise was not checked"):
+        receipt = apply(scaled(module, 2.0), model, probe=text)
+    assert receipt.unread == [f"{module}.weight"]
+    assert receipt.max_relative_change == 0
+
+
+def test_what_is_for_training_alone_is_told_without_a_warning(recwarn):
+    model = tiny_kind("Wav2Vec2Model")
+    receipt = apply(
+        Plan(method="hand", promise="exact", edits=[ScaleParameter(parameter="masked_spec_embed", factor=2)]), model
+    )
+    assert receipt.unread == ["masked_spec_embed"]
+    assert not [warning for warning in recwarn if "took no part" in str(warning.message)]
 
 
 @pytest.mark.parametrize("name", KINDS)

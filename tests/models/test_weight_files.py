@@ -35,6 +35,13 @@ def test_the_whole_file_goes_before_the_index_and_that_before_others(tmp_path):
     assert torch.equal(read_tensor(tmp_path / "model.safetensors", "model.safetensors.weight"), torch.ones(2))
 
 
+def test_an_edited_models_weights_have_a_name_of_their_own(tmp_path):
+    write(tmp_path, "edited_model.safetensors", "adapter_model.safetensors")
+    assert [path.name for path in weight_files(tmp_path)] == ["edited_model.safetensors"]
+    write(tmp_path, "model.safetensors")
+    assert [path.name for path in weight_files(tmp_path)] == ["model.safetensors"], "what save_pretrained wrote later"
+
+
 def test_an_index_that_can_not_be_read_is_named(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json can't be read"):

@@ -11,7 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.errors import ConfigError, PlanError
 
-IDS, DECODER_IDS, PIXELS = "input_ids", "decoder_input_ids", "pixel_values"
+IDS, DECODER_IDS, PIXELS, GRID = "input_ids", "decoder_input_ids", "pixel_values", "image_grid_thw"
+SIZES, KINDS = "image_sizes", "mm_token_type_ids"
+CHANNELS = ("in_channels", "in_chans", "num_channels")
 IMAGE_SIDE = 224
 """Pixels, for models that take images of any size; the usual size of ImageNet's."""
 PLACEHOLDERS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
@@ -25,10 +27,12 @@ def example_inputs(
     seed: int | None = None,
     decoder_length: int | None = None,
     vocabulary: int | None = None,
+    illustrated: bool = False,
 ) -> dict[str, Tensor]:
     """Random inputs of `model` by name: token ids, those of a decoder too, pixels, waveforms or spectrograms.
 
-    A model that scores texts against images gets both. A language model that can look at images, too, gets text alone.
+    A model that scores texts against images gets both. A language model that can look at images, too, gets text alone,
+    or, `illustrated`, an image before each.
     Texts that are pooled at their end token have it, once, at the end. Numbers have the type of the model.
 
     Args:
@@ -39,6 +43,8 @@ def example_inputs(
         seed: of the random numbers; None: zeros.
         decoder_length: tokens per sequence of the decoder of an encoder-decoder; None: `length`.
         vocabulary: token ids stay below it; None: below the model's vocabulary.
+        illustrated: whether a language model that can look at images gets some, where it is known how; a trial run of
+            what reads them tells the number of tokens in their place.
 
     Raises:
         PlanError: the model's main input is none of these, or its config does not say how large it is.
@@ -54,6 +60,8 @@ def example_inputs(
         )
     if main == IDS and takes_pairs(model):
         inputs |= _images(drawn, length)
+    elif main == IDS and illustrated:
+        inputs |= _images_in_text(drawn, inputs[IDS])
     if model.config.is_encoder_decoder and DECODER_IDS in call_arguments(model):
         inputs[DECODER_IDS] = drawn.ids(_text_config(model.config, decoder=True), decoder_length or length)
     return inputs
@@ -222,6 +230,58 @@ def _images(drawn: _Drawn, length: int) -> dict[str, Tensor]:
         }
     frames = getattr(_part(drawn.config, "num_frames", "image_size"), "num_frames", None)
     return {PIXELS: drawn.numbers(*(() if frames is None else (frames,)), *image_shape(drawn.config, IMAGE_SIDE))}
+
+
+def _images_in_text(drawn: _Drawn, ids: Tensor) -> dict[str, Tensor]:
+    """An image for each text, and before the text the tokens in whose place it is read; nothing where the model looks
+    at none, or it is not known how."""
+    model, config = drawn.model, drawn.config
+    token = next((value for field in PLACEHOLDERS[:2] if isinstance(value := getattr(config, field, None), int)), None)
+    if token is None or PIXELS not in call_arguments(model):
+        return {}
+    for images in _images_to_look_at(drawn):
+        count = _features(model, images) // drawn.batch
+        room = text_length(model, count + ids.shape[1]) - count
+        if count and room > 0:
+            inputs = {IDS: torch.cat([torch.full((drawn.batch, count), token), ids[:, :room]], dim=1), **images}
+            if KINDS in call_arguments(model):  # the positions of image tokens have height and width
+                inputs[KINDS] = (inputs[IDS] == token).long()
+            return inputs
+    return {}
+
+
+def _images_to_look_at(drawn: _Drawn) -> Iterator[dict[str, Tensor]]:
+    """One image for each sequence, in the forms in which language models take them."""
+    part = _part(drawn.config, "patch_size", "temporal_patch_size", "spatial_merge_size")
+    if part is not None and GRID in call_arguments(drawn.model):
+        # Cut into patches by the processor; two by two of them, merged, are four tokens.
+        side = 2 * part.spatial_merge_size
+        channels = next(getattr(part, name) for name in CHANNELS if hasattr(part, name))
+        values = channels * part.temporal_patch_size * part.patch_size**2
+        yield {
+            PIXELS: drawn.numbers(side**2, values).flatten(0, 1),
+            GRID: torch.tensor([[1, side, side]]).repeat(drawn.batch, 1),
+        }
+    elif _part(drawn.config, "image_size", "num_channels") is not None:
+        image = drawn.numbers(*image_shape(drawn.config))
+        sizes = {SIZES: torch.tensor([image.shape[-2:]]).repeat(drawn.batch, 1)}
+        # A text may have several images, or one that is cut into tiles and stands before them as a whole.
+        for images in (image, *(image[:, None].repeat(1, count, 1, 1, 1) for count in (1, 2, 3))):
+            yield {PIXELS: images}
+            if SIZES in call_arguments(drawn.model):
+                yield {PIXELS: images, **sizes}
+
+
+def _features(model: PreTrainedModel, images: dict[str, Tensor]) -> int:
+    """How many tokens are read from the images; 0 where the model does not take them so."""
+    looks: Any = model if hasattr(model, "get_image_features") else model.base_model
+    try:
+        with torch.no_grad():
+            found: Any = looks.get_image_features(**{name: value.to(model.device) for name, value in images.items()})
+    except Exception:  # whatever the code of a model says that takes them otherwise
+        return 0
+    found = getattr(found, "pooler_output", found)
+    return sum(part[..., 0].numel() for part in found if isinstance(part, Tensor))
 
 
 def _spectrograms(drawn: _Drawn, length: int) -> dict[str, Tensor] | None:

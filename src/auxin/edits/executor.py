@@ -14,11 +14,12 @@ from auxin.edits.carry import carry, check_tensors
 from auxin.edits.kinds.rate import Rate
 from auxin.edits.module_store import ModuleStore
 from auxin.edits.plan import Plan
-from auxin.edits.promise import Probe, default_probe, edited_outputs, measured_change, probe_outputs, tolerance
+from auxin.edits.promise import Probe, edited_outputs, measured_change, probed, tolerance
 from auxin.edits.purpose import refuse_other_model
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.room import refuse_too_large
 from auxin.edits.tree import Undo, rebuild_tree
+from auxin.edits.unread import Reads, about_unread
 from auxin.errors import PlanError
 from auxin.models.evaluating import training_flags
 from auxin.settings import Settings
@@ -38,6 +39,9 @@ class Receipt(Settings):
     be compared: of another shape, or all zero before."""
     tolerance: float
     """The change up to which an exact plan counts as kept, in the parameters' data type."""
+    unread: list[str] = []
+    """Changed parameters that the edited model did not read on the probe, so that nothing is known of them: what is for
+    training alone, or, with a warning where something was promised, parts of layers that the probe did not reach."""
     continuation: dict[str, Rate] = {}
     """How AdamW must go on with those parameters for which it is not as before, by name; see `continue_exactly`."""
     notes: list[str] = []
@@ -115,25 +119,29 @@ def _applied(
     count, allowed = count_parameters(model).total, tolerance(model)
     undo.add(training_flags(model))  # the probe's evaluation mode, too, may be interrupted
     if has_data:
-        probe = default_probe(plan, model) if probe is None else probe
-        reference = probe_outputs(model, probe, plan.vocabulary)
+        probe, reference = probed(plan, model, probe)
     change: float | None = None
+    unread: list[str] = []
     carry(resolved, plan.seed, store)
     rebuild_tree(model, resolved, store.tensors, undo)
     store.join_groups()
     if has_data and probe is not None:
-        change = measured_change(plan, reference, edited_outputs(plan, model, probe), allowed)
+        with Reads() as reads:
+            outputs = edited_outputs(plan, model, probe)
+        change, unread = measured_change(plan, reference, outputs, allowed), reads.unread(resolved, model)
     receipt = Receipt(
         plan=plan,
         parameters_before=count,
         parameters_after=count_parameters(model).total,
         max_relative_change=change,
         tolerance=allowed,
+        unread=unread,
         continuation=rates,
         seconds=time.perf_counter() - start,
     )
-    for note in plan.notes:
-        warnings.warn(note, stacklevel=4)  # `apply` and its inference_mode, too, are between this and the caller
+    for note in (*plan.notes, about_unread(plan, unread)):
+        if note is not None:
+            warnings.warn(note, stacklevel=4)  # `apply` and its inference_mode, too, are between this and the caller
     return receipt
 
 

@@ -10,17 +10,18 @@ from auxin.edits import replay  # noqa: F401 - edited checkpoints load
 from auxin.edits.carry import carry, check_tensors
 from auxin.edits.executor import Receipt, continuation
 from auxin.edits.folder_store import FolderStore
-from auxin.edits.model_card import mark_model_card
 from auxin.edits.other_files import ADAPTER, WITHOUT_MOMENTS, copy_other_files, forget_best
 from auxin.edits.plan import Plan
-from auxin.edits.promise import Probe, default_probe, edited_outputs, measured_change, probe_outputs, tolerance
+from auxin.edits.promise import Probe, edited_outputs, measured_change, probed, tolerance
 from auxin.edits.purpose import refuse_other_model
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.room import refuse_too_large_for_folder
+from auxin.edits.saved import complete
 from auxin.edits.sentence_modules import followed_modules
 from auxin.edits.structure import edited_skeleton
 from auxin.edits.trainer_optimizer import FILE as TRAINER_OPTIMIZER
 from auxin.edits.trainer_optimizer import carry_trainer_optimizer
+from auxin.edits.unread import Reads, about_unread
 from auxin.errors import CheckpointError, PlanError
 from auxin.files import new_folder
 from auxin.models.loading import existing_folder, load_config, load_model
@@ -72,10 +73,9 @@ def apply_to_checkpoint(
     store.check()
     check_tensors(resolved, store, store.names())
     followed = followed_modules(source, resolved)
-    probe = default_probe(plan, before) if probe is None else probe
     # The old model is gone before the new one is loaded.
     model = load_model(source)
-    reference, allowed = probe_outputs(model, probe, plan.vocabulary), tolerance(model)
+    (probe, reference), allowed = probed(plan, model, probe), tolerance(model)
     del model
     with new_folder(output) as folder:
         notes = copy_other_files(source, folder, {*store.files(), Path(TRAINER_OPTIMIZER)})
@@ -94,22 +94,28 @@ def apply_to_checkpoint(
         same_class = type(resolved.after) is type(before)
         config.architectures = before.config.architectures if same_class else [type(resolved.after).__name__]
         config.save_pretrained(folder)
-        mark_model_card(folder, config)
-        change = measured_change(plan, reference, edited_outputs(plan, load_model(folder), probe), allowed)
+        complete(folder, config)
+        model = load_model(folder)
+        with Reads() as reads:
+            outputs = edited_outputs(plan, model, probe)
+        change, unread = measured_change(plan, reference, outputs, allowed), reads.unread(resolved, model)
+        del model
         receipt = Receipt(
             plan=plan,
             parameters_before=count_parameters(before).total,
             parameters_after=count_parameters(resolved.after).total,
             max_relative_change=change,
             tolerance=allowed,
+            unread=unread,
             continuation=continuation(resolved),
             notes=notes,
             seconds=time.perf_counter() - start,
         )
         if finish is not None:
             finish(folder, receipt)
-    for note in notes:
-        warnings.warn(note, stacklevel=2)
+    for note in (*notes, about_unread(plan, unread)):
+        if note is not None:
+            warnings.warn(note, stacklevel=2)
     return receipt
 
 

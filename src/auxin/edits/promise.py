@@ -1,7 +1,7 @@
 """Checking that an edited model computes what it computed before."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -44,7 +44,25 @@ EMBEDDINGS = "_embeds"
 """How the names of a pair's embeddings end, which may lie below the logits of pairs."""
 
 
-def default_probe(plan: Plan, model: PreTrainedModel) -> dict[str, Tensor]:
+def probed(plan: Plan, model: PreTrainedModel, probe: Probe | None) -> tuple[Probe, Outputs]:
+    """The probe, and what `model` says on it: `probe`, or by default inputs with which all parts of the model run. A
+    language model that can look at images gets text alone where it doesn't take the images that are made for it.
+
+    Raises:
+        PlanError: as `probe_outputs`.
+    """
+    if probe is not None:
+        return probe, probe_outputs(model, probe, plan.vocabulary)
+    text = default_probe(plan, model)
+    with evaluation_mode(model), torch.no_grad():
+        whole = default_probe(plan, model, illustrated=True)
+    if whole.keys() != text.keys():
+        with suppress(PlanError):
+            return whole, probe_outputs(model, whole, plan.vocabulary)
+    return text, probe_outputs(model, text, plan.vocabulary)
+
+
+def default_probe(plan: Plan, model: PreTrainedModel, illustrated: bool = False) -> dict[str, Tensor]:
     """Inputs drawn with the plan's seed, `example_inputs`: three images, recordings, or sequences of 64 token ids, of
     fewer where the model has no positions for them. One sequence for a classifier that finds its last token by the
     padding behind it and has none."""
@@ -56,6 +74,7 @@ def default_probe(plan: Plan, model: PreTrainedModel) -> dict[str, Tensor]:
         seed=plan.seed,
         decoder_length=text_length(model, PROBE_LENGTH, decoder=True),
         vocabulary=plan.vocabulary,
+        illustrated=illustrated,
     )
 
 

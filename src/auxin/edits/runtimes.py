@@ -10,6 +10,7 @@ from auxin.edits.kinds.module_edits import ConfigureModule, RemoveModule, Replac
 from auxin.edits.mark import REPLAY_METHOD
 from auxin.edits.structure import structural_edits
 from auxin.models.tokenformer import TokenFormerConfig
+from auxin.models.weight_files import EDITED, PLAIN
 from auxin.nn.bricks import find_brick
 
 
@@ -38,9 +39,10 @@ def without_auxin(config: PreTrainedConfig) -> str | None:
     if isinstance(config, TokenFormerConfig):
         return "In transformers, `import auxin` before from_pretrained: it knows no TokenFormer without it."
     return (
-        f'In transformers, `import auxin` before from_pretrained: without it transformers only logs "Unknown '
-        f'quantization type, got {REPLAY_METHOD}" and returns a model without these edits, another one than this; '
-        "weights that don't fit it are reported as unexpected and dropped, missing ones are drawn at random."
+        f"In transformers, `import auxin` before from_pretrained. Without it loading fails where the weights lie in "
+        f"{EDITED}, a file that transformers does not look for; from one named {PLAIN}, as save_pretrained and its "
+        f'Trainer write it, transformers logs "Unknown quantization type, got {REPLAY_METHOD}" and returns a model '
+        "without these edits, another one than this."
     )
 
 

@@ -8,8 +8,18 @@ from torch import Tensor
 
 from auxin.errors import CheckpointError
 
-WHOLE = "model.safetensors"
-INDEX = f"{WHOLE}.index.json"
+PLAIN = "model.safetensors"
+"""The whole file, as transformers calls it."""
+EDITED = "edited_model.safetensors"
+"""The whole file of a model that is not what its config's class builds: transformers looks for no such name, so that
+loading fails where `auxin`, which tells it (`auxin.edits.replay`), is not imported."""
+INDEX_ENDING = ".index.json"
+
+
+def first_file(folder: Path) -> Path | None:
+    """The file that `from_pretrained` opens first: the whole file, or the index of its pieces; None: there is none."""
+    names = (f"{name}{ending}" for name in (PLAIN, EDITED) for ending in ("", INDEX_ENDING))
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -21,16 +31,18 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: the index can't be read.
     """
-    if (folder / WHOLE).is_file():
-        return [folder / WHOLE]
-    if (folder / INDEX).is_file():
-        return sorted(folder / name for name in set(index_of(folder).values()))
-    return sorted(folder.glob("*.safetensors"))
+    first = first_file(folder)
+    if first is None:
+        return sorted(folder.glob("*.safetensors"))
+    return sorted(folder / name for name in set(_index(first).values())) if _is_index(first) else [first]
 
 
-def index_of(folder: Path) -> dict[str, str]:
-    """The file of every tensor, by the index in `folder`; CheckpointError when it can't be read."""
-    path = folder / INDEX
+def _is_index(path: Path) -> bool:
+    return path.name.endswith(INDEX_ENDING)
+
+
+def _index(path: Path) -> dict[str, str]:
+    """The file of every tensor, by an index; CheckpointError when it can't be read."""
     try:
         return {
             str(name): str(file) for name, file in json.loads(path.read_text(encoding="utf-8"))["weight_map"].items()
@@ -42,8 +54,9 @@ def index_of(folder: Path) -> dict[str, str]:
 def stored_tensors(folder: Path) -> dict[str, Path]:
     """The file of every tensor that `from_pretrained` reads; none where a file can't be read."""
     try:
-        if not (folder / WHOLE).is_file() and (folder / INDEX).is_file():
-            return {name: folder / file for name, file in index_of(folder).items()}
+        first = first_file(folder)
+        if first is not None and _is_index(first):
+            return {name: folder / file for name, file in _index(first).items()}
         places: dict[str, Path] = {}
         for path in weight_files(folder):
             with safe_open(path, framework="pt") as file:

@@ -25,9 +25,10 @@ from transformers import PreTrainedModel
 
 from auxin.accounting.ledger import Ledger
 from auxin.data.dataset import Processor
+from auxin.edits.saved import save_model
 from auxin.errors import CheckpointError
 from auxin.files import flush, flush_tree, write_text
-from auxin.models.loading import existing_folder, load_model, no_progress_bar
+from auxin.models.loading import existing_folder, load_model
 from auxin.nn.bricks import Brick
 from auxin.training.adapters import has_adapter, load_adapter
 from auxin.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
@@ -80,8 +81,7 @@ def write_checkpoint_folder(
         directory.parent.mkdir(parents=True, exist_ok=True)
         remove_folder(partial)
         (partial / TRAINING).mkdir(parents=True)
-        with no_progress_bar():
-            model.save_pretrained(partial)
+        save_model(model, partial)
         if processor is not None:
             processor.save_pretrained(partial)
         if ledger is not None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import auxin
 from auxin.edits import (
     ArrangeLayers,
     ConfigureModule,
@@ -29,6 +30,7 @@ from auxin.edits.structure import structural_edits
 from auxin.errors import PlanError, PromiseError
 from auxin.methods import method
 from auxin.models.scoped_config import config_at
+from auxin.models.weight_files import first_file
 from auxin.planning.bench import Bench
 from cut_models import FFN, KEPT, layer, narrow_edits, narrow_plan, silence, state
 from edits.models import assert_same
@@ -251,11 +253,12 @@ def test_a_checkpoint_is_changed_as_the_model_in_memory(family, tmp_path):
         source, target = (tmp_path / ("old" if not number else f"new{number}") for number in (place, place + 1))
         apply(plan(*edits), model, probe=inputs(model))
         apply_to_checkpoint(plan(*edits), source, target)
-        model.save_pretrained(tmp_path / f"ours{place}")
-        ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / f"ours{place}", target))
+        auxin.save(model, tmp_path / f"ours{place}")
+        ours, theirs = (load_file(first_file(folder)) for folder in (tmp_path / f"ours{place}", target))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
         told = json.loads((target / "config.json").read_text())["quantization_config"]
+        assert told.pop("weights") == "edited_model.safetensors"
         assert told == model.config.to_dict()["quantization_config"]
 
 

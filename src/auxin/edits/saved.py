@@ -1,0 +1,53 @@
+"""Folders of edited models: what stands in them beyond what `save_pretrained` writes.
+
+A model whose config holds structural edits is another one than its class builds. Where `auxin` is not imported,
+transformers warns of a quantizer that it does not know, and loads the weights into the plain model. So the weights lie
+under a name that transformers does not look for; the config tells it to the replay (`auxin.edits.replay`), and where
+there is none loading fails: "no file named model.safetensors". A section of the model card says what to do.
+"""
+
+import json
+from pathlib import Path
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from auxin.edits.model_card import mark_model_card
+from auxin.edits.other_files import TRAINER_STATE
+from auxin.edits.structure import structural_edits
+from auxin.files import write_text
+from auxin.models.loading import no_progress_bar
+from auxin.models.weight_files import EDITED, PLAIN, first_file
+
+CONFIG = "config.json"
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """`save_pretrained`, and what else belongs into the folder of an edited model."""
+    with no_progress_bar():
+        model.save_pretrained(folder)
+    complete(folder, model.config)
+
+
+def complete(folder: Path, config: PreTrainedConfig) -> None:
+    """Bring a folder that holds a saved model of `config` into the form that it asks for: where there are structural
+    edits the weights get their own name and the model card its section, where there are none both go back.
+
+    In a checkpoint of transformers' Trainer the weights keep their name, since a Trainer that resumes looks for it. So
+    does an adapter that was saved alone.
+    """
+    mark_model_card(folder, config)
+    weights = first_file(folder)
+    if weights is None or not (folder / CONFIG).is_file():
+        return
+    is_edited = bool(structural_edits(config)) and not (folder / TRAINER_STATE).exists()
+    name = weights.name.replace(EDITED, PLAIN)
+    if is_edited:
+        name = name.replace(PLAIN, EDITED)
+    if weights.name != name:
+        weights.rename(folder / name)
+    values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    stored = values.get("quantization_config", {})
+    if stored.get("weights") != (told := name if is_edited else None):
+        stored.pop("weights", None)
+        stored |= {"weights": told} if told else {}
+        write_text(folder / CONFIG, json.dumps(values, indent=2, sort_keys=True) + "\n")
