@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 from torch.optim import AdamW
@@ -230,6 +231,17 @@ def test_what_is_no_model_is_refused(tmp_path):
         auxin.plan(wrapped, "stacking", factor=2)
     with pytest.raises(ConfigError, match=r"auxin\.apply takes .* received a Sequential"):
         auxin.apply(plan, wrapped)
+    adapted = get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match=r"received a PeftModel, which holds an adapter\. .*merge_and_unload"):
+        auxin.plan(adapted, "stacking", factor=2)
+    adapted.save_pretrained(tmp_path / "adapter")
+    quantized = tiny("llama")
+    quantized.config.quantization_config = {"quant_method": "gguf"}
+    with pytest.raises(PlanError, match=r"quantized \(gguf\).*Dequantize it first"):
+        auxin.plan(quantized, "stacking", factor=2)
+    for use in (lambda folder: auxin.plan(folder, "stacking", factor=2), auxin.load):
+        with pytest.raises(CheckpointError, match="holds an adapter and no model"):
+            use(tmp_path / "adapter")
     for use in (lambda folder: auxin.plan(folder, "stacking", factor=2), auxin.load):
         with pytest.raises(CheckpointError, match="nothing does not exist"):
             use(tmp_path / "nothing")
@@ -246,8 +258,8 @@ def test_what_is_for_the_other_kind_of_model_is_refused(folder, tmp_path):
         auxin.apply(plan, model, output="there")
     with pytest.raises(ConfigError, match=r"optimizer is for a model in memory"):
         auxin.apply(plan, folder, output=tmp_path / "out", optimizer=AdamW(model.parameters()))
-    with pytest.raises(ConfigError, match=r"probe is for a model in memory"):
-        auxin.apply(plan, folder, output=tmp_path / "out", probe=inputs(model)["input_ids"])
+    with pytest.raises(PlanError, match=r"does not run on the probe .*Give auxin\.apply one on which it runs"):
+        auxin.apply(plan, folder, output=tmp_path / "out", probe=torch.tensor([[-1]]))
     with pytest.raises(ConfigError, match=r"Give output, the folder of the new checkpoint"):
         auxin.apply(plan, folder)
     assert len(model.model.layers) == 2

@@ -64,7 +64,7 @@ def apply(
     plan: Plan, model: PreTrainedModel, *, optimizer: Optimizer | None = None, probe: Probe | None = None
 ) -> Receipt: ...
 @overload
-def apply(plan: Plan, model: str | Path, *, output: str | Path) -> Receipt: ...
+def apply(plan: Plan, model: str | Path, *, output: str | Path, probe: Probe | None = None) -> Receipt: ...
 def apply(
     plan: Plan,
     model: PreTrainedModel | str | Path,
@@ -86,8 +86,8 @@ def apply(
         plan: of `auxin.plan`, or your own.
         model: the model, or the folder of a checkpoint.
         optimizer: of a model: what trains it, any of torch's whose state has the parameters' shape.
-        probe: of a model: token ids (batch, sequence) on which the promise is checked, or inputs by name; default:
-            three random samples of the kind that the model takes.
+        probe: token ids (batch, sequence) on which the promise is checked, or inputs by name; default: three random
+            samples of the kind that the model takes.
         output: of a folder: the new one, which does not exist or is empty.
 
     Returns:
@@ -107,14 +107,13 @@ def apply(
                 "save_pretrained, or give a checkpoint's folder instead of the model."
             )
         return executor.apply(plan, source, optimizer, probe)
-    for name, value in (("optimizer", optimizer), ("probe", probe)):
-        if value is not None:
-            raise ConfigError(f"{name} is for a model in memory, and {source} is a folder. Leave it out.")
+    if optimizer is not None:
+        raise ConfigError(f"optimizer is for a model in memory, and {source} is a folder. Leave it out.")
     if output is None:
         raise ConfigError(
             f"{source} is a folder, which is left as it is. Give output, the folder of the new checkpoint."
         )
-    return change_checkpoint(plan, source, output)
+    return change_checkpoint(plan, source, output, probe=probe)
 
 
 def load(
@@ -167,6 +166,11 @@ def _source(model: Any, caller: str) -> PreTrainedModel | Path:
         return model
     if isinstance(model, str | Path):
         return Path(model)
+    if hasattr(model, "merge_and_unload"):
+        raise ConfigError(
+            f"{caller} takes a model of transformers, received a {type(model).__name__}, which holds an adapter. Merge "
+            "it first: model = model.merge_and_unload()."
+        )
     raise ConfigError(
         f"{caller} takes a model of transformers or the folder of one, received a {type(model).__name__}. Where that "
         "wraps a model, give the model inside."

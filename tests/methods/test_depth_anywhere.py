@@ -87,6 +87,24 @@ def test_one_part_of_a_model_is_grown():
     assert torch.equal(logits(both), before)
 
 
+@pytest.mark.parametrize("part", ["language_model", "model.language_model", "model.language_model.layers"])
+def test_a_part_may_be_named_by_its_path(part):
+    assert (
+        expanded(llava(), group_size=2, part=part).edits == expanded(llava(), group_size=2, part="language_model").edits
+    )
+
+
+def test_a_refusal_says_the_words_for_each_part():
+    words = r"part = vision_tower or part = language_model"
+    with pytest.raises(PlanError, match=rf"part = 'text' names no layers .* Choose {words}\."):
+        expanded(llava(), group_size=2, part="text")
+    # Three layers here and four there.
+    with pytest.raises(PlanError, match=rf"the 3 layers of .* For one stack alone, choose {words}\."):
+        expanded(llava(), layers=8)
+    with pytest.raises(PlanError, match=r"the 3 layers of [^ ]* can't be expanded .*[0-9]\.$"):
+        expanded(llava(), layers=7, part="vision_tower")
+
+
 @pytest.mark.parametrize(
     ("name", "plan", "settings", "message"),
     [

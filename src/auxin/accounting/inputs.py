@@ -56,7 +56,7 @@ def example_inputs(
     if inputs is None:
         raise PlanError(
             f"No inputs of a {type(model).__name__} can be made: its main input is {main!r}, and its config does not "
-            'say what that looks like. Give a probe: probe={"' + main + '": tensor, ...}.'
+            'say what that looks like. Give one to auxin.apply: probe={"' + main + '": tensor, ...}.'
         )
     if main == IDS and takes_pairs(model):
         inputs |= _images(drawn, length)
@@ -150,12 +150,12 @@ def image_shape(config: PreTrainedConfig, side: int | None = None) -> tuple[int,
     Raises:
         ConfigError: no size is known.
     """
-    part = _part(config, "image_size", "num_channels") or _part(config, "num_channels")
+    part = _part(config, "image_size", "num_channels") or _part(config, "num_channels") or _part(config, "image_size")
     size = getattr(part, "image_size", None) or side
     if part is None or size is None:
         raise ConfigError(f"image_size: the config of {config.model_type} does not say how large its images are.")
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return part.num_channels, height, width
+    return getattr(part, "num_channels", 3), height, width  # architectures for colours alone don't say so
 
 
 class _Drawn:
@@ -262,7 +262,7 @@ def _images_to_look_at(drawn: _Drawn) -> Iterator[dict[str, Tensor]]:
             PIXELS: drawn.numbers(side**2, values).flatten(0, 1),
             GRID: torch.tensor([[1, side, side]]).repeat(drawn.batch, 1),
         }
-    elif _part(drawn.config, "image_size", "num_channels") is not None:
+    elif _part(drawn.config, "image_size") is not None:
         image = drawn.numbers(*image_shape(drawn.config))
         sizes = {SIZES: torch.tensor([image.shape[-2:]]).repeat(drawn.batch, 1)}
         # A text may have several images, or one that is cut into tiles and stands before them as a whole.

@@ -218,8 +218,9 @@ class FolderStore:
         """The file of every new tensor that is written."""
         homes: dict[str, Path] = {}
         path = self._weights[0]
+        made = set(self.resolved.after._keys_to_ignore_on_save or ())  # whenever it is built, and never saved
         for name, origin in self.resolved.origins.items():
-            if not self._passes(name, origin):
+            if not self._passes(name, origin) and name not in made:
                 stored = self._lying_as(origin)
                 path = self._places[stored[0]].file if stored else path
                 homes[name] = path

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from auxin.accounting.inputs import IDS, example_inputs, main_input, text_length, without_cache
+from auxin.accounting.inputs import DECODER_IDS, IDS, example_inputs, main_input, text_length, without_cache
 from auxin.edits.plan import Plan
 from auxin.errors import PlanError, PromiseError
 from auxin.models.evaluating import evaluation_mode
@@ -101,13 +101,13 @@ def probe_outputs(model: PreTrainedModel, probe: Probe, vocabulary: int | None =
         except Exception as error:
             given = ", ".join(f"{name} {list(getattr(value, 'shape', []))}" for name, value in inputs.items())
             raise PlanError(
-                f"{type(model).__name__} does not run on the probe ({given}): {error!r}. Give a probe on which it "
-                'runs: probe={"name": tensor, ...}.'
+                f"{type(model).__name__} does not run on the probe ({given}): {error!r}. Give auxin.apply one on "
+                'which it runs: probe={"name": tensor, ...}.'
             ) from error
     if not outputs:
         raise PlanError(
-            f"{type(model).__name__} gives no tensor on the probe that could be compared. Give a probe on which it "
-            'does: probe={"name": tensor, ...}.'
+            f"{type(model).__name__} gives no tensor on the probe that could be compared. Give auxin.apply one on "
+            'which it does: probe={"name": tensor, ...}.'
         )
     if vocabulary is None:
         return outputs
@@ -194,18 +194,31 @@ def relative_change(before: Tensor, after: Tensor) -> float:
 
 
 def edited_outputs(plan: Plan, model: PreTrainedModel, probe: Probe) -> Outputs:
-    """The outputs after the edits, `probe_outputs`.
+    """The outputs after the edits, `probe_outputs`. A model with new tokens has to run on them, too.
 
     Raises:
         PlanError: the edited model does not run.
     """
     try:
+        if plan.vocabulary is not None:
+            probe_outputs(model, _with_new_tokens(default_probe(plan, model), plan.vocabulary, model))
         return probe_outputs(model, probe, plan.vocabulary)
     except PlanError as error:
         raise PlanError(
             f"The model that the plan of {plan.method} makes does not run on the probe: {error.__cause__ or error!r}. "
             "Nothing was changed. What its edits of modules put somewhere does not do what that place needs."
         ) from error
+
+
+def _with_new_tokens(probe: Mapping[str, Tensor], first: int, model: PreTrainedModel) -> dict[str, Tensor]:
+    """The probe with every other token one of those from `first` on."""
+    count = model.config.get_text_config().vocab_size - first
+    found = dict(probe)
+    for name in found.keys() & {IDS, DECODER_IDS} if count > 0 else ():
+        found[name] = ids = probe[name].clone()
+        places = ids[..., :-1:2]  # a text may have to end in a certain token
+        places.copy_(first + torch.arange(places.numel()).view(places.shape) % count)
+    return found
 
 
 def measured_change(plan: Plan, before: Outputs, after: Outputs, allowed: float) -> float | None:

@@ -48,6 +48,6 @@ def about_unread(plan: Plan, unread: list[str]) -> str | None:
         return None
     return (
         f"{len(layers)} of the parameters that the plan of {plan.method} changes ({layers[0]}, ...) took no part in "
-        "the probe: the promise was not checked for them. Give a probe on which the model uses them: "
-        'probe={"name": tensor, ...}.'
+        "the probe: the promise was not checked for them. Give auxin.apply one on which the model uses "
+        'them: probe={"name": tensor, ...}.'
     )

@@ -303,6 +303,11 @@ def _in_words(model_class: Any) -> str:
 
 def _model_folder(path: str | Path) -> Path:
     folder = existing_folder(path)
+    if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter and no model. Load its model with it (peft), merge them (merge_and_unload) and "
+            "save that."
+        )
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: it is no model folder, or an incomplete copy of one.")
     return folder

@@ -11,7 +11,8 @@ Which modules are the outputs is told by the architecture's anatomy, or found by
 (`auxin.models.identity_outputs`).
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -64,10 +65,30 @@ def _named(stacks: Sequence[LayerStack], part: str | None) -> list[LayerStack]:
     chosen = [stack for stack in stacks if part is None or stack.is_in(part)]
     if not chosen:
         paths = ", ".join(stack.path for stack in stacks)
-        towers = " or ".join(f"part = {stack.tower}" for stack in stacks if stack.tower)
-        instead = f"Choose {towers}." if towers else "Leave part out for all."
+        instead = f"Choose {_parts_in_words(stacks)}." if len(stacks) > 1 else "Leave part out."
         raise PlanError(f"part = {part!r} names no layers of this model, which has {paths}. {instead}")
     return chosen
+
+
+@contextmanager
+def naming_parts(stacks: Sequence[LayerStack], part: str | None) -> Iterator[None]:
+    """Within the context, where all of several stacks are changed, the refusal of one says how to choose another."""
+    try:
+        yield
+    except PlanError as error:
+        if part is None and len(stacks) > 1:
+            raise PlanError(f"{error} For one stack alone, choose {_parts_in_words(stacks)}.") from error
+        raise
+
+
+def _parts_in_words(stacks: Sequence[LayerStack]) -> str:
+    """A word for each stack that names no other one: its tower, or else a part of its path."""
+    words = []
+    for stack in stacks:
+        others = {part for other in stacks if other is not stack for part in other.path.split(".")}
+        own = [part for part in stack.path.split(".") if part not in others]
+        words.append(stack.tower or (own[0] if own else stack.path))
+    return " or ".join(f"part = {word}" for word in words)
 
 
 def depth(model: PreTrainedModel, stack: LayerStack) -> int:

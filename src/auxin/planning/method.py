@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from auxin.edits.plan import Plan
-from auxin.edits.structure import config_values, edited_skeleton, skeleton_of
+from auxin.edits.structure import config_values, edited_skeleton, refuse_quantized, skeleton_of
 from auxin.errors import AuxinError, ConfigError, PlanError
 from auxin.models.loading import load_config, load_model
 from auxin.objectives.calibration import Batch, Calibration, CalibrationSettings, CorpusCalibration
@@ -86,8 +86,9 @@ def make_plan(method: Method, bench: Bench, settings: Any) -> Plan:
         settings: of the method.
 
     Raises:
-        PlanError: the method can't do it.
+        PlanError: the model is quantized, or the method can't do it.
     """
+    refuse_quantized(bench.model.config)
     with bench.spent.running():
         plan = method.plan(bench, settings)
     if plan.made_for is not None:  # methods give the model's own config, which may tell its ties wrongly

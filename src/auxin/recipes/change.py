@@ -7,6 +7,7 @@ from pathlib import Path
 from auxin.accounting import Cost, StageRecord
 from auxin.accounting.ledger import books_in
 from auxin.edits import Plan, Receipt, apply_to_checkpoint
+from auxin.edits.promise import Probe
 from auxin.edits.purpose import made_for_another
 from auxin.errors import CheckpointError, OtherModelError, PlanError, PromiseError
 from auxin.models.loading import load_config
@@ -18,6 +19,7 @@ def change_checkpoint(
     source: str | Path,
     output: str | Path,
     *,
+    probe: Probe | None = None,
     stage_name: str = "change",
     measure: Measure | None = None,
     value_of: Callable[[Path], float] | None = None,
@@ -31,6 +33,7 @@ def change_checkpoint(
         plan: the change.
         source: the checkpoint to change.
         output: a folder that does not exist or is empty; it appears when all of it, the ledger too, is written.
+        probe: on which the promise is checked, as for `apply_to_checkpoint`.
         stage_name: of the ledger's record.
         measure: what is measured before and after; None: nothing.
         value_of: measures a checkpoint's folder.
@@ -67,7 +70,7 @@ def change_checkpoint(
         ledger.append(record).save(folder)
 
     try:
-        return apply_to_checkpoint(plan, source, output, finish=keep_books)
+        return apply_to_checkpoint(plan, source, output, probe, finish=keep_books)
     except OtherModelError:
         raise  # it says all
     except (PlanError, PromiseError) as error:

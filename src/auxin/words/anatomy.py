@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from auxin.errors import PlanError
-from auxin.words.paths import path_pattern
+from auxin.words.paths import encloses, path_pattern
 from auxin.words.roles import ParameterRole
 from auxin.words.widths import ConfigFields, FollowingWidth, Sizes, Stream
 
@@ -54,8 +54,8 @@ class LayerStack:
         return not self.path.startswith(f"{self.end}.")
 
     def is_in(self, part: str) -> bool:
-        """Whether `part` names the stack's tower, or a part of its path."""
-        return part == self.tower or part in self.path.split(".")
+        """Whether `part` names the stack's tower, a part of its path, or its path up to some part."""
+        return part == self.tower or part in self.path.split(".") or encloses(part, self.path)
 
     def is_read_by(self, path: str) -> bool:
         """Whether the module at `path` reads what leaves the stack."""

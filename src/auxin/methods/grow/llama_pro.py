@@ -26,7 +26,7 @@ from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.layout import layer_stacks
 from auxin.planning.bench import from_model
-from auxin.planning.depth import arrange, depth, identity_layers, stacks_to_deepen
+from auxin.planning.depth import arrange, depth, identity_layers, naming_parts, stacks_to_deepen
 from auxin.planning.hooks import TrainOnly, TrainOnlySettings
 from auxin.planning.method import Method
 from auxin.settings import Settings
@@ -65,9 +65,10 @@ def plan_block_expansion(model: PreTrainedModel, settings: BlockExpansion) -> Pl
     """
     body, stacks = stacks_to_deepen(model, settings.part)
     edits: list[Edit] = []
-    for stack in stacks:
-        order, new = _expansion(settings, depth(model, stack), stack.path)
-        edits += arrange(model, body, stack, order, dict.fromkeys(new, 0.0), exact=True)
+    with naming_parts(stacks, settings.part):
+        for stack in stacks:
+            order, new = _expansion(settings, depth(model, stack), stack.path)
+            edits += arrange(model, body, stack, order, dict.fromkeys(new, 0.0), exact=True)
     plan = Plan(
         method="llama-pro",
         settings=settings.model_dump(mode="json", exclude_defaults=True),

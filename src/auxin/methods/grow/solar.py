@@ -20,7 +20,7 @@ from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.layout import layer_stacks
 from auxin.planning.bench import from_model
-from auxin.planning.depth import arrange, depth, is_exact, stacks_to_deepen
+from auxin.planning.depth import arrange, depth, is_exact, naming_parts, stacks_to_deepen
 from auxin.planning.method import Method
 from auxin.settings import Settings
 from auxin.words.anatomy import LayerStack
@@ -79,18 +79,19 @@ def plan_depth_upscaling(model: PreTrainedModel, settings: DepthUpscaling) -> Pl
     body, stacks = stacks_to_deepen(model, settings.part)
     edits: list[Edit] = []
     exact = True
-    for stack in stacks:
-        old = depth(model, stack)
-        slices = _slices(settings, old, stack)
-        order = [layer for piece in slices for layer in range(*piece.layers)]
-        scales = [piece.scale for piece in slices for _ in range(*piece.layers)]
-        if order == list(range(old)) and set(scales) == {1.0}:
-            raise PlanError(f"{stack.path}: these slices are the {old} layers that the model has. Ask for others.")
-        others = {index: scale for index, scale in enumerate(scales) if scale != 1}
-        added = {index for index, scale in others.items() if scale == 0}
-        keeps = is_exact(order, added, old) and added == set(others)
-        exact = exact and keeps
-        edits += arrange(model, body, stack, order, others, exact=keeps)
+    with naming_parts(stacks, settings.part):
+        for stack in stacks:
+            old = depth(model, stack)
+            slices = _slices(settings, old, stack)
+            order = [layer for piece in slices for layer in range(*piece.layers)]
+            scales = [piece.scale for piece in slices for _ in range(*piece.layers)]
+            if order == list(range(old)) and set(scales) == {1.0}:
+                raise PlanError(f"{stack.path}: these slices are the {old} layers that the model has. Ask for others.")
+            others = {index: scale for index, scale in enumerate(scales) if scale != 1}
+            added = {index for index, scale in others.items() if scale == 0}
+            keeps = is_exact(order, added, old) and added == set(others)
+            exact = exact and keeps
+            edits += arrange(model, body, stack, order, others, exact=keeps)
     return Plan(
         method="solar",
         settings=settings.model_dump(mode="json", exclude_defaults=True),

@@ -24,7 +24,7 @@ from auxin.edits import Edit, Plan
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.planning.bench import from_model
-from auxin.planning.depth import arrange, depth, stacked_order, stacks_to_deepen
+from auxin.planning.depth import arrange, depth, naming_parts, stacked_order, stacks_to_deepen
 from auxin.planning.method import Method
 from auxin.settings import Settings
 
@@ -58,17 +58,18 @@ def plan_stacking(model: PreTrainedModel, settings: LayerStacking) -> Plan:
     """
     body, stacks = stacks_to_deepen(model, settings.part)
     edits: list[Edit] = []
-    for stack in stacks:
-        old = depth(model, stack)
-        new = old * settings.factor if settings.factor is not None else settings.layers
-        assert new is not None
-        if new < old:
-            raise PlanError(
-                f"layers = {new} is fewer than the {old} of {stack.path}; stacking can't shrink. Ask for at least "
-                f"{old + 1}."
-            )
-        if new > old:
-            edits += arrange(model, body, stack, layer_order(old, new, settings.order))
+    with naming_parts(stacks, settings.part):
+        for stack in stacks:
+            old = depth(model, stack)
+            new = old * settings.factor if settings.factor is not None else settings.layers
+            assert new is not None
+            if new < old:
+                raise PlanError(
+                    f"layers = {new} is fewer than the {old} of {stack.path}; stacking can't shrink. Ask for at least "
+                    f"{old + 1}."
+                )
+            if new > old:
+                edits += arrange(model, body, stack, layer_order(old, new, settings.order))
     if not edits:
         raise PlanError(f"The model has {settings.layers} layers already. Ask for more, for example factor = 2.")
     return Plan(

@@ -15,7 +15,7 @@ logits of all old tokens stay as they are. Their probabilities do not, since the
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -34,11 +34,14 @@ from auxin.errors import PlanError
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
 from auxin.settings import Settings
+from auxin.words.paths import dotted
 
 Rule = Literal["pieces", "mean"]
 
 LARGEST_MULTIPLE = 128
 """The largest padding multiple that a table's length is taken to follow."""
+LENGTHS = ("vocab_size", "decoder_vocab_size", "src_vocab_size", "tgt_vocab_size")
+"""Fields of configs that say how many tokens there are."""
 STALE = (*TOKENIZER_FILES, "merges.txt", "added_tokens.json", "special_tokens_map.json")
 """Files that would go on describing the old vocabulary beside the new tokenizer.json."""
 
@@ -175,8 +178,25 @@ def plan_vocabulary(
         promise="exact",
         vocabulary=first,
         edits=edits,
+        notes=list(_hazards(config, first)),
         made_for=config_values(config),
     )
+
+
+def _hazards(config: PreTrainedConfig, first: int) -> Iterator[str]:
+    """What a model does with ids behind the old vocabulary, where it takes them for something else than tokens."""
+    if config.model_type == "whisper":
+        yield (
+            f"Whisper's generate takes ids behind its <|notimestamps|> for times, and the new tokens (from {first} on) "
+            "are behind it: read and write them without timestamps (return_timestamps = False)."
+        )
+    text = getattr(config, "text_config", config)
+    if text.model_type == "clip_text_model" and text.eos_token_id == 2:
+        yield (
+            "This CLIP pools a text at its largest id (text_config.eos_token_id = 2, as early configs say), which a "
+            "new token would be. Before texts hold new tokens, set eos_token_id to the id of <|endoftext|>, "
+            f"{first - 1} where it is the last old one."
+        )
 
 
 def plan_with_tokenizer(bench: Bench, settings: VocabularyGrowth) -> Plan:
@@ -242,14 +262,35 @@ def _enlarged(settings: VocabularyGrowth, tokenizer: PreTrainedTokenizerFast) ->
     return enlarge_tokenizer(tokenizer, settings.tokens, settings.special_tokens, settings.merges)
 
 
+def _lengths(config: PreTrainedConfig) -> dict[str, int]:
+    """The config values that say how many tokens there are, by dotted names: of what reads, and of what writes."""
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    sides = [parts.get(side) for side in ("encoder", "decoder")]
+    texts = [config.get_text_config(), *(sides if None not in sides else ())]
+    owners = {"" if part is config else name: part for name, part in {"": config, **parts}.items() if part in texts}
+    found = {dotted(path, field): getattr(part, field, None) for path, part in owners.items() for field in LENGTHS}
+    return {name: length for name, length in found.items() if isinstance(length, int) and length > 0}
+
+
 def _table_length(config: PreTrainedConfig) -> int:
-    length = getattr(config.get_text_config(), "vocab_size", None)
-    if not length:
+    """How many tokens a model reads and writes.
+
+    Raises:
+        PlanError: it has no vocabulary, or one for each.
+    """
+    lengths = _lengths(config)
+    if not lengths:
         raise PlanError(
             f"A model of type {config.model_type!r} has no vocabulary: its config has no vocab_size. Choose a language "
             "model."
         )
-    return int(length)
+    if len(set(lengths.values())) > 1 or getattr(config, "share_encoder_decoder_embeddings", True) is False:
+        said = " and ".join(f"{name} = {length}" for name, length in lengths.items())
+        raise PlanError(
+            f"A model of type {config.model_type!r} with {said} reads tokens of one vocabulary and writes those of "
+            "another, and one tokenizer is enlarged here. Change one side by edits by hand (pad_parameter, set_config)."
+        )
+    return next(iter(lengths.values()))
 
 
 def _padding_multiple(length: int) -> int:
@@ -258,12 +299,8 @@ def _padding_multiple(length: int) -> int:
 
 
 def _length_values(config: PreTrainedConfig, length: int) -> dict[str, Any]:
-    """The config values of a vocabulary of `length`, which may belong to the config of a part."""
-    text = config.get_text_config()
-    for name in config.sub_configs:
-        if getattr(config, name, None) is text:
-            return {f"{name}.vocab_size": length}
-    return {"vocab_size": length}
+    """The config values of a vocabulary of `length`."""
+    return dict.fromkeys(_lengths(config), length)
 
 
 def _followers(model: PreTrainedModel, length: int) -> tuple[list[str], list[tuple[str, int]]]:
