@@ -10,7 +10,7 @@ import pytest
 
 from recipes.damage import HARMS, Case, Workshop
 
-NUMBER = int(os.environ.get("AUXIN_DAMAGED", "7"))
+NUMBER = int(os.environ.get("AUXIN_DAMAGED", "4"))
 SEED = int(os.environ.get("AUXIN_DAMAGE_SEED", "0"))
 
 

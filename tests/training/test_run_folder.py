@@ -85,7 +85,7 @@ def test_what_is_said_of_the_damage_outlives_a_kill(stopped, monkeypatch):
     assert sum(note.startswith("gone back to step-00000004") for note in notes(result)) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"checkpoints/step-00000009\n"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"checkpoints\n", b"checkpoints/step-00000009\n"])
 def test_a_name_that_leads_nowhere_is_no_end(stopped, alone, content):
     (stopped / "latest").write_bytes(content)
     result = go(stopped)

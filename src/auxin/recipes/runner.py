@@ -171,7 +171,9 @@ def run_recipe(
     Raises:
         ConfigError, PlanError: `output` holds another recipe's run, or the recipe asks for what can't be built or
             does not fit together; found before anything is written, as far as it does not depend on the corpus.
-        TrainingError: a branch failed (with several jobs, after the others were done), or a signal came.
+        CheckpointError: a stage's checkpoint is damaged, and nothing is whole to do it again from.
+        TrainingError: a branch failed (with several jobs, after the others were done), a signal came, or another
+            process is at work in `output`.
     """
     if recipe.seeds is not None:
         raise ConfigError(f"seeds: {recipe.seeds}: a run has one seed. Use run_seeds, or give the recipe one as seed.")

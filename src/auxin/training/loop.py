@@ -121,9 +121,10 @@ def train(
 
     Raises:
         ConfigError: settings, model and data do not fit together.
-        CheckpointError: the run in `output_dir` is another one or damaged, or a checkpoint can't be written.
+        CheckpointError: the run in `output_dir` is another one, or none of its checkpoints is whole; weights or moments
+            are not finite; a checkpoint can't be written.
         TrainingError: too many bad steps; the checkpoint named in `latest` is good.
-        TrainingInterrupted: SIGINT or SIGTERM; the state was saved.
+        TrainingInterrupted: SIGINT, SIGTERM or SIGHUP; the state was saved.
     """
     output_dir = Path(output_dir)
     device = choose_device(settings.device)

@@ -102,10 +102,10 @@ def checkpoint_to_resume(output_dir: Path, needs_way_back: bool) -> tuple[Path |
     newest, candidates = output_dir / name, own_checkpoints(output_dir)
     if _NAME.fullmatch(newest.name):
         candidates = [folder for folder in candidates if folder.name < newest.name]
-    if name and newest.is_dir():
+    if newest.parent == output_dir / CHECKPOINTS and newest.is_dir():
         candidates.append(newest)
     else:
-        reasons.append(f"{LATEST_FILE} names {name!r}, which does not exist")
+        reasons.append(f"{LATEST_FILE} names {name!r}, which is no checkpoint there")
     for checkpoint in reversed(candidates):
         harmed, reason = _harmed(checkpoint, needs_way_back)
         if reason is None:
