@@ -194,6 +194,7 @@ def test_a_failure_leaves_nothing_and_a_killed_run_is_no_hindrance(
     (tmp_path / "data").mkdir()
     data = prepare(settings_, tmp_path / "data")
     assert sorted(path.name for path in data.directory.iterdir()) == [
+        "SHA256SUMS",
         "corpus.json",
         "tokenizer",
         "train.npy",
