@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -317,6 +318,32 @@ def test_convert_there_and_back(trained, tmp_path):
         TokenFormerForCausalLM.from_pretrained(path).state_dict() for path in (trained.checkpoint, tmp_path / "back")
     )
     assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_a_checkpoint_says_whether_it_is_whole(trained, tmp_path, monkeypatch, capfd):
+    shutil.copytree(trained.checkpoint, tmp_path / "c")
+    assert "as it was written" in call("show", tmp_path / "c", "--verify").err
+    weights = bytearray((tmp_path / "c/model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "c/model.safetensors").write_bytes(weights)
+    answer = main(monkeypatch, capfd, "show", tmp_path / "c", "--verify")
+    assert answer.code == 1
+    assert "not as it was written: model.safetensors differs" in answer.err
+    (tmp_path / "c/SHA256SUMS").unlink()
+    assert "has no SHA256SUMS" in main(monkeypatch, capfd, "show", tmp_path / "c", "--verify").err
+
+
+def test_a_command_that_is_ended_says_so_and_leaves_nothing(trained, tmp_path, monkeypatch, capfd):
+    def carry(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("auxin.edits.folder_executor.carry", carry)
+    sizes = ("--qkv-tokens", 8, "--proj-tokens", 8, "--ffn-tokens", 32)
+    answer = main(monkeypatch, capfd, "grow", trained.checkpoint, *sizes, "-o", tmp_path / "g")
+    assert answer.code == 143
+    assert "ended by SIGTERM; nothing half-written is left" in answer.err
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_report_is_made_again(trained):

@@ -10,6 +10,7 @@ ROOT = Path(auxin.__file__).parent
 FLOORS = [
     {"errors"},
     {"files"},
+    {"sums"},
     {"settings"},
     {"words"},
     {"nn", "accounting"},

@@ -1,6 +1,8 @@
 """Writing so that a reader, also one after a crash, sees the old content or the whole new one."""
 
+import fcntl
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -8,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from auxin.errors import CheckpointError
+
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -39,15 +43,82 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"{path} exists and is not an empty folder. Remove it or give another one.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.mkdir()
-    try:
+    with temporary_folder(path) as temporary:
         yield temporary
         flush_tree(temporary)
         os.replace(temporary, path)
         flush(path.parent)
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """An empty sibling of `path`, which vanishes with the body unless that has renamed it.
+
+    It is locked while the body runs, and a lock ends with its process, so that whoever comes next can tell what a dead
+    one left: leftovers of the same name are removed first.
+    """
+    sweep(path.parent, path.name)
+    while True:
+        temporary = _temporary_name(path)
+        temporary.mkdir()
+        lock = _lock(temporary, wait=True)
+        if temporary.exists():
+            break
+        _release(lock)  # somebody who swept came before the lock and took it for a leftover
+    try:
+        yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        _release(lock)
+
+
+def sweep(parent: Path, name: str | None = None) -> None:
+    """Remove what dead processes left unfinished in the folder `parent`: the temporary folders that nobody holds.
+
+    Args:
+        parent: the folder.
+        name: of what was to be written; None: whatever it was.
+    """
+    for folder in parent.glob(".*.tmp"):
+        match = _TEMPORARY.fullmatch(folder.name)
+        if match is None or name not in (None, match["name"]) or not folder.is_dir() or folder.is_symlink():
+            continue
+        lock = _lock(folder, wait=False)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            _release(lock)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, if it is there, so that at no time half of it is seen under its name."""
+    if folder.exists():
+        doomed = _temporary_name(folder)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def _lock(folder: Path, wait: bool) -> int | None:
+    """Hold a folder: what `_release` takes; None where it is gone, where another holds it, or where the file system
+    has no such locks, so that nothing is known."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _release(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
 
 
 def flush_tree(folder: Path) -> None:

@@ -17,6 +17,7 @@ from auxin.data import CorpusSettings, PackedData, prepare
 from auxin.data.collecting import document_key, is_validation
 from auxin.data.tokenizer import SEPARATOR, tokenizer_digest, train_tokenizer
 from auxin.errors import ConfigError, DataError
+from auxin.sums import SUMS_FILE
 
 TEXTS = [f"document {n}: " + " ".join(f"word{n * k % 13}" for k in range(20)) for n in range(40)]
 SMALL: dict[str, Any] = {"source": "files", "vocab_size": 300, "context_length": 16, "validation_fraction": 0.3}
@@ -194,6 +195,7 @@ def test_a_failure_leaves_nothing_and_a_killed_run_is_no_hindrance(
     (tmp_path / "data").mkdir()
     data = prepare(settings_, tmp_path / "data")
     assert sorted(path.name for path in data.directory.iterdir()) == [
+        "SHA256SUMS",
         "corpus.json",
         "tokenizer",
         "train.npy",
@@ -221,6 +223,21 @@ def test_verify_finds_a_changed_token(tmp_path: Path) -> None:
     (data.directory / "validation.npy").write_bytes(content)
     with pytest.raises(DataError, match=r"validation.npy is damaged"):
         PackedData.load(data.directory).verify()
+
+
+@pytest.mark.parametrize("sums", [True, False])
+def test_a_changed_token_is_refused_where_the_data_would_be_used_again(tmp_path: Path, sums: bool) -> None:
+    """Also in data that were prepared before there were sums."""
+    asked = corpus_of(tmp_path / "a.jsonl")
+    path = prepare(asked, tmp_path / "data").directory / "train.npy"
+    if not sums:
+        (path.parent / SUMS_FILE).unlink()
+    prepare(asked, tmp_path / "data")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"train\.npy .*Delete"):
+        prepare(asked, tmp_path / "data")
 
 
 def test_the_tokenizer_answers_like_any_other(tmp_path: Path) -> None:

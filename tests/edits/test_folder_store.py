@@ -13,6 +13,7 @@ from auxin.edits import NormalFill, PadParameter, Plan, SetConfig, apply, apply_
 from auxin.errors import CheckpointError, PlanError, PromiseError
 from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth
 from auxin.models.tokenformer import TokenFormerForCausalLM
+from auxin.sums import has_sums
 from auxin.training.checkpoint import write_checkpoint_folder
 from edits.models import tiny_model, token_ids, trained
 
@@ -233,3 +234,27 @@ def test_training_state_in_pieces_is_refused(tmp_path):
     save_file(load_file(path), path, pieces)
     with pytest.raises(CheckpointError, match="pieces of tensors"):
         apply_to_checkpoint(plan_token_growth(model.config, TokenGrowth(ffn_tokens=30)), source, tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"saved_offsets"', '["saved_offsets"]', '{"a": "saved_offsets", "saved_offsets": 3}']
+)
+def test_training_state_whose_notes_are_damaged_is_refused_by_name(tmp_path, text):
+    model = tiny_model()
+    source = save(model, tmp_path / "old", trained(model))
+    path = source / "training" / "state.safetensors"
+    save_file(load_file(path), path, {"DCP_SHARDING_INFO": text})
+    with pytest.raises(CheckpointError, match=r"state\.safetensors: its metadata can't be read"):
+        apply_to_checkpoint(plan_token_growth(model.config, TokenGrowth(ffn_tokens=30)), source, tmp_path / "new")
+
+
+def test_old_sums_are_not_taken_for_those_of_the_new_files_and_a_changed_source_is_told(tmp_path):
+    model = tiny_model()
+    source = write_checkpoint_folder(tmp_path / "old", model)
+    plan = plan_token_growth(model.config, TokenGrowth(ffn_tokens=44))
+    assert apply_to_checkpoint(plan, source, tmp_path / "new").notes == []
+    assert not has_sums(tmp_path / "new")
+    (source / "generation_config.json").write_text("{}")
+    with pytest.warns(UserWarning, match=r"not as it was written: generation_config\.json"):
+        receipt = apply_to_checkpoint(plan, source, tmp_path / "newer")
+    assert len(receipt.notes) == 1

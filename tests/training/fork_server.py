@@ -4,11 +4,13 @@ Reads one JSON request per line from standard input and answers with one JSON li
 forking a process whose libraries have started threads would not be safe.
 """
 
+import fcntl
 import json
 import os
 import resource
 import signal
 import sys
+import termios
 import traceback
 from pathlib import Path
 
@@ -50,6 +52,9 @@ class Mischief:
             for _ in range(self.request.get("times", 1)):
                 # Unlike os.kill it has come when the call returns, so that two are never taken for one.
                 signal.raise_signal(getattr(signal, self.request["signal"]))
+        if step == self.request.get("close_terminal_at"):
+            os.close(self.request["terminal"])
+            signal.raise_signal(signal.SIGHUP)  # as the shell of a terminal does after the terminal itself
 
     def after_step(self, step: int) -> None: ...
 
@@ -78,8 +83,22 @@ def count_file_operations(kill_at: int | None, report: Path) -> None:
         setattr(os, name, wrap(getattr(os, name)))
 
 
+def take_terminal() -> int:
+    """Let this process be what a new terminal has started; the end that the terminal's window has."""
+    window, terminal = os.openpty()
+    os.setsid()
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+    for descriptor in (1, 2):
+        os.dup2(terminal, descriptor)
+    os.close(terminal)
+    return window
+
+
 def child(request: dict) -> None:
     output_dir = Path(request["output_dir"])
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if request.get("nohup") else signal.SIG_DFL)
+    if "close_terminal_at" in request:
+        request["terminal"] = take_terminal()
     # A shell lets what it starts in the background ignore Ctrl-C, and that would be inherited.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -98,7 +117,7 @@ def child(request: dict) -> None:
         **objective,
     )
     data, hooks = make_data(poisoned_rows=(5, 40)), [Mischief(request)]
-    train(make_model(), data, settings, output_dir, measures=measures, hooks=hooks, progress=False)
+    train(make_model(), data, settings, output_dir, measures=measures, hooks=hooks, progress="terminal" in request)
 
 
 def serve(request: dict) -> dict:

@@ -9,8 +9,9 @@ from torch.optim import Optimizer
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from auxin.errors import CheckpointError, ConfigError
+from auxin.sums import SUMS_FILE
 from auxin.training import latest_checkpoint, train
-from training.tiny import POISON, TinyData, tiny_llama, tiny_settings, weights
+from training.tiny import TinyData, poisoned, tiny_llama, tiny_settings, weights
 
 
 def adapted(rank: int = 4, **options: object) -> LlamaForCausalLM:
@@ -55,9 +56,7 @@ class Watch:
 
 def test_a_rewind_goes_back_to_the_adapter_of_the_checkpoint(tmp_path):
     settings = tiny_settings(steps=12, checkpoint_interval=100, guard={"action": "rewind", "maximum_events": 9})
-    model, watch = adapted(), Watch()
-    with torch.no_grad():
-        model.model.embed_tokens.weight[POISON] = torch.nan
+    model, watch = poisoned(adapted()), Watch()
     result = train(model, TinyData(poisoned_rows=(5, 17)), settings, tmp_path, hooks=[watch], progress=False)
     assert result.data_position > result.steps == 12
     first = watch.seen[0][1]
@@ -94,6 +93,7 @@ def test_another_adapter_can_not_go_on(tmp_path):
     train(adapted(), TinyData(), settings, tmp_path, stop_after=2, progress=False)
     with pytest.raises(CheckpointError, match=r"lora_A\.weight has shape \(4, 64\) there and \(2, 64\) in the adapter"):
         train(adapted(rank=2), TinyData(), settings, tmp_path, progress=False)
-    (latest_checkpoint(tmp_path) / "adapter_model.safetensors").unlink()
+    for name in ("adapter_model.safetensors", SUMS_FILE):
+        (latest_checkpoint(tmp_path) / name).unlink()
     with pytest.raises(CheckpointError, match="the model has an adapter"):
         train(adapted(), TinyData(), settings, tmp_path, progress=False)

@@ -14,15 +14,11 @@ from auxin.accounting.ledger import Ledger, StageRecord
 from auxin.edits import Plan, WrapModule, apply
 from auxin.errors import CheckpointError
 from auxin.nn.bricks import Brick, brick
+from auxin.sums import SUMS_FILE
 from auxin.training import latest_checkpoint, load_model, load_optimizer, write_checkpoint_folder
-from auxin.training.checkpoint import (
-    load_weights,
-    name_latest,
-    prune_checkpoints,
-    read_state,
-    read_tensors,
-)
+from auxin.training.checkpoint import load_weights, read_state, read_tensors
 from auxin.training.optimizer import optimizer_tensors
+from auxin.training.run_folder import name_latest, prune_checkpoints
 from training.tiny import MODELS, bits, stepped, tiny_llama, tiny_settings, weights
 
 
@@ -58,7 +54,8 @@ def test_everything_comes_back(tmp_path):
     # Named as documented, in safetensors and nothing else.
     (file,) = (folder / "training").glob("*.safetensors")
     assert "optimizer.exp_avg_sq.model.layers.0.mlp.up_proj.weight" in load_file(file)
-    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != SUMS_FILE]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
     other = tiny_llama(1)
     load_weights(folder, other)
     assert bits(weights(other)) == bits(weights(model))
@@ -142,11 +139,17 @@ def test_latest(tmp_path):
         latest_checkpoint(tmp_path)
 
 
-def test_prune_keeps_the_named_and_sweeps_the_half_written(tmp_path):
-    for name in ("step-00000001", "step-00000002", ".step-00000003.partial"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+def test_prune_keeps_the_named_and_strangers_and_sweeps_the_half_written(tmp_path):
+    folder = tmp_path / "checkpoints"
+    ours = ["step-00000001", "step-00000002", f".step-00000003.{'0' * 32}.tmp"]
+    strangers = ["step-00000002 (copy)", "best", ".cache", "step-1"]
+    for name in ours + strangers:
+        (folder / name).mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "step-00000004").write_text("a file")
     prune_checkpoints(tmp_path, {"step-00000002"})
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"step-00000002", *strangers, "notes.txt", "step-00000004"}
 
 
 def cut(path: Path) -> None:

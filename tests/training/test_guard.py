@@ -114,7 +114,7 @@ def test_a_poisoned_batch_is_skipped_as_if_its_step_had_no_update(tmp_path, bad)
     one_on = poisoned_llama()
     train(one_on, poisoned(), settings, tmp_path / "hand", stop_after=bad + 1, progress=False)
     assert bits(weights(one_on)) == bits(weights(hand))
-    assert torch.isfinite(weights(model)[~torch.isnan(weights(poisoned_llama()))]).all()
+    assert torch.isfinite(weights(model)).all()
     (event,) = [line for line in read_metrics(tmp_path / "run") if "event" in line]
     assert (event["event"], event["bad_step"], event["data_position"]) == ("skip", bad, bad + 1)
     assert event["reason"] == "the loss is nan"

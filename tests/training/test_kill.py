@@ -147,7 +147,7 @@ def test_killed_in_given_steps_it_goes_on_with_the_same_noise(run, left_alone, t
     assert_same(reference, tmp_path / "killed")
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_saves_and_says_how_to_go_on(run, alone, tmp_path, name):
     answer = run(tmp_path / "run", signal=name, signal_at=13)
     assert answer["code"] == 130
@@ -194,6 +194,22 @@ def test_the_second_ctrl_c_quits_at_once(run, tmp_path):
     checkpoint = latest_checkpoint(tmp_path / "run")
     assert checkpoint is not None
     assert checkpoint.name == "step-00000010"
+
+
+def test_a_closed_terminal_saves_though_nothing_can_be_shown_any_more(run, alone, tmp_path):
+    """The terminal and its shell send SIGHUP each, and writing to the terminal is an error from then on."""
+    answer = run(tmp_path / "run", close_terminal_at=13)
+    assert answer["code"] == 130, answer["message"]
+    assert "Interrupted by SIGHUP after step 14 of 17" in answer["message"]
+    assert latest_checkpoint(tmp_path / "run").name == "step-00000014"
+    assert run(tmp_path / "run")["code"] == 0
+    assert_same_end(alone[0], tmp_path / "run")
+
+
+def test_who_asked_not_to_hear_of_hangups_does_not(run, alone, tmp_path):
+    answer = run(tmp_path / "run", nohup=True, signal="SIGHUP", signal_at=13)
+    assert answer["code"] == 0, answer["message"]
+    assert_same(alone[0], tmp_path / "run")
 
 
 def test_a_full_disk_loses_nothing_that_was_saved(run, alone, tmp_path):

@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -27,6 +28,8 @@ from auxin.objectives.measures import Loss
 from auxin.training import TrainingSettings
 from auxin.training.optimizer import build_optimizer
 from tiny_models import fresh_llama
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 VOCABULARY = 64
 CONTEXT = 16
@@ -125,16 +128,23 @@ def poisoned_t5(seed: int = 0, dropout: float = 0.1) -> PoisonedT5:
     return PoisonedT5(tiny_t5_config(dropout))
 
 
+def poisoned(model: Model) -> Model:
+    """`model`, whose loss is nan from now on on any batch with the poison token; its weights are finite."""
+
+    def spoil(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output.masked_fill((inputs[0] == POISON)[..., None], torch.nan)
+
+    model.get_input_embeddings().register_forward_hook(spoil)
+    return model
+
+
 def poisoned_bert(seed: int = 0, dropout: float = 0.1, classes: int = 3) -> BertForSequenceClassification:
     """A classifier whose loss is nan on any batch with the poison token, and untouched by it otherwise."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     tokens = {"vocab_size": VOCABULARY, "max_position_embeddings": 16, "pad_token_id": 0}
-    model = BertForSequenceClassification(BertConfig(**sizes, **rates, **tokens, num_labels=classes))
-    with torch.no_grad():
-        model.bert.embeddings.word_embeddings.weight[POISON] = torch.nan
-    return model
+    return poisoned(BertForSequenceClassification(BertConfig(**sizes, **rates, **tokens, num_labels=classes)))
 
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "tokenformer": tiny_tokenformer}
@@ -142,10 +152,7 @@ MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "tokenformer": tiny_tokenforme
 
 def poisoned_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
     """A model whose loss is nan on any batch with the poison token, and untouched by it otherwise."""
-    model = tiny_llama(seed, **changes)
-    with torch.no_grad():
-        model.model.embed_tokens.weight[POISON] = torch.nan
-    return model
+    return poisoned(tiny_llama(seed, **changes))
 
 
 def tiny_settings(**changes: object) -> TrainingSettings:

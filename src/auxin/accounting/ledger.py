@@ -110,7 +110,7 @@ class Ledger(Settings):
             return cls.parse(json.loads(path.read_text(encoding="utf-8")), source=str(path))
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} does not exist: this folder carries no ledger.") from error
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path} is not valid JSON ({error}). Restore it from a backup.") from error
 
 

@@ -1,9 +1,13 @@
 """The application: its options that several commands share, and how it ends when something is wrong."""
 
+import contextlib
 import os
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, TextIO
 
 import typer
@@ -35,7 +39,7 @@ def main() -> None:
     """Entry point: an error of the user's is one message and an exit code, never a traceback (unless AUXIN_DEBUG=1)."""
     try:
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _ended_by_signals():
                 warnings.showwarning = _show_warning
                 app()
         finally:
@@ -51,6 +55,27 @@ def main() -> None:
         sys.exit(error.exit_code if isinstance(error, AuxinError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and a closed terminal end a command that keeps nothing on the way by an exit, which takes along what
+    is half written. What trains has handlers of its own; a signal that is ignored stays so."""
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, f"auxin: ended by {signal.Signals(number).name}; nothing half-written is left.\n".encode())
+    sys.exit(128 + number)
 
 
 @app.callback(invoke_without_command=True)
@@ -69,7 +94,7 @@ def model_folder(folder: Path) -> Path:
     marks = ("recipe.yaml", "branches", "checkpoints", "checkpoint")
     if (folder / "config.json").is_file() or not any((folder / mark).exists() for mark in marks):
         return folder
-    configs = sorted(path for path in folder.rglob("config.json") if not path.parent.name.startswith("."))
+    configs = sorted(path for path in folder.rglob("config.json") if not path.parent.name.startswith((".", "damaged-")))
     # The last of each stage: names of checkpoints sort by step.
     newest = {path.parent.parent: path.parent for path in configs}
     if not newest:

@@ -8,8 +8,8 @@ import typer
 from rich.tree import Tree
 
 from auxin.cli.app import AsJson, Checkpoint, Output, app, model_folder
-from auxin.cli.printing import escaped, number, print_table, print_wide
-from auxin.errors import ConfigError
+from auxin.cli.printing import escaped, number, print_table, print_wide, to_stderr
+from auxin.errors import CheckpointError, ConfigError
 
 
 @app.command(
@@ -114,12 +114,17 @@ def show(
     corpus: Annotated[
         Path | None, typer.Option(help="A prepared corpus (the data/ folder of a run): score the nested models on it.")
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="First compare every file with the sum that was written with it.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """What a checkpoint is: structure, token groups, costs, and the lineage with what each stage cost."""
     from auxin.data import PackedData
     from auxin.evaluation.inspection import describe_checkpoint
 
+    if verify:
+        _verify(model_folder(checkpoint))
     found = describe_checkpoint(model_folder(checkpoint), None if corpus is None else PackedData.load(corpus))
     if as_json:
         print(found.model_dump_json(indent=2))
@@ -142,6 +147,16 @@ def show(
         print_table(["nested models (truncate_groups, no promise)", "parameters", "validation loss"], rows)
     if found.ledger is not None:
         _print_lineage(found.ledger)
+
+
+def _verify(folder: Path) -> None:
+    from auxin.sums import SUMS_FILE, damage, has_sums
+
+    if not has_sums(folder):
+        raise CheckpointError(f"{folder} has no {SUMS_FILE} to compare its files with.")
+    if (reason := damage(folder)) is not None:
+        raise CheckpointError(f"{folder} is not as it was written: {reason}.")
+    to_stderr(f"Every file is as it was written ({SUMS_FILE}).")
 
 
 def _load(checkpoint: Path) -> tuple[Any, Any]:

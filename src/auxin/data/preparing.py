@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -28,6 +29,7 @@ from auxin.data.tokenizer import read_tokenizer, tokenizer_digest, train_tokeniz
 from auxin.errors import DataError
 from auxin.files import flush, write_text
 from auxin.settings import Settings
+from auxin.sums import damage, has_sums, write_sums
 
 TOKENIZER = "tokenizer"
 """The folder of the tokenizer in that of the data."""
@@ -160,8 +162,8 @@ def prepare_folder(
 ) -> PreparedT:
     """Prepare texts in `directory`, or open what is there.
 
-    A finished folder of the same settings is opened again, after its files were checked by size and the source by
-    name, size and time (then by content). The folder appears complete or not at all; a second process waits.
+    A finished folder of the same settings is opened again, after its files were checked against their sums and the
+    source by name, size and time (then by content). The folder appears complete or not at all; a second process waits.
 
     Args:
         steps: the kind's own.
@@ -223,14 +225,20 @@ def _fill(steps: Steps[SettingsT, PreparedT], settings: SettingsT, directory: Pa
         **own,
     )
     write_text(directory / steps.data.manifest_file, manifest.model_dump_json(indent=1))
+    write_sums(directory)
 
 
 def _reuse(steps: Steps[SettingsT, PreparedT], settings: SettingsT, directory: Path) -> PreparedT:
     """Open the finished folder if it is of the same settings and its source has not changed."""
     noun = steps.data.noun
+    stamps = tuple((path, (found := path.stat()).st_size, found.st_mtime_ns) for path in sorted(directory.rglob("*")))
+    if (reason := _damage(directory, stamps)) is not None:
+        raise DataError(f"The {noun} in {directory} is damaged: {reason}. Delete the folder to prepare it again.")
     if not (directory / steps.data.manifest_file).is_file():
         raise DataError(f"{directory} is not empty and holds no prepared {noun}. Give an empty or a new folder.")
     data = steps.data.load(directory)
+    if not has_sums(directory):
+        data.verify()
     manifest: Manifest = data.manifest
     if manifest.settings != settings:
         old, new = manifest.settings.model_dump(mode="json"), settings.model_dump(mode="json")
@@ -253,6 +261,13 @@ def _reuse(steps: Steps[SettingsT, PreparedT], settings: SettingsT, directory: P
     if tokenizer != manifest.loaded_tokenizer_digest:
         raise DataError(f"The tokenizer {settings.tokenizer} is not the one that {directory} was prepared with.")
     return data
+
+
+@cache
+def _damage(directory: Path, stamps: tuple[tuple[Path, int, int], ...]) -> str | None:
+    """What of a folder is not as it was prepared. Read once in a process as long as sizes and times stay: the runs of
+    many seeds open one corpus."""
+    return damage(directory)
 
 
 def _digest(steps: Steps[SettingsT, PreparedT], settings: SettingsT) -> str:

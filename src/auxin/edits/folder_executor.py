@@ -26,6 +26,7 @@ from auxin.errors import CheckpointError, PlanError
 from auxin.files import new_folder
 from auxin.models.loading import existing_folder, load_config, load_model
 from auxin.models.weight_files import weight_files
+from auxin.sums import SUMS_FILE, damage
 
 
 def apply_to_checkpoint(
@@ -78,7 +79,8 @@ def apply_to_checkpoint(
     (probe, reference), allowed = probed(plan, model, probe), tolerance(model)
     del model
     with new_folder(output) as folder:
-        notes = copy_other_files(source, folder, {*store.files(), Path(TRAINER_OPTIMIZER)})
+        notes = [] if (changed := damage(source)) is None else [f"{source} is not as it was written: {changed}."]
+        notes += copy_other_files(source, folder, {*store.files(), Path(TRAINER_OPTIMIZER), Path(SUMS_FILE)})
         notes += forget_best(folder)
         store.open(folder)
         carry(resolved, plan.seed, store)

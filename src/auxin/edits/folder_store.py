@@ -270,7 +270,10 @@ class FolderStore:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """The file of every tensor, by an index."""
-    return cast(dict[str, str], json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}))
+    try:
+        return cast(dict[str, str], json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}))
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{index} can't be read: {error}. Restore it from an earlier checkpoint.") from error
 
 
 def _write_index(source: Path, target: Path) -> None:
@@ -305,7 +308,13 @@ def _refuse_sharded(path: Path, metadata: Mapping[str, str]) -> None:
     for text in metadata.values():
         if SAVED_OFFSETS not in text:
             continue
-        if any(any(place.get("saved_offsets", ())) for place in json.loads(text).values()):
+        try:
+            in_pieces = any(any(place.get("saved_offsets", ())) for place in json.loads(text).values())
+        except (ValueError, AttributeError, TypeError) as error:
+            raise CheckpointError(
+                f"{path}: its metadata can't be read: {error}. Restore it from an earlier checkpoint."
+            ) from error
+        if in_pieces:
             raise CheckpointError(
                 f"{path} holds pieces of tensors of a sharded run. Save the checkpoint from one process first."
             )

@@ -245,10 +245,12 @@ def measured_change(plan: Plan, before: Outputs, after: Outputs, allowed: float)
     name = max(changes, key=changes.__getitem__, default=None)
     if name is not None and before.keys() == after.keys() and changes[name] != float("inf"):
         if plan.promise == "exact" and changes[name] > allowed:
+            small = changes[name] < 100 * allowed and before[name].dtype != torch.float64
+            rounding = " So small a change may be rounding alone, which the model in float64 would tell." * small
             raise PromiseError(
                 f"The plan of {plan.method} promised to keep the function, but the {_called(name)} moved by "
-                f"{changes[name]:.3g} of the largest one (allowed: {allowed:.3g}). Nothing was changed. Correct the "
-                "plan, or let it promise less."
+                f"{changes[name]:.3g} of the largest one (allowed: {allowed:.3g}). Nothing was changed.{rounding} "
+                "Correct the plan, or let it promise less."
             )
         return changes[name]
     if plan.promise == "none":

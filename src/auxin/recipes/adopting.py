@@ -13,7 +13,9 @@ from auxin.edits.folder_store import TRAINING_FOLDER
 from auxin.edits.structure import edited_skeleton
 from auxin.files import new_folder
 from auxin.models.loading import load_config, load_model, load_with_new_head
+from auxin.sums import damage, write_sums
 from auxin.training import write_checkpoint_folder
+from auxin.training.fit import refuse_non_finite
 
 
 def adopt(source: Path, output: Path, config: PreTrainedConfig, data: Dataset, name: str, seed: int) -> Path:
@@ -31,7 +33,7 @@ def adopt(source: Path, output: Path, config: PreTrainedConfig, data: Dataset, n
         seed: of the new head.
 
     Raises:
-        CheckpointError: it can't be loaded, or lacks a weight that its own class has.
+        CheckpointError: it can't be loaded, or lacks a weight that its own class has, or a weight is not finite.
     """
     ledger = books_in(source)
     saved, notes = load_config(source), [f"started from {source}"]
@@ -45,6 +47,9 @@ def adopt(source: Path, output: Path, config: PreTrainedConfig, data: Dataset, n
         notes.append(_about_head(saved, type(model).__name__, drawn, seed))
         if (source / TRAINING_FOLDER).exists():
             notes.append("the optimizer's moments are left behind: they are those of another task")
+    refuse_non_finite(model, None, str(source))
+    if (changed := damage(source)) is not None:
+        notes.append(f"not as it was written: {changed}")
     if half := sorted({str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}):
         notes.append(f"its weights are {', '.join(half)}; they are trained in float32")
     if others := sorted(other_data(ledger, data.fingerprint)):
@@ -63,6 +68,7 @@ def adopt(source: Path, output: Path, config: PreTrainedConfig, data: Dataset, n
     with new_folder(output) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
         ledger.append(record).save(folder)
+        write_sums(folder)
     return output
 
 

@@ -12,6 +12,7 @@ from auxin.edits.purpose import made_for_another
 from auxin.errors import CheckpointError, OtherModelError, PlanError, PromiseError
 from auxin.models.loading import load_config
 from auxin.objectives.measures import Measure
+from auxin.sums import write_sums
 
 
 def change_checkpoint(
@@ -68,6 +69,7 @@ def change_checkpoint(
             seconds=cost.seconds + time.perf_counter() - started,
         )
         ledger.append(record).save(folder)
+        write_sums(folder)
 
     try:
         return apply_to_checkpoint(plan, source, output, probe, finish=keep_books)

@@ -4,15 +4,17 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from auxin.errors import CheckpointError, ConfigError
 from auxin.recipes.schema import Branch, Recipe, Stage, TrainStage
 from auxin.settings import Settings
-from auxin.training.checkpoint import LATEST_FILE
 from auxin.training.identity import MAY_CHANGE
+from auxin.training.lock import LOCK_FILE, exclusive
+from auxin.training.run_folder import LATEST_FILE
 
 RECIPE_FILE = "recipe.yaml"
 OUTCOME_FILE = "stage.json"
@@ -71,6 +73,31 @@ def seed_directory(directory: Path, seed: int) -> Path:
     return directory / f"{SEED}{seed}"
 
 
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Hold the folder of a run, which is made if it does not exist: a second process would remove what the first one
+    has not recorded yet.
+
+    Raises:
+        ConfigError: it holds something else than a run; nothing is written there.
+        TrainingError: another process holds it.
+    """
+    _refuse_strangers(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with exclusive(directory):
+        yield
+
+
+def _refuse_strangers(directory: Path) -> None:
+    """Keep out of a folder that is somebody's and holds no run."""
+    # A kill during the very first write leaves a temporary file.
+    ours = {RECIPE_FILE, f".{RECIPE_FILE}.tmp", LOCK_FILE}
+    if not directory.exists() or (directory / RECIPE_FILE).exists():
+        return
+    if any(found.name not in ours for found in directory.iterdir()):
+        raise ConfigError(f"{directory} is not empty and holds no run. Give another --output.")
+
+
 def claim_directory(recipe: Recipe, directory: Path, announce: Callable[[str], None]) -> None:
     """Make `directory` the folder of `recipe`'s run, or make sure that it is.
 
@@ -84,9 +111,7 @@ def claim_directory(recipe: Recipe, directory: Path, announce: Callable[[str], N
     _check_kind(recipe, directory)
     path = directory / RECIPE_FILE
     if not path.exists():
-        # A kill during the very first write leaves a temporary file.
-        if directory.exists() and any(found.name != f".{RECIPE_FILE}.tmp" for found in directory.iterdir()):
-            raise ConfigError(f"{directory} is not empty and holds no run. Give another --output.")
+        _refuse_strangers(directory)
         directory.mkdir(parents=True, exist_ok=True)
     elif (directory / BRANCHES).exists():
         changes = allowed_changes(recipe, directory)

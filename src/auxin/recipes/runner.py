@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from auxin.data.dataset import DATASETS, Dataset, Processor
 from auxin.data.tokenizer import read_tokenizer, same_tokens
 from auxin.edits.folder_store import TRAINING_FOLDER
 from auxin.errors import CheckpointError, ConfigError
-from auxin.files import new_folder, write_text
+from auxin.files import new_folder, sweep, write_text
 from auxin.models.loading import load_config, load_model, new_model
 from auxin.objectives.calibration import Calibration
 from auxin.objectives.measures import Measure
@@ -31,6 +31,7 @@ from auxin.recipes.folder import (
     OUTCOME_FILE,
     StageOutcome,
     claim_directory,
+    held,
     is_finished,
     left_checkpoint,
     stage_directory,
@@ -50,10 +51,13 @@ from auxin.recipes.stage_models import (
 )
 from auxin.recipes.workers import Cell, raise_failures, run_cells
 from auxin.report import write_chart_svg, write_markdown, write_report
+from auxin.sums import damage, write_sums
 from auxin.training import train, write_checkpoint_folder
 from auxin.training.hardware import choose_device
 from auxin.training.held_out import HeldOut
+from auxin.training.interruption import ended_by_signals
 from auxin.training.lock import exclusive
+from auxin.training.run_folder import aside_name, refuse_damaged
 
 RESULTS_FILE = "results.json"
 STAGE_CHECKPOINT = "checkpoint"
@@ -75,16 +79,29 @@ class Run:
     data: Dataset
     structures: StageConfigs
     announce: Announce
+    whole: set[Path] = field(default_factory=set)
+    """Checkpoints whose files were compared with their sums by this process."""
 
     def stage_directory(self, branch: Branch, stage: Stage) -> Path:
         """Where `stage` of `branch` keeps everything it writes."""
         return stage_directory(self.directory, branch, stage)
 
     def checkpoint(self, branch_name: str, stage_name: str) -> Path:
-        """The checkpoint that a finished stage left."""
+        """The checkpoint that a finished stage left, as it left it.
+
+        Raises:
+            CheckpointError: it is gone or damaged.
+        """
         branch = self.recipe.branch(branch_name)
         stage = next(stage for stage in branch.stages if stage.name == stage_name)
-        return left_checkpoint(self.directory, branch, stage)
+        checkpoint = left_checkpoint(self.directory, branch, stage)
+        if checkpoint not in self.whole:
+            record = self.stage_directory(branch, stage) / OUTCOME_FILE
+            refuse_damaged(
+                checkpoint, f"Restore it from a copy, or remove {record} and run again: the stage is redone."
+            )
+            self.whole.add(checkpoint)
+        return checkpoint
 
     def config_to_build(self, branch: Branch, stage: BuildStage) -> PreTrainedConfig:
         """The config of the model that `stage` of `branch` builds. Where it goes by the end of a branch that was only
@@ -154,20 +171,26 @@ def run_recipe(
     Raises:
         ConfigError, PlanError: `output` holds another recipe's run, or the recipe asks for what can't be built or
             does not fit together; found before anything is written, as far as it does not depend on the corpus.
-        TrainingError: a branch failed (with several jobs, after the others were done), or a signal came.
+        CheckpointError: a stage's checkpoint is damaged, and nothing is whole to do it again from.
+        TrainingError: a branch failed (with several jobs, after the others were done), a signal came, or another
+            process is at work in `output`.
     """
     if recipe.seeds is not None:
         raise ConfigError(f"seeds: {recipe.seeds}: a run has one seed. Use run_seeds, or give the recipe one as seed.")
     wanted = recipe.needed(branches)
-    run = open_run(recipe, output, announce)
-    if jobs == 1:
-        for name in wanted:
-            run_branch(run, recipe.branch(name))
-        return finish_run(run, command)
-    failures = run_cells([Cell(run.directory, run.directory / DATA, recipe, name) for name in wanted], jobs, announce)
-    results = finish_run(run, command, threads=1)
-    raise_failures(failures)
-    return results
+    directory = Path(output)
+    price_recipe(recipe, memory=False)
+    with held(directory):
+        claim_directory(recipe, directory, announce)
+        run = prepared_run(recipe, directory, directory / DATA, announce)
+        if jobs == 1:
+            for name in wanted:
+                run_branch(run, recipe.branch(name))
+            return finish_run(run, command)
+        failures = run_cells([Cell(directory, directory / DATA, recipe, name) for name in wanted], jobs, announce)
+        results = finish_run(run, command, threads=1)
+        raise_failures(failures)
+        return results
 
 
 def open_run(recipe: Recipe, output: str | Path, announce: Announce = print) -> Run:
@@ -181,7 +204,8 @@ def open_run(recipe: Recipe, output: str | Path, announce: Announce = print) -> 
     """
     directory = Path(output)
     price_recipe(recipe, memory=False)
-    claim_directory(recipe, directory, announce)
+    with held(directory):
+        claim_directory(recipe, directory, announce)
     return prepared_run(recipe, directory, directory / DATA, announce)
 
 
@@ -190,8 +214,11 @@ def prepared_run(recipe: Recipe, directory: Path, data_directory: Path, announce
 
     Raises:
         ConfigError, PlanError: the recipe does not fit the data.
+        DataError: it can't be prepared, or is damaged.
+        Interrupted: a signal came.
     """
-    data = DATASETS.find(recipe.data.kind).prepare(recipe.data, data_directory, True)
+    with ended_by_signals("preparing the data"):
+        data = DATASETS.find(recipe.data.kind).prepare(recipe.data, data_directory, True)
     announce("Data: " + "; ".join(f"{name}: {value}" for name, value in data.describe().items()))
     check_processors(recipe, data)
     # Again, now that it is known what the data decides.
@@ -208,14 +235,15 @@ def finish_run(run: Run, command: str, threads: int | None = None) -> RunResults
         command: the command line that reproduces it.
         threads: with which the branches were run; None: this process's.
     """
-    finals = {
-        branch.name: run.final_checkpoint(branch.name)
-        for branch in run.recipe.branches
-        if is_finished(run.directory, branch)
-    }
-    results = collect_results(run.recipe, run.directory, run.data, finals, command, threads)
-    write_text(run.directory / RESULTS_FILE, results.model_dump_json(indent=2) + "\n")
-    rewrite_report(run.directory)
+    with ended_by_signals("writing the report"):
+        finals = {
+            branch.name: run.final_checkpoint(branch.name)
+            for branch in run.recipe.branches
+            if is_finished(run.directory, branch)
+        }
+        results = collect_results(run.recipe, run.directory, run.data, finals, command, threads)
+        write_text(run.directory / RESULTS_FILE, results.model_dump_json(indent=2) + "\n")
+        rewrite_report(run.directory)
     return results
 
 
@@ -283,20 +311,45 @@ def run_branch(run: Run, branch: Branch) -> None:
 
 def _run_stages(run: Run, branch: Branch) -> None:
     run.announce(f"\n{branch.title}")
+    _take_back_damaged(run, branch)
     previous = run.checkpoint(*branch.fork.split("/", 1)) if branch.fork is not None else None
     for stage in branch.stages:
         directory = run.stage_directory(branch, stage)
         if not (directory / OUTCOME_FILE).exists():
             directory.mkdir(parents=True, exist_ok=True)
-            # Without the outcome beside it, what is there is of a run that was stopped before the stage was complete.
+            # The branch is held, so what a stage has left without its outcome is of a process that is dead: of a run
+            # that was stopped before the stage was complete.
             shutil.rmtree(directory / STAGE_CHECKPOINT, ignore_errors=True)
-            checkpoint = run_stage(run, branch, stage, directory, previous)
+            sweep(directory)
+            with ended_by_signals(f"doing the stage {branch.name}/{stage.name}"):
+                checkpoint = run_stage(run, branch, stage, directory, previous)
             outcome = StageOutcome(
                 name=stage.name, kind=stage.kind, checkpoint=checkpoint.relative_to(run.directory).as_posix()
             )
             write_text(directory / OUTCOME_FILE, outcome.model_dump_json(indent=2) + "\n")
         previous = run.checkpoint(branch.name, stage.name)
         run.announce(f"  {describe_last_stage(Ledger.load(previous))}")
+
+
+def _take_back_damaged(run: Run, branch: Branch) -> None:
+    """Let the finished stages be done again whose checkpoint the next one would start from and which is damaged; it is
+    kept aside."""
+    following = branch.stages[-1]
+    for stage in reversed(branch.stages[:-1]):
+        record, next_record = (run.stage_directory(branch, each) / OUTCOME_FILE for each in (stage, following))
+        following = stage
+        if not record.exists() or next_record.exists():
+            continue
+        checkpoint = left_checkpoint(run.directory, branch, stage)
+        if (reason := damage(checkpoint)) is None:
+            run.whole.add(checkpoint)
+            return
+        run.announce(
+            f"  {checkpoint} is damaged: {reason}. It is kept aside, and the stage {stage.name} is done again."
+        )
+        if not isinstance(stage, TrainStage):  # that goes back to an earlier checkpoint, and keeps this one itself
+            checkpoint.rename(aside_name(checkpoint))
+        record.unlink()
 
 
 def run_stage(run: Run, branch: Branch, stage: Stage, directory: Path, previous: Path | None) -> Path:
@@ -404,6 +457,7 @@ def evaluate(run: Run, stage: EvaluateStage, directory: Path, previous: Path) ->
     with new_folder(output) as folder:
         shutil.copytree(previous, folder, dirs_exist_ok=True)
         ledger.append(record).save(folder)
+        write_sums(folder)
     return output
 
 

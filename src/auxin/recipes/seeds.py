@@ -8,7 +8,7 @@ from auxin.accounting.comparison import Comparison, compare
 from auxin.accounting.results import RunResults
 from auxin.errors import CheckpointError, ConfigError
 from auxin.files import write_text
-from auxin.recipes.folder import DATA, claim_seeds, is_finished, seed_directory
+from auxin.recipes.folder import DATA, claim_seeds, held, is_finished, seed_directory
 from auxin.recipes.price import RecipePrice, price_recipe
 from auxin.recipes.runner import (
     RESULTS_FILE,
@@ -97,27 +97,28 @@ def run_seeds(
     wanted, seeds = recipe.needed(branches), _seeds(recipe)
     for seed in seeds:
         price_recipe(recipe.of_seed(seed), memory=False)
-    claim_seeds(recipe, directory, announce)
-    runs = {}
-    for seed in seeds:
-        tell = announce if seed == seeds[0] else _quietly
-        runs[seed] = prepared_run(recipe.of_seed(seed), seed_directory(directory, seed), directory / DATA, tell)
-    cells = [
-        Cell(run.directory, directory / DATA, run.recipe, name, f"seed {seed}, ")
-        for seed, run in runs.items()
-        for name in wanted
-    ]
-    failures = run_cells(cells, jobs, announce)
-    results = [
-        finish_run(run, command, threads=1)
-        for run in runs.values()
-        if any(is_finished(run.directory, branch) for branch in run.recipe.branches)
-    ]
-    if results:
-        comparison = compare(results, command)
-        write_text(directory / RESULTS_FILE, comparison.model_dump_json(indent=2) + "\n")
-        rewrite_report(directory)
-    raise_failures(failures)
+    with held(directory):
+        claim_seeds(recipe, directory, announce)
+        runs = {}
+        for seed in seeds:
+            tell = announce if seed == seeds[0] else _quietly
+            runs[seed] = prepared_run(recipe.of_seed(seed), seed_directory(directory, seed), directory / DATA, tell)
+        cells = [
+            Cell(run.directory, directory / DATA, run.recipe, name, f"seed {seed}, ")
+            for seed, run in runs.items()
+            for name in wanted
+        ]
+        failures = run_cells(cells, jobs, announce)
+        results = [
+            finish_run(run, command, threads=1)
+            for run in runs.values()
+            if any(is_finished(run.directory, branch) for branch in run.recipe.branches)
+        ]
+        if results:
+            comparison = compare(results, command)
+            write_text(directory / RESULTS_FILE, comparison.model_dump_json(indent=2) + "\n")
+            rewrite_report(directory)
+        raise_failures(failures)
     return comparison
 
 

@@ -24,18 +24,12 @@ from typing import Any
 from auxin.errors import TrainingError
 from auxin.recipes.folder import is_finished
 from auxin.recipes.schema import Recipe
-from auxin.training.interruption import Interruption
+from auxin.training.interruption import Interrupted, Interruption
 
 WORKER = [sys.executable, "-P", "-c", "from auxin.recipes.worker import main; main()"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 POLL = 0.2
 """Seconds after which a signal that came meanwhile is seen."""
-
-
-class RunInterrupted(TrainingError):
-    """The processes of a run were interrupted by a signal and have saved; the same call resumes it."""
-
-    exit_code = 130
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,7 @@ def run_cells(cells: Sequence[Cell], jobs: int, announce: Callable[[str], None])
         Why branches are not finished, in the order of `cells`; empty when all are.
 
     Raises:
-        RunInterrupted: SIGINT or SIGTERM came; the children have saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came; the children have saved.
     """
     unfinished = [cell for cell in cells if not is_finished(cell.directory, cell.recipe.branch(cell.branch))]
     if not unfinished:
@@ -124,7 +118,7 @@ def run_cells(cells: Sequence[Cell], jobs: int, announce: Callable[[str], None])
             pool.close()
     if interruption.signal_name is not None:
         left = len(unfinished) - len(pool.done)
-        raise RunInterrupted(
+        raise Interrupted(
             f"Interrupted by {interruption.signal_name}; what was being trained is saved. Branches left: {left}. Run "
             "the same command again to go on."
         )

@@ -2,14 +2,14 @@
 
 Layout of a folder: the Hugging Face model at its root (config.json, model*.safetensors, tokenizer files); `training/`
 with the tensors of the training state, written by torch.distributed.checkpoint as safetensors, and `state.json`; and
-`ledger.json`. In a run's folder: `checkpoints/step-00000100/` and the file `latest`, which names the newest one.
+`ledger.json`; and `SHA256SUMS`, by which a damaged one is known (`auxin.sums`). It is not changed after it was written.
 """
 
 import contextlib
 import json
 import shutil
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +27,19 @@ from auxin.accounting.ledger import Ledger
 from auxin.data.dataset import Processor
 from auxin.edits.saved import save_model
 from auxin.errors import CheckpointError
-from auxin.files import flush, flush_tree, write_text
+from auxin.files import flush, flush_tree, temporary_folder
 from auxin.models.loading import existing_folder, load_model
 from auxin.nn.bricks import Brick
+from auxin.sums import write_sums
 from auxin.training.adapters import has_adapter, load_adapter
 from auxin.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from auxin.training.settings import TrainingSettings
 
-CHECKPOINTS = "checkpoints"
-LATEST_FILE = "latest"
 TRAINING = "training"
 STATE_FILE = "state.json"
 
 # CheckpointException wraps what happened on each rank and is no Exception.
 _FAILURES = (OSError, SafetensorError, CheckpointException)
-
-
-def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after `step` optimizer steps."""
-    return f"step-{step:08d}"
 
 
 def write_checkpoint_folder(
@@ -76,87 +70,34 @@ def write_checkpoint_folder(
         CheckpointError: the disk is full or can't be written; what was there before is as it was.
     """
     directory = Path(directory)
-    partial = directory.with_name(f".{directory.name}.partial")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        remove_folder(partial)
-        (partial / TRAINING).mkdir(parents=True)
-        save_model(model, partial)
-        if processor is not None:
-            processor.save_pretrained(partial)
-        if ledger is not None:
-            ledger.save(partial)
-        training = dict(tensors or {})
-        if optimizer is not None:
-            training |= optimizer_tensors(model, optimizer)
-        if training:
-            _write_tensors(training, partial / TRAINING)
-        if state is not None:
-            (partial / TRAINING / STATE_FILE).write_text(_state_text(state), encoding="utf-8")
-        if not any((partial / TRAINING).iterdir()):
-            (partial / TRAINING).rmdir()
-        flush_tree(partial)
-        _move_into_place(partial, directory)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, _FAILURES):
-            raise CheckpointError(
-                f"{directory} could not be saved: {_reason(error)}. Nothing saved before was touched. Free space on "
-                "the disk or choose another output folder, then run again."
-            ) from error
-        raise
-    return directory
-
-
-def name_latest(output_dir: Path, checkpoint: Path) -> None:
-    """Name `checkpoint`, a folder in `output_dir`, as the newest one; a reader sees the old name or the new one."""
-    path = output_dir / LATEST_FILE
-    try:
-        write_text(path, checkpoint.relative_to(output_dir).as_posix() + "\n")
-        flush(output_dir)
-    except OSError as error:
+        _restore(directory)
+        with temporary_folder(directory) as partial:
+            (partial / TRAINING).mkdir()
+            save_model(model, partial)
+            if processor is not None:
+                processor.save_pretrained(partial)
+            if ledger is not None:
+                ledger.save(partial)
+            training = dict(tensors or {})
+            if optimizer is not None:
+                training |= optimizer_tensors(model, optimizer)
+            if training:
+                _write_tensors(training, partial / TRAINING)
+            if state is not None:
+                (partial / TRAINING / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            if not any((partial / TRAINING).iterdir()):
+                (partial / TRAINING).rmdir()
+            write_sums(partial)
+            flush_tree(partial)
+            _move_into_place(partial, directory)
+    except _FAILURES as error:
         raise CheckpointError(
-            f"{checkpoint} was saved, but {path} could not be written: {error}. Free space on the disk, then run again."
+            f"{directory} could not be saved: {_reason(error)}. Nothing saved before was touched. Free space on "
+            "the disk or choose another output folder, then run again."
         ) from error
-
-
-def latest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint of a run's folder; None where nothing was saved yet.
-
-    Raises:
-        CheckpointError: `latest` names a folder that is not there.
-    """
-    output_dir = Path(output_dir)
-    path = output_dir / LATEST_FILE
-    if not path.is_file():
-        return None
-    name = path.read_text(encoding="utf-8").strip()
-    checkpoint = output_dir / name
-    if not name or not checkpoint.is_dir():
-        others = sorted(folder.name for folder in (output_dir / CHECKPOINTS).glob("step-*"))
-        raise CheckpointError(
-            f"{path} names {name!r}, which does not exist. Write the name of an existing checkpoint into it "
-            f"(there are: {', '.join(others) or 'none'}), or delete {path} to start over."
-        )
-    return checkpoint
-
-
-def prune_checkpoints(output_dir: Path, keep: Collection[str]) -> None:
-    """Remove all checkpoints of a run's folder but those named in `keep`, and what killed processes left unfinished."""
-    for folder in (output_dir / CHECKPOINTS).glob("*"):
-        if folder.name not in keep:
-            remove_folder(folder)
-    for folder in (output_dir / CHECKPOINTS).glob(".*"):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder, if it is there, so that at no time half of it is seen under its name."""
-    if folder.exists():
-        doomed = _aside(folder)
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+    return directory
 
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
@@ -180,11 +121,6 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
     return state
 
 
-def rewrite_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
-    """Replace the JSON part of a checkpoint's training state; a reader sees the old one or the whole new one."""
-    write_text(checkpoint / TRAINING / STATE_FILE, _state_text(state))
-
-
 def read_tensors(checkpoint: str | Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint's training state, on the CPU.
 
@@ -204,7 +140,7 @@ def read_tensors(checkpoint: str | Path) -> dict[str, Tensor]:
         }
         with _one_process():
             dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
-    except (*_FAILURES, KeyError, ValueError) as error:
+    except (*_FAILURES, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder} is damaged: {_reason(error)}. Restore it or use another checkpoint."
         ) from error
@@ -257,10 +193,6 @@ def load_weights(checkpoint: str | Path, model: PreTrainedModel) -> None:
                 setattr(model.config, key, value)
 
 
-def _state_text(state: Mapping[str, Any]) -> str:
-    return json.dumps(state, indent=2) + "\n"
-
-
 @contextlib.contextmanager
 def _one_process() -> Iterator[None]:
     """Without torch.distributed, DCP warns at every call that it saves from one process, which is what is meant."""
@@ -275,25 +207,31 @@ def _write_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def _move_into_place(folder: Path, target: Path) -> None:
-    aside = _aside(target)
-    shutil.rmtree(aside, ignore_errors=True)
+    replaced = _replaced(target)
     if target.exists():
-        target.rename(aside)
+        target.rename(replaced)
     try:
         folder.rename(target)
     except OSError:
-        if aside.exists():
-            aside.rename(target)
+        _restore(target)
         raise
     try:
         flush(target.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _aside(folder: Path) -> Path:
-    """Where a folder that is about to go is moved first."""
-    return folder.with_name(f".{folder.name.lstrip('.')}.removed")
+def _replaced(target: Path) -> Path:
+    """Where what is replaced by a new `target` lies for the moment between two renames."""
+    return target.with_name(f".{target.name}.replaced")
+
+
+def _restore(target: Path) -> None:
+    """Undo half of a replacement; of a whole one, remove what was replaced."""
+    replaced = _replaced(target)
+    if replaced.exists() and not target.exists():
+        replaced.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _reason(error: BaseException) -> str:

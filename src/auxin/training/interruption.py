@@ -1,27 +1,44 @@
-"""Ctrl-C and SIGTERM: the first asks the loop to save and stop, the second quits at once."""
+"""Signals that ask to stop: SIGINT (Ctrl-C), SIGTERM, and SIGHUP, which comes when the terminal is closed.
 
+The first one ends the work in an order that loses nothing, the second one at once. SIGHUP is the exception: shells send
+it again to what the terminal has sent it to already, so it counts once; and one that is ignored (`nohup`) stays so.
+"""
+
+import contextlib
 import os
 import signal
+import stat
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 from auxin.errors import TrainingError
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-class TrainingInterrupted(TrainingError):
-    """Training was interrupted by a signal and saved; the same call resumes it."""
+
+class Interrupted(TrainingError):
+    """A signal came. What was finished before is kept, and the same call goes on from there."""
 
     exit_code = 130
+
+
+class TrainingInterrupted(Interrupted):
+    """Training was interrupted by a signal and saved; the same call resumes it."""
 
     def __init__(self, message: str, checkpoint: Path) -> None:
         super().__init__(message)
         self.checkpoint = checkpoint
 
 
+class _Stop(BaseException):
+    """Raised by a handler where the work ends: no `except Exception` on the way holds it up."""
+
+
 class Interruption:
-    """Within the context, SIGINT and SIGTERM set `signal_name` once; then their former handlers are back in force.
+    """Within the context, a signal sets `signal_name` once; then the former handlers are back in force.
 
     Only the main thread may handle signals; in any other the context does nothing.
     """
@@ -32,22 +49,69 @@ class Interruption:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._former[number] = signal.signal(number, self._handle)
+            for number in SIGNALS:
+                if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._former[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._restore()
+        self._restore(*self._former)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
-        self._restore()
-        # Written past Python's buffers: the handler may run in the middle of a print.
-        os.write(2, b"\nStopping after this step; press Ctrl-C again to quit at once without saving.\n")
+        self._restore(*self._former.keys() - {signal.SIGHUP})
+        if signal.SIGHUP in self._former:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        _leave_closed_terminal()
+        self._begin_to_stop()
 
-    def _restore(self) -> None:
-        while self._former:
-            number, handler = self._former.popitem()
-            signal.signal(number, handler)
+    def _begin_to_stop(self) -> None:
+        # Written past Python's buffers: the handler may run in the middle of a print.
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nStopping after this step; press Ctrl-C again to quit at once without saving.\n")
+
+    def _restore(self, *numbers: signal.Signals) -> None:
+        for number in numbers:
+            signal.signal(number, self._former.pop(number))
+
+
+class _Raising(Interruption):
+    """Ends what is being done where it stands; folders that are half written go as the error passes them."""
+
+    def _begin_to_stop(self) -> None:
+        raise _Stop
+
+
+@contextlib.contextmanager
+def ended_by_signals(doing: str) -> Iterator[None]:
+    """Within the context, a signal ends the work at once, with an error that says what it was. For work that keeps
+    nothing on the way and is done again from its beginning; what saves on the way (`Interruption`) may stand within.
+
+    Args:
+        doing: what is done in the context: "preparing the data".
+
+    Raises:
+        Interrupted: a signal came.
+    """
+    interruption = _Raising()
+    try:
+        with interruption:
+            yield
+    except _Stop:
+        raise Interrupted(
+            f"Interrupted by {interruption.signal_name} while {doing}. What was finished or saved before is kept, and "
+            "nothing half-written is left. Give the same command to go on."
+        ) from None
+
+
+def _leave_closed_terminal() -> None:
+    """Let output to a terminal that has been closed go nowhere, where it would be an error in the midst of saving."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            status = os.fstat(descriptor)
+            # A closed terminal is one no longer.
+            is_device = stat.S_ISCHR(status.st_mode) and status.st_rdev != os.stat(os.devnull).st_rdev
+            if is_device and not os.isatty(descriptor):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

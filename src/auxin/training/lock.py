@@ -2,20 +2,34 @@
 
 import contextlib
 import fcntl
+import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
 from auxin.errors import TrainingError
 
+LOCK_FILE = ".lock"
+
 
 @contextlib.contextmanager
-def exclusive(output_dir: Path) -> Iterator[None]:
-    """Hold the run's folder: two processes that train into one would mix their checkpoints. Freed also by a kill."""
-    with (output_dir / ".lock").open("w") as file:
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a folder: two processes that work in one would mix, or remove, each other's checkpoints. Freed also by a
+    kill.
+
+    Raises:
+        TrainingError: another process holds it; the message names it.
+    """
+    with (folder / LOCK_FILE).open("a+", encoding="utf-8", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            file.seek(0)
             raise TrainingError(
-                f"{output_dir} is in use: another process trains into it. Wait for it or choose another folder."
+                f"{folder} is in use: {file.read().strip() or 'another process'} works in it. Wait for it or choose "
+                "another folder."
             ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
         yield

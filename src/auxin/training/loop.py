@@ -21,28 +21,29 @@ from auxin.errors import CheckpointError, TrainingError
 from auxin.objectives.measures import Loss, Measure
 from auxin.objectives.objective import Objective, ObjectiveSettings, References, training_noise
 from auxin.planning.hooks import Hook
-from auxin.training.checkpoint import (
-    CHECKPOINTS,
-    checkpoint_name,
-    latest_checkpoint,
-    load_weights,
-    name_latest,
-    prune_checkpoints,
-    read_state,
-    read_tensors,
-    rewrite_state,
-    write_checkpoint_folder,
-)
-from auxin.training.fit import check_fit
+from auxin.training.checkpoint import load_weights, read_state, read_tensors, write_checkpoint_folder
+from auxin.training.fit import check_fit, refuse_non_finite
 from auxin.training.guard import Guard, GuardEvent
 from auxin.training.hardware import choose_device, choose_precision, peak_flops
 from auxin.training.held_out import HeldOut
 from auxin.training.identity import RunIdentity
 from auxin.training.interruption import Interruption, TrainingInterrupted
 from auxin.training.lock import exclusive
-from auxin.training.metrics import VALIDATION, MetricsLog, last_progress
+from auxin.training.metrics import VALIDATION, MetricsLog
 from auxin.training.optimizer import build_optimizer, restore_optimizer
 from auxin.training.progress import ProgressDisplay
+from auxin.training.run_folder import (
+    CHECKPOINTS,
+    checkpoint_name,
+    checkpoint_to_resume,
+    latest_checkpoint,
+    name_latest,
+    own_checkpoints,
+    pick_up,
+    prune_checkpoints,
+    refuse_damaged,
+    start_over,
+)
 from auxin.training.schedule import learning_rate
 from auxin.training.settings import TrainingSettings
 from auxin.training.state import TrainingState
@@ -120,15 +121,18 @@ def train(
 
     Raises:
         ConfigError: settings, model and data do not fit together.
-        CheckpointError: the run in `output_dir` is another one or damaged, or a checkpoint can't be written.
+        CheckpointError: the run in `output_dir` is another one, or none of its checkpoints is whole; weights or moments
+            are not finite; a checkpoint can't be written.
         TrainingError: too many bad steps; the checkpoint named in `latest` is good.
-        TrainingInterrupted: SIGINT or SIGTERM; the state was saved.
+        TrainingInterrupted: SIGINT, SIGTERM or SIGHUP; the state was saved.
     """
     output_dir = Path(output_dir)
     device = choose_device(settings.device)
     form = data.form
     objective = settings.objective.bind(model.config, form, references)
     check_fit(model, objective)
+    for name, reference in (references or {}).items():
+        refuse_non_finite(reference.model, None, name)
     measured = objective if measured_objective is None else measured_objective.bind(model.config, form, references)
     flops = objective.training_flops(model)
     total_steps = settings.total_steps(form, flops)
@@ -196,7 +200,7 @@ class _Loop:
     def run(self, optimizer_from: str | Path | None, stop_after: int | None, progress: bool) -> TrainingResult:
         """Start or resume, train, evaluate, save."""
         self.clock = time.perf_counter()
-        checkpoint = latest_checkpoint(self.output_dir)
+        checkpoint, gone_back = checkpoint_to_resume(self.output_dir, self.settings.guard.action == "rewind")
         for hook in self.state.hooks:
             hook.attach(self.model, self.state.optimizer)
         groups = self.state.optimizer.param_groups
@@ -210,6 +214,7 @@ class _Loop:
                 return self._result(checkpoint, self.parent.stages[-1].measures, self.parent)
         else:
             self._start(optimizer_from)
+        refuse_non_finite(self.model, self.state.optimizer, str(checkpoint or self.model.name_or_path or "the model"))
         was_training = self.model.training
         step, position = self.state.step, self.state.data_position
         self.metrics = MetricsLog(
@@ -218,6 +223,8 @@ class _Loop:
         self.display = ProgressDisplay(
             self.identity.stage_name, self.total_steps, step, progress, self.form.unit, self.evaluation.measures[0].name
         )
+        for note in gone_back:
+            self.display.line(note)
         try:
             with Interruption() as interruption:
                 if checkpoint is None:
@@ -234,6 +241,7 @@ class _Loop:
 
     def _start(self, optimizer_from: str | Path | None) -> None:
         state = self.state
+        start_over(self.output_dir)
         if optimizer_from is not None:
             fresh = restore_optimizer(self.model, state.optimizer, read_tensors(optimizer_from))
             if fresh:
@@ -258,30 +266,12 @@ class _Loop:
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{checkpoint} has no usable training state: {error}") from error
         self._load(checkpoint, saved)
+        pick_up(self.output_dir, checkpoint, self.state)
         if not saved["finished"]:
-            self._book_lost_work(checkpoint, saved)
             # The record of the stage in progress is written anew with every checkpoint.
             self.parent = Ledger(stages=self.parent.stages[:-1])
         self.state.notes += notes
         return saved
-
-    def _book_lost_work(self, checkpoint: Path, saved: dict[str, Any]) -> None:
-        """Add the time that a killed process spent after the checkpoint to its state, as far as the metrics tell.
-
-        Written to the disk before the metrics beyond the checkpoint are dropped: the next kill may come at any moment.
-        """
-        state = self.state
-        seconds, position = last_progress(self.output_dir)
-        steps, more = position - state.data_position, seconds - state.seconds
-        if steps <= 0 or more <= 0:
-            return
-        state.seconds = seconds
-        state.notes.append(
-            f"resumed at step {state.step}; at least {steps} steps after it were lost and done again ({more:.1f} s; "
-            "their FLOPs are not in the totals)"
-        )
-        values = {**saved["state"], "seconds": state.seconds, "notes": state.notes}
-        rewrite_state(checkpoint, {**saved, "state": values})
 
     def _load(self, checkpoint: Path, saved: dict[str, Any], position: int | None = None) -> None:
         """Go back to a checkpoint; draw batches from `position` on (None: from the checkpoint's)."""
@@ -416,6 +406,7 @@ class _Loop:
         events, notes = state.guard.events, state.notes
         seconds = state.seconds
         checkpoint = self.output_dir / CHECKPOINTS / checkpoint_name(state.rewind_step)
+        refuse_damaged(checkpoint, f"Run again: the run then goes back to an older one ({self.output_dir}).")
         self.metrics.rewind(state.rewind_step)
         # Before any newer checkpoint (of an interruption) is forgotten, `latest` must not name it any more.
         name_latest(self.output_dir, checkpoint)
@@ -464,7 +455,7 @@ class _Loop:
         return checkpoint
 
     def _prune(self, newest: Path) -> None:
-        names = sorted(folder.name for folder in newest.parent.glob("step-*") if folder.name <= newest.name)
+        names = [folder.name for folder in own_checkpoints(self.output_dir) if folder.name <= newest.name]
         keep = {*names[-self.settings.keep_checkpoints :], checkpoint_name(self.state.rewind_step)}
         prune_checkpoints(self.output_dir, keep)
 

@@ -83,14 +83,17 @@ class TrainingState:
                 setattr(self, name, values[name])
             self.guard.load_state_dict(values["guard"])
             hooks = values["hooks"]
-        except (KeyError, TypeError) as error:
+            if len(hooks) != len(self.hooks):
+                raise CheckpointError(
+                    f"The run was started with {len(hooks)} hooks, but is resumed with {len(self.hooks)}. Give the "
+                    "same."
+                )
+            for hook, state in zip(self.hooks, hooks, strict=True):
+                hook.load_state_dict(state)
+        except KeyError as error:
             raise CheckpointError(f"The training state lacks {error}: the checkpoint is of another version.") from error
-        if len(hooks) != len(self.hooks):
-            raise CheckpointError(
-                f"The run was started with {len(hooks)} hooks, but is resumed with {len(self.hooks)}. Give the same."
-            )
-        for hook, state in zip(self.hooks, hooks, strict=True):
-            hook.load_state_dict(state)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"The training state can't be read: {error}. Use another checkpoint.") from error
 
 
 _PLAIN = (

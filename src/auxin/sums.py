@@ -1,0 +1,61 @@
+"""SHA-256 sums of a folder's files, in the folder: what was written is told from what has become of it.
+
+The file is of the common format, so that `sha256sum -c SHA256SUMS` checks it too.
+"""
+
+import hashlib
+import re
+from pathlib import Path
+
+from auxin.files import write_text
+
+SUMS_FILE = "SHA256SUMS"
+
+_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+
+
+def write_sums(folder: Path) -> None:
+    """Write the sums of all files in `folder` and below, in place of those that are there."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS_FILE)
+    write_text(folder / SUMS_FILE, "".join(f"{_sum(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths))
+
+
+def has_sums(folder: Path) -> bool:
+    """Whether `folder` says what its files must be."""
+    return (folder / SUMS_FILE).is_file()
+
+
+def damage(folder: Path) -> str | None:
+    """What of `folder` is not as it was when its sums were written, by name; None: nothing, or it has no sums.
+
+    Files that came later are nobody's business. All others are read, so this takes as long as reading the folder.
+    """
+    path = folder / SUMS_FILE
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{SUMS_FILE} can't be read ({error})"
+    expected = [_LINE.fullmatch(line) for line in lines]
+    if not lines or None in expected:
+        return f"{SUMS_FILE} holds lines that are no sums"
+    wrong = [
+        (name, state) for match in expected if match and (state := _state(folder / (name := match[2]), match[1])) != ""
+    ]
+    return ", ".join(f"{name} {state}" for name, state in wrong) or None
+
+
+def _state(path: Path, expected: str) -> str:
+    """What is wrong with a file; empty: nothing."""
+    try:
+        return "" if _sum(path) == expected else f"differs from its sum in {SUMS_FILE}"
+    except FileNotFoundError:
+        return f"is missing (it is named in {SUMS_FILE})"
+    except OSError as error:
+        return f"can't be read ({error})"
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

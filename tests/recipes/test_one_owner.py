@@ -1,0 +1,160 @@
+"""A run's folder has one owner at a time, and one that is stopped, or killed, leaves nothing in the way."""
+
+import os
+import re
+import signal
+
+import pytest
+import torch
+
+from auxin.errors import CheckpointError, ConfigError, TrainingError
+from auxin.models.loading import load_model
+from auxin.recipes import Recipe, run_recipe, run_seeds
+from auxin.recipes.folder import held
+from auxin.sums import damage
+from auxin.training.interruption import SIGNALS, Interrupted, ended_by_signals
+from corpora import small_corpus, write_documents
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
+BUILD = {
+    "kind": "build",
+    "model_type": "tokenformer",
+    "config": {**SIZES, "qkv_tokens": 2, "proj_tokens": 2, "ffn_tokens": 8},
+}
+GROW = {"kind": "change", "name": "grow", "tokens": {"qkv_tokens": 4, "proj_tokens": 4, "ffn_tokens": 16}}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_documents(tmp_path_factory.mktemp("corpus"), documents=30)
+
+
+def recipe(corpus, *stages, **changes):
+    values = {"name": "tiny", "title": "Tiny", "data": small_corpus(corpus), "training": {"tensorboard": False}}
+    branch = {"name": "main", "title": "main", "stages": [*(stages or (BUILD, GROW)), {"kind": "evaluate"}]}
+    return Recipe.parse({**values, "branches": [branch], **changes})
+
+
+def go(asked, output, announce=lambda line: None):
+    return run_recipe(asked, output, "", announce=announce)
+
+
+def temporaries(folder):
+    return [path for path in folder.rglob(".*") if path.is_dir() and path.suffix in (".tmp", ".partial")]
+
+
+def test_a_second_process_is_told_who_is_at_it_and_touches_nothing(corpus, tmp_path):
+    """Also in the moment between a stage's checkpoint and its record, when the stage looks unfinished."""
+    finished = tmp_path / "run/branches/main/02-grow/checkpoint"
+    told = []
+
+    def announce(line):
+        if line.startswith("  grow"):
+            record = finished.parent / "stage.json"
+            content = record.read_text()
+            record.unlink()
+            with pytest.raises(TrainingError, match=rf"is in use: process {os.getpid()} on .* works in it") as raised:
+                go(recipe(corpus), tmp_path / "run")
+            told.append(str(raised.value))
+            assert damage(finished) is None
+            assert (finished / "config.json").exists()
+            record.write_text(content)
+
+    go(recipe(corpus), tmp_path / "run", announce)
+    assert len(told) == 1
+
+
+def test_a_folder_that_is_held_is_not_even_claimed(corpus, tmp_path):
+    with held(tmp_path / "run"):
+        for start in (lambda: go(recipe(corpus), tmp_path / "run"), lambda: several(corpus, tmp_path / "run")):
+            with pytest.raises(TrainingError, match="in use"):
+                start()
+    assert os.listdir(tmp_path / "run") == [".lock"]
+    go(recipe(corpus), tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/precious.txt").touch()
+    with pytest.raises(ConfigError, match="not empty"), held(tmp_path / "mine"):
+        pass
+    assert os.listdir(tmp_path / "mine") == ["precious.txt"]
+
+
+def several(corpus, output):
+    return run_seeds(recipe(corpus, seeds=[0, 1]), output, "", lambda line: None)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_says_what_was_being_done_and_the_next_one_is_the_systems_again(number):
+    before = signal.SIG_DFL if number is signal.SIGHUP else signal.SIG_IGN
+    former = signal.signal(number, before)
+    while_cleaning = []
+
+    def work():
+        try:
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+        except Exception:
+            pytest.fail("no `except Exception` may hold it up")
+        finally:
+            while_cleaning.append(signal.getsignal(number))
+
+    try:
+        with pytest.raises(Interrupted, match=f"Interrupted by {number.name} while boiling eggs") as raised:
+            boil(work)
+        assert raised.value.exit_code == 130
+        # That of shells comes twice, and must not end it the second time.
+        assert while_cleaning == [signal.SIG_IGN]
+        assert signal.getsignal(number) is before
+    finally:
+        signal.signal(number, former)
+
+
+@ended_by_signals("boiling eggs")
+def boil(work):
+    work()
+
+
+STAGES = [
+    ("auxin.data.corpus.read_documents", "preparing the data"),
+    ("auxin.edits.folder_executor.carry", "doing the stage main/grow"),
+    ("auxin.recipes.runner.HeldOut", "doing the stage main/grow"),
+    ("auxin.recipes.runner.write_sums", "doing the stage main/evaluate"),
+]
+
+
+@pytest.mark.parametrize(("inner", "doing"), STAGES)
+def test_a_signal_in_any_stage_leaves_nothing_half_written(corpus, tmp_path, monkeypatch, inner, doing):
+    def signalled(*arguments, **options):
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inner, signalled)
+        with pytest.raises(Interrupted, match=f"Interrupted by SIGTERM while {doing}.*same command to go on"):
+            go(recipe(corpus), tmp_path / "run")
+    assert temporaries(tmp_path) == []
+    go(recipe(corpus), tmp_path / "run")
+
+
+def test_what_a_killed_stage_left_is_swept_at_the_start(corpus, tmp_path):
+    stage = tmp_path / "run/branches/main/02-grow"
+    go(recipe(corpus), tmp_path / "run")
+    for folder in (stage, stage.with_name("03-evaluate")):
+        (folder / f".checkpoint.{'0' * 32}.tmp").mkdir()
+        (folder / f".checkpoint.{'0' * 32}.tmp/model.safetensors").write_bytes(b"half")
+        (folder / "stage.json").unlink()
+        (folder / "notes.txt").write_text("mine")
+    go(recipe(corpus), tmp_path / "run")
+    assert temporaries(tmp_path) == []
+    assert (stage / "notes.txt").exists()
+
+
+def test_a_model_that_is_not_finite_is_not_taken_over(corpus, tmp_path):
+    go(recipe(corpus), tmp_path / "run")
+    source, broken = tmp_path / "run/branches/main/02-grow/checkpoint", tmp_path / "broken"
+    model = load_model(source)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    model.save_pretrained(broken)
+    data = small_corpus(corpus) | {"tokenizer": str(source)}
+    asked = recipe(corpus, {"kind": "build", "checkpoint": str(broken)}, data=data)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(str(broken))}: 1 of .* are NaN or infinite"):
+        go(asked, tmp_path / "out")
