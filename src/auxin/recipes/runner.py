@@ -120,7 +120,7 @@ class Run:
         """What `measures` give for `checkpoint` on the whole held-out split, by name."""
         model = load_model(checkpoint, choose_device(self.recipe.training.get("device", "auto")))
         objective = self.recipe.objective.bind(model.config, self.data.form)
-        return HeldOut(tuple(measures), objective, self.data).all(model, self.evaluation_batch_size)
+        return HeldOut(tuple(measures), objective, self.data, self.evaluation_batch_size).all(model)
 
     @property
     def evaluation_batch_size(self) -> int:

@@ -21,7 +21,7 @@ from auxin.report.comparison import (
     measure_words,
     unit_words,
 )
-from auxin.report.curves import branch_colours, branch_order, chart_data, chart_words, word_for
+from auxin.report.curves import branch_colours, branch_order, chart_data, chart_words, explanation, word_for
 from auxin.report.findings import EXACT_CHANGE, growth_sentence, headline, main_result, standing
 from auxin.report.lineage import lineage
 
@@ -61,6 +61,7 @@ def render_report(results: RunResults | Comparison) -> str:
         colours=branch_colours(results),
         chart=_script_json(chart_data(results)),
         words=_script_json(chart_words(results)),
+        explained=explanation(results),
         order={branch.name: index for index, branch in enumerate(branch_order(results))},
         plotly=Markup(get_plotlyjs()),
         script=Markup(files("auxin.report").joinpath(SCRIPT).read_text(encoding="utf-8")),

@@ -40,7 +40,7 @@ from auxin.training.held_out import HeldOut
 from auxin.training.identity import RunIdentity
 from auxin.training.interruption import Interruption, TrainingInterrupted
 from auxin.training.lock import exclusive
-from auxin.training.metrics import VALIDATION, MetricsLog, last_progress
+from auxin.training.metrics import MetricsLog, last_progress
 from auxin.training.optimizer import build_optimizer, restore_optimizer
 from auxin.training.progress import ProgressDisplay
 from auxin.training.schedule import learning_rate
@@ -144,7 +144,9 @@ def train(
             start_position=data_position,
             data_position=data_position,
         )
-        evaluation = HeldOut(tuple(measures) or (Loss(),), measured, data)
+        evaluation = HeldOut(
+            tuple(measures) or (Loss(),), measured, data, settings.samples_per_forward, settings.evaluation_batches
+        )
         processor = data.processor() if processor is None else processor
         loop = _Loop(
             state, data, objective, evaluation, settings, output_dir, identity, total_steps, flops, processor, ledger
@@ -243,11 +245,10 @@ class _Loop:
 
     def _begin(self) -> None:
         """Evaluate and save the untrained state: the guard needs a way back, and a disk that is full shows at once."""
-        value = self._evaluate(self.settings.evaluation_batches)
-        if self.settings.evaluation_batches is None:
+        value = self._evaluate()
+        if self.evaluation.part is None:
             # The books set it beside the final value, which is that of the whole split.
             self.state.value_before = value
-        self._log({self.evaluation.key: value})
         self._save()
 
     def _resume(self, checkpoint: Path) -> dict[str, Any]:
@@ -309,17 +310,15 @@ class _Loop:
                 break
             if settings.evaluation_interval is not None and step % settings.evaluation_interval == 0:
                 with self._off_the_clock():
-                    value = self._evaluate(settings.evaluation_batches)
-                    self._log({self.evaluation.key: value})
-                    self.display.show_validation(value)
+                    self.display.show_validation(self._evaluate())
             if self._checkpoint_due():
                 with self._off_the_clock():
                     self._save()
         if state.step < self.total_steps:
             return self._result(self._save_unplanned(), {}, self._books({}))
         with self._autocast():
-            found = self.evaluation.all(self.model, self.settings.samples_per_forward)
-        self._log({VALIDATION + kind: value for kind, value in found.items()})
+            found = self.evaluation.all(self.model)
+            self._log(self.evaluation.last_line(self.model, found))
         checkpoint = self._save(found)
         shown = ", ".join(f"{measure.name} {found[measure.kind]:.4f}" for measure in self.evaluation.measures)
         self.display.line(f"{state.step} steps done, validation {shown}, saved in {checkpoint}")
@@ -523,9 +522,11 @@ class _Loop:
             ledger,
         )
 
-    def _evaluate(self, batches: int | None) -> float:
+    def _evaluate(self) -> float:
         with self._autocast():
-            return self.evaluation.first(self.model, self.settings.samples_per_forward, batches)
+            value = self.evaluation.first(self.model)
+        self._log(self.evaluation.line(value))
+        return value
 
     def _measurements(self) -> dict[str, Any]:
         """Loss (mean over the good steps since the last line), rate, gradient norm and speed."""
