@@ -191,27 +191,26 @@ def _print_comparison(comparison: "Comparison", directory: Path, as_json: bool) 
         return
     seeds = ", ".join(map(str, comparison.seeds))
     interval = ", 95 % intervals" if len(comparison.seeds) > 1 else ""
-    print(f"\nMeans of seeds {seeds}{interval}; differences from the first row are taken seed by seed.\n")
+    print_line(f"\nMeans of seeds {seeds}{interval}; differences from the first row are taken seed by seed.\n")
     print_table(
         [
             "branch",
-            "parameters",
-            "FLOPs",
             measure_words(comparison.measure).replace("validation", "val."),
-            "difference",
+            *("difference", "training FLOPs", "parameters"),
         ],
         [
             [
-                *(row.branch.title, f"{row.branch.parameters:,}", f"{row.branch.flops:.2e}"),
-                estimate_text(row.branch.value, 3),
+                *(row.branch.title, estimate_text(row.branch.value, 3)),
                 "" if row.standing == "main" else estimate_text(row.branch.difference, 3, signed=True),
+                *(f"{row.branch.flops:.2e}", f"{row.branch.parameters:,}"),
             ]
             for row in comparison_rows(comparison)
         ],
+        optional=2,
     )
     for sentence in comparison_findings(comparison):
-        print(sentence)
-    print(f"\nReport: {(directory / 'report.html').resolve()}")
+        print_line(sentence)
+    print_line(f"\nReport: {(directory / 'report.html').resolve()}")
 
 
 def _print_results(results: Any, directory: Path, as_json: bool) -> None:
@@ -225,34 +224,37 @@ def _print_results(results: Any, directory: Path, as_json: bool) -> None:
     print()
     print_table(
         [
-            *("branch", "parameters", f"{results.unit}s", "training FLOPs", "seconds", f"val. {measure.name}"),
+            *("branch", f"val. {measure.name}", "training FLOPs", "parameters", f"{results.unit}s", "seconds"),
             *(("perplexity", "bits/byte") if measure.per_token else ()),
         ],
         [
             [
-                *(branch.title, f"{branch.parameters:,}", f"{branch.units:,}", f"{branch.flops:.3e}"),
-                *(f"{branch.seconds:.0f}", number(branch.value, 4)),
+                *(branch.title, number(branch.value, 4), f"{branch.flops:.3e}", f"{branch.parameters:,}"),
+                *(f"{branch.units:,}", f"{branch.seconds:.0f}"),
                 *((number(branch.perplexity, 3), number(branch.bits_per_byte, 4)) if measure.per_token else ()),
             ]
             for branch in results.branches
         ],
+        optional=6 if measure.per_token else 4,
     )
     growths = [(branch, point) for branch in results.branches for point in branch.growths if branch.parent is None]
     if growths:
         print_table(
             [
-                *(word_for(point for _, point in growths), "parameters"),
-                *(f"{measure.name} before", f"{measure.name} after", "difference"),
+                *(word_for(point for _, point in growths), "difference"),
+                *(f"{measure.name} before", f"{measure.name} after", "parameters"),
             ],
             [
                 [
-                    *(f"{branch.name}/{point.stage}", f"{point.parameters_before:,} -> {point.parameters_after:,}"),
-                    *(number(point.value_before, 6), number(point.value_after, 6)),
+                    f"{branch.name}/{point.stage}",
                     "-" if point.change is None else f"{point.change:+.1e}",
+                    *(number(point.value_before, 6), number(point.value_after, 6)),
+                    f"{point.parameters_before:,} -> {point.parameters_after:,}",
                 ]
                 for branch, point in growths
             ],
+            optional=3,
         )
     for sentence in findings(results):
-        print(sentence)
-    print(f"\nReport: {(directory / 'report.html').resolve()}")
+        print_line(sentence)
+    print_line(f"\nReport: {(directory / 'report.html').resolve()}")
