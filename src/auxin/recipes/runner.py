@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from auxin.objectives.objective import ObjectiveSettings, Reference
 from auxin.planning.bench import Bench
 from auxin.recipes.adopting import adopt
 from auxin.recipes.change import change_checkpoint
+from auxin.recipes.course import Course
 from auxin.recipes.folder import (
     BRANCHES,
     DATA,
@@ -54,6 +55,7 @@ from auxin.training import train, write_checkpoint_folder
 from auxin.training.hardware import choose_device
 from auxin.training.held_out import HeldOut
 from auxin.training.lock import exclusive
+from auxin.training.progress import Place
 
 RESULTS_FILE = "results.json"
 STAGE_CHECKPOINT = "checkpoint"
@@ -75,6 +77,7 @@ class Run:
     data: Dataset
     structures: StageConfigs
     announce: Announce
+    course: Course
 
     def stage_directory(self, branch: Branch, stage: Stage) -> Path:
         """Where `stage` of `branch` keeps everything it writes."""
@@ -161,6 +164,7 @@ def run_recipe(
     wanted = recipe.needed(branches)
     run = open_run(recipe, output, announce)
     if jobs == 1:
+        run = replace(run, course=run.course.of_branches(wanted))
         for name in wanted:
             run_branch(run, recipe.branch(name))
         return finish_run(run, command)
@@ -196,8 +200,8 @@ def prepared_run(recipe: Recipe, directory: Path, data_directory: Path, announce
     check_processors(recipe, data)
     # Again, now that it is known what the data decides.
     structures = stage_configs(recipe, data.form)
-    price_recipe(recipe, memory=False, form=data.form, structures=structures)
-    return Run(recipe, directory, data, structures, announce)
+    price = price_recipe(recipe, memory=False, form=data.form, structures=structures)
+    return Run(recipe, directory, data, structures, announce, Course.of(recipe, directory, price))
 
 
 def finish_run(run: Run, command: str, threads: int | None = None) -> RunResults:
@@ -305,7 +309,8 @@ def run_stage(run: Run, branch: Branch, stage: Stage, directory: Path, previous:
         return build(run, stage, directory, run.config_to_build(branch, stage))
     assert previous is not None  # the schema: what does not begin with a build is forked
     if isinstance(stage, TrainStage):
-        return train_stage(run, stage, directory, previous)
+        run.announce(f"  {run.course.describe_start(branch, stage, run.data, Ledger.load(previous))}")
+        return train_stage(run, stage, directory, previous, run.course.place(branch, stage))
     if isinstance(stage, ChangeStage):
         return change(run, stage, directory, previous)
     return evaluate(run, stage, directory, previous)
@@ -325,7 +330,7 @@ def build(run: Run, stage: BuildStage, directory: Path, config: PreTrainedConfig
     )
 
 
-def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path) -> Path:
+def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path, place: Place) -> Path:
     """Train on; the data goes on where the ancestors that learnt from the same data stopped."""
     ledger = Ledger.load(previous)
     flops = None
@@ -352,6 +357,7 @@ def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path) ->
         hooks=stage_hooks(stage, ledger),
         stage_name=stage.name,
         data_position=seen // run.data.form.amount(settings.batch_size),
+        place=place,
     )
     return result.checkpoint
 

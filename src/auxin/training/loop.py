@@ -1,9 +1,9 @@
 """The training loop of one stage: steps, evaluations, checkpoints, resumption."""
 
-import contextlib
+import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,10 @@ from auxin.training.interruption import Interruption, TrainingInterrupted
 from auxin.training.lock import exclusive
 from auxin.training.metrics import MetricsLog, last_progress
 from auxin.training.optimizer import build_optimizer, restore_optimizer
-from auxin.training.progress import ProgressDisplay
+from auxin.training.progress import Place, ProgressDisplay, TimeLeft
 from auxin.training.schedule import learning_rate
 from auxin.training.settings import TrainingSettings
+from auxin.training.speed import Speed
 from auxin.training.state import TrainingState
 
 
@@ -91,6 +92,7 @@ def train(
     stop_after: int | None = None,
     data_position: int = 0,
     progress: bool = True,
+    place: Place | None = None,
 ) -> TrainingResult:
     """Train a model for one stage, in place; resume where `output_dir` holds a started run.
 
@@ -117,6 +119,7 @@ def train(
         stop_after: save and return after this many steps of the stage; calling again goes on.
         data_position: batch of the data order to start at, so that a stage need not see again what its parent saw.
         progress: show the progress on standard error.
+        place: where the stage stands in a run of several, for the progress.
 
     Raises:
         ConfigError: settings, model and data do not fit together.
@@ -152,7 +155,7 @@ def train(
             state, data, objective, evaluation, settings, output_dir, identity, total_steps, flops, processor, ledger
         )
         with objective.learning(model):
-            return loop.run(optimizer_from, stop_after, progress)
+            return loop.run(optimizer_from, stop_after, progress, place or Place())
 
 
 class _Loop:
@@ -195,7 +198,9 @@ class _Loop:
 
     # The course of a call.
 
-    def run(self, optimizer_from: str | Path | None, stop_after: int | None, progress: bool) -> TrainingResult:
+    def run(
+        self, optimizer_from: str | Path | None, stop_after: int | None, progress: bool, place: Place
+    ) -> TrainingResult:
         """Start or resume, train, evaluate, save."""
         self.clock = time.perf_counter()
         checkpoint = latest_checkpoint(self.output_dir)
@@ -217,9 +222,8 @@ class _Loop:
         self.metrics = MetricsLog(
             self.output_dir, self.settings.tensorboard, None if checkpoint is None else position, step
         )
-        self.display = ProgressDisplay(
-            self.identity.stage_name, self.total_steps, step, progress, self.form.unit, self.evaluation.measures[0].name
-        )
+        self.display = self._display(progress, place)
+        self.evaluation = dataclasses.replace(self.evaluation, told=self.display.evaluating)
         try:
             with Interruption() as interruption:
                 if checkpoint is None:
@@ -233,6 +237,12 @@ class _Loop:
             self.display.close()
             self.metrics.close()
             self.model.train(was_training)
+
+    def _display(self, enabled: bool, place: Place) -> ProgressDisplay:
+        flops = self.settings.batch_size * self.flops_per_sample
+        left = TimeLeft(self.total_steps, flops, self.evaluation.last_samples, place.flops_after)
+        name, unit, measure = self.identity.stage_name, self.form.unit, self.evaluation.measures[0].name
+        return ProgressDisplay(name, self.total_steps, self.state.step, enabled, unit, measure, place, left)
 
     def _start(self, optimizer_from: str | Path | None) -> None:
         state = self.state
@@ -297,7 +307,7 @@ class _Loop:
         state, settings = self.state, self.settings
         last = self.total_steps if stop_after is None else min(stop_after, self.total_steps)
         self.model.train()
-        self._reset_speed()
+        self.speed = Speed(self.units_per_step, state.data_position)
         while state.step < last:
             if interruption.signal_name is not None:
                 self._interrupted(interruption.signal_name)
@@ -309,10 +319,10 @@ class _Loop:
             if step == self.total_steps:
                 break
             if settings.evaluation_interval is not None and step % settings.evaluation_interval == 0:
-                with self._off_the_clock():
+                with self.speed.paused():
                     self.display.show_validation(self._evaluate())
             if self._checkpoint_due():
-                with self._off_the_clock():
+                with self.speed.paused():
                     self._save()
         if state.step < self.total_steps:
             return self._result(self._save_unplanned(), {}, self._books({}))
@@ -349,7 +359,7 @@ class _Loop:
         state.loss_sum += loss
         state.loss_count += 1
         state.step += 1
-        self.display.update(state.step, loss, self._units_per_second())
+        self.display.update(state.step, loss, self.speed.units_per_second(state.data_position))
         return True
 
     def _gradients(self, inputs: dict[str, Tensor]) -> tuple[float, float]:
@@ -531,11 +541,11 @@ class _Loop:
     def _measurements(self) -> dict[str, Any]:
         """Loss (mean over the good steps since the last line), rate, gradient norm and speed."""
         state = self.state
-        speed = self._units_per_second()
+        speed = self.speed.units_per_second(state.data_position)
         flops = speed / self.form.units * self.flops_per_sample
         mean = state.loss_sum / state.loss_count if state.loss_count else math.nan
         state.loss_sum, state.loss_count = 0.0, 0
-        self._reset_speed()
+        self.speed.start(state.data_position)
         values = {
             "loss": mean,
             "learning_rate": self.rate,
@@ -565,21 +575,6 @@ class _Loop:
         now = time.perf_counter()
         self.state.seconds += now - self.clock
         self.clock = now
-
-    def _reset_speed(self) -> None:
-        self.speed_since, self.speed_position, self.pause = time.perf_counter(), self.state.data_position, 0.0
-
-    def _units_per_second(self) -> float:
-        batches = self.state.data_position - self.speed_position
-        elapsed = time.perf_counter() - self.speed_since - self.pause
-        return batches * self.units_per_step / max(elapsed, 1e-9)
-
-    @contextlib.contextmanager
-    def _off_the_clock(self) -> Iterator[None]:
-        """Evaluations and checkpoints do not count as training in units per second."""
-        started = time.perf_counter()
-        yield
-        self.pause += time.perf_counter() - started
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
