@@ -40,11 +40,16 @@ def run(
         list[str] | None, typer.Option(metavar="NAME ...", help="Only these, and what they need.")
     ] = None,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print stages, costs and memory; train nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print stages, costs, memory and time, for which a few steps are timed; train nothing."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: train, change and compare its branches, and write a report. Resumes where it stopped."""
-    from auxin.recipes import load_recipe, part_of, price_recipe, price_seeds, run_recipe, run_seeds
+    from auxin.recipes import load_recipe, part_of, price_seeds, run_recipe, run_seeds
 
     changes, given = list(overrides or []), _seeds(seeds)
     if seed is not None and given is not None:
@@ -60,8 +65,12 @@ def run(
             "with one seed."
         )
     if dry_run:
-        price = price_recipe(part_of(loaded, branches)) if loaded.seeds is None else price_seeds(loaded, branches)
-        print(price.model_dump_json(indent=2) if as_json else price)
+        from auxin.recipes.timing import Timer
+
+        timer = Timer(threads=1 if loaded.seeds is not None or jobs > 1 else None)
+        one = loaded.seeds is None
+        price = timer.price(part_of(loaded, branches)) if one else price_seeds(loaded, branches, timer.price)
+        _print_price(price, as_json)
         return
     arguments = ["auxin", "run", recipe]
     arguments += ["--seeds", *map(str, given)] if given is not None else []
@@ -75,6 +84,21 @@ def run(
     else:
         directory = output or Path("runs") / f"{loaded.name}-seeds"
         _print_comparison(run_seeds(loaded, directory, shlex.join(arguments), **how), directory, as_json)
+
+
+def _print_price(price: Any, as_json: bool) -> None:
+    """Of one run or of several seeds."""
+    if as_json:
+        print(price.model_dump_json(indent=2))
+        return
+    several = hasattr(price, "different")
+    for heading, one in price.different() if several else [("", price)]:
+        header, *rows = one.table()
+        print(heading, end="")
+        print_table(header, rows, optional=4)
+        print_line("\n".join(one.notes()))
+    if several:
+        print_line("\n".join(price.notes()))
 
 
 def _seeds(words: list[str] | None) -> list[int] | None:
