@@ -1,6 +1,7 @@
 """How long a recipe takes on this machine is told from steps that were timed, and is told at all only then."""
 
 import pytest
+import torch
 
 from auxin.recipes import price_recipe, timing
 from auxin.recipes.timing import Timer, seconds_per_step
@@ -42,6 +43,14 @@ def test_a_model_that_was_not_timed_is_as_fast_as_the_largest_that_was(recipe, m
     small = next(stage for stage in stages if stage.parameters == sizes[0])
     for stage in stages:
         assert stage.flops / stage.seconds == pytest.approx(small.flops / small.seconds)
+
+
+def test_a_model_that_runs_out_of_memory_is_not_timed(recipe, monkeypatch):
+    def full(model, settings, form, room):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(timing, "seconds_per_step", full)
+    assert Timer().price(recipe).seconds is None
 
 
 def test_where_nothing_can_be_timed_no_time_is_told(recipe):

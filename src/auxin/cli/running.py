@@ -97,6 +97,8 @@ def _print_price(price: Any, as_json: bool) -> None:
         print(heading, end="")
         print_table(header, rows, optional=4)
         print_line("\n".join(one.notes()))
+        if one.seconds is None:
+            print_line("\nHow long that takes is not told: no model of it is small enough to be timed here.")
     if several:
         print_line("\n".join(price.notes()))
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ class Timer:
     """
 
     def __init__(self, threads: int | None = None, patience: float = PATIENCE) -> None:
-        self._threads, self._until = threads, time.perf_counter() + patience
+        self._threads, self._left = threads, patience
         self._speeds: dict[tuple[str, str], float | None] = {}
 
     def price(self, recipe: Recipe) -> RecipePrice:
@@ -70,15 +70,18 @@ class Timer:
         same = settings.model_dump(include={"objective", "batch_size", "micro_batch_size", "precision", "device"})
         key = config.to_json_string(), repr(same)
         if key not in self._speeds:
-            room = (self._until - time.perf_counter()) / 3
+            began, room = time.perf_counter(), self._left / 3
             per_step = stage.flops / stage.steps
             self._speeds[key] = None
             if recipe.references(found) or not _fits(stage, settings) or room <= 0:
                 return None
             micro = per_step * settings.samples_per_forward / settings.batch_size
             if micro / _fastest(choose_device(settings.device)) * (1 + TIMED) < room:
-                seconds = seconds_per_step(edited_skeleton(config), settings, form, room)
-                self._speeds[key] = per_step / seconds
+                # Memory that was promised may not be there, a model may not take zeros; training will tell.
+                with suppress(RuntimeError):
+                    seconds = seconds_per_step(edited_skeleton(config), settings, form, room)
+                    self._speeds[key] = per_step / seconds
+            self._left -= time.perf_counter() - began
         return self._speeds[key]
 
 
