@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from auxin import cli
 from auxin.accounting import Ledger
 from auxin.cli import editing
 from auxin.cli.listed import ListedOptions, repeated
-from auxin.cli.printing import print_table
+from auxin.cli.printing import print_line, print_table
 from auxin.errors import AuxinError, CheckpointError, ConfigError, TrainingError
 from auxin.methods.grow.tokenformer import TokenGrowth
 from auxin.models import TokenFormerForCausalLM
@@ -433,19 +434,53 @@ def test_grow_wants_one_target(trained, tmp_path):
         call("grow", trained.checkpoint, "--qkv-tokens", 9)
 
 
-def test_tables_break_titles_and_names_but_no_numbers(monkeypatch, capsys):
+RESULT_HEADER = ["branch", "val. loss", "training FLOPs", "parameters", "tokens", "seconds", "perplexity", "bits/byte"]
+RESULT_ROWS = [
+    ["Identity blocks (LLaMA Pro), grown twice", "6.2355", "1.585e+09", "74,016", "3,584", "12", "510.532", "4.0152"],
+    ["small", "35.6312", "3.563e+11", "1,309,705,728", "61,440", "3", "-", "-"],
+]
+
+
+@pytest.mark.parametrize("width", range(20, 121, 4))
+def test_tables_take_no_number_and_no_name_apart(monkeypatch, capsys, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    print_table(RESULT_HEADER, RESULT_ROWS, optional=6)
+    table, _, note = capsys.readouterr().out.partition("Not shown, for want of room: ")
+    lines = table.splitlines()
+    left_out = note.rstrip(".\n").split(", ") if note else []
+    assert left_out == RESULT_HEADER[len(RESULT_HEADER) - len(left_out) :], "from the right"
+    assert len(left_out) <= 6
+    words = {word for line in lines for word in line.split()}
+    for row in RESULT_ROWS:
+        for title, cell in zip(RESULT_HEADER, row, strict=True):
+            assert title in left_out or set(cell.split()) <= words
+    assert max(map(len, lines)) <= width
+
+
+def test_a_table_of_80_columns_keeps_names_legible_and_breaks_titles(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
-    header = ["branch", "parameters", "tokens", "training FLOPs", "seconds", "val. loss", "perplexity", "bits/byte"]
-    numbers = ["74,016", "3,584", "1.585e+09", "12", "6.2355", "510.532", "4.0152"]
-    print_table(header, [["Identity blocks (LLaMA Pro)", *numbers]])
+    print_table(RESULT_HEADER, RESULT_ROWS[:1], optional=6)
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80
-    assert all(any(number in line.split() for line in lines) for number in numbers)
-    assert {"training", "FLOPs", "perplexity"} <= {word for line in lines[:2] for word in line.split()}
-    monkeypatch.setenv("COLUMNS", "40")
-    print_table(header, [["x", *numbers]])
-    shown = "".join(capsys.readouterr().out.split())
-    assert all(digit in shown for digit in "74016"), "folded, where whole numbers have no room, and not cut off"
+    assert [line.split() for line in lines[:2]] == [
+        ["val.", "training"],
+        ["branch", "loss", "FLOPs", "parameters", "tokens", "seconds"],
+    ]
+    assert lines[2].startswith("Identity blocks (LLaMA")
+    assert lines[-1] == "Not shown, for want of room: perplexity, bits/byte."
+
+
+@pytest.mark.parametrize("words", [False, True])
+def test_a_table_that_has_no_room_becomes_blocks(monkeypatch, capsys, words):
+    monkeypatch.setenv("COLUMNS", "30")
+    header, row = ["setting", "default", "meaning"], ["shared_expert_intermediate_size", "1024", "Hidden units."]
+    print_table(header, [row], words=words)
+    assert capsys.readouterr().out == f"{row[0]}\n  default: 1024\n  meaning: Hidden units.\n"
+
+
+def test_a_terminal_is_shown_no_character_that_it_obeys(capsys):
+    print_table(["a", "b"], [["\x1b[31mred\x9b2J", "[bold]"]])
+    print_line("\x1b]0;title\x07 \ud800")
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,14 @@ def test_a_jump_between_stages_is_not_smoothed():
         assert low <= point.value <= high
 
 
+def test_values_on_other_samples_are_not_read_between():
+    # The first seed was resumed with larger evaluations: what it measured before lies on no line with the rest.
+    resumed = points((1, 9.0), (3, 7.0)) + points((5, 50.0), (9, 10.0))
+    resumed[:2] = [point.model_copy(update={"samples": 8}) for point in resumed[:2]]
+    found = mean_curve([resumed, points((2, 80.0), (6, 40.0), (8, 20.0))])
+    assert [(point.flops, point.value) for point in found if point.value is not None] == [(5, 50.0), (8, 20.0)]
+
+
 def test_a_single_seed_has_no_interval_anywhere():
     comparison = compare([results()], "auxin run demo --seeds 0")
     for branch in comparison.branches:

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 import auxin
 from auxin.accounting import flops_per_token
 from auxin.edits import NormalFill, PadParameter, Plan, RepeatFill, SetConfig, ZeroFill, apply, planned_config
+from auxin.edits.kinds.parameter_edits import ScaleParameter
 from auxin.edits.plan import resolve
 from auxin.edits.purpose import made_for_another
+from auxin.edits.tensor_names import together
 from auxin.errors import ConfigError, PlanError
 from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth
 from edits.models import tiny_model
@@ -171,6 +173,40 @@ def test_a_plan_for_another_folder_says_so_when_it_does_not_fit(tmp_path):
     ):
         auxin.apply(plan, tmp_path / "llama", output=tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_the_table_names_the_layers_that_are_meant():
+    model = tiny_model(num_hidden_layers=6)
+    names = [f"model.layers.{layer}.mlp.value_tokens" for layer in (1, 3, 4)]
+    edits = [ScaleParameter(parameter=name, factor=0.0) for name in names]
+    (row,) = [line for line in plan_of(*edits).table(model).splitlines() if "value_tokens" in line]
+    assert row.startswith("model.layers.{1,3,4}.mlp.value_tokens ")
+    assert f"{3 * 20 * 32:,} -> {3 * 20 * 32:,}" in row
+    (row,) = [line for line in plan_of(edits[0]).table(model).splitlines() if "value_tokens" in line]
+    assert row.startswith("model.layers.1.mlp.value_tokens ")
+
+
+@given(st.sets(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1), st.booleans())
+def test_names_said_at_once_are_those_names(meant, all_known):
+    every = {(layer, expert) for layer in range(6) for expert in range(4)}
+    form = "layers.{}.experts.{}.up"
+    names = [form.format(*pair) for pair in meant]
+    said = together(names, [form.format(*pair) for pair in every] if all_known else [])
+    assert sorted(name for group in said.values() for name in group) == sorted(names)
+    for text, group in said.items():
+        layers, experts = (numbers_in(part, size) for part, size in zip(text.split(".")[1::2], (6, 4), strict=True))
+        assert sorted(group) == sorted(form.format(layer, expert) for layer in layers for expert in experts)
+    assert ("*" in "".join(said)) <= all_known
+    if meant == every and all_known:
+        assert list(said) == ["layers.*.experts.*.up"]
+
+
+def numbers_in(part: str, size: int) -> list[int]:
+    """The numbers that `{0,2-4}`, `3` or `*` means."""
+    if part == "*":
+        return list(range(size))
+    ends = [run.split("-") for run in part.strip("{}").split(",")]
+    return [number for run in ends for number in range(int(run[0]), int(run[-1]) + 1)]
 
 
 def test_a_plan_by_hand_for_single_layers_is_one_row_too():

@@ -286,7 +286,7 @@ def test_a_change_that_makes_the_model_smaller_is_priced_measured_and_called_a_c
     assert point.value_after != point.value_before
     _print_results(results, tmp_path / "out", as_json=False)
     printed = capsys.readouterr().out
-    assert re.search(r"^change +parameters +loss before +loss after +difference$", printed, flags=re.MULTILINE)
+    assert re.search(r"^change +difference +loss before +loss after +parameters$", printed, flags=re.MULTILINE)
     assert "growth" not in printed
 
 

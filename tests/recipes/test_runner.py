@@ -183,7 +183,7 @@ TRAIN = {"kind": "train", "name": "train", "settings": {"steps": 2, "decay_fract
 
 def test_evaluations_take_no_more_memory_than_training(corpus, tmp_path):
     for settings, expected in (({}, 4), ({"micro_batch_size": 2}, 2)):
-        assert Run(tiny_recipe(corpus, **settings), tmp_path, None, {}, print).evaluation_batch_size == expected
+        assert Run(tiny_recipe(corpus, **settings), tmp_path, None, {}, print, None).evaluation_batch_size == expected
 
 
 def test_a_checkpoint_keeps_its_tokens(run, corpus, tmp_path):

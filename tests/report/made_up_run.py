@@ -1,6 +1,7 @@
 """A run as `auxin run` leaves it, made up: four branches, two growths."""
 
 import math
+from itertools import groupby
 
 from auxin.accounting import Ledger, StageRecord
 from auxin.accounting.results import BranchResult, CurvePoint, GrowthPoint, MeasureDescription, RunResults
@@ -237,3 +238,35 @@ def seeded(seed: int, shift: float, small_shift: float) -> RunResults:
 
     run = results()
     return run.model_copy(update={"seed": seed, "branches": [moved(branch) for branch in run.branches]})
+
+
+PART = 0.07
+"""By how much the loss on the part lies above that on the whole split."""
+
+
+def on_a_part(run: RunResults, samples: int = 64) -> RunResults:
+    """`run` as one whose evaluations on the way took the first `samples` of the held-out split."""
+
+    def moved(branch):
+        curve = [
+            point if point.value is None else point.model_copy(update={"value": point.value + PART, "samples": samples})
+            for point in branch.curve
+        ]
+        return branch.model_copy(update={"curve": curve})
+
+    return run.model_copy(update={"branches": [moved(branch) for branch in run.branches]})
+
+
+def only_ends(run: RunResults) -> RunResults:
+    """`run` without evaluations between the first and the last point of each stage."""
+
+    def bare(branch):
+        stages = [list(stage) for _, stage in groupby(branch.curve, key=lambda point: point.stage)]
+        curve = []
+        for stage in stages:
+            start = next(point.value for point in stage if point.value is not None)
+            ends = {id(stage[0]): start, id(stage[-1]): stage[-1].value}
+            curve += [point.model_copy(update={"value": ends.get(id(point))}) for point in stage]
+        return branch.model_copy(update={"curve": curve})
+
+    return run.model_copy(update={"branches": [bare(branch) for branch in run.branches]})

@@ -10,7 +10,7 @@ import pytest
 
 from auxin.accounting.comparison import compare
 from auxin.report import write_report
-from report.made_up_run import partial_results, results, seeded
+from report.made_up_run import on_a_part, only_ends, partial_results, results, seeded
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
@@ -39,6 +39,7 @@ VISIT = """<script>
     labels: document.querySelectorAll("#chart .annotation").length,
     pressed: [...document.querySelectorAll("[data-setting] [aria-pressed=true]")].map((b) => b.dataset.value).join(),
     theme: document.documentElement.dataset.theme,
+    matters: document.querySelector("#results tbody td:nth-child(2)").getBoundingClientRect().right,
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   });
   const seen = { start: drawn() };
@@ -110,3 +111,21 @@ def test_bands_of_several_seeds_draw_on_every_axis_and_width(tmp_path, width):
     for state in ("start", "[data-value=units]", "[data-value=seconds]", "[data-value=all]", "[data-value=log]"):
         assert seen[state]["curves"] == 2 * branches + growths, state
     assert {state["overflow"] for state in seen.values()} == {0}, "the page must not scroll sideways"
+    if width == 500:
+        assert seen["start"]["matters"] <= 420, "on a telephone too the measure is on the screen"
+
+
+def test_a_run_without_evaluations_on_the_way_shows_its_training_loss(tmp_path):
+    run = only_ends(results())
+    seen = visit(write_report(run, tmp_path / "report.html"), tmp_path / "profile", "--window-size=1200,900")
+    curves, growths = len(run.branches), sum(bool(branch.growths) for branch in run.branches)
+    assert seen["start"]["curves"] == 2 * curves + growths
+    assert seen["#training"]["curves"] == curves + growths, "pressed once, it is gone"
+
+
+def test_what_was_measured_on_the_whole_split_is_drawn_apart(tmp_path):
+    run = on_a_part(results())
+    seen = visit(write_report(run, tmp_path / "report.html"), tmp_path / "profile", "--window-size=1200,900")
+    curves, growths = len(run.branches), sum(bool(branch.growths) for branch in run.branches)
+    for state in ("start", "[data-value=units]", "[data-value=seconds]", "[data-value=all]", "[data-value=log]"):
+        assert seen[state]["curves"] == 2 * curves + growths, state

@@ -73,8 +73,8 @@ def test_stages_say_what_they_measured(pages):
 
 def test_the_chart_is_told_what_it_draws(pages):
     of_text, of_images = pages
-    assert words_of(of_text) == '{"unit":"token","measure":"loss","axis":"loss, nats per token"}'
-    assert words_of(of_images) == '{"unit":"image","measure":"accuracy","axis":"accuracy"}'
+    assert words_of(of_text) == '{"unit":"token","measure":"loss","axis":"loss, nats per token","range":"late"}'
+    assert words_of(of_images) == '{"unit":"image","measure":"accuracy","axis":"accuracy","range":"late"}'
     # A training loss is no accuracy: it can't be drawn beside it.
     assert 'id="training"' in of_text
     assert 'id="training"' not in of_images

@@ -15,6 +15,7 @@ from auxin.accounting.results import RunResults
 from auxin.report import formatting, write_chart_svg, write_report
 from auxin.report.curves import COLOURS
 from auxin.report.findings import growth_sentence, headline
+from auxin.report.forest import Mark, Panel, Row, Series, forest_svg
 from auxin.report.html import render_report
 from auxin.report.lineage import BranchNode, lineage
 from auxin.report.picture import HEIGHT, LABEL_HEIGHT, WIDTH, chart_svg, spread
@@ -110,6 +111,29 @@ def test_names_are_text_and_never_code():
     assert "<script>alert" not in page
     assert "<b>&" not in page
     assert ElementTree.fromstring(chart_svg(run.model_copy(update={"title": evil, "branches": [branch]}))) is not None
+
+
+@pytest.mark.parametrize("character", ["\x1b", "\x00", "\x9b", "\ud800", "\ufffe"], ids=ascii)
+def test_what_no_page_can_show_is_replaced(character):
+    evil = f"a {character}[31m title"
+    run = results()
+    branch = run.branches[0].model_copy(update={"title": evil})
+    run = run.model_copy(update={"title": evil, "description": evil, "command": evil, "branches": [branch]})
+    svg, page = chart_svg(run), own_html(render_report(run))
+    assert ElementTree.fromstring(svg.encode()) is not None
+    for text in (svg, page):
+        assert character not in text
+        assert "a \ufffd[31m title" in text
+    assert "\\u001b" not in page, "nor in what scripts read"
+    ElementTree.fromstring(
+        forest_svg(evil, evil, [Panel(evil, [Row("0", [Mark(evil, 0.5)])])], [Series(evil, "#000000", "circle")])
+    )
+
+
+def test_the_first_columns_are_what_matters(page):
+    headers = re.findall(r'<th scope="col">([^<]*)</th>', own_html(page))
+    assert headers[:2] == ["Branch", "Validation loss"]
+    assert headers[headers.index("Growth") :][:3] == ["Growth", "Difference", "Promise"]
 
 
 def test_a_report_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch):

@@ -15,6 +15,7 @@ from auxin.data import CorpusSettings, make_loader, prepare
 from auxin.errors import CheckpointError, ConfigError, TrainingError
 from auxin.nn import Pattention
 from auxin.objectives.causal import Causal
+from auxin.objectives.measures import Accuracy, Loss
 from auxin.training import latest_checkpoint, load_model, train
 from auxin.training import loop as loop_module
 from auxin.training.fit import check_fit
@@ -72,7 +73,7 @@ def run(model, folder: Path, data: TinyData | None = None, **changes: object):
     return train(model, data or TinyData(), tiny_settings(**changes), folder, progress=False, **options)
 
 
-OPTIONS = {"stop_after", "optimizer_from", "ledger", "hooks", "stage_name", "data_position", "tokenizer"}
+OPTIONS = {"stop_after", "measures", "optimizer_from", "ledger", "hooks", "stage_name", "data_position", "tokenizer"}
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -165,6 +166,27 @@ def test_metrics_and_ledger_agree_with_arithmetic(tmp_path):
     assert seconds == sorted(seconds)
     rates = [line["learning_rate"] for line in lines if "loss" in line]
     assert rates == pytest.approx([3e-3, 3e-3, 1.5e-3])
+
+
+def test_evaluations_take_the_same_samples_from_the_start_to_the_end(tmp_path):
+    # So small a rate moves no weight: on the same samples the start and the end measure the same.
+    model = tiny_llama()
+    still = {"steps": 4, "learning_rate": 1e-30, "weight_decay": 0.0, "evaluation_interval": 2}
+    result = run(model, tmp_path / "part", evaluation_batches=1, measures=[Loss(), Accuracy()], **still)
+    part, whole = held_out_loss(model, TinyData().validation[:4]), held_out_loss(model, TinyData().validation)
+    assert abs(part - whole) > 1e-3
+    lines = [line for line in read_metrics(tmp_path / "part") if "validation_loss" in line]
+    assert [line["validation_loss"] for line in lines] == [part] * 3
+    assert [line["held_out_samples"] for line in lines] == [4] * 3
+    assert lines[-1]["whole_split_loss"] == result.value == whole
+    assert lines[-1]["whole_split_accuracy"] == result.measures["accuracy"]
+    assert result.ledger.stages[-1].value_before is None
+    # As many batches as there are is the whole split, and needs no second name.
+    result = run(model, tmp_path / "whole", evaluation_batches=2, **still)
+    lines = [line for line in read_metrics(tmp_path / "whole") if "validation_loss" in line]
+    assert [line["validation_loss"] for line in lines] == [whole] * 3
+    assert not any(key.startswith("whole_split") or key == "held_out_samples" for line in lines for key in line)
+    assert result.ledger.stages[-1].value_before == whole
 
 
 def test_logged_loss_is_the_mean_since_the_last_line(tmp_path):

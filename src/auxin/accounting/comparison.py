@@ -168,20 +168,23 @@ def _mean_stage(parts: Sequence[Sequence[CurvePoint]]) -> list[MeanPoint]:
         if start > end:
             return []
         grid = sorted({start, end, *(point.flops for point in parts[0] if start <= point.flops <= end)})
-        read = [[_read(part, flops) for flops in grid] for part in parts]
+        samples = next((point.samples for point in reversed(parts[0]) if point.value is not None), None)
+        read = [[_read(part, flops, samples) for flops in grid] for part in parts]
         rows = list(zip(*read, strict=True))
     return [_mean_point(row) for row in rows]
 
 
-def _measured(point: CurvePoint) -> tuple[bool, bool]:
-    return point.value is not None, point.training_loss is not None
+def _measured(point: CurvePoint) -> tuple[bool, bool, int | None]:
+    return point.value is not None, point.training_loss is not None, point.samples
 
 
-def _read(part: Sequence[CurvePoint], flops: float) -> CurvePoint:
-    """The stage's curve at `flops`; a quantity that was not measured on both sides is None."""
+def _read(part: Sequence[CurvePoint], flops: float, samples: int | None) -> CurvePoint:
+    """The stage's curve at `flops`; a quantity that was not measured on both sides is None. Of the measure, what was
+    measured on the first `samples` held-out samples."""
 
     def at(name: str) -> float | None:
-        known = [(point.flops, value) for point in part if (value := getattr(point, name)) is not None]
+        points = part if name != "value" else [point for point in part if point.samples == samples]
+        known = [(point.flops, value) for point in points if (value := getattr(point, name)) is not None]
         if not known or not known[0][0] <= flops <= known[-1][0]:
             return None
         return float(np.interp(flops, [x for x, _ in known], [y for _, y in known]))
@@ -193,6 +196,7 @@ def _read(part: Sequence[CurvePoint], flops: float) -> CurvePoint:
         seconds=at("seconds") or 0.0,
         training_loss=at("training_loss"),
         value=at("value"),
+        samples=samples,
     )
 
 
@@ -206,6 +210,7 @@ def _mean_point(points: Sequence[CurvePoint]) -> MeanPoint:
         training_loss=None if training is None else training.mean,
         training_half_width=None if training is None else training.half_width,
         value=None if value is None else value.mean,
+        samples=points[0].samples,
         half_width=None if value is None else value.half_width,
     )
 

@@ -26,7 +26,9 @@ class CurvePoint(Settings):
     training_loss: float | None = None
     """Nats per target of what the stage learns, mean over the steps since the last point."""
     value: float | None = None
-    """The run's measure on the held-out split."""
+    """The run's measure on held-out samples."""
+    samples: int | None = None
+    """On the first so many of the split; None: on all of it. Values on different samples lie on no line."""
 
 
 class GrowthPoint(Settings):

@@ -40,11 +40,16 @@ def run(
         list[str] | None, typer.Option(metavar="NAME ...", help="Only these, and what they need.")
     ] = None,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print stages, costs and memory; train nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print stages, costs, memory and time, for which a few steps are timed; train nothing."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: train, change and compare its branches, and write a report. Resumes where it stopped."""
-    from auxin.recipes import load_recipe, part_of, price_recipe, price_seeds, run_recipe, run_seeds
+    from auxin.recipes import load_recipe, part_of, price_seeds, run_recipe, run_seeds
 
     changes, given = list(overrides or []), _seeds(seeds)
     if seed is not None and given is not None:
@@ -60,8 +65,12 @@ def run(
             "with one seed."
         )
     if dry_run:
-        price = price_recipe(part_of(loaded, branches)) if loaded.seeds is None else price_seeds(loaded, branches)
-        print(price.model_dump_json(indent=2) if as_json else price)
+        from auxin.recipes.timing import Timer
+
+        timer = Timer(threads=1 if loaded.seeds is not None or jobs > 1 else None)
+        one = loaded.seeds is None
+        price = timer.price(part_of(loaded, branches)) if one else price_seeds(loaded, branches, timer.price)
+        _print_price(price, as_json)
         return
     arguments = ["auxin", "run", recipe]
     arguments += ["--seeds", *map(str, given)] if given is not None else []
@@ -75,6 +84,23 @@ def run(
     else:
         directory = output or Path("runs") / f"{loaded.name}-seeds"
         _print_comparison(run_seeds(loaded, directory, shlex.join(arguments), **how), directory, as_json)
+
+
+def _print_price(price: Any, as_json: bool) -> None:
+    """Of one run or of several seeds."""
+    if as_json:
+        print(price.model_dump_json(indent=2))
+        return
+    several = hasattr(price, "different")
+    for heading, one in price.different() if several else [("", price)]:
+        header, *rows = one.table()
+        print(heading, end="")
+        print_table(header, rows, optional=4)
+        print_line("\n".join(one.notes()))
+        if one.seconds is None:
+            print_line("\nHow long that takes is not told: no model of it is small enough to be timed here.")
+    if several:
+        print_line("\n".join(price.notes()))
 
 
 def _seeds(words: list[str] | None) -> list[int] | None:
@@ -191,27 +217,26 @@ def _print_comparison(comparison: "Comparison", directory: Path, as_json: bool) 
         return
     seeds = ", ".join(map(str, comparison.seeds))
     interval = ", 95 % intervals" if len(comparison.seeds) > 1 else ""
-    print(f"\nMeans of seeds {seeds}{interval}; differences from the first row are taken seed by seed.\n")
+    print_line(f"\nMeans of seeds {seeds}{interval}; differences from the first row are taken seed by seed.\n")
     print_table(
         [
             "branch",
-            "parameters",
-            "FLOPs",
             measure_words(comparison.measure).replace("validation", "val."),
-            "difference",
+            *("difference", "training FLOPs", "parameters"),
         ],
         [
             [
-                *(row.branch.title, f"{row.branch.parameters:,}", f"{row.branch.flops:.2e}"),
-                estimate_text(row.branch.value, 3),
+                *(row.branch.title, estimate_text(row.branch.value, 3)),
                 "" if row.standing == "main" else estimate_text(row.branch.difference, 3, signed=True),
+                *(f"{row.branch.flops:.2e}", f"{row.branch.parameters:,}"),
             ]
             for row in comparison_rows(comparison)
         ],
+        optional=2,
     )
     for sentence in comparison_findings(comparison):
-        print(sentence)
-    print(f"\nReport: {(directory / 'report.html').resolve()}")
+        print_line(sentence)
+    print_line(f"\nReport: {(directory / 'report.html').resolve()}")
 
 
 def _print_results(results: Any, directory: Path, as_json: bool) -> None:
@@ -225,34 +250,37 @@ def _print_results(results: Any, directory: Path, as_json: bool) -> None:
     print()
     print_table(
         [
-            *("branch", "parameters", f"{results.unit}s", "training FLOPs", "seconds", f"val. {measure.name}"),
+            *("branch", f"val. {measure.name}", "training FLOPs", "parameters", f"{results.unit}s", "seconds"),
             *(("perplexity", "bits/byte") if measure.per_token else ()),
         ],
         [
             [
-                *(branch.title, f"{branch.parameters:,}", f"{branch.units:,}", f"{branch.flops:.3e}"),
-                *(f"{branch.seconds:.0f}", number(branch.value, 4)),
+                *(branch.title, number(branch.value, 4), f"{branch.flops:.3e}", f"{branch.parameters:,}"),
+                *(f"{branch.units:,}", f"{branch.seconds:.0f}"),
                 *((number(branch.perplexity, 3), number(branch.bits_per_byte, 4)) if measure.per_token else ()),
             ]
             for branch in results.branches
         ],
+        optional=6 if measure.per_token else 4,
     )
     growths = [(branch, point) for branch in results.branches for point in branch.growths if branch.parent is None]
     if growths:
         print_table(
             [
-                *(word_for(point for _, point in growths), "parameters"),
-                *(f"{measure.name} before", f"{measure.name} after", "difference"),
+                *(word_for(point for _, point in growths), "difference"),
+                *(f"{measure.name} before", f"{measure.name} after", "parameters"),
             ],
             [
                 [
-                    *(f"{branch.name}/{point.stage}", f"{point.parameters_before:,} -> {point.parameters_after:,}"),
-                    *(number(point.value_before, 6), number(point.value_after, 6)),
+                    f"{branch.name}/{point.stage}",
                     "-" if point.change is None else f"{point.change:+.1e}",
+                    *(number(point.value_before, 6), number(point.value_after, 6)),
+                    f"{point.parameters_before:,} -> {point.parameters_after:,}",
                 ]
                 for branch, point in growths
             ],
+            optional=3,
         )
     for sentence in findings(results):
-        print(sentence)
-    print(f"\nReport: {(directory / 'report.html').resolve()}")
+        print_line(sentence)
+    print_line(f"\nReport: {(directory / 'report.html').resolve()}")

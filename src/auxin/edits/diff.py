@@ -12,7 +12,7 @@ from auxin.edits.kinds.edit import describe_edit
 from auxin.edits.plan import Plan
 from auxin.edits.promise import relative_change
 from auxin.edits.structure import config_values
-from auxin.edits.tensor_names import collapse
+from auxin.edits.tensor_names import collapse, together
 from auxin.errors import CheckpointError
 from auxin.models.loading import load_config
 from auxin.models.weight_files import read_tensor, weight_files
@@ -66,15 +66,14 @@ class CheckpointDiff(Settings):
             ("reshaped", item.name, item.old, item.new + (", old block kept" if item.kept else ""))
             for item in self.reshaped
         ]
-        groups: dict[tuple[str, str, str, str], int] = {}
+        groups: dict[tuple[str, str, str, str], list[str]] = {}
         for what, name, old, new in found:
-            key = (what, collapse(name), old, new)
-            groups[key] = groups.get(key, 0) + 1
-        rows += [[what, _times(name, count), old, new] for (what, name, old, new), count in groups.items()]
-        values: dict[str, list[float]] = {}
-        for item in self.changed:
-            values.setdefault(collapse(item.name), []).append(item.change)
-        rows += [["values", _times(name, len(all_)), "", f"by {max(all_):.3g}"] for name, all_ in values.items()]
+            groups.setdefault((what, collapse(name), old, new), []).append(name)
+        for (what, _, old, new), names in groups.items():
+            rows += [[what, place, old, new] for place in together(names)]
+        changes = {item.name: item.change for item in self.changed}
+        for place, names in together(changes).items():
+            rows.append(["values", place, "", f"by {max(changes[name] for name in names):.3g}"])
         return rows
 
 
@@ -205,7 +204,3 @@ def _place(tensor: Tensor) -> str:
 
 def _text(value: Any) -> str:
     return "-" if value is None else str(value)
-
-
-def _times(name: str, count: int) -> str:
-    return f"{name} ({count})" if "*" in name else name

@@ -18,7 +18,7 @@ from auxin.edits.origin import Fresh, Made, Origin
 from auxin.edits.plan_files import CheckpointFile, PlanFile
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.structure import config_from_values, edited_skeleton
-from auxin.edits.tensor_names import collapse, shapes_of
+from auxin.edits.tensor_names import collapse, shapes_of, together
 from auxin.errors import PlanError
 from auxin.settings import Settings
 
@@ -183,22 +183,26 @@ def _structure_rows(plan: Plan) -> list[list[str]]:
 def _parameter_rows(resolved: ResolvedPlan) -> list[list[str]]:
     """One row for the parameters of all layers to which the same happens; those that only move have none."""
     looked_up = _only_looked_up(resolved.after)
-    rows: dict[tuple[str, str], list[int]] = {}
     old_shapes = shapes_of(resolved.before)
-    uncounted: set[tuple[str, str]] = set()
+    same: dict[tuple[str, str], list[str]] = {}
     for name, origin in resolved.origins.items():
-        if not origin.steps and not isinstance(origin.source, Fresh | Made):
-            continue
-        row = (collapse(name), _what_happens(origin))
-        sums = rows.setdefault(row, [0, 0, 0, 0])
-        old_shape = old_shapes[origin.reads[0]] if not isinstance(origin.source, Fresh | Made) else (0,)
-        for column, shape in enumerate((old_shape, origin.shape)):
-            sums[column] += prod(shape)
-            if len(shape) > 2:  # how many tokens an expert gets, or places a convolution, the shape does not say
-                uncounted.add(row)
-            if len(shape) == 2 and name not in looked_up:
-                sums[2 + column] += 2 * prod(shape)
-    return [[*key, _arrow(*sums[:2]), "" if key in uncounted else _arrow(*sums[2:])] for key, sums in rows.items()]
+        if origin.steps or isinstance(origin.source, Fresh | Made):
+            same.setdefault((collapse(name), _what_happens(origin)), []).append(name)
+    rows = []
+    for (_, what), names in same.items():
+        for place, group in together(names, resolved.origins).items():
+            sums, uncounted = [0, 0, 0, 0], False
+            for name in group:
+                origin = resolved.origins[name]
+                old_shape = old_shapes[origin.reads[0]] if not isinstance(origin.source, Fresh | Made) else (0,)
+                for column, shape in enumerate((old_shape, origin.shape)):
+                    sums[column] += prod(shape)
+                    # How many tokens an expert gets, or places a convolution, the shape does not say.
+                    uncounted |= len(shape) > 2
+                    if len(shape) == 2 and name not in looked_up:
+                        sums[2 + column] += 2 * prod(shape)
+            rows.append([place, what, _arrow(*sums[:2]), "" if uncounted else _arrow(*sums[2:])])
+    return rows
 
 
 def _what_happens(origin: Origin) -> str:

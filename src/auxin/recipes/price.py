@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from datetime import timedelta
 
 from transformers import PreTrainedConfig
 
@@ -35,6 +36,8 @@ class StagePrice(Settings):
     memory_bytes: int | None = None
     """Of one process that holds the whole model: float32 weights, gradients and moments, and the activations of one
     micro-batch in float32 without checkpointing; and the weights of a teacher."""
+    seconds: float | None = None
+    """Of the stage's steps on this machine, where they were timed."""
     estimate: bool = False
     """Whether these numbers may come out differently: a method before or in this stage, or in a branch that it goes by,
     decides by looking at weights. What such a method looks at is priced as if it learned from each of its samples
@@ -52,29 +55,57 @@ class RecipePrice(Settings):
     """Training FLOPs of every branch, those before its fork included."""
 
     def __str__(self) -> str:
-        rows = [("branch", "stage", "parameters", "steps", f"{self.unit}s", "training FLOPs", "memory")]
-        for stage in self.stages:
-            costs = ("", "", "", "")
-            if stage.units:
-                memory = "" if stage.memory_bytes is None else f"{stage.memory_bytes / 2**30:.2f} GiB"
-                costs = (f"{stage.steps:,}" if stage.steps else "", f"{stage.units:,}", f"{stage.flops:.3g}", memory)
-            kind = f"{stage.kind}, an estimate" if stage.estimate else stage.kind
-            rows.append((stage.branch, f"{stage.stage} ({kind})", f"{stage.parameters:,}", *costs))
+        rows = [*self.table()]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [
             "  ".join(
-                cell.ljust(width) if column < 2 else cell.rjust(width)
+                cell.ljust(width) if column == 0 else cell.rjust(width)
                 for column, (cell, width) in enumerate(zip(row, widths, strict=True))
             ).rstrip()
             for row in rows
         ]
+        return "\n".join([*lines, *self.notes()])
+
+    def table(self) -> list[list[str]]:
+        """The stages as a table, its header first; columns in the order of what matters."""
+        rows = [["stage", "time, about", "training FLOPs", "memory", "parameters", "steps", f"{self.unit}s"]]
+        for stage in self.stages:
+            kind = f"{stage.kind}, an estimate" if stage.estimate else stage.kind
+            costs, data = ["", "", ""], ["", ""]
+            if stage.units:
+                memory = "" if stage.memory_bytes is None else f"{stage.memory_bytes / 2**30:.2f} GiB"
+                costs = [hours(stage.seconds), f"{stage.flops:.3g}", memory]
+                data = [f"{stage.steps:,}" if stage.steps else "", f"{stage.units:,}"]
+            rows.append([f"{stage.branch}/{stage.stage} ({kind})", *costs, f"{stage.parameters:,}", *data])
+        return rows
+
+    def notes(self) -> list[str]:
+        """What is said below the table."""
+        lines = []
         if any(stage.estimate for stage in self.stages):
             lines += [
                 "",
                 "An estimate: a method looks at weights, and what it makes and costs is known when it has run.",
             ]
         lines += ["", "Training FLOPs of each branch, those before its fork included:"]
-        return "\n".join([*lines, *(f"  {name}  {flops:.3g}" for name, flops in self.branch_flops.items())])
+        lines += [f"  {name}  {flops:.3g}" for name, flops in self.branch_flops.items()]
+        if self.seconds is not None:
+            lines += ["", f"The steps of all stages take about {hours(self.seconds)} on this machine. {ON_TOP}"]
+        return lines
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the steps of all stages, one after the other; None where they were not timed."""
+        timed = [stage.seconds for stage in self.stages if stage.kind == "train"]
+        return None if not timed or None in timed else sum(second or 0.0 for second in timed)
+
+
+ON_TOP = "Evaluations, checkpoints, changes and preparing the data come on top."
+
+
+def hours(seconds: float | None) -> str:
+    """Hours, minutes and seconds, 1:02:03; empty where they are not known."""
+    return "" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
 def price_recipe(

@@ -22,7 +22,7 @@ from auxin.objectives.measures import Loss, Measure
 from auxin.objectives.objective import Objective
 from auxin.recipes.folder import stage_directory
 from auxin.recipes.schema import Branch, Recipe
-from auxin.training.metrics import METRICS_FILE, VALIDATION
+from auxin.training.metrics import HELD_OUT_SAMPLES, METRICS_FILE, VALIDATION
 
 Course = tuple[list[CurvePoint], list[GrowthPoint]]
 """Curve and growths from the first ancestor up to the end of a stage."""
@@ -137,6 +137,7 @@ def stage_curve(folder: Path, record: StageRecord, spent: Ledger, unit: str, mea
             seconds=spent.total_seconds + line["seconds"],
             training_loss=line.get("loss"),
             value=line.get(VALIDATION + measure.kind),
+            samples=line.get(HELD_OUT_SAMPLES),
         )
         for line in lines
         if "event" not in line

@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from auxin.objectives.objective import ObjectiveSettings, Reference
 from auxin.planning.bench import Bench
 from auxin.recipes.adopting import adopt
 from auxin.recipes.change import change_checkpoint
+from auxin.recipes.course import Course
 from auxin.recipes.folder import (
     BRANCHES,
     DATA,
@@ -57,6 +58,7 @@ from auxin.training.hardware import choose_device
 from auxin.training.held_out import HeldOut
 from auxin.training.interruption import ended_by_signals
 from auxin.training.lock import exclusive
+from auxin.training.progress import Place
 from auxin.training.run_folder import aside_name, refuse_damaged
 
 RESULTS_FILE = "results.json"
@@ -79,6 +81,7 @@ class Run:
     data: Dataset
     structures: StageConfigs
     announce: Announce
+    course: Course
     whole: set[Path] = field(default_factory=set)
     """Checkpoints whose files were compared with their sums by this process."""
 
@@ -137,7 +140,7 @@ class Run:
         """What `measures` give for `checkpoint` on the whole held-out split, by name."""
         model = load_model(checkpoint, choose_device(self.recipe.training.get("device", "auto")))
         objective = self.recipe.objective.bind(model.config, self.data.form)
-        return HeldOut(tuple(measures), objective, self.data).all(model, self.evaluation_batch_size)
+        return HeldOut(tuple(measures), objective, self.data, self.evaluation_batch_size).all(model)
 
     @property
     def evaluation_batch_size(self) -> int:
@@ -184,6 +187,7 @@ def run_recipe(
         claim_directory(recipe, directory, announce)
         run = prepared_run(recipe, directory, directory / DATA, announce)
         if jobs == 1:
+            run = replace(run, course=run.course.of_branches(wanted))
             for name in wanted:
                 run_branch(run, recipe.branch(name))
             return finish_run(run, command)
@@ -223,8 +227,8 @@ def prepared_run(recipe: Recipe, directory: Path, data_directory: Path, announce
     check_processors(recipe, data)
     # Again, now that it is known what the data decides.
     structures = stage_configs(recipe, data.form)
-    price_recipe(recipe, memory=False, form=data.form, structures=structures)
-    return Run(recipe, directory, data, structures, announce)
+    price = price_recipe(recipe, memory=False, form=data.form, structures=structures)
+    return Run(recipe, directory, data, structures, announce, Course.of(recipe, directory, price))
 
 
 def finish_run(run: Run, command: str, threads: int | None = None) -> RunResults:
@@ -358,7 +362,8 @@ def run_stage(run: Run, branch: Branch, stage: Stage, directory: Path, previous:
         return build(run, stage, directory, run.config_to_build(branch, stage))
     assert previous is not None  # the schema: what does not begin with a build is forked
     if isinstance(stage, TrainStage):
-        return train_stage(run, stage, directory, previous)
+        run.announce(f"  {run.course.describe_start(branch, stage, run.data, Ledger.load(previous))}")
+        return train_stage(run, stage, directory, previous, run.course.place(branch, stage))
     if isinstance(stage, ChangeStage):
         return change(run, stage, directory, previous)
     return evaluate(run, stage, directory, previous)
@@ -378,7 +383,7 @@ def build(run: Run, stage: BuildStage, directory: Path, config: PreTrainedConfig
     )
 
 
-def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path) -> Path:
+def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path, place: Place) -> Path:
     """Train on; the data goes on where the ancestors that learnt from the same data stopped."""
     ledger = Ledger.load(previous)
     flops = None
@@ -405,6 +410,7 @@ def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path) ->
         hooks=stage_hooks(stage, ledger),
         stage_name=stage.name,
         data_position=seen // run.data.form.amount(settings.batch_size),
+        place=place,
     )
     return result.checkpoint
 

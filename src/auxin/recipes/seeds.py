@@ -1,7 +1,7 @@
 """One recipe with several seeds: a run for each in a folder of its own, and what they show together."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from auxin.accounting.comparison import Comparison, compare
@@ -9,7 +9,7 @@ from auxin.accounting.results import RunResults
 from auxin.errors import CheckpointError, ConfigError
 from auxin.files import write_text
 from auxin.recipes.folder import DATA, claim_seeds, held, is_finished, seed_directory
-from auxin.recipes.price import RecipePrice, price_recipe
+from auxin.recipes.price import RecipePrice, hours, price_recipe
 from auxin.recipes.runner import (
     RESULTS_FILE,
     Announce,
@@ -28,28 +28,50 @@ class SeedsPrice(Settings):
     seeds: dict[int, RecipePrice]
     flops: float
     """Training FLOPs of all stages of all seeds, those that branches share once."""
+    seconds: float | None = None
+    """Of all their steps on this machine, one after the other with one thread each, where they were timed."""
 
     def __str__(self) -> str:
+        return "\n".join(f"{heading}{price}" for heading, price in self.different()) + "\n".join(["", *self.notes()])
+
+    def different(self) -> list[tuple[str, RecipePrice]]:
+        """The prices of single seeds with what stands above each; one where all are the same."""
         prices = list(self.seeds.values())
-        same = all(price == prices[0] for price in prices)
-        tables = [str(prices[0])] if same else [f"Seed {seed}:\n{price}" for seed, price in self.seeds.items()]
+        if all(price == prices[0] for price in prices):
+            return [("", prices[0])]
+        return [(f"Seed {seed}:\n", price) for seed, price in self.seeds.items()]
+
+    def notes(self) -> list[str]:
+        """What is said of all of them together."""
         seeds = ", ".join(map(str, self.seeds))
-        each = f"; of seed {next(iter(self.seeds))} above, the others cost the same" if same and len(prices) > 1 else ""
-        return "\n\n".join([*tables, f"Training FLOPs of all stages, seeds {seeds} together: {self.flops:.3g}{each}."])
+        same = len(self.seeds) > 1 and len(self.different()) == 1
+        each = f"; of seed {next(iter(self.seeds))} above, the others cost the same" if same else ""
+        lines = ["", f"Training FLOPs of all stages, seeds {seeds} together: {self.flops:.3g}{each}."]
+        if self.seconds is not None and len(self.seeds) > 1:
+            lines.append(f"One after the other the steps of all seeds take about {hours(self.seconds)}.")
+        return lines
 
 
-def price_seeds(recipe: Recipe, branches: Sequence[str] | None = None) -> SeedsPrice:
+def price_seeds(
+    recipe: Recipe, branches: Sequence[str] | None = None, price: Callable[[Recipe], RecipePrice] = price_recipe
+) -> SeedsPrice:
     """Price `recipe` for each of its seeds, as `price_recipe`.
 
     Args:
         recipe: has seeds.
         branches: only these and what they need; None: all.
+        price: of one seed; a `Timer`'s tells the time too.
 
     Raises:
         ConfigError, PlanError: the recipe can't be run as it stands.
     """
-    prices = {seed: price_recipe(part_of(recipe.of_seed(seed), branches)) for seed in _seeds(recipe)}
-    return SeedsPrice(seeds=prices, flops=sum(stage.flops for price in prices.values() for stage in price.stages))
+    prices = {seed: price(part_of(recipe.of_seed(seed), branches)) for seed in _seeds(recipe)}
+    seconds = [one.seconds for one in prices.values()]
+    return SeedsPrice(
+        seeds=prices,
+        flops=sum(stage.flops for one in prices.values() for stage in one.stages),
+        seconds=None if None in seconds else sum(second or 0.0 for second in seconds),
+    )
 
 
 def part_of(recipe: Recipe, branches: Sequence[str] | None) -> Recipe:

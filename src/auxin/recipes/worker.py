@@ -60,7 +60,9 @@ def _done(task: dict[str, str], answers: TextIO) -> dict[str, Any]:
         for descriptor in (1, 2):
             os.dup2(log.fileno(), descriptor)
     try:
-        run = replace(_run(directory, Path(task["data"])), announce=lambda line: _tell(answers, line))
+        run = _run(directory, Path(task["data"]))
+        course = run.course.of_branches([task["branch"]])
+        run = replace(run, announce=lambda line: _tell(answers, line), course=course)
         run_branch(run, run.recipe.branch(task["branch"]))
     except AuxinError as error:
         return {"failed": str(error), "exit_code": error.exit_code}

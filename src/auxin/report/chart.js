@@ -8,12 +8,15 @@
     flops: { title: "training FLOPs", hover: "%{x:.3e} FLOPs" },
     seconds: { title: "wall time", hover: "%{x:.0f} s" },
   };
+  const ON_ALL = " on the whole held-out split";
   const WIDE = 760;
   const LABEL_HEIGHT = 17;
   const LATE_SHARE = 0.12; // of the cost: before it the loss falls steeply and hides everything after
   const BAND_SHARE = 0.4; // of the curves' height: so much is added for the bands on either side, at most
   const SMALLEST = 1e-6; // a logarithmic axis has no place for 0
-  const state = { axis: "flops", range: "late", scale: "linear", training: false, hidden: new Set() };
+  const state = {
+    axis: "flops", range: words.range, scale: "linear", training: branches.some((branch) => branch.trained), hidden: new Set(),
+  };
   const shown = () => branches.filter((branch) => !state.hidden.has(branch.name));
   const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const isDark = () => document.documentElement.dataset.theme === "dark";
@@ -23,21 +26,35 @@
     // The main branch is drawn last, over the others.
     const order = [...shown()].reverse();
     const result = [];
-    order.forEach((branch) => { if (branch.validation.half) result.push(band(branch, branch.validation)); });
+    order.forEach((branch) => { if (branch.validation.half && !instead(branch)) result.push(band(branch, branch.validation)); });
     if (state.training) order.forEach((branch) => result.push(curve(branch, branch.training, true)));
     order.forEach((branch) => result.push(curve(branch, branch.validation, false)));
     order.forEach((branch) => { if (branch.growths.length) result.push(growths(branch)); });
+    order.forEach((branch) => { if (branch.end?.apart) result.push(whole(branch)); });
     return result;
   }
 
+  /** Whether the training loss is drawn in place of a line between points that are far apart. */
+  const instead = (branch) => state.training && branch.trained;
+
+  /** `values` of points, cut into the pieces that a line may join. */
+  function pieces(points, values) {
+    let start = 0;
+    return (points.lines ?? [values.length]).map((length) => values.slice(start, (start += length)));
+  }
+
+  /** `values` of points, with a gap where no line may join them. */
+  const gaps = (points, values) => pieces(points, values).flatMap((piece, index) => (index ? [null, ...piece] : piece));
+
   function curve(branch, points, training) {
-    const few = points.loss.length <= 40;
+    const few = points.loss.length <= 40, sole = instead(branch);
+    const intervals = points.loss.map((_, i) => (points.half ? ` ± ${points.half[i].toFixed(4)}` : ""));
     return {
-      type: "scatter", name: branch.title, x: points[state.axis], y: points.loss, customdata: points.stage,
-      mode: training || !few ? "lines" : "lines+markers", opacity: training ? 0.4 : 1,
-      line: { color: hue(branch), width: training ? 1 : branch.main ? 3 : 2 },
-      marker: { symbol: branch.symbol, size: 6, color: hue(branch) },
-      text: points.loss.map((_, i) => (points.half ? ` ± ${points.half[i].toFixed(4)}` : "")),
+      type: "scatter", name: branch.title, x: gaps(points, points[state.axis]), y: gaps(points, points.loss),
+      customdata: gaps(points, points.stage), text: gaps(points, intervals), connectgaps: false,
+      mode: training ? "lines" : sole ? "markers" : few ? "lines+markers" : "lines", opacity: training && !sole ? 0.4 : 1,
+      line: { color: hue(branch), width: training ? (sole ? 1.5 : 1) : branch.main ? 3 : 2 },
+      marker: { symbol: branch.symbol, size: sole ? 9 : 6, color: hue(branch) },
       hovertemplate: `<b>%{y:.4f}%{text}</b> ${training ? "training loss" : `validation ${words.measure}`}<br>${AXES[state.axis].hover}` +
         "<br>%{customdata}<extra>%{fullData.name}</extra>",
     };
@@ -45,9 +62,11 @@
 
   /** The interval around a mean curve: there along its upper edge, and back along the lower one. */
   function band(branch, points) {
-    const [x, edge] = [points[state.axis], (sign) => points.loss.map((loss, i) => bound(loss + sign * points.half[i]))];
+    const edge = (sign) => pieces(points, points.loss.map((loss, i) => bound(loss + sign * points.half[i])));
+    const around = (there, back) => there.flatMap((piece, i) => [...(i ? [null] : []), ...piece, ...[...back[i]].reverse()]);
+    const x = pieces(points, points[state.axis]);
     return {
-      type: "scatter", mode: "lines", x: [...x, ...[...x].reverse()], y: [...edge(1), ...edge(-1).reverse()],
+      type: "scatter", mode: "lines", x: around(x, x), y: around(edge(1), edge(-1)),
       fill: "toself", fillcolor: `${hue(branch)}2e`, line: { width: 0 }, hoverinfo: "skip",
     };
   }
@@ -58,9 +77,20 @@
     return {
       type: "scatter", mode: "markers", name: branch.title, x: branch.growths.map((growth) => growth[state.axis]),
       y: branch.growths.map((growth) => growth.loss), customdata: branch.growths.map((growth) => `<b>${growth.word}</b> ${growth.label}`),
-      marker: { symbol: "diamond", size: 13, color: hue(branch), line: { color: style("--card"), width: 2 } },
-      hovertemplate: `%{customdata} parameters<br>%{y:.4f} validation ${words.measure}<br>${AXES[state.axis].hover}` +
-        "<extra>%{fullData.name}</extra>",
+      marker: branch.apart
+        ? { symbol: "diamond-open", size: 12, color: hue(branch), line: { width: 2 } }
+        : { symbol: "diamond", size: 13, color: hue(branch), line: { color: style("--card"), width: 2 } },
+      hovertemplate: `%{customdata} parameters<br>%{y:.4f} validation ${words.measure}${branch.apart ? ON_ALL : ""}<br>` +
+        `${AXES[state.axis].hover}<extra>%{fullData.name}</extra>`,
+    };
+  }
+
+  /** The final value on the whole held-out split, where the curve is of a part of it. */
+  function whole(branch) {
+    return {
+      type: "scatter", mode: "markers", name: branch.title, x: [branch.end[state.axis]], y: [branch.end.loss],
+      marker: { symbol: "circle-open", size: 10, color: hue(branch), line: { width: 2 } },
+      hovertemplate: `<b>%{y:.4f}</b> validation ${words.measure}${ON_ALL}<br>${AXES[state.axis].hover}<extra>%{fullData.name}</extra>`,
     };
   }
 
@@ -76,6 +106,7 @@
           if (points.half && points === branch.validation) edges.push(loss - points.half[index], loss + points.half[index]);
         });
       }
+      if (branch.end?.apart && (branch.end.loss > 0 || state.scale === "linear")) losses.push(branch.end.loss);
     }
     if (!losses.length || largest === 0) return null;
     const transform = state.scale === "log" ? Math.log10 : (value) => value;
@@ -93,8 +124,8 @@
       const value = state.scale === "log" ? Math.log10(loss) : loss;
       return (height * (value - range.y[0])) / (range.y[1] - range.y[0]);
     };
-    const ends = shown().filter((branch) => branch.validation.loss.length).map((branch) => {
-      const loss = branch.validation.loss.at(-1);
+    const ends = shown().filter((branch) => branch.end).map((branch) => {
+      const loss = branch.end.loss;
       return { branch, loss, place: Math.min(Math.max(position(loss), 0), height) };
     }).sort((a, b) => a.place - b.place);
     const tall = (end) => LABEL_HEIGHT * label(end).length;
@@ -117,9 +148,9 @@
 
   /** The title's lines and the number, which follows where it has room: with an interval on a line of its own. */
   function label(end) {
-    const title = lines(end.branch.title).map(escapeText), half = end.branch.validation.half;
-    const number = `<b>${end.loss.toFixed(3)}${half ? ` ± ${half.at(-1).toFixed(3)}` : ""}</b>`;
-    return half ? [...title, number] : [...title.slice(0, -1), `${title.at(-1)} ${number}`];
+    const title = lines(end.branch.title).map(escapeText), half = end.branch.end.half;
+    const number = `<b>${end.loss.toFixed(3)}${half === null ? "" : ` ± ${half.toFixed(3)}`}</b>`;
+    return half !== null ? [...title, number] : [...title.slice(0, -1), `${title.at(-1)} ${number}`];
   }
 
   function lines(title) {
@@ -196,10 +227,13 @@
   });
   const training = document.getElementById("training");
   // Only losses share an axis with the training loss.
-  if (training) pressable(training, () => {
-    state.training = !state.training;
+  if (training) {
     training.setAttribute("aria-pressed", String(state.training));
-  });
+    pressable(training, () => {
+      state.training = !state.training;
+      training.setAttribute("aria-pressed", String(state.training));
+    });
+  }
   branches.forEach((branch, index) => {
     const button = document.createElement("button");
     button.type = "button";

@@ -8,9 +8,8 @@ import math
 import textwrap
 from dataclasses import dataclass
 from typing import Literal
-from xml.sax.saxutils import escape
 
-from auxin.report.svg import GREY, document, line, text
+from auxin.report.svg import GREY, document, escaped, line, text
 
 WIDTH = 480
 LEFT, RIGHT, MARGIN = 40, 24, 16
@@ -177,7 +176,7 @@ def _mark(mark: Mark, axis: _Axis, look: Series, y: float) -> list[str]:
     low, high = axis.x(mark.value - margin), axis.x(mark.value + margin)
     told = f"{look.name}: {mark.value:.6g}" + (f" ± {margin:.2g}" if mark.margin is not None else "")
     return [
-        f"<g><title>{escape(told)}</title>",
+        f"<g><title>{escaped(told)}</title>",
         f'<path d="M{low:.1f} {y:.1f}H{high:.1f}" stroke="{look.colour}" stroke-width="1.6"/>',
         _shape(look, axis.x(mark.value), y),
         "</g>",

@@ -21,9 +21,10 @@ from auxin.report.comparison import (
     measure_words,
     unit_words,
 )
-from auxin.report.curves import branch_colours, branch_order, chart_data, chart_words, word_for
+from auxin.report.curves import branch_colours, branch_order, chart_data, chart_words, explanation, word_for
 from auxin.report.findings import EXACT_CHANGE, growth_sentence, headline, main_result, standing
 from auxin.report.lineage import lineage
+from auxin.words.printable import printable
 
 TEMPLATE = "report.html"
 SCRIPT = "chart.js"
@@ -49,6 +50,7 @@ def render_report(results: RunResults | Comparison) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     for name in ("exact", "short", "power", "duration", "decimal", "signed", "change", "sentence"):
         environment.filters[name] = getattr(formatting, name)
@@ -61,6 +63,7 @@ def render_report(results: RunResults | Comparison) -> str:
         colours=branch_colours(results),
         chart=_script_json(chart_data(results)),
         words=_script_json(chart_words(results)),
+        explained=explanation(results),
         order={branch.name: index for index, branch in enumerate(branch_order(results))},
         plotly=Markup(get_plotlyjs()),
         script=Markup(files("auxin.report").joinpath(SCRIPT).read_text(encoding="utf-8")),
@@ -135,5 +138,14 @@ def _verdict(growth: GrowthPoint) -> str:
 
 def _script_json(value: Any) -> Markup:
     """JSON for a script element: no text in it can end the element."""
-    text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(_shown(value), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
+
+
+def _shown(value: Any) -> Any:
+    """`value` with all texts in it as a page can show them: the script draws them, and saves pictures of them."""
+    if isinstance(value, dict):
+        return {key: _shown(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_shown(item) for item in value]
+    return printable(value) if isinstance(value, str) else value

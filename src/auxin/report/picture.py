@@ -9,7 +9,21 @@ from typing import NamedTuple
 from auxin.accounting.comparison import BranchComparison, Comparison
 from auxin.accounting.results import BranchResult, CurvePoint, RunResults
 from auxin.files import write_text
-from auxin.report.curves import branch_colours, branch_order, drawable_growths, growth_label, half_width, points
+from auxin.report.curves import (
+    End,
+    branch_colours,
+    branch_order,
+    drawable_growths,
+    draws_training,
+    end_of,
+    explanation,
+    growth_label,
+    half_width,
+    lines_of,
+    on_a_part,
+    points,
+    show_all,
+)
 from auxin.report.formatting import SUPERSCRIPTS
 from auxin.report.svg import document, line, text
 
@@ -41,22 +55,38 @@ def write_chart_svg(results: RunResults | Comparison, path: str | Path) -> Path:
 def chart_svg(results: RunResults | Comparison) -> str:
     """The picture's SVG; with several seeds, means and bands of their 95 % intervals."""
     order = branch_order(results)
-    curves = {branch.name: measured for branch in order if (measured := points(branch, "value"))}
+    curves = {branch.name: _curves(results, branch) for branch in order}
+    drawn = [branch for branch in reversed(order) if curves[branch.name].end is not None]
     body = [text(LEFT, 24, results.title, size=17, weight=600)]
-    plane = _Plane.around(curves)
+    body += [text(LEFT, 42, told, size=12) for told in ["; ".join(explanation(results))] if told]
+    plane = _Plane.around([place for branch in drawn for place in curves[branch.name].places], show_all(results))
     if plane is None:
         body.append(text(WIDTH / 2, HEIGHT / 2, f"no {results.measure.name} was measured", anchor="middle"))
     else:
         colours = {name: colour.both for name, colour in branch_colours(results).items()}
-        body += _axes(plane, f"validation {results.measure.with_unit}")
-        drawn = [branch for branch in reversed(order) if branch.name in curves]
-        if bands := [band for branch in drawn if (band := _band(plane, curves[branch.name], colours[branch.name]))]:
+        trained = any(curves[branch.name].training for branch in drawn)
+        body += _axes(plane, results.measure.with_unit if trained else f"validation {results.measure.with_unit}")
+        found = [_band(plane, line, colours[branch.name]) for branch in drawn for line in curves[branch.name].lines]
+        if bands := [band for band in found if band]:
             body += [PLANE, *bands]
-        body += [_curve(plane, branch, curves[branch.name], colours[branch.name], results) for branch in drawn]
+        for branch in drawn:
+            body += _drawn(plane, curves[branch.name], colours[branch.name], branch.name == results.main_branch)
         for branch in drawn:
             body += _growths(plane, branch, colours[branch.name], labelled=branch.name == results.main_branch)
-        body += _labels(plane, drawn, curves, colours)
+        body += _labels(plane, drawn, {name: curve.end for name, curve in curves.items() if curve.end}, colours)
     return document(f"{results.title}: validation {results.measure.name} against training FLOPs", WIDTH, HEIGHT, body)
+
+
+class _Place(NamedTuple):
+    """A point to draw, with half its interval."""
+
+    flops: float
+    loss: float
+    half: float = 0.0
+
+
+def _places(measured: Sequence[CurvePoint]) -> list[_Place]:
+    return [_Place(point.flops, point.value or 0.0, half_width(point) or 0.0) for point in measured]
 
 
 class _Plane(NamedTuple):
@@ -68,23 +98,18 @@ class _Plane(NamedTuple):
     high: float
 
     @classmethod
-    def around(cls, curves: dict[str, list[CurvePoint]]) -> "_Plane | None":
-        """The late part of all curves; None when there is nothing to draw."""
-        largest = max((point.flops for curve in curves.values() for point in curve), default=0.0)
+    def around(cls, places: Sequence[_Place], whole: bool) -> "_Plane | None":
+        """The late part of all `places`, or the `whole`; None when there is nothing to draw."""
+        largest = max((place.flops for place in places), default=0.0)
         if largest <= 0:
             return None
-        left = LATE_SHARE * largest
-        late = [
-            (point.value, half_width(point) or 0.0)
-            for curve in curves.values()
-            for point in curve
-            if point.flops >= left and point.value is not None
-        ]
-        low, high = min(loss for loss, _ in late), max(loss for loss, _ in late)
+        left = 0.0 if whole else LATE_SHARE * largest
+        late = [place for place in places if place.flops >= left]
+        low, high = min(place.loss for place in late), max(place.loss for place in late)
         # Bands are shown, but the widest must not press the curves flat.
         beyond = BAND_SHARE * (high - low)
-        low = max(low - beyond, min(loss - width for loss, width in late))
-        high = min(high + beyond, max(loss + width for loss, width in late))
+        low = max(low - beyond, min(place.loss - place.half for place in late))
+        high = min(high + beyond, max(place.loss + place.half for place in late))
         room = 0.06 * (high - low or 0.1)
         return cls(left, largest, low - room, high + room)
 
@@ -93,6 +118,35 @@ class _Plane(NamedTuple):
 
     def y(self, loss: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (self.high - loss) / (self.high - self.low)
+
+
+class _Curves(NamedTuple):
+    """What is drawn of a branch beside its growths."""
+
+    lines: list[list[_Place]]
+    training: list[_Place]
+    dots: list[_Place]
+    end: End | None
+
+    @property
+    def places(self) -> list[_Place]:
+        end = [] if self.end is None else [_Place(self.end.point.flops, self.end.value, self.end.half or 0.0)]
+        return [*(place for line in self.lines for place in line), *self.training, *self.dots, *end]
+
+
+def _curves(results: RunResults | Comparison, branch: Drawn) -> _Curves:
+    measured = points(branch, "value")
+    if draws_training(results, branch):
+        training = [_Place(point.flops, point.training_loss or 0.0) for point in points(branch, "training_loss")]
+        return _Curves([], training, _places(measured), end_of(branch))
+    return _Curves([_places(line) for line in lines_of(measured)], [], [], end_of(branch))
+
+
+def _drawn(plane: _Plane, curves: _Curves, colour: str, main: bool) -> list[str]:
+    parts = [_line(plane, line, colour, 3.2 if main else 2) for line in curves.lines]
+    if curves.training:
+        parts.append(_line(plane, curves.training, colour, 1.6))
+    return [*parts, *(_dot(plane, place, colour) for place in curves.dots if place.flops >= plane.left)]
 
 
 def _axes(plane: _Plane, vertical: str) -> list[str]:
@@ -126,32 +180,30 @@ def _ticks(low: float, high: float) -> list[float]:
     return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _band(plane: _Plane, measured: list[CurvePoint], colour: str) -> str:
+def _band(plane: _Plane, measured: Sequence[_Place], colour: str) -> str:
     """The interval around a mean curve, to be cut off at the plane's edges; empty where there is none."""
-    widths = [half_width(point) for point in measured]
-    if not any(widths):
+    if not any(place.half for place in measured):
         return ""
-
-    def edge(sign: int) -> list[tuple[float, float]]:
-        return [
-            (point.flops, (point.value or 0.0) + sign * (width or 0.0))
-            for point, width in zip(measured, widths, strict=True)
-        ]
-
-    outline = " ".join(f"{plane.x(x):.1f},{plane.y(y):.1f}" for x, y in [*edge(1), *reversed(edge(-1))])
+    edges = [(place.flops, place.loss + place.half) for place in measured]
+    edges += [(place.flops, place.loss - place.half) for place in reversed(measured)]
+    outline = " ".join(f"{plane.x(x):.1f},{plane.y(y):.1f}" for x, y in edges)
     return f'<polygon points="{outline}" fill="{colour}" fill-opacity="0.16" clip-path="url(#plane)"/>'
 
 
-def _curve(
-    plane: _Plane, branch: Drawn, measured: list[CurvePoint], colour: str, results: RunResults | Comparison
-) -> str:
+def _line(plane: _Plane, measured: Sequence[_Place], colour: str, width: float) -> str:
     # The last point before the visible part is kept at its edge, so that no curve begins in the middle of nowhere.
-    visible = _clip([(point.flops, point.value or 0.0) for point in measured], plane)
+    visible = _clip([(place.flops, place.loss) for place in measured], plane)
     path = " ".join(f"{plane.x(x):.1f},{plane.y(y):.1f}" for x, y in visible)
-    width = 3.2 if branch.name == results.main_branch else 2
     return (
         f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}" stroke-linejoin="round" '
         'stroke-linecap="round"/>'
+    )
+
+
+def _dot(plane: _Plane, place: _Place, colour: str, hollow: bool = False) -> str:
+    looks = f'fill="none" stroke="{colour}" stroke-width="2"' if hollow else f'fill="{colour}"'
+    return (
+        f'<circle cx="{plane.x(place.flops):.1f}" cy="{plane.y(place.loss):.1f}" r="{4.5 if hollow else 3.5}" {looks}/>'
     )
 
 
@@ -173,46 +225,52 @@ def _clip(curve: list[tuple[float, float]], plane: _Plane) -> list[tuple[float, 
 
 def _growths(plane: _Plane, branch: Drawn, colour: str, labelled: bool) -> list[str]:
     parts = []
+    looks = f'fill="none" stroke="{colour}" stroke-width="2"' if on_a_part(branch) else f'fill="{colour}"'
     for growth in drawable_growths(branch):
         loss = growth.value_after
         if loss is None or growth.flops < plane.left or not plane.low <= loss <= plane.high:
             continue
         x, y = plane.x(growth.flops), plane.y(loss)
-        parts.append(f'<path d="M{x:.1f} {y - 7.5:.1f}l7.5 7.5l-7.5 7.5l-7.5 -7.5z" fill="{colour}"/>')
+        parts.append(f'<path d="M{x:.1f} {y - 7.5:.1f}l7.5 7.5l-7.5 7.5l-7.5 -7.5z" {looks}/>')
         if labelled:
             parts.append(line(x + 4, y - 9, x + 16, y - 26, opacity=0.7))
             parts.append(text(x + 19, y - 28, growth_label(growth)))
     return parts
 
 
-def _labels(
-    plane: _Plane, branches: Sequence[Drawn], curves: dict[str, list[CurvePoint]], colours: dict[str, str]
-) -> list[str]:
+def _labels(plane: _Plane, branches: Sequence[Drawn], ends: dict[str, End], colours: dict[str, str]) -> list[str]:
     """Title and last loss of every branch beside the end of its curve, moved apart where they would overlap."""
-    order = sorted(branches, key=lambda branch: curves[branch.name][-1].value or 0.0, reverse=True)
-    places = [plane.y(curves[branch.name][-1].value or 0.0) for branch in order]
-    labels = [_label(branch.title, curves[branch.name][-1]) for branch in order]
+    order = sorted(branches, key=lambda branch: ends[branch.name].value, reverse=True)
+    places = [_Place(ends[branch.name].point.flops, ends[branch.name].value) for branch in order]
+    labels = [_label(branch.title, ends[branch.name]) for branch in order]
     height = max(LABEL_HEIGHT, 2 + 16 * max(map(len, labels)))
     parts = []
-    for branch, lines, place, moved in zip(order, labels, places, spread(places, height), strict=True):
-        end, colour = curves[branch.name][-1], colours[branch.name]
-        x = plane.x(end.flops)
-        parts.append(f'<circle cx="{x:.1f}" cy="{place:.1f}" r="3.5" fill="{colour}"/>')
+    heights = spread([plane.y(place.loss) for place in places], height)
+    for branch, lines, place, moved in zip(order, labels, places, heights, strict=True):
+        colour = colours[branch.name]
+        x, y = plane.x(place.flops), plane.y(place.loss)
+        parts.append(_dot(plane, place, colour, hollow=ends[branch.name].apart))
         elbow = WIDTH - RIGHT + 12
         parts.append(
-            f'<polyline points="{x + 6:.1f},{place:.1f} {elbow},{moved:.1f} {elbow + 5},{moved:.1f}" '
+            f'<polyline points="{x + 6:.1f},{y:.1f} {elbow},{moved:.1f} {elbow + 5},{moved:.1f}" '
             f'fill="none" stroke="{colour}" stroke-opacity="0.6"/>'
         )
         for index, content in enumerate(lines):
-            y = moved + 4.5 + 16 * (index - (len(lines) - 1) / 2)
-            parts.append(text(WIDTH - RIGHT + 22, y, content, colour=colour, weight=600))
+            parts.append(
+                text(
+                    WIDTH - RIGHT + 22,
+                    moved + 4.5 + 16 * (index - (len(lines) - 1) / 2),
+                    content,
+                    colour=colour,
+                    weight=600,
+                )
+            )
     return parts
 
 
-def _label(title: str, end: CurvePoint) -> list[str]:
+def _label(title: str, end: End) -> list[str]:
     """The lines of a curve's title and last loss; a loss and its interval are not parted."""
-    width = half_width(end)
-    number = f"{end.value:.3f}" if width is None else f"{end.value:.3f}\u00a0±\u00a0{width:.3f}"
+    number = f"{end.value:.3f}" if end.half is None else f"{end.value:.3f}\u00a0±\u00a0{end.half:.3f}"
     return textwrap.wrap(f"{title} {number}", LABEL_CHARACTERS)
 
 

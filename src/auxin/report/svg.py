@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
+from auxin.words.printable import printable
+
 GREY = "#7d8590"
 """At least 3.5:1 on white and on black; grids have it almost transparent."""
 
@@ -20,7 +22,7 @@ def document(title: str, width: float, height: float, body: Sequence[str]) -> st
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
         f'height="{height:g}" role="img" '
         'font-family="system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif" '
-        f'font-size="13">\n<title>{escape(title)}</title>\n' + "\n".join(body) + "\n</svg>\n"
+        f'font-size="13">\n<title>{escaped(title)}</title>\n' + "\n".join(body) + "\n</svg>\n"
     )
 
 
@@ -30,10 +32,15 @@ def text(
     """One line of text; (x, y) is its start, middle or end on the base line."""
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" font-size="{size}" text-anchor="{anchor}" '
-        f'font-weight="{weight}">{escape(content)}</text>'
+        f'font-weight="{weight}">{escaped(content)}</text>'
     )
 
 
 def line(x1: float, y1: float, x2: float, y2: float, opacity: float) -> str:
     """A thin straight line."""
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{GREY}" stroke-opacity="{opacity}"/>'
+
+
+def escaped(content: str) -> str:
+    """Any text, to stand in an element."""
+    return escape(printable(content))

@@ -1,13 +1,14 @@
 """What a stage measures on held-out samples, on the way and at its end."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from auxin.data.dataset import Dataset
+from auxin.data.dataset import Dataset, Split
 from auxin.objectives.measures import Measure
 from auxin.objectives.objective import Objective
-from auxin.training.metrics import VALIDATION
+from auxin.training.metrics import HELD_OUT_SAMPLES, VALIDATION, WHOLE_SPLIT
 
 
 @dataclass(frozen=True)
@@ -19,17 +20,67 @@ class HeldOut:
     objective: Objective
     """What they are of."""
     data: Dataset
+    batch_size: int
+    """Samples per forward pass."""
+    max_batches: int | None = None
+    """Batches of an evaluation on the way; None: the whole split."""
+    told: Callable[[int, int], None] = lambda done, total: None
+    """Is told of how many samples out of how many are measured, at the beginning and the end of each measure too."""
 
     @property
-    def key(self) -> str:
-        """What lines of metrics call the first measure."""
-        return VALIDATION + self.measures[0].kind
+    def part(self) -> int | None:
+        """Samples that an evaluation on the way takes, the first ones of the split; None: all of it."""
+        if self.max_batches is None:
+            return None
+        samples = self.max_batches * self.batch_size
+        return samples if samples < len(self.data.split("validation")) else None
 
-    def first(self, model: nn.Module, batch_size: int, max_batches: int | None) -> float:
-        """The first measure, on at most so many batches."""
-        return self.measures[0](model, self.data.split("validation"), self.objective, batch_size, max_batches)
+    def first(self, model: nn.Module) -> float:
+        """The first measure, on the samples of an evaluation on the way."""
+        return self._measured(self.measures[0], model, self.part)
 
-    def all(self, model: nn.Module, batch_size: int) -> dict[str, float]:
+    def all(self, model: nn.Module) -> dict[str, float]:
         """All of them on the whole split, by name."""
-        split = self.data.split("validation")
-        return {measure.kind: measure(model, split, self.objective, batch_size) for measure in self.measures}
+        return {measure.kind: self._measured(measure, model, None) for measure in self.measures}
+
+    @property
+    def last_samples(self) -> int:
+        """Samples that are measured at the end of a stage, one after the other."""
+        return len(self.measures) * len(self.data.split("validation")) + (self.part or 0)
+
+    def _measured(self, measure: Measure, model: nn.Module, part: int | None) -> float:
+        split = _Watched(self.data.split("validation"), part, self.told)
+        batches = None if part is None else self.max_batches
+        value = measure(model, split, self.objective, self.batch_size, batches)
+        self.told(split.total, split.total)
+        return value
+
+    def line(self, value: float) -> dict[str, float]:
+        """What a line of metrics says of `value`, the first measure on the way."""
+        values = {VALIDATION + self.measures[0].kind: value}
+        return values if self.part is None else {**values, HELD_OUT_SAMPLES: self.part}
+
+    def last_line(self, model: nn.Module, found: dict[str, float]) -> dict[str, float]:
+        """What the last line of a stage says, where `found` are all measures on the whole split.
+
+        Where evaluations on the way take a part of it, the first measure is taken on that part once more: only what was
+        measured on the same samples tells how the model moved. The whole split has names of its own then.
+        """
+        if self.part is None:
+            return {VALIDATION + kind: value for kind, value in found.items()}
+        return {**self.line(self.first(model)), **{WHOLE_SPLIT + kind: value for kind, value in found.items()}}
+
+
+class _Watched:
+    """A split, or its first `part` samples, that tells how far a measure has come with it."""
+
+    def __init__(self, split: Split, part: int | None, told: Callable[[int, int], None]) -> None:
+        self._split, self._told = split, told
+        self.total = len(split) if part is None else part
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def rows(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        self._told(rows[0], self.total)
+        return self._split.rows(rows)

@@ -1,9 +1,9 @@
 """The training loop of one stage: steps, evaluations, checkpoints, resumption."""
 
-import contextlib
+import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,9 @@ from auxin.training.held_out import HeldOut
 from auxin.training.identity import RunIdentity
 from auxin.training.interruption import Interruption, TrainingInterrupted
 from auxin.training.lock import exclusive
-from auxin.training.metrics import VALIDATION, MetricsLog
+from auxin.training.metrics import MetricsLog
 from auxin.training.optimizer import build_optimizer, restore_optimizer
-from auxin.training.progress import ProgressDisplay
+from auxin.training.progress import Place, ProgressDisplay, TimeLeft
 from auxin.training.run_folder import (
     CHECKPOINTS,
     checkpoint_name,
@@ -46,6 +46,7 @@ from auxin.training.run_folder import (
 )
 from auxin.training.schedule import learning_rate
 from auxin.training.settings import TrainingSettings
+from auxin.training.speed import Speed
 from auxin.training.state import TrainingState
 
 
@@ -92,6 +93,7 @@ def train(
     stop_after: int | None = None,
     data_position: int = 0,
     progress: bool = True,
+    place: Place | None = None,
 ) -> TrainingResult:
     """Train a model for one stage, in place; resume where `output_dir` holds a started run.
 
@@ -118,6 +120,7 @@ def train(
         stop_after: save and return after this many steps of the stage; calling again goes on.
         data_position: batch of the data order to start at, so that a stage need not see again what its parent saw.
         progress: show the progress on standard error.
+        place: where the stage stands in a run of several, for the progress.
 
     Raises:
         ConfigError: settings, model and data do not fit together.
@@ -148,13 +151,15 @@ def train(
             start_position=data_position,
             data_position=data_position,
         )
-        evaluation = HeldOut(tuple(measures) or (Loss(),), measured, data)
+        evaluation = HeldOut(
+            tuple(measures) or (Loss(),), measured, data, settings.samples_per_forward, settings.evaluation_batches
+        )
         processor = data.processor() if processor is None else processor
         loop = _Loop(
             state, data, objective, evaluation, settings, output_dir, identity, total_steps, flops, processor, ledger
         )
         with objective.learning(model):
-            return loop.run(optimizer_from, stop_after, progress)
+            return loop.run(optimizer_from, stop_after, progress, place or Place())
 
 
 class _Loop:
@@ -197,7 +202,9 @@ class _Loop:
 
     # The course of a call.
 
-    def run(self, optimizer_from: str | Path | None, stop_after: int | None, progress: bool) -> TrainingResult:
+    def run(
+        self, optimizer_from: str | Path | None, stop_after: int | None, progress: bool, place: Place
+    ) -> TrainingResult:
         """Start or resume, train, evaluate, save."""
         self.clock = time.perf_counter()
         checkpoint, gone_back = checkpoint_to_resume(self.output_dir, self.settings.guard.action == "rewind")
@@ -220,9 +227,8 @@ class _Loop:
         self.metrics = MetricsLog(
             self.output_dir, self.settings.tensorboard, None if checkpoint is None else position, step
         )
-        self.display = ProgressDisplay(
-            self.identity.stage_name, self.total_steps, step, progress, self.form.unit, self.evaluation.measures[0].name
-        )
+        self.display = self._display(progress, place)
+        self.evaluation = dataclasses.replace(self.evaluation, told=self.display.evaluating)
         for note in gone_back:
             self.display.line(note)
         try:
@@ -239,6 +245,12 @@ class _Loop:
             self.metrics.close()
             self.model.train(was_training)
 
+    def _display(self, enabled: bool, place: Place) -> ProgressDisplay:
+        flops = self.settings.batch_size * self.flops_per_sample
+        left = TimeLeft(self.total_steps, flops, self.evaluation.last_samples, place.flops_after)
+        name, unit, measure = self.identity.stage_name, self.form.unit, self.evaluation.measures[0].name
+        return ProgressDisplay(name, self.total_steps, self.state.step, enabled, unit, measure, place, left)
+
     def _start(self, optimizer_from: str | Path | None) -> None:
         state = self.state
         start_over(self.output_dir)
@@ -251,11 +263,10 @@ class _Loop:
 
     def _begin(self) -> None:
         """Evaluate and save the untrained state: the guard needs a way back, and a disk that is full shows at once."""
-        value = self._evaluate(self.settings.evaluation_batches)
-        if self.settings.evaluation_batches is None:
+        value = self._evaluate()
+        if self.evaluation.part is None:
             # The books set it beside the final value, which is that of the whole split.
             self.state.value_before = value
-        self._log({self.evaluation.key: value})
         self._save()
 
     def _resume(self, checkpoint: Path) -> dict[str, Any]:
@@ -286,7 +297,7 @@ class _Loop:
         state, settings = self.state, self.settings
         last = self.total_steps if stop_after is None else min(stop_after, self.total_steps)
         self.model.train()
-        self._reset_speed()
+        self.speed = Speed(self.units_per_step, state.data_position)
         while state.step < last:
             if interruption.signal_name is not None:
                 self._interrupted(interruption.signal_name)
@@ -298,18 +309,16 @@ class _Loop:
             if step == self.total_steps:
                 break
             if settings.evaluation_interval is not None and step % settings.evaluation_interval == 0:
-                with self._off_the_clock():
-                    value = self._evaluate(settings.evaluation_batches)
-                    self._log({self.evaluation.key: value})
-                    self.display.show_validation(value)
+                with self.speed.paused():
+                    self.display.show_validation(self._evaluate())
             if self._checkpoint_due():
-                with self._off_the_clock():
+                with self.speed.paused():
                     self._save()
         if state.step < self.total_steps:
             return self._result(self._save_unplanned(), {}, self._books({}))
         with self._autocast():
-            found = self.evaluation.all(self.model, self.settings.samples_per_forward)
-        self._log({VALIDATION + kind: value for kind, value in found.items()})
+            found = self.evaluation.all(self.model)
+            self._log(self.evaluation.last_line(self.model, found))
         checkpoint = self._save(found)
         shown = ", ".join(f"{measure.name} {found[measure.kind]:.4f}" for measure in self.evaluation.measures)
         self.display.line(f"{state.step} steps done, validation {shown}, saved in {checkpoint}")
@@ -340,7 +349,7 @@ class _Loop:
         state.loss_sum += loss
         state.loss_count += 1
         state.step += 1
-        self.display.update(state.step, loss, self._units_per_second())
+        self.display.update(state.step, loss, self.speed.units_per_second(state.data_position))
         return True
 
     def _gradients(self, inputs: dict[str, Tensor]) -> tuple[float, float]:
@@ -514,18 +523,20 @@ class _Loop:
             ledger,
         )
 
-    def _evaluate(self, batches: int | None) -> float:
+    def _evaluate(self) -> float:
         with self._autocast():
-            return self.evaluation.first(self.model, self.settings.samples_per_forward, batches)
+            value = self.evaluation.first(self.model)
+        self._log(self.evaluation.line(value))
+        return value
 
     def _measurements(self) -> dict[str, Any]:
         """Loss (mean over the good steps since the last line), rate, gradient norm and speed."""
         state = self.state
-        speed = self._units_per_second()
+        speed = self.speed.units_per_second(state.data_position)
         flops = speed / self.form.units * self.flops_per_sample
         mean = state.loss_sum / state.loss_count if state.loss_count else math.nan
         state.loss_sum, state.loss_count = 0.0, 0
-        self._reset_speed()
+        self.speed.start(state.data_position)
         values = {
             "loss": mean,
             "learning_rate": self.rate,
@@ -555,21 +566,6 @@ class _Loop:
         now = time.perf_counter()
         self.state.seconds += now - self.clock
         self.clock = now
-
-    def _reset_speed(self) -> None:
-        self.speed_since, self.speed_position, self.pause = time.perf_counter(), self.state.data_position, 0.0
-
-    def _units_per_second(self) -> float:
-        batches = self.state.data_position - self.speed_position
-        elapsed = time.perf_counter() - self.speed_since - self.pause
-        return batches * self.units_per_step / max(elapsed, 1e-9)
-
-    @contextlib.contextmanager
-    def _off_the_clock(self) -> Iterator[None]:
-        """Evaluations and checkpoints do not count as training in units per second."""
-        started = time.perf_counter()
-        yield
-        self.pause += time.perf_counter() - started
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)

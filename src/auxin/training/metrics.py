@@ -23,9 +23,13 @@ TAGS = {
     "flops_per_second": "speed/flops_per_second",
     "mfu": "speed/mfu",
 }
-"""TensorBoard's tags of the metrics; one that begins with VALIDATION is tagged by the rest of its name."""
+"""TensorBoard's tags of the metrics; what begins with VALIDATION or WHOLE_SPLIT is tagged by the rest of its name."""
 VALIDATION = "validation_"
-"""How the names of what was measured on the held-out split begin."""
+"""How the names of what was measured on the held-out split begin, or on a part of it: HELD_OUT_SAMPLES says which."""
+WHOLE_SPLIT = "whole_split_"
+"""How the names of what was measured on the whole split begin, where the others are of a part of it."""
+HELD_OUT_SAMPLES = "held_out_samples"
+"""The first so many samples of the held-out split are the part that was measured; without it, all were."""
 
 
 class MetricsLog:
@@ -61,7 +65,7 @@ class MetricsLog:
             ) from error
         if self._summary is not None:
             for key, value in clean.items():
-                tag = f"{key.removeprefix(VALIDATION)}/validation" if key.startswith(VALIDATION) else TAGS.get(key)
+                tag = _tag(key)
                 if tag is not None and value is not None:
                     self._summary.add_scalar(tag, value, line["step"])
 
@@ -88,6 +92,14 @@ class MetricsLog:
         if not self.path.exists():
             return
         write_text(self.path, "".join(text + "\n" for text, line in _read_lines(self.path) if wanted(line)))
+
+
+def _tag(key: str) -> str | None:
+    """TensorBoard's tag of a metric; None where it has none."""
+    for prefix, tag in ((VALIDATION, "validation"), (WHOLE_SPLIT, "validation_whole_split")):
+        if key.startswith(prefix):
+            return f"{key.removeprefix(prefix)}/{tag}"
+    return TAGS.get(key)
 
 
 def last_progress(output_dir: Path) -> tuple[float, int]:

@@ -95,7 +95,8 @@ class TrainingSettings(Settings):
     evaluation_interval: int | None = Field(default=None, ge=1)
     """Steps between evaluations on the validation split; None evaluates only at the start and at the end."""
     evaluation_batches: int | None = Field(default=None, ge=1)
-    """Micro-batches of the evaluations at the start and on the way; None is the whole split, as at the end."""
+    """Micro-batches of the evaluations from the start to the end, always the same ones; None is the whole split, which
+    is measured at the end in any case."""
     checkpoint_interval: int | None = Field(default=500, ge=1)
     """Steps between periodic checkpoints; None writes one at the start and one at the end only."""
     keep_checkpoints: int = Field(default=2, ge=1)

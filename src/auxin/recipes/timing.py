@@ -1,0 +1,173 @@
+"""How long a recipe will take on this machine: a few steps of its models are timed, with weights of no meaning."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from auxin.accounting.machine import available_memory
+from auxin.data.dataset import SampleForm
+from auxin.edits.structure import edited_skeleton
+from auxin.recipes.price import RecipePrice, StagePrice, price_recipe
+from auxin.recipes.schema import Recipe, TrainStage
+from auxin.recipes.stage_models import stage_configs
+from auxin.training.hardware import choose_device, choose_precision
+from auxin.training.optimizer import build_optimizer
+from auxin.training.settings import TrainingSettings
+
+PATIENCE = 30.0
+"""Seconds that all timing may take, about; one model gets a third of what is left of them."""
+TIMED = 3
+"""Micro-batches that are timed, after a first one that warms up."""
+MOST_MEMORY = 0.8
+"""Share of the machine's memory that a model may fill to be timed."""
+
+
+class Timer:
+    """Times stages; models that it has timed are not timed again.
+
+    Args:
+        threads: of the processes that will train; None: this one's.
+        patience: seconds that all timing may take, about.
+    """
+
+    def __init__(self, threads: int | None = None, patience: float = PATIENCE) -> None:
+        self._threads, self._left = threads, patience
+        self._speeds: dict[tuple[str, str], float | None] = {}
+
+    def price(self, recipe: Recipe) -> RecipePrice:
+        """`price_recipe` with the seconds of every train stage, as far as they can be told.
+
+        A stage whose model is too large, or goes by another model, or for which there was no time left, is taken to
+        train as many FLOPs per second as the largest model that was timed.
+        """
+        form = recipe.data.form()
+        structures = stage_configs(recipe, form)
+        price = price_recipe(recipe, form=form, structures=structures)
+        speeds = {}
+        with _threads(self._threads):
+            for stage in sorted(price.stages, key=lambda stage: stage.parameters):
+                if stage.kind == "train":
+                    config = structures[stage.branch][stage.stage]
+                    speeds[stage.branch, stage.stage] = self._speed(recipe, stage, config, form)
+        known = [speed for speed in speeds.values() if speed is not None]
+        stages = [
+            stage.model_copy(update={"seconds": stage.flops / (speeds[key] or known[-1])})
+            if (key := (stage.branch, stage.stage)) in speeds and known
+            else stage
+            for stage in price.stages
+        ]
+        return price.model_copy(update={"stages": stages})
+
+    def _speed(self, recipe: Recipe, stage: StagePrice, config: PreTrainedConfig, form: SampleForm) -> float | None:
+        """Training FLOPs per second of `stage`; None where they were not timed."""
+        found = next(one for one in recipe.branch(stage.branch).stages if one.name == stage.stage)
+        assert isinstance(found, TrainStage)
+        settings = recipe.training_settings(found, flops=stage.flops if found.flops_of is not None else None)
+        same = settings.model_dump(include={"objective", "batch_size", "micro_batch_size", "precision", "device"})
+        key = config.to_json_string(), repr(same)
+        if key not in self._speeds:
+            began, room = time.perf_counter(), self._left / 3
+            per_step = stage.flops / stage.steps
+            self._speeds[key] = None
+            if recipe.references(found) or not _fits(stage, settings) or room <= 0:
+                return None
+            micro = per_step * settings.samples_per_forward / settings.batch_size
+            if micro / _fastest(choose_device(settings.device)) * (1 + TIMED) < room:
+                # Memory that was promised may not be there, a model may not take zeros; training will tell.
+                with suppress(RuntimeError):
+                    seconds = seconds_per_step(edited_skeleton(config), settings, form, room)
+                    self._speeds[key] = per_step / seconds
+            self._left -= time.perf_counter() - began
+        return self._speeds[key]
+
+
+def seconds_per_step(model: PreTrainedModel, settings: TrainingSettings, form: SampleForm, room: float) -> float:
+    """How long an optimizer step of `settings` takes, the warm-up left out.
+
+    Args:
+        model: on the meta device; it gets random weights.
+        settings: of the stage.
+        form: of the samples.
+        room: seconds after which no further micro-batch is begun.
+    """
+    device = choose_device(settings.device)
+    objective = settings.objective.bind(model.config, form)
+    _fill(model)
+    torch.nn.Module.to(model, device).train()
+    optimizer = build_optimizer(model, settings)
+    example = {name: value.to(device) for name, value in objective.example(settings.samples_per_forward).items()}
+    half = choose_precision(settings.precision, device) == torch.bfloat16
+    started = time.perf_counter()
+    times: list[float] = []
+    with objective.learning(model):
+        while not times or (len(times) <= TIMED and time.perf_counter() - started < room):
+            began = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                loss = objective.loss(model, example)
+            loss.backward()
+            _wait(device)
+            times.append(time.perf_counter() - began)
+    optimizer.step()  # the first one allocates the moments
+    began = time.perf_counter()
+    optimizer.step()
+    _wait(device)
+    forwards = settings.batch_size / settings.samples_per_forward
+    timed = times[1:] or times
+    return forwards * sum(timed) / len(timed) + time.perf_counter() - began
+
+
+def _fill(model: nn.Module) -> None:
+    """Give what is on the meta device small random values; buffers that no checkpoint holds have theirs."""
+    filled: dict[int, torch.Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is None or not old.is_meta:
+                    continue
+                if id(old) not in filled:
+                    value = torch.zeros(old.shape, dtype=old.dtype)
+                    if isinstance(old, nn.Parameter):
+                        value = nn.Parameter(value.normal_(0, 0.02, generator=generator), old.requires_grad)
+                    elif value.is_floating_point():
+                        value.fill_(1.0)
+                    filled[id(old)] = value
+                tensors[name] = filled[id(old)]  # type: ignore[assignment]
+
+
+def _fits(stage: StagePrice, settings: TrainingSettings) -> bool:
+    """Whether the model has room; on a GPU that shows when it is tried."""
+    memory = available_memory()
+    if choose_device(settings.device).type == "cuda":
+        memory = torch.cuda.mem_get_info()[0]
+    return memory is None or stage.memory_bytes is None or stage.memory_bytes < MOST_MEMORY * memory
+
+
+def _fastest(device: torch.device) -> float:
+    """FLOPs per second of a plain product: no model trains faster by much."""
+    a = torch.ones(1024, 1024, device=device)
+    a @ a
+    _wait(device)
+    began = time.perf_counter()
+    a @ a
+    _wait(device)
+    return 2 * 1024**3 / (time.perf_counter() - began)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,66 @@
+"""How long a recipe takes on this machine is told from steps that were timed, and is told at all only then."""
+
+import pytest
+import torch
+
+from auxin.recipes import price_recipe, timing
+from auxin.recipes.timing import Timer, seconds_per_step
+from corpora import write_documents
+from recipes.test_runner import tiny_recipe
+from training.tiny import TinyData, tiny_settings, tiny_tokenformer
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return tiny_recipe(write_documents(tmp_path_factory.mktemp("corpus"), documents=2))
+
+
+def trained(price):
+    return [stage for stage in price.stages if stage.kind == "train"]
+
+
+def test_every_train_stage_is_told_a_time_and_the_rest_of_the_price_stays(recipe):
+    price = Timer().price(recipe)
+    assert all(stage.seconds > 0 for stage in trained(price))
+    assert price.seconds == pytest.approx(sum(stage.seconds for stage in trained(price)))
+    without = [stage.model_copy(update={"seconds": None}) for stage in price.stages]
+    assert price.model_copy(update={"stages": without}) == price_recipe(recipe)
+    assert price_recipe(recipe).seconds is None
+
+
+def test_the_time_is_that_of_the_steps(recipe, monkeypatch):
+    monkeypatch.setattr(timing, "seconds_per_step", lambda model, settings, form, room: 2.0)
+    price = Timer().price(recipe)
+    assert [stage.seconds for stage in trained(price)] == pytest.approx([2.0 * stage.steps for stage in trained(price)])
+    assert "take about" in str(price)
+
+
+def test_a_model_that_was_not_timed_is_as_fast_as_the_largest_that_was(recipe, monkeypatch):
+    sizes = sorted({stage.parameters for stage in trained(price_recipe(recipe))})
+    monkeypatch.setattr(timing, "seconds_per_step", lambda model, settings, form, room: 2.0)
+    monkeypatch.setattr(timing, "_fits", lambda stage, settings: stage.parameters == sizes[0])
+    stages = trained(Timer().price(recipe))
+    small = next(stage for stage in stages if stage.parameters == sizes[0])
+    for stage in stages:
+        assert stage.flops / stage.seconds == pytest.approx(small.flops / small.seconds)
+
+
+def test_a_model_that_runs_out_of_memory_is_not_timed(recipe, monkeypatch):
+    def full(model, settings, form, room):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(timing, "seconds_per_step", full)
+    assert Timer().price(recipe).seconds is None
+
+
+def test_where_nothing_can_be_timed_no_time_is_told(recipe):
+    price = Timer(patience=0.0).price(recipe)
+    assert price.seconds is None
+    assert "take about" not in str(price)
+
+
+def test_a_model_on_the_meta_device_is_stepped_with_its_ties_and_buffers():
+    model = tiny_tokenformer().to("meta")
+    settings = tiny_settings(steps=1, batch_size=4, micro_batch_size=2)
+    assert seconds_per_step(model, settings, TinyData().form, room=1.0) > 0
+    assert not any(tensor.is_meta for tensor in model.state_dict().values())
