@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from auxin.errors import DataError
+from auxin.foreign import offline, refuse_active_file, refuse_links_out
 
 SEPARATOR = "<|endoftext|>"
 """The special token of a trained tokenizer: ends each document, and begins and pads generated text."""
@@ -79,7 +80,8 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a folder or a `tokenizer.json`; nothing is fetched and no code of the folder is run.
 
     Raises:
-        DataError: nothing there, or not a fast tokenizer.
+        DataError: nothing there, not a fast tokenizer, one that is code of the folder's own, or a folder with links
+            that lead out of it (`auxin.foreign`).
     """
     if not path.exists():
         raise DataError(f"Tokenizer {path} does not exist. Give a folder or a tokenizer.json, or leave it out.")
@@ -88,12 +90,17 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         raise DataError(
             f"There is no tokenizer.json in {path}. Save the tokenizer there, or give another folder or file."
         )
+    if path.is_dir():
+        refuse_links_out(path, DataError, below=("additional_chat_templates",))
+        for name in ("config.json", "tokenizer_config.json"):
+            refuse_active_file(path / name, DataError)
     try:
         tokenizer: Any
         if path.is_file():
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
         else:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            with offline():
+                tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     # The Rust library raises bare Exception for a file that it can't read.
     except Exception as error:
         raise DataError(f"{path} holds no tokenizer that can be loaded: {type(error).__name__}: {error}") from error

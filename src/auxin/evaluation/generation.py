@@ -59,6 +59,7 @@ def generate_text(
                 max_new_tokens=max_new_tokens,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                trust_remote_code=False,
                 **sampling,
             )
     finally:
