@@ -31,8 +31,8 @@ from auxin.errors import DataError
 from auxin.settings import Settings
 
 FORMAT = 1
-_BATCH = 1024
-"""Texts encoded at a time."""
+_BATCH, _BATCH_CHARACTERS = 1024, 2**21
+"""Texts encoded at a time, and about how many characters of them."""
 _BETWEEN = b"\xff"
 """Stands between the texts of a pair; no byte of UTF-8."""
 LABEL, TOKENS = 0, 1
@@ -51,10 +51,10 @@ class LabelledTextSettings(TextSettings):
     kind: Literal["labelled_text"] = "labelled_text"
     """Says that these are labelled texts."""
     source: Literal["files", "huggingface"] = "files"
-    """`files`: the `.jsonl` and `.parquet` files among `paths`. `huggingface`: the dataset `name`."""
+    """`files`: the `.jsonl`, `.jsonl.gz` and `.parquet` files among `paths`. `huggingface`: the dataset `name`."""
     paths: tuple[Path, ...] = ()
-    """For `files`: files, folders (read recursively) and globs. Other files than `.jsonl` and `.parquet` hold no rows;
-    they are left out and counted."""
+    """For `files`: files, folders (read recursively) and globs. Other files than `.jsonl`, `.jsonl.gz` and `.parquet`
+    hold no rows; they are left out and counted."""
     context_length: int = Field(default=128, ge=2)
     """Tokens per text, special ones included: longer texts are cut, shorter ones padded, all batches have one shape."""
     text_pair_field: str | None = None
@@ -428,11 +428,13 @@ def _write_split(
 def _batches(spool: DocumentSpool) -> Iterator[list[list[str]]]:
     """[label, text, ...] of the documents, many at a time."""
     batch: list[list[str]] = []
+    waiting = 0
     for written in spool.texts():
         batch.append(json.loads(written))
-        if len(batch) == _BATCH:
+        waiting += len(written)
+        if len(batch) == _BATCH or waiting >= _BATCH_CHARACTERS:
             yield batch
-            batch = []
+            batch, waiting = [], 0
     if batch:
         yield batch
 
