@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 import auxin.data.labelled_text as labelled
 from auxin.data.collecting import CONFLICT, document_key, is_validation
 from auxin.data.dataset import DATASETS
-from auxin.data.labelled_text import LabelledData, LabelledTextSettings, prepare
+from auxin.data.labelled_source import LabelledTextSettings, label_name
+from auxin.data.labelled_text import LabelledData, prepare
 from auxin.data.padding import PaddingEncoder
 from auxin.errors import ConfigError, DataError
 from tiny_tokenizers import tiny_tokenizer
@@ -362,11 +363,11 @@ def test_the_fingerprint_follows_content_and_settings(tmp_path: Path, tokenizers
 
 def test_a_number_is_no_place_among_classes_that_are_numbers() -> None:
     numbers = LabelledTextSettings.parse({"paths": ["a.jsonl"], "labels": [1, 2, 3]})
-    assert labelled.label_name(1, "row 1", numbers) == "1"
+    assert label_name(1, "row 1", numbers) == "1"
     with pytest.raises(DataError, match="none of `labels`"):
-        labelled.label_name(0, "row 1", numbers)
+        label_name(0, "row 1", numbers)
     words = LabelledTextSettings.parse({"paths": ["a.jsonl"], "labels": ["no", "yes"]})
-    assert labelled.label_name(0, "row 1", words) == "no"
+    assert label_name(0, "row 1", words) == "no"
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "byte_level"])
@@ -375,7 +376,7 @@ def test_a_long_text_is_cut_before_it_is_encoded_and_loses_no_token(kind: str, m
     tokenizer = tiny_tokenizer(kind)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     texts = [["the tree and the leaf " * 30], [" " * 500 + "the tree"], ["short"]]
-    pairs = [[*text, "of the leaf " * 40] for text in texts]
+    pairs = [[*text, "of the leaf " * 40] for text in texts[1:]]
     for is_pair, rows in ((False, texts), (True, pairs)):
         whole = list(PaddingEncoder(tokenizer, 12, is_pair).encode(rows))
         with monkeypatch.context() as less:

@@ -14,13 +14,13 @@ CHILD = """
 import json, resource, sys
 from pathlib import Path
 from auxin.data import CorpusSettings, prepare
-from auxin.data.labelled_text import LabelledTextSettings, prepare as prepare_labelled
+from auxin.data.labelled_source import LabelledTextSettings
+from auxin.data.labelled_text import prepare as prepare_labelled
 
 def prepared(path, output, kind):
-    if kind == "labelled_text":
-        values = {"paths": [path], "tokenizer": sys.argv[1], "context_length": 64, "validation_fraction": 0.4}
-        return prepare_labelled(LabelledTextSettings(**values), output)
     values = {"paths": [path], "tokenizer": sys.argv[1], "context_length": 64, "validation_fraction": 0.4}
+    if kind == "labelled_text":
+        return prepare_labelled(LabelledTextSettings(**values), output)
     return prepare(CorpusSettings(source="files", **values), output)
 
 def peak():
@@ -60,7 +60,7 @@ def rows(path: Path, count: int, length: int, *longer: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["text", "labelled_text"])
-@pytest.mark.parametrize("megabytes", [12, pytest.param(60, marks=pytest.mark.whole)])
+@pytest.mark.parametrize("megabytes", [6, pytest.param(60, marks=pytest.mark.whole)])
 def test_a_long_line(megabytes, kind, tmp_path):
     """A few copies of the text, and the tokens of a part of it."""
     rows(tmp_path / "a.jsonl", 30, 300, megabytes * 1_000_000, megabytes * 1_000_000)

@@ -86,7 +86,8 @@ class PaddingEncoder:
             yield Padded([*found.ids, *padding], len(found.ids), second, bool(found.overflowing))
 
     def _begin(self, text: str) -> str:
-        """As much of a text as has more tokens than a sample: the rest is cut off, and would take its memory before."""
+        """As much of a text as has more tokens than a sample: the rest is cut off, and would take its memory before.
+        Of a pair of such texts, the longer of these begins keeps the odd token."""
         size = _ENOUGH
         while size < len(text) and len(self._plain.encode(text[:size], add_special_tokens=False)) <= self.length:
             size *= 2
