@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from auxin.data import CorpusSettings, DatasetSettings
-from auxin.data.labelled_text import LabelledTextSettings
+from auxin.data.labelled_source import LabelledTextSettings
 from auxin.methods.grow.masked import MaskRampSettings
 from auxin.methods.grow.tokenformer import OldTokenRatesSettings, TauAnnealSettings, TokenGrowth
 from auxin.models.tokenformer.presets import PRESETS

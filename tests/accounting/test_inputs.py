@@ -7,7 +7,7 @@ from transformers import PerceiverConfig, PerceiverModel, ResNetConfig
 
 from auxin.accounting import flops_per_token, training_memory
 from auxin.accounting.flops import countable_kernels
-from auxin.accounting.inputs import example_inputs, image_shape, text_length
+from auxin.accounting.inputs import example_inputs, image_shape, text_length, text_positions
 from auxin.errors import ConfigError, PlanError
 from tiny_kinds import DECODER_VOCABULARY, END, IMAGE_TOKEN, KINDS, VOCABULARY, tiny_kind
 from tiny_models import tiny
@@ -80,6 +80,11 @@ def test_positions_that_a_model_has(name, lengths):
     model = tiny_kind(name)
     assert (text_length(model, 64), text_length(model, 64, decoder=True)) == lengths
     assert text_length(model, 3) == 3
+    assert lengths[0] == 64 or text_positions(model) == lengths[0]
+
+
+def test_positions_without_a_bound_are_none():
+    assert text_positions(tiny_kind("XLNetLMHeadModel")) is None
 
 
 def test_numbers_have_the_type_of_the_model():

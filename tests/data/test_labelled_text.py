@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 import auxin.data.labelled_text as labelled
 from auxin.data.collecting import CONFLICT, document_key, is_validation
 from auxin.data.dataset import DATASETS
-from auxin.data.labelled_text import LabelledData, LabelledTextSettings, prepare
+from auxin.data.labelled_source import LabelledTextSettings, label_name
+from auxin.data.labelled_text import LabelledData, prepare
+from auxin.data.padding import PaddingEncoder
 from auxin.errors import ConfigError, DataError
 from tiny_tokenizers import tiny_tokenizer
 
@@ -245,7 +247,7 @@ def test_what_is_skipped_is_counted_and_named(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(settings_, Path(folder) / "data")
     assert {reason: skipped.count for reason, skipped in data.report.skipped.items()} == {
-        "neither .jsonl nor .parquet": 1,
+        "neither .jsonl, .jsonl.gz nor .parquet": 1,
         "no label": 1,
         "empty": 1,
         "text field is not a string": 1,
@@ -361,8 +363,22 @@ def test_the_fingerprint_follows_content_and_settings(tmp_path: Path, tokenizers
 
 def test_a_number_is_no_place_among_classes_that_are_numbers() -> None:
     numbers = LabelledTextSettings.parse({"paths": ["a.jsonl"], "labels": [1, 2, 3]})
-    assert labelled.label_name(1, "row 1", numbers) == "1"
+    assert label_name(1, "row 1", numbers) == "1"
     with pytest.raises(DataError, match="none of `labels`"):
-        labelled.label_name(0, "row 1", numbers)
+        label_name(0, "row 1", numbers)
     words = LabelledTextSettings.parse({"paths": ["a.jsonl"], "labels": ["no", "yes"]})
-    assert labelled.label_name(0, "row 1", words) == "no"
+    assert label_name(0, "row 1", words) == "no"
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "byte_level"])
+def test_a_long_text_is_cut_before_it_is_encoded_and_loses_no_token(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blanks are nothing to WordPiece, so that what is kept may begin far behind."""
+    tokenizer = tiny_tokenizer(kind)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    texts = [["the tree and the leaf " * 30], [" " * 500 + "the tree"], ["short"]]
+    pairs = [[*text, "of the leaf " * 40] for text in texts[1:]]
+    for is_pair, rows in ((False, texts), (True, pairs)):
+        whole = list(PaddingEncoder(tokenizer, 12, is_pair).encode(rows))
+        with monkeypatch.context() as less:
+            less.setattr("auxin.data.padding._ENOUGH", 20)
+            assert list(PaddingEncoder(tokenizer, 12, is_pair).encode(rows)) == whole

@@ -9,10 +9,12 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from auxin.data import tokenizer as tokenizers
 from auxin.data.packing import ContextWriter, DocumentSpool, SplitReport, pack, token_dtype
 from auxin.data.tokenizer import SEPARATOR, plain_backend, train_tokenizer
 from auxin.errors import DataError
 from oracles.byte_level import token_bytes
+from tiny_tokenizers import KINDS, TEXT, tiny_tokenizer
 
 TOKENIZER = train_tokenizer(["the cat sat on the mat, the cat sat on the hat: naïve café"] * 3, 300, 64)
 BACKEND = plain_backend(TOKENIZER)
@@ -119,3 +121,30 @@ def test_training_twice_gives_the_same_tokenizer_and_every_byte_can_be_encoded()
     assert isinstance(first.backend_tokenizer, Tokenizer)
     unseen = "".join(map(chr, range(0x20, 0x500))) + "\N{GRINNING FACE}"
     assert first.decode(first(unseen)["input_ids"]) == unseen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_document_in_pieces_has_the_tokens_of_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "\n".join(TEXT)
+    backend = plain_backend(tiny_tokenizer(kind))
+    whole = backend.encode(text, add_special_tokens=False).ids
+    monkeypatch.setattr(tokenizers, "PIECE", 60)
+    assert len(list(tokenizers.pieces(text))) > len(text) // 60
+    found = list(tokenizers.encode_documents(backend, [text, "", text], 100))
+    assert "".join(piece for piece, _, _ in found) == text * 2
+    ids = [token for _, ids, _ in found for token in ids]
+    # Llama 2's tokenizer puts a space before any text, and so before any piece.
+    assert ids == whole * 2 or (kind == "sentencepiece" and 0 < len(ids) - 2 * len(whole) < len(found))
+    assert [is_last for _, _, is_last in found].count(True) == 3
+    assert found[-1][2]
+
+
+def test_pieces_change_no_row_and_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = ["the cat sat on the mat " * 9, "the hat", "a" * 200, "naïve café " * 20]
+    array, report = packed(documents[:2] + documents[3:], 7)
+    monkeypatch.setattr(tokenizers, "PIECE", 40)
+    again, told = packed(documents[:2] + documents[3:], 7)
+    assert np.array_equal(array, again)
+    assert report == told
+    words, _ = packed(documents, 7)
+    assert documents_of(words.reshape(-1).tolist())[2] == b"a" * 200, "a word longer than a piece is cut, not lost"

@@ -1,5 +1,6 @@
 """Reading documents: every format, and a reason for everything that is left out."""
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -184,3 +185,25 @@ def test_tokenizers_that_can_not_be_used(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no end-of-text token"):
         load_tokenizer(tmp_path / "plain.json")
     assert json.loads(content)["model"]["type"] == "BPE"
+
+
+def test_rows_are_told_by_the_ending_in_letters_of_any_case(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text}).encode() for text in ("one", "two")]
+    (tmp_path / "a.JSONL").write_bytes(b"\n".join(lines))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines)))
+    (tmp_path / "c.Jsonl.GZ").write_bytes(gzip.compress(lines[0]) + gzip.compress(b"\nno json"))
+    write_parquet(tmp_path / "d.PARQUET", {"text": ["three"]})
+    (tmp_path / "e.txt.gz").write_bytes(gzip.compress(b"no rows"))
+    texts, skipped = read(tmp_path)
+    assert texts == ["one", "two"] * 2 + ["one", "three"]
+    assert skipped == {"c.Jsonl.GZ:2": "not valid JSON", "e.txt.gz": "not UTF-8"}
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-9], lambda data: b"{}" + data, lambda data: data[:20] + b"x" * 40]
+)
+def test_a_damaged_compressed_file_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    rows = "\n".join(json.dumps({"text": f"a text, number {number}"}) for number in range(900))
+    (tmp_path / "a.jsonl.gz").write_bytes(damage(gzip.compress(rows.encode())))
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz can't be read: .*restore it or leave it out"):
+        read(tmp_path)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, RobertaConfig, RobertaForCausalLM
 
 from auxin.data.tokenizer import train_tokenizer
 from auxin.errors import DataError
@@ -88,3 +88,19 @@ def test_files_are_scored_byte_by_byte(model: LlamaForCausalLM, tmp_path: Path) 
     (score,) = score_files(model, TOKENIZER, [tmp_path / "dos.txt"]).values()
     assert score == perplexity(model, TOKENIZER, text, 32)
     assert score.bytes == len(text)
+
+
+def test_positions_that_begin_behind_the_padding_are_not_counted(tmp_path: Path) -> None:
+    """RoBERTa's: 18 of them hold 16 tokens where the padding is token 1."""
+    values = {"vocab_size": 280, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "eos_token_id": 0}
+    config = RobertaConfig(**values, max_position_embeddings=18, pad_token_id=1, is_decoder=True)
+    model = RobertaForCausalLM(config).eval()
+    ids = TOKENIZER("the cat")["input_ids"]
+    expected = generate_text(model, TOKENIZER, "the cat", max_new_tokens=16 - len(ids), temperature=0)
+    assert generate_text(model, TOKENIZER, "the cat", temperature=0) == expected
+    with pytest.raises(DataError, match="exceed the model's 16 positions"):
+        generate_text(model, TOKENIZER, "the cat", max_new_tokens=17 - len(ids))
+    (tmp_path / "text.txt").write_text("the cat sat on the mat " * 9)
+    assert score_files(model, TOKENIZER, [tmp_path / "text.txt"])
+    with pytest.raises(DataError, match="context_length is 17, but the model has 16 positions"):
+        score_files(model, TOKENIZER, [tmp_path / "text.txt"], context_length=17)

@@ -53,6 +53,7 @@ def test_an_unknown_name_gets_the_nearest():
     [
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("METHOD = 1 / 0", "ZeroDivisionError"),
+        ("import sys\nsys.exit(3)", "SystemExit: 3"),
         ("METHOD = 3", "is a int, not an auxin.planning.method.Method"),
         ("", "has no attribute 'METHOD'"),
         (

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import BartConfig, BertConfig
+from transformers import BartConfig, BertConfig, RobertaConfig
 
 from auxin.data import SampleForm
 from auxin.errors import ConfigError
@@ -26,6 +26,11 @@ FORM = TinyData().form
 seeds = st.integers(0, 2**32)
 
 
+def tiny_roberta(positions: int) -> RobertaConfig:
+    """Its positions begin behind the padding's."""
+    return RobertaConfig(vocab_size=400, hidden_size=12, num_hidden_layers=1, max_position_embeddings=positions)
+
+
 def bound(form: SampleForm = FORM, **settings: object):
     config = BertConfig(vocab_size=400, max_position_embeddings=400)
     return MaskedLanguage(**settings).bind(config, form)
@@ -33,6 +38,11 @@ def bound(form: SampleForm = FORM, **settings: object):
 
 def texts(rows: int, length: int, vocabulary: int = VOCABULARY) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(5).integers(0, vocabulary, (rows, length)).astype(np.uint16))
+
+
+def test_samples_may_be_as_long_as_a_model_has_positions_for():
+    assert MaskedLanguage().bind(tiny_roberta(CONTEXT + 2), FORM) is not None
+    assert MaskedLanguage().bind(BertConfig(vocab_size=400, max_position_embeddings=CONTEXT), FORM) is not None
 
 
 @given(
@@ -146,6 +156,7 @@ def test_pieces_end_in_the_bits_of_the_whole(tmp_path):
         (BartConfig, "bart is an encoder-decoder"),
         (lambda: tiny_bert(vocab_size=VOCABULARY).config, "no room for the 1 tokens that masked_language needs.*65"),
         (lambda: tiny_bert(max_position_embeddings=8).config, "context_length is 16, but .*_embeddings is 8"),
+        (lambda: tiny_roberta(CONTEXT + 1), "context_length is 16, but .*is 17, which has room for 15 tokens"),
     ],
 )
 def test_models_that_can_not_learn_it_are_refused(config, message):

@@ -113,6 +113,7 @@ def child(request: dict) -> None:
         checkpoint_interval=5,
         evaluation_interval=6,
         log_interval=2,
+        num_workers=request.get("workers", 0),
         guard=GuardSettings(action="rewind", maximum_events=9),
         **objective,
     )

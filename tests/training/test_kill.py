@@ -225,3 +225,17 @@ def test_a_full_disk_loses_nothing_that_was_saved(run, alone, tmp_path):
     assert [path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")] == []
     assert run(folder)["code"] == 0
     assert_same(alone[0], folder)
+
+
+def test_processes_that_read_ahead_change_no_bit_and_hold_no_lock(run, alone, tmp_path):
+    """Left alone, killed between two checkpoints, and resumed at once: with them, with others and without."""
+    whole, calls, _ = alone
+    assert run(tmp_path / "read", workers=2)["code"] == 0
+    assert_same_end(tmp_path / "read", whole)
+    for number, (before, after) in enumerate([(2, 1), (1, 0), (0, 2)]):
+        folder = tmp_path / str(number)
+        killed = run(folder, workers=before, count=str(tmp_path / "calls"), kill_at=calls * (number + 3) // 8)
+        assert killed["code"] == SIGKILLED, killed["message"]
+        resumed = run(folder, workers=after)
+        assert resumed["code"] == 0, resumed["message"]
+        assert_same_end(folder, whole)

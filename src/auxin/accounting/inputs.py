@@ -115,8 +115,19 @@ def text_length(model: PreTrainedModel, most: int, decoder: bool = False) -> int
         most: what is wanted.
         decoder: of the sequences of an encoder-decoder's decoder.
     """
-    config = _text_config(model.config, decoder)
-    limits = [most]
+    positions = text_positions(model, decoder)
+    return most if positions is None else min(most, positions)
+
+
+def text_positions(model: nn.Module, decoder: bool = False) -> int | None:
+    """Tokens of the longest sequence that the model has positions for; None where nothing bounds them.
+
+    Args:
+        model: the model; of one without a config nothing is known but its table of positions.
+        decoder: of the sequences of an encoder-decoder's decoder.
+    """
+    config = _text_config(model.config, decoder) if isinstance(model, PreTrainedModel) else None
+    limits: list[int] = []
     # MPT has a name of its own.
     fields = ("max_position_embeddings", "max_seq_len", *(("max_target_positions",) if decoder else ()))
     for field in fields:
@@ -127,7 +138,7 @@ def text_length(model: PreTrainedModel, most: int, decoder: bool = False) -> int
         # RoBERTa's positions start behind the padding's.
         if path.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             limits.append(module.num_embeddings - module.padding_idx - 1)
-    return min(limits)
+    return min(limits, default=None)
 
 
 def call_arguments(model: nn.Module) -> tuple[str, ...]:

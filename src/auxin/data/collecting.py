@@ -13,8 +13,6 @@ from auxin.errors import DataError
 from auxin.settings import Settings
 
 _MAX_EXAMPLES = 10
-_NAMES_SHOWN = 3
-"""Names of skipped documents that are shown for each reason."""
 CONFLICT = "another label than an earlier one of the same text"
 
 
@@ -45,7 +43,7 @@ class ReadReport(Settings):
         limit."""
         parts = [f"{self.duplicates:,} duplicates"]
         for reason, skipped in self.skipped.items():
-            examples = ", ".join(skipped.examples[:_NAMES_SHOWN]) + (", ..." if skipped.count > _NAMES_SHOWN else "")
+            examples = ", ".join(skipped.examples) + (", ..." if skipped.count > len(skipped.examples) else "")
             parts.append(f"{skipped.count:,} skipped: {reason} ({examples})")
         if self.limit is not None:
             parts.append(f"everything after {self.limit} was reached")

@@ -146,11 +146,11 @@ def pack(
     """
     writer = ContextWriter(path, context_length, dtype)
     done = total = 0
-    recent: deque[tuple[str, int, int]] = deque()  # documents that may reach into the tail: text, first token, tokens
-    for text, ids in encode_documents(backend, spool.texts(), _BATCH_CHARACTERS):
-        writer.write([*ids, separator])
+    recent: deque[tuple[str, int, int]] = deque()  # pieces that may reach into the tail: text, first token, tokens
+    for text, ids, is_last in encode_documents(backend, spool.texts(), _BATCH_CHARACTERS):
+        writer.write([*ids, separator] if is_last else ids)
         recent.append((text, total, len(ids)))
-        total += len(ids) + 1
+        total += len(ids) + is_last
         while recent[0][1] + recent[0][2] < total - context_length:
             recent.popleft()
         done += len(text.encode())

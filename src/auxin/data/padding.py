@@ -14,6 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from auxin.data.tokenizer import load_tokenizer, plain_backend, read_tokenizer, vocabulary_fields
 from auxin.errors import DataError
 
+_ENOUGH = 2**16
+"""Characters at the begin of a text that are encoded at first."""
+
 
 def padding_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """As `read_tokenizer`, for texts of their own: it has special tokens, or an end-of-text token, and one to pad with
@@ -60,7 +63,7 @@ class PaddingEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, length: int, is_pair: bool) -> None:
         self.length, self.padding = length, int(tokenizer.pad_token_id)
         self.vocab_size = vocabulary_fields(tokenizer)["vocab_size"]
-        self._backend = plain_backend(tokenizer)
+        self._backend, self._plain = plain_backend(tokenizer), plain_backend(tokenizer)
         if not self._backend.num_special_tokens_to_add(is_pair=False):
             end = {"id": "end", "ids": [tokenizer.eos_token_id], "tokens": [tokenizer.eos_token]}
             self._backend.post_processor = processors.TemplateProcessing(
@@ -76,7 +79,16 @@ class PaddingEncoder:
 
     def encode(self, texts: Sequence[Sequence[str]]) -> Iterator[Padded]:
         """Each text, or pair of texts, on all threads."""
-        for found in self._backend.encode_batch([one[0] if len(one) == 1 else tuple(one) for one in texts]):
+        begins = [tuple(map(self._begin, one)) for one in texts]
+        for found in self._backend.encode_batch([one[0] if len(one) == 1 else one for one in begins]):
             padding = [self.padding] * (self.length - len(found.ids))
             second = found.type_ids.index(1) if 1 in found.type_ids else self.length
             yield Padded([*found.ids, *padding], len(found.ids), second, bool(found.overflowing))
+
+    def _begin(self, text: str) -> str:
+        """As much of a text as has more tokens than a sample: the rest is cut off, and would take its memory before.
+        Of a pair of such texts, the longer of these begins keeps the odd token."""
+        size = _ENOUGH
+        while size < len(text) and len(self._plain.encode(text[:size], add_special_tokens=False)) <= self.length:
+            size *= 2
+        return text[:size]

@@ -17,8 +17,8 @@ class SourceSettings(DatasetSettings):
     """`stdlib`: the running Python's own standard library (tests left out). `files`: local files named by `paths`.
     `huggingface`: the dataset `name`."""
     paths: tuple[Path, ...] = ()
-    """For `files`: files, folders (read recursively) and globs. `.jsonl` and `.parquet` hold one document per row,
-    every other file is one document."""
+    """For `files`: files, folders (read recursively) and globs. `.jsonl`, `.jsonl.gz` and `.parquet` hold one document
+    per row, every other file is one document."""
     name: str | None = None
     """For `huggingface`: the dataset's name on the Hub, or a local folder that `datasets.load_dataset` reads."""
     config: str | None = None

@@ -1,11 +1,14 @@
 """Documents and rows from the standard library, local files and Hugging Face datasets, with the reason if skipped."""
 
 import glob
+import gzip
 import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Collection, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,8 +56,8 @@ def read_documents(settings: SourceSettings) -> Iterator[Document]:
     for name, path in source_files(settings):
         if path is None:
             yield Document(name, None, _HIDDEN)
-        elif path.suffix in _ROW_READERS:
-            yield from map(_row_document, _ROW_READERS[path.suffix](name, path, fields))
+        elif (reader := _row_reader(path)) is not None:
+            yield from map(_row_document, reader(name, path, fields))
         else:
             yield _checked(name, _read(path))
 
@@ -62,7 +65,8 @@ def read_documents(settings: SourceSettings) -> Iterator[Document]:
 def read_rows(settings: SourceSettings, fields: Fields) -> Iterator[Row]:
     """Yield the values of `fields` of every row of the source, in a fixed order, one row at a time.
 
-    Rows are those of JSON lines, Parquet and Hugging Face datasets; other files have none and are skipped as a whole.
+    Rows are those of JSON lines (compressed by gzip or not), Parquet and Hugging Face datasets; other files have none
+    and are skipped as a whole.
 
     Raises:
         DataError: the source can't be found or reached, or its rows lack a field.
@@ -73,10 +77,10 @@ def read_rows(settings: SourceSettings, fields: Fields) -> Iterator[Row]:
     for name, path in source_files(settings):
         if path is None:
             yield Row(name, None, _HIDDEN)
-        elif path.suffix in _ROW_READERS:
-            yield from _ROW_READERS[path.suffix](name, path, fields)
+        elif (reader := _row_reader(path)) is not None:
+            yield from reader(name, path, fields)
         else:
-            yield Row(name, None, "neither .jsonl nor .parquet")
+            yield Row(name, None, "neither .jsonl, .jsonl.gz nor .parquet")
 
 
 def source_files(settings: SourceSettings) -> list[tuple[str, Path | None]]:
@@ -174,12 +178,19 @@ def _require(fields: Fields, known: Collection[str], where: str) -> None:
             raise DataError(f"{where} has no field {field!r}. Set `{setting}` to one of: {names}.")
 
 
-def _jsonl_rows(name: str, path: Path, fields: Fields) -> Iterator[Row]:
+@contextmanager
+def _lines(path: Path) -> Iterator[Iterable[bytes]]:
+    """The lines of a file that may be compressed; DataError when it can't be read or is damaged."""
     try:
-        lines = path.open("rb")
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror}. Make it readable or leave it out.") from error
-    with lines:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as lines:
+            yield lines
+    except (OSError, EOFError, zlib.error) as error:  # an EOFError: the compressed file ends too early
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path} can't be read: {reason}. Make it readable, restore it or leave it out.") from error
+
+
+def _jsonl_rows(name: str, path: Path, fields: Fields) -> Iterator[Row]:
+    with _lines(path) as lines:
         seen_a_row = seen_the_fields = False
         for number, line in enumerate(lines, start=1):
             row_name = f"{name}:{number}"
@@ -228,8 +239,14 @@ def _parquet_rows(name: str, path: Path, fields: Fields) -> Iterator[Row]:
         raise DataError(f"{path} is not a readable Parquet file: {error}") from error
 
 
-_ROW_READERS = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-"""By the suffix of files that hold rows."""
+_ROW_READERS = {".jsonl": _jsonl_rows, ".jsonl.gz": _jsonl_rows, ".parquet": _parquet_rows}
+"""By how the names of files that hold rows end, in letters of any case."""
+
+
+def _row_reader(path: Path) -> Callable[[str, Path, Fields], Iterator[Row]] | None:
+    """What reads the rows of a file; None where it holds none."""
+    name = path.name.lower()
+    return next((reader for ending, reader in _ROW_READERS.items() if name.endswith(ending)), None)
 
 
 def _huggingface_rows(settings: SourceSettings, fields: Fields) -> Iterator[Row]:

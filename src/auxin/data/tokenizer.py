@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from auxin.errors import DataError
+from auxin.foreign import offline, refuse_active_file, refuse_links_out
 
 SEPARATOR = "<|endoftext|>"
 """The special token of a trained tokenizer: ends each document, and begins and pads generated text."""
@@ -27,6 +29,11 @@ TOKENIZER_FILES = (
     "tiktoken.model",
 )
 """Files of which any one makes a tokenizer."""
+
+
+PIECE = 2**20
+"""Characters of a document that are encoded at a time: tokens and their offsets take many times the text's memory."""
+_BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, context_length: int) -> PreTrainedTokenizerFast:
@@ -47,7 +54,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, context_length: int) 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=SEPARATOR,
@@ -79,7 +86,8 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a folder or a `tokenizer.json`; nothing is fetched and no code of the folder is run.
 
     Raises:
-        DataError: nothing there, or not a fast tokenizer.
+        DataError: nothing there, not a fast tokenizer, one that is code of the folder's own, or a folder with links
+            that lead out of it (`auxin.foreign`).
     """
     if not path.exists():
         raise DataError(f"Tokenizer {path} does not exist. Give a folder or a tokenizer.json, or leave it out.")
@@ -88,12 +96,17 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         raise DataError(
             f"There is no tokenizer.json in {path}. Save the tokenizer there, or give another folder or file."
         )
+    if path.is_dir():
+        refuse_links_out(path, DataError, below=("additional_chat_templates",))
+        for name in ("config.json", "tokenizer_config.json"):
+            refuse_active_file(path / name, DataError)
     try:
         tokenizer: Any
         if path.is_file():
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
         else:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            with offline():
+                tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     # The Rust library raises bare Exception for a file that it can't read.
     except Exception as error:
         raise DataError(f"{path} holds no tokenizer that can be loaded: {type(error).__name__}: {error}") from error
@@ -124,24 +137,42 @@ def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     return backend
 
 
+def pieces(text: str) -> Iterator[str]:
+    """A long text in pieces of about `PIECE` characters, cut before a space between two words, where
+    tokenizers cut it themselves; one that puts a space before any text (Llama 2's) has a token more at each cut. A word
+    that is longer is cut, too; a text that is no longer is one piece."""
+    start = 0
+    while len(text) - start > PIECE:
+        found = _BETWEEN_WORDS.search(text, start + PIECE // 2, start + PIECE)
+        end = found.start() if found else start + PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
 def encode_documents(
     backend: Tokenizer, texts: Iterable[str], batch_characters: int
-) -> Iterator[tuple[str, Sequence[int]]]:
-    """Yield each text with its token ids, encoding about `batch_characters` at a time on all threads."""
-    batch: list[str] = []
+) -> Iterator[tuple[str, Sequence[int], bool]]:
+    """Yield the pieces of each text with their token ids, and whether a piece is the text's last, encoding about
+    `batch_characters` at a time on all threads."""
+    batch: list[tuple[str, bool]] = []
     waiting = 0
     for text in texts:
-        batch.append(text)
-        waiting += len(text)
-        if waiting >= batch_characters:
-            yield from _encode_batch(backend, batch)
-            batch, waiting = [], 0
+        done = 0
+        for piece in pieces(text):
+            done += len(piece)
+            batch.append((piece, done == len(text)))
+            waiting += len(piece)
+            if waiting >= batch_characters:
+                yield from _encode_batch(backend, batch)
+                batch, waiting = [], 0
     yield from _encode_batch(backend, batch)
 
 
-def _encode_batch(backend: Tokenizer, batch: list[str]) -> Iterator[tuple[str, Sequence[int]]]:
-    for text, encoding in zip(batch, backend.encode_batch_fast(batch, add_special_tokens=False), strict=True):
-        yield text, encoding.ids
+def _encode_batch(backend: Tokenizer, batch: Sequence[tuple[str, bool]]) -> Iterator[tuple[str, Sequence[int], bool]]:
+    encodings = backend.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
+    for (piece, is_last), encoding in zip(batch, encodings, strict=True):
+        yield piece, encoding.ids, is_last
 
 
 def vocabulary_fields(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:

@@ -24,6 +24,7 @@ from auxin.edits.trainer_optimizer import carry_trainer_optimizer
 from auxin.edits.unread import Reads, about_unread
 from auxin.errors import CheckpointError, PlanError
 from auxin.files import new_folder
+from auxin.foreign import refuse_links_out_anywhere
 from auxin.models.loading import existing_folder, load_config, load_model
 from auxin.models.weight_files import weight_files
 from auxin.sums import SUMS_FILE, damage
@@ -152,3 +153,4 @@ def _check_folders(source: Path, output: Path) -> None:
         raise CheckpointError(f"{output} lies in the folder that is read, {source}. Choose another output folder.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output} exists and is not empty. Choose another output folder, or remove it.")
+    refuse_links_out_anywhere(source)

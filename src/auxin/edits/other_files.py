@@ -68,6 +68,8 @@ def copy_other_files(source: Path, target: Path, rewritten: Set[Path]) -> list[s
 
 def _reason(path: Path, relative: Path) -> str | None:
     """Why a file or folder doesn't fit the new model; None where it does."""
+    if not path.is_file() and not path.is_dir():
+        return "it is neither a file nor a folder, or a link that leads nowhere."
     name, is_top = path.name.removesuffix(".index.json"), len(relative.parts) == 1
     if path.is_dir() and (path / ADAPTER).is_file():
         return "it is an adapter for the model before. Merge it before the change, or train one for the new model."

@@ -24,6 +24,7 @@ from auxin.edits.kinds.fills import ZeroFill
 from auxin.edits.kinds.parameter_edits import PadParameter, ParameterEdit, SliceParameter
 from auxin.edits.resolution import ResolvedPlan
 from auxin.errors import CheckpointError, PlanError
+from auxin.foreign import lies_outside
 from auxin.models.anatomy import anatomy
 
 MODULES = "modules.json"
@@ -86,6 +87,8 @@ def _modules(source: Path) -> list[_Module]:
     found = []
     for entry in listed if isinstance(listed, list) else []:
         folder = source / entry.get("path", "")
+        if lies_outside(folder, source):
+            raise CheckpointError(f"{source / MODULES} names {entry['path']!r}, which lies outside of the folder.")
         config = folder / "config.json"
         # That in the folder itself is the model's own.
         values = _read(config) if folder != source and config.is_file() else {}

@@ -19,6 +19,7 @@ from auxin.edits.kinds.module_edits import StructuralEdit
 from auxin.edits.mark import REPLAY_METHOD
 from auxin.edits.tensor_names import tensor_names
 from auxin.errors import CheckpointError, PlanError, unknown_name
+from auxin.foreign import refuse_active, refuse_setting
 from auxin.models.configs import edited_config as edited_config
 from auxin.models.deferred import undeferred
 from auxin.models.loading import REFUSALS, skeleton
@@ -43,10 +44,11 @@ def other_architecture(
     Values that both configs know by one name are carried over.
 
     Raises:
-        PlanError: there is no such architecture, it has no model for the same task, or its config refuses a value.
+        PlanError: there is no such architecture, it has no model for the same task, or a value is refused.
     """
     if model_type not in CONFIG_MAPPING:
         raise PlanError(unknown_name("architecture", model_type, CONFIG_MAPPING))
+    refuse_setting(values)
     cls = CONFIG_MAPPING[model_type]
     tasks = [mapping for mapping in vars(modeling_auto).values() if isinstance(mapping, _LazyAutoMapping)]
     same = (mapping for mapping in tasks if cls in mapping and mapping.get(type(model.config), None) is type(model))
@@ -65,7 +67,8 @@ def other_architecture(
 
 
 def config_from_values(values: dict[str, Any]) -> PreTrainedConfig:
-    """The config that `config_values` describes."""
+    """The config that `config_values` describes; PlanError where it names what would be fetched or run."""
+    refuse_active(values, "made_for", PlanError)
     # JSON has no infinity; configs write it in another way, and read it again only from their own files.
     values = PreTrainedConfig._decode_special_floats(values)
     rest = {key: value for key, value in values.items() if key != "model_type"}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from auxin.accounting.inputs import text_length
 from auxin.errors import DataError
 from auxin.evaluation.perplexity import Perplexity, perplexity
 
@@ -33,7 +34,7 @@ def score_files(
     """
     texts = {str(path): _read(Path(path)) for path in paths}
     if context_length is None:
-        context_length = min(LONGEST_WINDOW, getattr(model.config, "max_position_embeddings", None) or LONGEST_WINDOW)
+        context_length = text_length(model, LONGEST_WINDOW)
     return {path: perplexity(model, tokenizer, text, context_length, stride) for path, text in texts.items()}
 
 

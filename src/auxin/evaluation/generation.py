@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from auxin.accounting.inputs import text_positions
 from auxin.errors import DataError
 from auxin.evaluation.perplexity import refuse_no_causal_model
 
@@ -59,6 +60,7 @@ def generate_text(
                 max_new_tokens=max_new_tokens,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                trust_remote_code=False,
                 **sampling,
             )
     finally:
@@ -78,7 +80,7 @@ def _check_numbers(max_new_tokens: int | None, temperature: float, top_p: float,
 
 
 def _fitting_tokens(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int | None) -> int:
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = text_positions(model)
     if limit is None:
         return max_new_tokens or DEFAULT_NEW_TOKENS
     wanted = max_new_tokens or max(1, min(DEFAULT_NEW_TOKENS, limit - prompt_tokens))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
+from auxin.accounting.inputs import text_positions
 from auxin.accounting.results import perplexity_of
 from auxin.errors import DataError
 from auxin.models.evaluating import evaluating
@@ -109,7 +110,7 @@ def _windows(
 
 
 def _check_window(model: nn.Module, context_length: int, stride: int, batch_size: int) -> None:
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limit = text_positions(model)
     if limit is not None and context_length > limit:
         raise DataError(
             f"context_length is {context_length}, but the model has {limit} positions. Give {limit} or less."

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.errors import PlanError
+from auxin.foreign import refuse_setting
 from auxin.models.loading import REFUSALS, fill_buffers
 from auxin.models.scoped_config import config_at, scoped_config, unscoped
 
@@ -67,8 +68,9 @@ class Builder:
         """The module with `values` of the config, or of the constructor's arguments, changed.
 
         Raises:
-            PlanError: a value does not exist or is of the wrong type, or the class makes nothing of them.
+            PlanError: a value does not exist, is of the wrong type or none to set, or the class makes nothing of them.
         """
+        refuse_setting(values)
         for name in values:
             self.value(name)
         told = {name: value for name, value in values.items() if name not in self.arguments}

@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.errors import PlanError
+from auxin.foreign import refuse_setting
 from auxin.models.scoped_config import unscoped
 from auxin.words.paths import dotted
 
@@ -55,8 +56,9 @@ def edited_config(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTra
     """A new config of the same type with `values`, by dotted names, changed. Every config is made by its own class.
 
     Raises:
-        PlanError: a value does not exist, or its config refuses it.
+        PlanError: a value does not exist, its config refuses it, or it is none to set (`auxin.foreign`).
     """
+    refuse_setting(values)
     for key in values:
         config_holding(config, key)
     own = {key: copy.deepcopy(value) for key, value in values.items() if "." not in key}

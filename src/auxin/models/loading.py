@@ -8,9 +8,11 @@ from typing import Any, cast
 
 import torch
 import transformers
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -30,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from auxin.accounting.machine import available_memory
 from auxin.errors import CheckpointError, ConfigError
+from auxin.foreign import offline, refuse_active, refuse_active_file, refuse_files_elsewhere, refuse_links_out
 from auxin.models.stored_form import StoredForm
 from auxin.models.ties import TIED, UNTIED, configs_with_ties, unmarked, untie, untied_on_loading
 from auxin.models.weight_files import read_tensor, stored_tensors
@@ -62,14 +65,36 @@ def load_config(folder: str | Path) -> PreTrainedConfig:
     where the folder has any.
 
     Raises:
-        CheckpointError: the folder is missing, has no config.json, or holds one that transformers can't read.
+        CheckpointError: the folder is missing, has no config.json, holds one that transformers can't read or whose
+            model is code of the folder's own, or names what would be fetched or run (`auxin.foreign`).
     """
     folder = _model_folder(folder)
     try:
-        config = cast(PreTrainedConfig, AutoConfig.from_pretrained(folder, local_files_only=True))
-    except (OSError, ValueError, KeyError) as error:
+        with offline():
+            values, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
+            refuse_active(values, f"{folder}/config.json")
+            _refuse_own_code(values, folder)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except OfflineModeIsEnabled as error:
+        wanted = str(error).partition(": offline mode")[0]
+        raise CheckpointError(
+            f"{folder}/config.json names something on the Hub, and nothing is fetched for a folder ({wanted}). Say in "
+            "the config what it is: backbone_config in place of backbone, for example."
+        ) from error
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{folder}/config.json can't be read: {error}") from error
-    return _with_stored_ties(config, folder)
+    return _with_stored_ties(cast(PreTrainedConfig, config), folder)
+
+
+def _refuse_own_code(values: dict[str, Any], folder: Path) -> None:
+    """CheckpointError where the model is none of transformers', but code that the config names."""
+    model_type = str(values.get("model_type"))
+    if "auto_map" in values and model_type not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{folder}/config.json: model_type {model_type!r} is none of transformers', and auto_map names code of the "
+            "model's own, which is not run. Give a model that transformers has, or one that a package of yours "
+            "registers with it."
+        )
 
 
 def _with_stored_ties(config: PreTrainedConfig, folder: Path) -> PreTrainedConfig:
@@ -152,9 +177,9 @@ def _below_head(name: str, model: PreTrainedModel) -> str:
 def _from_pretrained(folder: Path, model_class: Any, **options: Any) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of the weights that the folder lacks."""
     try:
-        with no_progress_bar():
+        with no_progress_bar(), offline():
             model, info = model_class.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True, **options
+                folder, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -199,7 +224,7 @@ def skeleton(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None
         model_class: the class of the model; None means the one that the config was saved with.
     """
     config = copy.deepcopy(config)
-    with torch.device("meta"):
+    with torch.device("meta"), offline():
         model = new_model(config, model_class)
         untie(model)
     fill_buffers(model, "", model)
@@ -214,7 +239,7 @@ def new_model(config: PreTrainedConfig, model_class: type[PreTrainedModel] | Non
         model_class: the class of the model; None means the one that the config was saved with.
     """
     found: Any = model_class or model_class_of(config)
-    model = found(config) if issubclass(found, PreTrainedModel) else found.from_config(config)
+    model = found(config) if issubclass(found, PreTrainedModel) else found.from_config(config, trust_remote_code=False)
     return cast(PreTrainedModel, model)
 
 
@@ -310,4 +335,8 @@ def _model_folder(path: str | Path) -> Path:
         )
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: it is no model folder, or an incomplete copy of one.")
+    refuse_links_out(folder, below=("training",))
+    for index in sorted(folder.glob("*.index.json")):
+        refuse_files_elsewhere(index)
+    refuse_active_file(folder / "adapter_config.json")  # which transformers follows where peft is installed
     return folder

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
+from auxin.accounting.inputs import text_length
 from auxin.data import CorpusSettings, Dataset, prepare
 from auxin.data.dataset import SampleForm
 from auxin.data.loader import ShuffledBatches
@@ -179,7 +180,7 @@ class Calibration:
                 f"Text has no labels for a {type(model).__name__}: the standard corpus is for causal language models "
                 "and encoder-decoders. Make a calibration of batches with labels in Python (Calibration.of_batches)."
             )
-        corpus = _corpus(wanted, model.config, tokenizer)
+        corpus = _corpus(wanted, model, tokenizer)
         asked = CalibrationSettings.parse(wanted.model_dump(exclude={"corpus"}, exclude_unset=True))
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -227,13 +228,12 @@ def objective_for(config: PreTrainedConfig) -> ObjectiveSettings:
     return SpanCorruption() if is_encoder_decoder(config) else Causal()
 
 
-def _corpus(wanted: CorpusCalibration, config: PreTrainedConfig, tokenizer: Path) -> CorpusSettings:
+def _corpus(wanted: CorpusCalibration, model: PreTrainedModel, tokenizer: Path) -> CorpusSettings:
     """The corpus to prepare: in contexts of the length that is wanted, which a model may have too few positions for."""
     corpus = wanted.corpus or CorpusSettings(max_bytes=STANDARD_BYTES)
     changes: dict[str, Any] = {} if corpus.tokenizer is not None else {"tokenizer": tokenizer}
     if "context_length" not in corpus.model_fields_set:
-        limit = getattr(config, "max_position_embeddings", None) or STANDARD_LENGTH
-        changes["context_length"] = wanted.length or min(STANDARD_LENGTH, limit)
+        changes["context_length"] = wanted.length or text_length(model, STANDARD_LENGTH)
     return corpus.model_copy(update=changes)
 
 

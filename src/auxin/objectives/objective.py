@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.accounting.flops import BACKWARD_PER_FORWARD, forward_flops
+from auxin.accounting.inputs import text_length
 from auxin.data.dataset import SampleForm
 from auxin.errors import ConfigError
 from auxin.models.fingerprint import weights_fingerprint
-from auxin.models.loading import load_model
+from auxin.models.loading import REFUSALS, load_model, skeleton
 from auxin.settings import Settings
 from auxin.words.one_of import kinds_of
 from auxin.words.registry import Registry
@@ -230,11 +231,12 @@ class ObjectiveSettings(Settings):
         """Refuse samples that are longer than the model's positions, or tokens that it does not have."""
         positions = getattr(config, "max_position_embeddings", None)
         longest = self.longest(form)
-        if positions is not None and longest is not None and longest > positions:
+        if positions is not None and longest is not None and longest > (room := _room(config, positions, longest)):
             made = "" if longest == form.length else f" ({longest} after what {self.kind} makes of it)"
+            holds = "" if room == positions else f", which has room for {room} tokens"
             raise ConfigError(
                 f"The data's context_length is {form.length}{made}, but the model's max_position_embeddings is "
-                f"{positions}. Lower the first or raise the second."
+                f"{positions}{holds}. Lower the first or raise the second."
             )
         rows = getattr(config.get_text_config(), "vocab_size", None)
         if form.vocab_size is None or rows is None:
@@ -250,6 +252,18 @@ class ObjectiveSettings(Settings):
                 f"vocab_size: {rows} has no room for the {self.extra_tokens(form)} tokens that {self.kind} needs "
                 f"after the tokenizer's {form.vocab_size}. Build the model with a vocab_size of {needed} or more."
             )
+
+
+def _room(config: PreTrainedConfig, positions: int, longest: int) -> int:
+    """Tokens that a model of `config` has positions for; its skeleton is asked where it may have fewer than it says,
+    since they begin behind the padding's (RoBERTa), and that matters for sequences of `longest` tokens."""
+    padding = getattr(config, "pad_token_id", None)
+    if longest > positions or padding is None or not 0 <= padding < positions or longest < positions - padding:
+        return positions
+    try:
+        return text_length(skeleton(config), positions)
+    except REFUSALS:
+        return positions  # what can't be built is refused, with its reason, where that is done
 
 
 def training_noise(seed: int, position: int) -> np.random.Generator:

@@ -12,6 +12,7 @@ from auxin.data.dataset import Dataset
 from auxin.edits.folder_store import TRAINING_FOLDER
 from auxin.edits.structure import edited_skeleton
 from auxin.files import new_folder
+from auxin.foreign import refuse_links_out_anywhere
 from auxin.models.loading import load_config, load_model, load_with_new_head
 from auxin.sums import damage, write_sums
 from auxin.training import write_checkpoint_folder
@@ -33,7 +34,8 @@ def adopt(source: Path, output: Path, config: PreTrainedConfig, data: Dataset, n
         seed: of the new head.
 
     Raises:
-        CheckpointError: it can't be loaded, or lacks a weight that its own class has, or a weight is not finite.
+        CheckpointError: it can't be loaded, lacks a weight that its own class has, holds one that is not finite, or has
+            a link that leads out of it.
     """
     ledger = books_in(source)
     saved, notes = load_config(source), [f"started from {source}"]
@@ -65,6 +67,7 @@ def adopt(source: Path, output: Path, config: PreTrainedConfig, data: Dataset, n
     )
     if not keeps_its_head:
         return write_checkpoint_folder(output, model, processor=data.processor(), ledger=ledger.append(record))
+    refuse_links_out_anywhere(source)
     with new_folder(output) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
         ledger.append(record).save(folder)

@@ -115,7 +115,9 @@ def _configured(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--model {path} can't be read: {error}. Give a model's config.json.") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise ConfigError(f"--model {path} has no model_type: it is no config of a transformers model.")
-    return {"model_type": config.pop("model_type"), "config": {k: v for k, v in config.items() if k != "vocab_size"}}
+    # A saved config also says where its model was from, which a new one is not.
+    own = {k: v for k, v in config.items() if k not in ("model_type", "vocab_size", "auto_map") and k[:1] != "_"}
+    return {"model_type": config["model_type"], "config": own}
 
 
 def apply_override(values: dict[str, Any], override: str, option: str = "--set") -> None:

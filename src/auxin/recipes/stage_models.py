@@ -13,6 +13,7 @@ from auxin.data.dataset import SampleForm
 from auxin.edits import Plan, planned_config
 from auxin.edits.structure import edited_config, edited_skeleton, structural_edits
 from auxin.errors import ConfigError, PlanError, unknown_name
+from auxin.foreign import refuse_setting
 from auxin.methods import method as find_method
 from auxin.methods.grow.tokenformer import plan_token_growth, token_growth_to
 from auxin.models.loading import REFUSALS, load_config, task_classes
@@ -158,6 +159,7 @@ def built_config(
     Raises:
         ConfigError: it can't be built.
     """
+    refuse_setting(stage.config, f"build stage {stage.name!r}: config: ", ConfigError)
     decided = {**form.config_values, **objective.config_values(form)}
     if form.vocab_size is not None:
         decided["vocab_size"] = _padded(form.vocab_size + objective.extra_tokens(form), stage)

@@ -571,7 +571,10 @@ class _Loop:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
 
     def _draw_from(self, position: int) -> None:
-        loader = make_loader(self.data.split("train"), self.settings.batch_size, self.settings.seed, position=position)
+        settings = self.settings
+        loader = make_loader(
+            self.data.split("train"), settings.batch_size, settings.seed, position, settings.num_workers
+        )
         self.batches = iter(loader)
 
 

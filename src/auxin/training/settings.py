@@ -92,6 +92,9 @@ class TrainingSettings(Settings):
     """auto: CUDA where there is one."""
     compile: bool = False
     """Run the model through torch.compile."""
+    num_workers: int = Field(default=0, ge=0)
+    """Processes that read batches ahead of the training; 0 reads them in the training's own. The order of samples does
+    not depend on it."""
     evaluation_interval: int | None = Field(default=None, ge=1)
     """Steps between evaluations on the validation split; None evaluates only at the start and at the end."""
     evaluation_batches: int | None = Field(default=None, ge=1)

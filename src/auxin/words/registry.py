@@ -67,8 +67,8 @@ class Registry(Generic[Thing]):
                     if owners.get(name, package) != package:
                         raise TypeError(f"{owners[name]} has a {self.kind} of that name already; rename one of them")
                     found[name], owners[name] = thing, package
-            except Exception as error:
-                # Another package's fault must not take what works with it.
+            except (Exception, SystemExit) as error:
+                # Another package's fault must not take what works with it, nor end the program.
                 warnings.warn(
                     f"The {self.kind} {entry.name!r} of the package {package} was left out: {type(error).__name__}: "
                     f"{error}. Mend or uninstall {package}.",

@@ -1,0 +1,82 @@
+"""What text needs of memory does not grow with a document's length or with the number of files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from auxin.data.tokenizer import train_tokenizer
+
+# Prints the megabytes that preparing adds to the peak of a process which has imported everything and read a little.
+CHILD = """
+import json, resource, sys
+from pathlib import Path
+from auxin.data import CorpusSettings, prepare
+from auxin.data.labelled_source import LabelledTextSettings
+from auxin.data.labelled_text import prepare as prepare_labelled
+
+def prepared(path, output, kind):
+    values = {"paths": [path], "tokenizer": sys.argv[1], "context_length": 64, "validation_fraction": 0.4}
+    if kind == "labelled_text":
+        return prepare_labelled(LabelledTextSettings(**values), output)
+    return prepare(CorpusSettings(source="files", **values), output)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+source, small, folder, kind = map(str, sys.argv[2:6])
+prepared(small, Path(folder) / "small", kind)
+before = peak()
+report = prepared(source, Path(folder) / "data", kind).report
+print(json.dumps([peak() - before, report.documents]))
+"""
+WORDS = "the cat sat on the mat and the hat lay under a tree by the river "
+
+
+def added(source: Path, folder: Path, kind: str = "text") -> tuple[float, int]:
+    """Megabytes, and the documents that were kept."""
+    train_tokenizer([WORDS * 3], 300, 64).save_pretrained(folder / "tokenizer")
+    rows(folder / "small.jsonl", 30, 300)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CHILD]
+        + [str(path) for path in (folder / "tokenizer", source, folder / "small.jsonl", folder, kind)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    megabytes, documents = json.loads(done.stdout)
+    return megabytes, documents
+
+
+def rows(path: Path, count: int, length: int, *longer: int) -> None:
+    """Labelled rows of `count` texts of about `length` characters, and one of each of the `longer` lengths."""
+    with path.open("w") as file:
+        for number, size in enumerate([*([length] * count), *longer]):
+            text = f"{number} {WORDS * (size // len(WORDS) + 1)}"
+            file.write(json.dumps({"text": text, "label": number % 2}) + "\n")
+
+
+@pytest.mark.parametrize("kind", ["text", "labelled_text"])
+@pytest.mark.parametrize("megabytes", [6, pytest.param(60, marks=pytest.mark.whole)])
+def test_a_long_line(megabytes, kind, tmp_path):
+    """A few copies of the text, and the tokens of a part of it."""
+    rows(tmp_path / "a.jsonl", 30, 300, megabytes * 1_000_000, megabytes * 1_000_000)
+    found, documents = added(tmp_path / "a.jsonl", tmp_path, kind)
+    assert documents == 32
+    assert found < 400 + 8 * megabytes, found
+
+
+@pytest.mark.parametrize("files", [5_000, pytest.param(100_000, marks=pytest.mark.whole)])
+def test_many_files(files, tmp_path):
+    """Names, sizes and digests."""
+    for number in range(files):
+        if number % 1000 == 0:
+            folder = tmp_path / "texts" / f"{number // 1000:03}"
+            folder.mkdir(parents=True)
+        (folder / f"{number}.txt").write_text(f"{number} {WORDS}")
+    found, documents = added(tmp_path / "texts", tmp_path)
+    assert documents == files
+    assert found < 100 + files * 0.003, found
