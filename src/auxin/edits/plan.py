@@ -3,7 +3,7 @@
 import shutil
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr
 from torch import nn
@@ -21,6 +21,7 @@ from auxin.edits.structure import config_from_values, edited_skeleton
 from auxin.edits.tensor_names import collapse, shapes_of
 from auxin.errors import PlanError
 from auxin.settings import Settings
+from auxin.yaml_files import LARGE
 
 Promise = Literal["exact", "approximate", "none"]
 
@@ -28,6 +29,7 @@ Promise = Literal["exact", "approximate", "none"]
 class Plan(Settings):
     """What a method wants done to a model; pure data, to be read, edited by hand, saved and applied."""
 
+    largest_file: ClassVar[int] = LARGE
     method: str
     """The method that made the plan."""
     settings: dict[str, Any] = {}

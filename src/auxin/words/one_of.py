@@ -7,8 +7,9 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
-from auxin.errors import AuxinError, ConfigError
-from auxin.settings import Settings, wrong_fields
+from auxin.errors import AuxinError, ConfigError, shown
+from auxin.field_errors import wrong_fields
+from auxin.settings import Settings
 from auxin.words.registry import Registry
 
 
@@ -44,7 +45,7 @@ class OneOf:
         values = {"kind": values} if isinstance(values, str) else values
         if not isinstance(values, Mapping):
             raise _one_of(
-                [("", f"{values!r} is neither a mapping with `kind` nor the name of a {self.registry.kind}.")]
+                [("", f"{shown(values)} is neither a mapping with `kind` nor the name of a {self.registry.kind}.")]
             )
         kind = values.get("kind", self.default)
         if not isinstance(kind, str):
