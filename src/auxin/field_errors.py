@@ -85,7 +85,10 @@ def _told(item: Any, cls: type[BaseModel]) -> Iterator[tuple[str, str, str]]:
         yield context["discriminator"].strip("'"), "required, but not given.", ""
     elif kind == "union_tag_invalid":
         tags = [tag.strip("' ") for tag in context["expected_tags"].split(",")]
-        hint, known = near_name(context["tag"], tags), "" if len(tags) > MOST_NAMES // 2 else f" of {', '.join(tags)}"
+        hint, known = (
+            near_name(context["tag"], tags),
+            f" of {', '.join(tags) if len(tags) <= MOST_NAMES // 2 else f'the {len(tags)} kinds'}",
+        )
         yield context["discriminator"].strip("'"), f"{shown(context['tag'])} is none{known}.{hint}", ""
     elif kind in ("value_error", "assertion_error"):
         # A check of several fields at once names them itself; repeating the whole mapping would bury its message.
@@ -178,7 +181,7 @@ def _written_path(loc: Sequence[str | int], values: Any, kind: str) -> list[str]
 
 
 def _named_place(loc: Sequence[str | int], values: Any) -> str:
-    """The names of what lies around a place: "grown/base: " for a stage of a branch."""
+    """The names of what lies around a place, two of them at most: "grown/base: " for a stage of a branch."""
     names: list[str] = []
     node = values
     for part in loc:
@@ -188,4 +191,4 @@ def _named_place(loc: Sequence[str | int], values: Any) -> str:
             node = node[part]
             name = node.get("name", node.get("kind") if names else None) if isinstance(node, dict) else None
             names += [shown(name, quoted=False)] if name and isinstance(name, str) else []
-    return "/".join(names) + ": " if names else ""
+    return "/".join(names[:2]) + ": " if names else ""

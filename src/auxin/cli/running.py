@@ -45,6 +45,7 @@ def run(
 ) -> None:
     """Run a recipe: train, change and compare its branches, and write a report. Resumes where it stopped."""
     from auxin.recipes import load_recipe, part_of, price_recipe, price_seeds, run_recipe, run_seeds
+    from auxin.recipes.beforehand import check_sources
 
     changes, given = list(overrides or []), _seeds(seeds)
     if seed is not None and given is not None:
@@ -60,6 +61,7 @@ def run(
             "with one seed."
         )
     if dry_run:
+        check_sources(loaded)
         price = price_recipe(part_of(loaded, branches)) if loaded.seeds is None else price_seeds(loaded, branches)
         print(price.model_dump_json(indent=2) if as_json else price)
         return

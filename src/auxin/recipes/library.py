@@ -107,7 +107,7 @@ def apply_override(values: dict[str, Any], override: str, option: str = "--set")
     given = f"{option} {shown(override)}"
     *path, last = key.split(".")
     if not equals or not all([*path, last]):
-        example = key if key and all(key.split(".")) else "KEY"
+        example = key if all(key.split(".")) and shown(key, quoted=False) == key else "KEY"
         raise ConfigError(f"{given} is no key=value. Write {option} {example}=VALUE, without spaces around the =.")
     if len(path) > DEEPEST:
         raise ConfigError(f"{given}: the key has {len(path) + 1} parts, and {DEEPEST} are the most.")
@@ -130,6 +130,6 @@ def apply_override(values: dict[str, Any], override: str, option: str = "--set")
 def _index(part: str, target: list[Any], given: str) -> int:
     """The number of the list's item that `part` names."""
     if not (part.isascii() and part.isdigit() and len(part) < 10 and int(part) < len(target)):
-        there = f"There are 0 to {len(target) - 1}" if target else "The list is empty"
+        there = f"Its last is {len(target) - 1}" if target else "Set the list as a whole"
         raise ConfigError(f"{given}: {shown(part)} is no index of a list of {len(target)}. {there}.")
     return int(part)

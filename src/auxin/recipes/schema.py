@@ -174,7 +174,7 @@ class Branch(Settings):
             raise ValueError("a branch begins with one build stage, or with `fork` and no build stage")
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
-            raise ValueError(f"stage names of a branch must differ; given: {names}")
+            raise ValueError(f"stage names of a branch must differ; given: {shown(names)}")
         return self
 
 
@@ -221,7 +221,7 @@ class Recipe(Settings):
     def _measures_once(self) -> Self:
         kinds = [measure.kind for measure in self.measures]
         if len(set(kinds)) != len(kinds):
-            raise ValueError(f"measures must differ; given: {kinds}")
+            raise ValueError(f"measures must differ; given: {shown(kinds)}")
         return self
 
     @model_validator(mode="after")
@@ -229,7 +229,7 @@ class Recipe(Settings):
         if self.seeds is not None and self.seed:
             raise ValueError(f"seed ({self.seed}) and seeds ({self.seeds}) contradict each other. Give one of them")
         if self.seeds is not None and len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds must differ; given: {self.seeds}")
+            raise ValueError(f"seeds must differ; given: {shown(self.seeds)}")
         return self
 
     @model_validator(mode="after")
