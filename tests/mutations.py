@@ -215,7 +215,7 @@ WORDS = [
 
 
 def mutated_words(draw: random.Random, words: list[str], files: list[str]) -> list[str]:
-    """A command line's words, some left out, doubled, misspelt, or replaced by odd ones or by other `files`; values more
+    """A command line's words, some left out, doubled, misspelt, or replaced by odd ones or other `files`; values more
     often than options, which are soon refused."""
     words = list(words)
     for _ in range(draw.choice([1, 1, 2, 3])):

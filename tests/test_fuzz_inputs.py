@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import traceback
@@ -31,7 +32,7 @@ from mutations import mutated, mutated_text, mutated_words
 from tiny_models import tiny
 from tiny_tokenizers import tiny_tokenizer
 
-TRIED = int(os.environ.get("AUXIN_FUZZ", 60))
+TRIED = int(os.environ.get("AUXIN_FUZZ", 24))
 SEED = int(os.environ.get("AUXIN_FUZZ_SEED", 0))
 SECONDS = 20
 """Of this process's own work, which no refusal and no tiny recipe takes."""
@@ -128,8 +129,6 @@ class Place:
 
     def clean(self) -> None:
         """Remove what a command wrote; fails where it changed what was there."""
-        import shutil
-
         for path in sorted(self.folder.rglob("*"), reverse=True):
             if str(path) not in self.before and path.name != "input.yaml" and (path.exists() or path.is_symlink()):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

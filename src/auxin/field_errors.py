@@ -48,20 +48,22 @@ def wrong_fields(error: ValidationError, cls: type[BaseModel], values: Any) -> l
         for inner, wanted, received in _told(item, cls):
             field = place + ".".join([*parts, *([inner] if inner else [])])
             told.setdefault((field, received), {})[wanted] = None
-    lines = [(field, _joined(list(wanted), received)) for (field, received), wanted in told.items()]
-    if len(lines) > MOST_LINES:
-        lines[MOST_LINES:] = [("", f"and {len(lines) - MOST_LINES:,} more wrong fields")]
-    return lines
+    return [(field, _joined(list(wanted), received)) for (field, received), wanted in told.items()]
 
 
 def describe(error: ValidationError, cls: type[BaseModel], source: str | None, values: Any, within: str = "") -> str:
     """Turn a pydantic error on `values` into one line that names each wrong field, its value and the nearest right
     one; the fields lie `within` a dotted one."""
     head = f"{source}: " if source else ""
-    lines = [
-        (".".join(part for part in (within, field) if part), text) for field, text in wrong_fields(error, cls, values)
-    ]
-    return head + "; ".join(f"{field}: {text}" if field else text for field, text in lines)
+    return head + in_one_line(wrong_fields(error, cls, values), within)
+
+
+def in_one_line(lines: Sequence[tuple[str, str]], within: str = "") -> str:
+    """The first of some wrong fields, each with what is wrong, and how many more there are."""
+    fields = [(".".join(part for part in (within, field) if part), text) for field, text in lines[:MOST_LINES]]
+    told = [f"{field}: {text}" if field else text for field, text in fields]
+    more = [f"and {len(lines) - MOST_LINES:,} more wrong fields"] if len(lines) > MOST_LINES else []
+    return "; ".join([*told, *more])
 
 
 def _joined(wanted: list[str], received: str) -> str:

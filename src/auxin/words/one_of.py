@@ -8,7 +8,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
 from auxin.errors import AuxinError, ConfigError, shown
-from auxin.field_errors import wrong_fields
+from auxin.field_errors import in_one_line, wrong_fields
 from auxin.settings import Settings
 from auxin.words.registry import Registry
 
@@ -91,13 +91,8 @@ def parse_one(one_of: OneOf, values: Any, source: str) -> Any:
     try:
         return one_of.parse(values)
     except PydanticCustomError as error:
-        raise ConfigError("; ".join(_joined(source, field, text) for field, text in error.context["lines"])) from error  # type: ignore[index]
+        raise ConfigError(in_one_line(error.context["lines"], source)) from error  # type: ignore[index]
 
 
 def _one_of(lines: list[tuple[str, str]]) -> PydanticCustomError:
     return PydanticCustomError("one_of", "one of several settings", {"lines": lines})
-
-
-def _joined(place: str, field: str, text: str) -> str:
-    where = ".".join(part for part in (place, field) if part)
-    return f"{where}: {text}" if where else text
