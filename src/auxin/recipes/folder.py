@@ -1,5 +1,6 @@
 """The folder of a run: whose it is, what of it is begun, and what of its recipe may still change."""
 
+import contextlib
 import json
 import math
 import re
@@ -172,7 +173,7 @@ def _how_to_go_on(recipe: Recipe, directory: Path, changed: Iterable[str]) -> st
     if not any(field.rpartition(".")[2] in BUDGETS for field in changed):
         return ""
     for branch in recipe.branches:
-        if is_finished(directory, branch):
+        with contextlib.suppress(CheckpointError):  # not finished, or damaged, which is not what is asked here
             checkpoint = left_checkpoint(directory, branch, branch.stages[-1])
             return f" To train a finished model on, start from it: auxin train --model {checkpoint} -o ANOTHER."
     return ""
