@@ -9,8 +9,8 @@ ROOT = Path(auxin.__file__).parent
 # A room may import rooms of lower floors and its own. Rooms of one floor don't know each other.
 FLOORS = [
     {"errors"},
-    {"files", "foreign"},
-    {"sums"},
+    {"files", "foreign", "field_errors"},
+    {"sums", "yaml_files"},
     {"settings"},
     {"words"},
     {"nn", "accounting"},

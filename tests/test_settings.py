@@ -30,12 +30,12 @@ class Plant(Settings):
     ("part", "message"),
     [
         ({"kind": "shoot", "leaves": 1, "leafs": 2}, "parts.0.leafs: unknown field. Did you mean 'leaves'?"),
-        ({"kind": "shoot", "leaves": "x"}, "parts.0.leaves: Input should be a valid integer"),
+        ({"kind": "shoot", "leaves": "x"}, "parts.0.leaves: must be a whole number (received 'x')"),
         ({"kind": "shoot"}, "parts.0.leaves: required, but not given."),
-        ({"kind": "shot"}, "parts.0.kind: 'shot' is none of 'root', 'shoot'. Did you mean 'shoot'?"),
+        ({"kind": "shot"}, "parts.0.kind: 'shot' is none of root, shoot. Did you mean 'shoot'?"),
         ({"leaves": 1}, "parts.0.kind: required, but not given."),
         ({"kind": "shoot", "leaves": 1, "regime": "strait"}, "(received 'strait'). Did you mean 'straight'?"),
-        (5, "parts.0: Input should be"),
+        (5, "parts.0: must be a mapping, {field: value} (received 5)"),
     ],
 )
 def test_the_message_names_what_was_written(part, message):
@@ -51,7 +51,7 @@ def test_a_field_like_no_other_comes_with_those_there_are():
 
 
 def test_a_list_is_asked_for_as_one_writes_it():
-    with pytest.raises(ConfigError, match=r"^parts: Input should be a list, \[a, b\] \(received 'root'\)$"):
+    with pytest.raises(ConfigError, match=r"^parts: must be a list, \[a, b\] \(received 'root'\)$"):
         Plant.parse({"parts": "root"})
 
 
@@ -71,9 +71,8 @@ def test_another_file_is_told_by_what_it_lacks(tmp_path):
 
 
 def test_members_of_plain_unions_are_no_fields():
-    with pytest.raises(ConfigError, match=r"^height: .*; height: ") as raised:
+    with pytest.raises(ConfigError, match=r"^height: must be a whole number or a finite number \(received 'tall'\)$"):
         Plant.parse({"height": "tall"})
-    assert "height.int" not in str(raised.value)
 
 
 @pytest.mark.parametrize("text", ["height: 2026-99-99\n", "[" * 5000, "height: [\n", "height: 0b\n"])

@@ -1,7 +1,14 @@
 """Errors a user can cause. Each carries one message that names the field, the value received and the mend."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from typing import Any
+
+LONGEST_VALUE = 100
+"""Characters of a value in a message: what is longer would bury what is said about it."""
+MOST_NAMES = 24
+"""Names that a message lists, where it does not know a near one."""
 
 
 class AuxinError(Exception):
@@ -44,9 +51,51 @@ class TrainingError(AuxinError, RuntimeError):
     """Training stopped because it can't go on; the last checkpoint is usable."""
 
 
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """Within the context, the message of an AuxinError begins with `where`."""
+    try:
+        yield
+    except AuxinError as error:
+        raise type(error)(f"{where}{error}") from error
+
+
+def shown(value: Any, quoted: bool = True) -> str:
+    """`value` for a message: cut where it is long, and with nothing in it that a terminal would not show.
+
+    Args:
+        value: anything that was received.
+        quoted: text stands in quotes; else only where it holds what would not be seen.
+    """
+    try:
+        text = value if isinstance(value, str) and not quoted and value.isprintable() else repr(value)
+    except ValueError:  # of whole numbers, Python writes 4,300 digits at most
+        return "a number of more digits than can be written"
+    if len(text) <= LONGEST_VALUE:
+        return text
+    return f"{text[: LONGEST_VALUE - 20]} ... ({len(text):,} characters)"
+
+
+def reason(error: Exception) -> str:
+    """Why something can't be read or written, without the number of the error and the path, which the message has."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def near_name(name: Any, known: Iterable[str]) -> str:
+    """The hint at the name of `known` that is nearest to `name`, behind a space; empty where none is near."""
+    # Longer words take long to compare, and nothing that anybody meant.
+    near = get_close_matches(str(name)[:LONGEST_VALUE], sorted(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """Say that `name` is no known `kind`, with the nearest names and the whole list."""
+    """Say that `name` is no known `kind`, with the nearest names; with the list where it is short, or none is near."""
     names = sorted(known)
-    near = get_close_matches(name, names, n=3)
+    if not names:
+        return f"Unknown {kind} {shown(name)}: there is none."
+    near = get_close_matches(name[:LONGEST_VALUE], names, n=3)
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names)}."
+    if near and len(names) > MOST_NAMES:
+        return f"Unknown {kind} {shown(name)}.{hint}"
+    rest = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return f"Unknown {kind} {shown(name)}.{hint} Known: {', '.join(names[:MOST_NAMES])}{rest}."

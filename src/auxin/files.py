@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from auxin.errors import CheckpointError
+from auxin.errors import CheckpointError, ConfigError, reason
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp")
 
@@ -32,17 +32,36 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def make_folder(folder: Path, asked: Path | None = None) -> None:
+    """Make `folder`, and those above it, where they are not there.
+
+    Args:
+        folder: its path.
+        asked: the path that the message names; default: `folder`.
+
+    Raises:
+        ConfigError: it can't be made: a file is in the way, or the place takes no folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        path = folder if asked is None else asked
+        blocking = next((above for above in (path, *path.parents) if above.is_file()), None)
+        why = reason(error) if blocking is None else f"{blocking} is a file"
+        raise ConfigError(f"The folder {path} can't be made: {why}. Give another one.") from error
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """An empty sibling of `path` that takes its name, flushed to the disk, when the body succeeds, and vanishes else.
 
     Raises:
         CheckpointError: `path` is there already and is not an empty folder.
+        ConfigError: it can't be made.
     """
     path = path.resolve()  # "." has no name of its own, and a link to a folder can't be replaced by one
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"{path} exists and is not an empty folder. Remove it or give another one.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(path) as temporary:
         yield temporary
         flush_tree(temporary)
@@ -56,11 +75,14 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
     It is locked while the body runs, and a lock ends with its process, so that whoever comes next can tell what a dead
     one left: leftovers of the same name are removed first.
+
+    Raises:
+        ConfigError: it can't be made.
     """
     sweep(path.parent, path.name)
     while True:
         temporary = _temporary_name(path)
-        temporary.mkdir()
+        make_folder(temporary, path)
         lock = _lock(temporary, wait=True)
         if temporary.exists():
             break

@@ -6,7 +6,7 @@ import torch
 import auxin
 from auxin.edits import ArrangeLayers, Plan, ScaleParameter, apply
 from auxin.edits.folder_executor import apply_to_checkpoint
-from auxin.errors import PlanError
+from auxin.errors import AuxinError, PlanError
 from tiny_models import logits, tiny
 
 
@@ -52,3 +52,20 @@ def test_what_a_plan_leaves_alone_may_differ():
 def test_a_plan_written_by_hand_is_for_any_model_that_it_fits():
     edits = [ArrangeLayers(layers="model.layers", order=[0, 1, 1]), ScaleParameter(parameter="lm_head.*", factor=1.0)]
     apply(Plan(method="hand", promise="none", edits=edits), tiny("llama"))
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"model_type": "lama"}, r"made_for: model_type: Unknown architecture 'lama'\. Did you mean 'llama'"),
+        ({"hidden_size": 16}, r"made_for: model_type: Unknown architecture 'None'"),
+        ({"model_type": "llama", "hidden_size": "x"}, r"made_for: llama refuses its config: .*hidden_size"),
+        ({"model_type": "llama", "hidden_size": 16, "num_attention_heads": 3}, r"made_for: llama refuses its config"),
+        ({"model_type": "llama", "num_hidden_layers": 10**12}, r"made_for: num_hidden_layers = 1000000000000"),
+    ],
+)
+def test_what_a_plan_was_made_for_may_be_written_wrongly(values, reason):
+    plan = Plan(method="by hand", promise="none", edits=[], made_for=values)
+    for use in (lambda: apply(plan, tiny("llama")), lambda: str(plan)):
+        with pytest.raises(AuxinError, match=reason):
+            use()

@@ -78,10 +78,10 @@ def test_hooks_come_in_the_order_in_which_they_are_written_but_for_those_that_re
             "plan by tokenformer: hooks.0.kind: Unknown hook 'old_rate'. Did you mean 'old_",
         ),
         ({"kind": "old_rates", "ration": 0}, "hooks.0.ration: unknown field. Did you mean 'ratio'?"),
-        ({"kind": "old_rates", "ratio": 2}, "hooks.0.ratio: Input should be less than or equal to 1 .received 2"),
-        ({"kind": "old_rates", "ratio": 0, "steps": 0}, "hooks.0.steps: .* greater than or equal to 1"),
+        ({"kind": "old_rates", "ratio": 2}, "hooks.0.ratio: must be 1 or less .received 2"),
+        ({"kind": "old_rates", "ratio": 0, "steps": 0}, "hooks.0.steps: must be 1 or more .received 0"),
         ({"kind": "old_rates"}, "hooks.0.ratio: required"),
-        ({"kind": "train_only", "paths": []}, "hooks.0.paths: List should have at least 1 item"),
+        ({"kind": "train_only", "paths": []}, "hooks.0.paths: must be a list of 1 or more .received 0"),
         ({"ratio": 0}, "hooks.0.kind: required"),
     ],
 )

@@ -39,7 +39,7 @@ def changed(**changes):
         ({"branches__0__stages__1__settings": {"steps": 5, "learning_rat": 1}}, "Did you mean 'learning_rate'"),
         ({"branches__1__fork": "grwn/base"}, "Did you mean 'grown'"),
         ({"branches__1__fork": "grown/bse"}, "Did you mean 'base'"),
-        ({"branches__1__stages__0__flops_of": "dense"}, "Unknown branch 'dense'"),
+        ({"branches__1__stages__0__flops_of": "dense"}, "no branch stands above|Unknown branch 'dense'"),
         ({"branches__2__name": "grown"}, "stands twice"),
         ({"branches__1__fork": None}, "begins with one build stage"),
         ({"branches__0__stages__0__preset": "124m"}, "exactly one of preset, model_type, checkpoint and like"),

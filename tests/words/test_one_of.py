@@ -66,7 +66,7 @@ def test_a_mapping_without_a_kind_is_of_the_default_one_where_there_is_one():
     ("wears", "message"),
     [
         ({"kind": "coat", "warmht": 4}, "x.yaml: wears.warmht: unknown field. Did you mean 'warmth'?"),
-        ({"kind": "coat", "warmth": -1}, "x.yaml: wears.warmth: Input should be greater than or equal to 0"),
+        ({"kind": "coat", "warmth": -1}, "x.yaml: wears.warmth: must be 0 or more (received -1)"),
         ({"kind": "cot"}, "x.yaml: wears.kind: Unknown garment 'cot'. Did you mean 'coat'"),
         ({"warmth": 3}, "x.yaml: wears.kind: required, but not given. There are: belt, case, coat."),
         ({"kind": None}, "x.yaml: wears.kind: required, but not given."),

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from auxin.cli.printing import escaped, to_stderr
-from auxin.errors import AuxinError, CheckpointError
+from auxin.errors import AuxinError, CheckpointError, reason, shown
 
 app = typer.Typer(
     name="auxin",
@@ -51,7 +51,8 @@ def main() -> None:
     except (AuxinError, OSError) as error:
         if os.environ.get("AUXIN_DEBUG"):
             raise
-        Console(stderr=True, highlight=False).print(f"[bold red]auxin:[/] {escaped(str(error))}", soft_wrap=True)
+        message = str(error) if isinstance(error, AuxinError) else _of_a_file(error)
+        Console(stderr=True, highlight=False).print(f"[bold red]auxin:[/] {escaped(message)}", soft_wrap=True)
         sys.exit(error.exit_code if isinstance(error, AuxinError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -76,6 +77,13 @@ def _end(number: int, frame: FrameType | None) -> None:
     with contextlib.suppress(OSError):  # the terminal may be gone
         os.write(2, f"auxin: ended by {signal.Signals(number).name}; nothing half-written is left.\n".encode())
     sys.exit(128 + number)
+
+
+def _of_a_file(error: OSError) -> str:
+    """An error of the system's that no command foresaw, for whoever can mend it."""
+    path = next((name for name in (error.filename2, error.filename) if name is not None), None)
+    told = reason(error) if path is None else f"{shown(str(path), quoted=False)}: {reason(error)}"
+    return f"{told}. Give another path, or mend what is in the way (AUXIN_DEBUG=1 shows where it happened)."
 
 
 @app.callback(invoke_without_command=True)

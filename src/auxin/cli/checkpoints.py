@@ -136,6 +136,10 @@ def show(
         f"{found.parameters.total:,} parameters, {found.parameters.non_embedding:,} without embeddings; "
         f"{found.flops_per_token:.4g} FLOPs per {found.unit} forward{at}"
     )
+    if not found.has_weights:
+        print(
+            f"{checkpoint} holds no weights in safetensors files: it is a config alone, or they are in another format."
+        )
     if found.token_groups:
         rows = [
             [g.slot, f"{sum(g.sizes):,}", " + ".join(map(str, g.sizes)), ", ".join(f"{tau:.4g}" for tau in g.tau)]

@@ -113,6 +113,8 @@ def plan(
         apply_override(values, change)
     for change in data or []:
         apply_override(seen, change, "--data")
+    if output is not None and output.is_dir():
+        raise ConfigError(f"--output: {output} is a folder. Give the plan's file: -o {output / 'plan.yaml'}.")
     source = model_folder(model) if model.is_dir() else model
     # What belongs to a plan lies beside it.
     made = plan_for(find_method(method), source, values, seen, Path() if output is None else output.parent)

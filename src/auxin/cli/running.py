@@ -50,6 +50,7 @@ def run(
 ) -> None:
     """Run a recipe: train, change and compare its branches, and write a report. Resumes where it stopped."""
     from auxin.recipes import load_recipe, part_of, price_seeds, run_recipe, run_seeds
+    from auxin.recipes.beforehand import check_sources
 
     changes, given = list(overrides or []), _seeds(seeds)
     if seed is not None and given is not None:
@@ -67,6 +68,7 @@ def run(
     if dry_run:
         from auxin.recipes.timing import Timer
 
+        check_sources(loaded)
         timer = Timer(threads=1 if loaded.seeds is not None or jobs > 1 else None)
         one = loaded.seeds is None
         price = timer.price(part_of(loaded, branches)) if one else price_seeds(loaded, branches, timer.price)

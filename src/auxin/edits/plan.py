@@ -3,7 +3,7 @@
 import shutil
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr
 from torch import nn
@@ -19,8 +19,9 @@ from auxin.edits.plan_files import CheckpointFile, PlanFile
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.structure import config_from_values, edited_skeleton
 from auxin.edits.tensor_names import collapse, shapes_of, together
-from auxin.errors import PlanError
+from auxin.errors import PlanError, placed, reason
 from auxin.settings import Settings
+from auxin.yaml_files import LARGE
 
 Promise = Literal["exact", "approximate", "none"]
 
@@ -28,6 +29,7 @@ Promise = Literal["exact", "approximate", "none"]
 class Plan(Settings):
     """What a method wants done to a model; pure data, to be read, edited by hand, saved and applied."""
 
+    largest_file: ClassVar[int] = LARGE
     method: str
     """The method that made the plan."""
     settings: dict[str, Any] = {}
@@ -97,7 +99,7 @@ class Plan(Settings):
                     shutil.copyfile(source, folder / file.name)
             super().to_yaml(path)
         except OSError as error:
-            raise PlanError(f"The plan can't be written to {path}: {error}. Give another path.") from error
+            raise PlanError(f"The plan can't be written to {path}: {reason(error)}. Give another path.") from error
 
     def located(self) -> list[Any]:
         """The edits, each of which knows where its file is.
@@ -134,7 +136,9 @@ class Plan(Settings):
             notes.append(f"Planning took {self.cost}")
         if self.made_for is None:
             return "\n".join([head, *(f"  {describe_edit(edit)}" for edit in self.edits), *notes])
-        return "\n".join([head, self.table(config_from_values(self.made_for)), *notes])
+        with placed("made_for: "):
+            config = config_from_values(self.made_for)
+        return "\n".join([head, self.table(config), *notes])
 
     def table(self, model: PreTrainedModel | PreTrainedConfig, sequence_length: int | None = None) -> str:
         """The plan as a table for `model` (or a config): edits, parameters and FLOPs per token before and after.

@@ -6,7 +6,7 @@ from auxin.edits.kinds.architecture_edits import SetConfig
 from auxin.edits.kinds.edit import ArrangeLayers
 from auxin.edits.plan import Plan
 from auxin.edits.structure import config_from_values, config_values
-from auxin.errors import OtherModelError, PlanError
+from auxin.errors import OtherModelError, PlanError, placed
 from auxin.models.configs import config_value
 from auxin.models.layout import LENGTH_FIELDS
 
@@ -23,7 +23,8 @@ def refuse_other_model(plan: Plan, config: PreTrainedConfig) -> None:
     """
     if plan.made_for is None:
         return
-    made_for = config_from_values(plan.made_for)
+    with placed(f"The plan of {plan.method}: made_for: "):
+        made_for = config_from_values(plan.made_for)
     if made_for.model_type != config.model_type:
         raise OtherModelError(
             f"The plan of {plan.method} was made for a {made_for.model_type}, and this is a {config.model_type}. Make "

@@ -21,6 +21,7 @@ from auxin.edits.tensor_names import tensor_names
 from auxin.errors import CheckpointError, PlanError, unknown_name
 from auxin.foreign import refuse_active, refuse_setting
 from auxin.models.configs import edited_config as edited_config
+from auxin.models.configs import refuse_endless
 from auxin.models.deferred import undeferred
 from auxin.models.loading import REFUSALS, skeleton
 from auxin.models.ties import configs_with_ties, unmarked
@@ -67,12 +68,24 @@ def other_architecture(
 
 
 def config_from_values(values: dict[str, Any]) -> PreTrainedConfig:
-    """The config that `config_values` describes; PlanError where it names what would be fetched or run."""
+    """The config that `config_values` describes.
+
+    Raises:
+        PlanError: there is no such architecture, its config refuses a value, or one names what would be fetched or run.
+        ConfigError: a stack is too deep.
+    """
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise PlanError(f"model_type: {unknown_name('architecture', str(model_type), CONFIG_MAPPING)}")
     refuse_active(values, "made_for", PlanError)
-    # JSON has no infinity; configs write it in another way, and read it again only from their own files.
-    values = PreTrainedConfig._decode_special_floats(values)
-    rest = {key: value for key, value in values.items() if key != "model_type"}
-    return AutoConfig.for_model(values["model_type"], **rest)
+    refuse_endless(values)
+    try:
+        # JSON has no infinity; configs write it in another way, and read it again only from their own files.
+        values = PreTrainedConfig._decode_special_floats(values)
+        rest = {key: value for key, value in values.items() if key != "model_type"}
+        return AutoConfig.for_model(model_type, **rest)
+    except (*REFUSALS, StrictDataclassError, OverflowError) as error:
+        raise PlanError(f"{model_type} refuses its config: {error.__cause__ or error}") from error
 
 
 def saved_and_read(config: PreTrainedConfig) -> PreTrainedConfig:

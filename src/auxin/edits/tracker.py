@@ -33,13 +33,10 @@ from auxin.edits.structure import (
 )
 from auxin.edits.tensor_names import nearest_name, shapes_of, tensor_names
 from auxin.errors import PlanError
-from auxin.models.configs import config_value
+from auxin.models.configs import MOST_LAYERS, config_value
 from auxin.models.layout import LENGTH_FIELDS
 from auxin.models.places import what_is_returned
 from auxin.nn.bricks import MAKINGS, Making, find_brick
-
-MOST_LAYERS = 1024
-"""Of a stack that a plan makes. The deepest that was published has 500 (DeepNet, arXiv 2203.00555)."""
 
 
 class Tracker:

@@ -15,6 +15,7 @@ from auxin.evaluation.corpus import score_held_out
 from auxin.models.loading import load_config, load_model
 from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
 from auxin.models.tokenformer.configuration import SLOTS
+from auxin.models.weight_files import refuse_damaged
 from auxin.settings import Settings
 
 LONGEST_SEQUENCE = 1024
@@ -64,6 +65,8 @@ class CheckpointDescription(Widths):
 
     path: str
     model_type: str
+    has_weights: bool = True
+    """Whether the folder holds weights, and not a config alone."""
     parts: dict[str, Widths] = {}
     """Of a model whose config has configs of parts, such as `text_config`: theirs, by these names."""
     parameters: ParameterCount
@@ -89,7 +92,7 @@ def describe_checkpoint(folder: str | Path, corpus: PackedData | None = None) ->
         corpus: with it, the nested models of a TokenFormer are scored on its held-out split; that reads the weights.
 
     Raises:
-        CheckpointError: the folder is missing or holds no readable config or ledger.
+        CheckpointError: the folder is missing or holds no readable config or ledger, or its weights are cut off.
         DataError: the corpus was prepared with another tokenizer than the checkpoint's.
     """
     folder = Path(folder)
@@ -107,6 +110,7 @@ def describe_checkpoint(folder: str | Path, corpus: PackedData | None = None) ->
     return CheckpointDescription(
         path=str(folder),
         model_type=config.model_type,
+        has_weights=refuse_damaged(folder),
         **Widths.of(config).model_dump(),
         parts={name: Widths.of(part) for name in config.sub_configs if (part := getattr(config, name, None))},
         parameters=count_parameters(model),

@@ -5,16 +5,39 @@ held by one. A dotted name leads through the configs to the value.
 """
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from auxin.errors import PlanError
+from auxin.errors import ConfigError, PlanError, shown
 from auxin.foreign import refuse_setting
 from auxin.models.scoped_config import unscoped
 from auxin.words.paths import dotted
+
+MOST_LAYERS = 1024
+"""Of a stack. The deepest that was published has 500 (DeepNet, arXiv 2203.00555)."""
+_COUNTED = {
+    re.compile(r"(n|num)_(\w*_)?(layers?|blocks)|(encoder|decoder)_layers|depth"): MOST_LAYERS,
+    re.compile(r"(n|num)_(\w*_)?experts"): 4096,
+    re.compile(r"num_labels"): 1_000_000,
+}
+"""Values for each of which a config, or a model without weights, makes something; and the most that takes a moment."""
+
+
+def refuse_endless(values: Mapping[str, Any]) -> None:
+    """ConfigError when a config of these values, or its model on the meta device, would take for ever to be made."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            refuse_endless(value)
+        for counted, most in _COUNTED.items():
+            if isinstance(value, int) and value > most and counted.fullmatch(str(name)):
+                raise ConfigError(
+                    f"{name} = {shown(value)}: so many take long to build, even without weights, and nothing is "
+                    f"known of models of more than {most:,}. Ask for that many at most."
+                )
 
 
 def config_parts(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -33,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 from auxin.accounting.machine import available_memory
 from auxin.errors import CheckpointError, ConfigError
 from auxin.foreign import offline, refuse_active, refuse_active_file, refuse_files_elsewhere, refuse_links_out
+from auxin.models.configs import refuse_endless
 from auxin.models.stored_form import StoredForm
 from auxin.models.ties import TIED, UNTIED, configs_with_ties, unmarked, untie, untied_on_loading
 from auxin.models.weight_files import read_tensor, stored_tensors
@@ -73,6 +75,7 @@ def load_config(folder: str | Path) -> PreTrainedConfig:
         with offline():
             values, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
             refuse_active(values, f"{folder}/config.json")
+            refuse_endless(values)
             _refuse_own_code(values, folder)
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except OfflineModeIsEnabled as error:
@@ -181,7 +184,12 @@ def _from_pretrained(folder: Path, model_class: Any, **options: Any) -> tuple[Pr
             model, info = model_class.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except UnpicklingError as error:
+        raise CheckpointError(
+            f"{folder} can't be loaded: its weights are in a pickle, and of one nothing but tensors is read. Load the "
+            "model where you trust it, and save it with save_pretrained."
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise CheckpointError(
             f"{folder} can't be loaded as {_in_words(model_class)}: {reason}. Restore it or use another one."

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from auxin.errors import CheckpointError
+from auxin.errors import CheckpointError, reason
 
 PLAIN = "model.safetensors"
 """The whole file, as transformers calls it."""
@@ -64,6 +64,24 @@ def stored_tensors(folder: Path) -> dict[str, Path]:
         return places
     except (OSError, SafetensorError, CheckpointError):
         return {}
+
+
+def refuse_damaged(folder: Path) -> bool:
+    """Whether `folder` holds weights that `from_pretrained` reads; only their headers are looked at.
+
+    Raises:
+        CheckpointError: a file of them is gone, cut off or no safetensors file.
+    """
+    files = weight_files(folder)
+    for path in files:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path} can't be read: {reason(error)}. Restore the file, or use another checkpoint."
+            ) from error
+    return bool(files)
 
 
 def read_tensor(path: Path, name: str) -> Tensor:

@@ -9,7 +9,7 @@ from auxin.accounting.ledger import books_in
 from auxin.edits import Plan, Receipt, apply_to_checkpoint
 from auxin.edits.promise import Probe
 from auxin.edits.purpose import made_for_another
-from auxin.errors import CheckpointError, OtherModelError, PlanError, PromiseError
+from auxin.errors import CheckpointError, OtherModelError, PlanError, PromiseError, reason
 from auxin.models.loading import load_config
 from auxin.objectives.measures import Measure
 from auxin.sums import write_sums
@@ -81,5 +81,6 @@ def change_checkpoint(
         raise
     except OSError as error:
         raise CheckpointError(
-            f"{output} can't be written: {error}. Nothing was left there. Free space, or choose another output folder."
+            f"{output} can't be written: {reason(error)}. Nothing was left there. Free space, or choose another output "
+            "folder."
         ) from error

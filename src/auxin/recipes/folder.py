@@ -1,20 +1,23 @@
 """The folder of a run: whose it is, what of it is begun, and what of its recipe may still change."""
 
+import contextlib
 import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from auxin.errors import CheckpointError, ConfigError
+from auxin.files import make_folder
 from auxin.recipes.schema import Branch, Recipe, Stage, TrainStage
 from auxin.settings import Settings
 from auxin.training.identity import MAY_CHANGE
 from auxin.training.lock import LOCK_FILE, exclusive
 from auxin.training.run_folder import LATEST_FILE
+from auxin.training.settings import BUDGETS
 
 RECIPE_FILE = "recipe.yaml"
 OUTCOME_FILE = "stage.json"
@@ -112,7 +115,7 @@ def claim_directory(recipe: Recipe, directory: Path, announce: Callable[[str], N
     path = directory / RECIPE_FILE
     if not path.exists():
         _refuse_strangers(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
     elif (directory / BRANCHES).exists():
         changes = allowed_changes(recipe, directory)
         for line in changes:
@@ -157,6 +160,8 @@ def claim_seeds(recipe: Recipe, directory: Path, announce: Callable[[str], None]
 
 def _check_kind(recipe: Recipe, directory: Path) -> None:
     """Keep runs with one seed and with several apart."""
+    if directory.is_file():
+        raise ConfigError(f"{directory} is a file, and a run needs a folder. Give another --output.")
     if recipe.seeds is None and any(directory.glob(f"{SEED}*/{RECIPE_FILE}")):
         raise ConfigError(
             f"{directory} holds a run with several seeds, and the recipe has one. Give --seeds (or the recipe seeds) "
@@ -183,9 +188,20 @@ def allowed_changes(recipe: Recipe, directory: Path) -> list[str]:
     if refused := [line for field, line in changes.items() if not _may_change(field, saved, recipe, directory)]:
         raise ConfigError(
             f"{directory} holds a run of another recipe: {'; '.join(refused)}. What was begun can't be changed. "
-            "Give another --output, or the recipe as it was."
+            f"Give another --output, or the recipe as it was.{_how_to_go_on(saved, directory, changes)}"
         )
     return list(changes.values())
+
+
+def _how_to_go_on(recipe: Recipe, directory: Path, changed: Iterable[str]) -> str:
+    """Where a longer budget was asked for, a sentence that says how a model is trained on; else empty."""
+    if not any(field.rpartition(".")[2] in BUDGETS for field in changed):
+        return ""
+    for branch in recipe.branches:
+        with contextlib.suppress(CheckpointError):  # not finished, or damaged, which is not what is asked here
+            checkpoint = left_checkpoint(directory, branch, branch.stages[-1])
+            return f" To train a finished model on, start from it: auxin train --model {checkpoint} -o ANOTHER."
+    return ""
 
 
 def differences(old: Any, new: Any, field: str = "") -> dict[str, str]:

@@ -1,17 +1,14 @@
 """Find a recipe: by the name of a built-in one or by its file; and change single values of it."""
 
-import contextlib
 import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from auxin.errors import ConfigError, unknown_name
+from auxin.errors import ConfigError, reason, shown, unknown_name
 from auxin.models.tokenformer.presets import PRESETS
 from auxin.recipes.schema import Recipe
-from auxin.settings import read_yaml
+from auxin.yaml_files import DEEPEST, read_yaml, read_yaml_file
 
 BUILTIN = files("auxin.recipes") / "builtin"
 
@@ -34,31 +31,16 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
     """
     path = Path(name_or_path)
     if path.suffix in {".yaml", ".yml"} or path.name != name_or_path:
-        if not path.is_file():
-            raise ConfigError(
-                f"Recipe file {name_or_path} does not exist. Give an existing YAML file or a built-in name."
-            )
-        text = _read(path)
+        values = read_yaml_file(path)
     else:
-        resource = BUILTIN / f"{name_or_path}.yaml"
-        if not resource.is_file():
-            known = [path.name.removesuffix(".yaml") for path in BUILTIN.iterdir() if path.name.endswith(".yaml")]
+        known = [found.name.removesuffix(".yaml") for found in BUILTIN.iterdir() if found.name.endswith(".yaml")]
+        if name_or_path not in known:
             raise ConfigError(unknown_name("recipe", name_or_path, known) + " A file needs its .yaml suffix.")
-        text = resource.read_text(encoding="utf-8")
-    values = read_yaml(text, name_or_path)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{name_or_path} holds no recipe: expected a mapping with name, title, data and branches.")
+        values = read_yaml((BUILTIN / f"{name_or_path}.yaml").read_text(encoding="utf-8"), name_or_path)
+    Recipe.refuse_other_file(values, name_or_path)
     for override in overrides or []:
         apply_override(values, override)
-    Recipe.refuse_other_file(values, name_or_path)
     return Recipe.parse(values, source=name_or_path)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} can't be read as UTF-8 text: {error}.") from error
 
 
 def training_recipe(
@@ -88,7 +70,7 @@ def training_recipe(
         build = {"preset": model}
     else:
         raise ConfigError(
-            f"--model {model!r} is no folder and no config.json. " + unknown_name("preset", model.lower(), PRESETS)
+            f"--model {shown(model)} is no folder and no config.json. " + unknown_name("preset", model.lower(), PRESETS)
         )
     stages = [
         {"kind": "build", **build},
@@ -112,7 +94,7 @@ def _configured(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # broken JSON and broken UTF-8 are ValueErrors
-        raise ConfigError(f"--model {path} can't be read: {error}. Give a model's config.json.") from error
+        raise ConfigError(f"--model {path} can't be read: {reason(error)}. Give a model's config.json.") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise ConfigError(f"--model {path} has no model_type: it is no config of a transformers model.")
     # A saved config also says where its model was from, which a new one is not.
@@ -124,32 +106,32 @@ def apply_override(values: dict[str, Any], override: str, option: str = "--set")
     """Set one value in place; `override` is "dotted.key=value" with the value in YAML; list items go by their index.
     Messages name the `option` that it was given with."""
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(
-            f"{option} {override!r} is no key=value. Write {option} {key or 'KEY'}=VALUE, without spaces around the =."
-        )
+    given = f"{option} {shown(override)}"
     *path, last = key.split(".")
+    if not equals or not all([*path, last]):
+        example = key if all(key.split(".")) and shown(key, quoted=False) == key else "KEY"
+        raise ConfigError(f"{given} is no key=value. Write {option} {example}=VALUE, without spaces around the =.")
+    if len(path) > DEEPEST:
+        raise ConfigError(f"{given}: the key has {len(path) + 1} parts, and {DEEPEST} are the most.")
     target: Any = values
-    for part in path:
-        try:
-            target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
-        except (ValueError, IndexError) as error:
-            raise ConfigError(f"{option} {override!r}: {part!r} is no index of a list of {len(target)}.") from error
+    for number, part in enumerate(path):
+        target = target.setdefault(part, {}) if isinstance(target, dict) else target[_index(part, target, given)]
+        if target is None:
+            raise ConfigError(f"{given}: {'.'.join(path[: number + 1])!r} is null. Set it as a whole, to a mapping.")
         if not isinstance(target, dict | list):
-            raise ConfigError(f"{option} {override!r}: {part!r} holds the value {target!r}, not a group of values.")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError: what looks like a date and is none
-        reason = str(getattr(error, "problem", None) or error)
-        raise ConfigError(f"{option} {override!r}: the value {text!r} is not valid YAML: {reason}.") from error
-    if isinstance(value, str):
-        # YAML 1.1 takes 1e-3 for text, as it wants a dot in the mantissa.
-        with contextlib.suppress(ValueError):
-            value = float(value)
+            raise ConfigError(
+                f"{given}: {'.'.join(path[: number + 1])!r} holds the value {shown(target)}, not a group of values."
+            )
+    value = read_yaml(text, f"{given}: the value {shown(text)}")
     if isinstance(target, list):
-        try:
-            target[int(last)] = value
-        except (ValueError, IndexError) as error:
-            raise ConfigError(f"{option} {override!r}: {last!r} is no index of a list of {len(target)}.") from error
+        target[_index(last, target, given)] = value
     else:
         target[last] = value
+
+
+def _index(part: str, target: list[Any], given: str) -> int:
+    """The number of the list's item that `part` names."""
+    if not (part.isascii() and part.isdigit() and len(part) < 10 and int(part) < len(target)):
+        there = f"Its last is {len(target) - 1}" if target else "Set the list as a whole"
+        raise ConfigError(f"{given}: {shown(part)} is no index of a list of {len(target)}. {there}.")
+    return int(part)

@@ -1,7 +1,5 @@
 """The price of a recipe before it runs: parameters, data, FLOPs and memory of every stage."""
 
-import contextlib
-from collections.abc import Iterator
 from datetime import timedelta
 
 from transformers import PreTrainedConfig
@@ -11,7 +9,7 @@ from auxin.accounting.ledger import LEDGER_FILE
 from auxin.accounting.memory import FLOAT32_BYTES
 from auxin.data.dataset import SampleForm
 from auxin.edits.structure import edited_skeleton
-from auxin.errors import ConfigError
+from auxin.errors import ConfigError, placed
 from auxin.objectives import Objective, ObjectiveSettings, References
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.recipes.references import reference_shapes
@@ -229,7 +227,7 @@ class _Pricing:
 
     def _shortened(self, where: str, asked: CalibrationSettings) -> SampleForm:
         """The form of the samples that a method looks at."""
-        with _placed(where):
+        with placed(where):
             return asked.shortened(self.form, "data.context_length")
 
     def _parameters(self, config: PreTrainedConfig) -> int:
@@ -250,7 +248,7 @@ class _Pricing:
         key = config.to_json_string(), f"{objective.model_dump_json()} {form.length}"
         if key not in self.flops:
             bound = self._bound(where, config, objective, form, references)
-            with _placed(where):
+            with placed(where):
                 self.flops[key] = bound.training_flops(edited_skeleton(config))
         return self.flops[key]
 
@@ -262,17 +260,8 @@ class _Pricing:
         form: SampleForm,
         references: References | None = None,
     ) -> Objective:
-        with _placed(where):
+        with placed(where):
             return objective.bind(config, form, references)
-
-
-@contextlib.contextmanager
-def _placed(where: str) -> Iterator[None]:
-    """Within the context, a ConfigError's message begins with `where`."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"{where}{error}") from error
 
 
 def remaining_flops(stage: TrainStage, total: float, spent: float) -> float:

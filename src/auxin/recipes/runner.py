@@ -24,6 +24,7 @@ from auxin.objectives.measures import Measure
 from auxin.objectives.objective import ObjectiveSettings, Reference
 from auxin.planning.bench import Bench
 from auxin.recipes.adopting import adopt
+from auxin.recipes.beforehand import check_devices, check_sources
 from auxin.recipes.change import change_checkpoint
 from auxin.recipes.course import Course
 from auxin.recipes.folder import (
@@ -207,6 +208,9 @@ def open_run(recipe: Recipe, output: str | Path, announce: Announce = print) -> 
         ConfigError, PlanError: as `run_recipe`.
     """
     directory = Path(output)
+    check_devices(recipe)
+    if not (directory / DATA).exists():
+        check_sources(recipe)
     price_recipe(recipe, memory=False)
     with held(directory):
         claim_directory(recipe, directory, announce)

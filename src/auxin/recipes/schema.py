@@ -1,35 +1,47 @@
 """What a recipe file says: stages in branches, and what the branches are compared by."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from auxin.data.dataset import DATASETS, DatasetSettings
-from auxin.errors import ConfigError, unknown_name
+from auxin.data.settings import CorpusSettings
+from auxin.errors import ConfigError, shown, unknown_name
 from auxin.methods.grow.tokenformer import TokenGrowth
 from auxin.objectives.measures import REGISTRY as MEASURES
 from auxin.objectives.measures import Loss, Measure
 from auxin.objectives.objective import OBJECTIVES, ObjectiveSettings
 from auxin.planning.hooks import ONE_HOOK, HookSettings
+from auxin.recipes.former_words import former_words
 from auxin.settings import Settings
 from auxin.training import TrainingSettings
 from auxin.training.settings import BUDGETS
 from auxin.words.one_of import OneOf, parse_one
 
-STAGE_NAME = r"^[a-z0-9][a-z0-9._-]*$"
-"""A stage's name is part of a folder's."""
+
+def _called(letters: str, in_words: str) -> AfterValidator:
+    """A name that is part of a folder's."""
+
+    def check(name: str) -> str:
+        if not re.fullmatch(rf"[a-z0-9][{letters}]{{0,{LONGEST_NAME - 1}}}", name):
+            raise ValueError(
+                f"a name begins with a lower case letter or a digit and has {in_words}, {LONGEST_NAME} at most"
+            )
+        return name
+
+    return AfterValidator(check)
+
+
+LONGEST_NAME = 100
+MOST_BRANCHES = 200
+MOST_STAGES = 200
+StageName = Annotated[str, _called("a-z0-9._-", "lower case letters, digits, dots, _ and -")]
+BranchName = Annotated[str, _called("a-z0-9_-", "lower case letters, digits, _ and -")]
 
 ONE_OBJECTIVE = OneOf(OBJECTIVES)
-FORMER_HOOKS = {
-    "tau_anneal_steps": "{kind: tau_anneal, steps: ...}",
-    "old_tokens_rate": "{kind: old_token_rates, ratio: ...}",
-    "old_rate": "{kind: old_rates, ratio: ...}",
-    "old_rate_steps": "{kind: old_rates, ratio: ..., steps: ...}",
-    "exact_rates": "{kind: exact_rates}",
-}
-"""Fields that train stages had, and what says the same."""
 
 
 class BuildStage(Settings):
@@ -37,7 +49,7 @@ class BuildStage(Settings):
 
     kind: Literal["build"]
     """Says that this is a build stage."""
-    name: str = Field(default="build", pattern=STAGE_NAME)
+    name: StageName = "build"
     """Lower case letters, digits, dots, _ and -; unique in its branch."""
     preset: str | None = None
     """A TokenFormer preset by name ("124m", "pile-450m", ...)."""
@@ -72,7 +84,7 @@ class TrainStage(Settings):
 
     kind: Literal["train"]
     """Says that this is a train stage."""
-    name: str = Field(pattern=STAGE_NAME)
+    name: StageName
     """Lower case letters, digits, dots, _ and -; unique in its branch."""
     flops_of: str | None = None
     """Train until this branch's total training FLOPs (its ancestors and earlier stages included) equal that one's."""
@@ -84,6 +96,11 @@ class TrainStage(Settings):
     hooks: list[Annotated[HookSettings, ONE_HOOK]] = []
     """What takes part in the training beside the loop: `{kind: old_rates, ratio: 0}` and so on. Hooks that the change
     before brings along need not be named."""
+
+    @classmethod
+    def open_fields(cls) -> dict[str, type[Settings]]:
+        """Settings of the training are not the stage's own."""
+        return {"settings": TrainingSettings}
 
     @model_validator(mode="after")
     def _hooks_once(self) -> Self:
@@ -98,7 +115,7 @@ class ChangeStage(Settings):
 
     kind: Literal["change"]
     """Says that this is a change stage."""
-    name: str = Field(default="change", pattern=STAGE_NAME)
+    name: StageName = "change"
     """Lower case letters, digits, dots, _ and -; unique in its branch."""
     method: str | None = None
     """The method's name ("hypercloning", "llama-pro", ...)."""
@@ -131,7 +148,7 @@ class EvaluateStage(Settings):
 
     kind: Literal["evaluate"]
     """Says that this is an evaluate stage."""
-    name: str = Field(default="evaluate", pattern=STAGE_NAME)
+    name: StageName = "evaluate"
     """Lower case letters, digits, dots, _ and -; unique in its branch."""
 
 
@@ -141,13 +158,13 @@ Stage = Annotated[BuildStage | TrainStage | ChangeStage | EvaluateStage, Field(d
 class Branch(Settings):
     """A line of stages: from scratch, or forked from a stage of another branch."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    name: BranchName
     """Lower case letters, digits, _ and -; names the branch's folder."""
     title: str
     """How tables and plots call it."""
     fork: str | None = None
     """"branch/stage": start from what that stage left."""
-    stages: list[Stage] = Field(min_length=1)
+    stages: list[Stage] = Field(min_length=1, max_length=MOST_STAGES)
     """Done in this order; the first is a build, unless the branch is a fork."""
 
     @model_validator(mode="after")
@@ -157,14 +174,14 @@ class Branch(Settings):
             raise ValueError("a branch begins with one build stage, or with `fork` and no build stage")
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
-            raise ValueError(f"stage names of a branch must differ; given: {names}")
+            raise ValueError(f"stage names of a branch must differ; given: {shown(names)}")
         return self
 
 
 class Recipe(Settings):
     """Branches to train and compare on the same data."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    name: StageName
     """Lower case letters, digits, dots, _ and -."""
     title: str
     """Heading of the report."""
@@ -182,22 +199,21 @@ class Recipe(Settings):
     measures: list[Annotated[Measure, OneOf(MEASURES)]] = Field(default=[Loss()], min_length=1)
     """What is measured on the held-out split. Branches are compared by the first; the others are measured at the end of
     each train stage."""
-    branches: list[Branch] = Field(min_length=1)
+    branches: list[Branch] = Field(min_length=1, max_length=MOST_BRANCHES)
     """Run in this order; a branch may refer to those above it."""
     main_branch: str | None = None
     """The branch that the others are compared with; default: the first."""
+
+    @classmethod
+    def open_fields(cls) -> dict[str, type[Settings]]:
+        """Settings of the training and of the data are not the recipe's own."""
+        return {"training": TrainingSettings, "data": CorpusSettings}
 
     @model_validator(mode="before")
     @classmethod
     def _no_former_words(cls, values: Any) -> Any:
         """Say the new word for one that recipes had before."""
-        if not isinstance(values, dict):
-            return values
-        found = ["corpus: is called data now. Write data: in its place"] if "corpus" in values else []
-        for branch in _mappings(values.get("branches")):
-            for stage in _mappings(branch.get("stages")):
-                found += _former_words(stage, f"{branch.get('name')}/{stage.get('name') or stage.get('kind')}")
-        if found:
+        if found := former_words(values):
             raise ValueError("; ".join(found))
         return values
 
@@ -205,7 +221,7 @@ class Recipe(Settings):
     def _measures_once(self) -> Self:
         kinds = [measure.kind for measure in self.measures]
         if len(set(kinds)) != len(kinds):
-            raise ValueError(f"measures must differ; given: {kinds}")
+            raise ValueError(f"measures must differ; given: {shown(kinds)}")
         return self
 
     @model_validator(mode="after")
@@ -213,11 +229,14 @@ class Recipe(Settings):
         if self.seeds is not None and self.seed:
             raise ValueError(f"seed ({self.seed}) and seeds ({self.seeds}) contradict each other. Give one of them")
         if self.seeds is not None and len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds must differ; given: {self.seeds}")
+            raise ValueError(f"seeds must differ; given: {shown(self.seeds)}")
         return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        # What is wrong here is said of here, and not of the stages that share it.
+        budget = {} if any(self.training.get(name) is not None for name in BUDGETS) else {"steps": 1}
+        TrainingSettings.parse({**self.training, **budget}, within="training")
         if self.objective.references():
             raise ValueError(
                 f"training.objective: {self.objective.kind!r} goes by another model, and what branches are built for "
@@ -233,8 +252,7 @@ class Recipe(Settings):
                 for field in ("like", "parameters_of", "flops_of"):
                     other = getattr(stage, field, None)
                     if other is not None and other not in known:
-                        message = unknown_name("branch", other, known)
-                        raise ValueError(f"{branch.name}/{stage.name}: {field}: {message} Name a branch written above.")
+                        raise ValueError(f"{branch.name}/{stage.name}: {field}: {_unknown_branch(other, known)}")
                 if isinstance(stage, TrainStage):
                     self._check_references(branch, stage, {**known, branch.name: branch})
             known[branch.name] = branch
@@ -326,9 +344,7 @@ class Recipe(Settings):
     def _check_fork(self, branch: Branch, known: dict[str, Branch]) -> None:
         parent, _, stage = str(branch.fork).partition("/")
         if parent not in known:
-            raise ValueError(
-                f"{branch.name}: fork: {unknown_name('branch', parent, known)} Name a branch written above."
-            )
+            raise ValueError(f"{branch.name}: fork: {_unknown_branch(parent, known)}")
         stages = [candidate.name for candidate in known[parent].stages]
         if stage not in stages:
             raise ValueError(f"{branch.name}: fork: {unknown_name('stage', stage, stages)}")
@@ -343,6 +359,7 @@ class Recipe(Settings):
         Raises:
             ConfigError: an unknown or wrong field, or not exactly one budget.
         """
+        place = self._place(stage)
         values: dict[str, Any] = {"seed": self.seed, **self.training, **stage.settings}
         given = [name for name in BUDGETS if values.get(name) is not None]
         if stage.flops_of is not None:
@@ -350,26 +367,17 @@ class Recipe(Settings):
             values["flops"] = flops
         if len(given) != 1:
             known = ", ".join((*BUDGETS, "flops_of"))
-            raise ConfigError(f"{stage.name}: give exactly one of {known}; given: {given or 'none'}")
-        return TrainingSettings.parse(values, source=f"train stage {stage.name!r}")
+            raise ConfigError(f"{place}: give exactly one of {known}; given: {', '.join(given) or 'none'}")
+        return TrainingSettings.parse(values, source=place, within="settings")
+
+    def _place(self, stage: TrainStage) -> str:
+        """ "branch/stage" of a stage of this recipe: the same settings may stand in several."""
+        holders = (branch.name for branch in self.branches if any(other is stage for other in branch.stages))
+        return "/".join([*[*holders][:1], stage.name])
 
 
-def _former_words(stage: dict[str, Any], place: str) -> list[str]:
-    """What `stage` says in words that recipes had before, with the new ones."""
-    found = []
-    if stage.get("kind") == "grow":
-        found.append(
-            f"{place}: the stage kind 'grow' is called 'change' now. Write kind: change (a stage without a name is "
-            "then called change too)"
-        )
-    found += [
-        f"{place}: {name}: hooks are data now. Write hooks: [{hook}] in its place"
-        for name, hook in FORMER_HOOKS.items()
-        if name in stage
-    ]
-    return found
-
-
-def _mappings(values: Any) -> list[dict[str, Any]]:
-    """The mappings in a list that may be none."""
-    return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
+def _unknown_branch(name: str, known: Iterable[str]) -> str:
+    """Say that no branch above is called `name`."""
+    if not known:
+        return f"no branch stands above this one, so that none can be {shown(name)}. Move this branch below that one"
+    return f"{unknown_name('branch', name, known)} Name a branch written above."

@@ -8,6 +8,7 @@ from auxin.accounting.comparison import Comparison, compare
 from auxin.accounting.results import RunResults
 from auxin.errors import CheckpointError, ConfigError
 from auxin.files import write_text
+from auxin.recipes.beforehand import check_devices, check_sources
 from auxin.recipes.folder import DATA, claim_seeds, held, is_finished, seed_directory
 from auxin.recipes.price import RecipePrice, hours, price_recipe
 from auxin.recipes.runner import (
@@ -117,6 +118,9 @@ def run_seeds(
     """
     directory = Path(output)
     wanted, seeds = recipe.needed(branches), _seeds(recipe)
+    check_devices(recipe)
+    if not (directory / DATA).exists():
+        check_sources(recipe)
     for seed in seeds:
         price_recipe(recipe.of_seed(seed), memory=False)
     with held(directory):

@@ -12,10 +12,11 @@ from auxin.accounting import count_parameters
 from auxin.data.dataset import SampleForm
 from auxin.edits import Plan, planned_config
 from auxin.edits.structure import edited_config, edited_skeleton, structural_edits
-from auxin.errors import ConfigError, PlanError, unknown_name
+from auxin.errors import ConfigError, PlanError, placed, shown, unknown_name
 from auxin.foreign import refuse_setting
 from auxin.methods import method as find_method
 from auxin.methods.grow.tokenformer import plan_token_growth, token_growth_to
+from auxin.models.configs import refuse_endless
 from auxin.models.loading import REFUSALS, load_config, task_classes
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.models.tokenformer.presets import preset_config
@@ -61,12 +62,13 @@ def stage_configs(recipe: Recipe, form: SampleForm) -> StageConfigs:
             config = structures[parent][stage_name]
         stages: dict[str, PreTrainedConfig] = {}
         for stage in branch.stages:
-            if isinstance(stage, BuildStage):
-                config = built_config(stage, structures, form, recipe.objective)
-            elif isinstance(stage, ChangeStage):
-                assert config is not None  # the schema: a branch begins with a build or a fork
-                plan = change_plan(stage, Bench(edited_skeleton(config), seed=recipe.seed))
-                config = planned_config(plan.edits, config)
+            with placed(f"{branch.name}: "):
+                if isinstance(stage, BuildStage):
+                    config = built_config(stage, structures, form, recipe.objective)
+                elif isinstance(stage, ChangeStage):
+                    assert config is not None  # the schema: a branch begins with a build or a fork
+                    plan = change_plan(stage, Bench(edited_skeleton(config), seed=recipe.seed))
+                    config = planned_config(plan.edits, config)
             assert config is not None
             stages[stage.name] = config
         structures[branch.name] = stages
@@ -254,11 +256,12 @@ def _configured(stage: BuildStage, values: dict[str, Any]) -> PreTrainedConfig:
     if model_type not in CONFIG_MAPPING:
         near = get_close_matches(model_type, list(CONFIG_MAPPING), n=3)
         hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "Give one that transformers has."
-        raise ConfigError(f"{where}: unknown model_type {model_type!r}. {hint}")
+        raise ConfigError(f"{where}: unknown model_type {shown(model_type)}. {hint}")
     try:
+        refuse_endless(values)
         config = AutoConfig.for_model(model_type, **values)
     # The checks of transformers' configs raise a plain Exception of their own.
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except (*REFUSALS, OverflowError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ConfigError(f"{where}: {model_type} refuses its config: {reason}") from error
     own = type(config)

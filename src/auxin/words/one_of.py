@@ -7,8 +7,9 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
-from auxin.errors import AuxinError, ConfigError
-from auxin.settings import Settings, wrong_fields
+from auxin.errors import AuxinError, ConfigError, shown
+from auxin.field_errors import in_one_line, wrong_fields
+from auxin.settings import Settings
 from auxin.words.registry import Registry
 
 
@@ -44,7 +45,7 @@ class OneOf:
         values = {"kind": values} if isinstance(values, str) else values
         if not isinstance(values, Mapping):
             raise _one_of(
-                [("", f"{values!r} is neither a mapping with `kind` nor the name of a {self.registry.kind}.")]
+                [("", f"{shown(values)} is neither a mapping with `kind` nor the name of a {self.registry.kind}.")]
             )
         kind = values.get("kind", self.default)
         if not isinstance(kind, str):
@@ -90,13 +91,8 @@ def parse_one(one_of: OneOf, values: Any, source: str) -> Any:
     try:
         return one_of.parse(values)
     except PydanticCustomError as error:
-        raise ConfigError("; ".join(_joined(source, field, text) for field, text in error.context["lines"])) from error  # type: ignore[index]
+        raise ConfigError(in_one_line(error.context["lines"], source)) from error  # type: ignore[index]
 
 
 def _one_of(lines: list[tuple[str, str]]) -> PydanticCustomError:
     return PydanticCustomError("one_of", "one of several settings", {"lines": lines})
-
-
-def _joined(place: str, field: str, text: str) -> str:
-    where = ".".join(part for part in (place, field) if part)
-    return f"{where}: {text}" if where else text
