@@ -18,7 +18,7 @@ from auxin.training.hardware import choose_device, choose_precision
 from auxin.training.optimizer import build_optimizer
 from auxin.training.settings import TrainingSettings
 
-PATIENCE = 30.0
+PATIENCE = 10.0
 """Seconds that all timing may take, about; one model gets a third of what is left of them."""
 TIMED = 3
 """Micro-batches that are timed, after a first one that warms up."""
