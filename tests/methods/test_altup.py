@@ -229,7 +229,7 @@ def added(model, before, **values):
         ({"conversion": "zeros", "noise": 0.1}, "noise: 'zeros' is exact without"),
         ({"coefficients": "none"}, "coefficients: 'none' is a control"),
         ({"control": "sum"}, "control: 'sum' goes with conversion = random"),
-        ({"blocks": 1}, "blocks.*greater than or equal to 2"),
+        ({"blocks": 1}, "blocks.*2 or more"),
         ({"noise": float("nan")}, "noise"),
     ],
 )

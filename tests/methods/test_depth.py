@@ -328,7 +328,7 @@ def test_slices_promise_what_they_keep():
     [
         ("llama", stacking, {}, r"exactly one of factor \(None\) and layers \(None\)"),
         ("llama", stacking, {"factor": 2, "layers": 8}, "exactly one of"),
-        ("llama", stacking, {"factor": 1}, r"factor: .*greater than or equal to 2"),
+        ("llama", stacking, {"factor": 1}, r"factor: .*2 or more"),
         ("llama", stacking, {"layers": 3}, r"layers = 3 is fewer than the 4 of model\.layers.*at least 5"),
         ("llama", stacking, {"layers": 4}, "has 4 layers already. Ask for more"),
         ("llama", stacking, {"factor": 2, "part": "encoder"}, r"part = 'encoder' names no layers.*model\.layers"),

@@ -608,7 +608,7 @@ def test_a_second_stride_is_refused_and_other_layers_can_have_another():
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"stride": 1}, "stride: .*greater than or equal to 2"),
+        ({"stride": 1}, "stride: .*2 or more"),
         ({"layers": []}, "layers: "),
         ({"layers": [1, 1]}, "layers: a layer is named twice"),
         ({"mode": "pooling"}, "mode: "),

@@ -138,7 +138,7 @@ def test_one_seed_and_several_are_not_mixed(run, corpus, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"seed": 3, "seeds": [0]}, "contradict"), ({"seeds": [1, 1]}, "must differ"), ({"seeds": []}, "at least 1")],
+    [({"seed": 3, "seeds": [0]}, "contradict"), ({"seeds": [1, 1]}, "must differ"), ({"seeds": []}, "1 or more")],
 )
 def test_seeds_that_make_no_sense(corpus, changes, message):
     with pytest.raises(ConfigError, match=message):
