@@ -22,6 +22,7 @@ from auxin.edits.folder_executor import apply_to_checkpoint
 from auxin.edits.structure import config_from_values, config_values
 from auxin.errors import AuxinError, CheckpointError, ConfigError, DataError, PlanError
 from auxin.foreign import lies_outside, offline
+from auxin.models.configs import edited_config
 from auxin.models.loading import load_config, load_model
 from auxin.recipes import price_recipe, training_recipe
 from corpora import write_documents
@@ -216,6 +217,14 @@ def test_what_transformers_has_within_itself_may_be_named(tmp_path):
     folder = saved(tmp_path, attn_implementation="eager", _attn_implementation_autoset=True, _name_or_path="org/model")
     assert load_config(folder)._attn_implementation == "eager"
     assert load_model(folder) is not None
+
+
+def test_classes_may_be_called_anything(tmp_path):
+    labels = {"id2label": {0: "backbone", 1: "a/b"}, "label2id": {"backbone": 0, "transformers_weights": 1}}
+    config = edited_config(load_config(saved(tmp_path)), labels)
+    assert config.label2id == labels["label2id"]
+    say(tmp_path, **labels)
+    assert load_config(tmp_path).label2id == labels["label2id"]
 
 
 def test_an_adapter_of_the_folder_imports_nothing_by_name(tmp_path):

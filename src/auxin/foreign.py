@@ -34,6 +34,8 @@ _LOADING = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_o
 """Those of them that make it fetch weights or unpickle a file."""
 _FILE_LISTS = ("configuration_files", "fast_tokenizer_files")
 """Names of other files that are read in place of config.json or tokenizer.json."""
+_LABELS = ("id2label", "label2id")
+"""Names of classes, which may be any words."""
 _NOT_SET = frozenset(
     {
         *("auto_map", "custom_pipelines", "trust_remote_code", "custom_generate"),
@@ -120,7 +122,7 @@ def _active(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, st
             yield name, "it names files outside of the folder"
         elif last == "megatron_config" and value is not None:
             yield name, "it makes peft import a module by its name"
-        elif isinstance(value, Mapping):
+        elif isinstance(value, Mapping) and last not in _LABELS:
             if last in _ARGUMENTS and (loading := next((word for word in _LOADING if value.get(word)), None)):
                 yield f"{name}.{loading}", "it makes timm fetch weights or load a file"
             yield from _active(value, f"{name}.")
@@ -147,7 +149,7 @@ def _names(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
     for key, value in values.items():
         if value is not None:
             yield f"{path}{key}"
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and key not in _LABELS:
             yield from _names(value, f"{path}{key}.")
 
 
