@@ -17,7 +17,7 @@ from auxin.methods import method
 from auxin.methods.restructure.sequence_altup import METHOD, SequenceAltUpSettings, plan_sequence_altup
 from auxin.models.anatomy import anatomy
 from auxin.models.tokenformer.modeling import rotary_cos_sin
-from auxin.nn.altup import AltUpLayer
+from auxin.nn.altup_layer import AltUpLayer
 from auxin.nn.sequence_altup import SequenceAltUpLayer
 from auxin.nn.strided_cache import StridedLayer
 from auxin.planning.bench import Bench

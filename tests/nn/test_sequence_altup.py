@@ -14,7 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from auxin.errors import ConfigError
-from auxin.nn.altup import AltUpLayer
+from auxin.nn.altup_layer import AltUpLayer
 from auxin.nn.sequence_altup import SequenceAltUp, SequenceAltUpLayer
 from auxin.nn.strided import argument_names, strided_arguments
 from auxin.nn.strided_cache import StridedLayer, strided_cache
