@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from auxin.accounting import count_parameters, flops_per_token
 from auxin.edits import apply
 from auxin.methods.grow.altup import AltUpSettings, plan_altup
-from auxin.nn.altup import AltUp
+from auxin.nn.altup_updates import AltUp
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "altup_cost.json"

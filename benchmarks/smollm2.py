@@ -62,7 +62,8 @@ from auxin.errors import AuxinError, PlanError
 from auxin.methods import method
 from auxin.methods.adapt.graft import freeze_all_but_branches
 from auxin.methods.grow.masked import plan_unmask
-from auxin.nn.altup import AltUpLayer, block_distance
+from auxin.nn.altup_layer import AltUpLayer
+from auxin.nn.wide_stream import block_distance
 from auxin.objectives.causal import Causal
 from auxin.objectives.measures import Loss
 from auxin.planning.bench import Bench

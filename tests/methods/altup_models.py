@@ -7,7 +7,7 @@ import torch
 from auxin.edits import apply
 from auxin.methods.grow.altup import AltUpSettings, plan_altup
 from auxin.models.anatomy import anatomy
-from auxin.nn.altup import AltUpLayer
+from auxin.nn.altup_layer import AltUpLayer
 from tiny_models import FAMILIES, inputs, labels, tiny
 
 EXACT = 1e-12

@@ -18,8 +18,10 @@ from auxin.edits.structure import edited_skeleton
 from auxin.errors import ConfigError, PlanError, PromiseError
 from auxin.methods.grow.altup import SELECTIONS, AltUpSettings, active_blocks, plan_altup, twins
 from auxin.models.anatomy import anatomy
-from auxin.nn.altup import AltUp, AltUpLayer, block_distance
+from auxin.nn.altup_layer import AltUpLayer
+from auxin.nn.altup_updates import AltUp
 from auxin.nn.extension import extended_class
+from auxin.nn.wide_stream import block_distance
 from covering import families, whole
 from methods.altup_models import EVERY, EXACT, alter, altered, outputs, shake, small, streams, train, untied, updates
 from tiny_models import FURTHER, MODELS, VOCABULARY, InDouble, change, inputs, logits, tiny

@@ -15,7 +15,8 @@ from auxin.errors import PlanError
 from auxin.methods import methods
 from auxin.methods.grow.altup import AltUpSettings, plan_altup
 from auxin.methods.grow.masked import MaskRamp
-from auxin.nn.altup import AltUpLayer, block_distance
+from auxin.nn.altup_layer import AltUpLayer
+from auxin.nn.wide_stream import block_distance
 from auxin.planning.bench import Bench
 from auxin.recipes import Recipe, run_recipe
 from auxin.recipes.change import change_checkpoint

@@ -13,12 +13,12 @@ from transformers import Gemma3nTextConfig
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextAltUp
 
 from auxin.errors import ConfigError
-from auxin.nn.altup import (
-    AltUp,
-    AltUpLayer,
+from auxin.nn.altup_layer import AltUpLayer
+from auxin.nn.altup_updates import AltUp, DynamicAltUp, mixed_by_product, mixed_by_sums
+from auxin.nn.extension import extended, extended_class
+from auxin.nn.wide_stream import (
     BlockNorm,
     CollapsedInput,
-    DynamicAltUp,
     ParallelEmbeddings,
     WideEmbedding,
     WideLinear,
@@ -26,7 +26,6 @@ from auxin.nn.altup import (
     block_distance,
     collapsed,
 )
-from auxin.nn.extension import extended, extended_class
 from oracles import altup as oracle
 from tiny_models import InDouble
 
@@ -431,6 +430,21 @@ def test_impossible_numbers_are_refused(blocks, active):
         AltUpLayer.replacing(Layer(4, 0), blocks, active)
     with pytest.raises(ConfigError, match="need hidden_size"):
         AltUpLayer.replacing(Layer(4, 0), 2, 0, coefficients="dynamic")
+
+
+@given(blocks=st.integers(2, 6), active=st.integers(0, 5), width=st.integers(1, 9), seed=st.integers(0, 2**20))
+def test_both_ways_of_mixing_are_the_same(blocks, active, width, seed):
+    """As a product and as sums, up to rounding; of equal blocks and unit row sums, to the last bit the output."""
+    update = AltUp(blocks, active % blocks)
+    output = numbers(3, width, seed=seed + 1)
+    case = (*(tensor.detach() for tensor in update.coefficients(torch.float64)), output)
+    mixing, gains = case[0] + numbers(blocks, blocks, seed=seed), case[1] + numbers(blocks, seed=seed + 2)
+    streams = numbers(blocks, 3, width, seed=seed + 3)
+    expected = torch.einsum("ij,jtd->itd", mixing, streams) + gains[:, None, None] * output
+    for way in (mixed_by_product, mixed_by_sums):
+        torch.testing.assert_close(way(mixing, gains, streams, output), expected, rtol=1e-12, atol=1e-12)
+        equal = way(case[0], case[1], streams[:1].expand(blocks, -1, -1), output)
+        assert torch.equal(equal, output.expand(blocks, -1, -1))
 
 
 @pytest.mark.parametrize("how", ["autocast", "medium"])

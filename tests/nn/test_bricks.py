@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from auxin.errors import PlanError
-from auxin.nn.altup import AltUpLayer, ParallelEmbeddings
+from auxin.nn.altup_layer import AltUpLayer
 from auxin.nn.bricks import BRICKS, Brick, brick, find_brick
 from auxin.nn.graft import GraftedConv1D, GraftedLinear
 from auxin.nn.masked import MaskedBlock, MaskedModule, MaskedNorm
 from auxin.nn.pattention import Pattention
 from auxin.nn.sequence_altup import SequenceAltUpLayer
 from auxin.nn.stand_ins import Identity, Zeros
+from auxin.nn.wide_stream import ParallelEmbeddings
 from auxin.words.roles import ParameterRole, Segment, conv1d, linear
 from auxin.words.widths import Stream
 

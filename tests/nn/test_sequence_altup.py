@@ -14,9 +14,11 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from auxin.errors import ConfigError
-from auxin.nn.altup import AltUpLayer
+from auxin.nn.altup_layer import AltUpLayer
 from auxin.nn.sequence_altup import SequenceAltUp, SequenceAltUpLayer
-from auxin.nn.strided import Chunk, StridedLayer, argument_names, strided_arguments, strided_cache, visible_tokens
+from auxin.nn.strided import argument_names, strided_arguments
+from auxin.nn.strided_cache import StridedLayer, strided_cache
+from auxin.nn.token_groups import Chunk, texts, visible_tokens
 from oracles import sequence_altup as oracle
 from tiny_models import tiny
 
@@ -37,10 +39,10 @@ class Layer(nn.Module):
         self.weight = nn.Parameter(numbers(width, width, seed=seed) / width**0.5)
         self.as_tuple, self.is_causal, self.shapes = as_tuple, causal, []
 
-    def forward(self, x, attention_mask=None, position_ids=None, scale=1.0):
+    def forward(self, x, attention_mask=None, position_ids=None, quiet=False):
         self.shapes.append(tuple(x.shape))
         read = x.cumsum(-2) if self.is_causal else x.sum(-2, keepdim=True)
-        y = x + scale * torch.tanh(read @ self.weight)
+        y = x if quiet else x + torch.tanh(read @ self.weight)
         return (y, "weights") if self.as_tuple else y
 
 
@@ -178,10 +180,10 @@ def test_gradients():
 def test_what_a_layer_takes_and_gives_beside_tokens_goes_through():
     layer = strided(Layer(4, as_tuple=True), 2)
     x = numbers(1, 6, 4)
-    result = layer(x, None, torch.arange(6)[None], scale=0.0)
+    result = layer(x, None, torch.arange(6)[None], quiet=True)
     assert result[1] == "weights"
     torch.testing.assert_close(result[0], x)
-    assert argument_names(layer) == ("attention_mask", "position_ids", "scale")
+    assert argument_names(layer) == ("attention_mask", "position_ids", "quiet")
 
 
 def test_names_are_found_behind_what_passes_on():
@@ -225,9 +227,39 @@ def test_a_chunk_knows_its_anchors(stride, seen, length):
     tokens = torch.arange(seen, seen + length)
     anchors = [token for token in tokens.tolist() if token % stride == 0]
     assert chunk.anchors(tokens, 0).tolist() == anchors
-    assert (chunk.first < length) == bool(anchors)
+    assert chunk.groups == len(anchors)
+    assert chunk.slots == -(-(seen + length) // stride)
     assert chunk.offset == seen % stride
+    assert chunk.continues == (seen % stride > 0)
     assert chunk.total == seen + length
+
+
+@given(
+    stride=st.integers(1, 6),
+    starts=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    seen=st.integers(0, 9),
+    length=st.integers(1, 12),
+)
+def test_a_chunk_of_padded_sequences_knows_the_anchors_of_each(stride, starts, seen, length):
+    """Against the definition: token s + j k is an anchor of a text that begins at s."""
+    starts = [min(start, seen + length - 1) for start in starts]
+    visible = torch.arange(seen + length) >= torch.tensor(starts)[:, None]
+    chunk = Chunk.of(texts(visible, stride, len(starts), seen + length), stride, seen, length)
+    tokens = torch.arange(seen, seen + length).expand(len(starts), -1)
+    expected = [[t for t in range(seen, seen + length) if t >= s and (t - s) % stride == 0] for s in starts]
+    slots = [[t for t in range(seen + length) if (t - s) % stride == 0] for s in starts]
+    assert chunk.slots == max(map(len, slots))
+    for row, anchors in enumerate(expected):
+        got = chunk.anchors(tokens, 1)[row].tolist()
+        # Before the text they are padding. So are those that take the place of missing ones, in a first call.
+        assert [t for t in got if t >= starts[row]][: len(anchors)] == anchors
+        assert seen or set(got) - set(anchors) <= set(range(starts[row]))
+        if chunk.starts is not None:
+            keys, held = chunk.key_tokens()
+            at = [slot for slot in chunk.new_slots()[row].tolist() if slot < len(slots[row])]
+            assert seen == 0 or keys[row][held[row]].tolist() == slots[row]
+            assert seen == 0 or [slots[row][slot] for slot in at] == [t for t in slots[row] if t >= seen]
+            assert sorted(chunk.order()[row].tolist()) == list(range(length)) or seen
 
 
 @given(
@@ -326,10 +358,31 @@ def test_hidden_tokens_are_no_part_of_a_mean():
     assert visible_tokens(mask[..., :1]) is None
 
 
-def test_what_is_not_known_is_refused():
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (torch.zeros(1, 8, 3), r" of shape \(1, 8, 3\)"),
+        (torch.zeros(1, 9), r" of shape \(1, 9\)"),  # whatever its size is
+        (torch.tensor(8), r" of shape \(\)"),
+        (8, ", a int"),
+        ((torch.zeros(8),), ", a tuple"),
+        ("causal", ", a str"),
+    ],
+)
+def test_arguments_that_are_not_known_are_refused_by_name(value, kind):
+    with pytest.raises(ConfigError, match=rf"does not know the argument per_layer_input{kind}, and so.*Leave it out"):
+        strided_arguments({"per_layer_input": value}, Chunk(4, 0, 8))
+    with pytest.raises(ConfigError, match="does not know the argument per_layer_input"):
+        strided(Layer(4), 2)(numbers(1, 4, 4), per_layer_input=value)
+
+
+def test_what_can_belong_to_no_token_goes_through():
+    given = {"per_layer_input": None, "output_per_layer": True, "rel_embeddings": torch.zeros(8, 8)}
+    assert strided_arguments(given, Chunk(4, 0, 8)) == given
+
+
+def test_what_has_the_wrong_size_or_is_packed_is_refused():
     chunk = Chunk(4, 0, 8)
-    with pytest.raises(ConfigError, match=r"does not know the argument per_layer_input of shape \(1, 8, 3\)"):
-        strided_arguments({"per_layer_input": torch.zeros(1, 8, 3)}, chunk)
     with pytest.raises(ConfigError, match=r"attention_mask has the shape .* expects 8 entries on its axis -1"):
         strided_arguments({"attention_mask": torch.zeros(1, 1, 8, 9)}, chunk)
     with pytest.raises(ConfigError, match="expects 8 entries on its axis -2"):
@@ -339,6 +392,13 @@ def test_what_is_not_known_is_refused():
     block = create_block_mask(lambda b, h, q, k: q >= k, None, None, 128, 128, device="cpu")
     with pytest.raises(ConfigError, match="attn_implementation = sdpa"):
         strided_arguments({"attention_mask": block}, chunk)
+    padded = Chunk.of(texts(torch.tensor([[0, 1, 1], [1, 1, 1]]), 2, 2, 3), 2, 0, 3)
+    with pytest.raises(ConfigError, match=r"position_embeddings has the shape \(3, 2, 3, 4\).*multiple of the stride"):
+        strided_arguments({"position_embeddings": torch.zeros(3, 2, 3, 4)}, padded)
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    later = Chunk.of(texts(mask, 2, 2, 3), 2, 2, 1)
+    with pytest.raises(ConfigError, match=r"different numbers of tokens.*flash attention can't be told.*= sdpa"):
+        strided_arguments({"attention_mask": mask}, later, flash=True)
     with pytest.raises(ConfigError, match="knows the names of 3 of 4 arguments of Layer"):
         strided(Layer(4), 2)(numbers(1, 4, 4), None, None, 1.0, None)
 
@@ -421,24 +481,31 @@ def test_other_caches_are_refused():
 
 
 def test_a_strided_part_of_a_cache_follows_its_batch():
-    part, tokens = StridedLayer(), numbers(2, 3, 4)
+    part, tokens = StridedLayer(3), numbers(2, 3, 4)
     part.reorder_cache(torch.tensor([0]))
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+    part.begin(2, 7, mask)
     part.update(tokens[:, None], tokens[:, None])
-    part.advance(7, tokens, 2 * tokens)
+    part.advance(torch.cat([tokens[:, :1], tokens], dim=1), 2 * torch.cat([tokens[:, :1], tokens], dim=1))
+    # One of seven tokens has the last anchor at 6 and the other at 4, of which it is the second.
+    assert torch.equal(part.current[0], torch.stack([tokens[0, 1:2], tokens[1, 2:3]]))
     assert part.get_seq_length() == 7
     assert part.get_mask_sizes(2) == (9, 0)
     assert not part.is_croppable
     part.reorder_cache(torch.tensor([1, 0]))
     assert torch.equal(part.keys[:, 0], tokens[[1, 0]])
-    assert torch.equal(part.anchor, tokens[[1, 0], -1:])
+    assert torch.equal(part.current[0], torch.stack([tokens[1, 2:3], tokens[0, 1:2]]))
+    assert part.texts.starts.tolist() == [0, 1]
     part.batch_repeat_interleave(2)
-    assert torch.equal(part.output, 2 * tokens[[1, 1, 0, 0], -1:])
+    assert torch.equal(part.current[1], 2 * tokens[[1, 1, 0, 0], [2, 2, 1, 1]][:, None])
+    assert part.texts.starts.tolist() == [0, 0, 1, 1]
     part.batch_select_indices(torch.tensor([2]))
-    assert torch.equal(part.anchor, tokens[[0], -1:])
+    assert torch.equal(part.current[0], tokens[[0], 1:2])
+    assert part.texts.starts.tolist() == [1]
     assert torch.equal(part.values[:, 0], tokens[[0]])
     part.crop(0)
     with pytest.raises(ConfigError, match="without an assistant model"):
         part.crop(-1)
     part.reset()
     assert part.get_seq_length() == 0
-    assert part.anchor is part.output is part.keys is None
+    assert part.current is part.keys is part.texts is None

@@ -12,8 +12,8 @@ numbers per layer, zero at first, so that weight decay pulls to "every token get
 computed as (yh_i - b yh_a) + b y_a: at b = 1 the bracket of an anchor is exactly zero and x'_a is L's output to the
 last bit.
 
-As a(i) <= i it is causal wherever L is. Positions of anchors stay 0, k, 2k. Groups are counted from the first column of
-the batch: padding on the left shifts them unless it is a multiple of k.
+As a(i) <= i it is causal wherever L is. Positions of anchors stay 0, k, 2k. Groups are counted in each sequence from
+its first visible token (see `auxin.nn.token_groups`), so that padding changes nothing.
 
 Decoding keeps keys and values of anchors only, and the current anchor; the other steps skip L. Two baselines have no
 parameters: "skip" lets tokens that are no anchors pass, "pool" gives L the mean of each group and all its tokens the
@@ -24,6 +24,7 @@ what becomes of masks is not in the paper.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
@@ -35,14 +36,12 @@ from auxin.nn.extension import extended
 from auxin.nn.strided import (
     BIASES,
     CACHES,
-    Chunk,
-    StridedLayer,
-    StridedSlidingLayer,
     argument_names,
+    mask_of,
     strided_arguments,
-    strided_cache,
-    visible_tokens,
 )
+from auxin.nn.strided_cache import StridedLayer, StridedSlidingLayer, strided_cache
+from auxin.nn.token_groups import Chunk, taken, texts, visible_tokens
 from auxin.words.roles import ParameterRole
 
 Mode = Literal["altup", "skip", "pool"]
@@ -75,12 +74,12 @@ class SequenceAltUp(nn.Module):
         deviations = nn.Parameter(torch.zeros(3, device=device, dtype=dtype)) if mode == "altup" else None
         self.register_parameter("deviations", deviations)
 
-    def forward(self, x: Tensor, anchors: Tensor, outputs: Tensor, offset: int = 0) -> Tensor:
+    def forward(self, x: Tensor, anchors: Tensor, outputs: Tensor, offset: int | Tensor = 0) -> Tensor:
         """`correct`. Call the module: whoever brings a module's tensors when it is called (offloading to a disk, say)
         has to see it."""
         return self.correct(x, anchors, outputs, offset)
 
-    def correct(self, x: Tensor, anchors: Tensor, outputs: Tensor, offset: int = 0) -> Tensor:
+    def correct(self, x: Tensor, anchors: Tensor, outputs: Tensor, offset: int | Tensor = 0) -> Tensor:
         """The new tokens (batch, sequence, d), in the type of `x`.
 
         Args:
@@ -88,11 +87,11 @@ class SequenceAltUp(nn.Module):
             anchors: those among them that the layer saw, one per group, (batch, groups, d). Of a group that began
                 earlier, its anchor of then.
             outputs: what the layer made of them, (batch, groups, d).
-            offset: the place of the first token in its group.
+            offset: the place of the first token in the first group; (batch,) where sequences differ.
         """
         if self.mode == "pool":
             return outputs.repeat_interleave(self.stride, dim=1)[:, : x.shape[1]].contiguous()
-        grouped = self._grouped(x, offset)
+        grouped = self._grouped(x, offset, anchors.shape[1])
         anchors, outputs = anchors.unsqueeze(2), outputs.unsqueeze(2)
         if self.mode == "skip":
             result = torch.cat([outputs, grouped[:, :, 1:]], dim=2)
@@ -103,8 +102,11 @@ class SequenceAltUp(nn.Module):
             predicted = a1 * grouped + a2 * anchors
             of_anchors = a1 * anchors + a2 * anchors
             result = ((predicted - b * of_anchors) + b * outputs).to(x.dtype)
+        result = result.flatten(1, 2)
+        if isinstance(offset, Tensor):
+            return taken(result, torch.arange(x.shape[1], device=x.device) + offset[:, None], 1)
         # Products of what is not contiguous are rounded in other ways, and not always in the same.
-        return result.flatten(1, 2)[:, offset : offset + x.shape[1]].contiguous()
+        return result[:, offset : offset + x.shape[1]].contiguous()
 
     def means(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
         """The mean of each group, (batch, groups, d); the last group may be shorter.
@@ -115,15 +117,18 @@ class SequenceAltUp(nn.Module):
         """
         if visible is None:
             visible = torch.ones(1, x.shape[1], dtype=torch.bool, device=x.device)
-        weights = self._grouped(visible.unsqueeze(-1).to(x.dtype), 0)
-        sums = (self._grouped(x, 0) * weights).sum(2)
+        groups = -(-x.shape[1] // self.stride)
+        weights = self._grouped(visible.unsqueeze(-1).to(x.dtype), 0, groups)
+        sums = (self._grouped(x, 0, groups) * weights).sum(2)
         return sums / weights.sum(2).clamp(min=1)
 
-    def _grouped(self, x: Tensor, offset: int) -> Tensor:
-        """(batch, groups, k, d), padded where groups are not whole."""
-        behind = -(offset + x.shape[1]) % self.stride
-        if offset or behind:
-            x = nn.functional.pad(x, (0, 0, offset, behind))
+    def _grouped(self, x: Tensor, offset: int | Tensor, groups: int) -> Tensor:
+        """(batch, groups, k, d); where groups are not whole, filled with something."""
+        if isinstance(offset, Tensor):
+            places = torch.arange(groups * self.stride, device=x.device) - offset[:, None]
+            x = taken(x, places.clamp(0, x.shape[1] - 1), 1)
+        else:
+            x = nn.functional.pad(x, (0, 0, offset, groups * self.stride - offset - x.shape[1]))
         return x.unflatten(1, (-1, self.stride))
 
     def _coefficients(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,35 +196,51 @@ class SequenceAltUpLayer(Brick):
         cache = next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
         self._check(hidden_states, arguments, cache)
         state = None if cache is None else strided_cache(cache, self, update.stride)
-        first_key = state.first_key if isinstance(state, StridedSlidingLayer) else 0
-        chunk = Chunk(update.stride, state.tokens if state is not None else 0, hidden_states.shape[1], first_key)
-        # Without gradients it is a text that is being written, which may begin like that.
-        if self.training and torch.is_grad_enabled() and chunk.total < chunk.stride:
-            raise ConfigError(
-                f"stride = {chunk.stride} is longer than the sequence of {chunk.length} tokens, of which the layer "
-                f"would see one. Train on sequences of {chunk.stride} tokens or more, or choose a smaller stride."
-            )
+        chunk = self._chunk(hidden_states, mask_of(arguments), state)
         if update.mode == "pool":
             return self._pooled(hidden_states, arguments, chunk, super().forward)
         anchors: list[Tensor] = []
         outputs: list[Tensor] = []
-        if state is not None and chunk.offset:
-            assert state.anchor is not None
-            assert state.output is not None
-            anchors.append(state.anchor)
-            outputs.append(state.output)
         result: Any = None
-        if chunk.first < chunk.length:
+        if chunk.groups:
             # Every product would copy what is not contiguous.
             anchors.append(chunk.anchors(hidden_states, 1).contiguous())
-            result = super().forward(anchors[-1], **strided_arguments(arguments, chunk, flash=_is_flash(self)))
+            window = state.sliding_window if isinstance(state, StridedSlidingLayer) else None
+            given = strided_arguments(arguments, chunk, flash=_is_flash(self), window=window)
+            result = super().forward(anchors[0], **given)
             outputs.append(result[0] if isinstance(result, tuple) else result)
+        if chunk.continues:
+            # In a first call the group before has padding alone, which may get anything.
+            earlier = None if state is None else state.current
+            anchor, output = earlier if earlier is not None else (anchors[0][:, :1], outputs[0][:, :1])
+            anchors.insert(0, anchor)
+            outputs.insert(0, output)
         seen, made = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in (anchors, outputs))
         new = update(hidden_states, seen, made, chunk.offset)
         if state is not None:
             result = _remembered(state, result)
-            state.advance(chunk.length, seen, made)
+            state.advance(seen, made)
         return self._with_first(result, new, arguments)
+
+    def _chunk(self, hidden_states: Tensor, mask: Any, state: StridedLayer | None) -> Chunk:
+        """The tokens of this call, and where the texts of their sequences begin.
+
+        Raises:
+            ConfigError: the text is shorter than the stride, in training.
+        """
+        batch, length, _ = hidden_states.shape
+        stride = self.sequence_altup.stride
+        if state is not None:
+            chunk = state.begin(batch, length, mask)
+        else:
+            chunk = Chunk.of(texts(mask, stride, batch, length), stride, 0, length)
+        # Without gradients it is a text that is being written, which may begin like that.
+        if self.training and torch.is_grad_enabled() and chunk.total < stride:
+            raise ConfigError(
+                f"stride = {stride} is longer than the sequence of {length} tokens, of which the layer would see one. "
+                f"Train on sequences of {stride} tokens or more, or choose a smaller stride."
+            )
+        return chunk
 
     def roles(self, replaced: Roles) -> Roles:
         """That of the three numbers, which run along no stream."""
@@ -243,10 +264,19 @@ class SequenceAltUpLayer(Brick):
         return factors
 
     def _pooled(self, hidden_states: Tensor, arguments: dict[str, Any], chunk: Chunk, layer: Any) -> Any:
-        means = self.sequence_altup.means(hidden_states, visible_tokens(arguments.get("attention_mask")))
+        visible = visible_tokens(mask_of(arguments))
+        if chunk.starts is not None:
+            # The padding that is put last has groups, too: as many as there are with any shift.
+            chunk = replace(chunk, shifts=tuple(range(chunk.stride)))
+            order = chunk.order()
+            hidden_states = taken(hidden_states, order, 1)
+            visible = None if visible is None else taken(visible, order, 1)
+        means = self.sequence_altup.means(hidden_states, visible)
         result = layer(means, **strided_arguments(arguments, chunk, pooled=True, flash=_is_flash(self)))
         outputs = result[0] if isinstance(result, tuple) else result
-        return self._with_first(result, self.sequence_altup(hidden_states, means, outputs), arguments)
+        new = self.sequence_altup(hidden_states, means, outputs)
+        new = new if chunk.starts is None else taken(new, order.argsort(), 1)
+        return self._with_first(result, new, arguments)
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         if len(args) > len(self.argument_names):

@@ -1,192 +1,20 @@
-"""What a layer takes, for every k-th token only: its arguments, and a cache of its keys and values.
-
-Tokens lie in groups of k, counted from the first one that the cache saw; the first token of a group is its anchor.
-"""
+"""The arguments of a layer, for every k-th token only (see `auxin.nn.token_groups`)."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from auxin.errors import ConfigError
 from auxin.nn.calls import forward_arguments
+from auxin.nn.token_groups import Chunk, every, taken
 
 CACHES = ("past_key_values", "layer_past")
 """What layers call the argument that holds the cache."""
 BIASES = ("position_bias", "encoder_decoder_position_bias")
 """What T5's layers hand on to each other: they take these and give them back behind their hidden states."""
-_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-_WHOLE = ("encoder_hidden_states", "head_mask", *CACHES)
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens of one call, among those of the calls before."""
-
-    stride: int
-    """k: tokens of a group."""
-    seen: int
-    """Tokens before the first one of this call."""
-    length: int
-    """Tokens of this call."""
-    first_key: int = 0
-    """The first token that masks have a column for: those before are out of a sliding window."""
-
-    @property
-    def total(self) -> int:
-        """Tokens up to the last one of this call."""
-        return self.seen + self.length
-
-    @property
-    def offset(self) -> int:
-        """The place of the first token in its group, 0 to k - 1."""
-        return self.seen % self.stride
-
-    @property
-    def first(self) -> int:
-        """The first token of this call that is an anchor; `length` or more where there is none."""
-        return -self.seen % self.stride
-
-    def anchors(self, x: Tensor, axis: int) -> Tensor:
-        """Those entries of `x` along `axis`, which holds the tokens of this call, that belong to anchors."""
-        return _every(x, axis, self.first, self.stride)
-
-
-class StridedLayer(DynamicLayer):
-    """The part of a cache that belongs to a strided layer: keys and values of anchors, and the last anchor itself.
-
-    To whoever asks for its length it has seen all tokens, so that masks and positions come out as for other layers.
-    """
-
-    is_croppable = False
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.tokens = 0
-        """Tokens that the layer has seen."""
-        self.anchor: Tensor | None = None
-        """The last anchor's input, (batch, 1, d)."""
-        self.output: Tensor | None = None
-        """What the layer made of it, (batch, 1, d)."""
-        self.results: int | None = None
-        """How many things the layer gives; None: a tensor and no tuple."""
-
-    def advance(self, tokens: int, anchors: Tensor, outputs: Tensor) -> None:
-        """Note that `tokens` more were seen, the last anchors of (batch, anchors, d) being the current ones."""
-        self.tokens += tokens
-        self.anchor, self.output = anchors[:, -1:], outputs[:, -1:]
-
-    def get_seq_length(self) -> int:
-        """All tokens seen, not only anchors."""
-        return self.tokens
-
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()
-        self.tokens, self.anchor, self.output, self.results = 0, None, None, None
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Impossible: the anchor before the last one is not kept."""
-        if tokens_to_remove != 0:
-            raise ConfigError(
-                "A cache of strided layers (Sequence-AltUp) can't be cropped: it keeps the current anchor only. "
-                "Generate without an assistant model or prompt lookup."
-            )
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """As other layers do; the anchor too."""
-        super().reorder_cache(beam_idx)
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """As other layers do; the anchor too."""
-        super().batch_repeat_interleave(repeats)
-        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """As other layers do; the anchor too."""
-        super().batch_select_indices(indices)
-        self._map(lambda x: x[indices])
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.anchor is not None and self.output is not None:
-            self.anchor, self.output = change(self.anchor), change(self.output)
-
-
-class StridedSlidingLayer(StridedLayer):
-    """The same for a layer that sees a window: of the anchors before, it keeps and shows those within. Masks come out
-    of the same sizes as for other layers with the window.
-
-    Args:
-        sliding_window: tokens that a token sees, itself included.
-        stride: k.
-    """
-
-    is_sliding = True
-
-    def __init__(self, sliding_window: int, stride: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.sliding_window, self.stride = sliding_window, stride
-
-    @property
-    def first_key(self) -> int:
-        """The first token seen that the next one still sees."""
-        return max(self.tokens - self.sliding_window + 1, 0)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add keys and values of anchors to those within the window, (batch, heads, anchors, dim), and give all."""
-        if self.keys is not None and self.values is not None and self.is_initialized:
-            kept = -(-self.tokens // self.stride) - -(-self.first_key // self.stride)
-            start = max(self.keys.shape[-2] - kept, 0)
-            self.keys, self.values = self.keys[:, :, start:], self.values[:, :, start:]
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        return keys, values
-
-    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """Columns of a mask, and the token that the first of them is for."""
-        # Earlier versions of transformers give the positions of the queries.
-        queries = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
-        return self.tokens - self.first_key + queries, self.first_key
-
-
-def strided_cache(cache: Any, layer: nn.Module, stride: int) -> StridedLayer:
-    """The part of `cache` that belongs to `layer`; put there if the cache is new.
-
-    Args:
-        cache: a DynamicCache, or an EncoderDecoderCache with one.
-        layer: has, somewhere inside, the attribute layer_idx (GPT-Neo: layer_id).
-        stride: the layer's.
-
-    Raises:
-        ConfigError: the cache is of another kind, or was filled by a layer that is not strided.
-    """
-    if isinstance(cache, EncoderDecoderCache):
-        cache = cache.self_attention_cache
-    numbers = (getattr(module, name, None) for name in ("layer_idx", "layer_id") for module in layer.modules())
-    number = next((number for number in numbers if isinstance(number, int)), None)
-    if isinstance(cache, Cache) and number is not None and not cache.offloading:
-        while cache.layer_class_to_replicate is DynamicLayer and len(cache.layers) <= number:
-            cache.layers.append(DynamicLayer())
-        found = cache.layers[number]
-        if isinstance(found, StridedLayer):
-            return found
-        known = isinstance(found, DynamicLayer) and type(found) in (DynamicLayer, DynamicSlidingWindowLayer)
-        if isinstance(found, DynamicLayer) and known and found.get_seq_length() == 0:
-            window = found.sliding_window if isinstance(found, DynamicSlidingWindowLayer) else None
-            new = StridedLayer() if window is None else StridedSlidingLayer(window, stride)
-            cache.layers[number] = new
-            return new
-        kind = f"{type(cache).__name__} with {'tokens in ' if known else ''}a {type(found).__name__}"
-    else:
-        kind = type(cache).__name__ + (" that is offloaded" if getattr(cache, "offloading", False) else "")
-    raise ConfigError(
-        f"A strided layer (Sequence-AltUp) can't use a {kind} as its cache. Give an empty DynamicCache, as generate() "
-        "makes one by default, or use_cache = False."
-    )
 
 
 def argument_names(layer: nn.Module) -> tuple[str, ...]:
@@ -195,105 +23,166 @@ def argument_names(layer: nn.Module) -> tuple[str, ...]:
 
 
 def strided_arguments(
-    arguments: Mapping[str, Any], chunk: Chunk, pooled: bool = False, flash: bool = False
+    arguments: Mapping[str, Any], chunk: Chunk, pooled: bool = False, flash: bool = False, window: int | None = None
 ) -> dict[str, Any]:
     """The arguments of a layer for the anchors of `chunk`.
 
-    Positions of anchors stay what they are: 0, k, 2k.
+    Positions of anchors stay what they are: 0, k, 2k of a text that begins with the first token.
 
     Args:
         arguments: by name, for all tokens. Known are attention_mask (additive or boolean, (batch, heads or 1, queries
             or 1, keys), or (batch, keys)), position_embeddings (tensors (batch or 1, sequence, dim), or one),
             position_ids (batch or 1, sequence), position_bias (batch or 1, heads, queries, keys; or MPT's (heads, 1,
             keys), where the last keys are meant), relative_pos (batch or 1, queries, keys), alibi (what is added to
-            scores, by the keys on its last axis), encoder_hidden_states, encoder_attention_mask and
-            encoder_decoder_position_bias (whose keys are the
-            encoder's tokens).
+            scores, (batch, heads, 1, keys) or (batch heads, 1, keys)), encoder_attention_mask and
+            encoder_decoder_position_bias (whose keys are the encoder's tokens), and what belongs to no token: caches,
+            encoder_hidden_states, rel_embeddings, num_items_in_batch. Any argument may be None or a bool.
         chunk: which tokens these are.
         pooled: whether an anchor stands for its whole group, which is then masked only if all of it is.
         flash: whether attention takes position_ids that are not consecutive for sequences packed into one.
+        window: tokens that a token sees, itself included; None: all before it.
 
     Raises:
-        ConfigError: an argument that belongs to tokens and is not known, or has another size than these.
+        ConfigError: an argument that is not known, that has another size than these tokens, or that can't be told
+            apart by anchors.
     """
-    return {name: _strided(name, value, chunk, pooled, flash) for name, value in arguments.items()}
+    arguments = {**arguments, "attention_mask": mask_of(arguments)} if "attention_mask" in arguments else arguments
+    result = {name: _strided(name, value, chunk, pooled, flash) for name, value in arguments.items()}
+    if chunk.starts is not None and chunk.seen > 0 and result.get("attention_mask") is None:
+        result["attention_mask"] = _made_mask(chunk, flash, window)
+    if _names_hidden(result):
+        result["attention_mask"] = ~result["attention_mask"]
+    return result
 
 
-def visible_tokens(mask: Tensor | None) -> Tensor | None:
-    """Which tokens any other may see, (batch, keys) boolean; None: all.
+def mask_of(arguments: Mapping[str, Any]) -> Any:
+    """The attention_mask among the arguments of a layer, boolean ones with the tokens that are seen."""
+    mask: Any = arguments.get("attention_mask")
+    return ~mask if _names_hidden(arguments) else mask
 
-    Args:
-        mask: see `strided_arguments`.
-    """
-    if mask is None:
-        return None
-    seen = mask if mask.dtype == torch.bool else mask > (0 if _says_yes(mask) else torch.finfo(mask.dtype).min / 2)
-    seen = seen if mask.dim() == 2 else seen.flatten(1, 2).any(1)
-    return seen if seen.shape[-1] > 1 else None
+
+def _names_hidden(arguments: Mapping[str, Any]) -> bool:
+    """Whether a boolean mask has the tokens that are hidden, as MPT's has, which comes with MPT's bias."""
+    mask, bias = arguments.get("attention_mask"), arguments.get("position_bias")
+    is_boolean = isinstance(mask, Tensor) and mask.dtype == torch.bool
+    return is_boolean and isinstance(bias, Tensor) and bias.dim() == 3
 
 
 def _strided(name: str, value: Any, chunk: Chunk, pooled: bool, flash: bool) -> Any:
-    if value is None or name in _WHOLE:
+    if value is None or isinstance(value, bool):
         return value
-    if name in _PACKED or isinstance(value, BlockMask):
+    if name not in _KNOWN:
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f", a {type(value).__name__}"
         raise ConfigError(
-            f"A strided layer (Sequence-AltUp) can't tell which tokens {name} means. Load the model with "
-            "attn_implementation = sdpa, and give a mask of numbers."
+            f"A strided layer (Sequence-AltUp) does not know the argument {name}{shape}, and so not what of it belongs "
+            "to anchors. Leave it out, or give strides to layers that don't take it."
         )
-    if name == "position_embeddings":
-        parts = [_queries(name, part, chunk) for part in (value if isinstance(value, tuple) else [value])]
-        return tuple(parts) if isinstance(value, tuple) else parts[0]
-    if not isinstance(value, Tensor) or value.dim() == 0:
-        return value
-    if name == "attention_mask":
-        if pooled:
-            return _pooled_mask(name, value, chunk)
-        return _keys(name, value if value.dim() == 2 else _queries(name, value, chunk), chunk)
-    if name == "alibi":
-        return _keys(name, value, chunk)
-    if name == "position_bias" and value.dim() == 3:
-        return _every(value[..., -chunk.total :], -1, 0, chunk.stride)
-    if name in ("position_bias", "relative_pos"):
-        return _keys(name, _queries(name, value, chunk), chunk)
-    if name in ("encoder_attention_mask", "encoder_decoder_position_bias"):
-        return value if value.dim() == 2 else _queries(name, value, chunk)
+    if name == "attention_mask" and isinstance(value, Tensor):
+        return _pooled_mask(name, value, chunk) if pooled else _mask(name, value, chunk, flash)
     if name == "position_ids" and flash:
-        if value.shape[0] == 1 and bool((value.diff(dim=-1) != 1).any()):
-            raise ConfigError(
-                "position_ids: flash attention takes these for sequences packed into one, whose anchors are not known. "
-                "Load the model with attn_implementation = sdpa."
-            )
-        # Nor would it understand those of anchors. Rotations by position are computed before.
-        return None
-    if name in ("position_ids", "cache_position"):
-        return chunk.anchors(value, -1)
-    if chunk.length > 1 and chunk.length in value.shape:
-        raise ConfigError(
-            f"A strided layer (Sequence-AltUp) does not know the argument {name} of shape {tuple(value.shape)}, and so "
-            "not which part of it belongs to anchors. Leave it out, or use layers that don't take it."
-        )
+        return _ids_for_flash(value)
+    return _KNOWN[name](name, value, chunk)
+
+
+def _whole(name: str, value: Any, chunk: Chunk) -> Any:
     return value
 
 
-def _every(x: Tensor, axis: int, first: int, step: int) -> Tensor:
-    index = [slice(None)] * x.dim()
-    index[axis] = slice(first, None, step)
-    return x[tuple(index)]
+def _not_told(name: str, value: Any, chunk: Chunk) -> Any:
+    raise ConfigError(
+        f"A strided layer (Sequence-AltUp) can't tell which tokens {name} means. Load the model with "
+        "attn_implementation = sdpa, and give a mask of numbers."
+    )
+
+
+def _positions(name: str, value: Any, chunk: Chunk) -> Any:
+    """Rotations: a tensor, or a tuple of tensors."""
+    if isinstance(value, tuple):
+        return tuple(_queries(name, part, chunk) for part in value)
+    return _queries(name, value, chunk)
+
+
+def _ids(name: str, value: Tensor, chunk: Chunk) -> Tensor:
+    return _rows(name, value, -1, chunk)
+
+
+def _ids_for_flash(value: Tensor) -> None:
+    if value.shape[0] == 1 and bool((value.diff(dim=-1) != 1).any()):
+        raise ConfigError(
+            "position_ids: flash attention takes these for sequences packed into one, whose anchors are not known. "
+            "Load the model with attn_implementation = sdpa."
+        )
+    # Nor would it understand those of anchors. Rotations by position are computed before.
+
+
+def _bias(name: str, value: Tensor, chunk: Chunk) -> Tensor:
+    if value.dim() == 3:  # MPT's grows evenly with the key, so that a shift of all keys cancels
+        return every(value[..., -chunk.total :], -1, 0, chunk.stride)[..., : chunk.slots]
+    return _keys(name, _queries(name, value, chunk), chunk)
+
+
+def _distances(name: str, value: Tensor, chunk: Chunk) -> Tensor:
+    """Of an encoder. They are the same in all sequences, whatever groups are counted from."""
+    unshifted = replace(chunk, starts=None, shifts=(0,))
+    return _keys(name, _queries(name, value, unshifted), unshifted)[..., : chunk.groups, : chunk.slots]
+
+
+def _alibi(name: str, value: Tensor, chunk: Chunk) -> Tensor:
+    if chunk.starts is None or value.dim() == 4:
+        return _keys(name, value, chunk)
+    return _keys(name, value.unflatten(0, (len(chunk.starts), -1)), chunk).flatten(0, 1)
+
+
+def _across(name: str, value: Tensor, chunk: Chunk) -> Tensor:
+    """What says what the encoder's tokens are to those of this call."""
+    return value if value.dim() == 2 else _queries(name, value, chunk)
+
+
+_KNOWN: dict[str, Callable[[str, Any, Chunk], Any]] = {
+    "attention_mask": _not_told,  # one of numbers is told before: see `_strided`
+    "position_embeddings": _positions,
+    "position_ids": _ids,
+    "position_bias": _bias,
+    "relative_pos": _distances,
+    "alibi": _alibi,
+    "encoder_attention_mask": _across,
+    "encoder_decoder_position_bias": _across,
+    **dict.fromkeys((*CACHES, "encoder_hidden_states", "rel_embeddings", "num_items_in_batch"), _whole),
+    **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"), _not_told),
+}
+"""What becomes of each argument that is known."""
+
+_AXES = {"position_embeddings": 3, "position_ids": 2, "position_bias": 4}
+"""How many axes an argument must have for its first one to be the batch."""
+
+
+def _rows(name: str, x: Tensor, axis: int, chunk: Chunk) -> Tensor:
+    """The entries of anchors along `axis`, which holds the tokens of this call."""
+    if chunk.starts is not None and (x.dim() != _AXES.get(name, 4) or x.shape[0] not in (1, len(chunk.starts))):
+        raise ConfigError(
+            f"{name} has the shape {tuple(x.shape)}, in which a strided layer (Sequence-AltUp) can't find the "
+            f"{len(chunk.starts)} sequences, whose groups begin at different places. Pad each sequence on the left by "
+            f"a multiple of the stride ({chunk.stride})."
+        )
+    return chunk.anchors(x, axis)
 
 
 def _queries(name: str, x: Tensor, chunk: Chunk) -> Tensor:
     """The rows (the axis before the last) of anchors; one row that is for all stays."""
     if x.shape[-2] == chunk.length:
-        return chunk.anchors(x, -2)
+        return _rows(name, x, -2, chunk)
     return _one_for_all(name, x, -2, chunk.length)
 
 
 def _keys(name: str, x: Tensor, chunk: Chunk) -> Tensor:
     """The columns (the last axis) of anchors, of this call and the calls before; one that is for all stays."""
     first = 0 if x.dim() == 2 else chunk.first_key
-    if x.shape[-1] == chunk.total - first:
-        return _every(x, -1, -first % chunk.stride, chunk.stride)
-    return _one_for_all(name, x, -1, chunk.total - first)
+    if x.shape[-1] != chunk.total - first:
+        return _one_for_all(name, x, -1, chunk.total - first)
+    if chunk.starts is None:
+        return every(x, -1, -first % chunk.stride, chunk.stride)
+    tokens, _ = chunk.key_tokens()
+    return taken(x, (tokens - first).clamp(0, x.shape[-1] - 1), -1)
 
 
 def _one_for_all(name: str, x: Tensor, axis: int, tokens: int) -> Tensor:
@@ -305,10 +194,35 @@ def _one_for_all(name: str, x: Tensor, axis: int, tokens: int) -> Tensor:
     return x
 
 
-def _says_yes(mask: Tensor) -> bool:
-    """Whether tokens that are seen have a number above 0 in `mask` and others 0, as in DeBERTa's layers too; what is
-    added to scores holds none above 0."""
-    return mask.dtype == torch.bool or mask.dim() == 2 or bool((mask > 0).any())
+def _mask(name: str, mask: Tensor, chunk: Chunk, flash: bool) -> Tensor:
+    """The mask for anchors, with slots hidden that hold none yet."""
+    new = _keys(name, mask if mask.dim() == 2 else _queries(name, mask, chunk), chunk)
+    if chunk.starts is None or chunk.seen == 0:
+        return new
+    _refuse_flash(flash)
+    hidden = ~chunk.key_tokens()[1]
+    bottom = torch.finfo(new.dtype).min if new.is_floating_point() and new.dim() > 2 else 0
+    return new.masked_fill(hidden if new.dim() == 2 else hidden[:, None, None], bottom)
+
+
+def _made_mask(chunk: Chunk, flash: bool, window: int | None) -> Tensor:
+    """A mask (batch, 1, queries, slots) where none was given, as all tokens that a layer without a stride would see are
+    visible: slots may hold no anchor yet."""
+    _refuse_flash(flash)
+    assert chunk.starts is not None
+    keys, held = chunk.key_tokens()
+    keys, queries = keys[:, None], (chunk.seen + chunk.anchor_places())[:, :, None]
+    seen = held[:, None] & (keys <= queries) & (keys >= chunk.starts[:, None, None])
+    return (seen if window is None else seen & (keys > queries - window))[:, None]
+
+
+def _refuse_flash(flash: bool) -> None:
+    if flash:
+        raise ConfigError(
+            "Sequences that are padded by different numbers of tokens have anchors at different places in a cache, "
+            "which flash attention can't be told. Load the model with attn_implementation = sdpa, or give use_cache = "
+            "False."
+        )
 
 
 def _pooled_mask(name: str, mask: Tensor, chunk: Chunk) -> Tensor:
@@ -316,7 +230,10 @@ def _pooled_mask(name: str, mask: Tensor, chunk: Chunk) -> Tensor:
     for axis in (-1,) if mask.dim() == 2 else (-1, -2):
         if mask.shape[axis] != chunk.length:
             _one_for_all(name, mask, axis, chunk.length)
-    bottom: float = 0 if _says_yes(mask) else torch.finfo(mask.dtype).min
+        elif chunk.starts is not None:
+            mask = taken(mask, chunk.order(), axis)
+    # A group that is not whole has some token at least, which is no less than this.
+    bottom = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
     behind = -mask.shape[-1] % chunk.stride
     mask = nn.functional.pad(mask, (0, behind), value=bottom).unflatten(-1, (-1, chunk.stride)).amax(-1)
     if mask.dim() == 2:

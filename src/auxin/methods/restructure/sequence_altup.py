@@ -89,7 +89,7 @@ def plan_sequence_altup(model: PreTrainedModel, settings: SequenceAltUpSettings)
         settings=settings.model_dump(mode="json", exclude_defaults=True),
         promise="none",
         edits=edits,
-        notes=_notes(model, [layers[number] for number in chosen], settings.stride),
+        notes=_notes(model, [layers[number] for number in chosen]),
         made_for=config_values(model.config),
     )
 
@@ -168,13 +168,8 @@ def _check_layer(path: str, layer: nn.Module, settings: SequenceAltUpSettings) -
         )
 
 
-def _notes(model: PreTrainedModel, layers: Sequence[nn.Module], stride: int) -> list[str]:
+def _notes(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[str]:
     notes = []
-    if is_causal(layers[0]):
-        notes.append(
-            f"Anchors are counted from the first column: pad batches on the left by multiples of {stride}, or what a "
-            "text becomes depends on its padding."
-        )
     # As transformers' models with experts call their modules of all experts.
     has_experts = any(name.endswith("experts") for layer in layers for name, _ in layer.named_modules())
     if has_experts and hasattr(model.config, "output_router_logits"):
