@@ -211,6 +211,17 @@ def test_images_are_whole_and_self_contained(image):
     assert all(reference.startswith(("#", "data:")) for reference in references)
 
 
+def test_every_promise_has_a_test():
+    page = ROOT / "docs" / "what_happens_when.md"
+    text = page.read_text(encoding="utf-8")
+    shown = re.findall(r"\[(test_\w+)\]\(([^)]+)\)", text)
+    assert len(shown) > 30
+    for test, path in shown:
+        assert f"def {test}(" in (page.parent / path).read_text(encoding="utf-8"), f"{path} has no {test}"
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| ---", "| fault"))]
+    assert all("](../tests/" in row for row in rows)
+
+
 def generator() -> ModuleType:
     spec = importlib.util.spec_from_file_location("generate_tables", ROOT / "docs" / "generate_tables.py")
     assert spec is not None
