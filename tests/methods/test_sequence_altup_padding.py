@@ -127,6 +127,32 @@ def test_a_padded_batch_in_pieces_is_the_whole_batch(cuts, **values):
     assert change(whole[visible], got[visible]) <= EXACT
 
 
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize(
+    ("family", "depth"), [("t5", {"num_layers": 3, "num_decoder_layers": 3}), ("bart", {"decoder_layers": 3})]
+)
+def test_a_padded_batch_for_a_decoder_that_reads_an_encoder(family, depth, eager):
+    model = tiny(family, **depth)
+    if eager:
+        model.set_attn_implementation("eager")
+    apply(plan_sequence_altup(model, SequenceAltUpSettings(stride=3, part="decoder")), model)
+    ids, mask = batch([5, 7, 3, 6], [2, 0, 4, 1])
+    pieces, cache = [], None
+    with torch.no_grad(), InDouble():
+        given = {"encoder_outputs": model.get_encoder()(ids[:, :4])}
+        whole = model(decoder_input_ids=ids, decoder_attention_mask=mask, use_cache=False, **given).logits
+        for start, end in ((0, 3), (3, 4), (4, 5), (5, 7)):
+            told = {"decoder_attention_mask": mask[:, :end], "past_key_values": cache, "use_cache": True}
+            output = model(decoder_input_ids=ids[:, start:end], **told, **given)
+            pieces.append(output.logits)
+            cache = output.past_key_values
+        other = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % VOCABULARY], dim=1)
+        moved = model(decoder_input_ids=other, decoder_attention_mask=mask, use_cache=False, **given).logits
+    visible, before = mask.bool(), mask.bool() & (torch.arange(7) < 6)
+    assert change(whole[visible], torch.cat(pieces, dim=1)[visible]) <= EXACT
+    assert torch.equal(whole[before], moved[before])
+
+
 def test_a_padded_batch_keeps_no_more_keys_than_its_longest_text_needs():
     model = strided("llama", 4)
     ids, mask = batch([11, 9, 10, 12], [1, 3, 2, 0])

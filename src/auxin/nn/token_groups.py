@@ -181,10 +181,7 @@ def visible_tokens(mask: Tensor | None) -> Tensor | None:
     Args:
         mask: see `visible_keys`.
     """
-    if mask is None or mask.shape[-1] == 1:
-        return None
-    seen = visible_keys(mask)
-    return seen if mask.dim() == 2 else seen.flatten(1, -2).any(1)
+    return None if mask is None or mask.shape[-1] == 1 else _seen_by_any(visible_keys(mask))
 
 
 def texts(
@@ -211,7 +208,7 @@ def texts(
     if mask.shape[-1] != tokens - first_key:
         return before
     seen = visible_keys(mask)
-    visible = (seen if mask.dim() == 2 else seen.flatten(1, -2).any(1)).expand(batch, -1)
+    visible = _seen_by_any(seen).expand(batch, -1)
     waiting, starts = ~visible.any(-1), visible.int().argmax(-1) + first_key
     if before is not None:
         starts, waiting = torch.where(before.waiting, starts, before.starts), before.waiting & waiting
@@ -245,3 +242,7 @@ def texts(
                 "each text a sequence of its own, or begin them at multiples of the stride."
             )
     return Texts(starts, waiting, tuple(sorted(set(facts[0]))), any(facts[1]) or any(facts[4]))
+
+
+def _seen_by_any(seen: Tensor) -> Tensor:
+    return seen if seen.dim() == 2 else seen.flatten(1, -2).any(1)
