@@ -255,6 +255,9 @@ def test_hidden_anchors_of_visible_tokens_are_refused():
     mask[1, 3] = 0
     with pytest.raises(ConfigError, match=r"in sequence 1 hidden tokens .* anchor .* groups of 3.*on the left"):
         model(ids, attention_mask=mask)
+    ids[0, 3] = 0  # generate() makes a mask of its own, in which this is padding
+    with pytest.raises(ConfigError, match=r"in sequence 0 .*Without an attention_mask, generate\(\) hides"):
+        model.generate(ids, max_new_tokens=2, min_new_tokens=2, pad_token_id=0)
     mask[1, 3:5] = torch.tensor([1, 0])  # which is no anchor, and so tells nobody anything
     other = ids.clone()
     other[1, 4] += 1

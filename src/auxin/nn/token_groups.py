@@ -233,7 +233,8 @@ def texts(
             raise ConfigError(
                 f"attention_mask: in sequence {row} hidden tokens lie between visible ones, and one of them would be "
                 f"the anchor of visible ones: groups of {stride} (Sequence-AltUp) are counted from the first visible "
-                "token. Pad on one side, and to write on, on the left; or hide nothing within a text."
+                "token. Pad on one side, and to write on, on the left; hide nothing within a text. (Without an "
+                "attention_mask, generate() hides whatever equals pad_token_id: give it one.)"
             )
         if is_apart:
             raise ConfigError(
