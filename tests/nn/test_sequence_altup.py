@@ -416,6 +416,16 @@ def test_flash_attention_gets_no_positions_that_look_like_packed_sequences():
     assert seen["position_ids"] is None
 
 
+def test_flash_attention_with_a_sliding_window_is_refused():
+    """It would count the window in anchors. Not run here, where there is no flash attention."""
+    for family in ("mistral", "gemma3_text"):
+        model = tiny(family)
+        layers = [layer for layer in model.model.layers if getattr(layer.self_attn, "sliding_window", 1) is not None]
+        layers[0].self_attn.config._attn_implementation = "flash_attention_2"
+        with pytest.raises(ConfigError, match=r"the window of \d+ tokens .* = sdpa"):
+            strided(layers[0], 2)(numbers(1, 6, layers[0].hidden_size))
+
+
 def test_impossible_layers_are_refused():
     with pytest.raises(ConfigError, match="stride = 0"):
         SequenceAltUpLayer.replacing(Layer(4), 0)

@@ -299,6 +299,11 @@ class SequenceAltUpLayer(Brick):
             )
         if self.sequence_altup.mode == "pool" and cache is not None:
             raise ConfigError("mode = pool is not causal and can't use a cache. Give use_cache = False.")
+        if _is_flash(self) and (window := _window(self)) is not None:
+            raise ConfigError(
+                f"Flash attention counts the window of {window} tokens in what it is given, and a strided layer "
+                "gives it anchors. Load the model with attn_implementation = sdpa."
+            )
 
     def _with_first(self, result: Any, new: Tensor, arguments: dict[str, Any]) -> Any:
         """`result` with `new` as its hidden states and the position biases that came in."""
@@ -319,6 +324,16 @@ def is_causal(layer: nn.Module) -> bool:
 def _is_flash(layer: nn.Module) -> bool:
     configs = (getattr(module, "config", None) for module in layer.modules())
     return any("flash" in str(getattr(config, "_attn_implementation", "")) for config in configs if config is not None)
+
+
+def _window(layer: nn.Module) -> int | None:
+    """How many tokens an attention in `layer` looks back; None: to the first one."""
+    for module in layer.modules():
+        config = getattr(module, "config", None)
+        window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+        if isinstance(window, int) and config is not None:
+            return window
+    return None
 
 
 def _remembered(state: StridedLayer, result: Any) -> Any:
