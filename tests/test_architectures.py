@@ -54,6 +54,8 @@ def test_the_method_is_applied_as_promised_or_refused_with_the_reason(name, fami
     if isinstance(outcome, Result) and outcome.model.can_generate():
         ids = {key: value for key, value in inputs(outcome.model).items() if not key.startswith("decoder")}
         settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        if "input_ids" in ids:
+            settings["attention_mask"] = torch.ones_like(ids["input_ids"])  # else generate() hides whatever is token 0
         written = outcome.model.generate(**ids, use_cache=True, **settings)
         assert torch.equal(written, outcome.model.generate(**ids, use_cache=False, **settings))
 
