@@ -258,7 +258,7 @@ def test_what_is_for_the_other_kind_of_model_is_refused(folder, tmp_path):
         auxin.apply(plan, model, output="there")
     with pytest.raises(ConfigError, match=r"optimizer is for a model in memory"):
         auxin.apply(plan, folder, output=tmp_path / "out", optimizer=AdamW(model.parameters()))
-    with pytest.raises(PlanError, match=r"does not run on the probe .*Give auxin\.apply one on which it runs"):
+    with pytest.raises(PlanError, match=r"does not run on the probe .*Give auxin\.apply a probe on which it runs"):
         auxin.apply(plan, folder, output=tmp_path / "out", probe=torch.tensor([[-1]]))
     with pytest.raises(ConfigError, match=r"Give output, the folder of the new checkpoint"):
         auxin.apply(plan, folder)

@@ -96,7 +96,7 @@ def test_numbers_have_the_type_of_the_model():
 def test_what_can_not_be_made_is_named():
     sizes = {"num_latents": 4, "d_latents": 32, "d_model": 32, "num_blocks": 1, "num_self_attends_per_block": 1}
     model = PerceiverModel(PerceiverConfig(**sizes, num_self_attention_heads=4, num_cross_attention_heads=4))
-    with pytest.raises(PlanError, match=r"No inputs of a PerceiverModel .* main input is 'inputs'.*Give a probe"):
+    with pytest.raises(PlanError, match=r"No inputs of a PerceiverModel .* main input is 'inputs'.*apply a probe"):
         example_inputs(model, 1, 5)
     with pytest.raises(ConfigError, match="image_size: the config of resnet does not say"):
         image_shape(ResNetConfig())

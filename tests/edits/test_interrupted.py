@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import auxin.edits.carry
 import auxin.edits.executor
@@ -19,6 +20,7 @@ import auxin.edits.fresh
 import auxin.edits.module_store
 import auxin.edits.promise
 import auxin.edits.tree
+import auxin.edits.unread
 import auxin.models.evaluating
 from auxin.edits import NormalFill, PadParameter, Plan, SetConfig, apply
 from auxin.edits.kinds.edit import ArrangeLayers, ChangeArchitecture, MakeParameters, TieParameters
@@ -38,6 +40,7 @@ WATCHED = {
         auxin.edits.module_store,
         auxin.edits.promise,
         auxin.edits.tree,
+        auxin.edits.unread,
         auxin.models.evaluating,
     )
 }
@@ -186,7 +189,8 @@ def quiet() -> Iterator[None]:
 
 def settings() -> list[Any]:
     """What is no part of the model and must be as before too."""
-    return [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_rng_state()]
+    modes = len(_get_current_dispatch_mode_stack())
+    return [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_rng_state(), modes]
 
 
 def check(case: str, tried: Iterable[Moment]) -> None:

@@ -168,7 +168,7 @@ def test_a_tensor_is_the_main_input():
 
 def test_a_probe_that_lacks_an_input_is_refused_and_says_how_to_give_one():
     plan, ids = scaled("text_projection", 1.0), torch.ones(2, 5, dtype=torch.long)
-    message = r'CLIPModel does not run on the probe \(input_ids \[2, 5\]\): .* Give a probe .*: probe=\{"name": tensor'
+    message = r'CLIPModel does not run on the probe \(input_ids \[2, 5\]\): .*apply a probe .*: probe=\{"name": tensor'
     for probe in (ids, {"input_ids": ids}):
         with pytest.raises(PlanError, match=message):
             apply(plan, tiny_kind("CLIPModel"), probe=probe)
@@ -185,7 +185,7 @@ def test_a_model_for_which_no_probe_is_known_names_its_input():
     sizes = {"num_latents": 4, "d_latents": 32, "d_model": 32, "num_blocks": 1, "num_self_attends_per_block": 1}
     model = PerceiverModel(PerceiverConfig(**sizes, num_self_attention_heads=4, num_cross_attention_heads=4))
     plan = scaled("encoder.self_attends.0.mlp.dense1", 1.0)
-    with pytest.raises(PlanError, match=r"PerceiverModel.* main input is 'inputs'.* Give a probe: probe=\{\"inputs\""):
+    with pytest.raises(PlanError, match=r"PerceiverModel.* main input is 'inputs'.*apply a probe: probe=\{\"inputs\""):
         apply(plan, model)
     assert apply(plan, model, probe={"inputs": torch.randn(2, 5, 32)}).max_relative_change == 0
 

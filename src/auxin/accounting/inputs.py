@@ -56,7 +56,7 @@ def example_inputs(
     if inputs is None:
         raise PlanError(
             f"No inputs of a {type(model).__name__} can be made: its main input is {main!r}, and its config does not "
-            'say what that looks like. Give one to auxin.apply: probe={"' + main + '": tensor, ...}.'
+            'say what that looks like. Give auxin.apply a probe: probe={"' + main + '": tensor, ...}.'
         )
     if main == IDS and takes_pairs(model):
         inputs |= _images(drawn, length)

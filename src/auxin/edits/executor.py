@@ -1,5 +1,6 @@
 """The executor: the only code that changes a model."""
 
+import functools
 import time
 import warnings
 
@@ -19,7 +20,7 @@ from auxin.edits.purpose import refuse_other_model
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.room import refuse_too_large
 from auxin.edits.tree import Undo, rebuild_tree
-from auxin.edits.unread import Reads, about_unread
+from auxin.edits.unread import about_unread, reading
 from auxin.errors import PlanError
 from auxin.models.evaluating import training_flags
 from auxin.settings import Settings
@@ -126,9 +127,8 @@ def _applied(
     rebuild_tree(model, resolved, store.tensors, undo)
     store.join_groups()
     if has_data and probe is not None:
-        with Reads() as reads:
-            outputs = edited_outputs(plan, model, probe)
-        change, unread = measured_change(plan, reference, outputs, allowed), reads.unread(resolved, model)
+        outputs, unread = reading(functools.partial(edited_outputs, plan, model, probe), resolved, model)
+        change = measured_change(plan, reference, outputs, allowed)
     receipt = Receipt(
         plan=plan,
         parameters_before=count,

@@ -1,5 +1,6 @@
 """Applying a plan to a checkpoint folder: tensors stream from the old files to the new ones, one at a time."""
 
+import functools
 import time
 import warnings
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from auxin.edits.sentence_modules import followed_modules
 from auxin.edits.structure import edited_skeleton
 from auxin.edits.trainer_optimizer import FILE as TRAINER_OPTIMIZER
 from auxin.edits.trainer_optimizer import carry_trainer_optimizer
-from auxin.edits.unread import Reads, about_unread
+from auxin.edits.unread import about_unread, reading
 from auxin.errors import CheckpointError, PlanError
 from auxin.files import new_folder
 from auxin.foreign import refuse_links_out_anywhere
@@ -99,9 +100,8 @@ def apply_to_checkpoint(
         config.save_pretrained(folder)
         complete(folder, config)
         model = load_model(folder)
-        with Reads() as reads:
-            outputs = edited_outputs(plan, model, probe)
-        change, unread = measured_change(plan, reference, outputs, allowed), reads.unread(resolved, model)
+        outputs, unread = reading(functools.partial(edited_outputs, plan, model, probe), resolved, model)
+        change = measured_change(plan, reference, outputs, allowed)
         del model
         receipt = Receipt(
             plan=plan,

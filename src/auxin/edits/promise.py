@@ -101,13 +101,13 @@ def probe_outputs(model: PreTrainedModel, probe: Probe, vocabulary: int | None =
         except Exception as error:
             given = ", ".join(f"{name} {list(getattr(value, 'shape', []))}" for name, value in inputs.items())
             raise PlanError(
-                f"{type(model).__name__} does not run on the probe ({given}): {error!r}. Give auxin.apply one on "
-                'which it runs: probe={"name": tensor, ...}.'
+                f"{type(model).__name__} does not run on the probe ({given}): {error!r}. Give auxin.apply a probe "
+                'on which it runs: probe={"name": tensor, ...}.'
             ) from error
     if not outputs:
         raise PlanError(
-            f"{type(model).__name__} gives no tensor on the probe that could be compared. Give auxin.apply one on "
-            'which it does: probe={"name": tensor, ...}.'
+            f"{type(model).__name__} gives no tensor on the probe that could be compared. Give auxin.apply a probe "
+            'on which it does: probe={"name": tensor, ...}.'
         )
     if vocabulary is None:
         return outputs

@@ -1,17 +1,20 @@
 """Which of the parameters that a plan changes a run of the model never read: of those its outputs tell nothing."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
 from auxin.edits.plan import Plan
 from auxin.edits.resolution import ResolvedPlan
 
+ResultT = TypeVar("ResultT")
 
-class Reads(TorchDispatchMode):
-    """Within the context, notes which tensors any operation takes.
+
+class _Reads(TorchDispatchMode):
+    """Within the context, notes where the tensors lie that any operation takes.
 
     Hooks would not do: modules use each other's parameters without calling each other.
     """
@@ -20,22 +23,31 @@ class Reads(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._addresses: set[int] = set()
+        self.addresses: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs `func`."""
         leaves = tree_leaves((args, kwargs or {}))
-        self._addresses |= {leaf.data_ptr() for leaf in leaves if type(leaf) in (Tensor, nn.Parameter)}
+        self.addresses |= {leaf.data_ptr() for leaf in leaves if type(leaf) in (Tensor, nn.Parameter)}
         return func(*args, **(kwargs or {}))
 
-    def unread(self, resolved: ResolvedPlan, model: nn.Module) -> list[str]:
-        """The parameters of the edited `model` that are not what they were, or not where, and were not read."""
-        unread = {name for name, value in model.named_parameters() if value.data_ptr() not in self._addresses}
-        return [
-            name
-            for name, origin in resolved.origins.items()
-            if name in unread and (origin.kept != name or origin.steps)
-        ]
+
+def reading(run: Callable[[], ResultT], resolved: ResolvedPlan, model: nn.Module) -> tuple[ResultT, list[str]]:
+    """What `run` gives, and the parameters of the edited `model` that are not what they were, or not where, and that
+    were not read by it. None are named of a model that is compiled, whose graphs can't be looked into."""
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        return run(), []
+    reads = _Reads()
+    try:
+        with reads:
+            result = run()
+    finally:
+        # An interrupt between two instructions of `with` would leave it there.
+        if any(mode is reads for mode in _get_current_dispatch_mode_stack()):
+            reads.__exit__(None, None, None)
+    unread = {name for name, value in model.named_parameters() if value.data_ptr() not in reads.addresses}
+    changed = (name for name, origin in resolved.origins.items() if origin.kept != name or origin.steps)
+    return result, [name for name in changed if name in unread]
 
 
 def about_unread(plan: Plan, unread: list[str]) -> str | None:
@@ -48,6 +60,6 @@ def about_unread(plan: Plan, unread: list[str]) -> str | None:
         return None
     return (
         f"{len(layers)} of the parameters that the plan of {plan.method} changes ({layers[0]}, ...) took no part in "
-        "the probe: the promise was not checked for them. Give auxin.apply one on which the model uses "
-        'them: probe={"name": tensor, ...}.'
+        "the probe: the promise was not checked for them. Give auxin.apply a probe on which the "
+        'model uses them: probe={"name": tensor, ...}.'
     )

@@ -72,7 +72,7 @@ def _named(stacks: Sequence[LayerStack], part: str | None) -> list[LayerStack]:
 
 @contextmanager
 def naming_parts(stacks: Sequence[LayerStack], part: str | None) -> Iterator[None]:
-    """Within the context, where all of several stacks are changed, the refusal of one says how to choose another."""
+    """Within the context, where all of several stacks are changed, the refusal of a size says how to choose one."""
     try:
         yield
     except PlanError as error:

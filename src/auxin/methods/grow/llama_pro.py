@@ -66,9 +66,9 @@ def plan_block_expansion(model: PreTrainedModel, settings: BlockExpansion) -> Pl
     body, stacks = stacks_to_deepen(model, settings.part)
     edits: list[Edit] = []
     with naming_parts(stacks, settings.part):
-        for stack in stacks:
-            order, new = _expansion(settings, depth(model, stack), stack.path)
-            edits += arrange(model, body, stack, order, dict.fromkeys(new, 0.0), exact=True)
+        expansions = [_expansion(settings, depth(model, stack), stack.path) for stack in stacks]
+    for stack, (order, new) in zip(stacks, expansions, strict=True):
+        edits += arrange(model, body, stack, order, dict.fromkeys(new, 0.0), exact=True)
     plan = Plan(
         method="llama-pro",
         settings=settings.model_dump(mode="json", exclude_defaults=True),

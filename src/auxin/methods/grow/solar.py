@@ -80,18 +80,18 @@ def plan_depth_upscaling(model: PreTrainedModel, settings: DepthUpscaling) -> Pl
     edits: list[Edit] = []
     exact = True
     with naming_parts(stacks, settings.part):
-        for stack in stacks:
-            old = depth(model, stack)
-            slices = _slices(settings, old, stack)
-            order = [layer for piece in slices for layer in range(*piece.layers)]
-            scales = [piece.scale for piece in slices for _ in range(*piece.layers)]
-            if order == list(range(old)) and set(scales) == {1.0}:
-                raise PlanError(f"{stack.path}: these slices are the {old} layers that the model has. Ask for others.")
-            others = {index: scale for index, scale in enumerate(scales) if scale != 1}
-            added = {index for index, scale in others.items() if scale == 0}
-            keeps = is_exact(order, added, old) and added == set(others)
-            exact = exact and keeps
-            edits += arrange(model, body, stack, order, others, exact=keeps)
+        slices_of = [_slices(settings, depth(model, stack), stack) for stack in stacks]
+    for stack, slices in zip(stacks, slices_of, strict=True):
+        old = depth(model, stack)
+        order = [layer for piece in slices for layer in range(*piece.layers)]
+        scales = [piece.scale for piece in slices for _ in range(*piece.layers)]
+        if order == list(range(old)) and set(scales) == {1.0}:
+            raise PlanError(f"{stack.path}: these slices are the {old} layers that the model has. Ask for others.")
+        others = {index: scale for index, scale in enumerate(scales) if scale != 1}
+        added = {index for index, scale in others.items() if scale == 0}
+        keeps = is_exact(order, added, old) and added == set(others)
+        exact = exact and keeps
+        edits += arrange(model, body, stack, order, others, exact=keeps)
     return Plan(
         method="solar",
         settings=settings.model_dump(mode="json", exclude_defaults=True),

@@ -27,6 +27,7 @@ from auxin.planning.bench import from_model
 from auxin.planning.depth import arrange, depth, naming_parts, stacked_order, stacks_to_deepen
 from auxin.planning.method import Method
 from auxin.settings import Settings
+from auxin.words.anatomy import LayerStack
 
 
 class LayerStacking(Settings):
@@ -58,18 +59,12 @@ def plan_stacking(model: PreTrainedModel, settings: LayerStacking) -> Plan:
     """
     body, stacks = stacks_to_deepen(model, settings.part)
     edits: list[Edit] = []
+    depths = [depth(model, stack) for stack in stacks]
     with naming_parts(stacks, settings.part):
-        for stack in stacks:
-            old = depth(model, stack)
-            new = old * settings.factor if settings.factor is not None else settings.layers
-            assert new is not None
-            if new < old:
-                raise PlanError(
-                    f"layers = {new} is fewer than the {old} of {stack.path}; stacking can't shrink. Ask for at least "
-                    f"{old + 1}."
-                )
-            if new > old:
-                edits += arrange(model, body, stack, layer_order(old, new, settings.order))
+        targets = [_target(settings, old, stack) for old, stack in zip(depths, stacks, strict=True)]
+    for stack, old, new in zip(stacks, depths, targets, strict=True):
+        if new > old:
+            edits += arrange(model, body, stack, layer_order(old, new, settings.order))
     if not edits:
         raise PlanError(f"The model has {settings.layers} layers already. Ask for more, for example factor = 2.")
     return Plan(
@@ -79,6 +74,18 @@ def plan_stacking(model: PreTrainedModel, settings: LayerStacking) -> Plan:
         edits=edits,
         made_for=config_values(model.config),
     )
+
+
+def _target(settings: LayerStacking, old: int, stack: LayerStack) -> int:
+    """How many layers `stack`, which has `old` ones, is to have."""
+    new = old * settings.factor if settings.factor is not None else settings.layers
+    assert new is not None
+    if new < old:
+        raise PlanError(
+            f"layers = {new} is fewer than the {old} of {stack.path}; stacking can't shrink. Ask for at least "
+            f"{old + 1}."
+        )
+    return new
 
 
 def layer_order(old: int, new: int, order: Literal["stack", "interleave"]) -> list[int]:
