@@ -11,7 +11,7 @@ import yaml
 from auxin.errors import AuxinError, ConfigError, DataError
 from auxin.recipes import Recipe, load_recipe, price_recipe, run_recipe
 from auxin.recipes.beforehand import check_devices, check_sources
-from auxin.recipes.folder import allowed_changes, claim_directory
+from auxin.recipes.folder import allowed_changes, claim_directory, held
 from auxin.recipes.schema import MOST_BRANCHES
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -181,6 +181,8 @@ def test_a_folder_that_cant_be_made_is_named(small, output):
     with pytest.raises(ConfigError, match=rf"{re.escape(output)}.*Give another") as raised:
         claim_directory(load_recipe(small), Path(output), print)
     assert "Errno" not in str(raised.value)
+    with pytest.raises(ConfigError, match=rf"{re.escape(output)}.*Give another one"), held(Path(output)):
+        pass
 
 
 def test_a_longer_budget_for_a_finished_run_is_pointed_to_the_way_there_is(small, tmp_path):

@@ -82,11 +82,11 @@ def held(directory: Path) -> Iterator[None]:
     has not recorded yet.
 
     Raises:
-        ConfigError: it holds something else than a run; nothing is written there.
+        ConfigError: it can't be made, or holds something else than a run; nothing is written there.
         TrainingError: another process holds it.
     """
+    make_folder(directory)
     _refuse_strangers(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     with exclusive(directory):
         yield
 
