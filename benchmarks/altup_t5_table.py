@@ -10,7 +10,6 @@ equal: plain, and with alternating updates of 4 blocks.
 About nine minutes of one core.
 """
 
-import argparse
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import made_by, made_by_line, write_results
+from measuring import asked_quick, made_by, made_by_line, publish
 
 import auxin
 from auxin.accounting.statistics import Estimate
@@ -125,15 +124,10 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run all seeds and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a short run that writes nothing")
-    quick = parser.parse_args().quick
+    quick = asked_quick(__doc__)
     torch.set_num_threads(1)
     results = run(QUICK if quick else Trial())
-    page = table(results)
-    print(page)
-    if not quick:
-        write_results(results, RESULTS, page, PAGE)
+    publish(results, RESULTS, table(results), PAGE, quick)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ import peft
 import torch
 from excerpt import Excerpt, manual, source_code, spread_rows
 from growth_memory import ENVIRONMENT
-from measuring import StepCosts, made_by, made_by_line, mean_and_range, write_results
+from measuring import StepCosts, made_by, made_by_line, mean_and_range, publish
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from auxin.data import Contexts, CorpusSettings, PackedData, prepare
@@ -398,10 +398,7 @@ def main() -> None:
             "cells": run(trial, runs, arguments.workers),
             "memory": {way: memory_of(way) for way in WAYS},
         }
-    page = page_of(results, trial)
-    print(page)
-    if not arguments.quick:
-        write_results(results, RESULTS, page, PAGE)
+    publish(results, RESULTS, page_of(results, trial), PAGE, arguments.quick)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the benchmarks share: clocks, peaks of memory, the machine, how repeated numbers are written, results on the
 disk."""
 
+import argparse
 import ctypes
 import json
 import os
@@ -160,6 +161,21 @@ def made_by_line(results: dict[str, Any]) -> str:
         ", ".join(f"{key} {value}" for key, value in results[part].items()) for part in ("machine", "versions")
     )
     return f"Command: `{results['command']}`. Machine: {machine}. Versions: {versions}."
+
+
+def asked_quick(description: str | None) -> bool:
+    """Parse a command line with the one option --quick."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a short run that writes nothing")
+    quick: bool = parser.parse_args().quick
+    return quick
+
+
+def publish(results: dict[str, Any], path: Path, text: str, page: Path, quick: bool) -> None:
+    """Print a page, and after a run that was not `quick` write it and its results."""
+    print(text)
+    if not quick:
+        write_results(results, path, text, page)
 
 
 def write_results(results: dict[str, Any], path: Path, text: str, page: Path) -> None:

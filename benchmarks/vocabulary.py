@@ -12,7 +12,6 @@ Each tokenizer has a corpus of its own, of the same files with the same ones hel
     python benchmarks/vocabulary.py --quick    20 seconds, to see that it runs
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import made_by, made_by_line, mean_and_range, write_results
+from measuring import asked_quick, made_by, made_by_line, mean_and_range, publish
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from auxin.data import CorpusSettings, PackedData, prepare
@@ -203,9 +202,7 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run all seeds and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a short run that writes nothing")
-    quick = parser.parse_args().quick
+    quick = asked_quick(__doc__)
     trial = QUICK if quick else Trial()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -218,10 +215,7 @@ def main() -> None:
             "held_out_bytes": len(corpora.held_out.encode()),
             "seeds": [run(trial, seed, corpora, work / str(seed)) for seed in trial.seeds],
         }
-    page = table(results)
-    print(page)
-    if not quick:
-        write_results(results, RESULTS, page, PAGE)
+    publish(results, RESULTS, table(results), PAGE, quick)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,11 @@ def reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of another package says, or its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def near_name(name: Any, known: Iterable[str]) -> str:
     """The hint at the name of `known` that is nearest to `name`, behind a space; empty where none is near."""
     # Longer words take long to compare, and nothing that anybody meant.

@@ -1,5 +1,4 @@
-"""What `import auxin` offers for everyday work: a plan for a model, the plan applied, models
-loaded and saved.
+"""What `import auxin` offers for everyday work: a plan for a model, the plan applied, models loaded and saved.
 
 The same words serve a model in memory and a checkpoint's folder.
 """

@@ -2,20 +2,13 @@
 
 import pytest
 
-from auxin.edits import MergeModule, Plan, ReplaceModule, apply_to_checkpoint
+from auxin.edits import apply_to_checkpoint
 from auxin.edits.model_card import BEGIN, END, mark_model_card
 from auxin.edits.runtimes import without_auxin
 from auxin.models.loading import load_config
 from capabilities import probe
+from edits.replaced_linear import MERGED, REPLACED
 from tiny_models import tiny
-
-LINEAR = "model.layers.*.mlp.down_proj"
-REPLACED = Plan(
-    method="by hand",
-    promise="none",
-    edits=[ReplaceModule(module=LINEAR, brick="low_rank_linear", settings={"rank": 4})],
-)
-MERGED = Plan(method="by hand", promise="exact", edits=[MergeModule(module=LINEAR)])
 
 
 @pytest.fixture(scope="module")

@@ -11,20 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import auxin
-from auxin.edits import MergeModule, Plan, ReplaceModule
 from auxin.edits.runtimes import about_runtimes, without_auxin
 from auxin.errors import CheckpointError, ConfigError
 from auxin.models.loading import load_config
 from auxin.training.checkpoint import write_checkpoint_folder
+from edits.replaced_linear import MERGED, REPLACED
 from tiny_models import tiny
-
-LINEAR = "model.layers.*.mlp.down_proj"
-REPLACED = Plan(
-    method="by hand",
-    promise="none",
-    edits=[ReplaceModule(module=LINEAR, brick="low_rank_linear", settings={"rank": 4})],
-)
-MERGED = Plan(method="by hand", promise="exact", edits=[MergeModule(module=LINEAR)])
 
 LOAD = """
 import json, sys

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from auxin.data.settings import SourceSettings
-from auxin.errors import DataError
+from auxin.errors import DataError, reason
 
 # Folders of the standard library that hold no source of its own, or its tests.
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
@@ -145,7 +145,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror}. Make it readable or leave it out.") from error
+        raise DataError(f"{path} can't be read: {reason(error)}. Make it readable or leave it out.") from error
 
 
 def _checked(name: str, data: bytes) -> Document:
@@ -185,8 +185,9 @@ def _lines(path: Path) -> Iterator[Iterable[bytes]]:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as lines:
             yield lines
     except (OSError, EOFError, zlib.error) as error:  # an EOFError: the compressed file ends too early
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path} can't be read: {reason}. Make it readable, restore it or leave it out.") from error
+        raise DataError(
+            f"{path} can't be read: {reason(error)}. Make it readable, restore it or leave it out."
+        ) from error
 
 
 def _jsonl_rows(name: str, path: Path, fields: Fields) -> Iterator[Row]:

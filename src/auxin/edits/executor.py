@@ -1,6 +1,5 @@
 """The executor: the only code that changes a model."""
 
-import functools
 import time
 import warnings
 
@@ -15,12 +14,12 @@ from auxin.edits.carry import carry, check_tensors
 from auxin.edits.kinds.rate import Rate
 from auxin.edits.module_store import ModuleStore
 from auxin.edits.plan import Plan
-from auxin.edits.promise import Probe, edited_outputs, measured_change, probed, tolerance
+from auxin.edits.promise import Probe, measured_change, probed, tolerance
 from auxin.edits.purpose import refuse_other_model
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.room import refuse_too_large
 from auxin.edits.tree import Undo, rebuild_tree
-from auxin.edits.unread import about_unread, reading
+from auxin.edits.unread import about_unread, outputs_and_unread
 from auxin.errors import PlanError
 from auxin.models.evaluating import training_flags
 from auxin.settings import Settings
@@ -127,7 +126,7 @@ def _applied(
     rebuild_tree(model, resolved, store.tensors, undo)
     store.join_groups()
     if has_data and probe is not None:
-        outputs, unread = reading(functools.partial(edited_outputs, plan, model, probe), resolved, model)
+        outputs, unread = outputs_and_unread(plan, resolved, model, probe)
         change = measured_change(plan, reference, outputs, allowed)
     receipt = Receipt(
         plan=plan,
@@ -139,9 +138,8 @@ def _applied(
         continuation=rates,
         seconds=time.perf_counter() - start,
     )
-    for note in (*plan.notes, about_unread(plan, unread)):
-        if note is not None:
-            warnings.warn(note, stacklevel=4)  # `apply` and its inference_mode, too, are between this and the caller
+    for note in (*plan.notes, *about_unread(plan, unread)):
+        warnings.warn(note, stacklevel=4)  # `apply` and its inference_mode, too, are between this and the caller
     return receipt
 
 

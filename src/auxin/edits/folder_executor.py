@@ -1,6 +1,5 @@
 """Applying a plan to a checkpoint folder: tensors stream from the old files to the new ones, one at a time."""
 
-import functools
 import time
 import warnings
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from auxin.edits.executor import Receipt, continuation
 from auxin.edits.folder_store import FolderStore
 from auxin.edits.other_files import ADAPTER, WITHOUT_MOMENTS, copy_other_files, forget_best
 from auxin.edits.plan import Plan
-from auxin.edits.promise import Probe, edited_outputs, measured_change, probed, tolerance
+from auxin.edits.promise import Probe, measured_change, probed, tolerance
 from auxin.edits.purpose import refuse_other_model
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.room import refuse_too_large_for_folder
@@ -22,7 +21,7 @@ from auxin.edits.sentence_modules import followed_modules
 from auxin.edits.structure import edited_skeleton
 from auxin.edits.trainer_optimizer import FILE as TRAINER_OPTIMIZER
 from auxin.edits.trainer_optimizer import carry_trainer_optimizer
-from auxin.edits.unread import about_unread, reading
+from auxin.edits.unread import about_unread, outputs_and_unread
 from auxin.errors import CheckpointError, PlanError
 from auxin.files import new_folder
 from auxin.foreign import refuse_links_out_anywhere
@@ -100,7 +99,7 @@ def apply_to_checkpoint(
         config.save_pretrained(folder)
         complete(folder, config)
         model = load_model(folder)
-        outputs, unread = reading(functools.partial(edited_outputs, plan, model, probe), resolved, model)
+        outputs, unread = outputs_and_unread(plan, resolved, model, probe)
         change = measured_change(plan, reference, outputs, allowed)
         del model
         receipt = Receipt(
@@ -116,9 +115,8 @@ def apply_to_checkpoint(
         )
         if finish is not None:
             finish(folder, receipt)
-    for note in (*notes, about_unread(plan, unread)):
-        if note is not None:
-            warnings.warn(note, stacklevel=2)
+    for note in (*notes, *about_unread(plan, unread)):
+        warnings.warn(note, stacklevel=2)
     return receipt
 
 

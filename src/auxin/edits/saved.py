@@ -16,7 +16,7 @@ from auxin.edits.other_files import TRAINER_STATE
 from auxin.edits.structure import structural_edits
 from auxin.files import write_text
 from auxin.models.loading import no_progress_bar
-from auxin.models.weight_files import EDITED, PLAIN, first_file
+from auxin.models.weight_files import EDITED, INDEX_ENDING, PLAIN, first_file
 
 CONFIG = "config.json"
 
@@ -40,9 +40,8 @@ def complete(folder: Path, config: PreTrainedConfig) -> None:
     if weights is None or not (folder / CONFIG).is_file():
         return
     is_edited = bool(structural_edits(config)) and not (folder / TRAINER_STATE).exists()
-    name = weights.name.replace(EDITED, PLAIN)
-    if is_edited:
-        name = name.replace(PLAIN, EDITED)
+    ending = INDEX_ENDING if weights.name.endswith(INDEX_ENDING) else ""
+    name = (EDITED if is_edited else PLAIN) + ending
     if weights.name != name:
         weights.rename(folder / name)
     values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ from auxin.edits.carry import MOMENT_ORDERS, Carrier, TensorStore, carry, check_
 from auxin.edits.origin import Group
 from auxin.edits.resolution import ResolvedPlan
 from auxin.edits.tensor_names import shapes_of
-from auxin.errors import CheckpointError
+from auxin.errors import CheckpointError, first_line
 
 FILE = "optimizer.pt"
 TRAINER_RULE = 0
@@ -121,8 +121,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise CheckpointError(f"It can't be read with weights_only=True ({reason}).") from error
+        raise CheckpointError(f"It can't be read with weights_only=True ({first_line(error).rstrip('.')}).") from error
     groups = content.get("param_groups") if isinstance(content, dict) else None
     if not isinstance(groups, list) or not isinstance(content.get("state"), dict):
         raise CheckpointError("It is no state_dict of an optimizer of torch.")

@@ -1,16 +1,15 @@
 """Which of the parameters that a plan changes a run of the model never read: of those its outputs tell nothing."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from auxin.edits.plan import Plan
+from auxin.edits.promise import Outputs, Probe, edited_outputs
 from auxin.edits.resolution import ResolvedPlan
-
-ResultT = TypeVar("ResultT")
 
 
 class _Reads(TorchDispatchMode):
@@ -32,34 +31,40 @@ class _Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def reading(run: Callable[[], ResultT], resolved: ResolvedPlan, model: nn.Module) -> tuple[ResultT, list[str]]:
-    """What `run` gives, and the parameters of the edited `model` that are not what they were, or not where, and that
-    were not read by it. None are named of a model that is compiled, whose graphs can't be looked into."""
+def outputs_and_unread(
+    plan: Plan, resolved: ResolvedPlan, model: PreTrainedModel, probe: Probe
+) -> tuple[Outputs, list[str]]:
+    """`edited_outputs`, and the parameters that are not what they were, or not where, and that the edited `model` did
+    not read for them. None are named of a model that is compiled, whose graphs can't be looked into.
+
+    Raises:
+        PlanError: as `edited_outputs`.
+    """
     if any(module._compiled_call_impl is not None for module in model.modules()):
-        return run(), []
+        return edited_outputs(plan, model, probe), []
     reads = _Reads()
     try:
         with reads:
-            result = run()
+            outputs = edited_outputs(plan, model, probe)
     finally:
         # An interrupt between two instructions of `with` would leave it there.
         if any(mode is reads for mode in _get_current_dispatch_mode_stack()):
             reads.__exit__(None, None, None)
     unread = {name for name, value in model.named_parameters() if value.data_ptr() not in reads.addresses}
     changed = (name for name, origin in resolved.origins.items() if origin.kept != name or origin.steps)
-    return result, [name for name in changed if name in unread]
+    return outputs, [name for name in changed if name in unread]
 
 
-def about_unread(plan: Plan, unread: list[str]) -> str | None:
-    """A warning, where a plan's promise could not be checked for parts of layers; None where it was or there is none.
+def about_unread(plan: Plan, unread: list[str]) -> list[str]:
+    """A warning, where a plan's promise could not be checked for parts of layers.
 
     What stands beside the layers is often read in training alone, as the vector of a masked patch.
     """
     layers = [name for name in unread if any(part.isdigit() for part in name.split("."))]
     if plan.promise == "none" or not layers:
-        return None
-    return (
+        return []
+    return [
         f"{len(layers)} of the parameters that the plan of {plan.method} changes ({layers[0]}, ...) took no part in "
         "the probe: the promise was not checked for them. Give auxin.apply a probe on which the "
         'model uses them: probe={"name": tensor, ...}.'
-    )
+    ]

@@ -15,7 +15,7 @@ from auxin.evaluation.corpus import score_held_out
 from auxin.models.loading import load_config, load_model
 from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
 from auxin.models.tokenformer.configuration import SLOTS
-from auxin.models.weight_files import refuse_damaged
+from auxin.models.weight_files import readable_files
 from auxin.settings import Settings
 
 LONGEST_SEQUENCE = 1024
@@ -110,7 +110,7 @@ def describe_checkpoint(folder: str | Path, corpus: PackedData | None = None) ->
     return CheckpointDescription(
         path=str(folder),
         model_type=config.model_type,
-        has_weights=refuse_damaged(folder),
+        has_weights=bool(readable_files(folder)),
         **Widths.of(config).model_dump(),
         parts={name: Widths.of(part) for name in config.sub_configs if (part := getattr(config, name, None))},
         parameters=count_parameters(model),

@@ -32,7 +32,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from auxin.accounting.machine import available_memory
-from auxin.errors import CheckpointError, ConfigError
+from auxin.errors import CheckpointError, ConfigError, first_line
 from auxin.foreign import offline, refuse_active, refuse_active_file, refuse_files_elsewhere, refuse_links_out
 from auxin.models.configs import refuse_endless
 from auxin.models.stored_form import StoredForm
@@ -190,9 +190,9 @@ def _from_pretrained(folder: Path, model_class: Any, **options: Any) -> tuple[Pr
             "model where you trust it, and save it with save_pretrained."
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise CheckpointError(
-            f"{folder} can't be loaded as {_in_words(model_class)}: {reason}. Restore it or use another one."
+            f"{folder} can't be loaded as {_in_words(model_class)}: {first_line(error).rstrip('.')}. Restore it or use "
+            "another one."
         ) from error
     return model, sorted(info["missing_keys"])
 

@@ -66,8 +66,8 @@ def stored_tensors(folder: Path) -> dict[str, Path]:
         return {}
 
 
-def refuse_damaged(folder: Path) -> bool:
-    """Whether `folder` holds weights that `from_pretrained` reads; only their headers are looked at.
+def readable_files(folder: Path) -> list[Path]:
+    """`weight_files`, of which each begins and ends as it should; no more than their headers is looked at.
 
     Raises:
         CheckpointError: a file of them is gone, cut off or no safetensors file.
@@ -81,7 +81,7 @@ def refuse_damaged(folder: Path) -> bool:
             raise CheckpointError(
                 f"{path} can't be read: {reason(error)}. Restore the file, or use another checkpoint."
             ) from error
-    return bool(files)
+    return files
 
 
 def read_tensor(path: Path, name: str) -> Tensor:

@@ -10,6 +10,13 @@ from auxin.recipes.schema import Recipe, TrainStage
 from auxin.training.hardware import choose_device
 
 
+def check(recipe: Recipe, data_directory: Path) -> None:
+    """Both of the below; of sources only where no data was prepared in `data_directory` yet."""
+    check_devices(recipe)
+    if not data_directory.exists():
+        check_sources(recipe)
+
+
 def check_sources(recipe: Recipe) -> None:
     """DataError when a file that the data is made of, or its tokenizer, is not there. Nothing is fetched: what is
     behind a name on the Hub is found out by the run."""

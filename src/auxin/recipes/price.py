@@ -1,7 +1,5 @@
 """The price of a recipe before it runs: parameters, data, FLOPs and memory of every stage."""
 
-from datetime import timedelta
-
 from transformers import PreTrainedConfig
 
 from auxin.accounting import Ledger, count_parameters, training_memory
@@ -16,6 +14,7 @@ from auxin.recipes.references import reference_shapes
 from auxin.recipes.schema import Branch, BuildStage, ChangeStage, Recipe, Stage, TrainStage
 from auxin.recipes.stage_models import StageConfigs, change_data, estimated_stages, stage_configs
 from auxin.settings import Settings
+from auxin.training.progress import hours
 
 
 class StagePrice(Settings):
@@ -99,11 +98,6 @@ class RecipePrice(Settings):
 
 
 ON_TOP = "Evaluations, checkpoints, changes and preparing the data come on top."
-
-
-def hours(seconds: float | None) -> str:
-    """Hours, minutes and seconds, 1:02:03; empty where they are not known."""
-    return "" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
 def price_recipe(

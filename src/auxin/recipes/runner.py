@@ -24,7 +24,7 @@ from auxin.objectives.measures import Measure
 from auxin.objectives.objective import ObjectiveSettings, Reference
 from auxin.planning.bench import Bench
 from auxin.recipes.adopting import adopt
-from auxin.recipes.beforehand import check_devices, check_sources
+from auxin.recipes.beforehand import check
 from auxin.recipes.change import change_checkpoint
 from auxin.recipes.course import Course
 from auxin.recipes.folder import (
@@ -183,7 +183,8 @@ def run_recipe(
         raise ConfigError(f"seeds: {recipe.seeds}: a run has one seed. Use run_seeds, or give the recipe one as seed.")
     wanted = recipe.needed(branches)
     directory = Path(output)
-    _check(recipe, directory)
+    check(recipe, directory / DATA)
+    price_recipe(recipe, memory=False)
     with held(directory):
         claim_directory(recipe, directory, announce)
         run = prepared_run(recipe, directory, directory / DATA, announce)
@@ -208,18 +209,11 @@ def open_run(recipe: Recipe, output: str | Path, announce: Announce = print) -> 
         ConfigError, PlanError: as `run_recipe`.
     """
     directory = Path(output)
-    _check(recipe, directory)
+    check(recipe, directory / DATA)
+    price_recipe(recipe, memory=False)
     with held(directory):
         claim_directory(recipe, directory, announce)
     return prepared_run(recipe, directory, directory / DATA, announce)
-
-
-def _check(recipe: Recipe, directory: Path) -> None:
-    """Find what can't be done before anything is made in the run's folder."""
-    check_devices(recipe)
-    if not (directory / DATA).exists():
-        check_sources(recipe)
-    price_recipe(recipe, memory=False)
 
 
 def prepared_run(recipe: Recipe, directory: Path, data_directory: Path, announce: Announce) -> Run:

@@ -8,9 +8,9 @@ from auxin.accounting.comparison import Comparison, compare
 from auxin.accounting.results import RunResults
 from auxin.errors import CheckpointError, ConfigError
 from auxin.files import write_text
-from auxin.recipes.beforehand import check_devices, check_sources
+from auxin.recipes.beforehand import check
 from auxin.recipes.folder import DATA, claim_seeds, held, is_finished, seed_directory
-from auxin.recipes.price import RecipePrice, hours, price_recipe
+from auxin.recipes.price import RecipePrice, price_recipe
 from auxin.recipes.runner import (
     RESULTS_FILE,
     Announce,
@@ -21,6 +21,7 @@ from auxin.recipes.runner import (
 from auxin.recipes.schema import Recipe
 from auxin.recipes.workers import Cell, raise_failures, run_cells
 from auxin.settings import Settings
+from auxin.training.progress import hours
 
 
 class SeedsPrice(Settings):
@@ -118,9 +119,7 @@ def run_seeds(
     """
     directory = Path(output)
     wanted, seeds = recipe.needed(branches), _seeds(recipe)
-    check_devices(recipe)
-    if not (directory / DATA).exists():
-        check_sources(recipe)
+    check(recipe, directory / DATA)
     for seed in seeds:
         price_recipe(recipe.of_seed(seed), memory=False)
     with held(directory):

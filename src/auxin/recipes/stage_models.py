@@ -12,7 +12,7 @@ from auxin.accounting import count_parameters
 from auxin.data.dataset import SampleForm
 from auxin.edits import Plan, planned_config
 from auxin.edits.structure import edited_config, edited_skeleton, structural_edits
-from auxin.errors import ConfigError, PlanError, placed, shown, unknown_name
+from auxin.errors import ConfigError, PlanError, first_line, placed, shown, unknown_name
 from auxin.foreign import refuse_setting
 from auxin.methods import method as find_method
 from auxin.methods.grow.tokenformer import plan_token_growth, token_growth_to
@@ -227,9 +227,9 @@ def _check_sizes(config: PreTrainedConfig, stage: BuildStage) -> None:
     try:
         edited_skeleton(config)
     except (*REFUSALS, OverflowError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"build stage {stage.name!r}: config: no {config.model_type} can be built with these sizes: {reason}"
+            f"build stage {stage.name!r}: config: no {config.model_type} can be built with these sizes: "
+            f"{first_line(error)}"
         ) from error
 
 

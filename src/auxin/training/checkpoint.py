@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from auxin.accounting.ledger import Ledger
 from auxin.data.dataset import Processor
 from auxin.edits.saved import save_model
-from auxin.errors import CheckpointError
+from auxin.errors import CheckpointError, first_line
 from auxin.files import flush, flush_tree, temporary_folder
 from auxin.models.loading import existing_folder, load_model
 from auxin.nn.bricks import Brick
@@ -238,4 +238,4 @@ def _reason(error: BaseException) -> str:
     """One line that says what went wrong, from below the wrapper of torch.distributed.checkpoint."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return first_line(error).rstrip(".")

@@ -12,6 +12,11 @@ LINE_INTERVAL = 30.0
 """Seconds between lines where there is no terminal."""
 
 
+def hours(seconds: float | None) -> str:
+    """Hours, minutes and seconds, 1:02:03; empty where they are not known."""
+    return "" if seconds is None else str(timedelta(seconds=round(seconds)))
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a stage stands in a run of several."""
@@ -174,20 +179,20 @@ class ProgressDisplay:
 
     def _show(self, status: str) -> None:
         assert self._bar is not None
-        left = _clock(self._left.of_stage(self._step))
+        left = hours(self._left.of_stage(self._step))
         self._bar.update(self._task, completed=self._step, status=status, left=left)
         if self._place.total > 1:
-            self._bar.update(self._run, left=_clock(self._left.of_run(self._step)))
+            self._bar.update(self._run, left=hours(self._left.of_run(self._step)))
 
     def _times(self) -> str:
         """What is left, for the end of a line."""
         stage, run = self._left.of_stage(self._step), self._left.of_run(self._step)
         if stage is None:
             return ""
-        told = f"  {_clock(stage)} left"
+        told = f"  {hours(stage)} left"
         if self._place.total == 1:
             return told
-        return f"{told}; stage {self._place.number} of {self._place.total}, {_clock(run)} left of the run"
+        return f"{told}; stage {self._place.number} of {self._place.total}, {hours(run)} left of the run"
 
     def _due(self) -> bool:
         """Whether it is time for a line, which is then the last one."""
@@ -196,11 +201,6 @@ class ProgressDisplay:
             return False
         self._last_line = now
         return True
-
-
-def _clock(seconds: float | None) -> str:
-    """Hours, minutes and seconds: 1:02:03; empty where they are not known."""
-    return "" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
 def _short(number: float) -> str:

@@ -267,7 +267,7 @@ def _lengths(config: PreTrainedConfig) -> dict[str, int]:
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
     sides = [parts.get(side) for side in ("encoder", "decoder")]
     texts = [config.get_text_config(), *(sides if None not in sides else ())]
-    owners = {"" if part is config else name: part for name, part in {"": config, **parts}.items() if part in texts}
+    owners = {name: part for name, part in {"": config, **parts}.items() if any(part is text for text in texts)}
     found = {dotted(path, field): getattr(part, field, None) for path, part in owners.items() for field in LENGTHS}
     return {name: length for name, length in found.items() if isinstance(length, int) and length > 0}
 
