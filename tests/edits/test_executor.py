@@ -250,6 +250,16 @@ def test_growing_under_autocast_or_with_short_products_is_exact_and_leaves_the_s
     assert 0 <= receipt.max_relative_change <= 1e-6
 
 
+def test_what_is_computed_under_the_callers_autocast_is_of_the_weights_after_the_edit():
+    model, ids = tiny_model(), torch.arange(10)[None]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(input_ids=ids).logits.sum().backward()
+        auxin.apply(ffn_plan(values=NormalFill(std=1.0), promise="none"), model)
+        within = model(input_ids=ids).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(within, model(input_ids=ids).logits)
+
+
 def test_growing_in_inference_mode_leaves_a_model_that_trains():
     model = tiny_model()
     optimizer = trained(model)

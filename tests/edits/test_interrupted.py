@@ -190,7 +190,10 @@ def quiet() -> Iterator[None]:
 def settings() -> list[Any]:
     """What is no part of the model and must be as before too."""
     modes = len(_get_current_dispatch_mode_stack())
-    return [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_rng_state(), modes]
+    torch.autocast_increment_nesting()
+    contexts = torch.autocast_decrement_nesting()
+    autocast = [torch.is_autocast_enabled("cpu"), contexts]
+    return [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_rng_state(), modes, autocast]
 
 
 def check(case: str, tried: Iterable[Moment]) -> None:

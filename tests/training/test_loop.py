@@ -497,6 +497,15 @@ def test_bfloat16_autocast_leaves_weights_and_moments_in_float32(tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=0.02)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_caller_who_has_autocast_on_changes_nothing(tmp_path, precision):
+    alone, inside = tiny_llama(), tiny_llama()
+    run(alone, tmp_path / "alone", steps=5, precision=precision)
+    with torch.autocast("cpu", torch.bfloat16):
+        run(inside, tmp_path / "inside", steps=5, precision=precision)
+    assert torch.equal(weights(alone), weights(inside))
+
+
 def test_compiled_models_train_alike(tmp_path, monkeypatch):
     compile_model = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: compile_model(model, backend="eager"))

@@ -16,6 +16,7 @@ from auxin.edits.kinds.parameter_edits import generator
 from auxin.edits.origin import Blend, Fresh, Group, Joined, Kept, Made, Origin
 from auxin.edits.resolution import ResolvedPlan
 from auxin.errors import PlanError
+from auxin.models.autocast import without_autocast
 
 MOMENT_ORDERS = {
     "exp_avg": 1,
@@ -69,8 +70,9 @@ def carry(resolved: ResolvedPlan, seed: int, store: TensorStore) -> None:
         store: where old tensors come from and new ones go.
     """
     carrier = Carrier(resolved, seed, store)
-    for name in store.order():
-        store.write(name, carrier)
+    with without_autocast():
+        for name in store.order():
+            store.write(name, carrier)
 
 
 def check_tensors(resolved: ResolvedPlan, store: TensorStore, names: Iterable[str]) -> None:

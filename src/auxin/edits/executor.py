@@ -14,7 +14,7 @@ from auxin.edits.carry import carry, check_tensors
 from auxin.edits.kinds.rate import Rate
 from auxin.edits.module_store import ModuleStore
 from auxin.edits.plan import Plan
-from auxin.edits.promise import Probe, measured_change, probed, tolerance
+from auxin.edits.promise import Probe, measured_change, probe_and_outputs, tolerance
 from auxin.edits.purpose import refuse_other_model
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.room import refuse_too_large
@@ -119,12 +119,13 @@ def _applied(
     count, allowed = count_parameters(model).total, tolerance(model)
     undo.add(training_flags(model))  # the probe's evaluation mode, too, may be interrupted
     if has_data:
-        probe, reference = probed(plan, model, probe)
+        probe, reference = probe_and_outputs(plan, model, probe)
     change: float | None = None
     unread: list[str] = []
     carry(resolved, plan.seed, store)
     rebuild_tree(model, resolved, store.tensors, undo)
     store.join_groups()
+    torch.clear_autocast_cache()  # it may hold the weights of before, where the caller has autocast on
     if has_data and probe is not None:
         outputs, unread = outputs_and_unread(plan, resolved, model, probe)
         change = measured_change(plan, reference, outputs, allowed)

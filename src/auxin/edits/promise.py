@@ -1,16 +1,25 @@
 """Checking that an edited model computes what it computed before."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from auxin.accounting.inputs import DECODER_IDS, IDS, example_inputs, main_input, text_length, without_cache
+from auxin.accounting.inputs import (
+    DECODER_IDS,
+    IDS,
+    example_inputs,
+    main_input,
+    placeholder_tokens,
+    text_length,
+    without_cache,
+)
 from auxin.edits.plan import Plan
 from auxin.errors import PlanError, PromiseError
+from auxin.models.autocast import without_autocast
 from auxin.models.evaluating import evaluation_mode
 from auxin.words.paths import dotted
 
@@ -44,7 +53,7 @@ EMBEDDINGS = "_embeds"
 """How the names of a pair's embeddings end, which may lie below the logits of pairs."""
 
 
-def probed(plan: Plan, model: PreTrainedModel, probe: Probe | None) -> tuple[Probe, Outputs]:
+def probe_and_outputs(plan: Plan, model: PreTrainedModel, probe: Probe | None) -> tuple[Probe, Outputs]:
     """The probe, and what `model` says on it: `probe`, or by default inputs with which all parts of the model run. A
     language model that can look at images gets text alone where it doesn't take the images that are made for it.
 
@@ -53,12 +62,14 @@ def probed(plan: Plan, model: PreTrainedModel, probe: Probe | None) -> tuple[Pro
     """
     if probe is not None:
         return probe, probe_outputs(model, probe, plan.vocabulary)
-    text = default_probe(plan, model)
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model):
         whole = default_probe(plan, model, illustrated=True)
-    if whole.keys() != text.keys():
-        with suppress(PlanError):
-            return whole, probe_outputs(model, whole, plan.vocabulary)
+    try:
+        return whole, probe_outputs(model, whole, plan.vocabulary)
+    except PlanError:
+        text = default_probe(plan, model)
+        if text.keys() == whole.keys():
+            raise
     return text, probe_outputs(model, text, plan.vocabulary)
 
 
@@ -93,9 +104,9 @@ def probe_outputs(model: PreTrainedModel, probe: Probe, vocabulary: int | None =
     Raises:
         PlanError: the model does not run on the probe, or says nothing that could be compared.
     """
-    inputs = dict(probe) if isinstance(probe, Mapping) else {_name_of(probe, model): probe}
+    inputs = _by_name(probe, model)
     extra = without_cache(model) | ({} if model.config.return_dict else {"return_dict": True})
-    with evaluation_mode(model), torch.no_grad(), full_precision(model.device.type), same_draws(model.device):
+    with evaluation_mode(model), torch.no_grad(), full_precision(), same_draws(model.device):
         try:
             outputs = compared_outputs(model(**{name: _moved(value, model) for name, value in inputs.items()}, **extra))
         except Exception as error:
@@ -118,8 +129,10 @@ def probe_outputs(model: PreTrainedModel, probe: Probe, vocabulary: int | None =
     }
 
 
-def _name_of(probe: Tensor, model: PreTrainedModel) -> str:
-    return main_input(model) if probe.is_floating_point() else IDS
+def _by_name(probe: Probe, model: PreTrainedModel) -> dict[str, Tensor]:
+    if isinstance(probe, Mapping):
+        return dict(probe)
+    return {main_input(model) if probe.is_floating_point() else IDS: probe}
 
 
 def _moved(value: Tensor, model: PreTrainedModel) -> Tensor:
@@ -156,7 +169,7 @@ def _inside(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Within the context, products are computed in the type of their factors."""
     # One by one: torch refuses to read its summary of them where a caller has set one.
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
@@ -164,7 +177,7 @@ def full_precision(device_type: str) -> Iterator[None]:
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
-        with torch.autocast(device_type, enabled=False):
+        with without_autocast():
             yield
     finally:
         for backend, precision in zip(backends, precisions, strict=True):
@@ -200,25 +213,35 @@ def edited_outputs(plan: Plan, model: PreTrainedModel, probe: Probe) -> Outputs:
         PlanError: the edited model does not run.
     """
     try:
-        if plan.vocabulary is not None:
-            probe_outputs(model, _with_new_tokens(default_probe(plan, model), plan.vocabulary, model))
-        return probe_outputs(model, probe, plan.vocabulary)
+        outputs = probe_outputs(model, probe, plan.vocabulary)
     except PlanError as error:
         raise PlanError(
             f"The model that the plan of {plan.method} makes does not run on the probe: {error.__cause__ or error!r}. "
             "Nothing was changed. What its edits of modules put somewhere does not do what that place needs."
         ) from error
+    if plan.vocabulary is not None:
+        try:
+            probe_outputs(model, _with_new_tokens(_by_name(probe, model), plan.vocabulary, model))
+        except PlanError as error:
+            raise PlanError(
+                f"The model that the plan of {plan.method} makes does not run on its new tokens: "
+                f"{error.__cause__ or error!r}. Nothing was changed. Something in it still has the old number of them."
+            ) from error
+    return outputs
 
 
-def _with_new_tokens(probe: Mapping[str, Tensor], first: int, model: PreTrainedModel) -> dict[str, Tensor]:
-    """The probe with every other token one of those from `first` on."""
+def _with_new_tokens(probe: dict[str, Tensor], first: int, model: PreTrainedModel) -> dict[str, Tensor]:
+    """The probe with every other token of its texts one of those from `first` on."""
     count = model.config.get_text_config().vocab_size - first
-    found = dict(probe)
-    for name in found.keys() & {IDS, DECODER_IDS} if count > 0 else ():
-        found[name] = ids = probe[name].clone()
-        places = ids[..., :-1:2]  # a text may have to end in a certain token
-        places.copy_(first + torch.arange(places.numel()).view(places.shape) % count)
-    return found
+    kept = torch.tensor(placeholder_tokens(model.config), dtype=torch.long)
+    for name in probe.keys() & {IDS, DECODER_IDS} if count > 0 else ():
+        ids = probe[name]
+        new = first + torch.arange(ids.numel(), device=ids.device).view(ids.shape) % count
+        stays = torch.isin(ids, kept.to(ids.device))
+        stays[..., 1::2] = True
+        stays[..., -1] = True  # a text may have to end in a certain token
+        probe[name] = torch.where(stays, ids, new.to(ids.dtype))
+    return probe
 
 
 def measured_change(plan: Plan, before: Outputs, after: Outputs, allowed: float) -> float | None:

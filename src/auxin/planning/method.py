@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from auxin.edits.plan import Plan
 from auxin.edits.structure import config_values, edited_skeleton, refuse_quantized, skeleton_of
 from auxin.errors import AuxinError, ConfigError, PlanError
+from auxin.models.autocast import without_autocast
 from auxin.models.loading import load_config, load_model
 from auxin.objectives.calibration import Batch, Calibration, CalibrationSettings, CorpusCalibration
 from auxin.planning.bench import Bench
@@ -89,7 +90,7 @@ def make_plan(method: Method, bench: Bench, settings: Any) -> Plan:
         PlanError: the model is quantized, or the method can't do it.
     """
     refuse_quantized(bench.model.config)
-    with bench.spent.running():
+    with without_autocast(), bench.spent.running():
         plan = method.plan(bench, settings)
     if plan.made_for is not None:  # methods give the model's own config, which may tell its ties wrongly
         values = config_values(skeleton_of(bench.model).config)

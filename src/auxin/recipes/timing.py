@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from auxin.accounting.machine import available_memory
 from auxin.data.dataset import SampleForm
 from auxin.edits.structure import edited_skeleton
+from auxin.models.autocast import bfloat16_autocast, without_autocast
 from auxin.recipes.price import RecipePrice, StagePrice, price_recipe
 from auxin.recipes.schema import Recipe, TrainStage
 from auxin.recipes.stage_models import stage_configs
@@ -103,10 +104,10 @@ def seconds_per_step(model: PreTrainedModel, settings: TrainingSettings, form: S
     half = choose_precision(settings.precision, device) == torch.bfloat16
     started = time.perf_counter()
     times: list[float] = []
-    with objective.learning(model):
+    with objective.learning(model), without_autocast():
         while not times or (len(times) <= TIMED and time.perf_counter() - started < room):
             began = time.perf_counter()
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            with bfloat16_autocast(device.type, half):
                 loss = objective.loss(model, example)
             loss.backward()
             _wait(device)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from auxin.accounting.parameters import count_parameters
 from auxin.data.dataset import Dataset, Processor
 from auxin.data.loader import make_loader
 from auxin.errors import CheckpointError, TrainingError
+from auxin.models.autocast import bfloat16_autocast, without_autocast
 from auxin.objectives.measures import Loss, Measure
 from auxin.objectives.objective import Objective, ObjectiveSettings, References, training_noise
 from auxin.planning.hooks import Hook
@@ -158,7 +160,7 @@ def train(
         loop = _Loop(
             state, data, objective, evaluation, settings, output_dir, identity, total_steps, flops, processor, ledger
         )
-        with objective.learning(model):
+        with objective.learning(model), without_autocast():
             return loop.run(optimizer_from, stop_after, progress, place or Place())
 
 
@@ -567,8 +569,8 @@ class _Loop:
         self.state.seconds += now - self.clock
         self.clock = now
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
+    def _autocast(self) -> AbstractContextManager[None]:
+        return bfloat16_autocast(self.device.type, self.precision == torch.bfloat16)
 
     def _draw_from(self, position: int) -> None:
         settings = self.settings
