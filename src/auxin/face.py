@@ -77,9 +77,9 @@ def apply(
         receipt = auxin.apply(plan, model, optimizer=optimizer)
         receipt = auxin.apply(plan, "checkpoint", output="larger")
 
-    A model is changed in place, with the optimizer's state, and is as before when anything fails. A checkpoint is
-    streamed tensor by tensor, its training state and its ledger along, and left as it is; the new folder appears when
-    it is complete and the promise was checked.
+    A model is changed in place, with the optimizer's state, and is as before when anything fails; `save` writes it. A
+    checkpoint is streamed tensor by tensor, its training state and its ledger along, and left as it is; the new folder
+    appears when it is complete and the promise was checked.
 
     Args:
         plan: of `auxin.plan`, or your own.
@@ -102,8 +102,8 @@ def apply(
     if isinstance(source, PreTrainedModel):
         if output is not None:
             raise ConfigError(
-                f"output = {str(output)!r}: a model in memory is changed in place. Leave it out and call "
-                "save_pretrained, or give a checkpoint's folder instead of the model."
+                f"output = {str(output)!r}: a model in memory is changed in place. Leave it out and call auxin.save, "
+                "or give a checkpoint's folder instead of the model."
             )
         return executor.apply(plan, source, optimizer, probe)
     if optimizer is not None:
@@ -133,9 +133,9 @@ def load(
 
 
 def save(model: PreTrainedModel, folder: str | Path) -> Path:
-    """Write a model to a folder that `load` reads, `save_pretrained` with two things more for a model whose edits its
-    config's class does not have: its card says that it needs auxin, and its weights lie under a name of their own, so
-    that without `import auxin` `from_pretrained` fails and does not return another model.
+    """Write a model to a folder that `load` reads: `save_pretrained`, and more for a model whose modules were replaced
+    or otherwise changed in ways that no config says. Its weights then lie under a name of their own, so that without
+    `import auxin` `from_pretrained` fails and does not return another model, and its card says so.
 
     Args:
         model: a model of transformers.
@@ -146,7 +146,8 @@ def save(model: PreTrainedModel, folder: str | Path) -> Path:
         `folder` as a Path.
 
     Raises:
-        CheckpointError: the folder is in use.
+        CheckpointError: the folder exists and is not empty.
+        ConfigError: what was given is no model in memory, or the folder can't be made.
     """
     source = _source(model, "auxin.save")
     if not isinstance(source, PreTrainedModel):

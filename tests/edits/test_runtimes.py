@@ -29,9 +29,9 @@ def test_replayed_edits_are_refused_elsewhere_and_a_way_out_is_named(method, wor
     assert "vLLM and other runtimes refuse" in note
     assert words in note
     assert (
-        "`import auxin` before from_pretrained. Without it loading fails where the weights lie in edited_model" in note
+        "`import auxin` before from_pretrained. Without it loading fails, since the weights lie in edited_model" in note
     )
-    assert note.endswith("returns a model without these edits, another one than this.")
+    assert "Don't rename the file" in note
 
 
 def test_an_edited_tokenformer_is_no_type_that_transformers_knows():

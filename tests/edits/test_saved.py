@@ -14,6 +14,7 @@ import auxin
 from auxin.edits.runtimes import about_runtimes, without_auxin
 from auxin.errors import CheckpointError, ConfigError
 from auxin.models.loading import load_config
+from auxin.models.weight_files import weight_files
 from auxin.training.checkpoint import write_checkpoint_folder
 from edits.replaced_linear import MERGED, REPLACED
 from tiny_models import tiny
@@ -92,9 +93,9 @@ def test_of_a_file_with_the_plain_name_transformers_makes_what_is_written(folder
     assert [told for *_, told in found] == ["Linear"] * 3
     logged = "Unknown quantization type, got auxin"
     assert logged in log
-    note = about_runtimes(load_config(folders / "bare"))
+    note = about_runtimes(load_config(folders / "bare"), "model.safetensors")
     assert logged in note
-    assert note.endswith(without_auxin(load_config(folders / "bare")))
+    assert note.endswith(without_auxin(load_config(folders / "bare"), "model.safetensors"))
 
 
 def test_a_model_that_becomes_plain_has_the_plain_name_again(folders, tmp_path):
@@ -120,9 +121,31 @@ def test_a_plan_without_structure_keeps_the_name(folders, tmp_path):
 def test_a_trainers_checkpoint_keeps_the_name_that_a_trainer_looks_for(folders, tmp_path):
     shutil.copytree(folders / "plain", tmp_path / "checkpoint-1")
     (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("{}\n")
-    auxin.apply(REPLACED, tmp_path / "checkpoint-1", output=tmp_path / "edited")
+    (tmp_path / "checkpoint-1" / "scheduler.pt").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"keep the name model\.safetensors.* auxin\.save make one that it refuses"):
+        receipt = auxin.apply(REPLACED, tmp_path / "checkpoint-1", output=tmp_path / "edited")
+    assert any("keep the name" in note for note in receipt.notes)
     assert (tmp_path / "edited" / "model.safetensors").is_file()
+    assert "auxin.load and auxin.save" in (tmp_path / "edited" / "README.md").read_text()
     assert type(auxin.load(tmp_path / "edited").model.layers[0].mlp.down_proj).__name__ == "LowRankLinear"
+
+
+def test_a_trainers_log_beside_a_finished_model_takes_no_protection_away(folders, tmp_path):
+    shutil.copytree(folders / "plain", tmp_path / "finished")
+    (tmp_path / "finished" / "trainer_state.json").write_text("{}\n")
+    assert auxin.apply(REPLACED, tmp_path / "finished", output=tmp_path / "edited").notes == []
+    assert (tmp_path / "edited" / "edited_model.safetensors").is_file()
+
+
+def test_of_two_files_the_one_counts_that_the_config_names(folders, tmp_path):
+    """As `from_pretrained` has it."""
+    shutil.copytree(folders / "saved", tmp_path / "both")
+    shutil.copy(folders / "plain" / "model.safetensors", tmp_path / "both")
+    assert [path.name for path in weight_files(tmp_path / "both")] == ["edited_model.safetensors"]
+    auxin.apply(MERGED, tmp_path / "both", output=tmp_path / "merged")
+    expected = auxin.load(folders / "saved").model.layers[0].mlp.down_proj
+    merged = auxin.load(tmp_path / "merged").model.layers[0].mlp.down_proj.weight
+    assert torch.allclose(merged, expected.output_factor @ expected.input_factor, atol=1e-6)
 
 
 def test_save_takes_a_model_and_a_free_folder(folders):

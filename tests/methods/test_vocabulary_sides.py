@@ -113,7 +113,7 @@ def test_a_model_that_can_not_read_its_new_tokens_is_refused_and_stays():
             raise IndexError("index out of range")
 
     hook = model.register_forward_pre_hook(reads_old_ones_alone, with_kwargs=True)
-    with pytest.raises(PlanError, match=r"does not run on the probe.*index out of range"):
+    with pytest.raises(PlanError, match=r"does not run on its new tokens: .*index out of range"):
         auxin.apply(plan, model)
     hook.remove()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -11,13 +11,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.errors import ConfigError, PlanError
 
-IDS, DECODER_IDS, PIXELS, GRID = "input_ids", "decoder_input_ids", "pixel_values", "image_grid_thw"
-SIZES, KINDS = "image_sizes", "mm_token_type_ids"
+IDS, DECODER_IDS, PIXELS = "input_ids", "decoder_input_ids", "pixel_values"
+GRID, IMAGE_SIZES, TOKEN_KINDS = "image_grid_thw", "image_sizes", "mm_token_type_ids"
+"""What some language models take beside images: how many patches lie in time, height and width; the images' sizes in
+pixels; which tokens stand for images."""
 CHANNELS = ("in_channels", "in_chans", "num_channels")
+"""Names of the number of an image's channels in configs of models that take it in patches."""
 IMAGE_SIDE = 224
 """Pixels, for models that take images of any size; the usual size of ImageNet's."""
-PLACEHOLDERS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
-"""Fields of a config: tokens that stand for what another encoder makes."""
+KINDS_OF_PLACEHOLDERS = ("image", "video", "audio")
 
 
 def example_inputs(
@@ -36,7 +38,7 @@ def example_inputs(
     Texts that are pooled at their end token have it, once, at the end. Numbers have the type of the model.
 
     Args:
-        model: the model, its weights are not looked at.
+        model: the model; its weights are looked at where it is `illustrated`, and for nothing else.
         batch: number of sequences, images or recordings.
         length: tokens per sequence, frames per waveform; images and spectrograms have the size that the config says,
             images 224 x 224 where it says none.
@@ -141,6 +143,12 @@ def text_positions(model: nn.Module, decoder: bool = False) -> int | None:
     return min(limits, default=None)
 
 
+def placeholder_tokens(config: PreTrainedConfig, *kinds: str) -> tuple[int, ...]:
+    """The tokens that stand for what another encoder makes: of `kinds`, or of all."""
+    fields = (f"{kind}_token_{end}" for kind in kinds or KINDS_OF_PLACEHOLDERS for end in ("id", "index"))
+    return tuple(value for field in fields if isinstance(value := getattr(config, field, None), int))
+
+
 def call_arguments(model: nn.Module) -> tuple[str, ...]:
     """The names of what `model` is called with."""
     return tuple(inspect.signature(model.forward).parameters)
@@ -212,8 +220,7 @@ def _texts(drawn: _Drawn, length: int) -> dict[str, Tensor] | None:
     config = _text_config(drawn.config)
     if getattr(config, "vocab_size", None) is None:
         return None
-    never = tuple(value for field in PLACEHOLDERS if isinstance(value := getattr(drawn.config, field, None), int))
-    ids = drawn.ids(config, length, _end_token(drawn.model, config), never)
+    ids = drawn.ids(config, length, _end_token(drawn.model, config), placeholder_tokens(drawn.config))
     # Several answers to one question are told apart; one answer each here.
     return {IDS: ids[:, None] if type(drawn.model).__name__.endswith("ForMultipleChoice") else ids}
 
@@ -246,8 +253,8 @@ def _images(drawn: _Drawn, length: int) -> dict[str, Tensor]:
 def _images_in_text(drawn: _Drawn, ids: Tensor) -> dict[str, Tensor]:
     """An image for each text, and before the text the tokens in whose place it is read; nothing where the model looks
     at none, or it is not known how."""
-    model, config = drawn.model, drawn.config
-    token = next((value for field in PLACEHOLDERS[:2] if isinstance(value := getattr(config, field, None), int)), None)
+    model = drawn.model
+    token = next(iter(placeholder_tokens(drawn.config, "image")), None)
     if token is None or PIXELS not in call_arguments(model):
         return {}
     for images in _images_to_look_at(drawn):
@@ -255,8 +262,8 @@ def _images_in_text(drawn: _Drawn, ids: Tensor) -> dict[str, Tensor]:
         room = text_length(model, count + ids.shape[1]) - count
         if count and room > 0:
             inputs = {IDS: torch.cat([torch.full((drawn.batch, count), token), ids[:, :room]], dim=1), **images}
-            if KINDS in call_arguments(model):  # the positions of image tokens have height and width
-                inputs[KINDS] = (inputs[IDS] == token).long()
+            if TOKEN_KINDS in call_arguments(model):  # the positions of image tokens have height and width
+                inputs[TOKEN_KINDS] = (inputs[IDS] == token).long()
             return inputs
     return {}
 
@@ -275,11 +282,11 @@ def _images_to_look_at(drawn: _Drawn) -> Iterator[dict[str, Tensor]]:
         }
     elif _part(drawn.config, "image_size") is not None:
         image = drawn.numbers(*image_shape(drawn.config))
-        sizes = {SIZES: torch.tensor([image.shape[-2:]]).repeat(drawn.batch, 1)}
+        sizes = {IMAGE_SIZES: torch.tensor([image.shape[-2:]]).repeat(drawn.batch, 1)}
         # A text may have several images, or one that is cut into tiles and stands before them as a whole.
         for images in (image, *(image[:, None].repeat(1, count, 1, 1, 1) for count in (1, 2, 3))):
             yield {PIXELS: images}
-            if SIZES in call_arguments(drawn.model):
+            if IMAGE_SIZES in call_arguments(drawn.model):
                 yield {PIXELS: images, **sizes}
 
 

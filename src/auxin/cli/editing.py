@@ -197,8 +197,11 @@ def _described(method: Any) -> dict[str, Any]:
 def _print_receipt(receipt: Any, output: Path, as_json: bool) -> None:
     from auxin.edits.runtimes import about_runtimes
     from auxin.models.loading import load_config
+    from auxin.models.weight_files import first_file
 
-    note = about_runtimes(load_config(output))
+    weights = first_file(output)
+    assert weights is not None  # they were written
+    note = about_runtimes(load_config(output), weights.name)
     if as_json:
         print(receipt.model_dump_json(indent=2))
         to_stderr(note)

@@ -12,7 +12,7 @@ from auxin.edits.executor import Receipt, continuation
 from auxin.edits.folder_store import FolderStore
 from auxin.edits.other_files import ADAPTER, WITHOUT_MOMENTS, copy_other_files, forget_best
 from auxin.edits.plan import Plan
-from auxin.edits.promise import Probe, measured_change, probed, tolerance
+from auxin.edits.promise import Probe, measured_change, probe_and_outputs, tolerance
 from auxin.edits.purpose import refuse_other_model
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.room import refuse_too_large_for_folder
@@ -77,7 +77,7 @@ def apply_to_checkpoint(
     followed = followed_modules(source, resolved)
     # The old model is gone before the new one is loaded.
     model = load_model(source)
-    (probe, reference), allowed = probed(plan, model, probe), tolerance(model)
+    (probe, reference), allowed = probe_and_outputs(plan, model, probe), tolerance(model)
     del model
     with new_folder(output) as folder:
         notes = [] if (changed := damage(source)) is None else [f"{source} is not as it was written: {changed}."]
@@ -97,7 +97,7 @@ def apply_to_checkpoint(
         same_class = type(resolved.after) is type(before)
         config.architectures = before.config.architectures if same_class else [type(resolved.after).__name__]
         config.save_pretrained(folder)
-        complete(folder, config)
+        notes += complete(folder, config)
         model = load_model(folder)
         outputs, unread = outputs_and_unread(plan, resolved, model, probe)
         change = measured_change(plan, reference, outputs, allowed)

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,10 +18,9 @@ from auxin.edits.safetensors_file import SafetensorsWriter, torch_dtype
 from auxin.edits.tensor_names import shapes_of, tensor_names
 from auxin.errors import CheckpointError
 from auxin.models.stored_form import StoredForm
-from auxin.models.weight_files import read_tensor, weight_files
+from auxin.models.weight_files import INDEX_ENDING, read_tensor, weight_files, weight_map
 
 TRAINING_FOLDER = "training"
-INDEX_ENDING = ".safetensors.index.json"
 SAVED_OFFSETS = '"saved_offsets"'
 OPTIMIZER_TENSOR = re.compile(r"optimizer\.(?P<state>[^.]+)\.(?P<parameter>.+)")
 
@@ -264,22 +262,15 @@ class FolderStore:
     def _indices(self) -> list[Path]:
         """The indices of the files that are rewritten; one that names others is not the model's."""
         rewritten = {*self._weights, *self._training}
-        indices = [path for name in ("", TRAINING_FOLDER) for path in (self.source / name).glob(f"*{INDEX_ENDING}")]
-        return [path for path in indices if {path.parent / name for name in _weight_map(path).values()} <= rewritten]
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """The file of every tensor, by an index."""
-    try:
-        return cast(dict[str, str], json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}))
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{index} can't be read: {error}. Restore it from an earlier checkpoint.") from error
+        folders = (self.source, self.source / TRAINING_FOLDER)
+        indices = [path for folder in folders for path in folder.glob(f"*.safetensors{INDEX_ENDING}")]
+        return [path for path in indices if {path.parent / name for name in weight_map(path).values()} <= rewritten]
 
 
 def _write_index(source: Path, target: Path) -> None:
     index = json.loads(source.read_text(encoding="utf-8"))
     total, count, places = 0, 0, {}
-    for path in sorted({target.parent / name for name in _weight_map(source).values()}):
+    for path in sorted({target.parent / name for name in weight_map(source).values()}):
         with safe_open(path, framework="pt") as file:
             for name in file.offset_keys():
                 piece = file.get_slice(name)

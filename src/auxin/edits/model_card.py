@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from auxin.edits.runtimes import without_auxin
+from auxin.models.weight_files import first_file
 
 FILE = "README.md"
 BEGIN, END = "<!-- auxin:begin -->", "<!-- auxin:end -->"
@@ -27,7 +28,8 @@ def mark_model_card(folder: Path, config: PreTrainedConfig) -> None:
     # What is no UTF-8 is carried through, and so are the ends of lines.
     card = path.read_bytes().decode("utf-8", "surrogateescape") if path.exists() else ""
     marked = _SECTION.sub("", card)
-    warning = without_auxin(config)
+    weights = first_file(folder)
+    warning = without_auxin(config) if weights is None else without_auxin(config, weights.name)
     if warning is not None:
         front = match[0] if (match := _FRONT_MATTER.match(marked)) else ""
         body = marked.removeprefix(front)

@@ -18,13 +18,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from auxin.edits.mark import REPLAY_METHOD
 from auxin.errors import CheckpointError
-from auxin.models.weight_files import EDITED, INDEX_ENDING
+from auxin.models.weight_files import EDITED_NAMES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-NAMES = (EDITED, EDITED + INDEX_ENDING)
-"""What the weights of an edited model may be called: no file elsewhere."""
 
 
 @register_quantization_config(REPLAY_METHOD)
@@ -51,8 +48,8 @@ class EditsReplay(HfQuantizer):
         """Tell transformers where the weights lie: this is called before it looks for them."""
         weights = self.quantization_config.to_dict()["weights"]
         if weights is not None:
-            if weights not in NAMES:
-                raise CheckpointError(f"quantization_config.weights: {weights!r} is none of {', '.join(NAMES)}.")
+            if weights not in EDITED_NAMES:  # no file elsewhere
+                raise CheckpointError(f"quantization_config.weights: {weights!r} is none of {', '.join(EDITED_NAMES)}.")
             config.transformers_weights = weights
         return config
 

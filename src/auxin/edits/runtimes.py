@@ -10,12 +10,13 @@ from auxin.edits.kinds.module_edits import ConfigureModule, RemoveModule, Replac
 from auxin.edits.mark import REPLAY_METHOD
 from auxin.edits.structure import structural_edits
 from auxin.models.tokenformer import TokenFormerConfig
-from auxin.models.weight_files import EDITED, PLAIN
+from auxin.models.weight_files import EDITED
 from auxin.nn.bricks import find_brick
 
 
-def about_runtimes(config: PreTrainedConfig) -> str:
-    """What a person who wants to serve a model of `config` must know, in a few sentences."""
+def about_runtimes(config: PreTrainedConfig, weights: str = EDITED) -> str:
+    """What a person who wants to serve a model of `config` must know, in a few sentences; its weights lie in the file
+    `weights`."""
     edits = structural_edits(config)
     if not edits:
         if isinstance(config, TokenFormerConfig):
@@ -27,22 +28,27 @@ def about_runtimes(config: PreTrainedConfig) -> str:
     return (
         f"config.json keeps structural edits, under quant_method {REPLAY_METHOD!r}. vLLM and other runtimes refuse a "
         f"quant_method that they don't know. A form that they take: {'; '.join(_ways_out(edits))}. "
-        f"{without_auxin(config)}"
+        f"{without_auxin(config, weights)}"
     )
 
 
-def without_auxin(config: PreTrainedConfig) -> str | None:
+def without_auxin(config: PreTrainedConfig, weights: str = EDITED) -> str | None:
     """What transformers does with a checkpoint of `config` where `auxin` is not imported, and what to do; None where
     the config holds no structural edits."""
     if not structural_edits(config):
         return None
     if isinstance(config, TokenFormerConfig):
         return "In transformers, `import auxin` before from_pretrained: it knows no TokenFormer without it."
+    before = "In transformers, `import auxin` before from_pretrained."
+    if weights.startswith(EDITED):
+        return (
+            f"{before} Without it loading fails, since the weights lie in {weights}, which transformers does not look "
+            "for. Don't rename the file: transformers would then return a model without these edits, another one than "
+            "this, and only log that it doesn't know the quantization type."
+        )
     return (
-        f"In transformers, `import auxin` before from_pretrained. Without it loading fails where the weights lie in "
-        f"{EDITED}, a file that transformers does not look for; from one named {PLAIN}, as save_pretrained and its "
-        f'Trainer write it, transformers logs "Unknown quantization type, got {REPLAY_METHOD}" and returns a model '
-        "without these edits, another one than this."
+        f'{before} Without it transformers only logs "Unknown quantization type, got {REPLAY_METHOD}" and returns a '
+        "model without these edits, another one than this. auxin.load and auxin.save make a folder that it refuses."
     )
 
 

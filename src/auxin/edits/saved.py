@@ -28,18 +28,22 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     complete(folder, model.config)
 
 
-def complete(folder: Path, config: PreTrainedConfig) -> None:
+def complete(folder: Path, config: PreTrainedConfig) -> list[str]:
     """Bring a folder that holds a saved model of `config` into the form that it asks for: where there are structural
     edits the weights get their own name and the model card its section, where there are none both go back.
 
-    In a checkpoint of transformers' Trainer the weights keep their name, since a Trainer that resumes looks for it. So
+    In a checkpoint from which transformers' Trainer resumes the weights keep their name, since it looks for that. So
     does an adapter that was saved alone.
+
+    Returns:
+        A sentence, where they keep it although there are edits.
     """
-    mark_model_card(folder, config)
     weights = first_file(folder)
     if weights is None or not (folder / CONFIG).is_file():
-        return
-    is_edited = bool(structural_edits(config)) and not (folder / TRAINER_STATE).exists()
+        mark_model_card(folder, config)
+        return []
+    has_edits, resumes = bool(structural_edits(config)), (folder / TRAINER_STATE).exists() and _resumes(folder)
+    is_edited = has_edits and not resumes
     ending = INDEX_ENDING if weights.name.endswith(INDEX_ENDING) else ""
     name = (EDITED if is_edited else PLAIN) + ending
     if weights.name != name:
@@ -50,3 +54,15 @@ def complete(folder: Path, config: PreTrainedConfig) -> None:
         stored.pop("weights", None)
         stored |= {"weights": told} if told else {}
         write_text(folder / CONFIG, json.dumps(values, indent=2, sort_keys=True) + "\n")
+    mark_model_card(folder, config)
+    if is_edited or not has_edits:
+        return []
+    return [
+        f"The weights keep the name {name}, since a Trainer that resumes looks for it: where auxin is not imported, "
+        "transformers loads another model from this folder. auxin.load and auxin.save make one that it refuses."
+    ]
+
+
+def _resumes(folder: Path) -> bool:
+    """Whether a Trainer's state of training is there; beside finished models it leaves its log alone."""
+    return any((folder / name).exists() for name in ("optimizer.pt", "scheduler.pt"))

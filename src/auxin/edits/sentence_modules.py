@@ -26,9 +26,9 @@ from auxin.edits.resolution import ResolvedPlan
 from auxin.errors import CheckpointError, PlanError
 from auxin.foreign import lies_outside
 from auxin.models.anatomy import anatomy
+from auxin.models.weight_files import PLAIN
 
 MODULES = "modules.json"
-WEIGHTS = "model.safetensors"
 KEEPING = ("Transformer", "Normalize", "Dropout")
 """Modules that work at any width; the first is the model itself."""
 DIMENSIONS = ("word_embedding_dimension", "embedding_dimension")
@@ -112,7 +112,7 @@ def _config(source: Path, module: _Module, said: dict[str, Any]) -> dict[str, by
 def _dense(source: Path, module: _Module, resolved: ResolvedPlan, old: int, new: int) -> dict[str, bytes]:
     """Config and weights of a Dense, whose input is one vector of the hidden size or several side by side."""
     name, width = module.folder.relative_to(source), module.config.get("in_features")
-    path = module.folder / WEIGHTS
+    path = module.folder / PLAIN
     begin = f"hidden_size = {new}: {name} (Dense, in {MODULES})"
     leave = "Leave the hidden size as it is, or take the module off first."
     if not isinstance(width, int) or width % old:
@@ -120,7 +120,7 @@ def _dense(source: Path, module: _Module, resolved: ResolvedPlan, old: int, new:
     if module.config.get("use_residual"):
         raise PlanError(f"{begin} adds what it reads to what it gives (use_residual). {leave}")
     if not path.is_file():
-        raise PlanError(f"{begin} has no {WEIGHTS}. Save it as safetensors first.")
+        raise PlanError(f"{begin} has no {PLAIN}. Save it as safetensors first.")
     edits = _as_columns(resolved)
     if edits is None:
         raise PlanError(f"{begin} reads the last hidden states, whose units this plan does not keep. {leave}")

@@ -16,10 +16,27 @@ loading fails where `auxin`, which tells it (`auxin.edits.replay`), is not impor
 INDEX_ENDING = ".index.json"
 
 
+EDITED_NAMES = (EDITED, EDITED + INDEX_ENDING)
+NAMES = (PLAIN, PLAIN + INDEX_ENDING, *EDITED_NAMES)
+
+
 def first_file(folder: Path) -> Path | None:
-    """The file that `from_pretrained` opens first: the whole file, or the index of its pieces; None: there is none."""
-    names = (f"{name}{ending}" for name in (PLAIN, EDITED) for ending in ("", INDEX_ENDING))
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    """The file that `from_pretrained` opens first: the whole file, or the index of its pieces; None: there is none.
+    Where several lie in the folder, it is the one that the config names, or else the plain one."""
+    found = [folder / name for name in NAMES if (folder / name).is_file()]
+    if len(found) > 1:
+        told = _told(folder)
+        found.sort(key=lambda path: path.name != told)
+    return next(iter(found), None)
+
+
+def _told(folder: Path) -> str | None:
+    """The file that the config in `folder` names (`auxin.edits.saved`); None where it names none, or can't be read."""
+    try:
+        told = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]["weights"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(told)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -34,14 +51,14 @@ def weight_files(folder: Path) -> list[Path]:
     first = first_file(folder)
     if first is None:
         return sorted(folder.glob("*.safetensors"))
-    return sorted(folder / name for name in set(_index(first).values())) if _is_index(first) else [first]
+    return sorted(folder / name for name in set(weight_map(first).values())) if _is_index(first) else [first]
 
 
 def _is_index(path: Path) -> bool:
     return path.name.endswith(INDEX_ENDING)
 
 
-def _index(path: Path) -> dict[str, str]:
+def weight_map(path: Path) -> dict[str, str]:
     """The file of every tensor, by an index; CheckpointError when it can't be read."""
     try:
         return {
@@ -56,7 +73,7 @@ def stored_tensors(folder: Path) -> dict[str, Path]:
     try:
         first = first_file(folder)
         if first is not None and _is_index(first):
-            return {name: folder / file for name, file in _index(first).items()}
+            return {name: folder / file for name, file in weight_map(first).items()}
         places: dict[str, Path] = {}
         for path in weight_files(folder):
             with safe_open(path, framework="pt") as file:

@@ -40,7 +40,7 @@ Rule = Literal["pieces", "mean"]
 
 LARGEST_MULTIPLE = 128
 """The largest padding multiple that a table's length is taken to follow."""
-LENGTHS = ("vocab_size", "decoder_vocab_size", "src_vocab_size", "tgt_vocab_size")
+TOKEN_COUNTS = ("vocab_size", "decoder_vocab_size", "src_vocab_size", "tgt_vocab_size")
 """Fields of configs that say how many tokens there are."""
 STALE = (*TOKENIZER_FILES, "merges.txt", "added_tokens.json", "special_tokens_map.json")
 """Files that would go on describing the old vocabulary beside the new tokenizer.json."""
@@ -159,11 +159,6 @@ def plan_vocabulary(
     sources = [list(old) if settings.rule == "pieces" else [] for old in pieces]
     edits: list[Edit] = []
     tables, biases = _followers(model, length)
-    if not tables:
-        raise PlanError(
-            f"vocab_size = {length}: a {type(model).__name__} has no table of tokens, so that it has no vocabulary to "
-            "grow. Choose a language model."
-        )
     if new_length > length:
         edits += [PadParameter(parameter=name, axis=axis, size=new_length, fill=ZeroFill()) for name, axis in biases]
     for name in tables:
@@ -267,9 +262,16 @@ def _lengths(config: PreTrainedConfig) -> dict[str, int]:
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
     sides = [parts.get(side) for side in ("encoder", "decoder")]
     texts = [config.get_text_config(), *(sides if None not in sides else ())]
-    owners = {name: part for name, part in {"": config, **parts}.items() if any(part is text for text in texts)}
-    found = {dotted(path, field): getattr(part, field, None) for path, part in owners.items() for field in LENGTHS}
-    return {name: length for name, length in found.items() if isinstance(length, int) and length > 0}
+    lengths = {}
+    for path, part in {"": config, **parts}.items():
+        if part is None or not any(part is text for text in texts):
+            continue
+        for field in TOKEN_COUNTS:
+            length = getattr(part, field, None)
+            is_alias = part.attribute_map.get(field) in TOKEN_COUNTS
+            if isinstance(length, int) and length > 0 and not is_alias:
+                lengths[dotted(path, field)] = length
+    return lengths
 
 
 def _table_length(config: PreTrainedConfig) -> int:
