@@ -26,7 +26,8 @@ from auxin.edits import Plan
 from auxin.methods import method
 from auxin.planning.method import plan_for
 from auxin.recipes import price_recipe
-from auxin.recipes.beforehand import check_devices, check_sources
+from auxin.recipes.beforehand import check_needs
+from auxin.recipes.folder import DATA
 from corpora import write_documents
 from mutations import mutated, mutated_text, mutated_words
 from tiny_models import tiny
@@ -176,10 +177,9 @@ def _judged(code: int, err: str) -> str:
     return "refused" if code == 2 else "failed"
 
 
-def _would_begin(recipe: Any, *_: Any, **__: Any) -> None:
+def _would_begin(recipe: Any, output: Any, *_: Any, **__: Any) -> None:
     """In place of a run, what it does before it writes anything."""
-    check_devices(recipe)
-    check_sources(recipe)
+    check_needs(recipe, Path(output) / DATA)
     seeds = [recipe.seed] if recipe.seeds is None else recipe.seeds[:2]
     for seed in seeds:
         price_recipe(recipe.of_seed(seed), memory=False)

@@ -57,7 +57,8 @@ def placed(where: str) -> Iterator[None]:
     try:
         yield
     except AuxinError as error:
-        raise type(error)(f"{where}{error}") from error
+        error.args = (f"{where}{error}", *error.args[1:])
+        raise
 
 
 def shown(value: Any, quoted: bool = True) -> str:

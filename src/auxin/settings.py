@@ -19,8 +19,8 @@ class Settings(BaseModel):
 
     @classmethod
     def open_fields(cls) -> "dict[str, type[Settings]]":
-        """Fields that take any mapping, with the settings that it is of: a field of those that was written beside them
-        is pointed to its place."""
+        """Fields that hold any mapping, each with the settings whose fields it is meant for: one of these that is given
+        to this class instead is told where it belongs."""
         return {}
 
     @classmethod

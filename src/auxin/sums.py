@@ -5,8 +5,10 @@ The file is of the common format, so that `sha256sum -c SHA256SUMS` checks it to
 
 import hashlib
 import re
+from functools import lru_cache
 from pathlib import Path
 
+from auxin.errors import reason
 from auxin.files import write_text
 
 SUMS_FILE = "SHA256SUMS"
@@ -28,15 +30,24 @@ def has_sums(folder: Path) -> bool:
 def damage(folder: Path) -> str | None:
     """What of `folder` is not as it was when its sums were written, by name; None: nothing, or it has no sums.
 
-    Files that came later are nobody's business. All others are read, so this takes as long as reading the folder.
+    Files that came later are nobody's business. All others are read, so this takes as long as reading the folder; once
+    in a process, as long as their sizes and times stay: many runs open one corpus, and stages one checkpoint.
     """
+    if not folder.is_dir():
+        return "it is missing"
+    if not has_sums(folder):
+        return None
+    states = ((path, path.lstat()) for path in sorted(folder.rglob("*")))
+    return _damage(folder, tuple((path, state.st_size, state.st_mtime_ns) for path, state in states))
+
+
+@lru_cache(maxsize=1024)
+def _damage(folder: Path, stamps: tuple[tuple[Path, int, int], ...]) -> str | None:
     path = folder / SUMS_FILE
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return None
     except (OSError, UnicodeDecodeError) as error:
-        return f"{SUMS_FILE} can't be read ({error})"
+        return f"{SUMS_FILE} can't be read ({reason(error)})"
     expected = [_LINE.fullmatch(line) for line in lines]
     if not lines or None in expected:
         return f"{SUMS_FILE} holds lines that are no sums"
@@ -53,7 +64,7 @@ def _state(path: Path, expected: str) -> str:
     except FileNotFoundError:
         return f"is missing (it is named in {SUMS_FILE})"
     except OSError as error:
-        return f"can't be read ({error})"
+        return f"can't be read ({reason(error)})"
 
 
 def _sum(path: Path) -> str:

@@ -153,3 +153,16 @@ def test_data_for_a_method_that_looks_at_none_is_refused_before_the_model_is_rea
         plan_for(STACKING, tmp_path, {"factor": 2}, {"samples": 3})
     with pytest.raises(ConfigError, match=r"data: sampels: unknown field\. Did you mean 'samples'"):
         plan_for(LIGO, tmp_path, {"layers": 3}, {"sampels": 3})
+
+
+def test_a_plan_is_made_without_the_callers_autocast():
+    seen = []
+
+    def plan(bench, settings):
+        seen.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        return STACKING.plan(bench, settings)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        make_plan(with_plan(plan), bench(tiny("llama")), STACKING.settings(factor=2))
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [torch.float32]

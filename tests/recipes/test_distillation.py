@@ -14,8 +14,9 @@ from auxin.objectives.objective import Reference
 from auxin.recipes import Recipe, price_recipe, run_recipe
 from auxin.recipes.folder import claim_directory, stage_directory
 from auxin.recipes.references import reference_model, reference_shapes
-from auxin.recipes.runner import open_run, run_branch
+from auxin.recipes.runner import opened_run, run_branch
 from auxin.recipes.stage_models import stage_configs
+from auxin.sums import write_sums
 from auxin.training.checkpoint import write_checkpoint_folder
 from corpora import small_corpus, write_documents
 from plugins import EXAMPLE, install
@@ -79,9 +80,9 @@ def run(corpus, tmp_path_factory):
         {"stages": [small, train("learn", teach("base/longer", weight=0.9))]},
         {"stages": [small, train("plain")]},
     )
-    opened = open_run(recipe, tmp_path_factory.mktemp("run") / "out", lambda line: None)
-    for branch in recipe.branches:
-        run_branch(opened, branch)
+    with opened_run(recipe, tmp_path_factory.mktemp("run") / "out", lambda line: None) as opened:
+        for branch in recipe.branches:
+            run_branch(opened, branch)
     return opened
 
 
@@ -121,15 +122,16 @@ def test_the_teacher_is_the_checkpoint_that_its_stage_left(run):
 
 
 def test_a_teacher_that_was_done_again_differently_is_refused(corpus, tmp_path):
-    run = open_run(recipe_of(corpus, repaired(teach())), tmp_path / "out", lambda line: None)
-    base, student = run.recipe.branches
-    run_branch(run, base)
-    run_branch(run, student)
+    with opened_run(recipe_of(corpus, repaired(teach())), tmp_path / "out", lambda line: None) as run:
+        base, student = run.recipe.branches
+        run_branch(run, base)
+        run_branch(run, student)
     (run.stage_directory(student, student.stages[1]) / "stage.json").unlink()
     teacher = load_model(run.checkpoint("base", "train"))
     with torch.no_grad():
         teacher.lm_head.weight += 1
     teacher.save_pretrained(run.checkpoint("base", "train"))
+    write_sums(run.checkpoint("base", "train"))
     with pytest.raises(CheckpointError, match=r"was started with objective\.teacher"):
         run_branch(run, student)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from auxin.accounting import Ledger
 from auxin.recipes import Recipe
-from auxin.recipes.runner import open_run, run_branch
+from auxin.recipes.runner import opened_run, run_branch
 from plugins import EXAMPLE, install
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -51,12 +51,12 @@ def recipe(seed: int) -> Recipe:
 
 def losses(seed: int, folder: Path) -> dict[str, float]:
     """The held-out loss that each branch ends with; the cut model's under "cut"."""
-    run = open_run(recipe(seed), folder, lambda line: None)
     found = {}
-    for branch in run.recipe.branches:
-        run_branch(run, branch)
-        record = Ledger.load(run.final_checkpoint(branch.name)).stages[-1]
-        found[branch.name], found["cut"] = record.value_after, record.value_before
+    with opened_run(recipe(seed), folder, lambda line: None) as run:
+        for branch in run.recipe.branches:
+            run_branch(run, branch)
+            record = Ledger.load(run.final_checkpoint(branch.name)).stages[-1]
+            found[branch.name], found["cut"] = record.value_after, record.value_before
     return found
 
 

@@ -116,8 +116,8 @@ def boil(work):
 STAGES = [
     ("auxin.data.corpus.read_documents", "preparing the data"),
     ("auxin.edits.folder_executor.carry", "doing the stage main/grow"),
-    ("auxin.recipes.runner.HeldOut", "doing the stage main/grow"),
-    ("auxin.recipes.runner.write_sums", "doing the stage main/evaluate"),
+    ("auxin.recipes.stages.HeldOut", "doing the stage main/grow"),
+    ("auxin.recipes.stages.copy_checkpoint", "doing the stage main/evaluate"),
 ]
 
 

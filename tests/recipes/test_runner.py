@@ -22,7 +22,7 @@ from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth
 from auxin.models.loading import load_config, load_model
 from auxin.recipes import Recipe, price_recipe, run_recipe
 from auxin.recipes.change import change_checkpoint
-from auxin.recipes.runner import Run
+from auxin.recipes.stages import Run
 from auxin.report import findings, write_chart_svg, write_report
 from corpora import small_corpus, write_documents
 

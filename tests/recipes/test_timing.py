@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from auxin.edits.structure import edited_skeleton
 from auxin.recipes import price_recipe, timing
-from auxin.recipes.timing import Timer, seconds_per_step
+from auxin.recipes.timing import TIMED, Timer, seconds_per_step
+from auxin.training.gradients import BatchGradients
 from corpora import write_documents
 from recipes.test_runner import tiny_recipe
 from training.tiny import TinyData, tiny_settings, tiny_tokenformer
@@ -59,8 +61,38 @@ def test_where_nothing_can_be_timed_no_time_is_told(recipe):
     assert "take about" not in str(price)
 
 
-def test_a_model_on_the_meta_device_is_stepped_with_its_ties_and_buffers():
+def test_a_step_takes_as_long_as_its_micro_batches_and_the_optimizer(monkeypatch):
+    """By a clock that only these move; the first of each warms up."""
+    now, learnt, stepped = [0.0], BatchGradients.add, torch.optim.AdamW.step
+    spent = {"learning": [], "stepping": []}
+
+    def spend(kind, first, later):
+        now[0] += later if spent[kind] else first
+        spent[kind].append(now[0])
+
+    def add(self, part, share):
+        assert len(part["input_ids"]) == 2
+        spend("learning", 100.0, 3.0)
+        return learnt(self, part, share)
+
+    def step(self, *arguments):
+        spend("stepping", 50.0, 0.5)
+        return stepped(self, *arguments)
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(BatchGradients, "add", add)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
     model = tiny_tokenformer().to("meta")
+    settings = tiny_settings(steps=1, batch_size=6, micro_batch_size=2)
+    assert seconds_per_step(model, settings, TinyData().form, room=200.0) == pytest.approx(3 * 3.0 + 0.5)
+    assert len(spent["learning"]) == 1 + TIMED
+
+
+def test_a_model_on_the_meta_device_is_stepped_with_its_ties_and_buffers():
+    model = edited_skeleton(tiny_tokenformer().config)
     settings = tiny_settings(steps=1, batch_size=4, micro_batch_size=2)
     assert seconds_per_step(model, settings, TinyData().form, room=1.0) > 0
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    # Zeros would be no work: products of them are as long, but nothing would be learnt.
+    assert all(p.grad is not None and p.std() > 0 for p in model.parameters() if p.ndim > 1)

@@ -11,7 +11,7 @@ from auxin.errors import CheckpointError
 from auxin.objectives.objective import Reference
 from auxin.sums import SUMS_FILE
 from auxin.training import GuardSettings, latest_checkpoint, train
-from auxin.training.run_folder import SINCE_FILE
+from auxin.training.run_folder import SINCE_FILE, write_since
 from training.tiny import TinyData, checkpoint_bits, poisoned_llama, stepped, tiny_llama, tiny_settings
 
 SETTINGS = {"steps": 6, "checkpoint_interval": 2, "keep_checkpoints": 9}
@@ -104,6 +104,18 @@ def test_without_a_whole_one_the_error_names_every_file_and_nothing_is_moved(sto
     # As it says:
     (stopped / "latest").unlink()
     assert go(stopped).steps == 6
+
+
+def test_what_happened_to_a_forgotten_run_is_no_part_of_the_next_one(tmp_path):
+    first = tmp_path / "run"
+    go(first, stop_after=1)
+    write_since(first, first / "checkpoints/step-00000000", 999.0, ["a note of the forgotten run"])
+    (first / "latest").unlink()
+    go(first, stop_after=1)
+    (first / "latest").write_text("checkpoints/step-00000000\n")
+    result = go(first)
+    assert notes(result) == []
+    assert result.seconds < 999
 
 
 def test_strangers_are_neither_removed_nor_taken_for_checkpoints(stopped, alone):

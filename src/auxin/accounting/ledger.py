@@ -77,6 +77,11 @@ class Ledger(Settings):
         """Data of all stages that is counted in `unit`, ancestors included."""
         return sum(stage.units for stage in self.stages if stage.unit == unit)
 
+    def units_seen(self, data_fingerprint: str) -> int:
+        """Data of the train stages, ancestors included, that learnt from the data of that fingerprint."""
+        trained = (stage for stage in self.stages if stage.kind == "train")
+        return sum(stage.units for stage in trained if stage.data_fingerprint == data_fingerprint)
+
     @property
     def total_flops(self) -> float:
         """Training FLOPs of all stages, ancestors included."""

@@ -9,7 +9,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -26,7 +25,7 @@ from auxin.data.packing import DocumentSpool
 from auxin.data.settings import TextSettings
 from auxin.data.sources import Document, source_signature
 from auxin.data.tokenizer import read_tokenizer, tokenizer_digest, train_tokenizer
-from auxin.errors import DataError
+from auxin.errors import DataError, reason
 from auxin.files import flush, write_text
 from auxin.settings import Settings
 from auxin.sums import damage, has_sums, write_sums
@@ -194,7 +193,7 @@ def prepare_folder(
             flush(directory.parent)
         except OSError as error:
             raise DataError(
-                f"The {noun} could not be written to {directory}: {error}. Nothing was left there."
+                f"The {noun} could not be written to {directory}: {reason(error)}. Nothing was left there."
             ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -231,8 +230,7 @@ def _fill(steps: Steps[SettingsT, PreparedT], settings: SettingsT, directory: Pa
 def _reuse(steps: Steps[SettingsT, PreparedT], settings: SettingsT, directory: Path) -> PreparedT:
     """Open the finished folder if it is of the same settings and its source has not changed."""
     noun = steps.data.noun
-    stamps = tuple((path, (found := path.stat()).st_size, found.st_mtime_ns) for path in sorted(directory.rglob("*")))
-    if (reason := _damage(directory, stamps)) is not None:
+    if (reason := damage(directory)) is not None:
         raise DataError(f"The {noun} in {directory} is damaged: {reason}. Delete the folder to prepare it again.")
     if not (directory / steps.data.manifest_file).is_file():
         raise DataError(f"{directory} is not empty and holds no prepared {noun}. Give an empty or a new folder.")
@@ -263,13 +261,6 @@ def _reuse(steps: Steps[SettingsT, PreparedT], settings: SettingsT, directory: P
     return data
 
 
-@cache
-def _damage(directory: Path, stamps: tuple[tuple[Path, int, int], ...]) -> str | None:
-    """What of a folder is not as it was prepared. Read once in a process as long as sizes and times stay: the runs of
-    many seeds open one corpus."""
-    return damage(directory)
-
-
 def _digest(steps: Steps[SettingsT, PreparedT], settings: SettingsT) -> str:
     """The digest of the source's documents as `_fill` records it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -289,7 +280,7 @@ def open_array(path: Path, shape: tuple[int, ...], types: Collection[Any]) -> np
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing. {mend}") from error
     except (ValueError, OSError) as error:
-        raise DataError(f"{path} is damaged: {error}. {mend}") from error
+        raise DataError(f"{path} is damaged: {reason(error)}. {mend}") from error
     if array.shape != shape or array.dtype not in types:
         raise DataError(f"{path} is {array.dtype} of shape {array.shape}, expected {shape}. {mend}")
     return array

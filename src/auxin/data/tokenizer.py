@@ -82,6 +82,11 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the files of a tokenizer lie in `folder`."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a folder or a `tokenizer.json`; nothing is fetched and no code of the folder is run.
 
@@ -91,7 +96,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """
     if not path.exists():
         raise DataError(f"Tokenizer {path} does not exist. Give a folder or a tokenizer.json, or leave it out.")
-    if path.is_dir() and not any((path / name).is_file() for name in TOKENIZER_FILES):
+    if path.is_dir() and not has_tokenizer(path):
         # For some architectures transformers would make up an empty one, which turns every text into nothing.
         raise DataError(
             f"There is no tokenizer.json in {path}. Save the tokenizer there, or give another folder or file."

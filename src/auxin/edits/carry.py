@@ -16,7 +16,7 @@ from auxin.edits.kinds.parameter_edits import generator
 from auxin.edits.origin import Blend, Fresh, Group, Joined, Kept, Made, Origin
 from auxin.edits.resolution import ResolvedPlan
 from auxin.errors import PlanError
-from auxin.models.autocast import without_autocast
+from auxin.nn.autocast import without_autocast
 
 MOMENT_ORDERS = {
     "exp_avg": 1,

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from auxin.errors import OtherModelError, PlanError
+from auxin.errors import OtherModelError, PlanError, reason
 from auxin.files import write_bytes
 from auxin.settings import Settings
 
@@ -78,7 +78,7 @@ class PlanFile(Settings):
             folder.mkdir(parents=True, exist_ok=True)
             write_bytes(folder / file.name, content)
         except OSError as error:
-            raise PlanError(f"{folder / file.name} can't be written: {error}. Give another folder.") from error
+            raise PlanError(f"{folder / file.name} can't be written: {reason(error)}. Give another folder.") from error
         return file
 
     def place(self) -> str:

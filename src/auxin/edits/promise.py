@@ -19,8 +19,8 @@ from auxin.accounting.inputs import (
 )
 from auxin.edits.plan import Plan
 from auxin.errors import PlanError, PromiseError
-from auxin.models.autocast import without_autocast
 from auxin.models.evaluating import evaluation_mode
+from auxin.nn.autocast import without_autocast
 from auxin.words.paths import dotted
 
 PROBE_SEQUENCES = 3

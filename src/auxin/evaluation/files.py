@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from auxin.accounting.inputs import text_length
-from auxin.errors import DataError
+from auxin.errors import DataError, reason
 from auxin.evaluation.perplexity import Perplexity, perplexity
 
 LONGEST_WINDOW = 1024
@@ -45,7 +45,7 @@ def _read(path: Path) -> str:
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist. Give an existing text file.") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no readable UTF-8 text ({error}). Convert it, or leave it out.") from error
+        raise DataError(f"{path} is no readable UTF-8 text ({reason(error)}). Convert it, or leave it out.") from error
     if not text:
         raise DataError(f"{path} is empty: there is nothing to score.")
     return text

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from auxin.nn.autocast import without_autocast
+
 
 class PredictCorrect(nn.Module):
     """What all ways of mixing blocks share."""
@@ -174,7 +176,7 @@ class _Clipped(nn.Linear):
 
 def mixed_by_product(mixing: Tensor, gains: Tensor, streams: Tensor, output: Tensor) -> Tensor:
     """M X + g y, streams (K, ..., d), as a product of matrices, also under autocast in the type of all four."""
-    with torch.autocast(streams.device.type, enabled=False):
+    with without_autocast():
         mixed = mixing @ streams.reshape(len(gains), -1)
         return torch.addr(mixed, gains, output.reshape(-1)).view(streams.shape)
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from auxin.edits.plan import Plan
 from auxin.edits.structure import config_values, edited_skeleton, refuse_quantized, skeleton_of
 from auxin.errors import AuxinError, ConfigError, PlanError
-from auxin.models.autocast import without_autocast
 from auxin.models.loading import load_config, load_model
+from auxin.nn.autocast import without_autocast
 from auxin.objectives.calibration import Batch, Calibration, CalibrationSettings, CorpusCalibration
 from auxin.planning.bench import Bench
 from auxin.planning.hooks import asked_by

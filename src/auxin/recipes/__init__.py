@@ -2,7 +2,8 @@
 
 from auxin.recipes.library import builtin_recipes, load_recipe, training_recipe
 from auxin.recipes.price import RecipePrice, price_recipe
-from auxin.recipes.runner import rewrite_report, run_recipe
+from auxin.recipes.results import rewrite_report
+from auxin.recipes.runner import run_recipe
 from auxin.recipes.schema import Recipe
 from auxin.recipes.seeds import SeedsPrice, part_of, price_seeds, read_comparison, run_seeds, seed_results
 

@@ -1,6 +1,5 @@
 """Taking a checkpoint over into a run: as it is, or with a new head for what the run learns."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,11 +10,11 @@ from auxin.accounting.ledger import books_in
 from auxin.data.dataset import Dataset
 from auxin.edits.folder_store import TRAINING_FOLDER
 from auxin.edits.structure import edited_skeleton
-from auxin.files import new_folder
 from auxin.foreign import refuse_links_out_anywhere
 from auxin.models.loading import load_config, load_model, load_with_new_head
-from auxin.sums import damage, write_sums
+from auxin.sums import damage
 from auxin.training import write_checkpoint_folder
+from auxin.training.checkpoint import copy_checkpoint
 from auxin.training.fit import refuse_non_finite
 
 
@@ -68,11 +67,7 @@ def adopt(source: Path, output: Path, config: PreTrainedConfig, data: Dataset, n
     if not keeps_its_head:
         return write_checkpoint_folder(output, model, processor=data.processor(), ledger=ledger.append(record))
     refuse_links_out_anywhere(source)
-    with new_folder(output) as folder:
-        shutil.copytree(source, folder, dirs_exist_ok=True)
-        ledger.append(record).save(folder)
-        write_sums(folder)
-    return output
+    return copy_checkpoint(source, output, ledger.append(record))
 
 
 def _about_head(saved: PreTrainedConfig, class_name: str, drawn: list[str], seed: int) -> str:

@@ -10,8 +10,12 @@ from auxin.recipes.schema import Recipe, TrainStage
 from auxin.training.hardware import choose_device
 
 
-def check(recipe: Recipe, data_directory: Path) -> None:
-    """Both of the below; of sources only where no data was prepared in `data_directory` yet."""
+def check_needs(recipe: Recipe, data_directory: Path) -> None:
+    """Devices, and, where no data was prepared in `data_directory` yet, sources.
+
+    Raises:
+        ConfigError, DataError: as the two below.
+    """
     check_devices(recipe)
     if not data_directory.exists():
         check_sources(recipe)

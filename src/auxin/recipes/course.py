@@ -5,7 +5,7 @@ from pathlib import Path
 
 from auxin.accounting import Ledger
 from auxin.data.dataset import Dataset
-from auxin.recipes.folder import OUTCOME_FILE, stage_directory
+from auxin.recipes.folder import is_done
 from auxin.recipes.price import RecipePrice, StagePrice
 from auxin.recipes.schema import Branch, Recipe, Stage
 from auxin.training.progress import Place
@@ -40,8 +40,7 @@ class Course:
         the data, some of which the model with the books `before` may have seen."""
         index = self._index(branch, stage)
         price, there = self.stages[index], data.form.amount(len(data.split("train")))
-        trained = [record for record in before.stages if record.kind == "train"]
-        seen = sum(record.units for record in trained if record.data_fingerprint == data.fingerprint)
+        seen = before.units_seen(data.fingerprint)
         about = "about " if price.estimate else ""
         passes = f"{about}{_passes(price.units / there)} over the {there:,} {data.form.unit}s to learn from"
         earlier = f", after {_passes(seen / there)} in earlier stages" if seen else ""
@@ -56,8 +55,7 @@ class Course:
 
     def _done(self, price: StagePrice) -> bool:
         branch = self.recipe.branch(price.branch)
-        stage = next(stage for stage in branch.stages if stage.name == price.stage)
-        return (stage_directory(self.directory, branch, stage) / OUTCOME_FILE).exists()
+        return is_done(self.directory, branch, branch.stage(price.stage))
 
 
 def _passes(number: float) -> str:

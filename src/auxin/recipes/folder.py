@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from auxin.errors import CheckpointError, ConfigError
+from auxin.errors import CheckpointError, ConfigError, reason
 from auxin.files import make_folder
 from auxin.recipes.schema import Branch, Recipe, Stage, TrainStage
 from auxin.settings import Settings
@@ -59,16 +59,21 @@ def left_checkpoint(directory: Path, branch: Branch, stage: Stage) -> Path:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist: this stage is not finished. Run again.") from error
     except (ValueError, OSError) as error:  # broken JSON, broken UTF-8 and wrong fields are ValueErrors
-        raise CheckpointError(f"{path} can't be read: {error}. {again}") from error
+        raise CheckpointError(f"{path} can't be read: {reason(error)}. {again}") from error
     checkpoint = directory / outcome.checkpoint
     if not checkpoint.is_dir():
         raise CheckpointError(f"{path} names the checkpoint {checkpoint}, which is gone. {again}")
     return checkpoint
 
 
+def is_done(directory: Path, branch: Branch, stage: Stage) -> bool:
+    """Whether `stage` of `branch` has left its outcome in the run's folder `directory`."""
+    return (stage_directory(directory, branch, stage) / OUTCOME_FILE).exists()
+
+
 def is_finished(directory: Path, branch: Branch) -> bool:
     """Whether every stage of `branch` is done in the run's folder `directory`."""
-    return (stage_directory(directory, branch, branch.stages[-1]) / OUTCOME_FILE).exists()
+    return is_done(directory, branch, branch.stages[-1])
 
 
 def seed_directory(directory: Path, seed: int) -> Path:
@@ -264,8 +269,8 @@ def _relied_on(recipe: Recipe, directory: Path) -> dict[str, float]:
 
 def _begun(directory: Path, branch: Branch, stage: Stage) -> bool:
     """Whether something of `stage` is kept; a stage that was stopped before its first checkpoint starts anew."""
-    folder = stage_directory(directory, branch, stage)
-    return (folder / OUTCOME_FILE).exists() or (folder / LATEST_FILE).exists()
+    left = stage_directory(directory, branch, stage) / LATEST_FILE
+    return is_done(directory, branch, stage) or left.exists()
 
 
 def _dumped(recipe: Recipe) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Gather what the branches of a run measured."""
+"""What the branches of a run measured: gathered, read again, and reported."""
 
 import json
 import math
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from auxin.accounting import Ledger, StageRecord
+from auxin.accounting.comparison import Comparison
 from auxin.accounting.ledger import software_versions
 from auxin.accounting.machine import describe_machine
 from auxin.accounting.results import (
@@ -17,14 +18,18 @@ from auxin.accounting.results import (
     perplexity_of,
 )
 from auxin.data.dataset import Dataset
+from auxin.errors import CheckpointError, reason
 from auxin.models.loading import load_config
 from auxin.objectives.measures import Loss, Measure
 from auxin.objectives.objective import Objective
 from auxin.recipes.folder import stage_directory
 from auxin.recipes.schema import Branch, Recipe
+from auxin.report import write_chart_svg, write_markdown, write_report
 from auxin.training.metrics import HELD_OUT_SAMPLES, METRICS_FILE, VALIDATION
 
-Course = tuple[list[CurvePoint], list[GrowthPoint]]
+RESULTS_FILE = "results.json"
+
+Curve = tuple[list[CurvePoint], list[GrowthPoint]]
 """Curve and growths from the first ancestor up to the end of a stage."""
 
 
@@ -47,7 +52,7 @@ def collect_results(
         threads: with which the branches were run; None: this process's.
     """
     branches: list[BranchResult] = []
-    courses: dict[str, Course] = {}
+    courses: dict[str, Curve] = {}
     for branch in (branch for branch in recipe.branches if branch.name in final_checkpoints):
         ledger = Ledger.load(final_checkpoints[branch.name])
         objective = recipe.objective.bind(load_config(final_checkpoints[branch.name]), data.form)
@@ -73,7 +78,7 @@ def branch_result(
     ledger: Ledger,
     directory: Path,
     data: Dataset,
-    courses: dict[str, Course],
+    courses: dict[str, Curve],
     measure: Measure,
     objective: Objective,
 ) -> BranchResult:
@@ -157,3 +162,32 @@ def growth_point(record: StageRecord, spent: Ledger, parameters_before: int, uni
         value_after=record.value_after,
         promise=str((record.plan or {}).get("promise", "none")),
     )
+
+
+def read_results(directory: str | Path) -> RunResults | Comparison:
+    """What a run has written into its folder `directory`: a comparison where it has several seeds.
+
+    Raises:
+        CheckpointError: the folder holds no finished run, or what it holds can't be read.
+    """
+    path = Path(directory) / RESULTS_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} can't be read ({reason(error)}). Give the folder of a finished run.") from error
+    kind: type[RunResults | Comparison] = Comparison if isinstance(values, dict) and "seeds" in values else RunResults
+    return kind.parse(values, source=str(path))
+
+
+def rewrite_report(directory: str | Path) -> list[Path]:
+    """Write `report.html` and `chart.svg` of the run in `directory` from its `results.json`; of one with several seeds
+    `results.md` too, its tables as Markdown. Returns their paths.
+
+    Raises:
+        CheckpointError: as `read_results`.
+    """
+    directory, results = Path(directory), read_results(directory)
+    paths = [write_report(results, directory / "report.html"), write_chart_svg(results, directory / "chart.svg")]
+    if isinstance(results, Comparison):
+        paths.append(write_markdown(results, directory / "results.md"))
+    return paths

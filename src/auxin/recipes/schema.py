@@ -177,6 +177,10 @@ class Branch(Settings):
             raise ValueError(f"stage names of a branch must differ; given: {shown(names)}")
         return self
 
+    def stage(self, name: str) -> Stage:
+        """The stage of that name, which the branch has."""
+        return next(stage for stage in self.stages if stage.name == name)
+
 
 class Recipe(Settings):
     """Branches to train and compare on the same data."""

@@ -1,6 +1,5 @@
 """One recipe with several seeds: a run for each in a folder of its own, and what they show together."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,17 +7,13 @@ from auxin.accounting.comparison import Comparison, compare
 from auxin.accounting.results import RunResults
 from auxin.errors import CheckpointError, ConfigError
 from auxin.files import write_text
-from auxin.recipes.beforehand import check
+from auxin.recipes.beforehand import check_needs
 from auxin.recipes.folder import DATA, claim_seeds, held, is_finished, seed_directory
 from auxin.recipes.price import RecipePrice, price_recipe
-from auxin.recipes.runner import (
-    RESULTS_FILE,
-    Announce,
-    finish_run,
-    prepared_run,
-    rewrite_report,
-)
+from auxin.recipes.results import RESULTS_FILE, read_results, rewrite_report
+from auxin.recipes.runner import finish_run, prepared_run
 from auxin.recipes.schema import Recipe
+from auxin.recipes.stages import Announce
 from auxin.recipes.workers import Cell, raise_failures, run_cells
 from auxin.settings import Settings
 from auxin.training.progress import hours
@@ -119,7 +114,7 @@ def run_seeds(
     """
     directory = Path(output)
     wanted, seeds = recipe.needed(branches), _seeds(recipe)
-    check(recipe, directory / DATA)
+    check_needs(recipe, directory / DATA)
     for seed in seeds:
         price_recipe(recipe.of_seed(seed), memory=False)
     with held(directory):
@@ -153,14 +148,10 @@ def read_comparison(output: str | Path) -> Comparison:
     Raises:
         CheckpointError: there is no comparison.
     """
-    path = Path(output) / RESULTS_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{path} can't be read ({error}). Give the folder of a run with several seeds."
-        ) from error
-    return Comparison.parse(values, source=str(path))
+    results = read_results(output)
+    if not isinstance(results, Comparison):
+        raise CheckpointError(f"{output} holds a run with one seed. Give the folder of one with several.")
+    return results
 
 
 def seed_results(output: str | Path) -> dict[int, RunResults]:
@@ -173,8 +164,9 @@ def seed_results(output: str | Path) -> dict[int, RunResults]:
     """
     directory, found = Path(output), {}
     for seed in read_comparison(output).seeds:
-        path = seed_directory(directory, seed) / RESULTS_FILE
-        found[seed] = RunResults.parse(json.loads(path.read_text(encoding="utf-8")), source=str(path))
+        results = read_results(seed_directory(directory, seed))
+        assert isinstance(results, RunResults)  # a seed's run has one seed
+        found[seed] = results
     return found
 
 

@@ -11,11 +11,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from auxin.accounting.machine import available_memory
 from auxin.data.dataset import SampleForm
 from auxin.edits.structure import edited_skeleton
-from auxin.models.autocast import bfloat16_autocast, without_autocast
+from auxin.nn.autocast import without_autocast
 from auxin.recipes.price import RecipePrice, StagePrice, price_recipe
 from auxin.recipes.schema import Recipe, TrainStage
 from auxin.recipes.stage_models import stage_configs
-from auxin.training.hardware import choose_device, choose_precision
+from auxin.training.gradients import BatchGradients
+from auxin.training.hardware import choose_device
 from auxin.training.optimizer import build_optimizer
 from auxin.training.settings import TrainingSettings
 
@@ -65,7 +66,7 @@ class Timer:
 
     def _speed(self, recipe: Recipe, stage: StagePrice, config: PreTrainedConfig, form: SampleForm) -> float | None:
         """Training FLOPs per second of `stage`; None where they were not timed."""
-        found = next(one for one in recipe.branch(stage.branch).stages if one.name == stage.stage)
+        found = recipe.branch(stage.branch).stage(stage.stage)
         assert isinstance(found, TrainStage)
         settings = recipe.training_settings(found, flops=stage.flops if found.flops_of is not None else None)
         same = settings.model_dump(include={"objective", "batch_size", "micro_batch_size", "precision", "device"})
@@ -78,7 +79,7 @@ class Timer:
                 return None
             micro = per_step * settings.samples_per_forward / settings.batch_size
             if micro / _fastest(choose_device(settings.device)) * (1 + TIMED) < room:
-                # Memory that was promised may not be there, a model may not take zeros; training will tell.
+                # Memory that was promised may not be there, a model may not run on such weights; training will tell.
                 with suppress(RuntimeError):
                     seconds = seconds_per_step(edited_skeleton(config), settings, form, room)
                     self._speeds[key] = per_step / seconds
@@ -101,15 +102,14 @@ def seconds_per_step(model: PreTrainedModel, settings: TrainingSettings, form: S
     torch.nn.Module.to(model, device).train()
     optimizer = build_optimizer(model, settings)
     example = {name: value.to(device) for name, value in objective.example(settings.samples_per_forward).items()}
-    half = choose_precision(settings.precision, device) == torch.bfloat16
+    # What compiling takes is no part of a step, and more than anybody waits for.
+    gradients = BatchGradients(model, objective, settings.model_copy(update={"compile": False}))
     started = time.perf_counter()
     times: list[float] = []
     with objective.learning(model), without_autocast():
         while not times or (len(times) <= TIMED and time.perf_counter() - started < room):
             began = time.perf_counter()
-            with bfloat16_autocast(device.type, half):
-                loss = objective.loss(model, example)
-            loss.backward()
+            gradients.add(example, 1.0)
             _wait(device)
             times.append(time.perf_counter() - began)
     optimizer.step()  # the first one allocates the moments

@@ -17,8 +17,9 @@ import torch
 
 from auxin.errors import AuxinError
 from auxin.recipes.folder import BRANCHES, RECIPE_FILE
-from auxin.recipes.runner import Run, prepared_run, run_branch
+from auxin.recipes.runner import prepared_run, run_branch
 from auxin.recipes.schema import Recipe
+from auxin.recipes.stages import Run
 
 LOG_FILE = "log.txt"
 """In a branch's folder: what its process wrote, progress included."""

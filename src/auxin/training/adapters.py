@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from auxin.errors import CheckpointError, ConfigError
+from auxin.errors import CheckpointError, ConfigError, reason
 
 _FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -54,8 +54,8 @@ def load_adapter(checkpoint: Path, model: PreTrainedModel) -> None:
         saved = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path} can't be read ({error}), but the model has an adapter. Give the model that this run was started "
-            "with."
+            f"{path} can't be read ({reason(error)}), but the model has an adapter. Give the model that this run was "
+            "started with."
         ) from error
     target = _tensors(model)
     for name in sorted(saved.keys() | target.keys()):

@@ -1,8 +1,9 @@
-"""Checkpoint folders: written whole or not at all, named in `latest`, loadable by transformers.
+"""Checkpoint folders: written whole or not at all, loadable by transformers.
 
-Layout of a folder: the Hugging Face model at its root (config.json, model*.safetensors, tokenizer files); `training/`
-with the tensors of the training state, written by torch.distributed.checkpoint as safetensors, and `state.json`; and
-`ledger.json`; and `SHA256SUMS`, by which a damaged one is known (`auxin.sums`). It is not changed after it was written.
+Layout of a folder: the Hugging Face model at its root (config.json, the weights as safetensors under the names of
+`auxin.models.weight_files`, tokenizer files); `training/` with the tensors of the training state, written by
+torch.distributed.checkpoint as safetensors, and `state.json`; `ledger.json`; and `SHA256SUMS`, by which a damaged one
+is known (`auxin.sums`). It is not changed after it was written.
 """
 
 import contextlib
@@ -26,8 +27,8 @@ from transformers import PreTrainedModel
 from auxin.accounting.ledger import Ledger
 from auxin.data.dataset import Processor
 from auxin.edits.saved import save_model
-from auxin.errors import CheckpointError, first_line
-from auxin.files import flush, flush_tree, temporary_folder
+from auxin.errors import CheckpointError, first_line, reason
+from auxin.files import flush, flush_tree, new_folder, temporary_folder
 from auxin.models.loading import existing_folder, load_model
 from auxin.nn.bricks import Brick
 from auxin.sums import write_sums
@@ -100,6 +101,16 @@ def write_checkpoint_folder(
     return directory
 
 
+def copy_checkpoint(source: Path, directory: Path, ledger: Ledger) -> Path:
+    """Copy the checkpoint folder `source` to `directory`, which appears complete, with the books `ledger` in place of
+    its own. Returns `directory`."""
+    with new_folder(directory) as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        ledger.save(folder)
+        write_sums(folder)
+    return directory
+
+
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
     """The JSON part of a checkpoint's training state.
 
@@ -115,7 +126,9 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
             "but not resume one."
         ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} can't be read ({error}). Restore it or use another checkpoint.") from error
+        raise CheckpointError(
+            f"{path} can't be read ({reason(error)}). Restore it or use another checkpoint."
+        ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds no mapping. Restore it or use another checkpoint.")
     return state

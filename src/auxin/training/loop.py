@@ -4,14 +4,11 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
 from auxin.accounting.ledger import Ledger, StageRecord
@@ -19,14 +16,15 @@ from auxin.accounting.parameters import count_parameters
 from auxin.data.dataset import Dataset, Processor
 from auxin.data.loader import make_loader
 from auxin.errors import CheckpointError, TrainingError
-from auxin.models.autocast import bfloat16_autocast, without_autocast
+from auxin.nn.autocast import without_autocast
 from auxin.objectives.measures import Loss, Measure
 from auxin.objectives.objective import Objective, ObjectiveSettings, References, training_noise
 from auxin.planning.hooks import Hook
 from auxin.training.checkpoint import load_weights, read_state, read_tensors, write_checkpoint_folder
 from auxin.training.fit import check_fit, refuse_non_finite
+from auxin.training.gradients import BatchGradients
 from auxin.training.guard import Guard, GuardEvent
-from auxin.training.hardware import choose_device, choose_precision, peak_flops
+from auxin.training.hardware import choose_device, peak_flops
 from auxin.training.held_out import HeldOut
 from auxin.training.identity import RunIdentity
 from auxin.training.interruption import Interruption, TrainingInterrupted
@@ -196,10 +194,8 @@ class _Loop:
         self.parent = ledger or Ledger()
         self.model = state.model
         self.device = state.model.device
-        self.precision = choose_precision(settings.precision, self.device)
-        self.peak = peak_flops(self.device, self.precision)
-        self.forward = torch.compile(self.model) if settings.compile else self.model
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.gradients = BatchGradients(self.model, objective, settings)
+        self.peak = peak_flops(self.device, self.gradients.precision)
         self.num_parameters = count_parameters(self.model).total
 
     # The course of a call.
@@ -318,7 +314,7 @@ class _Loop:
                     self._save()
         if state.step < self.total_steps:
             return self._result(self._save_unplanned(), {}, self._books({}))
-        with self._autocast():
+        with self.gradients.autocast():
             found = self.evaluation.all(self.model)
             self._log(self.evaluation.last_line(self.model, found))
         checkpoint = self._save(found)
@@ -339,7 +335,7 @@ class _Loop:
         noise = training_noise(settings.seed, state.data_position)
         inputs = self.objective.inputs(next(self.batches), noise)
         state.data_position += 1
-        loss, norm = self._gradients(inputs)
+        loss, norm = self.gradients.of(inputs)
         self.rate, self.norm = rate, norm
         problem = state.guard.problem(loss, norm)
         if problem is not None:
@@ -353,36 +349,6 @@ class _Loop:
         state.step += 1
         self.display.update(state.step, loss, self.speed.units_per_second(state.data_position))
         return True
-
-    def _gradients(self, inputs: dict[str, Tensor]) -> tuple[float, float]:
-        """Leave the clipped gradients of the mean loss over the batch's targets; return loss and norm before clipping.
-
-        A micro-batch weighs as many targets as it has, so that how a batch is cut changes nothing but rounding.
-        """
-        self.state.optimizer.zero_grad(set_to_none=True)
-        parts = _parts(inputs, self.settings.samples_per_forward)
-        counts = [self.objective.targets(part) for part in parts]
-        if self.device.type == "cuda":
-            parts = [
-                {name: value.pin_memory().to(self.device, non_blocking=True) for name, value in part.items()}
-                for part in parts
-            ]
-        losses, total = [], sum(counts)
-        if not total:
-            return math.nan, math.nan  # nothing to learn from: a bad step
-        for part, count in zip(parts, counts, strict=True):
-            if not count:
-                continue  # a mean over nothing is not a number
-            with self._autocast():
-                loss = self.objective.loss(self.forward, part) * (count / total)
-            loss.backward()
-            losses.append(loss.detach())
-        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if self.settings.gradient_clip is not None:
-            clip_grads_with_norm_(self.parameters, self.settings.gradient_clip, norm)
-        # One transfer, so that CUDA is waited for once per step.
-        values = torch.stack([torch.stack(losses).sum(), norm.to(losses[0].dtype)]).tolist()
-        return values[0], values[1]
 
     def _bad_step(self, problem: str) -> bool:
         state, action = self.state, self.settings.guard.action
@@ -526,7 +492,7 @@ class _Loop:
         )
 
     def _evaluate(self) -> float:
-        with self._autocast():
+        with self.gradients.autocast():
             value = self.evaluation.first(self.model)
         self._log(self.evaluation.line(value))
         return value
@@ -569,19 +535,9 @@ class _Loop:
         self.state.seconds += now - self.clock
         self.clock = now
 
-    def _autocast(self) -> AbstractContextManager[None]:
-        return bfloat16_autocast(self.device.type, self.precision == torch.bfloat16)
-
     def _draw_from(self, position: int) -> None:
         settings = self.settings
         loader = make_loader(
             self.data.split("train"), settings.batch_size, settings.seed, position, settings.num_workers
         )
         self.batches = iter(loader)
-
-
-def _parts(inputs: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    """`inputs` cut into micro-batches of `size` samples."""
-    pieces = {name: value.split(size) for name, value in inputs.items()}
-    count = len(next(iter(pieces.values())))
-    return [{name: piece[number] for name, piece in pieces.items()} for number in range(count)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from auxin.errors import CheckpointError
+from auxin.errors import CheckpointError, reason
 from auxin.files import write_text
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class MetricsLog:
             self._file.write(json.dumps(clean) + "\n")
         except OSError as error:
             raise CheckpointError(
-                f"{self.path} could not be written: {error}. Free space on the disk, then run again to resume."
+                f"{self.path} could not be written: {reason(error)}. Free space on the disk, then run again to resume."
             ) from error
         if self._summary is not None:
             for key, value in clean.items():

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from auxin.errors import CheckpointError
+from auxin.errors import CheckpointError, reason
 from auxin.files import flush, remove_folder, sweep, write_text
 from auxin.settings import Settings
 from auxin.sums import damage
@@ -55,7 +55,8 @@ def name_latest(output_dir: Path, checkpoint: Path) -> None:
         flush(output_dir)
     except OSError as error:
         raise CheckpointError(
-            f"{checkpoint} was saved, but {path} could not be written: {error}. Free space on the disk, then run again."
+            f"{checkpoint} was saved, but {path} could not be written: {reason(error)}. Free space on the disk, then "
+            "run again."
         ) from error
 
 
@@ -128,8 +129,7 @@ def _harmed(checkpoint: Path, needs_way_back: bool) -> tuple[Path, str | None]:
             way_back = checkpoint.with_name(checkpoint_name(int(read_state(checkpoint)["state"]["rewind_step"])))
         except (CheckpointError, KeyError, TypeError, ValueError) as error:
             return checkpoint, f"{checkpoint.name} is damaged: {error}"
-        reason = damage(way_back) if way_back.is_dir() else "it is missing"
-        if reason is not None:
+        if (reason := damage(way_back)) is not None:
             return way_back, f"{way_back.name}, where a rewind from {checkpoint.name} would go, is damaged: {reason}"
     return checkpoint, None
 
@@ -206,8 +206,7 @@ def refuse_damaged(checkpoint: Path, mend: str) -> None:
     Raises:
         CheckpointError: it is gone, or a file of it is missing or has changed; `mend` says what to do.
     """
-    reason = damage(checkpoint) if checkpoint.is_dir() else "it is missing"
-    if reason is not None:
+    if (reason := damage(checkpoint)) is not None:
         raise CheckpointError(f"{checkpoint} is damaged: {reason}. {mend}")
 
 

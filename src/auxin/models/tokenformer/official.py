@@ -38,7 +38,7 @@ PROBE_SHAPE = (2, 24)
 """Sequences and tokens per sequence on which the logits are compared."""
 TOKENIZER_IDS, PADDED_ROWS = 50277, 50304
 """Ids of the official tokenizer, and the rows of the released embeddings: padded to a multiple of 128."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_PARTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 State = Mapping[str, Tensor]
 
@@ -437,7 +437,7 @@ def _vocabulary_notes(config: TokenFormerConfig) -> list[str]:
 
 def _copy_tokenizer(tokenizer_dir: str | Path | None, checkpoint: Path | None, folder: Path) -> list[str]:
     origin = Path(tokenizer_dir) if tokenizer_dir is not None else checkpoint.parent if checkpoint else None
-    files = [origin / name for name in TOKENIZER_FILES if (origin / name).is_file()] if origin else []
+    files = [origin / name for name in TOKENIZER_PARTS if (origin / name).is_file()] if origin else []
     if not any(file.name == "tokenizer.json" for file in files):
         if tokenizer_dir is not None:
             raise CheckpointError(f"{tokenizer_dir} holds no tokenizer.json.")
