@@ -127,11 +127,12 @@ def test_a_teacher_that_was_done_again_differently_is_refused(corpus, tmp_path):
         run_branch(run, base)
         run_branch(run, student)
     (run.stage_directory(student, student.stages[1]) / "stage.json").unlink()
-    teacher = load_model(run.checkpoint("base", "train"))
+    checkpoint = run.checkpoint("base", "train")
+    teacher = load_model(checkpoint)
     with torch.no_grad():
         teacher.lm_head.weight += 1
-    teacher.save_pretrained(run.checkpoint("base", "train"))
-    write_sums(run.checkpoint("base", "train"))
+    teacher.save_pretrained(checkpoint)
+    write_sums(checkpoint)
     with pytest.raises(CheckpointError, match=r"was started with objective\.teacher"):
         run_branch(run, student)
 

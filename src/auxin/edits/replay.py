@@ -11,7 +11,7 @@ config tells it to us (`auxin.edits.saved`).
 Whoever imports `auxin` imports this module; the edits themselves are imported with the first edited model.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -57,9 +57,9 @@ class EditsReplay(HfQuantizer):
     """What earlier transformers call in that place."""
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
-        from auxin.edits.structure import rebuild, structural_edits
+        from auxin.edits.structure import rebuild, structural_edits, written
 
-        rebuild(model, structural_edits(model.config))
+        cast(EditsConfig, self.quantization_config).edits = written(rebuild(model, structural_edits(model.config)))
         return model
 
     def postprocess_model(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
@@ -74,7 +74,10 @@ class EditsReplay(HfQuantizer):
         # A model in memory has no files: where it is saved again it has others.
         vars(model.config).pop("transformers_weights", None)
         stored = {key: value for key, value in self.quantization_config.to_dict().items() if key != "weights"}
-        model.config.quantization_config = stored
+        if stored["edits"]:
+            model.config.quantization_config = stored
+        else:
+            del model.config.quantization_config
         for name in ("hf_quantizer", "quantization_method", "is_quantized"):
             vars(model).pop(name, None)
 

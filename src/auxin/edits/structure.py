@@ -123,10 +123,14 @@ def structural_edits(config: PreTrainedConfig) -> list[Any]:
 def with_structural_edits(config: PreTrainedConfig, edits: list[Any]) -> None:
     """Write `edits` into `config`, which then builds the edited model wherever auxin is imported."""
     if edits:
-        values = _EDITS.dump_python(edits, mode="json", exclude_defaults=True)
-        config.quantization_config = {"quant_method": REPLAY_METHOD, "edits": values}
+        config.quantization_config = {"quant_method": REPLAY_METHOD, "edits": written(edits)}
     elif _stored(config).get("quant_method") == REPLAY_METHOD:
         del config.quantization_config
+
+
+def written(edits: list[Any]) -> list[dict[str, Any]]:
+    """Structural edits as they stand in a config."""
+    return cast(list[dict[str, Any]], _EDITS.dump_python(edits, mode="json", exclude_defaults=True))
 
 
 def refuse_quantized(config: PreTrainedConfig) -> None:
@@ -151,7 +155,7 @@ def edited_skeleton(
     """
     model = skeleton(config, model_class)
     if edits := structural_edits(config):
-        rebuild(model, edits, before_each)
+        with_structural_edits(model.config, rebuild(model, edits, before_each))
     return model
 
 
@@ -201,12 +205,25 @@ def _ties_in_words(actual: set[frozenset[str]], told: set[frozenset[str]]) -> st
     raise AssertionError("the ties differ")
 
 
-def rebuild(model: PreTrainedModel, edits: list[Any], before_each: Watcher | None = None) -> None:
-    """Do structural `edits` to a model on the meta device; the buffers of bricks become real."""
+def rebuild(model: PreTrainedModel, edits: list[Any], before_each: Watcher | None = None) -> list[Any]:
+    """Do structural `edits` to a model on the meta device; the buffers of bricks become real.
+
+    Returns:
+        The edits as `model` has them: where its class is not the one that they were saved with, paths begin elsewhere,
+        and edits of a head that it lacks are left out.
+
+    Raises:
+        CheckpointError: an edit means nothing in `model`, which has the part that it should be in.
+    """
+    done = []
     for edit in edits:
+        here = _in_class_of(model, edit)
+        if here is None:
+            continue
         if before_each is not None:
-            before_each(edit, model)
-        edit.rebuild(model)
+            before_each(here, model)
+        here.rebuild(model)
+        done.append(here)
     # Where a brick stands that has no such parameter, nothing is tied any more.
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     ties = {tied: kept for tied, kept in (model.all_tied_weights_keys or {}).items() if {tied, kept} <= parameters}
@@ -218,6 +235,27 @@ def rebuild(model: PreTrainedModel, edits: list[Any], before_each: Watcher | Non
         if model.get_parameter(tied) is not (parameter := model.get_parameter(kept)):
             setattr(model.get_submodule(owner), name, parameter)
     fill_brick_buffers(model)
+    return done
+
+
+def _in_class_of(model: PreTrainedModel, edit: Any) -> Any | None:
+    """`edit`, which was saved with another class of the same architecture it may be, as `model` has it: what stands
+    below the base model's name in a model with a head stands at the top of one without. None where `model` has not the
+    part of the model that it belongs to."""
+    below = f"{model.base_model_prefix}."
+    has_head = isinstance(getattr(model, model.base_model_prefix, None), nn.Module)
+    moved = edit.moved(lambda path: f"{below}{path}" if has_head else path.removeprefix(below))
+    for found in (edit, moved):
+        if found.means_something_in(model):
+            return found
+    children = {name for name, _ in model.named_children()}
+    if children & {edit.place.split(".")[0], moved.place.split(".")[0]}:
+        raise CheckpointError(
+            f"a {type(model).__name__} has nothing that the structural edit of {edit.place} in its config's "
+            f"quantization_config could mean. Load it as what it was saved as "
+            f"({', '.join(model.config.architectures or ['not named there'])})."
+        )
+    return None
 
 
 def fill_brick_buffers(model: nn.Module) -> None:

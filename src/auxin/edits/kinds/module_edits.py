@@ -1,7 +1,7 @@
 """Edits of the module tree: what a config can't say, kept in the checkpoint and done again when it is loaded."""
 
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field
@@ -24,6 +24,11 @@ class ModuleEdit(Tagged):
     module: str
     """The module's dotted path; `*` stands for any one part."""
 
+    @property
+    def place(self) -> str:
+        """Where in the model the edit works."""
+        return self.module
+
     def matches(self, path: str) -> bool:
         """Whether the edit means the module at `path`."""
         return path_pattern(self.module).fullmatch(path) is not None
@@ -31,6 +36,14 @@ class ModuleEdit(Tagged):
     def paths(self, modules: Iterable[str]) -> list[str]:
         """Those of `modules` that the edit means."""
         return [path for path in modules if self.matches(path)]
+
+    def means_something_in(self, model: nn.Module) -> bool:
+        """Whether `model` has a module that the edit means."""
+        return any(self.matches(name) for name, _ in model.named_modules(remove_duplicate=False))
+
+    def moved(self, move: Callable[[str], str]) -> Self:
+        """The edit of what `move` makes of its path."""
+        return self.model_copy(update={"module": move(self.module)})
 
     def rebuild(self, model: PreTrainedModel) -> None:
         """Do the edit to the structure of `model`, whose parameters have no data."""
@@ -205,6 +218,19 @@ class TieParameters(Tagged):
     """The parameter that is given up."""
     to: str
     """The parameter that stands for both."""
+
+    @property
+    def place(self) -> str:
+        """Where in the model the edit works."""
+        return self.parameter
+
+    def means_something_in(self, model: nn.Module) -> bool:
+        """Whether `model` has both parameters."""
+        return {self.parameter, self.to} <= {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+    def moved(self, move: Callable[[str], str]) -> Self:
+        """The edit of what `move` makes of its paths."""
+        return self.model_copy(update={"parameter": move(self.parameter), "to": move(self.to)})
 
     def rebuild(self, model: PreTrainedModel) -> None:
         """Tie them in `model`; transformers, too, then knows that the first is not in checkpoints."""
