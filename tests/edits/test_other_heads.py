@@ -87,8 +87,8 @@ def test_an_edit_that_means_nothing_is_no_edit_that_was_done(tmp_path):
     auxin.apply(REPLACED, model)
     edits = model.config.quantization_config["edits"]
     model.config.quantization_config["edits"] = [{**edits[0], "module": "model.layers.7.mlp.down_proj"}]
+    model.config.architectures = ["LlamaForCausalLM"]
     with pytest.raises(CheckpointError, match=r"model\.layers\.7\.mlp\.down_proj .* could mean.*LlamaForCausalLM"):
-        model.config.architectures = ["LlamaForCausalLM"]
         edited_skeleton(model.config)
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import auxin
 from auxin.edits.runtimes import about_runtimes, without_auxin
+from auxin.edits.saved import complete
 from auxin.errors import CheckpointError, ConfigError
 from auxin.models.loading import load_config
 from auxin.models.weight_files import weight_files
@@ -154,3 +155,28 @@ def test_save_takes_a_model_and_a_free_folder(folders):
     with pytest.raises(ConfigError, match=r"auxin\.save writes a model in memory"):
         auxin.save(folders / "plain", folders / "other")
     assert not (folders / "other").exists()
+
+
+@pytest.mark.parametrize("others", [None, {"quant_method": "other", "weights": "int4"}])
+def test_what_stands_in_the_place_of_our_edits_is_left_alone(tmp_path, others):
+    """Some configs hold a null there, and others the settings of a quantizer."""
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": others}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert complete(tmp_path, model.config) == []
+    assert json.loads((tmp_path / "config.json").read_text()) == values
+
+
+def test_a_config_with_a_null_for_its_quantizer_is_saved_and_changed(folders, tmp_path):
+    model = tiny("llama")
+    model.config.quantization_config = None
+    auxin.save(model, tmp_path / "saved")
+    shutil.copytree(folders / "plain", tmp_path / "source")
+    config = tmp_path / "source" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": None}))
+    auxin.apply(REPLACED, tmp_path / "source", output=tmp_path / "edited")
+    auxin.apply(
+        auxin.plan(tmp_path / "source", "hypercloning", factor=2), tmp_path / "source", output=tmp_path / "wide"
+    )
+    auxin.load(tmp_path / "wide")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from auxin.edits.mark import REPLAY_METHOD
 from auxin.edits.model_card import mark_model_card
 from auxin.edits.other_files import TRAINER_STATE
 from auxin.edits.structure import structural_edits
@@ -49,8 +50,9 @@ def complete(folder: Path, config: PreTrainedConfig) -> list[str]:
     if weights.name != name:
         weights.rename(folder / name)
     values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    stored = values.get("quantization_config", {})
-    if stored.get("weights") != (told := name if is_edited else None):
+    stored = values.get("quantization_config") or {}
+    ours = stored.get("quant_method") == REPLAY_METHOD
+    if ours and stored.get("weights") != (told := name if is_edited else None):
         stored.pop("weights", None)
         stored |= {"weights": told} if told else {}
         write_text(folder / CONFIG, json.dumps(values, indent=2, sort_keys=True) + "\n")
