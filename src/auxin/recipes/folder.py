@@ -61,6 +61,8 @@ def left_checkpoint(directory: Path, branch: Branch, stage: Stage) -> Path:
     except (ValueError, OSError) as error:  # broken JSON, broken UTF-8 and wrong fields are ValueErrors
         raise CheckpointError(f"{path} can't be read: {reason(error)}. {again}") from error
     checkpoint = directory / outcome.checkpoint
+    if (outcome.name, outcome.kind) != (stage.name, stage.kind) or not checkpoint.is_relative_to(folder):
+        raise CheckpointError(f"{path} is of another stage ({outcome.name}, {outcome.checkpoint}). {again}")
     if not checkpoint.is_dir():
         raise CheckpointError(f"{path} names the checkpoint {checkpoint}, which is gone. {again}")
     return checkpoint

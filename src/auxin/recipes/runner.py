@@ -195,18 +195,16 @@ def _run_stages(run: Run, branch: Branch) -> None:
                 name=stage.name, kind=stage.kind, checkpoint=checkpoint.relative_to(run.directory).as_posix()
             )
             write_text(directory / OUTCOME_FILE, outcome.model_dump_json(indent=2) + "\n")
-        previous = run.checkpoint(branch.name, stage.name)
+        # What nothing starts from is not read: `_take_back_damaged` has looked at the newest.
+        previous = left_checkpoint(run.directory, branch, stage)
         run.announce(f"  {describe_last_stage(Ledger.load(previous))}")
 
 
 def _take_back_damaged(run: Run, branch: Branch) -> None:
-    """Let the finished stages be done again whose checkpoint the next one would start from and which is damaged; it is
-    kept aside."""
-    following = branch.stages[-1]
-    for stage in reversed(branch.stages[:-1]):
-        record, next_record = (run.stage_directory(branch, each) / OUTCOME_FILE for each in (stage, following))
-        following = stage
-        if not record.exists() or next_record.exists():
+    """Let the newest finished stages be done again whose checkpoint is damaged; it is kept aside."""
+    for stage in reversed(branch.stages):
+        record = run.stage_directory(branch, stage) / OUTCOME_FILE
+        if not record.exists():
             continue
         checkpoint = left_checkpoint(run.directory, branch, stage)
         if (reason := damage(checkpoint)) is None:
@@ -214,6 +212,6 @@ def _take_back_damaged(run: Run, branch: Branch) -> None:
         run.announce(
             f"  {checkpoint} is damaged: {reason}. It is kept aside, and the stage {stage.name} is done again."
         )
+        record.unlink()  # first: a kill after it leaves a stage that is not finished
         if not isinstance(stage, TrainStage):  # that goes back to an earlier checkpoint, and keeps this one itself
             checkpoint.rename(aside_name(checkpoint))
-        record.unlink()

@@ -12,6 +12,7 @@ from auxin.accounting import Ledger, StageRecord, count_parameters
 from auxin.data.dataset import Dataset, Processor
 from auxin.data.tokenizer import has_tokenizer, read_tokenizer, same_tokens
 from auxin.edits.folder_store import TRAINING_FOLDER
+from auxin.errors import CheckpointError
 from auxin.models.loading import load_config, load_model, new_model
 from auxin.objectives.calibration import Calibration
 from auxin.objectives.measures import Measure
@@ -27,7 +28,7 @@ from auxin.recipes.schema import Branch, BuildStage, ChangeStage, EvaluateStage,
 from auxin.recipes.stage_hooks import stage_hooks
 from auxin.recipes.stage_models import StageConfigs, built_config, change_data, change_plan, estimated_stages
 from auxin.training import train, write_checkpoint_folder
-from auxin.training.checkpoint import copy_checkpoint
+from auxin.training.checkpoint import copy_checkpoint, read_state
 from auxin.training.hardware import choose_device
 from auxin.training.held_out import HeldOut
 from auxin.training.progress import Place
@@ -66,6 +67,11 @@ class Run:
         checkpoint = left_checkpoint(self.directory, branch, stage)
         record = self.stage_directory(branch, stage) / OUTCOME_FILE
         refuse_damaged(checkpoint, f"Restore it from a copy, or remove {record} and run again: the stage is redone.")
+        if isinstance(stage, TrainStage) and not read_state(checkpoint).get("finished", True):
+            raise CheckpointError(
+                f"{record} names {checkpoint.name}, with which the stage was not finished. Remove {record} and run "
+                "again: the stage goes on."
+            )
         return checkpoint
 
     def config_to_build(self, branch: Branch, stage: BuildStage) -> PreTrainedConfig:

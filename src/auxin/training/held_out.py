@@ -1,11 +1,13 @@
 """What a stage measures on held-out samples, on the way and at its end."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from auxin.data.dataset import Dataset, Split
+from auxin.errors import TrainingError
 from auxin.objectives.measures import Measure
 from auxin.objectives.objective import Objective
 from auxin.training.metrics import HELD_OUT_SAMPLES, VALIDATION, WHOLE_SPLIT
@@ -40,8 +42,19 @@ class HeldOut:
         return self._measured(self.measures[0], model, self.part)
 
     def all(self, model: nn.Module) -> dict[str, float]:
-        """All of them on the whole split, by name."""
-        return {measure.kind: self._measured(measure, model, None) for measure in self.measures}
+        """All of them on the whole split, by name.
+
+        Raises:
+            TrainingError: one is no finite number.
+        """
+        found = {measure.kind: self._measured(measure, model, None) for measure in self.measures}
+        for kind, value in found.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"{kind} on the held-out data is {value:g}: the training has diverged. Start it again with a lower "
+                    "learning_rate, a longer warmup, or from other weights."
+                )
+        return found
 
     @property
     def last_samples(self) -> int:

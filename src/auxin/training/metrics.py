@@ -28,6 +28,8 @@ VALIDATION = "validation_"
 """How the names of what was measured on the held-out split begin, or on a part of it: HELD_OUT_SAMPLES says which."""
 WHOLE_SPLIT = "whole_split_"
 """How the names of what was measured on the whole split begin, where the others are of a part of it."""
+ALWAYS = ("step", "data_position", "seconds")
+"""What every line has."""
 HELD_OUT_SAMPLES = "held_out_samples"
 """The first so many samples of the held-out split are the part that was measured; without it, all were."""
 
@@ -112,13 +114,13 @@ def last_progress(output_dir: Path) -> tuple[float, int]:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of metrics.jsonl as text and as what they hold; one cut short by a kill is left out."""
+    """The lines of metrics.jsonl as text and as what they hold; one cut short by a kill, or damaged, is left out."""
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue
-        if isinstance(line, dict):
+        if isinstance(line, dict) and all(isinstance(line.get(name), (int, float)) for name in ALWAYS):
             yield text, line
 
 

@@ -44,6 +44,11 @@ class GuardSettings(Settings):
         return self
 
 
+LARGEST = 10**15
+"""Of a budget: a hundred times the tokens of the largest trainings of today, and a time that can still be written."""
+MOST_SAMPLES = 10**6
+"""In a step."""
+MOST_WORKERS = 1000
 BUDGETS = ("steps", "tokens", "samples", "flops")
 """Fields of which exactly one is a stage's budget."""
 
@@ -53,17 +58,17 @@ class TrainingSettings(Settings):
 
     objective: Annotated[ObjectiveSettings, OneOf(OBJECTIVES)] = Causal()
     """What is learnt: `causal`, or `{kind: span_corruption, noise_density: 0.2}`; see the page on objectives."""
-    steps: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1, le=LARGEST)
     """Optimizer steps."""
-    tokens: int | None = Field(default=None, ge=1)
+    tokens: int | None = Field(default=None, ge=1, le=LARGEST)
     """Training tokens, for data whose unit they are: tokens of text, also where an objective hides some; rounded to
     whole steps, at least one."""
-    samples: int | None = Field(default=None, ge=1)
+    samples: int | None = Field(default=None, ge=1, le=LARGEST)
     """Samples to train on, counted as often as they are seen: contexts of packed text, labelled texts, images; rounded
     to whole steps, at least one."""
-    flops: float | None = Field(default=None, gt=0)
+    flops: float | None = Field(default=None, gt=0, le=1e30)
     """Training FLOPs (forward and backward); rounded to whole steps, at least one."""
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1, le=MOST_SAMPLES)
     """Samples per optimizer step: contexts of packed text, labelled texts, images."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Samples per forward pass; gradients are accumulated over the batch, every target weighing the same. None is
@@ -92,7 +97,7 @@ class TrainingSettings(Settings):
     """auto: CUDA where there is one."""
     compile: bool = False
     """Run the model through torch.compile."""
-    num_workers: int = Field(default=0, ge=0)
+    num_workers: int = Field(default=0, ge=0, le=MOST_WORKERS)
     """Processes that read batches ahead of the training; 0 reads them in the training's own. The order of samples does
     not depend on it."""
     evaluation_interval: int | None = Field(default=None, ge=1)

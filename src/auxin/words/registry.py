@@ -67,7 +67,9 @@ class Registry(Generic[Thing]):
                     if owners.get(name, package) != package:
                         raise TypeError(f"{owners[name]} has a {self.kind} of that name already; rename one of them")
                     found[name], owners[name] = thing, package
-            except (Exception, SystemExit) as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
                 # Another package's fault must not take what works with it, nor end the program.
                 warnings.warn(
                     f"The {self.kind} {entry.name!r} of the package {package} was left out: {type(error).__name__}: "
