@@ -330,6 +330,10 @@ def test_a_checkpoint_says_whether_it_is_whole(trained, tmp_path, monkeypatch, c
     answer = main(monkeypatch, capfd, "show", tmp_path / "c", "--verify")
     assert answer.code == 1
     assert "not as it was written: model.safetensors differs" in answer.err
+    (tmp_path / "text.txt").write_text("some text to score\n" * 20)
+    refused = main(monkeypatch, capfd, "evaluate", tmp_path / "c", "--text", tmp_path / "text.txt")
+    assert refused.code == 1
+    assert "c is damaged: model.safetensors differs" in refused.err
     (tmp_path / "c/SHA256SUMS").unlink()
     assert "has no SHA256SUMS" in main(monkeypatch, capfd, "show", tmp_path / "c", "--verify").err
 

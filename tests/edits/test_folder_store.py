@@ -258,3 +258,7 @@ def test_old_sums_are_not_taken_for_those_of_the_new_files_and_a_changed_source_
     with pytest.warns(UserWarning, match=r"not as it was written: generation_config\.json"):
         receipt = apply_to_checkpoint(plan, source, tmp_path / "newer")
     assert len(receipt.notes) == 1
+    (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-1] + b"\x00")
+    with pytest.raises(CheckpointError, match=r"old is damaged: .*model\.safetensors differs"):
+        apply_to_checkpoint(plan, source, tmp_path / "newest")
+    assert not (tmp_path / "newest").exists()

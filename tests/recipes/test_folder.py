@@ -1,5 +1,7 @@
 """A run's folder: taken over until something is begun, then changed only where nothing begun depends on it."""
 
+import json
+
 import pytest
 
 from auxin.errors import CheckpointError, ConfigError
@@ -130,6 +132,14 @@ def test_a_branch_that_decided_anothers_size_gets_no_new_stages(tmp_path):
 def test_a_damaged_record_of_a_stage_is_one_message(tmp_path):
     folder = begin(tmp_path, 0, 1)
     branch = recipe().branches[0]
+    with pytest.raises(CheckpointError, match=r"is of another stage \(x, gone\)"):
+        left_checkpoint(tmp_path, branch, branch.stages[1])
+    named = {"name": "one", "kind": branch.stages[1].kind}
+    elsewhere = {**named, "checkpoint": "branches/a/01-build/checkpoint"}
+    (folder / "stage.json").write_text(json.dumps(elsewhere))
+    with pytest.raises(CheckpointError, match="is of another stage"):
+        left_checkpoint(tmp_path, branch, branch.stages[1])
+    (folder / "stage.json").write_text(json.dumps({**named, "checkpoint": "branches/a/02-one/gone"}))
     with pytest.raises(CheckpointError, match="which is gone"):
         left_checkpoint(tmp_path, branch, branch.stages[1])
     (folder / "stage.json").write_text('{"name": "x", "ki')

@@ -196,12 +196,33 @@ def test_a_checkpoint_keeps_its_tokens(run, corpus, tmp_path):
     assert not (tmp_path / "out/branches").exists()
 
 
+def test_a_checkpoint_whose_tensors_are_damaged_is_refused_and_other_changes_are_told(run, corpus, tmp_path):
+    directory, _, _ = run
+    source = tmp_path / "source"
+    shutil.copytree(directory / "branches/grown/03-grow/checkpoint", source)
+    recipe = adopting(corpus, source, TRAIN, tokenizer=source)
+    (source / "generation_config.json").write_text("{}")
+    told = []
+    results = run_recipe(recipe, tmp_path / "out", "", announce=told.append)
+    note = "not as it was written: generation_config.json differs from its sum in SHA256SUMS"
+    assert f"  Note: {note}" in told
+    assert note in results.branches[0].ledger.stages[-2].notes
+    weights = bytearray((source / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (source / "model.safetensors").write_bytes(weights)
+    with pytest.raises(CheckpointError, match=r"source is damaged: .*model\.safetensors differs .* remove its"):
+        run_recipe(recipe, tmp_path / "damaged", "", announce=told.append)
+    (source / "SHA256SUMS").unlink()
+    run_recipe(recipe, tmp_path / "meant", "", announce=told.append)
+
+
 def test_a_half_precision_checkpoint_of_other_data_trains_on(run, corpus, tmp_path):
     directory, _, _ = run
     source = directory / "branches/grown/03-grow/checkpoint"
     half, other = tmp_path / "half", tmp_path / "other"
     shutil.copytree(source, half)
     load_model(source, dtype=torch.bfloat16).save_pretrained(half)
+    (half / "SHA256SUMS").unlink()
     other.mkdir()
     for path in corpus.iterdir():
         (other / path.name).write_text(path.read_text().replace("growing", "going on"))

@@ -168,9 +168,11 @@ def _load(checkpoint: Path) -> tuple[Any, Any]:
     from auxin import models  # noqa: F401 - registers the architectures
     from auxin.data.tokenizer import load_tokenizer
     from auxin.edits import replay  # noqa: F401 - and the loading of edited models
+    from auxin.sums import refuse_damaged_tensors
     from auxin.training import load_model
     from auxin.training.hardware import choose_device
 
+    refuse_damaged_tensors(model_folder(checkpoint))
     return load_model(model_folder(checkpoint), device=choose_device("auto")), load_tokenizer(checkpoint)
 
 

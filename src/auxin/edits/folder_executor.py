@@ -27,7 +27,7 @@ from auxin.files import new_folder
 from auxin.foreign import refuse_links_out_anywhere
 from auxin.models.loading import existing_folder, load_config, load_model
 from auxin.models.weight_files import weight_files
-from auxin.sums import SUMS_FILE, damage
+from auxin.sums import SUMS_FILE, refuse_damaged_tensors
 
 
 def apply_to_checkpoint(
@@ -65,6 +65,7 @@ def apply_to_checkpoint(
     plan.refuse_estimate()
     source, output = Path(source_dir), Path(output_dir)
     _check_folders(source, output)
+    changed = refuse_damaged_tensors(source)
     before = edited_skeleton(load_config(source))
     for file in plan.files:
         file.check(source)
@@ -80,7 +81,7 @@ def apply_to_checkpoint(
     (probe, reference), allowed = probe_and_outputs(plan, model, probe), tolerance(model)
     del model
     with new_folder(output) as folder:
-        notes = [] if (changed := damage(source)) is None else [f"{source} is not as it was written: {changed}."]
+        notes = [] if changed is None else [f"{source} is not as it was written: {changed}."]
         notes += copy_other_files(source, folder, {*store.files(), Path(TRAINER_OPTIMIZER), Path(SUMS_FILE)})
         notes += forget_best(folder)
         store.open(folder)

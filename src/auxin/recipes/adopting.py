@@ -12,7 +12,7 @@ from auxin.edits.folder_store import TRAINING_FOLDER
 from auxin.edits.structure import edited_skeleton
 from auxin.foreign import refuse_links_out_anywhere
 from auxin.models.loading import load_config, load_model, load_with_new_head
-from auxin.sums import damage
+from auxin.sums import refuse_damaged_tensors
 from auxin.training import write_checkpoint_folder
 from auxin.training.checkpoint import copy_checkpoint
 from auxin.training.fit import refuse_non_finite
@@ -33,9 +33,10 @@ def adopt(source: Path, output: Path, config: PreTrainedConfig, data: Dataset, n
         seed: of the new head.
 
     Raises:
-        CheckpointError: it can't be loaded, lacks a weight that its own class has, holds one that is not finite, or has
-            a link that leads out of it.
+        CheckpointError: it is damaged, can't be loaded, lacks a weight that its own class has, holds one that is not
+            finite, or has a link that leads out of it.
     """
+    changed = refuse_damaged_tensors(source)
     ledger = books_in(source)
     saved, notes = load_config(source), [f"started from {source}"]
     keeps_its_head = saved.architectures == config.architectures
@@ -49,7 +50,7 @@ def adopt(source: Path, output: Path, config: PreTrainedConfig, data: Dataset, n
         if (source / TRAINING_FOLDER).exists():
             notes.append("the optimizer's moments are left behind: they are those of another task")
     refuse_non_finite(model, None, str(source))
-    if (changed := damage(source)) is not None:
+    if changed is not None:
         notes.append(f"not as it was written: {changed}")
     if half := sorted({str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}):
         notes.append(f"its weights are {', '.join(half)}; they are trained in float32")

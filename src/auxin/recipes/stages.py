@@ -133,8 +133,10 @@ def run_stage(run: Run, branch: Branch, stage: Stage, directory: Path, previous:
 def build(run: Run, stage: BuildStage, directory: Path, config: PreTrainedConfig) -> Path:
     """Make a model with random weights from the recipe's seed, or take over a checkpoint."""
     if stage.checkpoint is not None:
-        output = directory / STAGE_CHECKPOINT
-        return adopt(stage.checkpoint, output, config, run.data, stage.name, run.recipe.seed)
+        output = adopt(stage.checkpoint, directory / STAGE_CHECKPOINT, config, run.data, stage.name, run.recipe.seed)
+        for note in Ledger.load(output).stages[-1].notes:
+            run.announce(f"  Note: {note}")
+        return output
     with torch.random.fork_rng():
         torch.manual_seed(run.recipe.seed)
         model = new_model(config)
