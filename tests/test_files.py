@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from auxin.errors import CheckpointError
-from auxin.files import new_folder, sweep, temporary_folder
+from auxin.files import new_folder, remove_folder, sweep, temporary_folder
 
 
 def fill(path):
@@ -70,3 +70,12 @@ def test_nothing_is_swept_that_is_held_or_somebodys(tmp_path):
         assert not second.exists()
         assert first.is_dir()
     assert {path.name for path in tmp_path.iterdir()} == {*strangers, f".new.{'1' * 32}.tmp"}
+
+
+def test_of_a_link_the_link_is_removed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    remove_folder(tmp_path / "link")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere"]
+    assert (tmp_path / "elsewhere/file").exists()

@@ -112,8 +112,10 @@ def sweep(parent: Path, name: str | None = None) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, if it is there, so that at no time half of it is seen under its name."""
-    if folder.exists():
+    """Remove a folder, if it is there, so that at no time half of it is seen under its name; of a link the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
         doomed = _temporary_name(folder)
         folder.rename(doomed)
         shutil.rmtree(doomed)

@@ -15,9 +15,11 @@ from pydantic import ValidationError
 import auxin.data.corpus as corpus
 from auxin.data import CorpusSettings, PackedData, prepare
 from auxin.data.collecting import document_key, is_validation
+from auxin.data.dataset import save_processor
 from auxin.data.tokenizer import SEPARATOR, tokenizer_digest, train_tokenizer
 from auxin.errors import ConfigError, DataError
 from auxin.sums import SUMS_FILE
+from tiny_tokenizers import tiny_tokenizer
 
 TEXTS = [f"document {n}: " + " ".join(f"word{n * k % 13}" for k in range(20)) for n in range(40)]
 SMALL: dict[str, Any] = {"source": "files", "vocab_size": 300, "context_length": 16, "validation_fraction": 0.3}
@@ -318,3 +320,10 @@ def test_a_slice_of_the_standard_library(tmp_path: Path) -> None:
     assert data.vocab_size == 512
     assert 1.5 < data.bytes_per_unit < 6
     assert "import" in data.tokenizer().decode(data.train[:50].reshape(-1))
+
+
+def test_a_disk_that_is_full_when_a_tokenizer_is_written_is_an_error_of_the_disk(tmp_path):
+    """The tokenizers package reports it by an exception of no class."""
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        save_processor(tiny_tokenizer("byte_level"), tmp_path)

@@ -53,6 +53,20 @@ class Processor(Protocol):
         """Write it into a folder, from which its Auto class loads it again."""
 
 
+def save_processor(processor: Processor, folder: Path) -> None:
+    """Write `processor` into `folder`.
+
+    Raises:
+        OSError: it can't be written; the tokenizers package reports a full disk by an exception of no class.
+    """
+    try:
+        processor.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is Exception:
+            raise OSError(str(error)) from error
+        raise
+
+
 class Split(Protocol):
     """Samples in a fixed order."""
 

@@ -20,7 +20,7 @@ from rich.progress import Progress, TaskID
 from transformers import PreTrainedTokenizerFast
 
 from auxin.data.collecting import Collected, ReadReport, collect
-from auxin.data.dataset import ProgressCallback
+from auxin.data.dataset import ProgressCallback, save_processor
 from auxin.data.packing import DocumentSpool
 from auxin.data.settings import TextSettings
 from auxin.data.sources import Document, source_signature
@@ -209,7 +209,7 @@ def _fill(steps: Steps[SettingsT, PreparedT], settings: SettingsT, directory: Pa
     if made is None:
         texts = _announced(steps.texts(collected.train), len(collected.train), advance)
         made = train_tokenizer(texts, settings.vocab_size, settings.context_length)
-    made.save_pretrained(directory / TOKENIZER)
+    save_processor(made, directory / TOKENIZER)
     # What is read back later encodes the documents: saving may normalize a loaded tokenizer.
     tokenizer = read_tokenizer(directory / TOKENIZER)
     own = steps.build(settings, collected, tokenizer, directory, advance)

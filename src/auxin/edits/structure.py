@@ -99,6 +99,8 @@ def saved_and_read(config: PreTrainedConfig) -> PreTrainedConfig:
             config.to_json_file(Path(folder) / "config.json")
             return type(config).from_pretrained(folder, local_files_only=True)
     except (*REFUSALS, OSError, StrictDataclassError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk
         raise PlanError(f"{type(config).__name__} refuses what it wrote: {error.__cause__ or error}") from error
 
 

@@ -25,7 +25,7 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from auxin.accounting.ledger import Ledger
-from auxin.data.dataset import Processor
+from auxin.data.dataset import Processor, save_processor
 from auxin.edits.saved import save_model
 from auxin.errors import CheckpointError, first_line, reason
 from auxin.files import flush, flush_tree, new_folder, temporary_folder
@@ -78,7 +78,7 @@ def write_checkpoint_folder(
             (partial / TRAINING).mkdir()
             save_model(model, partial)
             if processor is not None:
-                processor.save_pretrained(partial)
+                save_processor(processor, partial)
             if ledger is not None:
                 ledger.save(partial)
             training = dict(tensors or {})
