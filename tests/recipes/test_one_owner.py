@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 
 import pytest
@@ -158,3 +159,58 @@ def test_a_model_that_is_not_finite_is_not_taken_over(corpus, tmp_path):
     asked = recipe(corpus, {"kind": "build", "checkpoint": str(broken)}, data=data)
     with pytest.raises(CheckpointError, match=rf"{re.escape(str(broken))}: 1 of .* are NaN or infinite"):
         go(asked, tmp_path / "out")
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+LEARN = {"kind": "train", "name": "learn", "settings": {"steps": 4, "batch_size": 2, "checkpoint_interval": 2}}
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """A run that ends with a training, and one that ends with a change, in a folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    values = recipe(corpus).model_dump(mode="json", exclude_defaults=True)
+    for name, stages in (("trained", [BUILD, LEARN]), ("changed", [BUILD, GROW])):
+        values["branches"] = [{"name": "main", "title": "main", "stages": stages}]
+        go(Recipe.parse(values), folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "last"), [("trained", "02-learn/checkpoints/step-00000004"), ("changed", "02-grow/checkpoint")]
+)
+def test_the_end_of_a_finished_run_is_done_again_where_it_is_damaged(finished, tmp_path, name, last):
+    shutil.copytree(finished / name, tmp_path / "run")
+    asked = Recipe.from_yaml(tmp_path / "run/recipe.yaml")
+    checkpoint = tmp_path / "run/branches/main" / last
+    before, told = (checkpoint / "model.safetensors").read_bytes(), []
+    flip(checkpoint / "model.safetensors")
+    go(asked, tmp_path / "run", told.append)
+    assert (checkpoint / "model.safetensors").read_bytes() == before
+    assert damage(checkpoint) is None
+    assert checkpoint.with_name(f"damaged-{checkpoint.name}").is_dir()
+    assert any("is damaged: model.safetensors differs" in line for line in told)
+
+
+def test_only_the_end_of_what_is_finished_is_read(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished / "trained", tmp_path / "run")
+    looked = []
+    for module in ("auxin.recipes.runner", "auxin.training.run_folder"):
+        monkeypatch.setattr(f"{module}.damage", lambda folder: looked.append(folder.name) or damage(folder))
+    go(Recipe.from_yaml(tmp_path / "run/recipe.yaml"), tmp_path / "run")
+    assert set(looked) == {"step-00000004"}
+
+
+def test_a_record_that_names_a_checkpoint_on_the_way_is_refused(finished, tmp_path):
+    shutil.copytree(finished / "trained", tmp_path / "run")
+    record = tmp_path / "run/branches/main/02-learn/stage.json"
+    record.write_text(record.read_text().replace("step-00000004", "step-00000002"))
+    with pytest.raises(CheckpointError, match=r"names step-00000002, with which the stage was not finished\. Remove"):
+        go(Recipe.from_yaml(tmp_path / "run/recipe.yaml"), tmp_path / "run")
+    record.unlink()
+    go(Recipe.from_yaml(tmp_path / "run/recipe.yaml"), tmp_path / "run")

@@ -506,6 +506,13 @@ def test_a_caller_who_has_autocast_on_changes_nothing(tmp_path, precision):
     assert torch.equal(weights(alone), weights(inside))
 
 
+def test_a_training_that_diverged_is_told_and_its_books_can_be_read(tmp_path):
+    """The last step's weights are measured, and no step comes after it that the guard could watch."""
+    with pytest.raises(TrainingError, match=r"loss on the held-out data is nan: the training has diverged\. .* lower"):
+        run(tiny_llama(), tmp_path, steps=1, learning_rate=1e38, warmup_steps=0, decay_fraction=0.0)
+    assert Ledger.load(latest_checkpoint(tmp_path)).stages[-1].measures == {}
+
+
 def test_compiled_models_train_alike(tmp_path, monkeypatch):
     compile_model = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: compile_model(model, backend="eager"))
