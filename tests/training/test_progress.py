@@ -7,7 +7,7 @@ import pytest
 from auxin.objectives.measures import Accuracy, Loss
 from auxin.training import progress as progress_module
 from auxin.training import train
-from auxin.training.progress import Place, TimeLeft
+from auxin.training.progress import Place, TimeLeft, hours
 from training.tiny import TinyData, tiny_llama, tiny_settings
 
 
@@ -84,3 +84,8 @@ def test_a_stage_alone_speaks_of_no_run(tmp_path, monkeypatch, capsys):
     told = capsys.readouterr().err
     assert "left" in told
     assert not re.search(r"of the run|stage \d", told)
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(None, ""), (3723.4, "1:02:03"), (9e18, "over 100 years")])
+def test_any_time_can_be_told(seconds, told):
+    assert hours(seconds) == told

@@ -12,9 +12,15 @@ LINE_INTERVAL = 30.0
 """Seconds between lines where there is no terminal."""
 
 
+CENTURY = 100 * 365.25 * 24 * 3600.0
+"""Seconds."""
+
+
 def hours(seconds: float | None) -> str:
     """Hours, minutes and seconds, 1:02:03; empty where they are not known."""
-    return "" if seconds is None else str(timedelta(seconds=round(seconds)))
+    if seconds is None:
+        return ""
+    return str(timedelta(seconds=round(seconds))) if seconds < CENTURY else "over 100 years"
 
 
 @dataclass(frozen=True)
