@@ -272,6 +272,24 @@ def test_growing_in_inference_mode_leaves_a_model_that_trains():
     assert not any(tensor.is_inference() for tensor in tensors)
 
 
+@pytest.mark.parametrize("applied_within", [True, False])
+def test_a_model_that_was_made_in_inference_mode_is_refused_and_a_copy_of_it_grows(applied_within):
+    with torch.inference_mode():
+        model = tiny_model()
+    before = everything(model)
+    for plan in (ffn_plan(), ffn_plan(promise="none")):
+        with (
+            pytest.raises(PlanError, match=r"\(model\.embed_tokens\.weight, .* within torch\.inference_mode.*deepcopy"),
+            torch.inference_mode(applied_within),
+        ):
+            apply(plan, model)
+    assert_same(everything(model), before)
+    model = copy.deepcopy(model)
+    optimizer = trained(model)
+    assert apply(ffn_plan(), model, optimizer).max_relative_change <= 1e-6
+    training_step(model, optimizer, 20)
+
+
 def test_a_sharded_model_is_refused():
     model = tiny_model()
     store = torch.distributed.HashStore()

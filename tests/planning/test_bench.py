@@ -155,14 +155,26 @@ def test_data_for_a_method_that_looks_at_none_is_refused_before_the_model_is_rea
         plan_for(LIGO, tmp_path, {"layers": 3}, {"sampels": 3})
 
 
-def test_a_plan_is_made_without_the_callers_autocast():
+@pytest.mark.parametrize(
+    "context", [lambda: torch.autocast("cpu", torch.bfloat16), torch.no_grad, torch.inference_mode]
+)
+def test_a_plan_is_made_without_the_callers_contexts(context):
     seen = []
 
     def plan(bench, settings):
-        seen.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        product = torch.ones(2, 2, requires_grad=True) @ torch.ones(2, 2)
+        seen.append((product.dtype, product.requires_grad, product.is_inference()))
         return STACKING.plan(bench, settings)
 
-    with torch.autocast("cpu", torch.bfloat16):
-        make_plan(with_plan(plan), bench(tiny("llama")), STACKING.settings(factor=2))
-        assert torch.is_autocast_enabled("cpu")
-    assert seen == [torch.float32]
+    at = bench(tiny("llama"))
+    with context():
+        make_plan(with_plan(plan), at, STACKING.settings(factor=2))
+        assert torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled()
+    assert seen == [(torch.float32, True, False)]
+
+
+def test_a_method_that_looks_at_weights_refuses_those_of_inference_mode():
+    with torch.inference_mode():
+        model = tiny("llama")
+    with pytest.raises(PlanError, match=r"within torch\.inference_mode.*deepcopy"):
+        make_plan(LIGO, bench(model), LIGO.settings(layers=4, steps=0))

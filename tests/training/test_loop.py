@@ -1,5 +1,6 @@
 """The loop: what it learns, accumulates, measures, resumes and refuses."""
 
+import copy
 import dataclasses
 import math
 from pathlib import Path
@@ -498,10 +499,13 @@ def test_bfloat16_autocast_leaves_weights_and_moments_in_float32(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_caller_who_has_autocast_on_changes_nothing(tmp_path, precision):
+@pytest.mark.parametrize(
+    "context", [lambda: torch.autocast("cpu", torch.bfloat16), torch.no_grad, torch.inference_mode]
+)
+def test_the_callers_contexts_change_nothing(tmp_path, context, precision):
     alone, inside = tiny_llama(), tiny_llama()
     run(alone, tmp_path / "alone", steps=5, precision=precision)
-    with torch.autocast("cpu", torch.bfloat16):
+    with context():
         run(inside, tmp_path / "inside", steps=5, precision=precision)
     assert torch.equal(weights(alone), weights(inside))
 
@@ -511,6 +515,15 @@ def test_a_training_that_diverged_is_told_and_its_books_can_be_read(tmp_path):
     with pytest.raises(TrainingError, match=r"loss on the held-out data is nan: the training has diverged\. .* lower"):
         run(tiny_llama(), tmp_path, steps=1, learning_rate=1e38, warmup_steps=0, decay_fraction=0.0)
     assert Ledger.load(latest_checkpoint(tmp_path)).stages[-1].measures == {}
+
+
+def test_a_model_that_was_made_in_inference_mode_is_refused(tmp_path):
+    with torch.inference_mode():
+        model = tiny_llama()
+    with pytest.raises(ConfigError, match=r"\(model\.embed_tokens\.weight, .* within torch\.inference_mode.*deepcopy"):
+        run(model, tmp_path / "run", steps=5)
+    assert not (tmp_path / "run").exists()
+    run(copy.deepcopy(model), tmp_path / "run", steps=5)
 
 
 def test_compiled_models_train_alike(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from auxin.edits.room import refuse_too_large
 from auxin.edits.tree import Undo, rebuild_tree
 from auxin.edits.unread import about_unread, outputs_and_unread
 from auxin.errors import PlanError
-from auxin.models.evaluating import training_flags
+from auxin.models.evaluating import about_inference_tensors, training_flags
 from auxin.settings import Settings
 
 
@@ -88,8 +88,8 @@ def apply(
             three random samples of the kind that the model takes.
 
     Raises:
-        PlanError: the plan is an estimate or does not fit the model, which may be sharded, or the memory, or a weight
-            is not finite; found before anything changes.
+        PlanError: the plan is an estimate or does not fit the model, which may be sharded or made within
+            torch.inference_mode(), or the memory, or a weight is not finite; found before anything changes.
         PromiseError: the plan promised to keep the function and did not, or the logits are not finite after it.
     """
     undo = Undo()
@@ -108,6 +108,8 @@ def _applied(
     plan.refuse_estimate()
     parameters = dict(model.named_parameters())
     _refuse_sharded(parameters)
+    if reason := about_inference_tensors(model):
+        raise PlanError(reason)
     refuse_other_model(plan, model.config)
     resolved = resolve(plan.located(), model)
     store = ModuleStore(model, resolved, optimizer, undo)

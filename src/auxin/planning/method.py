@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from auxin.edits.plan import Plan
 from auxin.edits.structure import config_values, edited_skeleton, refuse_quantized, skeleton_of
 from auxin.errors import AuxinError, ConfigError, PlanError
+from auxin.models.evaluating import about_inference_tensors
 from auxin.models.loading import load_config, load_model
 from auxin.nn.autocast import without_autocast
 from auxin.objectives.calibration import Batch, Calibration, CalibrationSettings, CorpusCalibration
@@ -87,10 +89,13 @@ def make_plan(method: Method, bench: Bench, settings: Any) -> Plan:
         settings: of the method.
 
     Raises:
-        PlanError: the model is quantized, or the method can't do it.
+        PlanError: the model is quantized, or the method looks at weights and those were made within
+            torch.inference_mode(), or the method can't do it.
     """
     refuse_quantized(bench.model.config)
-    with without_autocast(), bench.spent.running():
+    if method.needs_weights and (reason := about_inference_tensors(bench.model)):
+        raise PlanError(reason)
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast(), bench.spent.running():
         plan = method.plan(bench, settings)
     if plan.made_for is not None:  # methods give the model's own config, which may tell its ties wrongly
         values = config_values(skeleton_of(bench.model).config)

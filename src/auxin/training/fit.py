@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from auxin.errors import CheckpointError, ConfigError
+from auxin.models.evaluating import about_inference_tensors
 from auxin.objectives.objective import Objective
 from auxin.training.adapters import check_adapter, has_adapter
 from auxin.training.optimizer import optimizer_tensors
@@ -23,6 +24,8 @@ def check_fit(model: PreTrainedModel, objective: Objective) -> None:
     Raises:
         ConfigError: what does not fit, and how to make it fit.
     """
+    if reason := about_inference_tensors(model):
+        raise ConfigError(reason)
     wrong = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)}
     if wrong:
         raise ConfigError(

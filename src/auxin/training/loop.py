@@ -76,6 +76,8 @@ class TrainingResult:
     """The parent's books with this stage at their end."""
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train(
     model: PreTrainedModel,
     data: Dataset,
@@ -99,7 +101,8 @@ def train(
 
     The same call with the same seed on the same machine with the same number of threads gives the same bits, whether it
     was killed and resumed or left alone. On CUDA this holds as far as the kernels are deterministic: see
-    `torch.use_deterministic_algorithms`, which is left to the caller. The caller's random state is left alone.
+    `torch.use_deterministic_algorithms`, which is left to the caller. The caller's random state is left alone;
+    his contexts (autocast, no_grad, inference_mode) don't reach inside.
 
     Args:
         model: any Hugging Face model that can learn the objective of the settings, with float32 weights; it is moved to

@@ -131,6 +131,8 @@ class AverageRows(ParameterEdit):
     """Put means of old rows where rows held nothing: the rows of a vocabulary's table that new tokens get."""
 
     kind: Literal["average_rows"] = "average_rows"
+    axis: int = Field(default=0, ge=0)
+    """The axis whose entries are the rows."""
     first: int = Field(gt=0)
     """The first row that is written; all rows before it are old."""
     sources: list[list[int]]
@@ -147,9 +149,10 @@ class AverageRows(ParameterEdit):
 
     def new_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The same shape; PlanError when the rows do not exist."""
-        _check_axis(0, shape)
-        if self.first + len(self.sources) > shape[0]:
-            raise PlanError(f"row {self.first + len(self.sources) - 1} is beyond the {shape[0]} rows that it has")
+        _check_axis(self.axis, shape)
+        length = shape[self.axis]
+        if self.first + len(self.sources) > length:
+            raise PlanError(f"row {self.first + len(self.sources) - 1} is beyond the {length} rows that it has")
         return shape
 
     def map_parameter(self, old: Tensor, seed: int, name: str) -> Tensor:
@@ -157,16 +160,18 @@ class AverageRows(ParameterEdit):
         new = old.clone()
         if old.is_meta:
             return new
-        everything = mean_of_rows(old[: self.first])[0]
+        source, target = (tensor.movedim(self.axis, 0) for tensor in (old, new))
+        everything = mean_of_rows(source[: self.first])[0]
         for place, rows in enumerate(self.sources, start=self.first):
-            new[place] = mean_of_rows(old[rows])[0] if rows else everything
+            target[place] = mean_of_rows(source[rows])[0] if rows else everything
         return new
 
     def map_moment(self, old: Tensor, order: int) -> Tensor:
         """As for other fresh rows: no first moment, the mean of the old rows' second."""
         new = old.clone()
-        rows = new[self.first : self.first + len(self.sources)]
-        rows.copy_(mean_of_rows(old[: self.first]).expand_as(rows)) if order == 2 else rows.zero_()
+        rows = new.narrow(self.axis, self.first, len(self.sources))
+        known = old.narrow(self.axis, 0, self.first)
+        rows.copy_(mean_of_rows(known, self.axis).expand_as(rows)) if order == 2 else rows.zero_()
         return new
 
     def inverse(self, old_shape: tuple[int, ...]) -> list[ParameterEdit] | None:
@@ -177,7 +182,8 @@ class AverageRows(ParameterEdit):
         given = sum(1 for rows in self.sources if rows)
         means = {0: "mean of the old", len(self.sources): "means of their old rows"}
         last = self.first + len(self.sources) - 1
-        return f"rows {self.first}..{last}: {means.get(given, f'means of old rows ({given} of chosen ones)')}"
+        along = f" along axis {self.axis}" if self.axis else ""
+        return f"rows {self.first}..{last}{along}: {means.get(given, f'means of old rows ({given} of chosen ones)')}"
 
 
 class SliceParameter(ParameterEdit):

@@ -1,13 +1,14 @@
 """Vocabulary growth: new tokens for the tokenizer and rows for them in the model's tables, both or neither.
 
-New rows of the embedding and of an untied head (its bias too) start as means of old rows:
+New rows of the embedding and of an untied head start as means of old rows:
 
 | rule | row of a new token | why |
 |---|---|---|
 | pieces (default) | mean of the rows of the old tokens that it was split into | arXiv 2402.09977, "FVT" |
 | mean | mean of the rows of all old tokens | a new token takes at most an average token's probability |
 
-What a model keeps per token without training it (BART's final_logits_bias) gets zeros, as when transformers resizes it.
+So do all that a model keeps per token: a bias of the logits, also one that is a buffer (BART's final_logits_bias), and
+a second table (the embeddings per layer of Gemma 3n and 4).
 
 Rows beyond the vocabulary, which tables have so that their length is a multiple of 64 or so, hold no token and take no
 part in the means; new tokens use them up before the table grows. What a text without new tokens gives is kept: the
@@ -25,23 +26,20 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from auxin.data.tokenizer import TOKENIZER_FILES, read_tokenizer
 from auxin.data.vocabulary import EnlargedTokenizer, Merge, enlarge_tokenizer, learn_merges, texts_of
-from auxin.edits import AverageRows, Edit, MeanFill, PadParameter, Plan, Receipt, SetConfig, ZeroFill, apply
+from auxin.edits import AverageRows, Edit, MeanFill, PadParameter, Plan, Receipt, SetConfig, apply
 from auxin.edits.plan_files import PlanFile, sha256
 from auxin.edits.promise import Probe
-from auxin.edits.structure import config_values, edited_config, edited_skeleton, skeleton_of
-from auxin.edits.tensor_names import shapes_of
+from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
+from auxin.planning.token_tables import TokenTable, refuse_taken_ids, table_length, token_tables
 from auxin.settings import Settings
-from auxin.words.paths import dotted
 
 Rule = Literal["pieces", "mean"]
 
 LARGEST_MULTIPLE = 128
 """The largest padding multiple that a table's length is taken to follow."""
-TOKEN_COUNTS = ("vocab_size", "decoder_vocab_size", "src_vocab_size", "tgt_vocab_size")
-"""Fields of configs that say how many tokens there are."""
 STALE = (*TOKENIZER_FILES, "merges.txt", "added_tokens.json", "special_tokens_map.json")
 """Files that would go on describing the old vocabulary beside the new tokenizer.json."""
 
@@ -145,28 +143,30 @@ def plan_vocabulary(
         settings: rule and multiple.
 
     Raises:
-        PlanError: the model has no vocabulary, or a smaller one than the tokenizer.
+        PlanError: the model has no vocabulary, or a smaller one than the tokenizer, or takes the new tokens' ids for
+            something else.
     """
-    config, length = model.config, _table_length(model.config)
-    count = len(pieces)
+    config, length = model.config, table_length(model.config)
+    needed = first + len(pieces)
     if first > length:
         raise PlanError(
             f"The tokenizer's ids go up to {first - 1}, but the model's tables have {length} rows. Give the tokenizer "
             "that the model was trained with."
         )
+    refuse_taken_ids(config, needed)
     multiple = settings.multiple or _padding_multiple(length)
-    new_length = length if first + count <= length else -(-(first + count) // multiple) * multiple
+    new_length = length if needed <= length else -(-needed // multiple) * multiple
     sources = [list(old) if settings.rule == "pieces" else [] for old in pieces]
     edits: list[Edit] = []
-    tables, biases = _followers(model, length)
-    if new_length > length:
-        edits += [PadParameter(parameter=name, axis=axis, size=new_length, fill=ZeroFill()) for name, axis in biases]
-    for name in tables:
-        if new_length > length:
-            edits.append(PadParameter(parameter=name, axis=0, size=new_length, fill=MeanFill(rows=first)))
-        edits.append(AverageRows(parameter=name, first=first, sources=sources))
-    if new_length > length:
-        edits.insert(0, SetConfig(values=_length_values(config, new_length)))
+    values: dict[str, Any] = {}
+    for table in token_tables(model):
+        if table.length < needed:
+            fill = MeanFill(rows=min(first, table.length))
+            edits.append(PadParameter(parameter=table.name, axis=table.axis, size=new_length, fill=fill))
+            values |= dict.fromkeys(table.fields, new_length)
+        edits.append(_new_entries(table, first, sources))
+    if values:
+        edits.insert(0, SetConfig(values=values))
     return Plan(
         method="vocabulary",
         settings=settings.model_dump(mode="json", exclude_defaults=True),
@@ -176,6 +176,19 @@ def plan_vocabulary(
         notes=list(_hazards(config, first)),
         made_for=config_values(config),
     )
+
+
+def _new_entries(table: TokenTable, first: int, sources: Sequence[list[int]]) -> AverageRows:
+    """What puts means of old tokens' entries where those of the tokens from `first` on are. Tokens that have none, as
+    the table ends before them, were read as token 0 and get its entry."""
+    known = min(first, table.length)
+    taken = [[row if row < known else 0 for row in rows] for rows in sources]
+    return AverageRows(parameter=table.name, axis=table.axis, first=known, sources=[[0]] * (first - known) + taken)
+
+
+def _padding_multiple(length: int) -> int:
+    """The largest power of two up to LARGEST_MULTIPLE that divides `length`."""
+    return min(length & -length, LARGEST_MULTIPLE)
 
 
 def _hazards(config: PreTrainedConfig, first: int) -> Iterator[str]:
@@ -206,7 +219,7 @@ def plan_with_tokenizer(bench: Bench, settings: VocabularyGrowth) -> Plan:
         PlanError: the model has no vocabulary or not that of the tokenizer, or the tokenizer is unknown.
         DataError: the tokenizer can't be read or can't take a token.
     """
-    model, length = bench.model, _table_length(bench.model.config)
+    model, length = bench.model, table_length(bench.model.config)
     if settings.rows is not None:
         return plan_vocabulary(model, length, [[]] * settings.rows, settings)
     folder = settings.tokenizer or Path(model.name_or_path or "")
@@ -225,7 +238,7 @@ def plan_with_tokenizer(bench: Bench, settings: VocabularyGrowth) -> Plan:
 def outline_vocabulary(bench: Bench, settings: VocabularyGrowth) -> Plan:
     """A plan with the sizes of the real one where it is not known yet which tokenizer the model will have: every new
     token gets a row behind the table's, which may have unused ones left for it."""
-    length = _table_length(bench.model.config)
+    length = table_length(bench.model.config)
     learned = len(settings.merges) + (settings.num_tokens or 0)
     count = settings.rows or len(settings.tokens) + len(settings.special_tokens) + learned
     return plan_vocabulary(bench.model, length, [[]] * count, settings)
@@ -257,89 +270,8 @@ def _enlarged(settings: VocabularyGrowth, tokenizer: PreTrainedTokenizerFast) ->
     return enlarge_tokenizer(tokenizer, settings.tokens, settings.special_tokens, settings.merges)
 
 
-def _lengths(config: PreTrainedConfig) -> dict[str, int]:
-    """The config values that say how many tokens there are, by dotted names: of what reads, and of what writes."""
-    parts = {name: getattr(config, name, None) for name in config.sub_configs}
-    sides = [parts.get(side) for side in ("encoder", "decoder")]
-    texts = [config.get_text_config(), *(sides if None not in sides else ())]
-    lengths = {}
-    for path, part in {"": config, **parts}.items():
-        if part is None or not any(part is text for text in texts):
-            continue
-        for field in TOKEN_COUNTS:
-            length = getattr(part, field, None)
-            is_alias = part.attribute_map.get(field) in TOKEN_COUNTS
-            if isinstance(length, int) and length > 0 and not is_alias:
-                lengths[dotted(path, field)] = length
-    return lengths
-
-
-def _table_length(config: PreTrainedConfig) -> int:
-    """How many tokens a model reads and writes.
-
-    Raises:
-        PlanError: it has no vocabulary, or one for each.
-    """
-    lengths = _lengths(config)
-    if not lengths:
-        raise PlanError(
-            f"A model of type {config.model_type!r} has no vocabulary: its config has no vocab_size. Choose a language "
-            "model."
-        )
-    if len(set(lengths.values())) > 1 or getattr(config, "share_encoder_decoder_embeddings", True) is False:
-        said = " and ".join(f"{name} = {length}" for name, length in lengths.items())
-        raise PlanError(
-            f"A model of type {config.model_type!r} with {said} reads tokens of one vocabulary and writes those of "
-            "another, and one tokenizer is enlarged here. Change one side by edits by hand (pad_parameter, set_config)."
-        )
-    return next(iter(lengths.values()))
-
-
-def _padding_multiple(length: int) -> int:
-    """The largest power of two up to LARGEST_MULTIPLE that divides `length`."""
-    return min(length & -length, LARGEST_MULTIPLE)
-
-
-def _length_values(config: PreTrainedConfig, length: int) -> dict[str, Any]:
-    """The config values of a vocabulary of `length`."""
-    return dict.fromkeys(_lengths(config), length)
-
-
-def _followers(model: PreTrainedModel, length: int) -> tuple[list[str], list[tuple[str, int]]]:
-    """What is longer with a larger vocabulary: the parameters whose first axis it indexes, tied ones once, and the
-    buffers in checkpoints, with the axis of each (BART's final_logits_bias).
-
-    Asking the architecture finds embedding, head and bias wherever they are, and whatever else follows the vocabulary.
-    """
-    skeleton = skeleton_of(model)
-    larger = edited_config(skeleton.config, _length_values(skeleton.config, length + 1))
-    before, after = (shapes_of(each) for each in (skeleton, edited_skeleton(larger, type(model))))
-    if odd := sorted(before.keys() ^ after.keys()):
-        raise PlanError(f"With a larger vocabulary the model has other parameters ({odd[0]}); it can't grow.")
-    parameters = dict(skeleton.named_parameters())
-    tables: list[str] = []
-    biases: list[tuple[str, int]] = []
-    for name in (name for name in before if before[name] != after[name]):
-        old, new = before[name], after[name]
-        axes = [axis for axis in range(len(old)) if new == (*old[:axis], length + 1, *old[axis + 1 :])]
-        if name in parameters and 0 in axes:
-            tables.append(name)
-        elif name not in parameters and axes:
-            biases.append((name, axes[0]))
-        else:
-            raise PlanError(
-                f"With a larger vocabulary {name} would get shape {list(new)} from {list(old)}; it can't grow."
-            )
-    if not tables:
-        raise PlanError(
-            f"No parameter of a {type(model).__name__} has rows for the {length} tokens that its config tells of, so "
-            "that there is nothing to grow. Choose a model that reads or writes text."
-        )
-    return tables, biases
-
-
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
-    _table_length(model.config)
+    table_length(model.config)
     return {"rows": 3}
 
 

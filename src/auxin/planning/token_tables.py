@@ -1,0 +1,150 @@
+"""What a model has an entry in for every token, and which ids it has no room for."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from auxin.edits.structure import edited_config, edited_skeleton, skeleton_of
+from auxin.edits.tensor_names import shapes_of
+from auxin.errors import PlanError
+from auxin.words.paths import dotted
+
+TOKEN_COUNTS = ("vocab_size", "decoder_vocab_size", "src_vocab_size", "tgt_vocab_size")
+"""Fields of configs that say how many tokens there are."""
+SECOND_COUNTS = ("vocab_size_per_layer_input",)
+"""Fields that say how many of them a second table has entries for, which need not be all (Gemma 3n, Gemma 4)."""
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """A parameter, or a buffer in checkpoints, one of whose axes tokens index."""
+
+    name: str
+    """The first of its names, where it is tied."""
+    axis: int
+    """The axis that tokens index."""
+    length: int
+    """Of that axis."""
+    fields: tuple[str, ...]
+    """Config values, by dotted names, that say the length."""
+
+
+def table_length(config: PreTrainedConfig) -> int:
+    """How many tokens a model reads and writes.
+
+    Raises:
+        PlanError: it has no vocabulary, or one for each.
+    """
+    lengths = _said(config, TOKEN_COUNTS)
+    if not lengths:
+        raise PlanError(
+            f"A model of type {config.model_type!r} has no vocabulary: its config has no vocab_size. Choose a language "
+            "model."
+        )
+    if len(set(lengths.values())) > 1 or getattr(config, "share_encoder_decoder_embeddings", True) is False:
+        said = " and ".join(f"{name} = {length}" for name, length in lengths.items())
+        raise PlanError(
+            f"A model of type {config.model_type!r} with {said} reads tokens of one vocabulary and writes those of "
+            "another, and one tokenizer is enlarged here. Change one side by edits by hand (pad_parameter, set_config)."
+        )
+    return next(iter(lengths.values()))
+
+
+def token_tables(model: PreTrainedModel) -> list[TokenTable]:
+    """All that becomes longer with a larger vocabulary: embedding, head and its bias wherever they are, tied ones once,
+    a bias that is a buffer (BART's final_logits_bias), embeddings per layer.
+
+    The architecture is asked, which finds whatever else follows the vocabulary. Weights are not looked at.
+
+    Raises:
+        PlanError: the model has no vocabulary, or something in it can't follow a larger one.
+    """
+    length = table_length(model.config)
+    skeleton = skeleton_of(model)
+    tables = list(_followers(skeleton, tuple(_said(skeleton.config, TOKEN_COUNTS)), length))
+    parameters = {name for name, _ in skeleton.named_parameters()}
+    if not any(table.name in parameters for table in tables):
+        raise PlanError(
+            f"No parameter of a {type(model).__name__} has rows for the {length} tokens that its config tells of, so "
+            "that there is nothing to grow. Choose a model that reads or writes text."
+        )
+    for field, count in _said(skeleton.config, SECOND_COUNTS).items():
+        tables += _followers(skeleton, (field,), count)
+    return tables
+
+
+def refuse_taken_ids(config: PreTrainedConfig, count: int) -> None:
+    """PlanError when a model that had `count` tokens would take some of their ids for something else, or never write
+    them.
+
+    Args:
+        config: of the model, before it grows.
+        count: tokens, the new ones included.
+    """
+    for path, part in _parts(config):
+        if (offset := getattr(part, "vocab_offset", None)) is not None and count > offset:
+            raise PlanError(
+                f"With {dotted(path, 'vocab_offset')} = {offset} the model reads ids from there on as images or sound, "
+                f"and the ids of the new tokens would go up to {count - 1}. Grow its language model alone: load the "
+                "checkpoint as a causal language model."
+            )
+        if (additional := getattr(part, "additional_vocab_size", None)) and count > part.vocab_size:
+            raise PlanError(
+                f"With {dotted(path, 'additional_vocab_size')} = {additional} the ids from {part.vocab_size} on are "
+                "taken by tokens of a table of their own, so that the vocabulary can't grow there. Choose a model "
+                "without such tokens."
+            )
+        if (written := getattr(part, "unpadded_vocab_size", None)) is not None and count > written:
+            raise PlanError(
+                f"With {dotted(path, 'unpadded_vocab_size')} = {written} the model gives no logits behind these, and "
+                f"the ids of the new tokens would go up to {count - 1}. Set it in the config to {count} or more first."
+            )
+
+
+def _parts(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
+    """The config and those in it, by their names."""
+    yield "", config
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            yield name, part
+
+
+def _said(config: PreTrainedConfig, fields: Sequence[str]) -> dict[str, int]:
+    """The values of `fields`, by dotted names, in the configs of what reads and of what writes text."""
+    parts = dict(_parts(config))
+    sides = [parts.get(side) for side in ("encoder", "decoder")]
+    texts = [config.get_text_config(), *(sides if None not in sides else ())]
+    lengths = {}
+    for path, part in parts.items():
+        if not any(part is text for text in texts):
+            continue
+        for field in fields:
+            length = getattr(part, field, None)
+            is_alias = part.attribute_map.get(field) in fields
+            if isinstance(length, int) and length > 0 and not is_alias:
+                lengths[dotted(path, field)] = length
+    return lengths
+
+
+def _followers(skeleton: PreTrainedModel, fields: tuple[str, ...], length: int) -> Iterator[TokenTable]:
+    """What is longer where `fields` of the config say one more than `length`."""
+    larger = edited_config(skeleton.config, dict.fromkeys(fields, length + 1))
+    before, after = (shapes_of(each) for each in (skeleton, edited_skeleton(larger, type(skeleton))))
+    if odd := sorted(before.keys() ^ after.keys()):
+        raise PlanError(f"With a larger vocabulary the model has other parameters ({odd[0]}); it can't grow.")
+    tensors = dict(skeleton.named_parameters()) | dict(skeleton.named_buffers())
+    for name in (name for name in before if before[name] != after[name]):
+        old, new = before[name], after[name]
+        axes = [axis for axis in range(len(old)) if new == (*old[:axis], length + 1, *old[axis + 1 :])]
+        if not axes or old[axes[0]] != length:
+            raise PlanError(
+                f"With a larger vocabulary {name} would get shape {list(new)} from {list(old)}; it can't grow."
+            )
+        if not tensors[name].is_floating_point():
+            raise PlanError(
+                f"{name} {list(old)} holds whole numbers for the tokens, such as the experts that they are sent to or "
+                "their order. New tokens have none, and a mean of them is none; the vocabulary of this model can't "
+                "grow."
+            )
+        yield TokenTable(name, axes[0], length, fields)
