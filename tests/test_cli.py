@@ -21,7 +21,7 @@ from auxin.accounting import Ledger
 from auxin.cli import editing
 from auxin.cli.listed import ListedOptions, repeated
 from auxin.cli.printing import print_line, print_table
-from auxin.errors import AuxinError, CheckpointError, ConfigError, TrainingError
+from auxin.errors import AuxinError, CheckpointError, ConfigError, DataError, TrainingError
 from auxin.methods.grow.tokenformer import TokenGrowth
 from auxin.models import TokenFormerForCausalLM
 from corpora import write_documents
@@ -167,6 +167,20 @@ def test_methods_are_listed_and_explained():
     assert '"grouped"' in explained
 
 
+def test_what_is_said_of_a_setting_names_its_choices_and_no_code():
+    for method in json.loads(call("methods", "--json").out).values():
+        for setting in method["settings"]:
+            assert not re.search(r"the module|[Ss]ee `|\bNone\b", setting["meaning"]), setting
+    (variant,) = (s for s in _settings("hypercloning") if s["name"] == "variant")
+    assert all(f'"{choice}"' in variant["meaning"] for choice in ("symmetric", "noisy", "diagonal"))
+    (start,) = (s for s in _settings("ligo") if s["name"] == "depth_start")
+    assert start["meaning"].endswith(" One of: stack, interleave.")
+
+
+def _settings(method: str) -> list[dict]:
+    return json.loads(call("methods", method, "--json").out)["settings"]
+
+
 def test_a_plan_is_made_applied_and_its_difference_shown(trained, tmp_path):
     arguments = (trained.checkpoint, "tokenformer", "--set", "ffn_tokens=40", "--set", "noise=0", "--set", "keys=null")
     printed = call("plan", *arguments, "-o", tmp_path / "plan.yaml").out
@@ -259,10 +273,111 @@ def test_the_folder_of_a_run_points_to_its_checkpoints(trained, texts, tmp_path,
         "train": ["--steps", 1, "-o", tmp_path / "x"],
     }[command]
     place = ["--model", trained.output] if command == "train" else [trained.output]
-    with pytest.raises(CheckpointError, match="the folder of a run") as raised:
+    with pytest.raises(CheckpointError, match="holds checkpoints and is none itself") as raised:
         call(command, *place, *further)
     assert str(trained.checkpoint) in str(raised.value)
     assert not (tmp_path / "x").exists()
+
+
+def test_so_does_every_folder_in_it(trained):
+    for folder in trained.checkpoint.parents[:4]:
+        with pytest.raises(CheckpointError, match="holds checkpoints and is none itself") as raised:
+            call("show", folder)
+        assert str(trained.checkpoint) in str(raised.value)
+    with pytest.raises(CheckpointError, match=r"data has no config\.json, nor has a folder in it"):
+        call("show", trained.output / "data")
+
+
+def test_the_folder_of_a_run_points_to_its_corpus(trained, texts):
+    for option in (["evaluate", trained.checkpoint], ["show", trained.checkpoint]):
+        with pytest.raises(DataError, match=r"holds no prepared corpus .* Give the one in it: .*/data$"):
+            call(*option, "--corpus", trained.output)
+        with pytest.raises(DataError, match=r"Give one that a run has prepared, its folder data/\.$"):
+            call(*option, "--corpus", texts)
+        with pytest.raises(
+            DataError, match=r"is a file and no folder\. Give the folder of a prepared corpus: .*/data\.$"
+        ):
+            call(*option, "--corpus", trained.output / "data" / "corpus.json")
+
+
+def test_what_cant_be_scored_is_told(trained, texts):
+    for given, message in ((texts, "is a folder. Give the text files in it, each by itself."), ("x.txt", "not exist")):
+        with pytest.raises(DataError, match=message):
+            call("evaluate", trained.checkpoint, "--text", given)
+
+
+def test_train_speaks_of_its_options_and_not_of_a_recipe(trained, texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("small.json").write_text(json.dumps(CONFIG))
+    Path("recipe.yaml").write_text("name: x\n")
+    model = ["train", "--model", "small.json", "--corpus", texts, "-o", tmp_path / "x"]
+    for arguments, message in (
+        (model, r"exactly one of --steps, --tokens, --flops and .*; given: none\.$"),
+        ([*model, "--steps", 3, "--tokens", 9], r"exactly one of --steps.*; given: steps = 3, tokens = 9\.$"),
+        ([*model, "--set", "training.step=3"], r"^training\.step: unknown field\. Did you mean 'steps'\?$"),
+        (
+            [*model, "--steps", 3],
+            r"^--context-length, which was not given, is 512, but the model's max_positi.* is 32\.",
+        ),
+        ([*model, "--steps", 3, "--context-length", 40], r"^--context-length is 40, but"),
+        ([*model, "--steps", 0], r"^--steps: must be 1 or more \(received 0\)$"),
+        ([*model, "--steps", 3, "--vocab-size", 3], r"^--vocab-size: must be 257 or more \(received 3\)$"),
+        ([*model, "--steps", 3, "--tokenizer", "y"], r"^--tokenizer: Tokenizer y does not exist"),
+        ([*model, "--steps", 3, "--corpus", "z"], r"^--corpus: z does not exist"),
+        (
+            ["train", "--model", "recipe.yaml", "-o", "x"],
+            r"is a file, and not of a model.* run by: auxin run recipe\.yaml$",
+        ),
+    ):
+        with pytest.raises(AuxinError, match=message) as raised:
+            call(*arguments)
+        assert "main/" not in str(raised.value)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_log_says_from_which_step_a_run_goes_on(trained, texts, tmp_path, capsys):
+    model = ["train", "--model", trained.checkpoint, "--corpus", texts, "--batch-size", 2, "--context-length", 32]
+    model += ["--steps", 2, "-o", tmp_path / "run", "--set", "training.tensorboard=false"]
+    model += ["--set", "data.validation_fraction=0.2", "--set", "training.checkpoint_interval=1"]
+    call(*model)
+    stage = next((tmp_path / "run/branches/main").glob("*-train"))
+    (stage / "stage.json").unlink()
+    shutil.rmtree(stage / "checkpoints/step-00000002")
+    (stage / "latest").write_text("checkpoints/step-00000001\n")
+    told = call(*model).err
+    assert f"train: goes on from step 1 of 2, saved in {stage}/checkpoints/step-00000001\n" in told
+
+
+def test_a_config_under_any_name_is_enough_for_a_plan(tmp_path):
+    for name, content in (("small.json", CONFIG), ("other.json", {"a": 1})):
+        (tmp_path / name).write_text(json.dumps(content))
+    assert "stacking" in call("plan", tmp_path / "small.json", "stacking", "--set", "layers=4").out
+    with pytest.raises(CheckpointError, match=r"other\.json has no model_type: it is no config"):
+        call("plan", tmp_path / "other.json", "stacking", "--set", "layers=4")
+    with pytest.raises(ConfigError, match=r"ligo looks at the model's weights, and .*small\.json is a config alone"):
+        call("plan", tmp_path / "small.json", "ligo", "--set", "layers=4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["train", "--model", "124m", "--steps", "abc", "-o", "x"],
+            "'--steps': must be a whole number (received 'abc')",
+        ),
+        (
+            ["train", "--model", "124m", "--flops", "abc", "-o", "x"],
+            "'--flops': must be a finite number (received 'abc')",
+        ),
+        (["run", "demo", "--jobs", "0"], "'--jobs': must be 1 or more (received '0')"),
+        (["analyse", "x", "similarity", "--length", "1"], "'--length': must be 2 or more (received '1')"),
+    ],
+)
+def test_a_wrong_option_is_told_with_its_value(monkeypatch, capfd, arguments, message):
+    monkeypatch.setenv("COLUMNS", "200")
+    done = main(monkeypatch, capfd, *arguments)
+    assert done.code == 2
+    assert f"Invalid value for {message}" in done.err
 
 
 def test_a_folder_that_is_no_model_is_told_before_its_tokenizer_is_missed(tmp_path):
@@ -380,13 +495,33 @@ def test_doctor_says_what_will_be_used():
         (["run", "demo", "--dry-run", "--set", "training.batchsize=3"], 2, "Did you mean 'batch_size'?"),
         (["train", "--model", "124n", "--steps", "1", "-o", "x"], 2, "Did you mean '124m'"),
         (["evaluate", "x"], 2, "Give --text FILE or --corpus FOLDER"),
-        (["report", "."], 1, "Give the folder of a finished run"),
+        (
+            ["report", "."],
+            1,
+            ". holds no results.json, so that no run was finished there. Give the folder of a finished",
+        ),
+        (["report", "nowhere"], 1, "nowhere does not exist. Give the folder of a finished run."),
+        (["report", "plan.yaml"], 1, "plan.yaml is a file and no folder. Give the folder of a finished run."),
         (["methods", "tokenfromer"], 2, "Did you mean 'tokenformer'?"),
         (["plan", "model", "tokenfromer"], 2, "Did you mean 'tokenformer'?"),
         (["plan", "model", "tokenformer", "--set", "ffn_token=9"], 2, "Did you mean 'ffn_tokens'?"),
         (["plan", "model", "tokenformer", "--set", "ffn_tokens=many"], 2, "received 'many'"),
         (["plan", "model", "tokenformer", "--set", "ffn_tokens"], 2, "is no key=value. Write --set ffn_tokens=VALUE"),
         (["show", "model/config.json"], 1, "is a file and no folder. Give the folder of a checkpoint: model."),
+        (["show", "plan.yaml"], 1, "plan.yaml is a file and no folder. Give the folder of a checkpoint.\n"),
+        (
+            ["apply", "plan.yaml", "model", "-o", "x"],
+            2,
+            "stand the other way round. Give auxin apply model plan.yaml, ",
+        ),
+        (
+            ["plan", "stacking", "model"],
+            2,
+            "'stacking' and 'model' stand the other way round. Give auxin plan model stack",
+        ),
+        (["analyse", "similarity", "model"], 2, "stand the other way round. Give auxin analyse model similarity"),
+        (["generate", "some text", "model"], 2, "stand the other way round. Give auxin generate model 'some text'"),
+        (["run", "model"], 2, "model is a folder. Give the path of a YAML file or the name of a built-in recipe."),
         (["apply", "model/config.json", "plan.yaml", "-o", "x"], 1, "Give the folder of a checkpoint: model."),
         (["apply", "model", "model/config.json", "-o", "x"], 2, "is no plan: it has none of method, promise, edits."),
         (["run", "plan.yaml"], 2, "plan.yaml is no recipe: it has none of name, title, data, branches."),

@@ -14,7 +14,7 @@ from auxin.yaml_files import DEEPEST, SMALL, read_yaml, read_yaml_file, write_ya
 BOMB = "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 13))
 WRONG = [
     ("a: 1\nb: 2\na: 3", 3, 1, "the key 'a' stands in line 1 already"),
-    ("{1: a, true: b}", 1, 8, "the key True stands in line 1 already"),
+    ("{1: a, true: b}", 1, 8, "the key true stands in line 1 already"),
     ("a: {<<: {b: 1}, <<: {c: 1}}", 1, 17, "the key '<<' stands in line 1 already"),
     (BOMB, 6, 40, "aliases stand for more than 100,000 values"),
     ("a: &a [*a]", 1, 8, "the alias *a stands within what it stands for"),

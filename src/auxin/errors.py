@@ -1,5 +1,6 @@
 """Errors a user can cause. Each carries one message that names the field, the value received and the mend."""
 
+import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -69,7 +70,7 @@ def shown(value: Any, quoted: bool = True) -> str:
         quoted: text stands in quotes; else only where it holds what would not be seen.
     """
     try:
-        text = value if isinstance(value, str) and not quoted and value.isprintable() else repr(value)
+        text = value if isinstance(value, str) and not quoted and value.isprintable() else _written(value)
     except ValueError:  # of whole numbers, Python writes 4,300 digits at most
         return "a number of more digits than can be written"
     if len(text) <= LONGEST_VALUE:
@@ -77,9 +78,30 @@ def shown(value: Any, quoted: bool = True) -> str:
     return f"{text[: LONGEST_VALUE - 20]} ... ({len(text):,} characters)"
 
 
+def _written(value: Any) -> str:
+    """`value` as Python writes it, but null, true and false as YAML and JSON do, where most values come from."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if type(value) is dict:
+        return "{" + ", ".join(f"{_written(key)}: {_written(inner)}" for key, inner in value.items()) + "}"
+    if type(value) is list:
+        return "[" + ", ".join(map(_written, value)) + "]"
+    return repr(value)
+
+
 def reason(error: Exception) -> str:
     """Why something can't be read or written, without the number of the error and the path, which the message has."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+    if isinstance(error, OSError):
+        return _REASONS.get(error.errno or 0) or error.strerror or str(error)
+    return str(error)
+
+
+_REASONS = {
+    errno.ENOENT: "there is no such file or folder",
+    errno.EISDIR: "it is a folder",
+    errno.ENOTDIR: "a folder of its path is a file",
+}
+"""In the words of whoever gave the path, what the system says in its own."""
 
 
 def first_line(error: BaseException) -> str:

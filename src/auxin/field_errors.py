@@ -58,12 +58,18 @@ def describe(error: ValidationError, cls: type[BaseModel], source: str | None, v
     return head + in_one_line(wrong_fields(error, cls, values), within)
 
 
+def wrong_value(error: ValidationError) -> str:
+    """What a value that is no field's must be, that of an option say, and what was received."""
+    item: Any = error.errors(include_url=False)[0]
+    return "".join(_wanted(item["type"], item.get("ctx", {}), item["input"], item["msg"]))
+
+
 def in_one_line(lines: Sequence[tuple[str, str]], within: str = "") -> str:
     """The first of some wrong fields, each with what is wrong, and how many more there are."""
     fields = [(".".join(part for part in (within, field) if part), text) for field, text in lines[:MOST_LINES]]
     told = [f"{field}: {text}" if field else text for field, text in fields]
-    more = [f"and {len(lines) - MOST_LINES:,} more wrong fields"] if len(lines) > MOST_LINES else []
-    return "; ".join([*told, *more])
+    told += [f"and {len(lines) - MOST_LINES:,} more wrong fields"] if len(lines) > MOST_LINES else []
+    return "; ".join([*(text.removesuffix(".") for text in told[:-1]), told[-1]])
 
 
 def _joined(wanted: list[str], received: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from auxin.errors import CheckpointError, ConfigError, reason
+from auxin.errors import AuxinError, CheckpointError, ConfigError, reason, shown
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp")
 
@@ -30,6 +30,28 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def existing_folder(path: str | Path, wanted: str, mark: str, error: type[AuxinError] = CheckpointError) -> Path:
+    """`path`, a folder that is there.
+
+    Args:
+        path: what was given.
+        wanted: what it is to be: "the folder of a checkpoint".
+        mark: a file that such a folder has: where a file in one was given, the message names the folder.
+        error: what is raised.
+
+    Raises:
+        CheckpointError, or `error`: it is a file, or is not there.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    name = shown(str(folder), quoted=False)
+    if not folder.is_file():
+        raise error(f"{name} does not exist. Give {wanted}.")
+    meant = f": {folder.parent}" if (folder.parent / mark).is_file() else ""
+    raise error(f"{name} is a file and no folder. Give {wanted}{meant}.")
 
 
 def make_folder(folder: Path, asked: Path | None = None) -> None:

@@ -68,17 +68,18 @@ def read_yaml_file(path: str | Path, largest: int = SMALL) -> Any:
         ConfigError: as `read_yaml`, or the file can't be read.
     """
     path, name = Path(path), shown(str(path), quoted=False)
+    wanted, content = "Give the path of a YAML file.", b""
     try:
-        if path.is_dir():
-            raise ConfigError(f"{name} is a folder. Give the path of a YAML file.")
-        if path.exists() and not path.is_file():
-            raise ConfigError(f"{name} is no regular file. Give the path of a YAML file.")
-        with path.open("rb") as file:
-            content = file.read(4 * largest + 1)  # a character has four bytes at most
+        other = "a folder" if path.is_dir() else "no regular file" if path.exists() and not path.is_file() else None
+        if other is None:
+            with path.open("rb") as file:
+                content = file.read(4 * largest + 1)  # a character has four bytes at most
     except FileNotFoundError as error:
         raise ConfigError(f"{name} does not exist. Give the path of an existing YAML file.") from error
     except (OSError, ValueError) as error:  # a ValueError: a path with a null character
-        raise ConfigError(f"{name} can't be read: {reason(error)}. Give the path of a YAML file.") from error
+        raise ConfigError(f"{name} can't be read: {reason(error)}. {wanted}") from error
+    if other is not None:
+        raise ConfigError(f"{name} is {other}. {wanted}")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -266,7 +266,7 @@ def test_layers_that_can_not_be_compared_are_refused_before_anything_is_learnt(s
     [
         (tiny_t5, "teacher: 't': objective: 'causal' is for decoders, and t5"),
         (lambda: tiny_llama(vocab_size=32), "teacher: 't': The data's tokenizer has 64 tokens, but the model's .* 32"),
-        (lambda: tiny_llama(max_position_embeddings=8), "teacher: 't': The data's context_length is 16"),
+        (lambda: tiny_llama(max_position_embeddings=8), "teacher: 't': data.context_length is 16"),
     ],
 )
 def test_teachers_that_do_not_know_what_is_asked_are_refused(teacher, message):

@@ -86,7 +86,7 @@ AFTER = {"kind": "train", "name": "after", "settings": {"steps": 2}}
         (grow("stacking", factor=2) | {"calibration": {"samples": 2}}, "stacking looks at no data.*samples"),
         (grow("ligo", layers=3, steps=0) | {"calibration": {"samples": 2}}, "ligo looks at no data with these"),
         (grow("ligo", layers=3) | {"calibration": {"length": 17}}, "length is 17, but data.context_length is 16"),
-        (grow("ligo", layers=3) | {"calibration": {"lenght": 8}}, "calibration: lenght: unknown.*mean 'length'"),
+        (grow("ligo", layers=3) | {"calibration": {"lenght": 8}}, "calibration.lenght: unknown.*mean 'length'"),
         (grow("ligo", layers=3, batch_size=2), "batch_size: unknown field"),
         ({"kind": "change", "to": "354m"}, "only a TokenFormer grows by tokens, this is a llama"),
         (grow("stacking", layers=1), "stacking can't shrink"),
@@ -254,7 +254,7 @@ def test_a_method_that_looks_at_weights_is_priced_as_an_estimate_and_books_what_
     assert not plan.estimate
     assert plan.cost.samples == 20
     install(dataclasses.replace(looking(found, factor=2), outline=None))
-    with pytest.raises(PlanError, match="'grow-looking': looking looks at the weights and has no outline"):
+    with pytest.raises(PlanError, match="main/grow-looking: settings: looking looks at the weights and has no outline"):
         price_recipe(made, memory=False)
 
 

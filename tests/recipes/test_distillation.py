@@ -161,9 +161,18 @@ def test_what_a_begun_stage_learns_from_stays_and_what_follows_may_change(corpus
 @pytest.mark.parametrize(
     ("branch", "message"),
     [
-        (repaired(teach("base/lnger")), r"b1/repair: objective: 'base/lnger': Unknown earlier stage.*'longer'"),
-        (repaired(teach("b1/repair")), r"b1/repair: objective: 'b1/repair': Unknown earlier stage 'repair'.*cut"),
-        (repaired(teach("base")), "b1/repair: objective: 'base': Unknown earlier stage ''"),
+        (
+            repaired(teach("base/lnger")),
+            r"b1/repair: settings.objective: 'base/lnger': Unknown earlier .*'longer'",
+        ),
+        (
+            repaired(teach("b1/repair")),
+            r"b1/repair: settings.objective: 'b1/repair': Unknown earlier .*'repair'.*cut",
+        ),
+        (
+            repaired(teach("base")),
+            "b1/repair: settings.objective: 'base' names a branch and no stage. Give BR",
+        ),
         (repaired(teach("b1/last"), train("last")), "Unknown earlier stage 'last'"),
     ],
 )
@@ -181,7 +190,10 @@ def test_a_stage_may_learn_from_an_earlier_one_of_its_own_branch(corpus):
 @pytest.mark.parametrize(
     ("branch", "message"),
     [
-        (repaired(teach("elsewhere/x")), "b1/repair: objective: 'elsewhere/x' is no stage of the recipe, and no check"),
+        (
+            repaired(teach("elsewhere/x")),
+            "b1/repair: settings.objective: 'elsewhere/x' is no stage of the recipe, and",
+        ),
         (
             {
                 "stages": [
@@ -217,5 +229,5 @@ def test_a_teacher_in_a_folder_has_to_have_the_datas_tokenizer(corpus, tmp_path)
     vocabulary = stage_configs(recipe_of(corpus), recipe_of(corpus).data.form())["base"]["build"].vocab_size
     model = fresh_llama(vocab_size=vocabulary)
     folder = write_checkpoint_folder(tmp_path / "teacher", model, processor=tiny_tokenizer("byte_level"))
-    with pytest.raises(ConfigError, match=r"b1/repair: the checkpoint .*teacher has another tokenizer than the data"):
+    with pytest.raises(ConfigError, match=r"b1/repair: settings.objective: .*teacher has another tokenizer than"):
         run_recipe(recipe_of(corpus, repaired(teach(str(folder)))), tmp_path / "out", "", announce=lambda line: None)

@@ -67,7 +67,14 @@ BUILD = "branches.0.stages.0.config"
         (f"{STAGE}.settings.learning_rat=3", "one/base: settings.learning_rat: unknown field. Did you mean"),
         (
             f"{STAGE}.settings.steps=null",
-            "one/base: give exactly one of steps, tokens, samples, flops, flops_of; given: no",
+            "one/base: settings: give exactly one of steps, tokens, samples, flops, or flops_of beside settings; "
+            "given: none",
+        ),
+        (f"{STAGE}.settings={{step: 40}}", "one/base: settings.step: unknown field. Did you mean 'steps'?"),
+        (
+            "training.tokens=64",
+            "one/base: settings: give exactly one of steps, tokens, samples, flops, or flops_of beside settings; "
+            "given: settings.steps, training.tokens",
         ),
         (
             f"{STAGE}.kind=trian",
@@ -89,6 +96,15 @@ BUILD = "branches.0.stages.0.config"
             "branches.1.fork=onne/base",
             "two: fork: Unknown branch 'onne'. Did you mean 'one'? Known: one. Name a branch",
         ),
+        (
+            "branches.1.fork=one",
+            "two: fork: 'one' names a branch and no stage. Give BRANCH/STAGE, one of one/build, one/base.",
+        ),
+        ("data.paths=null", "data.paths: must be a list, [a, b] (received null)"),
+        (
+            "data.paths=[null, {a: [true]}]",
+            "data.paths.0: must be a path (received null); data.paths.1: must be a path ",
+        ),
         ("main_branch=thre", "main_branch: Unknown branch 'thre'. Known: one, two."),
     ],
 )
@@ -98,29 +114,92 @@ def test_a_wrong_field_is_told_with_its_branch_and_stage(small, override, messag
     assert str(raised.value).startswith(f"{small}: {message}")
 
 
+def test_required_and_unknown_fields_make_one_sentence():
+    wrong = {**SMALL, "Name": "small"}
+    del wrong["name"]
+    with pytest.raises(ConfigError) as raised:
+        Recipe.parse(wrong)
+    assert str(raised.value) == "name: required, but not given; Name: unknown field. Did you mean 'name'?"
+
+
+CHANGE = "branches.1.stages.0={kind: change, "
+TOKENFORMER = (
+    "branches.0.stages.0={kind: build, model_type: tokenformer, config: {hidden_size: 16, num_hidden_layers: 1, "
+    "num_attention_heads: 2, qkv_tokens: 6, proj_tokens: 6, ffn_tokens: 12, max_position_embeddings: 16}}"
+)
+
+
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("overrides", "message"),
     [
+        ([f"{BUILD}.hiden_size=3"], "one/build: config: Unknown llama config field 'hiden_size'. Did you mean"),
+        ([f"{BUILD}.num_hidden_layers=1000000000000"], "one/build: config: llama refuses it: num_hidden_layers"),
+        ([f"{BUILD}.num_labels=1000000000000"], "one/build: config: llama refuses it: num_labels = 10000000"),
+        (["branches.0.stages.0.model_type=lama"], "one/build: model_type: Unknown architecture 'lama'. Did you mean"),
+        (["branches.0.stages.0={kind: build, preset: 125m}"], "one/build: preset: Unknown TokenFormer preset '125m'"),
         (
-            f"{BUILD}.hiden_size=3",
-            "one: build stage 'build': config: Unknown llama config field 'hiden_size'. Did you mean",
+            ["branches.0.stages.0={kind: build, checkpoint: nowhere}"],
+            "one/build: checkpoint: nowhere does not exist. Give the folder of a checkpoint.",
         ),
         (
-            f"{BUILD}.num_hidden_layers=1000000000000",
-            "one: build stage 'build': llama refuses its config: num_hidden_layers",
+            ["branches.0.stages.0={kind: build, checkpoint: small.yaml}"],
+            "one/build: checkpoint: small.yaml is a file and no folder. Give the folder of a checkpoint.",
+        ),
+        ([CHANGE + "method: llama-por}"], "two/change: method: Unknown method 'llama-por'. Did you mean 'llama-pro'?"),
+        (
+            [CHANGE + "method: stacking, settings: {layer: 2}}"],
+            "two/change: settings.layer: unknown field. Did you mean 'layers'?",
         ),
         (
-            f"{BUILD}.num_labels=1000000000000",
-            "one: build stage 'build': llama refuses its config: num_labels = 10000000",
+            [CHANGE + "method: llama-pro}"],
+            "two/change: settings: give exactly one of group_size (null) and layers (null)",
         ),
-        ("branches.0.stages.0={kind: build, checkpoint: nowhere}", "one: nowhere does not exist. Give the folder of a"),
+        (
+            [CHANGE + "method: stacking, settings: {layers: 1}}"],
+            "two/change: settings: The model has 1 layers already.",
+        ),
+        (
+            [CHANGE + "method: stacking, settings: {layers: 2}, calibration: {samples: 2}}"],
+            "two/change: calibration: stacking looks at no data",
+        ),
+        (
+            [CHANGE + "method: ligo, settings: {layers: 2}, calibration: {sample: 2}}"],
+            "two/change: calibration.sample: unknown field. Did you mean 'samples'?",
+        ),
+        ([CHANGE + "to: 757m}"], "two/change: to: only a TokenFormer grows by tokens, this is a llama."),
+        ([TOKENFORMER, CHANGE + "to: 125m}"], "two/change: to: Unknown TokenFormer preset '125m'. Did you mean"),
+        ([TOKENFORMER, CHANGE + "tokens: {qkv_tokens: 4}}"], "two/change: tokens: qkv_tokens = 4 is fewer than the 6"),
+        ([TOKENFORMER, "data.context_length=17"], "one/base: data.context_length is 17, but the model's max_position"),
+        (["training.warmup_steps=9"], "one/base: training.warmup_steps: 9 of warmup and 1 of decay do not fit"),
+        ([f"{STAGE}.settings.warmup_steps=9"], "one/base: settings.warmup_steps: 9 of warmup"),
+        ([], "two/on: flops_of: 'one' used no more FLOPs than were used before"),
+        (["data.tokenizer=texts"], "data.tokenizer: There is no tokenizer.json in texts."),
     ],
 )
-def test_a_model_that_cant_be_built_is_told_with_its_branch(small, override, message):
+def test_what_cant_be_built_or_done_is_told_with_file_branch_stage_and_field(small, overrides, message):
     with pytest.raises(AuxinError) as raised:
-        price_recipe(load_recipe(small, [override]), memory=False)
-    assert str(raised.value).startswith(message)
-    assert len(str(raised.value)) < 400
+        price_recipe(load_recipe(small, overrides), memory=False)
+    assert str(raised.value).startswith(f"{small}: {message}")
+    assert len(str(raised.value)) < 500
+
+
+def test_a_folder_or_another_file_in_the_place_of_a_recipe_is_told_what_was_meant(small, tmp_path):
+    run = tmp_path / "run"
+    claim_directory(load_recipe(small), run, print)
+    Path("config.json").write_text("{}")
+    for given, message in (
+        ("./run", "run is a folder. Give the recipe in it, run/recipe.yaml, or the name of a built-in recipe."),
+        ("run", "run is a folder. Give the recipe in it, run/recipe.yaml,"),
+        ("texts", "texts is a folder. Give the path of a YAML file or the name of a built-in recipe."),
+        (
+            "config.json",
+            "config.json is no recipe by its name. Give a file whose suffix is .yaml, or the name of a built",
+        ),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            load_recipe(given)
+        assert str(raised.value).startswith(message)
+    assert "auxin train --model config.json" in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +248,7 @@ def test_sources_and_devices_are_looked_for_before_anything_is_made(small, tmp_p
         ("training.device=cuda", ConfigError, "training.device: 'cuda' is asked for"),
         (f"{STAGE}.settings.device=cuda", ConfigError, "one/base: settings.device: 'cuda' is asked for"),
     ):
-        with pytest.raises(error, match=f"^{re.escape(message)}"):
+        with pytest.raises(error, match=f"^{re.escape(f'{small}: {message}')}"):
             run_recipe(load_recipe(small, [override]), tmp_path / "out", "auxin run")
     assert not (tmp_path / "out").exists()
     check_sources(load_recipe(small))

@@ -35,7 +35,8 @@ def changed(**changes):
         ({"data__vocabsize": 512}, "Did you mean 'vocab_size'"),
         ({"data__source": "web"}, "data.source"),
         ({"branches__0__stages__2__tokens__ffn_token": 9}, "Did you mean 'ffn_tokens'"),
-        ({"branches__0__stages__1__settings": {"step": 5}}, "exactly one of steps, tokens, samples, flops, flops_of"),
+        ({"branches__0__stages__1__settings": {"step": 5}}, "settings.step: unknown field. Did you mean 'steps'"),
+        ({"branches__0__stages__1__settings": {}}, "exactly one of steps, tokens, samples, flops, or flops_of"),
         ({"branches__0__stages__1__settings": {"steps": 5, "learning_rat": 1}}, "Did you mean 'learning_rate'"),
         ({"branches__1__fork": "grwn/base"}, "Did you mean 'grown'"),
         ({"branches__1__fork": "grown/bse"}, "Did you mean 'base'"),
@@ -60,7 +61,7 @@ def test_a_wrong_recipe_names_the_field_and_the_mend(changes, message):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        ({"model_type": "lama"}, "unknown model_type 'lama'. Did you mean"),
+        ({"model_type": "lama"}, "model_type: Unknown architecture 'lama'. Did you mean"),
         ({"model_type": "llama", "config": {"hidden_size": 30, "num_attention_heads": 4}}, "multiple of the number"),
         ({"model_type": "gpt2", "config": {"hiden_size": 32}}, "Did you mean 'hidden_size'"),
         ({"model_type": "llama", "config": {"intermediate_size": -1}}, "no llama can be built with these sizes"),

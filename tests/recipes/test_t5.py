@@ -156,11 +156,11 @@ LLAMA = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "nu
     [
         (
             {"training": {}},
-            "build stage 'build': t5 has no class for the objective 'causal'.*another training.objective",
+            "main/build: model_type: t5 has no class for the objective 'causal'.*another training.objective",
         ),
         (
             {"model_type": "llama", "config": LLAMA},
-            "build stage 'build': llama has no class for.*'span_corruption'.*another model_type",
+            "main/build: model_type: llama has no class for.*'span_corruption'.*another model_type",
         ),
         (
             {"training": {"objective": {"kind": "span_corruption", "noise_density": 0.01}}},

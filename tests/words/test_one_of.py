@@ -72,7 +72,7 @@ def test_a_mapping_without_a_kind_is_of_the_default_one_where_there_is_one():
         ({"kind": None}, "x.yaml: wears.kind: required, but not given."),
         ("belt", "x.yaml: wears.length: required, but not given."),
         (5, "x.yaml: wears: 5 is neither a mapping with `kind` nor the name of a garment."),
-        (None, "x.yaml: wears: None is neither"),
+        (None, "x.yaml: wears: null is neither"),
         ({"kind": "case", "inside": ["coat", {"kind": "belt"}]}, "x.yaml: wears.inside.1.length: required"),
         ({"kind": "case", "inside": [{"kind": "case", "inside": ["hat"]}]}, "x.yaml: wears.inside.0.inside.0.kind: "),
     ],
@@ -126,7 +126,7 @@ def test_the_schema_for_editors_has_the_kinds():
 
 def test_outside_of_a_field_the_message_begins_with_the_place():
     assert parse_one(ANY, "coat", "--wear") == Coat()
-    with pytest.raises(ConfigError, match=r"^--wear\.length: required, but not given\.; --wear\.size: unknown field"):
+    with pytest.raises(ConfigError, match=r"^--wear\.length: required, but not given; --wear\.size: unknown field"):
         parse_one(ANY, {"kind": "belt", "size": 1}, "--wear")
     with pytest.raises(ConfigError, match=r"^--wear: 3 is neither"):
         parse_one(ANY, 3, "--wear")

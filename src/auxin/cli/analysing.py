@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from auxin.cli.app import LARGEST_SEED, AsJson, Overrides, app, model_folder
+from auxin.cli.app import LARGEST_SEED, AsJson, Overrides, app, refuse_swapped
 from auxin.cli.printing import escaped, print_table, print_wide
 from auxin.errors import ConfigError, DataError
 
@@ -28,7 +28,7 @@ def analyse(
     as_json: AsJson = False,
 ) -> None:
     """Measure what the layers of a model do, on source code of Python's standard library; kept for the next time."""
-    from auxin.analysis import measure_all
+    from auxin.analysis import measure_all, measurements
     from auxin.analysis import measurement as find_measurement
     from auxin.models.loading import load_model
     from auxin.objectives.calibration import Calibration, CorpusCalibration
@@ -37,15 +37,15 @@ def analyse(
 
     if output is not None and output.exists():
         raise ConfigError(f"--output: {output} exists. Give a folder that doesn't, or remove it.")
+    refuse_swapped(str(model) in measurements() and measurement not in measurements(), "analyse", model, measurement)
     _register()
     values: dict[str, Any] = {}
     for change in overrides or []:
         apply_override(values, change)
     wanted = find_measurement(measurement, **values)
-    folder = model_folder(model)
-    loaded = load_model(folder, device=choose_device("auto"))
+    loaded = load_model(model, device=choose_device("auto"))
     asked = CorpusCalibration(samples=samples, length=length, batch_size=batch_size, seed=seed)
-    data = None if wanted.needs == "weights" else Calibration.of_corpus(loaded, folder, asked)
+    data = None if wanted.needs == "weights" else Calibration.of_corpus(loaded, model, asked)
     if data is not None and data.distinct is not None and samples > data.distinct:
         raise DataError(
             f"--samples: the text makes {data.distinct} samples of {length} tokens, and the same ones again would tell "
@@ -53,7 +53,7 @@ def analyse(
         )
     (record,) = measure_all([wanted], loaded, data, progress=True)
     if output is not None:
-        _write(record, f"{wanted.name.capitalize()} of {folder.resolve().name}", output)
+        _write(record, f"{wanted.name.capitalize()} of {model.resolve().name}", output)
     if as_json:
         print(record.model_dump_json(indent=2))
         return

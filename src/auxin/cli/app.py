@@ -2,22 +2,42 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from auxin.cli.printing import escaped, to_stderr
-from auxin.errors import AuxinError, CheckpointError, reason, shown
+from auxin.errors import AuxinError, ConfigError, reason, shown
+
+
+class _Commands(TyperGroup):
+    """Says in the words of all other messages what is wrong with an option's value."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            from pydantic import ValidationError
+
+            from auxin.field_errors import wrong_value
+
+            if isinstance(error.__cause__, ValidationError):
+                error.message = wrong_value(error.__cause__)
+            raise
+
 
 app = typer.Typer(
     name="auxin",
+    cls=_Commands,
     help="Change the size of a transformer without starting over: grow it, prove what was preserved, keep the books.",
     no_args_is_help=True,
     add_completion=False,
@@ -97,20 +117,13 @@ def _version(
         raise typer.Exit
 
 
-def model_folder(folder: Path) -> Path:
-    """`folder`; where it is the folder of a run (or of a stage), an error that names the checkpoints in it."""
-    marks = ("recipe.yaml", "branches", "checkpoints", "checkpoint")
-    if (folder / "config.json").is_file() or not any((folder / mark).exists() for mark in marks):
-        return folder
-    configs = sorted(path for path in folder.rglob("config.json") if not path.parent.name.startswith((".", "damaged-")))
-    # The last of each stage: names of checkpoints sort by step.
-    newest = {path.parent.parent: path.parent for path in configs}
-    if not newest:
-        raise CheckpointError(f"{folder} is the folder of a run, which has saved no checkpoint yet.")
-    raise CheckpointError(
-        f"{folder} is the folder of a run, not of a checkpoint. Give one of those in it: "
-        + ", ".join(map(str, newest.values()))
-    )
+def refuse_swapped(swapped: bool, command: str, first: object, second: object) -> None:
+    """ConfigError that says how it is written where two arguments of `command` were given the other way round."""
+    if swapped:
+        raise ConfigError(
+            f"{shown(str(first))} and {shown(str(second))} stand the other way round. Give "
+            f"{shlex.join(['auxin', command, str(second), str(first)])}, with the same options."
+        )
 
 
 def _show_warning(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.tree import Tree
 
-from auxin.cli.app import AsJson, Checkpoint, Output, app, model_folder
+from auxin.cli.app import AsJson, Checkpoint, Output, app, refuse_swapped
 from auxin.cli.printing import escaped, number, print_table, print_wide, to_stderr
 from auxin.errors import CheckpointError, ConfigError
 
@@ -30,7 +30,7 @@ def convert(
     from auxin.models.tokenformer.official import export_official, import_official
 
     if to_official:
-        report = export_official(model_folder(source), output)
+        report = export_official(source, output)
     else:
         report = import_official(source, output, num_attention_heads=num_attention_heads, tokenizer_dir=tokenizer)
     if as_json:
@@ -60,6 +60,7 @@ def generate(
     """Continue a text."""
     from auxin.evaluation import generate_text
 
+    refuse_swapped(not checkpoint.exists() and Path(prompt).is_dir(), "generate", checkpoint, prompt)
     model, tokenizer = _load(checkpoint)
     text = generate_text(model, tokenizer, prompt, max_new_tokens, temperature, top_p, seed)
     print(json.dumps({"prompt": prompt, "continuation": text}) if as_json else prompt + text)
@@ -122,10 +123,11 @@ def show(
     """What a checkpoint is: structure, token groups, costs, and the lineage with what each stage cost."""
     from auxin.data import PackedData
     from auxin.evaluation.inspection import describe_checkpoint
+    from auxin.models.folders import model_folder
 
     if verify:
         _verify(model_folder(checkpoint))
-    found = describe_checkpoint(model_folder(checkpoint), None if corpus is None else PackedData.load(corpus))
+    found = describe_checkpoint(checkpoint, None if corpus is None else PackedData.load(corpus))
     if as_json:
         print(found.model_dump_json(indent=2))
         return
@@ -172,8 +174,8 @@ def _load(checkpoint: Path) -> tuple[Any, Any]:
     from auxin.training import load_model
     from auxin.training.hardware import choose_device
 
-    refuse_damaged_tensors(model_folder(checkpoint))
-    return load_model(model_folder(checkpoint), device=choose_device("auto")), load_tokenizer(checkpoint)
+    refuse_damaged_tensors(checkpoint)
+    return load_model(checkpoint, device=choose_device("auto")), load_tokenizer(checkpoint)
 
 
 def _print_lineage(ledger: Any) -> None:

@@ -1,12 +1,13 @@
 """Commands that change the size of a model: methods, plans, what they make of a checkpoint, and differences."""
 
 import json
+import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from auxin.cli.app import LARGEST_SEED, AsJson, Checkpoint, Output, Overrides, app, model_folder
+from auxin.cli.app import LARGEST_SEED, AsJson, Checkpoint, Output, Overrides, app, refuse_swapped
 from auxin.cli.printing import print_list, print_table, to_stderr
 from auxin.errors import ConfigError
 
@@ -36,7 +37,7 @@ def grow(
     from auxin.models.loading import load_config
     from auxin.recipes.change import change_checkpoint
 
-    config: Any = load_config(model_folder(checkpoint))
+    config: Any = load_config(checkpoint)
     counts = {"qkv_tokens": qkv_tokens, "proj_tokens": proj_tokens, "ffn_tokens": ffn_tokens}
     if (to is None) == all(count is None for count in counts.values()):
         raise ConfigError("Give either --to PRESET or token counts (--qkv-tokens, --proj-tokens, --ffn-tokens).")
@@ -88,7 +89,7 @@ def methods(
     "Then: [bold]auxin apply CKPT plan.yaml -o grown[/]"
 )
 def plan(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint's folder, or its config.json.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint's folder, or a config.json.")],
     method: Annotated[str, typer.Argument(metavar="METHOD", help="One of `auxin methods`.")],
     overrides: Overrides = None,
     data: Annotated[
@@ -104,9 +105,11 @@ def plan(
 ) -> None:
     """What a method would do to a model: every edit, parameters and FLOPs before and after, and what is promised."""
     from auxin.methods import method as find_method
+    from auxin.methods import methods
     from auxin.planning.method import plan_for
     from auxin.recipes.library import apply_override
 
+    refuse_swapped(str(model) in methods() and method not in methods(), "plan", model, method)
     values: dict[str, Any] = {}
     seen: dict[str, Any] = {}
     for change in overrides or []:
@@ -115,9 +118,8 @@ def plan(
         apply_override(seen, change, "--data")
     if output is not None and output.is_dir():
         raise ConfigError(f"--output: {output} is a folder. Give the plan's file: -o {output / 'plan.yaml'}.")
-    source = model_folder(model) if model.is_dir() else model
     # What belongs to a plan lies beside it.
-    made = plan_for(find_method(method), source, values, seen, Path() if output is None else output.parent)
+    made = plan_for(find_method(method), model, values, seen, Path() if output is None else output.parent)
     if output is not None:
         made.to_yaml(output)
     print(made.model_dump_json(indent=2) if as_json else made)
@@ -136,7 +138,8 @@ def apply(
     from auxin.edits import Plan
     from auxin.recipes.change import change_checkpoint
 
-    receipt = change_checkpoint(Plan.from_yaml(plan), model_folder(checkpoint), output)
+    refuse_swapped(checkpoint.is_file() and plan.is_dir(), "apply", checkpoint, plan)
+    receipt = change_checkpoint(Plan.from_yaml(plan), checkpoint, output)
     _print_receipt(receipt, output, as_json)
 
 
@@ -153,7 +156,7 @@ def diff(
     if old.is_dir() != new.is_dir():
         raise ConfigError(f"{old} and {new} can't be compared. Give two checkpoint folders, or two plans' YAML files.")
     if old.is_dir():
-        found: Any = diff_checkpoints(model_folder(old), model_folder(new))
+        found: Any = diff_checkpoints(old, new)
     else:
         found = diff_plans(Plan.from_yaml(old), Plan.from_yaml(new))
     if as_json:
@@ -184,7 +187,7 @@ def _described(method: Any) -> dict[str, Any]:
             "default": "required"
             if field.is_required()
             else json.dumps(field.get_default(call_default_factory=True), default=str),
-            "meaning": " ".join((field.description or "").split()),
+            "meaning": _meaning(field),
         }
         for name, field in method.settings.model_fields.items()
     ]
@@ -192,6 +195,22 @@ def _described(method: Any) -> dict[str, Any]:
         **{key: getattr(method, key) for key in ("name", "title", "paper", "intent", "promise", "needs_weights")},
         "settings": fields,
     }
+
+
+def _meaning(field: Any) -> str:
+    """What the docstring of a setting says, in the words of `--set`, and the choices that it does not name."""
+    text = re.sub(r"\bNone\b", "null", " ".join((field.description or "").split()))
+    choices = [str(choice) for choice in _choices(field.annotation)]
+    named = all(re.search(rf"\b{re.escape(choice)}\b", text) for choice in choices)
+    return text if named else f"{text} One of: {', '.join(choices)}."
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """The values of a Literal, also where there may be null or a list of them."""
+    inner = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return list(inner)
+    return [choice for part in inner for choice in _choices(part)]
 
 
 def _print_receipt(receipt: Any, output: Path, as_json: bool) -> None:

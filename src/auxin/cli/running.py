@@ -1,18 +1,20 @@
 """Commands that train: recipes, their results and reports, and what the machine offers."""
 
+import contextlib
 import json
+import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from auxin.cli.app import LARGEST_SEED, AsJson, Overrides, app, model_folder
+from auxin.cli.app import LARGEST_SEED, AsJson, Overrides, app
 from auxin.cli.listed import ListedOptions
 from auxin.cli.printing import number, print_line, print_table, to_stderr
-from auxin.errors import ConfigError
+from auxin.errors import AuxinError, ConfigError
 
 if TYPE_CHECKING:
     from auxin.accounting.comparison import Comparison
@@ -50,7 +52,7 @@ def run(
 ) -> None:
     """Run a recipe: train, change and compare its branches, and write a report. Resumes where it stopped."""
     from auxin.recipes import load_recipe, part_of, price_seeds, run_recipe, run_seeds
-    from auxin.recipes.beforehand import check_sources
+    from auxin.recipes.beforehand import check_devices, check_sources
 
     changes, given = list(overrides or []), _seeds(seeds)
     if seed is not None and given is not None:
@@ -68,6 +70,7 @@ def run(
     if dry_run:
         from auxin.recipes.timing import Timer
 
+        check_devices(loaded)
         check_sources(loaded)
         timer = Timer(threads=1 if loaded.seeds is not None or jobs > 1 else None)
         one = loaded.seeds is None
@@ -146,7 +149,7 @@ def train(
     flops: Annotated[float | None, typer.Option(help="Budget in training FLOPs.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    context_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    context_length: Annotated[int | None, typer.Option(help="Tokens per sequence; default: 512.")] = None,
     vocab_size: Annotated[int, typer.Option(help="Of the tokenizer to train, where none is given.")] = 4096,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer's folder; default: the checkpoint's.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seeds weights and data order.")] = 0,
@@ -158,28 +161,60 @@ def train(
     from auxin.recipes import run_recipe, training_recipe
 
     if Path(model).is_dir():
-        load_config(model_folder(Path(model)))  # what is wrong with the folder is said before its tokenizer is missed
-    recipe = training_recipe(
-        model,
-        corpus={
-            **({"source": "files", "paths": corpus} if corpus and corpus != ["stdlib"] else {"source": "stdlib"}),
-            "context_length": context_length,
-            "vocab_size": vocab_size,
-            "tokenizer": tokenizer,
-        },
-        training={
-            "steps": steps,
-            "tokens": tokens,
-            "flops": flops,
-            "batch_size": batch_size,
-            "learning_rate": learning_rate,
-        },
-        seed=seed,
-        overrides=overrides or [],
-    )
+        load_config(model)  # what is wrong with the folder is said before its tokenizer is missed
     command = shlex.join(["auxin", *sys.argv[1:]])
-    results = run_recipe(recipe, output, command, announce=to_stderr if as_json else print_line)
+    with _in_options(context_length is not None):
+        recipe = training_recipe(
+            model,
+            corpus={
+                **({"source": "files", "paths": corpus} if corpus and corpus != ["stdlib"] else {"source": "stdlib"}),
+                "context_length": context_length,
+                "vocab_size": vocab_size,
+                "tokenizer": tokenizer,
+            },
+            training={
+                "steps": steps,
+                "tokens": tokens,
+                "flops": flops,
+                "batch_size": batch_size,
+                "learning_rate": learning_rate,
+            },
+            seed=seed,
+            overrides=overrides or [],
+        )
+        results = run_recipe(recipe, output, command, announce=to_stderr if as_json else print_line)
     _print_results(results, output, as_json)
+
+
+_OPTIONS = {
+    "data.context_length": "--context-length",
+    "data.paths": "--corpus",
+    "data.tokenizer": "--tokenizer",
+    "data.vocab_size": "--vocab-size",
+    "training.batch_size": "--batch-size",
+    "training.flops": "--flops",
+    "training.learning_rate": "--learning-rate",
+    "training.steps": "--steps",
+    "training.tokens": "--tokens",
+    "main/build: ": "--model: ",
+    "main/train: ": "",
+}
+"""What `auxin train` calls the places of the recipe that it makes."""
+
+
+@contextlib.contextmanager
+def _in_options(context_length_given: bool) -> Iterator[None]:
+    """Within the context, errors name the options of `auxin train` and no places of a recipe, which nobody wrote."""
+    names = dict(_OPTIONS)
+    if not context_length_given:
+        names["data.context_length"] += ", which was not given,"
+    # A name within a longer one is another name.
+    places = re.compile(r"(?<![\w./])(" + "|".join(map(re.escape, names)) + r")(?<!\w(?=\w|\.\w))")
+    try:
+        yield
+    except AuxinError as error:
+        error.args = (places.sub(lambda found: names[found[1]], str(error)), *error.args[1:])
+        raise
 
 
 @app.command(epilog="Example: [bold]auxin doctor --json[/]")

@@ -13,7 +13,7 @@ from auxin.data.padding import padding_tokenizer
 from auxin.data.settings import TextSettings
 from auxin.data.sources import Document, read_rows, text_document
 from auxin.data.tokenizer import vocabulary_fields
-from auxin.errors import DataError
+from auxin.errors import DataError, placed
 
 _BETWEEN = b"\xff"
 """Stands between the texts of a pair; no byte of UTF-8."""
@@ -79,7 +79,9 @@ class LabelledTextSettings(TextSettings):
             return labelled_form(self, self.label_names, self.vocab_size)
         if not self.tokenizer.exists():
             return labelled_form(self, self.label_names, None)
-        return labelled_form(self, self.label_names, None, padding_tokenizer(self.tokenizer))
+        with placed("tokenizer: "):
+            tokenizer = padding_tokenizer(self.tokenizer)
+        return labelled_form(self, self.label_names, None, tokenizer)
 
 
 def labelled_form(

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 from filelock import FileLock
-from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from transformers import PreTrainedTokenizerFast
@@ -25,8 +24,8 @@ from auxin.data.packing import DocumentSpool
 from auxin.data.settings import TextSettings
 from auxin.data.sources import Document, source_signature
 from auxin.data.tokenizer import read_tokenizer, tokenizer_digest, train_tokenizer
-from auxin.errors import DataError, reason
-from auxin.files import flush, write_text
+from auxin.errors import ConfigError, DataError, reason
+from auxin.files import existing_folder, flush, write_text
 from auxin.settings import Settings
 from auxin.sums import damage, has_sums, write_sums
 
@@ -80,16 +79,19 @@ class PreparedText(Generic[ManifestT]):
         Raises:
             DataError: nothing prepared there, or a file of it is missing or of another size.
         """
-        directory = Path(directory)
+        directory = existing_folder(directory, f"the folder of a prepared {cls.noun}", cls.manifest_file, DataError)
         path = directory / cls.manifest_file
+        if not path.exists():
+            below = ", ".join(str(found.parent) for found in sorted(directory.glob(f"*/{cls.manifest_file}")))
+            mend = f"Give the one in it: {below}" if below else "Give one that a run has prepared, its folder data/."
+            raise DataError(f"{directory} holds no prepared {cls.noun} ({cls.manifest_file} is missing). {mend}")
         try:
-            manifest: Any = cls.manifest_class.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError as error:
-            raise DataError(
-                f"{directory} holds no prepared {cls.noun} ({cls.manifest_file} is missing). Prepare one."
-            ) from error
-        except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} is damaged or of another version: {error}. Delete the folder.") from error
+            manifest: Any = cls.manifest_class.parse(json.loads(path.read_text(encoding="utf-8")))
+        except ConfigError as error:
+            why = str(error).rstrip(".")
+            raise DataError(f"{path} is damaged or of another version: {why}. Delete the folder.") from error
+        except (OSError, ValueError) as error:  # broken JSON and broken UTF-8 are ValueErrors
+            raise DataError(f"{path} is damaged: {reason(error)}. Delete the folder.") from error
         if manifest.format != cls.version:
             raise DataError(f"{path} has format {manifest.format}, this version reads {cls.version}. Prepare it again.")
         data = cls(directory, manifest)

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from auxin.data.dataset import DatasetSettings, SampleForm
 from auxin.data.tokenizer import load_tokenizer, vocabulary_fields
+from auxin.errors import placed
 
 
 class SourceSettings(DatasetSettings):
@@ -80,7 +81,8 @@ class CorpusSettings(TextSettings):
         """Contexts of tokens; the vocabulary is the one asked for, or that of the tokenizer named if it is there."""
         if self.tokenizer is None or not self.tokenizer.exists():
             return packed_form(self, self.vocab_size if self.tokenizer is None else None)
-        tokenizer = load_tokenizer(self.tokenizer)
+        with placed("tokenizer: "):
+            tokenizer = load_tokenizer(self.tokenizer)
         return packed_form(self, vocabulary_fields(tokenizer)["vocab_size"], tokenizer)
 
 

@@ -131,9 +131,9 @@ def _expand(pattern: Path) -> list[tuple[Path, bool]]:
     elif glob.has_magic(str(pattern)):
         matches = [(Path(path), False) for path in glob.glob(str(pattern), recursive=True) if Path(path).is_file()]
     else:
-        raise DataError(f"{pattern} does not exist. Give an existing file, folder or glob in `paths`.")
+        raise DataError(f"{pattern} does not exist. Give an existing file, folder or glob.")
     if not matches:
-        raise DataError(f"{pattern} matches no file. Give a folder or glob in `paths` that holds files.")
+        raise DataError(f"{pattern} matches no file. Give a folder or glob that holds files.")
     return matches
 
 

@@ -25,7 +25,8 @@ from auxin.edits.unread import about_unread, outputs_and_unread
 from auxin.errors import CheckpointError, PlanError
 from auxin.files import new_folder
 from auxin.foreign import refuse_links_out_anywhere
-from auxin.models.loading import existing_folder, load_config, load_model
+from auxin.models.folders import model_folder
+from auxin.models.loading import load_config, load_model
 from auxin.models.weight_files import weight_files
 from auxin.sums import SUMS_FILE, refuse_damaged_tensors
 
@@ -136,9 +137,7 @@ def _carry_trainer_optimizer(
 
 
 def _check_folders(source: Path, output: Path) -> None:
-    existing_folder(source)
-    if not (source / "config.json").is_file():
-        raise CheckpointError(f"{source} is no checkpoint: it holds no config.json. Give the folder of a saved model.")
+    model_folder(source)
     if (source / ADAPTER).is_file():
         raise CheckpointError(
             f"{source} holds an adapter ({ADAPTER}), which is a part of the model that transformers loads from it. "

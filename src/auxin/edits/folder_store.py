@@ -16,7 +16,7 @@ from auxin.edits.origin import Origin
 from auxin.edits.resolution import ResolvedPlan
 from auxin.edits.safetensors_file import SafetensorsWriter, torch_dtype
 from auxin.edits.tensor_names import shapes_of, tensor_names
-from auxin.errors import CheckpointError
+from auxin.errors import CheckpointError, reason
 from auxin.models.stored_form import StoredForm
 from auxin.models.weight_files import INDEX_ENDING, read_tensor, weight_files, weight_map
 
@@ -210,7 +210,9 @@ class FolderStore:
                     for name, piece in pieces.items()
                 ]
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} can't be read: {error}. Restore it from an earlier checkpoint.") from error
+            raise CheckpointError(
+                f"{path} can't be read: {reason(error)}. Restore it from an earlier checkpoint."
+            ) from error
 
     def _found_homes(self) -> dict[str, Path]:
         """The file of every new tensor that is written."""

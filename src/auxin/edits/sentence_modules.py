@@ -23,7 +23,7 @@ from torch import Tensor, cat
 from auxin.edits.kinds.fills import ZeroFill
 from auxin.edits.kinds.parameter_edits import PadParameter, ParameterEdit, SliceParameter
 from auxin.edits.resolution import ResolvedPlan
-from auxin.errors import CheckpointError, PlanError
+from auxin.errors import CheckpointError, PlanError, reason
 from auxin.foreign import lies_outside
 from auxin.models.anatomy import anatomy
 from auxin.models.weight_files import PLAIN
@@ -100,7 +100,7 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} can't be read: {error}. Mend it, or copy the folder anew.") from error
+        raise CheckpointError(f"{path} can't be read: {reason(error)}. Mend it, or copy the folder anew.") from error
 
 
 def _config(source: Path, module: _Module, said: dict[str, Any]) -> dict[str, bytes]:

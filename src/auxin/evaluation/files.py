@@ -39,6 +39,8 @@ def score_files(
 
 
 def _read(path: Path) -> str:
+    if path.is_dir():
+        raise DataError(f"{path} is a folder. Give the text files in it, each by itself.")
     try:
         # As it is: reading as text would turn the line ends of Windows into others.
         text = path.read_bytes().decode("utf-8")

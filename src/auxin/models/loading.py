@@ -35,6 +35,7 @@ from auxin.accounting.machine import available_memory
 from auxin.errors import CheckpointError, ConfigError, first_line
 from auxin.foreign import offline, refuse_active, refuse_active_file, refuse_files_elsewhere, refuse_links_out
 from auxin.models.configs import refuse_endless
+from auxin.models.folders import CONFIG_FILE, model_folder
 from auxin.models.stored_form import StoredForm
 from auxin.models.ties import TIED, UNTIED, configs_with_ties, unmarked, untie, untied_on_loading
 from auxin.models.weight_files import read_tensor, stored_tensors
@@ -71,30 +72,46 @@ def load_config(folder: str | Path) -> PreTrainedConfig:
             model is code of the folder's own, or names what would be fetched or run (`auxin.foreign`).
     """
     folder = _model_folder(folder)
+    return _with_stored_ties(_read_config(folder, folder / CONFIG_FILE), folder)
+
+
+def load_config_file(path: str | Path) -> PreTrainedConfig:
+    """The config in a file by itself, whatever its name; no weights are looked for beside it.
+
+    Raises:
+        CheckpointError: as `load_config`, or the file holds something else.
+    """
+    return _read_config(Path(path), Path(path))
+
+
+def _read_config(source: Path, path: Path) -> PreTrainedConfig:
+    """The config in the file `path`, for which transformers is given `source`: the file, or the folder it lies in."""
     try:
         with offline():
-            values, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
-            refuse_active(values, f"{folder}/config.json")
+            values, _ = PreTrainedConfig.get_config_dict(source, local_files_only=True)
+            refuse_active(values, str(path))
+            if "model_type" not in values and source == path:
+                raise CheckpointError(f"{path} has no model_type: it is no config of a transformers model. Give one.")
             refuse_endless(values)
-            _refuse_own_code(values, folder)
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            _refuse_own_code(values, path)
+            config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except OfflineModeIsEnabled as error:
         wanted = str(error).partition(": offline mode")[0]
         raise CheckpointError(
-            f"{folder}/config.json names something on the Hub, and nothing is fetched for a folder ({wanted}). Say in "
-            "the config what it is: backbone_config in place of backbone, for example."
+            f"{path} names something on the Hub, and nothing is fetched for a folder ({wanted}). Say in the config "
+            "what it is: backbone_config in place of backbone, for example."
         ) from error
     except (OSError, ValueError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{folder}/config.json can't be read: {error}") from error
-    return _with_stored_ties(cast(PreTrainedConfig, config), folder)
+        raise CheckpointError(f"{path} can't be read: {error}") from error
+    return cast(PreTrainedConfig, config)
 
 
-def _refuse_own_code(values: dict[str, Any], folder: Path) -> None:
-    """CheckpointError where the model is none of transformers', but code that the config names."""
+def _refuse_own_code(values: dict[str, Any], path: Path) -> None:
+    """CheckpointError where the model is none of transformers', but code that the config in `path` names."""
     model_type = str(values.get("model_type"))
     if "auto_map" in values and model_type not in CONFIG_MAPPING:
         raise CheckpointError(
-            f"{folder}/config.json: model_type {model_type!r} is none of transformers', and auto_map names code of the "
+            f"{path}: model_type {model_type!r} is none of transformers', and auto_map names code of the "
             "model's own, which is not run. Give a model that transformers has, or one that a package of yours "
             "registers with it."
         )
@@ -318,31 +335,12 @@ def no_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def existing_folder(path: str | Path) -> Path:
-    """`path`; CheckpointError when it is no folder."""
-    folder = Path(path)
-    if not folder.is_dir():
-        if folder.is_file():
-            raise CheckpointError(
-                f"{folder} is a file and no folder. Give the folder of a checkpoint: {folder.parent}."
-            )
-        raise CheckpointError(f"{folder} does not exist. Give the folder of a checkpoint.")
-    return folder
-
-
 def _in_words(model_class: Any) -> str:
     return "a causal language model" if model_class is AutoModelForCausalLM else model_class.__name__
 
 
 def _model_folder(path: str | Path) -> Path:
-    folder = existing_folder(path)
-    if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{folder} holds an adapter and no model. Load its model with it (peft), merge them (merge_and_unload) and "
-            "save that."
-        )
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json: it is no model folder, or an incomplete copy of one.")
+    folder = model_folder(path)
     refuse_links_out(folder, below=("training",))
     for index in sorted(folder.glob("*.index.json")):
         refuse_files_elsewhere(index)

@@ -235,7 +235,7 @@ class ObjectiveSettings(Settings):
             made = "" if longest == form.length else f" ({longest} after what {self.kind} makes of it)"
             holds = "" if room == positions else f", which has room for {room} tokens"
             raise ConfigError(
-                f"The data's context_length is {form.length}{made}, but the model's max_position_embeddings is "
+                f"data.context_length is {form.length}{made}, but the model's max_position_embeddings is "
                 f"{positions}{holds}. Lower the first or raise the second."
             )
         rows = getattr(config.get_text_config(), "vocab_size", None)

@@ -15,7 +15,8 @@ from auxin.edits.plan import Plan
 from auxin.edits.structure import config_values, edited_skeleton, refuse_quantized, skeleton_of
 from auxin.errors import AuxinError, ConfigError, PlanError
 from auxin.models.evaluating import about_inference_tensors
-from auxin.models.loading import load_config, load_model
+from auxin.models.folders import CONFIG_FILE
+from auxin.models.loading import load_config, load_config_file, load_model
 from auxin.nn.autocast import without_autocast
 from auxin.objectives.calibration import Batch, Calibration, CalibrationSettings, CorpusCalibration
 from auxin.planning.bench import Bench
@@ -140,8 +141,8 @@ def plan_for(
 
     Args:
         method: the method.
-        source: a model, which is left as it is, or a checkpoint folder, or its config.json; weights are needed only
-            where the method looks at them.
+        source: a model, which is left as it is, or a checkpoint folder or its config.json, or another file of a config;
+            weights are needed only where the method looks at them.
         values: settings of the method by name.
         data: for a method that looks at data: a `Calibration`, batches (token ids, or inputs by name with labels), or
             fields of `CorpusCalibration`. What is not set is what the method asks for, of the training split of the
@@ -195,10 +196,15 @@ def _with_weights(method: Method, model: PreTrainedModel) -> PreTrainedModel:
 
 def _model_in(method: Method, path: Path) -> tuple[PreTrainedModel, Path]:
     """The model in a folder, on the meta device where shapes are enough, and the folder."""
-    if path.is_file() and path.name != "config.json":
+    if path.is_file() and path.suffix != ".json":
         raise ConfigError(f"{path} is no model. Give a checkpoint's folder, or a config.json.")
+    alone = path.is_file() and path.name != CONFIG_FILE
     checkpoint = path.parent if path.is_file() else path
-    config = load_config(checkpoint)
+    if alone and method.needs_weights:
+        raise ConfigError(
+            f"{method.name} looks at the model's weights, and {path} is a config alone. Give a checkpoint's folder."
+        )
+    config = load_config_file(path) if alone else load_config(checkpoint)
     if method.needs_weights and not any(checkpoint.glob("*.safetensors")):
         raise ConfigError(
             f"{method.name} looks at the model's weights, and {checkpoint} holds no *.safetensors file. Give a whole "

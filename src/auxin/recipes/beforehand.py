@@ -25,13 +25,14 @@ def check_sources(recipe: Recipe) -> None:
     """DataError when a file that the data is made of, or its tokenizer, is not there. Nothing is fetched: what is
     behind a name on the Hub is found out by the run."""
     data = recipe.data
-    if isinstance(data, SourceSettings) and data.source == "files":
-        with placed("data.paths: "):
-            source_files(data)
-    tokenizer: Path | None = getattr(data, "tokenizer", None)
-    if tokenizer is not None and not tokenizer.exists():
-        with placed("data.tokenizer: "):
-            read_tokenizer(tokenizer)
+    with recipe.at():
+        if isinstance(data, SourceSettings) and data.source == "files":
+            with placed("data.paths: "):
+                source_files(data)
+        tokenizer: Path | None = getattr(data, "tokenizer", None)
+        if tokenizer is not None and not tokenizer.exists():
+            with placed("data.tokenizer: "):
+                read_tokenizer(tokenizer)
 
 
 def check_devices(recipe: Recipe) -> None:
@@ -39,6 +40,7 @@ def check_devices(recipe: Recipe) -> None:
     for branch in recipe.branches:
         for stage in branch.stages:
             if isinstance(stage, TrainStage):
-                own = "device" in stage.settings
-                with placed(f"{branch.name}/{stage.name}: settings." if own else "training."):
+                # The recipe's own device is every stage's.
+                place = recipe.at(branch, stage) if "device" in stage.settings else recipe.at()
+                with place, recipe.at_setting(stage):
                     choose_device(recipe.training_settings(stage, flops=1.0).device)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from auxin.errors import CheckpointError, ConfigError, reason
+from auxin.errors import CheckpointError, ConfigError, reason, shown
 from auxin.files import make_folder
 from auxin.recipes.schema import Branch, Recipe, Stage, TrainStage
 from auxin.settings import Settings
@@ -55,7 +55,7 @@ def left_checkpoint(directory: Path, branch: Branch, stage: Stage) -> Path:
     path = folder / OUTCOME_FILE
     again = f"Remove {folder} and run again: the stage is then done anew."
     try:
-        outcome = StageOutcome.parse(json.loads(path.read_text(encoding="utf-8")), source=str(path))
+        outcome = StageOutcome.parse(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist: this stage is not finished. Run again.") from error
     except (ValueError, OSError) as error:  # broken JSON, broken UTF-8 and wrong fields are ValueErrors
@@ -190,7 +190,8 @@ def allowed_changes(recipe: Recipe, directory: Path) -> list[str]:
     try:
         saved = Recipe.from_yaml(directory / RECIPE_FILE)
     except ConfigError as error:
-        raise ConfigError(f"{directory} holds a run that can't go on: {error}. Give another --output.") from error
+        why = str(error).rstrip(".")
+        raise ConfigError(f"{directory} holds a run that can't go on: {why}. Give another --output.") from error
     changes = differences(_dumped(saved), _dumped(recipe))
     if refused := [line for field, line in changes.items() if not _may_change(field, saved, recipe, directory)]:
         raise ConfigError(
@@ -288,4 +289,4 @@ def _data_of(path: Path) -> dict[str, Any] | None:
 
 
 def _shown(value: Any) -> str:
-    return value if value is NOT_SET else repr(value)
+    return NOT_SET if value is NOT_SET else shown(value)

@@ -7,10 +7,15 @@ from typing import Any
 
 from auxin.errors import ConfigError, reason, shown, unknown_name
 from auxin.models.tokenformer.presets import PRESETS
+from auxin.recipes.folder import RECIPE_FILE
 from auxin.recipes.schema import Recipe
+from auxin.training import TrainingSettings
+from auxin.training.settings import BUDGETS
 from auxin.yaml_files import DEEPEST, read_yaml, read_yaml_file
 
 BUILTIN = files("auxin.recipes") / "builtin"
+SUFFIXES = (".yaml", ".yml")
+"""Of recipes in files."""
 
 
 def builtin_recipes() -> dict[str, Recipe]:
@@ -30,17 +35,39 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
         ConfigError: no such recipe, broken YAML, or a field that is unknown or wrong.
     """
     path = Path(name_or_path)
-    if path.suffix in {".yaml", ".yml"} or path.name != name_or_path:
+    if path.suffix in SUFFIXES or path.name != name_or_path:
+        _refuse_folder(path)
         values = read_yaml_file(path)
     else:
         known = [found.name.removesuffix(".yaml") for found in BUILTIN.iterdir() if found.name.endswith(".yaml")]
         if name_or_path not in known:
+            _refuse_folder(path)
+            _refuse_other_suffix(path)
             raise ConfigError(unknown_name("recipe", name_or_path, known) + " A file needs its .yaml suffix.")
         values = read_yaml((BUILTIN / f"{name_or_path}.yaml").read_text(encoding="utf-8"), name_or_path)
     Recipe.refuse_other_file(values, name_or_path)
     for override in overrides or []:
         apply_override(values, override)
-    return Recipe.parse(values, source=name_or_path)
+    return Recipe.parse(values, source=name_or_path).read_from(name_or_path)
+
+
+def _refuse_folder(path: Path) -> None:
+    """ConfigError where the path of a recipe is that of a folder; of a run's, the message names its recipe."""
+    if path.is_dir():
+        within = path / RECIPE_FILE
+        meant = f"the recipe in it, {within}," if within.is_file() else "the path of a YAML file"
+        name = shown(str(path), quoted=False)
+        raise ConfigError(f"{name} is a folder. Give {meant} or the name of a built-in recipe.")
+
+
+def _refuse_other_suffix(path: Path) -> None:
+    """ConfigError where the path of a recipe is that of a file whose name does not say that it is one."""
+    if path.is_file():
+        name = shown(str(path), quoted=False)
+        model = f" The model of a config is trained by: auxin train --model {name}" if path.suffix == ".json" else ""
+        raise ConfigError(
+            f"{name} is no recipe by its name. Give a file whose suffix is .yaml, or the name of a built-in one.{model}"
+        )
 
 
 def training_recipe(
@@ -68,6 +95,12 @@ def training_recipe(
         build = _configured(path)
     elif model.lower() in PRESETS:
         build = {"preset": model}
+    elif path.is_file():
+        run = f" A recipe is run by: auxin run {model}" if path.suffix in SUFFIXES else ""
+        raise ConfigError(
+            f"--model {shown(model)} is a file, and not of a model. Give a checkpoint's folder, a config.json or a "
+            f"preset's name.{run}"
+        )
     else:
         raise ConfigError(
             f"--model {shown(model)} is no folder and no config.json. " + unknown_name("preset", model.lower(), PRESETS)
@@ -86,7 +119,24 @@ def training_recipe(
     }
     for override in overrides or []:
         apply_override(values, override)
+    if not any(override.startswith("branches") for override in overrides or []):  # which may set a budget as well
+        _refuse_other_budgets(values["training"])
     return Recipe.parse(values)
+
+
+def _refuse_other_budgets(training: Any) -> None:
+    """ConfigError that names the options where the `training` of a recipe of options has none or several budgets, and
+    nothing else is wrong with it."""
+    if not isinstance(training, dict):
+        return  # refused as a field of the recipe
+    given = [name for name in BUDGETS if training.get(name) is not None]
+    if len(given) != 1:
+        TrainingSettings.parse_but_budget(training, within="training")
+        told = ", ".join(f"{name} = {shown(training[name])}" for name in given) or "none"
+        raise ConfigError(
+            "How long to train is said by exactly one of --steps, --tokens, --flops and --set training.samples=NUMBER; "
+            f"given: {told}."
+        )
 
 
 def _configured(path: Path) -> dict[str, Any]:

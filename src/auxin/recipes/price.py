@@ -7,9 +7,8 @@ from auxin.accounting.ledger import LEDGER_FILE
 from auxin.accounting.memory import FLOAT32_BYTES
 from auxin.data.dataset import SampleForm
 from auxin.edits.structure import edited_skeleton
-from auxin.errors import ConfigError, placed
-from auxin.objectives import Objective, ObjectiveSettings, References
-from auxin.objectives.calibration import CalibrationSettings
+from auxin.errors import ConfigError
+from auxin.objectives import ObjectiveSettings, References
 from auxin.recipes.references import reference_shapes
 from auxin.recipes.schema import Branch, BuildStage, ChangeStage, Recipe, Stage, TrainStage
 from auxin.recipes.stage_models import StageConfigs, change_data, estimated_stages, stage_configs
@@ -118,7 +117,9 @@ def price_recipe(
     Raises:
         ConfigError, PlanError: the recipe can't be run as it stands.
     """
-    form = recipe.data.form() if form is None else form
+    if form is None:
+        with recipe.at():
+            form = recipe.form()
     return _Pricing(recipe, structures or stage_configs(recipe, form), memory, form).price()
 
 
@@ -145,36 +146,36 @@ class _Pricing:
     def _branch(self, branch: Branch, flops: float, totals: dict[str, float]) -> list[StagePrice]:
         prices = []
         for stage in branch.stages:
-            config = self.structures[branch.name][stage.name]
             if (
                 isinstance(stage, BuildStage)
                 and stage.checkpoint is not None
                 and (stage.checkpoint / LEDGER_FILE).exists()
             ):
                 flops = Ledger.load(stage.checkpoint).total_flops
-            price = StagePrice(
-                branch=branch.name,
-                stage=stage.name,
-                kind=stage.kind,
-                parameters=self._parameters(config),
-                estimate=self._is_estimate(branch, stage),
-            )
-            if isinstance(stage, ChangeStage) and (asked := change_data(stage)) is not None:
-                where = f"{branch.name}/{stage.name}: "
-                form = self._shortened(where, asked)
-                per_sample = self._flops(where, config, self.recipe.objective, form)
-                price = price.model_copy(
-                    update={"units": form.amount(asked.samples), "flops": asked.samples * per_sample}
-                )
-                flops += price.flops
-            if isinstance(stage, TrainStage):
-                price = self._trained(branch, price, stage, config, flops, totals)
-                flops += price.flops
-            elif not isinstance(stage, BuildStage):
-                self._bound(f"{branch.name}/{stage.name}: ", config, self.recipe.objective, self.form)
+            with self.recipe.at(branch, stage):
+                prices.append(self._stage(branch, stage, flops, totals))
+            flops += prices[-1].flops
             self.spent[branch.name, stage.name] = flops
-            prices.append(price)
         return prices
+
+    def _stage(self, branch: Branch, stage: Stage, spent: float, totals: dict[str, float]) -> StagePrice:
+        config = self.structures[branch.name][stage.name]
+        price = StagePrice(
+            branch=branch.name,
+            stage=stage.name,
+            kind=stage.kind,
+            parameters=self._parameters(config),
+            estimate=self._is_estimate(branch, stage),
+        )
+        if isinstance(stage, ChangeStage) and (asked := change_data(stage)) is not None:
+            form = asked.shortened(self.form, "data.context_length")
+            per_sample = self._flops(config, self.recipe.objective, form)
+            price = price.model_copy(update={"units": form.amount(asked.samples), "flops": asked.samples * per_sample})
+        if isinstance(stage, TrainStage):
+            return self._trained(branch, price, stage, config, spent, totals)
+        if not isinstance(stage, BuildStage):
+            self.recipe.objective.bind(config, self.form)
+        return price
 
     def _trained(
         self,
@@ -186,18 +187,18 @@ class _Pricing:
         totals: dict[str, float],
     ) -> StagePrice:
         """`price` with what a train stage costs."""
-        where = f"{branch.name}/{stage.name}: "
         budget = remaining_flops(stage, totals[stage.flops_of], spent) if stage.flops_of is not None else None
         settings = self.recipe.training_settings(stage, flops=budget)
         # What branches are compared by has to fit too.
-        self._bound(where, config, self.recipe.objective, self.form)
+        self.recipe.objective.bind(config, self.form)
         references = reference_shapes(self.recipe, self.structures, branch, stage, settings.objective)
-        per_sample = self._flops(where, config, settings.objective, self.form, references)
-        steps = settings.total_steps(self.form, per_sample)
+        per_sample = self._flops(config, settings.objective, self.form, references)
+        with self.recipe.at_setting(stage):
+            steps = settings.total_steps(self.form, per_sample)
         samples = steps * settings.batch_size
         memory = None
         if self.memory:
-            objective = self._bound(where, config, settings.objective, self.form, references)
+            objective = settings.objective.bind(config, self.form, references)
             inputs = {**objective.example(settings.samples_per_forward), **objective.call}
             memory = training_memory(edited_skeleton(config), settings.samples_per_forward, inputs=inputs).total
             memory += sum(FLOAT32_BYTES * count_parameters(other.model).total for other in references.values())
@@ -219,11 +220,6 @@ class _Pricing:
             others += [(name.partition("/")[0], name.partition("/")[2]) for name in self.recipe.references(stage)]
         return not self.estimated.isdisjoint([(branch.name, stage.name), *others])
 
-    def _shortened(self, where: str, asked: CalibrationSettings) -> SampleForm:
-        """The form of the samples that a method looks at."""
-        with placed(where):
-            return asked.shortened(self.form, "data.context_length")
-
     def _parameters(self, config: PreTrainedConfig) -> int:
         key = config.to_json_string()
         if key not in self.parameters:
@@ -232,7 +228,6 @@ class _Pricing:
 
     def _flops(
         self,
-        where: str,
         config: PreTrainedConfig,
         objective: ObjectiveSettings,
         form: SampleForm,
@@ -241,32 +236,20 @@ class _Pricing:
         """Of learning from one sample."""
         key = config.to_json_string(), f"{objective.model_dump_json()} {form.length}"
         if key not in self.flops:
-            bound = self._bound(where, config, objective, form, references)
-            with placed(where):
-                self.flops[key] = bound.training_flops(edited_skeleton(config))
+            self.flops[key] = objective.bind(config, form, references).training_flops(edited_skeleton(config))
         return self.flops[key]
-
-    def _bound(
-        self,
-        where: str,
-        config: PreTrainedConfig,
-        objective: ObjectiveSettings,
-        form: SampleForm,
-        references: References | None = None,
-    ) -> Objective:
-        with placed(where):
-            return objective.bind(config, form, references)
 
 
 def remaining_flops(stage: TrainStage, total: float, spent: float) -> float:
     """The budget of a stage with `flops_of`: what is left of that branch's `total` when `spent` was used before.
+    Messages begin with the field.
 
     Raises:
         ConfigError: nothing is left.
     """
     if total <= spent:
         raise ConfigError(
-            f"{stage.name}: flops_of: {stage.flops_of!r} used no more FLOPs than were used before ({total:.4g} and "
+            f"flops_of: {stage.flops_of!r} used no more FLOPs than were used before ({total:.4g} and "
             f"{spent:.4g}). Name a branch that is trained longer, or give steps or tokens."
         )
     return total - spent

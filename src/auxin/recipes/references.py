@@ -32,7 +32,8 @@ def reference_model(checkpoint: Path, ledger: Ledger) -> Reference:
 def reference_shapes(
     recipe: Recipe, structures: StageConfigs, branch: Branch, stage: Stage, objective: ObjectiveSettings
 ) -> dict[str, Reference]:
-    """The shapes of the models that `objective` goes by in `stage` of `branch`, before anything is run.
+    """The shapes of the models that `objective` goes by in `stage` of `branch`, before anything is run. Messages begin
+    with the field.
 
     Raises:
         ConfigError: one is neither an earlier stage nor a checkpoint that is there.
@@ -44,7 +45,7 @@ def reference_shapes(
             config, books = _planned(recipe, structures, other, other_stage) or _on_disk(Path(name))
         except CheckpointError as error:
             raise ConfigError(
-                f"{branch.name}/{stage.name}: objective: {name!r} is no stage of the recipe, and no checkpoint: {error}"
+                f"settings.objective: {name!r} is no stage of the recipe, and no checkpoint: {error}"
             ) from error
         model = edited_skeleton(config)
         layers = known_layers(books, planned_books(recipe, structures, branch.name, stage.name), model)

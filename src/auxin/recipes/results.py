@@ -19,6 +19,7 @@ from auxin.accounting.results import (
 )
 from auxin.data.dataset import Dataset
 from auxin.errors import CheckpointError, reason
+from auxin.files import existing_folder
 from auxin.models.loading import load_config
 from auxin.objectives.measures import Loss, Measure
 from auxin.objectives.objective import Objective
@@ -28,6 +29,8 @@ from auxin.report import write_chart_svg, write_markdown, write_report
 from auxin.training.metrics import HELD_OUT_SAMPLES, METRICS_FILE, VALIDATION
 
 RESULTS_FILE = "results.json"
+FINISHED_RUN = "the folder of a finished run"
+_GIVE_ONE = f"Give {FINISHED_RUN}."
 
 Curve = tuple[list[CurvePoint], list[GrowthPoint]]
 """Curve and growths from the first ancestor up to the end of a stage."""
@@ -170,11 +173,13 @@ def read_results(directory: str | Path) -> RunResults | Comparison:
     Raises:
         CheckpointError: the folder holds no finished run, or what it holds can't be read.
     """
-    path = Path(directory) / RESULTS_FILE
+    path = existing_folder(directory, FINISHED_RUN, RESULTS_FILE) / RESULTS_FILE
+    if not path.exists():
+        raise CheckpointError(f"{directory} holds no {RESULTS_FILE}, so that no run was finished there. {_GIVE_ONE}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} can't be read ({reason(error)}). Give the folder of a finished run.") from error
+    except (OSError, ValueError) as error:  # broken JSON and broken UTF-8 are ValueErrors
+        raise CheckpointError(f"{path} can't be read: {reason(error)}. {_GIVE_ONE}") from error
     kind: type[RunResults | Comparison] = Comparison if isinstance(values, dict) and "seeds" in values else RunResults
     return kind.parse(values, source=str(path))
 

@@ -112,7 +112,8 @@ def prepared_run(recipe: Recipe, directory: Path, data_directory: Path, announce
     with ended_by_signals("preparing the data"):
         data = DATASETS.find(recipe.data.kind).prepare(recipe.data, data_directory, True)
     announce("Data: " + "; ".join(f"{name}: {value}" for name, value in data.describe().items()))
-    check_processors(recipe, data)
+    with recipe.at():
+        check_processors(recipe, data)
     # Again, now that it is known what the data decides.
     structures = stage_configs(recipe, data.form)
     price = price_recipe(recipe, memory=False, form=data.form, structures=structures)
@@ -161,7 +162,7 @@ def check_processors(recipe: Recipe, data: Dataset) -> None:
         found = read_tokenizer(source)
         if not any(same_tokens(found, tokenizer) for tokenizer in tokenizers):
             raise ConfigError(
-                f"{where}: the checkpoint {source} has another tokenizer than the data, so that its embeddings "
+                f"{where}: {source} has another tokenizer than the data, so that its embeddings "
                 f"would be taken for other tokens. Set data.tokenizer: {source}"
             )
 

@@ -1,15 +1,16 @@
 """What a recipe file says: stages in branches, and what the branches are compared by."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
-from auxin.data.dataset import DATASETS, DatasetSettings
+from auxin.data.dataset import DATASETS, DatasetSettings, SampleForm
 from auxin.data.settings import CorpusSettings
-from auxin.errors import ConfigError, shown, unknown_name
+from auxin.errors import AuxinError, ConfigError, placed, shown, unknown_name
 from auxin.methods.grow.tokenformer import TokenGrowth
 from auxin.objectives.measures import REGISTRY as MEASURES
 from auxin.objectives.measures import Loss, Measure
@@ -207,6 +208,7 @@ class Recipe(Settings):
     """Run in this order; a branch may refer to those above it."""
     main_branch: str | None = None
     """The branch that the others are compared with; default: the first."""
+    _source: str = PrivateAttr(default="")
 
     @classmethod
     def open_fields(cls) -> dict[str, type[Settings]]:
@@ -239,8 +241,9 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         # What is wrong here is said of here, and not of the stages that share it.
-        budget = {} if any(self.training.get(name) is not None for name in BUDGETS) else {"steps": 1}
-        TrainingSettings.parse({**self.training, **budget}, within="training")
+        has_budget = any(self.training.get(name) is not None for name in BUDGETS)
+        check = TrainingSettings.parse if has_budget else TrainingSettings.parse_but_budget
+        check(self.training, within="training")
         if self.objective.references():
             raise ValueError(
                 f"training.objective: {self.objective.kind!r} goes by another model, and what branches are built for "
@@ -253,16 +256,21 @@ class Recipe(Settings):
             if branch.fork is not None:
                 self._check_fork(branch, known)
             for stage in branch.stages:
-                for field in ("like", "parameters_of", "flops_of"):
-                    other = getattr(stage, field, None)
-                    if other is not None and other not in known:
-                        raise ValueError(f"{branch.name}/{stage.name}: {field}: {_unknown_branch(other, known)}")
-                if isinstance(stage, TrainStage):
-                    self._check_references(branch, stage, {**known, branch.name: branch})
+                with placed(f"{branch.name}/{stage.name}: "):
+                    self._check_names(branch, stage, known)
             known[branch.name] = branch
         if self.main_branch is not None and self.main_branch not in known:
             raise ValueError("main_branch: " + unknown_name("branch", self.main_branch, known))
         return self
+
+    def _check_names(self, branch: Branch, stage: Stage, known: dict[str, Branch]) -> None:
+        """Refuse a stage that goes by a branch which is not among those above, `known`, and wrong training settings."""
+        for field in ("like", "parameters_of", "flops_of"):
+            other = getattr(stage, field, None)
+            if other is not None and other not in known:
+                raise ConfigError(f"{field}: {_unknown_branch(other, known)}")
+        if isinstance(stage, TrainStage):
+            self._check_references(branch, stage, {**known, branch.name: branch})
 
     def _check_references(self, branch: Branch, stage: TrainStage, known: dict[str, Branch]) -> None:
         """Refuse an objective that goes by a stage which is not done before this one."""
@@ -272,25 +280,26 @@ class Recipe(Settings):
                 continue  # the folder of a checkpoint, which is looked at when it is needed
             stages = [candidate.name for candidate in known[name].stages]
             before = stages[: stages.index(stage.name)] if name == branch.name else stages
-            if not slash or other not in before:
-                where = f"{branch.name}/{stage.name}: objective: {reference!r}: "
-                raise ValueError(where + unknown_name("earlier stage", other, before))
+            if not slash:
+                raise ConfigError(f"settings.objective: {_no_stage_named(name, before)}")
+            if other not in before:
+                raise ConfigError(f"settings.objective: {reference!r}: {unknown_name('earlier stage', other, before)}")
 
     def references(self, stage: TrainStage) -> tuple[str, ...]:
         """The other models that the objective of a train stage goes by, as "branch/stage" or a checkpoint's folder."""
         return self.training_settings(stage, flops=1.0).objective.references()
 
     def checkpoints(self) -> list[tuple[str, Path]]:
-        """Every checkpoint outside of the run that is named, behind the branch or stage that names it."""
+        """Every checkpoint outside of the run that is named, behind the stage and the field that name it."""
         own = {branch.name for branch in self.branches}
         found: list[tuple[str, Path]] = []
         for branch in self.branches:
             for stage in branch.stages:
                 if isinstance(stage, BuildStage) and stage.checkpoint is not None:
-                    found.append((branch.name, stage.checkpoint))
+                    found.append((f"{branch.name}/{stage.name}: checkpoint", stage.checkpoint))
                 elif isinstance(stage, TrainStage):
                     outside = [name for name in self.references(stage) if name.partition("/")[0] not in own]
-                    found += [(f"{branch.name}/{stage.name}", Path(name)) for name in outside]
+                    found += [(f"{branch.name}/{stage.name}: settings.objective", Path(name)) for name in outside]
         return found
 
     @property
@@ -303,6 +312,27 @@ class Recipe(Settings):
         values = self.training.get("objective", "causal")
         found: ObjectiveSettings = parse_one(ONE_OBJECTIVE, values, "training.objective")
         return found
+
+    def read_from(self, source: str) -> Self:
+        """The same recipe, of which messages say that it is written in `source`, a file."""
+        found = self.model_copy()
+        found._source = source
+        return found
+
+    def at(self, branch: Branch | None = None, stage: Stage | None = None) -> AbstractContextManager[None]:
+        """Within the context, the message of an AuxinError begins with where it is written what the error is about: the
+        recipe's file, and "branch/stage: " of a stage. What is raised within names the field."""
+        source = f"{self._source}: " if self._source else ""
+        return placed(source if branch is None or stage is None else f"{source}{branch.name}/{stage.name}: ")
+
+    def form(self) -> SampleForm:
+        """What the data's samples look like, as far as the settings tell.
+
+        Raises:
+            DataError: the tokenizer that they name can't be read.
+        """
+        with placed("data."):
+            return self.data.form()
 
     def of_seed(self, seed: int) -> Self:
         """The recipe of a run with one seed."""
@@ -346,15 +376,17 @@ class Recipe(Settings):
         return names - {branch.name}
 
     def _check_fork(self, branch: Branch, known: dict[str, Branch]) -> None:
-        parent, _, stage = str(branch.fork).partition("/")
+        parent, slash, stage = str(branch.fork).partition("/")
         if parent not in known:
             raise ValueError(f"{branch.name}: fork: {_unknown_branch(parent, known)}")
         stages = [candidate.name for candidate in known[parent].stages]
+        if not slash:
+            raise ValueError(f"{branch.name}: fork: {_no_stage_named(parent, stages)}")
         if stage not in stages:
             raise ValueError(f"{branch.name}: fork: {unknown_name('stage', stage, stages)}")
 
     def training_settings(self, stage: TrainStage, flops: float | None = None) -> TrainingSettings:
-        """The full settings of a train stage.
+        """The full settings of a train stage. Messages begin with the field.
 
         Args:
             stage: the stage; its settings override the recipe's.
@@ -363,21 +395,40 @@ class Recipe(Settings):
         Raises:
             ConfigError: an unknown or wrong field, or not exactly one budget.
         """
-        place = self._place(stage)
         values: dict[str, Any] = {"seed": self.seed, **self.training, **stage.settings}
-        given = [name for name in BUDGETS if values.get(name) is not None]
+        given = [_holder(stage, name) + name for name in BUDGETS if values.get(name) is not None]
         if stage.flops_of is not None:
             given.append("flops_of")
             values["flops"] = flops
         if len(given) != 1:
-            known = ", ".join((*BUDGETS, "flops_of"))
-            raise ConfigError(f"{place}: give exactly one of {known}; given: {', '.join(given) or 'none'}")
-        return TrainingSettings.parse(values, source=place, within="settings")
+            TrainingSettings.parse_but_budget(values, within="settings")
+            raise ConfigError(
+                f"settings: give exactly one of {', '.join(BUDGETS)}, or flops_of beside settings; given: "
+                f"{', '.join(given) or 'none'}"
+            )
+        return TrainingSettings.parse(values, within="settings")
 
-    def _place(self, stage: TrainStage) -> str:
-        """ "branch/stage" of a stage of this recipe: the same settings may stand in several."""
-        holders = (branch.name for branch in self.branches if any(other is stage for other in branch.stages))
-        return "/".join([*[*holders][:1], stage.name])
+    @staticmethod
+    @contextmanager
+    def at_setting(stage: TrainStage) -> Iterator[None]:
+        """Within the context, the message of an AuxinError that begins with a field of `stage`'s training settings gets
+        the field in front that holds it: the stage's `settings`, or the recipe's `training`."""
+        try:
+            yield
+        except AuxinError as error:
+            error.args = (_holder(stage, str(error).partition(":")[0]) + str(error), *error.args[1:])
+            raise
+
+
+def _holder(stage: TrainStage, name: str) -> str:
+    """What stands before the field `name` of the training settings of `stage`."""
+    return "settings." if name in stage.settings else "training."
+
+
+def _no_stage_named(branch: str, stages: Sequence[str]) -> str:
+    """Say that a branch alone was named where one of its `stages` has to be."""
+    known = ", ".join(f"{branch}/{stage}" for stage in stages)
+    return f"{branch!r} names a branch and no stage. Give BRANCH/STAGE" + (f", one of {known}." if known else ".")
 
 
 def _unknown_branch(name: str, known: Iterable[str]) -> str:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from difflib import get_close_matches
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -12,7 +11,7 @@ from auxin.accounting import count_parameters
 from auxin.data.dataset import SampleForm
 from auxin.edits import Plan, planned_config
 from auxin.edits.structure import edited_config, edited_skeleton, structural_edits
-from auxin.errors import ConfigError, PlanError, first_line, placed, shown, unknown_name
+from auxin.errors import ConfigError, PlanError, first_line, placed, unknown_name
 from auxin.foreign import refuse_setting
 from auxin.methods import method as find_method
 from auxin.methods.grow.tokenformer import plan_token_growth, token_growth_to
@@ -62,7 +61,7 @@ def stage_configs(recipe: Recipe, form: SampleForm) -> StageConfigs:
             config = structures[parent][stage_name]
         stages: dict[str, PreTrainedConfig] = {}
         for stage in branch.stages:
-            with placed(f"{branch.name}: "):
+            with recipe.at(branch, stage):
                 if isinstance(stage, BuildStage):
                     config = built_config(stage, structures, form, recipe.objective)
                 elif isinstance(stage, ChangeStage):
@@ -76,7 +75,7 @@ def stage_configs(recipe: Recipe, form: SampleForm) -> StageConfigs:
 
 
 def change_plan(stage: ChangeStage, bench: Bench) -> Plan:
-    """The plan of the growth that `stage` asks for.
+    """The plan of the growth that `stage` asks for. Messages begin with the field.
 
     Args:
         stage: the stage.
@@ -87,35 +86,31 @@ def change_plan(stage: ChangeStage, bench: Bench) -> Plan:
         ConfigError: there is no such method, or a setting is unknown or wrong.
         PlanError: the growth is impossible.
     """
-    where = f"change stage {stage.name!r}"
     if stage.method is None:
         config = bench.model.config
-        if not isinstance(config, TokenFormerConfig):
-            raise PlanError(f"{where}: only a TokenFormer grows by tokens, this is a {config.model_type}.")
-        return plan_token_growth(config, bench.seeded(stage.tokens or token_growth_to(config, str(stage.to))))
-    method = find_method(stage.method)
-    settings = _method_settings(stage, method)
+        with placed("tokens: " if stage.to is None else "to: "):
+            if not isinstance(config, TokenFormerConfig):
+                raise PlanError(f"only a TokenFormer grows by tokens, this is a {config.model_type}.")
+            return plan_token_growth(config, bench.seeded(stage.tokens or token_growth_to(config, str(stage.to))))
+    method, settings = _asked_method(stage, stage.method)
     make = estimate_plan if next(bench.model.parameters()).is_meta else make_plan
-    try:
+    with placed("settings: " if stage.settings else "method: "):
         return make(method, bench, settings)
-    except PlanError as error:
-        raise PlanError(f"{where}: {error}") from error
 
 
 def change_data(stage: ChangeStage) -> CalibrationSettings | None:
     """How much of the training split the method of `stage` looks at or learns from; None: nothing, as for most methods.
+    Messages begin with the field.
 
     Raises:
         ConfigError: there is no such method, a setting is wrong, or it looks at no data and the stage says how much.
     """
     if stage.method is None:
         return None
-    method, where = find_method(stage.method), f"change stage {stage.name!r}: calibration"
-    settings, given = _method_settings(stage, method), CalibrationSettings.parse(stage.calibration, source=where)
-    try:
+    method, settings = _asked_method(stage, stage.method)
+    given = CalibrationSettings.parse(stage.calibration, within="calibration")
+    with placed("calibration: "):
         return asked_data(method, settings, given)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
 
 
 def estimated_stages(recipe: Recipe) -> set[tuple[str, str]]:
@@ -138,8 +133,11 @@ def estimated_stages(recipe: Recipe) -> set[tuple[str, str]]:
     return found
 
 
-def _method_settings(stage: ChangeStage, method: Method) -> Settings:
-    return method.settings.parse(stage.settings, source=f"change stage {stage.name!r}: settings of {method.name}")
+def _asked_method(stage: ChangeStage, name: str) -> tuple[Method, Settings]:
+    """The method called `name`, and its settings in `stage`."""
+    with placed("method: "):
+        method = find_method(name)
+    return method, method.settings.parse(stage.settings, within="settings")
 
 
 def final_config(structures: StageConfigs, branch: str) -> PreTrainedConfig:
@@ -150,7 +148,7 @@ def final_config(structures: StageConfigs, branch: str) -> PreTrainedConfig:
 def built_config(
     stage: BuildStage, structures: StageConfigs, form: SampleForm, objective: ObjectiveSettings
 ) -> PreTrainedConfig:
-    """The config of the model that `stage` builds.
+    """The config of the model that `stage` builds. Messages begin with the field.
 
     Args:
         stage: the stage.
@@ -161,7 +159,7 @@ def built_config(
     Raises:
         ConfigError: it can't be built.
     """
-    refuse_setting(stage.config, f"build stage {stage.name!r}: config: ", ConfigError)
+    refuse_setting(stage.config, "config: ", ConfigError)
     decided = {**form.config_values, **objective.config_values(form)}
     if form.vocab_size is not None:
         decided["vocab_size"] = _padded(form.vocab_size + objective.extra_tokens(form), stage)
@@ -169,19 +167,25 @@ def built_config(
         config = final_config(structures, stage.like)
         if structural_edits(config):
             raise ConfigError(
-                f"build stage {stage.name!r}: like: {stage.like!r} ends with modules that no config describes, so that "
+                f"like: {stage.like!r} ends with modules that no config describes, so that "
                 "there is nothing to build from scratch. Name another branch, or give model_type and config."
             )
         return _ungrown(config)
     if stage.checkpoint is not None:
-        return _adopted(load_config(stage.checkpoint), form, objective)
+        with placed("checkpoint: "):
+            return _adopted(load_config(stage.checkpoint), form, objective)
     if stage.preset is not None:
-        return edited_config(preset_config(stage.preset), {**decided, **stage.config})
+        with placed("preset: "):
+            preset = preset_config(stage.preset)
+        with placed("config: "):
+            return edited_config(preset, {**decided, **stage.config})
     config = _configured(stage, {**decided, **stage.config})
     if is_encoder_decoder(config):
         _begin_and_end(config, stage)
-    config.architectures = [architecture_of(config, form, objective, f"build stage {stage.name!r}")]
-    _check_sizes(config, stage)
+    with placed("model_type: "):
+        config.architectures = [architecture_of(config, form, objective)]
+    with placed("config: "):
+        _check_sizes(config)
     if stage.parameters_of is not None:
         target = count_parameters(edited_skeleton(final_config(structures, stage.parameters_of))).total
         config = match_parameters(config, target)
@@ -192,17 +196,17 @@ def _padded(tokens: int, stage: BuildStage) -> int:
     return math.ceil(tokens / stage.pad_to_multiple_of) * stage.pad_to_multiple_of
 
 
-def architecture_of(config: PreTrainedConfig, form: SampleForm, objective: ObjectiveSettings, where: str) -> str:
+def architecture_of(config: PreTrainedConfig, form: SampleForm, objective: ObjectiveSettings) -> str:
     """The name of the class that a model of `config` has to be to learn `objective` from samples of `form`.
 
     Raises:
-        ConfigError: transformers has none; `where` names the place.
+        ConfigError: transformers has none.
     """
     auto = objective.auto_class(form)
     found = task_classes(auto, config)
     if not found:
         raise ConfigError(
-            f"{where}: {config.model_type} has no class for the objective {objective.kind!r} ({auto.__name__}). Give "
+            f"{config.model_type} has no class for the objective {objective.kind!r} ({auto.__name__}). Give "
             "another model_type, or another training.objective."
         )
     return found[0].__name__
@@ -222,15 +226,12 @@ def _adopted(config: PreTrainedConfig, form: SampleForm, objective: ObjectiveSet
     return changed
 
 
-def _check_sizes(config: PreTrainedConfig, stage: BuildStage) -> None:
+def _check_sizes(config: PreTrainedConfig) -> None:
     """Refuse sizes of which no model can be made, which many configs take; ConfigError."""
     try:
         edited_skeleton(config)
     except (*REFUSALS, OverflowError) as error:
-        raise ConfigError(
-            f"build stage {stage.name!r}: config: no {config.model_type} can be built with these sizes: "
-            f"{first_line(error)}"
-        ) from error
+        raise ConfigError(f"no {config.model_type} can be built with these sizes: {first_line(error)}") from error
 
 
 def _begin_and_end(config: PreTrainedConfig, stage: BuildStage) -> None:
@@ -252,18 +253,16 @@ def _configured(stage: BuildStage, values: dict[str, Any]) -> PreTrainedConfig:
     Raises:
         ConfigError: an unknown type, a field that it does not have, or values that it refuses.
     """
-    where, model_type = f"build stage {stage.name!r}", str(stage.model_type)
+    model_type = str(stage.model_type)
     if model_type not in CONFIG_MAPPING:
-        near = get_close_matches(model_type, list(CONFIG_MAPPING), n=3)
-        hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "Give one that transformers has."
-        raise ConfigError(f"{where}: unknown model_type {shown(model_type)}. {hint}")
+        raise ConfigError(f"model_type: {unknown_name('architecture', model_type, CONFIG_MAPPING)}")
     try:
         refuse_endless(values)
         config = AutoConfig.for_model(model_type, **values)
     # The checks of transformers' configs raise a plain Exception of their own.
     except (*REFUSALS, OverflowError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise ConfigError(f"{where}: {model_type} refuses its config: {reason}") from error
+        raise ConfigError(f"config: {model_type} refuses it: {reason}") from error
     own = type(config)
     known = {*own().to_dict(), *own.attribute_map, *_COMMON_FIELDS}
     # A config keeps what it does not know; what it translates (a former name of a field) it does not keep.
@@ -271,7 +270,7 @@ def _configured(stage: BuildStage, values: dict[str, Any]) -> PreTrainedConfig:
         key for key in stage.config if key not in known and not key.startswith("_") and key in config.to_dict()
     ]:
         message = unknown_name(f"{model_type} config field", unknown[0], known - _HIDDEN_FIELDS)
-        raise ConfigError(f"{where}: config: {message}")
+        raise ConfigError(f"config: {message}")
     return config
 
 

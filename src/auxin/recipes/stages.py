@@ -31,7 +31,6 @@ from auxin.training import train, write_checkpoint_folder
 from auxin.training.checkpoint import copy_checkpoint, read_state
 from auxin.training.hardware import choose_device
 from auxin.training.held_out import HeldOut
-from auxin.training.progress import Place
 from auxin.training.run_folder import refuse_damaged
 
 STAGE_CHECKPOINT = "checkpoint"
@@ -81,7 +80,8 @@ class Run:
             return self.structures[branch.name][stage.name]
         names = {name for name in (stage.like, stage.parameters_of) if name is not None}
         ends = {name: {"": load_config(self.final_checkpoint(name))} for name in names}
-        return built_config(stage, ends, self.data.form, self.recipe.objective)
+        with self.recipe.at(branch, stage):
+            return built_config(stage, ends, self.data.form, self.recipe.objective)
 
     def bench(self, stage: ChangeStage, model: PreTrainedModel, folder: Path) -> Bench:
         """What the method of `stage` works at: it looks at documents of the training split alone."""
@@ -124,9 +124,9 @@ def run_stage(run: Run, branch: Branch, stage: Stage, directory: Path, previous:
     assert previous is not None  # the schema: what does not begin with a build is forked
     if isinstance(stage, TrainStage):
         run.announce(f"  {run.course.describe_start(branch, stage, run.data, Ledger.load(previous))}")
-        return train_stage(run, stage, directory, previous, run.course.place(branch, stage))
+        return train_stage(run, branch, stage, directory, previous)
     if isinstance(stage, ChangeStage):
-        return change(run, stage, directory, previous)
+        return change(run, branch, stage, directory, previous)
     return evaluate(run, stage, directory, previous)
 
 
@@ -146,14 +146,14 @@ def build(run: Run, stage: BuildStage, directory: Path, config: PreTrainedConfig
     )
 
 
-def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path, place: Place) -> Path:
+def train_stage(run: Run, branch: Branch, stage: TrainStage, directory: Path, previous: Path) -> Path:
     """Train on; the data goes on where the ancestors that learnt from the same data stopped."""
     ledger = Ledger.load(previous)
     flops = None
     if stage.flops_of is not None:
-        flops = remaining_flops(
-            stage, Ledger.load(run.final_checkpoint(stage.flops_of)).total_flops, ledger.total_flops
-        )
+        total = Ledger.load(run.final_checkpoint(stage.flops_of)).total_flops
+        with run.recipe.at(branch, stage):
+            flops = remaining_flops(stage, total, ledger.total_flops)
     settings = run.recipe.training_settings(stage, flops=flops)
     carried = not stage.fresh_optimizer and (previous / TRAINING_FOLDER).exists()
     result = train(
@@ -170,7 +170,7 @@ def train_stage(run: Run, stage: TrainStage, directory: Path, previous: Path, pl
         hooks=stage_hooks(stage, ledger),
         stage_name=stage.name,
         data_position=ledger.units_seen(run.data.fingerprint) // run.data.form.amount(settings.batch_size),
-        place=place,
+        place=run.course.place(branch, stage),
     )
     return result.checkpoint
 
@@ -185,10 +185,12 @@ def own_processor(run: Run, checkpoint: Path) -> Processor | None:
     return own
 
 
-def change(run: Run, stage: ChangeStage, directory: Path, previous: Path) -> Path:
+def change(run: Run, branch: Branch, stage: ChangeStage, directory: Path, previous: Path) -> Path:
     """Change the checkpoint `previous`, its optimizer's moments along with it, and measure before and after."""
     output = directory / STAGE_CHECKPOINT
-    plan = change_plan(stage, run.bench(stage, load_model(previous), directory))
+    model = load_model(previous)
+    with run.recipe.at(branch, stage):
+        plan = change_plan(stage, run.bench(stage, model, directory))
     for note in plan.notes:
         run.announce(f"  Note: {note}")
     change_checkpoint(

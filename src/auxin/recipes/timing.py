@@ -46,7 +46,8 @@ class Timer:
         A stage whose model is too large, or goes by another model, or for which there was no time left, is taken to
         train as many FLOPs per second as the largest model that was timed.
         """
-        form = recipe.data.form()
+        with recipe.at():
+            form = recipe.form()
         structures = stage_configs(recipe, form)
         price = price_recipe(recipe, form=form, structures=structures)
         speeds = {}

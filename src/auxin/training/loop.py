@@ -232,6 +232,8 @@ class _Loop:
         self.evaluation = dataclasses.replace(self.evaluation, told=self.display.evaluating)
         for note in gone_back:
             self.display.line(note)
+        if checkpoint is not None:
+            self.display.line(f"goes on from step {step} of {self.total_steps}, saved in {checkpoint}")
         try:
             with Interruption() as interruption:
                 if checkpoint is None:

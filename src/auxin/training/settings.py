@@ -1,6 +1,7 @@
 """Settings of one training stage."""
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -131,6 +132,12 @@ class TrainingSettings(Settings):
             if not 0 <= beta < 1:
                 raise ValueError(f"adam_betas {self.adam_betas} must lie in [0, 1).")
         return self
+
+    @classmethod
+    def parse_but_budget(cls, values: Mapping[str, Any], source: str | None = None, within: str = "") -> Self:
+        """As `parse`, of values that may have no budget, or several: what is wrong with the others is found, of which a
+        misspelt budget is one."""
+        return cls.parse({**values, **dict.fromkeys(BUDGETS), "steps": 1}, source, within)
 
     @property
     def samples_per_forward(self) -> int:

@@ -51,7 +51,7 @@ def test_a_saved_config_may_hold_ints(tmp_path):
         ({"ffn_tokens": [8, 0]}, "ffn_tokens.*0"),
         ({"ffn_tokens": [8, 8], "ffn_tau": [1.0]}, r"ffn_tau.*\(2\)"),
         ({"qkv_tau": [math.nan]}, "qkv_tau.*positive finite"),
-        ({"qkv_tau": 3.0}, "qkv_tau must be None or a list"),
+        ({"qkv_tau": 3.0}, "qkv_tau must be a list of one number per group"),
         ({"proj_eps": [0.0]}, "proj_eps.*positive finite"),
         ({"ffn_tokens": [8, 8], "ffn_eps": [1e-6]}, r"ffn_eps.*\(2\)"),
         ({"score_function": "softmx"}, "Did you mean 'softmax'"),

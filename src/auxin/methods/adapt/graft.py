@@ -63,7 +63,8 @@ class Graft(Settings):
     """The layers, as dotted paths or ends of paths; `*` stands for any one part ("q_proj", "layers.0.mlp.*"). Empty:
     all linear layers inside the layer stacks."""
     score_function: ScoreFunction = "l2_norm_gelu"
-    """How scores become weights, see `pattention`; all groups of a branch have the same."""
+    """How scores become weights: "l2_norm_gelu" (divided by their norm, then GELU), "gelu_l2_norm" (the other way
+    round) or "softmax"; all groups of a branch have the same."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the new keys."""
 

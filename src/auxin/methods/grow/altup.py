@@ -77,8 +77,10 @@ class AltUpSettings(Settings):
     blocks: int = Field(default=2, ge=2, le=16)
     """K: the stream becomes so many times as wide."""
     conversion: Conversion = "recycled"
-    """Where the other blocks come from and who reads them, see the module's table; "random" to pretrain from
-    scratch."""
+    """Where the other blocks come from, and what of the last stream is read: "recycled" (the stream is replicated; the
+    mean of the blocks), "copies" (of the embedding; all blocks, in equal shares), "free" (random; block 0 alone),
+    "relay" (random; the block that comes next), "zeros" (zeros; block 0, the others by random weights) or "random" (no
+    promise: to pretrain from scratch)."""
     selection: Selection | None = None
     """"alternating": layer l computes on block l mod K; "same": always on block 0. None: alternating where the
     conversion allows it."""

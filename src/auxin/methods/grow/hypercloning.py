@@ -43,7 +43,8 @@ class HyperCloning(WidthTargets):
     factor: int | None = Field(default=None, ge=2)
     """Every width that is not given itself becomes so many times as large; a single key-value head stays single."""
     variant: Literal["symmetric", "noisy", "diagonal"] = "symmetric"
-    """The shares of the copies, see the module's table."""
+    """How every matrix reads the equal copies: "symmetric" (all of them, in equal shares), "noisy" (the same, plus
+    noise that sums to zero and parts them) or "diagonal" (each output copy reads its own)."""
     snr_db: float = Field(default=10.0, allow_inf_nan=False)
     """With "noisy": how far the noise lies below the weights, in decibels (paper: 10)."""
     seed: int = Field(default=0, ge=0, lt=2**63)

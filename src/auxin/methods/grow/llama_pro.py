@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from auxin.edits import Edit, Plan
 from auxin.edits.structure import config_values
-from auxin.errors import PlanError
+from auxin.errors import PlanError, shown
 from auxin.models.layout import layer_stacks
 from auxin.planning.bench import from_model
 from auxin.planning.depth import arrange, depth, identity_layers, naming_parts, stacks_to_deepen
@@ -50,8 +50,8 @@ class BlockExpansion(Settings):
     def _check(self) -> Self:
         if (self.group_size is None) == (self.layers is None):
             raise ValueError(
-                f"give exactly one of group_size ({self.group_size}) and layers ({self.layers}), for example "
-                "group_size = 4."
+                f"give exactly one of group_size ({shown(self.group_size)}) and layers ({shown(self.layers)}), for "
+                "example group_size = 4."
             )
         return self
 

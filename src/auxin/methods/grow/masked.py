@@ -64,7 +64,7 @@ class MaskedGrowth(WidthTargets):
     """Of a model with an encoder and a decoder, the one that gets layers: "encoder" or "decoder". Of a model of several
     towers, the one that grows: "text" or "vision"; with `layers` alone None means all."""
     ramp_steps: int | None = Field(default=None, gt=0)
-    """In a recipe: steps of the next train stage over which the masks open, see `MaskRamp`; None leaves them closed."""
+    """In a recipe: steps of the next train stage over which the masks open linearly; None leaves them closed."""
     new_layers: Literal["random", "copies"] = "random"
     """What new layers hold: weights as the architecture initialises them, or those of the old layers, in order."""
     finish: bool = False

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from auxin.edits import Edit, Plan
 from auxin.edits.structure import config_values
-from auxin.errors import PlanError
+from auxin.errors import PlanError, shown
 from auxin.planning.bench import from_model
 from auxin.planning.depth import arrange, depth, naming_parts, stacked_order, stacks_to_deepen
 from auxin.planning.method import Method
@@ -46,7 +46,8 @@ class LayerStacking(Settings):
     def _check(self) -> Self:
         if (self.factor is None) == (self.layers is None):
             raise ValueError(
-                f"give exactly one of factor ({self.factor}) and layers ({self.layers}), for example factor = 2."
+                f"give exactly one of factor ({shown(self.factor)}) and layers ({shown(self.layers)}), for example "
+                "factor = 2."
             )
         return self
 

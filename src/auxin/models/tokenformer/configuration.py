@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
 
-from auxin.errors import ConfigError, unknown_name
+from auxin.errors import ConfigError, shown, unknown_name
 from auxin.nn.scores import Gelu, ScoreFunction
 
 Slot = Literal["qkv", "proj", "ffn"]
@@ -104,8 +104,8 @@ class TokenFormerConfig(PreTrainedConfig):
             return None
         if not isinstance(numbers, (list, tuple)) or len(numbers) != len(sizes):
             raise ConfigError(
-                f"{field} must be None or a list of one number per group of {slot}_tokens ({len(sizes)}), "
-                f"received {numbers!r}."
+                f"{field} must be a list of one number per group of {slot}_tokens ({len(sizes)}), or be left out; "
+                f"received {shown(numbers)}."
             )
         if not all(_is_number(value) and math.isfinite(value) and value > 0 for value in numbers):
             raise ConfigError(f"{field} must hold positive finite numbers, received {numbers!r}.")

@@ -1,0 +1,70 @@
+"""The folders of models: that a path is one of them, or what was most likely meant."""
+
+from collections import deque
+from pathlib import Path
+
+from auxin.errors import MOST_NAMES, CheckpointError
+from auxin.files import existing_folder as _existing_folder
+
+CONFIG_FILE = "config.json"
+DEEPEST = 7
+"""Folders below one that is no model in which models are looked for: those of a run with several seeds lie six deep."""
+MOST_LOOKED_AT = 5000
+"""Folders that are looked at for them."""
+
+
+def existing_folder(path: str | Path) -> Path:
+    """`path`; CheckpointError when it is no folder."""
+    return _existing_folder(path, "the folder of a checkpoint", CONFIG_FILE)
+
+
+def model_folder(path: str | Path) -> Path:
+    """`path`, the folder of a model.
+
+    Raises:
+        CheckpointError: it is none. Where checkpoints lie in it, as in the folder of a run or of a stage, the message
+            names them.
+    """
+    folder = existing_folder(path)
+    if (folder / CONFIG_FILE).is_file():
+        return folder
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter and no model. Load its model with it (peft), merge them (merge_and_unload) and "
+            "save that."
+        )
+    if found := _newest_below(folder):
+        more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
+        names = ", ".join(map(str, found[:MOST_NAMES]))
+        raise CheckpointError(f"{folder} holds checkpoints and is none itself. Give one of those in it: {names}{more}")
+    raise CheckpointError(
+        f"{folder} has no {CONFIG_FILE}, nor has a folder in it: it is no model folder, or an incomplete copy of one."
+    )
+
+
+def _newest_below(folder: Path) -> list[Path]:
+    """The folders of models in `folder`; of several that lie side by side by their step, the newest."""
+    found: list[Path] = []
+    open_ones, looked_at = deque([(folder, 0)]), 0
+    while open_ones and looked_at < MOST_LOOKED_AT:
+        inner, depth = open_ones.popleft()
+        looked_at += 1
+        if (inner / CONFIG_FILE).is_file():
+            found.append(inner)
+        elif depth < DEEPEST:
+            open_ones += [(below, depth + 1) for below in _folders_in(inner)]
+    steps = {path.parent: path for path in sorted(found) if path.name.startswith("step-")}
+    return sorted(path for path in found if steps.get(path.parent, path) == path)
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    """Those that are neither hidden nor kept aside as damaged, nor links, which may lead round."""
+    try:
+        below = sorted(folder.iterdir())
+    except OSError:
+        return []
+    return [
+        path
+        for path in below
+        if not path.name.startswith((".", "damaged-")) and path.is_dir() and not path.is_symlink()
+    ]
