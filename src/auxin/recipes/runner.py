@@ -14,6 +14,7 @@ from auxin.data.dataset import DATASETS, Dataset
 from auxin.data.tokenizer import has_tokenizer, read_tokenizer, same_tokens
 from auxin.errors import ConfigError
 from auxin.files import write_text
+from auxin.locks import exclusive
 from auxin.recipes.beforehand import check_needs
 from auxin.recipes.course import Course
 from auxin.recipes.folder import (
@@ -35,7 +36,6 @@ from auxin.recipes.stages import STAGE_CHECKPOINT, Announce, Run, describe_last_
 from auxin.recipes.workers import Cell, raise_failures, run_cells
 from auxin.sums import damage
 from auxin.training.interruption import ended_by_signals
-from auxin.training.lock import exclusive
 from auxin.training.run_folder import aside_name
 
 

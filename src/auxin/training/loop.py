@@ -16,6 +16,7 @@ from auxin.accounting.parameters import count_parameters
 from auxin.data.dataset import Dataset, Processor
 from auxin.data.loader import make_loader
 from auxin.errors import CheckpointError, TrainingError
+from auxin.locks import exclusive
 from auxin.nn.autocast import without_autocast
 from auxin.objectives.measures import Loss, Measure
 from auxin.objectives.objective import Objective, ObjectiveSettings, References, training_noise
@@ -28,7 +29,6 @@ from auxin.training.hardware import choose_device, peak_flops
 from auxin.training.held_out import HeldOut
 from auxin.training.identity import RunIdentity
 from auxin.training.interruption import Interruption, TrainingInterrupted
-from auxin.training.lock import exclusive
 from auxin.training.metrics import MetricsLog
 from auxin.training.optimizer import build_optimizer, restore_optimizer
 from auxin.training.progress import Place, ProgressDisplay, TimeLeft
