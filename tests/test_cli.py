@@ -453,17 +453,21 @@ def test_a_checkpoint_says_whether_it_is_whole(trained, tmp_path, monkeypatch, c
     assert "has no SHA256SUMS" in main(monkeypatch, capfd, "show", tmp_path / "c", "--verify").err
 
 
-def test_a_command_that_is_ended_says_so_and_leaves_nothing(trained, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_a_command_that_is_ended_says_so_and_leaves_nothing(trained, tmp_path, monkeypatch, capfd, name):
+    number = signal.Signals[name]
+    before = signal.getsignal(number)
+
     def carry(*arguments):
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
 
     monkeypatch.setattr("auxin.edits.folder_executor.carry", carry)
     sizes = ("--qkv-tokens", 8, "--proj-tokens", 8, "--ffn-tokens", 32)
     answer = main(monkeypatch, capfd, "grow", trained.checkpoint, *sizes, "-o", tmp_path / "g")
-    assert answer.code == 143
-    assert "ended by SIGTERM; nothing half-written is left" in answer.err
+    assert answer.code == 128 + number
+    assert f"auxin: Ended by {name}; nothing half-written is left" in answer.err
     assert list(tmp_path.iterdir()) == []
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(number) is before
 
 
 def test_report_is_made_again(trained):
@@ -669,6 +673,16 @@ def test_help_and_version_come_at_once(arguments):
     """torch and transformers, which take seconds, are not imported for them."""
     done = subprocess.run([sys.executable, "-c", LOADED, *arguments], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "loaded: []"
+
+
+@pytest.mark.parametrize("module", [["-m", "auxin"], ["-mauxin"]], ids=" ".join)
+def test_so_do_they_by_python_m(module):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *module, "--help"], capture_output=True, text=True, check=True
+    )
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert {"auxin", "auxin.cli"} <= imported
+    assert not {"torch", "transformers"} & imported
 
 
 def test_a_reader_who_goes_away_is_no_error():

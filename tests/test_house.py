@@ -9,6 +9,7 @@ ROOT = Path(auxin.__file__).parent
 # A room may import rooms of lower floors and its own. Rooms of one floor don't know each other.
 FLOORS = [
     {"errors"},
+    {"locks", "interruption"},
     {"files", "foreign", "field_errors"},
     {"sums", "yaml_files"},
     {"settings"},

@@ -34,7 +34,10 @@ else:
 
 __all__ = ["Plan", "Receipt", "apply", "grow", "load", "methods", "plan", "save"]
 
-if Path(sys.argv[0] if sys.argv else "").name not in {"auxin", "auxin.exe"}:
+# While `python -m` looks for a module, that is told by the interpreter's own arguments alone.
+_program = sys.argv[0] if sys.argv else ""
+_program = sys.orig_argv[-len(sys.argv)].removeprefix("-m") if _program == "-m" else Path(_program).name
+if _program not in {"auxin", "auxin.exe"}:
     # The command line does this in the commands that load a model: its help need not wait seconds for torch.
     # Register the architectures with transformers' Auto classes, and the loading of edited models.
     from auxin import models  # noqa: F401

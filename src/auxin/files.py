@@ -1,15 +1,15 @@
 """Writing so that a reader, also one after a crash, sees the old content or the whole new one."""
 
-import fcntl
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from auxin.errors import AuxinError, CheckpointError, ConfigError, reason, shown
+from auxin.locks import release, take
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp")
 
@@ -154,17 +154,16 @@ def _lock(folder: Path, wait: bool) -> int | None:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
         return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    with suppress(OSError):
+        if take(descriptor, wait):
+            return descriptor
+    release(descriptor)
+    return None
 
 
 def _release(lock: int | None) -> None:
     if lock is not None:
-        os.close(lock)
+        release(lock)
 
 
 def flush_tree(folder: Path) -> None:

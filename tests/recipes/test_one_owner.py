@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from auxin.errors import CheckpointError, ConfigError, TrainingError
+from auxin.interruption import REQUEST, SIGNALS, Interrupted, Interruption, ended_by_signals
 from auxin.models.loading import load_model
 from auxin.recipes import Recipe, run_recipe, run_seeds
 from auxin.recipes.folder import held
 from auxin.sums import damage
-from auxin.training.interruption import SIGNALS, Interrupted, ended_by_signals
 from corpora import small_corpus, write_documents
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
@@ -85,7 +85,7 @@ def several(corpus, output):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_says_what_was_being_done_and_the_next_one_is_the_systems_again(number):
-    before = signal.SIG_DFL if number is signal.SIGHUP else signal.SIG_IGN
+    before = signal.SIG_IGN if number in (signal.SIGINT, signal.SIGTERM) else signal.SIG_DFL
     former = signal.signal(number, before)
     while_cleaning = []
 
@@ -102,11 +102,32 @@ def test_a_signal_says_what_was_being_done_and_the_next_one_is_the_systems_again
         with pytest.raises(Interrupted, match=f"Interrupted by {number.name} while boiling eggs") as raised:
             boil(work)
         assert raised.value.exit_code == 130
-        # That of shells comes twice, and must not end it the second time.
+        # That of shells or schedulers comes twice, and must not end it the second time.
         assert while_cleaning == [signal.SIG_IGN]
         assert signal.getsignal(number) is before
     finally:
         signal.signal(number, former)
+
+
+def test_a_scheduler_may_signal_often_and_only_a_second_insistence_ends_at_once(monkeypatch):
+    """As a job's steps get SIGUSR1 from the scheduler and from the process that started them, and SIGTERM after it."""
+    monkeypatch.setattr("auxin.interruption.os.write", lambda descriptor, text: None)
+    ended = []
+    former = {number: signal.signal(number, lambda *_: ended.append("SIGTERM")) for number in (signal.SIGTERM,)}
+    former[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, lambda *_: ended.append("theirs"))
+    try:
+        with Interruption() as interruption:
+            for number in (REQUEST, REQUEST, signal.SIGTERM, REQUEST):
+                signal.raise_signal(number)
+            assert (interruption.signal_name, ended) == ("SIGUSR1", [])
+            signal.raise_signal(signal.SIGUSR2)
+            assert ended == ["theirs"], "a program has a meaning of its own for it"
+            signal.raise_signal(signal.SIGTERM)
+        assert ended == ["theirs", "SIGTERM"]
+        assert signal.getsignal(REQUEST) is signal.SIG_DFL
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 @ended_by_signals("boiling eggs")

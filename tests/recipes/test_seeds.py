@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from auxin.accounting.comparison import Comparison
 from auxin.errors import ConfigError, TrainingError
+from auxin.locks import exclusive
 from auxin.recipes import Recipe, price_recipe, price_seeds, run_recipe, run_seeds, seed_results
-from auxin.training.lock import exclusive
 from corpora import small_corpus, write_documents
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}

@@ -147,7 +147,7 @@ def test_killed_in_given_steps_it_goes_on_with_the_same_noise(run, left_alone, t
     assert_same(reference, tmp_path / "killed")
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
 def test_a_signal_saves_and_says_how_to_go_on(run, alone, tmp_path, name):
     answer = run(tmp_path / "run", signal=name, signal_at=13)
     assert answer["code"] == 130

@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from pydantic import SerializeAsAny
 from transformers import PreTrainedModel
 
@@ -15,6 +14,7 @@ from auxin.analysis.measurement import CalibrationData, Measurement, Result
 from auxin.edits.structure import config_values
 from auxin.errors import ConfigError
 from auxin.files import write_text
+from auxin.locks import LOCK_FILE, in_turn
 from auxin.models.fingerprint import add_weights
 from auxin.settings import Settings
 
@@ -117,7 +117,7 @@ def store(folder: Path, record: Record) -> None:
     path = _file(folder, record.subject)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
+        with in_turn(folder / LOCK_FILE):
             write_text(path, record.model_dump_json(indent=1) + "\n")
     except OSError as error:
         warnings.warn(

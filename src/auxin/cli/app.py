@@ -1,14 +1,10 @@
 """The application: its options that several commands share, and how it ends when something is wrong."""
 
-import contextlib
 import os
 import shlex
-import signal
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -17,6 +13,7 @@ from typer.core import TyperGroup
 
 from auxin.cli.printing import escaped, to_stderr
 from auxin.errors import AuxinError, ConfigError, reason, shown
+from auxin.interruption import ended_by_signals
 
 
 class _Commands(TyperGroup):
@@ -59,7 +56,7 @@ def main() -> None:
     """Entry point: an error of the user's is one message and an exit code, never a traceback (unless AUXIN_DEBUG=1)."""
     try:
         try:
-            with warnings.catch_warnings(), _ended_by_signals():
+            with warnings.catch_warnings(), ended_by_signals():
                 warnings.showwarning = _show_warning
                 app()
         finally:
@@ -76,27 +73,6 @@ def main() -> None:
         sys.exit(error.exit_code if isinstance(error, AuxinError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and a closed terminal end a command that keeps nothing on the way by an exit, which takes along what
-    is half written. What trains has handlers of its own; a signal that is ignored stays so."""
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, _end)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        os.write(2, f"auxin: ended by {signal.Signals(number).name}; nothing half-written is left.\n".encode())
-    sys.exit(128 + number)
 
 
 def _of_a_file(error: OSError) -> str:

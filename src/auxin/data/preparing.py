@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
-from filelock import FileLock
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from transformers import PreTrainedTokenizerFast
@@ -26,6 +25,7 @@ from auxin.data.sources import Document, source_signature
 from auxin.data.tokenizer import read_tokenizer, tokenizer_digest, train_tokenizer
 from auxin.errors import ConfigError, DataError, reason
 from auxin.files import existing_folder, flush, write_text
+from auxin.locks import in_turn
 from auxin.settings import Settings
 from auxin.sums import damage, has_sums, write_sums
 
@@ -182,7 +182,7 @@ def prepare_folder(
         if path.is_dir() and directory.is_relative_to(path.absolute()):
             raise DataError(f"{directory} lies inside {path}, so that its files would become documents. Give another.")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory.parent / f".{directory.name}.lock"):
+    with in_turn(directory.parent / f".{directory.name}.lock"):
         if directory.exists() and any(directory.iterdir()):
             return _reuse(steps, settings, directory)
         partial = directory.parent / f".{directory.name}.partial"

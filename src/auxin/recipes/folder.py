@@ -12,10 +12,10 @@ from typing import Any
 
 from auxin.errors import CheckpointError, ConfigError, reason, shown
 from auxin.files import make_folder
+from auxin.locks import LOCK_FILE, exclusive
 from auxin.recipes.schema import Branch, Recipe, Stage, TrainStage
 from auxin.settings import Settings
 from auxin.training.identity import MAY_CHANGE
-from auxin.training.lock import LOCK_FILE, exclusive
 from auxin.training.run_folder import LATEST_FILE
 from auxin.training.settings import BUDGETS
 

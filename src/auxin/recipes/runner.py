@@ -14,6 +14,8 @@ from auxin.data.dataset import DATASETS, Dataset
 from auxin.data.tokenizer import has_tokenizer, read_tokenizer, same_tokens
 from auxin.errors import ConfigError
 from auxin.files import write_text
+from auxin.interruption import ended_by_signals
+from auxin.locks import exclusive
 from auxin.recipes.beforehand import check_needs
 from auxin.recipes.course import Course
 from auxin.recipes.folder import (
@@ -34,8 +36,6 @@ from auxin.recipes.stage_models import stage_configs
 from auxin.recipes.stages import STAGE_CHECKPOINT, Announce, Run, describe_last_stage, run_stage
 from auxin.recipes.workers import Cell, raise_failures, run_cells
 from auxin.sums import damage
-from auxin.training.interruption import ended_by_signals
-from auxin.training.lock import exclusive
 from auxin.training.run_folder import aside_name
 
 

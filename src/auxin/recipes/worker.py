@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import torch
 
 from auxin.errors import AuxinError
+from auxin.interruption import REQUEST
 from auxin.recipes.folder import BRANCHES, RECIPE_FILE
 from auxin.recipes.runner import prepared_run, run_branch
 from auxin.recipes.schema import Recipe
@@ -32,8 +33,9 @@ def main() -> None:
     `line` for something to tell, and at the end `seconds`, or `failed` with `exit_code`.
     """
     torch.set_num_threads(1)
-    # A shell lets what it starts in the background ignore Ctrl-C, and that would be inherited.
+    # What is ignored is inherited, such as Ctrl-C by what a shell starts in the background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(REQUEST, signal.SIG_DFL)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what else is printed must not come among the answers
     tasks: queue.Queue[dict[str, str]] = queue.Queue()

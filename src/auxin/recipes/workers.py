@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from auxin.errors import TrainingError
+from auxin.interruption import REQUEST, Interrupted, Interruption
 from auxin.recipes.folder import is_finished
 from auxin.recipes.schema import Recipe
-from auxin.training.interruption import Interrupted, Interruption
 
 WORKER = [sys.executable, "-P", "-c", "from auxin.recipes.worker import main; main()"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -105,7 +104,7 @@ def run_cells(cells: Sequence[Cell], jobs: int, announce: Callable[[str], None])
         Why branches are not finished, in the order of `cells`; empty when all are.
 
     Raises:
-        Interrupted: SIGINT, SIGTERM or SIGHUP came; the children have saved.
+        Interrupted: a signal came; the children have saved.
     """
     unfinished = [cell for cell in cells if not is_finished(cell.directory, cell.recipe.branch(cell.branch))]
     if not unfinished:
@@ -166,7 +165,7 @@ class _Pool:
                 told = True
                 for worker in self._busy():
                     with contextlib.suppress(ProcessLookupError):
-                        os.killpg(worker.process.pid, signal.SIGINT)
+                        os.killpg(worker.process.pid, REQUEST)
             if not self._busy():
                 return
             with contextlib.suppress(queue.Empty):

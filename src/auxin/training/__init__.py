@@ -1,9 +1,9 @@
 """Training: the loop, its schedules, guard, metrics and checkpoints."""
 
+from auxin.interruption import TrainingInterrupted
 from auxin.models.loading import load_model
 from auxin.planning.hooks import ExactRates, Hook, OldRates, TrainOnly
 from auxin.training.checkpoint import load_optimizer, write_checkpoint_folder
-from auxin.training.interruption import TrainingInterrupted
 from auxin.training.loop import TrainingResult, train
 from auxin.training.run_folder import latest_checkpoint
 from auxin.training.schedule import learning_rate

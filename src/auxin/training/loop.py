@@ -16,6 +16,8 @@ from auxin.accounting.parameters import count_parameters
 from auxin.data.dataset import Dataset, Processor
 from auxin.data.loader import make_loader
 from auxin.errors import CheckpointError, TrainingError
+from auxin.interruption import Interruption, TrainingInterrupted
+from auxin.locks import exclusive
 from auxin.nn.autocast import without_autocast
 from auxin.objectives.measures import Loss, Measure
 from auxin.objectives.objective import Objective, ObjectiveSettings, References, training_noise
@@ -27,8 +29,6 @@ from auxin.training.guard import Guard, GuardEvent
 from auxin.training.hardware import choose_device, peak_flops
 from auxin.training.held_out import HeldOut
 from auxin.training.identity import RunIdentity
-from auxin.training.interruption import Interruption, TrainingInterrupted
-from auxin.training.lock import exclusive
 from auxin.training.metrics import MetricsLog
 from auxin.training.optimizer import build_optimizer, restore_optimizer
 from auxin.training.progress import Place, ProgressDisplay, TimeLeft
@@ -130,7 +130,7 @@ def train(
         CheckpointError: the run in `output_dir` is another one, or none of its checkpoints is whole; weights or moments
             are not finite; a checkpoint can't be written.
         TrainingError: too many bad steps; the checkpoint named in `latest` is good.
-        TrainingInterrupted: SIGINT, SIGTERM or SIGHUP; the state was saved.
+        TrainingInterrupted: a signal came (`auxin.interruption`); the state was saved.
     """
     output_dir = Path(output_dir)
     device = choose_device(settings.device)

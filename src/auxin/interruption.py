@@ -1,7 +1,10 @@
-"""Signals that ask to stop: SIGINT (Ctrl-C), SIGTERM, and SIGHUP, which comes when the terminal is closed.
+"""Signals that ask to stop: SIGINT (Ctrl-C), SIGTERM, SIGHUP, which comes when the terminal is closed, and SIGUSR1 and
+SIGUSR2, by which schedulers say that the time is nearly over.
 
-The first one ends the work in an order that loses nothing, the second one at once. SIGHUP is the exception: shells send
-it again to what the terminal has sent it to already, so it counts once; and one that is ignored (`nohup`) stays so.
+The first one ends the work in an order that loses nothing. A second SIGINT or SIGTERM ends it at once; the others never
+do, since they come again: shells send SIGHUP to what the terminal has sent it to already, schedulers signal every
+process of a job. The others are also taken only where they would kill: one that is ignored (`nohup`) stays so, and a
+program may have a meaning of its own for them.
 """
 
 import contextlib
@@ -16,7 +19,10 @@ from typing import Any, Self
 
 from auxin.errors import TrainingError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+REQUEST = signal.SIGUSR1
+"""What a process asks its children by: none of them is ended at once by it, whatever else they are sent."""
+_INSISTING = frozenset({signal.SIGINT, signal.SIGTERM})
+SIGNALS = (*sorted(_INSISTING), signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupted(TrainingError):
@@ -50,7 +56,9 @@ class Interruption:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                current = signal.getsignal(number)
+                ours = isinstance(getattr(current, "__self__", None), Interruption)
+                if number in _INSISTING or current is signal.SIG_DFL or ours:
                     self._former[number] = signal.signal(number, self._handle)
         return self
 
@@ -60,12 +68,14 @@ class Interruption:
         self._restore(*self._former)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.signal_name = signal.Signals(number).name
-        self._restore(*self._former.keys() - {signal.SIGHUP})
-        if signal.SIGHUP in self._former:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        if number in _INSISTING:
+            self._restore(*self._former.keys() & _INSISTING)
+        for other in self._former.keys() - _INSISTING:
+            signal.signal(other, signal.SIG_IGN)
         _leave_closed_terminal()
-        self._begin_to_stop()
+        if self.signal_name is None:
+            self.signal_name = signal.Signals(number).name
+            self._begin_to_stop()
 
     def _begin_to_stop(self) -> None:
         # Written past Python's buffers: the handler may run in the middle of a print.
@@ -85,12 +95,13 @@ class _Raising(Interruption):
 
 
 @contextlib.contextmanager
-def ended_by_signals(doing: str) -> Iterator[None]:
+def ended_by_signals(doing: str | None = None) -> Iterator[None]:
     """Within the context, a signal ends the work at once, with an error that says what it was. For work that keeps
     nothing on the way and is done again from its beginning; what saves on the way (`Interruption`) may stand within.
 
     Args:
-        doing: what is done in the context: "preparing the data".
+        doing: what is done in the context ("preparing the data"), a part of what the same call goes on with. None: what
+            it has made by then goes, and the exit code is that of shells, 128 and the signal's number.
 
     Raises:
         Interrupted: a signal came.
@@ -100,6 +111,11 @@ def ended_by_signals(doing: str) -> Iterator[None]:
         with interruption:
             yield
     except _Stop:
+        assert interruption.signal_name is not None
+        if doing is None:
+            ended = Interrupted(f"Ended by {interruption.signal_name}; nothing half-written is left.")
+            ended.exit_code = 128 + signal.Signals[interruption.signal_name]
+            raise ended from None
         raise Interrupted(
             f"Interrupted by {interruption.signal_name} while {doing}. What was finished or saved before is kept, and "
             "nothing half-written is left. Give the same command to go on."
