@@ -40,7 +40,12 @@ class TrainingInterrupted(Interrupted):
 
 
 class _Stop(BaseException):
-    """Raised by a handler where the work ends: no `except Exception` on the way holds it up."""
+    """Raised by a handler where the work ends: no `except Exception` on the way holds it up, and no one who waits for
+    Ctrl-C. Where it comes between two instructions of the end of one context, the next one around takes it."""
+
+    def __init__(self, signal_name: str) -> None:
+        super().__init__(f"ended by {signal_name}")
+        self.signal_name = signal_name
 
 
 class Interruption:
@@ -91,7 +96,8 @@ class _Raising(Interruption):
     """Ends what is being done where it stands; folders that are half written go as the error passes them."""
 
     def _begin_to_stop(self) -> None:
-        raise _Stop
+        assert self.signal_name is not None
+        raise _Stop(self.signal_name)
 
 
 @contextlib.contextmanager
@@ -106,18 +112,16 @@ def ended_by_signals(doing: str | None = None) -> Iterator[None]:
     Raises:
         Interrupted: a signal came.
     """
-    interruption = _Raising()
     try:
-        with interruption:
+        with _Raising():
             yield
-    except _Stop:
-        assert interruption.signal_name is not None
+    except _Stop as stop:
         if doing is None:
-            ended = Interrupted(f"Ended by {interruption.signal_name}; nothing half-written is left.")
-            ended.exit_code = 128 + signal.Signals[interruption.signal_name]
+            ended = Interrupted(f"Ended by {stop.signal_name}; nothing half-written is left.")
+            ended.exit_code = 128 + signal.Signals[stop.signal_name]
             raise ended from None
         raise Interrupted(
-            f"Interrupted by {interruption.signal_name} while {doing}. What was finished or saved before is kept, and "
+            f"Interrupted by {stop.signal_name} while {doing}. What was finished or saved before is kept, and "
             "nothing half-written is left. Give the same command to go on."
         ) from None
 

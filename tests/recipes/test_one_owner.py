@@ -7,13 +7,15 @@ import signal
 
 import pytest
 import torch
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from auxin.errors import CheckpointError, ConfigError, TrainingError
-from auxin.interruption import REQUEST, SIGNALS, Interrupted, Interruption, ended_by_signals
+from auxin.interruption import REQUEST, SIGNALS, Interrupted, Interruption, _Stop, ended_by_signals
 from auxin.models.loading import load_model
 from auxin.recipes import Recipe, run_recipe, run_seeds
 from auxin.recipes.folder import held
 from auxin.sums import damage
+from auxin.training.checkpoint import read_tensors
 from corpora import small_corpus, write_documents
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
@@ -235,3 +237,29 @@ def test_a_record_that_names_a_checkpoint_on_the_way_is_refused(finished, tmp_pa
         go(Recipe.from_yaml(tmp_path / "run/recipe.yaml"), tmp_path / "run")
     record.unlink()
     go(Recipe.from_yaml(tmp_path / "run/recipe.yaml"), tmp_path / "run")
+
+
+def test_a_signal_that_the_inner_context_misses_is_taken_by_the_next_one():
+    """One may come between the last instruction within a context and the first of its end."""
+
+    def missed():
+        raise _Stop("SIGTERM")
+
+    with (
+        pytest.raises(Interrupted, match=r"Ended by SIGTERM; nothing half-written is left") as raised,
+        ended_by_signals(),
+    ):
+        missed()
+    assert raised.value.exit_code == 128 + signal.SIGTERM
+
+
+def test_a_signal_while_moments_are_read_is_no_damage(finished, monkeypatch):
+    """torch.distributed.checkpoint takes whatever is raised for a failure of one of the processes."""
+    checkpoint = finished / "trained/branches/main/02-learn/checkpoints/step-00000004"
+
+    def signalled(*arguments, **options):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(HuggingFaceStorageReader, "read_data", signalled)
+    with pytest.raises(Interrupted, match="Interrupted by SIGTERM while reading"), ended_by_signals("reading"):
+        read_tensors(checkpoint)

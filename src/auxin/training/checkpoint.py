@@ -95,6 +95,7 @@ def write_checkpoint_folder(
             flush_tree(partial)
             _move_into_place(partial, directory)
     except _FAILURES as error:
+        _raise_what_is_no_error(error)
         raise CheckpointError(
             f"{directory} could not be saved: {_reason(error)}. Nothing saved before was touched. Free space on "
             "the disk or choose another output folder, then run again."
@@ -155,6 +156,7 @@ def read_tensors(checkpoint: str | Path) -> dict[str, Tensor]:
         with _one_process():
             dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
     except (*_FAILURES, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        _raise_what_is_no_error(error)
         raise CheckpointError(
             f"{folder} is damaged: {_reason(error)}. Restore it or use another checkpoint."
         ) from error
@@ -246,6 +248,13 @@ def _restore(target: Path) -> None:
     if replaced.exists() and not target.exists():
         replaced.rename(target)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _raise_what_is_no_error(error: BaseException) -> None:
+    """Raise what torch.distributed.checkpoint has wrapped as if it were a failure: an interrupt, an exit."""
+    for failure, _ in error.failures.values() if isinstance(error, CheckpointException) else ():
+        if not isinstance(failure, Exception):
+            raise failure from None
 
 
 def _reason(error: BaseException) -> str:
