@@ -279,9 +279,7 @@ def test_a_model_that_was_made_in_inference_mode_is_refused_and_a_copy_of_it_gro
     before = everything(model)
     for plan in (ffn_plan(), ffn_plan(promise="none")):
         with (
-            pytest.raises(
-                PlanError, match=r"\(model\.embed_tokens\.weight, .* within torch\.inference_mode.*deepcopy"
-            ),
+            pytest.raises(PlanError, match=r"\(model\.embed_tokens\.weight, .* within torch\.inference_mode.*deepcopy"),
             torch.inference_mode(applied_within),
         ):
             apply(plan, model)

@@ -1,11 +1,12 @@
 """Checking that an edited model computes what it computed before."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _python_dispatch
 from transformers import PreTrainedModel
 
 from auxin.accounting.inputs import (
@@ -20,7 +21,7 @@ from auxin.accounting.inputs import (
 from auxin.edits.plan import Plan
 from auxin.errors import PlanError, PromiseError
 from auxin.models.evaluating import evaluation_mode
-from auxin.nn.autocast import without_autocast
+from auxin.nn.autocast import autocast_switches, without_autocast
 from auxin.words.paths import dotted
 
 PROBE_SEQUENCES = 3
@@ -49,6 +50,8 @@ INNER = ("hidden_state", "hidden_states", "pooler_output")
 """How names of outputs end that lie below a head."""
 MAPS = "feature_maps"
 """How the names of a backbone's hidden states begin."""
+BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+"""What has a precision of products, each for itself: torch refuses to read its summary where a caller has set one."""
 EMBEDDINGS = "_embeds"
 """How the names of a pair's embeddings end, which may lie below the logits of pairs."""
 
@@ -169,19 +172,74 @@ def _inside(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
+def settings_kept() -> Iterator[None]:
+    """When the context, or the function that it decorates, ends by an exception, torch has the settings again that it
+    had before: all those that a probe changes for a while.
+
+    The contexts that change them put them back, but for an interrupt between two of their own instructions.
+    """
+    put_back = [_draws_and_gradients(), _precisions(), autocast_switches(), _dispatch_modes()]
+    try:
+        yield
+    except BaseException:
+        for each in put_back:
+            each()
+        raise
+
+
+def _draws_and_gradients() -> Callable[[], None]:
+    """What gives torch the random states again that it has now, and says whether gradients are wanted."""
+    gradients, state = torch.is_grad_enabled(), torch.get_rng_state()
+    states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def put_back() -> None:
+        torch.set_grad_enabled(gradients)
+        torch.set_rng_state(state)
+        torch.cuda.set_rng_state_all(states)
+
+    return put_back
+
+
+def _dispatch_modes() -> Callable[[], None]:
+    """What takes those modes off torch's stack that are not on it now. An `__exit__` that was interrupted can't do it:
+    called again, it fails at flags that it has taken already."""
+    depth = len(_python_dispatch._get_current_dispatch_mode_stack())
+    flags = {name: value for name, value in vars(_python_dispatch).items() if name.startswith("_is_in_")}
+
+    def put_back() -> None:
+        while len(_python_dispatch._get_current_dispatch_mode_stack()) > depth:
+            _python_dispatch._pop_mode()
+        vars(_python_dispatch).update(flags)
+        # torch's compiler has a copy of one.
+        _python_dispatch.set_is_in_mode_without_ignore_compile_internals(
+            flags["_is_in_any_mode_without_ignore_compile_internals"]
+        )
+
+    return put_back
+
+
+def _precisions() -> Callable[[], None]:
+    """What gives products of float32 the types again that they are computed in now."""
+    precisions = [backend.fp32_precision for backend in BACKENDS]
+
+    def put_back() -> None:
+        for backend, precision in zip(BACKENDS, precisions, strict=True):
+            backend.fp32_precision = precision
+
+    return put_back
+
+
+@contextmanager
 def full_precision() -> Iterator[None]:
     """Within the context, products are computed in the type of their factors."""
-    # One by one: torch refuses to read its summary of them where a caller has set one.
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    precisions = [backend.fp32_precision for backend in backends]
+    put_back = _precisions()
     try:
-        for backend in backends:
+        for backend in BACKENDS:
             backend.fp32_precision = "ieee"
         with without_autocast():
             yield
     finally:
-        for backend, precision in zip(backends, precisions, strict=True):
-            backend.fp32_precision = precision
+        put_back()
 
 
 @contextmanager
