@@ -18,6 +18,7 @@ import auxin.edits.carry
 import auxin.edits.executor
 import auxin.edits.fresh
 import auxin.edits.module_store
+import auxin.edits.probe
 import auxin.edits.promise
 import auxin.edits.tree
 import auxin.edits.unread
@@ -39,6 +40,7 @@ WATCHED = {
         auxin.edits.executor,
         auxin.edits.fresh,
         auxin.edits.module_store,
+        auxin.edits.probe,
         auxin.edits.promise,
         auxin.edits.tree,
         auxin.edits.unread,
@@ -48,7 +50,7 @@ WATCHED = {
     )
 }
 """The files of all code that runs between the first and the last change of a model, or of torch's settings."""
-SETS = (auxin.edits.promise, auxin.nn.autocast, torch.utils._python_dispatch)
+SETS = (auxin.edits.probe, auxin.nn.autocast, torch.utils._python_dispatch)
 """Those that change settings of torch's."""
 Line = tuple[str, int]
 Moment = tuple[Line, int]

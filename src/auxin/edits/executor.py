@@ -14,7 +14,8 @@ from auxin.edits.carry import carry, check_tensors
 from auxin.edits.kinds.rate import Rate
 from auxin.edits.module_store import ModuleStore
 from auxin.edits.plan import Plan
-from auxin.edits.promise import Probe, measured_change, probe_and_outputs, settings_kept, tolerance
+from auxin.edits.probe import Probe, probe_and_outputs, settings_kept
+from auxin.edits.promise import measured_change, tolerance
 from auxin.edits.purpose import refuse_other_model
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.room import refuse_too_large

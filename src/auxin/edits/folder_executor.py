@@ -12,7 +12,8 @@ from auxin.edits.executor import Receipt, continuation
 from auxin.edits.folder_store import FolderStore
 from auxin.edits.other_files import ADAPTER, WITHOUT_MOMENTS, copy_other_files, forget_best
 from auxin.edits.plan import Plan
-from auxin.edits.promise import Probe, measured_change, probe_and_outputs, settings_kept, tolerance
+from auxin.edits.probe import Probe, probe_and_outputs, settings_kept
+from auxin.edits.promise import measured_change, tolerance
 from auxin.edits.purpose import refuse_other_model
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.room import refuse_too_large_for_folder

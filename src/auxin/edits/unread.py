@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from auxin.edits.plan import Plan
-from auxin.edits.promise import Outputs, Probe, edited_outputs
+from auxin.edits.probe import Outputs, Probe, edited_outputs
 from auxin.edits.resolution import ResolvedPlan
 
 
