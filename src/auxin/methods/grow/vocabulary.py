@@ -160,7 +160,7 @@ def plan_vocabulary(
     edits: list[Edit] = []
     values: dict[str, Any] = {}
     for table in token_tables(model):
-        if table.length < needed:
+        if table.length < new_length:
             fill = MeanFill(rows=min(first, table.length))
             edits.append(PadParameter(parameter=table.name, axis=table.axis, size=new_length, fill=fill))
             values |= dict.fromkeys(table.fields, new_length)
