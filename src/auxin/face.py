@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from auxin.edits import executor
 from auxin.edits.executor import Receipt
 from auxin.edits.plan import Plan
-from auxin.edits.promise import Probe
+from auxin.edits.probe import Probe
 from auxin.edits.saved import save_model
 from auxin.errors import ConfigError
 from auxin.files import new_folder

@@ -12,17 +12,19 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils import _python_dispatch
 
 import auxin.edits.carry
 import auxin.edits.executor
 import auxin.edits.fresh
 import auxin.edits.module_store
+import auxin.edits.probe
 import auxin.edits.promise
 import auxin.edits.tree
 import auxin.edits.unread
 import auxin.models.evaluating
-from auxin.edits import NormalFill, PadParameter, Plan, SetConfig, apply
+import auxin.nn.autocast
+from auxin.edits import NormalFill, PadParameter, Plan, SetConfig, apply, apply_to_checkpoint
 from auxin.edits.kinds.edit import ArrangeLayers, ChangeArchitecture, MakeParameters, TieParameters
 from auxin.methods.adapt.graft import Graft, plan_graft
 from auxin.methods.grow.masked import MaskedGrowth, plan_masked
@@ -38,13 +40,18 @@ WATCHED = {
         auxin.edits.executor,
         auxin.edits.fresh,
         auxin.edits.module_store,
+        auxin.edits.probe,
         auxin.edits.promise,
         auxin.edits.tree,
         auxin.edits.unread,
         auxin.models.evaluating,
+        auxin.nn.autocast,
+        torch.utils._python_dispatch,
     )
 }
-"""The files of all code that runs between the first and the last change of a model."""
+"""The files of all code that runs between the first and the last change of a model, or of torch's settings."""
+SETS = (auxin.edits.probe, auxin.nn.autocast, torch.utils._python_dispatch)
+"""Those that change settings of torch's."""
 Line = tuple[str, int]
 Moment = tuple[Line, int]
 """A line, and the how manyeth time it runs."""
@@ -189,11 +196,15 @@ def quiet() -> Iterator[None]:
 
 def settings() -> list[Any]:
     """What is no part of the model and must be as before too."""
-    modes = len(_get_current_dispatch_mode_stack())
+    modes = [len(_python_dispatch._get_current_dispatch_mode_stack()), torch._C._len_torch_dispatch_stack()]
+    flags = {name: value for name, value in vars(_python_dispatch).items() if name.startswith("_is_in_")}
     torch.autocast_increment_nesting()
     contexts = torch.autocast_decrement_nesting()
-    autocast = [torch.is_autocast_enabled("cpu"), contexts]
-    return [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_rng_state(), modes, autocast]
+    autocast = [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda", "mps", "xpu")]
+    types = [torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()]
+    precisions = [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+    gradients = [torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
+    return [gradients, torch.get_rng_state(), modes, flags, autocast, contexts, types, precisions]
 
 
 def check(case: str, tried: Iterable[Moment]) -> None:
@@ -222,6 +233,23 @@ def test_the_cases_run_what_changes_models():
 @pytest.mark.parametrize("case", CASES)
 def test_a_failure_before_any_line_leaves_everything_as_it_was(case):
     check(case, list(turns(case)))
+
+
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=whole) for part in range(1, 12))])
+def test_a_failure_while_a_folder_is_changed_leaves_torch_as_it_was(tmp_path, part):
+    """At a twelfth of the lines of what a probe sets, in turn the first and the last time that one runs."""
+    files = {str(Path(module.__file__ or "").resolve()) for module in SETS}
+    model, plan = grafted()
+    model.save_pretrained(tmp_path / "old")
+    with quiet(), Lines() as lines:
+        apply_to_checkpoint(plan, tmp_path / "old", tmp_path / "new")
+    runs = sorted(line for line in lines.runs if line[0] in files)
+    around = settings()
+    for number, line in enumerate(runs[part::12]):
+        with pytest.raises(Interrupted), quiet(), Lines((line, lines.runs[line] if number % 2 else 1)):
+            apply_to_checkpoint(plan, tmp_path / "old", tmp_path / "interrupted")
+        assert_same(settings(), around, f"{line[0]}:{line[1]}")
+        assert not (tmp_path / "interrupted").exists()
 
 
 @whole

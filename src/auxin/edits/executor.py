@@ -14,7 +14,8 @@ from auxin.edits.carry import carry, check_tensors
 from auxin.edits.kinds.rate import Rate
 from auxin.edits.module_store import ModuleStore
 from auxin.edits.plan import Plan
-from auxin.edits.promise import Probe, measured_change, probe_and_outputs, tolerance
+from auxin.edits.probe import Probe, probe_and_outputs, settings_kept
+from auxin.edits.promise import measured_change, tolerance
 from auxin.edits.purpose import refuse_other_model
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.room import refuse_too_large
@@ -62,6 +63,7 @@ class Receipt(Settings):
 
 
 @torch.inference_mode(False)
+@settings_kept()
 def apply(
     plan: Plan, model: PreTrainedModel, optimizer: Optimizer | None = None, probe: Probe | None = None
 ) -> Receipt:
@@ -142,7 +144,7 @@ def _applied(
         seconds=time.perf_counter() - start,
     )
     for note in (*plan.notes, *about_unread(plan, unread)):
-        warnings.warn(note, stacklevel=4)  # `apply` and its inference_mode, too, are between this and the caller
+        warnings.warn(note, stacklevel=5)  # `apply` and its two contexts, too, are between this and the caller
     return receipt
 
 

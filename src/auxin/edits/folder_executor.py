@@ -12,7 +12,8 @@ from auxin.edits.executor import Receipt, continuation
 from auxin.edits.folder_store import FolderStore
 from auxin.edits.other_files import ADAPTER, WITHOUT_MOMENTS, copy_other_files, forget_best
 from auxin.edits.plan import Plan
-from auxin.edits.promise import Probe, measured_change, probe_and_outputs, tolerance
+from auxin.edits.probe import Probe, probe_and_outputs, settings_kept
+from auxin.edits.promise import measured_change, tolerance
 from auxin.edits.purpose import refuse_other_model
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.room import refuse_too_large_for_folder
@@ -31,6 +32,7 @@ from auxin.models.weight_files import weight_files
 from auxin.sums import SUMS_FILE, refuse_damaged_tensors
 
 
+@settings_kept()
 def apply_to_checkpoint(
     plan: Plan,
     source_dir: str | Path,
@@ -118,7 +120,7 @@ def apply_to_checkpoint(
         if finish is not None:
             finish(folder, receipt)
     for note in (*notes, *about_unread(plan, unread)):
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(note, stacklevel=3)  # the context is between this and the caller
     return receipt
 
 

@@ -3,12 +3,12 @@
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from auxin.edits.plan import Plan
-from auxin.edits.promise import Outputs, Probe, edited_outputs
+from auxin.edits.probe import Outputs, Probe, edited_outputs
 from auxin.edits.resolution import ResolvedPlan
 
 
@@ -43,13 +43,8 @@ def outputs_and_unread(
     if any(module._compiled_call_impl is not None for module in model.modules()):
         return edited_outputs(plan, model, probe), []
     reads = _Reads()
-    try:
-        with reads:
-            outputs = edited_outputs(plan, model, probe)
-    finally:
-        # An interrupt between two instructions of `with` would leave it there.
-        if any(mode is reads for mode in _get_current_dispatch_mode_stack()):
-            reads.__exit__(None, None, None)
+    with reads:
+        outputs = edited_outputs(plan, model, probe)
     unread = {name for name, value in model.named_parameters() if value.data_ptr() not in reads.addresses}
     changed = (name for name, origin in resolved.origins.items() if origin.kept != name or origin.steps)
     return outputs, [name for name in changed if name in unread]

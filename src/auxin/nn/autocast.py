@@ -1,11 +1,22 @@
 """torch's autocast, whatever the caller has on: inside of one of his contexts the same numbers as outside."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
+
+
+def autocast_switches() -> Callable[[], None]:
+    """What turns autocast on and off again as it is now."""
+    before = {kind: torch.is_autocast_enabled(kind) for kind in DEVICE_TYPES}
+
+    def put_back() -> None:
+        for kind, enabled in before.items():
+            torch.set_autocast_enabled(kind, enabled)
+
+    return put_back
 
 
 @contextmanager
@@ -15,14 +26,13 @@ def without_autocast() -> Iterator[None]:
     It sets the switches and opens no `torch.autocast`: an interrupt between two instructions of that one's `with`
     leaves torch's count of open contexts too high, and with it the weights of a moment in the cache of all later ones.
     """
-    before = {kind: torch.is_autocast_enabled(kind) for kind in DEVICE_TYPES}
+    put_back = autocast_switches()
     try:
         for kind in DEVICE_TYPES:
             torch.set_autocast_enabled(kind, False)
         yield
     finally:
-        for kind, enabled in before.items():
-            torch.set_autocast_enabled(kind, enabled)
+        put_back()
 
 
 @contextmanager

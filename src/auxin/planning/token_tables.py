@@ -86,14 +86,14 @@ def refuse_taken_ids(config: PreTrainedConfig, count: int) -> None:
         if (offset := getattr(part, "vocab_offset", None)) is not None and count > offset:
             raise PlanError(
                 f"With {dotted(path, 'vocab_offset')} = {offset} the model reads ids from there on as images or sound, "
-                f"and the ids of the new tokens would go up to {count - 1}. Grow its language model alone: load the "
-                "checkpoint as a causal language model."
+                f"and the ids of the new tokens would go up to {count - 1}. Grow the language model alone, in "
+                "its class for text (such as Gemma3nForCausalLM)."
             )
         if (additional := getattr(part, "additional_vocab_size", None)) and count > part.vocab_size:
             raise PlanError(
                 f"With {dotted(path, 'additional_vocab_size')} = {additional} the ids from {part.vocab_size} on are "
-                "taken by tokens of a table of their own, so that the vocabulary can't grow there. Choose a model "
-                "without such tokens."
+                "taken by other tokens of the model's, so that the vocabulary can't grow there. Choose a model "
+                "without them."
             )
         if (written := getattr(part, "unpadded_vocab_size", None)) is not None and count > written:
             raise PlanError(

@@ -26,7 +26,7 @@ by nobody ("free": block 0 is the old stream; "relay": the block that comes next
 by random weights; random both."""
 
 
-class Widening:
+class WideStream:
     """The edits of what comes before and after the layers of one model.
 
     Args:

@@ -7,7 +7,7 @@ from pathlib import Path
 from auxin.accounting import Cost, StageRecord
 from auxin.accounting.ledger import books_in
 from auxin.edits import Plan, Receipt, apply_to_checkpoint
-from auxin.edits.promise import Probe
+from auxin.edits.probe import Probe
 from auxin.edits.purpose import made_for_another
 from auxin.errors import CheckpointError, OtherModelError, PlanError, PromiseError, reason
 from auxin.models.loading import load_config

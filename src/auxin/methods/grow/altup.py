@@ -50,7 +50,7 @@ from auxin.nn.bricks import Brick
 from auxin.planning.bench import from_model
 from auxin.planning.depth import chosen_stacks, depth
 from auxin.planning.method import Method
-from auxin.planning.wide_stream import WideConversion, Widening
+from auxin.planning.wide_stream import WideConversion, WideStream
 from auxin.planning.width_targets import refuse_without_tower
 from auxin.settings import Settings
 from auxin.words.anatomy import Anatomy, LayerStack
@@ -166,7 +166,7 @@ def plan_altup(model: PreTrainedModel, settings: AltUpSettings) -> Plan:
             ReplaceModule(module=f"{stack.path}.0", brick="summed_input", settings={"blocks": settings.blocks})
             for stack in stacks
         ]
-        return _plan(model, settings, "none", [*edits, *_widening(model, body, settings).summed()], [])
+        return _plan(model, settings, "none", [*edits, *_wide_stream(model, body, settings).summed()], [])
     for stack in stacks:
         layers = depth(model, stack)
         _check_blocks(model, settings, stack, layers)
@@ -175,7 +175,7 @@ def plan_altup(model: PreTrainedModel, settings: AltUpSettings) -> Plan:
         if settings.conversion == "recycled":
             edits.append(_collapse(stack, settings))
     if settings.conversion != "recycled":
-        edits += _widening(model, body, settings).edits()
+        edits += _wide_stream(model, body, settings).edits()
     promise: Promise = "none" if settings.conversion == "random" else "exact"
     if settings.collapse == "sum":
         promise = "approximate"
@@ -326,9 +326,9 @@ def _zero_sums(settings: AltUpSettings, path: str, count: int) -> list[float]:
     return noise.flatten().tolist()
 
 
-def _widening(model: PreTrainedModel, body: Anatomy, settings: AltUpSettings) -> Widening:
+def _wide_stream(model: PreTrainedModel, body: Anatomy, settings: AltUpSettings) -> WideStream:
     assert settings.conversion != "recycled"
-    return Widening(model, body, settings.blocks, settings.conversion, settings.norm, settings.noise)
+    return WideStream(model, body, settings.blocks, settings.conversion, settings.norm, settings.noise)
 
 
 def _collapse(stack: LayerStack, settings: AltUpSettings) -> Edit:

@@ -28,7 +28,7 @@ from auxin.data.tokenizer import TOKENIZER_FILES, read_tokenizer
 from auxin.data.vocabulary import EnlargedTokenizer, Merge, enlarge_tokenizer, learn_merges, texts_of
 from auxin.edits import AverageRows, Edit, MeanFill, PadParameter, Plan, Receipt, SetConfig, apply
 from auxin.edits.plan_files import PlanFile, sha256
-from auxin.edits.promise import Probe
+from auxin.edits.probe import Probe
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.planning.bench import Bench
@@ -160,7 +160,7 @@ def plan_vocabulary(
     edits: list[Edit] = []
     values: dict[str, Any] = {}
     for table in token_tables(model):
-        if table.length < needed:
+        if table.length < new_length:
             fill = MeanFill(rows=min(first, table.length))
             edits.append(PadParameter(parameter=table.name, axis=table.axis, size=new_length, fill=fill))
             values |= dict.fromkeys(table.fields, new_length)
