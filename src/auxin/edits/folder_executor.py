@@ -27,7 +27,7 @@ from auxin.files import new_folder
 from auxin.foreign import refuse_links_out_anywhere
 from auxin.models.loading import existing_folder, load_config, load_model
 from auxin.models.weight_files import weight_files
-from auxin.sums import SUMS_FILE, damage
+from auxin.sums import damage, remove_sums
 
 
 def apply_to_checkpoint(
@@ -81,7 +81,8 @@ def apply_to_checkpoint(
     del model
     with new_folder(output) as folder:
         notes = [] if (changed := damage(source)) is None else [f"{source} is not as it was written: {changed}."]
-        notes += copy_other_files(source, folder, {*store.files(), Path(TRAINER_OPTIMIZER), Path(SUMS_FILE)})
+        notes += copy_other_files(source, folder, {*store.files(), Path(TRAINER_OPTIMIZER)})
+        remove_sums(folder)
         notes += forget_best(folder)
         store.open(folder)
         carry(resolved, plan.seed, store)
