@@ -29,6 +29,8 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value; repeatable.")
 ]
 LARGEST_SEED = 2**63 - 1
+ASIDE = (".", "damaged-", "former-")
+"""What the names of folders begin with that hold no checkpoint to go on from."""
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="Folder of a checkpoint.")]
 
 
@@ -78,7 +80,7 @@ def model_folder(folder: Path) -> Path:
     marks = ("recipe.yaml", "branches", "checkpoints", "checkpoint")
     if (folder / "config.json").is_file() or not any((folder / mark).exists() for mark in marks):
         return folder
-    configs = sorted(path for path in folder.rglob("config.json") if not path.parent.name.startswith((".", "damaged-")))
+    configs = sorted(path for path in folder.rglob("config.json") if not path.parent.name.startswith(ASIDE))
     # The last of each stage: names of checkpoints sort by step.
     newest = {path.parent.parent: path.parent for path in configs}
     if not newest:
