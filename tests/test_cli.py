@@ -450,6 +450,8 @@ def test_a_checkpoint_says_whether_it_is_whole(trained, tmp_path, monkeypatch, c
     assert refused.code == 1
     assert "c is damaged: model.safetensors differs" in refused.err
     (tmp_path / "c/SHA256SUMS").unlink()
+    assert "SHA256SUMS is missing" in main(monkeypatch, capfd, "show", tmp_path / "c", "--verify").err
+    (tmp_path / "c/training/state.json").unlink()
     assert "has no SHA256SUMS" in main(monkeypatch, capfd, "show", tmp_path / "c", "--verify").err
 
 

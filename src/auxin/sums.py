@@ -1,17 +1,24 @@
 """SHA-256 sums of a folder's files, in the folder: what was written is told from what has become of it.
 
-The file is of the common format, so that `sha256sum -c SHA256SUMS` checks it too.
+The file is of the common format, so that `sha256sum -c SHA256SUMS` checks it too. That it must be there, and with how
+many lines, is told by the state of the training, where there is one.
 """
 
 import hashlib
+import json
 import re
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from auxin.errors import CheckpointError, reason
 from auxin.files import write_text
 
 SUMS_FILE = "SHA256SUMS"
+STATE = Path("training/state.json")
+"""The JSON file in a checkpoint that tells of the sums."""
+SUMMED = "summed_files"
+"""The field that does."""
 
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
@@ -19,7 +26,15 @@ _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 def write_sums(folder: Path) -> None:
     """Write the sums of all files in `folder` and below, in place of those that are there."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS_FILE)
+    _tell(folder, len(paths))
     write_text(folder / SUMS_FILE, "".join(f"{_sum(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths))
+
+
+def remove_sums(folder: Path) -> None:
+    """Let `folder`, in which files are about to change, have no sums, and nothing that tells of them."""
+    (folder / SUMS_FILE).unlink(missing_ok=True)
+    if _told(folder):
+        _tell(folder, None)
 
 
 def has_sums(folder: Path) -> bool:
@@ -28,7 +43,7 @@ def has_sums(folder: Path) -> bool:
 
 
 def damage(folder: Path) -> str | None:
-    """What of `folder` is not as it was when its sums were written, by name; None: nothing, or it has no sums.
+    """What of `folder` is not as it was when its sums were written, by name; None: nothing, or it never had sums.
 
     Files that came later are nobody's business. All others are read, so this takes as long as reading the folder; once
     in a process, as long as their sizes and times stay: many runs open one corpus, and stages one checkpoint.
@@ -55,14 +70,15 @@ def _wrong(folder: Path) -> tuple[tuple[str, str], ...]:
     """Files of `folder` that are not as they were written, and what is wrong with each."""
     if not folder.is_dir():
         return (("it", "is missing"),)
+    told = _told(folder)
     if not has_sums(folder):
-        return ()
+        return ((SUMS_FILE, f"is missing (it had {told} lines, as {STATE} says)"),) if told else ()
     states = ((path, path.lstat()) for path in sorted(folder.rglob("*")))
-    return _compared(folder, tuple((path, state.st_size, state.st_mtime_ns) for path, state in states))
+    return _compared(folder, told, tuple((path, state.st_size, state.st_mtime_ns) for path, state in states))
 
 
 @lru_cache(maxsize=1024)
-def _compared(folder: Path, stamps: tuple[tuple[Path, int, int], ...]) -> tuple[tuple[str, str], ...]:
+def _compared(folder: Path, told: int, stamps: tuple[tuple[Path, int, int], ...]) -> tuple[tuple[str, str], ...]:
     path = folder / SUMS_FILE
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -71,8 +87,33 @@ def _compared(folder: Path, stamps: tuple[tuple[Path, int, int], ...]) -> tuple[
     expected = [_LINE.fullmatch(line) for line in lines]
     if not lines or None in expected:
         return ((SUMS_FILE, "holds lines that are no sums"),)
+    if len(lines) < told:
+        return ((SUMS_FILE, f"is cut: it has {len(lines)} lines, and had {told}, as {STATE} says"),)
     states = ((match[2], _state(folder / match[2], match[1])) for match in expected if match)
     return tuple((name, state) for name, state in states if state)
+
+
+def _told(folder: Path) -> int:
+    """How many lines the sums of `folder` had; 0: nothing tells of any."""
+    found = _read(folder).get(SUMMED)
+    return found if isinstance(found, int) else 0
+
+
+def _tell(folder: Path, number: int | None) -> None:
+    """Tell of so many lines, where there is what can tell; None: of none."""
+    if state := _read(folder):
+        state.pop(SUMMED, None)
+        text = json.dumps(state if number is None else {**state, SUMMED: number}, indent=2)
+        write_text(folder / STATE, text + "\n")
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """What lies in the file that tells; empty where there is none, or it holds something else."""
+    try:
+        found = json.loads((folder / STATE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _state(path: Path, expected: str) -> str:

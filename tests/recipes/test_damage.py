@@ -40,7 +40,7 @@ def test_damage_is_mended_or_named(workshop):
 # Those that went on to other bits, or ended in a traceback, before files had sums.
 KNOWN = [
     ("train stage to resume", "model.safetensors", "another step's"),
-    ("trained, before growth", "training/model-00001-of-00001.safetensors", "another step's"),
+    ("trained, before growth", "training/state.safetensors", "another step's"),
     ("corpus", "train.npy", "a bit flipped"),
     ("grown, before training", "ledger.json", "another step's"),
 ]

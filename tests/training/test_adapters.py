@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from auxin.errors import CheckpointError, ConfigError
-from auxin.sums import SUMS_FILE
+from auxin.sums import remove_sums
 from auxin.training import latest_checkpoint, train
 from training.tiny import TinyData, poisoned, tiny_llama, tiny_settings, weights
 
@@ -93,7 +93,7 @@ def test_another_adapter_can_not_go_on(tmp_path):
     train(adapted(), TinyData(), settings, tmp_path, stop_after=2, progress=False)
     with pytest.raises(CheckpointError, match=r"lora_A\.weight has shape \(4, 64\) there and \(2, 64\) in the adapter"):
         train(adapted(rank=2), TinyData(), settings, tmp_path, progress=False)
-    for name in ("adapter_model.safetensors", SUMS_FILE):
-        (latest_checkpoint(tmp_path) / name).unlink()
+    remove_sums(latest_checkpoint(tmp_path))
+    (latest_checkpoint(tmp_path) / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="the model has an adapter"):
         train(adapted(), TinyData(), settings, tmp_path, progress=False)

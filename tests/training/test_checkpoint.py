@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from transformers import AutoModelForCausalLM
 
+import auxin
 from auxin.accounting.ledger import Ledger, StageRecord
 from auxin.edits import Plan, WrapModule, apply
 from auxin.errors import CheckpointError
@@ -59,6 +62,43 @@ def test_everything_comes_back(tmp_path):
     other = tiny_llama(1)
     load_weights(folder, other)
     assert bits(weights(other)) == bits(weights(model))
+
+
+@pytest.fixture
+def written_by_dcp(tmp_path) -> Path:
+    """A checkpoint whose moments torch.distributed.checkpoint has written, as Auxin's once were; and those."""
+    model, optimizer = stepped()
+    folder = write_checkpoint_folder(tmp_path / "dcp", model, state={"step": 7})
+    moments = optimizer_tensors(model, optimizer)
+    dcp.save(moments, storage_writer=HuggingFaceStorageWriter(path=str(folder / "training")), no_dist=True)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_torch_distributed_checkpoint_has_written_is_read_and_grown(written_by_dcp, tmp_path):
+    model, optimizer = stepped()
+    ours = write_checkpoint_folder(tmp_path / "ours", model, optimizer=optimizer)
+    expected = optimizer_tensors(model, optimizer)
+    plan = auxin.plan(ours, "hypercloning", factor=2)
+    grown = []
+    for folder in (written_by_dcp, ours):
+        found = read_tensors(folder)
+        assert {name: bits(tensor) for name, tensor in found.items()} == {n: bits(t) for n, t in expected.items()}
+        auxin.apply(plan, folder, output=tmp_path / f"grown-{folder.name}")
+        tensors = read_tensors(tmp_path / f"grown-{folder.name}")
+        grown.append({name: bits(tensor) for name, tensor in tensors.items()})
+    assert grown[0] == grown[1]
+    name = "optimizer.exp_avg.model.norm.weight"
+    assert len(grown[0][name]) == 2 * len(bits(expected[name]))
+
+
+def test_tensors_in_one_memory_and_transposed_ones_come_back(tmp_path):
+    table = torch.arange(12.0).view(3, 4)
+    tensors = {"a": table, "b": table[1:], "c": table.T, "d": table, "e": torch.zeros(0), "f": torch.tensor(3.0)}
+    folder = write_checkpoint_folder(tmp_path / "c", tiny_llama(), tensors=tensors)
+    found = read_tensors(folder)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_bricks_hear_of_buffers_that_were_overwritten(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from auxin.accounting import Ledger
 from auxin.errors import CheckpointError
 from auxin.objectives.objective import Reference
-from auxin.sums import SUMS_FILE
+from auxin.sums import SUMS_FILE, remove_sums
 from auxin.training import GuardSettings, latest_checkpoint, train
 from auxin.training.run_folder import SINCE_FILE, write_since
 from training.tiny import TinyData, checkpoint_bits, poisoned_llama, stepped, tiny_llama, tiny_settings
@@ -106,6 +106,90 @@ def test_without_a_whole_one_the_error_names_every_file_and_nothing_is_moved(sto
     assert go(stopped).steps == 6
 
 
+def test_who_goes_back_loses_nothing_that_was_later(stopped, alone):
+    saved = {step: checkpoint_bits(stopped / f"checkpoints/step-0000000{step}") for step in (4, 5)}
+    (stopped / "latest").write_text("checkpoints/step-00000002\n")
+    result = go(stopped)
+    assert checkpoint_bits(result.checkpoint) == checkpoint_bits(alone.checkpoint)
+    note = (
+        "gone back to step-00000002, which latest names (kept as checkpoints/former-step-00000004, "
+        "checkpoints/former-step-00000005)"
+    )
+    assert notes(result).count(note) == 1
+    assert {step: checkpoint_bits(stopped / f"checkpoints/former-step-0000000{step}") for step in saved} == saved
+    assert go(stopped).steps == 6, "a finished run says nothing of it"
+    assert not (stopped / ".saving").exists()
+
+
+def test_who_goes_back_and_is_killed_or_refused_loses_nothing_either(stopped, monkeypatch):
+    (stopped / "latest").write_text("checkpoints/step-00000002\n")
+    before = names(stopped)
+    with pytest.raises(CheckpointError, match="learning_rate"):
+        go(stopped, learning_rate=1.0)
+    assert names(stopped) == before
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("auxin.training.loop.MetricsLog", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go(stopped)
+    assert {"former-step-00000004", "former-step-00000005"} < names(stopped)
+    assert sum(note.startswith("gone back to step-00000002") for note in notes(go(stopped))) == 1
+
+
+def test_who_begins_anew_finds_the_former_checkpoints(stopped, alone):
+    (stopped / "latest").unlink()
+    result = go(stopped)
+    assert checkpoint_bits(result.checkpoint) == checkpoint_bits(alone.checkpoint)
+    assert {f"former-step-0000000{step}" for step in (0, 2, 4, 5)} < names(stopped)
+    assert any(note.startswith("begun anew, since there is no latest (kept as ") for note in notes(result))
+
+
+def test_what_was_saved_and_not_yet_named_is_no_former_checkpoint(stopped, alone, monkeypatch):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("auxin.training.loop.name_latest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go(stopped)
+    assert (stopped / "latest").read_text() == "checkpoints/step-00000005\n"
+    assert "step-00000006" in names(stopped)
+    result = go(stopped)
+    assert names(stopped) == {f"step-0000000{step}" for step in (0, 2, 4, 5, 6)}
+    assert not any(note.startswith("gone back") for note in notes(result))
+
+
+def without_sums(path: Path) -> str:
+    path.unlink()
+    return f"{SUMS_FILE} is missing"
+
+
+def cut_sums(path: Path) -> str:
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-2]))
+    return f"{SUMS_FILE} is cut: it has {len(lines) - 2} lines, and had {len(lines)}"
+
+
+@pytest.mark.parametrize("harm_sums", [without_sums, cut_sums])
+def test_sums_that_are_gone_or_cut_are_damage(stopped, alone, harm_sums):
+    checkpoint = stopped / "checkpoints/step-00000005"
+    said = harm_sums(checkpoint / SUMS_FILE)
+    harm(checkpoint / "model.safetensors")
+    result = go(stopped)
+    assert checkpoint_bits(result.checkpoint) == checkpoint_bits(alone.checkpoint)
+    assert any(note.startswith("gone back to step-00000004") and said in note for note in notes(result))
+
+
+def test_a_checkpoint_of_an_earlier_version_without_sums_is_taken(stopped, alone):
+    remove_sums(stopped / "checkpoints/step-00000005")
+    result = go(stopped)
+    assert checkpoint_bits(result.checkpoint) == checkpoint_bits(alone.checkpoint)
+    assert notes(result) == []
+
+
 def test_what_happened_to_a_forgotten_run_is_no_part_of_the_next_one(tmp_path):
     first = tmp_path / "run"
     go(first, stop_after=1)
@@ -114,7 +198,7 @@ def test_what_happened_to_a_forgotten_run_is_no_part_of_the_next_one(tmp_path):
     go(first, stop_after=1)
     (first / "latest").write_text("checkpoints/step-00000000\n")
     result = go(first)
-    assert notes(result) == []
+    assert "a note of the forgotten run" not in notes(result)
     assert result.seconds < 999
 
 

@@ -158,10 +158,10 @@ def show(
 def _verify(folder: Path) -> None:
     from auxin.sums import SUMS_FILE, damage, has_sums
 
-    if not has_sums(folder):
-        raise CheckpointError(f"{folder} has no {SUMS_FILE} to compare its files with.")
     if (reason := damage(folder)) is not None:
         raise CheckpointError(f"{folder} is not as it was written: {reason}.")
+    if not has_sums(folder):
+        raise CheckpointError(f"{folder} has no {SUMS_FILE} to compare its files with.")
     to_stderr(f"Every file is as it was written ({SUMS_FILE}).")
 
 

@@ -29,7 +29,7 @@ from auxin.foreign import refuse_links_out_anywhere
 from auxin.models.folders import model_folder
 from auxin.models.loading import load_config, load_model
 from auxin.models.weight_files import weight_files
-from auxin.sums import SUMS_FILE, refuse_damaged_tensors
+from auxin.sums import refuse_damaged_tensors, remove_sums
 
 
 @settings_kept()
@@ -85,7 +85,8 @@ def apply_to_checkpoint(
     del model
     with new_folder(output) as folder:
         notes = [] if changed is None else [f"{source} is not as it was written: {changed}."]
-        notes += copy_other_files(source, folder, {*store.files(), Path(TRAINER_OPTIMIZER), Path(SUMS_FILE)})
+        notes += copy_other_files(source, folder, {*store.files(), Path(TRAINER_OPTIMIZER)})
+        remove_sums(folder)
         notes += forget_best(folder)
         store.open(folder)
         carry(resolved, plan.seed, store)

@@ -66,5 +66,5 @@ def _folders_in(folder: Path) -> list[Path]:
     return [
         path
         for path in below
-        if not path.name.startswith((".", "damaged-")) and path.is_dir() and not path.is_symlink()
+        if not path.name.startswith((".", "damaged-", "former-")) and path.is_dir() and not path.is_symlink()
     ]

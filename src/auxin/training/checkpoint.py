@@ -1,9 +1,9 @@
 """Checkpoint folders: written whole or not at all, loadable by transformers.
 
 Layout of a folder: the Hugging Face model at its root (config.json, the weights as safetensors under the names of
-`auxin.models.weight_files`, tokenizer files); `training/` with the tensors of the training state, written by
-torch.distributed.checkpoint as safetensors, and `state.json`; `ledger.json`; and `SHA256SUMS`, by which a damaged one
-is known (`auxin.sums`). It is not changed after it was written.
+`auxin.models.weight_files`, tokenizer files); `training/` with the tensors of the training state as safetensors, which
+torch.distributed.checkpoint reads, and `state.json`; `ledger.json`; and `SHA256SUMS`, by which a damaged one is known
+(`auxin.sums`). It is not changed after it was written.
 """
 
 import contextlib
@@ -17,9 +17,10 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
@@ -32,13 +33,13 @@ from auxin.files import flush, flush_tree, new_folder, temporary_folder
 from auxin.models.folders import existing_folder
 from auxin.models.loading import load_model
 from auxin.nn.bricks import Brick
-from auxin.sums import write_sums
+from auxin.sums import STATE, SUMMED, write_sums
 from auxin.training.adapters import has_adapter, load_adapter
 from auxin.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from auxin.training.settings import TrainingSettings
 
-TRAINING = "training"
-STATE_FILE = "state.json"
+TRAINING = STATE.parent
+TENSORS_FILE = "state.safetensors"
 
 # CheckpointException wraps what happened on each rank and is no Exception.
 _FAILURES = (OSError, SafetensorError, CheckpointException)
@@ -86,9 +87,9 @@ def write_checkpoint_folder(
             if optimizer is not None:
                 training |= optimizer_tensors(model, optimizer)
             if training:
-                _write_tensors(training, partial / TRAINING)
+                write_tensors(training, partial / TRAINING)
             if state is not None:
-                (partial / TRAINING / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+                (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
             if not any((partial / TRAINING).iterdir()):
                 (partial / TRAINING).rmdir()
             write_sums(partial)
@@ -119,12 +120,12 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the folder is missing or has no (valid) training state.
     """
-    path = existing_folder(checkpoint) / TRAINING / STATE_FILE
+    path = existing_folder(checkpoint) / STATE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{checkpoint} has no {TRAINING}/{STATE_FILE}: it is a model without training state. It can start a stage, "
+            f"{checkpoint} has no {STATE}: it is a model without training state. It can start a stage, "
             "but not resume one."
         ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -133,7 +134,26 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds no mapping. Restore it or use another checkpoint.")
+    state.pop(SUMMED, None)
     return state
+
+
+def write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write a training state's tensors into `folder`, from where they are in memory.
+
+    torch.distributed.checkpoint, by which they are read, would copy them all first, and take longer
+    (docs/results/checkpoint_cost.md).
+    """
+    packed: dict[str, Tensor] = {}
+    taken: set[tuple[torch.device, int]] = set()
+    for name, tensor in tensors.items():
+        packed[name] = tensor.detach().contiguous()
+        # The format refuses two tensors in one memory.
+        memory = (tensor.device, packed[name].untyped_storage().data_ptr())
+        if memory in taken:
+            packed[name] = packed[name].clone()
+        taken.add(memory)
+    save_file(packed, folder / TENSORS_FILE, metadata={"format": "pt"})
 
 
 def read_tensors(checkpoint: str | Path) -> dict[str, Tensor]:
@@ -215,11 +235,6 @@ def _one_process() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
-
-
-def _write_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
-    with _one_process():
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(path=str(folder)), no_dist=True)
 
 
 def _move_into_place(folder: Path, target: Path) -> None:

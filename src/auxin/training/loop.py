@@ -34,8 +34,10 @@ from auxin.training.optimizer import build_optimizer, restore_optimizer
 from auxin.training.progress import Place, ProgressDisplay, TimeLeft
 from auxin.training.run_folder import (
     CHECKPOINTS,
+    announce_saving,
     checkpoint_name,
     checkpoint_to_resume,
+    keep_later,
     latest_checkpoint,
     name_latest,
     own_checkpoints,
@@ -216,12 +218,14 @@ class _Loop:
         self.relative_rates = [group["lr"] / self.settings.learning_rate for group in groups]
         if checkpoint is not None:
             saved = self._resume(checkpoint)
+            gone_back += self._keep_later(checkpoint)
             # A kill may have come between naming the checkpoint and removing what it made superfluous.
             self._prune(checkpoint)
             if saved["finished"]:
                 return self._result(checkpoint, self.parent.stages[-1].measures, self.parent)
         else:
             self._start(optimizer_from)
+            gone_back += self._keep_later(None)
         refuse_non_finite(self.model, self.state.optimizer, str(checkpoint or self.model.name_or_path or "the model"))
         was_training = self.model.training
         step, position = self.state.step, self.state.data_position
@@ -286,6 +290,11 @@ class _Loop:
             self.parent = Ledger(stages=self.parent.stages[:-1])
         self.state.notes += notes
         return saved
+
+    def _keep_later(self, checkpoint: Path | None) -> list[str]:
+        notes = keep_later(self.output_dir, checkpoint)
+        self.state.notes += [note for note in notes if note not in self.state.notes]
+        return notes
 
     def _load(self, checkpoint: Path, saved: dict[str, Any], position: int | None = None) -> None:
         """Go back to a checkpoint; draw batches from `position` on (None: from the checkpoint's)."""
@@ -418,6 +427,7 @@ class _Loop:
             state.rewind_step = state.step
         checkpoint = self.output_dir / CHECKPOINTS / checkpoint_name(state.step)
         self._tick()
+        announce_saving(self.output_dir, checkpoint)
         write_checkpoint_folder(
             checkpoint,
             self.model,

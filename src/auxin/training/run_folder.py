@@ -3,11 +3,14 @@
 In a run's folder lie `checkpoints/step-00000100/` and others, the file `latest`, which names the newest one, and
 `since.json`, which has what happened after it was written: a checkpoint itself is never changed. Whatever else lies in
 `checkpoints/` is somebody's own, and left alone.
+
+Whoever names an earlier one in `latest`, or removes `latest`, goes back: later ones are kept aside. A process that died
+before it named what it had saved leaves a later one, too; the file `.saving` tells the two apart.
 """
 
 import itertools
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from auxin.errors import CheckpointError, reason
@@ -21,6 +24,9 @@ from auxin.training.state import TrainingState
 CHECKPOINTS = "checkpoints"
 LATEST_FILE = "latest"
 SINCE_FILE = "since.json"
+SAVING_FILE = ".saving"
+DAMAGED, FORMER = "damaged", "former"
+"""What the names of folders that are kept aside begin with."""
 
 _NAME = re.compile(r"step-\d{8,}")
 
@@ -47,12 +53,25 @@ def own_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(folder for folder in folders if _NAME.fullmatch(folder.name) and folder.is_dir())
 
 
+def announce_saving(output_dir: Path, checkpoint: Path) -> None:
+    """Say that `checkpoint` is about to be written, which `name_latest` will name."""
+    path = output_dir / SAVING_FILE
+    try:
+        write_text(path, checkpoint.name + "\n")
+    except OSError as error:
+        raise CheckpointError(
+            f"{checkpoint} could not be saved: {path} can't be written ({reason(error)}). Nothing saved before was "
+            "touched. Free space on the disk, then run again."
+        ) from error
+
+
 def name_latest(output_dir: Path, checkpoint: Path) -> None:
     """Name `checkpoint`, a folder in `output_dir`, as the newest one; a reader sees the old name or the new one."""
     path = output_dir / LATEST_FILE
     try:
         write_text(path, checkpoint.relative_to(output_dir).as_posix() + "\n")
         flush(output_dir)
+        (output_dir / SAVING_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(
             f"{checkpoint} was saved, but {path} could not be written: {reason(error)}. Free space on the disk, then "
@@ -141,20 +160,57 @@ def _go_back(output_dir: Path, checkpoint: Path, damaged: list[Path], reasons: l
     A kill between any two steps of this leads here again.
     """
     kept = {folder: aside_name(folder) for folder in damaged}
-    where = ", ".join(aside.relative_to(output_dir).as_posix() for aside in kept.values())
-    note = f"gone back to {checkpoint.name}: {'; '.join(reasons)}{f' (kept as {where})' if where else ''}"
-    since = read_since(output_dir, checkpoint)
-    if note not in since.notes:
-        write_since(output_dir, checkpoint, since.seconds, [*since.notes, note])
+    note = f"gone back to {checkpoint.name}: {'; '.join(reasons)}{_where(output_dir, kept)}"
+    _note(output_dir, checkpoint, note)
     for folder, aside in kept.items():
         folder.rename(aside)
     name_latest(output_dir, checkpoint)
     return note
 
 
-def aside_name(folder: Path) -> Path:
-    """Where a damaged folder is kept, beside its place: a name that is free."""
-    names = (f"damaged-{folder.name}{f'-{number}' if number else ''}" for number in itertools.count())
+def keep_later(output_dir: Path, checkpoint: Path | None) -> list[str]:
+    """Keep those checkpoints aside that are later than the one that the run goes on from (None: it begins), since
+    somebody has gone back behind them; what the ledger shall say of it.
+
+    A kill between any two steps of this leads here again.
+    """
+    being_saved = _being_saved(output_dir)
+    later = [folder for folder in own_checkpoints(output_dir) if checkpoint is None or folder.name > checkpoint.name]
+    kept = {folder: aside_name(folder, FORMER) for folder in later if folder.name != being_saved}
+    if not kept:
+        return []
+    if checkpoint is None:
+        note = f"begun anew, since there is no {LATEST_FILE}{_where(output_dir, kept)}"
+    else:
+        note = f"gone back to {checkpoint.name}, which {LATEST_FILE} names{_where(output_dir, kept)}"
+        _note(output_dir, checkpoint, note)
+    for folder, aside in kept.items():
+        folder.rename(aside)
+    return [note]
+
+
+def _where(output_dir: Path, kept: Mapping[Path, Path]) -> str:
+    names = ", ".join(aside.relative_to(output_dir).as_posix() for aside in kept.values())
+    return f" (kept as {names})" if names else ""
+
+
+def _note(output_dir: Path, checkpoint: Path, note: str) -> None:
+    since = read_since(output_dir, checkpoint)
+    if note not in since.notes:
+        write_since(output_dir, checkpoint, since.seconds, [*since.notes, note])
+
+
+def _being_saved(output_dir: Path) -> str:
+    """The name of what a process that died was saving; empty: none was."""
+    try:
+        return (output_dir / SAVING_FILE).read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return ""
+
+
+def aside_name(folder: Path, word: str = DAMAGED) -> Path:
+    """Where a folder that is damaged, or was gone back from, is kept, beside its place: a name that is free."""
+    names = (f"{word}-{folder.name}{f'-{number}' if number else ''}" for number in itertools.count())
     return next(path for path in map(folder.with_name, names) if not path.exists())
 
 
