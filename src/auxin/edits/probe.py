@@ -256,10 +256,10 @@ def _dispatch_modes() -> Callable[[], None]:
         while len(_python_dispatch._get_current_dispatch_mode_stack()) > depth:
             _python_dispatch._pop_mode()
         vars(_python_dispatch).update(flags)
-        # torch's compiler has a copy of one.
-        _python_dispatch.set_is_in_mode_without_ignore_compile_internals(
-            flags["_is_in_any_mode_without_ignore_compile_internals"]
-        )
+        # torch's compiler has a copy of one, in some versions.
+        tell = getattr(_python_dispatch, "set_is_in_mode_without_ignore_compile_internals", None)
+        if tell is not None:
+            tell(flags["_is_in_any_mode_without_ignore_compile_internals"])
 
     return put_back
 
