@@ -284,7 +284,7 @@ def test_so_does_every_folder_in_it(trained):
         with pytest.raises(CheckpointError, match="holds checkpoints and is none itself") as raised:
             call("show", folder)
         assert str(trained.checkpoint) in str(raised.value)
-    with pytest.raises(CheckpointError, match=r"data has no config\.json, nor has a folder in it"):
+    with pytest.raises(CheckpointError, match=r"data has no config\.json: it is no model folder"):
         call("show", trained.output / "data")
 
 
@@ -724,7 +724,7 @@ def test_an_option_takes_the_values_that_follow(written, read):
         (["--seeds", "0", "x"], "extra argument"),
         (["--seeds", "1,-2"], "'-2' is no whole number"),
         (["--seeds", "1", "1"], "must differ"),
-        (["--branches", "grwon"], "grown"),
+        (["--branches", "grwon"], "auxin: --branches: Unknown branch 'grwon'. Did you mean 'grown'"),
     ],
 )
 def test_seeds_and_branches_that_make_no_sense(monkeypatch, capfd, arguments, message):

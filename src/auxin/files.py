@@ -45,10 +45,10 @@ def existing_folder(path: str | Path, wanted: str, mark: str, error: type[AuxinE
         CheckpointError, or `error`: it is a file, or is not there.
     """
     folder = Path(path)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # says no where pathlib raises: of a name that is too long
         return folder
     name = shown(str(folder), quoted=False)
-    if not folder.is_file():
+    if not os.path.isfile(folder):
         raise error(f"{name} does not exist. Give {wanted}.")
     meant = f": {folder.parent}" if (folder.parent / mark).is_file() else ""
     raise error(f"{name} is a file and no folder. Give {wanted}{meant}.")

@@ -326,7 +326,7 @@ def test_slices_promise_what_they_keep():
 @pytest.mark.parametrize(
     ("family", "method", "settings", "message"),
     [
-        ("llama", stacking, {}, r"exactly one of factor \(None\) and layers \(None\)"),
+        ("llama", stacking, {}, r"exactly one of factor \(null\) and layers \(null\)"),
         ("llama", stacking, {"factor": 2, "layers": 8}, "exactly one of"),
         ("llama", stacking, {"factor": 1}, r"factor: .*2 or more"),
         ("llama", stacking, {"layers": 3}, r"layers = 3 is fewer than the 4 of model\.layers.*at least 5"),

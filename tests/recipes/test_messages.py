@@ -200,6 +200,8 @@ def test_a_folder_or_another_file_in_the_place_of_a_recipe_is_told_what_was_mean
             load_recipe(given)
         assert str(raised.value).startswith(message)
     assert "auxin train --model config.json" in str(raised.value)
+    with pytest.raises(ConfigError, match="Unknown recipe"):
+        load_recipe("y" * 5000)
 
 
 @pytest.mark.parametrize(

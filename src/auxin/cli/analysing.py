@@ -37,7 +37,8 @@ def analyse(
 
     if output is not None and output.exists():
         raise ConfigError(f"--output: {output} exists. Give a folder that doesn't, or remove it.")
-    refuse_swapped(str(model) in measurements() and measurement not in measurements(), "analyse", model, measurement)
+    known = measurements()
+    refuse_swapped(measurement not in known and str(model) in known, "analyse", model, measurement)
     _register()
     values: dict[str, Any] = {}
     for change in overrides or []:

@@ -1,6 +1,7 @@
 """Commands that read a checkpoint: what it is, what it writes, how well it predicts; and conversion."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,7 +61,7 @@ def generate(
     """Continue a text."""
     from auxin.evaluation import generate_text
 
-    refuse_swapped(not checkpoint.exists() and Path(prompt).is_dir(), "generate", checkpoint, prompt)
+    refuse_swapped(os.path.isdir(prompt) and not os.path.exists(checkpoint), "generate", checkpoint, prompt)
     model, tokenizer = _load(checkpoint)
     text = generate_text(model, tokenizer, prompt, max_new_tokens, temperature, top_p, seed)
     print(json.dumps({"prompt": prompt, "continuation": text}) if as_json else prompt + text)

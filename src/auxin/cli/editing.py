@@ -109,7 +109,8 @@ def plan(
     from auxin.planning.method import plan_for
     from auxin.recipes.library import apply_override
 
-    refuse_swapped(str(model) in methods() and method not in methods(), "plan", model, method)
+    known = methods()
+    refuse_swapped(method not in known and str(model) in known, "plan", model, method)
     values: dict[str, Any] = {}
     seen: dict[str, Any] = {}
     for change in overrides or []:

@@ -14,7 +14,7 @@ import typer
 from auxin.cli.app import LARGEST_SEED, AsJson, Overrides, app
 from auxin.cli.listed import ListedOptions
 from auxin.cli.printing import number, print_line, print_table, to_stderr
-from auxin.errors import AuxinError, ConfigError
+from auxin.errors import AuxinError, ConfigError, placed
 
 if TYPE_CHECKING:
     from auxin.accounting.comparison import Comparison
@@ -62,6 +62,8 @@ def run(
     if seed is not None:
         changes.append(f"seed={seed}")
     loaded = load_recipe(recipe, changes)
+    with placed("--branches: "):
+        loaded.needed(branches)
     if seed is not None and loaded.seeds is not None:
         raise ConfigError(
             f"--seed {seed}: the recipe has seeds {loaded.seeds}. Give --seeds {seed}, or --set seeds=null for a run "

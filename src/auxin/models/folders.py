@@ -1,10 +1,12 @@
 """The folders of models: that a path is one of them, or what was most likely meant."""
 
+import os
 from collections import deque
 from pathlib import Path
 
 from auxin.errors import MOST_NAMES, CheckpointError
 from auxin.files import existing_folder as _existing_folder
+from auxin.models.weight_files import first_file
 
 CONFIG_FILE = "config.json"
 DEEPEST = 7
@@ -37,9 +39,7 @@ def model_folder(path: str | Path) -> Path:
         more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
         names = ", ".join(map(str, found[:MOST_NAMES]))
         raise CheckpointError(f"{folder} holds checkpoints and is none itself. Give one of those in it: {names}{more}")
-    raise CheckpointError(
-        f"{folder} has no {CONFIG_FILE}, nor has a folder in it: it is no model folder, or an incomplete copy of one."
-    )
+    raise CheckpointError(f"{folder} has no {CONFIG_FILE}: it is no model folder, or an incomplete copy of one.")
 
 
 def _newest_below(folder: Path) -> list[Path]:
@@ -50,7 +50,8 @@ def _newest_below(folder: Path) -> list[Path]:
         inner, depth = open_ones.popleft()
         looked_at += 1
         if (inner / CONFIG_FILE).is_file():
-            found.append(inner)
+            # A file of that name alone is anybody's.
+            found += [inner] if first_file(inner) is not None or any(inner.glob("*.bin")) else []
         elif depth < DEEPEST:
             open_ones += [(below, depth + 1) for below in _folders_in(inner)]
     steps = {path.parent: path for path in sorted(found) if path.name.startswith("step-")}
@@ -60,11 +61,8 @@ def _newest_below(folder: Path) -> list[Path]:
 def _folders_in(folder: Path) -> list[Path]:
     """Those that are neither hidden nor kept aside as damaged, nor links, which may lead round."""
     try:
-        below = sorted(folder.iterdir())
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     except OSError:
         return []
-    return [
-        path
-        for path in below
-        if not path.name.startswith((".", "damaged-", "former-")) and path.is_dir() and not path.is_symlink()
-    ]
+    return [folder / name for name in sorted(names) if not name.startswith((".", "damaged-"))]

@@ -1,6 +1,7 @@
 """Find a recipe: by the name of a built-in one or by its file; and change single values of it."""
 
 import json
+import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe
 
 def _refuse_folder(path: Path) -> None:
     """ConfigError where the path of a recipe is that of a folder; of a run's, the message names its recipe."""
-    if path.is_dir():
+    if os.path.isdir(path):  # says no where pathlib raises: of a name that is too long
         within = path / RECIPE_FILE
         meant = f"the recipe in it, {within}," if within.is_file() else "the path of a YAML file"
         name = shown(str(path), quoted=False)
@@ -62,7 +63,7 @@ def _refuse_folder(path: Path) -> None:
 
 def _refuse_other_suffix(path: Path) -> None:
     """ConfigError where the path of a recipe is that of a file whose name does not say that it is one."""
-    if path.is_file():
+    if os.path.isfile(path):
         name = shown(str(path), quoted=False)
         model = f" The model of a config is trained by: auxin train --model {name}" if path.suffix == ".json" else ""
         raise ConfigError(
