@@ -40,8 +40,8 @@ def score_files(
 
 def _read(path: Path) -> str:
     try:
-        # As it is: reading as text would turn the line ends of Windows into others.
-        text = path.read_bytes().decode("utf-8")
+        # As it is, but for a byte order mark: reading as text would turn the line ends of Windows into others.
+        text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist. Give an existing text file.") from error
     except (OSError, UnicodeDecodeError) as error:
