@@ -337,6 +337,8 @@ def test_a_json_array_is_read_in_pieces_of_any_length(
 )
 def test_a_damaged_compressed_file_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     rows = "\n".join(json.dumps({"text": f"a text, number {number}"}) for number in range(900))
-    (tmp_path / "a.jsonl.gz").write_bytes(damage(gzip.compress(rows.encode())))
-    with pytest.raises(DataError, match=r"a\.jsonl\.gz can't be read: .*restore it or leave it out"):
-        read(tmp_path)
+    for name, content in {"a.jsonl.gz": rows, "a.json.gz": f"[{rows.replace(chr(10), ',')}]"}.items():
+        path = tmp_path / name
+        path.write_bytes(damage(gzip.compress(content.encode())))
+        with pytest.raises(DataError, match=rf"^\S*{name} can't be read: .*restore it or leave it out\.$"):
+            read(path)

@@ -205,6 +205,8 @@ def _array_elements(name: str, path: Path) -> Iterator[_Found]:
     try:
         for number, value in enumerate(_json_array(path), start=1):
             yield _Found(f"{name}:{number}", value)
+    except DataError:
+        raise  # the file can't be read
     except (ValueError, RecursionError) as error:  # broken UTF-8 is a ValueError, too
         raise DataError(
             f"{path} is no JSON array of UTF-8 behind its element {number}: {reason(error)}. Mend it or leave it out."
