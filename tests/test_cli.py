@@ -472,6 +472,18 @@ def test_a_command_that_is_ended_says_so_and_leaves_nothing(trained, tmp_path, m
     assert signal.getsignal(number) is before
 
 
+def test_a_command_in_the_background_ignores_what_its_shell_lets_it_ignore(trained, tmp_path, monkeypatch, capfd):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr("auxin.edits.folder_executor.carry", lambda *arguments: signal.raise_signal(signal.SIGINT))
+        sizes = ("--qkv-tokens", 8, "--proj-tokens", 8, "--ffn-tokens", 32)
+        answer = main(monkeypatch, capfd, "grow", trained.checkpoint, *sizes, "-o", tmp_path / "g")
+        assert answer.code != 130
+        assert "SIGINT" not in answer.err
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_report_is_made_again(trained):
     page = trained.output / "report.html"
     page.unlink()

@@ -52,18 +52,26 @@ class Interruption:
     """Within the context, a signal sets `signal_name` once; then the former handlers are back in force.
 
     Only the main thread may handle signals; in any other the context does nothing.
+
+    Args:
+        ignored: whether SIGINT and SIGTERM are taken even where they are ignored, as SIGINT is by what a shell starts
+            in the background: for what saves, and goes on when it is called again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ignored: bool = True) -> None:
         self.signal_name: str | None = None
+        self._ignored = ignored
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 current = signal.getsignal(number)
-                ours = isinstance(getattr(current, "__self__", None), Interruption)
-                if number in _INSISTING or current is signal.SIG_DFL or ours:
+                if number in _INSISTING:
+                    taken = self._ignored or current is not signal.SIG_IGN
+                else:
+                    taken = current is signal.SIG_DFL or isinstance(getattr(current, "__self__", None), Interruption)
+                if taken:
                     self._former[number] = signal.signal(number, self._handle)
         return self
 
@@ -107,13 +115,14 @@ def ended_by_signals(doing: str | None = None) -> Iterator[None]:
 
     Args:
         doing: what is done in the context ("preparing the data"), a part of what the same call goes on with. None: what
-            it has made by then goes, and the exit code is that of shells, 128 and the signal's number.
+            it has made by then goes, the exit code is that of shells, 128 and the signal's number, and a signal that is
+            ignored stays so.
 
     Raises:
         Interrupted: a signal came.
     """
     try:
-        with _Raising():
+        with _Raising(ignored=doing is not None):
             yield
     except _Stop as stop:
         if doing is None:

@@ -247,7 +247,7 @@ def test_what_is_skipped_is_counted_and_named(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(settings_, Path(folder) / "data")
     assert {reason: skipped.count for reason, skipped in data.report.skipped.items()} == {
-        "neither .jsonl, .jsonl.gz nor .parquet": 1,
+        "holds no rows": 1,
         "no label": 1,
         "empty": 1,
         "text field is not a string": 1,

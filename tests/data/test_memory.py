@@ -69,6 +69,20 @@ def test_a_long_line(megabytes, kind, tmp_path):
     assert found < 400 + 8 * megabytes, found
 
 
+def test_a_json_array_and_a_csv_of_many_rows(tmp_path):
+    """One row at a time: 20 MB of a column that is not asked for are not there at once."""
+    texts = [f"{number} {WORDS}" for number in range(20_000)]
+    rest = "x" * 1000
+    (tmp_path / "rows").mkdir()
+    with (tmp_path / "rows/a.json").open("w") as file:
+        json.dump([{"rest": rest, "text": text} for text in texts], file)
+    with (tmp_path / "rows/b.csv").open("w") as file:
+        file.writelines(["rest,text\n", *(f"{rest},b{text}\n" for text in texts)])
+    found, documents = added(tmp_path / "rows", tmp_path)
+    assert documents == 2 * len(texts)
+    assert found < 100, found
+
+
 @pytest.mark.parametrize("files", [5_000, pytest.param(100_000, marks=pytest.mark.whole)])
 def test_many_files(files, tmp_path):
     """Names, sizes and digests."""

@@ -1,7 +1,12 @@
 """Reading documents: every format, and a reason for everything that is left out."""
 
+import bz2
+import codecs
 import gzip
 import json
+import lzma
+import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +17,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import GPTNeoXConfig
 
-from auxin.data import CorpusSettings
+from auxin.data import CorpusSettings, row_files
+from auxin.data.collecting import collect
 from auxin.data.sources import read_documents, source_files
 from auxin.data.tokenizer import load_tokenizer, train_tokenizer
 from auxin.errors import DataError
@@ -195,8 +201,135 @@ def test_rows_are_told_by_the_ending_in_letters_of_any_case(tmp_path: Path) -> N
     write_parquet(tmp_path / "d.PARQUET", {"text": ["three"]})
     (tmp_path / "e.txt.gz").write_bytes(gzip.compress(b"no rows"))
     texts, skipped = read(tmp_path)
-    assert texts == ["one", "two"] * 2 + ["one", "three"]
-    assert skipped == {"c.Jsonl.GZ:2": "not valid JSON", "e.txt.gz": "not UTF-8"}
+    assert texts == ["one", "two"] * 2 + ["one", "three", "no rows"]
+    assert skipped == {"c.Jsonl.GZ:2": "not valid JSON"}
+
+
+TWO = [{"text": "one, \N{SNOWMAN}"}, {"text": 'two "2"\nlines'}]
+JSON_LINES = "".join(json.dumps(row) + "\n" for row in TWO).encode()
+ARRAY = json.dumps(TWO, ensure_ascii=False, indent=1).encode()
+CSV = 'n,text\r\n1,"one, \N{SNOWMAN}"\r\n2,"two ""2""\nlines"\r\n'.encode()
+ROWS = {
+    "a.jsonl": JSON_LINES,
+    "a.ndjson": JSON_LINES,
+    "lines.json": JSON_LINES,
+    "array.json": ARRAY,
+    "a.csv": CSV,
+    "a.tsv": 'text\tn\n"one, \N{SNOWMAN}"\t1\n"two ""2""\nlines"\t2\n'.encode(),
+}
+COMPRESSED = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8], ids=["plain", "BOM"])
+@pytest.mark.parametrize("compression", COMPRESSED)
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_every_format_compressed_or_not(tmp_path: Path, name: str, compression: str, mark: bytes) -> None:
+    path = tmp_path / f"{name}{compression}"
+    path.write_bytes(COMPRESSED[compression](mark + ROWS[name]))
+    for named in (path, tmp_path):
+        assert read(named) == ([row["text"] for row in TWO], {})
+
+
+@pytest.mark.parametrize("compression", COMPRESSED)
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, compression: str) -> None:
+    path = tmp_path / f"a.txt{compression}"
+    path.write_bytes(COMPRESSED[compression](codecs.BOM_UTF8 + "one \N{ZERO WIDTH NO-BREAK SPACE}two".encode()))
+    assert read(path) == (["one \N{ZERO WIDTH NO-BREAK SPACE}two"], {})
+
+
+def test_what_is_packed_is_not_read_and_it_is_said_what_to_do(tmp_path: Path) -> None:
+    for name in ("a.jsonl.zst", "b.txt.ZST", "c.tar.gz", "d.zip", "e.parquet.gz"):
+        (tmp_path / name).write_bytes(b"plain")
+    assert read(tmp_path) == (
+        [],
+        {
+            "a.jsonl.zst": ".zst: decompress it first",
+            "b.txt.ZST": ".zst: decompress it first",
+            "c.tar.gz": ".tar.gz: decompress it first",
+            "d.zip": ".zip: decompress it first",
+            "e.parquet.gz": ".parquet.gz: decompress it first",
+        },
+    )
+    settings = CorpusSettings(source="files", paths=(tmp_path / "a.jsonl.zst",))
+    with pytest.raises(DataError, match=r"1 \.zst: decompress it first\)\. Mend that, or give another source"):
+        collect(settings, read_documents(settings), tmp_path, lambda *_: None)
+
+
+NO_ROWS = {
+    "package.json": '{\n  "name": "x",\n  "text": "y"\n}\n',
+    "short.json": '{"name": "x"}',
+    "numbers.json": "[1, 2, 3]",
+    "text.json": '["text"]',
+    "broken.json": '[{"text": ',
+    "none.json": "no JSON",
+    "a.csv": "name,n\nx,1\n",
+}
+
+
+def test_a_folder_of_sources_keeps_its_json_and_csv_as_text_and_says_which_hold_rows(tmp_path: Path) -> None:
+    for name, text in NO_ROWS.items():
+        (tmp_path / name).write_text(text)
+    with pytest.warns(UserWarning, match=r"^2 files hold rows without a field 'text'.*: .*a\.csv, .*short\.json\. Set"):
+        texts, skipped = read(tmp_path)
+    assert sorted(texts) == sorted(NO_ROWS.values())
+    assert skipped == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(tmp_path, text_field="name")[0].count("x") == 2
+
+
+@pytest.mark.parametrize("name", ["a.csv", "short.json"])
+def test_a_file_of_rows_that_is_named_itself_is_not_taken_for_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(NO_ROWS[name])
+    with pytest.raises(DataError, match=r"no field 'text'\. Set `text_field` to one of: n"):
+        read(tmp_path / name)
+
+
+def test_csv_rows(tmp_path: Path) -> None:
+    long = "x" * 200_000
+    (tmp_path / "a.csv").write_bytes(f"n,text\n1,{long}\n\n2\n3,\n4,".encode() + b"caf\xe9\n5,two\n")
+    texts, skipped = read(tmp_path)
+    assert texts == [long, "two"]
+    assert skipped == {"a.csv:2": "fewer columns than the header", "a.csv:3": "empty", "a.csv:4": "not UTF-8"}
+    (tmp_path / "a.csv").write_text("text\n")
+    assert read(tmp_path) == ([], {"a.csv": "empty"})
+    (tmp_path / "a.csv").write_text("text\none\ntw\ro\n")
+    with pytest.raises(DataError, match=r"a\.csv is no CSV behind its row 1.*Mend it"):
+        read(tmp_path)
+
+
+def test_elements_of_a_json_array(tmp_path: Path) -> None:
+    elements = [{"text": "one"}, 3, {"other": 1}, {"text": None}, {"text": "two"}]
+    (tmp_path / "a.json").write_text(f" \n{json.dumps(elements)} \n")
+    assert read(tmp_path) == (
+        ["one", "two"],
+        {
+            "a.json:2": "not a JSON object",
+            "a.json:3": "no field 'text'",
+            "a.json:4": "text field is not a string",
+        },
+    )
+    for broken in ('[{"text": "one"}', '[{"text": "one"}, {"text": "tw', '[{"text": "one"} {"text": "two"}]'):
+        (tmp_path / "a.json").write_text(broken)
+        with pytest.raises(DataError, match=r"a\.json is no JSON array of UTF-8 behind its element 1: .*Mend it"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_json_array_is_read_in_pieces_of_any_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Cut at any place, it gives what `json` gives of the whole."""
+    draw = random.Random(seed)
+    texts = ["".join(draw.choices('ab"\\\n\t{}[],:\u00e9\u2603\U0001f600 ', k=draw.randrange(60))) for _ in range(30)]
+    values = [*texts, *(draw.choice([1, -2.5e-3, 12345678901234567890, True, None, [], {}]) for _ in range(30))]
+    draw.shuffle(values)
+    elements = [value if draw.random() < 0.3 else {"text": value} for value in values]
+    content = json.dumps(elements, ensure_ascii=draw.random() < 0.5, indent=draw.choice([None, 1]))
+    (tmp_path / "a.json").write_text(content)
+    for characters in (1, 2, 3, 7, 64, 10_000):
+        monkeypatch.setattr(row_files, "_CHARACTERS", characters)
+        assert list(row_files._json_array(tmp_path / "a.json")) == elements
 
 
 @pytest.mark.parametrize(
@@ -204,6 +337,8 @@ def test_rows_are_told_by_the_ending_in_letters_of_any_case(tmp_path: Path) -> N
 )
 def test_a_damaged_compressed_file_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     rows = "\n".join(json.dumps({"text": f"a text, number {number}"}) for number in range(900))
-    (tmp_path / "a.jsonl.gz").write_bytes(damage(gzip.compress(rows.encode())))
-    with pytest.raises(DataError, match=r"a\.jsonl\.gz can't be read: .*restore it or leave it out"):
-        read(tmp_path)
+    for name, content in {"a.jsonl.gz": rows, "a.json.gz": f"[{rows.replace(chr(10), ',')}]"}.items():
+        path = tmp_path / name
+        path.write_bytes(damage(gzip.compress(content.encode())))
+        with pytest.raises(DataError, match=rf"^\S*{name} can't be read: .*restore it or leave it out\.$"):
+            read(path)

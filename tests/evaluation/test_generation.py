@@ -1,5 +1,6 @@
 """Continuing a prompt: greedy by argmax, sampling by seed, and nothing else disturbed."""
 
+import codecs
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,8 @@ def test_files_are_scored_byte_by_byte(model: LlamaForCausalLM, tmp_path: Path) 
     (score,) = score_files(model, TOKENIZER, [tmp_path / "dos.txt"]).values()
     assert score == perplexity(model, TOKENIZER, text, 32)
     assert score.bytes == len(text)
+    (tmp_path / "marked.txt").write_bytes(codecs.BOM_UTF8 + text.encode())
+    assert list(score_files(model, TOKENIZER, [tmp_path / "marked.txt"]).values()) == [score]
 
 
 def test_positions_that_begin_behind_the_padding_are_not_counted(tmp_path: Path) -> None:

@@ -154,7 +154,10 @@ def _empty_split(name: str, documents: int, settings: SourceSettings, collected:
     if collected.limit:
         found += f", stopped at {collected.limit}"
     if not documents:
-        return f"The source has no usable document: {found}. Give text that is not empty and encoded in UTF-8."
+        # The other reasons say what to do, or what is wrong in a file of rows.
+        plain = collected.skipped.keys() <= {"empty", "not UTF-8"}
+        mend = "Give text that is not empty and encoded in UTF-8" if plain else "Mend that, or give another source"
+        return f"The source has no usable document: {found}. {mend}."
     return (
         f"No document fell into the {name} split at validation_fraction {settings.validation_fraction}: {found}. "
         "Use more documents (the split never cuts one), another validation_fraction, or another seed."

@@ -20,7 +20,7 @@ _BETWEEN = b"\xff"
 
 
 class LabelledTextSettings(TextSettings):
-    """Labelled texts: JSON lines, Parquet or a Hugging Face dataset whose rows hold a text and its class.
+    """Labelled texts: JSON, CSV, Parquet or a Hugging Face dataset whose rows hold a text and its class.
 
     Raises:
         pydantic.ValidationError (ConfigError through `LabelledTextSettings.parse`): a value is out of range, or a field
@@ -30,10 +30,11 @@ class LabelledTextSettings(TextSettings):
     kind: Literal["labelled_text"] = "labelled_text"
     """Says that these are labelled texts."""
     source: Literal["files", "huggingface"] = "files"
-    """`files`: the `.jsonl`, `.jsonl.gz` and `.parquet` files among `paths`. `huggingface`: the dataset `name`."""
+    """`files`: the files of rows among `paths`. `huggingface`: the dataset `name`."""
     paths: tuple[Path, ...] = ()
-    """For `files`: files, folders (read recursively) and globs. Other files than `.jsonl`, `.jsonl.gz` and `.parquet`
-    hold no rows; they are left out and counted."""
+    """For `files`: files, folders (read recursively) and globs. `.jsonl`, `.ndjson`, `.json` (JSON lines, or an array),
+    `.csv`, `.tsv` and `.parquet` hold rows, and all but the last may be compressed (`.gz`, `.bz2`, `.xz`). Other files
+    are left out and counted."""
     context_length: int = Field(default=128, ge=2)
     """Tokens per text, special ones included: longer texts are cut, shorter ones padded, all batches have one shape."""
     text_pair_field: str | None = None
@@ -130,7 +131,7 @@ def labelled_documents(settings: LabelledTextSettings) -> Iterator[Document]:
         texts = [text_document(row.name, value) for value in values]
         if skipped := next((text.skipped for text in texts if text.data is None), None):
             yield Document(row.name, None, skipped)
-        elif label is None:
+        elif label is None or label == "":  # as in a cell of CSV
             yield Document(row.name, None, "no label")
         else:
             contents = [text.data for text in texts if text.data is not None]

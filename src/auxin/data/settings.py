@@ -18,8 +18,9 @@ class SourceSettings(DatasetSettings):
     """`stdlib`: the running Python's own standard library (tests left out). `files`: local files named by `paths`.
     `huggingface`: the dataset `name`."""
     paths: tuple[Path, ...] = ()
-    """For `files`: files, folders (read recursively) and globs. `.jsonl`, `.jsonl.gz` and `.parquet` hold one document
-    per row, every other file is one document."""
+    """For `files`: files, folders (read recursively) and globs. `.jsonl`, `.ndjson` and `.parquet` hold one document
+    per row, and so do `.json` (JSON lines, or an array), `.csv` and `.tsv` whose rows have the text field; every other
+    file is one document. All but `.parquet` may be compressed (`.gz`, `.bz2`, `.xz`)."""
     name: str | None = None
     """For `huggingface`: the dataset's name on the Hub, or a local folder that `datasets.load_dataset` reads."""
     config: str | None = None
@@ -28,7 +29,7 @@ class SourceSettings(DatasetSettings):
     """For `huggingface`: the split (or slice, such as `train[:1%]`) whose documents are read. Validation documents
     are always taken from it by content hash."""
     text_field: str = "text"
-    """The field that holds a document's text, in JSON lines, Parquet and Hugging Face datasets."""
+    """The field that holds a document's text, in files of rows and Hugging Face datasets."""
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Expected share of the documents in the validation split. A document's side depends on its content and `seed`
     alone, so it never changes when other documents are added."""

@@ -1,23 +1,22 @@
 """Documents and rows from the standard library, local files and Hugging Face datasets, with the reason if skipped."""
 
 import glob
-import gzip
 import hashlib
-import json
 import os
 import sysconfig
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from auxin.data.row_files import Fields, Row, packed, read_file, require_fields, row_format
 from auxin.data.settings import SourceSettings
-from auxin.errors import DataError, reason
+from auxin.errors import DataError
 
 # Folders of the standard library that hold no source of its own, or its tests.
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 _ROWS_PER_BATCH = 1024
+_MOST_NAMES = 10
 _HIDDEN = "hidden file"
 
 
@@ -31,20 +30,11 @@ class Document(NamedTuple):
     """What makes it another document than others, where that is not all of `data`."""
 
 
-class Row(NamedTuple):
-    """The fields of one row that were asked for, or the reason why it was skipped (then `values` is None)."""
-
-    name: str
-    values: tuple[Any, ...] | None
-    skipped: str | None = None
-
-
-Fields = Mapping[str, str]
-"""By the setting that names it, a field of every row."""
-
-
 def read_documents(settings: SourceSettings) -> Iterator[Document]:
     """Yield every document of the source, in a fixed order, one at a time.
+
+    A file whose ending need not mean rows (JSON, CSV) is read as rows where the first one has the text field. Else it
+    is one document, which a warning says, unless it is named in `paths` itself: then rows are meant, and it is refused.
 
     Raises:
         DataError: the source can't be found or reached, or its rows have no text field.
@@ -53,20 +43,44 @@ def read_documents(settings: SourceSettings) -> Iterator[Document]:
     if settings.source == "huggingface":
         yield from map(_row_document, _huggingface_rows(settings, fields))
         return
+    named = {path.expanduser() for path in settings.paths}
+    whole: list[str] = []
     for name, path in source_files(settings):
-        if path is None:
-            yield Document(name, None, _HIDDEN)
-        elif (reader := _row_reader(path)) is not None:
-            yield from map(_row_document, reader(name, path, fields))
+        skipped = _HIDDEN if path is None else packed(path)
+        if path is None or skipped is not None:
+            yield Document(name, None, skipped)
+            continue
+        form = row_format(path)
+        if form is not None and form.first_fields is not None:
+            found = form.first_fields(path)
+            if found is None:
+                form = None
+            elif settings.text_field not in found and path not in named:
+                form = None  # in a folder of sources it may be text like all else
+                whole.append(name)
+        if form is None:
+            yield _checked(name, read_file(path))
         else:
-            yield _checked(name, _read(path))
+            yield from map(_row_document, form.rows(name, path, fields))
+    if whole:
+        _warn_of(whole, settings.text_field)
+
+
+def _warn_of(whole: list[str], field: str) -> None:
+    """Say which files are one document each although they hold rows."""
+    names = ", ".join(whole[:_MOST_NAMES]) + (", ..." if len(whole) > _MOST_NAMES else "")
+    warnings.warn(
+        f"{len(whole):,} files hold rows without a field {field!r} and are one document each, as they are: {names}. "
+        "Set `text_field` if a field of theirs is meant.",
+        stacklevel=1,
+    )
 
 
 def read_rows(settings: SourceSettings, fields: Fields) -> Iterator[Row]:
     """Yield the values of `fields` of every row of the source, in a fixed order, one row at a time.
 
-    Rows are those of JSON lines (compressed by gzip or not), Parquet and Hugging Face datasets; other files have none
-    and are skipped as a whole.
+    Rows are those of JSON lines, JSON arrays, CSV, Parquet and Hugging Face datasets; other files have none and are
+    skipped as a whole.
 
     Raises:
         DataError: the source can't be found or reached, or its rows lack a field.
@@ -75,12 +89,15 @@ def read_rows(settings: SourceSettings, fields: Fields) -> Iterator[Row]:
         yield from _huggingface_rows(settings, fields)
         return
     for name, path in source_files(settings):
-        if path is None:
-            yield Row(name, None, _HIDDEN)
-        elif (reader := _row_reader(path)) is not None:
-            yield from reader(name, path, fields)
+        skipped = _HIDDEN if path is None else packed(path)
+        if path is None or skipped is not None:
+            yield Row(name, None, skipped)
+            continue
+        form = row_format(path)
+        if form is None or (form.first_fields is not None and form.first_fields(path) is None):
+            yield Row(name, None, "holds no rows")
         else:
-            yield Row(name, None, "neither .jsonl, .jsonl.gz nor .parquet")
+            yield from form.rows(name, path, fields)
 
 
 def source_files(settings: SourceSettings) -> list[tuple[str, Path | None]]:
@@ -141,13 +158,6 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {reason(error)}. Make it readable or leave it out.") from error
-
-
 def _checked(name: str, data: bytes) -> Document:
     try:
         text = data.decode("utf-8")
@@ -170,86 +180,6 @@ def _row_document(row: Row) -> Document:
     return Document(row.name, None, row.skipped) if row.values is None else text_document(row.name, row.values[0])
 
 
-def _require(fields: Fields, known: Collection[str], where: str) -> None:
-    """Refuse rows that lack one of `fields`; DataError."""
-    for setting, field in fields.items():
-        if field not in known:
-            names = ", ".join(known) or "(none)"
-            raise DataError(f"{where} has no field {field!r}. Set `{setting}` to one of: {names}.")
-
-
-@contextmanager
-def _lines(path: Path) -> Iterator[Iterable[bytes]]:
-    """The lines of a file that may be compressed; DataError when it can't be read or is damaged."""
-    try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as lines:
-            yield lines
-    except (OSError, EOFError, zlib.error) as error:  # an EOFError: the compressed file ends too early
-        raise DataError(
-            f"{path} can't be read: {reason(error)}. Make it readable, restore it or leave it out."
-        ) from error
-
-
-def _jsonl_rows(name: str, path: Path, fields: Fields) -> Iterator[Row]:
-    with _lines(path) as lines:
-        seen_a_row = seen_the_fields = False
-        for number, line in enumerate(lines, start=1):
-            row_name = f"{name}:{number}"
-            if not line.strip():
-                continue
-            seen_a_row = True
-            try:
-                row = json.loads(line)
-            except UnicodeDecodeError:
-                yield Row(row_name, None, "not UTF-8")
-                continue
-            except (ValueError, RecursionError):
-                yield Row(row_name, None, "not valid JSON")
-                continue
-            if not isinstance(row, dict):
-                yield Row(row_name, None, "not a JSON object")
-                continue
-            if missing := [field for field in fields.values() if field not in row]:
-                # The first row decides whether the setting is wrong or one row is.
-                if not seen_the_fields:
-                    _require(fields, sorted(row), row_name)
-                yield Row(row_name, None, f"no field {missing[0]!r}")
-                continue
-            seen_the_fields = True
-            yield Row(row_name, tuple(row[field] for field in fields.values()))
-        if not seen_a_row:
-            yield Row(name, None, "empty")
-
-
-def _parquet_rows(name: str, path: Path, fields: Fields) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _require(fields, file.schema_arrow.names, name)
-            if file.metadata.num_rows == 0:
-                yield Row(name, None, "empty")
-            number = 0
-            for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=sorted(set(fields.values()))):
-                columns = [batch.column(field).to_pylist() for field in fields.values()]
-                for values in zip(*columns, strict=True):
-                    number += 1
-                    yield Row(f"{name}:{number}", values)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}") from error
-
-
-_ROW_READERS = {".jsonl": _jsonl_rows, ".jsonl.gz": _jsonl_rows, ".parquet": _parquet_rows}
-"""By how the names of files that hold rows end, in letters of any case."""
-
-
-def _row_reader(path: Path) -> Callable[[str, Path, Fields], Iterator[Row]] | None:
-    """What reads the rows of a file; None where it holds none."""
-    name = path.name.lower()
-    return next((reader for ending, reader in _ROW_READERS.items() if name.endswith(ending)), None)
-
-
 def _huggingface_rows(settings: SourceSettings, fields: Fields) -> Iterator[Row]:
     import datasets
 
@@ -262,7 +192,7 @@ def _huggingface_rows(settings: SourceSettings, fields: Fields) -> Iterator[Row]
             f"The {where}, split {settings.split!r}, could not be loaded: {type(error).__name__}: {error} "
             "Check the name, config and split, and that the Hub can be reached (or that the dataset is cached)."
         ) from error
-    _require(fields, dataset.column_names, f"The {where}")
+    require_fields(fields, dataset.column_names, f"The {where}")
     rows = dataset.select_columns(sorted(set(fields.values())))
     number = 0
     for batch in rows.iter(batch_size=_ROWS_PER_BATCH):

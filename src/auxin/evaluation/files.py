@@ -42,8 +42,8 @@ def _read(path: Path) -> str:
     if path.is_dir():
         raise DataError(f"{path} is a folder. Give the text files in it, each by itself.")
     try:
-        # As it is: reading as text would turn the line ends of Windows into others.
-        text = path.read_bytes().decode("utf-8")
+        # As it is, but for a byte order mark: reading as text would turn the line ends of Windows into others.
+        text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist. Give an existing text file.") from error
     except (OSError, UnicodeDecodeError) as error:
