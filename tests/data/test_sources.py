@@ -5,6 +5,7 @@ import codecs
 import gzip
 import json
 import lzma
+import os
 import random
 import warnings
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import GPTNeoXConfig
 
-from auxin.data import CorpusSettings, row_files
+from auxin.data import CorpusSettings, prepare, row_files
 from auxin.data.collecting import collect
 from auxin.data.sources import read_documents, source_files
 from auxin.data.tokenizer import load_tokenizer, train_tokenizer
@@ -126,7 +127,7 @@ def test_a_broken_parquet_file(tmp_path: Path) -> None:
 
 def test_the_standard_library_without_its_tests() -> None:
     files = source_files(CorpusSettings())
-    names = [name for name, _ in files]
+    names = [file.name for file in files]
     assert "statistics.py" in names
     assert "json/decoder.py" in names
     assert names == sorted(names)
@@ -342,3 +343,38 @@ def test_a_damaged_compressed_file_is_named(tmp_path: Path, damage: Callable[[by
         path.write_bytes(damage(gzip.compress(content.encode())))
         with pytest.raises(DataError, match=rf"^\S*{name} can't be read: .*restore it or leave it out\.$"):
             read(path)
+
+
+def test_what_a_folder_holds_beside_files_is_left_out_by_name(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("read")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/more.txt").write_text("read too")
+    (tmp_path / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    found = {
+        Path(document.name).name: document.skipped
+        for document in read_documents(CorpusSettings(source="files", paths=[tmp_path]))
+    }
+    assert found == {
+        "text.txt": None,
+        "more.txt": None,
+        "linked": "link to a folder",
+        "dangling": "link to nothing that is a file",
+        "pipe": "no file",
+    }
+    with pytest.raises(DataError, match="pipe is no file and no folder"):
+        read(tmp_path / "pipe")
+
+
+def test_a_name_that_is_no_text_can_be_told(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for number in range(20):
+        (tmp_path / f"texts/{number}.txt").write_text(f"text {number} to learn from\n" * 20)
+    (Path(os.fsdecode(bytes(tmp_path / "texts") + b"/\xff\xfe.txt"))).write_bytes(b"\xff\xfe\x00")
+    settings = CorpusSettings(
+        source="files", paths=[tmp_path / "texts"], vocab_size=260, context_length=16, validation_fraction=0.5
+    )
+    data = prepare(settings, tmp_path / "data")
+    (example,) = data.report.skipped["not UTF-8"].examples
+    assert example.endswith("\\xff\\xfe.txt")

@@ -64,7 +64,8 @@ class Collected:
         """Count a document that is left out."""
         count, examples = self.skipped.get(reason, (0, []))
         if count < _MAX_EXAMPLES:
-            examples.append(name)
+            # File systems have names that are no text.
+            examples.append(name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
         self.skipped[reason] = (count + 1, examples)
 
     def digest(self) -> str:

@@ -17,7 +17,6 @@ from auxin.errors import DataError
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 _ROWS_PER_BATCH = 1024
 _MOST_NAMES = 10
-_HIDDEN = "hidden file"
 
 
 class Document(NamedTuple):
@@ -45,9 +44,9 @@ def read_documents(settings: SourceSettings) -> Iterator[Document]:
         return
     named = {path.expanduser() for path in settings.paths}
     whole: list[str] = []
-    for name, path in source_files(settings):
-        skipped = _HIDDEN if path is None else packed(path)
-        if path is None or skipped is not None:
+    for name, path, left_out in source_files(settings):
+        skipped = left_out or packed(path)
+        if skipped is not None:
             yield Document(name, None, skipped)
             continue
         form = row_format(path)
@@ -88,9 +87,9 @@ def read_rows(settings: SourceSettings, fields: Fields) -> Iterator[Row]:
     if settings.source == "huggingface":
         yield from _huggingface_rows(settings, fields)
         return
-    for name, path in source_files(settings):
-        skipped = _HIDDEN if path is None else packed(path)
-        if path is None or skipped is not None:
+    for name, path, left_out in source_files(settings):
+        skipped = left_out or packed(path)
+        if skipped is not None:
             yield Row(name, None, skipped)
             continue
         form = row_format(path)
@@ -100,30 +99,39 @@ def read_rows(settings: SourceSettings, fields: Fields) -> Iterator[Row]:
             yield from form.rows(name, path, fields)
 
 
-def source_files(settings: SourceSettings) -> list[tuple[str, Path | None]]:
-    """The files of a `stdlib` or `files` source: (name, path), sorted by name, each once.
+class SourceFile(NamedTuple):
+    """One thing that a source names."""
 
-    The path is None where a folder holds a hidden file, which is not read.
+    name: str
+    path: Path
+    left_out: str | None = None
+    """Why it is not read, where a folder holds what is hidden, or no file."""
+
+
+def source_files(settings: SourceSettings) -> list[SourceFile]:
+    """The files of a `stdlib` or `files` source, sorted by name, each once.
 
     Raises:
         DataError: a path does not exist, a glob matches nothing, or there is no readable standard library.
     """
     if settings.source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        found: list[tuple[str, Path | None]] = []
+        found: list[SourceFile] = []
         for folder, folders, files in os.walk(root):
             folders[:] = set(folders) - _NOT_STDLIB
             paths = [Path(folder, file) for file in files if file.endswith(".py")]
-            found += [(path.relative_to(root).as_posix(), path) for path in paths]
+            found += [SourceFile(path.relative_to(root).as_posix(), path) for path in paths]
         if not found:
             raise DataError(f"{root} holds no .py files of the standard library. Use source 'files' instead.")
-        return sorted(found, key=lambda entry: entry[0])
+        return sorted(found)
     # The same file can be named by a folder and by a glob.
-    named: dict[Path, tuple[str, Path | None]] = {}
+    named: dict[Path, SourceFile] = {}
     for pattern in settings.paths:
-        for path, hidden in _expand(pattern.expanduser()):
-            named.setdefault(path.resolve(), (str(path), None if hidden else path))
-    return sorted(named.values(), key=lambda entry: entry[0])
+        for path, left_out in _expand(pattern.expanduser()):
+            # A link to a folder is no second name for what it leads to.
+            place = path.resolve() if left_out is None else path.absolute()
+            named.setdefault(place, SourceFile(str(path), path, left_out))
+    return sorted(named.values(), key=lambda entry: entry.name)
 
 
 def source_signature(settings: SourceSettings) -> str | None:
@@ -131,22 +139,26 @@ def source_signature(settings: SourceSettings) -> str | None:
     if settings.source == "huggingface":
         return None
     digest = hashlib.sha256()
-    for name, path in source_files(settings):
-        if path is None:
+    for name, path, left_out in source_files(settings):
+        if left_out is not None:
             continue
         status = path.stat()
         digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
-def _expand(pattern: Path) -> list[tuple[Path, bool]]:
-    """The files that one entry of `paths` names, each with whether it is hidden inside the named folder."""
+def _expand(pattern: Path) -> list[tuple[Path, str | None]]:
+    """The files that one entry of `paths` names; with what a folder holds beside them, and why it is left out."""
     if pattern.is_file():
-        return [(pattern, False)]
+        return [(pattern, None)]
     if pattern.is_dir():
-        matches = [(path, _is_hidden(path.relative_to(pattern))) for path in pattern.rglob("*") if path.is_file()]
+        inside = ((path, _left_out(path, pattern)) for path in pattern.rglob("*"))
+        found = [(path, why) for path, why in inside if why is not None or path.is_file()]
+        matches = found if any(path.is_file() for path, _ in found) else []
     elif glob.has_magic(str(pattern)):
-        matches = [(Path(path), False) for path in glob.glob(str(pattern), recursive=True) if Path(path).is_file()]
+        matches = [(Path(path), None) for path in glob.glob(str(pattern), recursive=True) if Path(path).is_file()]
+    elif pattern.exists():
+        raise DataError(f"{pattern} is no file and no folder. Give a file, a folder or a glob.")
     else:
         raise DataError(f"{pattern} does not exist. Give an existing file, folder or glob.")
     if not matches:
@@ -154,8 +166,15 @@ def _expand(pattern: Path) -> list[tuple[Path, bool]]:
     return matches
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _left_out(path: Path, folder: Path) -> str | None:
+    """Why what lies in `folder` is not read; None for files and folders."""
+    if path.is_symlink() and not path.is_file():
+        return "link to a folder" if path.is_dir() else "link to nothing that is a file"
+    if path.is_dir():
+        return None
+    if any(part.startswith(".") for part in path.relative_to(folder).parts):
+        return "hidden file"
+    return None if path.is_file() else "no file"
 
 
 def _checked(name: str, data: bytes) -> Document:
