@@ -263,3 +263,27 @@ def test_a_signal_while_moments_are_read_is_no_damage(finished, monkeypatch):
     monkeypatch.setattr(HuggingFaceStorageReader, "read_data", signalled)
     with pytest.raises(Interrupted, match="Interrupted by SIGTERM while reading"), ended_by_signals("reading"):
         read_tensors(checkpoint)
+
+
+@pytest.mark.parametrize("line", ["{}", "null", '{"step": 1, "seconds": "x"}', "cut", "\\xff"])
+def test_a_damaged_line_of_metrics_is_left_out(finished, tmp_path, line):
+    shutil.copytree(finished / "trained", tmp_path / "run")
+    metrics = tmp_path / "run/branches/main/02-learn/metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    metrics.write_text("\n".join([line, *lines[:-1], line, lines[-1], ""]))
+    asked = Recipe.from_yaml(tmp_path / "run/recipe.yaml")
+    points = len(go(asked, tmp_path / "run").branches[0].curve)
+    assert points == len(lines)
+    (tmp_path / "run/branches/main/02-learn/stage.json").unlink()
+    (tmp_path / "run/branches/main/02-learn/latest").write_text("checkpoints/step-00000002\n")
+    go(asked, tmp_path / "run")
+    metrics.unlink()
+    assert go(asked, tmp_path / "run").branches[0].curve == []
+
+
+def test_a_metric_that_is_none_is_named(finished, tmp_path):
+    shutil.copytree(finished / "trained", tmp_path / "run")
+    metrics = tmp_path / "run/branches/main/02-learn/metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"validation_loss": ', '"validation_loss": "?", "other": '))
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, step \d+: value: must be a finite number"):
+        go(Recipe.from_yaml(tmp_path / "run/recipe.yaml"), tmp_path / "run")

@@ -3,7 +3,6 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 from auxin.accounting import Ledger, StageRecord
 from auxin.accounting.comparison import Comparison
@@ -26,7 +25,7 @@ from auxin.objectives.objective import Objective
 from auxin.recipes.folder import stage_directory
 from auxin.recipes.schema import Branch, Recipe
 from auxin.report import write_chart_svg, write_markdown, write_report
-from auxin.training.metrics import HELD_OUT_SAMPLES, METRICS_FILE, VALIDATION
+from auxin.training.metrics import HELD_OUT_SAMPLES, METRICS_FILE, VALIDATION, metrics_in
 
 RESULTS_FILE = "results.json"
 FINISHED_RUN = "the folder of a finished run"
@@ -134,20 +133,20 @@ def describe_measure(measure: Measure, objective: Objective) -> MeasureDescripti
 
 def stage_curve(folder: Path, record: StageRecord, spent: Ledger, unit: str, measure: Measure) -> list[CurvePoint]:
     """What was measured in one train stage; `spent` is what was spent before it, of data in `unit`s."""
-    lines: list[dict[str, Any]] = [
-        json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    ]
     return [
-        CurvePoint(
-            stage=record.name,
-            units=spent.total_units(unit) + line["units"],
-            flops=spent.total_flops + line["flops"],
-            seconds=spent.total_seconds + line["seconds"],
-            training_loss=line.get("loss"),
-            value=line.get(VALIDATION + measure.kind),
-            samples=line.get(HELD_OUT_SAMPLES),
+        CurvePoint.parse(
+            {
+                "stage": record.name,
+                "units": spent.total_units(unit) + line["units"],
+                "flops": spent.total_flops + line["flops"],
+                "seconds": spent.total_seconds + line["seconds"],
+                "training_loss": line.get("loss"),
+                "value": line.get(VALIDATION + measure.kind),
+                "samples": line.get(HELD_OUT_SAMPLES),
+            },
+            source=f"{folder / METRICS_FILE}, step {line['step']}",
         )
-        for line in lines
+        for line in metrics_in(folder)
         if "event" not in line
     ]
 

@@ -28,7 +28,7 @@ VALIDATION = "validation_"
 """How the names of what was measured on the held-out split begin, or on a part of it: HELD_OUT_SAMPLES says which."""
 WHOLE_SPLIT = "whole_split_"
 """How the names of what was measured on the whole split begin, where the others are of a part of it."""
-ALWAYS = ("step", "data_position", "seconds")
+ALWAYS = ("step", "data_position", "units", "flops", "seconds")
 """What every line has."""
 HELD_OUT_SAMPLES = "held_out_samples"
 """The first so many samples of the held-out split are the part that was measured; without it, all were."""
@@ -106,11 +106,17 @@ def _tag(key: str) -> str | None:
 
 def last_progress(output_dir: Path) -> tuple[float, int]:
     """How far the metrics of a run's folder go: seconds of the stage, and data position; zeros where there are none."""
-    path = output_dir / METRICS_FILE
-    lines = [line for _, line in _read_lines(path)] if path.exists() else []
+    lines = metrics_in(output_dir)
     return max((line["seconds"] for line in lines), default=0.0), max(
         (line["data_position"] for line in lines), default=0
     )
+
+
+def metrics_in(output_dir: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` in the folder of a stage, those left out that are cut or damaged; none where there
+    is no such file."""
+    path = output_dir / METRICS_FILE
+    return [line for _, line in _read_lines(path)] if path.exists() else []
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
