@@ -287,3 +287,17 @@ def test_a_metric_that_is_none_is_named(finished, tmp_path):
     metrics.write_text(metrics.read_text().replace('"validation_loss": ', '"validation_loss": "?", "other": '))
     with pytest.raises(ConfigError, match=r"metrics\.jsonl, step \d+: value: must be a finite number"):
         go(Recipe.from_yaml(tmp_path / "run/recipe.yaml"), tmp_path / "run")
+
+
+def test_a_run_whose_recipe_is_gone_or_cut_asks_for_it(finished, tmp_path):
+    shutil.copytree(finished / "changed", tmp_path / "run")
+    saved = tmp_path / "run/recipe.yaml"
+    asked, text = Recipe.from_yaml(saved), saved.read_text()
+    saved.write_text(text[: len(text) // 2])
+    with pytest.raises(ConfigError, match=r"recipe\.yaml"):
+        go(asked, tmp_path / "run")
+    saved.unlink()
+    with pytest.raises(ConfigError, match=r"holds a run without its recipe\.yaml\. Put the recipe back"):
+        go(asked, tmp_path / "run")
+    saved.write_text(text)
+    go(asked, tmp_path / "run")

@@ -104,6 +104,10 @@ def _refuse_strangers(directory: Path) -> None:
     ours = {RECIPE_FILE, f".{RECIPE_FILE}.tmp", LOCK_FILE}
     if not directory.exists() or (directory / RECIPE_FILE).exists():
         return
+    if (directory / BRANCHES).is_dir():
+        raise ConfigError(
+            f"{directory} holds a run without its {RECIPE_FILE}. Put the recipe back there, or give another --output."
+        )
     if any(found.name not in ours for found in directory.iterdir()):
         raise ConfigError(f"{directory} is not empty and holds no run. Give another --output.")
 
@@ -191,12 +195,14 @@ def allowed_changes(recipe: Recipe, directory: Path) -> list[str]:
         saved = Recipe.from_yaml(directory / RECIPE_FILE)
     except ConfigError as error:
         why = str(error).rstrip(".")
-        raise ConfigError(f"{directory} holds a run that can't go on: {why}. Give another --output.") from error
+        raise ConfigError(
+            f"{directory} holds a run that can't go on: {why}. Put its recipe back, or give another --output."
+        ) from error
     changes = differences(_dumped(saved), _dumped(recipe))
     if refused := [line for field, line in changes.items() if not _may_change(field, saved, recipe, directory)]:
         raise ConfigError(
-            f"{directory} holds a run of another recipe: {'; '.join(refused)}. What was begun can't be changed. "
-            f"Give another --output, or the recipe as it was.{_how_to_go_on(saved, directory, changes)}"
+            f"{directory} holds a run of another recipe ({RECIPE_FILE}): {'; '.join(refused)}. What was begun can't "
+            f"be changed. Give another --output, or the recipe as it was.{_how_to_go_on(saved, directory, changes)}"
         )
     return list(changes.values())
 
