@@ -458,18 +458,24 @@ def test_a_checkpoint_says_whether_it_is_whole(trained, tmp_path, monkeypatch, c
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
 def test_a_command_that_is_ended_says_so_and_leaves_nothing(trained, tmp_path, monkeypatch, capfd, name):
     number = signal.Signals[name]
-    before = signal.getsignal(number)
+    # As in a shell's foreground, wherever the tests run.
+    before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    former = signal.signal(number, before)
 
     def carry(*arguments):
         signal.raise_signal(number)
 
     monkeypatch.setattr("auxin.edits.folder_executor.carry", carry)
     sizes = ("--qkv-tokens", 8, "--proj-tokens", 8, "--ffn-tokens", 32)
-    answer = main(monkeypatch, capfd, "grow", trained.checkpoint, *sizes, "-o", tmp_path / "g")
+    try:
+        answer = main(monkeypatch, capfd, "grow", trained.checkpoint, *sizes, "-o", tmp_path / "g")
+        after = signal.getsignal(number)
+    finally:
+        signal.signal(number, former)
     assert answer.code == 128 + number
     assert f"auxin: Ended by {name}; nothing half-written is left" in answer.err
     assert list(tmp_path.iterdir()) == []
-    assert signal.getsignal(number) is before
+    assert after is before
 
 
 def test_a_command_in_the_background_ignores_what_its_shell_lets_it_ignore(trained, tmp_path, monkeypatch, capfd):

@@ -116,7 +116,7 @@ def test_what_cannot_be_measured_is_one_message(llama, tmp_path):
             ConfigError,
             r"tokenizer has \d+ tokens, but the model's vocab_size is 20",
         ),
-        ((tmp_path, "similarity"), AuxinError, "no config.json"),
+        ((tmp_path, "similarity"), AuxinError, "holds checkpoints and is none itself"),
         ((tmp_path, "similarity", "-o", tmp_path / "few"), ConfigError, "few exists. Give a folder that doesn't"),
     ):
         with pytest.raises(error, match=words):
