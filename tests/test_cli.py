@@ -288,6 +288,13 @@ def test_so_does_every_folder_in_it(trained):
         call("show", trained.output / "data")
 
 
+def test_what_is_kept_aside_is_no_checkpoint_to_give(trained, tmp_path):
+    for name in ("step-00000002", "damaged-step-00000003", "former-step-00000004"):
+        shutil.copytree(trained.checkpoint, tmp_path / "checkpoints" / name)
+    with pytest.raises(CheckpointError, match=r"Give one of those in it: \S*/step-00000002$"):
+        call("show", tmp_path)
+
+
 def test_the_folder_of_a_run_points_to_its_corpus(trained, texts):
     for option in (["evaluate", trained.checkpoint], ["show", trained.checkpoint]):
         with pytest.raises(DataError, match=r"holds no prepared corpus .* Give the one in it: .*/data$"):

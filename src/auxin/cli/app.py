@@ -49,8 +49,6 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value; repeatable.")
 ]
 LARGEST_SEED = 2**63 - 1
-ASIDE = (".", "damaged-", "former-")
-"""What the names of folders begin with that hold no checkpoint to go on from."""
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="Folder of a checkpoint.")]
 
 

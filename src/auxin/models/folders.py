@@ -59,10 +59,10 @@ def _newest_below(folder: Path) -> list[Path]:
 
 
 def _folders_in(folder: Path) -> list[Path]:
-    """Those that are neither hidden nor kept aside as damaged, nor links, which may lead round."""
+    """Those that are neither hidden nor kept aside, nor links, which may lead round."""
     try:
         with os.scandir(folder) as entries:
             names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     except OSError:
         return []
-    return [folder / name for name in sorted(names) if not name.startswith((".", "damaged-"))]
+    return [folder / name for name in sorted(names) if not name.startswith((".", "damaged-", "former-"))]

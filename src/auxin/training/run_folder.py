@@ -117,8 +117,7 @@ def checkpoint_to_resume(output_dir: Path, needs_way_back: bool) -> tuple[Path |
         CheckpointError: some were saved, and none is whole.
     """
     if not (output_dir / LATEST_FILE).is_file():
-        there = len(own_checkpoints(output_dir))
-        return None, [f"no {LATEST_FILE} is there: starting over, without the {there} checkpoint(s)"] if there else []
+        return None, []
     name, reasons, damaged = _named(output_dir), list[str](), list[Path]()
     newest, candidates = output_dir / name, own_checkpoints(output_dir)
     if _NAME.fullmatch(newest.name):
