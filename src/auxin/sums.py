@@ -48,7 +48,7 @@ def damage(folder: Path) -> str | None:
     Files that came later are nobody's business. All others are read, so this takes as long as reading the folder; once
     in a process, as long as their sizes and times stay: many runs open one corpus, and stages one checkpoint.
     """
-    return ", ".join(f"{name} {state}" for name, state in _wrong(folder)) or None
+    return _in_words(_wrong(folder))
 
 
 def refuse_damaged_tensors(folder: Path) -> str | None:
@@ -57,13 +57,17 @@ def refuse_damaged_tensors(folder: Path) -> str | None:
     Raises:
         CheckpointError: a file of tensors is not as it was written, or is gone.
     """
-    wrong = damage(folder)
-    if any(name.endswith(".safetensors") for name, _ in _wrong(folder)):
+    wrong = _wrong(folder)
+    if any(name.endswith(".safetensors") for name, _ in wrong):
         raise CheckpointError(
-            f"{folder} is damaged: {wrong}. Restore it from a copy, or, where this was done on purpose, remove its "
-            f"{SUMS_FILE}."
+            f"{folder} is damaged: {_in_words(wrong)}. Restore it from a copy, or, where this was done on purpose, "
+            f"remove its {SUMS_FILE}."
         )
-    return wrong
+    return _in_words(wrong)
+
+
+def _in_words(wrong: tuple[tuple[str, str], ...]) -> str | None:
+    return ", ".join(f"{name} {state}" for name, state in wrong) or None
 
 
 def _wrong(folder: Path) -> tuple[tuple[str, str], ...]:

@@ -204,12 +204,17 @@ def finished(corpus, tmp_path_factory):
     return folder
 
 
+def copy_of(run, tmp_path):
+    """The recipe of a copy of `run` in the folder `run`."""
+    shutil.copytree(run, tmp_path / "run")
+    return Recipe.from_yaml(tmp_path / "run/recipe.yaml")
+
+
 @pytest.mark.parametrize(
     ("name", "last"), [("trained", "02-learn/checkpoints/step-00000004"), ("changed", "02-grow/checkpoint")]
 )
 def test_the_end_of_a_finished_run_is_done_again_where_it_is_damaged(finished, tmp_path, name, last):
-    shutil.copytree(finished / name, tmp_path / "run")
-    asked = Recipe.from_yaml(tmp_path / "run/recipe.yaml")
+    asked = copy_of(finished / name, tmp_path)
     checkpoint = tmp_path / "run/branches/main" / last
     before, told = (checkpoint / "model.safetensors").read_bytes(), []
     flip(checkpoint / "model.safetensors")
@@ -221,22 +226,21 @@ def test_the_end_of_a_finished_run_is_done_again_where_it_is_damaged(finished, t
 
 
 def test_only_the_end_of_what_is_finished_is_read(finished, tmp_path, monkeypatch):
-    shutil.copytree(finished / "trained", tmp_path / "run")
-    looked = []
+    asked, looked = copy_of(finished / "trained", tmp_path), []
     for module in ("auxin.recipes.runner", "auxin.training.run_folder"):
         monkeypatch.setattr(f"{module}.damage", lambda folder: looked.append(folder.name) or damage(folder))
-    go(Recipe.from_yaml(tmp_path / "run/recipe.yaml"), tmp_path / "run")
+    go(asked, tmp_path / "run")
     assert set(looked) == {"step-00000004"}
 
 
 def test_a_record_that_names_a_checkpoint_on_the_way_is_refused(finished, tmp_path):
-    shutil.copytree(finished / "trained", tmp_path / "run")
+    asked = copy_of(finished / "trained", tmp_path)
     record = tmp_path / "run/branches/main/02-learn/stage.json"
     record.write_text(record.read_text().replace("step-00000004", "step-00000002"))
     with pytest.raises(CheckpointError, match=r"names step-00000002, with which the stage was not finished\. Remove"):
-        go(Recipe.from_yaml(tmp_path / "run/recipe.yaml"), tmp_path / "run")
+        go(asked, tmp_path / "run")
     record.unlink()
-    go(Recipe.from_yaml(tmp_path / "run/recipe.yaml"), tmp_path / "run")
+    go(asked, tmp_path / "run")
 
 
 def test_a_signal_that_the_inner_context_misses_is_taken_by_the_next_one():
@@ -267,11 +271,10 @@ def test_a_signal_while_moments_are_read_is_no_damage(finished, monkeypatch):
 
 @pytest.mark.parametrize("line", ["{}", "null", '{"step": 1, "seconds": "x"}', "cut", "\\xff"])
 def test_a_damaged_line_of_metrics_is_left_out(finished, tmp_path, line):
-    shutil.copytree(finished / "trained", tmp_path / "run")
+    asked = copy_of(finished / "trained", tmp_path)
     metrics = tmp_path / "run/branches/main/02-learn/metrics.jsonl"
     lines = metrics.read_text().splitlines()
     metrics.write_text("\n".join([line, *lines[:-1], line, lines[-1], ""]))
-    asked = Recipe.from_yaml(tmp_path / "run/recipe.yaml")
     points = len(go(asked, tmp_path / "run").branches[0].curve)
     assert points == len(lines)
     (tmp_path / "run/branches/main/02-learn/stage.json").unlink()
@@ -282,17 +285,16 @@ def test_a_damaged_line_of_metrics_is_left_out(finished, tmp_path, line):
 
 
 def test_a_metric_that_is_none_is_named(finished, tmp_path):
-    shutil.copytree(finished / "trained", tmp_path / "run")
+    asked = copy_of(finished / "trained", tmp_path)
     metrics = tmp_path / "run/branches/main/02-learn/metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"validation_loss": ', '"validation_loss": "?", "other": '))
     with pytest.raises(ConfigError, match=r"metrics\.jsonl, step \d+: value: must be a finite number"):
-        go(Recipe.from_yaml(tmp_path / "run/recipe.yaml"), tmp_path / "run")
+        go(asked, tmp_path / "run")
 
 
 def test_a_run_whose_recipe_is_gone_or_cut_asks_for_it(finished, tmp_path):
-    shutil.copytree(finished / "changed", tmp_path / "run")
-    saved = tmp_path / "run/recipe.yaml"
-    asked, text = Recipe.from_yaml(saved), saved.read_text()
+    asked, saved = copy_of(finished / "changed", tmp_path), tmp_path / "run/recipe.yaml"
+    text = saved.read_text()
     saved.write_text(text[: len(text) // 2])
     with pytest.raises(ConfigError, match=r"recipe\.yaml"):
         go(asked, tmp_path / "run")

@@ -35,6 +35,18 @@ def stopped(tmp_path) -> Path:
     return tmp_path / "run"
 
 
+def kill_at_the_start(run: Path, monkeypatch) -> None:
+    """Kill the run after it has chosen its checkpoint, and before it goes on."""
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("auxin.training.loop.MetricsLog", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go(run)
+
+
 def names(run: Path) -> set[str]:
     return {path.name for path in (run / "checkpoints").iterdir()}
 
@@ -74,13 +86,7 @@ def test_several_damaged_ones_are_passed_over(stopped, alone):
 def test_what_is_said_of_the_damage_outlives_a_kill(stopped, monkeypatch):
     harm(stopped / "checkpoints/step-00000005/model.safetensors")
 
-    def killed(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("auxin.training.loop.MetricsLog", killed)
-        with pytest.raises(KeyboardInterrupt):
-            go(stopped)
+    kill_at_the_start(stopped, monkeypatch)
     result = go(stopped)
     assert sum(note.startswith("gone back to step-00000004") for note in notes(result)) == 1
 
@@ -128,13 +134,7 @@ def test_who_goes_back_and_is_killed_or_refused_loses_nothing_either(stopped, mo
         go(stopped, learning_rate=1.0)
     assert names(stopped) == before
 
-    def killed(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("auxin.training.loop.MetricsLog", killed)
-        with pytest.raises(KeyboardInterrupt):
-            go(stopped)
+    kill_at_the_start(stopped, monkeypatch)
     assert {"former-step-00000004", "former-step-00000005"} < names(stopped)
     assert sum(note.startswith("gone back to step-00000002") for note in notes(go(stopped))) == 1
 

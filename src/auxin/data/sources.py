@@ -44,10 +44,10 @@ def read_documents(settings: SourceSettings) -> Iterator[Document]:
         return
     named = {path.expanduser() for path in settings.paths}
     whole: list[str] = []
-    for name, path, left_out in source_files(settings):
-        skipped = left_out or packed(path)
-        if skipped is not None:
-            yield Document(name, None, skipped)
+    for file in source_files(settings):
+        name, path = file.name, file.path
+        if file.skipped is not None:
+            yield Document(name, None, file.skipped)
             continue
         form = row_format(path)
         if form is not None and form.first_fields is not None:
@@ -87,10 +87,10 @@ def read_rows(settings: SourceSettings, fields: Fields) -> Iterator[Row]:
     if settings.source == "huggingface":
         yield from _huggingface_rows(settings, fields)
         return
-    for name, path, left_out in source_files(settings):
-        skipped = left_out or packed(path)
-        if skipped is not None:
-            yield Row(name, None, skipped)
+    for file in source_files(settings):
+        name, path = file.name, file.path
+        if file.skipped is not None:
+            yield Row(name, None, file.skipped)
             continue
         form = row_format(path)
         if form is None or (form.first_fields is not None and form.first_fields(path) is None):
@@ -105,7 +105,12 @@ class SourceFile(NamedTuple):
     name: str
     path: Path
     left_out: str | None = None
-    """Why it is not read, where a folder holds what is hidden, or no file."""
+    """Why it is no part of the source, where a folder holds what is hidden, or no file."""
+
+    @property
+    def skipped(self) -> str | None:
+        """Why it is not read; None where it is."""
+        return self.left_out or packed(self.path)
 
 
 def source_files(settings: SourceSettings) -> list[SourceFile]:
