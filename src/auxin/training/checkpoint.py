@@ -96,7 +96,6 @@ def write_checkpoint_folder(
             flush_tree(partial)
             _move_into_place(partial, directory)
     except _FAILURES as error:
-        _raise_what_is_no_error(error)
         raise CheckpointError(
             f"{directory} could not be saved: {_reason(error)}. Nothing saved before was touched. Free space on "
             "the disk or choose another output folder, then run again."
