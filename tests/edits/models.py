@@ -23,6 +23,7 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **values: Any)
         "proj_tokens": 12,
         "ffn_tokens": 20,
         "max_position_embeddings": 32,
+        "score_function": "l2_norm_gelu",  # with a norm every token has a part in what the others weigh
     }
     model = TokenFormerForCausalLM(TokenFormerConfig(**{**defaults, **values}))
     generator = torch.Generator().manual_seed(seed)

@@ -39,7 +39,7 @@ GROUP = st.integers(4, 20)
     layers=st.integers(1, 3),
     start=st.tuples(GROUP, GROUP, st.integers(4, 40)),
     added=st.lists(st.tuples(st.just(0) | GROUP, st.just(0) | GROUP, st.integers(4, 30)), min_size=1, max_size=3),
-    score_function=st.sampled_from(["l2_norm_gelu", "gelu_l2_norm", "softmax"]),
+    score_function=st.sampled_from(["l2_norm_gelu", "gelu_l2_norm", "gelu", "softmax"]),
     tied=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     seed=st.integers(0, 100),
@@ -74,7 +74,7 @@ def test_grouped_growth_keeps_the_function(heads, head_dim, layers, start, added
 
 
 @pytest.mark.parametrize("size", range(1, 9))
-@pytest.mark.parametrize("score_function", ["l2_norm_gelu", "gelu_l2_norm", "softmax"])
+@pytest.mark.parametrize("score_function", ["l2_norm_gelu", "gelu_l2_norm", "gelu", "softmax"])
 @pytest.mark.parametrize("regime", EXACT)
 def test_groups_of_any_size_grow_exactly_in_exact_arithmetic(regime, score_function, size):
     """The epsilon beside the norm included, in any order of growths; and what float32 can't keep is not promised."""
@@ -85,7 +85,7 @@ def test_groups_of_any_size_grow_exactly_in_exact_arithmetic(regime, score_funct
         model = tiny_model(size, dtype, score_function=score_function, **sizes)
         before = logits(model)
         receipt = auxin.grow(model, 2 * size, 3 * size, 2 * size, regime)
-        promised = size >= 4 or score_function == "softmax"
+        promised = size >= 4 or score_function in ("gelu", "softmax")
         assert receipt.plan.promise == ("exact" if promised else "approximate")
         assert [f"tokens has a group of {size}" in note for note in receipt.plan.notes] == [True] * (not promised)
         auxin.grow(model, 6 * size, 6 * size, 6 * size, regime)
@@ -291,7 +291,13 @@ def test_the_official_scale_changes_a_layer_as_measured_on_the_official_code(
     assert relative_change_of_a_layer(RepeatFill(), RepeatFill(divide=True), old, 2 * old, width) < 1e-5
 
 
-CONFIG = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 96}
+CONFIG = {
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 96,
+    "score_function": "l2_norm_gelu",
+}
 
 
 def config(**values):
@@ -316,6 +322,38 @@ def config(**values):
 def test_harmful_mixtures_are_refused_with_the_reason(settings, message):
     with pytest.raises(PlanError, match=message):
         plan_token_growth(config(), TokenGrowth(ffn_tokens=40, **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "promise"),
+    [
+        *[({"regime": regime}, "exact") for regime in EXACT],
+        ({"regime": "random_keys_zero_values"}, "exact"),
+        ({"regime": "zero_keys", "scale": "recomputed"}, "exact"),
+        ({"keys": "zeros", "values": "initial"}, "exact"),
+        ({"regime": "random_keys_zero_values", "scale": "kept"}, "exact"),
+        ({"regime": "official"}, "none"),
+        ({"regime": "zero_keys", "keys": "matched"}, "none"),
+    ],
+)
+def test_without_a_norm_no_token_has_a_part_in_what_the_others_weigh(settings, promise):
+    model = tiny_model(score_function="gelu")
+    trained(model, 5)
+    before = logits(model)
+    receipt = apply(plan_token_growth(model.config, TokenGrowth(qkv_tokens=24, ffn_tokens=40, **settings)), model)
+    assert receipt.plan.promise == promise
+    assert (change(before, logits(model)) <= 1e-6) == (promise == "exact")
+
+
+def test_slots_that_have_different_score_functions_grow_by_the_stricter_ones_rules():
+    model = tiny_model(proj_score_function="gelu").eval()
+    before = logits(model)
+    with pytest.raises(PlanError, match="random keys raise the norm"):
+        auxin.grow(model, 24, 24, 40, scale="kept")
+    receipt = auxin.grow(model, proj_tokens=24, scale="kept")
+    assert (receipt.plan.promise, change(before, logits(model)) <= 1e-6) == ("exact", True)
+    assert auxin.grow(model, 24, 48, 40).plan.promise == "exact"
+    assert change(before, logits(model)) <= 1e-6
 
 
 @pytest.mark.parametrize("regime", ["zero_keys", "annealed"])

@@ -45,6 +45,7 @@ def pattention(
     f by name (for each row and group; norms over the group's tokens, in the scores' type, float32 for 16-bit scores):
       l2_norm_gelu (default)  GELU(tau A_g / (||A_g||_2 + eps))
       gelu_l2_norm            tau G / (||G||_2 + eps), G = GELU(A_g)
+      gelu                    GELU(A_g): no norm, no scale; groups are apart in name alone
       softmax                 tau^2 softmax(A_g)
     A row of zero scores gives zeros under the first two, and the gradient there is the formula's own (its slope at zero
     is tau/eps): large, but finite; under float16, which can't hold it, it is zero.
@@ -57,7 +58,8 @@ def pattention(
         x: (..., in_features).
         key_tokens: K (n, in_features), groups contiguous.
         value_tokens: V (n, out_features).
-        tau: (number of groups,) float32 or float64, not trained; its values may change without recompilation.
+        tau: (number of groups,) float32 or float64, not trained; its values may change without recompilation. Of no
+            effect under "gelu", like eps.
         group_sizes: tokens of each group; sums to n.
         score_function, gelu: by name; "erf" is the exact GELU, "tanh" its approximation.
         eps: added to the norm, in the norm's precision; one for all groups, or one for each.
@@ -249,6 +251,10 @@ def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _weights(scores: Tensor, tau: Tensor, rule: _Rule) -> Tensor:
     """S = f(A) for scores (rows, n) that nobody else uses: eager mode overwrites them."""
+    if rule.score_function == "gelu":
+        if type(scores) is Tensor and not (torch.is_grad_enabled() and scores.requires_grad):
+            return torch.ops.aten.gelu_(scores, approximate=rule.approximate)
+        return F.gelu(scores, approximate=rule.approximate)
     tau = tau.to(_norm_dtype(scores.dtype))
     if torch.compiler.is_compiling() or type(scores) not in (Tensor, FakeTensor) or tau.requires_grad:
         return _plain_weights(scores, tau, rule)

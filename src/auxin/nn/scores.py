@@ -2,5 +2,5 @@
 
 from typing import Literal
 
-ScoreFunction = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
+ScoreFunction = Literal["l2_norm_gelu", "gelu_l2_norm", "gelu", "softmax"]
 Gelu = Literal["erf", "tanh"]

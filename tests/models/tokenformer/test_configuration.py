@@ -55,9 +55,10 @@ def test_a_saved_config_may_hold_ints(tmp_path):
         ({"proj_eps": [0.0]}, "proj_eps.*positive finite"),
         ({"ffn_tokens": [8, 8], "ffn_eps": [1e-6]}, r"ffn_eps.*\(2\)"),
         ({"score_function": "softmx"}, "Did you mean 'softmax'"),
+        ({"proj_score_function": "softmx"}, "proj_score_function.*Did you mean 'softmax'"),
         ({"gelu": "exact"}, "gelu"),
-        ({"hidden_size": 12, "num_attention_heads": 1}, "rotates 3, which must be even"),
-        ({"hidden_size": 4, "num_attention_heads": 2}, "not zero"),
+        ({"hidden_size": 12, "num_attention_heads": 1, "partial_rotary_factor": 0.25}, "rotates 3, which must be even"),
+        ({"hidden_size": 4, "num_attention_heads": 2, "partial_rotary_factor": 0.25}, "not zero"),
         ({"partial_rotary_factor": 2}, "partial_rotary_factor"),
     ],
 )

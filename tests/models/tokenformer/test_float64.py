@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import auxin
 from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
+from auxin.models.tokenformer.configuration import PUBLISHED
 from auxin.nn import Pattention
 from oracles import tokenformer as oracle
 
@@ -19,7 +20,7 @@ VOCABULARY, HEADS, LAYERS = 61, 2, 3
 def config(**changes):
     # No root of a size here is a whole number. The official code, and so the oracle, has no epsilon in Pattention.
     sizes = {"qkv_tokens": 11, "proj_tokens": 7, "ffn_tokens": 29, "hidden_size": 32, "num_hidden_layers": LAYERS}
-    values = {"vocab_size": VOCABULARY, "num_attention_heads": HEADS, "pattention_eps": 1e-30, **sizes}
+    values = {"vocab_size": VOCABULARY, "num_attention_heads": HEADS, "pattention_eps": 1e-30, **PUBLISHED, **sizes}
     return TokenFormerConfig(**{**values, **changes})
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFas
 import auxin.models  # noqa: F401 - registers the Auto classes
 from auxin.errors import ConfigError, PlanError
 from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM, TokenFormerModel
+from auxin.models.tokenformer.configuration import PUBLISHED
 from auxin.models.tokenformer.modeling import rotary_cos_sin, rotate
 
 VOCABULARY = 97
@@ -199,14 +200,28 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(plain, checkpointed)
 
 
-def test_initialisation_follows_the_official_code():
+@pytest.mark.parametrize(
+    ("changes", "query", "mlp", "values"),
+    [
+        (PUBLISHED, 0.02, 0.02, 2 / (3 * 8)),
+        ({}, 1 / 8, 1 / 8, 2 / (3 * 8)),
+        ({**PUBLISHED, "ffn_score_function": "gelu"}, 0.02, 1 / 8, 2 / (3 * 8)),
+        ({"key_initializer_range": 0.5, "value_initializer_range": 0.3}, 0.5, 0.5, 0.3),
+    ],
+)
+def test_initialisation_is_the_official_codes_but_for_keys_without_a_norm(changes, query, mlp, values):
     torch.manual_seed(0)
-    config = tiny_config(hidden_size=64, num_hidden_layers=3, qkv_tokens=[256, 64], vocab_size=1000)
+    config = tiny_config(hidden_size=64, num_hidden_layers=3, qkv_tokens=[256, 64], vocab_size=1000, **changes)
     model = AutoModelForCausalLM.from_config(config)
-    keys = torch.cat([layer.attention.query.key_tokens.flatten() for layer in model.model.layers])
-    values = torch.cat([layer.attention.query.value_tokens.flatten() for layer in model.model.layers])
-    assert keys.std().item() == pytest.approx(0.02, rel=0.02)
-    assert values.std().item() == pytest.approx(2 / (3 * math.sqrt(64)), rel=0.02)
+    drawn = {
+        "attention.query.key_tokens": query,
+        "mlp.key_tokens": mlp,
+        "attention.query.value_tokens": values,
+        "mlp.value_tokens": values,
+    }
+    for name, std in drawn.items():
+        weights = torch.cat([layer.get_parameter(name).flatten() for layer in model.model.layers])
+        assert weights.std().item() == pytest.approx(std, rel=0.03)
     assert model.get_input_embeddings().weight.std().item() == pytest.approx(0.02, rel=0.02)
     assert torch.equal(model.model.norm.weight, torch.ones(64))
     torch.testing.assert_close(model.model.layers[2].attention.key.tau, torch.tensor([16.0, 8.0]))
@@ -241,7 +256,7 @@ def test_bfloat16_keeps_the_rotary_angles():
 
 
 def test_set_tau_reaches_every_layer_and_the_config(model):
-    model = tiny_model()
+    model = tiny_model(score_function="l2_norm_gelu")
     before = model(tokens()).logits
     model.set_tau(ffn=[9.0, 1.0, 1.0])
     assert model.config.ffn_tau == [9.0, 1.0, 1.0]

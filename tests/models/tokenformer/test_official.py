@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import auxin.models  # noqa: F401 - registers the Auto classes
 from auxin.errors import CheckpointError, ConfigError
 from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM, official
+from auxin.models.tokenformer.configuration import PUBLISHED
 from auxin.models.tokenformer.modeling import TokenFormerAttention, rotary_cos_sin
 from auxin.models.tokenformer.official import export_official, import_official, infer_config, reference_logits
 from oracles import tokenformer as oracle
@@ -331,13 +332,19 @@ def test_nothing_is_overwritten(imported, tmp_path):
         ({"ffn_tokens": [16, 8]}, "ffn tokens form 2 groups"),
         ({"qkv_tau": [3.0]}, r"qkv scale is 3, the official code always uses sqrt\(24\)"),
         ({"gelu": "tanh"}, "gelu is 'tanh'"),
-        ({"score_function": "softmax"}, "score_function"),
+        ({"score_function": "softmax"}, "score_function is 'softmax'"),
+        (
+            {"score_function": "gelu", "proj_score_function": "softmax"},
+            "qkv_score_function is 'gelu'.* proj_score_function is 'softmax'",
+        ),
         ({"partial_rotary_factor": 1.0}, "partial_rotary_factor"),
     ],
 )
 def test_what_has_no_official_form(tmp_path, changes, reason):
     config = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_attention_heads": HEADS, "num_hidden_layers": 1}
-    model = TokenFormerForCausalLM(TokenFormerConfig(**{**config, "qkv_tokens": 24, "proj_tokens": 8, **changes}))
+    model = TokenFormerForCausalLM(
+        TokenFormerConfig(**{**PUBLISHED, **config, "qkv_tokens": 24, "proj_tokens": 8, **changes})
+    )
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match=f"no official form.*{reason}"):
         export_official(tmp_path / "model", tmp_path / "pytorch_model.bin")

@@ -34,6 +34,7 @@ from auxin.models.tokenformer.configuration import SLOTS, Slot
 from auxin.models.tokenformer.modeling import SLOT_OF_MODULE, TokenFormerPreTrainedModel
 from auxin.models.tokenformer.presets import check_growable, preset_config
 from auxin.nn.pattention import Pattention
+from auxin.nn.scores import ScoreFunction
 from auxin.planning.hooks import Hook, HookContext, HookSettings, OldRates
 from auxin.planning.lineage import last_changes
 from auxin.planning.method import Method
@@ -74,9 +75,9 @@ class TokenGrowth(Settings):
     """The rule for the new tokens."""
     keys: KeyRule | None = None
     """Overrides the regime's rule for new keys: "matched" (normal, at the root mean square of the old keys), "initial"
-    (normal, the config's initializer_range), "zeros" or "copies"."""
+    (normal, as in a new model), "zeros" or "copies"."""
     values: ValueRule | None = None
-    """Overrides the regime's rule for new values: "zeros", "initial" (normal, 2 / (L sqrt(d))) or "copies"."""
+    """Overrides the regime's rule for new values: "zeros", "initial" (normal, as in a new model) or "copies"."""
     scale: ScaleRule | None = None
     """Overrides the regime's scale: "own_group" (a new group with its own norm), "kept" (the newest group grows and
     keeps its tau) or "recomputed" (the newest group grows and gets tau = sqrt of its size; for copies its tau times the
@@ -221,24 +222,27 @@ def _check_rules(config: TokenFormerConfig, settings: TokenGrowth) -> Promise:
     """What the combination of rules promises; PlanError for those that damage the model."""
     keys, values, scale = settings.rules
     mixture = f"keys {keys!r}, values {values!r}, scale {scale!r}"
-    if reason := _harm(config, keys, values, scale):
+    functions = _score_functions(config, settings)
+    if reason := _harm(functions, keys, values, scale):
         raise PlanError(f"The mixture {mixture} is refused: {reason}")
     if settings.noise and keys != "copies":
         raise PlanError(
             f"noise = {settings.noise} has no effect on {mixture}. Leave it out, or use regime 'duplicate'."
         )
-    if scale != "recomputed" and (scale == "kept" or values == "zeros"):
-        return "exact"
     if keys == "copies":
+        return "exact"
+    if functions == {"gelu"}:
+        return "exact" if "zeros" in (keys, values) else "none"
+    if scale != "recomputed" and (scale == "kept" or values == "zeros"):
         return "exact"
     return "approximate" if values == "zeros" else "none"
 
 
 def _magnified_rounding(config: TokenFormerConfig) -> str | None:
     """Why an exact growth of a model of `config` is exact only without rounding; None where it can be promised."""
-    if config.score_function == "softmax":
-        return None
-    slot, size = min(((slot, min(config.group_sizes(slot))) for slot in SLOTS), key=lambda found: found[1])
+    normed = [slot for slot in SLOTS if "l2_norm" in config.slot_score_function(slot)]
+    sizes = [(slot, min(config.group_sizes(slot))) for slot in normed]
+    slot, size = min(sizes, key=lambda found: found[1], default=("", FEWEST_TOKENS))
     if size >= FEWEST_TOKENS:
         return None
     return (
@@ -248,8 +252,15 @@ def _magnified_rounding(config: TokenFormerConfig) -> str | None:
     )
 
 
-def _harm(config: TokenFormerConfig, keys: KeyRule, values: ValueRule, scale: ScaleRule) -> str | None:
-    """Why a mixture of rules is refused, and what to do instead; None when it is not."""
+def _score_functions(config: TokenFormerConfig, settings: TokenGrowth) -> set[ScoreFunction]:
+    """Of the slots that `settings` name."""
+    named = [slot for slot in SLOTS if getattr(settings, f"{slot}_tokens") is not None]
+    return {config.slot_score_function(slot) for slot in named}
+
+
+def _harm(functions: set[ScoreFunction], keys: KeyRule, values: ValueRule, scale: ScaleRule) -> str | None:
+    """Why a mixture of rules is refused where scores become weights by `functions`, and what to do instead; None when
+    it is not."""
     if keys == "zeros" and values == "zeros":
         return "with keys and values both zero, neither gets a gradient and the new tokens never wake. Make one random."
     if (keys == "copies") != (values == "copies") or (keys == "copies" and scale != "recomputed"):
@@ -257,6 +268,8 @@ def _harm(config: TokenFormerConfig, keys: KeyRule, values: ValueRule, scale: Sc
             "copies keep the function only when keys and values are both copied and the scale is recomputed. "
             "Use regime 'duplicate'."
         )
+    if functions == {"gelu"}:  # a token has no part in what the others weigh
+        return None
     if keys == "zeros" and scale == "recomputed":
         return (
             "zero keys leave the norm as it is, so a recomputed scale multiplies every old score by sqrt(n'/n) (37.5 % "
@@ -272,7 +285,7 @@ def _harm(config: TokenFormerConfig, keys: KeyRule, values: ValueRule, scale: Sc
             "random keys raise the norm that the old scores are divided by, and a kept scale does not make up for it. "
             "Recompute the scale ('random_keys_zero_values') or give the new tokens their own norm ('grouped')."
         )
-    if keys == "zeros" and config.score_function == "softmax":
+    if keys == "zeros" and "softmax" in functions:
         return (
             "under the softmax score function a zero key has weight exp(0) = 1 and takes from the old tokens. "
             "Use regime 'grouped' or 'duplicate'."
@@ -347,16 +360,15 @@ def _fills(config: TokenFormerConfig, settings: TokenGrowth, slot: Slot) -> dict
     """Where the new rows of keys and values come from."""
     key_rule, value_rule, _ = settings.rules
     first = sum(config.group_sizes(slot)[:-1])
-    values_std = 2 / (config.num_hidden_layers * math.sqrt(config.hidden_size))
     keys = {
         "matched": NormalFill(),
-        "initial": NormalFill(std=config.initializer_range),
+        "initial": NormalFill(std=config.key_std(config.slot_score_function(slot))),
         "zeros": ZeroFill(),
         "copies": RepeatFill(first=first),
     }
     values = {
         "zeros": ZeroFill(),
-        "initial": NormalFill(std=values_std),
+        "initial": NormalFill(std=config.value_std),
         "copies": RepeatFill(first=first, divide=True, noise=settings.noise),
     }
     return {"key_tokens": keys[key_rule], "value_tokens": values[value_rule]}

@@ -12,9 +12,23 @@ Slot = Literal["qkv", "proj", "ffn"]
 SLOTS: tuple[Slot, ...] = get_args(Slot)
 """The three places of a layer whose parameter tokens are counted separately."""
 
+PUBLISHED: dict[str, Any] = {
+    "score_function": "l2_norm_gelu",
+    "gelu": "erf",
+    "partial_rotary_factor": 0.25,
+    "rope_theta": 10000.0,
+    "layer_norm_eps": 1e-5,
+}
+"""What the released models share; in the first and the third a new model is different (see `TokenFormerConfig`)."""
+
 
 class TokenFormerConfig(PreTrainedConfig):
-    """Shape and constants of a TokenFormer (arXiv 2410.23168, section 3); the defaults are the released 150M model's.
+    """Shape and constants of a TokenFormer (arXiv 2410.23168, section 3).
+
+    The default size is the released 150M model's. Two defaults are not the paper's, because a small TokenFormer then
+    learns as well as a dense Transformer (docs/results/parity.md), and worse by 0.1 to 0.2 nats per token with the
+    paper's: scores become weights without a norm, and each head is rotated whole. `PUBLISHED` has the paper's, and so
+    have the presets, converted checkpoints, and whatever was saved before.
 
     Parameter tokens are given per slot: `qkv` (query, key and value have this many each), `proj` (the output projection
     of the attention) and `ffn`. A slot's tokens form one or more groups, each normalised on its own; an int means one
@@ -32,7 +46,11 @@ class TokenFormerConfig(PreTrainedConfig):
         qkv_tau: scale of each group of `qkv_tokens`, or None.
         proj_tau: scale of each group of `proj_tokens`, or None.
         ffn_tau: scale of each group of `ffn_tokens`, or None.
-        score_function: "l2_norm_gelu" (the paper's default), "gelu_l2_norm" or "softmax".
+        score_function: how scores become weights, see `auxin.nn.pattention.pattention`: "l2_norm_gelu" (the paper's),
+            "gelu_l2_norm", "gelu" (a new model's) or "softmax".
+        qkv_score_function: another one for query, key and value, or None.
+        proj_score_function: another one for the attention's output projection, or None.
+        ffn_score_function: another one for the feed-forward part, or None.
         gelu: "erf" (the official PyTorch code) or "tanh" (the official JAX code).
         pattention_eps: added to the norm of the scores.
         qkv_eps: what is added to the norm of each group of `qkv_tokens` instead, or None for `pattention_eps`. Where
@@ -44,7 +62,10 @@ class TokenFormerConfig(PreTrainedConfig):
         layer_norm_eps: epsilon of all layer norms; those inside the layers have no parameters, the final one has.
         max_position_embeddings: context length in tokens; nothing is allocated by it.
         tie_word_embeddings: whether the output head is the embedding.
-        initializer_range: standard deviation of keys and embeddings at initialisation; values get 2 / (L sqrt(d)).
+        initializer_range: standard deviation of embeddings at initialisation, and of keys that are normalised.
+        key_initializer_range: standard deviation of keys, or None: `initializer_range`, but 1 / sqrt(d) in slots whose
+            score function is "gelu", so that scores start at a root mean square of 1 with and without a norm.
+        value_initializer_range: standard deviation of values, or None: 2 / (L sqrt(d)), the released code's.
         use_cache: whether the model returns its keys and values for decoding.
         bos_token_id: id that starts a text; `<|endoftext|>` of the official tokenizer.
         eos_token_id: id (or ids) that ends a text.
@@ -67,18 +88,23 @@ class TokenFormerConfig(PreTrainedConfig):
     qkv_tau: list[float] | None = None
     proj_tau: list[float] | None = None
     ffn_tau: list[float] | None = None
-    score_function: ScoreFunction = "l2_norm_gelu"
+    score_function: ScoreFunction = "gelu"
+    qkv_score_function: ScoreFunction | None = None
+    proj_score_function: ScoreFunction | None = None
+    ffn_score_function: ScoreFunction | None = None
     gelu: Gelu = "erf"
     pattention_eps: float = 1e-6
     qkv_eps: list[float] | None = None
     proj_eps: list[float] | None = None
     ffn_eps: list[float] | None = None
-    partial_rotary_factor: float = 0.25
+    partial_rotary_factor: float = 1.0
     rope_theta: float = 10000.0
     layer_norm_eps: float = 1e-5
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
+    key_initializer_range: float | None = None
+    value_initializer_range: float | None = None
     use_cache: bool = True
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 0
@@ -92,9 +118,10 @@ class TokenFormerConfig(PreTrainedConfig):
             for field in (f"{slot}_tau", f"{slot}_eps"):
                 setattr(self, field, self._checked_numbers(field, slot))
         self._check_heads()
-        for field, known in (("score_function", get_args(ScoreFunction)), ("gelu", get_args(Gelu))):
-            if getattr(self, field) not in known:
-                raise ConfigError(unknown_name(field, str(getattr(self, field)), known))
+        _check_named("score_function", self.score_function, get_args(ScoreFunction))
+        _check_named("gelu", self.gelu, get_args(Gelu))
+        for slot in SLOTS:
+            _check_named(f"{slot}_score_function", self.slot_score_function(slot), get_args(ScoreFunction))
         super().__post_init__(**kwargs)
 
     def _checked_numbers(self, field: str, slot: Slot) -> list[float] | None:
@@ -131,6 +158,24 @@ class TokenFormerConfig(PreTrainedConfig):
         """The sizes of the groups of `slot`, oldest first."""
         return list(getattr(self, f"{slot}_tokens"))
 
+    def slot_score_function(self, slot: Slot) -> ScoreFunction:
+        """How scores of `slot` become weights, the default filled in."""
+        own: ScoreFunction | None = getattr(self, f"{slot}_score_function")
+        return self.score_function if own is None else own
+
+    def key_std(self, score_function: ScoreFunction) -> float:
+        """Standard deviation of fresh keys whose scores become weights by `score_function`."""
+        if self.key_initializer_range is not None:
+            return self.key_initializer_range
+        return self.hidden_size**-0.5 if score_function == "gelu" else self.initializer_range
+
+    @property
+    def value_std(self) -> float:
+        """Standard deviation of fresh values."""
+        if self.value_initializer_range is not None:
+            return self.value_initializer_range
+        return 2 / (self.num_hidden_layers * math.sqrt(self.hidden_size))
+
     def group_tau(self, slot: Slot) -> list[float]:
         """The scale of each group of `slot`, defaults filled in."""
         tau = getattr(self, f"{slot}_tau")
@@ -165,6 +210,11 @@ class TokenFormerConfig(PreTrainedConfig):
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_named(field: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(unknown_name(field, str(value), known))
 
 
 def _check_positive_int(field: str, value: Any) -> None:

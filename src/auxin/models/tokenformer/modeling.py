@@ -91,7 +91,7 @@ def _pattention(config: TokenFormerConfig, slot: Slot) -> Pattention:
         config.hidden_size,
         config.group_sizes(slot),
         tau=config.group_tau(slot),
-        score_function=config.score_function,
+        score_function=config.slot_score_function(slot),
         gelu=config.gelu,
         eps=config.group_eps(slot),
     )
@@ -172,10 +172,8 @@ class TokenFormerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Pattention):
-            config = self.config
-            values_std = 2 / (config.num_hidden_layers * math.sqrt(config.hidden_size))
-            init.normal_(module.key_tokens, mean=0.0, std=config.initializer_range)
-            init.normal_(module.value_tokens, mean=0.0, std=values_std)
+            init.normal_(module.key_tokens, mean=0.0, std=self.config.key_std(module.score_function))
+            init.normal_(module.value_tokens, mean=0.0, std=self.config.value_std)
             # A buffer that checkpoints don't hold: after loading on the meta device nothing else fills it.
             module.reset_tau()
 

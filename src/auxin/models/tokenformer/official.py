@@ -26,7 +26,7 @@ from torch import Tensor
 from auxin.errors import CheckpointError, ConfigError
 from auxin.files import flush, new_folder
 from auxin.models.loading import load_config, load_model
-from auxin.models.tokenformer.configuration import SLOTS, TokenFormerConfig
+from auxin.models.tokenformer.configuration import PUBLISHED, SLOTS, TokenFormerConfig
 from auxin.models.tokenformer.modeling import TokenFormerForCausalLM
 from auxin.models.tokenformer.presets import PRESETS
 from auxin.settings import Settings
@@ -213,6 +213,7 @@ def infer_config(state: State, num_attention_heads: int | None = None) -> TokenF
     }
     head = state.get(f"sequential.{len(layers) + 4}.final_linear.weight")
     return TokenFormerConfig(
+        **PUBLISHED,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_hidden_layers=len(layers),
@@ -393,11 +394,14 @@ def _require_official_form(config: TokenFormerConfig) -> None:
             reasons.append(
                 f"its {slot} scale is {config.group_tau(slot)[0]:.6g}, the official code always uses sqrt({sizes[0]})"
             )
-    fixed = {"score_function": "l2_norm_gelu", "gelu": "erf", "partial_rotary_factor": 0.25}
-    fixed |= {"rope_theta": 10000.0, "layer_norm_eps": 1e-5}
-    for field, value in fixed.items():
-        if getattr(config, field) != value:
-            reasons.append(f"{field} is {getattr(config, field)!r}, the released models have {value!r}")
+    has = {field: getattr(config, field) for field in PUBLISHED if field != "score_function"}
+    functions = {f"{slot}_score_function": config.slot_score_function(slot) for slot in SLOTS}
+    same = len(set(functions.values())) == 1
+    has |= {"score_function": functions["qkv_score_function"]} if same else functions
+    for field, value in has.items():
+        published = PUBLISHED["score_function" if field in functions else field]
+        if value != published:
+            reasons.append(f"{field} is {value!r}, the released models have {published!r}")
     if reasons:
         raise ConfigError(f"This model has no official form: {'; '.join(reasons)}.")
 

@@ -8,7 +8,7 @@ tied and padded to 50304 rows.
 from typing import Literal
 
 from auxin.errors import ConfigError, PlanError, unknown_name
-from auxin.models.tokenformer.configuration import SLOTS, TokenFormerConfig
+from auxin.models.tokenformer.configuration import PUBLISHED, SLOTS, TokenFormerConfig
 from auxin.settings import Settings
 
 Family = Literal["growth", "owt2", "pile"]
@@ -32,8 +32,9 @@ class Preset(Settings):
     """Tokens per training sequence."""
 
     def config(self) -> TokenFormerConfig:
-        """The model's config, every slot one group, as when trained from scratch."""
+        """The model's config, with the released models' constants; every slot is one group, as from scratch."""
         return TokenFormerConfig(
+            **PUBLISHED,
             hidden_size=self.hidden_size,
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
