@@ -1,60 +1,102 @@
-"""Why does a TokenFormer trail a dense Transformer here? The recipe `parity.yaml` over seeds, one thing at a time.
+"""TokenFormer beside dense Transformers of as many parameters, one thing at a time, over seeds.
+
+Three parts: `small` (590,000 parameters, the recipe parity.yaml), `large` (3.3 million in the paper's proportions,
+parity_3m.yaml) and `bytes` (some of the small ones on bytes instead of a vocabulary of 512).
 
     python benchmarks/parity.py --jobs 2
-    python benchmarks/parity.py --seeds 0 --branches dense full-0017
+    python benchmarks/parity.py --parts small --seeds 0 --branches dense new
 
-Finished branches are not run again. About a minute and a half of one core per branch and seed.
+Finished branches are not run again; the page has what is finished. A branch and seed takes a minute and a half of one
+core, a large one twelve.
 """
 
+import argparse
+import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from comparing import chosen_recipe, compared, options
 
 from auxin.accounting.comparison import Comparison
+from auxin.recipes import read_comparison
 from auxin.report.comparison import estimate_text
 from auxin.report.markdown import markdown_table, origin
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE = Path(__file__).with_suffix(".yaml")
 RESULTS = ROOT / "benchmarks" / "results" / "parity.json"
 TABLE = ROOT / "docs" / "results" / "parity.md"
-HEADER = ("model", "parameters", "final loss", "minus the best dense one's")
+HEADER = ("model", "parameters", "seeds", "final loss", "minus the dense one's")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A recipe and what is changed of it."""
+
+    heading: str
+    recipe: str
+    changes: tuple[str, ...] = ()
+    branches: tuple[str, ...] | None = None
+    """The branches to run; None: all."""
+
+
+PARTS = {
+    "small": Part("590,000 parameters", "parity.yaml"),
+    "large": Part("3.3 million parameters, the paper's proportions", "parity_3m.yaml"),
+    "bytes": Part(
+        "590,000 parameters, bytes",
+        "parity.yaml",
+        ("data.vocab_size=257",),  # the bytes and a separator
+        ("dense", "dense-0060", "llama", "published", "new", "new-0060"),
+    ),
+}
 
 
 def main() -> None:
-    """Run what is missing, then write the results and the table."""
-    parser = options(__doc__, ROOT / "runs" / "parity-seeds")
+    """Run what is missing, then write the results and the tables."""
+    parser = options(__doc__, ROOT / "runs" / "parity")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.set_defaults(results=RESULTS, table=TABLE)
     arguments = parser.parse_args()
-    comparison = compared(chosen_recipe(str(RECIPE), arguments), arguments)
-    arguments.results.write_text(comparison.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    arguments.table.write_text(table(comparison), encoding="utf-8")
+    if not arguments.read_only:
+        for name in arguments.parts:
+            run(PARTS[name], arguments.runs / name, arguments)
+    found = {name: read_comparison(arguments.runs / name) for name in PARTS if (arguments.runs / name).is_dir()}
+    record = {name: comparison.model_dump(mode="json") for name, comparison in found.items()}
+    arguments.results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    arguments.table.write_text(page(found), encoding="utf-8")
     print(f"Written to {arguments.table} and {arguments.results}", file=sys.stderr)
 
 
-def table(comparison: Comparison) -> str:
-    """The results as Markdown, the best first."""
-    order = sorted(comparison.branches, key=lambda branch: branch.value.mean if branch.value else float("inf"))
-    rows = [
-        [
-            branch.title,
-            f"{branch.parameters:,}",
-            estimate_text(branch.value, 4),
-            "-" if branch.name == comparison.main_branch else estimate_text(branch.difference, 4, signed=True),
-        ]
-        for branch in order
-    ]
+def run(part: Part, folder: Path, arguments: argparse.Namespace) -> None:
+    """Run what is missing of one part."""
+    own = {"set": [*part.changes, *arguments.set], "runs": folder, "branches": arguments.branches or part.branches}
+    changed = argparse.Namespace(**{**vars(arguments), **own})
+    compared(chosen_recipe(str(ROOT / "benchmarks" / part.recipe), changed), changed)
+
+
+def page(found: dict[str, Comparison]) -> str:
+    """The results as Markdown."""
     lines = [
-        f"# {comparison.title}",
+        "# TokenFormer beside dense Transformers, one thing at a time",
         "",
-        f"{comparison.description} Held-out loss in nats per token at the end: mean over the seeds and 95 % interval "
-        "(Student's t). Differences are taken seed by seed.",
-        "",
-        origin(comparison),
-        "",
-        *markdown_table(HEADER, rows),
+        "Held-out loss in nats per token at the end: mean over the seeds and 95 % interval (Student's t). Differences "
+        "are taken seed by seed. What follows from it is in [parity.md](../parity.md).",
     ]
+    for name, comparison in found.items():
+        order = sorted(comparison.branches, key=lambda branch: branch.value.mean if branch.value else float("inf"))
+        rows = [
+            [
+                branch.title,
+                f"{branch.parameters:,}",
+                str(len(branch.seeds)),
+                estimate_text(branch.value, 3),
+                "-" if branch.name == comparison.main_branch else estimate_text(branch.difference, 3, signed=True),
+            ]
+            for branch in order
+        ]
+        lines += ["", f"## {PARTS[name].heading}", "", comparison.description, "", origin(comparison), ""]
+        lines += markdown_table(HEADER, rows)
     return "\n".join(lines) + "\n"
 
 

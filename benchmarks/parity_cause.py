@@ -1,0 +1,389 @@
+"""Why the norm in a TokenFormer's output projection costs it: other forms of that norm, and what is inside the models.
+
+The models are those of `parity.yaml`. Each way changes one thing about the output projection of the attention:
+
+- none: scores become weights without a norm, as everywhere in the model that they are all compared with;
+- norm: the published form, every row of scores divided by its norm;
+- norm, size given back: the same, and the projection's output multiplied by the root mean square of its input;
+- norm of the keys: scores divided by the norm of all keys, so that keys have no scale, and rows keep their size;
+- norm, not differentiated: the published form, whose gradient takes the norm for a constant.
+
+Beside them, a dense GPT-NeoX, and the TokenFormer as published. In the trained models the script measures what the
+output projection gets and what it adds, position by position, how large the scores are, and how far a step of the
+optimizer moves each kind of parameter.
+
+    python benchmarks/parity_cause.py --workers 2
+    python benchmarks/parity_cause.py --quick
+
+Finished cells are not measured again. About two minutes of one core per way and seed.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import re
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measuring import made_by, made_by_line, write_results
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from auxin.accounting.statistics import Estimate
+from auxin.data import prepare
+from auxin.files import write_text
+from auxin.nn import Pattention
+from auxin.recipes import Recipe, load_recipe
+from auxin.report.markdown import markdown_table
+from auxin.report.svg import document, line, text
+from auxin.training import train
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "benchmarks" / "parity.yaml"
+RESULTS = ROOT / "benchmarks" / "results" / "parity_cause.json"
+PAGE = ROOT / "docs" / "results" / "parity_cause.md"
+PICTURE = ROOT / "docs" / "images" / "parity_cause.svg"
+Cell = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A model to train."""
+
+    title: str
+    branch: str
+    """Of the recipe: the model and its rate."""
+    form: str | None = None
+    """How the output projections' scores become weights instead, see `entering`."""
+
+
+WAYS = {
+    "dense": Way("GPT-NeoX", "dense"),
+    "published": Way("TokenFormer as published", "published"),
+    "none": Way("no norm anywhere", "new"),
+    "norm": Way("norm in the output projection", "new", "norm"),
+    "size": Way("the same, size given back", "new", "size"),
+    "keys": Way("norm of all keys there", "new", "keys"),
+    "constant": Way("norm there, not differentiated", "new", "constant"),
+}
+DRAWN = {"dense": "#7D8590", "none": "#2F8AC9", "norm": "#D55E00"}
+
+
+def entering(form: str, module: Pattention, x: Tensor) -> Tensor:
+    """What enters GELU in `module`, of one group, at the input `x`; the product has two of the forms."""
+    scores = F.linear(x, module.key_tokens)
+    if form == "none":
+        return scores
+    if form == "keys":
+        return scores * (module.tau / module.key_tokens.norm())
+    factor = module.tau / (scores.norm(dim=-1, keepdim=True) + 1e-6)
+    return scores * (factor.detach() if form == "constant" else factor)
+
+
+class Projection(Pattention):
+    """A Pattention that computes by a form of `entering`; it begins with the tokens of `module`."""
+
+    def __init__(self, module: Pattention, form: str) -> None:
+        super().__init__(module.in_features, module.out_features, module.group_sizes, module.initial_tau)
+        self.load_state_dict(module.state_dict())
+        self.form = form
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        output = F.gelu(entering(self.form, self, x)) @ self.value_tokens
+        return output * _size(x).unsqueeze(-1) if self.form == "size" else output
+
+
+KINDS = {
+    "embedding": r"embed",
+    "query, key, value: in": r"attention\.(query|key|value)\.key_tokens|query_key_value\.weight",
+    "query, key, value: out": r"attention\.(query|key|value)\.value_tokens",
+    "output projection: in": r"attention\.proj\.key_tokens|attention\.dense\.weight",
+    "output projection: out": r"attention\.proj\.value_tokens",
+    "feed-forward: in": r"mlp\.key_tokens|dense_h_to_4h\.weight",
+    "feed-forward: out": r"mlp\.value_tokens|dense_4h_to_h\.weight",
+}
+"""Parameters of both architectures. A dense projection is one matrix, a Pattention two: what scores (in) and what
+answers (out)."""
+
+
+class Updates:
+    """Training hook: by how much of its own size each kind of parameter moves in a step, every `interval` steps."""
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+        self.shares: dict[str, list[float]] = defaultdict(list)
+
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Watch this training."""
+        self._parameters = {
+            kind: [p for name, p in model.named_parameters() if re.search(pattern, name)]
+            for kind, pattern in KINDS.items()
+        }
+
+    def before_step(self, step: int) -> None:
+        """Keep what the step moves."""
+        if step % self.interval == 0:
+            self._before = {kind: _flat(parameters) for kind, parameters in self._parameters.items() if parameters}
+
+    def after_step(self, step: int) -> None:
+        """Compare."""
+        if step % self.interval == 0:
+            for kind, before in self._before.items():
+                moved = _flat(self._parameters[kind]) - before
+                self.shares[kind].append((moved.norm() / before.norm()).item())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: what was measured belongs to this process."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""
+
+
+def _flat(parameters: list[nn.Parameter]) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in parameters])
+
+
+def build(way: Way, recipe: Recipe, seed: int) -> PreTrainedModel:
+    """The untrained model of `way`."""
+    stage = recipe.branch(way.branch).stages[0]
+    config = AutoConfig.for_model(stage.model_type, **stage.config, vocab_size=recipe.data.vocab_size)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    if way.form is not None:
+        for layer in model.base_model.layers:
+            layer.attention.proj = Projection(layer.attention.proj, way.form)
+    return model
+
+
+def projections(model: PreTrainedModel) -> list[nn.Module]:
+    """The output projections of the attentions, layer by layer."""
+    return [m for name, m in model.named_modules() if name.endswith(("attention.proj", "attention.dense"))]
+
+
+@torch.no_grad()
+def inside(way: Way, model: PreTrainedModel, contexts: Tensor) -> Cell:
+    """What the trained model of `way` does on held-out `contexts` (batch, length)."""
+    got: list[Tensor] = []
+    added: list[Tensor] = []
+    scores: dict[str, list[Tensor]] = defaultdict(list)
+    handles = []
+    for module in projections(model):
+        handles.append(module.register_forward_pre_hook(lambda _, args: got.append(_size(args[0]))))
+        handles.append(module.register_forward_hook(lambda _, args, output: added.append(_size(output))))
+    for name, module in model.named_modules():
+        if isinstance(module, Pattention):
+            kind = "feed-forward" if name.endswith("mlp") else name.rpartition(".")[2]
+            form = "norm" if module.score_function == "l2_norm_gelu" else "none"
+
+            def see(module: Any, args: Any, kind: str = kind, form: str = form) -> None:
+                scores[kind].append(entering((kind == "proj" and way.form) or form, module, args[0]).flatten())
+
+            handles.append(module.register_forward_pre_hook(see))
+        elif name.endswith("dense_h_to_4h"):
+            handles.append(module.register_forward_hook(lambda _, args, o: scores["feed-forward"].append(o.flatten())))
+    model.eval()(input_ids=contexts)
+    for handle in handles:
+        handle.remove()
+    sizes, results = torch.stack(got), torch.stack(added)  # (layers, batch, length)
+    return {
+        "got": sizes.mean(dim=(0, 1)).tolist(),
+        "added": results.mean(dim=(0, 1)).tolist(),
+        "spread_got": (sizes.flatten(1).std(dim=1) / sizes.flatten(1).mean(dim=1)).mean().item(),
+        "spread_added": (results.flatten(1).std(dim=1) / results.flatten(1).mean(dim=1)).mean().item(),
+        "score_size": {kind: torch.cat(found).square().mean().sqrt().item() for kind, found in scores.items()},
+        "score_cut": {kind: (torch.cat(found) < 0).float().mean().item() for kind, found in scores.items()},
+    }
+
+
+def _size(x: Tensor) -> Tensor:
+    """Root mean square of each vector."""
+    return x.square().mean(dim=-1).sqrt()
+
+
+def measure(task: tuple[str, int, Path, list[str]]) -> tuple[str, Cell]:
+    """Train one way with one seed and look inside."""
+    torch.set_num_threads(1)
+    name, seed, runs, changes = task
+    way, recipe = WAYS[name], load_recipe(str(RECIPE), changes).of_seed(seed)
+    data = prepare(recipe.data, runs / "data")
+    settings = recipe.training_settings(recipe.branch(way.branch).stages[1])
+    steps = int(settings.steps)
+    model, updates = build(way, recipe, seed), Updates(max(1, steps // 35))
+    with tempfile.TemporaryDirectory() as folder:
+        result = train(model, data, settings, folder, hooks=[updates], progress=False)
+    held_out = data.split("validation")
+    contexts = held_out.rows(range(min(64, len(held_out))))["input_ids"]
+    # Between the warmup and the decay the rate stands at its peak.
+    flat = slice(
+        settings.warmup_steps // updates.interval + 1, (steps - settings.decay_steps(steps)) // updates.interval
+    )
+    moved = {kind: statistics.median(shares[flat]) for kind, shares in updates.shares.items()}
+    return f"{name}/{seed}", {"loss": result.value, "moved": moved, **inside(way, model, contexts)}
+
+
+def run(seeds: list[int], runs: Path, workers: int, changes: list[str]) -> dict[str, Cell]:
+    """Measure every cell that is missing."""
+    path = runs / "cells.json"
+    cells: dict[str, Cell] = json.loads(path.read_text()) if path.exists() else {}
+    prepare(load_recipe(str(RECIPE), changes).data, runs / "data")
+    wanted = [(name, seed, runs, changes) for seed in seeds for name in WAYS if f"{name}/{seed}" not in cells]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for key, cell in pool.imap_unordered(measure, wanted):
+            cells[key] = cell
+            print(f"{key}: {cell['loss']:.4f}", flush=True)
+            write_text(path, json.dumps(cells))
+    return {key: cell for key, cell in cells.items() if int(key.rpartition("/")[2]) in seeds}
+
+
+def page_of(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    cells, seeds = results["cells"], results["seeds"]
+
+    def of(name: str, *keys: str) -> list[float]:
+        found = [cells[f"{name}/{seed}"] for seed in seeds]
+        for key in keys:
+            found = [cell[key] for cell in found]
+        return found
+
+    losses = [
+        [
+            way.title,
+            Estimate.of(of(name, "loss")).text(3),
+            "-"
+            if name == "none"
+            else Estimate.of(a - b for a, b in zip(of(name, "loss"), of("none", "loss"), strict=True)).text(3, True),
+            *(f"{statistics.mean(of(name, key)):.2f}" for key in ("spread_got", "spread_added")),
+            f"{statistics.mean(row[0] / row[-1] for row in of(name, 'added')):.2f}",
+        ]
+        for name, way in WAYS.items()
+    ]
+
+    def row(way: str, part: str, columns: Iterable[str], written: Callable[[str], str]) -> list[str]:
+        have = cells[f"{way}/{seeds[0]}"][part]
+        return [WAYS[way].title, *(written(column) if column in have else "-" for column in columns)]
+
+    def share(way: str, part: str, column: str) -> str:
+        return f"{100 * statistics.mean(of(way, part, column)):.{2 if part == 'moved' else 0}f} %"
+
+    def score(way: str, slot: str) -> str:
+        return f"{statistics.mean(of(way, 'score_size', slot)):.2f}, {share(way, 'score_cut', slot)}"
+
+    slots = ("query", "key", "value", "proj", "feed-forward")
+    moved = [row(way, "moved", KINDS, partial(share, way, "moved")) for way in WAYS]
+    seen = [row(way, "score_size", slots, partial(score, way)) for way in WAYS]
+    lines = [
+        "# The norm in the output projection",
+        "",
+        "Models, data, steps and rates are those of [parity.md](parity.md); each way changes one thing about the "
+        "output projection of the attention in the TokenFormer without a norm. Held-out loss in nats per token: "
+        "mean over the seeds and 95 % interval (Student's t); differences are taken seed by seed. Spread: standard "
+        "deviation over tokens of the root mean square of a token's vector, relative to its mean, averaged over the "
+        "layers, on 64 held-out contexts; of what the projection gets, and of what it adds. First to last: "
+        "how much more it adds at the first position of a context than at its last.",
+        "",
+        f"{made_by_line(results)} Seeds: {seeds}.",
+        "",
+        *markdown_table(
+            ("model", "final loss", "minus no norm", "spread got", "spread added", "first to last"), losses
+        ),
+        "",
+        "![What the output projection gets and adds, position by position](../images/parity_cause.svg)",
+        "",
+        "## What a step moves",
+        "",
+        "Length of a step over length of the parameters; median over the steps at the peak rate, mean over "
+        "the seeds. A dense projection is one matrix.",
+        "",
+        *markdown_table(("model", *KINDS), moved),
+        "",
+        "## Scores",
+        "",
+        "Root mean square of what enters GELU, and the share of it that is below zero, in the trained models.",
+        "",
+        *markdown_table(("model", *slots), seen),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def picture(cells: dict[str, Cell], seeds: list[int]) -> str:
+    """Two panels: what the output projection gets at each position, and what it adds, on a scale of powers of two."""
+    width, height, top, bottom, left, gap, plane = 900, 400, 64, 52, 56, 90, 300
+    body = [text(left, 26, "The norm takes its size from what attention found", size=16, weight=600)]
+    curves = {
+        key: {
+            name: [statistics.mean(v) for v in zip(*(cells[f"{name}/{seed}"][key] for seed in seeds), strict=True)]
+            for name in DRAWN
+        }
+        for key in ("got", "added")
+    }
+    values = [value for panel in curves.values() for curve in panel.values() for value in curve]
+    low, high = math.floor(math.log2(min(values))), math.ceil(math.log2(max(values)))
+
+    def y(value: float) -> float:
+        return top + (height - top - bottom) * (high - math.log2(value)) / (high - low)
+
+    for number, (key, title) in enumerate((("got", "what it gets"), ("added", "what it adds to the stream"))):
+        start = left + number * (plane + gap)
+        body.append(text(start, top - 14, title, weight=600))
+        for power in range(low, high + 1):
+            body.append(line(start, y(2.0**power), start + plane, y(2.0**power), 0.22))
+            body.append(text(start - 8, y(2.0**power) + 4, f"{2.0**power:g}", anchor="end", size=12))
+        length = len(next(iter(curves[key].values())))
+        for name, colour in DRAWN.items():
+            points = [
+                f"{start + plane * math.log2(i + 1) / math.log2(length):.1f},{y(value):.1f}"
+                for i, value in enumerate(curves[key][name])
+            ]
+            body.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for position in (1, 4, 16, 64):
+            place = start + plane * math.log2(position) / math.log2(length)
+            body.append(text(place, height - bottom + 20, str(position), anchor="middle", size=12))
+    middle = left + plane + gap / 2
+    body.append(
+        text(middle, height - 10, "position in the context; root mean square of a vector", anchor="middle", size=12)
+    )
+    for row, (name, colour) in enumerate(DRAWN.items()):
+        body.append(
+            text(left + 2 * plane + gap + 12, top + 40 + 26 * row, WAYS[name].title, weight=600, size=12, colour=colour)
+        )
+    return document("What the output projection gets and adds", width, height, body)
+
+
+def main() -> None:
+    """Measure what is missing, then write the results, the page and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "parity-cause")
+    parser.add_argument("--quick", action="store_true", help="twenty steps, one seed; nothing is written but cells")
+    arguments = parser.parse_args()
+    changes = (
+        ["training.steps=20", "training.warmup_steps=2", "data.max_bytes=400000", "data.validation_fraction=0.2"]
+        if arguments.quick
+        else []
+    )
+    seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
+    runs = arguments.runs / "quick" if arguments.quick else arguments.runs
+    cells = run(seeds, runs, arguments.workers, changes)
+    results = {**made_by("python benchmarks/parity_cause.py"), "seeds": seeds, "cells": cells}
+    if arguments.quick:
+        print(page_of(results))
+        return
+    write_results(results, RESULTS, page_of(results), PAGE)
+    write_text(PICTURE, picture(cells, seeds))
+
+
+if __name__ == "__main__":
+    main()
