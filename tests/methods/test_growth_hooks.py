@@ -51,6 +51,14 @@ def test_a_resumed_anneal_goes_on_where_it_was():
     assert model.config.group_tau("ffn")[0] ** 2 == pytest.approx(20 + 10 * 3 / 5)
 
 
+def test_a_model_whose_scores_have_no_norm_has_no_scale_to_anneal():
+    model, optimizer = grown_model("annealed", score_function="gelu")
+    with pytest.raises(PlanError, match="have no norm"):
+        TauAnneal(3).attach(model, optimizer)
+    model, optimizer = grown_model("annealed", score_function="gelu", proj_score_function="l2_norm_gelu")
+    TauAnneal(3).attach(model, optimizer)
+
+
 def old_and_new(model):
     for layer in model.model.layers:
         for module, old in ((layer.mlp, 20), (layer.attention.query, 12), (layer.attention.proj, 12)):

@@ -145,10 +145,16 @@ def show(
         )
     if found.token_groups:
         rows = [
-            [g.slot, f"{sum(g.sizes):,}", " + ".join(map(str, g.sizes)), ", ".join(f"{tau:.4g}" for tau in g.tau)]
+            [
+                g.slot,
+                f"{sum(g.sizes):,}",
+                " + ".join(map(str, g.sizes)),
+                g.score_function,
+                "-" if g.score_function == "gelu" else ", ".join(f"{tau:.4g}" for tau in g.tau),
+            ]
             for g in found.token_groups
         ]
-        print_table(["parameter tokens", "total", "groups", "tau"], rows)
+        print_table(["parameter tokens", "total", "groups", "scores", "tau"], rows)
     if len(found.nested) > 1:
         rows = [[f"first {n.num_groups}", f"{n.parameters:,}", number(n.validation_loss, 4)] for n in found.nested]
         print_table(["nested models (truncate_groups, no promise)", "parameters", "validation loss"], rows)

@@ -27,8 +27,10 @@ class TokenGroups(Settings):
 
     slot: str
     sizes: list[int]
+    score_function: str
+    """How scores become weights."""
     tau: list[float]
-    """Score scale of each group."""
+    """Score scale of each group; of no effect under "gelu"."""
 
 
 class NestedModel(Settings):
@@ -103,7 +105,12 @@ def describe_checkpoint(folder: str | Path, corpus: PackedData | None = None) ->
     nested: list[NestedModel] = []
     if isinstance(config, TokenFormerConfig):
         groups = [
-            TokenGroups(slot=slot, sizes=list(config.group_sizes(slot)), tau=list(config.group_tau(slot)))
+            TokenGroups(
+                slot=slot,
+                sizes=config.group_sizes(slot),
+                score_function=config.slot_score_function(slot),
+                tau=config.group_tau(slot),
+            )
             for slot in SLOTS
         ]
         nested = _nested_models(folder, config, corpus)

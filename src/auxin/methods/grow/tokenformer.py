@@ -11,6 +11,9 @@ A rule says where new keys and new values come from and how the scores of the ne
 | random_keys_zero_values | random at the old keys' scale | zeros | one norm, tau = sqrt(n') | approximate |
 | official (as released) | random as at initialisation | random as at initialisation | one norm, tau = sqrt(n') | none |
 
+The table is of models whose scores have a norm. Where they have none (score function "gelu") a token has no part in
+what the others weigh: scale has no effect, and whatever begins with keys or values of zero is exact.
+
 All but "grouped" enlarge the newest group of each slot; older groups stay as they are, which keeps every promise.
 Copies raise the norm of a group, and the epsilon beside it is stored anew for that group. Groups of very few tokens
 have norms near zero now and then, which magnify rounding: with fewer than four, "exact" becomes "approximate" and a
@@ -417,8 +420,14 @@ class TauAnneal:
         self._start: dict[Slot, list[float]] = {}
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Note the scales from which to start; those of a restored state take precedence."""
+        """Note the scales from which to start; those of a restored state take precedence. PlanError where the model's
+        scores have no scale."""
         self._model = _tokenformer(model)
+        if all(self._model.config.slot_score_function(slot) == "gelu" for slot in SLOTS):
+            raise PlanError(
+                "tau_anneal moves the scale of normalised scores, but this TokenFormer's scores have no norm "
+                "(score_function 'gelu'). Leave the hook out."
+            )
         self._start = self._start or {slot: self._model.config.group_tau(slot) for slot in SLOTS}
 
     def before_step(self, step: int) -> None:
