@@ -8,8 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import auxin
-from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
-from auxin.models.tokenformer.configuration import PUBLISHED
+from auxin.models.tokenformer import PUBLISHED, TokenFormerConfig, TokenFormerForCausalLM
 from auxin.nn import Pattention
 from oracles import tokenformer as oracle
 

@@ -14,8 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFas
 
 import auxin.models  # noqa: F401 - registers the Auto classes
 from auxin.errors import ConfigError, PlanError
-from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM, TokenFormerModel
-from auxin.models.tokenformer.configuration import PUBLISHED
+from auxin.models.tokenformer import PUBLISHED, TokenFormerConfig, TokenFormerForCausalLM, TokenFormerModel
 from auxin.models.tokenformer.modeling import rotary_cos_sin, rotate
 
 VOCABULARY = 97

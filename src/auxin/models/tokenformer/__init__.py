@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from auxin.models.tokenformer.configuration import TokenFormerConfig
+from auxin.models.tokenformer.configuration import PUBLISHED, TokenFormerConfig
 from auxin.words.first_use import on_first_use
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ else:
 
 __all__ = [
     "PRESETS",
+    "PUBLISHED",
     "TokenFormerConfig",
     "TokenFormerForCausalLM",
     "TokenFormerModel",
