@@ -7,7 +7,7 @@ parity_3m.yaml) and `bytes` (some of the small ones on bytes instead of a vocabu
     python benchmarks/parity.py --parts small --seeds 0 --branches dense new
 
 Finished branches are not run again; the page has what is finished. A branch and seed takes a minute and a half of one
-core, a large one twelve.
+core, a large one ten.
 """
 
 import argparse

@@ -8,7 +8,7 @@ The models are those of `parity.yaml`. Each way changes one thing about the outp
 - norm of the keys: scores divided by the norm of all keys, so that keys have no scale, and rows keep their size;
 - norm, not differentiated: the published form, whose gradient takes the norm for a constant.
 
-Beside them, a dense GPT-NeoX, and the TokenFormer as published. In the trained models the script measures what the
+Beside them, a dense GPT-NeoX. In the trained models the script measures what the
 output projection gets and what it adds, position by position, how large the scores are, and how far a step of the
 optimizer moves each kind of parameter.
 
@@ -69,7 +69,6 @@ class Way:
 
 WAYS = {
     "dense": Way("GPT-NeoX", "dense"),
-    "published": Way("TokenFormer as published", "published"),
     "none": Way("no norm anywhere", "new"),
     "norm": Way("norm in the output projection", "new", "norm"),
     "size": Way("the same, size given back", "new", "size"),

@@ -127,6 +127,10 @@ MODELS: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
             "ffn_tokens": 14,
             "layer_norm_eps": EPSILON,
             "max_position_embeddings": 32,
+            # A new model's layer in one slot, the released models' in the others.
+            "score_function": "l2_norm_gelu",
+            "proj_score_function": "gelu",
+            "partial_rotary_factor": 0.5,
         },
     ),
 }

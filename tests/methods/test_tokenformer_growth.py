@@ -314,7 +314,7 @@ def config(**values):
         ({"regime": "random_keys_zero_values", "scale": "kept"}, "random keys raise the norm"),
         ({"keys": "zeros", "values": "initial"}, "norm of zero"),
         ({"keys": "copies"}, "both copied"),
-        ({"regime": "duplicate", "scale": "own_group"}, "Use regime 'duplicate'"),
+        ({"regime": "duplicate", "scale": "own_group"}, "copies raise the norm.* Use regime 'duplicate'"),
         ({"regime": "official", "values": "copies"}, "both copied"),
         ({"noise": 0.1}, r"noise = 0\.1 has no effect"),
     ],
@@ -332,6 +332,8 @@ def test_harmful_mixtures_are_refused_with_the_reason(settings, message):
         ({"regime": "zero_keys", "scale": "recomputed"}, "exact"),
         ({"keys": "zeros", "values": "initial"}, "exact"),
         ({"regime": "random_keys_zero_values", "scale": "kept"}, "exact"),
+        ({"regime": "duplicate", "scale": "own_group"}, "exact"),
+        ({"keys": "copies", "scale": "kept"}, "exact"),
         ({"regime": "official"}, "none"),
         ({"regime": "zero_keys", "keys": "matched"}, "none"),
     ],
@@ -350,7 +352,7 @@ def test_slots_that_have_different_score_functions_grow_by_the_stricter_ones_rul
     before = logits(model)
     with pytest.raises(PlanError, match="random keys raise the norm"):
         auxin.grow(model, 24, 24, 40, scale="kept")
-    receipt = auxin.grow(model, proj_tokens=24, scale="kept")
+    receipt = auxin.grow(model, 12, 24, 20, scale="kept")  # the others have that many
     assert (receipt.plan.promise, change(before, logits(model)) <= 1e-6) == ("exact", True)
     assert auxin.grow(model, 24, 48, 40).plan.promise == "exact"
     assert change(before, logits(model)) <= 1e-6

@@ -17,7 +17,7 @@ from auxin.accounting import Ledger
 from auxin.accounting.results import RunResults, perplexity_of
 from auxin.data import CorpusReport
 from auxin.data.collecting import Skipped
-from auxin.errors import CheckpointError, ConfigError
+from auxin.errors import CheckpointError, ConfigError, PlanError
 from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth
 from auxin.models.loading import load_config, load_model
 from auxin.recipes import Recipe, price_recipe, run_recipe
@@ -113,6 +113,28 @@ def test_the_growth_kept_its_promise(run):
     assert abs(growth.change) < 1e-5
     assert growth.parameters_after > growth.parameters_before
     assert "validation loss" in findings(results)[0]
+
+
+def test_what_other_defaults_built_is_not_built_on(corpus, tmp_path):
+    """As where the first branch was run by a version whose TokenFormers were others."""
+    made = tiny_recipe(corpus)
+    run_recipe(made, tmp_path / "out", "auxin run", announce=lambda line: None, branches=["grown"])
+    path = tmp_path / "out" / "branches" / "grown" / "01-build" / "checkpoint" / "config.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps({**told, "score_function": "l2_norm_gelu"}))
+    with pytest.raises(ConfigError, match=r"01-build holds a model with score_function = 'l2_norm_gelu'.*'gelu' now"):
+        run_recipe(made, tmp_path / "out", "auxin run", announce=lambda line: None)
+    assert not (tmp_path / "out" / "branches" / "scratch").exists()
+    # Where nothing is left to build, nothing is mixed.
+    run_recipe(made, tmp_path / "out", "auxin run", announce=lambda line: None, branches=["grown", "small"])
+
+
+def test_a_hook_without_a_meaning_is_found_before_any_work(corpus, tmp_path):
+    made = tiny_recipe(corpus).model_dump()
+    made["branches"][0]["stages"][3]["hooks"] = [{"kind": "tau_anneal", "steps": 3}]
+    with pytest.raises(PlanError, match="hooks: tau_anneal moves the scale"):
+        run_recipe(Recipe.parse(made), tmp_path / "out", "auxin run")
+    assert not (tmp_path / "out").exists()
 
 
 def test_curves_are_cumulative_and_start_with_the_parents(run):

@@ -50,9 +50,10 @@ def pattention(
     A row of zero scores gives zeros under the first two, and the gradient there is the formula's own (its slope at zero
     is tau/eps): large, but finite; under float16, which can't hold it, it is zero.
 
-    In eager mode autograd keeps what it keeps for linear -> GELU -> linear plus one float per row and group. Second
-    derivatives are refused there, with torch's error for functions that are differentiable once; forward-mode
-    differentiation and the transforms of torch.func (grad, vmap, jvp, ...) are not supported there either.
+    In eager mode autograd keeps what it keeps for linear -> GELU -> linear, plus one float per row and group where
+    there are norms. There, and under softmax, second derivatives are then refused, with torch's error for functions
+    that are differentiable once; forward-mode differentiation and the transforms of torch.func (grad, vmap, jvp, ...)
+    are not supported either. Under "gelu" all of these work.
 
     Args:
         x: (..., in_features).
@@ -252,8 +253,6 @@ def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
 def _weights(scores: Tensor, tau: Tensor, rule: _Rule) -> Tensor:
     """S = f(A) for scores (rows, n) that nobody else uses: eager mode overwrites them."""
     if rule.score_function == "gelu":
-        if type(scores) is Tensor and not (torch.is_grad_enabled() and scores.requires_grad):
-            return torch.ops.aten.gelu_(scores, approximate=rule.approximate)
         return F.gelu(scores, approximate=rule.approximate)
     tau = tau.to(_norm_dtype(scores.dtype))
     if torch.compiler.is_compiling() or type(scores) not in (Tensor, FakeTensor) or tau.requires_grad:

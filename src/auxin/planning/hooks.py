@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.accounting import Ledger, StageRecord
 from auxin.edits.continuation import continue_exactly
@@ -66,6 +66,10 @@ class HookSettings(Settings):
         """Add the kind to the registry."""
         for kind in kinds_of(cls):
             HOOKS.add(kind, cls)
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuse a model of `config`, for which the hook has no meaning, before any work; PlanError. What only `made`
+        or `attach` can see is theirs to refuse."""
 
     def made(self, context: HookContext) -> Hook:
         """The hook.

@@ -11,7 +11,7 @@ from auxin.recipes.beforehand import check_needs
 from auxin.recipes.folder import DATA, claim_seeds, held, is_finished, seed_directory
 from auxin.recipes.price import RecipePrice, price_recipe
 from auxin.recipes.results import RESULTS_FILE, read_results, rewrite_report
-from auxin.recipes.runner import finish_run, prepared_run
+from auxin.recipes.runner import check_builds, finish_run, prepared_run
 from auxin.recipes.schema import Recipe
 from auxin.recipes.stages import Announce
 from auxin.recipes.workers import Cell, raise_failures, run_cells
@@ -123,6 +123,7 @@ def run_seeds(
         for seed in seeds:
             tell = announce if seed == seeds[0] else _quietly
             runs[seed] = prepared_run(recipe.of_seed(seed), seed_directory(directory, seed), directory / DATA, tell)
+            check_builds(runs[seed], wanted)
         cells = [
             Cell(run.directory, directory / DATA, run.recipe, name, f"seed {seed}, ")
             for seed, run in runs.items()

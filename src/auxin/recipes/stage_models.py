@@ -23,7 +23,7 @@ from auxin.objectives.calibration import CalibrationSettings
 from auxin.objectives.objective import ObjectiveSettings, is_encoder_decoder
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method, asked_data, estimate_plan, make_plan
-from auxin.recipes.schema import BuildStage, ChangeStage, Recipe
+from auxin.recipes.schema import BuildStage, ChangeStage, Recipe, TrainStage
 from auxin.settings import Settings
 
 _HIDDEN_FIELDS = {"_name_or_path", "transformers_version", "architectures", "auto_map", "torch_dtype"}
@@ -68,6 +68,11 @@ def stage_configs(recipe: Recipe, form: SampleForm) -> StageConfigs:
                     assert config is not None  # the schema: a branch begins with a build or a fork
                     plan = change_plan(stage, Bench(edited_skeleton(config), seed=recipe.seed))
                     config = planned_config(plan.edits, config)
+                elif isinstance(stage, TrainStage):
+                    assert config is not None
+                    for hook in stage.hooks:
+                        with placed("hooks: "):
+                            hook.check(config)
             assert config is not None
             stages[stage.name] = config
         structures[branch.name] = stages

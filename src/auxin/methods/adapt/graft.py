@@ -57,14 +57,14 @@ class Graft(Settings):
 
     tokens: int = Field(default=16, ge=2)
     """New tokens of every branch: those of its first group, or of its next one where there is a branch already. n of
-    them have n (in + out) parameters, as many as a LoRA of rank n. One alone would not do: divided by its own norm, its
-    score is 1 or -1, and its key never gets a gradient."""
+    them have n (in + out) parameters, as many as a LoRA of rank n. One alone would not do under a norm: divided by its
+    own, its score is 1 or -1, and its key never gets a gradient."""
     targets: list[str] = []
     """The layers, as dotted paths or ends of paths; `*` stands for any one part ("q_proj", "layers.0.mlp.*"). Empty:
     all linear layers inside the layer stacks."""
     score_function: ScoreFunction = "l2_norm_gelu"
     """How scores become weights: "l2_norm_gelu" (divided by their norm, then GELU), "gelu_l2_norm" (the other way
-    round) or "softmax"; all groups of a branch have the same."""
+    round), "gelu" (without a norm) or "softmax"; all groups of a branch have the same."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the new keys."""
 

@@ -12,7 +12,7 @@ A rule says where new keys and new values come from and how the scores of the ne
 | official (as released) | random as at initialisation | random as at initialisation | one norm, tau = sqrt(n') | none |
 
 The table is of models whose scores have a norm. Where they have none (score function "gelu") a token has no part in
-what the others weigh: scale has no effect, and whatever begins with keys or values of zero is exact.
+what the others weigh: scale has no effect, and whatever begins with keys or values of zero, or copies both, is exact.
 
 All but "grouped" enlarge the newest group of each slot; older groups stay as they are, which keeps every promise.
 Copies raise the norm of a group, and the epsilon beside it is stored anew for that group. Groups of very few tokens
@@ -21,7 +21,7 @@ note says so.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, cast
 
 from pydantic import Field
@@ -125,10 +125,10 @@ def plan_token_growth(config: PreTrainedConfig, settings: TokenGrowth) -> Plan:
             mixture of rules that would damage the model; the message says what to ask for instead.
     """
     config = _check_config(config)
-    promise, notes = _check_rules(config, settings), []
+    grown = _grown_slots(config, settings)
+    promise, notes = _check_rules(config, settings, grown), []
     if promise == "exact" and (note := _magnified_rounding(config)):
         promise, notes = "approximate", [note]
-    grown = _grown_slots(config, settings)
     edits: list[Edit] = [SetConfig(values=_new_config_values(config, settings, grown))]
     for module, slot in SLOT_OF_MODULE.items():
         if slot in grown:
@@ -221,18 +221,18 @@ def _check_config(config: PreTrainedConfig) -> TokenFormerConfig:
     return config
 
 
-def _check_rules(config: TokenFormerConfig, settings: TokenGrowth) -> Promise:
-    """What the combination of rules promises; PlanError for those that damage the model."""
+def _check_rules(config: TokenFormerConfig, settings: TokenGrowth, grown: Iterable[Slot]) -> Promise:
+    """What the combination of rules promises for the slots that are `grown`; PlanError for those that damage them."""
     keys, values, scale = settings.rules
     mixture = f"keys {keys!r}, values {values!r}, scale {scale!r}"
-    functions = _score_functions(config, settings)
+    functions = {config.slot_score_function(slot) for slot in grown}
     if reason := _harm(functions, keys, values, scale):
         raise PlanError(f"The mixture {mixture} is refused: {reason}")
     if settings.noise and keys != "copies":
         raise PlanError(
             f"noise = {settings.noise} has no effect on {mixture}. Leave it out, or use regime 'duplicate'."
         )
-    if keys == "copies":
+    if values == "copies":
         return "exact"
     if functions == {"gelu"}:
         return "exact" if "zeros" in (keys, values) else "none"
@@ -255,24 +255,18 @@ def _magnified_rounding(config: TokenFormerConfig) -> str | None:
     )
 
 
-def _score_functions(config: TokenFormerConfig, settings: TokenGrowth) -> set[ScoreFunction]:
-    """Of the slots that `settings` name."""
-    named = [slot for slot in SLOTS if getattr(settings, f"{slot}_tokens") is not None]
-    return {config.slot_score_function(slot) for slot in named}
-
-
 def _harm(functions: set[ScoreFunction], keys: KeyRule, values: ValueRule, scale: ScaleRule) -> str | None:
     """Why a mixture of rules is refused where scores become weights by `functions`, and what to do instead; None when
     it is not."""
     if keys == "zeros" and values == "zeros":
         return "with keys and values both zero, neither gets a gradient and the new tokens never wake. Make one random."
-    if (keys == "copies") != (values == "copies") or (keys == "copies" and scale != "recomputed"):
-        return (
-            "copies keep the function only when keys and values are both copied and the scale is recomputed. "
-            "Use regime 'duplicate'."
-        )
-    if functions == {"gelu"}:  # a token has no part in what the others weigh
+    unscaled = functions == {"gelu"}  # a token has no part in what the others weigh
+    if (keys == "copies") != (values == "copies") and not (unscaled and values == "zeros"):
+        return "copies keep the function only when keys and values are both copied. Use regime 'duplicate'."
+    if unscaled:
         return None
+    if keys == "copies" and scale != "recomputed":
+        return "copies raise the norm, and keep the function only when the scale is recomputed. Use regime 'duplicate'."
     if keys == "zeros" and scale == "recomputed":
         return (
             "zero keys leave the norm as it is, so a recomputed scale multiplies every old score by sqrt(n'/n) (37.5 % "
@@ -390,6 +384,15 @@ def _token_modules(model: nn.Module) -> Iterator[tuple[str, Slot, Pattention]]:
             yield path, next(slot for end, slot in SLOT_OF_MODULE.items() if path.endswith(end)), module
 
 
+def _check_scaled(config: TokenFormerConfig) -> None:
+    """Refuse a model whose scores have no scale that could move; PlanError."""
+    if all(config.slot_score_function(slot) == "gelu" for slot in SLOTS):
+        raise PlanError(
+            "tau_anneal moves the scale of normalised scores, but this TokenFormer's scores have no norm "
+            "(score_function 'gelu'). Leave the hook out."
+        )
+
+
 class TauAnnealSettings(HookSettings):
     """After a growth with the regime "annealed": the score scale goes to the grown size's."""
 
@@ -397,6 +400,11 @@ class TauAnnealSettings(HookSettings):
     """Says that the score scale moves."""
     steps: int = Field(ge=1)
     """Steps that it takes, from the start of the stage."""
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Only a TokenFormer whose scores have a norm has such a scale."""
+        if isinstance(config, TokenFormerConfig):
+            _check_scaled(config)
 
     def made(self, context: HookContext) -> Hook:
         """See `TauAnneal`."""
@@ -423,11 +431,7 @@ class TauAnneal:
         """Note the scales from which to start; those of a restored state take precedence. PlanError where the model's
         scores have no scale."""
         self._model = _tokenformer(model)
-        if all(self._model.config.slot_score_function(slot) == "gelu" for slot in SLOTS):
-            raise PlanError(
-                "tau_anneal moves the scale of normalised scores, but this TokenFormer's scores have no norm "
-                "(score_function 'gelu'). Leave the hook out."
-            )
+        _check_scaled(self._model.config)
         self._start = self._start or {slot: self._model.config.group_tau(slot) for slot in SLOTS}
 
     def before_step(self, step: int) -> None:

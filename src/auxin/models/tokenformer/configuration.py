@@ -1,6 +1,7 @@
 """Configuration of TokenFormer language models."""
 
 import math
+import sys
 from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
@@ -64,7 +65,7 @@ class TokenFormerConfig(PreTrainedConfig):
         tie_word_embeddings: whether the output head is the embedding.
         initializer_range: standard deviation of embeddings at initialisation, and of keys that are normalised.
         key_initializer_range: standard deviation of keys, or None: `initializer_range`, but 1 / sqrt(d) in slots whose
-            score function is "gelu", so that scores start at a root mean square of 1 with and without a norm.
+            score function is "gelu", so that the scores of a normalised input start at a root mean square of 1.
         value_initializer_range: standard deviation of values, or None: 2 / (L sqrt(d)), the released code's.
         use_cache: whether the model returns its keys and values for decoding.
         bos_token_id: id that starts a text; `<|endoftext|>` of the official tokenizer.
@@ -118,6 +119,8 @@ class TokenFormerConfig(PreTrainedConfig):
             for field in (f"{slot}_tau", f"{slot}_eps"):
                 setattr(self, field, self._checked_numbers(field, slot))
         self._check_heads()
+        for field in ("initializer_range", "key_initializer_range", "value_initializer_range"):
+            _check_deviation(field, getattr(self, field), optional=field != "initializer_range")
         _check_named("score_function", self.score_function, get_args(ScoreFunction))
         _check_named("gelu", self.gelu, get_args(Gelu))
         for slot in SLOTS:
@@ -210,6 +213,16 @@ class TokenFormerConfig(PreTrainedConfig):
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_deviation(field: str, value: Any, optional: bool) -> None:
+    if optional and value is None:
+        return
+    if not _is_number(value) or not 0 <= value <= sys.float_info.max:
+        raise ConfigError(
+            f"{field} is a standard deviation and must be a finite number of at least 0"
+            f"{', or null' if optional else ''}, received {shown(value)}."
+        )
 
 
 def _check_named(field: str, value: Any, known: tuple[str, ...]) -> None:
