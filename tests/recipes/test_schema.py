@@ -161,7 +161,7 @@ def test_structures_are_known_before_training():
     structures = stage_configs(recipe, recipe.data.form())
     grown, scratch = final_config(structures, "grown"), final_config(structures, "scratch")
     assert isinstance(grown, TokenFormerConfig)
-    assert list(grown.ffn_tokens) == [32, 64, 160]
+    assert list(grown.ffn_tokens) == [64, 64, 128]
     assert list(scratch.ffn_tokens) == [256]
     counts = {name: count_parameters(skeleton(final_config(structures, name))).total for name in structures}
     assert counts["grown"] == counts["scratch"]
