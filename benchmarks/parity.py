@@ -19,7 +19,7 @@ from pathlib import Path
 from comparing import chosen_recipe, compared, options
 
 from auxin.accounting.comparison import Comparison
-from auxin.recipes import read_comparison
+from auxin.recipes import load_recipe, read_comparison
 from auxin.report.comparison import estimate_text
 from auxin.report.markdown import markdown_table, origin
 
@@ -95,8 +95,13 @@ def page(found: dict[str, Comparison]) -> str:
             ]
             for branch in order
         ]
-        lines += ["", f"## {PARTS[name].heading}", "", comparison.description, "", origin(comparison), ""]
+        part = PARTS[name]
+        lines += ["", f"## {part.heading}", "", comparison.description, "", origin(comparison), ""]
         lines += markdown_table(HEADER, rows)
+        recipe, run_already = load_recipe(str(ROOT / "benchmarks" / part.recipe)), {branch.name for branch in order}
+        wanted = [branch for branch in recipe.branches if part.branches is None or branch.name in part.branches]
+        if missing := [branch.title for branch in wanted if branch.name not in run_already]:
+            lines += ["", f"In the recipe, and not run yet: {'; '.join(missing)}."]
     return "\n".join(lines) + "\n"
 
 
