@@ -453,6 +453,17 @@ def test_scales_survive_casts_and_the_meta_device():
 
 
 @every_score_function
+def test_layers_with_different_epsilons_compile_in_one_process(score_function):
+    """The compiler makes a variable of a number that it has seen with two values."""
+    torch.compiler.reset()
+    x = random(3, 6)
+    for eps in (1e-6, 1e-3, 0.5, [1e-6, 0.1], 1e-5):
+        module = layer([16, 16], score_function=score_function, eps=eps)
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), module(x), rtol=0, atol=1e-12)
+
+
+@every_score_function
 def test_a_layer_in_float64_has_scales_in_float64(score_function):
     module, x = layer([7, 5, 3], score_function=score_function), random(4, 6)
     inputs = (tensor.detach().numpy() for tensor in (x, module.key_tokens, module.value_tokens))

@@ -75,7 +75,9 @@ def pattention(
             f"{tuple(value_tokens.shape)} and tau {tuple(tau.shape)}; keys and values need one row per token (the sum "
             "of group_sizes), tau one value per group."
         )
-    rule = _Rule(score_function, gelu, eps, tuple(group_sizes))
+    # Compilers may take a number for a variable, which can't be checked; `Pattention` checks its own when it is made.
+    checked = eps if torch.compiler.is_compiling() else _checked_eps(eps, tuple(group_sizes))
+    rule = _Rule(score_function, gelu, checked, tuple(group_sizes))
     scores = F.linear(x.reshape(-1, x.shape[-1]), key_tokens)
     return (_weights(scores, tau, rule) @ value_tokens).reshape(*x.shape[:-1], value_tokens.shape[1])
 
@@ -236,7 +238,7 @@ class _Rule:
         self, score_function: ScoreFunction, gelu: Gelu, eps: float | Sequence[float], group_sizes: tuple[int, ...]
     ) -> None:
         self.score_function, self.group_sizes = score_function, group_sizes
-        self.eps = _checked_eps(eps, group_sizes)
+        self.eps = eps
         self.approximate = "none" if gelu == "erf" else "tanh"
 
     def beside(self, norms: Tensor) -> float | Tensor:
