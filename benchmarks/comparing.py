@@ -43,6 +43,8 @@ def compared(recipe: Recipe, arguments: argparse.Namespace) -> Comparison:
         return read_comparison(arguments.runs)
     # A table or picture elsewhere, or more processes, change no number.
     parts = ["--seeds", *map(str, arguments.seeds), *(part for change in arguments.set for part in ("--set", change))]
+    if "parts" in arguments:
+        parts += ["--parts", *arguments.parts]
     model = [arguments.model] if "model" in arguments else []
     script = Path(sys.argv[0]).resolve().relative_to(Path(__file__).resolve().parents[1])
     command = shlex.join(["python", str(script), *model, *parts])

@@ -11,22 +11,24 @@ core, a large one ten.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from comparing import chosen_recipe, compared, options
+from measuring import write_results
 
 from auxin.accounting.comparison import Comparison
-from auxin.recipes import load_recipe, read_comparison
+from auxin.accounting.statistics import Estimate
+from auxin.recipes import Recipe, load_recipe, read_comparison
 from auxin.report.comparison import estimate_text
 from auxin.report.markdown import markdown_table, origin
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "parity.json"
 TABLE = ROOT / "docs" / "results" / "parity.md"
-HEADER = ("model", "parameters", "seeds", "final loss", "minus the dense one's")
+HEADER = ("model", "parameters", "seeds", "final loss")
+PAIRS = ("model", "minus", "difference", "of each seed")
 
 
 @dataclass(frozen=True)
@@ -39,17 +41,44 @@ class Part:
     branches: tuple[str, ...] | None = None
     """The branches to run; None: all."""
 
+    def chosen(self, arguments: argparse.Namespace) -> Recipe:
+        """The recipe with the seeds and changes that were asked for."""
+        own = argparse.Namespace(**{**vars(arguments), "set": [*self.changes, *arguments.set]})
+        return chosen_recipe(str(ROOT / "benchmarks" / self.recipe), own)
+
 
 PARTS = {
     "small": Part("590,000 parameters", "parity.yaml"),
     "large": Part("3.3 million parameters, the paper's proportions", "parity_3m.yaml"),
     "bytes": Part(
-        "590,000 parameters, bytes",
+        "The small ones on bytes, 560,000 parameters",
         "parity.yaml",
-        ("data.vocab_size=257",),  # the bytes and a separator
+        (
+            "data.vocab_size=257",  # the bytes and a separator
+            "description=The models of the first part with the bytes for a vocabulary.",
+        ),
         ("dense", "dense-0060", "llama", "published", "new", "new-0060"),
     ),
 }
+DIFFERENCES = (
+    ("new", "dense-0060"),
+    ("no-norm-proj", "dense-0060"),
+    ("published", "dense-0060"),
+    ("dense", "dense-0060"),
+    ("rotated", "published"),
+    ("no-norm-proj", "rotated"),
+    ("new", "no-norm-proj"),
+    ("new", "published"),
+    ("rotated-0030", "rotated"),
+    ("no-norm-qkv", "rotated-0030"),
+    ("no-norm-ffn", "rotated-0030"),
+    ("no-norm-proj", "rotated-0030"),
+    ("new-0060", "new"),
+    ("new-quarter", "new"),
+    ("new-keys", "new"),
+    ("dense-wide", "dense"),
+)
+"""Pairs of small branches: what docs/parity.md says about one beside the other."""
 
 
 def main() -> None:
@@ -58,21 +87,25 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.set_defaults(results=RESULTS, table=TABLE)
     arguments = parser.parse_args()
+    for name in arguments.parts:  # before the first is run
+        PARTS[name].chosen(arguments).needed(arguments.branches or PARTS[name].branches)
     if not arguments.read_only:
         for name in arguments.parts:
-            run(PARTS[name], arguments.runs / name, arguments)
+            run(name, arguments)
     found = {name: read_comparison(arguments.runs / name) for name in PARTS if (arguments.runs / name).is_dir()}
     record = {name: comparison.model_dump(mode="json") for name, comparison in found.items()}
-    arguments.results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    arguments.table.write_text(page(found), encoding="utf-8")
+    write_results(record, arguments.results, page(found), arguments.table)
     print(f"Written to {arguments.table} and {arguments.results}", file=sys.stderr)
 
 
-def run(part: Part, folder: Path, arguments: argparse.Namespace) -> None:
+def run(name: str, arguments: argparse.Namespace) -> None:
     """Run what is missing of one part."""
-    own = {"set": [*part.changes, *arguments.set], "runs": folder, "branches": arguments.branches or part.branches}
-    changed = argparse.Namespace(**{**vars(arguments), **own})
-    compared(chosen_recipe(str(ROOT / "benchmarks" / part.recipe), changed), changed)
+    own = {
+        "runs": arguments.runs / name,
+        "branches": arguments.branches or PARTS[name].branches,
+        "parts": [name],
+    }
+    compared(PARTS[name].chosen(arguments), argparse.Namespace(**{**vars(arguments), **own}))
 
 
 def page(found: dict[str, Comparison]) -> str:
@@ -84,6 +117,7 @@ def page(found: dict[str, Comparison]) -> str:
         "are taken seed by seed. What follows from it is in [parity.md](../parity.md).",
     ]
     for name, comparison in found.items():
+        part = PARTS[name]
         order = sorted(comparison.branches, key=lambda branch: branch.value.mean if branch.value else float("inf"))
         rows = [
             [
@@ -95,14 +129,31 @@ def page(found: dict[str, Comparison]) -> str:
             ]
             for branch in order
         ]
-        part = PARTS[name]
+        main = next(branch.title for branch in comparison.branches if branch.name == comparison.main_branch)
         lines += ["", f"## {part.heading}", "", comparison.description, "", origin(comparison), ""]
-        lines += markdown_table(HEADER, rows)
-        recipe, run_already = load_recipe(str(ROOT / "benchmarks" / part.recipe)), {branch.name for branch in order}
+        lines += markdown_table((*HEADER, f"minus {main}"), rows)
+        recipe, have = load_recipe(str(ROOT / "benchmarks" / part.recipe)), {branch.name for branch in order}
         wanted = [branch for branch in recipe.branches if part.branches is None or branch.name in part.branches]
-        if missing := [branch.title for branch in wanted if branch.name not in run_already]:
+        if missing := [branch.title for branch in wanted if branch.name not in have]:
             lines += ["", f"In the recipe, and not run yet: {'; '.join(missing)}."]
+        if name == "small":
+            lines += ["", "One beside the other, seed by seed:", "", *markdown_table(PAIRS, differences(comparison))]
     return "\n".join(lines) + "\n"
+
+
+def differences(comparison: Comparison) -> list[list[str]]:
+    """A row for each pair of `DIFFERENCES` that was run."""
+    branches = {branch.name: branch for branch in comparison.branches}
+    rows = []
+    for one, other in DIFFERENCES:
+        if one in branches and other in branches:
+            values, others = branches[one].values, branches[other].values
+            gaps = [values[seed] - others[seed] for seed in values if seed in others]
+            rows.append([
+                branches[one].title, branches[other].title, estimate_text(Estimate.of(gaps), 3, signed=True),
+                ", ".join(f"{gap:+.3f}" for gap in gaps),
+            ])  # fmt: skip
+    return rows
 
 
 if __name__ == "__main__":

@@ -2,20 +2,20 @@
 
 The models are those of `parity.yaml`. Each way changes one thing about the output projection of the attention:
 
-- none: scores become weights without a norm, as everywhere in the model that they are all compared with;
-- norm: the published form, every row of scores divided by its norm;
-- norm, size given back: the same, and the projection's output multiplied by the root mean square of its input;
-- norm of the keys: scores divided by the norm of all keys, so that keys have no scale, and rows keep their size;
-- norm, not differentiated: the published form, whose gradient takes the norm for a constant.
+- no norm of scores anywhere: a new model, with which all are compared;
+- norm in the output projection: the published form there, every row of scores divided by its norm;
+- the same, size given back: and the projection's output is multiplied by the root mean square of its input;
+- norm of all keys there: scores divided by the norm of all keys, so that keys have no scale, and rows keep their size;
+- norm there, not differentiated: the published form, whose gradient takes the norm for a constant.
 
 Beside them, a dense GPT-NeoX. In the trained models the script measures what the
 output projection gets and what it adds, position by position, how large the scores are, and how far a step of the
 optimizer moves each kind of parameter.
 
-    python benchmarks/parity_cause.py --workers 2
+    python benchmarks/parity_cause.py --jobs 2
     python benchmarks/parity_cause.py --quick
 
-Finished cells are not measured again. About two minutes of one core per way and seed.
+Finished cells are not measured again: after a change of the recipe give another --runs. About two minutes of one core per way and seed.
 """
 
 import argparse
@@ -68,8 +68,8 @@ class Way:
 
 
 WAYS = {
-    "dense": Way("GPT-NeoX", "dense"),
-    "none": Way("no norm anywhere", "new"),
+    "dense": Way("GPT-NeoX, rate 1.2e-2", "dense"),
+    "none": Way("no norm of scores anywhere", "new"),
     "norm": Way("norm in the output projection", "new", "norm"),
     "size": Way("the same, size given back", "new", "size"),
     "keys": Way("norm of all keys there", "new", "keys"),
@@ -264,7 +264,7 @@ def page_of(results: dict[str, Any]) -> str:
             if name == "none"
             else Estimate.of(a - b for a, b in zip(of(name, "loss"), of("none", "loss"), strict=True)).text(3, True),
             *(f"{statistics.mean(of(name, key)):.2f}" for key in ("spread_got", "spread_added")),
-            f"{statistics.mean(row[0] / row[-1] for row in of(name, 'added')):.2f}",
+            f"{statistics.mean(curve[0] / curve[-1] for curve in of(name, 'added')):.2f}",
         ]
         for name, way in WAYS.items()
     ]
@@ -364,7 +364,7 @@ def main() -> None:
     """Measure what is missing, then write the results, the page and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "parity-cause")
     parser.add_argument("--quick", action="store_true", help="twenty steps, one seed; nothing is written but cells")
     arguments = parser.parse_args()
@@ -373,10 +373,14 @@ def main() -> None:
         if arguments.quick
         else []
     )
-    seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
+    seeds: list[int] = arguments.seeds[:1] if arguments.quick else arguments.seeds
     runs = arguments.runs / "quick" if arguments.quick else arguments.runs
-    cells = run(seeds, runs, arguments.workers, changes)
-    results = {**made_by("python benchmarks/parity_cause.py"), "seeds": seeds, "cells": cells}
+    cells = run(seeds, runs, arguments.jobs, changes)
+    results = {
+        **made_by(f"python benchmarks/parity_cause.py --seeds {' '.join(map(str, seeds))}"),
+        "seeds": seeds,
+        "cells": cells,
+    }
     if arguments.quick:
         print(page_of(results))
         return

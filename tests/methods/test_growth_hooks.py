@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 import auxin
 from auxin.errors import ConfigError, PlanError
-from auxin.methods.grow.tokenformer import OldTokenRates, TauAnneal
+from auxin.methods.grow.tokenformer import OldTokenRates, TauAnneal, TauAnnealSettings
 from edits.models import tiny_model, trained, training_step
 
 
@@ -55,8 +56,14 @@ def test_a_model_whose_scores_have_no_norm_has_no_scale_to_anneal():
     model, optimizer = grown_model("annealed", score_function="gelu")
     with pytest.raises(PlanError, match="have no norm"):
         TauAnneal(3).attach(model, optimizer)
+    with pytest.raises(PlanError, match="tau_anneal is for a TokenFormer, and this is a llama"):
+        TauAnnealSettings(steps=3).check(LlamaConfig())
+    # One slot with a norm is enough.
     model, optimizer = grown_model("annealed", score_function="gelu", proj_score_function="l2_norm_gelu")
-    TauAnneal(3).attach(model, optimizer)
+    hook = TauAnneal(3)
+    hook.attach(model, optimizer)
+    run(model, optimizer, hook, 3)
+    assert model.model.layers[0].attention.proj.tau.item() == pytest.approx(math.sqrt(18))
 
 
 def old_and_new(model):

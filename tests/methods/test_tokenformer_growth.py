@@ -174,9 +174,18 @@ def test_a_model_of_several_groups_gets_another_or_its_newest_grows(regime, grou
     assert (change(before, logits(model)) <= 1e-5) == (regime in EXACT)
 
 
+@pytest.mark.parametrize(
+    ("changes", "initial_keys", "initial_values"),
+    [
+        ({}, 0.02, 2 / (2 * math.sqrt(32))),
+        ({"score_function": "gelu"}, 1 / math.sqrt(32), 2 / (2 * math.sqrt(32))),
+        ({"ffn_score_function": "gelu"}, 1 / math.sqrt(32), 2 / (2 * math.sqrt(32))),
+        ({"key_initializer_range": 0.7, "value_initializer_range": 0.4}, 0.7, 0.4),
+    ],
+)
 @pytest.mark.parametrize("regime", REGIMES)
-def test_new_tokens_are_what_the_regime_says(regime):
-    model = tiny_model(ffn_tokens=200)
+def test_new_tokens_are_what_the_regime_says(regime, changes, initial_keys, initial_values):
+    model = tiny_model(ffn_tokens=200, **changes)
     layer = model.model.layers[1].mlp
     keys, values = layer.key_tokens.detach().clone(), layer.value_tokens.detach().clone()
     auxin.grow(model, ffn_tokens=400, regime=regime)
@@ -189,8 +198,8 @@ def test_new_tokens_are_what_the_regime_says(regime):
     else:
         assert torch.equal(layer.key_tokens.detach()[:200], keys)
         assert torch.equal(layer.value_tokens.detach()[:200], values)
-        key_std = {"zeros": 0.0, "matched": keys.pow(2).mean().sqrt().item(), "initial": 0.02}[key_rule]
-        value_std = {"zeros": 0.0, "initial": 2 / (2 * math.sqrt(32))}[value_rule]
+        key_std = {"zeros": 0.0, "matched": keys.pow(2).mean().sqrt().item(), "initial": initial_keys}[key_rule]
+        value_std = {"zeros": 0.0, "initial": initial_values}[value_rule]
         assert new_keys.std().item() == pytest.approx(key_std, rel=0.05)
         assert new_values.std().item() == pytest.approx(value_std, rel=0.05)
     expected = {"own_group": [200**0.5] * 2, "kept": [200**0.5], "recomputed": [20.0]}[scale]
@@ -313,9 +322,9 @@ def config(**values):
         ({"regime": "zero_keys", "keys": "matched"}, "random keys raise the norm"),
         ({"regime": "random_keys_zero_values", "scale": "kept"}, "random keys raise the norm"),
         ({"keys": "zeros", "values": "initial"}, "norm of zero"),
-        ({"keys": "copies"}, "both copied"),
+        ({"keys": "copies"}, "copied keys .* when the values are copied, too"),
         ({"regime": "duplicate", "scale": "own_group"}, "copies raise the norm.* Use regime 'duplicate'"),
-        ({"regime": "official", "values": "copies"}, "both copied"),
+        ({"regime": "official", "values": "copies"}, "without copied keys are none"),
         ({"noise": 0.1}, r"noise = 0\.1 has no effect"),
     ],
 )
@@ -345,6 +354,17 @@ def test_without_a_norm_no_token_has_a_part_in_what_the_others_weigh(settings, p
     receipt = apply(plan_token_growth(model.config, TokenGrowth(qkv_tokens=24, ffn_tokens=40, **settings)), model)
     assert receipt.plan.promise == promise
     assert (change(before, logits(model)) <= 1e-6) == (promise == "exact")
+
+
+def test_small_groups_matter_where_there_is_a_norm_alone():
+    """With fewer than four tokens a norm magnifies rounding."""
+    sizes = {"qkv_tokens": 12, "proj_tokens": 2, "ffn_tokens": 12}
+    grown = TokenGrowth(qkv_tokens=24)
+    assert plan_token_growth(config(**sizes), grown).promise == "approximate"
+    assert plan_token_growth(config(**sizes, proj_score_function="gelu"), grown).promise == "exact"
+    assert plan_token_growth(config(**sizes, score_function="gelu"), grown).promise == "exact"
+    only = {"score_function": "gelu", "proj_score_function": "l2_norm_gelu"}
+    assert plan_token_growth(config(**sizes | only), grown).promise == "approximate"
 
 
 def test_slots_that_have_different_score_functions_grow_by_the_stricter_ones_rules():

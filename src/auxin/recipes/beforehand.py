@@ -1,12 +1,20 @@
-"""What a run needs beside its recipe, looked for before anything is made: sources of the data, and devices."""
+"""What a run needs beside its recipe, looked for before anything is made: sources of the data, devices, and that what
+an earlier run has built is what the recipe still builds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from auxin.data.settings import SourceSettings
 from auxin.data.sources import source_files
 from auxin.data.tokenizer import read_tokenizer
-from auxin.errors import placed
-from auxin.recipes.schema import Recipe, TrainStage
+from auxin.edits.purpose import NOT_OF_THE_MODEL
+from auxin.edits.structure import config_values, saved_and_read
+from auxin.errors import CheckpointError, ConfigError, placed
+from auxin.models.loading import load_config
+from auxin.recipes.folder import is_done, left_checkpoint
+from auxin.recipes.schema import BuildStage, Recipe, TrainStage
+from auxin.recipes.stage_models import estimated_stages
+from auxin.recipes.stages import Run
 from auxin.training.hardware import choose_device
 
 
@@ -44,3 +52,35 @@ def check_devices(recipe: Recipe) -> None:
                 place = recipe.at(branch, stage) if "device" in stage.settings else recipe.at()
                 with place, recipe.at_setting(stage):
                     choose_device(recipe.training_settings(stage, flops=1.0).device)
+
+
+def check_builds(run: Run, wanted: Sequence[str]) -> None:
+    """Make sure that what the branches `wanted` still build goes with what is built already: a version of auxin or
+    transformers with other defaults may have built that from the same recipe, and the report would compare the two as
+    if alike.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    estimated = estimated_stages(run.recipe)
+    builds = [
+        (branch, stage)
+        for branch in run.recipe.branches
+        for stage in branch.stages
+        if isinstance(stage, BuildStage) and stage.checkpoint is None and (branch.name, stage.name) not in estimated
+    ]
+    done = [(branch, stage) for branch, stage in builds if is_done(run.directory, branch, stage)]
+    ahead = any(branch.name in wanted and (branch, stage) not in done for branch, stage in builds)
+    for branch, stage in done if ahead else []:
+        try:
+            had = config_values(load_config(left_checkpoint(run.directory, branch, stage)))
+        except CheckpointError:  # whatever is damaged is taken back when its branch is run
+            continue
+        now = config_values(saved_and_read(run.structures[branch.name][stage.name]))
+        for key in sorted({*had, *now} - {*NOT_OF_THE_MODEL}):
+            if had.get(key) != now.get(key):
+                raise ConfigError(
+                    f"{run.stage_directory(branch, stage)} holds a model with {key} = {had.get(key)!r}; the same "
+                    f"recipe builds one with {key} = {now.get(key)!r} now, since defaults have changed, and other "
+                    "branches are still to be built. Give another --output, to have all of them alike."
+                )

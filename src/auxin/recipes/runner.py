@@ -12,13 +12,11 @@ from auxin.accounting import Ledger
 from auxin.accounting.results import RunResults
 from auxin.data.dataset import DATASETS, Dataset
 from auxin.data.tokenizer import has_tokenizer, read_tokenizer, same_tokens
-from auxin.edits.structure import config_values, saved_and_read
-from auxin.errors import CheckpointError, ConfigError
+from auxin.errors import ConfigError
 from auxin.files import write_text
 from auxin.interruption import ended_by_signals
 from auxin.locks import exclusive
-from auxin.models.loading import load_config
-from auxin.recipes.beforehand import check_needs
+from auxin.recipes.beforehand import check_builds, check_needs
 from auxin.recipes.course import Course
 from auxin.recipes.folder import (
     BRANCHES,
@@ -33,15 +31,12 @@ from auxin.recipes.folder import (
 )
 from auxin.recipes.price import price_recipe
 from auxin.recipes.results import RESULTS_FILE, collect_results, rewrite_report
-from auxin.recipes.schema import Branch, BuildStage, Recipe, TrainStage
-from auxin.recipes.stage_models import estimated_stages, stage_configs
+from auxin.recipes.schema import Branch, Recipe, TrainStage
+from auxin.recipes.stage_models import stage_configs
 from auxin.recipes.stages import STAGE_CHECKPOINT, Announce, Run, describe_last_stage, run_stage
 from auxin.recipes.workers import Cell, raise_failures, run_cells
 from auxin.sums import damage
 from auxin.training.run_folder import aside_name
-
-UNTOLD = {"architectures", "dtype", "transformers_version"}
-"""Of a config: what saving adds, and who saved."""
 
 
 def run_recipe(
@@ -124,38 +119,6 @@ def prepared_run(recipe: Recipe, directory: Path, data_directory: Path, announce
     structures = stage_configs(recipe, data.form)
     price = price_recipe(recipe, memory=False, form=data.form, structures=structures)
     return Run(recipe, directory, data, structures, announce, Course.of(recipe, directory, price))
-
-
-def check_builds(run: Run, wanted: Sequence[str]) -> None:
-    """Make sure that what the branches `wanted` still build goes with what is built already: a version of auxin or
-    transformers with other defaults may have built that from the same recipe, and the report would compare the two as
-    if alike.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    estimated = estimated_stages(run.recipe)
-    builds = [
-        (branch, stage)
-        for branch in run.recipe.branches
-        for stage in branch.stages
-        if isinstance(stage, BuildStage) and stage.checkpoint is None and (branch.name, stage.name) not in estimated
-    ]
-    done = [(branch, stage) for branch, stage in builds if is_done(run.directory, branch, stage)]
-    ahead = any(branch.name in wanted and (branch, stage) not in done for branch, stage in builds)
-    for branch, stage in done if ahead else []:
-        try:
-            had = config_values(load_config(left_checkpoint(run.directory, branch, stage)))
-        except CheckpointError:  # whatever is damaged is taken back when its branch is run
-            continue
-        now = config_values(saved_and_read(run.structures[branch.name][stage.name]))
-        for key in sorted({*had, *now} - UNTOLD):
-            if had.get(key) != now.get(key):
-                raise ConfigError(
-                    f"{run.stage_directory(branch, stage)} holds a model with {key} = {had.get(key)!r}; the same "
-                    f"recipe builds one with {key} = {now.get(key)!r} now, since defaults have changed, and other "
-                    "branches are still to be built. Give another --output, to have all of them alike."
-                )
 
 
 def finish_run(run: Run, command: str, threads: int | None = None) -> RunResults:

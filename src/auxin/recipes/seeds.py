@@ -7,11 +7,11 @@ from auxin.accounting.comparison import Comparison, compare
 from auxin.accounting.results import RunResults
 from auxin.errors import CheckpointError, ConfigError
 from auxin.files import write_text
-from auxin.recipes.beforehand import check_needs
+from auxin.recipes.beforehand import check_builds, check_needs
 from auxin.recipes.folder import DATA, claim_seeds, held, is_finished, seed_directory
 from auxin.recipes.price import RecipePrice, price_recipe
 from auxin.recipes.results import RESULTS_FILE, read_results, rewrite_report
-from auxin.recipes.runner import check_builds, finish_run, prepared_run
+from auxin.recipes.runner import finish_run, prepared_run
 from auxin.recipes.schema import Recipe
 from auxin.recipes.stages import Announce
 from auxin.recipes.workers import Cell, raise_failures, run_cells

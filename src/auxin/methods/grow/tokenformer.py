@@ -261,8 +261,10 @@ def _harm(functions: set[ScoreFunction], keys: KeyRule, values: ValueRule, scale
     if keys == "zeros" and values == "zeros":
         return "with keys and values both zero, neither gets a gradient and the new tokens never wake. Make one random."
     unscaled = functions == {"gelu"}  # a token has no part in what the others weigh
-    if (keys == "copies") != (values == "copies") and not (unscaled and values == "zeros"):
-        return "copies keep the function only when keys and values are both copied. Use regime 'duplicate'."
+    if values == "copies" and keys != "copies":
+        return "copied values are divided between copies, which without copied keys are none. Use regime 'duplicate'."
+    if keys == "copies" and values != "copies" and not (unscaled and values == "zeros"):
+        return "copied keys keep the function only when the values are copied, too. Use regime 'duplicate'."
     if unscaled:
         return None
     if keys == "copies" and scale != "recomputed":
@@ -384,6 +386,13 @@ def _token_modules(model: nn.Module) -> Iterator[tuple[str, Slot, Pattention]]:
             yield path, next(slot for end, slot in SLOT_OF_MODULE.items() if path.endswith(end)), module
 
 
+def _hooked(config: PreTrainedConfig, hook: str) -> TokenFormerConfig:
+    """`config`, if it is a TokenFormer's; PlanError."""
+    if not isinstance(config, TokenFormerConfig):
+        raise PlanError(f"{hook} is for a TokenFormer, and this is a {config.model_type}. Leave the hook out.")
+    return config
+
+
 def _check_scaled(config: TokenFormerConfig) -> None:
     """Refuse a model whose scores have no scale that could move; PlanError."""
     if all(config.slot_score_function(slot) == "gelu" for slot in SLOTS):
@@ -403,8 +412,7 @@ class TauAnnealSettings(HookSettings):
 
     def check(self, config: PreTrainedConfig) -> None:
         """Only a TokenFormer whose scores have a norm has such a scale."""
-        if isinstance(config, TokenFormerConfig):
-            _check_scaled(config)
+        _check_scaled(_hooked(config, self.kind))
 
     def made(self, context: HookContext) -> Hook:
         """See `TauAnneal`."""
@@ -466,6 +474,10 @@ class OldTokenRatesSettings(HookSettings):
     """Learning rate of old tokens relative to the new ones'; 0 freezes them."""
     steps: int | None = Field(default=None, ge=1)
     """Steps of the stage for which this holds; None: all."""
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Only a TokenFormer has such tokens."""
+        _hooked(config, self.kind)
 
     def made(self, context: HookContext) -> Hook:
         """For the tokens before the last changes that no training lies between."""

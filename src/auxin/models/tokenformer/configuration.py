@@ -20,21 +20,22 @@ PUBLISHED: dict[str, Any] = {
     "rope_theta": 10000.0,
     "layer_norm_eps": 1e-5,
 }
-"""What the released models share; in the first and the third a new model is different (see `TokenFormerConfig`)."""
+"""What the released models share; a new model's `score_function` and `partial_rotary_factor` are others (see
+`TokenFormerConfig`)."""
 
 
 class TokenFormerConfig(PreTrainedConfig):
     """Shape and constants of a TokenFormer (arXiv 2410.23168, section 3).
 
-    The default size is the released 150M model's. Two defaults are not the paper's, because a small TokenFormer then
-    learns as well as a dense Transformer (docs/results/parity.md), and worse by 0.1 to 0.2 nats per token with the
-    paper's: scores become weights without a norm, and each head is rotated whole. `PUBLISHED` has the paper's, and so
-    have the presets, converted checkpoints, and whatever was saved before.
+    The default size is the released 150M model's. Three defaults are not the paper's, because a small TokenFormer then
+    learns as well as a dense Transformer, and much worse with the paper's (docs/parity.md): scores become weights
+    without a norm, keys are therefore drawn so that scores start at a size of 1, and each head is rotated whole.
+    `PUBLISHED` asks for the paper's; the presets, converted checkpoints, and whatever was saved before have them.
 
     Parameter tokens are given per slot: `qkv` (query, key and value have this many each), `proj` (the output projection
-    of the attention) and `ffn`. A slot's tokens form one or more groups, each normalised on its own; an int means one
-    group. The lists of the three slots may differ in length. `*_tau` holds the scale of each group's normalised scores;
-    None means the square root of the group's size, the rule of the official code.
+    of the attention) and `ffn`. A slot's tokens form one or more groups, each normalised on its own where there are
+    norms; an int means one group. The lists of the three slots may differ in length. `*_tau` holds the scale of each
+    group's normalised scores; None means the square root of the group's size, the rule of the official code.
 
     Args:
         vocab_size: rows of the token embedding.
