@@ -15,7 +15,8 @@ optimizer moves each kind of parameter.
     python benchmarks/parity_cause.py --jobs 2
     python benchmarks/parity_cause.py --quick
 
-Finished cells are not measured again: after a change of the recipe give another --runs. About two minutes of one core per way and seed.
+Finished cells are not measured again: after a change of the recipe give another --runs. About two minutes of one core per
+way and seed.
 """
 
 import argparse
