@@ -8,15 +8,15 @@ The models are those of `parity.yaml`. Each way changes one thing about the outp
 - norm of all keys there: scores divided by the norm of all keys, so that keys have no scale, and rows keep their size;
 - norm there, not differentiated: the published form, whose gradient takes the norm for a constant.
 
-Beside them, a dense GPT-NeoX. In the trained models the script measures what the
-output projection gets and what it adds, position by position, how large the scores are, and how far a step of the
+Beside them, a dense GPT-NeoX. In the trained models the script measures how much the size of what the output projection
+gets and adds differs between tokens, how large the scores are and how many of them GELU cuts, and how far a step of the
 optimizer moves each kind of parameter.
 
     python benchmarks/parity_cause.py --jobs 2
     python benchmarks/parity_cause.py --quick
 
-Finished cells are not measured again: after a change of the recipe give another --runs. About two minutes of one core per
-way and seed.
+Finished cells are not measured again: after a change of the recipe give another --runs. About two minutes of one core
+per way and seed.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from auxin.files import write_text
 from auxin.nn import Pattention
 from auxin.recipes import Recipe, load_recipe
 from auxin.report.markdown import markdown_table
-from auxin.report.svg import document, line, text
+from auxin.report.svg import document, text
 from auxin.training import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,7 +76,12 @@ WAYS = {
     "keys": Way("norm of all keys there", "new", "keys"),
     "constant": Way("norm there, not differentiated", "new", "constant"),
 }
-DRAWN = {"dense": "#7D8590", "none": "#2F8AC9", "norm": "#D55E00"}
+GREY, BLUE = "#7D8590", "#2F8AC9"
+DRAWN = {"dense": GREY, "none": BLUE, "norm": "#D55E00"}
+"""The ways that the picture has beside each other; colours at least 3:1 on white and on black."""
+SLOTS = ("query", "key", "value", "proj", "feed-forward")
+WIDTH, LABELS, ROW = 640, 230, 22
+"""Of the picture, in pixels."""
 
 
 def entering(form: str, module: Pattention, x: Tensor) -> Tensor:
@@ -198,8 +203,6 @@ def inside(way: Way, model: PreTrainedModel, contexts: Tensor) -> Cell:
         handle.remove()
     sizes, results = torch.stack(got), torch.stack(added)  # (layers, batch, length)
     return {
-        "got": sizes.mean(dim=(0, 1)).tolist(),
-        "added": results.mean(dim=(0, 1)).tolist(),
         "spread_got": (sizes.flatten(1).std(dim=1) / sizes.flatten(1).mean(dim=1)).mean().item(),
         "spread_added": (results.flatten(1).std(dim=1) / results.flatten(1).mean(dim=1)).mean().item(),
         "score_size": {kind: torch.cat(found).square().mean().sqrt().item() for kind, found in scores.items()},
@@ -265,7 +268,6 @@ def page_of(results: dict[str, Any]) -> str:
             if name == "none"
             else Estimate.of(a - b for a, b in zip(of(name, "loss"), of("none", "loss"), strict=True)).text(3, True),
             *(f"{statistics.mean(of(name, key)):.2f}" for key in ("spread_got", "spread_added")),
-            f"{statistics.mean(curve[0] / curve[-1] for curve in of(name, 'added')):.2f}",
         ]
         for name, way in WAYS.items()
     ]
@@ -280,9 +282,8 @@ def page_of(results: dict[str, Any]) -> str:
     def score(way: str, slot: str) -> str:
         return f"{statistics.mean(of(way, 'score_size', slot)):.2f}, {share(way, 'score_cut', slot)}"
 
-    slots = ("query", "key", "value", "proj", "feed-forward")
     moved = [row(way, "moved", KINDS, partial(share, way, "moved")) for way in WAYS]
-    seen = [row(way, "score_size", slots, partial(score, way)) for way in WAYS]
+    seen = [row(way, "score_size", SLOTS, partial(score, way)) for way in WAYS]
     lines = [
         "# The norm in the output projection",
         "",
@@ -290,8 +291,7 @@ def page_of(results: dict[str, Any]) -> str:
         "output projection of the attention in the TokenFormer without a norm. Held-out loss in nats per token: "
         "mean over the seeds and 95 % interval (Student's t); differences are taken seed by seed. Spread: standard "
         "deviation over tokens of the root mean square of a token's vector, relative to its mean, averaged over the "
-        "layers, on 64 held-out contexts; of what the projection gets, and of what it adds. First to last: "
-        "how much more it adds at the first position of a context than at its last.",
+        "layers, on 64 held-out contexts; of what the projection gets, and of what it adds to the stream.",
         "",
         f"{made_by_line(results)} Seeds: {seeds}.",
         "",
@@ -299,7 +299,7 @@ def page_of(results: dict[str, Any]) -> str:
             ("model", "final loss", "minus no norm", "spread got", "spread added", "first to last"), losses
         ),
         "",
-        "![What the output projection gets and adds, position by position](../images/parity_cause.svg)",
+        "![What the forms of the norm cost, what a step moves and what GELU cuts](../images/parity_cause.svg)",
         "",
         "## What a step moves",
         "",
@@ -312,53 +312,74 @@ def page_of(results: dict[str, Any]) -> str:
         "",
         "Root mean square of what enters GELU, and the share of it that is below zero, in the trained models.",
         "",
-        *markdown_table(("model", *slots), seen),
+        *markdown_table(("model", *SLOTS), seen),
     ]
     return "\n".join(lines) + "\n"
 
 
 def picture(cells: dict[str, Cell], seeds: list[int]) -> str:
-    """Two panels: what the output projection gets at each position, and what it adds, on a scale of powers of two."""
-    width, height, top, bottom, left, gap, plane = 900, 400, 64, 52, 56, 90, 300
-    body = [text(left, 26, "The norm takes its size from what attention found", size=16, weight=600)]
-    curves = {
-        key: {
-            name: [statistics.mean(v) for v in zip(*(cells[f"{name}/{seed}"][key] for seed in seeds), strict=True)]
-            for name in DRAWN
-        }
-        for key in ("got", "added")
-    }
-    values = [value for panel in curves.values() for curve in panel.values() for value in curve]
-    low, high = math.floor(math.log2(min(values))), math.ceil(math.log2(max(values)))
+    """Three panels, one below the other: what each form costs, what a step moves, and what GELU cuts; means over the
+    seeds, the first with intervals."""
 
-    def y(value: float) -> float:
-        return top + (height - top - bottom) * (high - math.log2(value)) / (high - low)
+    def of(way: str, *keys: str) -> list[float]:
+        found = [cells[f"{way}/{seed}"] for seed in seeds]
+        for key in keys:
+            found = [cell.get(key) for cell in found]
+        return [value for value in found if value is not None]
 
-    for number, (key, title) in enumerate((("got", "what it gets"), ("added", "what it adds to the stream"))):
-        start = left + number * (plane + gap)
-        body.append(text(start, top - 14, title, weight=600))
-        for power in range(low, high + 1):
-            body.append(line(start, y(2.0**power), start + plane, y(2.0**power), 0.22))
-            body.append(text(start - 8, y(2.0**power) + 4, f"{2.0**power:g}", anchor="end", size=12))
-        length = len(next(iter(curves[key].values())))
-        for name, colour in DRAWN.items():
-            points = [
-                f"{start + plane * math.log2(i + 1) / math.log2(length):.1f},{y(value):.1f}"
-                for i, value in enumerate(curves[key][name])
-            ]
-            body.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for position in (1, 4, 16, 64):
-            place = start + plane * math.log2(position) / math.log2(length)
-            body.append(text(place, height - bottom + 20, str(position), anchor="middle", size=12))
-    middle = left + plane + gap / 2
-    body.append(
-        text(middle, height - 10, "position in the context; root mean square of a vector", anchor="middle", size=12)
-    )
-    for row, (name, colour) in enumerate(DRAWN.items()):
-        body.append(
-            text(left + 2 * plane + gap + 12, top + 40 + 26 * row, WAYS[name].title, weight=600, size=12, colour=colour)
-        )
-    return document("What the output projection gets and adds", width, height, body)
+    losses = [(way.title, [(BLUE, [a - b for a, b in zip(of(name, "loss"), of("none", "loss"), strict=True)])])
+              for name, way in WAYS.items() if name != "none"]  # fmt: skip
+    moved = [(kind, [(colour, [100 * v for v in of(way, "moved", kind)]) for way, colour in DRAWN.items()])
+             for kind in KINDS]  # fmt: skip
+    shares = [(slot, [(colour, [100 * v for v in of(way, "score_cut", slot)]) for way, colour in DRAWN.items()])
+              for slot in SLOTS]  # fmt: skip
+    title = "The norm in the output projection, and what is inside"
+    body, y = [text(16, 28, title, size=16, weight=600)], 34.0
+    for heading, rows, intervals in (
+        ("final loss minus that without a norm, nats per token", losses, True),
+        ("length of a step over length of the parameters, %", moved, False),
+        ("scores that GELU cuts (below zero), %", shares, False),
+    ):
+        drawn, y = _panel(heading, rows, y, intervals)
+        body += drawn
+    for number, (way, colour) in enumerate(DRAWN.items()):
+        body.append(text(16, y + 8 + 18 * number, f"● {WAYS[way].title}", colour=colour, size=12))
+    return document(title, WIDTH, y + 62, body)
+
+
+Dots = list[tuple[str, list[float]]]
+"""Colour and values over the seeds."""
+
+
+def _panel(heading: str, rows: list[tuple[str, Dots]], y: float, intervals: bool) -> tuple[list[str], float]:
+    """A panel that begins at `y`, and where it ends."""
+    body, top = [text(16, y + 22, heading, weight=600, size=12)], y + 40
+    means = [statistics.mean(values) for _, dots in rows for _, values in dots if values]
+    low, high = min(0.0, *means), 1.15 * max(means)
+
+    def x(value: float) -> float:
+        return LABELS + (WIDTH - LABELS - 24) * (value - low) / (high - low)
+
+    bottom = top + ROW * len(rows)
+    step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if high / step <= 6)
+    for tick in (number * step for number in range(math.floor(high / step) + 1)):
+        body += [
+            f'<path d="M{x(tick):.1f} {top - 8:.1f}V{bottom - 6:.1f}" stroke="{GREY}" stroke-opacity="0.3"/>',
+            text(x(tick), bottom + 8, f"{tick:.2g}", anchor="middle", size=11),
+        ]
+    for number, (label, dots) in enumerate(rows):
+        place = top + ROW * (number + 0.5) - 4
+        body.append(text(LABELS - 10, place + 4, label, anchor="end", size=12))
+        for colour, values in dots:
+            if not values:
+                continue
+            centre = statistics.mean(values)
+            half = Estimate.of(values).half_width if intervals else None
+            if half is not None:
+                ends = f"M{x(max(low, centre - half)):.1f} {place:.1f}H{x(min(high, centre + half)):.1f}"
+                body.append(f'<path d="{ends}" stroke="{colour}" stroke-width="1.5"/>')
+            body.append(f'<circle cx="{x(centre):.1f}" cy="{place:.1f}" r="5" fill="{colour}"/>')
+    return body, bottom + 14
 
 
 def main() -> None:
