@@ -295,9 +295,7 @@ def page_of(results: dict[str, Any]) -> str:
         "",
         f"{made_by_line(results)} Seeds: {seeds}.",
         "",
-        *markdown_table(
-            ("model", "final loss", "minus no norm", "spread got", "spread added", "first to last"), losses
-        ),
+        *markdown_table(("model", "final loss", "minus no norm", "spread got", "spread added"), losses),
         "",
         "![What the forms of the norm cost, what a step moves and what GELU cuts](../images/parity_cause.svg)",
         "",
@@ -365,7 +363,7 @@ def _panel(heading: str, rows: list[tuple[str, Dots]], y: float, intervals: bool
     for tick in (number * step for number in range(math.floor(high / step) + 1)):
         body += [
             f'<path d="M{x(tick):.1f} {top - 8:.1f}V{bottom - 6:.1f}" stroke="{GREY}" stroke-opacity="0.3"/>',
-            text(x(tick), bottom + 8, f"{tick:.2g}", anchor="middle", size=11),
+            text(x(tick), bottom + 8, f"{round(tick, 3):g}", anchor="middle", size=11),
         ]
     for number, (label, dots) in enumerate(rows):
         place = top + ROW * (number + 0.5) - 4
