@@ -334,7 +334,7 @@ def picture(cells: dict[str, Cell], seeds: list[int]) -> str:
     title = "The norm in the output projection, and what is inside"
     body, y = [text(16, 28, title, size=16, weight=600)], 34.0
     for heading, rows, intervals in (
-        ("final loss minus that without a norm, nats per token", losses, True),
+        ("final loss minus that without a norm, nats per token: seeds, mean and 95 % interval", losses, True),
         ("length of a step over length of the parameters, %", moved, False),
         ("scores that GELU cuts (below zero), %", shares, False),
     ):
@@ -352,15 +352,21 @@ Dots = list[tuple[str, list[float]]]
 def _panel(heading: str, rows: list[tuple[str, Dots]], y: float, intervals: bool) -> tuple[list[str], float]:
     """A panel that begins at `y`, and where it ends."""
     body, top = [text(16, y + 22, heading, weight=600, size=12)], y + 40
-    means = [statistics.mean(values) for _, dots in rows for _, values in dots if values]
-    low, high = min(0.0, *means), 1.15 * max(means)
+    shown = [
+        value
+        for _, dots in rows
+        for _, values in dots
+        if values
+        for value in (*values, *(_ends(values) if intervals else ()))
+    ]
+    low, high = min(0.0, *shown), 1.05 * max(shown)
 
     def x(value: float) -> float:
         return LABELS + (WIDTH - LABELS - 24) * (value - low) / (high - low)
 
     bottom = top + ROW * len(rows)
     step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if high / step <= 6)
-    for tick in (number * step for number in range(math.floor(high / step) + 1)):
+    for tick in (number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)):
         body += [
             f'<path d="M{x(tick):.1f} {top - 8:.1f}V{bottom - 6:.1f}" stroke="{GREY}" stroke-opacity="0.3"/>',
             text(x(tick), bottom + 8, f"{round(tick, 3):g}", anchor="middle", size=11),
@@ -372,12 +378,19 @@ def _panel(heading: str, rows: list[tuple[str, Dots]], y: float, intervals: bool
             if not values:
                 continue
             centre = statistics.mean(values)
-            half = Estimate.of(values).half_width if intervals else None
-            if half is not None:
-                ends = f"M{x(max(low, centre - half)):.1f} {place:.1f}H{x(min(high, centre + half)):.1f}"
-                body.append(f'<path d="{ends}" stroke="{colour}" stroke-width="1.5"/>')
+            if intervals:
+                left, right = _ends(values)
+                ends = f"M{x(left):.1f} {place:.1f}H{x(right):.1f}"
+                body.append(f'<path d="{ends}" stroke="{colour}" stroke-width="1.5" stroke-opacity="0.6"/>')
+                body += [f'<circle cx="{x(value):.1f}" cy="{place:.1f}" r="2.5" fill="{colour}"/>' for value in values]
             body.append(f'<circle cx="{x(centre):.1f}" cy="{place:.1f}" r="5" fill="{colour}"/>')
     return body, bottom + 14
+
+
+def _ends(values: list[float]) -> tuple[float, float]:
+    """Of the interval; twice the only value of a single seed."""
+    centre, half = statistics.mean(values), Estimate.of(values).half_width or 0.0
+    return centre - half, centre + half
 
 
 def main() -> None:
