@@ -24,11 +24,13 @@ from auxin.cli.printing import print_line, print_table
 from auxin.errors import AuxinError, CheckpointError, ConfigError, DataError, TrainingError
 from auxin.methods.grow.tokenformer import TokenGrowth
 from auxin.models import TokenFormerForCausalLM
+from auxin.models.tokenformer import PUBLISHED
 from corpora import write_documents
 
 COMMANDS = ["run", "recipes", "train", "grow", "methods", "plan", "apply", "diff", "convert", "generate", "evaluate"]
 COMMANDS += ["show", "doctor", "report", "analyse"]
 CONFIG = {
+    **PUBLISHED,  # others have no official form
     "model_type": "tokenformer",
     "hidden_size": 32,
     "num_hidden_layers": 2,

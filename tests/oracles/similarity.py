@@ -234,18 +234,21 @@ def vit(w: Weights, image: Array, patch: int, heads: int, eps: float) -> list[La
 def tokenformer(
     embedding: Array, layers: list[dict[str, tuple[Array, Array]]], ids: list[int], heads: int, rotated: int, eps: float
 ) -> list[Layers]:
-    """Norms without parameters before the parts; by layer and projection the parameter tokens' keys and values."""
+    """Norms without parameters before the parts; by layer and projection the parameter tokens' keys and values. Scores
+    have a norm but in the attention's output projection."""
     x, found = embedding[ids], []
 
-    def pattention(tokens: tuple[Array, Array], y: Array) -> Array:
+    def pattention(tokens: tuple[Array, Array], y: Array, normed: bool = True) -> Array:
         scores = y @ tokens[0].T
-        return gelu(math.sqrt(len(tokens[0])) * scores / np.linalg.norm(scores, axis=-1, keepdims=True)) @ tokens[1]
+        if normed:
+            scores = math.sqrt(len(tokens[0])) * scores / np.linalg.norm(scores, axis=-1, keepdims=True)
+        return gelu(scores) @ tokens[1]
 
     for w in layers:
         entered, normed = x, layer_norm(x, 1.0, 0.0, eps)
         q, k, v = (split(pattention(w[f"attention.{part}"], normed), heads) for part in ("query", "key", "value"))
         q, k = rotate(q, rotated), rotate(k, rotated)
-        middle = x + pattention(w["attention.proj"], attend(q, k, v, causal=True))
+        middle = x + pattention(w["attention.proj"], attend(q, k, v, causal=True), normed=False)
         x = middle + pattention(w["mlp"], layer_norm(middle, 1.0, 0.0, eps))
         found.append([(entered, middle), (middle, x), (entered, x)])
     return [found]
