@@ -76,7 +76,8 @@ DIFFERENCES = (
     ("new-0060", "new"),
     ("new-quarter", "new"),
     ("new-keys", "new"),
-    ("dense-wide", "dense"),
+    ("dense-wide-0060", "dense-0060"),
+    ("new", "dense-wide-0060"),
 )
 """Pairs of small branches: what docs/parity.md says about one beside the other."""
 
