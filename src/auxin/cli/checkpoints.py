@@ -125,6 +125,7 @@ def show(
     from auxin.data import PackedData
     from auxin.evaluation.inspection import describe_checkpoint
     from auxin.models.folders import model_folder
+    from auxin.nn.scores import SCALED
 
     if verify:
         _verify(model_folder(checkpoint))
@@ -150,7 +151,7 @@ def show(
                 f"{sum(g.sizes):,}",
                 " + ".join(map(str, g.sizes)),
                 g.score_function,
-                "-" if g.score_function == "gelu" else ", ".join(f"{tau:.4g}" for tau in g.tau),
+                ", ".join(f"{tau:.4g}" for tau in g.tau) if g.score_function in SCALED else "-",
             ]
             for g in found.token_groups
         ]

@@ -37,7 +37,7 @@ from auxin.models.tokenformer.configuration import SLOTS, Slot
 from auxin.models.tokenformer.modeling import SLOT_OF_MODULE, TokenFormerPreTrainedModel
 from auxin.models.tokenformer.presets import check_growable, preset_config
 from auxin.nn.pattention import Pattention
-from auxin.nn.scores import ScoreFunction
+from auxin.nn.scores import NORMED, SCALED, ScoreFunction
 from auxin.planning.hooks import Hook, HookContext, HookSettings, OldRates
 from auxin.planning.lineage import last_changes
 from auxin.planning.method import Method
@@ -234,7 +234,7 @@ def _check_rules(config: TokenFormerConfig, settings: TokenGrowth, grown: Iterab
         )
     if values == "copies":
         return "exact"
-    if functions == {"gelu"}:
+    if functions.isdisjoint(SCALED):
         return "exact" if "zeros" in (keys, values) else "none"
     if scale != "recomputed" and (scale == "kept" or values == "zeros"):
         return "exact"
@@ -243,7 +243,7 @@ def _check_rules(config: TokenFormerConfig, settings: TokenGrowth, grown: Iterab
 
 def _magnified_rounding(config: TokenFormerConfig) -> str | None:
     """Why an exact growth of a model of `config` is exact only without rounding; None where it can be promised."""
-    normed = [slot for slot in SLOTS if "l2_norm" in config.slot_score_function(slot)]
+    normed = [slot for slot in SLOTS if config.slot_score_function(slot) in NORMED]
     sizes = [(slot, min(config.group_sizes(slot))) for slot in normed]
     slot, size = min(sizes, key=lambda found: found[1], default=("", FEWEST_TOKENS))
     if size >= FEWEST_TOKENS:
@@ -260,7 +260,7 @@ def _harm(functions: set[ScoreFunction], keys: KeyRule, values: ValueRule, scale
     it is not."""
     if keys == "zeros" and values == "zeros":
         return "with keys and values both zero, neither gets a gradient and the new tokens never wake. Make one random."
-    unscaled = functions == {"gelu"}  # a token has no part in what the others weigh
+    unscaled = functions.isdisjoint(SCALED)
     if values == "copies" and keys != "copies":
         return "copied values are divided between copies, which without copied keys are none. Use regime 'duplicate'."
     if keys == "copies" and values != "copies" and not (unscaled and values == "zeros"):
@@ -395,7 +395,7 @@ def _hooked(config: PreTrainedConfig, hook: str) -> TokenFormerConfig:
 
 def _check_scaled(config: TokenFormerConfig) -> None:
     """Refuse a model whose scores have no scale that could move; PlanError."""
-    if all(config.slot_score_function(slot) == "gelu" for slot in SLOTS):
+    if SCALED.isdisjoint(config.slot_score_function(slot) for slot in SLOTS):
         raise PlanError(
             "tau_anneal moves the scale of normalised scores, but this TokenFormer's scores have no norm "
             "(score_function 'gelu'). Leave the hook out."

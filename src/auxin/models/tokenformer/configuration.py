@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedConfig
 
 from auxin.errors import ConfigError, shown, unknown_name
-from auxin.nn.scores import Gelu, ScoreFunction
+from auxin.nn.scores import SCALED, Gelu, ScoreFunction
 
 Slot = Literal["qkv", "proj", "ffn"]
 SLOTS: tuple[Slot, ...] = get_args(Slot)
@@ -171,7 +171,7 @@ class TokenFormerConfig(PreTrainedConfig):
         """Standard deviation of fresh keys whose scores become weights by `score_function`."""
         if self.key_initializer_range is not None:
             return self.key_initializer_range
-        return self.hidden_size**-0.5 if score_function == "gelu" else self.initializer_range
+        return self.initializer_range if score_function in SCALED else self.hidden_size**-0.5
 
     @property
     def value_std(self) -> float:
