@@ -94,7 +94,8 @@ def main() -> None:
         for name in arguments.parts:
             run(name, arguments)
     found = {name: read_comparison(arguments.runs / name) for name in PARTS if (arguments.runs / name).is_dir()}
-    record = {name: comparison.model_dump(mode="json") for name, comparison in found.items()}
+    left_out = {"branches": {"__all__": {"curve"}}}
+    record = {name: comparison.model_dump(mode="json", exclude=left_out) for name, comparison in found.items()}
     write_results(record, arguments.results, page(found), arguments.table)
     print(f"Written to {arguments.table} and {arguments.results}", file=sys.stderr)
 

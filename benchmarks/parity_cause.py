@@ -250,31 +250,37 @@ def run(seeds: list[int], runs: Path, workers: int, changes: list[str]) -> dict[
     return {key: cell for key, cell in cells.items() if int(key.rpartition("/")[2]) in seeds}
 
 
+def values(cells: dict[str, Cell], seeds: list[int], way: str, *keys: str) -> list[float]:
+    """What the seeds of one way measured; nothing of what its model does not have."""
+    found: list[Any] = [cells[f"{way}/{seed}"] for seed in seeds]
+    for key in keys:
+        found = [cell[key] for cell in found if key in cell]
+    return found
+
+
+def excess(cells: dict[str, Cell], seeds: list[int], way: str) -> list[float]:
+    """The loss of one way minus that without a norm, seed by seed."""
+    pairs = zip(values(cells, seeds, way, "loss"), values(cells, seeds, "none", "loss"), strict=True)
+    return [loss - other for loss, other in pairs]
+
+
 def page_of(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     cells, seeds = results["cells"], results["seeds"]
-
-    def of(name: str, *keys: str) -> list[float]:
-        found = [cells[f"{name}/{seed}"] for seed in seeds]
-        for key in keys:
-            found = [cell[key] for cell in found]
-        return found
+    of = partial(values, cells, seeds)
 
     losses = [
         [
             way.title,
             Estimate.of(of(name, "loss")).text(3),
-            "-"
-            if name == "none"
-            else Estimate.of(a - b for a, b in zip(of(name, "loss"), of("none", "loss"), strict=True)).text(3, True),
+            "-" if name == "none" else Estimate.of(excess(cells, seeds, name)).text(3, True),
             *(f"{statistics.mean(of(name, key)):.2f}" for key in ("spread_got", "spread_added")),
         ]
         for name, way in WAYS.items()
     ]
 
     def row(way: str, part: str, columns: Iterable[str], written: Callable[[str], str]) -> list[str]:
-        have = cells[f"{way}/{seeds[0]}"][part]
-        return [WAYS[way].title, *(written(column) if column in have else "-" for column in columns)]
+        return [WAYS[way].title, *(written(column) if of(way, part, column) else "-" for column in columns)]
 
     def share(way: str, part: str, column: str) -> str:
         return f"{100 * statistics.mean(of(way, part, column)):.{2 if part == 'moved' else 0}f} %"
@@ -319,14 +325,8 @@ def picture(cells: dict[str, Cell], seeds: list[int]) -> str:
     """Three panels, one below the other: what each form costs, what a step moves, and what GELU cuts; means over the
     seeds, the first with intervals."""
 
-    def of(way: str, *keys: str) -> list[float]:
-        found = [cells[f"{way}/{seed}"] for seed in seeds]
-        for key in keys:
-            found = [cell.get(key) for cell in found]
-        return [value for value in found if value is not None]
-
-    losses = [(way.title, [(BLUE, [a - b for a, b in zip(of(name, "loss"), of("none", "loss"), strict=True)])])
-              for name, way in WAYS.items() if name != "none"]  # fmt: skip
+    of = partial(values, cells, seeds)
+    losses = [(way.title, [(BLUE, excess(cells, seeds, name))]) for name, way in WAYS.items() if name != "none"]
     moved = [(kind, [(colour, [100 * v for v in of(way, "moved", kind)]) for way, colour in DRAWN.items()])
              for kind in KINDS]  # fmt: skip
     shares = [(slot, [(colour, [100 * v for v in of(way, "score_cut", slot)]) for way, colour in DRAWN.items()])
@@ -388,7 +388,7 @@ def _panel(heading: str, rows: list[tuple[str, Dots]], y: float, intervals: bool
 
 
 def _ends(values: list[float]) -> tuple[float, float]:
-    """Of the interval; twice the only value of a single seed."""
+    """Of the interval; a single seed has none, and its value is both."""
     centre, half = statistics.mean(values), Estimate.of(values).half_width or 0.0
     return centre - half, centre + half
 
