@@ -1,0 +1,93 @@
+"""Does growing pay? One growth by a factor of 2, 4 or 8 beside what else the same FLOPs could have bought, over seeds.
+
+Two parts: `short`, the recipe growth_factors.yaml, and `long`, the growth by a factor of 4 of it with six times the FLOPs.
+
+    python benchmarks/growth_factors.py --jobs 2
+    python benchmarks/growth_factors.py --parts short --seeds 0 --branches grown-4 small-4
+
+Finished branches are not run again; the page has what is finished. A short seed takes 25 minutes of one core, a long one
+an hour.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from comparing import chosen_recipe, compared, options
+from measuring import write_results
+
+from auxin.accounting.comparison import BranchComparison, Comparison
+from auxin.accounting.statistics import Estimate
+from auxin.recipes import Recipe, load_recipe, read_comparison
+from auxin.report.comparison import estimate_text
+from auxin.report.markdown import markdown_table, origin
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = Path(__file__).with_suffix(".yaml")
+RESULTS = ROOT / "benchmarks" / "results" / "growth_factors.json"
+TABLE = ROOT / "docs" / "results" / "growth_factors.md"
+LONGER = 6
+"""How many times the FLOPs of the recipe the long part has."""
+FACTORS = (2, 4, 8)
+HEADER = ("model", "parameters before growth", "seeds", "final loss")
+GAPS = ("growth", "minus training on", "minus from scratch", "minus dense", "minus starting over with the rest")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which branches of the recipe are run, and what is changed of it."""
+
+    heading: str
+    changes: tuple[str, ...] = ()
+    branches: tuple[str, ...] | None = None
+    """None: all."""
+
+
+def _long() -> Part:
+    recipe = load_recipe(str(RECIPE))
+    changes = [f"training.evaluation_interval={LONGER * recipe.training['evaluation_interval']}"]
+    for number, branch in enumerate(recipe.branches):
+        for place, stage in enumerate(branch.stages):
+            if (flops := getattr(stage, "settings", {}).get("flops")) is not None:
+                changes.append(f"branches.{number}.stages.{place}.settings.flops={LONGER * flops}")
+    return Part(
+        f"{LONGER} times as long", tuple(changes), ("scratch", "dense", "grown-4", "small-4", "restarted")
+    )
+
+
+PARTS = {"short": Part("7.2e12 FLOPs"), "long": _long()}
+
+
+def main() -> None:
+    """Run what is missing, then write the results and the tables."""
+    parser = options(__doc__, ROOT / "runs" / "growth-factors")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.set_defaults(results=RESULTS, table=TABLE)
+    arguments = parser.parse_args()
+    if not arguments.read_only:
+        for name in arguments.parts:
+            run(name, arguments)
+    found = {name: read_comparison(arguments.runs / name) for name in PARTS if (arguments.runs / name).is_dir()}
+    left_out = {"branches": {"__all__": {"curve"}}}
+    record = {name: comparison.model_dump(mode="json", exclude=left_out) for name, comparison in found.items()}
+    write_results(record, arguments.results, page(found), arguments.table)
+    print(f"Written to {arguments.table} and {arguments.results}", file=sys.stderr)
+
+
+def run(name: str, arguments: argparse.Namespace) -> None:
+    """Run what is missing of one part."""
+    part = PARTS[name]
+    changed = argparse.Namespace(**{**vars(arguments), "set": [*part.changes, *arguments.set]})
+    recipe: Recipe = chosen_recipe(str(RECIPE), changed)
+    own = {"runs": arguments.runs / name, "branches": arguments.branches or part.branches, "parts": [name]}
+    compared(recipe, argparse.Namespace(**{**vars(arguments), **own}))
+
+
+def page(found: dict[str, Comparison]) -> str:
+    """The results as Markdown."""
+    return "\n".join(found) + "\n"
+
+
+if __name__ == "__main__":
+    main()
