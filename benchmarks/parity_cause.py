@@ -19,55 +19,31 @@ Finished cells are not measured again: after a change of the recipe give another
 per way and seed.
 """
 
-import argparse
-import json
 import math
-import multiprocessing
 import re
 import statistics
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import made_by, made_by_line, write_results
+from measuring import made_by_line, write_results
+from parity_cells import ROOT, Cell, Task, Way, asked, excess, measured, values
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from auxin.accounting.statistics import Estimate
-from auxin.data import prepare
 from auxin.files import write_text
 from auxin.nn import Pattention
-from auxin.recipes import Recipe, load_recipe
 from auxin.report.markdown import markdown_table
 from auxin.report.svg import document, text
-from auxin.training import train
 
-ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "benchmarks" / "parity.yaml"
 RESULTS = ROOT / "benchmarks" / "results" / "parity_cause.json"
 PAGE = ROOT / "docs" / "results" / "parity_cause.md"
 PICTURE = ROOT / "docs" / "images" / "parity_cause.svg"
-Cell = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Way:
-    """A model to train."""
-
-    title: str
-    branch: str
-    """Of the recipe: the model and its rate."""
-    form: str | None = None
-    """How the output projections' scores become weights instead, see `entering`."""
-
-
 WAYS = {
     "dense": Way("GPT-NeoX, rate 1.2e-2", "dense"),
     "none": Way("no norm of scores anywhere", "new"),
@@ -160,15 +136,12 @@ def _flat(parameters: list[nn.Parameter]) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in parameters])
 
 
-def build(way: Way, recipe: Recipe, seed: int) -> PreTrainedModel:
-    """The untrained model of `way`."""
-    stage = recipe.branch(way.branch).stages[0]
-    config = AutoConfig.for_model(stage.model_type, **stage.config, vocab_size=recipe.data.vocab_size)
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
-    if way.form is not None:
+def build(task: Task) -> PreTrainedModel:
+    """The untrained model of `task`, its output projections computing by the way's form of `entering`."""
+    model = task.model()
+    if task.way.form is not None:
         for layer in model.base_model.layers:
-            layer.attention.proj = Projection(layer.attention.proj, way.form)
+            layer.attention.proj = Projection(layer.attention.proj, task.way.form)
     return model
 
 
@@ -215,65 +188,31 @@ def _size(x: Tensor) -> Tensor:
     return x.square().mean(dim=-1).sqrt()
 
 
-def measure(task: tuple[str, int, Path, list[str]]) -> tuple[str, Cell]:
+def measure(task: Task) -> Cell:
     """Train one way with one seed and look inside."""
-    torch.set_num_threads(1)
-    name, seed, runs, changes = task
-    way, recipe = WAYS[name], load_recipe(str(RECIPE), changes).of_seed(seed)
-    data = prepare(recipe.data, runs / "data")
-    settings = recipe.training_settings(recipe.branch(way.branch).stages[1])
+    settings = task.settings()
     steps = int(settings.steps)
-    model, updates = build(way, recipe, seed), Updates(max(1, steps // 35))
-    with tempfile.TemporaryDirectory() as folder:
-        result = train(model, data, settings, folder, hooks=[updates], progress=False)
-    held_out = data.split("validation")
+    model, updates = build(task), Updates(max(1, steps // 35))
+    loss = task.trained(model, hooks=[updates])
+    held_out = task.data().split("validation")
     contexts = held_out.rows(range(min(64, len(held_out))))["input_ids"]
     # Between the warmup and the decay the rate stands at its peak.
     flat = slice(
         settings.warmup_steps // updates.interval + 1, (steps - settings.decay_steps(steps)) // updates.interval
     )
     moved = {kind: statistics.median(shares[flat]) for kind, shares in updates.shares.items()}
-    return f"{name}/{seed}", {"loss": result.value, "moved": moved, **inside(way, model, contexts)}
-
-
-def run(seeds: list[int], runs: Path, workers: int, changes: list[str]) -> dict[str, Cell]:
-    """Measure every cell that is missing."""
-    path = runs / "cells.json"
-    cells: dict[str, Cell] = json.loads(path.read_text()) if path.exists() else {}
-    prepare(load_recipe(str(RECIPE), changes).data, runs / "data")
-    wanted = [(name, seed, runs, changes) for seed in seeds for name in WAYS if f"{name}/{seed}" not in cells]
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for key, cell in pool.imap_unordered(measure, wanted):
-            cells[key] = cell
-            print(f"{key}: {cell['loss']:.4f}", flush=True)
-            write_text(path, json.dumps(cells))
-    return {key: cell for key, cell in cells.items() if int(key.rpartition("/")[2]) in seeds}
-
-
-def values(cells: dict[str, Cell], seeds: list[int], way: str, *keys: str) -> list[float]:
-    """What the seeds of one way measured; nothing of what its model does not have."""
-    found: list[Any] = [cells[f"{way}/{seed}"] for seed in seeds]
-    for key in keys:
-        found = [cell[key] for cell in found if key in cell]
-    return found
-
-
-def excess(cells: dict[str, Cell], seeds: list[int], way: str) -> list[float]:
-    """The loss of one way minus that without a norm, seed by seed."""
-    pairs = zip(values(cells, seeds, way, "loss"), values(cells, seeds, "none", "loss"), strict=True)
-    return [loss - other for loss, other in pairs]
+    return {"loss": loss, "moved": moved, **inside(task.way, model, contexts)}
 
 
 def page_of(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    cells, seeds = results["cells"], results["seeds"]
-    of = partial(values, cells, seeds)
+    of = partial(values, results)
 
     losses = [
         [
             way.title,
             Estimate.of(of(name, "loss")).text(3),
-            "-" if name == "none" else Estimate.of(excess(cells, seeds, name)).text(3, True),
+            "-" if name == "none" else Estimate.of(excess(results, name, "none")).text(3, True),
             *(f"{statistics.mean(of(name, key)):.2f}" for key in ("spread_got", "spread_added")),
         ]
         for name, way in WAYS.items()
@@ -299,7 +238,7 @@ def page_of(results: dict[str, Any]) -> str:
         "deviation over tokens of the root mean square of a token's vector, relative to its mean, averaged over the "
         "layers, on 64 held-out contexts; of what the projection gets, and of what it adds to the stream.",
         "",
-        f"{made_by_line(results)} Seeds: {seeds}.",
+        f"{made_by_line(results)} Seeds: {results['seeds']}.",
         "",
         *markdown_table(("model", "final loss", "minus no norm", "spread got", "spread added"), losses),
         "",
@@ -321,12 +260,12 @@ def page_of(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def picture(cells: dict[str, Cell], seeds: list[int]) -> str:
+def picture(results: dict[str, Any]) -> str:
     """Three panels, one below the other: what each form costs, what a step moves, and what GELU cuts; means over the
     seeds, the first with intervals."""
 
-    of = partial(values, cells, seeds)
-    losses = [(way.title, [(BLUE, excess(cells, seeds, name))]) for name, way in WAYS.items() if name != "none"]
+    of = partial(values, results)
+    losses = [(way.title, [(BLUE, excess(results, name, "none"))]) for name, way in WAYS.items() if name != "none"]
     moved = [(kind, [(colour, [100 * v for v in of(way, "moved", kind)]) for way, colour in DRAWN.items()])
              for kind in KINDS]  # fmt: skip
     shares = [(slot, [(colour, [100 * v for v in of(way, "score_cut", slot)]) for way, colour in DRAWN.items()])
@@ -355,9 +294,9 @@ def _panel(heading: str, rows: list[tuple[str, Dots]], y: float, intervals: bool
     shown = [
         value
         for _, dots in rows
-        for _, values in dots
-        if values
-        for value in (*values, *(_ends(values) if intervals else ()))
+        for _, found in dots
+        if found
+        for value in (*found, *(_ends(found) if intervals else ()))
     ]
     low, high = min(0.0, *shown), 1.05 * max(shown)
 
@@ -374,51 +313,34 @@ def _panel(heading: str, rows: list[tuple[str, Dots]], y: float, intervals: bool
     for number, (label, dots) in enumerate(rows):
         place = top + ROW * (number + 0.5) - 4
         body.append(text(LABELS - 10, place + 4, label, anchor="end", size=12))
-        for colour, values in dots:
-            if not values:
+        for colour, found in dots:
+            if not found:
                 continue
-            centre = statistics.mean(values)
+            centre = statistics.mean(found)
             if intervals:
-                left, right = _ends(values)
+                left, right = _ends(found)
                 ends = f"M{x(left):.1f} {place:.1f}H{x(right):.1f}"
                 body.append(f'<path d="{ends}" stroke="{colour}" stroke-width="1.5" stroke-opacity="0.6"/>')
-                body += [f'<circle cx="{x(value):.1f}" cy="{place:.1f}" r="2.5" fill="{colour}"/>' for value in values]
+                body += [f'<circle cx="{x(value):.1f}" cy="{place:.1f}" r="2.5" fill="{colour}"/>' for value in found]
             body.append(f'<circle cx="{x(centre):.1f}" cy="{place:.1f}" r="5" fill="{colour}"/>')
     return body, bottom + 14
 
 
-def _ends(values: list[float]) -> tuple[float, float]:
+def _ends(found: list[float]) -> tuple[float, float]:
     """Of the interval; a single seed has none, and its value is both."""
-    centre, half = statistics.mean(values), Estimate.of(values).half_width or 0.0
+    centre, half = statistics.mean(found), Estimate.of(found).half_width or 0.0
     return centre - half, centre + half
 
 
 def main() -> None:
     """Measure what is missing, then write the results, the page and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "parity-cause")
-    parser.add_argument("--quick", action="store_true", help="twenty steps, one seed; nothing is written but cells")
-    arguments = parser.parse_args()
-    changes = (
-        ["training.steps=20", "training.warmup_steps=2", "data.max_bytes=400000", "data.validation_fraction=0.2"]
-        if arguments.quick
-        else []
-    )
-    seeds: list[int] = arguments.seeds[:1] if arguments.quick else arguments.seeds
-    runs = arguments.runs / "quick" if arguments.quick else arguments.runs
-    cells = run(seeds, runs, arguments.jobs, changes)
-    results = {
-        **made_by(f"python benchmarks/parity_cause.py --seeds {' '.join(map(str, seeds))}"),
-        "seeds": seeds,
-        "cells": cells,
-    }
+    arguments = asked(__doc__, ROOT / "runs" / "parity-cause")
+    results = measured(arguments, WAYS, measure, "parity_cause.py")
     if arguments.quick:
         print(page_of(results))
         return
     write_results(results, RESULTS, page_of(results), PAGE)
-    write_text(PICTURE, picture(cells, seeds))
+    write_text(PICTURE, picture(results))
 
 
 if __name__ == "__main__":
