@@ -24,7 +24,7 @@ float32 at least.
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,11 @@ from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table,
 from auxin.analysis.spread import Estimate, Spread
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
+from auxin.models.sublayers import Kind, kinds, parts
 from auxin.report.forest import Mark, Panel, Row, Series, forest_svg
 from auxin.settings import Settings
 from auxin.words.anatomy import Anatomy, LayerStack
 
-Kind = Literal["attention", "cross-attention", "feed-forward"]
 WHOLE = "whole layer"
 SERIES = {
     "attention": Series("attention", "#2F8AC9", "circle"),
@@ -99,21 +99,21 @@ class Similarities(Result):
         """A table for each stack, a row for each layer."""
         tables = []
         for stack in self.stacks:
-            kinds = list(dict.fromkeys(part.kind for layer in stack.layers for part in layer.parts))
+            columns = list(dict.fromkeys(part.kind for layer in stack.layers for part in layer.parts))
             rows = []
             for number, layer in enumerate(stack.layers):
                 cells = {part.kind: str(part.similarity) for part in layer.parts}
-                rows.append([str(number), *(cells.get(kind, "") for kind in kinds), str(layer.similarity)])
-            tables.append(Table(stack.path, ["layer", *kinds, WHOLE], rows))
+                rows.append([str(number), *(cells.get(kind, "") for kind in columns), str(layer.similarity)])
+            tables.append(Table(stack.path, ["layer", *columns, WHOLE], rows))
         return tables
 
     def findings(self) -> list[str]:
         """The parts and the layers that change the stream least."""
-        parts = sorted(self.parts(), key=lambda part: -part.similarity.mean)[:LISTED]
+        alike = sorted(self.parts(), key=lambda part: -part.similarity.mean)[:LISTED]
         layers = sorted((layer for stack in self.stacks for layer in stack.layers), key=lambda layer: layer.influence)
         return [
             "Parts that change the stream least: "
-            + ", ".join(f"{part.module} {part.similarity.mean:.4f}" for part in parts)
+            + ", ".join(f"{part.module} {part.similarity.mean:.4f}" for part in alike)
             + ".",
             "Layers that change it least: "
             + ", ".join(f"{layer.path} {layer.similarity.mean:.4f}" for layer in layers[:LISTED])
@@ -204,44 +204,22 @@ class _StackObserver:
 
     def __init__(self, model: PreTrainedModel, body: Anatomy, stack: LayerStack) -> None:
         modules = model.get_submodule(stack.path)
-        stack = replace(stack, outputs=_parts(stack, modules))
+        stack = replace(stack, outputs=parts(stack, modules))
         self.path = stack.path
         self.is_decoder = body.head is not None and stack.is_read_by(body.head)
-        self.kinds = _kinds(body, stack)
+        self.kinds = kinds(body, stack, stack.outputs)
         self.layers = [_LayerObserver(f"{stack.path}.{n}", layer, stack) for n, layer in enumerate(modules.children())]
 
     def result(self, estimates: Iterator[Estimate]) -> StackSimilarity:
         """The stack's part of the result."""
         found = []
         for layer in self.layers:
-            parts = [
+            measured = [
                 PartSimilarity(module=f"{layer.path}.{name}", kind=kind, similarity=next(estimates))
                 for name, kind in zip(layer.stack.outputs, self.kinds, strict=True)
             ]
-            found.append(LayerSimilarity(path=layer.path, parts=parts, similarity=next(estimates)))
+            found.append(LayerSimilarity(path=layer.path, parts=measured, similarity=next(estimates)))
         return StackSimilarity(path=self.path, layers=found)
-
-
-def _parts(stack: LayerStack, layers: nn.Module) -> tuple[str, ...]:
-    """The modules whose outputs are the parts of a layer: those of the stack, but a whole feed-forward part where it is
-    some of its parameters that give them (experts)."""
-    parameters = {name for layer in layers.children() for name, _ in layer.named_parameters()}
-    within = [name for name in stack.outputs if name in parameters]
-    whole = [part for part in stack.feed_forward if part and any(name.startswith(f"{part}.") for name in within)]
-    found = (next((part for part in whole if name.startswith(f"{part}.")), name) for name in stack.outputs)
-    return tuple(dict.fromkeys(found))
-
-
-def _kinds(body: Anatomy, stack: LayerStack) -> list[Kind]:
-    """What each part of a layer is: an attention reads heads. The second one of a layer reads another stack."""
-    kinds: list[Kind] = []
-    for name in stack.outputs:
-        of_part = [role for role in body.roles if role.pattern.startswith(f"{stack.path}.*.{name}.")]
-        if any(role.along("query", "reads") for role in of_part):
-            kinds.append("cross-attention" if "attention" in kinds else "attention")
-        else:
-            kinds.append("feed-forward")
-    return kinds
 
 
 class _LayerObserver:

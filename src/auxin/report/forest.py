@@ -1,7 +1,8 @@
-"""A picture of many numbers that lie close to one: rows from top to bottom, marks with intervals from left to right.
+"""A picture of many numbers that lie close to one, or to zero: rows from top to bottom, marks with intervals from left
+to right.
 
-The axis is logarithmic in the distance from one, so that 0.9, 0.99 and 0.999 lie equally far apart. It is narrow and as
-long as there are rows: it reads on a telephone, and for a model of eighty layers.
+The axis is logarithmic in the distance from there, so that 0.9, 0.99 and 0.999 lie equally far apart, or 0.1, 0.01 and
+0.001. It is narrow and as long as there are rows: it reads on a telephone, and for a model of eighty layers.
 """
 
 import math
@@ -17,7 +18,7 @@ MARK_HEIGHT, ROW_SPACE = 8, 6
 """Of a mark, and between rows."""
 TITLE_CHARACTERS, NOTE_CHARACTERS = 50, 72
 NEAREST = 1e-5
-"""Distance from one below which a mark lies at the axis' end."""
+"""Distance from one or zero below which a mark lies at the axis' end."""
 _CHARACTER = 6.6
 """Width of a small character, about."""
 
@@ -39,7 +40,7 @@ class Mark:
     series: str
     """Name of its series."""
     value: float
-    """At most 1."""
+    """At most 1 where numbers lie close to one, at least 0 where they lie close to zero."""
     margin: float | None = None
     """Half the width of its interval."""
 
@@ -60,7 +61,7 @@ class Panel:
     rows: list[Row]
 
 
-def forest_svg(title: str, note: str, panels: list[Panel], series: list[Series]) -> str:
+def forest_svg(title: str, note: str, panels: list[Panel], series: list[Series], near: Literal[0, 1] = 1) -> str:
     """The picture's SVG.
 
     Args:
@@ -68,6 +69,7 @@ def forest_svg(title: str, note: str, panels: list[Panel], series: list[Series])
         note: below the title: what is drawn, and how it is read.
         panels: one below the other, on one axis.
         series: the looks of all marks; those that have none are left out of the legend.
+        near: the number that they are close to, at the right end.
     """
     body, y = [], 8.0
     for content in textwrap.wrap(title, TITLE_CHARACTERS):
@@ -81,7 +83,7 @@ def forest_svg(title: str, note: str, panels: list[Panel], series: list[Series])
     used = {mark.series for mark in marks}
     looks = {item.name: item for item in series if item.name in used}
     legend, y = _legend(list(looks.values()), y + 24)
-    axis = _Axis.around(marks)
+    axis = _Axis.around(marks, near)
     body += legend
     for panel in panels:
         drawn, y = _panel(panel, axis, looks, y + 28)
@@ -91,42 +93,51 @@ def forest_svg(title: str, note: str, panels: list[Panel], series: list[Series])
 
 @dataclass(frozen=True)
 class _Axis:
-    """From numbers to places, in decades of the distance from one."""
+    """From numbers to places, in decades of the distance from one or zero."""
 
+    near: int
+    """The number at the right end."""
     first: float
     """Decade of the largest distance, at the left."""
     last: float
-    """Of the smallest one; what is closer to one lies at the right end."""
+    """Of the smallest one; what is closer lies at the right end."""
 
     @classmethod
-    def around(cls, marks: list[Mark]) -> "_Axis":
-        """All marks, and all intervals up to where the distance is 2, that of opposites."""
-        distances = [1 - mark.value for mark in marks if 1 - mark.value > NEAREST]
-        last = math.log10(min(distances, default=0.1)) - 0.2
-        farthest = max((1 - mark.value + (mark.margin or 0) for mark in marks), default=0.0)
-        first = math.log10(min(max(farthest, NEAREST), 2.0)) + 0.06
-        return cls(max(first, last + 1), last)
+    def around(cls, marks: list[Mark], near: int) -> "_Axis":
+        """All marks, and all intervals; those around one up to where the distance is 2, that of opposites."""
+        apart = [_apart(mark.value, near) for mark in marks]
+        last = math.log10(min((distance for distance in apart if distance > NEAREST), default=0.1)) - 0.2
+        farthest = max((d + (mark.margin or 0) for d, mark in zip(apart, marks, strict=True)), default=0.0)
+        first = math.log10(min(max(farthest, NEAREST), 2.0 if near else math.inf)) + 0.06
+        return cls(near, max(first, last + 1), last)
 
     def x(self, value: float) -> float:
-        distance = 1 - value
+        distance = _apart(value, self.near)
         decade = math.log10(distance) if distance > 0 else -math.inf
-        # One itself is at no finite place of the axis: it has the end of a last stretch.
+        # The number at the end is at no finite place of the axis: it has the end of a last stretch.
         share = (self.first - max(decade, self.last - 0.3)) / (self.first - self.last + 0.3)
         return LEFT + (WIDTH - LEFT - RIGHT) * min(max(share, 0.0), 1.0)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Values with their labels: one and what is a power of ten from it, and halfway where there is room."""
+        """Values with their labels: the one at the end and what is a power of ten from it, and halfway where there is
+        room."""
         steps = (1, 5) if self.first - self.last < 3 else (1,)
         decades = range(math.floor(self.last), math.floor(self.first) + 1)
-        distances = [2.0, *(step * 10.0**decade for decade in decades for step in steps)]
+        distances = [*([2.0] if self.near else []), *(step * 10.0**decade for decade in decades for step in steps)]
         inside = [d for d in distances if self.last <= math.log10(d) <= self.first]
-        found = [(1.0, "1")]
-        for value in sorted((1 - d for d in inside), reverse=True):
+        found = [(float(self.near), str(self.near))]
+        for distance in sorted(inside):
+            value = 1 - distance if self.near else distance
             label = f"{value:.10g}"
             # A label that would run into the one at its right is left out, its line with it.
             if self.x(found[-1][0]) - self.x(value) > _CHARACTER * (len(label) + len(found[-1][1])) / 2 + 4:
                 found.append((value, label))
         return found
+
+
+def _apart(value: float, near: int) -> float:
+    """How far `value` is from one, below it, or from zero, above it."""
+    return near - value if near else value
 
 
 def _legend(series: list[Series], y: float) -> tuple[list[str], float]:

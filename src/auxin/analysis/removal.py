@@ -1,0 +1,358 @@
+"""What removing each sublayer, or each layer, does to a model's output.
+
+A sublayer (attention, cross-attention, feed-forward part) is masked: what it adds to the residual stream becomes zero.
+A layer is left out: its output is its input. The outputs without it are held against those of the model as it is, by
+the distances of `auxin.analysis.distances`, token for token; padding (`kept_tokens`) doesn't count.
+
+With `removed`, sublayers are masked from the start, so that the distances are those of one more removal; they are
+distances from the whole model all the same. A greedy search measures so once for each sublayer that it takes.
+
+What the layers below the one in question give is remembered: each candidate runs from its layer on, with embeddings,
+masks and rotary angles, about half of the work on average.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from auxin.accounting.inputs import without_cache
+from auxin.analysis.distances import DISTANCES, Distance, distance, loss
+from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, Tap, kept_tokens
+from auxin.analysis.spread import Estimate, Spread
+from auxin.errors import DataError, PlanError
+from auxin.models.sublayers import Sublayer, sublayers
+from auxin.report.forest import Mark, Panel, Row, Series, forest_svg
+from auxin.settings import Settings
+
+Candidates = Literal["all", "attention", "feed-forward", "layers"]
+SERIES = {
+    "attention": Series("attention", "#2F8AC9", "circle"),
+    "cross-attention": Series("cross-attention", "#009E73", "triangle"),
+    "feed-forward": Series("feed-forward", "#D55E00", "square"),
+    "layer": Series("whole layer", "#7d8590", "diamond"),
+}
+LISTED = 3
+"""How many removals the findings name."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What may be removed: a sublayer, or all of a layer."""
+
+    path: str
+    """Of the sublayer or the layer."""
+    kind: str
+    """Of a sublayer, or "layer"."""
+    layer: str
+    """The layer's path."""
+    number: int
+    """The layer's number in its stack."""
+    stack: str
+    """The stack's path."""
+    outputs: tuple[str, ...]
+    """The modules whose outputs are masked; none for a layer, which is left out."""
+
+
+def candidates(model: PreTrainedModel, which: Candidates) -> list[Candidate]:
+    """What of `model` may be removed, from the first layer on.
+
+    Raises:
+        PlanError: the architecture is not known, or there is nothing of that kind.
+    """
+    known = sublayers(model)
+    if which == "layers":
+        first = {sublayer.layer: sublayer for sublayer in reversed(known)}
+        found = [_candidate(first[path], path, "layer", ()) for path in dict.fromkeys(s.layer for s in known)]
+    else:
+        wanted = [s for s in known if which == "all" or which in s.kind]
+        found = [_candidate(sublayer, sublayer.path, sublayer.kind, (sublayer.output,)) for sublayer in wanted]
+    if not found:
+        kinds = "sublayers" if which in ("all", "layers") else f"{which} sublayers"
+        raise PlanError(f"No {kinds} of this {type(model).__name__} are known that could be removed alone.")
+    return found
+
+
+def _candidate(of: Sublayer, path: str, kind: str, outputs: tuple[str, ...]) -> Candidate:
+    return Candidate(path, kind, of.layer, of.number, of.stack.path, outputs)
+
+
+class RemovalEffect(Settings):
+    """What one removal does."""
+
+    path: str
+    """Of what is removed: "model.layers.3.mlp", or "model.layers.3"."""
+    kind: str
+    """attention, cross-attention, feed-forward or layer."""
+    stack: str
+    """Path of the list of layers that it is in or of."""
+    number: int
+    """The layer's number, from 0."""
+    distances: dict[str, Estimate]
+    """By their names."""
+
+
+class Removals(Result):
+    """The effects of all removals, each alone."""
+
+    loss: Estimate | None
+    """Of the model as it is, in nats per label; None where the labels are of another kind."""
+    effects: list[RemovalEffect]
+    """In the order of the layers."""
+
+    def ranking(self, name: Distance) -> list[RemovalEffect]:
+        """The effects, the smallest distance first; those that are equal in the order of the layers."""
+        return sorted(self.effects, key=lambda effect: effect.distances[name].mean)
+
+    def tables(self) -> list[Table]:
+        """A table for each stack and distance, a row for each layer."""
+        tables = []
+        for stack in self._stacks():
+            effects = [effect for effect in self.effects if effect.stack == stack]
+            columns = list(dict.fromkeys(effect.kind for effect in effects))
+            for name in effects[0].distances:
+                rows = []
+                for number in dict.fromkeys(effect.number for effect in effects):
+                    cells = {e.kind: str(e.distances[name]) for e in effects if e.number == number}
+                    rows.append([str(number), *(cells.get(kind, "") for kind in columns)])
+                tables.append(Table(f"{stack}: {name}", ["layer", *columns], rows))
+        return tables
+
+    def findings(self) -> list[str]:
+        """What can go at the least distance, by each measure."""
+        return [
+            f"Least {name} without: "
+            + ", ".join(f"{e.path} {e.distances[name].mean:.4f}" for e in self.ranking(name)[:LISTED])
+            + "."
+            for name in DISTANCES
+            if name in self.effects[0].distances
+        ]
+
+    def picture(self, title: str) -> str:
+        """A row for each layer, a mark for what each of its removals does by the first distance."""
+        name = next(iter(self.effects[0].distances))
+        panels = []
+        for stack in self._stacks():
+            rows = []
+            for number in dict.fromkeys(effect.number for effect in self.effects if effect.stack == stack):
+                found = [e for e in self.effects if e.stack == stack and e.number == number]
+                marks = [Mark(SERIES[e.kind].name, e.distances[name].mean, e.distances[name].margin) for e in found]
+                rows.append(Row(str(number), marks))
+            panels.append(Panel(stack, rows))
+        note = (
+            f"Distance ({name}) of the output without each part from the whole model's, with 95% intervals. To the "
+            "right a part is missed less; the axis is logarithmic."
+        )
+        return forest_svg(title, note, panels, list(SERIES.values()), near=0)
+
+    def _stacks(self) -> list[str]:
+        return list(dict.fromkeys(effect.stack for effect in self.effects))
+
+
+class Removal(Measurement[Removals]):
+    """The effect of removing each sublayer, or each layer."""
+
+    name: ClassVar[str] = "removal"
+    title: ClassVar[str] = "what removing each attention, feed-forward part or layer does to the output"
+    needs: ClassVar[Needs] = "batches"
+    result_type: ClassVar[type[Result]] = Removals
+
+    candidates: Candidates = "all"
+    """What is removed, one at a time: all sublayers, those of one kind, or whole layers."""
+    distances: list[Distance] = Field(default=list(DISTANCES), min_length=1)
+    """By which the outputs are held against each other."""
+    removed: list[str] = []
+    """Paths of sublayers or layers that are gone from the start."""
+
+    def observe(self, model: PreTrainedModel) -> "RemovalObserver":
+        """An observer of `model`.
+
+        Raises:
+            PlanError: the architecture is not known, there are no such candidates, or what `removed` names is none.
+        """
+        return RemovalObserver(model, self)
+
+
+MEASUREMENT = Removal
+
+
+class RemovalObserver:
+    """Runs the model without each candidate.
+
+    Args:
+        model: of a known architecture.
+        settings: of the measurement.
+
+    Raises:
+        PlanError: as `Removal.observe`.
+    """
+
+    taps: Sequence[Tap] = ()
+
+    def __init__(self, model: PreTrainedModel, settings: Removal) -> None:
+        self._model, self._settings = model, settings
+        offered = candidates(model, settings.candidates)
+        known = {one.path: one for one in (*candidates(model, "all"), *candidates(model, "layers"), *offered)}
+        if unknown := next((path for path in settings.removed if path not in known), None):
+            raise PlanError(
+                f"removed: the model has no sublayer and no layer {unknown!r}. It has {', '.join(list(known)[:3])}, ..."
+            )
+        self._removed = [known[path] for path in settings.removed]
+        self._offered = [one for one in offered if one.path not in settings.removed]
+        if not self._offered:
+            raise PlanError("removed: nothing is left to remove. Name fewer.")
+        self._runs = PrefixedRuns(model, list(dict.fromkeys(one.layer for one in candidates(model, "layers"))))
+        self._spread, self._losses = Spread(), Spread()
+        self._asks: bool | None = None
+
+    def before(self, batch: Batch) -> None:
+        """Run the model on the batch: whole, without what is removed, and without each candidate beside."""
+        inputs = {**batch, **without_cache(self._model)}
+        labels = label_rows(self._model, batch)
+        kept = kept_tokens(self._model, batch, decoder=True)
+        whole = _rows(self._runs.start(inputs, []), kept)
+        if labels is not None and kept is not None and labels.shape == kept.shape:
+            labels = torch.where(kept, labels, -100)
+        told = [None] * len(whole) if labels is None else [*_rows(labels, kept)]
+        if self._removed:
+            self._runs.start(inputs, self._removed)
+        if told[0] is not None and all((one != -100).any() for one in told if one is not None):
+            self._losses.add(torch.tensor([loss(z.float(), y) for z, y in zip(whole, told, strict=True)]))
+        found = []
+        for one in self._offered:
+            changed = _rows(self._runs.without(inputs, self._removed, one), kept)
+            found.append([
+                [distance(name, *pair) for pair in zip(whole, changed, told, strict=True)]
+                for name in self._settings.distances
+            ])  # fmt: skip
+        self._spread.add(torch.tensor(found, dtype=torch.float64).permute(2, 0, 1))
+
+    def after(self, batch: Batch, output: Any) -> None:
+        """Nothing is left to do."""
+
+    def result(self) -> Removals:
+        """The effects in the order of the candidates."""
+        estimates = iter(self._spread.estimates())
+        effects = [
+            RemovalEffect(
+                path=one.path,
+                kind=one.kind,
+                stack=one.stack,
+                number=one.number,
+                distances={name: next(estimates) for name in self._settings.distances},
+            )
+            for one in self._offered
+        ]
+        losses = self._losses.estimates() if self._losses.samples else [None]
+        return Removals(loss=losses[0], effects=effects)
+
+
+class PrefixedRuns:
+    """Runs a model without some of its parts, each time only from the layer on that differs from the run before.
+
+    Args:
+        model: the model; it is left as it is.
+        layers: the paths of its layers.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[str]) -> None:
+        self._model = model
+        self._layers = {path: model.get_submodule(path) for path in layers}
+        self._outputs: dict[str, Any] = {}
+
+    def start(self, inputs: Mapping[str, Any], gone: Sequence[Candidate]) -> Tensor:
+        """Run without `gone`, remember what each layer gives, and return the logits."""
+        self._outputs = {}
+        with contextlib.ExitStack() as stack:
+            for path, layer in self._layers.items():
+                stack.callback(layer.register_forward_hook(partial(self._note, path)).remove)
+            with self._masked(gone):
+                return self._logits(inputs)
+
+    def without(self, inputs: Mapping[str, Any], gone: Sequence[Candidate], one: Candidate) -> Tensor:
+        """The logits without `gone`, as at the start, and without `one`."""
+        with contextlib.ExitStack() as stack:
+            for path, output in self._outputs.items():  # in the order in which they ran
+                if path == one.layer:
+                    break
+                stack.enter_context(_instead(self._layers[path], lambda *_, output=output, **__: output))
+            with self._masked([*gone, one]):
+                return self._logits(inputs)
+
+    def _note(self, path: str, module: nn.Module, arguments: Any, output: Any) -> None:
+        if path in self._outputs:
+            raise PlanError(
+                f"{path} runs several times for one batch, so that it can't be removed once. Share no layers."
+            )
+        self._outputs[path] = output
+
+    def _logits(self, inputs: Mapping[str, Any]) -> Tensor:
+        output = self._model(**inputs)
+        logits = output.get("logits") if hasattr(output, "get") else None
+        if not isinstance(logits, Tensor):
+            raise PlanError(f"The {type(self._model).__name__} gives no logits to compare. Give a model with a head.")
+        return logits
+
+    @contextlib.contextmanager
+    def _masked(self, gone: Sequence[Candidate]) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for one in gone:
+                if one.outputs:
+                    for path in one.outputs:
+                        handle = self._model.get_submodule(path).register_forward_hook(_zeros)
+                        stack.callback(handle.remove)
+                else:
+                    stack.callback(self._layers[one.layer].register_forward_hook(_input, with_kwargs=True).remove)
+            yield
+
+
+@contextlib.contextmanager
+def _instead(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Within the context, `module` computes `forward`."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _zeros(module: nn.Module, arguments: Any, output: Any) -> Any:
+    # Not a product with zero: what is not finite must go, too.
+    return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
+
+
+def _input(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+    hidden = arguments[0] if arguments else named.get("hidden_states", next(iter(named.values())))
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def label_rows(model: PreTrainedModel, batch: Batch) -> Tensor | None:
+    """What each of the logits should say: labels (samples, tokens), moved to where a causal model predicts them, or
+    (samples,); None where the batch has no labels of classes."""
+    labels = batch.get("labels")
+    if labels is None or labels.is_floating_point():
+        return None
+    if isinstance(model, GenerationMixin) and not model.config.is_encoder_decoder:
+        return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
+    return labels
+
+
+def _rows(values: Tensor, kept: Tensor | None) -> list[Tensor]:
+    """Of each sample what belongs to its tokens; what has no tokens, one row."""
+    if values.dim() == 1 or (values.dim() == 2 and values.is_floating_point()):
+        return [row[None] for row in values]
+    if kept is None or kept.shape != values.shape[:2]:
+        if kept is not None and values.is_floating_point():
+            raise DataError(f"The logits {tuple(values.shape)} have other tokens than the mask {tuple(kept.shape)}.")
+        return list(values)
+    return [row[mask] for row, mask in zip(values, kept, strict=True)]

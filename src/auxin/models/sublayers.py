@@ -1,0 +1,133 @@
+"""The parts of the layers that add to the residual stream, sublayers: attentions and feed-forward parts.
+
+A sublayer is known by what it adds. That may be the result of a whole module (Llama's `mlp`), of the last matrix alone
+(BERT, whose modules hold the sum and the norm behind it, too) or of the norm between the two (OLMo 2).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from auxin.accounting.inputs import example_inputs
+from auxin.accounting.shapes import shape_only_copy
+from auxin.models.anatomy import anatomy
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.paths import encloses
+
+Kind = Literal["attention", "cross-attention", "feed-forward"]
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """One part of one layer."""
+
+    path: str
+    """The outermost module whose result is what the sublayer adds, by which it is called: "model.layers.3.mlp"."""
+    output: str
+    """The innermost one: "model.layers.3.mlp.down_proj"."""
+    layer: str
+    """The layer's path: "model.layers.3"."""
+    number: int
+    """The layer's number in its stack, from 0."""
+    stack: LayerStack
+    """The stack of layers."""
+    kind: Kind
+
+
+def sublayers(model: PreTrainedModel) -> list[Sublayer]:
+    """All sublayers of `model`, stack by stack, layer by layer, in the order in which a layer runs them.
+
+    Those that are gone, since a stand-in has their place, are left out. Only shapes are looked at.
+
+    Raises:
+        PlanError: the architecture is not known.
+    """
+    found = list(_outputs(model, anatomy(model)))
+    paths = _outermost(model, [one.output for one in found])
+    return [Sublayer(paths[one.output], *one.rest) for one in found]
+
+
+def parts(stack: LayerStack, layers: nn.Module) -> tuple[str, ...]:
+    """The modules whose outputs are the parts of a layer: those of the stack, but a whole feed-forward part where it is
+    some of its parameters that give them (experts)."""
+    parameters = {name for layer in layers.children() for name, _ in layer.named_parameters()}
+    within = [name for name in stack.outputs if name in parameters]
+    whole = [part for part in stack.feed_forward if part and any(name.startswith(f"{part}.") for name in within)]
+    found = (next((part for part in whole if name.startswith(f"{part}.")), name) for name in stack.outputs)
+    return tuple(dict.fromkeys(found))
+
+
+def kinds(body: Anatomy, stack: LayerStack, names: tuple[str, ...]) -> list[Kind]:
+    """What each of the parts `names` of a layer is: an attention reads heads. The second one of a layer reads another
+    stack."""
+    found: list[Kind] = []
+    for name in names:
+        of_part = [role for role in body.roles if role.pattern.startswith(f"{stack.path}.*.{name}.")]
+        if any(role.along("query", "reads") for role in of_part):
+            found.append("cross-attention" if "attention" in found else "attention")
+        else:
+            found.append("feed-forward")
+    return found
+
+
+@contextmanager
+def running_on_shapes(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, dict[str, Tensor]]]:
+    """Within the context, a copy of `model` that has shapes and no data, in evaluation mode, and inputs for it."""
+    with shape_only_copy(model) as copy:
+        fake = cast(PreTrainedModel, copy).eval()
+        fake.set_experts_implementation("batched_mm")  # which runs on shapes of any type
+        yield fake, example_inputs(fake, 2, 4)
+
+
+@dataclass(frozen=True)
+class _Output:
+    output: str
+    rest: tuple[str, str, int, LayerStack, Kind]
+
+
+def _outputs(model: PreTrainedModel, body: Anatomy) -> Iterator[_Output]:
+    for stack in body.stacks:
+        layers = model.get_submodule(stack.path)
+        names = parts(stack, layers)
+        added = stack.output_norms if stack.norm_position == "after_output" else names
+        for number, layer in enumerate(layers.children()):
+            have = dict(layer.named_modules(remove_duplicate=False))
+            for name, output, kind in zip(names, added, kinds(body, stack, names), strict=True):
+                if name in have and output in have:
+                    path = f"{stack.path}.{number}"
+                    whole = f"{path}.{output}"
+                    yield _Output(whole, (whole, path, number, stack, kind))
+
+
+def _outermost(model: PreTrainedModel, outputs: list[str]) -> dict[str, str]:
+    """By the path of each module the one of the outermost module around it that gives the very same tensor."""
+    around = {
+        output: [path for path, _ in model.named_modules(remove_duplicate=False) if encloses(path, output) and path]
+        for output in outputs
+    }
+    given: dict[str, Tensor | None] = {}
+
+    def note(path: str, module: nn.Module, arguments: Any, result: Any) -> None:
+        first = result[0] if isinstance(result, tuple) and result else result
+        given[path] = first if isinstance(first, Tensor) else None
+
+    with running_on_shapes(model) as (fake, inputs):
+        for path in {path for paths in around.values() for path in paths}:
+            fake.get_submodule(path).register_forward_hook(partial(note, path))
+        fake(**inputs)
+        return {
+            output: next((path for path in paths if _same(given.get(path), given.get(output))), output)
+            for output, paths in around.items()
+        }
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether the two are one tensor, whatever was made of it without copying."""
+    if one is None or other is None or one.shape != other.shape:
+        return False
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata

@@ -1,0 +1,161 @@
+"""Taking whole sublayers out of a model: the edits that leave nothing of an attention or a feed-forward part.
+
+What a sublayer adds becomes zero, so that the stream passes it by; the function is that of the model in which the
+sublayer's output is masked, to the bit. With it goes everything that works for it alone: the norm in front of it where
+no other part reads that norm, the matrices in front of its last one, the norm behind it. A layer of which nothing is
+left and that has no norm behind its sums is dropped, so that the config says it; what is left of others is said by
+stand-ins that are put there again when the model is loaded.
+"""
+
+from collections.abc import Collection, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from auxin.edits.kinds.edit import ArrangeLayers, Edit, RemoveModule
+from auxin.errors import PlanError
+from auxin.models.places import what_is_returned
+from auxin.models.sublayers import Sublayer, running_on_shapes, sublayers
+from auxin.planning.depth import arranged, refuse_kept_layers
+from auxin.words.paths import encloses
+
+
+def removal(model: PreTrainedModel, gone: Iterable[str]) -> list[Edit]:
+    """The edits that take sublayers out of `model`.
+
+    Args:
+        model: the model, on any device; weights are not looked at.
+        gone: the sublayers, by their paths (`auxin.models.sublayers`).
+
+    Raises:
+        PlanError: no sublayers are named, one of them is none of the model's, nothing would be left of a stack, or
+            something that stays needs what one of them makes (T5's first attention has the position bias of all).
+    """
+    known = {sublayer.path: sublayer for sublayer in sublayers(model)}
+    paths = list(dict.fromkeys(gone))
+    if not paths:
+        raise PlanError("There is nothing to remove. Name a sublayer.")
+    if unknown := next((path for path in paths if path not in known), None):
+        raise PlanError(f"The model has no sublayer {unknown!r}. It has {', '.join(list(known)[:4])}, ...")
+    dropped = _dropped(model, known.values(), paths)
+    edits: list[Edit] = [ArrangeLayers(layers=path, order=list(order)) for path, order in dropped.items()]
+    left = [known[path] for path in paths if not _is_dropped(known[path], dropped)]
+    for module, leaves, returns in _emptied(model, left):
+        edits.append(RemoveModule(module=_moved(module, dropped), leaves=leaves, returns=returns))
+    return edits
+
+
+def removable(model: PreTrainedModel, wanted: Iterable[Sublayer]) -> tuple[list[Sublayer], dict[str, str]]:
+    """Those of `wanted` that can be taken out alone; and why the others can't, by their paths."""
+    reasons: dict[str, str] = {}
+    found = []
+    for sublayer in wanted:
+        try:
+            _emptied(model, [sublayer])
+        except PlanError as error:
+            reasons[sublayer.path] = str(error)
+        else:
+            found.append(sublayer)
+    return found, reasons
+
+
+def _dropped(model: PreTrainedModel, known: Collection[Sublayer], gone: Collection[str]) -> dict[str, list[int]]:
+    """For each stack that loses whole layers, the old numbers of those that stay."""
+    orders: dict[str, list[int]] = {}
+    for stack in dict.fromkeys(sublayer.stack for sublayer in known):
+        of_stack = [sublayer for sublayer in known if sublayer.stack == stack]
+        if all(sublayer.path in gone for sublayer in of_stack):
+            raise PlanError(f"{stack.path}: nothing would be left of its layers. Leave one of their parts.")
+        if stack.norm_position == "after_residual":
+            continue
+        emptied = {s.number for s in of_stack} - {s.number for s in of_stack if s.path not in gone}
+        layers = model.get_submodule(stack.path)
+        order = [number for number in range(len(list(layers.children()))) if number not in emptied]
+        try:
+            refuse_kept_layers(stack)
+            arranged(model, ArrangeLayers(layers=stack.path, order=list(order)))
+        except PlanError:
+            continue  # stand-ins do as well; the config goes on counting the layer
+        if emptied:
+            orders[stack.path] = order
+    return orders
+
+
+def _is_dropped(sublayer: Sublayer, orders: dict[str, list[int]]) -> bool:
+    return sublayer.number not in orders.get(sublayer.stack.path, [sublayer.number])
+
+
+def _moved(module: str, orders: dict[str, list[int]]) -> str:
+    for path, order in orders.items():
+        if encloses(path, module):
+            number, _, rest = module.removeprefix(f"{path}.").partition(".")
+            return f"{path}.{order.index(int(number))}.{rest}"
+    return module
+
+
+def _emptied(model: PreTrainedModel, gone: Collection[Sublayer]) -> list[tuple[str, Any, list[str]]]:
+    """What a model without `gone` does without: modules, what stays in their places, and what is returned there."""
+    if not gone:
+        return []
+    bare, idle = _idle_modules(model, gone)
+    tuples = [path for path in (*(s.path for s in gone), *idle) if not bare[path]]
+    returns = {**{path: list[str]() for path in bare}, **what_is_returned(model, tuples)}
+    found: list[tuple[str, Any, list[str]]] = [(s.path, "zeros", returns[s.path]) for s in gone]
+    # What nobody reads may be anything: its input costs least, where that is all that is returned.
+    found += [(path, "identity" if bare[path] else "zeros", returns[path]) for path in idle]
+    order = {name: number for number, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    return sorted(found, key=lambda one: order[one[0]])
+
+
+def _idle_modules(model: PreTrainedModel, gone: Collection[Sublayer]) -> tuple[dict[str, bool], list[str]]:
+    """Whether each module of the layers returns a bare tensor; and the outermost ones that have parameters none of
+    which has a share in the result any more, beside and outside of `gone` themselves."""
+    bare: dict[str, bool] = {}
+
+    def note(path: str, module: nn.Module, arguments: Any, result: Any) -> None:
+        bare[path] = isinstance(result, Tensor)
+
+    with running_on_shapes(model) as (fake, inputs):
+        layers = {sublayer.layer for sublayer in gone}
+        within = [name for name, _ in fake.named_modules() if any(encloses(path, name) for path in layers)]
+        for path in within:
+            fake.get_submodule(path).register_forward_hook(partial(note, path))
+        before = _used(fake, inputs)
+        for sublayer in gone:
+            fake.get_submodule(sublayer.output).register_forward_hook(_nothing)
+        after = _used(fake, inputs)
+    removed = [sublayer.path for sublayer in gone]
+    idle: list[str] = []
+    for path in within:
+        own = {name for name in before if encloses(path, name)}
+        inside = any(encloses(other, path) for other in (*idle, *removed))
+        around = any(encloses(path, other) for other in removed)
+        if path in bare and own and not own & after and not inside and not around:
+            idle.append(path)
+    return bare, idle
+
+
+def _nothing(module: nn.Module, arguments: Any, result: Any) -> Any:
+    if isinstance(result, tuple):
+        return (torch.zeros_like(result[0]), *result[1:])
+    return torch.zeros_like(result)
+
+
+def _used(model: PreTrainedModel, inputs: dict[str, Tensor]) -> set[str]:
+    """The parameters that have a share in what `model` gives."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+        parameter.grad = None
+    with torch.enable_grad():
+        results = list(_differentiable(model(**inputs)))
+        torch.autograd.backward([result.sum() for result in results])
+    return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def _differentiable(output: Any) -> Iterator[Tensor]:
+    for value in output.values():
+        if isinstance(value, Tensor) and value.requires_grad:
+            yield value
