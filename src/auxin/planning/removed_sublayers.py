@@ -1,4 +1,4 @@
-"""Taking whole sublayers out of a model: the edits that leave nothing of an attention or a feed-forward part.
+"""Taking whole sublayers or layers out of a model: the edits that leave nothing of them.
 
 What a sublayer adds becomes zero, so that the stream passes it by; the function is that of the model in which the
 sublayer's output is masked, to the bit. With it goes everything that works for it alone: the norm in front of it where
@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 
 from auxin.edits.kinds.edit import ArrangeLayers, Edit, RemoveModule
 from auxin.errors import PlanError
+from auxin.models.anatomy import anatomy
 from auxin.models.places import what_is_returned
 from auxin.models.sublayers import Sublayer, running_on_shapes, sublayers
-from auxin.planning.depth import arranged, refuse_kept_layers
+from auxin.planning.depth import arrange, arranged, depth, refuse_kept_layers
 from auxin.words.paths import encloses
 
 
-def removal(model: PreTrainedModel, gone: Iterable[str]) -> list[Edit]:
+def without_sublayers(model: PreTrainedModel, gone: Iterable[str]) -> list[Edit]:
     """The edits that take sublayers out of `model`.
 
     Args:
@@ -48,18 +49,48 @@ def removal(model: PreTrainedModel, gone: Iterable[str]) -> list[Edit]:
     return edits
 
 
-def removable(model: PreTrainedModel, wanted: Iterable[Sublayer]) -> tuple[list[Sublayer], dict[str, str]]:
-    """Those of `wanted` that can be taken out alone; and why the others can't, by their paths."""
-    reasons: dict[str, str] = {}
-    found = []
-    for sublayer in wanted:
-        try:
-            _emptied(model, [sublayer])
-        except PlanError as error:
-            reasons[sublayer.path] = str(error)
-        else:
-            found.append(sublayer)
-    return found, reasons
+def without_layers(model: PreTrainedModel, gone: Iterable[str]) -> list[Edit]:
+    """The edits that leave out whole layers of `model`, which pass on what they get.
+
+    Args:
+        model: the model, on any device; weights are not looked at.
+        gone: paths of layers.
+
+    Raises:
+        PlanError: no layers are named, one of them is none of the model's, nothing would be left of a stack, the first
+            layer holds what all need, or no config can say it.
+    """
+    paths = set(gone)
+    edits: list[Edit] = []
+    body = anatomy(model)
+    for stack in body.stacks:
+        have = [f"{stack.path}.{number}" for number in range(depth(model, stack))]
+        order = [number for number, path in enumerate(have) if path not in paths]
+        if not order:
+            raise PlanError(f"{stack.path}: nothing would be left of its layers. Leave one.")
+        if len(order) < len(have):
+            edits += arrange(model, body, stack, order)
+        paths -= set(have)
+    if paths:
+        raise PlanError(f"The model has no layer {min(paths)!r}.")
+    if not edits:
+        raise PlanError("There is nothing to remove. Name a layer.")
+    return edits
+
+
+def refusals(model: PreTrainedModel) -> dict[str, str]:
+    """The sublayers that can't be taken out alone, and why, by their paths.
+
+    Attentions of first layers are tried: what a layer makes for those above it, its attention makes in the first one.
+    """
+    found: dict[str, str] = {}
+    for sublayer in sublayers(model):
+        if sublayer.number == 0 and sublayer.kind != "feed-forward" and sublayer.path != sublayer.output:
+            try:
+                what_is_returned(model, [sublayer.path])
+            except PlanError as error:
+                found[sublayer.path] = str(error)
+    return found
 
 
 def _dropped(model: PreTrainedModel, known: Collection[Sublayer], gone: Collection[str]) -> dict[str, list[int]]:
