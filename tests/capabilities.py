@@ -19,11 +19,12 @@ from auxin.edits.promise import TOLERANCE
 from auxin.edits.structure import structural_edits
 from auxin.errors import PlanError
 from auxin.methods import methods
+from auxin.objectives.calibration import Calibration
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
 from intents import Figures, missed
 from outputs import output
-from tiny_models import FAMILIES, inputs, tiny
+from tiny_models import FAMILIES, inputs, labels, tiny
 
 TITLES = {
     "llama": "Llama",
@@ -100,8 +101,11 @@ def attempt(method: Method, model: PreTrainedModel) -> Result | Refusal:
     """Apply `method` with its example settings to `model`, in place."""
     before, old = logits(model), Figures.of(model)
     try:
-        bench = Bench(model, folder=Path(PLAN_FILES.name))
-        plan = method.plan(bench, method.settings.parse(method.examples(model)))
+        settings = method.settings.parse(method.examples(model))
+        data = None
+        if method.calibration is not None and method.calibration(settings) is not None:
+            data = Calibration.of_batches(model, [{**inputs(model), "labels": labels(model)}])
+        plan = method.plan(Bench(model, data, folder=Path(PLAN_FILES.name)), settings)
         receipt = apply(plan, model)
     except PlanError as error:
         return Refusal(str(error))

@@ -26,7 +26,7 @@ from auxin.errors import ConfigError
 Distance = Literal["js", "kl", "angular", "norm", "perplexity"]
 DISTANCES: tuple[Distance, ...] = get_args(Distance)
 _FARTHEST = 80.0
-"""Of two log-probabilities; what is farther apart than this gives the same divergence."""
+"""Of two log-probabilities; what is farther apart than this has the same part in JS, to the last digit."""
 
 
 def distance(name: Distance, reference: Tensor, changed: Tensor, labels: Tensor | None) -> float:
@@ -50,9 +50,10 @@ def distance(name: Distance, reference: Tensor, changed: Tensor, labels: Tensor 
         return loss(changed, labels) - loss(reference, labels)
     p, q = reference.log_softmax(dim=-1), changed.log_softmax(dim=-1)
     # Both may be minus infinity, where a class is masked.
-    apart = (q - p).nan_to_num(nan=0.0).clamp(-_FARTHEST, _FARTHEST)
+    apart = torch.where(p == q, 0, q - p)
     if name == "kl":
-        return -(p.exp() * apart).sum(-1).mean().item()
+        return -torch.where(p == -math.inf, 0, p.exp() * apart).sum(-1).mean().item()
+    apart = apart.clamp(-_FARTHEST, _FARTHEST)
     middle = torch.log1p(torch.expm1(apart) / 2)  # log M - log P, to the last digit where the two are close
     return ((q.exp() * (apart - middle) - p.exp() * middle).sum(-1) / 2).mean().item()
 

@@ -214,11 +214,9 @@ class RemovalObserver:
     def before(self, batch: Batch) -> None:
         """Run the model on the batch: whole, without what is removed, and without each candidate beside."""
         inputs = {**batch, **without_cache(self._model)}
-        labels = label_rows(self._model, batch)
         kept = kept_tokens(self._model, batch, decoder=True)
+        labels = label_rows(self._model, batch, kept)
         whole = _rows(self._runs.start(inputs, []), kept)
-        if labels is not None and kept is not None and labels.shape == kept.shape:
-            labels = torch.where(kept, labels, -100)
         told = [None] * len(whole) if labels is None else [*_rows(labels, kept)]
         if self._removed:
             self._runs.start(inputs, self._removed)
@@ -336,12 +334,20 @@ def _input(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any],
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def label_rows(model: PreTrainedModel, batch: Batch) -> Tensor | None:
-    """What each of the logits should say: labels (samples, tokens), moved to where a causal model predicts them, or
-    (samples,); None where the batch has no labels of classes."""
+def label_rows(model: PreTrainedModel, batch: Batch, kept: Tensor | None) -> Tensor | None:
+    """What each of the logits should say: labels (samples, tokens), moved to where a causal model predicts them, -100
+    for padding, or (samples,); None where the batch has no labels of classes.
+
+    Args:
+        model: the model.
+        batch: its inputs with labels.
+        kept: (samples, tokens), which tokens are no padding; None: all.
+    """
     labels = batch.get("labels")
     if labels is None or labels.is_floating_point():
         return None
+    if kept is not None and kept.shape == labels.shape:
+        labels = torch.where(kept, labels, -100)
     if isinstance(model, GenerationMixin) and not model.config.is_encoder_decoder:
         return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
     return labels

@@ -51,6 +51,8 @@ class Plan(Settings):
     their settings, see `auxin.planning.hooks`. Recipes obey it; `hooks_of` makes them for a loop of one's own."""
     notes: list[str] = []
     """What whoever trains the new model should know before."""
+    findings: list[str] = []
+    """What the method found when it chose what to do, and what that comes to; shown with the plan."""
     made_for: dict[str, Any] | None = None
     """The config of the model that the plan was made for. It shows the plan without a model; a model of another
     architecture, or of another size where the plan changes it, is refused."""
@@ -132,6 +134,7 @@ class Plan(Settings):
             head += " (an estimate: made without the model's weights, the plan with them may have other sizes)"
         notes = [f"Hook in the training after: {_hook_in_words(hook)}" for hook in self.hooks]
         notes += [f"Note: {note}" for note in self.notes]
+        notes += self.findings
         if self.cost is not None:
             notes.append(f"Planning took {self.cost}")
         if self.made_for is None:

@@ -157,6 +157,14 @@ def arranged(model: PreTrainedModel, edit: ArrangeLayers) -> ArrangeLayers:
     return edit
 
 
+def counts_for_the_cache(model: PreTrainedModel, stack: LayerStack) -> bool:
+    """Whether transformers makes the cache of the decoder as long as `stack`, which is the encoder (T5), so that with a
+    shorter encoder than decoder the model writes nothing."""
+    config = model.config
+    counted = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    return bool(config.is_encoder_decoder and model.can_generate() and stack.length_field == counted)
+
+
 def identity_layers(plan: Plan) -> dict[str, list[int]]:
     """The identity blocks that `plan` inserts: their indices in the grown model, by the path of their stack."""
     return {

@@ -20,7 +20,7 @@ from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.models.places import what_is_returned
 from auxin.models.sublayers import Sublayer, running_on_shapes, sublayers
-from auxin.planning.depth import arrange, arranged, depth, refuse_kept_layers
+from auxin.planning.depth import arrange, arranged, counts_for_the_cache, depth, refuse_kept_layers
 from auxin.words.paths import encloses
 
 
@@ -78,6 +78,16 @@ def without_layers(model: PreTrainedModel, gone: Iterable[str]) -> list[Edit]:
     return edits
 
 
+def layers_to_leave_out(model: PreTrainedModel) -> dict[str, str]:
+    """The layers of `model` that `without_layers` may leave out: the stack of each, by its path.
+
+    Raises:
+        PlanError: the architecture is not known.
+    """
+    stacks = [stack for stack in anatomy(model).stacks if not counts_for_the_cache(model, stack)]
+    return {f"{stack.path}.{number}": stack.path for stack in stacks for number in range(depth(model, stack))}
+
+
 def refusals(model: PreTrainedModel) -> dict[str, str]:
     """The sublayers that can't be taken out alone, and why, by their paths.
 
@@ -100,7 +110,7 @@ def _dropped(model: PreTrainedModel, known: Collection[Sublayer], gone: Collecti
         of_stack = [sublayer for sublayer in known if sublayer.stack == stack]
         if all(sublayer.path in gone for sublayer in of_stack):
             raise PlanError(f"{stack.path}: nothing would be left of its layers. Leave one of their parts.")
-        if stack.norm_position == "after_residual":
+        if stack.norm_position == "after_residual" or counts_for_the_cache(model, stack):
             continue
         emptied = {s.number for s in of_stack} - {s.number for s in of_stack if s.path not in gone}
         layers = model.get_submodule(stack.path)

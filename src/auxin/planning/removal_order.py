@@ -1,0 +1,133 @@
+"""What methods share that take parts out of a model in some order, until so many are gone or the model is small enough.
+
+The parts of a longer list are those of a shorter one and more, so that one order serves every size.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
+from math import floor
+from typing import Self
+
+from pydantic import Field, model_validator
+from transformers import PreTrainedModel
+
+from auxin.edits import Edit, Plan
+from auxin.edits.structure import config_values
+from auxin.errors import PlanError
+from auxin.planning.target import Target, removal
+from auxin.settings import Settings
+
+Edits = Callable[[Sequence[str]], list[Edit]]
+"""(paths of what goes) -> the edits that take it out."""
+
+
+class HowMuch(Settings):
+    """How much goes; give exactly one of the two."""
+
+    removed: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """How many of the candidates go: a share of them below 1 (0.25), rounded down, otherwise their number."""
+    target: Target | None = None
+    """How small the model is to be; the first step that meets it is the last one."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.removed is None) == (self.target is None):
+            raise ValueError("give exactly one of removed (0.25, or how many) and target.")
+        if self.removed is not None and self.removed >= 1 and self.removed != int(self.removed):
+            raise ValueError(f"removed = {self.removed:g} is neither a share below 1 nor a whole number.")
+        return self
+
+    def count(self, offered: int) -> int | None:
+        """How many of the candidates go; None: until the target is met.
+
+        Raises:
+            PlanError: none of them, or all.
+        """
+        if self.removed is None:
+            return None
+        count = floor(offered * Fraction(str(self.removed))) if self.removed < 1 else int(self.removed)
+        if not 0 < count < offered:
+            raise PlanError(
+                f"removed = {self.removed:g} of {offered} candidates is {count}. Ask for 1 to {offered - 1}, or for a "
+                f"share from {1 / offered:.4f} on."
+            )
+        return count
+
+
+def refuse_impossible(model: PreTrainedModel, wanted: HowMuch, offered: Mapping[str, str], edits: Edits) -> None:
+    """Raise PlanError, before any work, when no number of removals is what was asked for.
+
+    Args:
+        model: the model, on any device; weights are not looked at.
+        wanted: how much is to go.
+        offered: what may go: the stack of layers of each, by its path.
+        edits: what takes them out.
+    """
+    wanted.count(len(offered))
+    if (target := wanted.target) is None:
+        return
+    have = target.of(model)
+    limit = target.limit(have)
+    if have <= limit:
+        raise PlanError(f"{target}: the model is no larger, so that nothing has to go. Ask for less.")
+    kept = {stack: path for path, stack in offered.items()}.values()
+    most = [path for path in offered if path not in kept]
+    smallest = target.of(removal(model, edits(most)).after) if most else have
+    if smallest > limit:
+        raise PlanError(
+            f"{target} asks for at most {int(limit):,} of {have:,.0f}, and with all candidates but the last gone "
+            f"{smallest:,.0f} would be left. Ask for at least that."
+        )
+
+
+def last_ones(offered: Mapping[str, str], gone: Iterable[str]) -> set[str]:
+    """Of what may go, the paths of those that are the last ones of their stack; see `refuse_impossible`."""
+    left: dict[str, list[str]] = {}
+    for path, stack in offered.items():
+        left.setdefault(stack, []).extend([] if path in gone else [path])
+    return {paths[0] for paths in left.values() if len(paths) == 1}
+
+
+def taken(
+    model: PreTrainedModel,
+    wanted: HowMuch,
+    offered: Mapping[str, str],
+    order: Iterable[tuple[str, str]],
+    edits: Edits,
+    method: str,
+) -> Plan:
+    """The plan that takes parts out in an order until as much is gone as is wanted.
+
+    Args:
+        model, wanted, offered, edits: as of `refuse_impossible`.
+        order: the paths of what goes, and what is to be said about each; drawn from as long as more has to go.
+        method: the method's name.
+
+    Raises:
+        PlanError: the order ends before.
+    """
+    count, target = wanted.count(len(offered)), wanted.target
+    gone: list[str] = []
+    words: list[str] = []
+    for path, about in order:
+        gone.append(path)
+        words.append(f"{path} ({about})" if about else path)
+        if count is not None and len(gone) < count:
+            continue
+        found = removal(model, edits(gone))
+        if target is None or target.of(found.after) <= target.limit(target.of(found.before)):
+            return Plan(
+                method=method,
+                settings=wanted.model_dump(mode="json", exclude_defaults=True),
+                promise="none",
+                edits=list(found.edits),
+                findings=[
+                    f"Reached: {found.reached(target)}",
+                    f"Removed, in this order: {', '.join(words)}.",
+                ],
+                made_for=config_values(model.config),
+            )
+    raise PlanError(
+        f"After {len(gone)} of {len(offered)} candidates nothing more can go without a stack losing all of its parts. "
+        "Ask for less."
+    )
