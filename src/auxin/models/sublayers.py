@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from auxin.accounting.inputs import example_inputs
 from auxin.accounting.shapes import shape_only_copy
 from auxin.models.anatomy import anatomy
+from auxin.nn.stand_ins import StandIn
 from auxin.words.anatomy import Anatomy, LayerStack
 from auxin.words.paths import encloses
 
@@ -98,7 +99,7 @@ def _outputs(model: PreTrainedModel, body: Anatomy) -> Iterator[_Output]:
         for number, layer in enumerate(layers.children()):
             have = dict(layer.named_modules(remove_duplicate=False))
             for name, output, kind in zip(names, added, kinds(body, stack, names), strict=True):
-                if name in have and output in have:
+                if name in have and output in have and not isinstance(have[output], StandIn):
                     path = f"{stack.path}.{number}"
                     whole = f"{path}.{output}"
                     yield _Output(whole, (whole, path, number, stack, kind))
