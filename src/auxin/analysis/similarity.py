@@ -142,6 +142,7 @@ class Similarity(Measurement[Similarities]):
     name: ClassVar[str] = "similarity"
     title: ClassVar[str] = "cosine of the residual stream before and after each part of each layer, and each layer"
     needs: ClassVar[Needs] = "layers"
+    version: ClassVar[int] = 2
     result_type: ClassVar[type[Result]] = Similarities
 
     def observe(self, model: PreTrainedModel) -> "SimilarityObserver":
