@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -35,9 +35,9 @@ LOW = 2.0
 """Deviations from which on something is beyond in tensors of some hundred entries."""
 
 
-def found(model: Any, data: Samples, **settings: Any) -> Outliers:
+def found(model: Any, data: Samples, **values: Any) -> Outliers:
     with InDouble():
-        return measure(OutlierMeasurement(**settings), model, data, cache=False)
+        return measure(OutlierMeasurement(**values), model, data, cache=False)
 
 
 def tensors(model: Any, row: dict[str, Tensor]) -> list[np.ndarray]:
@@ -105,6 +105,7 @@ def test_every_architecture_has_them(family):
         assert stack.layers[0].parts[0].kind == "attention"
 
 
+@settings(max_examples=20)
 @given(family=st.sampled_from(FAMILIES), sizes=st.tuples(st.integers(1, 7), st.integers(1, 7)), seed=st.integers(0, 9))
 def test_the_size_of_the_batches_changes_nothing(family, sizes, seed):
     model = tiny(family, dtype=torch.float32)
@@ -125,13 +126,13 @@ class Planted:
         self.states = torch.empty(0)
         self.model.model.layers[0].register_forward_hook(lambda module, arguments, output: self.states)
 
-    def found(self, states: Tensor, mask: Tensor | None = None, **settings: Any) -> Any:
+    def found(self, states: Tensor, mask: Tensor | None = None, **values: Any) -> Any:
         """What is found in `states`, (samples, tokens, width)."""
         self.states = states
         rows = {"input_ids": torch.zeros(states.shape[:2], dtype=torch.long)}
         rows |= {} if mask is None else {"attention_mask": mask}
         data = Samples(rows, batch_size=len(states))
-        result = measure(OutlierMeasurement(**settings), self.model, data, cache=False)
+        result = measure(OutlierMeasurement(**values), self.model, data, cache=False)
         return result.stacks[0].layers[0].stream
 
 
@@ -152,6 +153,7 @@ def test_a_gaussian_has_a_kurtosis_of_three_and_no_outliers(seed, scale, mean):
     assert stream.infinity_norm.mean == pytest.approx(scale * (gauss + mean).abs().amax((1, 2)).mean().item(), rel=1e-5)
 
 
+@settings(max_examples=30)
 @given(dimension=st.integers(0, 63), token=st.integers(0, 31), seed=st.integers(0, 99))
 def test_a_planted_outlier_is_found_and_named(dimension, token, seed):
     states = torch.randn(8, 32, 64, generator=torch.Generator().manual_seed(seed))
@@ -165,7 +167,7 @@ def test_a_planted_outlier_is_found_and_named(dimension, token, seed):
     assert stream.kurtosis.mean > 100 * plain.kurtosis.mean
     assert stream.peak.mean > 5 * plain.peak.mean
     both = {dimension, (dimension + 1) % 64}
-    assert {one.dimension for one in planted().found(states, samples=0.2).dimensions} == both
+    assert {one.dimension for one in planted().found(states, sample_share=0.2).dimensions} == both
     padding = torch.ones(8, 32, dtype=torch.long)
     padding[:, token] = 0
     assert planted().found(states, padding).dimensions == []
@@ -206,7 +208,7 @@ def test_it_shares_a_pass_and_its_settings_count(tmp_path):
     assert data.passes == 3
     assert (six.deviations, two.deviations) == (6.0, 2.0)
     assert two.stacks[0].layers[0].stream.beyond.mean > six.stacks[0].layers[0].stream.beyond.mean
-    for wrong in ({"deviations": 0}, {"samples": 1}, {"samples": -0.1}, {"layers": 3}):
+    for wrong in ({"deviations": 0}, {"sample_share": 1}, {"sample_share": -0.1}, {"layers": 3}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             OutlierMeasurement.parse(wrong, source="outliers")
 
@@ -267,7 +269,7 @@ def test_a_table_of_large_numbers_fits_a_terminal():
     with torch.no_grad():
         for parameter in model.decoder.block[1].parameters():
             parameter.mul_(3e4)
-    result = measure(OutlierMeasurement(deviations=1.0, samples=0.0), model, Samples.of(model), cache=False)
+    result = measure(OutlierMeasurement(deviations=1.0, sample_share=0.0), model, Samples.of(model), cache=False)
     named = [
         one.model_copy(update={"dimension": 10_000 + one.dimension})
         for one in result.stacks[1].layers[1].stream.dimensions

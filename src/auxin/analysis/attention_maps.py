@@ -35,7 +35,6 @@ def read_maps(model: PreTrainedModel, layers: Mapping[str, nn.Module], read: Rea
     reader = _Reader(read)
     with contextlib.ExitStack() as stack:
         stack.enter_context(eager_attention(model))
-        stack.callback(reader.forget)
         for layer_path, layer in layers.items():
             for name, module in layer.named_modules():
                 if not name:
@@ -53,16 +52,15 @@ class _Reader:
 
     def __init__(self, read: Read) -> None:
         self._read = read
-        self._last: Tensor | None = None
+        self._last = ""
 
     def hear(self, layer: str, path: str, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if self._last.startswith(f"{path}."):
+            return
         found = _map_in(output)
-        if found is not None and found is not self._last:
-            self._last = found
+        if found is not None:
+            self._last = path
             self._read(layer, path, found)
-
-    def forget(self) -> None:
-        self._last = None
 
 
 def _ask(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:

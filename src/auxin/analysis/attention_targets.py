@@ -143,13 +143,13 @@ class Targets(Result):
         if not any(head.share("special") for _, head in heads):
             told.append(f"No token of the samples is special; special_ids = {self.special_ids}.")
         for words, targets in (
-            ("special or first tokens", ("special", "first")),
-            ("the current token", ("current",)),
+            ("Special and first tokens get", ("special", "first")),
+            ("The current token gets", ("current",)),
         ):
             ranked = sorted(heads, key=lambda named: -named[1].share(*targets))
             most = sum(head.share(*targets) > MOST for _, head in heads)
             named = ", ".join(f"{name} {head.share(*targets):.4f}" for name, head in ranked[:LISTED])
-            told.append(f"More than half of their attention to {words}: {most} of {len(heads)} heads; first {named}.")
+            told.append(f"{words} more than half of the attention of {most} of {len(heads)} heads. Most: {named}.")
         return told
 
     def picture(self, title: str) -> str:
@@ -301,14 +301,15 @@ class _StackObserver:
     def tokens(self, places: int) -> Tokens:
         """What the stack's places are, of which there are so many."""
         samples = len(next(iter(self._batch.values())))
-        device = self.parts.model.device
         kept = self.parts.kept(self._batch)
         if kept is None:
-            kept = torch.ones(samples, places, dtype=torch.bool, device=device)
+            kept = torch.ones(samples, places, dtype=torch.bool, device=self.parts.model.device)
         check_mask(kept, (samples, places))
         special = None
         if self._ids is not None and self._ids.shape == kept.shape:
-            special = torch.isin(self._ids, torch.tensor(self._special_ids, device=device, dtype=self._ids.dtype))
+            special = torch.isin(
+                self._ids, torch.tensor(self._special_ids, device=self._ids.device, dtype=self._ids.dtype)
+            )
         return Tokens(special, kept)
 
     def leave(self) -> None:

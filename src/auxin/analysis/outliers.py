@@ -197,7 +197,7 @@ class OutlierMeasurement(Measurement[Outliers]):
 
     deviations: float = Field(default=6.0, gt=0)
     """From how many standard deviations on an entry is beyond."""
-    samples: float = Field(default=0.25, ge=0, lt=1)
+    sample_share: float = Field(default=0.25, ge=0, lt=1)
     """In more than which share of the samples a dimension must have an entry beyond, to be named."""
 
     def observe(self, model: PreTrainedModel) -> "OutlierObserver":
@@ -251,7 +251,7 @@ class OutlierObserver:
         for path, layers in self._places.items():
             found = []
             for layer, places in layers.items():
-                *parts, stream = (place.result(self._settings.samples) for place in places)
+                *parts, stream = (place.result(self._settings.sample_share) for place in places)
                 found.append(LayerOutliers(path=layer, parts=parts, stream=stream))
             stacks.append(StackOutliers(path=path, layers=found))
         return Outliers(deviations=self._settings.deviations, stacks=stacks)
