@@ -697,7 +697,9 @@ main()
 """
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["train", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], ["train", "--help"], ["analyse", "--help"]], ids=" ".join
+)
 def test_help_and_version_come_at_once(arguments):
     """torch and transformers, which take seconds, are not imported for them."""
     done = subprocess.run([sys.executable, "-c", LOADED, *arguments], capture_output=True, text=True, check=True)

@@ -11,9 +11,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 from typer.testing import CliRunner
 
 from auxin import cli
+from auxin.analysis import measurements
 from auxin.analysis.similarity import Similarities
+from auxin.cli.analysing import measurement_names
 from auxin.errors import AuxinError, ConfigError, DataError
 from auxin.objectives import calibration
+from plugins import install
 from tiny_models import tiny
 from tiny_tokenizers import tiny_tokenizer
 
@@ -99,6 +102,36 @@ def test_an_encoder_decoder_is_measured_on_what_it_is_trained_with(tmp_path):
     assert "cross-attention" in printed.out
 
 
+def test_its_help_names_all_that_is_installed(tmp_path, monkeypatch):
+    """It reads them from files, as importing takes seconds: none may be missing."""
+    assert measurement_names() == sorted(measurements())
+    assert {"attention-targets", "outliers", "similarity"} <= set(measurement_names())
+    install(tmp_path, monkeypatch, "loudness", "raise SystemError('not imported')", "measurements", "Loudness")
+    assert "loudness" in measurement_names()
+    text = " ".join(call("--help").out.split())
+    assert all(name in text for name in measurement_names())
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "told"),
+    [
+        ("attention-targets", "special_ids=[5, 7]", ("special_ids", [5, 7])),
+        ("outliers", "deviations=3", ("deviations", 3)),
+    ],
+)
+def test_every_measurement_is_printed_and_written(llama, tmp_path, monkeypatch, name, setting, told):
+    monkeypatch.setenv("COLUMNS", "80")
+    printed = call(llama, name, *QUICK, "--set", setting, "-o", tmp_path / "out")
+    assert printed.out.startswith("model.layers")
+    table = printed.out.partition("\n\n")[0].splitlines()
+    assert max(map(len, table)) <= 80
+    root = ElementTree.parse(tmp_path / "out" / "picture.svg").getroot()
+    assert f"{name.capitalize().replace('-', ' ')} of small" in "".join(root.itertext())
+    written = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
+    assert written["subject"]["measurement"] == name
+    assert written["result"][told[0]] == told[1]
+
+
 def test_what_cannot_be_measured_is_one_message(llama, tmp_path):
     tiny("vit", dtype=torch.float32).save_pretrained(tmp_path / "vit")
     LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=24)).save_pretrained(tmp_path / "mute")
@@ -107,6 +140,7 @@ def test_what_cannot_be_measured_is_one_message(llama, tmp_path):
     for arguments, error, words in (
         ((llama, "similarty"), ConfigError, "Did you mean 'similarity'"),
         ((llama, "similarity", "--set", "layers=3"), ConfigError, "similarity: layers: unknown field"),
+        ((llama, "outliers", "--set", "sample_share=2"), ConfigError, "outliers: sample_share: "),
         ((llama, "similarity", "--length", 65), ConfigError, "length is 65, but .* is 64"),
         ((llama, "similarity", "--length", 12, "--samples", 100_000), DataError, r"the text makes \d+ samples of 12"),
         ((tmp_path / "vit", "similarity"), DataError, "Text has no labels for a ViT"),

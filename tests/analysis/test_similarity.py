@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from analysis.hand_written import by_hand
 from analysis.samples import Samples
 from auxin.analysis import measure
 from auxin.analysis.similarity import Similarities, Similarity
@@ -22,7 +23,7 @@ from auxin.methods import method
 from auxin.models.anatomy import anatomy
 from auxin.planning.bench import Bench
 from oracles import similarity as oracle
-from tiny_models import EPSILON, FAMILIES, InDouble, inputs, tiny
+from tiny_models import FAMILIES, InDouble, inputs, tiny
 
 VARIANTS = [*((family, {}) for family in FAMILIES), ("gpt_neox", {"use_parallel_residual": False})]
 every_variant = pytest.mark.parametrize(("family", "config"), VARIANTS, ids=str)
@@ -43,39 +44,12 @@ def numbers(result: Similarities) -> list[list[list[float]]]:
     ]
 
 
-def by_hand(model: Any, row: dict[str, Tensor]) -> list[list[list[float]]]:
-    """The oracle's similarities of one sample."""
-    w = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    family, config = model.config.model_type, model.config
-    ids = row["input_ids"].tolist() if "input_ids" in row else []
-    if family in ("llama", "olmo2"):
-        stacks = oracle.llama(w, ids, heads=4, keys=2, eps=EPSILON, after=family == "olmo2")
-    elif family == "gpt2":
-        stacks = oracle.gpt2(w, ids, heads=4, eps=EPSILON)
-    elif family == "gpt_neox":
-        stacks = oracle.gpt_neox(w, ids, heads=4, eps=EPSILON, parallel=config.use_parallel_residual)
-    elif family == "bert":
-        stacks = oracle.bert(w, ids, row["token_type_ids"].tolist(), heads=4, eps=EPSILON)
-    elif family == "t5":
-        stacks = oracle.t5(w, ids, row["decoder_input_ids"].tolist(), heads=4, eps=EPSILON, farthest=10)
-    elif family == "vit":
-        stacks = oracle.vit(w, row["pixel_values"].numpy(), patch=4, heads=4, eps=EPSILON)
-    else:
-        names = ("attention.query", "attention.key", "attention.value", "attention.proj", "mlp")
-        layers = [
-            {name: tuple(p.detach().numpy() for p in layer.get_submodule(name).parameters()) for name in names}
-            for layer in model.model.layers
-        ]
-        embedding = w["model.embed_tokens.weight"]
-        stacks = oracle.tokenformer(embedding, layers, ids, heads=4, rotated=config.rotary_dim, eps=EPSILON)
-    return oracle.similarities(stacks)
-
-
 @pytest.mark.parametrize(("family", "config"), ORACLES, ids=str)
 def test_it_is_what_hand_written_forward_passes_give(family, config):
     model = tiny(family, **config)
     data = Samples.of(model, samples=5)
-    samples = [by_hand(model, {name: rows[n] for name, rows in data.rows.items()}) for n in range(5)]
+    rows = [{name: rows[n] for name, rows in data.rows.items()} for n in range(5)]
+    samples = [oracle.similarities(by_hand(model, row)) for row in rows]
     result = found(model, data)
     # The angles of a TokenFormer's rotation are float32 whatever the model's type.
     close = 1e-6 if family == "tokenformer" else 1e-10

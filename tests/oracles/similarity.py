@@ -5,7 +5,9 @@ gives for every stack a list of layers, for every layer the pairs (before, after
 part's addition to the stream, and the last one for the whole layer.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,19 +63,36 @@ def split(x: Array, heads: int) -> Array:
     return x.reshape(len(x), heads, -1).transpose(1, 0, 2)
 
 
+_RECORDERS: list[list[Array]] = []
+
+
+@contextlib.contextmanager
+def recorded_maps() -> Iterator[list[Array]]:
+    """Within the context, the maps of all attentions, (heads, queries, keys), in the order in which they are run."""
+    _RECORDERS.append([])
+    try:
+        yield _RECORDERS[-1]
+    finally:
+        _RECORDERS.pop()
+
+
 def attend(q: Array, k: Array, v: Array, causal: bool, scale: float | None = None, bias: Array | float = 0.0) -> Array:
     """(heads, tokens, dim) each, keys and values of fewer heads repeated -> (tokens, heads * dim)."""
     k, v = (np.repeat(x, len(q) // len(x), axis=0) for x in (k, v))
     scores = q @ k.transpose(0, 2, 1) * (q.shape[-1] ** -0.5 if scale is None else scale) + bias
     if causal:
         scores = np.where(np.tril(np.ones(scores.shape[1:], dtype=bool)), scores, -np.inf)
-    return (softmax(scores) @ v).transpose(1, 0, 2).reshape(q.shape[1], -1)
+    weights = softmax(scores)
+    for maps in _RECORDERS:
+        maps.append(weights)
+    return (weights @ v).transpose(1, 0, 2).reshape(q.shape[1], -1)
 
 
 def rotate(x: Array, rotated: int, base: float = 10000.0) -> Array:
-    """Entries j and j + rotated / 2 of each head are turned by position * base^(-2 j / rotated)."""
+    """Entries j and j + rotated / 2 of each head are turned by position * base^(-2 j / rotated), which transformers
+    keeps in float32."""
     half = rotated // 2
-    angle = np.arange(x.shape[1])[:, None] * base ** (-np.arange(half) / half)
+    angle = np.arange(x.shape[1])[:, None] * (base ** (-np.arange(half) / half)).astype(np.float32).astype(np.float64)
     pairs = (x[..., :half] + 1j * x[..., half:rotated]) * np.exp(1j * angle)
     return np.concatenate([pairs.real, pairs.imag, x[..., rotated:]], axis=-1)
 

@@ -185,12 +185,17 @@ def token_means(values: Tensor, kept: Tensor | None) -> Tensor:
     """
     if kept is None:
         return values.mean(dim=1)
-    if kept.shape != values.shape:
+    check_mask(kept, values.shape)
+    return torch.where(kept, values, 0).sum(dim=1) / kept.sum(dim=1)
+
+
+def check_mask(kept: Tensor, shape: Sequence[int]) -> None:
+    """DataError for a mask of other than (samples, tokens) = `shape`."""
+    if tuple(kept.shape) != tuple(shape):
         raise DataError(
             f"A mask of (samples, tokens) = {tuple(kept.shape)} was given, but there are hidden states for "
-            f"{tuple(values.shape)}. Give a mask of the inputs' length."
+            f"{tuple(shape)}. Give a mask of the inputs' length."
         )
-    return torch.where(kept, values, 0).sum(dim=1) / kept.sum(dim=1)
 
 
 def _measurements_in(loaded: Any) -> Iterator[tuple[str, type[Measurement[Any]]]]:

@@ -128,7 +128,7 @@ def _follow(
             for observer, _ in following:
                 observer.before(inputs)
             with _tapped(taps):
-                output = forward(inputs) if forward is not None else None
+                output = forward(**inputs) if forward is not None else None
             for observer, needs in following:
                 observer.after(inputs, output if needs == "logits" else None)
             done += samples
@@ -137,19 +137,27 @@ def _follow(
         raise DataError(f"The data say that they hold {data.samples} samples, but gave {done}. Nothing was measured.")
 
 
-def _forward(model: PreTrainedModel, needs: set[Needs]) -> Callable[[dict[str, Tensor]], Any] | None:
+def _forward(model: PreTrainedModel, needs: set[Needs]) -> Callable[..., Any] | None:
     """How the model is run; None: not at all.
 
     Where nobody needs logits, the head and its loss are left out: with a large vocabulary they cost more memory than
     the rest. An encoder-decoder runs as a whole, as it makes its decoder's inputs of the labels.
     """
-    if not needs & {"layers", "logits"}:
-        return None
+    if "logits" in needs:
+        return partial(model, **_constant(model))
+    return forward_through_layers(model) if "layers" in needs else None
+
+
+def forward_through_layers(model: PreTrainedModel) -> Callable[..., Any]:
+    """What runs all layers of `model` on a batch, given as keyword arguments, and where it can no head and no loss."""
+    if model.config.is_encoder_decoder:
+        return partial(model, **_constant(model))
+    return lambda labels=None, **inputs: model.base_model(**inputs, **_constant(model))
+
+
+def _constant(model: PreTrainedModel) -> dict[str, Any]:
     # A cache of keys and values is for generation.
-    constant = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-    if "logits" in needs or model.config.is_encoder_decoder:
-        return lambda inputs: model(**inputs, **constant)
-    return lambda inputs: model.base_model(**{k: v for k, v in inputs.items() if k != "labels"}, **constant)
+    return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
 
 
 def _samples(batch: Any) -> int:

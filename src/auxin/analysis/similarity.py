@@ -22,7 +22,6 @@ float32 at least.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -30,14 +29,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, Tap, kept_tokens, token_means
+from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, Tap, token_means
+from auxin.analysis.parts import Kind, StackParts, refuse_blocks, stack_parts, wide
 from auxin.analysis.spread import Estimate, Spread
 from auxin.errors import PlanError
-from auxin.models.anatomy import anatomy
-from auxin.models.sublayers import Kind, kinds, parts
 from auxin.report.forest import Mark, Panel, Row, Series, forest_svg
 from auxin.settings import Settings
-from auxin.words.anatomy import Anatomy, LayerStack
 
 WHOLE = "whole layer"
 SERIES = {
@@ -145,6 +142,7 @@ class Similarity(Measurement[Similarities]):
     name: ClassVar[str] = "similarity"
     title: ClassVar[str] = "cosine of the residual stream before and after each part of each layer, and each layer"
     needs: ClassVar[Needs] = "layers"
+    version: ClassVar[int] = 2
     result_type: ClassVar[type[Result]] = Similarities
 
     def observe(self, model: PreTrainedModel) -> "SimilarityObserver":
@@ -170,21 +168,15 @@ class SimilarityObserver:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        body = anatomy(model)
-        if body.residual_blocks != "one":
-            raise PlanError(
-                "The model's residual stream has several blocks (AltUp), of which each layer sees one. Measure the "
-                "model before that edit."
-            )
-        self._model = model
-        self._stacks = [_StackObserver(model, body, stack) for stack in body.stacks]
+        refuse_blocks(model)
+        self._stacks = [_StackObserver(parts) for parts in stack_parts(model)]
         self._spread = Spread()
         self.taps = [tap for stack in self._stacks for layer in stack.layers for tap in layer.taps()]
 
     def before(self, batch: Batch) -> None:
         """Note which tokens count."""
         for stack in self._stacks:
-            kept = kept_tokens(self._model, batch, stack.is_decoder)
+            kept = stack.kept(batch)
             for layer in stack.layers:
                 layer.kept = kept
 
@@ -202,13 +194,9 @@ class SimilarityObserver:
 class _StackObserver:
     """The layers of one stack."""
 
-    def __init__(self, model: PreTrainedModel, body: Anatomy, stack: LayerStack) -> None:
-        modules = model.get_submodule(stack.path)
-        stack = replace(stack, outputs=parts(stack, modules))
-        self.path = stack.path
-        self.is_decoder = body.head is not None and stack.is_read_by(body.head)
-        self.kinds = kinds(body, stack, stack.outputs)
-        self.layers = [_LayerObserver(f"{stack.path}.{n}", layer, stack) for n, layer in enumerate(modules.children())]
+    def __init__(self, parts: StackParts) -> None:
+        self.path, self.kinds, self.kept = parts.stack.path, parts.kinds, parts.kept
+        self.layers = [_LayerObserver(path, layer, parts) for path, layer in parts.layers.items()]
 
     def result(self, estimates: Iterator[Estimate]) -> StackSimilarity:
         """The stack's part of the result."""
@@ -225,8 +213,9 @@ class _StackObserver:
 class _LayerObserver:
     """One layer: the stream as it is while a batch runs through, and the means that this gave."""
 
-    def __init__(self, path: str, layer: nn.Module, stack: LayerStack) -> None:
-        self.path, self.stack = path, stack
+    def __init__(self, path: str, layer: nn.Module, parts: StackParts) -> None:
+        self.path, self.stack = path, parts.stack
+        self._added = parts.added
         self.kept: Tensor | None = None
         self._layer = layer
         self._entered: Tensor | None = None
@@ -237,8 +226,7 @@ class _LayerObserver:
     def taps(self) -> Iterator[Tap]:
         """Its input, what each part adds to the stream, the norms behind sums, and its output, in this order."""
         yield Tap(self._layer, "input", self._enter)
-        added = self.stack.output_norms if self.stack.norm_position == "after_output" else self.stack.outputs
-        for part, name in zip(self.stack.outputs, added, strict=True):
+        for part, name in zip(self.stack.outputs, self._added, strict=True):
             yield Tap(self._layer.get_submodule(name), "output", partial(self._add, part))
         if self.stack.norm_position == "after_residual":
             for name in self.stack.output_norms:
@@ -256,11 +244,11 @@ class _LayerObserver:
         return means
 
     def _enter(self, hidden: Tensor) -> None:
-        self._entered = self._stream = _wide(hidden)
+        self._entered = self._stream = wide(hidden)
 
     def _add(self, part: str, output: Tensor) -> None:
         entered, stream = self._inside()
-        output = _wide(output)
+        output = wide(output)
         if output.shape != stream.shape:
             raise self._other_build(f"{part} gives {tuple(output.shape)}, and not the stream's shape")
         read = entered if self.stack.parallel else stream
@@ -275,16 +263,16 @@ class _LayerObserver:
         # A sum's rounding is relative to its largest term, and the model may add in another order and type.
         scale = max(entered.abs().max().item(), stream.abs().max().item())
         allowed = _ROUNDINGS * torch.finfo(hidden.dtype).eps * scale
-        if hidden.shape != stream.shape or (_wide(hidden) - stream).abs().max().item() > allowed:
+        if hidden.shape != stream.shape or (wide(hidden) - stream).abs().max().item() > allowed:
             raise self._other_build("the stream is something else than its input plus what its parts give")
 
     def _replace(self, hidden: Tensor) -> None:
-        self._stream = _wide(hidden)
+        self._stream = wide(hidden)
 
     def _leave(self, hidden: Tensor) -> None:
         self._same(hidden)
         entered, _ = self._inside()
-        self._means[WHOLE] = token_means(_cosine(entered, _wide(hidden)), self.kept)
+        self._means[WHOLE] = token_means(_cosine(entered, wide(hidden)), self.kept)
         self._entered = self._stream = None
 
     def _inside(self) -> tuple[Tensor, Tensor]:
@@ -300,10 +288,6 @@ class _LayerObserver:
 
 
 _ROUNDINGS = 16
-
-
-def _wide(hidden: Tensor) -> Tensor:
-    return hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 def _cosine(before: Tensor, after: Tensor) -> Tensor:

@@ -1,22 +1,59 @@
 """The command that measures a model: what its layers do, on samples of text."""
 
+import ast
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from auxin.cli.app import LARGEST_SEED, AsJson, Overrides, app, refuse_swapped
 from auxin.cli.printing import escaped, print_table, print_wide
 from auxin.errors import ConfigError, DataError
 
 
+class _Analyse(TyperCommand):
+    """Says in its help which measurements there are."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        for parameter in self.params:
+            if parameter.name == "measurement":
+                parameter.help = f"A measurement: {', '.join(measurement_names())}."  # type: ignore[attr-defined]
+        super().format_help(ctx, formatter)
+
+
+def measurement_names() -> list[str]:
+    """The names of all measurements that are installed. They are read from the files of ours and from the entry points
+    of others: importing a measurement takes seconds, which `--help` need not wait for."""
+    package = find_spec("auxin.analysis")
+    assert package is not None
+    folders = [Path(folder) for folder in package.submodule_search_locations or ()]
+    own = [name for folder in folders for path in folder.glob("*.py") for name in _named_in(path)]
+    return sorted({*own, *(entry.name for entry in entry_points(group="auxin.measurements"))})
+
+
+def _named_in(path: Path) -> Iterator[str]:
+    """What the module calls its measurement: the class that it names as `MEASUREMENT` has it as its `name`."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    classes = {node.name: node for node in body if isinstance(node, ast.ClassDef)}
+    for node in body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MEASUREMENT":
+            for field in classes[ast.unparse(node.value)].body:
+                if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) == "name" and field.value is not None:
+                    yield ast.literal_eval(field.value)
+
+
 @app.command(
+    cls=_Analyse,
     epilog="Example: [bold]auxin analyse CKPT similarity -o similarity[/]\n\n"
-    "Quick: [bold]auxin analyse CKPT similarity --samples 16 --length 64[/]"
+    "Quick: [bold]auxin analyse CKPT similarity --samples 16 --length 64[/]",
 )
 def analyse(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint's folder.")],
-    measurement: Annotated[str, typer.Argument(metavar="WHAT", help="A measurement: similarity.")],
+    measurement: Annotated[str, typer.Argument(metavar="WHAT", help="A measurement.")],
     samples: Annotated[int, typer.Option(min=1, help="Texts to measure on.")] = 64,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts that run at once.")] = 8,
@@ -54,7 +91,7 @@ def analyse(
         )
     (record,) = measure_all([wanted], loaded, data, progress=True)
     if output is not None:
-        _write(record, f"{wanted.name.capitalize()} of {model.resolve().name}", output)
+        _write(record, f"{wanted.name.replace('-', ' ').capitalize()} of {model.resolve().name}", output)
     if as_json:
         print(record.model_dump_json(indent=2))
         return

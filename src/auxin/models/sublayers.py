@@ -63,9 +63,11 @@ def parts(stack: LayerStack, layers: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def kinds(body: Anatomy, stack: LayerStack, names: tuple[str, ...]) -> list[Kind]:
+def kinds(model: PreTrainedModel, stack: LayerStack, names: tuple[str, ...]) -> list[Kind]:
     """What each of the parts `names` of a layer is: an attention reads heads. The second one of a layer reads another
     stack."""
+    # The widths of towers, and with them what their parameters read, are told one tower at a time.
+    body = anatomy(model, part=stack.tower or None)
     found: list[Kind] = []
     for name in names:
         of_part = [role for role in body.roles if role.pattern.startswith(f"{stack.path}.*.{name}.")]
@@ -96,9 +98,10 @@ def _outputs(model: PreTrainedModel, body: Anatomy) -> Iterator[_Output]:
         layers = model.get_submodule(stack.path)
         names = parts(stack, layers)
         added = stack.output_norms if stack.norm_position == "after_output" else names
+        of_kind = kinds(model, stack, names)
         for number, layer in enumerate(layers.children()):
             have = dict(layer.named_modules(remove_duplicate=False))
-            for name, output, kind in zip(names, added, kinds(body, stack, names), strict=True):
+            for name, output, kind in zip(names, added, of_kind, strict=True):
                 if name in have and output in have and not isinstance(have[output], StandIn):
                     path = f"{stack.path}.{number}"
                     whole = f"{path}.{output}"

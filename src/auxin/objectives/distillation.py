@@ -25,10 +25,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from auxin.accounting.flops import forward_flops
 from auxin.data.dataset import SampleForm
 from auxin.errors import CheckpointError, ConfigError
+from auxin.models.eager import eager_attention
 from auxin.models.loading import task_classes
 from auxin.objectives.layer_matching import (
     check_shapes,
-    eager_attention,
     layers_of,
     mean_squared_distance,
     paired_layers,

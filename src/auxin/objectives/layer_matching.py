@@ -16,10 +16,8 @@ from transformers import PreTrainedModel
 from auxin.accounting.flops import countable_kernels
 from auxin.accounting.shapes import shape_only_copy, without_data
 from auxin.errors import ConfigError, PlanError
+from auxin.models.eager import EAGER
 from auxin.models.layers import layer_paths
-
-EAGER = "eager"
-"""The one implementation of attention that has maps to give."""
 
 
 @dataclass(frozen=True)
@@ -89,17 +87,6 @@ def watched_layers(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[di
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context, the model's attention computes its maps; afterwards it is implemented as before."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(EAGER)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def attention_maps(output: Any) -> tuple[Tensor, ...]:

@@ -1,8 +1,7 @@
 """Which of a layer's attentions a parameter belongs to, where a layer has several (T5's decoder)."""
 
-from itertools import takewhile
-
 from auxin.words.anatomy import Anatomy
+from auxin.words.paths import shared_parts
 from auxin.words.roles import ParameterRole
 
 
@@ -15,7 +14,7 @@ def attention_numbers(anatomy: Anatomy) -> dict[str, int]:
         attentions = list(dict.fromkeys(_attention(role) for role in roles if _makes_queries(role)))
         for role in roles:
             parts = role.pattern.split(".")
-            shared = [(_shared(parts, attention), number) for number, attention in enumerate(attentions)]
+            shared = [(shared_parts(parts, attention), number) for number, attention in enumerate(attentions)]
             numbers[role.pattern] = max(shared, default=(0, 0))[1]
     return numbers
 
@@ -32,7 +31,3 @@ def _attention(role: ParameterRole) -> tuple[str, ...]:
     while parts[-1] == "inner":  # a wrapper is between
         parts.pop()
     return tuple(parts[:-1])
-
-
-def _shared(one: list[str], other: tuple[str, ...]) -> int:
-    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))))

@@ -1,8 +1,9 @@
 """Dotted paths of modules and parameters, in which `*` stands for any one part."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import takewhile
 
 
 def dotted(*paths: str) -> str:
@@ -31,3 +32,8 @@ def innermost(path: str, scopes: Iterable[str]) -> str:
     """The innermost of `scopes` that enclose `path`: the one with the most parts, with the fewest `*` among those."""
     around = [scope for scope in scopes if encloses(scope, path)]
     return max(around, key=lambda scope: (len(scope.split(".")) if scope else 0, -scope.count("*")))
+
+
+def shared_parts(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many parts two paths, given in parts, have in common from the beginning on."""
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))))

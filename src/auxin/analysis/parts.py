@@ -1,0 +1,82 @@
+"""The parts of a model's layers: what adds to the residual stream, of what kind it is, whose tokens pass through it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from auxin.analysis.measurement import Batch, kept_tokens
+from auxin.errors import PlanError
+from auxin.models.anatomy import anatomy
+from auxin.models.sublayers import Kind, kinds, parts
+from auxin.words.anatomy import LayerStack
+
+
+@dataclass(frozen=True)
+class StackParts:
+    """The layers of one stack."""
+
+    model: PreTrainedModel
+    """What it belongs to."""
+    runner: nn.Module
+    """The innermost model that runs it: a whole model of one stack, an encoder, a decoder, a tower."""
+    stack: LayerStack
+    """Its anatomy; `outputs` are whole parts, each a module of a layer, in the order in which they are run."""
+    kinds: tuple[Kind, ...]
+    """Of each part."""
+    layers: dict[str, nn.Module]
+    """By path, from the first to the last."""
+
+    @property
+    def added(self) -> Sequence[str]:
+        """For each part the module of a layer whose output is added to the residual stream."""
+        return self.stack.output_norms if self.stack.norm_position == "after_output" else self.stack.outputs
+
+    def kept(self, batch: Batch) -> Tensor | None:
+        """Which of its tokens are none of padding, (samples, tokens); None: all of them. See `kept_tokens`."""
+        if "input_ids" in batch and getattr(self.runner, "main_input_name", "input_ids") != "input_ids":
+            return None  # of a model's towers, the mask is about the one that reads text
+        return kept_tokens(self.model, batch, decoder="cross-attention" in self.kinds)
+
+
+def stack_parts(model: PreTrainedModel) -> list[StackParts]:
+    """The layers of all stacks of `model`.
+
+    Raises:
+        PlanError: the architecture is not known.
+    """
+    return [_stack_parts(model, stack) for stack in anatomy(model).stacks]
+
+
+def refuse_blocks(model: PreTrainedModel) -> None:
+    """PlanError for a model whose residual stream has several blocks."""
+    if anatomy(model).residual_blocks != "one":
+        raise PlanError(
+            "The model's residual stream has several blocks (AltUp), of which each layer sees one. Measure the model "
+            "before that edit."
+        )
+
+
+def wide(hidden: Tensor) -> Tensor:
+    """`hidden` in float32 at least, without a gradient."""
+    return hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def _stack_parts(model: PreTrainedModel, stack: LayerStack) -> StackParts:
+    modules = model.get_submodule(stack.path)
+    stack = replace(stack, outputs=parts(stack, modules))
+    return StackParts(
+        model,
+        _runner(model, stack.path),
+        stack,
+        tuple(kinds(model, stack, stack.outputs)),
+        {f"{stack.path}.{name}": layer for name, layer in modules.named_children()},
+    )
+
+
+def _runner(model: PreTrainedModel, path: str) -> nn.Module:
+    names = path.split(".")
+    around = (model.get_submodule(".".join(names[:end])) for end in range(len(names), 0, -1))
+    return next((module for module in around if isinstance(module, PreTrainedModel)), model)
