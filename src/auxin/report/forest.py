@@ -5,21 +5,17 @@ long as there are rows: it reads on a telephone, and for a model of eighty layer
 """
 
 import math
-import textwrap
 from dataclasses import dataclass
 from typing import Literal
 
-from auxin.report.svg import GREY, document, escaped, line, text
+from auxin.report.svg import CHARACTER, GREY, MARGIN, NARROW, document, escaped, heading, line, text
 
-WIDTH = 480
-LEFT, RIGHT, MARGIN = 40, 24, 16
+WIDTH = NARROW
+LEFT, RIGHT = 40, 24
 MARK_HEIGHT, ROW_SPACE = 8, 6
 """Of a mark, and between rows."""
-TITLE_CHARACTERS, NOTE_CHARACTERS = 50, 72
 NEAREST = 1e-5
 """Distance from one below which a mark lies at the axis' end."""
-_CHARACTER = 6.6
-"""Width of a small character, about."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +65,7 @@ def forest_svg(title: str, note: str, panels: list[Panel], series: list[Series])
         panels: one below the other, on one axis.
         series: the looks of all marks; those that have none are left out of the legend.
     """
-    body, y = [], 8.0
-    for content in textwrap.wrap(title, TITLE_CHARACTERS):
-        y += 20
-        body.append(text(MARGIN, y, content, size=16, weight=600))
-    y += 4
-    for content in textwrap.wrap(note, NOTE_CHARACTERS):
-        y += 17
-        body.append(text(MARGIN, y, content, size=12))
+    body, y = heading(title, note)
     marks = [mark for panel in panels for row in panel.rows for mark in row.marks]
     used = {mark.series for mark in marks}
     looks = {item.name: item for item in series if item.name in used}
@@ -124,7 +113,7 @@ class _Axis:
         for value in sorted((1 - d for d in inside), reverse=True):
             label = f"{value:.10g}"
             # A label that would run into the one at its right is left out, its line with it.
-            if self.x(found[-1][0]) - self.x(value) > _CHARACTER * (len(label) + len(found[-1][1])) / 2 + 4:
+            if self.x(found[-1][0]) - self.x(value) > CHARACTER * (len(label) + len(found[-1][1])) / 2 + 4:
                 found.append((value, label))
         return found
 
@@ -133,7 +122,7 @@ def _legend(series: list[Series], y: float) -> tuple[list[str], float]:
     """The looks and names of the series, in as many lines as they need; and where the last line is."""
     parts, x = [], float(MARGIN)
     for item in series:
-        width = 16 + _CHARACTER * len(item.name) + 18
+        width = 16 + CHARACTER * len(item.name) + 18
         if x + width > WIDTH and x > MARGIN:
             x, y = float(MARGIN), y + 18
         parts.append(_shape(item, x + 4, y - 4))

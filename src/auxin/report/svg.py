@@ -1,5 +1,6 @@
 """What every picture is made of: a document, text and lines, as SVG that reads on white and on black."""
 
+import textwrap
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
@@ -7,6 +8,14 @@ from auxin.words.printable import printable
 
 GREY = "#7d8590"
 """At least 3.5:1 on white and on black; grids have it almost transparent."""
+MARGIN = 16
+"""Between a narrow picture's edge and what is in it."""
+NARROW = 480
+"""Width of a picture that reads on a telephone."""
+TITLE_CHARACTERS, NOTE_CHARACTERS = 50, 72
+"""In a line of a narrow picture's title, and of the note below it."""
+CHARACTER = 6.6
+"""Width of a small character, about."""
 
 
 def document(title: str, width: float, height: float, body: Sequence[str]) -> str:
@@ -24,6 +33,19 @@ def document(title: str, width: float, height: float, body: Sequence[str]) -> st
         'font-family="system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif" '
         f'font-size="13">\n<title>{escaped(title)}</title>\n' + "\n".join(body) + "\n</svg>\n"
     )
+
+
+def heading(title: str, note: str) -> tuple[list[str], float]:
+    """A narrow picture's title and the note below it, in lines, and the base line of the last one."""
+    parts, y = [], 8.0
+    for content in textwrap.wrap(title, TITLE_CHARACTERS):
+        y += 20
+        parts.append(text(MARGIN, y, content, size=16, weight=600))
+    y += 4
+    for content in textwrap.wrap(note, NOTE_CHARACTERS):
+        y += 17
+        parts.append(text(MARGIN, y, content, size=12))
+    return parts, y
 
 
 def text(
