@@ -185,12 +185,22 @@ def token_means(values: Tensor, kept: Tensor | None) -> Tensor:
     """
     if kept is None:
         return values.mean(dim=1)
-    if kept.shape != values.shape:
+    refuse_other_length(kept, *values.shape)
+    return torch.where(kept, values, 0).sum(dim=1) / kept.sum(dim=1)
+
+
+def refuse_other_length(kept: Tensor, samples: int, tokens: int) -> None:
+    """DataError when a mask, (samples, tokens), is for other numbers of them than there are hidden states for."""
+    if kept.shape != (samples, tokens):
         raise DataError(
             f"A mask of (samples, tokens) = {tuple(kept.shape)} was given, but there are hidden states for "
-            f"{tuple(values.shape)}. Give a mask of the inputs' length."
+            f"{(samples, tokens)}. Give a mask of the inputs' length."
         )
-    return torch.where(kept, values, 0).sum(dim=1) / kept.sum(dim=1)
+
+
+def wide(hidden: Tensor) -> Tensor:
+    """`hidden` without its graph, in float32 at least: what is added up over tokens."""
+    return hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 def _measurements_in(loaded: Any) -> Iterator[tuple[str, type[Measurement[Any]]]]:

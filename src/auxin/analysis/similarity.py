@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, Tap, kept_tokens, token_means
+from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, Tap, kept_tokens, token_means, wide
 from auxin.analysis.spread import Estimate, Spread
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
@@ -204,7 +204,8 @@ class _StackObserver:
 
     def __init__(self, model: PreTrainedModel, body: Anatomy, stack: LayerStack) -> None:
         modules = model.get_submodule(stack.path)
-        stack = replace(stack, outputs=_parts(stack, modules))
+        parameters = {name for layer in modules.children() for name, _ in layer.named_parameters()}
+        stack = replace(stack, outputs=stack.parts(parameters))
         self.path = stack.path
         self.is_decoder = body.head is not None and stack.is_read_by(body.head)
         self.kinds = _kinds(body, stack)
@@ -220,16 +221,6 @@ class _StackObserver:
             ]
             found.append(LayerSimilarity(path=layer.path, parts=parts, similarity=next(estimates)))
         return StackSimilarity(path=self.path, layers=found)
-
-
-def _parts(stack: LayerStack, layers: nn.Module) -> tuple[str, ...]:
-    """The modules whose outputs are the parts of a layer: those of the stack, but a whole feed-forward part where it is
-    some of its parameters that give them (experts)."""
-    parameters = {name for layer in layers.children() for name, _ in layer.named_parameters()}
-    within = [name for name in stack.outputs if name in parameters]
-    whole = [part for part in stack.feed_forward if part and any(name.startswith(f"{part}.") for name in within)]
-    found = (next((part for part in whole if name.startswith(f"{part}.")), name) for name in stack.outputs)
-    return tuple(dict.fromkeys(found))
 
 
 def _kinds(body: Anatomy, stack: LayerStack) -> list[Kind]:
@@ -278,11 +269,11 @@ class _LayerObserver:
         return means
 
     def _enter(self, hidden: Tensor) -> None:
-        self._entered = self._stream = _wide(hidden)
+        self._entered = self._stream = wide(hidden)
 
     def _add(self, part: str, output: Tensor) -> None:
         entered, stream = self._inside()
-        output = _wide(output)
+        output = wide(output)
         if output.shape != stream.shape:
             raise self._other_build(f"{part} gives {tuple(output.shape)}, and not the stream's shape")
         read = entered if self.stack.parallel else stream
@@ -297,16 +288,16 @@ class _LayerObserver:
         # A sum's rounding is relative to its largest term, and the model may add in another order and type.
         scale = max(entered.abs().max().item(), stream.abs().max().item())
         allowed = _ROUNDINGS * torch.finfo(hidden.dtype).eps * scale
-        if hidden.shape != stream.shape or (_wide(hidden) - stream).abs().max().item() > allowed:
+        if hidden.shape != stream.shape or (wide(hidden) - stream).abs().max().item() > allowed:
             raise self._other_build("the stream is something else than its input plus what its parts give")
 
     def _replace(self, hidden: Tensor) -> None:
-        self._stream = _wide(hidden)
+        self._stream = wide(hidden)
 
     def _leave(self, hidden: Tensor) -> None:
         self._same(hidden)
         entered, _ = self._inside()
-        self._means[WHOLE] = token_means(_cosine(entered, _wide(hidden)), self.kept)
+        self._means[WHOLE] = token_means(_cosine(entered, wide(hidden)), self.kept)
         self._entered = self._stream = None
 
     def _inside(self) -> tuple[Tensor, Tensor]:
@@ -322,10 +313,6 @@ class _LayerObserver:
 
 
 _ROUNDINGS = 16
-
-
-def _wide(hidden: Tensor) -> Tensor:
-    return hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 def _cosine(before: Tensor, after: Tensor) -> Tensor:
