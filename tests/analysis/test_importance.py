@@ -455,7 +455,7 @@ def trained() -> tuple[Any, Tensor, Samples]:
     """A small language model of bytes, held-out bytes, and samples of those it was trained on."""
     model = byte_model(0, hidden_size=32, intermediate_size=96, num_hidden_layers=2)
     data = library("argparse", "ast", "inspect", "typing")
-    train(model, data, 400)
+    train(model, data, 200)
     rows = data[: 48 * 64].view(64, 48)
     return model, library("pdb"), Samples({"input_ids": rows, "labels": rows}, 8)
 

@@ -70,12 +70,15 @@ class UnitImportance(Settings):
         return self.scope.rpartition(".")[2] or "all"
 
     @property
-    def undecided(self) -> float | None:
-        """The share of units whose interval reaches zero; None where there are no intervals."""
-        margins = self.scores.margins
-        if margins is None:
-            return None
-        return sum(m - margin <= 0 for m, margin in zip(self.scores.means, margins, strict=True)) / len(margins)
+    def uncertainty(self) -> float | None:
+        """The margin of a score relative to it, in the median over units: the order of scores that lie closer to each
+        other is no finding. Scores of zero are left out; None where there are no margins."""
+        relative = [
+            margin / mean
+            for mean, margin in zip(self.scores.means, self.scores.margins or [], strict=False)
+            if mean > 0
+        ]
+        return median(relative) if relative else None
 
 
 class Importances(Result):
@@ -101,7 +104,7 @@ class Importances(Result):
 
     def tables(self) -> list[Table]:
         """A table for each kind of unit and stack, a row for each layer."""
-        header = ["layer", "units", "smallest", "median", "largest", "zero within margin"]
+        header = ["layer", "units", "smallest", "median", "largest", "margin"]
         return [Table(title, header, [_table_row(group) for group in groups]) for title, groups in self._panels()]
 
     def findings(self) -> list[str]:
@@ -138,9 +141,9 @@ class Importances(Result):
 
 
 def _table_row(group: UnitImportance) -> list[str]:
-    means, undecided = group.scores.means, group.undecided
+    means, uncertainty = group.scores.means, group.uncertainty
     numbers = [f"{value:.3g}" for value in (min(means), median(means), max(means))]
-    return [group.label, str(len(means)), *numbers, "" if undecided is None else f"{undecided:.0%}"]
+    return [group.label, str(len(means)), *numbers, "" if uncertainty is None else f"± {uncertainty:.0%}"]
 
 
 def _by_size(values: Sequence[float]) -> list[float]:

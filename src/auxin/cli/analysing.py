@@ -1,4 +1,4 @@
-"""The command that measures a model: what its layers do, on samples of text."""
+"""The command that measures a model: what its layers and units do, on samples of text."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,11 +12,12 @@ from auxin.errors import ConfigError, DataError
 
 @app.command(
     epilog="Example: [bold]auxin analyse CKPT similarity -o similarity[/]\n\n"
-    "Quick: [bold]auxin analyse CKPT similarity --samples 16 --length 64[/]"
+    "Quick: [bold]auxin analyse CKPT similarity --samples 16 --length 64[/]\n\n"
+    "A setting: [bold]auxin analyse CKPT importance --set score=output[/]"
 )
 def analyse(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint's folder.")],
-    measurement: Annotated[str, typer.Argument(metavar="WHAT", help="A measurement: similarity.")],
+    measurement: Annotated[str, typer.Argument(metavar="WHAT", help="A measurement: importance or similarity.")],
     samples: Annotated[int, typer.Option(min=1, help="Texts to measure on.")] = 64,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts that run at once.")] = 8,
@@ -27,7 +28,7 @@ def analyse(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what the layers of a model do, on source code of Python's standard library; kept for the next time."""
+    """Measure what a model's layers or units do, on source code of Python's standard library; the result is kept."""
     from auxin.analysis import measure_all, measurements
     from auxin.analysis import measurement as find_measurement
     from auxin.models.loading import load_model
