@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -284,6 +284,7 @@ def test_padding_does_not_count():
             np.testing.assert_allclose(group.scores.means, expected, rtol=1e-9, atol=1e-12)
 
 
+@settings(max_examples=10)
 @given(
     family=st.sampled_from(["llama", "gpt2", "bert", "t5", "mixtral"]),
     score=st.sampled_from(SCORES),
@@ -297,6 +298,7 @@ def test_the_size_of_the_batches_changes_nothing(family, score, sizes, seed):
         np.testing.assert_allclose(a.scores.means, b.scores.means, rtol=1e-8, atol=1e-12)
 
 
+@settings(max_examples=10)
 @given(score=st.sampled_from(SCORES), seed=st.integers(0, 9))
 def test_a_unit_without_output_weights_scores_nothing(score, seed):
     """Its output, that is: an activation there may be."""
@@ -312,6 +314,7 @@ def test_a_unit_without_output_weights_scores_nothing(score, seed):
         assert all(mean > 0 for number, mean in enumerate(means) if number != place)
 
 
+@settings(max_examples=10)
 @given(score=st.sampled_from(SCORES), order=st.permutations(range(12)), heads=st.permutations(range(4)))
 def test_units_keep_their_scores_wherever_they_stand(score, order, heads):
     """A permutation of units permutes their scores; a copy of a unit has the score of the unit."""
@@ -448,6 +451,22 @@ def test_heads_of_a_model_with_several_blocks_are_measured_and_the_stream_is_not
     assert {group.stream for group in result.groups} == {"query", "key_value", "ffn"}
     assert "several blocks" in result.missing["residual units"]
     assert any("Not measured: residual units. The residual stream has several" in said for said in result.findings())
+
+
+def test_what_wraps_an_output_matrix_counts_once():
+    """A branch that gives nothing changes nothing: what it wraps takes the same input as it does itself."""
+    model, grafted = tiny("llama"), tiny("llama")
+    chosen = method("graft")
+    targets = ["self_attn.o_proj", "mlp.down_proj"]
+    apply(chosen.plan(Bench(grafted), chosen.settings.parse({"tokens": 4, "targets": targets})), grafted)
+    for score in ("taylor", "activation"):
+        before, after = found(model, data_of(model), score), found(grafted, data_of(model), score)
+        for group in before.groups:
+            if group.stream != "residual":
+                means = after.of(group.stream, group.scope).scores.means
+                np.testing.assert_allclose(means, group.scores.means, rtol=1e-9, atol=1e-12)
+    with pytest.raises(PlanError, match="GraftedLinear makes its output of query heads by more than one matrix"):
+        found(grafted, data_of(model), "output")
 
 
 @pytest.fixture(scope="module")

@@ -197,6 +197,8 @@ class ImportanceObserver:
             _leave_out_residual(self._units, score)
         if score in ("output", "fluctuation"):
             _check_columns(self._units, score)
+        if not self._units.counts:
+            raise PlanError(" ".join(f"Not measured: {words}. {why}" for words, why in self._units.missing.items()))
         order = {kind: number for number, kind in enumerate(WORDS)}
         self._groups = sorted(self._units.counts, key=lambda group: order[group[0]])
         self._spread = Spread()

@@ -9,7 +9,7 @@ have of the stream's width beside the layers (BERT's transform) is not among the
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -56,6 +56,11 @@ class Place:
     weights: Tensor | None = None
     """Squared lengths of the columns that read the entries, (experts, entries); one expert where there are none.
     None where the units' output isn't theirs times a column."""
+
+    @property
+    def experts(self) -> int:
+        """How many there are; one where there are none."""
+        return 1 if self.weights is None else len(self.weights)
 
     def of_units(self, entries: Tensor) -> Tensor:
         """What is added up over entries, (samples, experts, entries), by unit, (samples, units)."""
@@ -134,16 +139,19 @@ def units_of(model: PreTrainedModel) -> Units:
     for name, parameter in model.named_parameters():
         if (read := _read_along(body.role(name))) is not None:
             reading += _places(model, body, name, parameter, *read)
-    # What wraps a module takes the same input as it does.
-    paths = {path for path, _, _ in reading}
-    for path, segment, place in reading:
-        if any(path.startswith(f"{other}.") for other in paths):
-            continue
-        found.places.append(place)
-        count = place.weights.shape[0] if place.group[0] == "expert" and place.weights is not None else segment.count
-        found.counts[place.group] = count
-        if place.group[0] == "query":
-            _group_heads(found, body, place.group[1])
+    # What wraps a module takes the same input as it does, and so do several matrices of one module.
+    paths = list(dict.fromkeys(path for path, _, _ in reading))
+    for outermost in (path for path in paths if not any(path.startswith(f"{other}.") for other in paths)):
+        at_path: dict[Group, list[tuple[Segment, Place]]] = {}
+        for path, segment, place in reading:
+            if path == outermost:
+                at_path.setdefault(place.group, []).append((segment, place))
+        wraps = any(path.startswith(f"{outermost}.") for path in paths)
+        for group, ((segment, place), *others) in at_path.items():
+            found.places.append(replace(place, weights=None) if wraps or others else place)
+            found.counts[group] = place.experts if group[0] == "expert" else segment.count
+            if group[0] == "query":
+                _group_heads(found, body, group[1])
     if reason := _why_no_residual(model, body):
         found.missing[WORDS["residual"]] = reason
     else:
