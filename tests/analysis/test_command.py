@@ -70,6 +70,21 @@ def test_it_writes_a_folder_that_a_person_can_read(llama, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["picture.svg", "result.json"]
 
 
+def test_importance_is_measured_by_the_score_that_is_set(llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    printed = call(llama, "importance", *QUICK, "--set", "score=fisher", "-o", tmp_path / "out")
+    lines = printed.out.splitlines()
+    assert lines[0] == "model.layers: query heads"
+    assert lines[1].split() == ["layer", "units", "smallest", "median", "largest", "margin"]
+    assert [line.split()[:2] for line in lines[2:5]] == [["0", "2"], ["1", "2"], ["2", "2"]]
+    assert max(map(len, lines[:20])) <= 80
+    assert "Feed-forward units that matter least by fisher: model.layers." in printed.out
+    written = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
+    assert written["subject"]["settings"] == {"score": "fisher"}
+    root = ElementTree.parse(tmp_path / "out" / "picture.svg").getroot()
+    assert "Importance of small" in "".join(root.itertext())
+
+
 def test_the_second_time_nothing_is_run_and_options_count(llama, monkeypatch):
     calls: list[str] = []
     original = torch.nn.Module.__call__
@@ -141,6 +156,7 @@ def test_what_cannot_be_measured_is_one_message(llama, tmp_path):
         ((llama, "similarty"), ConfigError, "Did you mean 'similarity'"),
         ((llama, "similarity", "--set", "layers=3"), ConfigError, "similarity: layers: unknown field"),
         ((llama, "outliers", "--set", "sample_share=2"), ConfigError, "outliers: sample_share: "),
+        ((llama, "importance", "--set", "score=size"), ConfigError, "importance: score: .*'taylor'"),
         ((llama, "similarity", "--length", 65), ConfigError, "length is 65, but .* is 64"),
         ((llama, "similarity", "--length", 12, "--samples", 100_000), DataError, r"the text makes \d+ samples of 12"),
         ((tmp_path / "vit", "similarity"), DataError, "Text has no labels for a ViT"),

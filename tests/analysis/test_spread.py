@@ -36,6 +36,11 @@ def test_batches_of_any_size_give_the_mean_and_deviation_of_all(sizes, shape, of
     np.testing.assert_allclose([e.deviation for e in estimates], deviations, rtol=1e-6, atol=1e-12)
     factor = student_quantile(len(values) - 1) / math.sqrt(len(values))
     np.testing.assert_allclose([e.margin for e in estimates], factor * deviations, rtol=1e-6, atol=1e-12)
+    together = spread.together()
+    assert together.each() == estimates
+    assert together.margins == [e.margin for e in estimates]
+    assert together.part(1, 3).each() == estimates[1:3]
+    np.testing.assert_allclose(spread.mean_squares(), values.var(axis=0), rtol=1e-6, atol=1e-15)
 
 
 def test_equal_values_have_no_spread():

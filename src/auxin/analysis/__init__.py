@@ -15,12 +15,13 @@ from auxin.analysis.measurement import (
     token_means,
 )
 from auxin.analysis.run import measure, measure_all
-from auxin.analysis.spread import Estimate, Spread
+from auxin.analysis.spread import Estimate, Estimates, Spread
 
 __all__ = [
     "Batch",
     "CalibrationData",
     "Estimate",
+    "Estimates",
     "Measurement",
     "Observer",
     "Record",

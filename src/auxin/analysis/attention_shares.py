@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from auxin.analysis.parts import wide
+from auxin.analysis.measurement import wide
 from auxin.analysis.spread import Estimate, Spread
 
 Target = Literal["special", "first", "current", "previous", "other", "nothing"]

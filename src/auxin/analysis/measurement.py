@@ -198,6 +198,11 @@ def check_mask(kept: Tensor, shape: Sequence[int]) -> None:
         )
 
 
+def wide(hidden: Tensor) -> Tensor:
+    """`hidden` without its graph, in float32 at least: what is added up over tokens."""
+    return hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32))
+
+
 def _measurements_in(loaded: Any) -> Iterator[tuple[str, type[Measurement[Any]]]]:
     if isinstance(loaded, ModuleType):
         if not hasattr(loaded, "MEASUREMENT"):

@@ -29,8 +29,8 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, Tap, check_mask
-from auxin.analysis.parts import Kind, StackParts, refuse_blocks, stack_parts, wide
+from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, Tap, check_mask, wide
+from auxin.analysis.parts import Kind, StackParts, refuse_blocks, stack_parts
 from auxin.analysis.spread import Estimate, Spread
 from auxin.errors import PlanError
 from auxin.report.heat_map import Panel, Row, heat_map_svg

@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from auxin.analysis.measurement import Batch, kept_tokens
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
-from auxin.models.sublayers import Kind, kinds, parts
+from auxin.models.sublayers import Kind, kinds
 from auxin.words.anatomy import LayerStack
 
 
@@ -59,14 +58,10 @@ def refuse_blocks(model: PreTrainedModel) -> None:
         )
 
 
-def wide(hidden: Tensor) -> Tensor:
-    """`hidden` in float32 at least, without a gradient."""
-    return hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32))
-
-
 def _stack_parts(model: PreTrainedModel, stack: LayerStack) -> StackParts:
     modules = model.get_submodule(stack.path)
-    stack = replace(stack, outputs=parts(stack, modules))
+    parameters = {name for layer in modules.children() for name, _ in layer.named_parameters()}
+    stack = replace(stack, outputs=stack.parts(parameters))
     return StackParts(
         model,
         _runner(model, stack.path),

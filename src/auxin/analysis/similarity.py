@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, Tap, token_means
-from auxin.analysis.parts import Kind, StackParts, refuse_blocks, stack_parts, wide
+from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, Tap, token_means, wide
+from auxin.analysis.parts import Kind, StackParts, refuse_blocks, stack_parts
 from auxin.analysis.spread import Estimate, Spread
 from auxin.errors import PlanError
 from auxin.report.forest import Mark, Panel, Row, Series, forest_svg

@@ -1,6 +1,7 @@
 """Means over samples and how far samples are from them, streaming: no sample is kept."""
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import cast
 
@@ -26,6 +27,39 @@ class Estimate(Settings):
 
     def __str__(self) -> str:
         return f"{self.mean:.4f}" + ("" if self.margin is None else f" ± {self.margin:.4f}")
+
+
+class Estimates(Settings):
+    """Estimates of many numbers over the same samples, in order: what a list of `Estimate` says, as plain lists."""
+
+    samples: int
+    """Over which they are means."""
+    means: list[float]
+    """By number."""
+    deviations: list[float] | None
+    """Standard deviations of a sample, by number, as in `Estimate`; None where they are not known."""
+
+    @property
+    def margins(self) -> list[float] | None:
+        """By number, as in `Estimate`; None where the deviations are not known."""
+        if self.deviations is None:
+            return None
+        factor = student_quantile(self.samples - 1) / math.sqrt(self.samples)
+        return [factor * deviation for deviation in self.deviations]
+
+    def each(self) -> list[Estimate]:
+        """One by one."""
+        deviations: Sequence[float | None] = self.deviations or [None] * len(self.means)
+        margins: Sequence[float | None] = self.margins or [None] * len(self.means)
+        return [
+            Estimate(mean=mean, deviation=deviation, margin=margin)
+            for mean, deviation, margin in zip(self.means, deviations, margins, strict=True)
+        ]
+
+    def part(self, start: int, stop: int) -> "Estimates":
+        """Those from `start` up to, and without, `stop`."""
+        deviations = self.deviations and self.deviations[start:stop]
+        return Estimates(samples=self.samples, means=self.means[start:stop], deviations=deviations)
 
 
 class Spread:
@@ -67,17 +101,21 @@ class Spread:
         self._mean = self._mean + change * (count / max(total, 1))
         self.samples = total
 
-    def estimates(self) -> list[Estimate]:
-        """The estimate of every number, in the order of the flattened shape."""
+    def together(self) -> Estimates:
+        """The estimates of all numbers, in the order of the flattened shape."""
         means = cast(list[float], self._mean.reshape(-1).tolist())
         if self.samples < 2:
-            return [Estimate(mean=mean, deviation=None, margin=None) for mean in means]
-        factor = student_quantile(self.samples - 1) / math.sqrt(self.samples)
-        deviations = cast(list[float], (self._squares / (self.samples - 1)).sqrt().reshape(-1).tolist())
-        return [
-            Estimate(mean=mean, deviation=deviation, margin=factor * deviation)
-            for mean, deviation in zip(means, deviations, strict=True)
-        ]
+            return Estimates(samples=self.samples, means=means, deviations=None)
+        deviations = (self._squares / (self.samples - 1)).sqrt().reshape(-1)
+        return Estimates(samples=self.samples, means=means, deviations=cast(list[float], deviations.tolist()))
+
+    def estimates(self) -> list[Estimate]:
+        """The same, one by one."""
+        return self.together().each()
+
+    def mean_squares(self) -> Tensor:
+        """Mean squared distances from the means, float64, of the numbers' shape."""
+        return self._squares / max(self.samples, 1)
 
 
 _FEW = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706)

@@ -1,4 +1,4 @@
-"""The command that measures a model: what its layers do, on samples of text."""
+"""The command that measures a model: what its layers and units do, on samples of text."""
 
 import ast
 from collections.abc import Iterator
@@ -49,7 +49,8 @@ def _named_in(path: Path) -> Iterator[str]:
 @app.command(
     cls=_Analyse,
     epilog="Example: [bold]auxin analyse CKPT similarity -o similarity[/]\n\n"
-    "Quick: [bold]auxin analyse CKPT similarity --samples 16 --length 64[/]",
+    "Quick: [bold]auxin analyse CKPT similarity --samples 16 --length 64[/]\n\n"
+    "A setting: [bold]auxin analyse CKPT importance --set score=output[/]",
 )
 def analyse(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint's folder.")],
@@ -64,7 +65,7 @@ def analyse(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what the layers of a model do, on source code of Python's standard library; kept for the next time."""
+    """Measure what a model's layers or units do, on source code of Python's standard library; the result is kept."""
     from auxin.analysis import measure_all, measurements
     from auxin.analysis import measurement as find_measurement
     from auxin.models.loading import load_model

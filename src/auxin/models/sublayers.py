@@ -53,16 +53,6 @@ def sublayers(model: PreTrainedModel) -> list[Sublayer]:
     return [Sublayer(paths[one.output], *one.rest) for one in found]
 
 
-def parts(stack: LayerStack, layers: nn.Module) -> tuple[str, ...]:
-    """The modules whose outputs are the parts of a layer: those of the stack, but a whole feed-forward part where it is
-    some of its parameters that give them (experts)."""
-    parameters = {name for layer in layers.children() for name, _ in layer.named_parameters()}
-    within = [name for name in stack.outputs if name in parameters]
-    whole = [part for part in stack.feed_forward if part and any(name.startswith(f"{part}.") for name in within)]
-    found = (next((part for part in whole if name.startswith(f"{part}.")), name) for name in stack.outputs)
-    return tuple(dict.fromkeys(found))
-
-
 def kinds(model: PreTrainedModel, stack: LayerStack, names: tuple[str, ...]) -> list[Kind]:
     """What each of the parts `names` of a layer is: an attention reads heads. The second one of a layer reads another
     stack."""
@@ -96,7 +86,7 @@ class _Output:
 def _outputs(model: PreTrainedModel, body: Anatomy) -> Iterator[_Output]:
     for stack in body.stacks:
         layers = model.get_submodule(stack.path)
-        names = parts(stack, layers)
+        names = stack.parts({name for layer in layers.children() for name, _ in layer.named_parameters()})
         added = stack.output_norms if stack.norm_position == "after_output" else names
         of_kind = kinds(model, stack, names)
         for number, layer in enumerate(layers.children()):

@@ -40,7 +40,7 @@ class Panel:
     title: str
     rows: Sequence[Row]
     columns: Sequence[str] = ()
-    """Their labels, short; those that would run into the one before are left out. Empty: they have none."""
+    """Their labels, short; every second one, or fewer, where there is no room for all. Empty: they have none."""
     across: str = ""
     """What the columns are, in a few words above their labels: "head"."""
     unit: str = ""
@@ -153,13 +153,12 @@ def _scale(scale: _Scale, unit: str, y: float) -> tuple[list[str], float]:
 
 
 def _column_labels(labels: Sequence[str], left: float, cell: float, y: float) -> list[str]:
-    parts, free = [], -math.inf
-    for number, label in enumerate(labels):
-        middle, half = left + cell * (number + 0.5), CHARACTER * len(label) / 2
-        if middle - half >= free:
-            parts.append(text(middle, y, label, size=11, anchor="middle"))
-            free = middle + half + 4
-    return parts
+    """Those of every column, or of every second, fourth, ... one, so that none runs into the next."""
+    wide, step = CHARACTER * max(map(len, labels)) + 4, 1
+    while wide > cell * step:
+        step *= 2
+    shown = [(number, label) for number, label in enumerate(labels) if number % step == 0]
+    return [text(left + cell * (number + 0.5), y, label, size=11, anchor="middle") for number, label in shown]
 
 
 def _row(panel: Panel, row: Row, scale: _Scale, x: float, y: float, width: float, height: float) -> list[str]:
@@ -175,7 +174,8 @@ def _row(panel: Panel, row: Row, scale: _Scale, x: float, y: float, width: float
 
 
 def _cell(x: float, y: float, width: float, height: float, colour: str, told: str = "") -> str:
-    outline = f'<path d="M{x:.1f} {y:.1f}h{width:.1f}v{height:.1f}h-{width:.1f}z" fill="{colour}"'
+    # As few characters as do: there are many cells.
+    outline = f'<path d="M{x:g} {y:g}h{width:g}v{height:g}h-{width:g}z" fill="{colour}"'
     return f"{outline}><title>{escaped(told)}</title></path>" if told else f"{outline}/>"
 
 

@@ -1,6 +1,7 @@
 """The anatomy of a transformer: its widths, the roles of its parameters, its stacks of layers, and what keeps it from
 another size. `auxin.models.anatomy` has those of the architectures."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +53,18 @@ class LayerStack:
     def ends_in_norm(self) -> bool:
         """Whether `end` is a norm behind the layers, and not the module that runs them."""
         return not self.path.startswith(f"{self.end}.")
+
+    def parts(self, parameters: Collection[str]) -> tuple[str, ...]:
+        """The modules whose outputs are the parts of a layer: `outputs`, but a whole feed-forward part where it is some
+        of its parameters that give them (experts).
+
+        Args:
+            parameters: the names of a layer's, relative to it; or those of all layers.
+        """
+        within = [name for name in self.outputs if name in parameters]
+        whole = [part for part in self.feed_forward if part and any(name.startswith(f"{part}.") for name in within)]
+        found = (next((part for part in whole if name.startswith(f"{part}.")), name) for name in self.outputs)
+        return tuple(dict.fromkeys(found))
 
     def is_in(self, part: str) -> bool:
         """Whether `part` names the stack's tower, a part of its path, or its path up to some part."""

@@ -1,0 +1,356 @@
+"""Importance of units: what a model would lose, to first order, without a head, a feed-forward unit, an expert, or a
+dimension of the residual stream.
+
+A mask m of a unit multiplies the unit's activation a at its place (`auxin.analysis.units`); it is 1, and 0 when the
+unit is cut. With L the loss of one sample, the mean over its own labels, the derivative by the mask is exact, and one
+backward pass gives those of all units:
+
+    dL/dm = sum over the sample's tokens, the unit's entries and its places of  a dL/da.
+
+| score | of a unit |
+|---|---|
+| taylor | mean over samples of abs(dL/dm) (Michel et al., arXiv 1905.10650, eq. 2) |
+| fisher | mean over samples of (dL/dm)^2, the empirical Fisher information of its mask (Kwon et al., 2204.09656) |
+| activation | root of the mean square of a over tokens: up to a factor the norm that Wanda takes (2306.11695) |
+| output | the same, each entry times the length of the column of the output matrix that reads it: Wanda's score |
+| fluctuation | variance of each entry over tokens, times the square of that length (FLAP, 2312.11983) |
+
+Squares are added up over a unit's entries (of a head, of all experts that have the unit), places and key-value group.
+In experts an activation counts times the weight that the router gives, and as 0 where they were not chosen. Every
+sample counts the same, and every token of it; padding (`kept_tokens`) doesn't.
+
+One score is measured at a time: the last three need neither labels nor a backward pass, which is two thirds of the
+work, and a result of all would be five times as long as what is asked for.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby, pairwise
+from statistics import median
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, kept_tokens
+from auxin.analysis.spread import Estimates, Spread
+from auxin.analysis.unit_sums import OF_GRADIENTS, Gradients, Score, Statistics, add_up
+from auxin.analysis.units import WORDS, Group, Kind, Place, Units, units_of
+from auxin.errors import DataError, PlanError
+from auxin.models.evaluating import about_inference_tensors
+from auxin.objectives.objective import IGNORED
+from auxin.report.heat_map import Panel, Row, heat_map_svg
+from auxin.settings import Settings
+
+LISTED = 3
+"""How many units of a kind the findings name."""
+COLUMNS = 40
+"""Units that a row of the picture has room for; where there are more, neighbours in the order of size share a cell."""
+
+
+class UnitImportance(Settings):
+    """The units of one kind in one place."""
+
+    stream: Kind
+    """What they are; "expert": whole experts."""
+    scope: str
+    """The layer, "model.layers.3"; "" for the residual stream, which is one through all layers."""
+    scores: Estimates
+    """By unit, over samples. Of a root of a mean, the deviation is that of the mean, to first order. A fluctuation has
+    none: it is a variance over the tokens of all samples."""
+
+    @property
+    def stack(self) -> str:
+        """The list of layers: "model.layers"."""
+        return self.scope.rpartition(".")[0]
+
+    @property
+    def label(self) -> str:
+        """The layer's number."""
+        return self.scope.rpartition(".")[2] or "all"
+
+    @property
+    def uncertainty(self) -> float | None:
+        """The margin of a score relative to it, in the median over units: the order of scores that lie closer to each
+        other is no finding. Scores of zero are left out; None where there are no margins."""
+        relative = [
+            margin / mean
+            for mean, margin in zip(self.scores.means, self.scores.margins or [], strict=False)
+            if mean > 0
+        ]
+        return median(relative) if relative else None
+
+
+class Importances(Result):
+    """The importance of all units of a model by one score."""
+
+    score: Score
+    groups: list[UnitImportance]
+    """By kind, and then by layer."""
+    missing: dict[str, str]
+    """Units that were not measured, and why."""
+
+    def of(self, stream: Kind, scope: str) -> UnitImportance:
+        """The units of `stream` in `scope`, as `auxin.planning.cutting` names them.
+
+        Raises:
+            PlanError: they were not measured.
+        """
+        found = next((group for group in self.groups if (group.stream, group.scope) == (stream, scope)), None)
+        if found is None:
+            why = self.missing.get(WORDS[stream], f"there are none in {scope or 'the whole model'}.")
+            raise PlanError(f"The importance of {WORDS[stream]} was not measured: {why}")
+        return found
+
+    def tables(self) -> list[Table]:
+        """A table for each kind of unit and stack, a row for each layer."""
+        header = ["layer", "units", "smallest", "median", "largest", "margin"]
+        return [Table(title, header, [_table_row(group) for group in groups]) for title, groups in self._panels()]
+
+    def findings(self) -> list[str]:
+        """The units of each kind that matter least, and which were not measured."""
+        said = []
+        for kind, of_kind in groupby(self.groups, key=lambda group: group.stream):
+            ranked = sorted(
+                (score, group.scope, unit) for group in of_kind for unit, score in enumerate(group.scores.means)
+            )
+            least = ", ".join(f"{scope or 'all layers'} {unit} {score:.3g}" for score, scope, unit in ranked[:LISTED])
+            said.append(f"{WORDS[kind].capitalize()} that matter least by {self.score}: {least}.")
+        return said + [f"Not measured: {words}. {why}" for words, why in self.missing.items()]
+
+    def picture(self, title: str) -> str:
+        """A map for each kind of unit and stack, a row for each layer."""
+        panels = [self._panel(name, groups) for name, groups in self._panels()]
+        return heat_map_svg(
+            title,
+            panels,
+            "Light units matter more. Colours are logarithmic, and each map has its own; compare its rows.",
+        )
+
+    def _panels(self) -> Iterator[tuple[str, list[UnitImportance]]]:
+        for (kind, stack), groups in groupby(self.groups, key=lambda group: (group.stream, group.stack)):
+            yield f"{stack}: {WORDS[kind]}" if stack else WORDS[kind], list(groups)
+
+    def _panel(self, name: str, groups: list[UnitImportance]) -> Panel:
+        count = max(len(group.scores.means) for group in groups)
+        few = count <= COLUMNS
+        rows = [Row(g.label, g.scores.means if few else _by_size(g.scores.means)) for g in groups]
+        labels = [str(n) for n in range(count)] if few else [f"{100 * n // COLUMNS}%" for n in range(COLUMNS)]
+        across = "number of the unit" if few else "units by size; each cell is the median of its share of them"
+        return Panel(name, rows, labels, across, self.score, logarithmic=True)
+
+
+def _table_row(group: UnitImportance) -> list[str]:
+    means, uncertainty = group.scores.means, group.uncertainty
+    numbers = [f"{value:.3g}" for value in (min(means), median(means), max(means))]
+    return [group.label, str(len(means)), *numbers, "" if uncertainty is None else f"± {uncertainty:.0%}"]
+
+
+def _by_size(values: Sequence[float]) -> list[float]:
+    """The medians of `COLUMNS` stretches of the values, the largest ones first."""
+    ranked, edges = sorted(values, reverse=True), [len(values) * n // COLUMNS for n in range(COLUMNS + 1)]
+    # A layer with fewer units than columns has some of them twice.
+    return [median(ranked[start : max(stop, start + 1)]) for start, stop in pairwise(edges)]
+
+
+class Importance(Measurement[Importances]):
+    """First-order importance of every unit that could be cut out of a model."""
+
+    name: ClassVar[str] = "importance"
+    title: ClassVar[str] = "importance of every head, feed-forward unit, expert and residual dimension"
+    needs: ClassVar[Needs] = "batches"
+    result_type: ClassVar[type[Result]] = Importances
+    score: Score = "taylor"
+    """taylor, fisher: by gradients of the loss, which need labels; activation, output, fluctuation: by activations
+    alone, for heads, feed-forward units and experts."""
+
+    def observe(self, model: PreTrainedModel) -> "ImportanceObserver":
+        """An observer of all units of `model`.
+
+        Raises:
+            PlanError: the architecture is not known or has several towers, nobody sees into its experts, or the score
+                asks for an output matrix and there is none.
+        """
+        return ImportanceObserver(model, self.score)
+
+
+MEASUREMENT = Importance
+
+
+class ImportanceObserver:
+    """Runs the model on every batch and adds up what its units do.
+
+    Args:
+        model: of a known architecture.
+        score: which.
+
+    Raises:
+        PlanError: as `Importance.observe`.
+    """
+
+    def __init__(self, model: PreTrainedModel, score: Score) -> None:
+        if reason := about_inference_tensors(model):
+            raise PlanError(reason)
+        self._model, self._score, self._units = model, score, units_of(model)
+        self._gradients = score in OF_GRADIENTS
+        if not self._gradients and ("residual", "") in self._units.counts:
+            _leave_out_residual(self._units, score)
+        if score in ("output", "fluctuation"):
+            _check_columns(self._units, score)
+        if not self._units.counts:
+            raise PlanError(" ".join(f"Not measured: {words}. {why}" for words, why in self._units.missing.items()))
+        order = {kind: number for number, kind in enumerate(WORDS)}
+        self._groups = sorted(self._units.counts, key=lambda group: order[group[0]])
+        self._spread = Spread()
+        self._entries = Spread()
+        """Of a fluctuation, the means of all entries over a sample's tokens."""
+        self._read: list[Place] = []
+        """The places in the order of `_entries`, those that are run several times as often."""
+        self._mixed: bool | None = None
+        """Whether a batch's loss is anything but the mean of its samples' own; None until it is known."""
+        self.taps = ()
+
+    def before(self, batch: Batch) -> None:
+        """Nothing to note."""
+
+    def after(self, batch: Batch, output: Any) -> None:
+        """Run the model on the batch, and add its samples."""
+        # What was made in inference mode can't be part of a graph; copies that are made outside of it can.
+        with torch.inference_mode(False), torch.set_grad_enabled(self._gradients):
+            inputs = {name: tensor.clone() for name, tensor in batch.items()}
+            samples = len(next(iter(inputs.values())))
+            values: list[Tensor | None] = [None] * samples
+            for rows in self._alike(inputs) if self._gradients else [list(range(samples))]:
+                found = self._values({name: tensor[rows] for name, tensor in inputs.items()}, len(rows))
+                for row, value in zip(rows, found, strict=True):
+                    values[row] = value
+        self._spread.add(torch.stack([value for value in values if value is not None]))
+
+    def result(self) -> Importances:
+        """What was found."""
+        estimates, start, groups = self._estimates(), 0, []
+        for kind, scope in self._groups:
+            stop = start + self._units.counts[kind, scope]
+            groups.append(UnitImportance(stream=kind, scope=scope, scores=estimates.part(start, stop)))
+            start = stop
+        return Importances(score=self._score, groups=groups, missing=self._units.missing)
+
+    def _estimates(self) -> Estimates:
+        found = self._spread.together()
+        if self._score in OF_GRADIENTS:
+            return found
+        if self._score == "fluctuation":
+            # What varies within samples was added up; what their means vary comes to it.
+            between: dict[Group, Tensor] = {}
+            squares, start = self._entries.mean_squares(), 0
+            for place in self._read:
+                assert place.weights is not None
+                part = squares[start : start + place.weights.numel()].view(1, *place.weights.shape)
+                add_up(between, place.group, place.of_units(part * place.weights.cpu().double()))
+                start += place.weights.numel()
+            (more,) = self._in_order(between)
+            return Estimates(
+                samples=found.samples,
+                means=[mean + add for mean, add in zip(found.means, more.tolist(), strict=True)],
+                deviations=None,
+            )
+        roots = [mean**0.5 for mean in found.means]
+        deviations = found.deviations and [
+            deviation / (2 * root) if root else 0.0 for deviation, root in zip(found.deviations, roots, strict=True)
+        ]
+        return Estimates(samples=found.samples, means=roots, deviations=deviations)
+
+    def _values(self, inputs: Batch, samples: int) -> Tensor:
+        """Of each sample what the estimates are means of, (samples, units of all groups)."""
+        kept = {decoder: kept_tokens(self._model, inputs, decoder) for decoder in (False, True)}
+        if not self._gradients:
+            run = Statistics(self._score, samples, kept)
+            with self._units.read_by(run):
+                self._run(inputs)
+            if self._score == "fluctuation":
+                self._read = run.read
+                self._entries.add(torch.cat(run.means, dim=1))
+            return self._in_order(run.sums)
+        gates = Gradients(samples, kept)
+        with self._units.read_by(gates):
+            # A batch's loss is the mean of its samples' losses here, so that the sum is that many times as large.
+            loss = self._loss(inputs) * samples
+        torch.autograd.grad(loss, gates.root)
+        slopes = self._in_order(gates.sums)
+        return slopes.abs() if self._score == "taylor" else slopes.square()
+
+    def _in_order(self, sums: Mapping[Group, Tensor]) -> Tensor:
+        """What was added up by group, side by side, (samples, units of all groups), float64 on the CPU."""
+        parts = []
+        for kind, scope in self._groups:
+            asked: Group = ("query" if kind == "key_value" else kind, scope)
+            if asked not in sums:
+                raise PlanError(
+                    f"{scope or 'The model'}: {WORDS[kind]} were not run, or have no part in the loss. Measure the "
+                    "model before the edit that changed it."
+                )
+            part = sums[asked].cpu().double()
+            parts.append(
+                part.unflatten(1, (self._units.groups_of_heads[scope], -1)).sum(-1) if kind == "key_value" else part
+            )
+        return torch.cat(parts, dim=1)
+
+    def _alike(self, inputs: Batch) -> list[list[int]]:
+        """The samples of a batch in groups, in each of which the batch's loss weighs all samples alike: those that have
+        equally many labels; or each by itself, where losses are no means over samples."""
+        labels = inputs.get("labels")
+        samples = len(next(iter(inputs.values())))
+        found: dict[tuple[int, int], list[int]] = {}
+        for row in range(samples):
+            # Of a causal model the first label doesn't count.
+            own = labels[row].flatten() if labels is not None else torch.zeros(0)
+            counts = int((own != IGNORED).sum()), int((own[1:] != IGNORED).sum())
+            found.setdefault(counts, []).append(row)
+        groups = list(found.values())
+        if self._mixed is None and (several := next((rows for rows in groups if len(rows) > 1), None)):
+            self._mixed = self._mixes({name: tensor[several] for name, tensor in inputs.items()}, len(several))
+        return [[row] for row in range(samples)] if self._mixed else groups
+
+    @torch.no_grad()
+    def _mixes(self, inputs: Batch, samples: int) -> bool:
+        """Whether the loss of some samples is another number than the mean of their own."""
+        together = self._loss(inputs).item()
+        alone = [
+            self._loss({name: tensor[row : row + 1] for name, tensor in inputs.items()}).item()
+            for row in range(samples)
+        ]
+        allowed = 1e-3 if self._model.dtype in (torch.float32, torch.float64) else 2e-2
+        return not abs(together - sum(alone) / samples) <= allowed * abs(together)
+
+    def _loss(self, inputs: Batch) -> Tensor:
+        loss: Tensor | None = getattr(self._run(inputs), "loss", None)
+        if loss is None:
+            raise DataError(
+                f"The {type(self._model).__name__} gives no loss for {', '.join(inputs)}, of which the score "
+                f"{self._score} is the gradient. Give data with labels and a model with a head, or ask for the score "
+                "activation, output or fluctuation."
+            )
+        return loss
+
+    def _run(self, inputs: Batch) -> Any:
+        # A cache is for generation, and what routers add to a loss is for training.
+        constant = {n: False for n in ("use_cache", "output_router_logits") if hasattr(self._model.config, n)}
+        return self._model(**inputs, **constant)
+
+
+def _leave_out_residual(units: Units, score: Score) -> None:
+    del units.counts["residual", ""]
+    units.places = [place for place in units.places if place.group[0] != "residual"]
+    units.missing[WORDS["residual"]] = (
+        f"The score {score} is of what enters one output matrix, and every matrix reads the residual stream. Ask for "
+        "taylor or fisher."
+    )
+
+
+def _check_columns(units: Units, score: Score) -> None:
+    if lacking := next((place for place in units.places if place.weights is None), None):
+        raise PlanError(
+            f"{lacking.group[1]}: {type(lacking.module).__name__} makes its output of {WORDS[lacking.group[0]]} by "
+            f"more than one matrix, so that they have no columns of which {score} could take the length. Ask for the "
+            "score taylor, fisher or activation."
+        )
