@@ -1,0 +1,131 @@
+"""The least removal that meets a target, found on shapes."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from auxin.accounting import count_parameters, flops_per_token
+from auxin.edits import ArrangeLayers
+from auxin.errors import ConfigError, PlanError
+from auxin.planning.cutting import cut
+from auxin.planning.target import Target, least_removal, removal
+from tiny_models import tiny
+
+UNITS = 12
+PER_UNIT = 2 * 3 * 16
+"""Parameters of a feed-forward unit in both layers: gate, up and down, of a residual of 16."""
+
+
+def narrower(model):
+    """The family that leaves ever fewer of the first feed-forward units in all layers, and its largest amount."""
+    return lambda amount: cut(model, {("ffn", ""): range(UNITS - amount)}).edits, UNITS - 1
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("llama", mlp_bias=False)
+
+
+@pytest.mark.parametrize("amount", [1, 2, 7, 11])
+def test_a_number_of_parameters_is_met_to_the_unit(model, amount):
+    family, most = narrower(model)
+    total = count_parameters(model).total
+    least = total - amount * PER_UNIT
+    found = least_removal(model, Target(parameters=least), family, most)
+    assert found.amount == amount
+    assert found.edits == family(amount)
+    assert count_parameters(found.after).total == least
+    assert least_removal(model, Target(parameters=least + PER_UNIT - 1), family, most).amount == amount
+    if amount > 1:
+        assert least_removal(model, Target(parameters=least + PER_UNIT), family, most).amount == amount - 1
+
+
+@settings(max_examples=8, deadline=None)
+@given(share=st.floats(0.65, 0.98))
+def test_a_share_is_met_and_one_unit_more_would_miss_it(model, share):
+    family, most = narrower(model)
+    target = Target(parameters=share)
+    try:
+        found = least_removal(model, target, family, most)
+    except PlanError as error:
+        assert "smallest" in str(error)  # noqa: PT017 - the share lies below what can be reached
+        assert target.of(removal(model, family(most)).after) > share * target.of(model)
+        return
+    assert target.of(found.after) <= share * target.of(model)
+    larger = removal(model, family(found.amount - 1)).after if found.amount > 1 else model
+    assert target.of(larger) > share * target.of(model)
+
+
+def test_flops_are_counted_at_the_length_that_is_said(model):
+    family, most = narrower(model)
+    short, long = (Target(flops=0.9, sequence_length=length) for length in (4, 30))
+    assert short.of(model) == flops_per_token(model, 4).forward < long.of(model)
+    # Where attention weighs more, more units have to go for the same share.
+    few, many = (least_removal(model, target, family, most) for target in (short, long))
+    assert 1 < few.amount < many.amount
+    assert long.of(many.after) <= 0.9 * long.of(model) < long.of(removal(model, family(many.amount - 1)).after)
+    assert "at 30 tokens" in many.reached(long)
+
+
+def test_what_was_reached_is_told(model):
+    family, most = narrower(model)
+    target = Target(parameters=0.9)
+    found = least_removal(model, target, family, most)
+    before, after = count_parameters(found.before).total, count_parameters(found.after).total
+    told = found.reached(target)
+    assert f"parameters {before:,} -> {after:,} ({after / before:.1%})" in told
+    assert "FLOPs per token at 32 tokens" in told
+    assert "asked for: target.parameters = 0.9" in told
+    assert "asked" not in removal(model, found.edits).reached()
+
+
+def test_any_nested_family_serves():
+    """Layers that go, one after the other."""
+    model = tiny("llama", num_hidden_layers=5)
+
+    def family(amount):
+        return [ArrangeLayers(layers="model.layers", order=list(range(5 - amount)))]
+
+    found = least_removal(model, Target(parameters=0.5), family, 4)
+    assert 1 <= found.amount <= 4
+    assert count_parameters(found.after).total <= 0.5 * count_parameters(model).total
+    assert count_parameters(removal(model, family(found.amount - 1)).after).total > 0.5 * count_parameters(model).total
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "exactly one of parameters and flops, not none"),
+        ({"parameters": 0.5, "flops": 0.5}, "not parameters and flops"),
+        ({"parameters": 0}, "parameters"),
+        ({"parameters": -0.5}, "parameters"),
+        ({"parameters": float("nan")}, "parameters"),
+        ({"parameters": float("inf")}, "parameters"),
+        ({"parameters": 1.0}, "neither a share below 1 nor a whole number"),
+        ({"flops": 1.5}, "flops = 1.5 is neither a share below 1 nor a whole number"),
+        ({"parameters": 0.5, "sequence_length": 8}, "sequence_length says at which length flops are counted"),
+        ({"flops": 0.5, "sequence_length": 0}, "sequence_length"),
+        ({"latency": 0.5}, "latency"),
+    ],
+)
+def test_a_target_that_says_nothing_clear_is_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        Target.parse(values)
+
+
+def test_a_target_out_of_reach_is_refused_with_the_nearest(model):
+    family, most = narrower(model)
+    total = count_parameters(model).total
+    smallest = total - most * PER_UNIT
+    with pytest.raises(PlanError, match=f"{smallest - 1:,} of {total:,}, and the smallest .* is {smallest:,}") as found:
+        least_removal(model, Target(parameters=smallest - 1), family, most, "magnitude")
+    share = float(str(found.value).partition("(")[2].partition(")")[0])
+    assert least_removal(model, Target(parameters=share), family, most).amount == most
+    with pytest.raises(PlanError, match="could remove"):
+        least_removal(model, Target(parameters=0.5), family, 0)
+
+
+def test_a_target_that_asks_for_nothing_is_refused(model):
+    family, most = narrower(model)
+    with pytest.raises(PlanError, match="nothing has to go"):
+        least_removal(model, Target(parameters=count_parameters(model).total), family, most)
