@@ -14,6 +14,7 @@ from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.planning.width import Widened, widen
 from auxin.planning.width_maps import StreamMap, Widening, circular, feed_forward_maps
+from auxin.planning.width_targets import refuse_without_tower
 from auxin.words.anatomy import Anatomy
 from auxin.words.paths import encloses
 from auxin.words.widths import FEED_FORWARD, Sizes, Stream
@@ -21,7 +22,7 @@ from auxin.words.widths import FEED_FORWARD, Sizes, Stream
 _CUT: tuple[Stream, ...] = ("residual", "query", *FEED_FORWARD)
 
 
-def cut(model: PreTrainedModel, keep: Mapping[tuple[Stream, str], Sequence[int]]) -> Widened:
+def cut(model: PreTrainedModel, keep: Mapping[tuple[Stream, str], Sequence[int]], part: str | None = None) -> Widened:
     """The edits that leave of some streams of `model` the units named alone.
 
     Where all layers get the same width the config says it; otherwise the modules of a stack or a layer are configured.
@@ -32,13 +33,15 @@ def cut(model: PreTrainedModel, keep: Mapping[tuple[Stream, str], Sequence[int]]
         keep: the units that stay, counted from 0, by stream ("residual", "query" for whole heads, or one of the
             feed-forward streams) and scope: "" for all layers, a stack ("encoder.block") or a layer ("model.layers.3");
             the residual has no other scope than "". They keep their order.
+        part: of a model of several towers the one that is cut.
 
     Raises:
         PlanError: an unknown scope or unit, heads of one key-value head that would be more than those of another, heads
             that the architecture can't have fewer of in one place, or nothing to cut.
     """
     scopes = dict.fromkeys(scope for _, scope in keep if scope)
-    body = anatomy(model, scopes=scopes)
+    body = anatomy(model, scopes=scopes, part=part)
+    refuse_without_tower(body)
     _check(body, keep)
     sizes = body.sizes
     same = Widening(
@@ -68,6 +71,22 @@ def cut(model: PreTrainedModel, keep: Mapping[tuple[Stream, str], Sequence[int]]
     return widen(body, widening, approximate=True, cut=True)
 
 
+def narrowest_scopes(body: Anatomy, stream: Stream) -> list[str]:
+    """The narrowest scopes in which units of a stream can be cut on their own; none where it has no units.
+
+    Args:
+        body: anatomy of the model whose layers are told apart.
+        stream: of those that can be cut.
+    """
+    if stream == "residual" or (stream == "query" and body.fields.head_dim is None):
+        return [""]
+    scopes = body.scopes(stream)
+    if stream == "query" and _heads_share_scores(body):
+        stacks = (body.stack_of(scope) for scope in scopes)
+        scopes = list(dict.fromkeys(scope if s is None else s.path for scope, s in zip(scopes, stacks, strict=True)))
+    return scopes
+
+
 def _kept_as_they_are(body: Anatomy) -> dict[tuple[Stream, str], StreamMap]:
     """The maps of scopes that have widths of their own already."""
     found = {(width.stream, width.scope): circular(width.units, width.units) for width in body.sizes.scoped}
@@ -86,6 +105,8 @@ def _check(body: Anatomy, keep: Mapping[tuple[Stream, str], Sequence[int]]) -> N
             raise PlanError(f"{scope}: the residual is one through all layers. Give its units for the scope ''.")
         if stream in FEED_FORWARD and not body.scopes(stream):
             raise PlanError(f"The {body.family} model has no units of {stream}. Leave them out.")
+        if stream == "query" and body.heads_stay and len(keep[stream, scope]) < body.sizes.at(scope).query_heads:
+            raise PlanError(f"{len(keep[stream, scope])} heads: {body.heads_stay} Leave all of them.")
         if stream == "query" and scope:
             _check_head_scope(body, scope)
         inside = [width for width in body.sizes.scoped if width.stream == stream and width.scope != scope]
@@ -102,12 +123,20 @@ def _check_head_scope(body: Anatomy, scope: str) -> None:
             f"{scope}: in this architecture the head dimension is hidden size / heads, so that no layer can have fewer "
             "heads than the others. Cut heads and residual of the whole model together, or silence the heads."
         )
-    shared = any(role.kind == "embedding" and role.along("query") for role in body.roles)
-    if shared and body.stack_of(scope) is not None and scope not in {stack.path for stack in body.stacks}:
+    if (
+        _heads_share_scores(body)
+        and body.stack_of(scope) is not None
+        and scope not in {stack.path for stack in body.stacks}
+    ):
         raise PlanError(
             f"{scope}: the layers of a stack share what the first one adds to the scores of their heads, so that all "
             f"have the same. Give the heads that stay for {body.stack_of(scope).path}."  # type: ignore[union-attr]
         )
+
+
+def _heads_share_scores(body: Anatomy) -> bool:
+    """Whether the layers of a stack have one table of what is added to the scores of their heads."""
+    return any(role.kind == "embedding" and role.along("query") for role in body.roles)
 
 
 def _kept(body: Anatomy, stream: Stream, scope: str, units: Sequence[int]) -> StreamMap:
