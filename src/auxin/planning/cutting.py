@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
+from auxin.planning.size_edits import config_heads
 from auxin.planning.width import Widened, widen
 from auxin.planning.width_maps import StreamMap, Widening, circular, feed_forward_maps
-from auxin.planning.width_targets import refuse_without_tower
+from auxin.planning.width_targets import followed_width, refuse_without_tower
 from auxin.words.anatomy import Anatomy
 from auxin.words.paths import encloses
 from auxin.words.widths import FEED_FORWARD, Sizes, Stream
@@ -68,6 +69,7 @@ def cut(model: PreTrainedModel, keep: Mapping[tuple[Stream, str], Sequence[int]]
     if widening.is_identity:
         raise PlanError("There is nothing to cut: all units are among those that stay. Name fewer.")
     _check_heads(body, widening.sizes(sizes))
+    _check_followers(body, widening.sizes(sizes))
     return widen(body, widening, approximate=True, cut=True)
 
 
@@ -174,9 +176,25 @@ def _check_heads(body: Anatomy, new: Sizes) -> None:
             f"architecture hidden size = heads x dimension. Keep {wanted}, or {new.query_heads * new.head_dim} units."
         )
     # Fewer heads than the config takes are said for the modules; the hidden size can be said in the config alone.
-    if body.heads_divide_hidden_size and all(new.residual % n for n in (new.query_heads, body.sizes.query_heads)):
-        below = new.residual // new.query_heads * new.query_heads
+    heads = config_heads(body, new)
+    if body.heads_divide_hidden_size and all(new.residual % n for n in (heads, body.sizes.query_heads)):
+        below = new.residual // heads * heads
         raise PlanError(
-            f"{new.residual} units of the residual are no multiple of the {new.query_heads} heads, on which this "
-            f"architecture's config insists. Keep {below} or {below + new.query_heads} units."
+            f"{new.residual} units of the residual are no multiple of the {heads} heads, on which this "
+            f"architecture's config insists. Keep {below} or {below + heads} units."
         )
+
+
+def _check_followers(body: Anatomy, new: Sizes) -> None:
+    """Feed-forward units that no config value counts follow from the hidden size."""
+    for stream in FEED_FORWARD:
+        if body.fields.names(stream):
+            continue
+        for scope in body.scopes(stream):
+            follows, units = followed_width(body, stream, new.residual), new.units(stream, scope)
+            if units != follows:
+                raise PlanError(
+                    f"{scope or 'all layers'}: {units} feed-forward units would stay, but this architecture has no "
+                    f"value for their number and works it out from the hidden size: {follows} for {new.residual}. Keep "
+                    f"{follows}."
+                )

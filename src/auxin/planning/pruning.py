@@ -13,13 +13,8 @@ Shares are rounded up to the next size that there is. A target takes from all ch
 from the stream of which, without it, the largest share is left.
 """
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import cached_property
-from itertools import accumulate
-from math import ceil, isfinite, sqrt
 from typing import Any, Literal, Self
 
 from pydantic import Field, StrictFloat, StrictInt, model_validator
@@ -31,6 +26,7 @@ from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.planning.cutting import cut, narrowest_scopes
 from auxin.planning.target import Removal, Target, least_removal, removal
+from auxin.planning.unit_order import Course, Line, Place, Scores, alike, line, ranked
 from auxin.planning.width_targets import example_tower, refuse_without_tower
 from auxin.settings import Settings
 from auxin.words.anatomy import Anatomy
@@ -38,12 +34,6 @@ from auxin.words.paths import encloses
 from auxin.words.widths import FEED_FORWARD, SETTINGS, Stream
 
 Part = Literal["heads", "ffn", "hidden"]
-Place = tuple[Stream, str]
-"""A stream and a scope."""
-Scores = Mapping[Place, Sequence[float]]
-"""What every unit is worth, by stream and scope. Of "query" one for each query head, which are added up over a
-key-value group, or one for each key-value head with its group. Scores of narrower scopes are added up over a wider one
-whose units go together."""
 STREAMS: dict[Part, tuple[Stream, ...]] = {"heads": ("query",), "ffn": FEED_FORWARD, "hidden": ("residual",)}
 DEFAULT: tuple[Part, ...] = ("heads", "ffn")
 """What a target shrinks where nothing else is said."""
@@ -142,39 +132,24 @@ class Prunable:
         pairs = [(part, stream) for part in self.settings.chosen for stream in STREAMS[part]]
         return [(part, stream) for part, stream in pairs if any(found == stream for found, _ in self.units)]
 
-    def _courses(self, part: Part, stream: Stream, scores: Scores) -> "Iterator[_Course]":
+    def _courses(self, part: Part, stream: Stream, scores: Scores) -> Iterator[Course]:
         """The courses of a stream: one, or where layers shall be alike one for each stack with a config value."""
         scopes = [scope for found, scope in self.units if found == stream]
         if not self.settings.uniform:
-            yield _ranked(part, stream, [self._line(stream, s, scores) for s in scopes], self.settings.normalised)
+            yield ranked(part, stream, [self._line(stream, s, scores) for s in scopes], self.settings.normalised)
             return
         homes = [home for home in self.body.fields.names(stream) if home]
         by_home: dict[str, list[str]] = {}
         for scope in scopes:
             by_home.setdefault(next((home for home in homes if encloses(home, scope)), ""), []).append(scope)
         for together in by_home.values():
-            yield _alike(part, stream, [self._line(stream, scope, scores) for scope in together])
+            yield alike(part, stream, [self._line(stream, scope, scores) for scope in together])
 
-    def _line(self, stream: Stream, scope: str, scores: Scores) -> "_Line":
-        groups = self.units[stream, scope]
+    def _line(self, stream: Stream, scope: str, scores: Scores) -> Line:
         entries = self.body.sizes.units(stream, scope)
         assert entries is not None
-        found = _scores_at(stream, scope, scores, groups, entries)
-        size = entries // groups
-        order = sorted(range(groups), key=lambda group: (found[group], -group))
         multiple = self.settings.multiple_of if stream in FEED_FORWARD else 1
-        # The first block leaves a multiple; the last one stays.
-        ends = list(range((groups - 1) % multiple + 1, groups, multiple)) if groups > multiple else []
-        blocks = [order[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        means = [sum(found[group] for group in block) / len(block) for block in blocks]
-        return _Line(
-            stream,
-            scope,
-            entries,
-            tuple(tuple(group * size + one for group in block for one in range(size)) for block in blocks),
-            tuple(accumulate(means, max)),  # sorted also where rounding of the means says otherwise
-            sqrt(sum(score**2 for score in found) / groups),
-        )
+        return line((stream, scope), scores, self.units[stream, scope], entries, multiple)
 
 
 def prunable(model: PreTrainedModel, settings: Pruning) -> Prunable:
@@ -216,131 +191,39 @@ def pruning_example(model: PreTrainedModel) -> dict[str, Any]:
         PlanError: it takes none.
     """
     _, tower = example_tower(model)
-    tries: list[dict[str, Any]] = [{"heads": 0.5, "ffn": 0.5}, {"ffn": 0.5}, {"heads": 0.5, "hidden": 0.5}]
-    for values in tries:
+    tries: list[tuple[Part, ...]] = [("heads", "ffn"), ("ffn",), ("heads", "hidden"), ("heads", "ffn", "hidden")]
+    errors = []
+    for parts in tries:
+        values: dict[str, Any] = {**tower, **dict.fromkeys(parts, 0.5)}
         try:
-            found = prunable(model, Pruning.parse({**values, **tower}))
+            found = prunable(model, Pruning.parse(values))
             found.plan("", {place: [0.0] * units for place, units in found.units.items()})
         except PlanError as error:
-            last = error
+            errors.append(error)
         else:
-            return {**values, **tower}
-    raise last
-
-
-@dataclass(frozen=True)
-class _Line:
-    """The units of a stream in one scope, in the order in which they go."""
-
-    stream: Stream
-    scope: str
-    units: int
-    blocks: tuple[tuple[int, ...], ...]
-    """What goes at every step; what is in none stays."""
-    scores: tuple[float, ...]
-    """Of the blocks, rising."""
-    scale: float
-    """The root of the mean square of all scores."""
-
-    @cached_property
-    def left(self) -> tuple[int, ...]:
-        """How many units are left after every number of steps, from none on."""
-        return tuple(accumulate((-len(block) for block in self.blocks), initial=self.units))
-
-    def kept(self, steps: int) -> list[int]:
-        """The units that are left."""
-        gone = {unit for block in self.blocks[:steps] for unit in block}
-        return [unit for unit in range(self.units) if unit not in gone]
-
-
-@dataclass(frozen=True)
-class _Course:
-    """Ever smaller states of a stream, the first of which is the present one."""
-
-    part: Part
-    stream: Stream
-    lines: tuple[_Line, ...]
-    left: tuple[int, ...]
-    """Units in every state: of a layer where layers are alike (of the widest before), else of all layers."""
-    steps: Callable[[int], list[int]]
-    """(state) -> steps of every line."""
-
-    def keep(self, state: int) -> dict[Place, list[int]]:
-        """The units that stay in a state."""
-        steps = self.steps(state)
-        return {(self.stream, line.scope): line.kept(n) for line, n in zip(self.lines, steps, strict=True)}
-
-    def share(self, state: int) -> Fraction:
-        """What part of the units is left."""
-        return Fraction(self.left[state], self.left[0])
-
-    def state(self, amount: int | float, sizes: Collection[int]) -> int:
-        """The state for an amount that stays.
-
-        Args:
-            amount: a share, or a number of units.
-            sizes: those that the architecture takes.
-        """
-        if isinstance(amount, float):
-            least = ceil(Fraction(str(amount)) * self.left[0])
-            return max(state for state, left in enumerate(self.left) if left >= least and left in sizes)
-        if amount not in sizes:
-            near = sorted(sorted(sizes, key=lambda size: abs(size - amount))[:2])
-            raise PlanError(
-                f"{self.part} = {amount}: the {SETTINGS[self.stream]} of {self.left[0]} can't become that here. The "
-                f"nearest possible: {' or '.join(map(str, near))}."
-            )
-        return self.left.index(amount)
-
-
-def _alike(part: Part, stream: Stream, lines: list[_Line]) -> _Course:
-    """Every layer keeps as many; those that have fewer already keep what they have."""
-    widest = max(lines, key=lambda line: line.units)
-
-    def steps(state: int) -> list[int]:
-        size = widest.left[state]
-        return [
-            next(step for step, left in enumerate(line.left) if left <= size or left == line.left[-1]) for line in lines
-        ]
-
-    return _Course(part, stream, tuple(lines), widest.left, steps)
-
-
-def _ranked(part: Part, stream: Stream, lines: list[_Line], normalised: bool) -> _Course:
-    """The blocks of all layers in one ranking."""
-    scored = [
-        (score / line.scale if normalised and line.scale else score, place, step)
-        for place, line in enumerate(lines)
-        for step, score in enumerate(line.scores)
-    ]
-    ranking = [(place, step) for _, place, step in sorted(scored)]
-    total = sum(line.units for line in lines)
-    gone = (-len(lines[place].blocks[step]) for place, step in ranking)
-
-    def steps(state: int) -> list[int]:
-        counts = Counter(place for place, _ in ranking[:state])
-        return [counts[place] for place, _ in enumerate(lines)]
-
-    return _Course(part, stream, tuple(lines), tuple(accumulate(gone, initial=total)), steps)
+            return values
+    raise errors[1]
 
 
 class _Courses:
     """The courses of all streams that are pruned, and which states go together."""
 
-    def __init__(self, found: Prunable, courses: list[_Course]) -> None:
-        self.found, self.notes = found, list[str]()
-        self.courses = courses
-        self.courses = [course for course in courses if self._can_go(course)]
-        if not self.courses:
-            raise PlanError(" ".join(self.notes))
+    def __init__(self, found: Prunable, courses: list[Course]) -> None:
+        self.found, self.courses, self.notes = found, courses, list[str]()
 
     def removal(self, method: str) -> Removal:
         """What is removed."""
         model, target = self.found.model, self.found.settings.target
         if target is None:
             return removal(model, self._edits(self._asked()))
+        self.courses = [course for course in self.courses if self._can_go(course)]
+        if not self.courses:
+            raise PlanError(f"Nothing of what a target takes from by itself can go. {' '.join(self.notes)}")
         chain = self._chain()
-        return least_removal(model, target, lambda amount: self._edits(chain[amount - 1]), len(chain), method)
+        try:
+            return least_removal(model, target, lambda amount: self._edits(chain[amount - 1]), len(chain), method)
+        except PlanError as error:
+            raise PlanError(" ".join([str(error), *self.notes])) from error
 
     def _edits(self, states: Sequence[int]) -> list[Any]:
         keep: dict[Place, list[int]] = {}
@@ -350,24 +233,61 @@ class _Courses:
 
     def _asked(self) -> list[int]:
         """The states for the shares and counts of the settings."""
-        amounts = {part: getattr(self.found.settings, part) for part in self.found.settings.chosen}
-        for part, amount in amounts.items():
-            sizes = sorted({course.left[0] for course in self.courses if course.part == part})
-            if isinstance(amount, int) and len(sizes) > 1:
-                raise PlanError(f"{part} = {amount}: this model has several sizes of it ({sizes}). Give a share.")
-        wanted = [course.state(amounts[course.part], self._sizes(course)) for course in self.courses]
+        amounts: dict[str, int | float] = {
+            part: getattr(self.found.settings, part) for part in self.found.settings.chosen
+        }
+        asked = [self._state(course, amounts[course.name]) for course in self.courses]
+        if not any(asked):
+            raise PlanError(f"There is nothing to prune: {', '.join(map(self._whole, self.courses))}. Ask for less.")
+        wanted = [self._possible(place, asked, amounts[course.name]) for place, course in enumerate(self.courses)]
         heads = self._place("heads")
         states = self._together([state if place == heads else 0 for place, state in enumerate(wanted)], wanted)
         for course, state, other in zip(self.courses, wanted, states or wanted, strict=True):
-            if state != other and isinstance(amounts[course.part], int):
+            if state != other and isinstance(amounts[course.name], int):
                 raise PlanError(
-                    f"{course.part} = {course.left[state]} does not go with these heads, whose number divides it in "
+                    f"{course.name} = {course.left[state]} does not go with these heads, whose number divides it in "
                     f"this architecture. The nearest possible: {course.left[other]}."
                 )
-        if not any(states or wanted):
-            told = [f"{course.left[0]} {SETTINGS[course.stream]} would stay" for course in self.courses]
-            raise PlanError(f"There is nothing to prune: all of {', '.join(told)}. Ask for less.")
         return states or wanted  # those that do not go together are refused by `cut`, with what would do
+
+    def _state(self, course: Course, amount: int | float) -> int:
+        """The state for an amount, whether the architecture takes it or not."""
+        if isinstance(amount, float):
+            return course.state(amount)
+        sizes = sorted({other.left[0] for other in self.courses if other.name == course.name})
+        if len(sizes) > 1:
+            raise PlanError(f"{course.name} = {amount}: this model has several sizes of it ({sizes}). Give a share.")
+        if amount not in course.left:
+            raise PlanError(self._nearest_sizes(course, amount, course.left))
+        return course.left.index(amount)
+
+    def _possible(self, place: int, asked: Sequence[int], amount: int | float) -> int:
+        """The state of the course at `place` that the architecture takes: that which is asked for or, for a share, the
+        last one before."""
+        course, sizes = self.courses[place], self._sizes(self.courses[place])
+        if course.left[asked[place]] in sizes:
+            return asked[place]
+        before = max(state for state in range(asked[place]) if course.left[state] in sizes)
+        if before and isinstance(amount, float):
+            return before
+        self._edits(asked)  # whose refusal has the reason
+        raise PlanError(self._nearest_sizes(course, course.left[asked[place]], sizes))
+
+    def _whole(self, course: Course) -> str:
+        smaller = self._sizes(course) - {course.left[0]}
+        following = f" (the next possible: {max(smaller)})" if smaller else ", since no other number is possible"
+        return f"all of {course.left[0]} {SETTINGS[course.stream]} would stay{following}"
+
+    def _nearest_sizes(self, course: Course, size: int, sizes: Iterable[int]) -> str:
+        """Why some number of units is none that can stay."""
+        near = sorted(sorted(set(sizes) - {course.left[0]}, key=lambda other: abs(other - size))[:2])
+        mend = " Prune hidden, too, or set uniform = false." * (course.name == "heads")
+        divided = course.name != "ffn" and size in course.left
+        return (
+            f"{course.name} = {size}: that many of {course.left[0]} {SETTINGS[course.stream]} can't stay"
+            f"{' beside the other widths' * divided}. The nearest possible: {' or '.join(map(str, near)) or 'none'}."
+            f"{mend * divided}"
+        )
 
     def _chain(self) -> list[list[int]]:
         """Ever smaller states of all courses, by one step of one stream at a time where they go alone."""
@@ -384,44 +304,33 @@ class _Courses:
                 chain.append(states)
         return chain[1:]
 
-    def _can_go(self, course: _Course) -> bool:
+    def _can_go(self, course: Course) -> bool:
         """Whether some of its units can go; where they can't and need not, the reason becomes a note."""
         try:
             self._check(course)
         except PlanError as error:
             if not self.found.settings.optional:
                 raise
-            self.notes.append(f"{course.part} stay: {error}")
+            self.notes.append(f"{course.name} stay: {error}")
             return False
         return True
 
-    def _check(self, course: _Course) -> None:
+    def _check(self, course: Course) -> None:
+        """PlanError when the architecture takes no smaller size, with the reason."""
         if len(course.left) == 1:
-            multiple = f" that are a multiple of {self.found.settings.multiple_of}" * (course.part == "ffn")
-            raise PlanError(f"{course.part}: {course.left[0]} {SETTINGS[course.stream]} can't become fewer{multiple}.")
+            raise PlanError(f"{self._whole(course).capitalize()}.")
         least = [int(other is course) for other in self.courses]
         states = self._nearest(least)
-        cut(
-            self.found.model,
-            {
-                place: units
-                for other, state in zip(self.courses, states or least, strict=True)
-                if state
-                for place, units in other.keep(state).items()
-            },
-            part=self.found.settings.part,
-        )
+        self._edits(states or least)
         if states is None:
             raise PlanError(
-                f"{course.part}: no smaller number than {course.left[0]} goes with the hidden size of "
-                f"{self.found.body.sizes.residual}, which heads divide in this architecture's config. Prune hidden, "
-                "too, or set uniform = false."
+                f"{self._whole(course).capitalize()}. Set uniform = false, or let the target take from hidden."
             )
 
     # Which numbers of heads go with which hidden sizes ---------------------------------------------------------------
 
-    def _place(self, part: Part) -> int | None:
-        return next((place for place, course in enumerate(self.courses) if course.part == part), None)
+    def _place(self, part: str) -> int | None:
+        return next((place for place, course in enumerate(self.courses) if course.name == part), None)
 
     def _fits(self, heads: int, hidden: int) -> bool:
         """Whether the config takes them, and says them where layers shall be alike."""
@@ -449,17 +358,17 @@ class _Courses:
                     states = {head_place: head_state, hidden_place: hidden_state}
                     yield {place: state for place, state in states.items() if place is not None}
 
-    def _states(self, part: Part) -> range:
+    def _states(self, part: str) -> range:
         place = self._place(part)
         return range(0 if place is None else len(self.courses[place].left))
 
-    def _sizes(self, course: _Course) -> set[int]:
+    def _sizes(self, course: Course) -> set[int]:
         """The sizes of a course that the architecture takes, with some of its partner."""
-        if course.part == "ffn":
+        body, place = self.found.body, self._place(course.name)
+        free = body.fields.head_dim is not None and not body.heads_divide_hidden_size
+        if free or course.name == "ffn" or place is None or self.courses[place] is not course:
             return set(course.left)
-        place = self._place(course.part)
-        pairs = self._pairs(self._states("heads"), self._states("hidden"))
-        return {course.left[pair[place]] for pair in pairs if place is not None}
+        return {course.left[pair[place]] for pair in self._pairs(self._states("heads"), self._states("hidden"))}
 
     def _nearest(self, least: Sequence[int]) -> list[int] | None:
         """The first states from `least` on that go together; None where there are none."""
@@ -477,21 +386,3 @@ class _Courses:
         ranges = [range(0) if place is None else range(most[place], least[place] - 1, -1) for place in (heads, hidden)]
         pair = next(self._pairs(*ranges), None)
         return None if pair is None else [pair.get(place, state) for place, state in enumerate(most)]
-
-
-def _scores_at(stream: Stream, scope: str, scores: Scores, groups: int, entries: int) -> list[float]:
-    """What the units that go together are worth in a scope."""
-    inner = [found for (name, place), found in scores.items() if name == stream and encloses(scope, place)]
-    given = [scores[stream, scope]] if (stream, scope) in scores else inner
-    where = f"{stream} of {scope}" if scope else stream
-    if not given:
-        raise PlanError(f"There are no scores for the units of {where}.")
-    total = [0.0] * groups
-    for found in given:
-        if len(found) not in (groups, entries):
-            raise PlanError(f"There are {len(found)} scores for the units of {where}, of which there are {groups}.")
-        size = len(found) // groups
-        total = [total[group] + sum(found[group * size : (group + 1) * size]) for group in range(groups)]
-    if not all(map(isfinite, total)):
-        raise PlanError(f"Scores for the units of {where} are not finite, so that none can be called the lowest.")
-    return total

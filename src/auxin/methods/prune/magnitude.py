@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 from auxin.edits import Plan
 from auxin.planning.bench import Bench, from_model
 from auxin.planning.method import Method
-from auxin.planning.pruning import Place, Prunable, Pruning, Scores, prunable, pruning_example
+from auxin.planning.pruning import Prunable, Pruning, prunable, pruning_example
+from auxin.planning.unit_order import Place, Scores
 from auxin.words.paths import encloses
 from auxin.words.roles import Kind, ParameterRole, laid_out
 
