@@ -68,6 +68,7 @@ def cut(model: PreTrainedModel, keep: Mapping[tuple[Stream, str], Sequence[int]]
     )
     if widening.is_identity:
         raise PlanError("There is nothing to cut: all units are among those that stay. Name fewer.")
+    _check_tied(model, body, widening)
     _check_heads(body, widening.sizes(sizes))
     _check_followers(body, widening.sizes(sizes))
     return widen(body, widening, approximate=True, cut=True)
@@ -164,6 +165,21 @@ def _key_value_heads(body: Anatomy, scope: str, query: StreamMap) -> StreamMap:
             f"stay, but each must be read by equally many. Keep {min(sizes)} or {max(sizes)} of each."
         )
     return StreamMap(old.key_value_heads, tuple(key for key, count in enumerate(counts) if count))
+
+
+def _check_tied(model: PreTrainedModel, body: Anatomy, widening: Widening) -> None:
+    """Of one tensor that several layers have, the same units must stay in all of them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for first, *others in names.values():
+        streams = {segment.stream for axis in body.role(first).axes for segment in axis} if others else set()
+        for name, stream in ((name, stream) for name in others for stream in streams):
+            if widening.at(stream, name) != widening.at(stream, first):
+                raise PlanError(
+                    f"{first} and {name} are one tensor (tied), and of its units ({stream}) others would stay in one "
+                    "place than in the other. Name the same for both, or untie them first."
+                )
 
 
 def _check_heads(body: Anatomy, new: Sizes) -> None:

@@ -68,7 +68,8 @@ class Course:
 
     def state(self, share: float) -> int:
         """The last state in which at least a share of the units is left."""
-        least = ceil(Fraction(str(share)) * self.left[0])  # 0.07 of 100 is 7
+        # 0.07 of 100 is 7, and 7 / 12 of 24 is 14, whatever their binary digits.
+        least = ceil(Fraction(share).limit_denominator(10**6) * self.left[0])
         return max(state for state, left in enumerate(self.left) if left >= least)
 
 
