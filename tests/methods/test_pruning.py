@@ -7,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
 
 import auxin
+from auxin import cli
 from auxin.accounting import count_parameters, flops_per_token
 from auxin.edits import SliceParameter, apply
 from auxin.edits.structure import structural_edits
@@ -312,6 +314,25 @@ def test_sizes_are_known_before_the_weights_are():
         guess = estimate_plan(found, Bench(shapes), chosen)
         assert guess.estimate
         assert guess.notes == found.plan(Bench(model), chosen).notes
+
+
+def test_the_command_line_prunes_a_checkpoint(tmp_path):
+    def call(*arguments):
+        done = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    model = tiny("llama", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    asked = ("--set", "target.parameters=0.7", "--set", "multiple_of=2")
+    told = call("plan", tmp_path / "model", "magnitude", *asked, "-o", tmp_path / "plan.yaml")
+    assert "asked for: target.parameters = 0.7" in told.replace("\n", " ")
+    call("apply", tmp_path / "model", tmp_path / "plan.yaml", "-o", tmp_path / "smaller")
+    smaller = LlamaForCausalLM.from_pretrained(tmp_path / "smaller")
+    assert count_parameters(smaller).total <= 0.7 * count_parameters(model).total
+    assert smaller.config.intermediate_size % 2 == 0
+    apply(auxin.plan(model, "magnitude", target={"parameters": 0.7}, multiple_of=2), model)
+    assert torch.equal(plain_logits(smaller), plain_logits(model))
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
