@@ -13,8 +13,8 @@ and the columns that read it, each as many times as it is there. That is of
 Gains and offsets of norms, and other factors, do not count. Heads that can go from all layers at once only (hidden size
 = heads x dimension; a stack that shares its table of positions) have one norm over all those layers.
 
-The oldest criterion; nothing says that a unit whose weights are small matters little, so that chance (the method random)
-belongs beside it.
+The oldest criterion; nothing says that a unit whose weights are small matters little, so that chance (the method
+random) belongs beside it.
 """
 
 import torch
