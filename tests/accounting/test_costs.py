@@ -18,7 +18,7 @@ from auxin.accounting import count_parameters, flops_per_token, training_memory
 from auxin.accounting.flops import countable_kernels
 from auxin.errors import ConfigError
 from auxin.models.tokenformer import TokenFormerConfig
-from tiny_models import tiny
+from tiny_models import logits, tiny
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 CONFIGS = {
@@ -155,3 +155,16 @@ def test_training_memory_of_images_is_what_a_real_step_saves():
 def test_memory_of_text_needs_a_length():
     with pytest.raises(ConfigError, match=r"sequence_length: needed to count the memory of a model of text\. Give it"):
         training_memory(tiny_t5(), 2)
+
+
+@pytest.mark.parametrize("family", ["beit", "deberta"])
+def test_counting_keeps_no_tensor_without_data_and_follows_none_backwards(family):
+    """BEiT's code keeps an index in a cache that all models share; DeBERTa's hands parameters to its modules."""
+    model = tiny(family)
+    before = logits(model)
+    counted = flops_per_token(model, 7).forward
+    assert counted > 0
+    assert torch.equal(logits(model), before)
+    assert flops_per_token(tiny(family, seed=1), 7).forward == counted
+    assert torch.equal(logits(tiny(family)), before)
+    assert all(parameter.requires_grad for parameter in model.parameters())

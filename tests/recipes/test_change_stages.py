@@ -290,6 +290,15 @@ def test_a_change_that_makes_the_model_smaller_is_priced_measured_and_called_a_c
     assert "growth" not in printed
 
 
+def test_a_pruned_model_has_the_size_that_its_price_told(corpus, tmp_path):
+    """The price has no weights; which units go changes nothing about how many."""
+    made = recipe(corpus, grow("magnitude", target={"parameters": 0.8}), AFTER)
+    prices = [stage.parameters for stage in price_recipe(made, memory=False).stages]
+    (point,) = run_recipe(made, tmp_path / "out", "", announce=quiet).branches[0].growths
+    assert (point.parameters_before, point.parameters_after) == (prices[1], prices[2])
+    assert prices[3] == prices[2] <= 0.8 * prices[1]
+
+
 def test_data_that_a_growth_looked_at_does_not_move_the_training_on(corpus, tmp_path, install):
     """With the same documents in the same order, a growth that looks at data is compared with one that doesn't."""
     install(looking([], factor=2))

@@ -85,7 +85,8 @@ def forward_flops(model: nn.Module, inputs: Mapping[str, Any]) -> float:
         inputs: keyword arguments of the call; of tensors only shape and type count.
     """
     with shape_only_copy(model) as copy, FlopCounterMode(display=False) as counter, countable_kernels(copy):
-        copy.eval()
+        # Torch's counter would follow parameters that a module hands on (DeBERTa) backwards, where no gradients are.
+        copy.eval().requires_grad_(False)
         count = _Count(counter, copy)
         copy(**without_data(inputs))
     return count.total

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers.pytorch_utils
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
@@ -25,7 +26,7 @@ def shape_only_copy(model: nn.Module, dtype: torch.dtype | None = None) -> Itera
     Raises:
         ConfigError: what runs within the context looks at values.
     """
-    with FakeTensorMode():
+    with FakeTensorMode(), _caches_passed_by():
         memo: dict[int, object] = {}
         for parameter in model.parameters():
             data = torch.empty(parameter.shape, dtype=dtype or parameter.dtype)
@@ -40,6 +41,20 @@ def shape_only_copy(model: nn.Module, dtype: torch.dtype | None = None) -> Itera
                 f"{type(model).__name__} can't be counted on shapes alone: its code looks at values ({error}). Count "
                 "what it executes on inputs of yours, `auxin.accounting.ExecutedFlops`."
             ) from error
+
+
+@contextmanager
+def _caches_passed_by() -> Iterator[None]:
+    """Within the context, transformers' cached functions compute anew and keep nothing, as while torch compiles: a
+    tensor without data that one of them kept (BEiT's index of relative positions) would be given to real models
+    afterwards."""
+    module: Any = transformers.pytorch_utils
+    asked = module.is_torchdynamo_compiling
+    module.is_torchdynamo_compiling = lambda: True
+    try:
+        yield
+    finally:
+        module.is_torchdynamo_compiling = asked
 
 
 def without_data(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -87,13 +87,14 @@ class _Outcome:
         """Build the new skeleton and find the origin of everything in it."""
         after = self._built()
         said = {name: self.state.values[name] for name in self.state.said}
-        refuse_idle_values(
-            self.state.architecture[0], said, after, lambda values: self._built({**self.state.values, **values})
-        )
+        # First, since what all modules had of their own may have become what the config says for all of them.
         structure = self.state.configurations.settled(self.state.structure, said)
         if structure != self.state.structure:
             self.state.structure = structure
             after = self._built()
+        refuse_idle_values(
+            self.state.architecture[0], said, after, lambda values: self._built({**self.state.values, **values})
+        )
         origins = self._origins(after)
         modules: dict[str, str | None] = {"": ""}
         for path, _ in after.named_modules(remove_duplicate=False):

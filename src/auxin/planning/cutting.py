@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
+from auxin.planning.size_edits import config_heads
 from auxin.planning.width import Widened, widen
 from auxin.planning.width_maps import StreamMap, Widening, circular, feed_forward_maps
+from auxin.planning.width_targets import followed_width, refuse_without_tower
 from auxin.words.anatomy import Anatomy
 from auxin.words.paths import encloses
 from auxin.words.widths import FEED_FORWARD, Sizes, Stream
@@ -21,7 +23,7 @@ from auxin.words.widths import FEED_FORWARD, Sizes, Stream
 _CUT: tuple[Stream, ...] = ("residual", "query", *FEED_FORWARD)
 
 
-def cut(model: PreTrainedModel, keep: Mapping[tuple[Stream, str], Sequence[int]]) -> Widened:
+def cut(model: PreTrainedModel, keep: Mapping[tuple[Stream, str], Sequence[int]], part: str | None = None) -> Widened:
     """The edits that leave of some streams of `model` the units named alone.
 
     Where all layers get the same width the config says it; otherwise the modules of a stack or a layer are configured.
@@ -32,13 +34,15 @@ def cut(model: PreTrainedModel, keep: Mapping[tuple[Stream, str], Sequence[int]]
         keep: the units that stay, counted from 0, by stream ("residual", "query" for whole heads, or one of the
             feed-forward streams) and scope: "" for all layers, a stack ("encoder.block") or a layer ("model.layers.3");
             the residual has no other scope than "". They keep their order.
+        part: of a model of several towers the one that is cut.
 
     Raises:
         PlanError: an unknown scope or unit, heads of one key-value head that would be more than those of another, heads
             that the architecture can't have fewer of in one place, or nothing to cut.
     """
     scopes = dict.fromkeys(scope for _, scope in keep if scope)
-    body = anatomy(model, scopes=scopes)
+    body = anatomy(model, scopes=scopes, part=part)
+    refuse_without_tower(body)
     _check(body, keep)
     sizes = body.sizes
     same = Widening(
@@ -64,8 +68,26 @@ def cut(model: PreTrainedModel, keep: Mapping[tuple[Stream, str], Sequence[int]]
     )
     if widening.is_identity:
         raise PlanError("There is nothing to cut: all units are among those that stay. Name fewer.")
+    _check_tied(model, body, widening)
     _check_heads(body, widening.sizes(sizes))
+    _check_followers(body, widening.sizes(sizes))
     return widen(body, widening, approximate=True, cut=True)
+
+
+def narrowest_scopes(body: Anatomy, stream: Stream) -> list[str]:
+    """The narrowest scopes in which units of a stream can be cut on their own; none where it has no units.
+
+    Args:
+        body: anatomy of the model whose layers are told apart.
+        stream: of those that can be cut.
+    """
+    if stream == "residual" or (stream == "query" and body.fields.head_dim is None):
+        return [""]
+    scopes = body.scopes(stream)
+    if stream == "query" and _heads_share_scores(body):
+        stacks = (body.stack_of(scope) for scope in scopes)
+        scopes = list(dict.fromkeys(scope if s is None else s.path for scope, s in zip(scopes, stacks, strict=True)))
+    return scopes
 
 
 def _kept_as_they_are(body: Anatomy) -> dict[tuple[Stream, str], StreamMap]:
@@ -86,6 +108,8 @@ def _check(body: Anatomy, keep: Mapping[tuple[Stream, str], Sequence[int]]) -> N
             raise PlanError(f"{scope}: the residual is one through all layers. Give its units for the scope ''.")
         if stream in FEED_FORWARD and not body.scopes(stream):
             raise PlanError(f"The {body.family} model has no units of {stream}. Leave them out.")
+        if stream == "query" and body.heads_stay and len(keep[stream, scope]) < body.sizes.at(scope).query_heads:
+            raise PlanError(f"{len(keep[stream, scope])} heads: {body.heads_stay} Leave all of them.")
         if stream == "query" and scope:
             _check_head_scope(body, scope)
         inside = [width for width in body.sizes.scoped if width.stream == stream and width.scope != scope]
@@ -102,12 +126,20 @@ def _check_head_scope(body: Anatomy, scope: str) -> None:
             f"{scope}: in this architecture the head dimension is hidden size / heads, so that no layer can have fewer "
             "heads than the others. Cut heads and residual of the whole model together, or silence the heads."
         )
-    shared = any(role.kind == "embedding" and role.along("query") for role in body.roles)
-    if shared and body.stack_of(scope) is not None and scope not in {stack.path for stack in body.stacks}:
+    if (
+        _heads_share_scores(body)
+        and body.stack_of(scope) is not None
+        and scope not in {stack.path for stack in body.stacks}
+    ):
         raise PlanError(
             f"{scope}: the layers of a stack share what the first one adds to the scores of their heads, so that all "
             f"have the same. Give the heads that stay for {body.stack_of(scope).path}."  # type: ignore[union-attr]
         )
+
+
+def _heads_share_scores(body: Anatomy) -> bool:
+    """Whether the layers of a stack have one table of what is added to the scores of their heads."""
+    return any(role.kind == "embedding" and role.along("query") for role in body.roles)
 
 
 def _kept(body: Anatomy, stream: Stream, scope: str, units: Sequence[int]) -> StreamMap:
@@ -135,6 +167,21 @@ def _key_value_heads(body: Anatomy, scope: str, query: StreamMap) -> StreamMap:
     return StreamMap(old.key_value_heads, tuple(key for key, count in enumerate(counts) if count))
 
 
+def _check_tied(model: PreTrainedModel, body: Anatomy, widening: Widening) -> None:
+    """Of one tensor that several layers have, the same units must stay in all of them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for first, *others in names.values():
+        streams = {segment.stream for axis in body.role(first).axes for segment in axis} if others else set()
+        for name, stream in ((name, stream) for name in others for stream in streams):
+            if widening.at(stream, name) != widening.at(stream, first):
+                raise PlanError(
+                    f"{first} and {name} are one tensor (tied), and of its units ({stream}) others would stay in one "
+                    "place than in the other. Name the same for both, or untie them first."
+                )
+
+
 def _check_heads(body: Anatomy, new: Sizes) -> None:
     bound = body.fields.head_dim is None
     if bound and new.residual != new.query_heads * new.head_dim:
@@ -145,9 +192,25 @@ def _check_heads(body: Anatomy, new: Sizes) -> None:
             f"architecture hidden size = heads x dimension. Keep {wanted}, or {new.query_heads * new.head_dim} units."
         )
     # Fewer heads than the config takes are said for the modules; the hidden size can be said in the config alone.
-    if body.heads_divide_hidden_size and all(new.residual % n for n in (new.query_heads, body.sizes.query_heads)):
-        below = new.residual // new.query_heads * new.query_heads
+    heads = config_heads(body, new)
+    if body.heads_divide_hidden_size and all(new.residual % n for n in (heads, body.sizes.query_heads)):
+        below = new.residual // heads * heads
         raise PlanError(
-            f"{new.residual} units of the residual are no multiple of the {new.query_heads} heads, on which this "
-            f"architecture's config insists. Keep {below} or {below + new.query_heads} units."
+            f"{new.residual} units of the residual are no multiple of the {heads} heads, on which this "
+            f"architecture's config insists. Keep {below} or {below + heads} units."
         )
+
+
+def _check_followers(body: Anatomy, new: Sizes) -> None:
+    """Feed-forward units that no config value counts follow from the hidden size."""
+    for stream in FEED_FORWARD:
+        if body.fields.names(stream):
+            continue
+        for scope in body.scopes(stream):
+            follows, units = followed_width(body, stream, new.residual), new.units(stream, scope)
+            if units != follows:
+                raise PlanError(
+                    f"{scope or 'all layers'}: {units} feed-forward units would stay, but this architecture has no "
+                    f"value for their number and works it out from the hidden size: {follows} for {new.residual}. Keep "
+                    f"{follows}."
+                )

@@ -26,7 +26,7 @@ def size_edits(anatomy: Anatomy, new: Sizes) -> tuple[Sizes, list[ConfigureModul
     said: dict[tuple[Stream, str], int | None] = {}
     values: dict[str, dict[str, int]] = {}
     streams: tuple[Stream, ...] = ("query", "key_value", *FEED_FORWARD)
-    refused = anatomy.heads_divide_hidden_size and new.residual % _config_heads(anatomy, new) != 0
+    refused = anatomy.heads_divide_hidden_size and new.residual % config_heads(anatomy, new) != 0
     for stream in streams:
         alike = anatomy.fields.undotted.like_heads if stream == "query" else ()
         for home, field in anatomy.fields.undotted.names(stream).items():
@@ -60,8 +60,9 @@ def size_values(anatomy: Anatomy, new: Sizes) -> dict[str, Any]:
     return values
 
 
-def _config_heads(anatomy: Anatomy, new: Sizes) -> int:
-    """The query heads that the config would have to say, were it not to refuse them."""
+def config_heads(anatomy: Anatomy, new: Sizes) -> int:
+    """The query heads that the config would have to say for a model to have the widths `new`, were it not to refuse
+    them."""
     return _told(anatomy, "query", "", new)[0] or new.query_heads
 
 

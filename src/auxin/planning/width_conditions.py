@@ -246,7 +246,10 @@ def _unfit(anatomy: Anatomy, widening: Widening) -> list[str]:
                 f"{_place(segment.scope)}the widening maps {found.old} units of {segment.stream}, and there are "
                 f"{segment.count}. Give a map for this scope."
             ]
+    streams = {segment.stream for segment in segments}
     for stream, scope in widening.scoped:
+        if stream == "key_value" and stream not in streams:
+            continue  # all heads read what the parameters of query heads make (DeepSeek)
         if not any(segment.stream == stream and encloses(scope, segment.scope) for segment in segments):
             return [
                 f"{scope}: the anatomy does not tell the {stream} units of this scope apart. Ask for one that does: "

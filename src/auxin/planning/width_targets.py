@@ -150,9 +150,7 @@ class WidthTargets(Settings):
     def _feed_forward(self, anatomy: Anatomy, stream: Stream, hidden: int) -> int | None:
         old, wanted, name = anatomy.sizes.units(stream), self._given(stream), SETTINGS[stream]
         if old is not None and anatomy.fields.of(stream) is None:
-            follows = old * hidden // anatomy.sizes.residual
-            if stream == "ffn" and anatomy.ffn_follows is not None:
-                follows = anatomy.ffn_follows.units(hidden)
+            follows = followed_width(anatomy, stream, hidden)
             if wanted not in (None, follows):
                 raise PlanError(
                     f"{name} = {wanted}: this architecture has no value for it and works it out from the hidden size: "
@@ -172,12 +170,19 @@ class WidthTargets(Settings):
         return None
 
 
+def followed_width(anatomy: Anatomy, stream: Stream, hidden: int) -> int:
+    """The units of a feed-forward stream for which the config has no value, with a hidden size of `hidden`."""
+    if stream == "ffn" and anatomy.ffn_follows is not None:
+        return anatomy.ffn_follows.units(hidden)
+    return (anatomy.sizes.units(stream) or 0) * hidden // anatomy.sizes.residual
+
+
 def refuse_without_tower(anatomy: Anatomy) -> None:
     """Raise PlanError when the model has several towers and `anatomy` is that of none of them."""
     if anatomy.towers:
         raise PlanError(
             f"The model has several towers ({', '.join(anatomy.towers)}), each with widths of its own, and one is "
-            f"grown at a time. Choose it: {' or '.join(f'part = {tower}' for tower in anatomy.towers)}."
+            f"changed at a time. Choose it: {' or '.join(f'part = {tower}' for tower in anatomy.towers)}."
         )
 
 

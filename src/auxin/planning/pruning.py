@@ -1,0 +1,388 @@
+"""From scores of units to the units that stay: what every method that prunes widths does once it has its scores.
+
+Units go in the order of their scores, the lowest first, of equal ones the last: what goes at some size goes at every
+smaller one. Heads go by key-value groups, a key-value head with all query heads that read it; where all read a single
+one, query heads go alone. In every layer something stays.
+
+* **uniform** (the default): every layer keeps as many, so that the family's own config says the size and any runtime
+  loads the result. Sizes that the config can't say are none.
+* otherwise one ranking goes over all layers, by scores divided by the root of their mean square in the layer
+  (`normalised`) or as they are. Layers then differ, which is kept as edits.
+
+Shares are rounded up to the next size that there is. A target takes from all chosen streams alike: the next unit goes
+from the stream of which, without it, the largest share is left.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from pydantic import Field, StrictFloat, StrictInt, model_validator
+from transformers import PreTrainedModel
+
+from auxin.edits.plan import Plan
+from auxin.edits.structure import config_values
+from auxin.errors import PlanError
+from auxin.models.anatomy import anatomy
+from auxin.planning.cutting import cut, narrowest_scopes
+from auxin.planning.target import Removal, Target, least_removal, removal
+from auxin.planning.unit_order import Course, Line, Place, Scores, alike, line, ranked
+from auxin.planning.width_targets import example_tower, refuse_without_tower
+from auxin.settings import Settings
+from auxin.words.anatomy import Anatomy
+from auxin.words.paths import encloses
+from auxin.words.widths import FEED_FORWARD, SETTINGS, Stream
+
+Part = Literal["heads", "ffn", "hidden"]
+STREAMS: dict[Part, tuple[Stream, ...]] = {"heads": ("query",), "ffn": FEED_FORWARD, "hidden": ("residual",)}
+DEFAULT: tuple[Part, ...] = ("heads", "ffn")
+"""What a target shrinks where nothing else is said."""
+
+
+class Pruning(Settings):
+    """What stays: shares (0.5, at most 1.0) or counts (whole numbers) of `heads`, `ffn` and `hidden`; or a `target`."""
+
+    heads: StrictInt | StrictFloat | None = Field(default=None, gt=0)
+    """Query heads of a layer that stay. They go with their key-value heads."""
+    ffn: StrictInt | StrictFloat | None = Field(default=None, gt=0)
+    """Feed-forward units of a layer that stay; of experts, those of each. Where a model has several sizes (of experts
+    and of others), a share of each."""
+    hidden: StrictInt | StrictFloat | None = Field(default=None, gt=0)
+    """Units of the residual that stay, the same in all layers."""
+    target: Target | None = None
+    """How small the model shall be, instead: `target.parameters` or `target.flops`."""
+    streams: list[Part] | None = Field(default=None, min_length=1)
+    """What the target takes from; None: heads and feed-forward units, where they can go."""
+    uniform: bool = True
+    """Whether every layer keeps as many."""
+    normalised: bool = True
+    """Where layers may differ, whether scores are divided by the root of their mean square in the layer."""
+    multiple_of: int = Field(default=1, gt=0)
+    """The number of feed-forward units that stay is a multiple of this."""
+    part: str | None = None
+    """Of a model of several towers the one that is pruned: "text" or "vision"."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = {name: amount for name in STREAMS if (amount := getattr(self, name)) is not None}
+        if self.target is not None and given:
+            raise ValueError(f"give target, or {' and '.join(given)}, not both.")
+        if self.target is None and not given:
+            raise ValueError("give what stays (heads, ffn, hidden), or a target.")
+        if self.streams is not None and self.target is None:
+            raise ValueError("streams says what a target takes from, and there is no target. Leave it out.")
+        if self.streams is not None and len(set(self.streams)) < len(self.streams):
+            raise ValueError("streams names one more than once.")
+        for name, amount in given.items():
+            if isinstance(amount, float) and not amount <= 1:
+                raise ValueError(f"{name} = {amount} is no share. Give one up to 1.0, or a whole number of units.")
+            if isinstance(amount, int) and not self.uniform and name != "hidden":
+                raise ValueError(f"{name} = {amount} would be that of every layer. Give a share, or uniform = true.")
+        return self
+
+    @property
+    def chosen(self) -> tuple[Part, ...]:
+        """What is pruned."""
+        if self.target is not None:
+            return tuple(self.streams or DEFAULT)
+        return tuple(name for name in STREAMS if getattr(self, name) is not None)
+
+    @property
+    def optional(self) -> bool:
+        """Whether what can't go may stay, since nobody named it."""
+        return self.target is not None and self.streams is None
+
+
+@dataclass(frozen=True)
+class Prunable:
+    """What of a model can go with some settings."""
+
+    model: PreTrainedModel
+    settings: Pruning
+    body: Anatomy
+    units: dict[Place, int]
+    """How many units can go on their own, by place: what is to be scored. Of "query" they are key-value groups, or the
+    query heads of a single key-value head."""
+
+    def plan(self, method: str, scores: Scores, seed: int = 0) -> Plan:
+        """The plan that leaves the units with the highest scores.
+
+        Args:
+            method: its name.
+            scores: by place, or by narrower places within.
+            seed: of the plan.
+
+        Raises:
+            PlanError: scores that are missing or not finite, sizes that the architecture can't have, a target that
+                can't be met, or nothing to prune.
+        """
+        found = _Courses(self, [course for place in self._streams() for course in self._courses(*place, scores)])
+        done = found.removal(method)
+        return Plan(
+            method=method,
+            settings=self.settings.model_dump(mode="json", exclude_defaults=True),
+            promise="none",
+            seed=seed,
+            edits=list(done.edits),
+            notes=[*found.notes, f"Pruned: {done.reached(self.settings.target)}"],
+            made_for=config_values(self.model.config),
+        )
+
+    def _streams(self) -> list[tuple[Part, Stream]]:
+        pairs = [(part, stream) for part in self.settings.chosen for stream in STREAMS[part]]
+        return [(part, stream) for part, stream in pairs if any(found == stream for found, _ in self.units)]
+
+    def _courses(self, part: Part, stream: Stream, scores: Scores) -> Iterator[Course]:
+        """The courses of a stream: one, or where layers shall be alike one for each stack with a config value."""
+        scopes = [scope for found, scope in self.units if found == stream]
+        if not self.settings.uniform:
+            yield ranked(part, stream, [self._line(stream, s, scores) for s in scopes], self.settings.normalised)
+            return
+        homes = [home for home in self.body.fields.names(stream) if home]
+        by_home: dict[str, list[str]] = {}
+        for scope in scopes:
+            by_home.setdefault(next((home for home in homes if encloses(home, scope)), ""), []).append(scope)
+        for together in by_home.values():
+            yield alike(part, stream, [self._line(stream, scope, scores) for scope in together])
+
+    def _line(self, stream: Stream, scope: str, scores: Scores) -> Line:
+        entries = self.body.sizes.units(stream, scope)
+        assert entries is not None
+        multiple = self.settings.multiple_of if stream in FEED_FORWARD else 1
+        return line((stream, scope), scores, self.units[stream, scope], entries, multiple)
+
+
+def prunable(model: PreTrainedModel, settings: Pruning) -> Prunable:
+    """What of `model` is to be scored; weights are not looked at.
+
+    Raises:
+        PlanError: an unknown architecture, a model of several towers without a `part`, or units that it has not.
+    """
+    found = anatomy(model, part=settings.part)
+    refuse_without_tower(found)
+    if settings.part is not None and not any(stack.tower for stack in found.stacks):
+        raise PlanError(f"part = {settings.part!r}: the model is no model of several towers. Leave it out.")
+    layers = [
+        f"{stack.path}.{place}"
+        for stack in found.stacks
+        for place, _ in enumerate(model.get_submodule(stack.path).children())
+    ]
+    body = anatomy(model, scopes=layers, part=settings.part)
+    units: dict[Place, int] = {}
+    for part in settings.chosen:
+        places = [(stream, scope) for stream in STREAMS[part] for scope in narrowest_scopes(body, stream)]
+        for stream, scope in places:
+            groups = body.sizes.at(scope).key_value_heads if stream == "query" else 1
+            count = groups if groups > 1 else body.sizes.units(stream, scope)
+            assert count is not None
+            units[stream, scope] = count
+        if not places and not settings.optional:
+            raise PlanError(f"{part}: the {body.family} model has no such units. Leave it out.")
+    if not units:
+        raise PlanError(f"The {body.family} model has neither heads nor feed-forward units that could go.")
+    return Prunable(model, settings, body, units)
+
+
+def pruning_example(model: PreTrainedModel) -> dict[str, Any]:
+    """Settings that suit a small model, for the examples of methods: half of the heads and feed-forward units, or what
+    of that its architecture takes.
+
+    Raises:
+        PlanError: it takes none.
+    """
+    _, tower = example_tower(model)
+    tries: list[tuple[Part, ...]] = [("heads", "ffn"), ("ffn",), ("heads", "hidden"), ("heads", "ffn", "hidden")]
+    errors = []
+    for parts in tries:
+        values: dict[str, Any] = {**tower, **dict.fromkeys(parts, 0.5)}
+        try:
+            found = prunable(model, Pruning.parse(values))
+            found.plan("", {place: [0.0] * units for place, units in found.units.items()})
+        except PlanError as error:
+            errors.append(error)
+        else:
+            return values
+    raise errors[1]
+
+
+class _Courses:
+    """The courses of all streams that are pruned, and which states go together."""
+
+    def __init__(self, found: Prunable, courses: list[Course]) -> None:
+        self.found, self.courses, self.notes = found, courses, list[str]()
+
+    def removal(self, method: str) -> Removal:
+        """What is removed."""
+        model, target = self.found.model, self.found.settings.target
+        if target is None:
+            return removal(model, self._edits(self._asked()))
+        self.courses = [course for course in self.courses if self._can_go(course)]
+        if not self.courses:
+            raise PlanError(f"Nothing of what a target takes from by itself can go. {' '.join(self.notes)}")
+        chain = self._chain()
+        try:
+            return least_removal(model, target, lambda amount: self._edits(chain[amount - 1]), len(chain), method)
+        except PlanError as error:
+            raise PlanError(" ".join([str(error), *self.notes])) from error
+
+    def _edits(self, states: Sequence[int]) -> list[Any]:
+        keep: dict[Place, list[int]] = {}
+        for course, state in zip(self.courses, states, strict=True):
+            keep |= course.keep(state) if state else {}
+        return cut(self.found.model, keep, part=self.found.settings.part).edits
+
+    def _asked(self) -> list[int]:
+        """The states for the shares and counts of the settings."""
+        amounts: dict[str, int | float] = {
+            part: getattr(self.found.settings, part) for part in self.found.settings.chosen
+        }
+        asked = [self._state(course, amounts[course.name]) for course in self.courses]
+        if not any(asked):
+            raise PlanError(f"There is nothing to prune: {', '.join(map(self._whole, self.courses))}. Ask for less.")
+        wanted = [self._possible(place, asked, amounts[course.name]) for place, course in enumerate(self.courses)]
+        heads = self._place("heads")
+        states = self._together([state if place == heads else 0 for place, state in enumerate(wanted)], wanted)
+        for course, state, other in zip(self.courses, wanted, states or wanted, strict=True):
+            if state != other and isinstance(amounts[course.name], int):
+                raise PlanError(
+                    f"{course.name} = {course.left[state]} does not go with these heads, whose number divides it in "
+                    f"this architecture. The nearest possible: {course.left[other]}."
+                )
+        return states or wanted  # those that do not go together are refused by `cut`, with what would do
+
+    def _state(self, course: Course, amount: int | float) -> int:
+        """The state for an amount, whether the architecture takes it or not."""
+        if isinstance(amount, float):
+            return course.state(amount)
+        sizes = sorted({other.left[0] for other in self.courses if other.name == course.name})
+        if len(sizes) > 1:
+            raise PlanError(f"{course.name} = {amount}: this model has several sizes of it ({sizes}). Give a share.")
+        if amount not in course.left:
+            raise PlanError(self._nearest_sizes(course, amount, course.left))
+        return course.left.index(amount)
+
+    def _possible(self, place: int, asked: Sequence[int], amount: int | float) -> int:
+        """The state of the course at `place` that the architecture takes: that which is asked for or, for a share, the
+        last one before."""
+        course, sizes = self.courses[place], self._sizes(self.courses[place])
+        if course.left[asked[place]] in sizes:
+            return asked[place]
+        before = max(state for state in range(asked[place]) if course.left[state] in sizes)
+        if before and isinstance(amount, float):
+            return before
+        self._edits(asked)  # whose refusal has the reason
+        raise PlanError(self._nearest_sizes(course, course.left[asked[place]], sizes))
+
+    def _whole(self, course: Course) -> str:
+        smaller = self._sizes(course) - {course.left[0]}
+        following = f" (the next possible: {max(smaller)})" if smaller else ", since no other number is possible"
+        return f"all of {course.left[0]} {SETTINGS[course.stream]} would stay{following}"
+
+    def _nearest_sizes(self, course: Course, size: int, sizes: Iterable[int]) -> str:
+        """Why some number of units is none that can stay."""
+        near = sorted(sorted(set(sizes) - {course.left[0]}, key=lambda other: abs(other - size))[:2])
+        mend = " Prune hidden, too, or set uniform = false." * (course.name == "heads")
+        divided = course.name != "ffn" and size in course.left
+        return (
+            f"{course.name} = {size}: that many of {course.left[0]} {SETTINGS[course.stream]} can't stay"
+            f"{' beside the other widths' * divided}. The nearest possible: {' or '.join(map(str, near)) or 'none'}."
+            f"{mend * divided}"
+        )
+
+    def _chain(self) -> list[list[int]]:
+        """Ever smaller states of all courses, by one step of one stream at a time where they go alone."""
+        steps = sorted(
+            (-course.share(state), place, state)
+            for place, course in enumerate(self.courses)
+            for state in range(1, len(course.left))
+        )
+        chain, wanted = [[0] * len(self.courses)], [0] * len(self.courses)
+        for _, place, state in steps:
+            wanted[place] = state
+            states = self._together(chain[-1], wanted)
+            if states is not None and states != chain[-1]:
+                chain.append(states)
+        return chain[1:]
+
+    def _can_go(self, course: Course) -> bool:
+        """Whether some of its units can go; where they can't and need not, the reason becomes a note."""
+        try:
+            self._check(course)
+        except PlanError as error:
+            if not self.found.settings.optional:
+                raise
+            self.notes.append(f"{course.name} stay: {error}")
+            return False
+        return True
+
+    def _check(self, course: Course) -> None:
+        """PlanError when the architecture takes no smaller size, with the reason."""
+        if len(course.left) == 1:
+            raise PlanError(f"{self._whole(course).capitalize()}.")
+        least = [int(other is course) for other in self.courses]
+        states = self._nearest(least)
+        self._edits(states or least)
+        if states is None:
+            raise PlanError(
+                f"{self._whole(course).capitalize()}. Set uniform = false, or let the target take from hidden."
+            )
+
+    # Which numbers of heads go with which hidden sizes ---------------------------------------------------------------
+
+    def _place(self, part: str) -> int | None:
+        return next((place for place, course in enumerate(self.courses) if course.name == part), None)
+
+    def _fits(self, heads: int, hidden: int) -> bool:
+        """Whether the config takes them, and says them where layers shall be alike."""
+        body = self.found.body
+        if body.fields.head_dim is None:
+            return hidden == heads * body.sizes.head_dim
+        if not body.heads_divide_hidden_size:
+            return True
+        return hidden % (heads if self.found.settings.uniform else body.sizes.query_heads) == 0
+
+    def _pairs(self, heads: Iterable[int], hidden: Iterable[int]) -> Iterator[dict[int, int]]:
+        """The states of heads and residual that go together, by their places among the courses.
+
+        Args:
+            heads: states of the heads, where they are pruned.
+            hidden: those of the residual, where it is.
+        """
+        sizes, hidden = self.found.body.sizes, list(hidden)
+        head_place, hidden_place = self._place("heads"), self._place("hidden")
+        for head_state in heads if head_place is not None else [0]:
+            count = sizes.query_heads if head_place is None else self.courses[head_place].left[head_state]
+            for hidden_state in hidden if hidden_place is not None else [0]:
+                size = sizes.residual if hidden_place is None else self.courses[hidden_place].left[hidden_state]
+                if self._fits(count, size):
+                    states = {head_place: head_state, hidden_place: hidden_state}
+                    yield {place: state for place, state in states.items() if place is not None}
+
+    def _states(self, part: str) -> range:
+        place = self._place(part)
+        return range(0 if place is None else len(self.courses[place].left))
+
+    def _sizes(self, course: Course) -> set[int]:
+        """The sizes of a course that the architecture takes, with some of its partner."""
+        body, place = self.found.body, self._place(course.name)
+        free = body.fields.head_dim is not None and not body.heads_divide_hidden_size
+        if free or course.name == "ffn" or place is None or self.courses[place] is not course:
+            return set(course.left)
+        return {course.left[pair[place]] for pair in self._pairs(self._states("heads"), self._states("hidden"))}
+
+    def _nearest(self, least: Sequence[int]) -> list[int] | None:
+        """The first states from `least` on that go together; None where there are none."""
+        heads, hidden = self._place("heads"), self._place("hidden")
+        ranges = [
+            range(0) if place is None else range(least[place], len(self.courses[place].left))
+            for place in (heads, hidden)
+        ]
+        pair = next(self._pairs(*ranges), None)
+        return None if pair is None else [pair.get(place, state) for place, state in enumerate(least)]
+
+    def _together(self, least: Sequence[int], most: Sequence[int]) -> list[int] | None:
+        """The furthest states from `least` to `most` that go together; None where there are none."""
+        heads, hidden = self._place("heads"), self._place("hidden")
+        ranges = [range(0) if place is None else range(most[place], least[place] - 1, -1) for place in (heads, hidden)]
+        pair = next(self._pairs(*ranges), None)
+        return None if pair is None else [pair.get(place, state) for place, state in enumerate(most)]

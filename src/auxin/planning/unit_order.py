@@ -1,0 +1,151 @@
+"""In which order the units of streams go: courses of ever smaller states, from scores; no model is known here."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from itertools import accumulate
+from math import ceil, isfinite, sqrt
+
+from auxin.errors import PlanError
+from auxin.words.paths import encloses
+from auxin.words.widths import Stream
+
+Place = tuple[Stream, str]
+"""A stream and a scope."""
+Scores = Mapping[Place, Sequence[float]]
+"""What every unit is worth, by stream and scope. Of "query" one for each query head, which are added up over a
+key-value group, or one for each key-value head with its group. Scores of narrower scopes are added up over a wider one
+whose units go together."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """The units of a stream in one scope, in the order in which they go."""
+
+    stream: Stream
+    scope: str
+    units: int
+    blocks: tuple[tuple[int, ...], ...]
+    """What goes at every step; what is in none stays."""
+    scores: tuple[float, ...]
+    """Of the blocks, rising."""
+    scale: float
+    """The root of the mean square of all scores."""
+
+    @cached_property
+    def left(self) -> tuple[int, ...]:
+        """How many units are left after every number of steps, from none on."""
+        return tuple(accumulate((-len(block) for block in self.blocks), initial=self.units))
+
+    def kept(self, steps: int) -> list[int]:
+        """The units that are left."""
+        gone = {unit for block in self.blocks[:steps] for unit in block}
+        return [unit for unit in range(self.units) if unit not in gone]
+
+
+@dataclass(frozen=True)
+class Course:
+    """Ever smaller states of a stream, the first of which is the present one."""
+
+    name: str
+    stream: Stream
+    lines: tuple[Line, ...]
+    left: tuple[int, ...]
+    """Units in every state: of a layer where layers are alike (of the widest before), else of all layers."""
+    steps: Callable[[int], list[int]]
+    """(state) -> steps of every line."""
+
+    def keep(self, state: int) -> dict[Place, list[int]]:
+        """The units that stay in a state."""
+        steps = self.steps(state)
+        return {(self.stream, line.scope): line.kept(n) for line, n in zip(self.lines, steps, strict=True)}
+
+    def share(self, state: int) -> Fraction:
+        """What part of the units is left."""
+        return Fraction(self.left[state], self.left[0])
+
+    def state(self, share: float) -> int:
+        """The last state in which at least a share of the units is left."""
+        # 0.07 of 100 is 7, and 7 / 12 of 24 is 14, whatever their binary digits.
+        least = ceil(Fraction(share).limit_denominator(10**6) * self.left[0])
+        return max(state for state, left in enumerate(self.left) if left >= least)
+
+
+def line(place: Place, scores: Scores, groups: int, entries: int, multiple: int = 1) -> Line:
+    """The order of the units in one place: those of the lowest score first, of equal ones the last.
+
+    Args:
+        place: stream and scope.
+        scores: of this place, or of narrower ones within.
+        groups: how many can go on their own.
+        entries: units of the stream in them.
+        multiple: what is left is a multiple of this many groups.
+
+    Raises:
+        PlanError: scores are missing, too many or too few, or not finite.
+    """
+    found = _scores_at(*place, scores, groups, entries)
+    size = entries // groups
+    order = sorted(range(groups), key=lambda group: (found[group], -group))
+    # The first block leaves a multiple; the last one stays.
+    ends = list(range((groups - 1) % multiple + 1, groups, multiple)) if groups > multiple else []
+    blocks = [order[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    means = [sum(found[group] for group in block) / len(block) for block in blocks]
+    return Line(
+        *place,
+        entries,
+        tuple(tuple(group * size + one for group in block for one in range(size)) for block in blocks),
+        tuple(accumulate(means, max)),  # sorted also where rounding of the means says otherwise
+        sqrt(sum(score**2 for score in found) / groups),
+    )
+
+
+def alike(name: str, stream: Stream, lines: list[Line]) -> Course:
+    """Every layer keeps as many; those that have fewer already keep what they have."""
+    widest = max(lines, key=lambda line: line.units)
+
+    def steps(state: int) -> list[int]:
+        size = widest.left[state]
+        return [
+            next(step for step, left in enumerate(line.left) if left <= size or left == line.left[-1]) for line in lines
+        ]
+
+    return Course(name, stream, tuple(lines), widest.left, steps)
+
+
+def ranked(name: str, stream: Stream, lines: list[Line], normalised: bool) -> Course:
+    """The blocks of all layers in one ranking."""
+    scored = [
+        (score / line.scale if normalised and line.scale else score, place, step)
+        for place, line in enumerate(lines)
+        for step, score in enumerate(line.scores)
+    ]
+    ranking = [(place, step) for _, place, step in sorted(scored)]
+    total = sum(line.units for line in lines)
+    gone = (-len(lines[place].blocks[step]) for place, step in ranking)
+
+    def steps(state: int) -> list[int]:
+        counts = Counter(place for place, _ in ranking[:state])
+        return [counts[place] for place, _ in enumerate(lines)]
+
+    return Course(name, stream, tuple(lines), tuple(accumulate(gone, initial=total)), steps)
+
+
+def _scores_at(stream: Stream, scope: str, scores: Scores, groups: int, entries: int) -> list[float]:
+    """What the units that go together are worth in a scope."""
+    inner = [found for (name, place), found in scores.items() if name == stream and encloses(scope, place)]
+    given = [scores[stream, scope]] if (stream, scope) in scores else inner
+    where = f"{stream} of {scope}" if scope else stream
+    if not given:
+        raise PlanError(f"There are no scores for the units of {where}.")
+    total = [0.0] * groups
+    for found in given:
+        if len(found) not in (groups, entries):
+            raise PlanError(f"There are {len(found)} scores for the units of {where}, of which there are {groups}.")
+        size = len(found) // groups
+        total = [total[group] + sum(found[group * size : (group + 1) * size]) for group in range(groups)]
+    if not all(map(isfinite, total)):
+        raise PlanError(f"Scores for the units of {where} are not finite, so that none can be called the lowest.")
+    return total
