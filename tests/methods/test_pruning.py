@@ -228,8 +228,8 @@ def test_a_target_is_met_and_a_unit_more_would_miss_it(streams, uniform):
     if "heads" in streams:
         unit = max(unit, (2 if uniform else 1) * (2 * 2 + 2) * 6 * residual)
     assert receipt.parameters_after + unit > 0.8 * total
-    assert f"{total:,} -> {receipt.parameters_after:,}" in plan.notes[-1]
-    assert "asked for: target.parameters = 0.8" in plan.notes[-1]
+    assert f"{total:,} -> {receipt.parameters_after:,}" in plan.findings[0]
+    assert "asked for: target.parameters = 0.8" in plan.findings[0]
 
 
 def test_a_target_of_flops_takes_from_all_streams_alike():
@@ -240,7 +240,7 @@ def test_a_target_of_flops_takes_from_all_streams_alike():
     assert 0.5 * before < flops_per_token(model, 9).forward <= 0.6 * before
     heads, units = model.config.num_attention_heads / 8, model.config.intermediate_size / 32
     assert abs(heads - units) <= 1 / 8
-    assert "at 9 tokens" in plan.notes[-1]
+    assert "at 9 tokens" in plan.findings[0]
 
 
 # That they go --------------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_removed_is_as_silenced_and_loads_again(family, uniform, dtype, allowed,
     dense = say(model)
     silence(model, plan, family)
     silent = say(model)
-    told = plan.notes[-1]
+    told = plan.findings[0]
     receipt = apply(plan, model)
     assert change(silent, say(model)) < allowed < change(dense, silent)
     assert f"-> {receipt.parameters_after:,} " in told
@@ -313,7 +313,7 @@ def test_sizes_are_known_before_the_weights_are():
         chosen = found.settings.parse(values)
         guess = estimate_plan(found, Bench(shapes), chosen)
         assert guess.estimate
-        assert guess.notes == found.plan(Bench(model), chosen).notes
+        assert guess.findings == found.plan(Bench(model), chosen).findings
 
 
 def test_the_command_line_prunes_a_checkpoint(tmp_path):
@@ -391,7 +391,7 @@ def test_what_can_t_be_is_refused_and_nothing_is_changed(family, values, message
 def test_what_nobody_named_and_can_t_go_stays_with_a_note():
     model = tiny("gpt2")
     plan = auxin.plan(model, "random", target={"parameters": 0.9})
-    assert len(plan.notes) == 2
+    assert len(plan.notes) == 1
     assert plan.notes[0].startswith("heads stay: 16 units of the residual with 3 heads of dimension 4")
     assert model.config.n_head == 4
 

@@ -124,7 +124,8 @@ class Prunable:
             promise="none",
             seed=seed,
             edits=list(done.edits),
-            notes=[*found.notes, f"Pruned: {done.reached(self.settings.target)}"],
+            notes=found.notes,
+            findings=[f"Reached: {done.reached(self.settings.target)}"],
             made_for=config_values(self.model.config),
         )
 
