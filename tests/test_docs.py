@@ -171,6 +171,7 @@ def targets(page: Path) -> Iterator[str]:
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"`[^`\n]*`", "", text)
     yield from re.findall(r"\]\(([^)\s]+)\)", text)
+    yield from re.findall(r"^\[[^\]]+\]: +(\S+)$", text, re.MULTILINE)
     yield from re.findall(r"(?:src|srcset|href)=\"([^\"]+)\"", text)
 
 
