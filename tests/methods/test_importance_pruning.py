@@ -1,0 +1,101 @@
+"""Pruning by importance takes the units that the measurement ranks lowest, and beats chance."""
+
+import copy
+import statistics
+from typing import Any
+
+import pytest
+import torch
+
+import auxin
+from auxin.analysis import measure
+from auxin.analysis.importance import Importance
+from auxin.edits import apply
+from auxin.errors import DataError, PlanError
+from auxin.methods import methods
+from auxin.objectives.calibration import Calibration
+from auxin.planning.bench import Bench
+from byte_language import CONTEXT, byte_model, held_out_loss, library, train
+from tiny_models import inputs, labels, tiny
+
+SCORES = {"taylor": "taylor", "fisher": "fisher", "wanda-structured": "output", "fluctuation": "fluctuation"}
+every_method = pytest.mark.parametrize("name", SCORES)
+
+
+def planned(name: str, model: Any, data: Calibration, **settings: Any) -> Any:
+    found = methods()[name]
+    return found.plan(Bench(model, data), found.settings.parse(settings))
+
+
+def texts(model: Any) -> Calibration:
+    return Calibration.of_batches(model, [{**inputs(model, batch=4), "labels": labels(model, batch=4)}])
+
+
+@every_method
+def test_the_units_that_stay_are_those_of_the_highest_scores(name):
+    model = tiny("llama", dtype=torch.float32, intermediate_size=8)
+    data = texts(model)
+    measured = measure(Importance(score=SCORES[name]), model, data)
+    smaller = copy.deepcopy(model)
+    apply(planned(name, model, data, ffn=0.5), smaller)
+    for layer in range(2):
+        means = measured.of("ffn", f"model.layers.{layer}").scores.means
+        best = sorted(sorted(range(8), key=lambda unit: means[unit])[4:])
+        for matrix in ("gate_proj", "up_proj"):
+            path = f"model.layers.{layer}.mlp.{matrix}.weight"
+            assert torch.equal(smaller.get_parameter(path), model.get_parameter(path)[best])
+    assert smaller.config.intermediate_size == 4
+
+
+@every_method
+def test_heads_go_by_their_groups(name):
+    model = tiny("llama", dtype=torch.float32)
+    data = texts(model)
+    measured = measure(Importance(score=SCORES[name]), model, data)
+    smaller = copy.deepcopy(model)
+    apply(planned(name, model, data, heads=0.5), smaller)
+    assert (smaller.config.num_attention_heads, smaller.config.num_key_value_heads) == (2, 1)
+    for layer in range(2):
+        means = measured.of("query", f"model.layers.{layer}").scores.means
+        best = max((0, 1), key=lambda group: sum(means[2 * group : 2 * group + 2]))
+        size = model.config.head_dim or model.config.hidden_size // 4
+        path = f"model.layers.{layer}.self_attn.k_proj.weight"
+        kept = model.get_parameter(path)[best * size : (best + 1) * size]
+        assert torch.equal(smaller.get_parameter(path), kept)
+
+
+def test_the_residual_goes_by_gradients_alone():
+    model = tiny("llama", dtype=torch.float32)
+    data = texts(model)
+    plan = planned("taylor", model, data, hidden=0.5)
+    before = model.num_parameters()
+    apply(plan, model)
+    assert model.num_parameters() < before
+    for name in ("wanda-structured", "fluctuation"):
+        with pytest.raises(PlanError, match=f"hidden: {name} scores what enters one output matrix"):
+            planned(name, tiny("llama", dtype=torch.float32), data, hidden=0.5)
+
+
+def test_gradients_need_labels():
+    model = tiny("vit", dtype=torch.float32)
+    with pytest.raises(DataError, match="labels"):
+        auxin.plan(model, "taylor", ffn=0.5, data=[inputs(model)])
+
+
+@pytest.mark.parametrize("name", ["taylor", "wanda-structured"])
+def test_what_matters_least_is_missed_less_than_what_is_drawn(name):
+    learnt, held_out = library("argparse", "ast", "datetime", "difflib", "doctest"), library("typing")
+    model = byte_model(seed=0)
+    train(model, learnt, 150)
+    ids = learnt[(torch.arange(16) * 900)[:, None] + torch.arange(CONTEXT)]
+    data = Calibration.of_batches(model, [ids])
+
+    def loss(plan: Any) -> float:
+        smaller = copy.deepcopy(model)
+        apply(plan, smaller)
+        return held_out_loss(smaller, held_out)
+
+    scored = loss(planned(name, model, data, ffn=0.75))
+    drawn = [loss(auxin.plan(model, "random", ffn=0.75, seed=seed)) for seed in range(5)]
+    print(name, scored, sorted(drawn), held_out_loss(model, held_out))
+    assert scored < statistics.median(drawn)
