@@ -18,7 +18,8 @@ looked up as a whole word, `ignore_merges`, has no way.)
 
 So that every text can still be written, single characters stay, of which all others are made; where unknown characters
 are written in bytes, the bytes stay instead. Pieces of WordPiece and Unigram with a character that has no piece of its
-own stay, too. Added tokens, special or not, stay.
+own stay, too. Added tokens, special or not, stay. (A word that WordPiece can't split, since its longest pieces lead
+nowhere, may become known, where shorter ones lead on.)
 """
 
 import copy
