@@ -102,9 +102,12 @@ def attempt(method: Method, model: PreTrainedModel) -> Result | Refusal:
     try:
         bench = Bench(model, folder=Path(PLAN_FILES.name))
         plan = method.plan(bench, method.settings.parse(method.examples(model)))
+        twin = model if plan.kept_tokens is None else copy.deepcopy(model)
         receipt = apply(plan, model)
     except PlanError as error:
         return Refusal(str(error))
+    if plan.kept_tokens is not None:
+        before = of_the_same_text(twin, model, plan.kept_tokens)
     return Result(plan, receipt, model, old, before, logits(model))
 
 
@@ -145,6 +148,15 @@ def logits(model: PreTrainedModel) -> Tensor:
     """Logits on the tiny models' inputs."""
     with torch.no_grad():
         return output(model(**inputs(model)))
+
+
+def of_the_same_text(old: PreTrainedModel, new: PreTrainedModel, kept: list[int]) -> Tensor:
+    """What `old` says to the inputs of `new`, whose token i was kept[i]; of logits over tokens, those of the kept."""
+    tokens = torch.tensor(kept)
+    batch = {name: tokens[ids] if name.endswith("input_ids") else ids for name, ids in inputs(new).items()}
+    with torch.no_grad():
+        found = output(old(**batch))
+    return found[..., tokens] if found.shape[-1] == old.config.get_text_config().vocab_size else found
 
 
 def change(before: Tensor, after: Tensor) -> float:
