@@ -279,6 +279,21 @@ def test_a_checkpoint_is_cut_with_its_tokenizer(kind, tmp_path):
         assert torch.equal(parameter, loaded.get_parameter(name)), name
 
 
+def test_no_folder_keeps_a_tokenizer_of_the_old_ids(tmp_path):
+    model, tokenizer = saved("byte_level", tmp_path / "old")
+    elsewhere = auxin.plan(model, "vocabulary-pruning", ids=range(300), multiple_of=4)
+    with pytest.raises(
+        PlanError, match=r"the tokenizer in .*old would go on with the old ones. Make the plan for this"
+    ):
+        auxin.apply(elsewhere, tmp_path / "old", output=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    chosen = tokenizer(PART[0])["input_ids"]
+    plan = auxin.plan(tmp_path / "old", "vocabulary-pruning", ids=chosen, multiple_of=4, folder=tmp_path)
+    auxin.apply(plan, tmp_path / "old", output=tmp_path / "new")
+    new = AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert [plan.kept_tokens[index] for index in new(PART[0])["input_ids"]] == chosen
+
+
 def of_tokens(tokenizer, **values):
     model = tiny("llama", dtype=torch.float32, vocab_size=320, bos_token_id=0, eos_token_id=0)
     return prune_vocabulary(model, tokenizer, PART, multiple_of=1, **values).plan.kept_tokens

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from auxin.accounting.inputs import DECODER_IDS, IDS
+from auxin.data.tokenizer import has_tokenizer
 from auxin.edits.plan import Plan
 from auxin.edits.resolution import ResolvedPlan
 from auxin.edits.tree import Undo
@@ -30,6 +31,15 @@ def check_kept_tokens(plan: Plan, resolved: ResolvedPlan) -> None:
         raise PlanError(
             f"kept_tokens of the plan of {plan.method} are {len(plan.kept_tokens)} ids up to {plan.kept_tokens[-1]}, "
             f"but the model has {old} tokens before and {new} after it. Correct the plan, or plan again."
+        )
+
+
+def refuse_old_tokenizer(plan: Plan, folder: Path) -> None:
+    """PlanError when the plan gives tokens other ids and the tokenizer in `folder` would go on with the old ones."""
+    if plan.kept_tokens is not None and has_tokenizer(folder) and not any(file.into for file in plan.files):
+        raise PlanError(
+            f"The plan of {plan.method} gives tokens other ids, and the tokenizer in {folder} would go on with the old "
+            "ones. Make the plan for this folder, so that the tokenizer follows, or take its files out first."
         )
 
 

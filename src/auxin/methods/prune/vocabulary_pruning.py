@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from auxin.data.smaller_vocabulary import Vocabulary, smaller_tokenizer
-from auxin.data.tokenizer import read_tokenizer
+from auxin.data.tokenizer import has_tokenizer, read_tokenizer
 from auxin.data.vocabulary import texts_of
 from auxin.edits import Edit, Plan, Receipt, SetConfig, SliceParameter, apply
 from auxin.edits.probe import Probe
@@ -60,8 +60,8 @@ class VocabularyPruning(Settings):
     """The number of tokens becomes a multiple of this, which is kind to kernels: further ones stay, the most used
     first, and at last rows without a token, where the table has some."""
     ids: tuple[int, ...] | None = None
-    """Instead of a corpus: the ids that stay, for a model whose tokenizer is kept elsewhere. Those that the config
-    names stay in any case."""
+    """Instead of a corpus: the ids that stay, with those that must. A tokenizer in the model's folder follows; where it
+    is kept elsewhere, only what the configs name must stay."""
     tokenizer: Path | None = None
     """Folder of the tokenizer; None: the model's folder."""
 
@@ -171,11 +171,13 @@ def plan_pruning(bench: Bench, settings: VocabularyPruning) -> Plan:
     """
     model = bench.model
     table_length(model.config)
-    if settings.corpus is None:
+    has_one = bool(model.name_or_path) and has_tokenizer(Path(model.name_or_path))
+    if settings.ids is not None and not has_one:
         return plan_kept(model, _of_ids(model, settings), settings)
     folder = tokenizer_folder(model, settings.tokenizer)
     vocabulary = Vocabulary(read_tokenizer(folder))
-    kept = _chosen(model, vocabulary, texts_of(settings.corpus, settings.max_bytes), settings)
+    texts = () if settings.corpus is None else texts_of(settings.corpus, settings.max_bytes)
+    kept = _chosen(model, vocabulary, texts, settings)
     plan = plan_kept(model, kept, settings)
     smaller = smaller_tokenizer(vocabulary, kept)
     return with_tokenizer(plan, smaller, bench.folder, folder if settings.tokenizer is None else None)
@@ -205,10 +207,16 @@ def _named_rows(model: PreTrainedModel) -> set[int]:
 def _of_ids(model: PreTrainedModel, settings: VocabularyPruning) -> list[int]:
     """The ids that the settings give, with those that the configs name, as many as they shall be."""
     length = table_length(model.config)
+    kept = _given(settings, length) | _named_rows(model)
+    return _rounded(kept, settings.multiple_of, range(length), length)
+
+
+def _given(settings: VocabularyPruning, length: int) -> set[int]:
+    """The ids that the settings give."""
     wanted = set(settings.ids or ())
     if odd := sorted(token for token in wanted if not 0 <= token < length):
         raise PlanError(f"ids: the model has no token {odd[0]}; its ids go from 0 to {length - 1}.")
-    return _rounded(wanted | _named_rows(model), settings.multiple_of, range(length), length)
+    return wanted
 
 
 def _chosen(
@@ -221,7 +229,7 @@ def _chosen(
             f"The tokenizer's ids go up to {largest}, but the model's tables have {length} rows. Give the tokenizer "
             "that the model was trained with."
         )
-    known, rows = set(vocabulary.ids.values()), _named_rows(model)
+    known, rows = set(vocabulary.ids.values()), _named_rows(model) | _given(settings, length)
     wanted = {vocabulary.find(token) for token in settings.keep} | (rows & known)
     kept = vocabulary.always.union(rows, *map(vocabulary.with_parts, wanted))
     limit = settings.size or length
@@ -231,7 +239,7 @@ def _chosen(
             f"single characters, what the config names, and `keep` with its parts. Ask for {len(kept)} or more."
         )
     counts = vocabulary.counts(texts)
-    if not counts:
+    if not counts and settings.corpus is not None:
         raise DataError(f"corpus: {settings.corpus} holds no text, so that all tokens would go. Give another.")
     by_use = sorted(counts, key=lambda token: (-counts[token], token))
     for token in by_use:
