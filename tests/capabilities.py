@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from auxin.accounting.inputs import call_arguments
 from auxin.edits import Plan, Promise, Receipt, apply
 from auxin.edits.promise import TOLERANCE
 from auxin.edits.structure import structural_edits
-from auxin.errors import PlanError
+from auxin.errors import DataError, PlanError
 from auxin.methods import methods
 from auxin.objectives.calibration import Calibration
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
 from intents import Figures, missed
 from outputs import output
-from tiny_models import FAMILIES, inputs, labels, tiny
+from tiny_models import FAMILIES, VOCABULARY, inputs, tiny
 
 TITLES = {
     "llama": "Llama",
@@ -102,14 +103,26 @@ def attempt(method: Method, model: PreTrainedModel) -> Result | Refusal:
     before, old = logits(model), Figures.of(model)
     try:
         settings = method.settings.parse(method.examples(model))
-        data = None
-        if method.calibration is not None and method.calibration(settings) is not None:
-            data = Calibration.of_batches(model, [{**inputs(model), "labels": labels(model)}])
+        asked = method.calibration is not None and method.calibration(settings) is not None
+        data = Calibration.of_batches(model, [labelled(model)]) if asked else None
         plan = method.plan(Bench(model, data, folder=Path(PLAN_FILES.name)), settings)
+        twin = model if plan.kept_tokens is None else copy.deepcopy(model)
         receipt = apply(plan, model)
-    except PlanError as error:
+    except (PlanError, DataError) as error:
         return Refusal(str(error))
+    if plan.kept_tokens is not None:
+        before = of_the_same_text(twin, model, plan.kept_tokens)
     return Result(plan, receipt, model, old, before, logits(model))
+
+
+def labelled(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Inputs, with labels of the form of what `model` gives where it takes any."""
+    batch = inputs(model)
+    if "labels" in call_arguments(model):
+        given = logits(model)
+        generator = torch.Generator().manual_seed(SEED)
+        batch["labels"] = torch.randint(min(given.shape[-1], VOCABULARY), given.shape[:-1], generator=generator)
+    return batch
 
 
 def check(method: Method, outcome: Result | Refusal) -> None:
@@ -149,6 +162,15 @@ def logits(model: PreTrainedModel) -> Tensor:
     """Logits on the tiny models' inputs."""
     with torch.no_grad():
         return output(model(**inputs(model)))
+
+
+def of_the_same_text(old: PreTrainedModel, new: PreTrainedModel, kept: list[int]) -> Tensor:
+    """What `old` says to the inputs of `new`, whose token i was kept[i]; of logits over tokens, those of the kept."""
+    tokens = torch.tensor(kept)
+    batch = {name: tokens[ids] if name.endswith("input_ids") else ids for name, ids in inputs(new).items()}
+    with torch.no_grad():
+        found = output(old(**batch))
+    return found[..., tokens] if found.shape[-1] == old.config.get_text_config().vocab_size else found
 
 
 def change(before: Tensor, after: Tensor) -> float:

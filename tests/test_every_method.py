@@ -347,7 +347,8 @@ def test_methods_follow_each_other(family):
     first, done = logits(model), []
     for name, method in methods().items():
         following = attempt(method, copy.deepcopy(model))
-        if isinstance(following, Result) and following.promise == "exact":
+        is_exact = isinstance(following, Result) and following.promise == "exact"
+        if is_exact and following.plan.kept_tokens is None:  # else the text would have other ids
             model = following.model
             done.append(name)
     assert len(done) >= 2

@@ -104,7 +104,7 @@ def made(name: str, values: dict[str, Any]) -> Made:
 def text(model: PreTrainedModel, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Token ids without padding, and types of tokens where the model knows any."""
     config: Any = model.config
-    ids = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+    ids = torch.randint(3, min(model.config.vocab_size, VOCABULARY), (batch, length), generator=generator)
     types = torch.randint(2, ids.shape, generator=generator)
     return {"input_ids": ids, "token_type_ids": types} if config.model_type in TYPED else {"input_ids": ids}
 

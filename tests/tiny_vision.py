@@ -81,9 +81,10 @@ def _spectrogram(model: PreTrainedModel, batch: int, length: int, generator: tor
 
 def _text(model: PreTrainedModel, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
     config: Any = getattr(model.config, "text_config", model.config)
-    ids = torch.randint(17, (batch, length), generator=generator)
-    ids[:, -2] = 18  # the end token, at which CLIP pools
-    return {"input_ids": ids % config.vocab_size}
+    end = min(18, config.vocab_size - 1)  # the end token, at which CLIP pools, also in a smaller vocabulary
+    ids = torch.randint(end - 1, (batch, length), generator=generator)
+    ids[:, -2] = end
+    return {"input_ids": ids}
 
 
 def _pair(model: PreTrainedModel, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -213,7 +213,10 @@ class RemovalObserver:
 
     def before(self, batch: Batch) -> None:
         """Run the model on the batch: whole, without what is removed, and without each candidate beside."""
-        inputs = {**batch, **without_cache(self._model)}
+        # Of an encoder-decoder the labels are what its decoder reads; others would compute a loss that nobody wants.
+        needed = self._model.config.is_encoder_decoder
+        inputs = {name: value for name, value in batch.items() if name != "labels" or needed}
+        inputs |= without_cache(self._model)
         kept = kept_tokens(self._model, batch, decoder=True)
         labels = label_rows(self._model, batch, kept)
         whole = _rows(self._runs.start(inputs, []), kept)

@@ -29,7 +29,7 @@ from auxin.errors import DataError
 Merge = tuple[str, str]
 """Two neighbouring tokens, as the vocabulary spells them, that become one."""
 
-_SPACE = "▁"
+SPACE = "▁"
 """How SentencePiece spells a space."""
 _ALPHABET = 0x10000
 """Where the characters begin that stand for token ids: no whitespace among them, and room for a million."""
@@ -74,7 +74,7 @@ def enlarge_tokenizer(
     Raises:
         DataError: no fast tokenizer, a token that exists, is empty, comes twice, or would not decode to itself.
     """
-    _check_fast(tokenizer)
+    check_fast(tokenizer)
     _check_given(tokenizer, tokens, special_tokens)
     backend = plain_backend(tokenizer)
     first = max(tokenizer.get_vocab().values()) + 1
@@ -120,7 +120,7 @@ def learn_merges(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], num_t
     Raises:
         DataError: the tokenizer is no BPE, or the text has too few pairs.
     """
-    _check_fast(tokenizer)
+    check_fast(tokenizer)
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     if model["type"] != "BPE":
         raise DataError(
@@ -145,12 +145,12 @@ def learn_merges(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], num_t
     return merges
 
 
-def texts_of(source: str, max_bytes: int) -> Iterator[str]:
+def texts_of(source: str, max_bytes: int | None = None) -> Iterator[str]:
     """The documents to learn from: "stdlib" (the running Python's standard library), or a file, folder or glob.
 
     Args:
         source: where they are.
-        max_bytes: stop before they exceed this many UTF-8 bytes.
+        max_bytes: stop before they exceed this many UTF-8 bytes; None: all.
 
     Raises:
         DataError: there is nothing.
@@ -161,12 +161,13 @@ def texts_of(source: str, max_bytes: int) -> Iterator[str]:
         if document.data is None:
             continue
         read += len(document.data)
-        if read > max_bytes:
+        if max_bytes is not None and read > max_bytes:
             return
         yield document.data.decode("utf-8")
 
 
-def _check_fast(tokenizer: Any) -> None:
+def check_fast(tokenizer: Any) -> None:
+    """DataError when `tokenizer` is no fast one."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(
             f"A fast tokenizer (tokenizer.json) is needed, received a {type(tokenizer).__name__}. Load one with "
@@ -220,7 +221,7 @@ def _added_token(backend: Tokenizer, kind: str, token: str) -> AddedToken:
             f"The new token {token!r} is several words, which a Unigram tokenizer can't decode. Give single words."
         )
     # A normalizer that folds case has to be followed; one that spells spaces would put the mark into the token.
-    mark = backend.normalizer is not None and _SPACE in backend.normalizer.normalize_str("a b")
+    mark = backend.normalizer is not None and SPACE in backend.normalizer.normalize_str("a b")
     # WordPiece decodes with a space before every word, so that a token inside of one would split it.
     return AddedToken(token, normalized=backend.normalizer is not None and not mark, single_word=kind == "WordPiece")
 
@@ -297,7 +298,7 @@ def _spelled_by_ids(tokenizer: PreTrainedTokenizerFast, names: dict[int, str], t
     # Added tokens are cut out of a text before the model sees it, so that nothing merges with them.
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     breaks = {index for index, name in names.items() if name in added}
-    begins = {index for index, name in names.items() if name.startswith(_SPACE) and name.strip(_SPACE)}
+    begins = {index for index, name in names.items() if name.startswith(SPACE) and name.strip(SPACE)}
     remaining = iter(texts)
     while batch := list(itertools.islice(remaining, _BATCH)):
         for encoding in backend.encode_batch(batch, add_special_tokens=False):

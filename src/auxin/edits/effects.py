@@ -3,7 +3,8 @@
 A value of `SetConfig` without effect is one of which the built model shows nothing. Since configs hold values, too,
 that are read when the model runs (`use_cache`, ids of tokens), two kinds alone are judged:
 
-* a value that the config's class has not of its own, so that no code of the architecture can be expected to read it;
+* a value that the config's class has not of its own, so that no code of the architecture can be expected to read it,
+  unless it is a token's id (`unk_token_id`), which other programs read;
 * a size (an integer called num_layers, d_ff, head_dim, ...) that neither at its old value nor at twice the new one
   builds another model: the architecture takes that width from elsewhere, or all its modules have values of their own.
 
@@ -26,6 +27,7 @@ from auxin.models.building import Builder, likeness
 from auxin.models.configs import config_holding
 from auxin.models.loading import REFUSALS
 from auxin.models.scoped_config import config_at
+from auxin.models.token_ids import is_token_id
 from auxin.words.paths import encloses
 
 SIZE = re.compile(r"(num|n|d)_\w+|\w+_(size|dim|rank|heads|layers|experts)")
@@ -55,7 +57,8 @@ def refuse_idle_values(
         old = olds[name]
         is_size = isinstance(value, int) and not isinstance(value, bool) and _is_size(own_name)
         together = any((olds[other], values[other]) == (old, value) for other in values if other != name)
-        if value == old or together or (_is_own(holder, own_name) and not is_size):
+        is_read = is_token_id(own_name) or _is_own(holder, own_name)  # by programs that go by a checkpoint, too
+        if value == old or together or (is_read and not is_size):
             continue
         seen = likeness(after) if seen is None else seen
         others = [old, 2 * value] if is_size else [old]

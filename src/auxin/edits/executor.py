@@ -17,6 +17,7 @@ from auxin.edits.plan import Plan
 from auxin.edits.probe import Probe, probe_and_outputs, settings_kept
 from auxin.edits.promise import measured_change, tolerance
 from auxin.edits.purpose import refuse_other_model
+from auxin.edits.renumbering import change_generation, check_kept_tokens, generation_changes
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.room import refuse_too_large
 from auxin.edits.tree import Undo, rebuild_tree
@@ -114,6 +115,8 @@ def _applied(
         raise PlanError(reason)
     refuse_other_model(plan, model.config)
     resolved = resolve(plan.located(), model)
+    check_kept_tokens(plan, resolved)
+    generation = generation_changes(plan, model)
     store = ModuleStore(model, resolved, optimizer, undo)
     store.check()
     refuse_too_large(resolved, parameters, optimizer)
@@ -128,6 +131,7 @@ def _applied(
     unread: list[str] = []
     carry(resolved, plan.seed, store)
     rebuild_tree(model, resolved, store.tensors, undo)
+    change_generation(model, generation, undo)
     store.join_groups()
     torch.clear_autocast_cache()  # it may hold the weights of before, where the caller has autocast on
     if has_data and probe is not None:

@@ -15,6 +15,12 @@ from auxin.edits.plan import Plan
 from auxin.edits.probe import Probe, probe_and_outputs, settings_kept
 from auxin.edits.promise import measured_change, tolerance
 from auxin.edits.purpose import refuse_other_model
+from auxin.edits.renumbering import (
+    check_kept_tokens,
+    new_generation_file,
+    refuse_old_tokenizer,
+    write_generation_file,
+)
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.room import refuse_too_large_for_folder
 from auxin.edits.saved import complete
@@ -74,6 +80,9 @@ def apply_to_checkpoint(
         file.check(source)
     refuse_other_model(plan, before.config)
     resolved = resolve(plan.located(), before)
+    check_kept_tokens(plan, resolved)
+    refuse_old_tokenizer(plan, source)
+    generation = new_generation_file(plan, source, before.config)
     refuse_too_large_for_folder(resolved, source, output)
     store = FolderStore(source, resolved)
     store.check()
@@ -94,6 +103,7 @@ def apply_to_checkpoint(
         notes += _carry_trainer_optimizer(plan, source, folder, resolved, store)
         for name, content in followed.items():
             (folder / name).write_bytes(content)
+        write_generation_file(folder, generation)
         for name in plan.drops:
             (folder / name).unlink(missing_ok=True)
         for file in plan.files:

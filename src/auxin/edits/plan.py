@@ -1,11 +1,12 @@
 """Plans: ordered edits with the promise they make, readable as a table and as YAML, checked before anything changes."""
 
 import shutil
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, model_validator
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -38,6 +39,9 @@ class Plan(Settings):
     """What holds at the moment of the edit: `exact` (the same function, checked by `apply`), `approximate`, `none`."""
     vocabulary: int | None = Field(default=None, gt=0)
     """What the promise speaks of: texts of the token ids below this, and the logits of these. None: all."""
+    kept_tokens: list[int] | None = None
+    """Where tokens go and the others get other ids: the old id of each that stays, in the order of the new ids. The
+    promise then speaks of texts of these, and of their logits. The ids that a generation config names follow."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of all random numbers that the edits draw."""
     edits: list[Edit]
@@ -63,6 +67,15 @@ class Plan(Settings):
     """What making the plan took, where the method looked at data; measured. None: nothing worth a line in the books."""
 
     _folder: Path | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        kept = self.kept_tokens
+        if kept is not None and (not kept or kept[0] < 0 or any(one >= next_ for one, next_ in pairwise(kept))):
+            raise ValueError("kept_tokens: must be old ids, each larger than the one before")
+        if kept is not None and self.vocabulary is not None:
+            raise ValueError("kept_tokens and vocabulary both say what the promise speaks of; leave one out")
+        return self
 
     def __eq__(self, other: object) -> bool:
         """Whether both say the same, wherever their files lie."""

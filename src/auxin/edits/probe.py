@@ -1,6 +1,6 @@
 """What a model says on a probe, whatever the caller's settings, and torch's settings afterwards as before."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from auxin.accounting.inputs import (
     without_cache,
 )
 from auxin.edits.plan import Plan
+from auxin.edits.renumbering import in_new_ids, with_kept_tokens
 from auxin.errors import PlanError
 from auxin.models.evaluating import evaluation_mode
 from auxin.nn.autocast import autocast_switches, without_autocast
@@ -47,17 +48,20 @@ def probe_and_outputs(plan: Plan, model: PreTrainedModel, probe: Probe | None) -
     Raises:
         PlanError: as `probe_outputs`.
     """
+    compared = plan.vocabulary if plan.kept_tokens is None else plan.kept_tokens
     if probe is not None:
-        return probe, probe_outputs(model, probe, plan.vocabulary)
+        if plan.kept_tokens is not None:
+            in_new_ids(_by_name(probe, model), plan.kept_tokens)  # refuses what it can't say
+        return probe, probe_outputs(model, probe, compared)
     with evaluation_mode(model):
         whole = default_probe(plan, model, illustrated=True)
     try:
-        return whole, probe_outputs(model, whole, plan.vocabulary)
+        return whole, probe_outputs(model, whole, compared)
     except PlanError:
         text = default_probe(plan, model)
         if text.keys() == whole.keys():
             raise
-    return text, probe_outputs(model, text, plan.vocabulary)
+    return text, probe_outputs(model, text, compared)
 
 
 def default_probe(plan: Plan, model: PreTrainedModel, illustrated: bool = False) -> dict[str, Tensor]:
@@ -65,7 +69,7 @@ def default_probe(plan: Plan, model: PreTrainedModel, illustrated: bool = False)
     fewer where the model has no positions for them. One sequence for a classifier that finds its last token by the
     padding behind it and has none."""
     alone = type(model).__name__.endswith("ForSequenceClassification") and model.config.pad_token_id is None
-    return example_inputs(
+    probe = example_inputs(
         model,
         1 if alone else PROBE_SEQUENCES,
         text_length(model, PROBE_LENGTH),
@@ -74,9 +78,10 @@ def default_probe(plan: Plan, model: PreTrainedModel, illustrated: bool = False)
         vocabulary=plan.vocabulary,
         illustrated=illustrated,
     )
+    return probe if plan.kept_tokens is None else with_kept_tokens(probe, plan.kept_tokens, model.config)
 
 
-def probe_outputs(model: PreTrainedModel, probe: Probe, vocabulary: int | None = None) -> Outputs:
+def probe_outputs(model: PreTrainedModel, probe: Probe, vocabulary: int | Sequence[int] | None = None) -> Outputs:
     """What `model` says on `probe` in evaluation mode, `compared_outputs`; training flags are put back.
 
     Under autocast or with TF32 products two exact models would differ by the rounding of the shorter type, so both are
@@ -86,7 +91,7 @@ def probe_outputs(model: PreTrainedModel, probe: Probe, vocabulary: int | None =
     Args:
         model: the model.
         probe: its inputs.
-        vocabulary: of logits over the vocabulary only the first so many are given; None: all.
+        vocabulary: of logits over the vocabulary only the first so many are given, or those of these tokens; None: all.
 
     Raises:
         PlanError: the model does not run on the probe, or says nothing that could be compared.
@@ -110,8 +115,9 @@ def probe_outputs(model: PreTrainedModel, probe: Probe, vocabulary: int | None =
     if vocabulary is None:
         return outputs
     size = getattr(model.config.get_text_config(), "vocab_size", None)
+    tokens = slice(vocabulary) if isinstance(vocabulary, int) else torch.tensor(vocabulary, device=model.device)
     return {
-        name: value[..., :vocabulary] if LOGITS in name and value.shape[-1] == size else value
+        name: value[..., tokens] if LOGITS in name and value.shape[-1] == size else value
         for name, value in outputs.items()
     }
 
@@ -158,9 +164,16 @@ def _inside(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 def edited_outputs(plan: Plan, model: PreTrainedModel, probe: Probe) -> Outputs:
     """The outputs after the edits, `probe_outputs`. A model with new tokens has to run on them, too.
 
+    Args:
+        plan: what was done.
+        model: the edited model.
+        probe: in the ids of the model before.
+
     Raises:
         PlanError: the edited model does not run.
     """
+    if plan.kept_tokens is not None:
+        probe = in_new_ids(_by_name(probe, model), plan.kept_tokens)
     try:
         outputs = probe_outputs(model, probe, plan.vocabulary)
     except PlanError as error:

@@ -100,7 +100,14 @@ def change_plan(stage: ChangeStage, bench: Bench) -> Plan:
     method, settings = _asked_method(stage, stage.method)
     make = estimate_plan if next(bench.model.parameters()).is_meta else make_plan
     with placed("settings: " if stage.settings else "method: "):
-        return make(method, bench, settings)
+        plan = make(method, bench, settings)
+        if plan.kept_tokens is not None:
+            raise PlanError(
+                f"{method.name} gives tokens other ids, and the run's data has those of before, in which it is "
+                "measured from the first stage to the last. Do it before the run, with `auxin plan` and `auxin apply`, "
+                "and start from the result."
+            )
+        return plan
 
 
 def change_data(stage: ChangeStage) -> CalibrationSettings | None:

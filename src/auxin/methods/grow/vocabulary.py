@@ -15,7 +15,6 @@ part in the means; new tokens use them up before the table grows. What a text wi
 logits of all old tokens stay as they are. Their probabilities do not, since the softmax has more terms.
 """
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -24,24 +23,29 @@ from pydantic import Field, model_validator
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from auxin.data.tokenizer import TOKENIZER_FILES, read_tokenizer
+from auxin.data.tokenizer import read_tokenizer
 from auxin.data.vocabulary import EnlargedTokenizer, Merge, enlarge_tokenizer, learn_merges, texts_of
 from auxin.edits import AverageRows, Edit, MeanFill, PadParameter, Plan, Receipt, SetConfig, apply
-from auxin.edits.plan_files import PlanFile, sha256
 from auxin.edits.probe import Probe
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
-from auxin.planning.token_tables import TokenTable, refuse_taken_ids, table_length, token_tables
+from auxin.planning.token_tables import (
+    LEGACY_CLIP_END,
+    TokenTable,
+    refuse_taken_ids,
+    refuse_whole_numbers,
+    table_length,
+    token_tables,
+)
+from auxin.planning.tokenizer_files import tokenizer_folder, with_tokenizer
 from auxin.settings import Settings
 
 Rule = Literal["pieces", "mean"]
 
 LARGEST_MULTIPLE = 128
 """The largest padding multiple that a table's length is taken to follow."""
-STALE = (*TOKENIZER_FILES, "merges.txt", "added_tokens.json", "special_tokens_map.json")
-"""Files that would go on describing the old vocabulary beside the new tokenizer.json."""
 
 
 class VocabularyGrowth(Settings):
@@ -159,7 +163,9 @@ def plan_vocabulary(
     sources = [list(old) if settings.rule == "pieces" else [] for old in pieces]
     edits: list[Edit] = []
     values: dict[str, Any] = {}
-    for table in token_tables(model):
+    tables = token_tables(model)
+    refuse_whole_numbers(model, tables)
+    for table in tables:
         if table.length < new_length:
             fill = MeanFill(rows=min(first, table.length))
             edits.append(PadParameter(parameter=table.name, axis=table.axis, size=new_length, fill=fill))
@@ -199,7 +205,7 @@ def _hazards(config: PreTrainedConfig, first: int) -> Iterator[str]:
             "are behind it: read and write them without timestamps (return_timestamps = False)."
         )
     text = getattr(config, "text_config", config)
-    if text.model_type == "clip_text_model" and text.eos_token_id == 2:
+    if text.model_type == "clip_text_model" and text.eos_token_id == LEGACY_CLIP_END:
         yield (
             "This CLIP pools a text at its largest id (text_config.eos_token_id = 2, as early configs say), which a "
             "new token would be. Before texts hold new tokens, set eos_token_id to the id of <|endoftext|>, "
@@ -222,17 +228,12 @@ def plan_with_tokenizer(bench: Bench, settings: VocabularyGrowth) -> Plan:
     model, length = bench.model, table_length(bench.model.config)
     if settings.rows is not None:
         return plan_vocabulary(model, length, [[]] * settings.rows, settings)
-    folder = settings.tokenizer or Path(model.name_or_path or "")
-    if settings.tokenizer is None and not (model.name_or_path and folder.is_dir()):
-        raise PlanError("The model comes from no local folder, so that its tokenizer is unknown. Set `tokenizer`.")
+    folder = tokenizer_folder(model, settings.tokenizer)
     tokenizer = read_tokenizer(folder)
     settings = _learned(settings, tokenizer)
     enlarged = _enlarged(settings, tokenizer)
     plan = plan_vocabulary(model, enlarged.first, enlarged.pieces, settings)
-    files = _tokenizer_files(enlarged, bench.folder, folder if settings.tokenizer is None else None)
-    written = {file.into for file in files}
-    drops = [name for name in STALE if name not in written]
-    return plan.model_copy(update={"files": files, "drops": drops}).beside(bench.folder)
+    return with_tokenizer(plan, enlarged.tokenizer, bench.folder, folder if settings.tokenizer is None else None)
 
 
 def outline_vocabulary(bench: Bench, settings: VocabularyGrowth) -> Plan:
@@ -242,20 +243,6 @@ def outline_vocabulary(bench: Bench, settings: VocabularyGrowth) -> Plan:
     learned = len(settings.merges) + (settings.num_tokens or 0)
     count = settings.rows or len(settings.tokens) + len(settings.special_tokens) + learned
     return plan_vocabulary(bench.model, length, [[]] * count, settings)
-
-
-def _tokenizer_files(enlarged: EnlargedTokenizer, folder: Path, old: Path | None) -> list[PlanFile]:
-    """The files of the enlarged tokenizer, written into `folder`; those that stand in the tokenizer's folder `old` are
-    the only ones whose place they take."""
-    with tempfile.TemporaryDirectory() as temporary:
-        enlarged.tokenizer.save_pretrained(temporary)
-        paths = sorted(path for path in Path(temporary).rglob("*") if path.is_file())
-        names = {path.relative_to(temporary).as_posix(): path.read_bytes() for path in paths}
-    replaced = {name: sha256(old / name) for name in names if old is not None and (old / name).is_file()}
-    return [
-        PlanFile.write(folder, Path(name).name, content, into=name, instead_of=replaced.get(name))
-        for name, content in names.items()
-    ]
 
 
 def _learned(settings: VocabularyGrowth, tokenizer: PreTrainedTokenizerFast) -> VocabularyGrowth:
