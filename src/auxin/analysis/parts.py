@@ -33,6 +33,12 @@ class StackParts:
         """For each part the module of a layer whose output is added to the residual stream."""
         return self.stack.output_norms if self.stack.norm_position == "after_output" else self.stack.outputs
 
+    @property
+    def without_parts(self) -> "StackParts":
+        """The same layers, of which no parts are known."""
+        stack = replace(self.stack, outputs=(), output_norms=(), norm_position="before")
+        return replace(self, stack=stack)
+
     def kept(self, batch: Batch) -> Tensor | None:
         """Which of its tokens are none of padding, (samples, tokens); None: all of them. See `kept_tokens`."""
         if "input_ids" in batch and getattr(self.runner, "main_input_name", "input_ids") != "input_ids":

@@ -108,10 +108,9 @@ class Similarities(Result):
         """The parts and the layers that change the stream least."""
         alike = sorted(self.parts(), key=lambda part: -part.similarity.mean)[:LISTED]
         layers = sorted((layer for stack in self.stacks for layer in stack.layers), key=lambda layer: layer.influence)
+        said = ", ".join(f"{part.module} {part.similarity.mean:.4f}" for part in alike)
         return [
-            "Parts that change the stream least: "
-            + ", ".join(f"{part.module} {part.similarity.mean:.4f}" for part in alike)
-            + ".",
+            *([f"Parts that change the stream least: {said}."] if said else []),
             "Layers that change it least: "
             + ", ".join(f"{layer.path} {layer.similarity.mean:.4f}" for layer in layers[:LISTED])
             + ".",
@@ -137,7 +136,7 @@ class Similarities(Result):
 
 
 class Similarity(Measurement[Similarities]):
-    """Cosine similarity of the residual stream before and after each part of each layer; no settings."""
+    """Cosine similarity of the residual stream before and after each part of each layer, and each layer."""
 
     name: ClassVar[str] = "similarity"
     title: ClassVar[str] = "cosine of the residual stream before and after each part of each layer, and each layer"
@@ -145,13 +144,16 @@ class Similarity(Measurement[Similarities]):
     version: ClassVar[int] = 2
     result_type: ClassVar[type[Result]] = Similarities
 
+    parts: bool = True
+    """Whether parts are measured, and not whole layers alone, which may be built in any way."""
+
     def observe(self, model: PreTrainedModel) -> "SimilarityObserver":
         """An observer of all stacks of `model`.
 
         Raises:
             PlanError: the architecture is not known, or its residual stream has several blocks.
         """
-        return SimilarityObserver(model)
+        return SimilarityObserver(model, self.parts)
 
 
 MEASUREMENT = Similarity
@@ -162,14 +164,15 @@ class SimilarityObserver:
 
     Args:
         model: of a known architecture.
+        parts: whether parts of layers are measured.
 
     Raises:
         PlanError: as `Similarity.observe`.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, parts: bool = True) -> None:
         refuse_blocks(model)
-        self._stacks = [_StackObserver(parts) for parts in stack_parts(model)]
+        self._stacks = [_StackObserver(found if parts else found.without_parts) for found in stack_parts(model)]
         self._spread = Spread()
         self.taps = [tap for stack in self._stacks for layer in stack.layers for tap in layer.taps()]
 
@@ -195,7 +198,8 @@ class _StackObserver:
     """The layers of one stack."""
 
     def __init__(self, parts: StackParts) -> None:
-        self.path, self.kinds, self.kept = parts.stack.path, parts.kinds, parts.kept
+        self.path, self.kept = parts.stack.path, parts.kept
+        self.kinds = parts.kinds[: len(parts.stack.outputs)]
         self.layers = [_LayerObserver(path, layer, parts) for path, layer in parts.layers.items()]
 
     def result(self, estimates: Iterator[Estimate]) -> StackSimilarity:
@@ -257,7 +261,7 @@ class _LayerObserver:
 
     def _same(self, hidden: Tensor) -> None:
         """The stream as the model has it must be what was added up here; looked at once, on the first batch."""
-        if self._checked:
+        if self._checked or not self.stack.outputs:
             return
         entered, stream = self._inside()
         # A sum's rounding is relative to its largest term, and the model may add in another order and type.

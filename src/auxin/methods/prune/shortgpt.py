@@ -47,7 +47,7 @@ def _outline(bench: Bench, settings: ShortGPT) -> Plan:
 
 def _order(bench: Bench, offered: dict[str, str]) -> Iterator[tuple[str, str]]:
     """The paths of the layers, the least influential first, each with its influence."""
-    found = measure(Similarity(), bench.model, bench.data)
+    found = measure(Similarity(parts=False), bench.model, bench.data)
     layers = sorted((layer for stack in found.stacks for layer in stack.layers), key=lambda layer: layer.influence)
     gone: list[str] = []
     for layer in layers:
