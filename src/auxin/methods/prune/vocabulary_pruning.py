@@ -11,6 +11,7 @@ fewer terms: so the loss on such texts falls a little, or stays. There is no way
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -248,7 +249,7 @@ def _chosen(
             kept |= new
     further = _with_their_parts(vocabulary, kept, [*by_use, *sorted(known)])
     unused = (token for token in range(length) if token not in known)
-    return _rounded(kept, settings.multiple_of, (*further, *unused), length)
+    return _rounded(kept, settings.multiple_of, chain(further, unused), length)
 
 
 def _with_their_parts(vocabulary: Vocabulary, kept: set[int], tokens: Sequence[int]) -> Iterator[int]:
