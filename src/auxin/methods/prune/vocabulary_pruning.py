@@ -172,8 +172,7 @@ def plan_pruning(bench: Bench, settings: VocabularyPruning) -> Plan:
     """
     model = bench.model
     table_length(model.config)
-    origin = model.name_or_path
-    has_one = bool(origin) and has_tokenizer(Path(str(origin)))
+    has_one = has_tokenizer(Path(model.name_or_path)) if model.name_or_path else False
     if settings.ids is not None and not has_one:
         return plan_kept(model, _of_ids(model, settings), settings)
     folder = tokenizer_folder(model, settings.tokenizer)
