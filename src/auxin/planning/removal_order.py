@@ -45,6 +45,8 @@ class HowMuch(Settings):
         """
         if self.removed is None:
             return None
+        if offered < 2:
+            raise PlanError("There are no two parts of which one could go. Choose other candidates, or another method.")
         count = floor(offered * Fraction(str(self.removed))) if self.removed < 1 else int(self.removed)
         if not 0 < count < offered:
             raise PlanError(
