@@ -21,7 +21,18 @@ from capabilities import Result, attempt, built_in, check, check_page, probe
 from outputs import output
 from tiny_models import FURTHER, GROUPS, VOCABULARY, inputs, tiny
 
-CASES = [(name, family) for family in FURTHER for name in built_in()]
+SHARE = 5
+"""Methods that look at data run the model, which takes seconds: each is tried on so many times fewer architectures, in
+turn, and on the others with --all."""
+CASES = [
+    pytest.param(
+        name,
+        family,
+        marks=() if found.calibration is None or (place + number) % SHARE == 0 else pytest.mark.whole,
+    )
+    for place, family in enumerate(FURTHER)
+    for number, (name, found) in enumerate(built_in().items())
+]
 KINDS = {group.__name__: list(group.MODELS) for group in GROUPS}
 LOADED = [
     *(pytest.param(families[::5], id=f"{kind}, some") for kind, families in KINDS.items()),
