@@ -15,7 +15,9 @@ from auxin.edits.resolution import resolve
 from auxin.errors import AuxinError, PromiseError
 from auxin.methods import methods
 from auxin.models.loading import skeleton
+from auxin.objectives.calibration import Calibration
 from auxin.planning.bench import Bench
+from capabilities import labelled
 from tiny_models import FAMILIES, inputs, tiny
 
 FEW, MANY = 40, 200
@@ -101,10 +103,17 @@ def suits(method, family):
     """Whether the method has an example for the architecture and plans it."""
     model = model_with_weights(family) if method.needs_weights else model_without(family)
     try:
-        method.plan(Bench(model), method.settings.parse(method.examples(model)))
+        settings = method.settings.parse(method.examples(model))
+        method.plan(bench(method, model, settings), settings)
     except AuxinError:
         return False
     return True
+
+
+def bench(method, model, settings):
+    """With data for a method that looks at some. LiGO draws whether it learns, and is refused without."""
+    looks = method.calibration is not None and "steps" not in type(settings).model_fields
+    return Bench(model, Calibration.of_batches(model, [labelled(model)]) if looks else None)
 
 
 def tried(draw, method, family, counted):
@@ -113,7 +122,8 @@ def tried(draw, method, family, counted):
     model = model_with_weights(family) if method.needs_weights else model_without(family)
     wanted = target(draw, method, model)
     try:
-        plan = method.plan(Bench(model), method.settings.parse(wanted))
+        settings = method.settings.parse(wanted)
+        plan = method.plan(bench(method, model, settings), settings)
         resolve(plan.edits, model_without(family))
         counted["fits"] += 1
         if counted["fits"] % 3 == 1 and counted["applied"] < REALLY_APPLIED:

@@ -1,7 +1,7 @@
 """What a place in a model must return, found by running the model on shapes; any architecture, no table of names."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from auxin.accounting.inputs import example_inputs
 from auxin.accounting.shapes import shape_only_copy
 from auxin.errors import PlanError
 from auxin.nn.calls import forward_arguments
-from auxin.nn.stand_ins import HIDDEN, NOTHING, Zeros
+from auxin.nn.stand_ins import HIDDEN, NOTHING, Identity, Zeros
 from auxin.words.paths import encloses
 
 BATCH, LENGTH, DECODER_LENGTH = 3, 5, 4
@@ -56,6 +56,23 @@ def what_is_returned(model: PreTrainedModel, paths: Iterable[str]) -> dict[str, 
         if _state(_run(copy, inputs, without)) != _state(whole):
             raise PlanError(f"{without}: its cache does not come out as before. Leave what fills it in its place.")
     return found
+
+
+def refuse_broken(model: PreTrainedModel, gone: Sequence[tuple[str, str, Sequence[str]]]) -> None:
+    """Raise PlanError when a model does not run with stand-ins in some places.
+
+    Args:
+        model: the model; only shapes are looked at.
+        gone: of each place its path, "zeros" or "identity", and what must be returned there.
+    """
+    with shape_only_copy(model) as fake:
+        copy = cast(PreTrainedModel, fake).eval()
+        copy.set_experts_implementation("batched_mm")
+        for path, leaves, returns in gone:
+            stand_in = Zeros if leaves == "zeros" else Identity
+            copy.set_submodule(path, stand_in.replacing(copy.get_submodule(path), returns))
+        inputs = example_inputs(copy, BATCH, LENGTH, decoder_length=DECODER_LENGTH)
+        _run(copy, inputs, f"{gone[0][0]} can't be taken out: the {type(model).__name__} does not run without it")
 
 
 @dataclass

@@ -7,7 +7,7 @@ left and that has no norm behind its sums is dropped, so that the config says it
 stand-ins that are put there again when the model is loaded.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,8 @@ from transformers import PreTrainedModel
 from auxin.edits.kinds.edit import ArrangeLayers, Edit, RemoveModule
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
-from auxin.models.places import what_is_returned
+from auxin.models.places import refuse_broken, what_is_returned
 from auxin.models.sublayers import Sublayer, running_on_shapes, sublayers
-from auxin.nn.stand_ins import Identity, Zeros
 from auxin.planning.depth import arrange, arranged, counts_for_the_cache, depth, refuse_kept_layers
 from auxin.words.paths import encloses
 
@@ -156,24 +155,9 @@ def _emptied(model: PreTrainedModel, gone: Collection[Sublayer]) -> list[tuple[s
     found: list[tuple[str, Any, list[str]]] = [(s.path, "zeros", returns[s.path]) for s in gone]
     # What nobody reads may be anything: its input costs least, where that is all that is returned.
     found += [(path, "identity" if bare[path] else "zeros", returns[path]) for path in idle]
-    _check_run(model, found)
+    refuse_broken(model, found)
     order = {name: number for number, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     return sorted(found, key=lambda one: order[one[0]])
-
-
-def _check_run(model: PreTrainedModel, gone: Sequence[tuple[str, Any, list[str]]]) -> None:
-    """PlanError when the model does not run with stand-ins in the places of `gone`."""
-    with running_on_shapes(model) as (fake, inputs):
-        for path, leaves, returns in gone:
-            stand_in = Zeros if leaves == "zeros" else Identity
-            fake.set_submodule(path, stand_in.replacing(fake.get_submodule(path), returns))
-        try:
-            fake(**inputs)
-        except Exception as error:  # whatever the code of a model says to a shape that it did not expect
-            raise PlanError(
-                f"{gone[0][0]} can't be taken out: the {type(model).__name__} does not run without it ({error}). Leave "
-                "it in its place."
-            ) from error
 
 
 def _idle_modules(model: PreTrainedModel, gone: Collection[Sublayer]) -> tuple[dict[str, bool], list[str]]:
