@@ -3,10 +3,13 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from auxin.accounting.comparison import Comparison
+from measuring import write_results
+
+from auxin.accounting.comparison import BranchComparison, Comparison
 from auxin.accounting.results import BranchResult
 from auxin.accounting.statistics import Estimate
 from auxin.recipes import Recipe, load_recipe, read_comparison, run_seeds
@@ -49,6 +52,56 @@ def compared(recipe: Recipe, arguments: argparse.Namespace) -> Comparison:
     script = Path(sys.argv[0]).resolve().relative_to(Path(__file__).resolve().parents[1])
     command = shlex.join(["python", str(script), *model, *parts])
     return run_seeds(recipe, arguments.runs, command, jobs=arguments.jobs, branches=arguments.branches)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of several comparisons of a benchmark: a recipe, and what is changed of it."""
+
+    heading: str
+    """On the page."""
+    recipe: Path
+    changes: tuple[str, ...] = ()
+    branches: tuple[str, ...] | None = None
+    """The branches to run; None: all."""
+
+    def chosen(self, arguments: argparse.Namespace) -> Recipe:
+        """The recipe with the seeds and changes that were asked for."""
+        own = argparse.Namespace(**{**vars(arguments), "set": [*self.changes, *arguments.set]})
+        return chosen_recipe(str(self.recipe), own)
+
+
+def compare_parts(
+    parser: argparse.ArgumentParser, parts: Mapping[str, Part], page: Callable[[dict[str, Comparison]], str]
+) -> None:
+    """Run what is missing of the parts that are asked for, then write the results and the page of all that were run.
+
+    Args:
+        parser: of `options`, with defaults for runs, results and table.
+        parts: by name.
+        page: the page of the comparisons that there are, by part.
+    """
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    arguments = parser.parse_args()
+    for name in arguments.parts:  # before the first is run
+        parts[name].chosen(arguments).needed(arguments.branches or parts[name].branches)
+    for name in [] if arguments.read_only else arguments.parts:
+        own = {
+            "runs": arguments.runs / name,
+            "branches": arguments.branches or parts[name].branches,
+            "parts": [name],
+        }
+        compared(parts[name].chosen(arguments), argparse.Namespace(**{**vars(arguments), **own}))
+    found = {name: read_comparison(arguments.runs / name) for name in parts if (arguments.runs / name).is_dir()}
+    left_out = {"branches": {"__all__": {"curve"}}}
+    record = {name: comparison.model_dump(mode="json", exclude=left_out) for name, comparison in found.items()}
+    write_results(record, arguments.results, page(found), arguments.table)
+    print(f"Written to {arguments.table} and {arguments.results}", file=sys.stderr)
+
+
+def by_loss(comparison: Comparison) -> list[BranchComparison]:
+    """The branches of a comparison, the best first; those without a loss last."""
+    return sorted(comparison.branches, key=lambda branch: branch.value.mean if branch.value else float("inf"))
 
 
 def interval(values: Iterable[float | None], signed: bool = False) -> str:

@@ -10,17 +10,13 @@ Finished branches are not run again; the page has what is finished. A short seed
 one an hour.
 """
 
-import argparse
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-from comparing import chosen_recipe, compared, options
-from measuring import write_results
+from comparing import Part, by_loss, compare_parts, options
 
 from auxin.accounting.comparison import Comparison
 from auxin.accounting.statistics import Estimate
-from auxin.recipes import Recipe, load_recipe, read_comparison
+from auxin.recipes import load_recipe
 from auxin.report.comparison import estimate_text
 from auxin.report.markdown import markdown_table, origin
 
@@ -36,16 +32,6 @@ OTHERS = {"small-{}": "trained on", "scratch": "from scratch", "dense": "dense",
 """What a grown model is compared with; `{}` stands for the factor."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """Which branches of the recipe are run, and what is changed of it."""
-
-    heading: str
-    changes: tuple[str, ...] = ()
-    branches: tuple[str, ...] | None = None
-    """None: all."""
-
-
 def _long() -> Part:
     recipe = load_recipe(str(RECIPE))
     changes = [f"training.evaluation_interval={LONGER * recipe.training['evaluation_interval']}"]
@@ -53,35 +39,19 @@ def _long() -> Part:
         for place, stage in enumerate(branch.stages):
             if (flops := getattr(stage, "settings", {}).get("flops")) is not None:
                 changes.append(f"branches.{number}.stages.{place}.settings.flops={LONGER * flops}")
-    return Part(f"{LONGER} times as long", tuple(changes), ("scratch", "dense", "grown-4", "small-4", "restarted"))
+    return Part(
+        f"{LONGER} times as long", RECIPE, tuple(changes), ("scratch", "dense", "grown-4", "small-4", "restarted")
+    )
 
 
-PARTS = {"short": Part("7.2e12 FLOPs"), "long": _long()}
+PARTS = {"short": Part("7.2e12 FLOPs", RECIPE), "long": _long()}
 
 
 def main() -> None:
     """Run what is missing, then write the results and the tables."""
     parser = options(__doc__, ROOT / "runs" / "growth-factors")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.set_defaults(results=RESULTS, table=TABLE)
-    arguments = parser.parse_args()
-    if not arguments.read_only:
-        for name in arguments.parts:
-            run(name, arguments)
-    found = {name: read_comparison(arguments.runs / name) for name in PARTS if (arguments.runs / name).is_dir()}
-    left_out = {"branches": {"__all__": {"curve"}}}
-    record = {name: comparison.model_dump(mode="json", exclude=left_out) for name, comparison in found.items()}
-    write_results(record, arguments.results, page(found), arguments.table)
-    print(f"Written to {arguments.table} and {arguments.results}", file=sys.stderr)
-
-
-def run(name: str, arguments: argparse.Namespace) -> None:
-    """Run what is missing of one part."""
-    part = PARTS[name]
-    changed = argparse.Namespace(**{**vars(arguments), "set": [*part.changes, *arguments.set]})
-    recipe: Recipe = chosen_recipe(str(RECIPE), changed)
-    own = {"runs": arguments.runs / name, "branches": arguments.branches or part.branches, "parts": [name]}
-    compared(recipe, argparse.Namespace(**{**vars(arguments), **own}))
+    compare_parts(parser, PARTS, page)
 
 
 def page(found: dict[str, Comparison]) -> str:
@@ -94,7 +64,7 @@ def page(found: dict[str, Comparison]) -> str:
         "(Student's t). Differences are taken seed by seed; below zero the grown model is better.",
     ]
     for name, comparison in found.items():
-        order = sorted(comparison.branches, key=lambda branch: branch.value.mean if branch.value else float("inf"))
+        order = by_loss(comparison)
         rows = [
             [
                 branch.title,

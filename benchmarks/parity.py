@@ -10,49 +10,30 @@ Finished branches are not run again; the page has what is finished. A branch and
 core, a large one ten.
 """
 
-import argparse
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-from comparing import chosen_recipe, compared, options
-from measuring import write_results
+from comparing import Part, by_loss, compare_parts, options
 
 from auxin.accounting.comparison import Comparison
 from auxin.accounting.statistics import Estimate
-from auxin.recipes import Recipe, load_recipe, read_comparison
+from auxin.recipes import load_recipe
 from auxin.report.comparison import estimate_text
 from auxin.report.markdown import markdown_table, origin
 
 ROOT = Path(__file__).resolve().parents[1]
+RECIPE = Path(__file__).with_suffix(".yaml")
 RESULTS = ROOT / "benchmarks" / "results" / "parity.json"
 TABLE = ROOT / "docs" / "results" / "parity.md"
 HEADER = ("model", "parameters", "seeds", "final loss")
 PAIRS = ("model", "minus", "difference", "of each seed")
 
 
-@dataclass(frozen=True)
-class Part:
-    """A recipe and what is changed of it."""
-
-    heading: str
-    recipe: str
-    changes: tuple[str, ...] = ()
-    branches: tuple[str, ...] | None = None
-    """The branches to run; None: all."""
-
-    def chosen(self, arguments: argparse.Namespace) -> Recipe:
-        """The recipe with the seeds and changes that were asked for."""
-        own = argparse.Namespace(**{**vars(arguments), "set": [*self.changes, *arguments.set]})
-        return chosen_recipe(str(ROOT / "benchmarks" / self.recipe), own)
-
-
 PARTS = {
-    "small": Part("590,000 parameters", "parity.yaml"),
-    "large": Part("3.3 million parameters, the paper's proportions", "parity_3m.yaml"),
+    "small": Part("590,000 parameters", RECIPE),
+    "large": Part("3.3 million parameters, the paper's proportions", RECIPE.with_name("parity_3m.yaml")),
     "bytes": Part(
         "The small ones on bytes, 560,000 parameters",
-        "parity.yaml",
+        RECIPE,
         (
             "data.vocab_size=257",  # the bytes and a separator
             "description=The models of the first part with the bytes for a vocabulary.",
@@ -85,29 +66,8 @@ DIFFERENCES = (
 def main() -> None:
     """Run what is missing, then write the results and the tables."""
     parser = options(__doc__, ROOT / "runs" / "parity")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.set_defaults(results=RESULTS, table=TABLE)
-    arguments = parser.parse_args()
-    for name in arguments.parts:  # before the first is run
-        PARTS[name].chosen(arguments).needed(arguments.branches or PARTS[name].branches)
-    if not arguments.read_only:
-        for name in arguments.parts:
-            run(name, arguments)
-    found = {name: read_comparison(arguments.runs / name) for name in PARTS if (arguments.runs / name).is_dir()}
-    left_out = {"branches": {"__all__": {"curve"}}}
-    record = {name: comparison.model_dump(mode="json", exclude=left_out) for name, comparison in found.items()}
-    write_results(record, arguments.results, page(found), arguments.table)
-    print(f"Written to {arguments.table} and {arguments.results}", file=sys.stderr)
-
-
-def run(name: str, arguments: argparse.Namespace) -> None:
-    """Run what is missing of one part."""
-    own = {
-        "runs": arguments.runs / name,
-        "branches": arguments.branches or PARTS[name].branches,
-        "parts": [name],
-    }
-    compared(PARTS[name].chosen(arguments), argparse.Namespace(**{**vars(arguments), **own}))
+    compare_parts(parser, PARTS, page)
 
 
 def page(found: dict[str, Comparison]) -> str:
@@ -120,7 +80,7 @@ def page(found: dict[str, Comparison]) -> str:
     ]
     for name, comparison in found.items():
         part = PARTS[name]
-        order = sorted(comparison.branches, key=lambda branch: branch.value.mean if branch.value else float("inf"))
+        order = by_loss(comparison)
         rows = [
             [
                 branch.title,
@@ -134,7 +94,7 @@ def page(found: dict[str, Comparison]) -> str:
         main = next(branch.title for branch in comparison.branches if branch.name == comparison.main_branch)
         lines += ["", f"## {part.heading}", "", comparison.description, "", origin(comparison), ""]
         lines += markdown_table((*HEADER, f"minus {main}"), rows)
-        recipe, have = load_recipe(str(ROOT / "benchmarks" / part.recipe)), {branch.name for branch in order}
+        recipe, have = load_recipe(str(part.recipe)), {branch.name for branch in order}
         wanted = [branch for branch in recipe.branches if part.branches is None or branch.name in part.branches]
         if missing := [branch.title for branch in wanted if branch.name not in have]:
             lines += ["", f"In the recipe, and not run yet: {'; '.join(missing)}."]

@@ -10,7 +10,17 @@ from auxin.analysis.measurement import Batch, kept_tokens
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.models.sublayers import Kind, kinds
+from auxin.report.forest import Series
 from auxin.words.anatomy import LayerStack
+
+WHOLE = "whole layer"
+SERIES = {
+    "attention": Series("attention", "#2F8AC9", "circle"),
+    "cross-attention": Series("cross-attention", "#009E73", "triangle"),
+    "feed-forward": Series("feed-forward", "#D55E00", "square"),
+    WHOLE: Series(WHOLE, "#7d8590", "diamond"),
+}
+"""What the parts of layers, and whole layers, look like in pictures."""
 
 
 @dataclass(frozen=True)

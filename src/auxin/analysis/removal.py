@@ -25,19 +25,15 @@ from transformers import GenerationMixin, PreTrainedModel
 from auxin.accounting.inputs import without_cache
 from auxin.analysis.distances import DISTANCES, Distance, distance, loss
 from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, Tap, kept_tokens
+from auxin.analysis.parts import SERIES, WHOLE
 from auxin.analysis.spread import Estimate, Spread
 from auxin.errors import DataError, PlanError
-from auxin.models.sublayers import Sublayer, sublayers
-from auxin.report.forest import Mark, Panel, Row, Series, forest_svg
+from auxin.models.sublayers import Sublayer, add_nothing, sublayers
+from auxin.nn.calls import first_argument
+from auxin.report.forest import Mark, Panel, Row, forest_svg
 from auxin.settings import Settings
 
 Candidates = Literal["all", "attention", "feed-forward", "layers"]
-SERIES = {
-    "attention": Series("attention", "#2F8AC9", "circle"),
-    "cross-attention": Series("cross-attention", "#009E73", "triangle"),
-    "feed-forward": Series("feed-forward", "#D55E00", "square"),
-    "layer": Series("whole layer", "#7d8590", "diamond"),
-}
 LISTED = 3
 """How many removals the findings name."""
 
@@ -66,7 +62,10 @@ def candidates(model: PreTrainedModel, which: Candidates) -> list[Candidate]:
     Raises:
         PlanError: the architecture is not known, or there is nothing of that kind.
     """
-    known = sublayers(model)
+    return _candidates(model, sublayers(model), which)
+
+
+def _candidates(model: PreTrainedModel, known: Sequence[Sublayer], which: Candidates) -> list[Candidate]:
     if which == "layers":
         first = {sublayer.layer: sublayer for sublayer in reversed(known)}
         found = [_candidate(first[path], path, "layer", ()) for path in dict.fromkeys(s.layer for s in known)]
@@ -142,7 +141,10 @@ class Removals(Result):
             rows = []
             for number in dict.fromkeys(effect.number for effect in self.effects if effect.stack == stack):
                 found = [e for e in self.effects if e.stack == stack and e.number == number]
-                marks = [Mark(SERIES[e.kind].name, e.distances[name].mean, e.distances[name].margin) for e in found]
+                marks = [
+                    Mark(SERIES.get(e.kind, SERIES[WHOLE]).name, e.distances[name].mean, e.distances[name].margin)
+                    for e in found
+                ]
                 rows.append(Row(str(number), marks))
             panels.append(Panel(stack, rows))
         note = (
@@ -153,6 +155,11 @@ class Removals(Result):
 
     def _stacks(self) -> list[str]:
         return list(dict.fromkeys(effect.stack for effect in self.effects))
+
+
+def _mark(effect: RemovalEffect, name: str) -> Mark:
+    estimate = effect.distances[name]
+    return Mark(WHOLE if effect.kind == "layer" else effect.kind, estimate.mean, estimate.margin)
 
 
 class Removal(Measurement[Removals]):
@@ -197,8 +204,10 @@ class RemovalObserver:
 
     def __init__(self, model: PreTrainedModel, settings: Removal) -> None:
         self._model, self._settings = model, settings
-        offered = candidates(model, settings.candidates)
-        known = {one.path: one for one in (*candidates(model, "all"), *candidates(model, "layers"), *offered)}
+        parts = sublayers(model)
+        offered = _candidates(model, parts, settings.candidates)
+        layers = _candidates(model, parts, "layers")
+        known = {one.path: one for one in (*_candidates(model, parts, "all"), *layers)}
         if unknown := next((path for path in settings.removed if path not in known), None):
             raise PlanError(
                 f"removed: the model has no sublayer and no layer {unknown!r}. It has {', '.join(list(known)[:3])}, ..."
@@ -207,9 +216,8 @@ class RemovalObserver:
         self._offered = [one for one in offered if one.path not in settings.removed]
         if not self._offered:
             raise PlanError("removed: nothing is left to remove. Name fewer.")
-        self._runs = PrefixedRuns(model, list(dict.fromkeys(one.layer for one in candidates(model, "layers"))))
+        self._runs = PrefixedRuns(model, [one.layer for one in layers])
         self._spread, self._losses = Spread(), Spread()
-        self._asks: bool | None = None
 
     def before(self, batch: Batch) -> None:
         """Run the model on the batch: whole, without what is removed, and without each candidate beside."""
@@ -306,7 +314,7 @@ class PrefixedRuns:
             for one in gone:
                 if one.outputs:
                     for path in one.outputs:
-                        handle = self._model.get_submodule(path).register_forward_hook(_zeros)
+                        handle = self._model.get_submodule(path).register_forward_hook(add_nothing)
                         stack.callback(handle.remove)
                 else:
                     stack.callback(self._layers[one.layer].register_forward_hook(_input, with_kwargs=True).remove)
@@ -327,13 +335,8 @@ def _instead(module: nn.Module, forward: Any) -> Iterator[None]:
             module.forward = own
 
 
-def _zeros(module: nn.Module, arguments: Any, output: Any) -> Any:
-    # Not a product with zero: what is not finite must go, too.
-    return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
-
-
 def _input(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
-    hidden = arguments[0] if arguments else named.get("hidden_states", next(iter(named.values())))
+    hidden = first_argument(arguments, named)
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 

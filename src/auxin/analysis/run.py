@@ -25,6 +25,7 @@ from auxin.analysis.measurement import (
 )
 from auxin.errors import DataError
 from auxin.models.evaluating import evaluation_mode
+from auxin.nn.calls import first_argument
 
 
 @overload
@@ -188,7 +189,7 @@ def _tapped(taps: Sequence[Tap]) -> Iterator[None]:
 
 
 def _read_input(tap: Tap, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-    tap.read(arguments[0] if arguments else named.get("hidden_states", next(iter(named.values()))))
+    tap.read(first_argument(arguments, named))
 
 
 def _read_output(tap: Tap, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:

@@ -30,19 +30,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, Tap, token_means, wide
-from auxin.analysis.parts import Kind, StackParts, refuse_blocks, stack_parts
+from auxin.analysis.parts import SERIES, WHOLE, Kind, StackParts, refuse_blocks, stack_parts
 from auxin.analysis.spread import Estimate, Spread
 from auxin.errors import PlanError
-from auxin.report.forest import Mark, Panel, Row, Series, forest_svg
+from auxin.report.forest import Mark, Panel, Row, forest_svg
 from auxin.settings import Settings
 
-WHOLE = "whole layer"
-SERIES = {
-    "attention": Series("attention", "#2F8AC9", "circle"),
-    "cross-attention": Series("cross-attention", "#009E73", "triangle"),
-    "feed-forward": Series("feed-forward", "#D55E00", "square"),
-    WHOLE: Series(WHOLE, "#7d8590", "diamond"),
-}
 LISTED = 3
 """How many parts the findings name."""
 

@@ -1,7 +1,8 @@
 """What a place in a model must return, found by running the model on shapes; any architecture, no table of names."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -22,6 +23,15 @@ BATCH, LENGTH, DECODER_LENGTH = 3, 5, 4
 """Of the inputs; the batch is longer than any tuple that is taken apart by mistake."""
 
 
+@contextmanager
+def running_on_shapes(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, dict[str, Tensor]]]:
+    """Within the context, a copy of `model` that has shapes and no data, in evaluation mode, and inputs for it."""
+    with shape_only_copy(model) as fake:
+        copy = cast(PreTrainedModel, fake).eval()
+        copy.set_experts_implementation("batched_mm")  # which runs on shapes of any type
+        yield copy, example_inputs(copy, BATCH, LENGTH, decoder_length=DECODER_LENGTH)
+
+
 def what_is_returned(model: PreTrainedModel, paths: Iterable[str]) -> dict[str, list[str]]:
     """What stand-ins (`auxin.nn.stand_ins`) must return in the places at `paths`, so that the model runs without the
     modules that are there: their setting `returns`.
@@ -40,12 +50,9 @@ def what_is_returned(model: PreTrainedModel, paths: Iterable[str]) -> dict[str, 
         return {}
     if strange := next((path for path in wanted if path not in modules), None):
         raise PlanError(f"{type(model).__name__} has no module at {strange!r}.")
-    with shape_only_copy(model) as fake:
-        copy = cast(PreTrainedModel, fake).eval()
-        copy.set_experts_implementation("batched_mm")  # which runs on shapes of any type
+    with running_on_shapes(model) as (copy, inputs):
         for parameter in copy.parameters():
             parameter.requires_grad_(parameter.is_floating_point())  # to see what comes from parameters
-        inputs = example_inputs(copy, BATCH, LENGTH, decoder_length=DECODER_LENGTH)
         with _Watch(copy, wanted) as watch:
             whole = _run(copy, inputs, f"{type(model).__name__} does not run on shapes")
         found = {path: watch.returns(path) for path in wanted}
@@ -65,13 +72,10 @@ def refuse_broken(model: PreTrainedModel, gone: Sequence[tuple[str, str, Sequenc
         model: the model; only shapes are looked at.
         gone: of each place its path, "zeros" or "identity", and what must be returned there.
     """
-    with shape_only_copy(model) as fake:
-        copy = cast(PreTrainedModel, fake).eval()
-        copy.set_experts_implementation("batched_mm")
+    with running_on_shapes(model) as (copy, inputs):
         for path, leaves, returns in gone:
             stand_in = Zeros if leaves == "zeros" else Identity
             copy.set_submodule(path, stand_in.replacing(copy.get_submodule(path), returns))
-        inputs = example_inputs(copy, BATCH, LENGTH, decoder_length=DECODER_LENGTH)
         _run(copy, inputs, f"{gone[0][0]} can't be taken out: the {type(model).__name__} does not run without it")
 
 

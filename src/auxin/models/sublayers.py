@@ -5,17 +5,16 @@ A sublayer is known by what it adds. That may be the result of a whole module (L
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from auxin.accounting.inputs import example_inputs
-from auxin.accounting.shapes import shape_only_copy
 from auxin.models.anatomy import anatomy
+from auxin.models.places import running_on_shapes
 from auxin.nn.stand_ins import StandIn
 from auxin.words.anatomy import Anatomy, LayerStack
 from auxin.words.paths import encloses
@@ -68,13 +67,10 @@ def kinds(model: PreTrainedModel, stack: LayerStack, names: tuple[str, ...]) -> 
     return found
 
 
-@contextmanager
-def running_on_shapes(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, dict[str, Tensor]]]:
-    """Within the context, a copy of `model` that has shapes and no data, in evaluation mode, and inputs for it."""
-    with shape_only_copy(model) as copy:
-        fake = cast(PreTrainedModel, copy).eval()
-        fake.set_experts_implementation("batched_mm")  # which runs on shapes of any type
-        yield fake, example_inputs(fake, 2, 4)
+def add_nothing(module: nn.Module, arguments: Any, result: Any) -> Any:
+    """A forward hook that masks a sublayer by its `output`: what it gives, or gives first, becomes zeros."""
+    # Not a product with zero: what is not finite must go, too.
+    return (torch.zeros_like(result[0]), *result[1:]) if isinstance(result, tuple) else torch.zeros_like(result)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """How a module is called: by which names its forward knows what it is given, and what happens around that."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,11 @@ def forward_arguments(module: nn.Module) -> tuple[str, ...]:
             return tuple(p.name for p in parameters[1:] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
     inner = getattr(module, "inner", None)
     return forward_arguments(inner) if isinstance(inner, nn.Module) else ()
+
+
+def first_argument(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """The hidden states that a module was called with, by position or by name."""
+    return arguments[0] if arguments else named.get("hidden_states", next(iter(named.values())))
 
 
 @contextmanager

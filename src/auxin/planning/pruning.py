@@ -129,6 +129,17 @@ class Prunable:
             made_for=config_values(self.model.config),
         )
 
+    def outline(self, method: str) -> Plan:
+        """A plan that leaves any units: sizes do not depend on which go where all layers keep as many.
+
+        Args:
+            method: its name.
+
+        Raises:
+            PlanError: as `plan`.
+        """
+        return self.plan(method, {place: [0.0] * units for place, units in self.units.items()})
+
     def _streams(self) -> list[tuple[Part, Stream]]:
         pairs = [(part, stream) for part in self.settings.chosen for stream in STREAMS[part]]
         return [(part, stream) for part, stream in pairs if any(found == stream for found, _ in self.units)]
@@ -198,7 +209,7 @@ def pruning_example(model: PreTrainedModel) -> dict[str, Any]:
         values: dict[str, Any] = {**tower, **dict.fromkeys(parts, 0.5)}
         try:
             found = prunable(model, Pruning.parse(values))
-            found.plan("", {place: [0.0] * units for place, units in found.units.items()})
+            found.outline("")
         except PlanError as error:
             errors.append(error)
         else:

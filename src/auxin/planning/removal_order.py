@@ -3,7 +3,7 @@
 The parts of a longer list are those of a shorter one and more, so that one order serves every size.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from math import floor
 from typing import Self
@@ -56,15 +56,8 @@ class HowMuch(Settings):
         return count
 
 
-def refuse_impossible(model: PreTrainedModel, wanted: HowMuch, offered: Mapping[str, str], edits: Edits) -> None:
-    """Raise PlanError, before any work, when no number of removals is what was asked for.
-
-    Args:
-        model: the model, on any device; weights are not looked at.
-        wanted: how much is to go.
-        offered: what may go: the stack of layers of each, by its path.
-        edits: what takes them out.
-    """
+def _refuse_impossible(model: PreTrainedModel, wanted: HowMuch, offered: Mapping[str, str], edits: Edits) -> None:
+    """PlanError when no number of removals is what was asked for."""
     wanted.count(len(offered))
     if (target := wanted.target) is None:
         return
@@ -83,11 +76,18 @@ def refuse_impossible(model: PreTrainedModel, wanted: HowMuch, offered: Mapping[
 
 
 def last_ones(offered: Mapping[str, str], gone: Iterable[str]) -> set[str]:
-    """Of what may go, the paths of those that are the last ones of their stack; see `refuse_impossible`."""
+    """Of what may go, the paths of those that are the last ones of their stack; see `taken`."""
     left: dict[str, list[str]] = {}
     for path, stack in offered.items():
         left.setdefault(stack, []).extend([] if path in gone else [path])
     return {paths[0] for paths in left.values() if len(paths) == 1}
+
+
+def from_the_top(offered: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """An order for outlines: what may go, the last one first, but the first one of each stack. Which ones a method
+    takes is not known without weights."""
+    kept = {stack: path for path, stack in reversed(list(offered.items()))}.values()
+    return ((path, "") for path in reversed(list(offered)) if path not in kept)
 
 
 def taken(
@@ -101,13 +101,17 @@ def taken(
     """The plan that takes parts out in an order until as much is gone as is wanted.
 
     Args:
-        model, wanted, offered, edits: as of `refuse_impossible`.
+        model: the model, on any device; weights are not looked at.
+        wanted: how much is to go.
+        offered: what may go: the stack of layers of each, by its path.
         order: the paths of what goes, and what is to be said about each; drawn from as long as more has to go.
+        edits: what takes parts out.
         method: the method's name.
 
     Raises:
-        PlanError: the order ends before.
+        PlanError: no number of removals is what was asked for, before anything is drawn; or the order ends before.
     """
+    _refuse_impossible(model, wanted, offered, edits)
     count, target = wanted.count(len(offered)), wanted.target
     gone: list[str] = []
     words: list[str] = []

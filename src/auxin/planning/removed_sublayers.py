@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from auxin.edits.kinds.edit import ArrangeLayers, Edit, RemoveModule
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
-from auxin.models.places import refuse_broken, what_is_returned
-from auxin.models.sublayers import Sublayer, running_on_shapes, sublayers
+from auxin.models.places import refuse_broken, running_on_shapes, what_is_returned
+from auxin.models.sublayers import Sublayer, add_nothing, sublayers
 from auxin.planning.depth import arrange, arranged, counts_for_the_cache, depth, refuse_kept_layers
 from auxin.words.paths import encloses
 
@@ -121,15 +121,15 @@ def _dropped(model: PreTrainedModel, known: Collection[Sublayer], gone: Collecti
         if stack.norm_position == "after_residual" or counts_for_the_cache(model, stack):
             continue
         emptied = {s.number for s in of_stack} - {s.number for s in of_stack if s.path not in gone}
-        layers = model.get_submodule(stack.path)
-        order = [number for number in range(len(list(layers.children()))) if number not in emptied]
+        if not emptied:
+            continue
+        order = [number for number in range(depth(model, stack)) if number not in emptied]
         try:
             refuse_kept_layers(stack)
             arranged(model, ArrangeLayers(layers=stack.path, order=list(order)))
         except PlanError:
             continue  # stand-ins do as well; the config goes on counting the layer
-        if emptied:
-            orders[stack.path] = order
+        orders[stack.path] = order
     return orders
 
 
@@ -175,7 +175,7 @@ def _idle_modules(model: PreTrainedModel, gone: Collection[Sublayer]) -> tuple[d
             fake.get_submodule(path).register_forward_hook(partial(note, path))
         before = _used(fake, inputs)
         for sublayer in gone:
-            fake.get_submodule(sublayer.output).register_forward_hook(_nothing)
+            fake.get_submodule(sublayer.output).register_forward_hook(add_nothing)
         after = _used(fake, inputs)
     removed = [sublayer.path for sublayer in gone]
     idle: list[str] = []
@@ -186,12 +186,6 @@ def _idle_modules(model: PreTrainedModel, gone: Collection[Sublayer]) -> tuple[d
         if path in bare and own and not own & after and not inside and not around:
             idle.append(path)
     return bare, idle
-
-
-def _nothing(module: nn.Module, arguments: Any, result: Any) -> Any:
-    if isinstance(result, tuple):
-        return (torch.zeros_like(result[0]), *result[1:])
-    return torch.zeros_like(result)
 
 
 def _used(model: PreTrainedModel, inputs: dict[str, Tensor]) -> set[str]:

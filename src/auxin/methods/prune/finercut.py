@@ -13,7 +13,7 @@ has the Jensen-Shannon divergence as D, ten contexts of 256 tokens, and spares t
 (`spared`: 0.4).
 
 The ratio counts sublayers and not parameters: an attention of Llama 3 8B has a quarter of a feed-forward part's. The
-plan's notes have both.
+plan's findings have both.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -31,7 +31,7 @@ from auxin.edits import Edit, Plan
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
-from auxin.planning.removal_order import HowMuch, last_ones, refuse_impossible, taken
+from auxin.planning.removal_order import HowMuch, from_the_top, last_ones, taken
 from auxin.planning.removed_sublayers import layers_to_leave_out, refusals, without_layers, without_sublayers
 
 
@@ -55,17 +55,13 @@ def plan_finercut(bench: Bench, settings: FinerCut) -> Plan:
         PlanError: the architecture is not known, less or more is to go than can, or the target can't be reached.
     """
     offered, edits = _offered(bench.model, settings), partial(_edits, bench.model, settings)
-    refuse_impossible(bench.model, settings, offered, edits)
     return taken(bench.model, settings, offered, _search(bench, settings, offered), edits, METHOD.name)
 
 
 def _outline(bench: Bench, settings: FinerCut) -> Plan:
     """A plan that removes as many, from the top: which ones go is not known, nor how large they are."""
     offered, edits = _offered(bench.model, settings), partial(_edits, bench.model, settings)
-    refuse_impossible(bench.model, settings, offered, edits)
-    kept = {stack: path for path, stack in reversed(offered.items())}.values()
-    order = ((path, "") for path in reversed(offered) if path not in kept)
-    return taken(bench.model, settings, offered, order, edits, METHOD.name)
+    return taken(bench.model, settings, offered, from_the_top(offered), edits, METHOD.name)
 
 
 def _search(bench: Bench, settings: FinerCut, offered: dict[str, str]) -> Iterator[tuple[str, str]]:

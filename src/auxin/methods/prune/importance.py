@@ -56,12 +56,6 @@ def plan_by_importance(bench: Bench, settings: Pruning, name: str, score: Score)
     return found.plan(name, scores)
 
 
-def _outline(bench: Bench, settings: Pruning, name: str) -> Plan:
-    """Of any units: sizes do not depend on which go where all layers keep as many."""
-    found = prunable(bench.model, settings)
-    return found.plan(name, {place: [0.0] * units for place, units in found.units.items()})
-
-
 def _method(name: str, score: Score, by: str, paper: str) -> Method:
     return Method(
         name=name,
@@ -74,7 +68,7 @@ def _method(name: str, score: Score, by: str, paper: str) -> Method:
         needs_weights=True,
         promise="none",
         calibration=lambda settings: CalibrationSettings(samples=64),
-        outline=partial(_outline, name=name),
+        outline=lambda bench, settings: prunable(bench.model, settings).outline(name),
     )
 
 

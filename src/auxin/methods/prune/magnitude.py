@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from auxin.edits import Plan
-from auxin.planning.bench import Bench, from_model
+from auxin.planning.bench import from_model
 from auxin.planning.method import Method
 from auxin.planning.pruning import Prunable, Pruning, prunable, pruning_example
 from auxin.planning.unit_order import Place, Scores
@@ -81,12 +81,6 @@ def _place(stream: str, scope: str, squares: dict[Place, Tensor]) -> Place | Non
     return max(around, key=lambda place: len(place[1]), default=None)
 
 
-def _outline(bench: Bench, settings: Pruning) -> Plan:
-    """Of any units: sizes do not depend on which go where all layers keep as many."""
-    found = prunable(bench.model, settings)
-    return found.plan("magnitude", {place: [0.0] * units for place, units in found.units.items()})
-
-
 METHOD = Method(
     name="magnitude",
     title="Fewer heads, feed-forward units or units of the residual: without those of the smallest L2 norm",
@@ -97,5 +91,5 @@ METHOD = Method(
     examples=pruning_example,
     needs_weights=True,
     promise="none",
-    outline=_outline,
+    outline=lambda bench, settings: prunable(bench.model, settings).outline("magnitude"),
 )

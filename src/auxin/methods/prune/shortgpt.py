@@ -17,7 +17,7 @@ from auxin.edits import Plan
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
-from auxin.planning.removal_order import HowMuch, last_ones, refuse_impossible, taken
+from auxin.planning.removal_order import HowMuch, from_the_top, last_ones, taken
 from auxin.planning.removed_sublayers import layers_to_leave_out, without_layers
 
 
@@ -32,17 +32,13 @@ def plan_shortgpt(bench: Bench, settings: ShortGPT) -> Plan:
         PlanError: the architecture is not known, less or more is to go than can, or the target can't be reached.
     """
     offered, edits = layers_to_leave_out(bench.model), partial(without_layers, bench.model)
-    refuse_impossible(bench.model, settings, offered, edits)
     return taken(bench.model, settings, offered, _order(bench, offered), edits, METHOD.name)
 
 
 def _outline(bench: Bench, settings: ShortGPT) -> Plan:
     """A plan that leaves out as many layers, from the top, of which each is as large as any."""
     offered, edits = layers_to_leave_out(bench.model), partial(without_layers, bench.model)
-    refuse_impossible(bench.model, settings, offered, edits)
-    kept = {stack: path for path, stack in reversed(offered.items())}.values()
-    order = ((path, "") for path in reversed(offered) if path not in kept)
-    return taken(bench.model, settings, offered, order, edits, METHOD.name)
+    return taken(bench.model, settings, offered, from_the_top(offered), edits, METHOD.name)
 
 
 def _order(bench: Bench, offered: dict[str, str]) -> Iterator[tuple[str, str]]:
