@@ -1,6 +1,7 @@
 """What the benchmarks that compare a recipe's branches over seeds share: their options, and the run itself."""
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +12,7 @@ from measuring import write_results
 
 from auxin.accounting.comparison import BranchComparison, Comparison
 from auxin.accounting.results import BranchResult
-from auxin.accounting.statistics import Estimate
+from auxin.accounting.statistics import Estimate, paired_difference
 from auxin.recipes import Recipe, load_recipe, read_comparison, run_seeds
 
 
@@ -35,6 +36,16 @@ def options(description: str | None, runs: Path | None) -> argparse.ArgumentPars
     return parser
 
 
+def command_of(arguments: argparse.Namespace, seeds: Iterable[int]) -> str:
+    """What reproduces a run with `seeds`; a table or picture elsewhere, or more processes, change no number."""
+    parts = ["--seeds", *map(str, seeds), *(part for change in arguments.set for part in ("--set", change))]
+    if "parts" in arguments:
+        parts += ["--parts", *arguments.parts]
+    model = [arguments.model] if "model" in arguments else []
+    script = Path(sys.argv[0]).resolve().relative_to(Path(__file__).resolve().parents[1])
+    return shlex.join(["python", str(script), *model, *parts])
+
+
 def chosen_recipe(name: str, arguments: argparse.Namespace) -> Recipe:
     """The recipe called `name`, with the seeds and changes that were asked for."""
     return load_recipe(name, [*arguments.set, f"seeds={arguments.seeds}"])
@@ -44,13 +55,7 @@ def compared(recipe: Recipe, arguments: argparse.Namespace) -> Comparison:
     """Run what is missing, unless only reading was asked for; what the finished branches show."""
     if arguments.read_only:
         return read_comparison(arguments.runs)
-    # A table or picture elsewhere, or more processes, change no number.
-    parts = ["--seeds", *map(str, arguments.seeds), *(part for change in arguments.set for part in ("--set", change))]
-    if "parts" in arguments:
-        parts += ["--parts", *arguments.parts]
-    model = [arguments.model] if "model" in arguments else []
-    script = Path(sys.argv[0]).resolve().relative_to(Path(__file__).resolve().parents[1])
-    command = shlex.join(["python", str(script), *model, *parts])
+    command = command_of(arguments, arguments.seeds)
     return run_seeds(recipe, arguments.runs, command, jobs=arguments.jobs, branches=arguments.branches)
 
 
@@ -82,6 +87,12 @@ def compare_parts(
         page: the page of the comparisons that there are, by part.
     """
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument(
+        "--add",
+        action="store_true",
+        help="keep what the results hold of branches and seeds that the folder of runs has not: measured before, with "
+        "the same software, data and processor",
+    )
     arguments = parser.parse_args()
     for name in arguments.parts:  # before the first is run
         parts[name].chosen(arguments).needed(arguments.branches or parts[name].branches)
@@ -93,10 +104,56 @@ def compare_parts(
         }
         compared(parts[name].chosen(arguments), argparse.Namespace(**{**vars(arguments), **own}))
     found = {name: read_comparison(arguments.runs / name) for name in parts if (arguments.runs / name).is_dir()}
+    if arguments.add:
+        for name, recorded in json.loads(arguments.results.read_text(encoding="utf-8")).items():
+            own = argparse.Namespace(**{**vars(arguments), "parts": [name]})
+            before = Comparison.model_validate(recorded)
+            found[name] = added(found[name], before, own) if name in found else before
+        found = {name: found[name] for name in parts if name in found}
     left_out = {"branches": {"__all__": {"curve"}}}
     record = {name: comparison.model_dump(mode="json", exclude=left_out) for name, comparison in found.items()}
     write_results(record, arguments.results, page(found), arguments.table)
     print(f"Written to {arguments.table} and {arguments.results}", file=sys.stderr)
+
+
+def added(found: Comparison, recorded: Comparison, arguments: argparse.Namespace) -> Comparison:
+    """`found` with the branches and seeds that only `recorded` has; what both have is as `found` has it.
+
+    Raises:
+        SystemExit: one was measured with other software, on other data or another processor, or a branch has changed.
+    """
+    for what, before, now in (
+        ("software", recorded.versions, found.versions),
+        ("data", recorded.data, found.data),
+        ("processor", recorded.machine.get("processor"), found.machine.get("processor")),
+        ("measure", recorded.measure, found.measure),
+    ):
+        if before != now:
+            raise SystemExit(f"The results are of other {what}: {before}, now {now}. Run all again, without --add.")
+    known = {branch.name: branch for branch in recorded.branches}
+    branches = {branch.name: _both(branch, known.pop(branch.name, branch)) for branch in found.branches} | known
+    main = branches[found.main_branch].values if found.main_branch in branches else {}
+    for name, branch in branches.items():
+        difference = None if name == found.main_branch else paired_difference(branch.values, main)
+        branches[name] = branch.model_copy(update={"difference": difference})
+    seeds = sorted({seed for branch in branches.values() for seed in branch.seeds})
+    changes = {"branches": list(branches.values()), "seeds": seeds, "command": command_of(arguments, seeds)}
+    return found.model_copy(update=changes)
+
+
+def _both(found: BranchComparison, recorded: BranchComparison) -> BranchComparison:
+    """One branch, measured on some seeds now and on some before. What is no value by seed stays that of now."""
+    for field in ("title", "parameters", "parent"):
+        if getattr(found, field) != getattr(recorded, field):
+            raise SystemExit(
+                f"The branch {found.name} is not that of the results: its {field} was {getattr(recorded, field)}, and "
+                f"now is {getattr(found, field)}. Run it again on all seeds, without --add."
+            )
+    values = dict(sorted({**recorded.values, **found.values}.items()))
+    if set(values) == set(found.values):
+        return found
+    changes = {"values": values, "seeds": list(values), "value": Estimate.of(values.values())}
+    return found.model_copy(update={**changes, "perplexity": None, "bits_per_byte": None, "growths": []})
 
 
 def by_loss(comparison: Comparison) -> list[BranchComparison]:

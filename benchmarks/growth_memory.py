@@ -82,6 +82,7 @@ def measure(mode: str, megabytes: int, regime: Any, folder: Path, method_name: s
     small = TokenFormerForCausalLM(config_of(1))
     apply(plan_token_growth(small.config, TokenGrowth(ffn_tokens=2 * small.config.group_sizes("ffn")[0])), small)
     del small
+    found = method(method_name)
     base = resident("RssAnon")
     if method_name == "tokenformer":
         config = config_of(megabytes)
@@ -91,7 +92,6 @@ def measure(mode: str, megabytes: int, regime: Any, folder: Path, method_name: s
         model = TokenFormerForCausalLM(config)
     else:
         model = AutoModelForCausalLM.from_config(llama_of(megabytes), dtype=torch.bfloat16)
-    found = method(method_name)
     plan = found.plan(Bench(model), found.settings.parse(settings))
     optimizer = trained_once(model) if mode == "optimizer" else None
     copies = 3 if optimizer else 1  # the model, two moments

@@ -1,6 +1,7 @@
 """Methods are found by themselves, those of other packages too; a broken plugin is one message and no more."""
 
 import re
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -34,6 +35,12 @@ def test_every_method_says_what_it_is(name):
     assert issubclass(found.settings, Settings)
     for field, info in found.settings.model_fields.items():
         assert info.description, f"{field} has no docstring"
+
+
+def test_finding_the_methods_does_not_load_what_the_report_needs():
+    found = "import sys, auxin; auxin.methods(); print({'plotly', 'scipy.stats'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_names_are_not_used_twice(tmp_path, monkeypatch):

@@ -23,7 +23,9 @@ from auxin.models.loading import load_config, load_model
 from auxin.recipes import Recipe, price_recipe, run_recipe
 from auxin.recipes.change import change_checkpoint
 from auxin.recipes.stages import Run
-from auxin.report import findings, write_chart_svg, write_report
+from auxin.report.findings import findings
+from auxin.report.html import write_report
+from auxin.report.picture import write_chart_svg
 from corpora import small_corpus, write_documents
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}

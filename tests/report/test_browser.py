@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from auxin.accounting.comparison import compare
-from auxin.report import write_report
+from auxin.report.html import write_report
 from report.made_up_run import on_a_part, only_ends, partial_results, results, seeded
 
 CHROMIUM = next(

@@ -7,8 +7,7 @@ import pytest
 
 from auxin.accounting.comparison import Comparison, compare
 from auxin.accounting.results import MeasureDescription
-from auxin.report import comparison_findings
-from auxin.report.comparison import comparison_rows
+from auxin.report.comparison import comparison_findings, comparison_rows
 from auxin.report.curves import chart_data
 from auxin.report.html import render_report
 from auxin.report.markdown import comparison_markdown

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from auxin.accounting import Ledger
 from auxin.accounting.results import RunResults
-from auxin.report import formatting, write_chart_svg, write_report
+from auxin.report import formatting
 from auxin.report.curves import COLOURS
 from auxin.report.findings import growth_sentence, headline
 from auxin.report.forest import Mark, Panel, Row, Series, forest_svg
-from auxin.report.html import render_report
+from auxin.report.html import render_report, write_report
 from auxin.report.lineage import BranchNode, lineage
-from auxin.report.picture import HEIGHT, LABEL_HEIGHT, WIDTH, chart_svg, spread
+from auxin.report.picture import HEIGHT, LABEL_HEIGHT, WIDTH, chart_svg, spread, write_chart_svg
 from report.made_up_run import grown_branch, partial_results, results
 
 

@@ -279,8 +279,8 @@ def _print_comparison(comparison: "Comparison", directory: Path, as_json: bool) 
 
 
 def _print_results(results: Any, directory: Path, as_json: bool) -> None:
-    from auxin.report import findings
     from auxin.report.curves import word_for
+    from auxin.report.findings import findings
 
     if as_json:
         print(results.model_dump_json(indent=2))

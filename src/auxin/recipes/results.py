@@ -24,7 +24,9 @@ from auxin.objectives.measures import Loss, Measure
 from auxin.objectives.objective import Objective
 from auxin.recipes.folder import stage_directory
 from auxin.recipes.schema import Branch, Recipe
-from auxin.report import write_chart_svg, write_markdown, write_report
+from auxin.report.html import write_report
+from auxin.report.markdown import write_markdown
+from auxin.report.picture import write_chart_svg
 from auxin.training.metrics import HELD_OUT_SAMPLES, METRICS_FILE, VALIDATION, metrics_in
 
 RESULTS_FILE = "results.json"
