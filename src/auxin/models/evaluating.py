@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 
@@ -25,13 +25,16 @@ def left_as_it_is(model: nn.Module) -> Iterator[None]:
     """Within the context `model` may be run; afterwards what a forward pass may set is what it was.
 
     Those are its configs' values (transformers' losses write what kind of labels they saw into `problem_type`), the
-    modules' attributes that are plain values, and which tensors its buffers are (rotary embeddings that go by the
-    length keep both). Names that begin with an underscore are left alone: by such flags transformers knows what hooks
-    it has put in place, which stay.
+    modules' attributes, and buffers that no checkpoint holds (rotary embeddings that go by the length have both).
+    Attributes whose names begin with an underscore are left alone: by such flags transformers knows what hooks it has
+    put in place, which stay.
     """
     put_back = [_entries(vars(config)) for config in configs_of(model)]
     for module in model.modules():
-        put_back += [_entries(vars(module), _is_told), _entries(module._buffers)]
+        put_back += [_entries(vars(module), _is_public), _entries(module._buffers)]
+        put_back += [
+            _values(module._buffers[name]) for name in module._non_persistent_buffers_set & module._buffers.keys()
+        ]
     try:
         yield
     finally:
@@ -45,22 +48,32 @@ def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
     return list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())
 
 
-def _is_told(name: str, value: Any) -> bool:
-    return (
-        not name.startswith("_")
-        and name != "training"
-        and (value is None or isinstance(value, bool | int | float | str))
-    )
+def _is_public(name: str) -> bool:
+    return not name.startswith("_") and name != "training"
 
 
-def _entries(of: dict[str, Any], kept: Callable[[str, Any], bool] = lambda name, value: True) -> Callable[[], None]:
-    """What gives `of` the entries again that it has now, of those that are `kept`."""
-    before = {name: value for name, value in of.items() if kept(name, value)}
+def _entries(of: dict[str, Any], kept: Callable[[str], bool] = lambda name: True) -> Callable[[], None]:
+    """What gives `of` the entries again that it has now, of those whose names are `kept`."""
+    before = {name: value for name, value in of.items() if kept(name)}
 
     def put_back() -> None:
-        for name in [name for name, value in of.items() if name not in before and kept(name, value)]:
+        for name in [name for name in of if kept(name) and name not in before]:
             del of[name]
         of.update(before)
+
+    return put_back
+
+
+def _values(buffer: Tensor | None) -> Callable[[], None]:
+    """What writes into a buffer what it holds now, if something else was written there."""
+    if buffer is None:
+        return lambda: None
+    before, version = buffer.clone(), None if buffer.is_inference() else buffer._version
+
+    def put_back() -> None:
+        if version is None or buffer._version != version:
+            with torch.inference_mode(buffer.is_inference()):
+                buffer.copy_(before)
 
     return put_back
 
