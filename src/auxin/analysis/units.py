@@ -8,7 +8,7 @@ have of the stream's width beside the layers (BERT's transform) is not among the
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from auxin.analysis.measurement import wide
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
+from auxin.nn.calls import computing
 from auxin.words.anatomy import Anatomy, LayerStack
 from auxin.words.paths import dotted
 from auxin.words.roles import ParameterRole, Segment
@@ -118,7 +119,7 @@ class Units:
             inside = [place for place in self.places if place.where == "inside"]
             for module in dict.fromkeys(place.module for place in inside):
                 within, behind = (place for place in inside if place.module is module)
-                stack.enter_context(_running(module, partial(_run_experts, module, within, behind, reader)))
+                stack.enter_context(computing(module, partial(_run_experts, module, within, behind, reader)))
             yield
 
 
@@ -272,19 +273,6 @@ def _through_output(place: Place, reader: Reader, module: nn.Module, given: tupl
 
 def _through(place: Place, reader: Reader, values: Tensor) -> Tensor:
     return reader(place, Rows(flat := values.flatten(0, -2), len(flat))).view_as(values)
-
-
-@contextlib.contextmanager
-def _running(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Within the context, `module` computes by `forward`."""
-    own = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
 
 
 def _check_experts(module: nn.Module, path: str) -> None:
