@@ -10,7 +10,8 @@ one, query heads go alone. In every layer something stays.
   (`normalised`) or as they are. Layers then differ, which is kept as edits.
 
 Shares are rounded up to the next size that there is. A target takes from all chosen streams alike: the next unit goes
-from the stream of which, without it, the largest share is left.
+from the stream of which, without it, the largest share is left. Where the scores of heads and feed-forward units are of
+one kind, a method may have it take so that the least of them is lost (`auxin.planning.shared_limit`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.planning.cutting import cut, narrowest_scopes
+from auxin.planning.shared_limit import Shared
 from auxin.planning.target import Removal, Target, least_removal, removal
 from auxin.planning.unit_order import Course, Line, Place, Scores, alike, line, ranked
 from auxin.planning.width_targets import example_tower, refuse_without_tower
@@ -35,6 +37,7 @@ from auxin.words.widths import FEED_FORWARD, SETTINGS, Stream
 
 Part = Literal["heads", "ffn", "hidden"]
 STREAMS: dict[Part, tuple[Stream, ...]] = {"heads": ("query",), "ffn": FEED_FORWARD, "hidden": ("residual",)}
+Split = Literal["alike", "worth"]
 DEFAULT: tuple[Part, ...] = ("heads", "ffn")
 """What a target shrinks where nothing else is said."""
 
@@ -104,20 +107,22 @@ class Prunable:
     """How many units can go on their own, by place: what is to be scored. Of "query" they are key-value groups, or the
     query heads of a single key-value head."""
 
-    def plan(self, method: str, scores: Scores, seed: int = 0) -> Plan:
+    def plan(self, method: str, scores: Scores, seed: int = 0, split: Split = "alike") -> Plan:
         """The plan that leaves the units with the highest scores.
 
         Args:
             method: its name.
             scores: by place, or by narrower places within.
             seed: of the plan.
+            split: how a target takes from heads and feed-forward units: from all streams "alike", or so that the sum of
+                the scores that stay is largest ("worth").
 
         Raises:
             PlanError: scores that are missing or not finite, sizes that the architecture can't have, a target that
                 can't be met, or nothing to prune.
         """
         found = _Courses(self, [course for place in self._streams() for course in self._courses(*place, scores)])
-        done = found.removal(method)
+        done = found.removal(method, split)
         return Plan(
             method=method,
             settings=self.settings.model_dump(mode="json", exclude_defaults=True),
@@ -223,7 +228,7 @@ class _Courses:
     def __init__(self, found: Prunable, courses: list[Course]) -> None:
         self.found, self.courses, self.notes = found, courses, list[str]()
 
-    def removal(self, method: str) -> Removal:
+    def removal(self, method: str, split: Split) -> Removal:
         """What is removed."""
         model, target = self.found.model, self.found.settings.target
         if target is None:
@@ -231,7 +236,7 @@ class _Courses:
         self.courses = [course for course in self.courses if self._can_go(course)]
         if not self.courses:
             raise PlanError(f"Nothing of what a target takes from by itself can go. {' '.join(self.notes)}")
-        chain = self._chain()
+        chain = self._by_worth(target) if split == "worth" else self._chain(range(len(self.courses)))
         try:
             return least_removal(model, target, lambda amount: self._edits(chain[amount - 1]), len(chain), method)
         except PlanError as error:
@@ -301,12 +306,25 @@ class _Courses:
             f"{mend * divided}"
         )
 
-    def _chain(self) -> list[list[int]]:
-        """Ever smaller states of all courses, by one step of one stream at a time where they go alone."""
+    def _by_worth(self, target: Target) -> list[list[int]]:
+        """Ever smaller states with the heads with which the least is lost."""
+        kinds = [
+            {number: course for number, course in enumerate(self.courses) if (course.name == "heads") is of_heads}
+            for of_heads in (True, False)
+        ]
+        if not all(kinds):
+            return self._chain(range(len(self.courses)))
+        found = self.found
+        shared = Shared(found.model, found.body, found.units, found.settings.part)
+        return shared.chain(target, kinds, [[[0] * len(self.courses), *self._chain(kind)] for kind in kinds])
+
+    def _chain(self, places: Iterable[int]) -> list[list[int]]:
+        """Ever smaller states of some courses, by one step of one stream at a time where they go alone; the others stay
+        as they are."""
         steps = sorted(
-            (-course.share(state), place, state)
-            for place, course in enumerate(self.courses)
-            for state in range(1, len(course.left))
+            (-self.courses[place].share(state), place, state)
+            for place in places
+            for state in range(1, len(self.courses[place].left))
         )
         chain, wanted = [[0] * len(self.courses)], [0] * len(self.courses)
         for _, place, state in steps:
