@@ -306,7 +306,7 @@ class TrajectoryObserver:
             if piece.said is not None:
                 said = self._said(piece, output, copies)
                 assert said is not None
-                logits += divergence(piece.said, said).sum(1).cpu().double()
+                logits += divergence(piece.said, said).sum(1).clamp(min=0).cpu().double()
         for path, parts in rows.items():
             manifold += (_gram(parts) - grams[path]).square().sum((1, 2)).cpu().double()
         return manifold, self._settings.temperature**2 * logits

@@ -1,0 +1,211 @@
+"""OPTIN: a limit is shared between heads and feed-forward units as by trying every number of heads; what it leaves out
+is missed far less than what magnitude or chance take."""
+
+import copy
+import statistics
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import auxin
+from auxin.accounting import count_parameters, flops_per_token
+from auxin.analysis import measure, run
+from auxin.analysis.trajectory import Trajectory
+from auxin.edits import apply
+from auxin.edits.structure import structural_edits
+from auxin.errors import PlanError
+from auxin.models.anatomy import anatomy
+from auxin.objectives.calibration import Calibration
+from auxin.planning.pruning import Pruning, prunable
+from auxin.planning.shared_limit import States, least_lost
+from byte_language import CONTEXT, byte_model, held_out_loss, library, train
+from oracles import trajectory as oracle
+from tiny_models import change, inputs, labels, logits, tiny
+
+LENGTH = 9
+
+
+def texts(model: Any) -> Calibration:
+    return Calibration.of_batches(model, [{**inputs(model, batch=4), "labels": labels(model, batch=4)}])
+
+
+def flops(model: Any) -> float:
+    return flops_per_token(model, LENGTH).forward
+
+
+def wide_llama() -> Any:
+    """With room for a choice, and a config that takes any number of heads."""
+    return tiny("qwen3", num_attention_heads=10, num_key_value_heads=5, intermediate_size=24)
+
+
+@given(
+    heads=st.lists(st.floats(0.01, 9), min_size=1, max_size=6),
+    units=st.lists(st.floats(0.01, 3), min_size=1, max_size=12),
+    costs=st.tuples(st.integers(1, 30), st.integers(1, 5)),
+    share=st.floats(0.01, 1),
+)
+def test_the_search_is_that_of_all_pairs(heads, units, costs, share):
+    most = (len(heads) - 1) * costs[0] + (len(units) - 1) * costs[1]
+    save = max(1, int(share * most))
+
+    def states(scores: list[float], cost: int) -> States:
+        ordered = sorted(scores)
+        return States(
+            [cost * gone for gone in range(len(scores))], [sum(ordered[:gone]) for gone in range(len(scores))]
+        )
+
+    of_heads, of_units = states(heads, costs[0]), states(units, costs[1])
+    got = least_lost(of_heads, of_units, save)
+    if most < save:
+        assert got == len(heads) - 1
+        return
+    h, u = oracle.least_lost(heads, units, *costs, save)
+    partner = next(n for n, saved in enumerate(of_units.saved) if saved >= save - of_heads.saved[got])
+    assert of_heads.lost[got] + of_units.lost[partner] == pytest.approx(of_heads.lost[h] + of_units.lost[u], rel=1e-9)
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+@pytest.mark.parametrize("share", [0.5, 0.75])
+@pytest.mark.parametrize("favoured", ["heads", "units", "none"])
+def test_a_limit_is_shared_so_that_what_stays_is_worth_most_and_one_unit_more_would_miss_it(uniform, share, favoured):
+    """Over all numbers of heads, by building each model; with one number in all layers, or one ranking over them."""
+    model = wide_llama()
+    found = prunable(model, Pruning.parse({"target": {"flops": share, "sequence_length": LENGTH}, "uniform": uniform}))
+    scale = {"heads": (40.0, 0.2), "units": (0.5, 3.0), "none": (6.0, 1.0)}[favoured]
+    generator = torch.Generator().manual_seed(5)
+    scores = {
+        place: (scale[place[0] != "query"] * torch.rand(units, generator=generator)).tolist()
+        for place, units in found.units.items()
+    }
+    plan = found.plan("by hand", scores, split="worth")
+    smaller = copy.deepcopy(model)
+    apply(plan, smaller)
+    have, reached = flops(model), flops(smaller)
+    assert reached <= share * have
+    # A unit of all layers, or of one.
+    layers = 2 if uniform else 1
+    unit = layers * 2 * 3 * model.config.hidden_size
+    assert reached + unit > share * have
+    # A group: two query heads with key and value, and two products of scores.
+    dim, hidden = model.config.head_dim, model.config.hidden_size
+    group = layers * (2 * hidden * dim * (2 + 1 + 1 + 2) + 2 * 2 * 2 * LENGTH * dim)
+    by_layer = [[scores[name, f"model.layers.{n}"] for n in (0, 1)] for name in ("query", "ffn")]
+    if uniform:
+        heads, units = ([sum(pair) for pair in zip(*map(sorted, both), strict=True)] for both in by_layer)
+        h, u = oracle.least_lost(heads, units, group, unit, (1 - share) * have)
+        sizes = (smaller.config.num_key_value_heads, smaller.config.intermediate_size)
+        assert sizes == (5 - h, 24 - u)
+    else:
+        body = anatomy(smaller, scopes=[f"model.layers.{n}" for n in (0, 1)]).sizes
+        left = [body.at(f"model.layers.{n}") for n in (0, 1)]
+        # In every layer the best one stays.
+        heads, units = ([score for one in both for score in sorted(one)[:-1]] for both in by_layer)
+        h, u = oracle.least_lost([*heads, 99.0], [*units, 99.0], group, unit, (1 - share) * have)
+        assert sum(sizes.key_value_heads for sizes in left) == 10 - h
+        assert sum(sizes.ffn for sizes in left) == 48 - u
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "t5"])
+def test_the_units_that_stay_are_those_that_move_most(family):
+    model = tiny(family, dtype=torch.float32)
+    data = texts(model)
+    found = prunable(model, Pruning(ffn=0.5))
+    measured = measure(Trajectory(streams=["ffn"]), model, data)
+    scores = {(group.stream, group.scope): group.scores.means for group in measured.groups}
+    plan = auxin.plan(model, "optin", ffn=0.5, data=data)
+    assert plan.edits == found.plan("optin", scores).edits
+    assert plan.promise == "none"
+    assert plan.cost.samples >= 0
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_what_is_cut_is_as_masked(uniform):
+    model = tiny("llama")
+    plan = auxin.plan(model, "optin", heads=0.5, ffn=0.5, uniform=uniform, data=texts(model))
+    smaller, silent = copy.deepcopy(model), copy.deepcopy(model)
+    apply(plan, smaller)
+    assert bool(structural_edits(smaller.config)) <= (not uniform)
+    kept = {
+        name: {tuple(row.tolist()) for row in smaller.get_parameter(name).mT}
+        for name, _ in smaller.named_parameters()
+        if name.endswith(("down_proj.weight", "o_proj.weight"))
+    }
+    with torch.no_grad():
+        for name, columns in kept.items():
+            for column in silent.get_parameter(name).mT:
+                if tuple(column.tolist()) not in columns:
+                    column.zero_()
+    assert change(logits(silent), logits(smaller)) < 1e-10 < change(logits(model), logits(smaller))
+
+
+def test_the_seed_is_the_plan_s():
+    model = tiny("llama", dtype=torch.float32)
+    plan = auxin.plan(model, "optin", ffn=0.5, tokens=4, seed=7, data=texts(model))
+    assert plan.seed == 7
+    assert plan.settings == {"ffn": 0.5, "tokens": 4, "seed": 7}
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "gpt2"])
+def test_where_heads_can_t_go_alone_units_go_and_the_plan_says_so(family):
+    model = tiny(family, dtype=torch.float32)
+    plan = auxin.plan(model, "optin", target={"parameters": 0.9}, data=texts(model))
+    assert "hidden size = heads x dimension" in plan.notes[0]
+    before = count_parameters(model).total
+    assert apply(plan, model).parameters_after <= 0.9 * before
+    with pytest.raises(PlanError, match="hidden size = heads x dimension"):
+        auxin.plan(model, "optin", heads=0.5, data=texts(model))
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "message"),
+    [
+        ("llama", {"hidden": 0.5}, "hidden: optin masks heads and feed-forward units alone"),
+        ("llama", {"target": {"parameters": 0.01}}, "smallest that optin can reach"),
+        ("llama", {"target": {"parameters": 10**6}}, "nothing has to go"),
+        ("llama", {"ffn": 1.0}, "nothing to prune"),
+        ("tokenformer", {"target": {"parameters": 0.5}}, "Nothing of what a target takes from"),
+        ("clip", {"ffn": 0.5}, "several towers"),
+    ],
+)
+def test_what_can_t_be_is_refused_before_the_model_is_run(family, values, message, monkeypatch):
+    model = tiny(family, dtype=torch.float32)
+    monkeypatch.setattr(run, "_follow", lambda *_: pytest.fail("it was run"))
+    with pytest.raises(PlanError, match=message):
+        auxin.plan(model, "optin", data=texts(model), **values)
+
+
+@pytest.fixture(scope="module")
+def trained() -> Any:
+    """A small language model of bytes, samples, and bytes that it was not trained on."""
+    learnt, held_out = library("argparse", "ast", "datetime", "difflib", "doctest", "inspect"), library("typing")
+    model = byte_model(seed=0, hidden_size=48, intermediate_size=96)
+    train(model, learnt, 400)
+    ids = learnt[(torch.arange(8) * 1900)[:, None] + torch.arange(CONTEXT)]
+    return model.eval(), Calibration.of_batches(model, [ids]), held_out
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_what_moves_little_is_missed_far_less_than_what_is_small_or_drawn(trained, uniform):
+    model, data, held_out = trained
+    dense = held_out_loss(model, held_out)
+
+    def loss(name: str, share: float, **values: Any) -> float:
+        smaller = copy.deepcopy(model)
+        target = {"flops": share, "sequence_length": CONTEXT}
+        apply(auxin.plan(model, name, target=target, uniform=uniform, **values), smaller)
+        return held_out_loss(smaller, held_out)
+
+    scored = [loss("optin", share, data=data) for share in (0.7, 0.5)]
+    groups = loss("optin", 0.7, data=data, group_size=8)
+    others = {
+        "magnitude": loss("magnitude", 0.7),
+        "random": statistics.median(loss("random", 0.7, seed=seed) for seed in range(5)),
+    }
+    print(uniform, {"dense": dense, "optin": scored, "groups": groups, **others})
+    assert dense < scored[0] < scored[1]
+    for other in others.values():
+        assert scored[0] - dense < 0.5 * (other - dense)
+        assert groups - dense < 0.5 * (other - dense)
