@@ -68,44 +68,35 @@ def test_the_search_is_that_of_all_pairs(heads, units, costs, share):
 
 
 @pytest.mark.parametrize("uniform", [True, False])
-@pytest.mark.parametrize("share", [0.5, 0.75])
-@pytest.mark.parametrize("favoured", ["heads", "units", "none"])
-def test_a_limit_is_shared_so_that_what_stays_is_worth_most_and_one_unit_more_would_miss_it(uniform, share, favoured):
-    """Over all numbers of heads, by building each model; with one number in all layers, or one ranking over them."""
-    model = wide_llama()
+@pytest.mark.parametrize(("head", "unit"), [(40.0, 0.2), (0.5, 3.0), (6.0, 1.0)])
+def test_a_limit_is_shared_so_that_what_stays_is_worth_most_and_one_more_would_miss_it(uniform, head, unit):
+    """Over all numbers of heads, with what a head and a unit cost by hand; as many in all layers, or one ranking."""
+    model, share = wide_llama(), 0.5
     found = prunable(model, Pruning.parse({"target": {"flops": share, "sequence_length": LENGTH}, "uniform": uniform}))
-    scale = {"heads": (40.0, 0.2), "units": (0.5, 3.0), "none": (6.0, 1.0)}[favoured]
     generator = torch.Generator().manual_seed(5)
     scores = {
-        place: (scale[place[0] != "query"] * torch.rand(units, generator=generator)).tolist()
+        place: ((head if place[0] == "query" else unit) * torch.rand(units, generator=generator)).tolist()
         for place, units in found.units.items()
     }
-    plan = found.plan("by hand", scores, split="worth")
     smaller = copy.deepcopy(model)
-    apply(plan, smaller)
+    apply(found.plan("by hand", scores, split="worth"), smaller)
     have, reached = flops(model), flops(smaller)
-    assert reached <= share * have
-    # A unit of all layers, or of one.
-    layers = 2 if uniform else 1
-    unit = layers * 2 * 3 * model.config.hidden_size
-    assert reached + unit > share * have
-    # A group: two query heads with key and value, and two products of scores.
-    dim, hidden = model.config.head_dim, model.config.hidden_size
-    group = layers * (2 * hidden * dim * (2 + 1 + 1 + 2) + 2 * 2 * 2 * LENGTH * dim)
-    by_layer = [[scores[name, f"model.layers.{n}"] for n in (0, 1)] for name in ("query", "ffn")]
+    dim, hidden, layers = model.config.head_dim, model.config.hidden_size, 2 if uniform else 1
+    # A group has two query heads with a key and a value, which are multiplied with those of all tokens.
+    costs = layers * (2 * hidden * dim * 6 + 2 * 2 * 2 * LENGTH * dim), layers * 2 * 3 * hidden
+    by_layer = [[sorted(scores[name, f"model.layers.{n}"]) for n in (0, 1)] for name in ("query", "ffn")]
     if uniform:
-        heads, units = ([sum(pair) for pair in zip(*map(sorted, both), strict=True)] for both in by_layer)
-        h, u = oracle.least_lost(heads, units, group, unit, (1 - share) * have)
-        sizes = (smaller.config.num_key_value_heads, smaller.config.intermediate_size)
-        assert sizes == (5 - h, 24 - u)
-    else:
-        body = anatomy(smaller, scopes=[f"model.layers.{n}" for n in (0, 1)]).sizes
-        left = [body.at(f"model.layers.{n}") for n in (0, 1)]
-        # In every layer the best one stays.
-        heads, units = ([score for one in both for score in sorted(one)[:-1]] for both in by_layer)
-        h, u = oracle.least_lost([*heads, 99.0], [*units, 99.0], group, unit, (1 - share) * have)
-        assert sum(sizes.key_value_heads for sizes in left) == 10 - h
-        assert sum(sizes.ffn for sizes in left) == 48 - u
+        heads, units = ([sum(pair) for pair in zip(*both, strict=True)] for both in by_layer)
+        left = smaller.config.num_key_value_heads, smaller.config.intermediate_size
+    else:  # in every layer the best one stays
+        heads, units = ([*both[0][:-1], *both[1][:-1], 1e9] for both in by_layer)
+        sizes = anatomy(smaller, scopes=[f"model.layers.{n}" for n in (0, 1)]).sizes
+        at = [sizes.at(f"model.layers.{n}") for n in (0, 1)]
+        left = sum(one.key_value_heads for one in at) - 1, sum(one.ffn for one in at) - 1
+    gone = oracle.least_lost(heads, units, *costs, (1 - share) * have)
+    assert left == (len(heads) - gone[0], len(units) - gone[1])
+    # Heads alone go in their own steps.
+    assert reached <= share * have < reached + (costs[1] if gone[1] else costs[0])
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "t5"])
@@ -118,7 +109,6 @@ def test_the_units_that_stay_are_those_that_move_most(family):
     plan = auxin.plan(model, "optin", ffn=0.5, data=data)
     assert plan.edits == found.plan("optin", scores).edits
     assert plan.promise == "none"
-    assert plan.cost.samples >= 0
 
 
 @pytest.mark.parametrize("uniform", [True, False])
@@ -167,7 +157,6 @@ def test_where_heads_can_t_go_alone_units_go_and_the_plan_says_so(family):
         ("llama", {"target": {"parameters": 10**6}}, "nothing has to go"),
         ("llama", {"ffn": 1.0}, "nothing to prune"),
         ("tokenformer", {"target": {"parameters": 0.5}}, "Nothing of what a target takes from"),
-        ("clip", {"ffn": 0.5}, "several towers"),
     ],
 )
 def test_what_can_t_be_is_refused_before_the_model_is_run(family, values, message, monkeypatch):
@@ -180,32 +169,27 @@ def test_what_can_t_be_is_refused_before_the_model_is_run(family, values, messag
 @pytest.fixture(scope="module")
 def trained() -> Any:
     """A small language model of bytes, samples, and bytes that it was not trained on."""
-    learnt, held_out = library("argparse", "ast", "datetime", "difflib", "doctest", "inspect"), library("typing")
-    model = byte_model(seed=0, hidden_size=48, intermediate_size=96)
-    train(model, learnt, 400)
-    ids = learnt[(torch.arange(8) * 1900)[:, None] + torch.arange(CONTEXT)]
-    return model.eval(), Calibration.of_batches(model, [ids]), held_out
+    learnt = library("argparse", "ast", "datetime", "difflib", "doctest", "inspect", "typing")
+    model = byte_model(seed=0, intermediate_size=128, num_hidden_layers=4)
+    train(model, learnt, 600)
+    ids = learnt[(torch.arange(4) * 1900)[:, None] + torch.arange(CONTEXT)]
+    return model.eval(), Calibration.of_batches(model, [ids]), library("pdb")
 
 
 @pytest.mark.parametrize("uniform", [True, False])
 def test_what_moves_little_is_missed_far_less_than_what_is_small_or_drawn(trained, uniform):
+    """Effect, at 0.7 of the FLOPs; alone and in groups. That the loss grows with what goes is true of all methods."""
     model, data, held_out = trained
     dense = held_out_loss(model, held_out)
 
-    def loss(name: str, share: float, **values: Any) -> float:
+    def lost(name: str, share: float = 0.7, **values: Any) -> float:
         smaller = copy.deepcopy(model)
         target = {"flops": share, "sequence_length": CONTEXT}
         apply(auxin.plan(model, name, target=target, uniform=uniform, **values), smaller)
-        return held_out_loss(smaller, held_out)
+        return held_out_loss(smaller, held_out) - dense
 
-    scored = [loss("optin", share, data=data) for share in (0.7, 0.5)]
-    groups = loss("optin", 0.7, data=data, group_size=8)
-    others = {
-        "magnitude": loss("magnitude", 0.7),
-        "random": statistics.median(loss("random", 0.7, seed=seed) for seed in range(5)),
-    }
-    print(uniform, {"dense": dense, "optin": scored, "groups": groups, **others})
-    assert dense < scored[0] < scored[1]
-    for other in others.values():
-        assert scored[0] - dense < 0.5 * (other - dense)
-        assert groups - dense < 0.5 * (other - dense)
+    alone, grouped = (lost("optin", data=data, group_size=size) for size in (1, 8))
+    magnitude, drawn = lost("magnitude"), statistics.median(lost("random", seed=seed) for seed in range(3))
+    print(uniform, dense, {"optin": alone, "in groups": grouped, "magnitude": magnitude, "random": drawn})
+    assert 0 < max(alone, grouped) < 0.5 * min(magnitude, drawn)
+    assert lost("optin", 0.5, data=data) > alone
