@@ -190,6 +190,7 @@ def test_what_moves_little_is_missed_far_less_than_what_is_small_or_drawn(traine
 
     alone, grouped = (lost("optin", data=data, group_size=size) for size in (1, 8))
     magnitude, drawn = lost("magnitude"), statistics.median(lost("random", seed=seed) for seed in range(3))
-    print(uniform, dense, {"optin": alone, "in groups": grouped, "magnitude": magnitude, "random": drawn})
+    more = {name: lost(name, 0.5, **values) for name, values in (("optin", {"data": data}), ("magnitude", {}))}
+    print(uniform, dense, {"optin": alone, "in groups": grouped, "magnitude": magnitude, "random": drawn, "0.5": more})
     assert 0 < max(alone, grouped) < 0.5 * min(magnitude, drawn)
-    assert lost("optin", 0.5, data=data) > alone
+    assert more["optin"] > alone
