@@ -99,7 +99,7 @@ def test_a_limit_is_shared_so_that_what_stays_is_worth_most_and_one_more_would_m
     assert reached <= share * have < reached + (costs[1] if gone[1] else costs[0])
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral", "t5"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_the_units_that_stay_are_those_that_move_most(family):
     model = tiny(family, dtype=torch.float32)
     data = texts(model)
@@ -176,13 +176,12 @@ def trained() -> Any:
     return model.eval(), Calibration.of_batches(model, [ids]), library("pdb")
 
 
-@pytest.mark.parametrize("uniform", [True, False])
-def test_what_moves_little_is_missed_far_less_than_what_is_small_or_drawn(trained, uniform):
-    """Effect, at 0.7 of the FLOPs; alone and in groups. That the loss grows with what goes is true of all methods."""
+def test_what_moves_little_is_missed_far_less_than_what_is_small_or_drawn(trained):
+    """Effect: at 0.7 of the FLOPs, with as many units in all layers, alone and in groups, and by one ranking."""
     model, data, held_out = trained
     dense = held_out_loss(model, held_out)
 
-    def lost(name: str, share: float = 0.7, **values: Any) -> float:
+    def lost(name: str, share: float = 0.7, uniform: bool = True, **values: Any) -> float:
         smaller = copy.deepcopy(model)
         target = {"flops": share, "sequence_length": CONTEXT}
         apply(auxin.plan(model, name, target=target, uniform=uniform, **values), smaller)
@@ -190,7 +189,9 @@ def test_what_moves_little_is_missed_far_less_than_what_is_small_or_drawn(traine
 
     alone, grouped = (lost("optin", data=data, group_size=size) for size in (1, 8))
     magnitude, drawn = lost("magnitude"), statistics.median(lost("random", seed=seed) for seed in range(3))
-    more = {name: lost(name, 0.5, **values) for name, values in (("optin", {"data": data}), ("magnitude", {}))}
-    print(uniform, dense, {"optin": alone, "in groups": grouped, "magnitude": magnitude, "random": drawn, "0.5": more})
+    ranked = [lost(name, uniform=False, **more) for name, more in (("optin", {"data": data}), ("magnitude", {}))]
+    half = [lost(name, 0.5, **more) for name, more in (("optin", {"data": data}), ("magnitude", {}))]
+    print(dense, {"optin": alone, "in groups": grouped, "magnitude": magnitude, "random": drawn}, ranked, half)
     assert 0 < max(alone, grouped) < 0.5 * min(magnitude, drawn)
-    assert more["optin"] > alone
+    assert 0 < ranked[0] < 0.5 * ranked[1]
+    assert half[0] > alone

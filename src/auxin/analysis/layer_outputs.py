@@ -72,15 +72,20 @@ def without_loss(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name != "labels" or needed} | without_cache(model)
 
 
-def logits_of(model: PreTrainedModel, output: Any) -> Tensor:
+def logits_of(model: PreTrainedModel, output: Any, mend: str = "Give a model with a head.") -> Tensor:
     """The logits in an output of `model`.
+
+    Args:
+        model: the model.
+        output: of its call.
+        mend: what to do where there are none, in a sentence.
 
     Raises:
         PlanError: there are none.
     """
     logits = output.get("logits") if hasattr(output, "get") else None
     if not isinstance(logits, Tensor):
-        raise PlanError(f"The {type(model).__name__} gives no logits to compare. Give a model with a head.")
+        raise PlanError(f"The {type(model).__name__} gives no logits to compare. {mend}")
     return logits
 
 

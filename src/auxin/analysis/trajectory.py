@@ -243,9 +243,8 @@ class TrajectoryObserver:
                     check_mask(mask, (piece.samples, length))
                 everything = torch.ones(piece.samples, length) if mask is None else mask
                 kept.append(everything.flatten().nonzero().flatten().cpu())
-            order = (
-                torch.randperm(sum(map(len, kept)), generator=self._generator)[: self._settings.tokens].sort().values
-            )
+            shuffled = torch.randperm(sum(map(len, kept)), generator=self._generator)
+            order = shuffled[: self._settings.tokens].sort().values
             for piece, numbers, start in zip(pieces, kept, accumulate(map(len, kept), initial=0), strict=False):
                 own = order[(order >= start) & (order < start + len(numbers))] - start
                 piece.drawn[name] = numbers[own]
@@ -333,7 +332,7 @@ class TrajectoryObserver:
         """Log-probabilities of the tokens that are no padding, or of the samples: (copies, rows, classes)."""
         if not self._settings.logits_weight:
             return None
-        logits = logits_of(self._model, output)
+        logits = logits_of(self._model, output, "Give a model with a head, or set logits_weight = 0.")
         if logits.dim() not in (2, 3) or logits.shape[-1] == 1:
             raise PlanError(
                 f"The {type(self._model).__name__} gives logits of shape {list(logits.shape)}, which are no classes of "

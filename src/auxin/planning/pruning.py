@@ -121,7 +121,7 @@ class Prunable:
             PlanError: scores that are missing or not finite, sizes that the architecture can't have, a target that
                 can't be met, or nothing to prune.
         """
-        found = _Courses(self, [course for place in self._streams() for course in self._courses(*place, scores)])
+        found = self._all_courses(scores)
         done = found.removal(method, split)
         return Plan(
             method=method,
@@ -143,7 +143,24 @@ class Prunable:
         Raises:
             PlanError: as `plan`.
         """
-        return self.plan(method, {place: [0.0] * units for place, units in self.units.items()})
+        return self.plan(method, self._no_scores())
+
+    def refuse_impossible(self, method: str) -> None:
+        """What `plan` refuses whatever the scores are, for methods whose scores take long; it takes less than a plan.
+
+        Args:
+            method: its name.
+
+        Raises:
+            PlanError: as `plan`.
+        """
+        self._all_courses(self._no_scores()).refuse_impossible(method)
+
+    def _no_scores(self) -> Scores:
+        return {place: [0.0] * units for place, units in self.units.items()}
+
+    def _all_courses(self, scores: Scores) -> "_Courses":
+        return _Courses(self, [course for place in self._streams() for course in self._courses(*place, scores)])
 
     def _streams(self) -> list[tuple[Part, Stream]]:
         pairs = [(part, stream) for part in self.settings.chosen for stream in STREAMS[part]]
@@ -230,13 +247,29 @@ class _Courses:
 
     def removal(self, method: str, split: Split) -> Removal:
         """What is removed."""
-        model, target = self.found.model, self.found.settings.target
+        target = self.found.settings.target
         if target is None:
-            return removal(model, self._edits(self._asked()))
+            return removal(self.found.model, self._edits(self._asked()))
+        self._leave_what_stays()
+        chain = self._by_worth(target) if split == "worth" else self._chain(range(len(self.courses)))
+        return self._least(target, chain, method)
+
+    def refuse_impossible(self, method: str) -> None:
+        """PlanError for what can't be removed, or not so much of it."""
+        target = self.found.settings.target
+        if target is None:
+            self._edits(self._asked())
+            return
+        self._leave_what_stays()
+        self._least(target, self._chain(range(len(self.courses)))[-1:], method)
+
+    def _leave_what_stays(self) -> None:
         self.courses = [course for course in self.courses if self._can_go(course)]
         if not self.courses:
             raise PlanError(f"Nothing of what a target takes from by itself can go. {' '.join(self.notes)}")
-        chain = self._by_worth(target) if split == "worth" else self._chain(range(len(self.courses)))
+
+    def _least(self, target: Target, chain: Sequence[Sequence[int]], method: str) -> Removal:
+        model = self.found.model
         try:
             return least_removal(model, target, lambda amount: self._edits(chain[amount - 1]), len(chain), method)
         except PlanError as error:

@@ -48,7 +48,7 @@ def plan_optin(bench: Bench, settings: Optin) -> Plan:
     """
     settings = bench.seeded(settings)
     found = _prunable(bench, settings)
-    found.outline(NAME)  # what can't be is refused before the model is run
+    found.refuse_impossible(NAME)  # before the model is run
     streams: list[Streams] = [
         name for name in ("heads", "ffn") if any(stream in STREAMS[name] for stream, _ in found.units)
     ]
