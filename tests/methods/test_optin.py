@@ -99,6 +99,27 @@ def test_a_limit_is_shared_so_that_what_stays_is_worth_most_and_one_more_would_m
     assert reached <= share * have < reached + (costs[1] if gone[1] else costs[0])
 
 
+@pytest.mark.parametrize("family", ["t5", "qwen2_moe"])
+def test_stacks_and_experts_of_several_sizes_come_under_one_limit(family):
+    """Which has more of something where it is worth more."""
+    model = tiny(family)
+    found = prunable(model, Pruning.parse({"target": {"parameters": 0.8}, "uniform": False, "normalised": False}))
+
+    def smaller(head: float) -> Any:
+        scores = {
+            place: [(head if place[0] == "query" else 1.0) * (1 + unit) for unit in range(units)]
+            for place, units in found.units.items()
+        }
+        made = copy.deepcopy(model)
+        apply(found.plan("by hand", scores, split="worth"), made)
+        assert count_parameters(made).total <= 0.8 * count_parameters(model).total
+        return sum(
+            parameter.numel() for name, parameter in made.named_parameters() if "ttention" in name or "attn" in name
+        )
+
+    assert smaller(1000.0) > smaller(0.001)
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_the_units_that_stay_are_those_that_move_most(family):
     model = tiny(family, dtype=torch.float32)

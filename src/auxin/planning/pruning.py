@@ -10,12 +10,14 @@ one, query heads go alone. In every layer something stays.
   (`normalised`) or as they are. Layers then differ, which is kept as edits.
 
 Shares are rounded up to the next size that there is. A target takes from all chosen streams alike: the next unit goes
-from the stream of which, without it, the largest share is left. Where the scores of heads and feed-forward units are of
-one kind, a method may have it take so that the least of them is lost (`auxin.planning.shared_limit`).
+from the stream of which, without it, the largest share is left; at the end the smallest units make up the difference,
+so that no unit more could stay. Where the scores of heads and feed-forward units are of one kind, a method may have it
+take so that the least of them is lost (`auxin.planning.shared_limit`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal, Self
 
 from pydantic import Field, StrictFloat, StrictInt, model_validator
@@ -251,8 +253,14 @@ class _Courses:
         if target is None:
             return removal(self.found.model, self._edits(self._asked()))
         self._leave_what_stays()
-        chain = self._by_worth(target) if split == "worth" else self._chain(range(len(self.courses)))
-        return self._least(target, chain, method)
+        kinds = self._kinds()
+        shared = split == "worth" and all(kinds)
+        chain = self._by_worth(target, kinds) if shared else self._chain(range(len(self.courses)))
+        found = self._least(target, chain, method)
+        chain = chain[: found.amount]
+        if shared:
+            return self._filled(target, found, chain[-1], sorted(kinds[1]) if len(kinds[1]) > 1 else ())
+        return self._exactly(target, chain, found)
 
     def refuse_impossible(self, method: str) -> None:
         """PlanError for what can't be removed, or not so much of it."""
@@ -274,6 +282,62 @@ class _Courses:
             return least_removal(model, target, lambda amount: self._edits(chain[amount - 1]), len(chain), method)
         except PlanError as error:
             raise PlanError(" ".join([str(error), *self.notes])) from error
+
+    def _exactly(self, target: Target, chain: Sequence[list[int]], found: Removal) -> Removal:
+        """The removal that leaves no room for one unit more. A step of the chain may be one of large units, which goes
+        further than it had to: then as many of the smallest stay as there is room for, with that step or without it,
+        whichever leaves shares that are more alike; and of the others what there is still room for.
+
+        Args:
+            target: what is asked for.
+            chain: ever smaller states; the last alone meets the target.
+            found: what the last removes.
+        """
+        places = sorted(range(len(self.courses)), key=lambda place: -len(self.courses[place].left))
+        before = chain[-2] if len(chain) > 1 else [0] * len(self.courses)
+        options = [(found, chain[-1])]
+        for states in (before, chain[-1]):
+            options += self._most_left(target, states, places[0], len(self.courses[places[0]].left) - 1)
+        found, states = min(options[1:] or options, key=lambda option: self._unlike(option[1]))
+        return self._filled(target, found, states, places[1:])
+
+    def _filled(self, target: Target, found: Removal, states: Sequence[int], places: Iterable[int]) -> Removal:
+        """What is removed where of the courses at some places, one after the other, as much stays as there is room for.
+
+        Args:
+            target: what is asked for.
+            found: what is removed.
+            states: of all courses, to which that comes.
+            places: of courses.
+        """
+        for place in places:
+            found, states = next(self._most_left(target, states, place, states[place]), (found, states))
+        return found
+
+    def _most_left(
+        self, target: Target, states: Sequence[int], place: int, last: int
+    ) -> Iterator[tuple[Removal, list[int]]]:
+        """What is removed where of the course at `place` as much is left as the target has room for, and the states; up
+        to its state `last`. Nothing where none of them meets it."""
+        model, limit = self.found.model, target.limit(target.of(self.found.model))
+        every = [[*states[:place], state, *states[place + 1 :]] for state in range(last + 1)]
+        tries = [tried for tried in every if any(tried) and self._together(tried, tried)]
+        met: tuple[Removal, list[int]] | None = None
+        low, high = 0, len(tries)
+        while low < high:
+            middle = (low + high) // 2
+            done = removal(model, self._edits(tries[middle]))
+            if target.of(done.after) <= limit:
+                met, high = (done, tries[middle]), middle
+            else:
+                low = middle + 1
+        if met is not None:
+            yield met
+
+    def _unlike(self, states: Sequence[int]) -> Fraction:
+        """How far apart the shares are that the courses have left."""
+        shares = [course.share(state) for course, state in zip(self.courses, states, strict=True)]
+        return max(shares) - min(shares)
 
     def _edits(self, states: Sequence[int]) -> list[Any]:
         keep: dict[Place, list[int]] = {}
@@ -339,14 +403,14 @@ class _Courses:
             f"{mend * divided}"
         )
 
-    def _by_worth(self, target: Target) -> list[list[int]]:
+    def _kinds(self) -> list[dict[int, Course]]:
+        """The courses of heads, and those of others, by place."""
+        courses = dict(enumerate(self.courses))
+        heads = {place: course for place, course in courses.items() if course.name == "heads"}
+        return [heads, {place: course for place, course in courses.items() if place not in heads}]
+
+    def _by_worth(self, target: Target, kinds: Sequence[Mapping[int, Course]]) -> list[list[int]]:
         """Ever smaller states with the heads with which the least is lost."""
-        kinds = [
-            {number: course for number, course in enumerate(self.courses) if (course.name == "heads") is of_heads}
-            for of_heads in (True, False)
-        ]
-        if not all(kinds):
-            return self._chain(range(len(self.courses)))
         found = self.found
         shared = Shared(found.model, found.body, found.units, found.settings.part)
         return shared.chain(target, kinds, [[[0] * len(self.courses), *self._chain(kind)] for kind in kinds])
