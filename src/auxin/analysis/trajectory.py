@@ -147,7 +147,7 @@ class TrajectoryObserver:
         if shared := next((path for path, parts in self._stacks.items() if parts.stack.layers_stay), None):
             raise PlanError(
                 f"The layers of {shared} share their parameters and are run several times, so that no layer is the one "
-                "from which on a unit has its effect. Ask for the measurement importance."
+                "from which on a unit has its effect. Ask for the measurement importance, or prune by taylor."
             )
         self._groups = maskable(self._units, settings.streams)
         if not self._groups:
