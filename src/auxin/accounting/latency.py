@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from auxin.accounting.machine import choose_device, processor_name
 from auxin.errors import reason
@@ -99,7 +100,8 @@ class Run:
 
 
 class Stopwatch:
-    """Times parts, unless it has done so before.
+    """Times parts, unless it has done so before. What they execute is no cost of whatever asked for it: the next one who
+    asks has none.
 
     Args:
         conditions: under which everything is timed.
@@ -127,7 +129,8 @@ class Stopwatch:
         with self._alone():
             if (found := _kept(path, subject)) is not None:
                 return found
-            seconds = medians(runs(), self._clock)
+            with _disable_current_modes():  # what counts operations would be timed with them
+                seconds = medians(runs(), self._clock)
             try:
                 write_text(path, json.dumps({"subject": subject, "seconds": seconds}, indent=1) + "\n")
             except OSError as error:

@@ -65,7 +65,9 @@ class TimedParts:
     """
 
     def __init__(self, model: PreTrainedModel, conditions: Conditions) -> None:
-        self.model, self.conditions = model, conditions
+        dtype = getattr(torch, conditions.dtype)
+        self.model = model if model.dtype == dtype else nn.Module.to(copy.deepcopy(model), dtype)
+        self.conditions = conditions
         self.layers = layer_paths(model)
         """The paths of the layers."""
         self._device = torch.device(conditions.device)

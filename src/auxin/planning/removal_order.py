@@ -124,15 +124,13 @@ def taken(
             continue
         found = removal(model, edits(gone))
         if gauge is None or gauge.of(found) <= gauge.limit:
+            reached, *figures = replace(found, gauge=gauge).findings(target)
             return Plan(
                 method=method,
                 settings=wanted.model_dump(mode="json", exclude_defaults=True),
                 promise="none",
                 edits=list(found.edits),
-                findings=[
-                    *replace(found, gauge=gauge).findings(target),
-                    f"Removed, in this order: {', '.join(words)}.",
-                ],
+                findings=[reached, f"Removed, in this order: {', '.join(words)}.", *figures],
                 made_for=config_values(model.config),
             )
     raise PlanError(
