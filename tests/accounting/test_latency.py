@@ -56,7 +56,7 @@ def test_the_median_counts_and_all_take_turns():
 def test_what_takes_long_is_timed_the_fewest_times(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(latency.time, "perf_counter", clock)
-    medians([clock.run("a", [10.0] * 100)], clock)
+    medians([clock.run("a", [10.0] * 200)], clock)
     assert len(clock.done) == 1 + FEWEST
 
 
@@ -64,7 +64,7 @@ def test_what_was_timed_is_not_timed_again(tmp_path):
     clock = Clock()
 
     def runs(*seconds):
-        return lambda: [clock.run(str(number), [float(number)] * 100) for number in seconds]
+        return lambda: [clock.run(str(number), [float(number)] * 200) for number in seconds]
 
     assert watch(clock, tmp_path).seconds(["one", "two"], runs(1, 2)) == [1.0, 2.0]
     done = len(clock.done)
@@ -93,18 +93,18 @@ def test_what_counts_operations_is_not_timed_and_counts_nothing(tmp_path):
 def test_a_damaged_file_is_no_measurement(tmp_path):
     clock = Clock()
     stopwatch = watch(clock, tmp_path)
-    stopwatch.seconds(["one"], lambda: [clock.run("a", [1.0] * 100)])
+    stopwatch.seconds(["one"], lambda: [clock.run("a", [1.0] * 200)])
     (file,) = tmp_path.glob("*.json")
     for content in ("", "{}", file.read_text().replace("1.0", "-1.0"), file.read_text().replace('"one"', '"other"')):
         file.write_text(content)
-        assert stopwatch.seconds(["one"], lambda: [clock.run("a", [2.0] * 100)]) == [2.0]
+        assert stopwatch.seconds(["one"], lambda: [clock.run("a", [2.0] * 200)]) == [2.0]
 
 
 def test_a_folder_that_cant_be_written_to_costs_the_record_alone(tmp_path):
     clock = Clock()
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="AUXIN_CACHE"):
-        assert watch(clock, tmp_path / "file" / "cache").seconds(["x"], lambda: [clock.run("a", [1.0] * 99)]) == [1.0]
+        assert watch(clock, tmp_path / "file" / "cache").seconds(["x"], lambda: [clock.run("a", [1.0] * 200)]) == [1.0]
 
 
 def test_conditions_say_what_they_are():

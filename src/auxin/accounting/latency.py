@@ -27,7 +27,7 @@ from auxin.settings import Settings
 
 Phase = Literal["forward", "decoding"]
 FORMAT = 1
-FEWEST, MOST = 5, 15
+FEWEST, MOST = 5, 99
 """Rounds in which everything is timed once."""
 PATIENCE = 0.5
 """Seconds for each thing that is timed, after which no further round is begun, once there were the fewest."""
@@ -100,8 +100,9 @@ class Run:
 
 
 class Stopwatch:
-    """Times parts, unless it has done so before. What they execute is no cost of whatever asked for it: the next one who
-    asks has none.
+    """Times parts, unless it has done so before.
+
+    What they execute is no cost of whatever asked for it: the next one who asks has none.
 
     Args:
         conditions: under which everything is timed.

@@ -106,14 +106,16 @@ class LatencyTable:
         self._watch = Stopwatch(conditions)
         self._memory = Memory(torch.device(conditions.device))
         self._curves: dict[tuple[str, Stream], Curve | None] = {}
-        self._alone: dict[str, float] = {}
+        self._known: dict[str, float] = {}
         self._narrowed: dict[tuple[str, Stream, int], TimedParts | None] = {}
 
     @cached_property
     def whole(self) -> float:
         """Of the model as it is."""
-        layers = [self._time(self._parts.layer(path)) for path in self._parts.layers]
-        return MILLISECONDS * (self._time(self._parts.frame) + sum(layers))
+        layers = [self._parts.layer(path) for path in self._parts.layers]
+        kinds = {part.signature: part for part in (self._parts.frame, *layers)}
+        self._known |= zip(kinds, self._seconds(list(kinds.values())), strict=True)
+        return MILLISECONDS * sum(self._known[part.signature] for part in (self._parts.frame, *layers))
 
     def predicted(self, after: PreTrainedModel, origins: Mapping[str, str | None]) -> float:
         """Of a model that was made of it.
@@ -125,10 +127,11 @@ class LatencyTable:
         Raises:
             PlanError: a part of it can't be run.
         """
+        assert self.whole > 0  # what is as before is known
         parts = TimedParts(after, self.conditions)
         found = _anatomy(after, parts.layers)
         layers = [self._layer(parts, path, origins.get(path), found) for path in parts.layers]
-        return MILLISECONDS * (self._frame(parts, found) + sum(layers))
+        return MILLISECONDS * sum([self._frame(parts, found), *layers])
 
     def measured(self, after: PreTrainedModel) -> tuple[float, float] | None:
         """Of the model and of one that was made of it, both run as a whole; None where that takes long or much
@@ -144,10 +147,10 @@ class LatencyTable:
         kinds: dict[str, list[str]] = {}
         for path in self._parts.layers:
             kinds.setdefault(self._parts.layer(path).signature, []).append(path)
-        rows = [f"around the layers {_told(self._time(self._parts.frame))}"]
+        rows = [f"around the layers {_told(self._known[self._parts.frame.signature])}"]
         for signature, paths in kinds.items():
             like = f" and {len(paths) - 1} like it" * (len(paths) > 1)
-            rows.append(f"{paths[0]}{like} {_told(self._alone[signature])}")
+            rows.append(f"{paths[0]}{like} {_told(self._known[signature])}")
         for (name, stream), curve in self._curves.items():
             if curve is not None:
                 points = zip(curve.units, curve.seconds, strict=True)
@@ -155,40 +158,44 @@ class LatencyTable:
                 listed = ", ".join(f"{units}: {_told(seconds)}" for units, seconds in points)
                 rows.append(f"{place} by {SETTINGS[stream]} {listed}")
         own = {*kinds, self._parts.frame.signature}
-        rows += [f"a changed {name.split()[0]} {_told(time)}" for name, time in self._alone.items() if name not in own]
+        rows += [f"a changed {name.split()[0]} {_told(time)}" for name, time in self._known.items() if name not in own]
         return rows
 
     def _by_stopwatch(self, parts: Sequence[Part]) -> list[float]:
         return self._watch.seconds([p.signature for p in parts], lambda: [part.run(self._memory) for part in parts])
 
-    def _time(self, part: Part) -> float:
-        if part.signature not in self._alone:
-            (self._alone[part.signature],) = self._seconds([part])
-        return self._alone[part.signature]
+    def _beside(self, part: Part, before: Part | None) -> float:
+        """How long another part takes, which is no slower than that of the model which it was."""
+        if part.signature not in self._known:
+            if before is None:
+                (self._known[part.signature],) = self._seconds([part])
+            else:
+                # In turns with what it was, so that what else the machine does now is in both.
+                old, new = self._seconds([before, part])
+                self._known[part.signature] = self._known[before.signature] * min(new / old, 1.0)
+        return self._known[part.signature]
 
     # Of what was made of the model ------------------------------------------------------------------------------------
 
     def _frame(self, parts: TimedParts, found: Anatomy | None) -> float:
-        before = self._time(self._parts.frame)
-        if parts.frame.signature == self._parts.frame.signature:
-            return before
+        part, before = parts.frame, self._parts.frame
+        if part.signature in self._known:
+            return self._known[part.signature]
         if found is not None and self._body is not None and found.sizes.residual < self._body.sizes.residual:
             curve = self._curve("", "residual")
             if curve is not None:
-                return before * curve.share(found.sizes.residual)
-        return min(before, self._time(parts.frame))
+                return self._known[before.signature] * curve.share(found.sizes.residual)
+        return self._beside(part, before)
 
     def _layer(self, parts: TimedParts, path: str, origin: str | None, found: Anatomy | None) -> float:
         part = parts.layer(path)
-        if part.signature in self._alone:
-            return self._alone[part.signature]
+        if part.signature in self._known:
+            return self._known[part.signature]
         if origin not in self._parts.layers:
-            return self._time(part)
-        before = self._time(self._parts.layer(origin))
-        if part.signature == self._parts.layer(origin).signature:
-            return before
+            return self._beside(part, None)
+        before = self._parts.layer(origin)
         share = None if found is None else self._share(parts, path, origin, found)
-        return before * share if share is not None else min(before, self._time(part))
+        return self._beside(part, before) if share is None else self._known[before.signature] * share
 
     def _share(self, parts: TimedParts, path: str, origin: str, found: Anatomy) -> float | None:
         """What is left of a layer's time, where it lost units and nothing else, and curves tell of these."""
