@@ -36,7 +36,7 @@ PHASES = {"forward": 128, "decoding": 256}
 def llama(width: int, layers: int) -> PreTrainedModel:
     """A skeleton with two query heads to each key-value head."""
     heads = width // 32
-    sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers}
+    sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers}
     config = LlamaConfig(
         vocab_size=8000, num_attention_heads=heads, num_key_value_heads=heads // 2, head_dim=32, **sizes
     )
@@ -61,7 +61,7 @@ def removals(model: PreTrainedModel) -> dict[str, Removal]:
     """What is taken away, by what is said of it."""
     if isinstance(model, GPT2LMHeadModel):
         stack, attention = "transformer.h", "attn"
-        settings = {
+        settings: dict[str, dict[str, Any]] = {
             "half of the units": {"ffn": 0.5},
             "a third of the units": {"ffn": 0.34},
             "half of heads and residual": {"heads": 0.5, "hidden": 0.5},
@@ -148,11 +148,12 @@ def page(results: dict[str, Any]) -> str:
     lines = [
         "# Latency as a table of parts tells it, and as it is",
         "",
-        "What [a target of latency](../pruning.md#how-much-stays) goes by: the parts of a model are timed once, the",
-        "latency of what is left is told from them, and both models are then run as wholes, in turns. Float32, one thread,",
-        f"batch 1; forward passes over {PHASES['forward']} tokens, decoding after {PHASES['decoding']}. Others used the",
-        f"machine: {results['load']:.0f} processes were ready to run on its {results['cores']} cores when it ended. CPU",
-        "time leaves out what they took, but not that they emptied the caches.",
+        "What [a target of latency](../pruning.md#a-latency) goes by: the parts of a model are timed once, the latency",
+        "of what is left is told from them, and both models are then run as wholes, in turns. Float32, one thread, batch",
+        f"1; forward passes over {PHASES['forward']} tokens, decoding after {PHASES['decoding']}.",
+        "",
+        f"Others used the machine: {results['load']:.0f} processes were ready to run on its {results['cores']} cores",
+        "when it ended. CPU time leaves out what they took, but not that they emptied the caches.",
         "",
         "How far the table was off, the median of the sizes of the errors and the largest:",
         "",
