@@ -25,6 +25,8 @@ from auxin.files import cache_folder, write_text
 from auxin.locks import LOCK_FILE, in_turn
 from auxin.settings import Settings
 
+TICK = 1e-9
+"""Seconds that anything takes: a share of no time is none."""
 Phase = Literal["forward", "decoding"]
 FORMAT = 1
 FEWEST, MOST = 5, 99
@@ -164,7 +166,7 @@ def medians(runs: Sequence[Run], clock: Callable[[], float]) -> list[float]:
             began = clock()
             call()
             seconds.append((clock() - began) / run.times)
-    return [statistics.median(seconds) for seconds in taken]
+    return [max(statistics.median(seconds), TICK) for seconds in taken]
 
 
 def chosen_clock(device: str) -> tuple[str, Callable[[], float]]:

@@ -34,8 +34,9 @@ ROW_BYTES = 256 * 2**20
 """Weights and cache of the copies of a layer that are run in a row: more than the caches of processors hold."""
 LONGEST_ROW = 8
 INSTEAD = "Give the target in parameters or flops."
-_NUMBERS = re.compile(r"(layer|block)?_?(idx|id|index|number)|layer|cache_layers")
-"""Attributes that say which layer a module belongs to, which changes nothing about its time."""
+_NUMBERS = re.compile(r"(layer|block)?_?(idx|id|index|number)|layer|cache_layers|training")
+"""Attributes that say which layer a module belongs to, which changes nothing about its time; and one that is the same
+for all that is timed."""
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Given = TypeVar("Given", Call, Cache)
 
@@ -45,12 +46,12 @@ class Part:
 
     Args:
         signature: parts of the same one take as long.
-        bytes_: of its weights.
+        size: of its weights, in bytes.
         run: (memory for its weights) -> what is to be timed.
     """
 
-    def __init__(self, signature: str, bytes_: int, run: Callable[[Memory], Run]) -> None:
-        self.signature, self.bytes, self.run = signature, bytes_, run
+    def __init__(self, signature: str, size: int, run: Callable[[Memory], Run]) -> None:
+        self.signature, self.bytes, self.run = signature, size, run
 
 
 class TimedParts:
@@ -223,7 +224,7 @@ class TimedParts:
                     before = fake(**inputs, use_cache=True).past_key_values
                     if not isinstance(before, Cache):
                         raise self._refusal("keeps no cache of transformers for decoding")
-                    inputs = self._next_token(_with_tensors(before, torch.empty_like))
+                    inputs = self._next_token(_with_tensors(before, torch.empty_like), torch.device("cpu"))
                 for path in self.layers:
                     fake.get_submodule(path).register_forward_hook(note(path))
                 fake(**inputs)
@@ -255,10 +256,10 @@ class TimedParts:
         for number, layer in enumerate(cache.layers):
             for place, tensor in enumerate(_tensors(layer)):
                 memo[id(tensor)] = self._real(_Form(tensor), drawn, place, None if shared else number)
-        return self._next_token(copy.deepcopy(cache, memo))
+        return self._next_token(copy.deepcopy(cache, memo), self._device)
 
-    def _next_token(self, cache: Cache) -> dict[str, Any]:
-        ids = torch.zeros(self.conditions.batch_size, 1, dtype=torch.long, device=self._device)
+    def _next_token(self, cache: Cache, device: torch.device) -> dict[str, Any]:
+        ids = torch.zeros(self.conditions.batch_size, 1, dtype=torch.long, device=device)
         return {IDS: ids, "past_key_values": cache, "use_cache": True}
 
     # Refusals ---------------------------------------------------------------------------------------------------------
