@@ -41,10 +41,16 @@ class Line:
         ]
 
 
-def draw(heading: str, lines: list[Line], start: float) -> str:
-    """The SVG: mean held-out loss against training FLOPs from `start` on, titles and last losses at the right.
+def draw(heading: str, lines: list[Line], start: float, label: str | None = None) -> str:
+    """The SVG: mean held-out loss against a cost from `start` on, titles and last losses at the right.
 
     The top of a curve that explodes is cut off.
+
+    Args:
+        heading: above it.
+        lines: one for each branch.
+        start: the first cost that is shown.
+        label: of the axis of costs; None: they are training FLOPs.
     """
     shown = [(line, [point for point in line.mean if point[0] >= start]) for line in lines]
     shown = sorted(((line, curve) for line, curve in shown if curve), key=lambda pair: -pair[1][-1][1])
@@ -65,11 +71,11 @@ def draw(heading: str, lines: list[Line], start: float) -> str:
         place = y(number * step)
         parts.append(f'<path d="M{LEFT} {place:.1f}H{WIDTH - RIGHT}" stroke="{GREY}" stroke-opacity="0.22"/>')
         parts.append(_text(LEFT - 8, place + 4, f"{number * step:.2f}", anchor="end"))
-    exponent = math.floor(math.log10(right))
+    exponent = math.floor(math.log10(right)) if label is None else 0
     for number in range(5):
         flops = start + (right - start) * number / 4
         parts.append(_text(x(flops), HEIGHT - BOTTOM + 22, f"{flops / 10**exponent:.2f}", anchor="middle"))
-    label = f"training FLOPs, 10^{exponent}, ancestors included; held-out loss in nats per token"
+    label = label or f"training FLOPs, 10^{exponent}, ancestors included; held-out loss in nats per token"
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, label, anchor="middle"))
     places = [y(curve[-1][1]) for _, curve in shown]
     edge = WIDTH - RIGHT
