@@ -82,13 +82,13 @@ def removals(model: PreTrainedModel) -> dict[str, Removal]:
     return {name: removal(model, edits) for name, edits in found.items()}
 
 
-def rows_of(name: str, model: PreTrainedModel, phase: str) -> list[dict[str, Any]]:
+def rows_of(name: str, model: PreTrainedModel, removed: dict[str, Removal], phase: str) -> list[dict[str, Any]]:
     """What was told and measured of one model."""
     table = Target.parse({"latency": 0.5, "phase": phase, "sequence_length": PHASES[phase], "device": "cpu"}).table(
         model
     )
     rows = []
-    for removed, done in removals(model).items():
+    for what, done in removed.items():
         told = table.predicted(done.after, done.modules)
         measured = table.measured(done.after)
         assert measured is not None
@@ -96,7 +96,7 @@ def rows_of(name: str, model: PreTrainedModel, phase: str) -> list[dict[str, Any
             {
                 "model": name,
                 "phase": phase,
-                "removed": removed,
+                "removed": what,
                 "predicted": [table.whole, told],
                 "measured": list(measured),
             }
@@ -179,7 +179,11 @@ def main() -> None:
     models = dict(list(MODELS.items())[:1]) if quick else MODELS
     with tempfile.TemporaryDirectory() as folder:
         os.environ["AUXIN_CACHE"] = folder
-        rows = [row for name, make in models.items() for phase in PHASES for row in rows_of(name, make(), phase)]
+        rows = []
+        for name, make in models.items():
+            model = make()
+            removed = removals(model)
+            rows += [row for phase in PHASES for row in rows_of(name, model, removed, phase)]
     results = {
         **made_by("python benchmarks/latency.py"),
         "rows": rows,

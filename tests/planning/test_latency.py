@@ -163,6 +163,23 @@ def test_units_of_the_residual_leave_less_of_everything():
         last = told
 
 
+def test_what_no_unit_takes_is_not_made_less_by_the_residual():
+    """Where a layer takes a fixed time and one for each entry of its matrices, that is what is told."""
+    model = tiny("qwen3", dtype=torch.float32, num_hidden_layers=2)
+    fixed = 0.01
+
+    def seconds(parts):
+        return [
+            SECONDS_PER_BYTE * part.bytes + fixed * part.signature.startswith("Qwen3DecoderLayer") for part in parts
+        ]
+
+    found = table(model, seconds)
+    keep = {("residual", ""): range(8), ("ffn", ""): range(3), ("query", ""): range(2)}
+    done = removal(model, cut(model, keep).edits)
+    told = found.predicted(done.after, done.modules)
+    assert told == pytest.approx(by_bytes(done.after) + 2 * MILLISECONDS * fixed, rel=0.01)
+
+
 def test_heads_that_go_with_the_residual_are_in_its_curve():
     model = tiny("gpt2", dtype=torch.float32)
     found = table(model)

@@ -9,7 +9,7 @@ model that is made smaller
   measured otherwise is noise, and is evened out (the nearest rising numbers, by least squares). Fewer than were
   measured take as long as the fewest;
 * what heads and feed-forward units save is added up; units of the residual, which all matrices read, leave a share of
-  that;
+  what is left, but of the time that no unit takes;
 * any other layer, one without its attention say, is timed by itself, and is no slower than it was.
 
 Everything is timed once (`auxin.accounting.latency`); weights are not looked at, and one layer at a time has some
@@ -66,6 +66,15 @@ class Curve:
     def share(self, units: int) -> float:
         """What part of the time of the largest number remains."""
         return self._at(units) / self.seconds[-1]
+
+    @property
+    def floor(self) -> float:
+        """What part of that time no unit takes: where a line through the two smallest numbers meets none."""
+        if len(self.units) < 2:
+            return 0.0
+        (first, second), (low, high) = self.units[:2], self.seconds[:2]
+        at_none = low - first * (high - low) / (second - first)
+        return max(at_none, 0.0) / self.seconds[-1]
 
     def _at(self, units: int) -> float:
         for (low, before), (high, after) in pairwise(zip(self.units, self.seconds, strict=True)):
@@ -201,7 +210,7 @@ class LatencyTable:
         """What is left of a layer's time, where it lost units and nothing else, and curves tell of these."""
         if self._body is None or not self._is_narrower(parts.model, path, origin):
             return None
-        left, by_residual = 1.0, 1.0
+        left, by_residual, floor = 1.0, 1.0, 0.0
         had, has = _units(self._body, origin), _units(found, path)
         for stream in (stream for stream in CUT if had.get(stream) != has.get(stream)):
             curve = self._curve(origin, stream)
@@ -211,10 +220,12 @@ class LatencyTable:
                     continue
                 return None
             if stream == "residual":
-                by_residual = curve.share(has[stream])
+                by_residual, floor = curve.share(has[stream]), curve.floor
             else:
                 left -= 1 - curve.share(has[stream])
-        return max(left, 0.0) * by_residual
+        if floor >= 1:
+            return 1.0
+        return floor + (by_residual - floor) * (max(left, floor) - floor) / (1 - floor)
 
     def _is_narrower(self, after: PreTrainedModel, path: str, origin: str) -> bool:
         """Whether a layer differs from what it was in the widths of streams alone."""
