@@ -28,7 +28,7 @@ class HowMuch(Settings):
     removed: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """How many of the candidates go: a share of them below 1 (0.25), rounded down, otherwise their number."""
     target: Target | None = None
-    """How small the model is to be; the first step that meets it is the last one."""
+    """How small or fast the model is to be; the first step that meets it is the last one."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
