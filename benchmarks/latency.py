@@ -6,7 +6,7 @@ CPU time where one thread is used, so that a busy machine matters little, and me
 
     python benchmarks/latency.py [--quick]
 
-The whole takes some ten minutes on two cores. Results: benchmarks/results/latency.json, docs/results/latency.md
+The whole takes some ten minutes on two idle cores. Results: benchmarks/results/latency.json, docs/results/latency.md
 """
 
 import os
