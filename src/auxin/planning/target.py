@@ -268,15 +268,40 @@ def least_removal(
             f"{target} asks for at most {target.in_words(limit)} of {target.in_words(have)}, and the smallest that "
             f"{what} can reach here is {target.in_words(smallest)} ({_share(smallest, have)}). Ask for at least that."
         )
-    missed = 0
-    while best.amount is not None and best.amount - missed > 1:
-        amount = (missed + best.amount) // 2
-        tried = removal(model, family(amount), amount)
-        if gauge.of(tried) <= limit:
-            best = tried
+    found = first_that_meets(gauge, lambda amount: removal(model, family(amount), amount), (0, have), (most, best))
+    return replace(found, gauge=gauge)
+
+
+def first_that_meets(
+    gauge: Gauge, tried: Callable[[int], Removal], missed: tuple[int, float], met: tuple[int, Removal]
+) -> Removal:
+    """The first of a nested family of removals that meets a target.
+
+    What is left falls about evenly, so that the next to be tried is where a line through what misses and what meets
+    crosses the limit, and the middle where that does not halve what is between them.
+
+    Args:
+        gauge: tells what each leaves.
+        tried: (amount) -> the removal.
+        missed: an amount that misses the target, and what it leaves.
+        met: a larger one that meets it.
+    """
+    (low, more), (high, best) = missed, met
+    less = gauge.of(best)
+    halve = False
+    while high - low > 1:
+        between, amount = high - low, (low + high) // 2
+        if not halve and more > less:
+            crossing = low + ceil(between * (Fraction(more) - gauge.limit) / (Fraction(more) - Fraction(less)))
+            amount = min(max(crossing, low + 1), high - 1)
+        found = tried(amount)
+        left = gauge.of(found)
+        if left <= gauge.limit:
+            high, best, less = amount, found, left
         else:
-            missed = amount
-    return replace(best, gauge=gauge)
+            low, more = amount, left
+        halve = 2 * (high - low) > between
+    return best
 
 
 def _fall(before: int, after: int) -> str:
