@@ -185,26 +185,33 @@ def mean_squared_distance(
 ) -> Tensor:
     """The mean squared difference of paired tensors, the mean over the pairs, float32.
 
-    Every sample weighs as much as `weights` says and every place of it the same, so that parts of a batch, weighed by
-    the sum of their weights, make up the whole.
-
     Args:
         ours, theirs: by a layer's number, (samples, places, width) or (samples, heads, places, places looked at).
         pairs: by a layer's number on our side, that on theirs.
-        weights: (samples,).
-        mask: (samples, places), 0 at places that are padding; None: none is. Tensors of another number of places, such
-            as a decoder's beside an encoder's mask, have none either.
+        weights, mask: see `mean_by_sample`.
     """
-    total = weights.sum()
     parts = []
     for layer, other in pairs.items():
         squared = (ours[layer].float() - theirs[other].float()).square()
         # The mean over all but samples and places, whatever comes between.
         by_place = squared.mean(-1) if squared.dim() == 3 else squared.mean((1, 3))
-        if mask is None or mask.shape != by_place.shape:
-            by_sample = by_place.mean(1)
-        else:
-            real = mask.to(by_place.dtype)
-            by_sample = (by_place * real).sum(1) / real.sum(1)
-        parts.append((by_sample * weights).sum() / total)
+        parts.append(mean_by_sample(by_place, weights, mask))
     return torch.stack(parts).mean()
+
+
+def mean_by_sample(by_place: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of what there is at each place, in which every sample weighs as much as `weights` says and every place
+    of it the same, so that parts of a batch, weighed by the sum of their weights, make up the whole.
+
+    Args:
+        by_place: (samples, places).
+        weights: (samples,).
+        mask: (samples, places), 0 at places that are padding; None: none is. Tensors of another number of places, such
+            as a decoder's beside an encoder's mask, have none either.
+    """
+    if mask is None or mask.shape != by_place.shape:
+        by_sample = by_place.mean(1)
+    else:
+        real = mask.to(by_place.dtype)
+        by_sample = (by_place * real).sum(1) / real.sum(1)
+    return (by_sample * weights).sum() / weights.sum()
