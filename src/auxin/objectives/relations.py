@@ -97,32 +97,41 @@ class Relations:
 
             def distance(weights: Tensor, mask: Tensor | None) -> Tensor:
                 with without_autocast():
-                    by_place = self.divergence(ours, theirs, mask)
+                    by_place = relation_divergence(ours, theirs, self.heads, self.causal, mask)
                 ours.clear()
                 theirs.clear()
                 return mean_by_sample(by_place, weights.to(by_place.device), mask)
 
             yield distance
 
-    def divergence(self, ours: Vectors, theirs: Vectors, mask: Tensor | None) -> Tensor:
-        """KL(teacher || student) of each place's relations, the mean over heads, the sum over queries, keys and values,
-        (samples, places); float32, or of the vectors' type where that is finer."""
-        samples, places, _ = ours["query"].shape
-        device = ours["query"].device
-        seen = torch.ones(places, places, dtype=torch.bool, device=device)
-        seen = (seen.tril() if self.causal else seen).expand(samples, 1, places, places)
-        if mask is not None and mask.shape == (samples, places):
-            # A place sees itself, so that those of padding, which count nothing, have numbers, too.
-            seen = seen & mask.bool()[:, None, None] | torch.eye(places, dtype=torch.bool, device=device)
-        total = torch.zeros((), device=device)
-        for part in PARTS:
-            told, learnt = (_log_relations(vectors[part], self.heads, seen) for vectors in (theirs, ours))
-            divergence = told.exp() * (told - learnt).masked_fill(~seen, 0)
-            total = total + divergence.sum(-1).mean(1)
-        return total
-
     def _pair(self, number: int) -> tuple[PreTrainedModel, Attention]:
         return self.models[number], self.attentions[number]
+
+
+def relation_divergence(ours: Vectors, theirs: Vectors, heads: int, causal: bool, mask: Tensor | None) -> Tensor:
+    """KL(teacher || student) of each place's relations, the mean over relation heads, the sum over queries, keys and
+    values: (samples, places), float32 or the vectors' type where that is finer.
+
+    Args:
+        ours, theirs: the student's and the teacher's, equally many samples and places.
+        heads: r; it divides all widths.
+        causal: whether a place has relations to itself and those before it only.
+        mask: (samples, places), 0 at padding, to which nothing has relations; what padding itself has means nothing.
+            None, or one of another number of places: there is none.
+    """
+    samples, places, _ = ours["query"].shape
+    device = ours["query"].device
+    seen = torch.ones(places, places, dtype=torch.bool, device=device)
+    seen = (seen.tril() if causal else seen).expand(samples, 1, places, places)
+    if mask is not None and mask.shape == (samples, places):
+        # A place sees itself, so that those of padding have numbers, too.
+        seen = seen & mask.bool()[:, None, None] | torch.eye(places, dtype=torch.bool, device=device)
+    total = torch.zeros((), device=device)
+    for part in PARTS:
+        told, learnt = (_log_relations(vectors[part], heads, seen) for vectors in (theirs, ours))
+        divergence = told.exp() * (told - learnt).masked_fill(~seen, 0)
+        total = total + divergence.sum(-1).mean(1)
+    return total
 
 
 def _log_relations(vectors: Tensor, heads: int, seen: Tensor) -> Tensor:
