@@ -5,13 +5,17 @@ With student logits s and teacher logits t at a target, and a temperature T, the
     (1 - weight) * loss of the wrapped objective + weight * T^2 * KL(softmax(t / T) || softmax(s / T))
 
 which is Hinton et al. (arXiv 1503.02531, section 2; their cross-entropy and this KL have one gradient, and T^2 keeps
-its size whatever T is). To it are added, as they are asked for, `hidden_states` times the mean squared difference of
-the layers' outputs, the term of TinyBERT (arXiv 1909.10351, equation 8) without its learned projection, so that only
-equal widths can be compared; and `attentions` times that of their attention maps. TinyBERT's equation 7 takes the
-scores before the softmax; the maps are what all of transformers' models give. Layers are those that the changes between
-the two models made one of the other, as DistilBERT (arXiv 1910.01108) takes every second one; what is compared is the
-mean over layers, where TinyBERT sums. `relations` times the distance of MiniLM is for models of any widths and numbers
-of heads: see `auxin.objectives.relations`.
+its size whatever T is). To it are added, as they are asked for,
+
+- `hidden_states` times the mean squared difference of the layers' outputs, the term of TinyBERT (arXiv 1909.10351,
+  equation 8) without its learned projection, so that only equal widths can be compared, or units that the changes
+  between the two models made of one another;
+- `attentions` times that of their attention maps, which need equally many heads. TinyBERT's equation 7 takes the scores
+  before the softmax; the maps are what all of transformers' models give;
+- `relations` times the distance of MiniLM, for models of any widths and numbers of heads: `auxin.objectives.relations`.
+
+Layers are those that the changes between the two models made one of the other, as DistilBERT (arXiv 1910.01108) takes
+every second one; what is compared is the mean over layers, where TinyBERT sums. Relations are those of one layer.
 """
 
 import contextlib
@@ -54,7 +58,8 @@ class Distillation(WrappingSettings):
     weight: float = Field(default=0.5, ge=0, le=1)
     """Of the teacher's answers; the rest is that of the wrapped objective's own loss."""
     hidden_states: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Factor on the mean squared difference between the outputs of paired layers, which have to be equally wide."""
+    """Factor on the mean squared difference between the outputs of paired layers, which have to be equally wide; or the
+    student's units are cut or copied from the teacher's by the changes in between, and are compared with those."""
     attentions: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Factor on the mean squared difference between the attention maps of paired layers, which need equally many heads.
     While the student learns, attention of both models is computed eagerly, which is slower."""
@@ -202,7 +207,7 @@ class DistillationObjective(Wrapping):
         if pairs := self._pairs(model):
             assert isinstance(model, PreTrainedModel)
             hidden, attentions = bool(self.settings.hidden_states), bool(self.settings.attentions)
-            check_shapes(model, self.teacher, pairs, inputs, hidden, attentions)
+            check_shapes(model, self.teacher, pairs, inputs, hidden, attentions, self.reference.units)
         asked = forward_flops(self.teacher, inputs) if self.settings.asks_the_teacher else 0.0
         if (relations := self._relations(model)) is not None:
             asked += relations.flops(inputs)
@@ -225,7 +230,7 @@ class DistillationObjective(Wrapping):
             if self.settings.attentions:
                 for either in (model, self.teacher):
                     stack.enter_context(eager_attention(either))
-            self._watch = _Watch(model, self.teacher, self._pairs(model), self._relations(model), stack)
+            self._watch = _Watch(model, self.reference, self._pairs(model), self._relations(model), stack)
             try:
                 yield
             finally:
@@ -252,21 +257,22 @@ class _Watch:
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher: PreTrainedModel,
+        reference: Reference,
         pairs: dict[int, int],
         relations: Relations | None,
         stack: contextlib.ExitStack,
     ) -> None:
-        self.student, self.teacher, self.pairs = student, teacher, pairs
+        self.student, self.reference, self.pairs = student, reference, pairs
         self.ours = stack.enter_context(watched_layers(student, list(pairs))) if pairs else {}
-        self.theirs = stack.enter_context(watched_layers(teacher, list(pairs.values()))) if pairs else {}
+        self.theirs = stack.enter_context(watched_layers(reference.model, list(pairs.values()))) if pairs else {}
         self.relations = None if relations is None else stack.enter_context(relations.watched())
 
     def distance(self, settings: Distillation, answer: Any, told: Any, weights: Tensor, mask: Tensor | None) -> Tensor:
         """What the layers of the run before add to the loss."""
         pairs, maps = self.pairs, bool(settings.attentions)
         ours = layers_of(self.student, self.ours, answer if maps else None, list(pairs), "student")
-        theirs = layers_of(self.teacher, self.theirs, told if maps else None, list(pairs.values()), "teacher")
+        theirs = layers_of(self.reference.model, self.theirs, told if maps else None, list(pairs.values()), "teacher")
+        theirs = theirs.of_units(self.reference.units)
         device = next(iter(ours.hidden.values())).device
         weights = weights.to(device)
         total = torch.zeros((), device=device)
