@@ -91,7 +91,7 @@ def compare_parts(
         "--add",
         action="store_true",
         help="keep what the results hold of branches and seeds that the folder of runs has not: measured before, with "
-        "the same software, data and processor",
+        "the same software and data",
     )
     arguments = parser.parse_args()
     for name in arguments.parts:  # before the first is run
@@ -120,12 +120,11 @@ def added(found: Comparison, recorded: Comparison, arguments: argparse.Namespace
     """`found` with the branches and seeds that only `recorded` has; what both have is as `found` has it.
 
     Raises:
-        SystemExit: one was measured with other software, on other data or another processor, or a branch has changed.
+        SystemExit: one was measured with other software or on other data, or a branch has changed.
     """
     for what, before, now in (
         ("software", recorded.versions, found.versions),
         ("data", recorded.data, found.data),
-        ("processor", recorded.machine.get("processor"), found.machine.get("processor")),
         ("measure", recorded.measure, found.measure),
     ):
         if before != now:
@@ -137,8 +136,11 @@ def added(found: Comparison, recorded: Comparison, arguments: argparse.Namespace
         difference = None if name == found.main_branch else paired_difference(branch.values, main)
         branches[name] = branch.model_copy(update={"difference": difference})
     seeds = sorted({seed for branch in branches.values() for seed in branch.seeds})
+    # Another machine gives other bits, and the same numbers within the noise of the seeds; both are named.
+    machines = [found.machine, recorded.machine]
+    machine = {key: "; ".join(dict.fromkeys(one[key] for one in machines if key in one)) for key in found.machine}
     changes = {"branches": list(branches.values()), "seeds": seeds, "command": command_of(arguments, seeds)}
-    return found.model_copy(update=changes)
+    return found.model_copy(update={**changes, "machine": machine})
 
 
 def _both(found: BranchComparison, recorded: BranchComparison) -> BranchComparison:

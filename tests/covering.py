@@ -1,10 +1,10 @@
 """What `make test` takes of the product of methods and architectures; `make test-all` (pytest --all) takes all of it.
 
 That a plan is made and applied, keeps its promise and does what its method is for takes a twentieth of a second, so
-every pair is tried every time, but that methods which look at data, and run the model for it, take turns on the further
-architectures. What costs more (training, writing, adapters, loading in another process) is tried on a
-subset with every method, every architecture, and every pair that runs code of its own: each method on the `DISTINCT`
-architectures, the others in turn, and the pairs in `OWN`. The rest has the mark `whole`.
+every pair is tried every time, but that methods which look at data, and run the model for it, or which prune units take
+turns on the further architectures. What costs more (training, writing, adapters, loading in another process) is tried
+on a subset with every method, every architecture, and every pair that runs code of its own: each method on the
+`DISTINCT` architectures, the others in turn, and the pairs in `OWN`. The rest has the mark `whole`.
 """
 
 from collections.abc import Iterable, Sequence

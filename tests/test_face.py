@@ -337,6 +337,26 @@ def test_importing_it_imports_nothing_that_is_needed_later():
         assert path.is_dir() or path.with_suffix(".py").is_file()
 
 
+ANYWHERE = """
+import itertools
+import torch
+import auxin
+torch.manual_seed(0)
+for samples, wide, dtype in itertools.product((1, 7, 64), (8, 24, 257), (torch.float32, torch.float64)):
+    inputs, weight = torch.randn(samples, 24, dtype=dtype), torch.randn(wide, 24, dtype=dtype)
+    expected = inputs @ weight.T
+    for offset in range(8):
+        elsewhere = torch.empty(weight.numel() + 8, dtype=dtype)[offset:][:weight.numel()].view_as(weight).copy_(weight)
+        assert torch.equal(inputs @ elsewhere.T, expected), (samples, wide, dtype, offset)
+"""
+
+
+def test_products_do_not_depend_on_where_weights_lie(monkeypatch):
+    """Else a model that was loaded would compute other bits than the one that was saved."""
+    monkeypatch.delenv("MKL_CBWR", raising=False)
+    fresh(ANYWHERE)
+
+
 BY_AND_BY = """
 import sys
 import auxin

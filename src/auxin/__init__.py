@@ -8,6 +8,7 @@ Importing the package tells transformers about its architectures and about edite
 loads them; everything else is imported when it is used.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +34,11 @@ else:
     )[0]
 
 __all__ = ["Plan", "Receipt", "apply", "grow", "load", "methods", "plan", "save"]
+
+# On some processors MKL's products depend on where in memory a matrix lies: a model that was loaded, whose weights lie
+# where the file has them, computes other bits than the one that was saved. This makes them one, at no cost that was
+# seen. MKL reads it at its first product.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 # While `python -m` looks for a module, that is told by the interpreter's own arguments alone.
 _program = sys.argv[0] if sys.argv else ""

@@ -1,5 +1,6 @@
 """Growth of a TokenFormer by parameter tokens: what each regime promises, and what is refused."""
 
+import contextlib
 import math
 
 import pytest
@@ -88,7 +89,9 @@ def test_groups_of_any_size_grow_exactly_in_exact_arithmetic(regime, score_funct
         promised = size >= 4 or score_function in ("gelu", "softmax")
         assert receipt.plan.promise == ("exact" if promised else "approximate")
         assert [f"tokens has a group of {size}" in note for note in receipt.plan.notes] == [True] * (not promised)
-        auxin.grow(model, 6 * size, 6 * size, 6 * size, regime)
+        # Four tokens of which two are zero, or copies, have the norm of two: it may be refused for its rounding.
+        with contextlib.nullcontext() if promised or dtype is torch.float64 else contextlib.suppress(PromiseError):
+            auxin.grow(model, 6 * size, 6 * size, 6 * size, regime)
         assert change(before, logits(model)) <= allowed
 
 

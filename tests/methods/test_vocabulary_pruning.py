@@ -30,6 +30,8 @@ from tiny_models import inputs, labels, tiny
 from tiny_tokenizers import KINDS, TEXT, tiny_tokenizer
 
 PART = TEXT[:2]
+ROUNDING = 1e-14
+"""Of logits in float64: a product with fewer rows may add in another order."""
 """What a corpus has of the text that the tokenizers were trained on."""
 OWN = VocabularyPruning(ids=())
 """Settings for plans of ids that are given."""
@@ -212,7 +214,7 @@ def test_positions_that_are_counted_from_the_padding_stay():
     model = tiny("roberta", bos_token_id=3, pad_token_id=4)
     plan = auxin.plan(model, "vocabulary-pruning", ids=[9], multiple_of=1)
     assert plan.kept_tokens[:6] == [0, 1, 2, 3, 4, 9]
-    assert auxin.apply(plan, model).max_relative_change == 0
+    assert auxin.apply(plan, model).max_relative_change <= ROUNDING
     assert model.config.pad_token_id == 4
 
 
@@ -427,7 +429,7 @@ def test_a_probe_is_in_old_ids_of_tokens_that_stay():
     plan = auxin.plan(model, "vocabulary-pruning", ids=[5, 7], multiple_of=1)
     with pytest.raises(PlanError, match="The probe's input_ids hold the token 6, which the plan takes away"):
         apply(plan, model, probe=torch.tensor([[5, 6, 7]]))
-    assert apply(plan, model, probe=torch.tensor([[5, 7, 0, 1]])).max_relative_change == 0
+    assert apply(plan, model, probe=torch.tensor([[5, 7, 0, 1]])).max_relative_change <= ROUNDING
 
 
 def test_on_the_command_line(tmp_path, monkeypatch):

@@ -237,7 +237,8 @@ def test_a_larger_vocabulary_takes_what_follows_it_along(family):
     bias = getattr(model, "final_logits_bias", None)
     auxin.apply(auxin.plan(model, "vocabulary", rows=3), model)
     assert outputs(model)[0].shape[-1] == table + 3
-    assert torch.equal(outputs(model)[0][..., :table], before)
+    # Not to the bit: a product with more columns may add in another order.
+    assert torch.allclose(outputs(model)[0][..., :table], before, rtol=0, atol=EXACT * before.abs().max().item())
     if bias is not None:
         assert torch.equal(model.final_logits_bias[:, :table], bias)
         torch.testing.assert_close(model.final_logits_bias[:, table:], bias.mean().expand(1, 3))

@@ -10,11 +10,13 @@ one, query heads go alone. In every layer something stays.
   (`normalised`) or as they are. Layers then differ, which is kept as edits.
 
 Shares are rounded up to the next size that there is. A target takes from all chosen streams alike: the next unit goes
-from the stream of which, without it, the largest share is left.
+from the stream of which, without it, the largest share is left; at the end the smallest units make up the difference,
+so that no unit more could stay.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal, Self
 
 from pydantic import Field, StrictFloat, StrictInt, model_validator
@@ -233,9 +235,56 @@ class _Courses:
             raise PlanError(f"Nothing of what a target takes from by itself can go. {' '.join(self.notes)}")
         chain = self._chain()
         try:
-            return least_removal(model, target, lambda amount: self._edits(chain[amount - 1]), len(chain), method)
+            found = least_removal(model, target, lambda amount: self._edits(chain[amount - 1]), len(chain), method)
         except PlanError as error:
             raise PlanError(" ".join([str(error), *self.notes])) from error
+        assert found.amount is not None
+        return self._exactly(target, chain[: found.amount], found)
+
+    def _exactly(self, target: Target, chain: Sequence[list[int]], found: Removal) -> Removal:
+        """The removal that leaves no room for one unit more. A step of the chain may be one of large units, which goes
+        further than it had to: then as many of the smallest stay as there is room for, with that step or without it,
+        whichever leaves shares that are more alike; and of the others what there is still room for.
+
+        Args:
+            target: what is asked for.
+            chain: ever smaller states; the last alone meets the target.
+            found: what the last removes.
+        """
+        places = sorted(range(len(self.courses)), key=lambda place: -len(self.courses[place].left))
+        before = chain[-2] if len(chain) > 1 else [0] * len(self.courses)
+        options = [(found, chain[-1])]
+        for states in (before, chain[-1]):
+            options += self._most_left(target, states, places[0], len(self.courses[places[0]].left) - 1)
+        found, states = min(options[1:] or options, key=lambda option: self._unlike(option[1]))
+        for place in places[1:]:
+            found, states = next(self._most_left(target, states, place, states[place]), (found, states))
+        return found
+
+    def _most_left(
+        self, target: Target, states: Sequence[int], place: int, last: int
+    ) -> Iterator[tuple[Removal, list[int]]]:
+        """What is removed where of the course at `place` as much is left as the target has room for, and the states; up
+        to its state `last`. Nothing where none of them meets it."""
+        model, limit = self.found.model, target.limit(target.of(self.found.model))
+        every = [[*states[:place], state, *states[place + 1 :]] for state in range(last + 1)]
+        tries = [tried for tried in every if any(tried) and self._together(tried, tried)]
+        met: tuple[Removal, list[int]] | None = None
+        low, high = 0, len(tries)
+        while low < high:
+            middle = (low + high) // 2
+            done = removal(model, self._edits(tries[middle]))
+            if target.of(done.after) <= limit:
+                met, high = (done, tries[middle]), middle
+            else:
+                low = middle + 1
+        if met is not None:
+            yield met
+
+    def _unlike(self, states: Sequence[int]) -> Fraction:
+        """How far apart the shares are that the courses have left."""
+        shares = [course.share(state) for course, state in zip(self.courses, states, strict=True)]
+        return max(shares) - min(shares)
 
     def _edits(self, states: Sequence[int]) -> list[Any]:
         keep: dict[Place, list[int]] = {}
