@@ -71,10 +71,10 @@ class Distillation(WrappingSettings):
     of their keys and of their values among each other. Widths and numbers of heads may differ."""
     relation_heads: PositiveInt | None = None
     """Into how many relation heads queries, keys and values of both models are split, of which it has to divide the
-    widths; more of them say more, and take memory each. `None`: the greatest number that divides the numbers of heads,
+    widths; more of them say more, and take memory each. None: the greatest number that divides the numbers of heads,
     those of keys and values too, of both."""
     relation_layers: tuple[NonNegativeInt, NonNegativeInt] | None = None
-    """The layers whose relations are compared, the student's and the teacher's, numbered as in `layers`. `None`: the
+    """The layers whose relations are compared, the student's and the teacher's, numbered as in `layers`. None: the
     last of each."""
 
     @model_validator(mode="after")
