@@ -74,12 +74,12 @@ def test_fused_matrices_are_taken_apart_as_the_modeling_does(family, split):
 
 
 def first_place_after(model, path: str, by: float) -> Tensor:
-    """What a layer leaves at the first place when what enters at the last one is moved."""
+    """What a layer leaves at the first place when what enters at the next one is moved, which any window sees."""
     made: list[Tensor] = []
 
     def move(module, arguments, named):
         hidden = (arguments[0] if arguments else named["hidden_states"]).clone()
-        hidden[:, -1] += by * torch.arange(1, hidden.shape[-1] + 1)
+        hidden[:, 1] += by * torch.arange(1, hidden.shape[-1] + 1)
         return ((hidden, *arguments[1:]), named) if arguments else (arguments, {**named, "hidden_states": hidden})
 
     def note(module, arguments, output):
