@@ -16,7 +16,7 @@ take so that the least of them is lost (`auxin.planning.shared_limit`).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal, Self
 
@@ -29,7 +29,7 @@ from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.planning.cutting import cut, narrowest_scopes
 from auxin.planning.shared_limit import Shared
-from auxin.planning.target import Removal, Target, least_removal, removal
+from auxin.planning.target import Gauge, Removal, Target, least_removal, removal
 from auxin.planning.unit_order import Course, Line, Place, Scores, alike, line, ranked
 from auxin.planning.width_targets import example_tower, refuse_without_tower
 from auxin.settings import Settings
@@ -55,7 +55,7 @@ class Pruning(Settings):
     hidden: StrictInt | StrictFloat | None = Field(default=None, gt=0)
     """Units of the residual that stay, the same in all layers."""
     target: Target | None = None
-    """How small the model shall be, instead: `target.parameters` or `target.flops`."""
+    """How small or fast the model shall be, instead: `target.parameters`, `target.flops` or `target.latency`."""
     streams: list[Part] | None = Field(default=None, min_length=1)
     """What the target takes from; None: heads and feed-forward units, where they can go."""
     uniform: bool = True
@@ -132,7 +132,7 @@ class Prunable:
             seed=seed,
             edits=list(done.edits),
             notes=found.notes,
-            findings=[f"Reached: {done.reached(self.settings.target)}"],
+            findings=done.findings(self.settings.target),
             made_for=config_values(self.model.config),
         )
 
@@ -258,9 +258,13 @@ class _Courses:
         chain = self._by_worth(target, kinds) if shared else self._chain(range(len(self.courses)))
         found = self._least(target, chain, method)
         chain = chain[: found.amount]
+        gauge = found.gauge
+        assert gauge is not None
         if shared:
-            return self._filled(target, found, chain[-1], sorted(kinds[1]) if len(kinds[1]) > 1 else ())
-        return self._exactly(target, chain, found)
+            done = self._filled(gauge, found, chain[-1], sorted(kinds[1]) if len(kinds[1]) > 1 else ())
+        else:
+            done = self._exactly(gauge, chain, found)
+        return replace(done, gauge=gauge)
 
     def refuse_impossible(self, method: str) -> None:
         """PlanError for what can't be removed, or not so much of it."""
@@ -283,13 +287,13 @@ class _Courses:
         except PlanError as error:
             raise PlanError(" ".join([str(error), *self.notes])) from error
 
-    def _exactly(self, target: Target, chain: Sequence[list[int]], found: Removal) -> Removal:
+    def _exactly(self, gauge: Gauge, chain: Sequence[list[int]], found: Removal) -> Removal:
         """The removal that leaves no room for one unit more. A step of the chain may be one of large units, which goes
         further than it had to: then as many of the smallest stay as there is room for, with that step or without it,
         whichever leaves shares that are more alike; and of the others what there is still room for.
 
         Args:
-            target: what is asked for.
+            gauge: tells whether what is asked for is met.
             chain: ever smaller states; the last alone meets the target.
             found: what the last removes.
         """
@@ -297,37 +301,36 @@ class _Courses:
         before = chain[-2] if len(chain) > 1 else [0] * len(self.courses)
         options = [(found, chain[-1])]
         for states in (before, chain[-1]):
-            options += self._most_left(target, states, places[0], len(self.courses[places[0]].left) - 1)
+            options += self._most_left(gauge, states, places[0], len(self.courses[places[0]].left) - 1)
         found, states = min(options[1:] or options, key=lambda option: self._unlike(option[1]))
-        return self._filled(target, found, states, places[1:])
+        return self._filled(gauge, found, states, places[1:])
 
-    def _filled(self, target: Target, found: Removal, states: Sequence[int], places: Iterable[int]) -> Removal:
+    def _filled(self, gauge: Gauge, found: Removal, states: Sequence[int], places: Iterable[int]) -> Removal:
         """What is removed where of the courses at some places, one after the other, as much stays as there is room for.
 
         Args:
-            target: what is asked for.
+            gauge: tells whether what is asked for is met.
             found: what is removed.
             states: of all courses, to which that comes.
             places: of courses.
         """
         for place in places:
-            found, states = next(self._most_left(target, states, place, states[place]), (found, states))
+            found, states = next(self._most_left(gauge, states, place, states[place]), (found, states))
         return found
 
     def _most_left(
-        self, target: Target, states: Sequence[int], place: int, last: int
+        self, gauge: Gauge, states: Sequence[int], place: int, last: int
     ) -> Iterator[tuple[Removal, list[int]]]:
         """What is removed where of the course at `place` as much is left as the target has room for, and the states; up
         to its state `last`. Nothing where none of them meets it."""
-        model, limit = self.found.model, target.limit(target.of(self.found.model))
         every = [[*states[:place], state, *states[place + 1 :]] for state in range(last + 1)]
         tries = [tried for tried in every if any(tried) and self._together(tried, tried)]
         met: tuple[Removal, list[int]] | None = None
         low, high = 0, len(tries)
         while low < high:
             middle = (low + high) // 2
-            done = removal(model, self._edits(tries[middle]))
-            if target.of(done.after) <= limit:
+            done = removal(self.found.model, self._edits(tries[middle]))
+            if gauge.of(done) <= gauge.limit:
                 met, high = (done, tries[middle]), middle
             else:
                 low = middle + 1

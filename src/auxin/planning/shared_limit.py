@@ -5,7 +5,8 @@ rest of the limit is filled with the best feed-forward units, and that number is
 have the largest sum, which is where those that go have the smallest.
 
 What a unit costs is the same for all units of one kind in one stack, and doesn't depend on what else is there, so that
-a model is built for every kind and stack and not for every state.
+a model is built for every kind and stack and not for every state. Of a latency that is true by and large, so that the
+number of heads is then near the best one; the limit is kept all the same.
 """
 
 from bisect import bisect_left
@@ -16,7 +17,7 @@ from itertools import groupby
 from transformers import PreTrainedModel
 
 from auxin.planning.cutting import cut
-from auxin.planning.target import Target, removal
+from auxin.planning.target import Gauge, Target, removal
 from auxin.planning.unit_order import Course, Place
 from auxin.words.anatomy import Anatomy
 
@@ -82,13 +83,14 @@ class Shared:
             chains: ever smaller states of all courses in which the one, or the other, are smaller; the first of each is
                 the present one.
         """
-        have = target.of(self.model)
+        gauge = Gauge(target, self.model)
 
         def saves(keep: Mapping[Place, Sequence[int]]) -> float:
-            return have - target.of(removal(self.model, cut(self.model, keep, part=self.part).edits).after)
+            left = gauge.of(removal(self.model, cut(self.model, keep, part=self.part).edits))
+            return max(0.0, gauge.have - left)  # a time that was measured may be longer
 
         heads, units = (self._states(*kind, saves) for kind in zip(kinds, chains, strict=True))
-        chosen = least_lost(heads, units, have - float(target.limit(have)))
+        chosen = least_lost(heads, units, gauge.have - float(gauge.limit))
         together = [[one + other for one, other in zip(chains[0][chosen], state, strict=True)] for state in chains[1]]
         return together if chosen else together[1:]
 
