@@ -5,7 +5,6 @@ With each lies what it took. Whoever takes it from here books that, so that no b
 
 import hashlib
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from auxin.accounting.ledger import software_versions
 from auxin.analysis.effort import Effort
 from auxin.analysis.measurement import CalibrationData, Measurement, Result
 from auxin.errors import ConfigError
-from auxin.files import write_text
+from auxin.files import cache_folder, write_text
 from auxin.locks import LOCK_FILE, in_turn
 from auxin.objectives.calibration import Calibration
 from auxin.settings import Settings
@@ -96,11 +95,8 @@ def subject_of(
 
 
 def default_cache() -> Path:
-    """The folder of results that are kept: the environment's AUXIN_CACHE, else `auxin` in the user's cache folder
-    (XDG_CACHE_HOME, or ~/.cache), and in it `analysis`."""
-    if given := os.environ.get("AUXIN_CACHE"):
-        return Path(given) / "analysis"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "auxin" / "analysis"
+    """The folder of results that are kept, see `auxin.files.cache_folder`."""
+    return cache_folder("analysis")
 
 
 def cached(folder: Path, subject: Subject, result_type: type[Result]) -> Record | None:
