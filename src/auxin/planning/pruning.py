@@ -29,7 +29,7 @@ from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.planning.cutting import cut, narrowest_scopes
 from auxin.planning.shared_limit import Shared
-from auxin.planning.target import Gauge, Removal, Target, least_removal, removal
+from auxin.planning.target import Gauge, Removal, Target, first_that_meets, least_removal, removal
 from auxin.planning.unit_order import Course, Line, Place, Scores, alike, line, ranked
 from auxin.planning.width_targets import example_tower, refuse_without_tower
 from auxin.settings import Settings
@@ -299,10 +299,13 @@ class _Courses:
         """
         places = sorted(range(len(self.courses)), key=lambda place: -len(self.courses[place].left))
         before = chain[-2] if len(chain) > 1 else [0] * len(self.courses)
-        options = [(found, chain[-1])]
-        for states in (before, chain[-1]):
-            options += self._most_left(gauge, states, places[0], len(self.courses[places[0]].left) - 1)
-        found, states = min(options[1:] or options, key=lambda option: self._unlike(option[1]))
+        options, last = [(found, chain[-1])], len(self.courses[places[0]].left) - 1
+        stepped = [place for place, pair in enumerate(zip(before, chain[-1], strict=True)) if pair[0] != pair[1]]
+        if stepped != places[:1]:
+            options = [
+                option for states in (before, chain[-1]) for option in self._most_left(gauge, states, places[0], last)
+            ]
+        found, states = min(options, key=lambda option: self._unlike(option[1]))
         return self._filled(gauge, found, states, places[1:])
 
     def _filled(self, gauge: Gauge, found: Removal, states: Sequence[int], places: Iterable[int]) -> Removal:
@@ -325,17 +328,21 @@ class _Courses:
         to its state `last`. Nothing where none of them meets it."""
         every = [[*states[:place], state, *states[place + 1 :]] for state in range(last + 1)]
         tries = [tried for tried in every if any(tried) and self._together(tried, tried)]
-        met: tuple[Removal, list[int]] | None = None
-        low, high = 0, len(tries)
-        while low < high:
-            middle = (low + high) // 2
-            done = removal(self.found.model, self._edits(tries[middle]))
-            if gauge.of(done) <= gauge.limit:
-                met, high = (done, tries[middle]), middle
-            else:
-                low = middle + 1
-        if met is not None:
-            yield met
+        if not tries:
+            return
+        last = len(tries) - 1
+        first, final = (self._tried(tries[number], number) for number in (0, last))
+        if gauge.of(final) > gauge.limit:
+            return
+        if (more := gauge.of(first)) <= gauge.limit:
+            yield first, tries[0]
+            return
+        done = first_that_meets(gauge, lambda number: self._tried(tries[number], number), (0, more), (last, final))
+        assert done.amount is not None
+        yield done, tries[done.amount]
+
+    def _tried(self, states: Sequence[int], number: int) -> Removal:
+        return removal(self.found.model, self._edits(states), number)
 
     def _unlike(self, states: Sequence[int]) -> Fraction:
         """How far apart the shares are that the courses have left."""
