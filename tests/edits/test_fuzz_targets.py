@@ -6,6 +6,7 @@ import random
 import types
 import typing
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
@@ -17,7 +18,7 @@ from auxin.methods import methods
 from auxin.models.loading import skeleton
 from auxin.objectives.calibration import Calibration
 from auxin.planning.bench import Bench
-from capabilities import labelled
+from capabilities import PLAN_FILES, labelled
 from tiny_models import FAMILIES, inputs, tiny
 
 FEW, MANY = 40, 200
@@ -113,7 +114,8 @@ def suits(method, family):
 def bench(method, model, settings):
     """With data for a method that looks at some. LiGO draws whether it learns, and is refused without."""
     looks = method.calibration is not None and "steps" not in type(settings).model_fields
-    return Bench(model, Calibration.of_batches(model, [labelled(model)]) if looks else None)
+    data = Calibration.of_batches(model, [labelled(model)]) if looks else None
+    return Bench(model, data, folder=Path(PLAN_FILES.name))
 
 
 def tried(draw, method, family, counted):
