@@ -6,7 +6,6 @@ import random
 import types
 import typing
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
@@ -18,7 +17,8 @@ from auxin.methods import methods
 from auxin.models.loading import skeleton
 from auxin.objectives.calibration import Calibration
 from auxin.planning.bench import Bench
-from capabilities import PLAN_FILES, labelled
+from capabilities import labelled
+from mixtures import EXPERTS as MIXTURES
 from tiny_models import FAMILIES, inputs, tiny
 
 FEW, MANY = 40, 200
@@ -114,8 +114,7 @@ def suits(method, family):
 def bench(method, model, settings):
     """With data for a method that looks at some. LiGO draws whether it learns, and is refused without."""
     looks = method.calibration is not None and "steps" not in type(settings).model_fields
-    data = Calibration.of_batches(model, [labelled(model)]) if looks else None
-    return Bench(model, data, folder=Path(PLAN_FILES.name))
+    return Bench(model, Calibration.of_batches(model, [labelled(model)]) if looks else None)
 
 
 def tried(draw, method, family, counted):
@@ -150,6 +149,7 @@ def test_every_random_target_is_applied_or_refused(name, targets, tmp_path, monk
     monkeypatch.chdir(tmp_path)  # LiGO writes its operator into a folder, which is drawn too
     draw, method = random.Random(f"{name}, {targets}"), methods()[name]
     suited = [family for family in FAMILIES if suits(method, family)]
+    suited = suited or [family for family in MIXTURES if suits(method, family)]
     counted = Counter()
     reasons = set()
     for _ in range(targets):
