@@ -16,7 +16,7 @@ so that no unit more could stay.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -32,7 +32,7 @@ from auxin.planning.compensation import Compensation
 from auxin.planning.cutting import cut, narrowest_scopes
 from auxin.planning.pruning_settings import ALONE, STREAMS, Part
 from auxin.planning.pruning_settings import Pruning as Pruning
-from auxin.planning.target import Removal, Target, least_removal, removal
+from auxin.planning.target import Gauge, Removal, least_removal, removal
 from auxin.planning.unit_order import Course, Line, Place, Scores, alike, line, ranked
 from auxin.planning.width_targets import example_tower, refuse_without_tower
 from auxin.words.anatomy import Anatomy
@@ -77,7 +77,7 @@ class Prunable:
             edits=[*done.edits, *shifts],
             files=files,
             notes=[*found.notes, *self._notes_on_experts(done.edits), *given.notes],
-            findings=[f"Reached: {done.reached(self.settings.target)}"],
+            findings=done.findings(self.settings.target),
             made_for=config_values(self.model.config),
         ).beside(given.folder if files else None)
 
@@ -221,15 +221,16 @@ class _Courses:
         except PlanError as error:
             raise PlanError(" ".join([str(error), *self.notes])) from error
         assert found.amount is not None
-        return self._exactly(target, chain[: found.amount], found)
+        assert found.gauge is not None
+        return replace(self._exactly(found.gauge, chain[: found.amount], found), gauge=found.gauge)
 
-    def _exactly(self, target: Target, chain: Sequence[list[int]], found: Removal) -> Removal:
+    def _exactly(self, gauge: Gauge, chain: Sequence[list[int]], found: Removal) -> Removal:
         """The removal that leaves no room for one unit more. A step of the chain may be one of large units, which goes
         further than it had to: then as many of the smallest stay as there is room for, with that step or without it,
         whichever leaves shares that are more alike; and of the others what there is still room for.
 
         Args:
-            target: what is asked for.
+            gauge: tells whether what is asked for is met.
             chain: ever smaller states; the last alone meets the target.
             found: what the last removes.
         """
@@ -237,26 +238,25 @@ class _Courses:
         before = chain[-2] if len(chain) > 1 else [0] * len(self.courses)
         options = [(found, chain[-1])]
         for states in (before, chain[-1]):
-            options += self._most_left(target, states, places[0], len(self.courses[places[0]].left) - 1)
+            options += self._most_left(gauge, states, places[0], len(self.courses[places[0]].left) - 1)
         found, states = min(options[1:] or options, key=lambda option: self._unlike(option[1]))
         for place in places[1:]:
-            found, states = next(self._most_left(target, states, place, states[place]), (found, states))
+            found, states = next(self._most_left(gauge, states, place, states[place]), (found, states))
         return self._settled(found, states)
 
     def _most_left(
-        self, target: Target, states: Sequence[int], place: int, last: int
+        self, gauge: Gauge, states: Sequence[int], place: int, last: int
     ) -> Iterator[tuple[Removal, list[int]]]:
         """What is removed where of the course at `place` as much is left as the target has room for, and the states; up
         to its state `last`. Nothing where none of them meets it."""
-        model, limit = self.found.model, target.limit(target.of(self.found.model))
         every = [[*states[:place], state, *states[place + 1 :]] for state in range(last + 1)]
         tries = [tried for tried in every if any(tried) and self._together(tried, tried)]
         met: tuple[Removal, list[int]] | None = None
         low, high = 0, len(tries)
         while low < high:
             middle = (low + high) // 2
-            done = removal(model, self._edits(tries[middle]))
-            if target.of(done.after) <= limit:
+            done = removal(self.found.model, self._edits(tries[middle]))
+            if gauge.of(done) <= gauge.limit:
                 met, high = (done, tries[middle]), middle
             else:
                 low = middle + 1

@@ -50,7 +50,7 @@ class Pruning(Settings):
     hidden: StrictInt | StrictFloat | None = Field(default=None, gt=0)
     """Units of the residual that stay, the same in all layers."""
     target: Target | None = None
-    """How small the model shall be, instead: `target.parameters` or `target.flops`."""
+    """How small or fast the model shall be, instead: `target.parameters`, `target.flops` or `target.latency`."""
     streams: list[Part] | None = Field(default=None, min_length=1)
     """What the target takes from; None: heads and feed-forward units, where they can go."""
     uniform: bool = True
