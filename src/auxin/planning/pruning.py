@@ -2,7 +2,8 @@
 
 Units go in the order of their scores, the lowest first, of equal ones the last: what goes at some size goes at every
 smaller one. Heads go by key-value groups, a key-value head with all query heads that read it; where all read a single
-one, query heads go alone. In every layer something stays.
+one, query heads go alone. Experts in groups go one of each at a time, so that the groups stay alike. In every layer
+something stays.
 
 * **uniform** (the default): every layer keeps as many, so that the family's own config says the size and any runtime
   loads the result. Sizes that the config can't say are none.
@@ -18,84 +19,29 @@ take so that the least of them is lost (`auxin.planning.shared_limit`).
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import Field, StrictFloat, StrictInt, model_validator
 from transformers import PreTrainedModel
 
+from auxin.edits.kinds.architecture_edits import SetConfig
+from auxin.edits.kinds.module_edits import ConfigureModule
 from auxin.edits.plan import Plan
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
+from auxin.planning.compensation import Compensation
 from auxin.planning.cutting import cut, narrowest_scopes
+from auxin.planning.pruning_settings import ALONE, STREAMS, Part
+from auxin.planning.pruning_settings import Pruning as Pruning
 from auxin.planning.shared_limit import Shared
 from auxin.planning.target import Gauge, Removal, Target, first_that_meets, least_removal, removal
 from auxin.planning.unit_order import Course, Line, Place, Scores, alike, line, ranked
 from auxin.planning.width_targets import example_tower, refuse_without_tower
-from auxin.settings import Settings
 from auxin.words.anatomy import Anatomy
 from auxin.words.paths import encloses
 from auxin.words.widths import FEED_FORWARD, SETTINGS, Stream
 
-Part = Literal["heads", "ffn", "hidden"]
-STREAMS: dict[Part, tuple[Stream, ...]] = {"heads": ("query",), "ffn": FEED_FORWARD, "hidden": ("residual",)}
 Split = Literal["alike", "worth"]
-DEFAULT: tuple[Part, ...] = ("heads", "ffn")
-"""What a target shrinks where nothing else is said."""
-
-
-class Pruning(Settings):
-    """What stays: shares (0.5, at most 1.0) or counts (whole numbers) of `heads`, `ffn` and `hidden`; or a `target`."""
-
-    heads: StrictInt | StrictFloat | None = Field(default=None, gt=0)
-    """Query heads of a layer that stay. They go with their key-value heads."""
-    ffn: StrictInt | StrictFloat | None = Field(default=None, gt=0)
-    """Feed-forward units of a layer that stay; of experts, those of each. Where a model has several sizes (of experts
-    and of others), a share of each."""
-    hidden: StrictInt | StrictFloat | None = Field(default=None, gt=0)
-    """Units of the residual that stay, the same in all layers."""
-    target: Target | None = None
-    """How small or fast the model shall be, instead: `target.parameters`, `target.flops` or `target.latency`."""
-    streams: list[Part] | None = Field(default=None, min_length=1)
-    """What the target takes from; None: heads and feed-forward units, where they can go."""
-    uniform: bool = True
-    """Whether every layer keeps as many."""
-    normalised: bool = True
-    """Where layers may differ, whether scores are divided by the root of their mean square in the layer."""
-    multiple_of: int = Field(default=1, gt=0)
-    """The number of feed-forward units that stay is a multiple of this."""
-    part: str | None = None
-    """Of a model of several towers the one that is pruned: "text" or "vision"."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        given = {name: amount for name in STREAMS if (amount := getattr(self, name)) is not None}
-        if self.target is not None and given:
-            raise ValueError(f"give target, or {' and '.join(given)}, not both.")
-        if self.target is None and not given:
-            raise ValueError("give what stays (heads, ffn, hidden), or a target.")
-        if self.streams is not None and self.target is None:
-            raise ValueError("streams says what a target takes from, and there is no target. Leave it out.")
-        if self.streams is not None and len(set(self.streams)) < len(self.streams):
-            raise ValueError("streams names one more than once.")
-        for name, amount in given.items():
-            if isinstance(amount, float) and not amount <= 1:
-                raise ValueError(f"{name} = {amount} is no share. Give one up to 1.0, or a whole number of units.")
-            if isinstance(amount, int) and not self.uniform and name != "hidden":
-                raise ValueError(f"{name} = {amount} would be that of every layer. Give a share, or uniform = true.")
-        return self
-
-    @property
-    def chosen(self) -> tuple[Part, ...]:
-        """What is pruned."""
-        if self.target is not None:
-            return tuple(self.streams or DEFAULT)
-        return tuple(name for name in STREAMS if getattr(self, name) is not None)
-
-    @property
-    def optional(self) -> bool:
-        """Whether what can't go may stay, since nobody named it."""
-        return self.target is not None and self.streams is None
 
 
 @dataclass(frozen=True)
@@ -109,7 +55,14 @@ class Prunable:
     """How many units can go on their own, by place: what is to be scored. Of "query" they are key-value groups, or the
     query heads of a single key-value head."""
 
-    def plan(self, method: str, scores: Scores, seed: int = 0, split: Split = "alike") -> Plan:
+    def plan(
+        self,
+        method: str,
+        scores: Scores,
+        seed: int = 0,
+        split: Split = "alike",
+        given_back: Compensation | None = None,
+    ) -> Plan:
         """The plan that leaves the units with the highest scores.
 
         Args:
@@ -118,34 +71,39 @@ class Prunable:
             seed: of the plan.
             split: how a target takes from heads and feed-forward units: from all streams "alike", or so that the sum of
                 the scores that stay is largest ("worth").
+            given_back: biases that what stays gets for what goes.
 
         Raises:
             PlanError: scores that are missing or not finite, sizes that the architecture can't have, a target that
                 can't be met, or nothing to prune.
         """
-        found = self._all_courses(scores)
+        given = given_back or Compensation(self.model)
+        found = self._all_courses(scores, given)
         done = found.removal(method, split)
+        shifts, files = given.shifts(found.kept)
         return Plan(
             method=method,
             settings=self.settings.model_dump(mode="json", exclude_defaults=True),
             promise="none",
             seed=seed,
-            edits=list(done.edits),
-            notes=found.notes,
+            edits=[*done.edits, *shifts],
+            files=files,
+            notes=[*found.notes, *self._notes_on_experts(done.edits), *given.notes],
             findings=done.findings(self.settings.target),
             made_for=config_values(self.model.config),
-        )
+        ).beside(given.folder if files else None)
 
-    def outline(self, method: str) -> Plan:
+    def outline(self, method: str, given_back: Compensation | None = None) -> Plan:
         """A plan that leaves any units: sizes do not depend on which go where all layers keep as many.
 
         Args:
             method: its name.
+            given_back: as in `plan`.
 
         Raises:
             PlanError: as `plan`.
         """
-        return self.plan(method, self._no_scores())
+        return self.plan(method, self._no_scores(), given_back=given_back)
 
     def refuse_impossible(self, method: str) -> None:
         """What `plan` refuses whatever the scores are, for methods whose scores take long; it takes less than a plan.
@@ -156,13 +114,39 @@ class Prunable:
         Raises:
             PlanError: as `plan`.
         """
-        self._all_courses(self._no_scores()).refuse_impossible(method)
+        self._all_courses(self._no_scores(), Compensation(self.model)).refuse_impossible(method)
 
     def _no_scores(self) -> Scores:
         return {place: [0.0] * units for place, units in self.units.items()}
 
-    def _all_courses(self, scores: Scores) -> "_Courses":
-        return _Courses(self, [course for place in self._streams() for course in self._courses(*place, scores)])
+    def _all_courses(self, scores: Scores, given: Compensation) -> "_Courses":
+        courses = [course for place in self._streams() for course in self._courses(*place, scores)]
+        return _Courses(self, courses, given.edits)
+
+    def _notes_on_experts(self, edits: Sequence[Any]) -> Iterator[str]:
+        """What becomes of routing where few experts are left, or other numbers in some layers."""
+        fields, routing = self.body.fields.undotted, self.body.routing
+        if routing is None or not any(stream == "expert" for stream, _ in self.units):
+            return
+        said = [edit.values for edit in edits if isinstance(edit, SetConfig | ConfigureModule)]
+        named = [(name.rpartition(".")[2], value) for values in said for name, value in values.items()]
+        if lowered := sorted({value for name, value in named if name == fields.experts_per_token}):
+            fewer = " or ".join(map(str, lowered))
+            yield (
+                f"{fields.experts_per_token} goes from {routing.per_token} to {fewer}: where so few experts are left "
+                "to choose from, a token gets all of them."
+            )
+        if any(isinstance(edit, ConfigureModule) and fields.experts in edit.values for edit in edits):
+            if getattr(self.model.config, "output_router_logits", False):
+                raise PlanError(
+                    "Layers would have different numbers of experts, and the loss that balances them "
+                    "(output_router_logits) takes the same number in all. Set uniform = true, or that value of the "
+                    "config to false."
+                )
+            yield (
+                "Layers have different numbers of experts; the loss that balances them (output_router_logits) can't be "
+                "had."
+            )
 
     def _streams(self) -> list[tuple[Part, Stream]]:
         pairs = [(part, stream) for part in self.settings.chosen for stream in STREAMS[part]]
@@ -185,7 +169,9 @@ class Prunable:
         entries = self.body.sizes.units(stream, scope)
         assert entries is not None
         multiple = self.settings.multiple_of if stream in FEED_FORWARD else 1
-        return line((stream, scope), scores, self.units[stream, scope], entries, multiple)
+        routing = self.body.routing if stream == "expert" else None
+        apart, least = (routing.groups, routing.scored_by) if routing else (1, 1)
+        return line((stream, scope), scores, self.units[stream, scope], entries, multiple, apart, least)
 
 
 def prunable(model: PreTrainedModel, settings: Pruning) -> Prunable:
@@ -244,14 +230,17 @@ def pruning_example(model: PreTrainedModel) -> dict[str, Any]:
 class _Courses:
     """The courses of all streams that are pruned, and which states go together."""
 
-    def __init__(self, found: Prunable, courses: list[Course]) -> None:
-        self.found, self.courses, self.notes = found, courses, list[str]()
+    def __init__(self, found: Prunable, courses: list[Course], after: Sequence[Any]) -> None:
+        self.found, self.courses, self.after, self.notes = found, courses, after, list[str]()
+        self.kept: dict[Place, list[int]] = {}
+        """The units that stay, once it is known."""
 
     def removal(self, method: str, split: Split) -> Removal:
         """What is removed."""
         target = self.found.settings.target
         if target is None:
-            return removal(self.found.model, self._edits(self._asked()))
+            asked = self._asked()
+            return self._settled(removal(self.found.model, self._edits(asked)), asked)
         self._leave_what_stays()
         kinds = self._kinds()
         shared = split == "worth" and all(kinds)
@@ -319,7 +308,7 @@ class _Courses:
         """
         for place in places:
             found, states = next(self._most_left(gauge, states, place, states[place]), (found, states))
-        return found
+        return self._settled(found, states)
 
     def _most_left(
         self, gauge: Gauge, states: Sequence[int], place: int, last: int
@@ -349,11 +338,19 @@ class _Courses:
         shares = [course.share(state) for course, state in zip(self.courses, states, strict=True)]
         return max(shares) - min(shares)
 
-    def _edits(self, states: Sequence[int]) -> list[Any]:
+    def _settled(self, done: Removal, states: Sequence[int]) -> Removal:
+        self.kept = self._keep(states)
+        return done
+
+    def _keep(self, states: Sequence[int]) -> dict[Place, list[int]]:
         keep: dict[Place, list[int]] = {}
         for course, state in zip(self.courses, states, strict=True):
             keep |= course.keep(state) if state else {}
-        return cut(self.found.model, keep, part=self.found.settings.part).edits
+        return keep
+
+    def _edits(self, states: Sequence[int]) -> list[Any]:
+        done = cut(self.found.model, self._keep(states), part=self.found.settings.part)
+        return [*done.edits, *self.after]
 
     def _asked(self) -> list[int]:
         """The states for the shares and counts of the settings."""
@@ -400,13 +397,16 @@ class _Courses:
     def _whole(self, course: Course) -> str:
         smaller = self._sizes(course) - {course.left[0]}
         following = f" (the next possible: {max(smaller)})" if smaller else ", since no other number is possible"
+        routing = self.found.body.routing if course.name == "experts" else None
+        if routing is not None and routing.groups > 1 and not smaller:
+            following += f": {routing.groups} groups must keep at least {routing.scored_by} each"
         return f"all of {course.left[0]} {SETTINGS[course.stream]} would stay{following}"
 
     def _nearest_sizes(self, course: Course, size: int, sizes: Iterable[int]) -> str:
         """Why some number of units is none that can stay."""
         near = sorted(sorted(set(sizes) - {course.left[0]}, key=lambda other: abs(other - size))[:2])
         mend = " Prune hidden, too, or set uniform = false." * (course.name == "heads")
-        divided = course.name != "ffn" and size in course.left
+        divided = course.name not in ALONE and size in course.left
         return (
             f"{course.name} = {size}: that many of {course.left[0]} {SETTINGS[course.stream]} can't stay"
             f"{' beside the other widths' * divided}. The nearest possible: {' or '.join(map(str, near)) or 'none'}."
@@ -503,7 +503,7 @@ class _Courses:
         """The sizes of a course that the architecture takes, with some of its partner."""
         body, place = self.found.body, self._place(course.name)
         free = body.fields.head_dim is not None and not body.heads_divide_hidden_size
-        if free or course.name == "ffn" or place is None or self.courses[place] is not course:
+        if free or course.name in ALONE or place is None or self.courses[place] is not course:
             return set(course.left)
         return {course.left[pair[place]] for pair in self._pairs(self._states("heads"), self._states("hidden"))}
 
