@@ -84,8 +84,8 @@ def flops_per_token(
         if positions is None or sequence_length <= positions:
             raise
         raise ConfigError(
-            f"sequence_length: the model has positions for {positions:,} tokens and does not run on {sequence_length:,}. "
-            f"Give at most {positions:,}."
+            f"sequence_length: the model does not run on {sequence_length:,} tokens, and has positions for "
+            f"{positions:,}. Give at most these."
         ) from error
     return FlopsPerToken(forward=forward / units, sequence_length=sequence_length)
 

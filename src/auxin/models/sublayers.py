@@ -77,8 +77,8 @@ def refuse_shared(model: PreTrainedModel, outputs: Iterable[str]) -> None:
     for output in outputs:
         if len(same := names[model.get_submodule(output)]) > 1:
             raise PlanError(
-                f"{' and '.join(same)} are one module, which can't be taken out of one place alone. Give each layer its "
-                "own (copy.deepcopy)."
+                f"{' and '.join(same)} are one module, which can't be taken out of one place alone. Give each layer "
+                "its own (copy.deepcopy)."
             )
 
 
