@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from comparing import chosen_recipe, compared, interval, options
 from drawing import COLOURS, GREY, Point, scatter
-from measuring import chosen_clock
 from torch import Tensor
 from torch.optim import AdamW
 
 from auxin.accounting.comparison import BranchComparison, Comparison
 from auxin.accounting.inputs import example_inputs
+from auxin.accounting.latency import chosen_clock
 from auxin.models.loading import load_model
 from auxin.objectives.span_corruption import SpanCorruption
 from auxin.recipes import Recipe

@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import chosen_clock, machine, peak_bytes, quartiles
+from measuring import machine, peak_bytes, quartiles
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from auxin.accounting import count_parameters, flops_per_token
+from auxin.accounting.latency import chosen_clock
 from auxin.edits import apply
 from auxin.methods.grow.altup import AltUpSettings, plan_altup
 from auxin.nn.altup_updates import AltUp

@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks, peaks of memory, the machine, how repeated numbers are written, results on the
+"""What the benchmarks share: peaks of memory, the machine, how repeated numbers are written, results on the
 disk."""
 
 import argparse
@@ -20,18 +20,6 @@ from torch.profiler import ProfilerActivity, profile
 from auxin.accounting.ledger import software_versions
 from auxin.accounting.machine import describe_machine, processor_name
 from auxin.files import write_text
-
-
-def chosen_clock(device: str) -> tuple[str, Callable[[], float]]:
-    """A clock and its name: CPU time with one thread, so that a busy machine does not matter, else wall time."""
-    if device == "cuda":
-
-        def synchronised() -> float:
-            torch.cuda.synchronize()
-            return time.perf_counter()
-
-        return "wall", synchronised
-    return ("cpu", time.thread_time) if torch.get_num_threads() == 1 else ("wall", time.perf_counter)
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int:

@@ -27,9 +27,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import chosen_clock, machine, peak_bytes, quartiles
+from measuring import machine, peak_bytes, quartiles
 from torch import Tensor
 
+from auxin.accounting.latency import chosen_clock
 from auxin.nn.pattention import pattention
 
 SHAPES = [

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from auxin.accounting.ledger import software_versions
-from auxin.accounting.machine import describe_machine
+from auxin.accounting.machine import choose_device, describe_machine
 from auxin.settings import Settings
-from auxin.training.hardware import choose_device, choose_precision, peak_flops
+from auxin.training.hardware import choose_precision, peak_flops
 
 EXTRAS = {"lm_eval": "benchmarks of the field", "peft": "adapters", "torchao": "quantization", "gguf": "GGUF weights"}
 

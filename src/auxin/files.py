@@ -14,6 +14,14 @@ from auxin.locks import release, take
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp")
 
 
+def cache_folder(kind: str) -> Path:
+    """The folder of results of one kind that are kept for the next time: the environment's AUXIN_CACHE, else `auxin` in
+    the user's cache folder (XDG_CACHE_HOME, or ~/.cache), and in it `kind`."""
+    given = os.environ.get("AUXIN_CACHE")
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (Path(given) if given else user / "auxin") / kind
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 to `path` atomically: to a sibling, flushed to the disk, then renamed."""
     write_bytes(path, text.encode())

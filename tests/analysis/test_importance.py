@@ -14,7 +14,8 @@ from torch import Tensor
 
 from analysis.samples import Samples
 from auxin.analysis import measure, measure_all
-from auxin.analysis.importance import COLUMNS, Importance, Importances
+from auxin.analysis.importance import Importance, Importances
+from auxin.analysis.unit_scores import COLUMNS
 from auxin.edits import apply
 from auxin.errors import ConfigError, DataError, PlanError
 from auxin.methods import method

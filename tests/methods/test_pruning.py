@@ -366,7 +366,7 @@ def test_the_command_line_prunes_a_checkpoint(tmp_path):
         ("llama", {"ffn": 0.5, "streams": ["ffn"]}, "there is no target"),
         ("llama", {"target": {"parameters": 0.9}, "streams": ["vocabulary"]}, "streams"),
         ("llama", {"target": {"parameters": 0.9}, "streams": ["ffn", "ffn"]}, "more than once"),
-        ("llama", {"target": {}}, "exactly one of parameters and flops"),
+        ("llama", {"target": {}}, "exactly one of parameters, flops, latency"),
         ("llama", {"ffn": 6, "uniform": False}, "Give a share, or uniform = true"),
         ("llama", {"ffn": 1.0}, "nothing to prune: all of 12 intermediate_size would stay .the next possible: 11"),
         ("llama", {"ffn": 0.99}, "nothing to prune"),

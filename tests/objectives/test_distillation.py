@@ -218,6 +218,24 @@ def test_layers_are_paired_by_what_they_were_made_from():
     assert equal._pairs(student) == {0: 0, 1: 1}
 
 
+def test_units_are_compared_with_those_that_they_were_made_from():
+    student, teacher = tiny_llama(0, hidden_size=16).eval(), tiny_llama(1, hidden_size=32)
+    units = [3, *range(14), 31]
+    settings = Distillation(teacher="t", weight=0.0, hidden_states=2.0, layers={0: 1})
+    objective = settings.bind(student.config, DATA.form, {"t": Reference(teacher, "f", units=units)})
+    objective.training_flops(student)
+    inputs, seen = inputs_of(objective), []
+    layers = (student.model.layers[0], teacher.model.layers[1])
+    handles = [layer.register_forward_hook(lambda m, a, output: seen.append(output.detach())) for layer in layers]
+    with torch.no_grad():
+        plain, _ = student(**inputs).loss, teacher(**inputs)
+        ours, theirs = seen
+        expected = plain + 2 * squared_distance([ours.numpy()], [theirs[..., units].numpy()], [1, 1, 1])
+    for handle in handles:
+        handle.remove()
+    assert objective.loss(student, inputs).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_students_and_teachers_of_other_families_can_be_compared():
     student, teacher = tiny_llama(0), tiny_gpt2(1, dropout=0.0)
     objective = bound(student, teacher, hidden_states=1.0, attentions=1.0)

@@ -52,3 +52,37 @@ def squared_distance(student: list[np.ndarray], teacher: list[np.ndarray], targe
         by_sample = [float(np.mean((np.float64(a) - np.float64(b)) ** 2)) for a, b in zip(ours, theirs, strict=True)]
         found.append(sum(w * d for w, d in zip(targets, by_sample, strict=True)) / sum(targets))
     return float(np.mean(found))
+
+
+def relations(vectors: np.ndarray, heads: int, seen: list[list[int]]) -> list[list[np.ndarray]]:
+    """MiniLMv2's (arXiv 2012.15828): by relation head and place the softmax of the scaled products with the places that
+    it sees; vectors (places, width)."""
+    size = vectors.shape[1] // heads
+    found = []
+    for head in range(heads):
+        split = np.float64(vectors[:, head * size : (head + 1) * size])
+        rows = []
+        for place, others in enumerate(seen):
+            rows.append(softmax(np.array([split[place] @ split[other] / np.sqrt(size) for other in others])))
+        found.append(rows)
+    return found
+
+
+def relation_distance(
+    student: list[np.ndarray], teacher: list[np.ndarray], heads: int, seen: list[list[int]], counted: list[int]
+) -> float:
+    """Of one sample: KL(teacher || student), the sum over queries, keys and values, (places, width) each, of the mean
+    over relation heads and the counted places."""
+    total = 0.0
+    for ours, theirs in zip(student, teacher, strict=True):
+        q, p = relations(ours, heads, seen), relations(theirs, heads, seen)
+        for head in range(heads):
+            for place in counted:
+                ps, qs = p[head][place], q[head][place]
+                total += sum(a * (np.log(a) - np.log(b)) for a, b in zip(ps, qs, strict=True) if a > 0)
+    return float(total / heads / len(counted))
+
+
+def seen_places(places: int, causal: bool, real: list[int]) -> list[list[int]]:
+    """By place those that it sees: the real ones, of which a causal attention sees none behind it."""
+    return [[other for other in real if other <= place or not causal] or [place] for place in range(places)]

@@ -95,7 +95,7 @@ def test_any_nested_family_serves():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "exactly one of parameters and flops, not none"),
+        ({}, "exactly one of parameters, flops, latency and latency_ms, not none"),
         ({"parameters": 0.5, "flops": 0.5}, "not parameters and flops"),
         ({"parameters": 0}, "parameters"),
         ({"parameters": -0.5}, "parameters"),
@@ -105,7 +105,7 @@ def test_any_nested_family_serves():
         ({"flops": 1.5}, "flops = 1.5 is neither a share below 1 nor a whole number"),
         ({"parameters": 0.5, "sequence_length": 8}, "sequence_length says at which length flops are counted"),
         ({"flops": 0.5, "sequence_length": 0}, "sequence_length"),
-        ({"latency": 0.5}, "latency"),
+        ({"speed": 0.5}, "speed"),
     ],
 )
 def test_a_target_that_says_nothing_clear_is_refused(values, message):

@@ -26,9 +26,16 @@ def distilled(model, output, teacher: str, stop_after=None, references=None, ste
     return train(model, TinyData(), settings, output, stop_after=stop_after, references=references, progress=False)
 
 
-@pytest.mark.parametrize("objective", [{}, {"weight": 0.9, **LAYERS}], ids=["answers", "layers"])
-def test_pieces_end_in_the_bits_of_the_whole(tmp_path, objective):
-    teacher = teacher_in(tmp_path / "teacher", num_hidden_layers=4)
+WIDER = {"hidden_size": 48, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "objective"),
+    [({}, {}), ({}, {"weight": 0.9, **LAYERS}), (WIDER, {"relations": 1.0, "relation_heads": 2})],
+    ids=["answers", "layers", "relations"],
+)
+def test_pieces_end_in_the_bits_of_the_whole(tmp_path, sizes, objective):
+    teacher = teacher_in(tmp_path / "teacher", num_hidden_layers=4, **sizes)
     alone = distilled(tiny_gpt2(), tmp_path / "alone", teacher, **objective)
     distilled(tiny_gpt2(), tmp_path / "pieces", teacher, stop_after=3, **objective)
     pieces = distilled(tiny_gpt2(), tmp_path / "pieces", teacher, **objective)

@@ -3,8 +3,11 @@
 import os
 import platform
 from pathlib import Path
+from typing import Literal
 
 import torch
+
+from auxin.errors import ConfigError
 
 
 def describe_machine(threads: int | None = None) -> dict[str, str]:
@@ -58,3 +61,16 @@ def available_memory() -> int | None:
         if "MemAvailable" in told:
             return told["MemAvailable"] + told.get("SwapFree", 0)
     return memory_bytes()
+
+
+def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device to compute on.
+
+    Raises:
+        ConfigError: CUDA is asked for where there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: 'cuda' is asked for, but torch finds no CUDA device. Use 'auto' or 'cpu'.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device("cpu")

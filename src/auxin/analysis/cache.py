@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 from auxin.analysis.measurement import CalibrationData, Measurement, Result
 from auxin.edits.structure import config_values
 from auxin.errors import ConfigError
-from auxin.files import write_text
+from auxin.files import cache_folder, write_text
 from auxin.locks import LOCK_FILE, in_turn
 from auxin.models.fingerprint import add_weights
 from auxin.settings import Settings
@@ -93,11 +92,8 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
 
 def default_cache() -> Path:
-    """The folder of results that are kept: the environment's AUXIN_CACHE, else `auxin` in the user's cache folder
-    (XDG_CACHE_HOME, or ~/.cache), and in it `analysis`."""
-    if given := os.environ.get("AUXIN_CACHE"):
-        return Path(given) / "analysis"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "auxin" / "analysis"
+    """The folder of results that are kept, see `auxin.files.cache_folder`."""
+    return cache_folder("analysis")
 
 
 def cached(folder: Path, subject: Subject, result_type: type[Result]) -> Result | None:

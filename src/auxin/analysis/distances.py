@@ -49,13 +49,21 @@ def distance(name: Distance, reference: Tensor, changed: Tensor, labels: Tensor 
     if name == "perplexity":
         return loss(changed, labels) - loss(reference, labels)
     p, q = reference.log_softmax(dim=-1), changed.log_softmax(dim=-1)
-    # Both may be minus infinity, where a class is masked.
-    apart = torch.where(p == q, 0, q - p)
     if name == "kl":
-        return -torch.where(p == -math.inf, 0, p.exp() * apart).sum(-1).mean().item()
-    apart = apart.clamp(-_FARTHEST, _FARTHEST)
+        return divergence(p, q).mean().item()
+    apart = _apart(p, q).clamp(-_FARTHEST, _FARTHEST)
     middle = torch.log1p(torch.expm1(apart) / 2)  # log M - log P, to the last digit where the two are close
     return ((q.exp() * (apart - middle) - p.exp() * middle).sum(-1) / 2).mean().item()
+
+
+def divergence(reference: Tensor, changed: Tensor) -> Tensor:
+    """KL(P, Q) in nats, (...), of log-probabilities (..., classes)."""
+    return -torch.where(reference == -math.inf, 0, reference.exp() * _apart(reference, changed)).sum(-1)
+
+
+def _apart(reference: Tensor, changed: Tensor) -> Tensor:
+    # Both may be minus infinity, where a class is masked.
+    return torch.where(reference == changed, 0, changed - reference)
 
 
 def loss(logits: Tensor, labels: Tensor | None) -> float:

@@ -14,7 +14,6 @@ masks and rotary angles, about half of the work on average.
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,8 +21,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from auxin.accounting.inputs import without_cache
 from auxin.analysis.distances import DISTANCES, Distance, distance, loss
+from auxin.analysis.layer_outputs import LayerOutputs, logits_of, without_loss
 from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, Tap, kept_tokens
 from auxin.analysis.parts import SERIES, WHOLE
 from auxin.analysis.spread import Estimate, Spread
@@ -230,10 +229,7 @@ class RemovalObserver:
 
     def before(self, batch: Batch) -> None:
         """Run the model on the batch: whole, without what is removed, and without each candidate beside."""
-        # Of an encoder-decoder the labels are what its decoder reads; others would compute a loss that nobody wants.
-        needed = self._model.config.is_encoder_decoder
-        inputs = {name: value for name, value in batch.items() if name != "labels" or needed}
-        inputs |= without_cache(self._model)
+        inputs = without_loss(self._model, batch)
         kept = kept_tokens(self._model, batch, decoder=True)
         logits = self._runs.start(inputs, [])
         labels = label_rows(self._model, batch, kept, logits.shape)
@@ -286,40 +282,17 @@ class PrefixedRuns:
     def __init__(self, model: PreTrainedModel, layers: Sequence[str]) -> None:
         self._model = model
         self._layers = {path: model.get_submodule(path) for path in layers}
-        self._outputs: dict[str, Any] = {}
+        self._given = LayerOutputs(self._layers)
 
     def start(self, inputs: Mapping[str, Any], gone: Sequence[Candidate]) -> Tensor:
         """Run without `gone`, remember what each layer gives, and return the logits."""
-        self._outputs = {}
-        with contextlib.ExitStack() as stack:
-            for path, layer in self._layers.items():
-                stack.callback(layer.register_forward_hook(partial(self._note, path)).remove)
-            with self._masked(gone):
-                return self._logits(inputs)
+        with self._given.noted(), self._masked(gone):
+            return logits_of(self._model, self._model(**inputs))
 
     def without(self, inputs: Mapping[str, Any], gone: Sequence[Candidate], one: Candidate) -> Tensor:
         """The logits without `gone`, as at the start, and without `one`."""
-        with contextlib.ExitStack() as stack:
-            for path, output in self._outputs.items():  # in the order in which they ran
-                if path == one.layer:
-                    break
-                stack.enter_context(_instead(self._layers[path], lambda *_, output=output, **__: output))
-            with self._masked([*gone, one]):
-                return self._logits(inputs)
-
-    def _note(self, path: str, module: nn.Module, arguments: Any, output: Any) -> None:
-        if path in self._outputs:
-            raise PlanError(
-                f"{path} runs several times for one batch, so that it can't be removed once. Share no layers."
-            )
-        self._outputs[path] = output
-
-    def _logits(self, inputs: Mapping[str, Any]) -> Tensor:
-        output = self._model(**inputs)
-        logits = output.get("logits") if hasattr(output, "get") else None
-        if not isinstance(logits, Tensor):
-            raise PlanError(f"The {type(self._model).__name__} gives no logits to compare. Give a model with a head.")
-        return logits
+        with self._given.given_before(one.layer), self._masked([*gone, one]):
+            return logits_of(self._model, self._model(**inputs))
 
     @contextlib.contextmanager
     def _masked(self, gone: Sequence[Candidate]) -> Iterator[None]:
@@ -332,20 +305,6 @@ class PrefixedRuns:
                 else:
                     stack.callback(self._layers[one.layer].register_forward_hook(_input, with_kwargs=True).remove)
             yield
-
-
-@contextlib.contextmanager
-def _instead(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Within the context, `module` computes `forward`."""
-    own = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
 
 
 def _input(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:

@@ -8,7 +8,7 @@ have of the stream's width beside the layers (BERT's transform) is not among the
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from auxin.analysis.measurement import wide
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
+from auxin.nn.calls import computing
 from auxin.words.anatomy import Anatomy, LayerStack
 from auxin.words.paths import dotted
 from auxin.words.roles import ParameterRole, Segment
@@ -106,19 +107,23 @@ class Units:
     """Why units of some kind are not known to have places, by the kind's words."""
 
     @contextlib.contextmanager
-    def read_by(self, reader: Reader) -> Iterator[None]:
-        """Within the context, `reader` is told of what passes through all places."""
+    def read_by(self, reader: Reader, groups: Collection[Group] | None = None) -> Iterator[None]:
+        """Within the context, `reader` is told of what passes through all places, or those of some `groups` alone."""
+
+        def told(place: Place, rows: Rows) -> Tensor:
+            return reader(place, rows) if groups is None or place.group in groups else rows.values
+
+        places = [place for place in self.places if groups is None or place.group in groups]
         with contextlib.ExitStack() as stack:
-            for place in self.places:
+            for place in places:
                 if place.where == "input":
                     hook = partial(_through_input, place, reader)
                     stack.callback(place.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
                 elif place.where == "output":
                     stack.callback(place.module.register_forward_hook(partial(_through_output, place, reader)).remove)
-            inside = [place for place in self.places if place.where == "inside"]
-            for module in dict.fromkeys(place.module for place in inside):
-                within, behind = (place for place in inside if place.module is module)
-                stack.enter_context(_running(module, partial(_run_experts, module, within, behind, reader)))
+            for module in dict.fromkeys(place.module for place in places if place.where == "inside"):
+                within, behind = (place for place in self.places if place.where == "inside" and place.module is module)
+                stack.enter_context(computing(module, partial(_run_experts, module, within, behind, told)))
             yield
 
 
@@ -272,19 +277,6 @@ def _through_output(place: Place, reader: Reader, module: nn.Module, given: tupl
 
 def _through(place: Place, reader: Reader, values: Tensor) -> Tensor:
     return reader(place, Rows(flat := values.flatten(0, -2), len(flat))).view_as(values)
-
-
-@contextlib.contextmanager
-def _running(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Within the context, `module` computes by `forward`."""
-    own = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
 
 
 def _check_experts(module: nn.Module, path: str) -> None:

@@ -66,12 +66,12 @@ def analyse(
     as_json: AsJson = False,
 ) -> None:
     """Measure what a model's layers or units do, on source code of Python's standard library; the result is kept."""
+    from auxin.accounting.machine import choose_device
     from auxin.analysis import measure_all, measurements
     from auxin.analysis import measurement as find_measurement
     from auxin.models.loading import load_model
     from auxin.objectives.calibration import Calibration, CorpusCalibration
     from auxin.recipes.library import apply_override
-    from auxin.training.hardware import choose_device
 
     if output is not None and output.exists():
         raise ConfigError(f"--output: {output} exists. Give a folder that doesn't, or remove it.")

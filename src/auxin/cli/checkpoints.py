@@ -176,11 +176,11 @@ def _verify(folder: Path) -> None:
 def _load(checkpoint: Path) -> tuple[Any, Any]:
     """The model of a checkpoint, on the device that training would use, and its tokenizer."""
     from auxin import models  # noqa: F401 - registers the architectures
+    from auxin.accounting.machine import choose_device
     from auxin.data.tokenizer import load_tokenizer
     from auxin.edits import replay  # noqa: F401 - and the loading of edited models
     from auxin.sums import refuse_damaged_tensors
     from auxin.training import load_model
-    from auxin.training.hardware import choose_device
 
     refuse_damaged_tensors(checkpoint)
     return load_model(checkpoint, device=choose_device("auto")), load_tokenizer(checkpoint)

@@ -1,7 +1,7 @@
 """How a module is called: by which names its forward knows what it is given, and what happens around that."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,19 @@ def forward_arguments(module: nn.Module) -> tuple[str, ...]:
 def first_argument(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
     """The hidden states that a module was called with, by position or by name."""
     return arguments[0] if arguments else named.get("hidden_states", next(iter(named.values())))
+
+
+@contextmanager
+def computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the context, `module` computes `forward` when it is called; its hooks are called as before."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 @contextmanager

@@ -5,12 +5,17 @@ With student logits s and teacher logits t at a target, and a temperature T, the
     (1 - weight) * loss of the wrapped objective + weight * T^2 * KL(softmax(t / T) || softmax(s / T))
 
 which is Hinton et al. (arXiv 1503.02531, section 2; their cross-entropy and this KL have one gradient, and T^2 keeps
-its size whatever T is). To it are added, as they are asked for, `hidden_states` times the mean squared difference of
-the layers' outputs, the term of TinyBERT (arXiv 1909.10351, equation 8) without its learned projection, so that only
-equal widths can be compared; and `attentions` times that of their attention maps. TinyBERT's equation 7 takes the
-scores before the softmax; the maps are what all of transformers' models give. Layers are those that the changes between
-the two models made one of the other, as DistilBERT (arXiv 1910.01108) takes every second one; what is compared is the
-mean over layers, where TinyBERT sums.
+its size whatever T is). To it are added, as they are asked for,
+
+- `hidden_states` times the mean squared difference of the layers' outputs, the term of TinyBERT (arXiv 1909.10351,
+  equation 8) without its learned projection, so that only equal widths can be compared, or units that the changes
+  between the two models made of one another;
+- `attentions` times that of their attention maps, which need equally many heads. TinyBERT's equation 7 takes the scores
+  before the softmax; the maps are what all of transformers' models give;
+- `relations` times the distance of MiniLM, for models of any widths and numbers of heads: `auxin.objectives.relations`.
+
+Layers are those that the changes between the two models made one of the other, as DistilBERT (arXiv 1910.01108) takes
+every second one; what is compared is the mean over layers, where TinyBERT sums. Relations are those of one layer.
 """
 
 import contextlib
@@ -18,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -35,6 +40,7 @@ from auxin.objectives.layer_matching import (
     watched_layers,
 )
 from auxin.objectives.objective import Objective, Reference, References
+from auxin.objectives.relations import Relations
 from auxin.objectives.wrapping import Wrapping, WrappingSettings
 
 
@@ -52,18 +58,32 @@ class Distillation(WrappingSettings):
     weight: float = Field(default=0.5, ge=0, le=1)
     """Of the teacher's answers; the rest is that of the wrapped objective's own loss."""
     hidden_states: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Factor on the mean squared difference between the outputs of paired layers, which have to be equally wide."""
+    """Factor on the mean squared difference between the outputs of paired layers, which have to be equally wide; or the
+    student's units are cut or copied from the teacher's by the changes in between, and are compared with those."""
     attentions: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Factor on the mean squared difference between the attention maps of paired layers, which need equally many heads.
     While the student learns, attention of both models is computed eagerly, which is slower."""
     layers: dict[NonNegativeInt, NonNegativeInt] | None = None
     """Which layers are paired, student's first, counted from 0 and an encoder's before its decoder's. None: those that
     the changes between teacher and student made one of the other; where none are known, equal numbers."""
+    relations: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Factor on the divergence of the relations of tokens (MiniLMv2) in one attention of each model: of their queries,
+    of their keys and of their values among each other. Widths and numbers of heads may differ."""
+    relation_heads: PositiveInt | None = None
+    """Into how many relation heads queries, keys and values of both models are split, of which it has to divide the
+    widths; more of them say more, and take memory each. None: the greatest number that divides the numbers of heads,
+    those of keys and values too, of both."""
+    relation_layers: tuple[NonNegativeInt, NonNegativeInt] | None = None
+    """The layers whose relations are compared, the student's and the teacher's, numbered as in `layers`. None: the
+    last of each."""
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> Self:
         if self.layers is not None and not (self.hidden_states or self.attentions):
             raise ValueError("layers says what hidden_states and attentions compare, and both are 0. Leave it out")
+        for name in ("relation_heads", "relation_layers"):
+            if getattr(self, name) is not None and not self.relations:
+                raise ValueError(f"{name} says what relations compares, which is 0. Leave it out, or set relations: 1")
         if self.objective.references():
             raise ValueError(
                 f"objective: {self.objective.kind!r} goes by another model itself. Give one that does not, such as "
@@ -74,7 +94,7 @@ class Distillation(WrappingSettings):
     @property
     def asks_the_teacher(self) -> bool:
         """Whether anything of the teacher's counts."""
-        return bool(self.weight or self.hidden_states or self.attentions)
+        return bool(self.weight or self.hidden_states or self.attentions or self.relations)
 
     def references(self) -> tuple[str, ...]:
         """The teacher."""
@@ -145,8 +165,11 @@ class DistillationObjective(Wrapping):
             told = self.teacher(**inputs, **self.call, **maps)
         if settings.weight:
             loss = loss + settings.weight * self.soft_loss(answers[-1].logits, told.logits, inputs)
+        weights, mask = self.sample_targets(inputs), inputs.get("attention_mask")
         if watch.pairs:
-            loss = loss + watch.distance(settings, answers[-1], told, self.sample_targets(inputs), inputs)
+            loss = loss + watch.distance(settings, answers[-1], told, weights, mask)
+        if watch.relations is not None:
+            loss = loss + settings.relations * watch.relations(weights, mask)
         return loss
 
     def soft_loss(self, logits: Tensor, told: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -174,7 +197,8 @@ class DistillationObjective(Wrapping):
             raise ConfigError(f"objective: teacher: {self.settings.teacher!r}: {error}") from error
 
     def training_flops(self, model: nn.Module) -> float:
-        """FLOPs of learning from one sample: the wrapped objective's, and the teacher's forward pass.
+        """FLOPs of learning from one sample: the wrapped objective's, the teacher's forward pass, and the products that
+        relations are.
 
         Raises:
             ConfigError: layers that are to be compared can't be.
@@ -183,8 +207,10 @@ class DistillationObjective(Wrapping):
         if pairs := self._pairs(model):
             assert isinstance(model, PreTrainedModel)
             hidden, attentions = bool(self.settings.hidden_states), bool(self.settings.attentions)
-            check_shapes(model, self.teacher, pairs, inputs, hidden, attentions)
+            check_shapes(model, self.teacher, pairs, inputs, hidden, attentions, self.reference.units)
         asked = forward_flops(self.teacher, inputs) if self.settings.asks_the_teacher else 0.0
+        if (relations := self._relations(model)) is not None:
+            asked += relations.flops(inputs)
         return self.wrapped.training_flops(model) + asked
 
     def describe(self) -> dict[str, str]:
@@ -204,7 +230,7 @@ class DistillationObjective(Wrapping):
             if self.settings.attentions:
                 for either in (model, self.teacher):
                     stack.enter_context(eager_attention(either))
-            self._watch = _Watch(model, self.teacher, self._pairs(model), stack)
+            self._watch = _Watch(model, self.reference, self._pairs(model), self._relations(model), stack)
             try:
                 yield
             finally:
@@ -217,25 +243,36 @@ class DistillationObjective(Wrapping):
         assert isinstance(model, PreTrainedModel)
         return paired_layers(model, self.teacher, self.settings.layers, self.reference.layers)
 
+    def _relations(self, model: nn.Module) -> Relations | None:
+        """What is compared of one attention of each; None where nothing is."""
+        if not self.settings.relations:
+            return None
+        assert isinstance(model, PreTrainedModel)
+        return Relations(model, self.teacher, self.settings.relation_layers, self.settings.relation_heads)
+
 
 class _Watch:
-    """Listens to the paired layers of two models."""
+    """Listens to the paired layers of two models, and to the attentions whose relations are compared."""
 
     def __init__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel, pairs: dict[int, int], stack: contextlib.ExitStack
+        self,
+        student: PreTrainedModel,
+        reference: Reference,
+        pairs: dict[int, int],
+        relations: Relations | None,
+        stack: contextlib.ExitStack,
     ) -> None:
-        self.student, self.teacher, self.pairs = student, teacher, pairs
+        self.student, self.reference, self.pairs = student, reference, pairs
         self.ours = stack.enter_context(watched_layers(student, list(pairs))) if pairs else {}
-        self.theirs = stack.enter_context(watched_layers(teacher, list(pairs.values()))) if pairs else {}
+        self.theirs = stack.enter_context(watched_layers(reference.model, list(pairs.values()))) if pairs else {}
+        self.relations = None if relations is None else stack.enter_context(relations.watched())
 
-    def distance(
-        self, settings: Distillation, answer: Any, told: Any, weights: Tensor, inputs: Mapping[str, Tensor]
-    ) -> Tensor:
+    def distance(self, settings: Distillation, answer: Any, told: Any, weights: Tensor, mask: Tensor | None) -> Tensor:
         """What the layers of the run before add to the loss."""
-        pairs, mask = self.pairs, inputs.get("attention_mask")
-        maps = bool(settings.attentions)
+        pairs, maps = self.pairs, bool(settings.attentions)
         ours = layers_of(self.student, self.ours, answer if maps else None, list(pairs), "student")
-        theirs = layers_of(self.teacher, self.theirs, told if maps else None, list(pairs.values()), "teacher")
+        theirs = layers_of(self.reference.model, self.theirs, told if maps else None, list(pairs.values()), "teacher")
+        theirs = theirs.of_units(self.reference.units)
         device = next(iter(ours.hidden.values())).device
         weights = weights.to(device)
         total = torch.zeros((), device=device)

@@ -6,8 +6,8 @@ Attentions are the maps after the softmax, and after the dropout of a model that
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,12 @@ class Layers:
     """(samples, places, width) each."""
     attentions: dict[int, Tensor]
     """(samples, heads, places, places looked at) each."""
+
+    def of_units(self, units: Sequence[int] | None) -> Self:
+        """The same with these units of the hidden states alone, in this order; None: all."""
+        if units is None:
+            return self
+        return replace(self, hidden={number: states[..., list(units)] for number, states in self.hidden.items()})
 
 
 def paired_layers(
@@ -103,6 +109,7 @@ def check_shapes(
     inputs: Mapping[str, Any],
     hidden: bool,
     attentions: bool,
+    units: Sequence[int] | None = None,
 ) -> None:
     """Refuse models whose paired layers can't be subtracted from each other; nothing is computed.
 
@@ -111,6 +118,7 @@ def check_shapes(
         pairs: by a layer's number in the student, the teacher's.
         inputs: keyword arguments of a call of either.
         hidden, attentions: what is compared.
+        units: by a unit of the student's hidden states that of the teacher's which it is compared with; None: its own.
 
     Raises:
         ConfigError: widths, numbers of heads or numbers of places differ, or a model gives no maps.
@@ -118,12 +126,13 @@ def check_shapes(
     ours = _shapes(student, list(pairs), inputs, attentions, "student")
     theirs = _shapes(teacher, list(pairs.values()), inputs, attentions, "teacher")
     for layer, other in pairs.items():
-        found = tuple(ours.hidden[layer].shape), tuple(theirs.hidden[other].shape)
+        told = tuple(theirs.hidden[other].shape)
+        found = tuple(ours.hidden[layer].shape), told if units is None else (*told[:-1], len(units))
         if hidden and found[0] != found[1]:
             raise ConfigError(
                 f"hidden_states: layer {layer} of the student gives {_states(found[0])}, and layer {other} of the "
                 f"teacher {_states(found[1])}: only equal ones can be compared. Set hidden_states: 0, give a "
-                "teacher of the student's width, or pair other layers."
+                "teacher of the student's width, pair other layers, or ask for relations, which no width has a part in."
             )
         if not attentions:
             continue
@@ -185,26 +194,33 @@ def mean_squared_distance(
 ) -> Tensor:
     """The mean squared difference of paired tensors, the mean over the pairs, float32.
 
-    Every sample weighs as much as `weights` says and every place of it the same, so that parts of a batch, weighed by
-    the sum of their weights, make up the whole.
-
     Args:
         ours, theirs: by a layer's number, (samples, places, width) or (samples, heads, places, places looked at).
         pairs: by a layer's number on our side, that on theirs.
-        weights: (samples,).
-        mask: (samples, places), 0 at places that are padding; None: none is. Tensors of another number of places, such
-            as a decoder's beside an encoder's mask, have none either.
+        weights, mask: see `mean_by_sample`.
     """
-    total = weights.sum()
     parts = []
     for layer, other in pairs.items():
         squared = (ours[layer].float() - theirs[other].float()).square()
         # The mean over all but samples and places, whatever comes between.
         by_place = squared.mean(-1) if squared.dim() == 3 else squared.mean((1, 3))
-        if mask is None or mask.shape != by_place.shape:
-            by_sample = by_place.mean(1)
-        else:
-            real = mask.to(by_place.dtype)
-            by_sample = (by_place * real).sum(1) / real.sum(1)
-        parts.append((by_sample * weights).sum() / total)
+        parts.append(mean_by_sample(by_place, weights, mask))
     return torch.stack(parts).mean()
+
+
+def mean_by_sample(by_place: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of what there is at each place, in which every sample weighs as much as `weights` says and every place
+    of it the same, so that parts of a batch, weighed by the sum of their weights, make up the whole.
+
+    Args:
+        by_place: (samples, places).
+        weights: (samples,).
+        mask: (samples, places), 0 at places that are padding; None: none is. Tensors of another number of places, such
+            as a decoder's beside an encoder's mask, have none either.
+    """
+    if mask is None or mask.shape != by_place.shape:
+        by_sample = by_place.mean(1)
+    else:
+        real = mask.to(by_place.dtype)
+        by_sample = (by_place * real).sum(1) / real.sum(1)
+    return (by_sample * weights).sum() / weights.sum()

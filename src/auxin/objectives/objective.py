@@ -6,7 +6,7 @@ what kind of model can learn this. Bound to a model's config and to what the dat
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +46,9 @@ class Reference:
     layers: Mapping[int, int] | None = None
     """By a layer's number in the model that learns, the layer of this model that it was made from by the changes in
     between; None where no changes are known to lie between them. Layers are numbered as by `layer_paths`."""
+    units: Sequence[int] | None = None
+    """By a unit's number in the residual stream of the model that learns, the unit of this model's that it was made
+    from; None where they are the same ones, some were made from none, or that is not known."""
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)

@@ -6,17 +6,20 @@ from itertools import takewhile
 from transformers import PreTrainedModel
 
 from auxin.accounting import Ledger
-from auxin.edits import CentreParameter, PadParameter, Plan, ScaleParameter
+from auxin.edits import AverageRows, CentreParameter, PadParameter, Plan, ScaleParameter, SliceParameter
 from auxin.edits.origin import Joined, Made, Origin
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.structure import config_from_values, edited_skeleton
 from auxin.errors import ConfigError, PlanError
+from auxin.models.anatomy import anatomy
 from auxin.models.layers import layer_paths
 
 OldShapes = dict[str, tuple[int, ...]]
 """By a parameter's name the shape of its old entries, which are the first ones along every axis."""
 KEEPS_IN_FRONT = (PadParameter, ScaleParameter, CentreParameter)
 """Edits after which the old entries of a parameter are its first ones."""
+KEEPS_UNITS = (PadParameter, SliceParameter, ScaleParameter, AverageRows)
+"""Edits after which the entries along the axes that are not theirs are what they were."""
 
 
 def changes_since_training(ledger: Ledger) -> list[Plan]:
@@ -91,31 +94,91 @@ def changes_between(ancestor: Ledger, descendant: Ledger) -> list[Plan] | None:
     return [Plan.model_validate(record.plan) for record in new[shared:] if record.plan is not None]
 
 
-def layers_made_from(plans: Sequence[Plan], model: PreTrainedModel) -> dict[int, int]:
-    """By a layer's number in what `plans` make of `model`, the layer of `model` that it was made from.
+def resolved_in_turn(plans: Sequence[Plan], model: PreTrainedModel) -> list[ResolvedPlan]:
+    """What each of `plans`, applied one after the other to `model`, makes of what those before it left.
+
+    Raises:
+        PlanError: a plan does not fit.
+    """
+    found: list[ResolvedPlan] = []
+    for plan in plans:
+        found.append(resolve(plan.edits, found[-1].after if found else model))
+    return found
+
+
+def layers_made_from(changes: Sequence[ResolvedPlan], model: PreTrainedModel) -> dict[int, int]:
+    """By a layer's number in what `changes` make of `model`, the layer of `model` that it was made from.
 
     A layer was made from another one if all its parameters that come from layers come from that one: kept, cut, padded,
     or made anew out of its own. Copies were all made from the layer that they are copies of; layers that are new, or
     blended of several, from none.
 
     Args:
-        plans: applied one after the other.
+        changes: as by `resolved_in_turn`.
         model: the model before; its weights are not looked at.
 
     Raises:
-        PlanError: a plan does not fit, or the layers of the architecture are not known.
+        PlanError: the layers of the architecture are not known.
     """
     found = {number: number for number in range(len(layer_paths(model)))}
-    for plan in plans:
-        resolved = resolve(plan.edits, model)
-        found = {new: found[old] for new, old in _sources(resolved, model).items() if old in found}
-        model = resolved.after
+    for change in changes:
+        found = {new: found[old] for new, old in _sources(change).items() if old in found}
     return found
 
 
-def _sources(resolved: ResolvedPlan, model: PreTrainedModel) -> dict[int, int]:
-    """The same for one plan."""
-    before, after = _Numbers(model), _Numbers(resolved.after)
+def units_made_from(changes: Sequence[ResolvedPlan], model: PreTrainedModel) -> tuple[int, ...] | None:
+    """By a unit's number in the residual stream of what `changes` make of `model`, the unit of `model` that it was made
+    from: those that were left by a cut, or that copies are of. None where they are the same ones, or some come from
+    none, as padding does, or from several.
+
+    Args:
+        changes: as by `resolved_in_turn`.
+        model: the model before; its weights are not looked at.
+
+    Raises:
+        PlanError: the architecture's anatomy is not known, or no parameter tells.
+    """
+    same = found = tuple(range(anatomy(model).sizes.residual))
+    for change in changes:
+        old = _old_units(change)
+        if old is None:
+            return None
+        found = tuple(found[unit] for unit in old)
+    return None if found == same else found
+
+
+def _old_units(change: ResolvedPlan) -> list[int] | None:
+    """The same for one plan: a parameter that writes the residual and came through tells it of all, as there is one
+    stream."""
+    body = anatomy(change.after)
+    for name, origin in change.origins.items():
+        role = next((role for role in body.roles if role.matches(name)), None)
+        if role is None or origin.kept is None:
+            continue
+        for axis, segments in enumerate(role.axes):
+            if role.access[axis] == "writes" and [segment.stream for segment in segments] == ["residual"]:
+                return _followed(origin, axis)
+    raise PlanError("No parameter that writes the residual stream was there before the change and is after it.")
+
+
+def _followed(origin: Origin, axis: int) -> list[int] | None:
+    """By an entry of a parameter along `axis` the old one that it was; None where one was none, or several."""
+    entries = list(range(origin.source_shape[axis]))
+    for step in origin.steps:
+        edit = step.edit
+        if isinstance(edit, SliceParameter) and edit.axis == axis:
+            chosen = [unit * edit.unit + entry for unit in edit.index for entry in range(edit.unit)]
+            if min(chosen) < 0:
+                return None
+            entries = [entries[place] for place in chosen]
+        elif getattr(edit, "axis", None) == axis or not isinstance(edit, KEEPS_UNITS):
+            return None
+    return entries
+
+
+def _sources(resolved: ResolvedPlan) -> dict[int, int]:
+    """By a layer's number after one plan, that of the layer before which it was made from."""
+    before, after = _Numbers(resolved.before), _Numbers(resolved.after)
     sources: dict[int, set[int]] = {}
     for name, origin in resolved.origins.items():
         new = after.layer_of(name)

@@ -11,11 +11,12 @@ one, query heads go alone. In every layer something stays.
 
 Shares are rounded up to the next size that there is. A target takes from all chosen streams alike: the next unit goes
 from the stream of which, without it, the largest share is left; at the end the smallest units make up the difference,
-so that no unit more could stay.
+so that no unit more could stay. Where the scores of heads and feed-forward units are of one kind, a method may have it
+take so that the least of them is lost (`auxin.planning.shared_limit`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import floor
 from typing import Any, Literal, Self
@@ -28,7 +29,8 @@ from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.planning.cutting import cut, narrowest_scopes
-from auxin.planning.target import Removal, Target, least_removal, removal
+from auxin.planning.shared_limit import Shared
+from auxin.planning.target import Gauge, Removal, Target, least_removal, removal
 from auxin.planning.unit_order import Course, Line, Place, Scores, alike, line, ranked
 from auxin.planning.width_targets import example_tower, refuse_without_tower
 from auxin.settings import Settings
@@ -38,6 +40,7 @@ from auxin.words.widths import FEED_FORWARD, SETTINGS, Stream
 
 Part = Literal["heads", "ffn", "hidden"]
 STREAMS: dict[Part, tuple[Stream, ...]] = {"heads": ("query",), "ffn": FEED_FORWARD, "hidden": ("residual",)}
+Split = Literal["alike", "worth"]
 DEFAULT: tuple[Part, ...] = ("heads", "ffn")
 """What a target shrinks where nothing else is said."""
 
@@ -53,7 +56,7 @@ class Pruning(Settings):
     hidden: StrictInt | StrictFloat | None = Field(default=None, gt=0)
     """Units of the residual that stay, the same in all layers."""
     target: Target | None = None
-    """How small the model shall be, instead: `target.parameters` or `target.flops`."""
+    """How small or fast the model shall be, instead: `target.parameters`, `target.flops` or `target.latency`."""
     streams: list[Part] | None = Field(default=None, min_length=1)
     """What the target takes from; None: heads and feed-forward units, where they can go."""
     uniform: bool = True
@@ -107,20 +110,22 @@ class Prunable:
     """How many units can go on their own, by place: what is to be scored. Of "query" they are key-value groups, or the
     query heads of a single key-value head."""
 
-    def plan(self, method: str, scores: Scores, seed: int = 0) -> Plan:
+    def plan(self, method: str, scores: Scores, seed: int = 0, split: Split = "alike") -> Plan:
         """The plan that leaves the units with the highest scores.
 
         Args:
             method: its name.
             scores: by place, or by narrower places within.
             seed: of the plan.
+            split: how a target takes from heads and feed-forward units: from all streams "alike", or so that the sum of
+                the scores that stay is largest ("worth").
 
         Raises:
             PlanError: scores that are missing or not finite, sizes that the architecture can't have, a target that
                 can't be met, or nothing to prune.
         """
-        found = _Courses(self, [course for place in self._streams() for course in self._courses(*place, scores)])
-        done = found.removal(method)
+        found = self._all_courses(scores)
+        done = found.removal(method, split)
         return Plan(
             method=method,
             settings=self.settings.model_dump(mode="json", exclude_defaults=True),
@@ -128,7 +133,7 @@ class Prunable:
             seed=seed,
             edits=list(done.edits),
             notes=found.notes,
-            findings=[f"Reached: {done.reached(self.settings.target)}"],
+            findings=done.findings(self.settings.target),
             made_for=config_values(self.model.config),
         )
 
@@ -141,7 +146,24 @@ class Prunable:
         Raises:
             PlanError: as `plan`.
         """
-        return self.plan(method, {place: [0.0] * units for place, units in self.units.items()})
+        return self.plan(method, self._no_scores())
+
+    def refuse_impossible(self, method: str) -> None:
+        """What `plan` refuses whatever the scores are, for methods whose scores take long; it takes less than a plan.
+
+        Args:
+            method: its name.
+
+        Raises:
+            PlanError: as `plan`.
+        """
+        self._all_courses(self._no_scores()).refuse_impossible(method)
+
+    def _no_scores(self) -> Scores:
+        return {place: [0.0] * units for place, units in self.units.items()}
+
+    def _all_courses(self, scores: Scores) -> "_Courses":
+        return _Courses(self, [course for place in self._streams() for course in self._courses(*place, scores)])
 
     def _streams(self) -> list[tuple[Part, Stream]]:
         pairs = [(part, stream) for part in self.settings.chosen for stream in STREAMS[part]]
@@ -226,29 +248,53 @@ class _Courses:
     def __init__(self, found: Prunable, courses: list[Course]) -> None:
         self.found, self.courses, self.notes = found, courses, list[str]()
 
-    def removal(self, method: str) -> Removal:
+    def removal(self, method: str, split: Split) -> Removal:
         """What is removed."""
-        model, target = self.found.model, self.found.settings.target
+        target = self.found.settings.target
         if target is None:
-            return removal(model, self._edits(self._asked()))
+            return removal(self.found.model, self._edits(self._asked()))
+        self._leave_what_stays()
+        kinds = self._kinds()
+        shared = split == "worth" and all(kinds)
+        chain = self._by_worth(target, kinds) if shared else self._chain(range(len(self.courses)))
+        found = self._least(target, chain, method)
+        chain = chain[: found.amount]
+        gauge = found.gauge
+        assert gauge is not None
+        if shared:
+            done = self._filled(gauge, found, chain[-1], sorted(kinds[1]) if len(kinds[1]) > 1 else ())
+        else:
+            done = self._exactly(gauge, chain, found)
+        return replace(done, gauge=gauge)
+
+    def refuse_impossible(self, method: str) -> None:
+        """PlanError for what can't be removed, or not so much of it."""
+        target = self.found.settings.target
+        if target is None:
+            self._edits(self._asked())
+            return
+        self._leave_what_stays()
+        self._least(target, self._chain(range(len(self.courses)))[-1:], method)
+
+    def _leave_what_stays(self) -> None:
         self.courses = [course for course in self.courses if self._can_go(course)]
         if not self.courses:
             raise PlanError(f"Nothing of what a target takes from by itself can go. {' '.join(self.notes)}")
-        chain = self._chain()
+
+    def _least(self, target: Target, chain: Sequence[Sequence[int]], method: str) -> Removal:
+        model = self.found.model
         try:
-            found = least_removal(model, target, lambda amount: self._edits(chain[amount - 1]), len(chain), method)
+            return least_removal(model, target, lambda amount: self._edits(chain[amount - 1]), len(chain), method)
         except PlanError as error:
             raise PlanError(" ".join([str(error), *self.notes])) from error
-        assert found.amount is not None
-        return self._exactly(target, chain[: found.amount], found)
 
-    def _exactly(self, target: Target, chain: Sequence[list[int]], found: Removal) -> Removal:
+    def _exactly(self, gauge: Gauge, chain: Sequence[list[int]], found: Removal) -> Removal:
         """The removal that leaves no room for one unit more. A step of the chain may be one of large units, which goes
         further than it had to: then as many of the smallest stay as there is room for, with that step or without it,
         whichever leaves shares that are more alike; and of the others what there is still room for.
 
         Args:
-            target: what is asked for.
+            gauge: tells whether what is asked for is met.
             chain: ever smaller states; the last alone meets the target.
             found: what the last removes.
         """
@@ -256,26 +302,36 @@ class _Courses:
         before = chain[-2] if len(chain) > 1 else [0] * len(self.courses)
         options = [(found, chain[-1])]
         for states in (before, chain[-1]):
-            options += self._most_left(target, states, places[0], len(self.courses[places[0]].left) - 1)
+            options += self._most_left(gauge, states, places[0], len(self.courses[places[0]].left) - 1)
         found, states = min(options[1:] or options, key=lambda option: self._unlike(option[1]))
-        for place in places[1:]:
-            found, states = next(self._most_left(target, states, place, states[place]), (found, states))
+        return self._filled(gauge, found, states, places[1:])
+
+    def _filled(self, gauge: Gauge, found: Removal, states: Sequence[int], places: Iterable[int]) -> Removal:
+        """What is removed where of the courses at some places, one after the other, as much stays as there is room for.
+
+        Args:
+            gauge: tells whether what is asked for is met.
+            found: what is removed.
+            states: of all courses, to which that comes.
+            places: of courses.
+        """
+        for place in places:
+            found, states = next(self._most_left(gauge, states, place, states[place]), (found, states))
         return found
 
     def _most_left(
-        self, target: Target, states: Sequence[int], place: int, last: int
+        self, gauge: Gauge, states: Sequence[int], place: int, last: int
     ) -> Iterator[tuple[Removal, list[int]]]:
         """What is removed where of the course at `place` as much is left as the target has room for, and the states; up
         to its state `last`. Nothing where none of them meets it."""
-        model, limit = self.found.model, target.limit(target.of(self.found.model))
         every = [[*states[:place], state, *states[place + 1 :]] for state in range(last + 1)]
         tries = [tried for tried in every if any(tried) and self._together(tried, tried)]
         met: tuple[Removal, list[int]] | None = None
         low, high = 0, len(tries)
         while low < high:
             middle = (low + high) // 2
-            done = removal(model, self._edits(tries[middle]))
-            if target.of(done.after) <= limit:
+            done = removal(self.found.model, self._edits(tries[middle]))
+            if gauge.of(done) <= gauge.limit:
                 met, high = (done, tries[middle]), middle
             else:
                 low = middle + 1
@@ -359,12 +415,25 @@ class _Courses:
             return f" Or ask for {apart}."
         return f" Prune hidden, too (hidden = {(residual - 1) // size * size}), or ask for {apart}."
 
-    def _chain(self) -> list[list[int]]:
-        """Ever smaller states of all courses, by one step of one stream at a time where they go alone."""
+    def _kinds(self) -> list[dict[int, Course]]:
+        """The courses of heads, and those of others, by place."""
+        courses = dict(enumerate(self.courses))
+        heads = {place: course for place, course in courses.items() if course.name == "heads"}
+        return [heads, {place: course for place, course in courses.items() if place not in heads}]
+
+    def _by_worth(self, target: Target, kinds: Sequence[Mapping[int, Course]]) -> list[list[int]]:
+        """Ever smaller states with the heads with which the least is lost."""
+        found = self.found
+        shared = Shared(found.model, found.body, found.units, found.settings.part)
+        return shared.chain(target, kinds, [[[0] * len(self.courses), *self._chain(kind)] for kind in kinds])
+
+    def _chain(self, places: Iterable[int]) -> list[list[int]]:
+        """Ever smaller states of some courses, by one step of one stream at a time where they go alone; the others stay
+        as they are."""
         steps = sorted(
-            (-course.share(state), place, state)
-            for place, course in enumerate(self.courses)
-            for state in range(1, len(course.left))
+            (-self.courses[place].share(state), place, state)
+            for place in places
+            for state in range(1, len(self.courses[place].left))
         )
         chain, wanted = [[0] * len(self.courses)], [0] * len(self.courses)
         for _, place, state in steps:

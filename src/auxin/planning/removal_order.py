@@ -4,6 +4,7 @@ The parts of a longer list are those of a shorter one and more, so that one orde
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from math import ceil, floor
 from typing import Self
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from auxin.edits import Edit, Plan
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
-from auxin.planning.target import Target, removal
+from auxin.planning.target import Gauge, Target, removal
 from auxin.settings import Settings
 
 Edits = Callable[[Sequence[str]], list[Edit]]
@@ -27,7 +28,7 @@ class HowMuch(Settings):
     removed: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """How many of the candidates go: a share of them below 1 (0.25), rounded down, otherwise their number."""
     target: Target | None = None
-    """How small the model is to be; the first step that meets it is the last one."""
+    """How small or fast the model is to be; the first step that meets it is the last one."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -83,22 +84,23 @@ class HowMuch(Settings):
         return f", and {spared} are spared until more than {spared} others are gone" if count else ""
 
 
-def _refuse_impossible(model: PreTrainedModel, wanted: HowMuch, offered: Mapping[str, str], edits: Edits) -> None:
-    """PlanError when no number of removals is what was asked for."""
+def _gauge(model: PreTrainedModel, wanted: HowMuch, offered: Mapping[str, str], edits: Edits) -> Gauge | None:
+    """What tells whether a target is met, where there is one; PlanError when no number of removals is what was asked
+    for."""
     wanted.count(offered)
     if (target := wanted.target) is None:
-        return
-    have = target.of(model)
-    limit = target.limit(have)
-    if have <= limit:
+        return None
+    gauge = Gauge(target, model)
+    if gauge.have <= gauge.limit:
         raise PlanError(f"{target}: the model is no larger, so that nothing has to go. Ask for less.")
     most = wanted.most(offered)
-    smallest = target.of(removal(model, edits(most)).after) if most else have
-    if smallest > limit:
+    smallest = gauge.of(removal(model, edits(most))) if most else gauge.have
+    if smallest > gauge.limit:
         raise PlanError(
-            f"{target} asks for at most {int(limit):,} of {have:,.0f}, and with all gone that can go "
-            f"{smallest:,.0f} would be left. Ask for at least that."
+            f"{target} asks for at most {target.in_words(gauge.limit)} of {target.in_words(gauge.have)}, and with all "
+            f"gone that can go {target.in_words(smallest)} would be left. Ask for at least that."
         )
+    return gauge
 
 
 def last_ones(offered: Mapping[str, str], gone: Iterable[str]) -> set[str]:
@@ -137,7 +139,7 @@ def taken(
     Raises:
         PlanError: no number of removals is what was asked for, before anything is drawn; or the order ends before.
     """
-    _refuse_impossible(model, wanted, offered, edits)
+    gauge = _gauge(model, wanted, offered, edits)
     count, target = wanted.count(offered), wanted.target
     gone: list[str] = []
     words: list[str] = []
@@ -147,16 +149,14 @@ def taken(
         if count is not None and len(gone) < count:
             continue
         found = removal(model, edits(gone))
-        if target is None or target.of(found.after) <= target.limit(target.of(found.before)):
+        if gauge is None or gauge.of(found) <= gauge.limit:
+            reached, *figures = replace(found, gauge=gauge).findings(target)
             return Plan(
                 method=method,
                 settings=wanted.model_dump(mode="json", exclude_defaults=True),
                 promise="none",
                 edits=list(found.edits),
-                findings=[
-                    f"Reached: {found.reached(target)}",
-                    f"Removed, in this order: {', '.join(words)}.",
-                ],
+                findings=[reached, f"Removed, in this order: {', '.join(words)}.", *figures],
                 made_for=config_values(model.config),
             )
     raise PlanError(

@@ -1,81 +1,180 @@
 """How small a model shall be, and the least removal that gets there, told from shapes alone."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import ceil
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
 from auxin.accounting import count_parameters, flops_per_token
-from auxin.accounting.inputs import counted_length, unit_of_cost
+from auxin.accounting.inputs import counted_length, text_positions, unit_of_cost
+from auxin.accounting.latency import Conditions, Phase
 from auxin.edits.resolution import resolve
 from auxin.errors import ConfigError, PlanError
+from auxin.planning.latency import LatencyTable, in_milliseconds
 from auxin.settings import Settings
 
 LONGEST = 1024
 """Tokens at which FLOPs are counted at most where nothing else is said, as in the tables of plans."""
+SIZES = ("parameters", "flops", "latency", "latency_ms")
+OF_LATENCY = ("phase", "batch_size", "device")
 
 
 class Target(Settings):
-    """The size that a model is to have at most; give exactly one of `parameters` and `flops`.
+    """The size that a model is to have at most; give exactly one of `parameters`, `flops`, `latency` and `latency_ms`.
 
-    Below 1 it is the share of the model's that stays (0.7: 70 %), otherwise the number itself.
+    Below 1, parameters and FLOPs are the share of the model's that stays (0.7: 70 %), otherwise the number itself.
     """
 
     parameters: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """All parameters, tied ones once."""
     flops: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """FLOPs per token of a forward pass; per sample of a model whose inputs are more than tokens."""
+    latency: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Share, below 1, of the time that the model takes on this machine, as a table of its parts tells it."""
+    latency_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """The same time in milliseconds."""
     sequence_length: int | None = Field(default=None, gt=0)
-    """Tokens of the sequence in which FLOPs are counted; None: the model's context length, at most 1024."""
+    """Tokens of the sequence in which FLOPs are counted or latency is measured; in decoding those that are there
+    before. None: the model's context length, at most 1024."""
+    phase: Phase | None = None
+    """Whose latency: of one pass over whole sequences ("forward", the default) or of one more token for each
+    ("decoding")."""
+    batch_size: int | None = Field(default=None, gt=0)
+    """Sequences, images or recordings at once, of which latency is measured; None: one."""
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """Where latency is measured; None: on a GPU where there is one."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        given = [name for name in ("parameters", "flops") if getattr(self, name) is not None]
+        given = [name for name in SIZES if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of parameters and flops, not {' and '.join(given) or 'none of them'}.")
-        if self.asked == 1 or (self.asked > 1 and self.asked != int(self.asked)):
+            raise ValueError(
+                f"give exactly one of {', '.join(SIZES[:-1])} and {SIZES[-1]}, not "
+                f"{' and '.join(given) or 'none of them'}."
+            )
+        if self.latency is not None and self.latency >= 1:
+            raise ValueError(f"latency = {self.latency:g} is no share below 1. A time is given as latency_ms.")
+        whole = self.latency_ms is not None or self.asked < 1 or self.asked == int(self.asked)
+        if not whole or (self.asked == 1 and self.latency_ms is None):
             raise ValueError(
                 f"{given[0]} = {self.asked:g} is neither a share below 1 nor a whole number. Give the share that stays "
                 "(0.7), or how many."
             )
-        if self.sequence_length is not None and self.flops is None:
-            raise ValueError("sequence_length says at which length flops are counted, and flops are not given.")
+        if self.sequence_length is not None and self.parameters is not None:
+            raise ValueError(
+                "sequence_length says at which length flops are counted or latency is measured, and neither is given."
+            )
+        if not self.is_latency and (of := [name for name in OF_LATENCY if getattr(self, name) is not None]):
+            raise ValueError(f"{of[0]} says how latency is measured, and no latency is given. Leave it out.")
         return self
-
-    @property
-    def asked(self) -> float:
-        """The share or number that was given."""
-        value = self.parameters if self.parameters is not None else self.flops
-        assert value is not None
-        return value
 
     @property
     def name(self) -> str:
         """The field that was given."""
-        return "parameters" if self.parameters is not None else "flops"
+        return next(name for name in SIZES if getattr(self, name) is not None)
+
+    @property
+    def asked(self) -> float:
+        """The share or number that was given."""
+        return float(getattr(self, self.name))
+
+    @property
+    def is_latency(self) -> bool:
+        """Whether it is a time."""
+        return self.name in ("latency", "latency_ms")
 
     def of(self, model: PreTrainedModel) -> float:
-        """What of `model` is to become smaller.
+        """What of `model` is to become smaller; of a latency, the milliseconds that a table tells.
 
         Raises:
-            ConfigError, PlanError: its FLOPs can't be counted.
+            ConfigError, PlanError: its FLOPs can't be counted, or its latency can't be measured.
         """
         if self.parameters is not None:
             return count_parameters(model).total
-        return flops_per_token(model, self.sequence_length or counted_length(model, LONGEST)).forward
+        if self.flops is not None:
+            return flops_per_token(model, self.sequence_length or counted_length(model, LONGEST)).forward
+        return self.table(model).whole
+
+    def table(self, model: PreTrainedModel) -> LatencyTable:
+        """What tells the latency of `model`, and of what is made of it, under the conditions that the target names.
+
+        Raises:
+            ConfigError: a GPU is asked for where there is none.
+            PlanError: the model's latency can't be measured.
+        """
+        phase, device = self.phase or "forward", self.device or "auto"
+        length = self.sequence_length or counted_length(model, LONGEST)
+        if self.sequence_length is None and phase == "decoding":
+            length = min(length, (text_positions(model) or length + 1) - 1)  # the new token has a position, too
+        return LatencyTable(model, Conditions.here(phase, self.batch_size or 1, length, model.dtype, device))
 
     def limit(self, have: float) -> Fraction:
         """What a model of which `of` is `have` may have left, exactly."""
         asked = Fraction(str(self.asked))  # 0.57 of 100 is 57
-        return asked * Fraction(have) if asked < 1 else asked
+        return asked * Fraction(have) if asked < 1 and self.latency_ms is None else asked
+
+    def in_words(self, value: float | Fraction) -> str:
+        """What `of` or `limit` gave: a time, or a number without what is behind the point."""
+        return in_milliseconds(float(value)) if self.is_latency else f"{int(value):,}"
 
     def __str__(self) -> str:
-        at = f" at {self.sequence_length} tokens" if self.sequence_length is not None else ""
-        return f"target.{self.name} = {self.asked if self.asked < 1 else format(int(self.asked), ',')}{at}"
+        share = self.asked < 1 or self.is_latency
+        length = f"{self.sequence_length} tokens" if self.sequence_length is not None else ""
+        batch = f"batches of {self.batch_size}" if self.batch_size is not None else ""
+        at = " and ".join(words for words in (length, batch) if words)
+        return (
+            f"target.{self.name} = {f'{self.asked:g}' if share else format(int(self.asked), ',')}"
+            f"{f' in {self.phase}' if self.phase else ''}{f' at {at}' if at else ''}"
+        )
+
+
+class Gauge:
+    """Measures a model and what is made of it by what a target is given in.
+
+    Args:
+        target: what is asked for.
+        model: the model as it is, on any device; weights are not looked at.
+
+    Raises:
+        ConfigError, PlanError: as `Target.of`.
+    """
+
+    def __init__(self, target: Target, model: PreTrainedModel) -> None:
+        self.target = target
+        self._table = target.table(model) if target.is_latency else None
+        self.have: float = self._table.whole if self._table is not None else target.of(model)
+        """Of the model as it is."""
+        self.limit: Fraction = target.limit(self.have)
+        """What may be left."""
+
+    def of(self, found: "Removal") -> float:
+        """Of what a removal leaves.
+
+        Raises:
+            ConfigError, PlanError: as `Target.of`.
+        """
+        if self._table is not None:
+            return self._table.predicted(found.after, found.modules)
+        return self.target.of(found.after)
+
+    def latency(self, found: "Removal") -> str:
+        """How latency falls, in words: predicted and, where that is cheap, measured on the whole models; empty where
+        the target is none."""
+        if self._table is None:
+            return ""
+        told = f"latency as predicted {_milliseconds_fall(self.have, self.of(found))}"
+        measured = self._table.measured(found.after)
+        return f"{told}, as measured {_milliseconds_fall(*measured)}" if measured is not None else told
+
+    def figures(self) -> list[str]:
+        """What it was told by, where others would be measured on another machine."""
+        if self._table is None:
+            return []
+        return [f"Latency of {self._table.conditions}: {'; '.join(self._table.rows())}."]
 
 
 @dataclass(frozen=True)
@@ -89,10 +188,14 @@ class Removal:
     """Skeleton of the smaller one."""
     amount: int | None = None
     """How much of the family of plans is removed; None where the edits are of none."""
+    modules: Mapping[str, str | None] = field(default_factory=dict)
+    """The path that every module of the smaller one had before; None for those that are new."""
+    gauge: Gauge | None = None
+    """By which it was found to meet a target; None where there was none."""
 
     def reached(self, target: Target | None = None) -> str:
         """What the edits come to, for the notes of a plan: parameters and, where they can be counted, FLOPs, before
-        and after.
+        and after; latency where the target is one.
 
         Args:
             target: what was asked for; its sequence length is that of the FLOPs.
@@ -108,8 +211,20 @@ class Removal:
             unit = unit_of_cost(self.before)
             at = "" if unit == "sample" else f" at {length} {unit}s"
             told.append(f"FLOPs per {unit}{at} {_fall(*map(round, flops))}")
+        if self.gauge is not None and (latency := self.gauge.latency(self)):
+            told.append(latency)
         asked = f"; asked for: {target}" if target is not None else ""
         return ", ".join(told) + asked + "."
+
+    def findings(self, target: Target | None = None) -> list[str]:
+        """What a plan says of it: what was reached, and the figures by which that was told, where another machine would
+        have others.
+
+        Args:
+            target: what was asked for.
+        """
+        reached = f"Reached: {self.reached(target)}"
+        return [reached, *(self.gauge.figures() if self.gauge is not None else [])]
 
 
 def removal(model: PreTrainedModel, edits: Sequence[Any], amount: int | None = None) -> Removal:
@@ -119,7 +234,7 @@ def removal(model: PreTrainedModel, edits: Sequence[Any], amount: int | None = N
         PlanError: they don't fit.
     """
     resolved = resolve(edits, model)
-    return Removal(edits, resolved.before, resolved.after, amount)
+    return Removal(edits, resolved.before, resolved.after, amount, resolved.modules)
 
 
 def least_removal(
@@ -138,29 +253,54 @@ def least_removal(
         PlanError: the model is no larger than the target already, the target lies below what the largest amount
             leaves, or edits do not fit.
     """
-    have = target.of(model)
-    limit = target.limit(have)
+    gauge = Gauge(target, model)
+    have, limit = gauge.have, gauge.limit
     if have <= limit:
         raise PlanError(
-            f"{target}: the model has {_number(have)} already, so that nothing has to go. Ask for less, or for a "
-            "share below 1."
+            f"{target}: the model has {target.in_words(have)} already, so that nothing has to go. Ask for less, or for "
+            "a share below 1."
         )
     if most < 1:
         raise PlanError(f"{target}: there is nothing in this model that {what} could remove.")
     best = removal(model, family(most), most)
-    if (smallest := target.of(best.after)) > limit:
+    if (smallest := gauge.of(best)) > limit:
         raise PlanError(
-            f"{target} asks for at most {_number(limit)} of {_number(have)}, and the smallest that {what} can reach "
-            f"here is {_number(smallest)} ({_share(smallest, have)}). Ask for at least that."
+            f"{target} asks for at most {target.in_words(limit)} of {target.in_words(have)}, and the smallest that "
+            f"{what} can reach here is {target.in_words(smallest)} ({_share(smallest, have)}). Ask for at least that."
         )
-    missed = 0
-    while best.amount is not None and best.amount - missed > 1:
-        amount = (missed + best.amount) // 2
-        tried = removal(model, family(amount), amount)
-        if target.of(tried.after) <= limit:
-            best = tried
+    found = first_that_meets(gauge, lambda amount: removal(model, family(amount), amount), (0, have), (most, best))
+    return replace(found, gauge=gauge)
+
+
+def first_that_meets(
+    gauge: Gauge, tried: Callable[[int], Removal], missed: tuple[int, float], met: tuple[int, Removal]
+) -> Removal:
+    """The first of a nested family of removals that meets a target.
+
+    What is left falls about evenly, so that the next to be tried is where a line through what misses and what meets
+    crosses the limit, and the middle where that does not halve what is between them.
+
+    Args:
+        gauge: tells what each leaves.
+        tried: (amount) -> the removal.
+        missed: an amount that misses the target, and what it leaves.
+        met: a larger one that meets it.
+    """
+    (low, more), (high, best) = missed, met
+    less = gauge.of(best)
+    halve = False
+    while high - low > 1:
+        between, amount = high - low, (low + high) // 2
+        if not halve and more > less:
+            crossing = low + ceil(between * (Fraction(more) - gauge.limit) / (Fraction(more) - Fraction(less)))
+            amount = min(max(crossing, low + 1), high - 1)
+        found = tried(amount)
+        left = gauge.of(found)
+        if left <= gauge.limit:
+            high, best, less = amount, found, left
         else:
-            missed = amount
+            low, more = amount, left
+        halve = 2 * (high - low) > between
     return best
 
 
@@ -168,9 +308,8 @@ def _fall(before: int, after: int) -> str:
     return f"{before:,} -> {after:,} ({after / before:.1%})"
 
 
-def _number(value: float | Fraction) -> str:
-    """A number without what is behind the point."""
-    return f"{int(value):,}"
+def _milliseconds_fall(before: float, after: float) -> str:
+    return f"{before:.4g} -> {in_milliseconds(after)} ({after / before:.1%})"
 
 
 def _share(part: float, whole: float) -> str:

@@ -1,12 +1,14 @@
 """In which order the units of streams go: courses of ever smaller states, from scores; no model is known here."""
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import ceil, isfinite, sqrt
+from operator import neg
 
 from auxin.errors import PlanError
 from auxin.words.paths import encloses
@@ -54,8 +56,29 @@ class Course:
     lines: tuple[Line, ...]
     left: tuple[int, ...]
     """Units in every state: of a layer where layers are alike (of the widest before), else of all layers."""
-    steps: Callable[[int], list[int]]
-    """(state) -> steps of every line."""
+    moves: tuple[tuple[int, ...], ...]
+    """From every state to the next one the lines, by number, in which something goes; a line as often as it takes
+    steps."""
+
+    def steps(self, state: int) -> list[int]:
+        """The steps of every line up to a state."""
+        counts = Counter(number for move in self.moves[:state] for number in move)
+        return [counts[number] for number, _ in enumerate(self.lines)]
+
+    def gone(self, worth: Callable[[int, int], float]) -> list[float]:
+        """By state the sum of `worth` over all that is gone.
+
+        Args:
+            worth: (number of a line, number of one of its blocks) -> what goes with it.
+        """
+        sums, taken = [0.0], Counter[int]()
+        for move in self.moves:
+            total = sums[-1]
+            for number in move:
+                total += worth(number, taken[number])
+                taken[number] += 1
+            sums.append(total)
+        return sums
 
     def keep(self, state: int) -> dict[Place, list[int]]:
         """The units that stay in a state."""
@@ -105,14 +128,15 @@ def line(place: Place, scores: Scores, groups: int, entries: int, multiple: int 
 def alike(name: str, stream: Stream, lines: list[Line]) -> Course:
     """Every layer keeps as many; those that have fewer already keep what they have."""
     widest = max(lines, key=lambda line: line.units)
-
-    def steps(state: int) -> list[int]:
-        size = widest.left[state]
-        return [
-            next(step for step, left in enumerate(line.left) if left <= size or left == line.left[-1]) for line in lines
-        ]
-
-    return Course(name, stream, tuple(lines), widest.left, steps)
+    steps = [
+        [min(bisect_left(line.left, -size, key=neg), len(line.blocks)) for line in lines]  # the first that is no larger
+        for size in widest.left
+    ]
+    moves = (
+        tuple(number for number, (old, new) in enumerate(zip(*both, strict=True)) for _ in range(new - old))
+        for both in pairwise(steps)
+    )
+    return Course(name, stream, tuple(lines), widest.left, tuple(moves))
 
 
 def ranked(name: str, stream: Stream, lines: list[Line], normalised: bool) -> Course:
@@ -125,12 +149,8 @@ def ranked(name: str, stream: Stream, lines: list[Line], normalised: bool) -> Co
     ranking = [(place, step) for _, place, step in sorted(scored)]
     total = sum(line.units for line in lines)
     gone = (-len(lines[place].blocks[step]) for place, step in ranking)
-
-    def steps(state: int) -> list[int]:
-        counts = Counter(place for place, _ in ranking[:state])
-        return [counts[place] for place, _ in enumerate(lines)]
-
-    return Course(name, stream, tuple(lines), tuple(accumulate(gone, initial=total)), steps)
+    moves = tuple((place,) for place, _ in ranking)
+    return Course(name, stream, tuple(lines), tuple(accumulate(gone, initial=total)), moves)
 
 
 def _scores_at(stream: Stream, scope: str, scores: Scores, groups: int, entries: int) -> list[float]:

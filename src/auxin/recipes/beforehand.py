@@ -4,6 +4,7 @@ an earlier run has built is what the recipe still builds."""
 from collections.abc import Sequence
 from pathlib import Path
 
+from auxin.accounting.machine import choose_device
 from auxin.data.settings import SourceSettings
 from auxin.data.sources import source_files
 from auxin.data.tokenizer import read_tokenizer
@@ -15,7 +16,6 @@ from auxin.recipes.folder import is_done, left_checkpoint
 from auxin.recipes.schema import BuildStage, Recipe, TrainStage
 from auxin.recipes.stage_models import estimated_stages
 from auxin.recipes.stages import Run
-from auxin.training.hardware import choose_device
 
 
 def check_needs(recipe: Recipe, data_directory: Path) -> None:

@@ -1,10 +1,11 @@
 """The models that the objective of a train stage goes by: finished ones, and their shapes before anything is run."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from auxin.accounting import Ledger, StageRecord
 from auxin.accounting.ledger import books_in
@@ -13,20 +14,20 @@ from auxin.errors import CheckpointError, ConfigError, PlanError
 from auxin.models.loading import load_config
 from auxin.objectives import ObjectiveSettings, Reference
 from auxin.planning.bench import Bench
-from auxin.planning.lineage import changes_between, layers_made_from
+from auxin.planning.lineage import changes_between, layers_made_from, resolved_in_turn, units_made_from
 from auxin.recipes.schema import Branch, BuildStage, ChangeStage, Recipe, Stage
 from auxin.recipes.stage_models import StageConfigs, change_plan
 
 
 def reference_model(checkpoint: Path, ledger: Ledger) -> Reference:
-    """The model in `checkpoint`, for one of `ledger` to go by: with the layers that the changes between the two made
-    the other's of, where their books begin alike.
+    """The model in `checkpoint`, for one of `ledger` to go by: with the layers and units that the changes between the
+    two made the other's of, where their books begin alike.
 
     Raises:
         CheckpointError: it can't be loaded.
     """
     found = Reference.read(checkpoint)
-    return replace(found, layers=known_layers(books_in(checkpoint), ledger, found.model))
+    return with_lineage(found, books_in(checkpoint), ledger)
 
 
 def reference_shapes(
@@ -48,22 +49,28 @@ def reference_shapes(
                 f"settings.objective: {name!r} is no stage of the recipe, and no checkpoint: {error}"
             ) from error
         model = edited_skeleton(config)
-        layers = known_layers(books, planned_books(recipe, structures, branch.name, stage.name), model)
-        found[name] = Reference(model, fingerprint="", layers=layers)
+        descendant = planned_books(recipe, structures, branch.name, stage.name)
+        found[name] = with_lineage(Reference(model, fingerprint=""), books, descendant)
     return found
 
 
-def known_layers(ancestor: Ledger, descendant: Ledger, model: PreTrainedModel) -> dict[int, int] | None:
-    """By a layer's number in the model of `descendant`, the layer of `model`, that of `ancestor`, that it was made
-    from; None where the books don't tell, or its architecture's layers are not known."""
+def with_lineage(reference: Reference, ancestor: Ledger, descendant: Ledger) -> Reference:
+    """The same, with the layers and units that those of the model of `descendant` were made from, as far as the books
+    tell and they are known of its architecture.
+
+    Args:
+        reference: the model of `ancestor`.
+        ancestor, descendant: the books.
+    """
     plans = changes_between(ancestor, descendant)
     if plans is None:
-        return None
-    try:
-        return layers_made_from(plans, model)
-    except PlanError:
-        # Who needs the layers of such an architecture is refused by name; logits can be learnt without.
-        return None
+        return reference
+    # Who needs what is not known is refused by name; logits can be learnt without.
+    with contextlib.suppress(PlanError):
+        changes = resolved_in_turn(plans, reference.model)
+        reference = replace(reference, layers=layers_made_from(changes, reference.model))
+        reference = replace(reference, units=units_made_from(changes, reference.model))
+    return reference
 
 
 def planned_books(recipe: Recipe, structures: StageConfigs, branch_name: str, stage_name: str) -> Ledger:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from auxin.accounting import Ledger, StageRecord, count_parameters
+from auxin.accounting.machine import choose_device
 from auxin.data.dataset import Dataset, Processor
 from auxin.data.tokenizer import has_tokenizer, read_tokenizer, same_tokens
 from auxin.edits.folder_store import TRAINING_FOLDER
@@ -29,7 +30,6 @@ from auxin.recipes.stage_hooks import stage_hooks
 from auxin.recipes.stage_models import StageConfigs, built_config, change_data, change_plan, estimated_stages
 from auxin.training import train, write_checkpoint_folder
 from auxin.training.checkpoint import copy_checkpoint, read_state
-from auxin.training.hardware import choose_device
 from auxin.training.held_out import HeldOut
 from auxin.training.run_folder import refuse_damaged
 

@@ -5,18 +5,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from auxin.accounting.machine import available_memory
+from auxin.accounting.machine import available_memory, choose_device
 from auxin.data.dataset import SampleForm
 from auxin.edits.structure import edited_skeleton
+from auxin.models.weights_of_no_meaning import fill
 from auxin.nn.autocast import without_autocast
 from auxin.recipes.price import RecipePrice, StagePrice, price_recipe
 from auxin.recipes.schema import Recipe, TrainStage
 from auxin.recipes.stage_models import stage_configs
 from auxin.training.gradients import BatchGradients
-from auxin.training.hardware import choose_device
 from auxin.training.optimizer import build_optimizer
 from auxin.training.settings import TrainingSettings
 
@@ -99,7 +98,7 @@ def seconds_per_step(model: PreTrainedModel, settings: TrainingSettings, form: S
     """
     device = choose_device(settings.device)
     objective = settings.objective.bind(model.config, form)
-    _fill(model)
+    fill(model)
     torch.nn.Module.to(model, device).train()
     optimizer = build_optimizer(model, settings)
     example = {name: value.to(device) for name, value in objective.example(settings.samples_per_forward).items()}
@@ -120,25 +119,6 @@ def seconds_per_step(model: PreTrainedModel, settings: TrainingSettings, form: S
     forwards = settings.batch_size / settings.samples_per_forward
     timed = times[1:] or times
     return forwards * sum(timed) / len(timed) + time.perf_counter() - began
-
-
-def _fill(model: nn.Module) -> None:
-    """Give what is on the meta device small random values; buffers that no checkpoint holds have theirs."""
-    filled: dict[int, torch.Tensor] = {}
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, old in tensors.items():
-                if old is None or not old.is_meta:
-                    continue
-                if id(old) not in filled:
-                    value = torch.zeros(old.shape, dtype=old.dtype)
-                    if isinstance(old, nn.Parameter):
-                        value = nn.Parameter(value.normal_(0, 0.02, generator=generator), old.requires_grad)
-                    elif value.is_floating_point():
-                        value.fill_(1.0)
-                    filled[id(old)] = value
-                tensors[name] = filled[id(old)]  # type: ignore[assignment]
 
 
 def _fits(stage: StagePrice, settings: TrainingSettings) -> bool:

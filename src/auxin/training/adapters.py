@@ -17,11 +17,6 @@ _PREFIX = "base_model.model."
 """How names in the file begin, which are those of a PeftModel."""
 
 
-def has_adapter(model: PreTrainedModel) -> bool:
-    """Whether `save_pretrained` writes an adapter in place of the model."""
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
-
-
 def check_adapter(model: PreTrainedModel) -> None:
     """Refuse to train what the adapter's checkpoints would lack.
 

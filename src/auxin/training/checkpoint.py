@@ -30,11 +30,12 @@ from auxin.data.dataset import Processor, save_processor
 from auxin.edits.saved import save_model
 from auxin.errors import CheckpointError, first_line, reason
 from auxin.files import flush, flush_tree, new_folder, temporary_folder
+from auxin.models.adapters import has_adapter
 from auxin.models.folders import existing_folder
 from auxin.models.loading import load_model
 from auxin.nn.bricks import Brick
 from auxin.sums import STATE, SUMMED, write_sums
-from auxin.training.adapters import has_adapter, load_adapter
+from auxin.training.adapters import load_adapter
 from auxin.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from auxin.training.settings import TrainingSettings
 

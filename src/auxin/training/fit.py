@@ -8,9 +8,10 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from auxin.errors import CheckpointError, ConfigError
+from auxin.models.adapters import has_adapter
 from auxin.models.evaluating import about_inference_tensors
 from auxin.objectives.objective import Objective
-from auxin.training.adapters import check_adapter, has_adapter
+from auxin.training.adapters import check_adapter
 from auxin.training.optimizer import optimizer_tensors
 
 

@@ -5,8 +5,6 @@ from typing import Literal
 
 import torch
 
-from auxin.errors import ConfigError
-
 # Dense bfloat16 tensor-core peaks in FLOPs per second with float32 accumulation, from NVIDIA's and AMD's data sheets
 # (figures with sparsity halved). The first name that is a word of the device's name counts.
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
@@ -30,19 +28,6 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("MI300X", 1307.4e12),
     ("MI250X", 383e12),
 )
-
-
-def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device to train on.
-
-    Raises:
-        ConfigError: CUDA is asked for where there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: 'cuda' is asked for, but torch finds no CUDA device. Use 'auto' or 'cpu'.")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device("cpu")
 
 
 def choose_precision(name: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from auxin.accounting.ledger import Ledger, StageRecord
+from auxin.accounting.machine import choose_device
 from auxin.accounting.parameters import count_parameters
 from auxin.data.dataset import Dataset, Processor
 from auxin.data.loader import make_loader
@@ -26,7 +27,7 @@ from auxin.training.checkpoint import load_weights, read_state, read_tensors, wr
 from auxin.training.fit import check_fit, refuse_non_finite
 from auxin.training.gradients import BatchGradients
 from auxin.training.guard import Guard, GuardEvent
-from auxin.training.hardware import choose_device, peak_flops
+from auxin.training.hardware import peak_flops
 from auxin.training.held_out import HeldOut
 from auxin.training.identity import RunIdentity
 from auxin.training.metrics import MetricsLog

@@ -50,6 +50,7 @@ def tower(model: PreTrainedModel, kind: str) -> Anatomy:
         readers=(f"{prefix}head", f"{prefix}head.attention", *(() if normed else norms[-1:]), *PROJECTIONS[kind]),
         feed_forward=("mlp",),
         attentions=("self_attn",),
+        causal=config.model_type == "clip_text_model",  # SigLIP's sees the whole text
     )
     return Anatomy(
         family=config.model_type,
