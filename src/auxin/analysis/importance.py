@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 from auxin.analysis.measurement import Batch, Measurement, Needs, Result, kept_tokens, result_of
 from auxin.analysis.spread import Estimates, Spread
+from auxin.analysis.targets import refuse_without_targets, targets
 from auxin.analysis.unit_scores import UnitImportance, UnitScores
 from auxin.analysis.unit_sums import OF_GRADIENTS, Gradients, Score, Statistics, add_up
 from auxin.analysis.units import WORDS, Group, Place, Units, units_of
@@ -113,7 +114,9 @@ class ImportanceObserver:
         self.taps = ()
 
     def before(self, batch: Batch) -> None:
-        """Nothing to note."""
+        """Refuse samples that have no loss where scores are its gradients."""
+        if self._gradients and (labels := targets(self._model, batch)) is not None:
+            refuse_without_targets(labels, f"the score {self._score}")
 
     def after(self, batch: Batch, output: Any) -> None:
         """Run the model on the batch, and add its samples."""

@@ -19,6 +19,7 @@ take so that the least of them is lost (`auxin.planning.shared_limit`).
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import floor
 from typing import Any, Literal
 
 from transformers import PreTrainedModel
@@ -405,13 +406,21 @@ class _Courses:
     def _nearest_sizes(self, course: Course, size: int, sizes: Iterable[int]) -> str:
         """Why some number of units is none that can stay."""
         near = sorted(sorted(set(sizes) - {course.left[0]}, key=lambda other: abs(other - size))[:2])
-        mend = " Prune hidden, too, or set uniform = false." * (course.name == "heads")
         divided = course.name not in ALONE and size in course.left
+        mend = self._mend_of_heads(course, size) if divided and course.name == "heads" else ""
         return (
             f"{course.name} = {size}: that many of {course.left[0]} {SETTINGS[course.stream]} can't stay"
             f"{' beside the other widths' * divided}. The nearest possible: {' or '.join(map(str, near)) or 'none'}."
-            f"{mend * divided}"
+            f"{mend}"
         )
+
+    def _mend_of_heads(self, course: Course, size: int) -> str:
+        """What goes with a number of heads that does not divide the present hidden size."""
+        residual, share = self.found.body.sizes.residual, floor(10_000 * size / course.left[0]) / 10_000
+        apart = f"heads = {share:g} with uniform = false, by which layers differ"
+        if self._place("hidden") is not None:
+            return f" Or ask for {apart}."
+        return f" Prune hidden, too (hidden = {(residual - 1) // size * size}), or ask for {apart}."
 
     def _kinds(self) -> list[dict[int, Course]]:
         """The courses of heads, and those of others, by place."""
