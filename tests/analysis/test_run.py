@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -143,23 +144,33 @@ class Weights(Loudness):
 
 
 class Calls:
-    """How often the layers and the head of a Llama run."""
+    """How often the first layer and the head of a Llama run; told by their classes, since hooks keep off the cache."""
 
-    def __init__(self, model: Any) -> None:
-        self.layers = self.head = 0
-        model.model.layers[0].register_forward_hook(self.layer)
-        model.lm_head.register_forward_hook(self.headed)
+    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.counts: Counter[torch.nn.Module] = Counter()
+        self.first, self.lm_head = model.model.layers[0], model.lm_head
+        for cls in (type(self.first), type(self.lm_head)):
+            monkeypatch.setattr(cls, "__call__", self.counted(cls.__call__))
 
-    def layer(self, *arguments: Any) -> None:
-        self.layers += 1
+    def counted(self, call: Any) -> Any:
+        def called(module: torch.nn.Module, *arguments: Any, **named: Any) -> Any:
+            self.counts[module] += 1
+            return call(module, *arguments, **named)
 
-    def headed(self, *arguments: Any) -> None:
-        self.head += 1
+        return called
+
+    @property
+    def layers(self) -> int:
+        return self.counts[self.first]
+
+    @property
+    def head(self) -> int:
+        return self.counts[self.lm_head]
 
 
-def test_a_second_one_that_asks_runs_nothing(tmp_path):
+def test_a_second_one_that_asks_runs_nothing(tmp_path, monkeypatch):
     model = tiny("llama")
-    calls, data = Calls(model), Samples.of(model)
+    calls, data = Calls(model, monkeypatch), Samples.of(model)
     first = measure(Similarity(), model, data, cache=tmp_path)
     assert (calls.layers, data.passes) == (3, 1)
     assert measure("similarity", model, data, cache=tmp_path) == first
@@ -173,7 +184,7 @@ def test_a_second_one_that_asks_runs_nothing(tmp_path):
 def test_the_cache_lies_where_the_environment_says(tmp_path, monkeypatch):
     monkeypatch.setenv("AUXIN_CACHE", str(tmp_path))
     model = tiny("llama")
-    calls = Calls(model)
+    calls = Calls(model, monkeypatch)
     first = measure(Similarity(), model, Samples.of(model))
     assert measure(Similarity(), model, Samples.of(model)) == first
     assert calls.layers == 3
@@ -207,7 +218,18 @@ def test_another_subject_is_measured_anew(tmp_path, monkeypatch, change):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"\xff\xfe", b'{"subject": {}, "result": {}}', b"null", "half", "of another"],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff\xfe",
+        b'{"subject": {}, "result": {}}',
+        b"null",
+        "half",
+        "of another",
+        "a number",
+        "no sum",
+    ],
     ids=repr,
 )
 def test_a_damaged_file_is_measured_anew_and_mended(tmp_path, content):
@@ -220,6 +242,14 @@ def test_a_damaged_file_is_measured_anew_and_mended(tmp_path, content):
         content = whole[: len(whole) // 2]
     elif content == "of another":
         content = whole.replace(b'"samples": 5', b'"samples": 6')
+    elif content == "a number":
+        values = json.loads(whole)
+        values["result"]["stacks"][0]["layers"][0]["similarity"]["mean"] += 0.25
+        content = json.dumps(values).encode()
+    elif content == "no sum":
+        values = json.loads(whole)
+        del values["sha256"]
+        content = json.dumps(values).encode()
     assert content != whole
     path.write_bytes(content)
     assert measure(Similarity(), model, data, cache=tmp_path) == first
@@ -236,12 +266,12 @@ def test_a_cache_that_cannot_be_written_costs_no_result(tmp_path):
     assert result == measure(Similarity(), model, Samples.of(model), cache=False)
 
 
-def test_several_share_one_pass_and_the_known_one_takes_no_part(tmp_path):
+def test_several_share_one_pass_and_the_known_one_takes_no_part(tmp_path, monkeypatch):
     model = tiny("llama", num_hidden_layers=3)
     data = Samples(inputs(model, batch=5) | {"labels": labels(model, batch=5)})
     wanted = [Similarity(), Loudness(), Loudness(module="model.layers.2"), Logits(), Gradients(), Weights()]
     alone = [measure(item, model, data, cache=False) for item in wanted]
-    calls, data.passes = Calls(model), 0
+    calls, data.passes = Calls(model, monkeypatch), 0
     records = measure_all(wanted, model, data, cache=tmp_path)
     assert [record.result for record in records] == alone
     assert [record.subject.measurement for record in records] == [item.name for item in wanted]

@@ -88,6 +88,23 @@ def test_more_begins_with_less_and_is_measured_on_top_of_it():
     assert data.passes == len(list(kept.default_cache().glob("removal-*.json")))
 
 
+def test_a_search_costs_the_same_however_much_of_it_is_known(tmp_path, monkeypatch):
+    model = fresh_llama(0, num_hidden_layers=4)
+    ids = list(inputs(model, batch=4)["input_ids"].split(2))
+
+    def cost(cache: str, removed: int) -> Any:
+        monkeypatch.setenv("AUXIN_CACHE", str(tmp_path / cache))
+        found = auxin.plan(model, "finercut", removed=removed, data=ids).cost
+        return found.samples, found.units, found.flops, found.data
+
+    cold = cost("cold", 2)
+    assert cold[:2] == (2 * 4, 2 * 4 * 7)
+    first = cost("half", 1)
+    assert first[:2] == (4, 4 * 7)
+    assert cost("half", 2) == cold, "its first step is known"
+    assert cost("half", 1) == first, "all of it is known"
+
+
 def test_one_shot_is_the_list_of_single_effects():
     model = fresh_llama(3, num_hidden_layers=4)
     data = samples(model)

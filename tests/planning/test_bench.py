@@ -83,6 +83,19 @@ def test_a_plan_that_looks_at_nothing_costs_nothing():
     assert plan == make_plan(STACKING, Bench(model), STACKING.settings(factor=2))
 
 
+MEASURING = [name for name, method in methods().items() if method.calibration is not None and method.intent == "prune"]
+
+
+@pytest.mark.parametrize("name", MEASURING)
+def test_a_plan_costs_the_same_when_what_it_looks_at_is_known(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("AUXIN_CACHE", str(tmp_path))
+    model, method = tiny("llama", dtype=torch.float32), methods()[name]
+    cold, warm = (make_plan(method, bench(model), method.settings(**method.examples(model))).cost for _ in range(2))
+    assert cold.samples
+    assert cold.flops
+    assert warm == cold.model_copy(update={"seconds": warm.seconds})
+
+
 def test_products_of_weights_cost_flops_without_a_sample():
     def plan(bench, settings):
         weight = bench.model.model.layers[0].self_attn.q_proj.weight

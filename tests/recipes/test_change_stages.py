@@ -429,3 +429,35 @@ def test_a_changed_tokenizer_goes_with_the_model_through_the_stages(corpus, tmp_
         assert [tokenizer.decode(tokenizer(word)["input_ids"]) for word in words] == words
     plan = Plan.model_validate(Ledger.load(folders["04-after"]).stages[2].plan)
     assert "tokenizer.json" in {file.into for file in plan.files}
+
+
+def test_the_books_and_what_goes_by_them_do_not_depend_on_what_was_measured_before(corpus, tmp_path, monkeypatch):
+    """A branch that trains for the FLOPs of one that searches takes as many steps with any cache. Two branches whose
+    searches begin alike are each charged all of theirs."""
+    search = grow("finercut", removed=2) | {"calibration": {"samples": 8, "batch_size": 4}}
+    values = recipe(corpus, search).model_dump(mode="json", exclude_unset=True)
+    values["branches"] += [
+        {"name": "again", "title": "again", "fork": "main/base", "stages": [search]},
+        {
+            "name": "same",
+            "title": "same",
+            "fork": "main/base",
+            "stages": [{"kind": "train", "name": "more", "flops_of": "main"}],
+        },
+    ]
+    made = Recipe.parse(values)
+
+    def books(out, cache):
+        monkeypatch.setenv("AUXIN_CACHE", str(tmp_path / cache))
+        results = run_recipe(made, tmp_path / out, "", announce=quiet)
+        return [[(s.samples, s.units, s.flops) for s in branch.ledger.stages] for branch in results.branches]
+
+    cold = books("cold", "kept")
+    main, again, same = cold
+    assert main == again
+    assert main[2][:2] == (2 * 8, 2 * 8 * 16)
+    assert same[2][2] > 0
+    steps = sorted((tmp_path / "kept" / "analysis").glob("removal-*.json"))
+    assert len(steps) == 2
+    steps[0].unlink()  # as after a search that was broken off, or after another one
+    assert books("half warm", "kept") == cold

@@ -1,4 +1,8 @@
-"""What making something took: measured while it was made, not declared by who made it."""
+"""What making something took: measured while it was made, not declared by who made it.
+
+Measurements whose results were kept count as if they had been made again, so that samples, units and FLOPs don't go by
+what was known; seconds are those that passed.
+"""
 
 from pydantic import Field
 
@@ -15,9 +19,9 @@ class Cost(Settings):
     unit: str = "token"
     """What `units` counts, in the singular."""
     flops: float = Field(default=0.0, ge=0)
-    """FLOPs that were executed, forward and backward."""
+    """FLOPs that are executed for it, forward and backward."""
     seconds: float = Field(default=0.0, ge=0)
-    """Wall time."""
+    """Wall time that really passed: less where results were known."""
     data: str | None = None
     """Fingerprint of the data that the samples were drawn from."""
 

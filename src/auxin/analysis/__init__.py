@@ -1,6 +1,8 @@
 """Measurements on a model that methods share: streamed over calibration batches, cached, with their spread."""
 
-from auxin.analysis.cache import Record, default_cache, model_fingerprint
+from auxin.analysis.cache import Record, default_cache
+from auxin.analysis.effort import Effort
+from auxin.analysis.fingerprint import model_fingerprint
 from auxin.analysis.measurement import (
     Batch,
     CalibrationData,
@@ -20,6 +22,7 @@ from auxin.analysis.spread import Estimate, Estimates, Spread
 __all__ = [
     "Batch",
     "CalibrationData",
+    "Effort",
     "Estimate",
     "Estimates",
     "Measurement",

@@ -1,4 +1,7 @@
-"""Results in a folder, under the fingerprint of what they were measured on: what was measured once isn't run again."""
+"""Results in a folder, under the fingerprint of what they were measured on: what was measured once isn't run again.
+
+With each lies what it took. Whoever takes it from here books that, so that no book says what happened to be known.
+"""
 
 import hashlib
 import json
@@ -6,20 +9,21 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import SerializeAsAny
-from transformers import PreTrainedModel
 
+from auxin.accounting.ledger import software_versions
+from auxin.analysis.effort import Effort
 from auxin.analysis.measurement import CalibrationData, Measurement, Result
-from auxin.edits.structure import config_values
 from auxin.errors import ConfigError
 from auxin.files import cache_folder, write_text
 from auxin.locks import LOCK_FILE, in_turn
-from auxin.models.fingerprint import add_weights
+from auxin.objectives.calibration import Calibration
 from auxin.settings import Settings
 
-FORMAT = 1
-_NOT_THE_MODEL = ("transformers_version", "architectures", "dtype", "use_cache", "_name_or_path")
-"""Values of a config that say nothing about what the model computes, or that the weights say themselves."""
+FORMAT = 2
+SUM = "sha256"
+"""The field of a file that has the SHA-256 of the others."""
 
 
 class Subject(Settings):
@@ -33,32 +37,42 @@ class Subject(Settings):
     settings: dict[str, Any]
     """Its settings, all of them."""
     model: str
-    """Fingerprint of the model, see `model_fingerprint`."""
+    """Fingerprint of the model, see `auxin.analysis.fingerprint`."""
     data: str | None
     """Fingerprint of the data; None where only weights are looked at."""
     samples: int | None
     """How many there are in the data."""
+    batch_size: int | None
+    """Of them that run at once, where the data says it: rounding and FLOPs go by it."""
+    device: str
+    """The kind of device that the model lies on, "cpu" or "cuda": rounding goes by it."""
+    software: dict[str, str]
+    """The versions of what computes."""
 
     @property
     def digest(self) -> str:
         """Hex SHA-256 of all of it."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        return _sum(self.model_dump(mode="json"))
 
 
 class Record(Settings):
-    """A result, and what it is the result of."""
+    """A result, what it is the result of, and what it took."""
 
     subject: Subject
+    effort: Effort
     result: SerializeAsAny[Result]
 
 
-def subject_of(measurement: Measurement[Any], model: str, data: CalibrationData | None) -> Subject:
+def subject_of(
+    measurement: Measurement[Any], model: str, data: CalibrationData | None, device: torch.device
+) -> Subject:
     """What `measurement` is about to measure.
 
     Args:
         measurement: with its settings.
         model: the model's fingerprint.
         data: the samples.
+        device: the model's.
 
     Raises:
         ConfigError: it needs data, and there are none.
@@ -74,21 +88,10 @@ def subject_of(measurement: Measurement[Any], model: str, data: CalibrationData 
         model=model,
         data=None if data is None else data.fingerprint,
         samples=None if data is None else data.samples,
+        batch_size=data.settings.batch_size if isinstance(data, Calibration) else None,
+        device=device.type,
+        software=software_versions(),
     )
-
-
-def model_fingerprint(model: PreTrainedModel) -> str:
-    """Hex SHA-256 of a model's class, config, parameters and buffers, read one after the other.
-
-    Where its weights lie and how its module tree came about doesn't matter.
-
-    Raises:
-        ConfigError: the model has no weights.
-    """
-    values = {key: value for key, value in config_values(model.config).items() if key not in _NOT_THE_MODEL}
-    digest = hashlib.sha256(f"{type(model).__name__}\n{json.dumps(values, sort_keys=True)}\n".encode())
-    add_weights(digest, model)
-    return digest.hexdigest()
 
 
 def default_cache() -> Path:
@@ -96,31 +99,38 @@ def default_cache() -> Path:
     return cache_folder("analysis")
 
 
-def cached(folder: Path, subject: Subject, result_type: type[Result]) -> Result | None:
-    """The result that was stored for `subject`; None where there is none, or where its file is damaged."""
+def cached(folder: Path, subject: Subject, result_type: type[Result]) -> Record | None:
+    """What was stored for `subject`; None where there is nothing, or where its file is damaged."""
     try:
         values = json.loads(_file(folder, subject).read_text(encoding="utf-8"))
         # The whole subject is compared, so that a file of another name, or of half its content, is no hit.
-        if Subject.model_validate(values["subject"]) != subject:
+        if values.pop(SUM) != _sum(values) or Subject.model_validate(values["subject"]) != subject:
             return None
-        return result_type.model_validate(values["result"])
-    except (OSError, ValueError, KeyError, TypeError):
+        result = result_type.model_validate(values["result"])
+        return Record(subject=subject, effort=Effort.model_validate(values["effort"]), result=result)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def store(folder: Path, record: Record) -> None:
     """Keep a result, whole or not at all. A folder that can't be written to is a warning: the result isn't lost."""
     path = _file(folder, record.subject)
+    values = record.model_dump(mode="json")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with in_turn(folder / LOCK_FILE):
-            write_text(path, record.model_dump_json(indent=1) + "\n")
+            write_text(path, json.dumps({**values, SUM: _sum(values)}, indent=1) + "\n")
     except OSError as error:
         warnings.warn(
             f"The result of {record.subject.measurement} was not kept in {folder}: {error}. Set AUXIN_CACHE to a "
             "folder that can be written to.",
             stacklevel=2,
         )
+
+
+def _sum(values: dict[str, Any]) -> str:
+    """Hex SHA-256 of plain values, whatever the order of their names."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _file(folder: Path, subject: Subject) -> Path:

@@ -1,10 +1,12 @@
-"""Evaluation mode, for a while, and models that were made for evaluation alone."""
+"""Evaluation mode, for a while, models that are run and stay as they are, and those made for evaluation alone."""
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 
 def training_flags(model: nn.Module) -> Callable[[], None]:
@@ -19,12 +21,72 @@ def training_flags(model: nn.Module) -> Callable[[], None]:
 
 
 @contextlib.contextmanager
+def left_as_it_is(model: nn.Module) -> Iterator[None]:
+    """Within the context `model` may be run; afterwards what a forward pass may set is what it was.
+
+    Those are its configs' values (transformers' losses write what kind of labels they saw into `problem_type`), the
+    modules' attributes, and buffers that no checkpoint holds (rotary embeddings that go by the length have both).
+    Attributes whose names begin with an underscore are left alone: by such flags transformers knows what hooks it has
+    put in place, which stay.
+    """
+    put_back = [_entries(vars(config)) for config in configs_of(model)]
+    for module in model.modules():
+        put_back += [_entries(vars(module), _is_public), _entries(module._buffers)]
+        put_back += [
+            _values(module._buffers[name]) for name in module._non_persistent_buffers_set & module._buffers.keys()
+        ]
+    try:
+        yield
+    finally:
+        for each in put_back:
+            each()
+
+
+def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
+    """The configs that the modules of `model` hold, each once; its own is the first."""
+    found = [vars(module).get("config") for module in model.modules()]
+    return list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())
+
+
+def _is_public(name: str) -> bool:
+    return not name.startswith("_") and name != "training"
+
+
+def _entries(of: dict[str, Any], kept: Callable[[str], bool] = lambda name: True) -> Callable[[], None]:
+    """What gives `of` the entries again that it has now, of those whose names are `kept`."""
+    before = {name: value for name, value in of.items() if kept(name)}
+
+    def put_back() -> None:
+        for name in [name for name in of if kept(name) and name not in before]:
+            del of[name]
+        of.update(before)
+
+    return put_back
+
+
+def _values(buffer: Tensor | None) -> Callable[[], None]:
+    """What writes into a buffer what it holds now, if something else was written there."""
+    if buffer is None:
+        return lambda: None
+    before, version = buffer.clone(), None if buffer.is_inference() else buffer._version
+
+    def put_back() -> None:
+        if version is None or buffer._version != version:
+            with torch.inference_mode(buffer.is_inference()):
+                buffer.copy_(before)
+
+    return put_back
+
+
+@contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within the context, all modules are in evaluation mode; afterwards each has its own flag again."""
+    """Within the context, all modules are in evaluation mode; afterwards each has its own flag again, and what a
+    forward pass sets is as it was (`left_as_it_is`)."""
     put_back = training_flags(model)
     try:
-        model.eval()
-        yield
+        with left_as_it_is(model):
+            model.eval()
+            yield
     finally:
         put_back()
 

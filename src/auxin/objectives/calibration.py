@@ -98,10 +98,16 @@ class Calibration:
         """One pass: the model's inputs by name and `labels`, on the CPU; the same batches at every call."""
         for batch in self.read():
             if self.watch is not None:
-                self.watch(*self._size(batch))
+                self.watch(*self.size(batch))
             yield batch
 
-    def _size(self, batch: Mapping[str, Tensor]) -> tuple[int, int]:
+    def count_known(self, samples: int, units: int) -> None:
+        """Count samples and their units as drawn, which are not drawn again: what was found on them is known."""
+        if self.watch is not None:
+            self.watch(samples, units)
+
+    def size(self, batch: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Samples and units in a batch."""
         samples = len(batch["labels"])
         if self.units_per_sample is not None:
             return samples, samples * self.units_per_sample

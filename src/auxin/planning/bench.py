@@ -18,7 +18,8 @@ MethodSettings = TypeVar("MethodSettings", bound=Settings)
 
 
 class Meter:
-    """Adds up what looking and learning took: samples and units as they are drawn, FLOPs as they are executed."""
+    """Adds up what looking and learning took: samples and units as they are drawn, FLOPs as they are executed. What was
+    measured before and is known counts like what is measured now (`auxin.analysis.run`)."""
 
     def __init__(self) -> None:
         self.samples = 0

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from auxin.edits.plan import Plan
 from auxin.edits.structure import config_values, edited_skeleton, refuse_quantized, skeleton_of
 from auxin.errors import AuxinError, ConfigError, PlanError
-from auxin.models.evaluating import about_inference_tensors
+from auxin.models.evaluating import about_inference_tensors, left_as_it_is
 from auxin.models.folders import CONFIG_FILE
 from auxin.models.loading import load_config, load_config_file, load_model
 from auxin.nn.autocast import without_autocast
@@ -96,7 +96,13 @@ def make_plan(method: Method, bench: Bench, settings: Any) -> Plan:
     refuse_quantized(bench.model.config)
     if method.needs_weights and (reason := about_inference_tensors(bench.model)):
         raise PlanError(reason)
-    with torch.inference_mode(False), torch.enable_grad(), without_autocast(), bench.spent.running():
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        without_autocast(),
+        left_as_it_is(bench.model),
+        bench.spent.running(),
+    ):
         plan = method.plan(bench, settings)
     if plan.made_for is not None:  # methods give the model's own config, which may tell its ties wrongly
         values = config_values(skeleton_of(bench.model).config)

@@ -8,9 +8,9 @@ where Z is always the output of the model as it came, on calibration samples. Th
 next one sees: a list of single effects (`one_shot`) is another, worse one. Nothing is trained or repaired.
 
 The steps are measurements (`auxin.analysis.removal`), each kept in the cache: a search that was broken off goes on
-where it was, and one that removes more begins with what one that removed less has found. For Llama 3 the paper's code
-has the Jensen-Shannon divergence as D, ten contexts of 256 tokens, and spares the lower 40 % of the layers at first
-(`spared`: 0.4).
+where it was, and one that removes more begins with what one that removed less has found. The plan's cost is that of the
+whole search all the same. For Llama 3 the paper's code has the Jensen-Shannon divergence as D, ten contexts of 256
+tokens, and spares the lower 40 % of the layers at first (`spared`: 0.4).
 
 The ratio counts sublayers and not parameters: an attention of Llama 3 8B has a quarter of a feed-forward part's. The
 plan's findings have both.
