@@ -16,6 +16,7 @@ DISTINCT = ("llama", "gpt2", "t5", "tokenformer")
 """One architecture of each kind: separate projections, fused and transposed ones, encoder and decoder, tokens."""
 OWN = {
     ("altup", "bert"),  # an embedding with more tables than that of the words
+    ("fluctuation", "qwen3"),  # a switch of the config that gives biases to linear layers
     ("bert2bert", "olmo2"),  # gains over all heads together
     ("ligo", "gpt_neox"),  # projections fused head by head
     ("llama-pro", "bert"),  # norms after the sum

@@ -103,6 +103,20 @@ def run_auxin(line: str) -> str:
     return output.getvalue()
 
 
+def parse_auxin(line: str) -> None:
+    """Fail where the command line has no such command, option or argument; nothing is run."""
+    from typer.main import get_command
+
+    from auxin.cli.app import app
+
+    command: Any = get_command(app)
+    words = shlex.split(line, comments=True)[1:]
+    while hasattr(command, "commands"):
+        assert words[0] in command.commands, f"{line}: there is no {words[0]!r}"
+        command, words = command.commands[words[0]], words[1:]
+    command.make_context("auxin", words)  # which reads the words and goes no further
+
+
 def make_targets() -> set[str]:
     return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
@@ -267,3 +281,18 @@ def test_the_page_of_recipes_has_every_field():
         assert section, f"docs/recipes.md has no section {title}"
         for field in part["properties"]:
             assert f"\n| `{field}` |" in section, f"docs/recipes.md does not explain {field} of {title}"
+
+
+def test_commands_that_are_not_run_are_commands():
+    tried = 0
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language == "sh" and block.not_run is not None:
+                for line in block.code.replace("\\\n", " ").splitlines():
+                    if shlex.split(line, comments=True)[:1] == ["auxin"]:
+                        parse_auxin(line)
+                        tried += 1
+    assert tried > 5
+    for wrong in ("apply CKPT shortgpt --set removed=2 -o out", "plan CKPT", "prune CKPT", "show CKPT more"):
+        with pytest.raises(Exception, match=r"(?i)--set|missing|no 'prune'|extra"):
+            parse_auxin(f"auxin {wrong}")

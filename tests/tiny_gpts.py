@@ -36,7 +36,14 @@ _OPT = {
     "word_embed_proj_dim": 16,
 }
 _EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 2}
-_GROUPS = {**_EXPERTS, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5}
+_GROUPS = {
+    **_EXPERTS,
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.5,
+}
 _LATENT = {
     **_RMS,
     **_GROUPS,

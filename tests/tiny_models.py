@@ -229,7 +229,7 @@ class InDouble(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         double = bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
-        if double and func is torch.Tensor.float:
+        if double and (func is torch.Tensor.float or (func is torch.Tensor.type and torch.float32 in args)):
             return args[0]
         if double and func is torch.Tensor.to:
             args = tuple(torch.float64 if value is torch.float32 else value for value in args)

@@ -14,6 +14,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import auxin
 from auxin.accounting import count_parameters, flops_per_token, training_memory
 from auxin.accounting.flops import countable_kernels
 from auxin.errors import ConfigError
@@ -168,3 +169,17 @@ def test_counting_keeps_no_tensor_without_data_and_follows_none_backwards(family
     assert flops_per_token(tiny(family, seed=1), 7).forward == counted
     assert torch.equal(logits(tiny(family)), before)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_lengths_that_no_model_reads_are_refused_and_not_tried():
+    model = tiny("llama")
+    for length in (10**12, 2**24 + 1):
+        with pytest.raises(
+            ConfigError, match=rf"sequence_length: {length:,} tokens are more than any model reads.*Give"
+        ):
+            flops_per_token(model, length)
+    with pytest.raises(ConfigError, match="sequence_length"):
+        auxin.plan(model, "magnitude", target={"flops": 0.5, "sequence_length": 10**12})
+    with pytest.raises(ConfigError, match=r"does not run on 40 tokens, and has positions for 32\. Give at most these"):
+        flops_per_token(tiny("bert"), 40)
+    assert flops_per_token(model, 10**5).forward > flops_per_token(model, 10**4).forward

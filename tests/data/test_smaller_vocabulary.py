@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -277,3 +278,48 @@ def test_ids_that_would_not_be_those_of_the_rows_are_refused():
     vocabulary = Vocabulary(gaps)
     with pytest.raises(DataError, match="can't be numbered one after the other"):
         smaller_tokenizer(vocabulary, sorted(vocabulary.ids.values()))
+
+
+def languages(kind):
+    """A tokenizer whose class keeps maps of its own to the ids of languages."""
+    start = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0)]
+    words = [(f"\u2581{word}", -2.0 - number) for number, word in enumerate(["one", "two", "three", "four", "five"])]
+    letters = [(letter, -9.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    return getattr(transformers, kind)(vocab=[*start, *words, *letters], src_lang="en_XX", tgt_lang="ro_RO")
+
+
+@pytest.mark.parametrize("kind", ["MBartTokenizer", "MBart50Tokenizer"])
+def test_ids_that_the_class_keeps_of_its_own_are_the_new_ones(kind):
+    """By them one says in which language to write: `forced_bos_token_id = tokenizer.lang_code_to_id["ro_RO"]`."""
+    old = languages(kind)
+    new, kept = smaller(old, [old.get_vocab()["\u2581two"]])
+    ids = new.get_vocab()
+    assert ids["ro_RO"] != old.get_vocab()["ro_RO"]
+    assert new.lang_code_to_id == {code: ids[code] for code in old.lang_code_to_id}
+    assert new.fairseq_tokens_to_ids["<mask>"] == ids["<mask>"]
+    assert new.fairseq_ids_to_tokens[ids["ro_RO"]] == "ro_RO"
+    if kind == "MBart50Tokenizer":
+        assert new.id_to_lang_code == {ids[code]: code for code in old.lang_code_to_id}
+    assert [kept[token] for token in new.prefix_tokens + new.suffix_tokens] == old.prefix_tokens + old.suffix_tokens
+    current = "cur_lang_code_id" if kind == "MBart50Tokenizer" else "cur_lang_code"
+    assert kept[getattr(new, current)] == getattr(old, current)
+    assert [kept[token] for token in new("two").input_ids] == old("two").input_ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_that_are_no_ids_stay(kind):
+    tokenizer = tiny_tokenizer(kind)
+    tokenizer._extra_ids = tokenizer._pad_token_type_id = 7
+    tokenizer.sizes = {"small": 7, "large": 9}
+    new, kept = smaller(tokenizer, [])
+    assert len(kept) < len(tokenizer)
+    assert (new._extra_ids, new._pad_token_type_id, new.sizes) == (7, 7, {"small": 7, "large": 9})
+
+
+def test_a_map_of_all_tokens_is_told_by_its_content():
+    tokenizer = tiny_tokenizer("wordpiece")
+    tokenizer.words = dict(tokenizer.get_vocab())
+    tokenizer.names = {index: token for token, index in tokenizer.get_vocab().items()}
+    new, _ = smaller(tokenizer, [])
+    assert new.words == new.get_vocab()
+    assert new.names == {index: token for token, index in new.get_vocab().items()}

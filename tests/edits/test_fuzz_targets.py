@@ -18,6 +18,7 @@ from auxin.models.loading import skeleton
 from auxin.objectives.calibration import Calibration
 from auxin.planning.bench import Bench
 from capabilities import labelled
+from mixtures import EXPERTS as MIXTURES
 from tiny_models import FAMILIES, inputs, tiny
 
 FEW, MANY = 40, 200
@@ -148,6 +149,7 @@ def test_every_random_target_is_applied_or_refused(name, targets, tmp_path, monk
     monkeypatch.chdir(tmp_path)  # LiGO writes its operator into a folder, which is drawn too
     draw, method = random.Random(f"{name}, {targets}"), methods()[name]
     suited = [family for family in FAMILIES if suits(method, family)]
+    suited = suited or [family for family in MIXTURES if suits(method, family)]
     counted = Counter()
     reasons = set()
     for _ in range(targets):

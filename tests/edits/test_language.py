@@ -26,6 +26,7 @@ from auxin.edits import (
     ReplaceModule,
     ScaleParameter,
     SetConfig,
+    ShiftParameter,
     SliceParameter,
     TieParameters,
     WrapModule,
@@ -177,6 +178,19 @@ def test_a_projection_reads_its_matrix_from_a_file(tmp_path):
         edit.model_copy(update={"tensor": "C"}).located(path)
     with pytest.raises(PlanError, match=r"has shape \[5, 3\], and the plan says \[5, 4\]"):
         edit.model_copy(update={"shape": (5, 4)}).located(path)
+
+
+def test_a_shift_reads_what_it_adds_from_a_file(tmp_path):
+    shift, old = torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    path = tmp_path / "b.safetensors"
+    save_file({"b": shift}, path)
+    edit = ShiftParameter(parameter="p", file=path.name, tensor="b", shape=(3,)).located(path)
+    assert torch.equal(edit.map_parameter(old, 0, "p"), old + shift)
+    assert torch.equal(edit.map_moment(old, 1), old)
+    half = edit.map_parameter(old.bfloat16(), 0, "p")
+    assert torch.equal(half, (old.bfloat16().float() + shift.float()).bfloat16())
+    with pytest.raises(PlanError, match=r"has shape \[3\], and what it is added to has \[4\]"):
+        edit.new_shape((4,))
 
 
 def test_random_numbers_differ_by_seed_name_and_shape():
@@ -454,6 +468,7 @@ def test_a_plan_with_every_kind_of_edit_survives_yaml(tmp_path):
         ScaleParameter(parameter="p", factor=2),
         CentreParameter(parameter="p"),
         ProjectParameter(parameter="p", file="f", tensor="t", shape=(2, 1)),
+        ShiftParameter(parameter="p", file="f", tensor="t", shape=(2,)),
         ArrangeLayers(layers="l", order=[0, None]),
         ReplaceModule(module="m", brick="b", settings={"tokens": [1]}, fills={"k": ZeroFill()}),
         WrapModule(module="m", brick="b"),
@@ -466,4 +481,4 @@ def test_a_plan_with_every_kind_of_edit_survives_yaml(tmp_path):
     )
     everything_there_is.to_yaml(tmp_path / "plan.yaml")
     assert Plan.from_yaml(tmp_path / "plan.yaml") == everything_there_is
-    assert str(everything_there_is).count("\n") == 15
+    assert str(everything_there_is).count("\n") == 16

@@ -1,12 +1,19 @@
 """FinerCut takes what a search written out takes, reuses what it measured, and beats what it should."""
 
+import random
 import statistics
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from fractions import Fraction
+from math import floor
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 from torch import Tensor
 
 import auxin
@@ -32,9 +39,10 @@ def own_cache(tmp_path, monkeypatch):
 class Texts:
     """Calibration data that counts how often they are read."""
 
-    def __init__(self, model: Any, ids: Tensor, batch_size: int = 2) -> None:
+    def __init__(self, model: Any, ids: Tensor, batch_size: int = 2, labels: bool = False) -> None:
         self.ids, self.passes = ids, 0
-        made = Calibration.of_batches(model, list(ids.split(batch_size)))
+        batches = [{"input_ids": part, "labels": part} if labels else part for part in ids.split(batch_size)]
+        made = Calibration.of_batches(model, batches)
         self.calibration = replace(made, read=self._read)
         self._batches = made.read
 
@@ -163,9 +171,12 @@ def test_the_target_is_met_by_the_last_step_alone():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"removed": 8}, "removed = 8 of 8 candidates is 8. Ask for 1 to 7"),
+        ({"removed": 8}, "removed = 8 of 8 candidates is 8, and one of each stack of layers stays. Ask for 1 to 7"),
+        ({"removed": 5, "spared": 0.5}, "is 5, and 4 are spared until more than 4 others are gone. Ask for 1 to 4, or"),
+        ({"removed": 0.9, "spared": 0.6}, "is 7, and 4 are spared until more than 4 others are gone. Ask for 1 to 4"),
+        ({"target": {"parameters": 0.4}, "spared": 0.75}, "with all gone that can go"),
         ({"removed": 0.1}, "of 8 candidates is 0"),
-        ({"target": {"parameters": 0.01}}, "with all candidates but the last gone"),
+        ({"target": {"parameters": 0.01}}, "with all gone that can go"),
         ({"target": {"parameters": 10**9}}, "nothing has to go"),
     ],
 )
@@ -174,6 +185,68 @@ def test_impossible_amounts_are_refused_before_any_pass(settings, words):
     data = samples(model)
     with pytest.raises(PlanError, match=words):
         planned(model, data, **settings)
+    assert data.passes == 0
+
+
+@examples(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    counts=st.lists(st.integers(1, 7), min_size=1, max_size=3),
+    spared=st.integers(0, 99).map(lambda percent: percent / 100),
+    seed=st.integers(0, 99),
+)
+def test_what_is_allowed_is_what_a_search_reaches(counts, spared, seed):
+    """The paper's rule, step by step: the first floor(N x) wait until floor(N x) + 1 are gone."""
+    offered = {f"{stack}.{number}": str(stack) for stack, count in enumerate(counts) for number in range(count)}
+    order = list(offered)
+    first = order[: floor(len(order) * Fraction(str(spared)))]
+    draw, gone = random.Random(seed), []
+    while True:
+        waiting = first if len(gone) < len(first) + 1 else []
+        left = Counter(offered[path] for path in order if path not in gone)
+        free = [p for p in order if p not in gone and p not in waiting and left[offered[p]] > 1]
+        if not free:
+            break
+        gone.append(draw.choice(free))
+    settings = FinerCut(removed=1, spared=spared)
+    assert len(settings.most(offered)) == len(gone)
+    for removed in range(1, len(order) + 1):
+        asked = FinerCut(removed=removed, spared=spared)
+        if removed <= len(gone):
+            assert asked.count(offered) == removed
+        else:
+            with pytest.raises(PlanError):
+                asked.count(offered)
+
+
+@pytest.mark.parametrize("offered", range(2, 14))
+def test_the_smallest_share_that_is_named_is_one(offered):
+    parts = {f"layers.{number}": "layers" for number in range(offered)}
+    with pytest.raises(PlanError, match="is 0") as refused:
+        FinerCut(removed=0.01).count(parts)
+    share = float(str(refused.value).rpartition("share from ")[2].removesuffix(" on."))
+    assert FinerCut(removed=share).count(parts) == 1
+
+
+def test_each_stack_keeps_a_part():
+    model = tiny("t5", dtype=torch.float32)
+    data = Texts(model, inputs(model, batch=2)["input_ids"], labels=True)
+    with pytest.raises(PlanError, match=r"one of each stack of layers stays\. Ask for 1 to (\d+)") as refused:
+        planned(model, data, removed=8)
+    most = int(str(refused.value).rpartition("Ask for 1 to ")[2].partition(",")[0])
+    assert data.passes == 0
+    assert len(order(planned(model, data, removed=most, one_shot=True))) == most
+
+
+def test_a_part_that_layers_share_is_refused_by_its_names():
+    model = fresh_llama(0, num_hidden_layers=4)
+    model.model.layers[3].mlp = model.model.layers[1].mlp
+    data = samples(model)
+    with pytest.raises(
+        PlanError, match=r"layers\.1\.mlp.* and model\.layers\.3\.mlp.* are one module.*Give each layer"
+    ):
+        planned(model, data, removed=1)
+    with pytest.raises(PlanError, match="are one module"):
+        without_sublayers(model, ["model.layers.1.mlp"])
     assert data.passes == 0
 
 

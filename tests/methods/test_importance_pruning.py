@@ -2,6 +2,7 @@
 
 import copy
 import statistics
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,12 @@ from tiny_models import inputs, labels, tiny
 
 SCORES = {"taylor": "taylor", "fisher": "fisher", "wanda-structured": "output", "fluctuation": "fluctuation"}
 every_method = pytest.mark.parametrize("name", SCORES)
+
+
+@pytest.fixture(autouse=True)
+def _plans_lie_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the files that belong to them."""
+    monkeypatch.chdir(tmp_path)
 
 
 def planned(name: str, model: Any, data: Calibration, **settings: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -407,6 +408,24 @@ def test_what_nobody_named_and_can_t_go_stays_with_a_note():
     assert len(plan.notes) == 1
     assert plan.notes[0].startswith("heads stay: 16 units of the residual with 3 heads of dimension 4")
     assert model.config.n_head == 4
+
+
+def test_what_is_advised_instead_of_a_number_of_heads_is_taken():
+    model = tiny("llama", hidden_size=16, num_attention_heads=8, num_key_value_heads=8, head_dim=2)
+    with pytest.raises(PlanError, match="heads = 6: that many of 8") as refused:
+        auxin.plan(model, "magnitude", heads=6)
+    said = re.search(
+        r"nearest possible: (\d+) or (\d+)\. .*hidden = (\d+)\).*heads = ([\d.]+) with uniform = false",
+        str(refused.value),
+    )
+    assert said is not None
+    for settings in (
+        {"heads": int(said[1])},
+        {"heads": int(said[2])},
+        {"heads": 6, "hidden": int(said[3])},
+        {"heads": float(said[4]), "uniform": False},
+    ):
+        assert auxin.plan(model, "magnitude", **settings).edits
 
 
 @pytest.mark.parametrize(

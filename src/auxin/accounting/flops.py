@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from auxin.accounting.inputs import example_inputs, follows_length, without_cache
+from auxin.accounting.inputs import example_inputs, follows_length, refuse_endless, text_positions, without_cache
 from auxin.accounting.shapes import shape_only_copy, without_data
+from auxin.errors import ConfigError
 from auxin.settings import Settings
 
 BACKWARD_PER_FORWARD = 2
@@ -64,9 +65,11 @@ def flops_per_token(
         decoder_length: tokens that its decoder sees; None: all.
 
     Raises:
-        ConfigError: the model's code looks at values, so that it can't be counted on shapes.
+        ConfigError: the model's code looks at values, so that it can't be counted on shapes, or it does not run at that
+            length.
         PlanError: no inputs of the model can be made up.
     """
+    refuse_endless(sequence_length)
     if isinstance(model, PreTrainedModel):
         length = encoder_length or sequence_length
         inputs = example_inputs(model, batch=1, length=length, decoder_length=decoder_length or sequence_length)
@@ -74,7 +77,17 @@ def flops_per_token(
     else:
         inputs, extra = {"input_ids": torch.zeros(1, sequence_length, dtype=torch.long)}, {"use_cache": False}
         units = sequence_length
-    return FlopsPerToken(forward=forward_flops(model, {**inputs, **extra}) / units, sequence_length=sequence_length)
+    try:
+        forward = forward_flops(model, {**inputs, **extra})
+    except RuntimeError as error:
+        positions = text_positions(model)
+        if positions is None or sequence_length <= positions:
+            raise
+        raise ConfigError(
+            f"sequence_length: the model does not run on {sequence_length:,} tokens, and has positions for "
+            f"{positions:,}. Give at most these."
+        ) from error
+    return FlopsPerToken(forward=forward / units, sequence_length=sequence_length)
 
 
 def forward_flops(model: nn.Module, inputs: Mapping[str, Any]) -> float:

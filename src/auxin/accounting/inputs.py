@@ -19,6 +19,8 @@ CHANNELS = ("in_channels", "in_chans", "num_channels")
 """Names of the number of an image's channels in configs of models that take it in patches."""
 IMAGE_SIDE = 224
 """Pixels, for models that take images of any size; the usual size of ImageNet's."""
+LONGEST = 2**24
+"""Tokens of the longest sequence that inputs are made of."""
 KINDS_OF_PLACEHOLDERS = ("image", "video", "audio")
 
 
@@ -49,8 +51,10 @@ def example_inputs(
             what reads them tells the number of tokens in their place.
 
     Raises:
+        ConfigError: a length beyond any model's.
         PlanError: the model's main input is none of these, or its config does not say how large it is.
     """
+    refuse_endless(length, decoder_length or length)
     drawn = _Drawn(model, batch, seed, vocabulary)
     main = main_input(model)
     makers = {IDS: _texts, PIXELS: _images, "input_features": _spectrograms, "input_values": _sounds}
@@ -65,8 +69,17 @@ def example_inputs(
     elif main == IDS and illustrated:
         inputs |= _images_in_text(drawn, inputs[IDS])
     if model.config.is_encoder_decoder and DECODER_IDS in call_arguments(model):
-        inputs[DECODER_IDS] = drawn.ids(_text_config(model.config, decoder=True), decoder_length or length)
+        inputs[DECODER_IDS] = drawn.ids(text_config(model.config, decoder=True), decoder_length or length)
     return inputs
+
+
+def refuse_endless(*lengths: int) -> None:
+    """ConfigError for a length of sequences at which torch no longer knows the sizes of attention's scores."""
+    if (longest := max(lengths)) > LONGEST:
+        raise ConfigError(
+            f"sequence_length: {longest:,} tokens are more than any model reads; costs are counted up to {LONGEST:,}. "
+            "Give the length of the texts that the model is for."
+        )
 
 
 def main_input(model: PreTrainedModel) -> str:
@@ -128,7 +141,7 @@ def text_positions(model: nn.Module, decoder: bool = False) -> int | None:
         model: the model; of one without a config nothing is known but its table of positions.
         decoder: of the sequences of an encoder-decoder's decoder.
     """
-    config = _text_config(model.config, decoder) if isinstance(model, PreTrainedModel) else None
+    config = text_config(model.config, decoder) if isinstance(model, PreTrainedModel) else None
     limits: list[int] = []
     # MPT has a name of its own.
     fields = ("max_position_embeddings", "max_seq_len", *(("max_target_positions",) if decoder else ()))
@@ -141,6 +154,15 @@ def text_positions(model: nn.Module, decoder: bool = False) -> int | None:
         if path.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             limits.append(module.num_embeddings - module.padding_idx - 1)
     return min(limits, default=None)
+
+
+def text_config(config: PreTrainedConfig, decoder: bool = False) -> Any:
+    """The config of what reads token ids; of an encoder-decoder, of its encoder or its decoder."""
+    if config.is_encoder_decoder:
+        for name in ("decoder", "text_config") if decoder else ("text_encoder", "encoder"):
+            if isinstance(part := getattr(config, name, None), PreTrainedConfig):
+                return part.get_text_config()
+    return config.get_text_config()
 
 
 def placeholder_tokens(config: PreTrainedConfig, *kinds: str) -> tuple[int, ...]:
@@ -217,7 +239,7 @@ class _Drawn:
 
 
 def _texts(drawn: _Drawn, length: int) -> dict[str, Tensor] | None:
-    config = _text_config(drawn.config)
+    config = text_config(drawn.config)
     if getattr(config, "vocab_size", None) is None:
         return None
     ids = drawn.ids(config, length, _end_token(drawn.model, config), placeholder_tokens(drawn.config))
@@ -329,15 +351,6 @@ def _convolutions(model: PreTrainedModel) -> list[tuple[int, int]] | None:
     """Kernel and stride of the convolutions that make frames of a waveform, first to last; None if there are none."""
     part = _part(model.config, "conv_kernel", "conv_stride")
     return None if part is None else list(zip(part.conv_kernel, part.conv_stride, strict=True))
-
-
-def _text_config(config: PreTrainedConfig, decoder: bool = False) -> Any:
-    """The config of what reads token ids; of an encoder-decoder, of its encoder or its decoder."""
-    if config.is_encoder_decoder:
-        for name in ("decoder", "text_config") if decoder else ("text_encoder", "encoder"):
-            if isinstance(part := getattr(config, name, None), PreTrainedConfig):
-                return part.get_text_config()
-    return config.get_text_config()
 
 
 def _part(config: PreTrainedConfig, *fields: str) -> Any:

@@ -69,7 +69,10 @@ def _apart(reference: Tensor, changed: Tensor) -> Tensor:
 def loss(logits: Tensor, labels: Tensor | None) -> float:
     """Mean cross-entropy in nats of logits (tokens, classes) and labels (tokens,), of which -100 doesn't count."""
     if labels is None:
-        raise ConfigError("perplexity looks at labels, one for each token or sample, and the data have none like that.")
+        raise ConfigError(
+            "perplexity looks at labels, one for each token or sample, and the data have none like that. Give such "
+            "labels, or choose another distance (js)."
+        )
     return F.cross_entropy(logits, labels).item()
 
 

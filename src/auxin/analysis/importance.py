@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from auxin.analysis.measurement import Batch, Measurement, Needs, Result, kept_tokens
+from auxin.analysis.measurement import Batch, Measurement, Needs, Result, kept_tokens, result_of
 from auxin.analysis.spread import Estimates, Spread
+from auxin.analysis.targets import refuse_without_targets, targets
 from auxin.analysis.unit_scores import UnitImportance, UnitScores
 from auxin.analysis.unit_sums import OF_GRADIENTS, Gradients, Score, Statistics, add_up
 from auxin.analysis.units import WORDS, Group, Place, Units, units_of
@@ -44,6 +45,9 @@ class Importances(UnitScores):
     """The importance of all units of a model by one score."""
 
     score: Score
+    entries: dict[str, list[float]] = {}
+    """Of a fluctuation the means over tokens of all entries that enter an output matrix, by the path of its module; not
+    of experts, whose tokens are others."""
 
     @property
     def by(self) -> str:
@@ -58,6 +62,7 @@ class Importance(Measurement[Importances]):
     title: ClassVar[str] = "importance of every head, feed-forward unit, expert and residual dimension"
     needs: ClassVar[Needs] = "batches"
     result_type: ClassVar[type[Result]] = Importances
+    version: ClassVar[int] = 2
     score: Score = "taylor"
     """taylor, fisher: by gradients of the loss, which need labels; activation, output, fluctuation: by activations
     alone, for heads, feed-forward units and experts."""
@@ -109,7 +114,9 @@ class ImportanceObserver:
         self.taps = ()
 
     def before(self, batch: Batch) -> None:
-        """Nothing to note."""
+        """Refuse samples that have no loss where scores are its gradients."""
+        if self._gradients and (labels := targets(self._model, batch)) is not None:
+            refuse_without_targets(labels, f"the score {self._score}")
 
     def after(self, batch: Batch, output: Any) -> None:
         """Run the model on the batch, and add its samples."""
@@ -131,7 +138,21 @@ class ImportanceObserver:
             stop = start + self._units.counts[kind, scope]
             groups.append(UnitImportance(stream=kind, scope=scope, scores=estimates.part(start, stop)))
             start = stop
-        return Importances(score=self._score, groups=groups, missing=self._units.missing)
+        entries = self._means_of_entries() if self._score == "fluctuation" else {}
+        return Importances(score=self._score, groups=groups, entries=entries, missing=self._units.missing)
+
+    def _means_of_entries(self) -> dict[str, list[float]]:
+        """By the path of a module the means of what enters it, over all runs of it."""
+        paths = {module: path for path, module in self._model.named_modules()}
+        means = torch.tensor(self._entries.together().means, dtype=torch.float64)
+        runs, start = dict[str, list[Tensor]](), 0
+        for place in self._read:
+            assert place.weights is not None
+            stop = start + place.weights.numel()
+            if place.where == "input":
+                runs.setdefault(paths[place.module], []).append(means[start:stop])
+            start = stop
+        return {path: torch.stack(found).mean(0).tolist() for path, found in runs.items()}
 
     def _estimates(self) -> Estimates:
         found = self._spread.together()
@@ -164,7 +185,7 @@ class ImportanceObserver:
         if not self._gradients:
             run = Statistics(self._score, samples, kept)
             with self._units.read_by(run):
-                self._run(inputs)
+                result_of(self._model, inputs)
             if self._score == "fluctuation":
                 self._read = run.read
                 self._entries.add(torch.cat(run.means, dim=1))
@@ -221,7 +242,7 @@ class ImportanceObserver:
         return not abs(together - sum(alone) / samples) <= allowed * abs(together)
 
     def _loss(self, inputs: Batch) -> Tensor:
-        loss: Tensor | None = getattr(self._run(inputs), "loss", None)
+        loss: Tensor | None = getattr(result_of(self._model, inputs), "loss", None)
         if loss is None:
             raise DataError(
                 f"The {type(self._model).__name__} gives no loss for {', '.join(inputs)}, of which the score "
@@ -229,11 +250,6 @@ class ImportanceObserver:
                 "activation, output or fluctuation."
             )
         return loss
-
-    def _run(self, inputs: Batch) -> Any:
-        # A cache is for generation, and what routers add to a loss is for training.
-        constant = {n: False for n in ("use_cache", "output_router_logits") if hasattr(self._model.config, n)}
-        return self._model(**inputs, **constant)
 
 
 def _leave_out_residual(units: Units, score: Score) -> None:

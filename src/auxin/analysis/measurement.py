@@ -173,6 +173,12 @@ def kept_tokens(model: PreTrainedModel, batch: Batch, decoder: bool = False) -> 
     return mask
 
 
+def result_of(model: PreTrainedModel, inputs: Batch) -> Any:
+    """What `model` gives for `inputs`, without what it does for generation (a cache) and what routers add to a loss."""
+    constant = {n: False for n in ("use_cache", "output_router_logits") if hasattr(model.config, n)}
+    return model(**inputs, **constant)
+
+
 def token_means(values: Tensor, kept: Tensor | None) -> Tensor:
     """The mean over each sample's tokens, (samples,).
 

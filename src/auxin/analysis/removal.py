@@ -19,16 +19,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 
 from auxin.analysis.distances import DISTANCES, Distance, distance, loss
 from auxin.analysis.layer_outputs import LayerOutputs, logits_of, without_loss
 from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, Tap, kept_tokens
 from auxin.analysis.parts import SERIES, WHOLE
 from auxin.analysis.spread import Estimate, Spread
+from auxin.analysis.targets import label_rows, refuse_without_targets
 from auxin.errors import DataError, PlanError
-from auxin.models.sublayers import Sublayer, add_nothing, sublayers
+from auxin.models.sublayers import Sublayer, add_nothing, refuse_shared, sublayers
 from auxin.nn.calls import first_argument
+from auxin.objectives.objective import IGNORED
 from auxin.report.forest import Mark, Panel, Row, forest_svg
 from auxin.settings import Settings
 
@@ -59,9 +61,14 @@ def candidates(model: PreTrainedModel, which: Candidates) -> list[Candidate]:
     """What of `model` may be removed, from the first layer on.
 
     Raises:
-        PlanError: the architecture is not known, or there is nothing of that kind.
+        PlanError: the architecture is not known, there is nothing of that kind, or layers share a module of it.
     """
-    return _candidates(model, sublayers(model), which)
+    return _removable(model, _candidates(model, sublayers(model), which))
+
+
+def _removable(model: PreTrainedModel, found: list[Candidate]) -> list[Candidate]:
+    refuse_shared(model, [path for one in found for path in one.outputs])
+    return found
 
 
 def _candidates(model: PreTrainedModel, known: Sequence[Sublayer], which: Candidates) -> list[Candidate]:
@@ -100,7 +107,8 @@ class Removals(Result):
     """The effects of all removals, each alone."""
 
     loss: Estimate | None
-    """Of the model as it is, in nats per label; None where the labels are of another kind."""
+    """Of the model as it is, in nats per label; None where there is not a label for each of the logits, or a sample has
+    none that counts."""
     effects: list[RemovalEffect]
     """In the order of the layers."""
 
@@ -180,7 +188,8 @@ class Removal(Measurement[Removals]):
         """An observer of `model`.
 
         Raises:
-            PlanError: the architecture is not known, there are no such candidates, or what `removed` names is none.
+            PlanError: the architecture is not known, there are no such candidates, what `removed` names is none, or
+                layers share a module of theirs.
         """
         return RemovalObserver(model, self)
 
@@ -204,14 +213,14 @@ class RemovalObserver:
     def __init__(self, model: PreTrainedModel, settings: Removal) -> None:
         self._model, self._settings = model, settings
         parts = sublayers(model)
-        offered = _candidates(model, parts, settings.candidates)
+        offered = _removable(model, _candidates(model, parts, settings.candidates))
         layers = _candidates(model, parts, "layers")
         known = {one.path: one for one in (*_candidates(model, parts, "all"), *layers)}
         if unknown := next((path for path in settings.removed if path not in known), None):
             raise PlanError(
                 f"removed: the model has no sublayer and no layer {unknown!r}. It has {', '.join(list(known)[:3])}, ..."
             )
-        self._removed = [known[path] for path in settings.removed]
+        self._removed = _removable(model, [known[path] for path in settings.removed])
         self._offered = [one for one in offered if one.path not in settings.removed]
         if not self._offered:
             raise PlanError("removed: nothing is left to remove. Name fewer.")
@@ -222,12 +231,15 @@ class RemovalObserver:
         """Run the model on the batch: whole, without what is removed, and without each candidate beside."""
         inputs = without_loss(self._model, batch)
         kept = kept_tokens(self._model, batch, decoder=True)
-        labels = label_rows(self._model, batch, kept)
-        whole = _rows(self._runs.start(inputs, []), kept)
+        logits = self._runs.start(inputs, [])
+        labels = label_rows(self._model, batch, kept, logits.shape)
+        if labels is not None and "perplexity" in self._settings.distances:
+            refuse_without_targets(labels, "the distance perplexity")
+        whole = _rows(logits, kept)
         told = [None] * len(whole) if labels is None else [*_rows(labels, kept)]
         if self._removed:
             self._runs.start(inputs, self._removed)
-        if told[0] is not None and all((one != -100).any() for one in told if one is not None):
+        if labels is not None and all((one != IGNORED).any() for one in told if one is not None):
             self._losses.add(torch.tensor([loss(z.float(), y) for z, y in zip(whole, told, strict=True)]))
         found = []
         for one in self._offered:
@@ -254,8 +266,9 @@ class RemovalObserver:
             )
             for one in self._offered
         ]
-        losses = self._losses.estimates() if self._losses.samples else [None]
-        return Removals(loss=losses[0], effects=effects)
+        # A mean over those samples alone that have targets would be that of other data.
+        told = self._losses.samples == self._spread.samples
+        return Removals(loss=self._losses.estimates()[0] if told else None, effects=effects)
 
 
 class PrefixedRuns:
@@ -299,31 +312,15 @@ def _input(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any],
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def label_rows(model: PreTrainedModel, batch: Batch, kept: Tensor | None) -> Tensor | None:
-    """What each of the logits should say: labels (samples, tokens), moved to where a causal model predicts them, -100
-    for padding, or (samples,); None where the batch has no labels of classes.
-
-    Args:
-        model: the model.
-        batch: its inputs with labels.
-        kept: (samples, tokens), which tokens are no padding; None: all.
-    """
-    labels = batch.get("labels")
-    if labels is None or labels.is_floating_point():
-        return None
-    if kept is not None and kept.shape == labels.shape:
-        labels = torch.where(kept, labels, -100)
-    if isinstance(model, GenerationMixin) and not model.config.is_encoder_decoder:
-        return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
-    return labels
-
-
 def _rows(values: Tensor, kept: Tensor | None) -> list[Tensor]:
     """Of each sample what belongs to its tokens; what has no tokens, one row."""
     if values.dim() == 1 or (values.dim() == 2 and values.is_floating_point()):
         return [row[None] for row in values]
     if kept is None or kept.shape != values.shape[:2]:
         if kept is not None and values.is_floating_point():
-            raise DataError(f"The logits {tuple(values.shape)} have other tokens than the mask {tuple(kept.shape)}.")
+            raise DataError(
+                f"The logits {tuple(values.shape)} have other tokens than the mask {tuple(kept.shape)}. Give "
+                "a mask of the inputs' length."
+            )
         return list(values)
     return [row[mask] for row, mask in zip(values, kept, strict=True)]

@@ -27,7 +27,7 @@ from auxin.words.roles import ParameterRole, Segment
 from auxin.words.widths import FEED_FORWARD, Stream
 
 Kind = Literal["residual", "query", "key_value", "ffn", "expert_ffn", "shared_expert_ffn", "expert"]
-"""A stream whose units are cut, or whole experts, which are no stream."""
+"""A stream whose units are cut."""
 Group = tuple[Kind, str]
 """Units that are cut by number together: those of a stream in a scope, as `auxin.planning.cutting` takes them."""
 WORDS: dict[Kind, str] = {

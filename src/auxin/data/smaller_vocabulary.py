@@ -39,6 +39,10 @@ from auxin.errors import DataError
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 """How a byte is spelled that is written instead of an unknown character."""
+_TO_IDS = re.compile(r"\w+_to_ids?")
+_FROM_IDS = re.compile(r"(\w+_)?ids?_to_\w+")
+_OWN_IDS = re.compile(r"cur_lang\w*|(prefix|suffix)_tokens|(\w+_)?token_ids?")
+"""Attributes of tokenizers that are ids, beside maps to and from them: of a language, of what is put around texts."""
 _BATCH_CHARACTERS = 2_000_000
 
 
@@ -200,6 +204,8 @@ def smaller_tokenizer(vocabulary: Vocabulary, kept: Sequence[int]) -> PreTrained
     _renumber_beside(state, new_ids.__getitem__)
     smaller = copy.deepcopy(vocabulary.tokenizer)
     smaller._tokenizer = Tokenizer.from_str(json.dumps(state))
+    own = vars(smaller)
+    own.update({name: _attribute_in_new_ids(name, value, vocabulary.ids, new_ids) for name, value in own.items()})
     wanted = {token: new_ids[index] for token, index in vocabulary.ids.items() if index in new_ids}
     if smaller.get_vocab() != wanted:
         raise DataError(
@@ -207,6 +213,31 @@ def smaller_tokenizer(vocabulary: Vocabulary, kept: Sequence[int]) -> PreTrained
             "that stay can't be numbered one after the other. Give its unused ids a token first."
         )
     return smaller
+
+
+def _attribute_in_new_ids(name: str, value: Any, ids: Mapping[str, int], new_ids: Mapping[int, int]) -> Any:
+    """What becomes of an attribute that a tokenizer's class computed from its ids, such as mBART's `lang_code_to_id`;
+    any other as it is. It is known by its name, or, of a map, by agreeing with the vocabulary in every token."""
+    gone = set(ids.values()) - new_ids.keys()
+    if isinstance(value, dict) and value:
+        if all(map(_is_id, value.values())) and (
+            _TO_IDS.fullmatch(name) or all(ids.get(word) == token for word, token in value.items())
+        ):
+            return {word: new_ids.get(token, token) for word, token in value.items() if token not in gone}
+        if all(map(_is_id, value)) and (
+            _FROM_IDS.fullmatch(name) or all(ids.get(word) == token for token, word in value.items())
+        ):
+            return {new_ids.get(token, token): word for token, word in value.items() if token not in gone}
+    if _OWN_IDS.fullmatch(name):
+        if _is_id(value):
+            return new_ids.get(value, value)
+        if isinstance(value, list) and all(map(_is_id, value)):
+            return [new_ids.get(token, token) for token in value]
+    return value
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _renumber_beside(state: dict[str, Any], new: Callable[[int], int]) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from auxin.edits.inverse import inverse_plan
     from auxin.edits.kinds.architecture_edits import ChangeArchitecture, SetConfig
     from auxin.edits.kinds.edit import Edit
+    from auxin.edits.kinds.file_edits import ProjectParameter, ShiftParameter
     from auxin.edits.kinds.fills import ConstantFill, Fill, MeanFill, NormalFill, RepeatFill, ZeroFill
     from auxin.edits.kinds.layer_edits import ArrangeLayers, JoinAbove
     from auxin.edits.kinds.module_edits import (
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
         AverageRows,
         CentreParameter,
         PadParameter,
-        ProjectParameter,
         ScaleParameter,
         SliceParameter,
     )
@@ -44,6 +44,7 @@ else:
             "auxin.edits.inverse": ("inverse_plan",),
             "auxin.edits.kinds.architecture_edits": ("ChangeArchitecture", "SetConfig"),
             "auxin.edits.kinds.edit": ("Edit",),
+            "auxin.edits.kinds.file_edits": ("ProjectParameter", "ShiftParameter"),
             "auxin.edits.kinds.fills": ("ConstantFill", "Fill", "MeanFill", "NormalFill", "RepeatFill", "ZeroFill"),
             "auxin.edits.kinds.layer_edits": ("ArrangeLayers", "JoinAbove"),
             "auxin.edits.kinds.module_edits": (
@@ -59,7 +60,6 @@ else:
                 "AverageRows",
                 "CentreParameter",
                 "PadParameter",
-                "ProjectParameter",
                 "ScaleParameter",
                 "SliceParameter",
             ),
@@ -94,6 +94,7 @@ __all__ = [
     "ReplaceModule",
     "ScaleParameter",
     "SetConfig",
+    "ShiftParameter",
     "SliceParameter",
     "TieParameters",
     "WrapModule",

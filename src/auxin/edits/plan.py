@@ -14,7 +14,8 @@ from auxin.accounting import Cost, count_parameters, flops_per_token
 from auxin.accounting.inputs import counted_length, unit_of_cost
 from auxin.edits.kinds.architecture_edits import ChangeArchitecture, SetConfig
 from auxin.edits.kinds.edit import Edit, describe_edit
-from auxin.edits.kinds.parameter_edits import ParameterEdit, ProjectParameter
+from auxin.edits.kinds.file_edits import FileEdit
+from auxin.edits.kinds.parameter_edits import ParameterEdit
 from auxin.edits.origin import Fresh, Made, Origin
 from auxin.edits.plan_files import CheckpointFile, PlanFile
 from auxin.edits.resolution import ResolvedPlan, resolve
@@ -125,7 +126,7 @@ class Plan(Settings):
         paths = {file.name: file.find(self._folder) for file in self.files}
         edits: list[Any] = []
         for edit in self.edits:
-            if isinstance(edit, ProjectParameter):
+            if isinstance(edit, FileEdit):
                 if edit.file not in paths:
                     known = ", ".join(paths) or "none"
                     raise PlanError(f"{describe_edit(edit)}: the plan has no file {edit.file!r}. Its files: {known}.")

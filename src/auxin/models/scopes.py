@@ -12,9 +12,9 @@ from auxin.models.scoped_config import ScopedConfig, config_at
 from auxin.words.anatomy import Anatomy, LayerStack
 from auxin.words.paths import dotted
 from auxin.words.roles import ParameterRole, Segment
-from auxin.words.widths import FEED_FORWARD, Stream, Width
+from auxin.words.widths import IN_FEED_FORWARD, Stream, Width
 
-STREAMS: tuple[Stream, ...] = ("query", "key_value", *FEED_FORWARD)
+STREAMS: tuple[Stream, ...] = ("query", "key_value", *IN_FEED_FORWARD)
 """The streams whose widths can differ from layer to layer."""
 Grain = Literal["model", "stack", "layer"]
 """By what the roles of a stack tell a stream's widths apart."""
@@ -49,7 +49,8 @@ class _Scopes:
         ]
         self.model, self.found = model, replace(found, sizes=found.sizes.with_widths(said))
         self.found = replace(self.found, fixed_widths=(*found.fixed_widths, *self._other_head_dims()))
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors}
         modules = dict(model.named_modules())
         self.layers: dict[LayerStack, list[str]] = {
             stack: [f"{stack.path}.{place}" for place, _ in enumerate(modules[stack.path].children())]

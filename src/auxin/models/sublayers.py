@@ -4,7 +4,7 @@ A sublayer is known by what it adds. That may be the result of a whole module (L
 (BERT, whose modules hold the sum and the norm behind it, too) or of the norm between the two (OLMo 2).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.models.places import running_on_shapes
 from auxin.nn.stand_ins import StandIn
@@ -65,6 +66,20 @@ def kinds(model: PreTrainedModel, stack: LayerStack, names: tuple[str, ...]) -> 
         else:
             found.append("feed-forward")
     return found
+
+
+def refuse_shared(model: PreTrainedModel, outputs: Iterable[str]) -> None:
+    """PlanError when one of the modules at `outputs`, those of sublayers, is the very same one at another of a layer's
+    places, so that it can't be taken out of one alone."""
+    names: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(path)
+    for output in outputs:
+        if len(same := names[model.get_submodule(output)]) > 1:
+            raise PlanError(
+                f"{' and '.join(same)} are one module, which can't be taken out of one place alone. Give each layer "
+                "its own (copy.deepcopy)."
+            )
 
 
 def add_nothing(module: nn.Module, arguments: Any, result: Any) -> Any:

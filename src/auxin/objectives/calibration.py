@@ -24,11 +24,11 @@ from auxin.data.dataset import SampleForm
 from auxin.data.loader import ShuffledBatches
 from auxin.errors import ConfigError, DataError
 from auxin.objectives.causal import Causal
+from auxin.objectives.given_batches import Batch, given_batches
 from auxin.objectives.objective import ObjectiveSettings, References, is_encoder_decoder, training_noise
 from auxin.objectives.span_corruption import SpanCorruption
 from auxin.settings import Settings
 
-Batch = Tensor | Mapping[str, Tensor]
 STANDARD_LENGTH = 128
 """Tokens per sample of a corpus that is prepared for calibration alone."""
 STANDARD_BYTES = 4_000_000
@@ -213,11 +213,9 @@ class Calibration:
             objective: what the labels ask for, where that is known.
 
         Raises:
-            DataError: there is no batch, or one has no labels.
+            DataError: there is no batch, or one can't be read by the model; see `given_batches`.
         """
-        kept = tuple(_labelled(model, batch) for batch in batches)
-        if not kept:
-            raise DataError("The calibration data has no batch. Give at least one.")
+        kept = given_batches(model, batches)
         sizes = [len(batch["labels"]) for batch in kept]
         settings = CalibrationSettings(samples=sum(sizes), batch_size=max(sizes))
         digest = hashlib.sha256()
@@ -241,18 +239,6 @@ def _corpus(wanted: CorpusCalibration, model: PreTrainedModel, tokenizer: Path) 
     if "context_length" not in corpus.model_fields_set:
         changes["context_length"] = wanted.length or text_length(model, STANDARD_LENGTH)
     return corpus.model_copy(update=changes)
-
-
-def _labelled(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
-    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-    if "labels" not in inputs:
-        if "input_ids" not in inputs or not isinstance(model, GenerationMixin) or is_encoder_decoder(model.config):
-            raise DataError(
-                f"The batches hold {', '.join(inputs)} and no labels, without which a {type(model).__name__} has no "
-                "loss. Give mappings with labels."
-            )
-        inputs["labels"] = inputs["input_ids"]
-    return {name: tensor.detach().cpu() for name, tensor in inputs.items()}
 
 
 def _shortened(tensor: Tensor, length: int | None) -> Tensor:

@@ -1,9 +1,11 @@
-"""Cutting chosen units out of a model: feed-forward units, heads with their key-value groups, the residual.
+"""Cutting chosen units out of a model: feed-forward units, heads with their key-value groups, experts, the residual.
 
 What is left computes as before where nothing came from the rest: exact for feed-forward units and heads whose output
-weights are zero. A norm over a residual that lost units divides by the root mean square of fewer; its gains and epsilon
-are scaled so that it computes as before if those units were zero (or, for a LayerNorm, the mean of the others), which
-is the way back from padding. Norms after the residual sum, and those without gain or epsilon, stay as they are.
+weights are zero. Without some experts, tokens are routed as if those had scores of minus infinity; where fewer are left
+than a token gets, it gets all of them. A norm over a residual that lost units divides by the root mean square of fewer;
+its gains and epsilon are scaled so that it computes as before if those units were zero (or, for a LayerNorm, the mean
+of the others), which is the way back from padding. Norms after the residual sum, and those without gain or epsilon,
+stay as they are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,9 +20,9 @@ from auxin.planning.width_maps import StreamMap, Widening, circular, feed_forwar
 from auxin.planning.width_targets import followed_width, refuse_without_tower
 from auxin.words.anatomy import Anatomy
 from auxin.words.paths import encloses
-from auxin.words.widths import FEED_FORWARD, Sizes, Stream
+from auxin.words.widths import FEED_FORWARD, IN_FEED_FORWARD, Sizes, Stream
 
-_CUT: tuple[Stream, ...] = ("residual", "query", *FEED_FORWARD)
+_CUT: tuple[Stream, ...] = ("residual", "query", *IN_FEED_FORWARD)
 
 
 def cut(model: PreTrainedModel, keep: Mapping[tuple[Stream, str], Sequence[int]], part: str | None = None) -> Widened:
@@ -31,14 +33,15 @@ def cut(model: PreTrainedModel, keep: Mapping[tuple[Stream, str], Sequence[int]]
 
     Args:
         model: the model, on any device; weights are not looked at.
-        keep: the units that stay, counted from 0, by stream ("residual", "query" for whole heads, or one of the
-            feed-forward streams) and scope: "" for all layers, a stack ("encoder.block") or a layer ("model.layers.3");
-            the residual has no other scope than "". They keep their order.
+        keep: the units that stay, counted from 0, by stream ("residual", "query" for whole heads, "expert" for whole
+            experts, or one of the feed-forward streams) and scope: "" for all layers, a stack ("encoder.block") or a
+            layer ("model.layers.3"); the residual has no other scope than "". They keep their order.
         part: of a model of several towers the one that is cut.
 
     Raises:
         PlanError: an unknown scope or unit, heads of one key-value head that would be more than those of another, heads
-            that the architecture can't have fewer of in one place, or nothing to cut.
+            that the architecture can't have fewer of in one place, experts whose groups would not be alike or too
+            small, or nothing to cut.
     """
     scopes = dict.fromkeys(scope for _, scope in keep if scope)
     body = anatomy(model, scopes=scopes, part=part)
@@ -49,13 +52,15 @@ def cut(model: PreTrainedModel, keep: Mapping[tuple[Stream, str], Sequence[int]]
         residual=circular(sizes.residual, sizes.residual),
         query=circular(sizes.query_heads, sizes.query_heads),
         key_value=circular(sizes.key_value_heads, sizes.key_value_heads),
-        feed_forward=feed_forward_maps(sizes, sizes, circular),
+        feed_forward=feed_forward_maps(sizes, sizes, circular, IN_FEED_FORWARD),
         head_dim=sizes.head_dim,
     )
     maps = _kept_as_they_are(body)
     for (stream, scope), units in keep.items():
         kept = _kept(body, stream, scope, units)
         maps[stream, scope] = kept
+        if stream == "expert":
+            _check_groups(body, scope, kept)
         if stream == "query":
             maps["key_value", scope] = _key_value_heads(body, scope, kept)
     widening = Widening(
@@ -106,7 +111,7 @@ def _check(body: Anatomy, keep: Mapping[tuple[Stream, str], Sequence[int]]) -> N
             raise PlanError(f"{stream}: units of this stream are not cut. Name one of {', '.join(_CUT)}.")
         if stream == "residual" and scope:
             raise PlanError(f"{scope}: the residual is one through all layers. Give its units for the scope ''.")
-        if stream in FEED_FORWARD and not body.scopes(stream):
+        if stream in IN_FEED_FORWARD and not body.scopes(stream):
             raise PlanError(f"The {body.family} model has no units of {stream}. Leave them out.")
         if stream == "query" and body.heads_stay and len(keep[stream, scope]) < body.sizes.at(scope).query_heads:
             raise PlanError(f"{len(keep[stream, scope])} heads: {body.heads_stay} Leave all of them.")
@@ -165,6 +170,19 @@ def _key_value_heads(body: Anatomy, scope: str, query: StreamMap) -> StreamMap:
             f"stay, but each must be read by equally many. Keep {min(sizes)} or {max(sizes)} of each."
         )
     return StreamMap(old.key_value_heads, tuple(key for key, count in enumerate(counts) if count))
+
+
+def _check_groups(body: Anatomy, scope: str, experts: StreamMap) -> None:
+    """Experts are scored group by group, where they have groups, so that of each as many must stay."""
+    assert body.routing is not None
+    groups, least = body.routing.groups, body.routing.scored_by
+    size = experts.old // groups
+    counts = [sum(expert // size == group for expert in experts.index) for group in range(groups)]
+    if len(set(counts)) > 1 or counts[0] < least:
+        raise PlanError(
+            f"{scope or 'all layers'}: of the {groups} groups of {size} experts {counts} would stay, but a router "
+            f"scores groups of one size by their best {least}. Keep equally many of each, at least {least}."
+        )
 
 
 def _check_tied(model: PreTrainedModel, body: Anatomy, widening: Widening) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from auxin.edits.plan import Plan
@@ -18,7 +17,8 @@ from auxin.models.evaluating import about_inference_tensors, left_as_it_is
 from auxin.models.folders import CONFIG_FILE
 from auxin.models.loading import load_config, load_config_file, load_model
 from auxin.nn.autocast import without_autocast
-from auxin.objectives.calibration import Batch, Calibration, CalibrationSettings, CorpusCalibration
+from auxin.objectives.calibration import Calibration, CalibrationSettings, CorpusCalibration
+from auxin.objectives.given_batches import Batch
 from auxin.planning.bench import Bench
 from auxin.planning.hooks import asked_by
 from auxin.settings import Settings
@@ -227,8 +227,6 @@ def _asked(
         return asked_data(method, settings, CorpusCalibration.parse(data or {}, source="data"))
     if method.calibration is None or method.calibration(settings) is None:
         raise ConfigError(f"{method.name} looks at no data with these settings, and data was given. Leave it out.")
-    if isinstance(data, Tensor):
-        raise ConfigError(f"data is one tensor of shape {list(data.shape)}. Give a list of batches: [tensor].")
     return data
 
 

@@ -6,7 +6,7 @@ The parts of a longer list are those of a shorter one and more, so that one orde
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from math import floor
+from math import ceil, floor
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -38,41 +38,67 @@ class HowMuch(Settings):
             raise ValueError(f"removed = {self.removed:g} is neither a share below 1 nor a whole number.")
         return self
 
-    def count(self, offered: int) -> int | None:
+    def spared_at_first(self, offered: Sequence[str]) -> Sequence[str]:
+        """Those of the candidates that stay until more than as many are gone."""
+        return []
+
+    def most(self, offered: Mapping[str, str]) -> list[str]:
+        """As many of the candidates as can go one after the other. One of each stack stays; so do those that are spared
+        at first where the others are too few for their turn to come.
+
+        Args:
+            offered: what may go: the stack of layers of each, by its path.
+        """
+        spared = set(self.spared_at_first(list(offered)))
+        order = sorted(offered, key=lambda path: path in spared)  # these last
+        kept = {offered[path]: path for path in order}.values()
+        others = [path for path in order if path not in kept and path not in spared]
+        return [path for path in order if path not in kept] if len(others) > len(spared) else others
+
+    def count(self, offered: Mapping[str, str]) -> int | None:
         """How many of the candidates go; None: until the target is met.
 
+        Args:
+            offered: as of `most`.
+
         Raises:
-            PlanError: none of them, or all.
+            PlanError: none of them, or more than can.
         """
         if self.removed is None:
             return None
-        if offered < 2:
+        total, most = len(offered), len(self.most(offered))
+        if not most:
             raise PlanError("There are no two parts of which one could go. Choose other candidates, or another method.")
-        count = floor(offered * Fraction(str(self.removed))) if self.removed < 1 else int(self.removed)
-        if not 0 < count < offered:
+        count = floor(total * Fraction(str(self.removed))) if self.removed < 1 else int(self.removed)
+        if not 0 < count <= most:
             raise PlanError(
-                f"removed = {self.removed:g} of {offered} candidates is {count}. Ask for 1 to {offered - 1}, or for a "
-                f"share from {1 / offered:.4f} on."
+                f"removed = {self.removed:g} of {total} candidates is {count}{self._why_not(count, offered)}. Ask for "
+                f"1 to {most}, or for a share from {ceil(10_000 / total) / 10_000:.4f} on."
             )
         return count
+
+    def _why_not(self, count: int, offered: Mapping[str, str]) -> str:
+        if count > len(offered) - len(set(offered.values())):
+            return ", and one of each stack of layers stays"
+        spared = len(self.spared_at_first(list(offered)))
+        return f", and {spared} are spared until more than {spared} others are gone" if count else ""
 
 
 def _gauge(model: PreTrainedModel, wanted: HowMuch, offered: Mapping[str, str], edits: Edits) -> Gauge | None:
     """What tells whether a target is met, where there is one; PlanError when no number of removals is what was asked
     for."""
-    wanted.count(len(offered))
+    wanted.count(offered)
     if (target := wanted.target) is None:
         return None
     gauge = Gauge(target, model)
     if gauge.have <= gauge.limit:
         raise PlanError(f"{target}: the model is no larger, so that nothing has to go. Ask for less.")
-    kept = {stack: path for path, stack in offered.items()}.values()
-    most = [path for path in offered if path not in kept]
+    most = wanted.most(offered)
     smallest = gauge.of(removal(model, edits(most))) if most else gauge.have
     if smallest > gauge.limit:
         raise PlanError(
             f"{target} asks for at most {target.in_words(gauge.limit)} of {target.in_words(gauge.have)}, and with all "
-            f"candidates but the last gone {target.in_words(smallest)} would be left. Ask for at least that."
+            f"gone that can go {target.in_words(smallest)} would be left. Ask for at least that."
         )
     return gauge
 
@@ -114,7 +140,7 @@ def taken(
         PlanError: no number of removals is what was asked for, before anything is drawn; or the order ends before.
     """
     gauge = _gauge(model, wanted, offered, edits)
-    count, target = wanted.count(len(offered)), wanted.target
+    count, target = wanted.count(offered), wanted.target
     gone: list[str] = []
     words: list[str] = []
     for path, about in order:
@@ -134,6 +160,6 @@ def taken(
                 made_for=config_values(model.config),
             )
     raise PlanError(
-        f"After {len(gone)} of {len(offered)} candidates nothing more can go without a stack losing all of its parts. "
-        "Ask for less."
+        f"After {len(gone)} of {len(offered)} candidates nothing more can go: one of each stack of layers stays, and "
+        "what is spared. Ask for less."
     )

@@ -19,7 +19,7 @@ from auxin.edits.kinds.edit import ArrangeLayers, Edit, RemoveModule
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.models.places import refuse_broken, running_on_shapes, what_is_returned
-from auxin.models.sublayers import Sublayer, add_nothing, sublayers
+from auxin.models.sublayers import Sublayer, add_nothing, refuse_shared, sublayers
 from auxin.planning.depth import arrange, arranged, counts_for_the_cache, depth, refuse_kept_layers
 from auxin.words.paths import encloses
 
@@ -32,8 +32,9 @@ def without_sublayers(model: PreTrainedModel, gone: Iterable[str]) -> list[Edit]
         gone: the sublayers, by their paths (`auxin.models.sublayers`).
 
     Raises:
-        PlanError: no sublayers are named, one of them is none of the model's, nothing would be left of a stack, or
-            something that stays needs what one of them makes (T5's first attention has the position bias of all).
+        PlanError: no sublayers are named, one of them is none of the model's or shared between layers, nothing would
+            be left of a stack, or something that stays needs what one of them makes (T5's first attention has the
+            position bias of all).
     """
     known = {sublayer.path: sublayer for sublayer in sublayers(model)}
     paths = list(dict.fromkeys(gone))
@@ -41,6 +42,7 @@ def without_sublayers(model: PreTrainedModel, gone: Iterable[str]) -> list[Edit]
         raise PlanError("There is nothing to remove. Name a sublayer.")
     if unknown := next((path for path in paths if path not in known), None):
         raise PlanError(f"The model has no sublayer {unknown!r}. It has {', '.join(list(known)[:4])}, ...")
+    refuse_shared(model, [known[path].output for path in paths])
     dropped = _dropped(model, known.values(), paths)
     edits: list[Edit] = [ArrangeLayers(layers=path, order=list(order)) for path, order in dropped.items()]
     left = [known[path] for path in paths if not _is_dropped(known[path], dropped)]

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from auxin.edits.kinds.module_edits import ConfigureModule
-from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.anatomy import Anatomy, LayerStack, Routing
 from auxin.words.paths import dotted, encloses
-from auxin.words.widths import FEED_FORWARD, SETTINGS, Sizes, Stream, Width
+from auxin.words.widths import IN_FEED_FORWARD, SETTINGS, ConfigFields, Sizes, Stream, Width
 
 
 def size_edits(anatomy: Anatomy, new: Sizes) -> tuple[Sizes, list[ConfigureModule]]:
@@ -25,15 +25,18 @@ def size_edits(anatomy: Anatomy, new: Sizes) -> tuple[Sizes, list[ConfigureModul
     """
     said: dict[tuple[Stream, str], int | None] = {}
     values: dict[str, dict[str, int]] = {}
-    streams: tuple[Stream, ...] = ("query", "key_value", *FEED_FORWARD)
+    streams: tuple[Stream, ...] = ("query", "key_value", *IN_FEED_FORWARD)
     refused = anatomy.heads_divide_hidden_size and new.residual % config_heads(anatomy, new) != 0
     for stream in streams:
         alike = anatomy.fields.undotted.like_heads if stream == "query" else ()
         for home, field in anatomy.fields.undotted.names(stream).items():
-            said[stream, home], told = _told(anatomy, stream, home, new, refused and stream not in FEED_FORWARD)
+            said[stream, home], told = _told(anatomy, stream, home, new, refused and stream not in IN_FEED_FORWARD)
             for scope, units in told.items():
+                own = dict.fromkeys((field, *alike), units)
+                if stream == "expert":
+                    own |= _fewer_per_token(anatomy.fields.undotted, anatomy.routing, said[stream, home], units)
                 for module in _modules(anatomy, stream, home, scope):
-                    values.setdefault(module, {}).update(dict.fromkeys((field, *alike), units))
+                    values.setdefault(module, {}).update(own)
     modules = [ConfigureModule(module=module, values=told) for module, told in values.items()]
     return _config_sizes(anatomy, new, said), modules
 
@@ -57,7 +60,17 @@ def size_values(anatomy: Anatomy, new: Sizes) -> dict[str, Any]:
         if fields.residual_groups is not None:
             values[fields.residual_groups] = anatomy.residual_groups * new.residual // old.residual
         values |= {name: units for name, (_, units) in widths.items() if names[name][0] == "ffn" and units}
-    return values
+    return values | _fewer_per_token(fields, anatomy.routing, old.experts, new.experts)
+
+
+def _fewer_per_token(
+    fields: ConfigFields, routing: Routing | None, before: int | None, after: int | None
+) -> dict[str, int]:
+    """The number of experts that a token gets, where so many are not left."""
+    if routing is None or fields.experts_per_token is None or before is None or after is None:
+        return {}
+    most = routing.most(after)
+    return {fields.experts_per_token: most} if most < routing.most(before) else {}
 
 
 def config_heads(anatomy: Anatomy, new: Sizes) -> int:
@@ -74,7 +87,7 @@ def _config_sizes(anatomy: Anatomy, new: Sizes, said: Mapping[tuple[Stream, str]
         return units[0] if units else new.units(stream)
 
     heads = of_model("query") or new.query_heads, of_model("key_value") or new.key_value_heads
-    inner = {stream: of_model(stream) for stream in FEED_FORWARD}
+    inner = {stream: of_model(stream) for stream in IN_FEED_FORWARD}
     widths = [Width(stream, home, units) for (stream, home), units in said.items() if home and units is not None]
     return Sizes.of(new.residual, *heads, new.head_dim, inner).with_widths(widths)
 
@@ -113,7 +126,7 @@ def _modules(anatomy: Anatomy, stream: Stream, home: str, scope: str) -> Iterato
     for stack in anatomy.stacks:
         if home not in ("", stack.path):
             continue
-        parts = stack.feed_forward if stream in FEED_FORWARD else stack.attentions
+        parts = stack.feed_forward if stream in IN_FEED_FORWARD else stack.attentions
         if not scope and _follows_model(anatomy, stack, stream):
             yield from (dotted(stack.path, "*", part) for part in parts)
         elif scope == stack.path:

@@ -96,7 +96,9 @@ class Course:
         return max(state for state, left in enumerate(self.left) if left >= least)
 
 
-def line(place: Place, scores: Scores, groups: int, entries: int, multiple: int = 1) -> Line:
+def line(
+    place: Place, scores: Scores, groups: int, entries: int, multiple: int = 1, apart: int = 1, least: int = 1
+) -> Line:
     """The order of the units in one place: those of the lowest score first, of equal ones the last.
 
     Args:
@@ -105,16 +107,24 @@ def line(place: Place, scores: Scores, groups: int, entries: int, multiple: int 
         groups: how many can go on their own.
         entries: units of the stream in them.
         multiple: what is left is a multiple of this many groups.
+        apart: in so many stretches of them, one after the other, every step takes one of each.
+        least: how many of a stretch stay.
 
     Raises:
         PlanError: scores are missing, too many or too few, or not finite.
     """
     found = _scores_at(*place, scores, groups, entries)
-    size = entries // groups
-    order = sorted(range(groups), key=lambda group: (found[group], -group))
-    # The first block leaves a multiple; the last one stays.
-    ends = list(range((groups - 1) % multiple + 1, groups, multiple)) if groups > multiple else []
-    blocks = [order[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    size, stretch = entries // groups, groups // apart
+    orders = [
+        sorted(range(start, start + stretch), key=lambda group: (found[group], -group))
+        for start in range(0, groups, stretch)
+    ]
+    # The first block leaves a multiple; the last ones stay.
+    ends = list(range((stretch - 1) % multiple + 1, stretch, multiple)) if stretch > multiple else []
+    ends = [end for end in ends if stretch - end >= least]
+    blocks = [
+        [group for order in orders for group in order[start:end]] for start, end in zip([0, *ends], ends, strict=False)
+    ]
     means = [sum(found[group] for group in block) / len(block) for block in blocks]
     return Line(
         *place,

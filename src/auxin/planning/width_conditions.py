@@ -7,7 +7,7 @@ from auxin.errors import PlanError
 from auxin.planning.width_maps import Padding, StreamMap, Widening
 from auxin.words.anatomy import Anatomy
 from auxin.words.paths import encloses
-from auxin.words.widths import FEED_FORWARD, SETTINGS, Sizes, Stream
+from auxin.words.widths import IN_FEED_FORWARD, SETTINGS, Sizes, Stream
 
 ROPE_BY_FREQUENCY = ("default", "linear", "llama3")
 """Rotary embeddings whose treatment of a pair depends on its frequency alone, not on the head dimension."""
@@ -17,6 +17,7 @@ _UNITS: dict[Stream, str] = {
     "ffn": "feed-forward",
     "expert_ffn": "expert's feed-forward",
     "shared_expert_ffn": "shared expert's feed-forward",
+    "expert": "expert",
 }
 
 
@@ -31,8 +32,11 @@ def fatal_reasons(anatomy: Anatomy, widening: Widening, from_above: bool, cut: b
 def inexact_reasons(anatomy: Anatomy, widening: Widening) -> list[str]:
     """Why the maps do not keep the function whatever the weights are."""
     cuts = [
-        f"{_place(scope)}{len(m.index)} of {m.old} {_UNITS[stream]} units stay, which is exact only if nothing comes "
-        "from the others."
+        f"{_place(scope)}{len(m.index)} of {m.old} experts stay, which is exact only if no token is routed to the "
+        "others and gates are shares among those that are chosen."
+        if stream == "expert"
+        else f"{_place(scope)}{len(m.index)} of {m.old} {_UNITS[stream]} units stay, which is exact only if nothing "
+        "comes from the others."
         for stream, scope, m in widening.maps()
         if m.is_cut and stream in _UNITS
     ]
@@ -260,7 +264,7 @@ def _unfit(anatomy: Anatomy, widening: Widening) -> list[str]:
 
 def _above_reasons(anatomy: Anatomy, from_above: bool) -> list[str]:
     """Why units of the layer above can't be taken."""
-    streams: tuple[Stream, ...] = (*FEED_FORWARD, "query", "key_value")
+    streams: tuple[Stream, ...] = (*IN_FEED_FORWARD, "query", "key_value")
     if from_above and (shared := next((stack for stack in anatomy.stacks if stack.layers_stay), None)):
         return [
             f"{shared.path}: the layers share their parameters, so that there is no layer above whose units one could "

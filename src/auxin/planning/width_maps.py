@@ -12,7 +12,7 @@ from typing import Literal
 from auxin.errors import PlanError
 from auxin.words.paths import innermost
 from auxin.words.roles import Segment
-from auxin.words.widths import FEED_FORWARD, Sizes, Stream, Width
+from auxin.words.widths import FEED_FORWARD, IN_FEED_FORWARD, Sizes, Stream, Width
 
 Padding = Literal["zeros", "mean"]
 
@@ -127,7 +127,8 @@ class Widening:
     query: StreamMap
     key_value: StreamMap
     feed_forward: Mapping[Stream, StreamMap]
-    """By the stream; those that an architecture lacks are left out. See `feed_forward_maps`."""
+    """By the stream; those that an architecture lacks are left out, and so are experts where they stay. See
+    `feed_forward_maps`."""
     head_dim: int
     """After the growth."""
     padding: Padding = "zeros"
@@ -171,21 +172,32 @@ class Widening:
         """
         places = {(width.stream, width.scope): None for width in old.scoped} | dict.fromkeys(self.scoped)
         maps = ((stream, scope, self.at(stream, scope)) for stream, scope in places)
-        widths = [Width(stream, scope, found.size) for stream, scope, found in maps if found is not None]
-        inner = {stream: stream_map.size for stream, stream_map in self.feed_forward.items()}
+        widths = [
+            Width(stream, scope, units)
+            for stream, scope, found in maps
+            if (units := old.units(stream, scope) if found is None else found.size) is not None
+        ]
+        inner = {stream: old.units(stream) for stream in IN_FEED_FORWARD}
+        inner |= {stream: stream_map.size for stream, stream_map in self.feed_forward.items()}
         new = Sizes.of(self.residual.size, self.query.size, self.key_value.size, self.head_dim, inner)
         return new.with_widths(widths)
 
 
-def feed_forward_maps(old: Sizes, new: Sizes, units: Callable[[int, int], StreamMap]) -> dict[Stream, StreamMap]:
+def feed_forward_maps(
+    old: Sizes,
+    new: Sizes,
+    units: Callable[[int, int], StreamMap],
+    streams: Sequence[Stream] = FEED_FORWARD,
+) -> dict[Stream, StreamMap]:
     """The maps of the feed-forward streams of a model, for `Widening.feed_forward`.
 
     Args:
         old: the model's widths.
         new: those after the growth.
         units: the map from a number of units to another one.
+        streams: those that the maps are of.
     """
-    widths = {stream: (old.units(stream), new.units(stream)) for stream in FEED_FORWARD}
+    widths = {stream: (old.units(stream), new.units(stream)) for stream in streams}
     return {stream: units(before, after) for stream, (before, after) in widths.items() if before and after}
 
 

@@ -64,6 +64,7 @@ class WidthTargets(Settings):
                 f"config insists on. The nearest possible: {_either(_divisors_near(hidden, heads, old.query_heads))}."
             )
         inner = {stream: self._feed_forward(anatomy, stream, hidden) for stream in FEED_FORWARD}
+        inner["expert"] = old.experts
         new = Sizes.of(hidden, heads, self._key_value_heads(anatomy, heads), head_dim, inner)
         new = new.with_widths(self._unchanged(old) if scoped is None else scoped)
         refuse_shrinking(old, new)
@@ -73,6 +74,8 @@ class WidthTargets(Settings):
         """Whether the width of `stream` is given for all layers; heads of both kinds are given together."""
         if stream in FEED_FORWARD:
             return self._given(stream) is not None
+        if stream == "expert":
+            return False
         return self.num_attention_heads is not None or self.num_key_value_heads is not None
 
     def _unchanged(self, old: Sizes) -> list[Width]:

@@ -78,6 +78,24 @@ class LayerStack:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """How many experts routers choose for a token, and among which."""
+
+    per_token: int
+    """How many where nothing else is said: those of the config."""
+    groups: int = 1
+    """Stretches of equally many experts; a token gets experts of its best groups alone."""
+    chosen_groups: int = 1
+    """How many groups those are."""
+    scored_by: int = 1
+    """How many of a group's experts say how good it is, so that it has at least that many."""
+
+    def most(self, experts: int) -> int:
+        """How many of `experts` a token can get, and gets at most."""
+        return min(self.per_token, experts // self.groups * self.chosen_groups)
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """Everything about a model's build that a change of its size has to respect."""
 
@@ -149,6 +167,8 @@ class Anatomy:
     ffn_follows: FollowingWidth | None = None
     """How the number of feed-forward units follows from the hidden size, where the config has no value for it; None: in
     proportion."""
+    routing: Routing | None = None
+    """How routers choose among the experts of a layer; None where there are no routers."""
     fixed_widths: tuple[tuple[Stream, str], ...] = ()
     """The streams whose width can't change, because of the architecture or of a brick, and why, in sentences that
     follow "WIDTH = 64: "."""

@@ -1,7 +1,7 @@
 """What every parameter of a transformer is, and what its axes run along: segments of streams.
 
 A parameter **writes** a stream (`auxin.words.widths`) with the axis that produces its units (outputs, embeddings,
-gains, biases) and **reads** it with the axis that consumes them.
+gains, biases) and **reads** it with the axis that consumes them. Along experts it does neither: they are chosen.
 """
 
 from collections.abc import Sequence

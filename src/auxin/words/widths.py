@@ -1,7 +1,7 @@
 """The widths of a transformer: the streams that have them, how many units each has where, and what configs call them.
 
 A **stream** is a family of units that grow together: the residual, the query heads (which index the attention's output
-too), the key-value heads, the hidden units of the feed-forward part, the vocabulary.
+too), the key-value heads, the hidden units of the feed-forward part, whole experts, the vocabulary.
 
 A width belongs to a stream and a **scope**: the model (""), a stack ("encoder.block"), a layer ("model.layers.3"), or
 modules in layers ("model.layers.*.mlp.experts"). Where several scopes enclose a place, the innermost one's width holds.
@@ -14,10 +14,12 @@ from typing import Any, Literal
 
 from auxin.words.paths import innermost
 
-Stream = Literal["residual", "query", "key_value", "ffn", "expert_ffn", "shared_expert_ffn", "vocabulary"]
+Stream = Literal["residual", "query", "key_value", "ffn", "expert_ffn", "shared_expert_ffn", "expert", "vocabulary"]
 FEED_FORWARD: tuple[Stream, ...] = ("ffn", "expert_ffn", "shared_expert_ffn")
 """The streams of hidden units: of dense feed-forward parts (or of experts, where the config has one size for both), of
 experts with a size of their own, and of the expert that all tokens share."""
+IN_FEED_FORWARD: tuple[Stream, ...] = (*FEED_FORWARD, "expert")
+"""The streams of the feed-forward part of a layer: its hidden units, and the experts among which a router chooses."""
 SETTINGS: dict[Stream, str] = {
     "residual": "hidden_size",
     "query": "num_attention_heads",
@@ -25,6 +27,7 @@ SETTINGS: dict[Stream, str] = {
     "ffn": "intermediate_size",
     "expert_ffn": "moe_intermediate_size",
     "shared_expert_ffn": "shared_expert_intermediate_size",
+    "expert": "num_experts",
 }
 """What the width of a stream is called in the settings of methods."""
 
@@ -52,6 +55,8 @@ class Sizes:
     """The widths that differ from those of the scopes around them; empty where all layers are alike."""
     expert_ffn: int | None = None
     shared_expert_ffn: int | None = None
+    experts: int | None = None
+    """Those among which a router chooses, in a layer that has some."""
 
     @classmethod
     def of(
@@ -62,10 +67,10 @@ class Sizes:
         head_dim: int,
         feed_forward: Mapping[Stream, int | None],
     ) -> "Sizes":
-        """The widths of a model whose layers are alike, those of `FEED_FORWARD` by their streams."""
-        ffn, expert, shared = (feed_forward.get(stream) for stream in FEED_FORWARD)
+        """The widths of a model whose layers are alike, those of `IN_FEED_FORWARD` by their streams."""
+        ffn, expert, shared, experts = (feed_forward.get(stream) for stream in IN_FEED_FORWARD)
         heads = query_heads, key_value_heads, head_dim
-        return cls(residual, *heads, ffn, expert_ffn=expert, shared_expert_ffn=shared)
+        return cls(residual, *heads, ffn, expert_ffn=expert, shared_expert_ffn=shared, experts=experts)
 
     def units(self, stream: Stream, scope: str = "") -> int | None:
         """The units of `stream` at `scope`, which are those of the innermost scope around it that has a width; None
@@ -78,7 +83,7 @@ class Sizes:
         query, key_value = self.units("query", scope), self.units("key_value", scope)
         assert query is not None
         assert key_value is not None
-        inner = {stream: self.units(stream, scope) for stream in FEED_FORWARD}
+        inner = {stream: self.units(stream, scope) for stream in IN_FEED_FORWARD}
         return Sizes.of(self.residual, query, key_value, self.head_dim, inner)
 
     def with_widths(self, widths: Iterable[Width]) -> "Sizes":
@@ -99,6 +104,7 @@ class Sizes:
             "ffn": self.ffn,
             "expert_ffn": self.expert_ffn,
             "shared_expert_ffn": self.shared_expert_ffn,
+            "expert": self.experts,
         }
         return known.get(stream)
 
@@ -131,6 +137,9 @@ class ConfigFields:
     epsilon: str | None
     expert_ffn: str | None = None
     shared_expert_ffn: str | None = None
+    experts: str | None = None
+    experts_per_token: str | None = None
+    """How many experts a router chooses for a token."""
     like_hidden_size: tuple[str, ...] = ()
     """Further values that are the hidden size, under names of their own (OPT's word_embed_proj_dim)."""
     like_heads: tuple[str, ...] = ()
@@ -173,5 +182,6 @@ class ConfigFields:
             "ffn": self.ffn,
             "expert_ffn": self.expert_ffn,
             "shared_expert_ffn": self.shared_expert_ffn,
+            "expert": self.experts,
         }
         return known.get(stream)

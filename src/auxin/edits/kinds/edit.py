@@ -10,6 +10,7 @@ from pydantic import Field
 
 from auxin.edits.kinds.architecture_edits import ChangeArchitecture, SetConfig
 from auxin.edits.kinds.entry_edits import RouteParameter, ScaleEntries
+from auxin.edits.kinds.file_edits import ProjectParameter, ShiftParameter
 from auxin.edits.kinds.layer_edits import ArrangeLayers, JoinAbove
 from auxin.edits.kinds.module_edits import (
     ConfigureModule,
@@ -25,7 +26,6 @@ from auxin.edits.kinds.parameter_edits import (
     CentreParameter,
     PadParameter,
     ParameterEdit,
-    ProjectParameter,
     ScaleParameter,
     SliceParameter,
 )
@@ -39,6 +39,7 @@ Edit = Annotated[
     | ScaleParameter
     | CentreParameter
     | ProjectParameter
+    | ShiftParameter
     | ScaleEntries
     | RouteParameter
     | ArrangeLayers

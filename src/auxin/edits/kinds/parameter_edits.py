@@ -8,12 +8,10 @@ that were divided get all of it each. A second moment takes the squares of the s
 import hashlib
 import math
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, PrivateAttr, model_validator
-from safetensors import SafetensorError, safe_open
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from auxin.edits.kinds.fills import Fill, RepeatFill, Tagged, ZeroFill, mean_of_rows, root_mean_square
@@ -77,7 +75,7 @@ class PadParameter(ParameterEdit):
 
     def new_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that `shape` becomes; PlanError when it can't."""
-        _check_axis(self.axis, shape)
+        check_axis(self.axis, shape)
         if self.size <= shape[self.axis]:
             raise PlanError(
                 f"size {self.size} must be more than the {shape[self.axis]} that axis {self.axis} of shape "
@@ -149,7 +147,7 @@ class AverageRows(ParameterEdit):
 
     def new_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The same shape; PlanError when the rows do not exist."""
-        _check_axis(self.axis, shape)
+        check_axis(self.axis, shape)
         length = shape[self.axis]
         if self.first + len(self.sources) > length:
             raise PlanError(f"row {self.first + len(self.sources) - 1} is beyond the {length} rows that it has")
@@ -219,7 +217,7 @@ class SliceParameter(ParameterEdit):
 
     def new_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that `shape` becomes; PlanError when it can't."""
-        _check_axis(self.axis, shape)
+        check_axis(self.axis, shape)
         length = shape[self.axis]
         if length % self.unit:
             raise PlanError(f"axis {self.axis} of shape {list(shape)} is no whole number of units of {self.unit}")
@@ -402,7 +400,7 @@ class CentreParameter(ParameterEdit):
 
     def new_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The same shape; PlanError when the axis does not exist."""
-        _check_axis(self.axis, shape)
+        check_axis(self.axis, shape)
         return shape
 
     def map_parameter(self, old: Tensor, seed: int, name: str) -> Tensor:
@@ -417,78 +415,14 @@ class CentreParameter(ParameterEdit):
         return f"subtract the mean along axis {self.axis}"
 
 
-class ProjectParameter(ParameterEdit):
-    """Multiply parameters along one axis by a matrix that was learned and lies in one of the plan's files."""
-
-    kind: Literal["project_parameter"] = "project_parameter"
-    axis: int = Field(default=0, ge=0)
-    """The axis that is multiplied."""
-    file: str
-    """The name of the plan's file, of safetensors."""
-    tensor: str
-    """Name of the matrix in it."""
-    shape: tuple[int, int]
-    """Of the matrix: (new, old)."""
-    _path: Path | None = PrivateAttr(default=None)
-
-    def new_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that `shape` becomes; PlanError when the file or the matrix does not fit."""
-        _check_axis(self.axis, shape)
-        rows, columns = self.shape
-        if columns != shape[self.axis]:
-            raise PlanError(
-                f"the matrix {self.tensor} in {self.file} has {columns} columns, but axis {self.axis} of shape "
-                f"{list(shape)} has {shape[self.axis]}"
-            )
-        return (*shape[: self.axis], rows, *shape[self.axis + 1 :])
-
-    def map_parameter(self, old: Tensor, seed: int, name: str) -> Tensor:
-        """The new tensor."""
-        if old.is_meta:
-            return old.new_empty(self.new_shape(tuple(old.shape)))
-        matrix = self._matrix.to(device=old.device, dtype=torch.promote_types(old.dtype, torch.float32))
-        product = torch.tensordot(matrix, old.to(matrix.dtype), dims=([1], [self.axis]))
-        return product.movedim(0, self.axis).to(old.dtype).contiguous()
-
-    def map_moment(self, old: Tensor, order: int) -> Tensor:
-        """Moments start anew: the entries of a learned operator mix gradients of either sign."""
-        return old.new_zeros(self.new_shape(tuple(old.shape)))
-
-    def located(self, path: Path) -> "ProjectParameter":
-        """The same edit, which knows where its file is.
-
-        Raises:
-            PlanError: the file lacks the matrix.
-        """
-        found = self.model_copy()
-        found._path = path
-        try:
-            with safe_open(path, framework="pt") as file:
-                shape = tuple(file.get_slice(self.tensor).get_shape())
-        except (OSError, SafetensorError) as error:
-            raise PlanError(f"The matrix {self.tensor} can't be read from {path}: {error}.") from error
-        if shape != self.shape:
-            raise PlanError(f"{self.tensor} in {path} has shape {list(shape)}, and the plan says {list(self.shape)}.")
-        return found
-
-    @cached_property
-    def _matrix(self) -> Tensor:
-        assert self._path is not None, "the executor locates a plan's files first"
-        with safe_open(self._path, framework="pt") as file:
-            matrix: Tensor = file.get_tensor(self.tensor)
-        return matrix
-
-    def __str__(self) -> str:
-        return f"project axis {self.axis} by {self.tensor} of {self.file}"
-
-
 def generator(seed: int, name: str, shape: tuple[int, ...]) -> torch.Generator:
     """A generator on the CPU for one tensor. The old shape takes part so that a second growth draws other numbers."""
     digest = hashlib.sha256(f"{seed}/{name}/{shape}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _check_axis(axis: int, shape: tuple[int, ...]) -> None:
+def check_axis(axis: int, shape: tuple[int, ...]) -> None:
+    """PlanError when there is no such axis."""
     if axis >= len(shape):
         raise PlanError(f"axis {axis} is beyond the {len(shape)} axes of shape {list(shape)}")
 

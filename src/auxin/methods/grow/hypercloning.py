@@ -115,7 +115,8 @@ def _scoped(body: Anatomy, settings: HyperCloning) -> list[Width] | None:
     for width in body.sizes.scoped:
         shared = width.stream == "key_value" and width.units == 1 < (body.sizes.units("query", width.scope) or 1)
         if not settings.gives(width.stream):
-            widths.append(replace(width, units=width.units * (1 if shared else factor)))
+            stays = shared or width.stream == "expert"
+            widths.append(replace(width, units=width.units * (1 if stays else factor)))
     return widths
 
 

@@ -16,7 +16,8 @@ The ratio counts sublayers and not parameters: an attention of Llama 3 8B has a 
 plan's findings have both.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from functools import partial
 from math import floor
 from typing import Any
@@ -43,9 +44,14 @@ class FinerCut(HowMuch):
     distance: Distance = "js"
     """By which the outputs are held against each other."""
     spared: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the candidates, from the first layer on, that stay until as large a share is gone."""
+    """Share of the candidates, from the first layer on, that stay until more than as many are gone: from 0.5 on for
+    good, since the others are no more."""
     one_shot: bool = False
     """Whether all are chosen by the effects that they have alone: one pass instead of one for each step."""
+
+    def spared_at_first(self, offered: Sequence[str]) -> Sequence[str]:
+        """The first ones, as `spared` says."""
+        return offered[: floor(len(offered) * Fraction(str(self.spared)))]
 
 
 def plan_finercut(bench: Bench, settings: FinerCut) -> Plan:
@@ -68,24 +74,19 @@ def _search(bench: Bench, settings: FinerCut, offered: dict[str, str]) -> Iterat
     """The paths of the candidates in the order in which they go, each with the distance that it leads to."""
     gone: list[str] = []
     ranking: list[tuple[str, float]] = []
+    spared = settings.spared_at_first(list(offered))
     while len(gone) < len(offered):
         if not ranking or not settings.one_shot:
             wanted = Removal(candidates=settings.candidates, distances=[settings.distance], removed=gone)
             found = measure(wanted, bench.model, bench.data)
             ranking = [(e.path, e.distances[settings.distance].mean) for e in found.ranking(settings.distance)]
-        stays = {*gone, *_spared(settings, list(offered), len(gone)), *last_ones(offered, gone)}
+        stays = {*gone, *(spared if len(gone) <= len(spared) else ()), *last_ones(offered, gone)}
         possible = [(path, distance) for path, distance in ranking if path in offered and path not in stays]
         if not possible:
             return
         path, distance = possible[0]
         gone.append(path)
         yield path, f"{settings.distance} {distance:.3g}"
-
-
-def _spared(settings: FinerCut, offered: Sequence[str], gone: int) -> Collection[str]:
-    """The candidates that stay for now."""
-    first = floor(len(offered) * settings.spared)
-    return offered[:first] if gone <= first else []
 
 
 def _offered(model: PreTrainedModel, settings: FinerCut) -> dict[str, str]:

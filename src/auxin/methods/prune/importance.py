@@ -8,25 +8,36 @@ units and, where gradients are looked at, units of the residual:
 * **fisher**: the mean over samples of its square.
 * **wanda-structured**: the root mean square of each entry of a unit's activation, times the length of the column that
   reads it; Wanda's score of single weights (arXiv 2306.11695) for whole columns.
-* **fluctuation**: the variance of each entry times the squared length of that column, FLAP's score. FLAP also puts the
-  mean of what went into a bias, which Llama and its twins don't have; that is left out here.
+* **fluctuation**: the variance of each entry times the squared length of that column, FLAP's score. The mean of what
+  goes is given back by the bias of the output matrix, as in FLAP; see `auxin.planning.compensation`.
 
 All are measured once on the whole model. The order of units goes by sums over key-value groups.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
-from auxin.analysis.importance import Importance
+from auxin.analysis.importance import Importance, Importances
 from auxin.analysis.run import measure
 from auxin.analysis.unit_sums import OF_GRADIENTS, Score
 from auxin.edits import Plan
 from auxin.errors import PlanError
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.planning.bench import Bench
+from auxin.planning.compensation import READ, Compensation, compensation
 from auxin.planning.method import Method
-from auxin.planning.pruning import Pruning, prunable, pruning_example
+from auxin.planning.pruning import Prunable, Pruning, prunable, pruning_example
+from auxin.planning.pruning_settings import STREAMS
 from auxin.planning.unit_order import Place
+
+
+class FluctuationPruning(Pruning):
+    """What stays, and whether the mean of what goes does, too."""
+
+    bias: bool = True
+    """Whether the mean of what goes is given back by the bias of the matrix that read it, where it has one, or the
+    config has a switch for one (Llama)."""
 
 
 def plan_by_importance(bench: Bench, settings: Pruning, name: str, score: Score) -> Plan:
@@ -42,18 +53,59 @@ def plan_by_importance(bench: Bench, settings: Pruning, name: str, score: Score)
         PlanError: see `auxin.planning.pruning`; the residual by a score that has none for it.
         DataError: gradients are asked for, and the samples have no labels.
     """
+    _refuse_residual(settings, name, score)
+    found = prunable(bench.model, settings)
+    measured = measure(Importance(score=score), bench.model, bench.data)
+    return found.plan(name, _scores(measured))
+
+
+def plan_fluctuation(bench: Bench, settings: FluctuationPruning) -> Plan:
+    """Plan a model without the units that vary least, and with the mean of what they gave.
+
+    Raises:
+        PlanError: as `plan_by_importance`; or `bias` is asked for, and nothing can be given back.
+    """
+    _refuse_residual(settings, "fluctuation", "fluctuation")
+    found = prunable(bench.model, settings)
+    given = _given_back(found, settings)
+    measured = measure(Importance(score="fluctuation"), bench.model, bench.data)
+    if given is not None:
+        given = replace(given, means=measured.entries, folder=bench.folder)
+    return found.plan("fluctuation", _scores(measured), given_back=given)
+
+
+def _given_back(found: Prunable, settings: FluctuationPruning) -> Compensation | None:
+    if not settings.bias:
+        return None
+    streams = [stream for part in settings.chosen for stream in STREAMS[part] if stream in READ]
+    given = compensation(found.model, found.body, streams)
+    if not given.readers and "bias" in settings.model_fields_set:
+        raise PlanError(
+            "bias = true: no output matrix of what goes has a bias, nor can the config of this model say one. Leave it "
+            "out."
+        )
+    return given
+
+
+def _outline_fluctuation(bench: Bench, settings: FluctuationPruning) -> Plan:
+    found = prunable(bench.model, settings)
+    return found.outline("fluctuation", _given_back(found, settings))
+
+
+def _refuse_residual(settings: Pruning, name: str, score: Score) -> None:
     if "hidden" in settings.chosen and score not in OF_GRADIENTS:
         raise PlanError(
             f"hidden: {name} scores what enters one output matrix, and every matrix reads the residual. Leave it out, "
             "or choose taylor or fisher."
         )
-    found = prunable(bench.model, settings)
-    measured = measure(Importance(score=score), bench.model, bench.data)
+
+
+def _scores(measured: Importances) -> dict[Place, Sequence[float]]:
     scores: dict[Place, Sequence[float]] = {}
     for group in measured.groups:
-        if group.stream != "key_value" and group.stream != "expert":  # of heads, those of the queries are added up
+        if group.stream != "key_value":  # of heads, those of the queries are added up
             scores[group.stream, group.scope] = group.scores.means
-    return found.plan(name, scores)
+    return scores
 
 
 def _method(name: str, score: Score, by: str, paper: str) -> Method:
@@ -76,5 +128,10 @@ METHODS = (
     _method("taylor", "taylor", "the derivative of the loss", "arXiv 1905.10650 (for groups: arXiv 2305.11627)"),
     _method("fisher", "fisher", "the Fisher information of their masks", "arXiv 2204.09656"),
     _method("wanda-structured", "output", "activation times weights (Wanda)", "arXiv 2306.11695"),
-    _method("fluctuation", "fluctuation", "how much their activation varies (FLAP's score)", "arXiv 2312.11983"),
+    replace(
+        _method("fluctuation", "fluctuation", "how much their activation varies (FLAP)", "arXiv 2312.11983"),
+        settings=FluctuationPruning,
+        plan=plan_fluctuation,
+        outline=_outline_fluctuation,
+    ),
 )

@@ -17,11 +17,18 @@ LATENT = {
     "deepseek_v2": Decoder(
         expert_field="moe_intermediate_size",
         shared_experts_field="n_shared_experts",
+        experts_field="n_routed_experts",
+        groups_scored_by=1,
+        groups_if="group_limited_greedy",
         heads_are="equal",
         rotary_pairs="neighbours",
     ),
     "deepseek_v3": Decoder(
-        expert_field="moe_intermediate_size", shared_experts_field="n_shared_experts", heads_are="equal"
+        expert_field="moe_intermediate_size",
+        shared_experts_field="n_shared_experts",
+        experts_field="n_routed_experts",
+        groups_scored_by=2,
+        heads_are="equal",
     ),
 }
 """By model type."""

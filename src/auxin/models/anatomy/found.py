@@ -55,7 +55,9 @@ def anatomy(
         return found
     found = _by_embedding(with_bricks(in_scopes(model, found, scopes), model), model)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    used = [role for role in found.roles if any(role.matches(name) for name in shapes)]
+    # A buffer that training changes runs along streams, too (DeepSeek's e_score_correction_bias).
+    names = [*shapes, *(name for name, _ in model.named_buffers())]
+    used = [role for role in found.roles if any(role.matches(name) for name in names)]
     epsilon = config_value(model.config, found.fields.epsilon) if found.fields.epsilon else 0.0
     found = replace(found, roles=tuple(used), epsilon=epsilon)
     for name, shape in shapes.items():

@@ -21,7 +21,7 @@ from auxin.models.anatomy.parts import (
     rotary_of,
     sizes_of,
 )
-from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.anatomy import Anatomy, LayerStack, Routing
 from auxin.words.roles import Access, Axes, Kind, ParameterRole, Segment, embedding, linear, norm, per_head
 from auxin.words.widths import ConfigFields, Sizes, Stream
 
@@ -73,6 +73,14 @@ class Decoder:
     shared_expert_field: str | None = None
     shared_experts_field: str | None = None
     """The config's name for the number of experts, of the inner width of all others, that all tokens share."""
+    experts_field: str | None = None
+    """The config's name for the number of experts among which a router chooses."""
+    experts_per_token_field: str = "num_experts_per_tok"
+    """The config's name for the number that it chooses for a token."""
+    groups_scored_by: int = 0
+    """How many of a group's experts say whether a token gets experts of it; 0: experts have no groups."""
+    groups_if: str = ""
+    """The config's value of `topk_method` with which groups count; "" where they always do."""
     heads_are: Literal["grouped", "equal"] = "grouped"
     """Whether query heads can share key-value heads, or the config has to say the same number of both."""
     interleaved: bool = False
@@ -82,31 +90,40 @@ class Decoder:
 
 _GEMMA = Decoder(embedding_scaled=True, gain_offset=1.0)
 _SANDWICH = ("post_attention_layernorm", "post_feedforward_layernorm")
-_QWEN_EXPERTS = Decoder(expert_field="moe_intermediate_size", shared_expert_field="shared_expert_intermediate_size")
+_QWEN_EXPERTS = Decoder(
+    expert_field="moe_intermediate_size",
+    shared_expert_field="shared_expert_intermediate_size",
+    experts_field="num_experts",
+)
 _COHERE = Decoder(norm="layer", epsilon="layer_norm_eps", parallel=True, rotary_pairs="neighbours")
 _LAYER_NORM = Decoder(norm="layer", epsilon="layer_norm_eps")
-_SHARED_EXPERTS = Decoder(expert_field="moe_intermediate_size", shared_experts_field="n_shared_experts")
+_SHARED_EXPERTS = Decoder(
+    expert_field="moe_intermediate_size",
+    shared_experts_field="n_shared_experts",
+    experts_field="n_routed_experts",
+    groups_scored_by=2,
+)
 
 DECODERS = {
     "llama": Decoder(heads_divide_hidden_size=True),
     "mistral": Decoder(),
     "ministral": Decoder(),
-    "mixtral": Decoder(),
+    "mixtral": Decoder(experts_field="num_local_experts"),
     "qwen2": Decoder(),
     "qwen3": Decoder(qk_norm="head"),
     "qwen2_moe": _QWEN_EXPERTS,
-    "qwen3_moe": replace(_QWEN_EXPERTS, qk_norm="head"),
+    "qwen3_moe": replace(_QWEN_EXPERTS, qk_norm="head", experts_field="num_local_experts"),
     "gemma": _GEMMA,
     "gemma2": replace(_GEMMA, output_norms=_SANDWICH, attention_scaled=False),
     "gemma3_text": replace(_GEMMA, output_norms=_SANDWICH, attention_scaled=False, qk_norm="head"),
     "olmo": Decoder(norm="layer", norm_has_gain=False, epsilon=None),
     "olmo2": Decoder(output_norms=_SANDWICH, qk_norm="all_heads"),
     "olmo3": Decoder(output_norms=_SANDWICH, qk_norm="all_heads"),
-    "olmoe": Decoder(qk_norm="all_heads"),
+    "olmoe": Decoder(qk_norm="all_heads", experts_field="num_experts"),
     "phi": replace(_LAYER_NORM, final_norm="final_layernorm", parallel=True, qk_norm="head", qk_norm_if="qk_layernorm"),
     "phi3": Decoder(),
     "granite": Decoder(attention_scaled=False),
-    "granitemoe": Decoder(feed_forward="block_sparse_moe", attention_scaled=False),
+    "granitemoe": Decoder(feed_forward="block_sparse_moe", attention_scaled=False, experts_field="num_local_experts"),
     "cohere": replace(_COHERE, qk_norm="each_head", qk_norm_if="use_qk_norm"),
     "cohere2": _COHERE,
     "smollm3": Decoder(),
@@ -115,7 +132,7 @@ DECODERS = {
     "glm": Decoder(rotary_pairs="neighbours"),
     "glm4": Decoder(output_norms=("post_self_attn_layernorm", "post_mlp_layernorm"), rotary_pairs="neighbours"),
     "exaone4": Decoder(output_norms=_SANDWICH, qk_norm="head"),
-    "gpt_oss": Decoder(interleaved=True),
+    "gpt_oss": Decoder(interleaved=True, experts_field="num_local_experts"),
     "nemotron": Decoder(norm="layer", epsilon="norm_eps", gain_offset=1.0),
     "helium": Decoder(rotary_pairs="neighbours", heads_are_hidden_size=True),
     "arcee": Decoder(),
@@ -125,7 +142,14 @@ DECODERS = {
     "nanochat": Decoder(norm_has_gain=False, norm_first=True, qk_norm="head"),
     "dots1": replace(_SHARED_EXPERTS, qk_norm="head"),
     "glm4_moe": replace(_SHARED_EXPERTS, qk_norm="head", qk_norm_if="use_qk_norm"),
-    "ernie4_5_moe": replace(_SHARED_EXPERTS, shared_experts_field="moe_num_shared_experts", rotary_pairs="neighbours"),
+    "ernie4_5_moe": replace(
+        _SHARED_EXPERTS,
+        shared_experts_field="moe_num_shared_experts",
+        experts_field="moe_num_experts",
+        experts_per_token_field="moe_k",
+        groups_scored_by=0,
+        rotary_pairs="neighbours",
+    ),
 }
 """By model type."""
 
@@ -199,6 +223,8 @@ def assembled(
             own.epsilon,
             own.expert_field if sizes.expert_ffn else None,
             own.shared_expert_field if sizes.shared_expert_ffn else None,
+            own.experts_field if sizes.experts else None,
+            own.experts_per_token_field if sizes.experts else None,
             like_heads=() if own.heads_are == "grouped" else ("num_key_value_heads",),
             like_head_dim=("head_dim",) if own.heads_are_hidden_size else (),
         ),
@@ -218,6 +244,7 @@ def assembled(
         rope_type=rotary.rope_type,
         rotary_pairs=own.rotary_pairs,
         heads_divide_hidden_size=own.heads_divide_hidden_size,
+        routing=_routing(config, own) if sizes.experts else None,
         heads_clipped=f"clip_qkv = {config.clip_qkv:g}" if getattr(config, "clip_qkv", None) else "",
         qk_norm="head" if qk_norm == "each_head" else qk_norm,
     )
@@ -246,17 +273,20 @@ def _sizes(model: PreTrainedModel, own: Decoder) -> Sizes:
 
 
 def feed_forward_sizes(model: PreTrainedModel, own: Decoder, sizes: Sizes) -> Sizes:
-    """`sizes` with the widths of experts where these have their own, and without those that no layer has.
+    """`sizes` with the number of experts, with their widths where these have their own, and without those that no layer
+    has.
 
     Args:
         model: the model.
         own: what its architecture has of its own.
         sizes: the widths, with that of dense layers.
     """
-    if own.expert_field is None:
-        return sizes
     # Modules and not their parameters: a brick may have put something between.
     paths = [name for name, _ in model.named_modules()]
+    if own.experts_field is not None and any(path.endswith(f".{own.feed_forward}.experts") for path in paths):
+        sizes = replace(sizes, experts=getattr(model.config, own.experts_field))
+    if own.expert_field is None:
+        return sizes
     dense = any(path.endswith(".mlp.down_proj") for path in paths)
     experts, shared = (any(path.endswith(f".mlp.{name}") for path in paths) for name in ("experts", "shared_expert"))
     config: Any = model.config
@@ -266,6 +296,13 @@ def feed_forward_sizes(model: PreTrainedModel, own: Decoder, sizes: Sizes) -> Si
         expert_ffn=getattr(config, own.expert_field) if experts else None,
         shared_expert_ffn=getattr(config, str(own.shared_expert_field), None) if shared else None,
     )
+
+
+def _routing(config: Any, own: Decoder) -> Routing:
+    per_token = getattr(config, own.experts_per_token_field)
+    if not own.groups_scored_by or (own.groups_if and config.topk_method != own.groups_if):
+        return Routing(per_token)
+    return Routing(per_token, config.n_group, config.topk_group, own.groups_scored_by)
 
 
 def _attention(module: str, axes: Axes, qk_norm: str) -> list[ParameterRole]:
@@ -310,12 +347,23 @@ def feed_forward_roles(layer: str, sizes: Sizes, own: Decoder, shared_experts: i
     # For each unit of an expert there are as many in this module; which of them belong together makes no difference.
     together = tuple(replace(segment, unit=shared_experts) for segment in inner if shared_experts)
     roles += dense_feed_forward(f"{layer}.mlp.shared_experts", together, axes.residual)
-    for router in ("gate", "router", "shared_expert_gate"):
-        roles += linear(f"{layer}.{own.feed_forward}.{router}", (), axes.residual)
-    correction = f"{layer}.{own.feed_forward}.gate.moe_statics.e_score_correction_bias"
-    roles.append(ParameterRole(correction, ((), ()), (None, None), "shape"))
+    roles += linear(f"{layer}.{own.feed_forward}.shared_expert_gate", (), axes.residual)
+    experts = _units("expert", sizes.experts)
+    for router in ("gate", "router"):
+        roles += _router(f"{layer}.{own.feed_forward}.{router}", experts, axes.residual)
     make = _interleaved_experts if own.interleaved else _experts
-    return roles + make(f"{layer}.{own.feed_forward}.experts", inner, axes.residual)
+    return roles + make(f"{layer}.{own.feed_forward}.experts", experts, inner, axes.residual)
+
+
+def _router(module: str, experts: tuple[Segment, ...], residual: tuple[Segment, ...]) -> list[ParameterRole]:
+    """A row for each expert, and what is added to its score: to choose it (in a parameter or a buffer), or always."""
+    correction = "e_score_correction_bias"
+    return [
+        ParameterRole(f"{module}.weight", (experts, residual), (None, "reads"), "matrix"),
+        ParameterRole(f"{module}.bias", (experts,), (None,), "bias"),
+        ParameterRole(f"{module}.{correction}", (experts,), (None,), "shape"),
+        ParameterRole(f"{module}.moe_statics.{correction}", ((), experts), (None, None), "shape"),
+    ]
 
 
 def _units(stream: Stream, count: int | None) -> tuple[Segment, ...]:
@@ -333,23 +381,27 @@ def dense_feed_forward(module: str, inner: tuple[Segment, ...], residual: tuple[
     return [*roles, ParameterRole(f"{module}.act_fn.*", ((),), (None,), "shape")]
 
 
-def _experts(module: str, inner: tuple[Segment, ...], residual: tuple[Segment, ...]) -> list[ParameterRole]:
+def _experts(
+    module: str, experts: tuple[Segment, ...], inner: tuple[Segment, ...], residual: tuple[Segment, ...]
+) -> list[ParameterRole]:
     """All experts in one tensor: (experts, outputs, inputs), gate before up."""
     access: tuple[Access | None, ...] = (None, "writes", "reads")
     return [
-        ParameterRole(f"{module}.gate_up_proj", ((), inner + inner, residual), access, "matrix"),
-        ParameterRole(f"{module}.down_proj", ((), residual, inner), access, "matrix"),
+        ParameterRole(f"{module}.gate_up_proj", (experts, inner + inner, residual), access, "matrix"),
+        ParameterRole(f"{module}.down_proj", (experts, residual, inner), access, "matrix"),
     ]
 
 
-def _interleaved_experts(module: str, inner: tuple[Segment, ...], residual: tuple[Segment, ...]) -> list[ParameterRole]:
+def _interleaved_experts(
+    module: str, experts: tuple[Segment, ...], inner: tuple[Segment, ...], residual: tuple[Segment, ...]
+) -> list[ParameterRole]:
     """All experts in one tensor: (experts, inputs, outputs), gate and up of a unit next to each other, biases."""
     pairs = tuple(replace(segment, unit=2) for segment in inner)
     return [
-        ParameterRole(f"{module}.gate_up_proj", ((), residual, pairs), (None, "reads", "writes"), "matrix"),
-        ParameterRole(f"{module}.gate_up_proj_bias", ((), pairs), (None, "writes"), "bias"),
-        ParameterRole(f"{module}.down_proj", ((), inner, residual), (None, "reads", "writes"), "matrix"),
-        ParameterRole(f"{module}.down_proj_bias", ((), residual), (None, "writes"), "bias"),
+        ParameterRole(f"{module}.gate_up_proj", (experts, residual, pairs), (None, "reads", "writes"), "matrix"),
+        ParameterRole(f"{module}.gate_up_proj_bias", (experts, pairs), (None, "writes"), "bias"),
+        ParameterRole(f"{module}.down_proj", (experts, inner, residual), (None, "reads", "writes"), "matrix"),
+        ParameterRole(f"{module}.down_proj_bias", (experts, residual), (None, "writes"), "bias"),
     ]
 
 

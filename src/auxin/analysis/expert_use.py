@@ -1,0 +1,176 @@
+"""How routers use the experts of a mixture: how many tokens get an expert, with which weight, and what it gives them.
+
+With X_j the tokens for which the router chooses expert j, T the number of all tokens, g_j(x) the weight that the router
+gives it (as the model uses it: a share among the chosen ones, where they are made so) and f_j(x) the expert's output:
+
+| use | of expert j |
+|---|---|
+| frequency | the share of tokens that get it, count(X_j) / T |
+| gate | the sum of g_j(x) over X_j, divided by T: counting with weights (SEER-MoE, arXiv 2404.05089) |
+| reap | the mean of g_j(x) norm(f_j(x)) over X_j, 0 where there are none (REAP, arXiv 2510.13999, eq. 9) |
+
+Experts that all tokens share are not among them. Padding (`kept_tokens`) doesn't count.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, kept_tokens, result_of
+from auxin.analysis.unit_sums import Uses, add_up
+from auxin.analysis.units import Group, units_of
+from auxin.errors import PlanError
+from auxin.report.heat_map import Panel, Row, heat_map_svg
+from auxin.settings import Settings
+
+Use = Literal["frequency", "gate", "reap"]
+LISTED = 3
+"""How many experts the findings name."""
+
+
+class LayerExperts(Settings):
+    """How the experts of one layer are used, each list by expert."""
+
+    scope: str
+    """The layer, "model.layers.3"."""
+    frequency: list[float]
+    gate: list[float]
+    reap: list[float]
+
+    @property
+    def stack(self) -> str:
+        """The list of layers: "model.layers"."""
+        return self.scope.rpartition(".")[0]
+
+    @property
+    def label(self) -> str:
+        """The layer's number."""
+        return self.scope.rpartition(".")[2]
+
+    def of(self, use: Use) -> list[float]:
+        """One of the lists by its name."""
+        found: list[float] = getattr(self, use)
+        return found
+
+
+class ExpertUses(Result):
+    """How all experts of a model are used."""
+
+    layers: list[LayerExperts]
+
+    def of(self, use: Use) -> dict[str, list[float]]:
+        """One use of every expert, by layer."""
+        return {layer.scope: layer.of(use) for layer in self.layers}
+
+    def tables(self) -> list[Table]:
+        """A table for each stack, a row for each layer with experts."""
+        header = ["layer", "experts", "never", "least often", "most often", "least reap", "most reap"]
+        return [
+            Table(f"{stack}: experts", header, [_row(layer) for layer in layers]) for stack, layers in self._stacks()
+        ]
+
+    def findings(self) -> list[str]:
+        """Which experts matter least, and how many were never chosen."""
+        ranked = sorted(
+            (value, layer.scope, number) for layer in self.layers for number, value in enumerate(layer.reap)
+        )
+        least = ", ".join(f"{scope} {number} {value:.3g}" for value, scope, number in ranked[:LISTED])
+        never = sum(value == 0 for layer in self.layers for value in layer.frequency)
+        return [f"Experts that matter least by reap: {least}.", f"Experts that no token got: {never} of {len(ranked)}."]
+
+    def picture(self, title: str) -> str:
+        """A map of frequencies for each stack, a row for each layer."""
+        panels = [self._panel(stack, layers) for stack, layers in self._stacks()]
+        return heat_map_svg(title, panels, "Light experts get more of the tokens.")
+
+    def _stacks(self) -> Iterator[tuple[str, list[LayerExperts]]]:
+        for stack, layers in groupby(self.layers, key=lambda layer: layer.stack):
+            yield stack, list(layers)
+
+    def _panel(self, stack: str, layers: Sequence[LayerExperts]) -> Panel:
+        labels = [str(number) for number in range(max(len(layer.frequency) for layer in layers))]
+        rows = [Row(layer.label, layer.frequency) for layer in layers]
+        return Panel(f"{stack}: experts", rows, labels, "number of the expert", "share of tokens")
+
+
+def _row(layer: LayerExperts) -> list[str]:
+    numbers = [min(layer.frequency), max(layer.frequency), min(layer.reap), max(layer.reap)]
+    never = sum(value == 0 for value in layer.frequency)
+    return [layer.label, str(len(layer.frequency)), str(never), *(f"{value:.3g}" for value in numbers)]
+
+
+class ExpertUse(Measurement[ExpertUses]):
+    """How often every expert is chosen, with which weight, and how much it gives."""
+
+    name: ClassVar[str] = "expert-use"
+    title: ClassVar[str] = "how routers use every expert: how often, with which weight, to which effect"
+    needs: ClassVar[Needs] = "batches"
+    result_type: ClassVar[type[Result]] = ExpertUses
+
+    def observe(self, model: PreTrainedModel) -> "ExpertUseObserver":
+        """An observer of all routed experts of `model`.
+
+        Raises:
+            PlanError: the architecture is not known or has no such experts, or nobody sees into them.
+        """
+        return ExpertUseObserver(model)
+
+
+MEASUREMENT = ExpertUse
+
+
+class ExpertUseObserver:
+    """Runs the model on every batch and counts what its routers choose.
+
+    Args:
+        model: of a known architecture with experts.
+
+    Raises:
+        PlanError: as `ExpertUse.observe`.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model, self._units = model, units_of(model)
+        self._units.places = [place for place in self._units.places if place.where == "inside"]
+        if not self._units.places:
+            raise PlanError(
+                f"The {model.config.model_type} model has no experts among which a router chooses. Measure a mixture "
+                "of experts, or its heads and feed-forward units by importance."
+            )
+        self._sums: dict[Group, Tensor] = {}
+        self._tokens: dict[str, float] = {}
+        self.taps = ()
+
+    def before(self, batch: Batch) -> None:
+        """Nothing to note."""
+
+    @torch.no_grad()
+    def after(self, batch: Batch, output: Any) -> None:
+        """Run the model on the batch, and count."""
+        kept = {decoder: kept_tokens(self._model, batch, decoder) for decoder in (False, True)}
+        uses = Uses(len(next(iter(batch.values()))), kept)
+        with self._units.read_by(uses):
+            result_of(self._model, batch)
+        for group, values in uses.sums.items():
+            add_up(self._sums, group, values.cpu().double())
+        for scope, tokens in uses.tokens.items():
+            self._tokens[scope] = self._tokens.get(scope, 0) + tokens
+
+    def result(self) -> ExpertUses:
+        """What was found."""
+        return ExpertUses(layers=[self._layer(scope, tokens) for scope, tokens in self._tokens.items()])
+
+    def _layer(self, scope: str, tokens: float) -> LayerExperts:
+        chosen = next(sums for (kind, place), sums in self._sums.items() if place == scope and kind != "expert")
+        counts, gates = chosen.unbind(1)
+        norms = self._sums["expert", scope][:, 0]
+        return LayerExperts(
+            scope=scope,
+            frequency=(counts / tokens).tolist(),
+            gate=(gates / tokens).tolist(),
+            reap=(norms / counts.clamp(min=1)).tolist(),
+        )

@@ -1,0 +1,118 @@
+"""Edits of one parameter by a tensor that lies in one of the plan's files: what was learned, or measured."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, PrivateAttr
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from auxin.edits.kinds.parameter_edits import ParameterEdit, check_axis
+from auxin.errors import PlanError
+
+
+class FileEdit(ParameterEdit):
+    """What the edits that read a tensor share."""
+
+    file: str
+    """The name of the plan's file, of safetensors."""
+    tensor: str
+    """Name of the tensor in it."""
+    shape: tuple[int, ...]
+    """Of the tensor."""
+    _path: Path | None = PrivateAttr(default=None)
+
+    def located(self, path: Path) -> Self:
+        """The same edit, which knows where its file is.
+
+        Raises:
+            PlanError: the file lacks the tensor.
+        """
+        found = self.model_copy()
+        found._path = path
+        try:
+            with safe_open(path, framework="pt") as file:
+                shape = tuple(file.get_slice(self.tensor).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise PlanError(f"The tensor {self.tensor} can't be read from {path}: {error}.") from error
+        if shape != self.shape:
+            raise PlanError(f"{self.tensor} in {path} has shape {list(shape)}, and the plan says {list(self.shape)}.")
+        return found
+
+    @cached_property
+    def _read(self) -> Tensor:
+        assert self._path is not None, "the executor locates a plan's files first"
+        with safe_open(self._path, framework="pt") as file:
+            found: Tensor = file.get_tensor(self.tensor)
+        return found
+
+    def _wide(self, old: Tensor) -> Tensor:
+        """The tensor beside `old`, in float32 at least."""
+        return self._read.to(device=old.device, dtype=torch.promote_types(old.dtype, torch.float32))
+
+
+class ProjectParameter(FileEdit):
+    """Multiply parameters along one axis by a matrix."""
+
+    kind: Literal["project_parameter"] = "project_parameter"
+    axis: int = Field(default=0, ge=0)
+    """The axis that is multiplied."""
+    shape: tuple[int, int]
+    """Of the matrix: (new, old)."""
+
+    def new_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that `shape` becomes; PlanError when the file or the matrix does not fit."""
+        check_axis(self.axis, shape)
+        rows, columns = self.shape
+        if columns != shape[self.axis]:
+            raise PlanError(
+                f"the matrix {self.tensor} in {self.file} has {columns} columns, but axis {self.axis} of shape "
+                f"{list(shape)} has {shape[self.axis]}"
+            )
+        return (*shape[: self.axis], rows, *shape[self.axis + 1 :])
+
+    def map_parameter(self, old: Tensor, seed: int, name: str) -> Tensor:
+        """The new tensor."""
+        if old.is_meta:
+            return old.new_empty(self.new_shape(tuple(old.shape)))
+        matrix = self._wide(old)
+        product = torch.tensordot(matrix, old.to(matrix.dtype), dims=([1], [self.axis]))
+        return product.movedim(0, self.axis).to(old.dtype).contiguous()
+
+    def map_moment(self, old: Tensor, order: int) -> Tensor:
+        """Moments start anew: the entries of a learned operator mix gradients of either sign."""
+        return old.new_zeros(self.new_shape(tuple(old.shape)))
+
+    def __str__(self) -> str:
+        return f"project axis {self.axis} by {self.tensor} of {self.file}"
+
+
+class ShiftParameter(FileEdit):
+    """Add a tensor to parameters of its shape."""
+
+    kind: Literal["shift_parameter"] = "shift_parameter"
+
+    def new_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The same shape; PlanError when the tensor has another one."""
+        if shape != self.shape:
+            raise PlanError(
+                f"the tensor {self.tensor} in {self.file} has shape {list(self.shape)}, and what it is added to has "
+                f"{list(shape)}"
+            )
+        return shape
+
+    def map_parameter(self, old: Tensor, seed: int, name: str) -> Tensor:
+        """The new tensor."""
+        if old.is_meta:
+            return torch.empty_like(old)
+        shift = self._wide(old)
+        return (old.to(shift.dtype) + shift).to(old.dtype)
+
+    def map_moment(self, old: Tensor, order: int) -> Tensor:
+        """The gradient is that of another place: moments stay."""
+        return old.clone()
+
+    def __str__(self) -> str:
+        return f"add {self.tensor} of {self.file}"
