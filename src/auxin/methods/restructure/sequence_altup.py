@@ -73,7 +73,7 @@ def plan_sequence_altup(model: PreTrainedModel, settings: SequenceAltUpSettings)
     layers = model.get_submodule(stack.path)
     assert isinstance(layers, nn.ModuleList)
     for number in chosen:
-        _check_layer(f"{stack.path}.{number}", layers[number], settings)
+        _check_layer(f"{stack.path}.{number}", layers[number], settings, stack.causal)
     values: dict[str, Any] = {"stride": settings.stride}
     fills: dict[str, Fill] = {}
     if settings.mode == "altup":
@@ -145,7 +145,7 @@ def _positions(model: PreTrainedModel, stack: LayerStack) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def _check_layer(path: str, layer: nn.Module, settings: SequenceAltUpSettings) -> None:
+def _check_layer(path: str, layer: nn.Module, settings: SequenceAltUpSettings, causal: bool) -> None:
     if isinstance(layer, Brick) and layer.residual_blocks() is not None:
         raise PlanError(
             f"{path} has alternating updates, whose blocks are no tokens and can't be strided. Give the model its "
@@ -161,7 +161,7 @@ def _check_layer(path: str, layer: nn.Module, settings: SequenceAltUpSettings) -
             f"{path} has a stride of {layer.sequence_altup.stride} already. Name other layers, or start from the model "
             "before."
         )
-    if settings.mode == "pool" and is_causal(layer):
+    if settings.mode == "pool" and (causal or is_causal(layer)):
         raise PlanError(
             f"mode = pool: {path} is causal, and the mean of {settings.stride} tokens would tell each of them about "
             "later ones. Ask for altup or skip."
