@@ -222,7 +222,7 @@ def test_a_t5_is_what_the_equations_say(mode, part, stride, length):
 @pytest.mark.parametrize("family", ["bloom", "mpt"])
 def test_tokens_are_not_pooled_where_the_modules_do_not_say_that_they_are_causal(family):
     with pytest.raises(PlanError, match=r"is causal, and the mean of 2 tokens"):
-        auxin.plan(tiny(family), "sequence-altup", mode="pool", layers=[1], stride=2)
+        strided(tiny(family), mode="pool", layers=[1], stride=2)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma"])
