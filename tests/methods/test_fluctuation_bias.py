@@ -160,6 +160,9 @@ def test_where_no_bias_can_be_said_that_is_said():
     mixture = tiny("gpt_oss")
     plan = auxin.plan(mixture, "fluctuation", ffn=0.5, data=data_of(mixture))
     assert "every expert sees tokens of its own" in plan.notes[0]
+    pooled = tiny("siglip images")  # whose head has a feed-forward part, behind all layers
+    plan = auxin.plan(pooled, "fluctuation", ffn=0.5, data=data_of(pooled))
+    assert plan.notes[0].startswith("vision_model.head.mlp.fc2: the mean of what goes is not given back there")
 
 
 def test_the_loss_is_lower_with_the_mean_than_without():

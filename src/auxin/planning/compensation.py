@@ -10,7 +10,7 @@ attention_bias and mlp_bias); other layers that the switch gives biases to get z
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -35,6 +35,9 @@ from auxin.words.widths import FEED_FORWARD, Stream
 
 READ: tuple[Stream, ...] = ("query", *FEED_FORWARD)
 """The streams whose units one matrix reads, the output of their part."""
+
+
+NOT_GIVEN_BACK = "the mean of what goes is not given back there, since"
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,18 @@ class Compensation:
     """Of what enters each reader, entry by entry, by its path; empty in an outline, which gives nothing back."""
     folder: Path = Path()
     """For the file of what is given back."""
+
+    def filled(self, means: Mapping[str, Sequence[float]], folder: Path) -> "Compensation":
+        """This one, with what is to be given back.
+
+        Args:
+            means: of what enters each reader, by its path; one that has none gives nothing back, with a note.
+            folder: for the file of what is given back.
+        """
+        readers = [reader for reader in self.readers if reader.path in means]
+        unknown = ", ".join(reader.path for reader in self.readers if reader.path not in means)
+        note = [f"{unknown}: {NOT_GIVEN_BACK} it is measured within layers alone."] * bool(unknown)
+        return replace(self, readers=readers, notes=[*self.notes, *note], means=means, folder=folder)
 
     def shifts(self, keep: Mapping[Place, Sequence[int]]) -> tuple[list[Edit], list[PlanFile]]:
         """The edits that give back what goes, and the file that they read.
@@ -107,11 +122,13 @@ def compensation(model: PreTrainedModel, body: Anatomy, streams: Sequence[Stream
     readers += [reader for reader in without if reader.path in made]
     edits: list[Edit] = [SetConfig(values=dict.fromkeys(switches, True))] if switches else []
     edits += [MakeParameters(module=path, making="zero_bias") for path in _patterns(model, body, made)]
-    notes, not_given = list[str](), "the mean of what goes is not given back there, since"
+    notes = list[str]()
     if missing := dict.fromkeys(_everywhere(body, reader.path) for reader in without if reader.path not in made):
-        notes.append(f"{', '.join(missing)}: {not_given} the config of a {body.family} model has no switch for a bias.")
+        notes.append(
+            f"{', '.join(missing)}: {NOT_GIVEN_BACK} the config of a {body.family} model has no switch for a bias."
+        )
     if experts:
-        notes.append(f"{', '.join(experts)}: {not_given} every expert sees tokens of its own.")
+        notes.append(f"{', '.join(experts)}: {NOT_GIVEN_BACK} every expert sees tokens of its own.")
     return Compensation(model, readers, edits, notes)
 
 

@@ -70,7 +70,7 @@ def plan_fluctuation(bench: Bench, settings: FluctuationPruning) -> Plan:
     given = _given_back(found, settings)
     measured = measure(Importance(score="fluctuation"), bench.model, bench.data)
     if given is not None:
-        given = replace(given, means=measured.entries, folder=bench.folder)
+        given = given.filled(measured.entries, bench.folder)
     return found.plan("fluctuation", _scores(measured), given_back=given)
 
 
