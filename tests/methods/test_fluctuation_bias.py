@@ -15,6 +15,7 @@ from auxin.errors import PlanError
 from auxin.models.loading import load_model
 from auxin.objectives.calibration import Calibration
 from byte_language import CONTEXT, byte_model, held_out_loss, library, train
+from capabilities import labelled
 from oracles.importance import entering
 from tiny_models import InDouble, change, inputs, labels, logits, tiny
 
@@ -161,7 +162,7 @@ def test_where_no_bias_can_be_said_that_is_said():
     plan = auxin.plan(mixture, "fluctuation", ffn=0.5, data=data_of(mixture))
     assert "every expert sees tokens of its own" in plan.notes[0]
     pooled = tiny("siglip images")  # whose head has a feed-forward part, behind all layers
-    plan = auxin.plan(pooled, "fluctuation", ffn=0.5, data=data_of(pooled))
+    plan = auxin.plan(pooled, "fluctuation", ffn=0.5, data=Calibration.of_batches(pooled, [labelled(pooled)]))
     assert plan.notes[0].startswith("vision_model.head.mlp.fc2: the mean of what goes is not given back there")
 
 
