@@ -1,4 +1,4 @@
-"""What is left of a small Llama that every method prunes to four sizes, before and after it is mended, over seeds.
+"""What is left of a small Llama that methods prune to four sizes, before and after it is mended, over seeds.
 
     python benchmarks/pruning.py --jobs 2
     python benchmarks/pruning.py --seeds 0 --branches taylor-30 finercut-30 scratch-30
@@ -66,7 +66,7 @@ def page(comparison: Comparison) -> str:
         interval(branches[name].values.values()) if name in branches else "-" for name in ("dense", "dense-on")
     )
     lines = [
-        "# Every method that prunes, on one small Llama",
+        "# Methods that prune, on one small Llama",
         "",
         f"{comparison.description} Held-out loss in nats per token: mean over the seeds and 95 % interval (Student's "
         "t); the interval of a loss without training is that of its rise. From scratch is a model of the shape that "

@@ -36,8 +36,8 @@ else:
 __all__ = ["Plan", "Receipt", "apply", "grow", "load", "methods", "plan", "save"]
 
 # On some processors MKL's products depend on where in memory a matrix lies: a model that was loaded, whose weights lie
-# where the file has them, computes other bits than the one that was saved. This makes them one, at no cost that was
-# seen. MKL reads it at its first product.
+# where the file has them, computes other bits than the one that was saved. This makes them one. MKL reads it at
+# its first product.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
 # While `python -m` looks for a module, that is told by the interpreter's own arguments alone.

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import auxin
-from auxin.analysis import measure
+from auxin.analysis import measure, run
 from auxin.analysis.importance import Importance
 from auxin.edits import apply
 from auxin.errors import DataError, PlanError
 from auxin.methods import methods
 from auxin.objectives.calibration import Calibration
 from auxin.planning.bench import Bench
+from auxin.planning.pruning_settings import Pruning
 from byte_language import CONTEXT, byte_model, held_out_loss, library, train
 from tiny_models import inputs, labels, tiny
 
@@ -106,3 +107,26 @@ def test_what_matters_least_is_missed_less_than_what_is_drawn(name):
     drawn = [loss(auxin.plan(model, "random", ffn=0.75, seed=seed)) for seed in range(5)]
     print(name, scored, sorted(drawn), held_out_loss(model, held_out))
     assert scored < statistics.median(drawn)
+
+
+LOOKING = [name for name, found in methods().items() if issubclass(found.settings, Pruning) and found.calibration]
+
+
+@pytest.mark.parametrize("name", LOOKING)
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"target": {"parameters": 0.01}}, "smallest that .* can reach"),
+        ({"target": {"parameters": 10**7}}, "nothing has to go"),
+        ({"share": 1.0}, "nothing to prune"),
+        ({"share": 99}, "can't stay"),
+    ],
+    ids=str,
+)
+def test_what_can_t_be_is_refused_before_the_model_is_run(name, values, message, monkeypatch):
+    model = tiny("mixtral", dtype=torch.float32)
+    monkeypatch.setattr(run, "_follow", lambda *_: pytest.fail("it was run"))
+    part = "experts" if name == "expert-dropping" else "ffn"
+    settings = {part if field == "share" else field: value for field, value in values.items()}
+    with pytest.raises(PlanError, match=message):
+        auxin.plan(model, name, data=texts(model), **settings)

@@ -5,8 +5,8 @@ gives it (as the model uses it: a share among the chosen ones, where they are ma
 
 | use | of expert j |
 |---|---|
-| frequency | the share of tokens that get it, count(X_j) / T |
-| gate | the sum of g_j(x) over X_j, divided by T: counting with weights (SEER-MoE, arXiv 2404.05089) |
+| frequency | the share of tokens that get it, count(X_j) / T (SEER-MoE, arXiv 2404.05089) |
+| gate | the sum of g_j(x) over X_j, divided by T: counting with weights (SEER-MoE) |
 | reap | the mean of g_j(x) norm(f_j(x)) over X_j, 0 where there are none (REAP, arXiv 2510.13999, eq. 9) |
 
 Experts that all tokens share are not among them. Padding (`kept_tokens`) doesn't count.

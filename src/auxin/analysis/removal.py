@@ -164,11 +164,6 @@ class Removals(Result):
         return list(dict.fromkeys(effect.stack for effect in self.effects))
 
 
-def _mark(effect: RemovalEffect, name: str) -> Mark:
-    estimate = effect.distances[name]
-    return Mark(WHOLE if effect.kind == "layer" else effect.kind, estimate.mean, estimate.margin)
-
-
 class Removal(Measurement[Removals]):
     """The effect of removing each sublayer, or each layer."""
 

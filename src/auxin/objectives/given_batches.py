@@ -97,7 +97,9 @@ def _check_samples(inputs: Mapping[str, Tensor], place: str) -> None:
 
 def _check_ids(model: PreTrainedModel, name: str, ids: Tensor, place: str) -> None:
     if ids.dtype not in (torch.int64, torch.int32):
-        raise DataError(f"{place}: {name} is of type {ids.dtype}, and ids are torch.long. Give the tokenizer's ids.")
+        raise DataError(
+            f"{place}: {name} is of type {ids.dtype}, and ids are whole numbers (torch.long). Give the tokenizer's ids."
+        )
     if ids.dim() < 2 or not ids.shape[-1]:
         raise DataError(
             f"{place}: {name} has shape {list(ids.shape)}. Give (samples, tokens), at least one token; one sample "

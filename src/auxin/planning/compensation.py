@@ -38,6 +38,7 @@ READ: tuple[Stream, ...] = ("query", *FEED_FORWARD)
 
 
 NOT_GIVEN_BACK = "the mean of what goes is not given back there, since"
+"""Where nothing is given back; the reason follows."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Compensation:
         """
         readers = [reader for reader in self.readers if reader.path in means]
         unknown = ", ".join(reader.path for reader in self.readers if reader.path not in means)
-        note = [f"{unknown}: {NOT_GIVEN_BACK} it is measured within layers alone."] * bool(unknown)
+        note = [f"{unknown}: {NOT_GIVEN_BACK} means are measured within layers alone."] * bool(unknown)
         return replace(self, readers=readers, notes=[*self.notes, *note], means=means, folder=folder)
 
     def shifts(self, keep: Mapping[Place, Sequence[int]]) -> tuple[list[Edit], list[PlanFile]]:

@@ -121,10 +121,14 @@ class LatencyTable:
     @cached_property
     def whole(self) -> float:
         """Of the model as it is."""
-        layers = [self._parts.layer(path) for path in self._parts.layers]
-        kinds = {part.signature: part for part in (self._parts.frame, *layers)}
-        self._known |= zip(kinds, self._seconds(list(kinds.values())), strict=True)
-        return MILLISECONDS * sum(self._known[part.signature] for part in (self._parts.frame, *layers))
+        return MILLISECONDS * sum(self._known[part.signature] for part in self._timed())
+
+    def _timed(self) -> list[Part]:
+        """The parts of the model as it is, whose times are known then."""
+        parts = [self._parts.frame, *(self._parts.layer(path) for path in self._parts.layers)]
+        if kinds := {part.signature: part for part in parts if part.signature not in self._known}:
+            self._known |= zip(kinds, self._seconds(list(kinds.values())), strict=True)
+        return parts
 
     def predicted(self, after: PreTrainedModel, origins: Mapping[str, str | None]) -> float:
         """Of a model that was made of it.
@@ -136,7 +140,7 @@ class LatencyTable:
         Raises:
             PlanError: a part of it can't be run.
         """
-        assert self.whole > 0  # what is as before is known
+        self._timed()  # what is as before is known then
         parts = TimedParts(after, self.conditions)
         found = _anatomy(after, parts.layers)
         layers = [self._layer(parts, path, origins.get(path), found) for path in parts.layers]

@@ -91,16 +91,18 @@ class Prunable(Subject):
         """
         return self.plan(method, self._no_scores(), given_back=given_back)
 
-    def refuse_impossible(self, method: str) -> None:
+    def refuse_impossible(self, method: str, given_back: Compensation | None = None) -> None:
         """What `plan` refuses whatever the scores are, for methods whose scores take long; it takes less than a plan.
 
         Args:
             method: its name.
+            given_back: as in `plan`.
 
         Raises:
             PlanError: as `plan`.
         """
-        self._all_courses(self._no_scores(), Compensation(self.model)).refuse_impossible(method)
+        given = given_back or Compensation(self.model)
+        self._all_courses(self._no_scores(), given).refuse_impossible(method)
 
     def _no_scores(self) -> Scores:
         return {place: [0.0] * units for place, units in self.units.items()}

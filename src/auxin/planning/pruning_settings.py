@@ -50,7 +50,8 @@ class Pruning(Settings):
     hidden: StrictInt | StrictFloat | None = Field(default=None, gt=0)
     """Units of the residual that stay, the same in all layers."""
     target: Target | None = None
-    """How small or fast the model shall be, instead: `target.parameters`, `target.flops` or `target.latency`."""
+    """How small or fast the model shall be, instead: `target.parameters`, `target.flops`, `target.latency` or
+    `target.latency_ms`."""
     streams: list[Part] | None = Field(default=None, min_length=1)
     """What the target takes from; None: heads and feed-forward units, where they can go."""
     uniform: bool = True

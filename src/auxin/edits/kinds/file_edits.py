@@ -28,7 +28,7 @@ class FileEdit(ParameterEdit):
         """The same edit, which knows where its file is.
 
         Raises:
-            PlanError: the file lacks the tensor.
+            PlanError: the file lacks the tensor, or it has another shape.
         """
         found = self.model_copy()
         found._path = path

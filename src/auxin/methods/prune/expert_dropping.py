@@ -81,6 +81,7 @@ def plan_expert_dropping(bench: Bench, settings: ExpertDropping) -> Plan:
         PlanError: see `auxin.planning.pruning`; a model without routed experts, or one into whose experts nobody sees.
     """
     found = _prunable(bench.model, settings)
+    found.refuse_impossible("expert-dropping")  # before the model is run
     measured = measure(ExpertUse(), bench.model, bench.data).of(settings.score)
     return _said(found.plan("expert-dropping", {("expert", scope): use for scope, use in measured.items()}), settings)
 

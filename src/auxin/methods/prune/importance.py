@@ -55,6 +55,7 @@ def plan_by_importance(bench: Bench, settings: Pruning, name: str, score: Score)
     """
     _refuse_residual(settings, name, score)
     found = prunable(bench.model, settings)
+    found.refuse_impossible(name)  # before the model is run
     measured = measure(Importance(score=score), bench.model, bench.data)
     return found.plan(name, _scores(measured))
 
@@ -68,6 +69,7 @@ def plan_fluctuation(bench: Bench, settings: FluctuationPruning) -> Plan:
     _refuse_residual(settings, "fluctuation", "fluctuation")
     found = prunable(bench.model, settings)
     given = _given_back(found, settings)
+    found.refuse_impossible("fluctuation", given)  # before the model is run
     measured = measure(Importance(score="fluctuation"), bench.model, bench.data)
     if given is not None:
         given = given.filled(measured.entries, bench.folder)
