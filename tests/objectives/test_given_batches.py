@@ -16,7 +16,7 @@ IDS = torch.randint(0, 19, (2, 7), generator=torch.Generator().manual_seed(0))
     [
         ([IDS, IDS + 100], r"Batch 1 \(from 0\): input_ids holds \d+, and the model's tokens are 0 to 18\. Give"),
         ([IDS - 19], r"Batch 0 \(from 0\): input_ids holds -\d+, and the model's tokens are 0 to 18"),
-        ([IDS.float()], r"input_ids is of type torch\.float32, and ids are torch\.long"),
+        ([IDS.float()], r"input_ids is of type torch\.float32, and ids are whole numbers"),
         ([IDS[0]], r"input_ids has shape \[7\]\. Give \(samples, tokens\)"),
         ([IDS[:, :0]], r"input_ids has shape \[2, 0\]"),
         ([IDS[:0]], r"first axis of its tensors \{'input_ids': 0\}.*at least one"),
