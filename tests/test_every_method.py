@@ -137,9 +137,10 @@ def test_a_plan_that_does_something_for_its_intent_is_enough(method):
 
 
 def test_no_row_or_column_of_the_page_of_capabilities_is_empty():
-    results = {(name, family) for name, family in CASES if isinstance(probe(name, family), Result)}
-    assert {name for name, _ in results} >= set(built_in())
-    assert {family for _, family in results} == set(FAMILIES)
+    cells = written((ROOT / "docs" / "capabilities.md").read_text(encoding="utf-8"))
+    done = {cell for cell, said in cells.items() if not said.startswith("no:")}
+    assert {name for name, _ in done} == set(built_in())
+    assert {row for _, row in done} == {row for _, row in cells}
 
 
 def test_the_page_of_capabilities_counts_its_cells():
