@@ -14,6 +14,7 @@ from auxin.accounting.comparison import BranchComparison, Comparison
 from auxin.accounting.results import BranchResult
 from auxin.accounting.statistics import Estimate, paired_difference
 from auxin.recipes import Recipe, load_recipe, read_comparison, run_seeds
+from auxin.recipes.results import RESULTS_FILE
 
 
 def options(description: str | None, runs: Path | None) -> argparse.ArgumentParser:
@@ -103,7 +104,9 @@ def compare_parts(
             "parts": [name],
         }
         compared(parts[name].chosen(arguments), argparse.Namespace(**{**vars(arguments), **own}))
-    found = {name: read_comparison(arguments.runs / name) for name in parts if (arguments.runs / name).is_dir()}
+    # A part that was begun may have nothing finished.
+    finished = [name for name in parts if (arguments.runs / name / RESULTS_FILE).is_file()]
+    found = {name: read_comparison(arguments.runs / name) for name in finished}
     if arguments.add:
         for name, recorded in json.loads(arguments.results.read_text(encoding="utf-8")).items():
             own = argparse.Namespace(**{**vars(arguments), "parts": [name]})
