@@ -232,7 +232,7 @@ def test_the_least_removal_meets_a_latency(clock):
 
     have = by_bytes(skeleton_of(model))
     for target in (Target(latency=0.85, sequence_length=4), Target(latency_ms=0.85 * have, sequence_length=4)):
-        found = least_removal(model, target, family, 11)
+        found = least_removal(Gauge(target, model), family, 11)
         assert by_bytes(found.after) <= 0.85 * have < by_bytes(removal(model, family(found.amount - 1)).after)
         told = found.reached(target)
         assert f"latency as predicted {have:.4g} -> " in told
@@ -242,9 +242,9 @@ def test_the_least_removal_meets_a_latency(clock):
         assert "model.layers.0 and 1 like it" in figures
         assert "by intermediate_size" in figures
     with pytest.raises(PlanError, match=r"the smallest .* can reach here is [\d.]+ ms \(0\.\d+\)"):
-        least_removal(model, Target(latency=0.01, sequence_length=4), family, 11)
+        least_removal(Gauge(Target(latency=0.01, sequence_length=4), model), family, 11)
     with pytest.raises(PlanError, match=r"has [\d.]+ ms already"):
-        least_removal(model, Target(latency_ms=2 * have, sequence_length=4), family, 11)
+        least_removal(Gauge(Target(latency_ms=2 * have, sequence_length=4), model), family, 11)
 
 
 @pytest.mark.usefixtures("clock")

@@ -8,7 +8,7 @@ from auxin.accounting import count_parameters, flops_per_token
 from auxin.edits import ArrangeLayers
 from auxin.errors import ConfigError, PlanError
 from auxin.planning.cutting import cut
-from auxin.planning.target import Target, least_removal, removal
+from auxin.planning.target import Gauge, Target, least_removal, removal
 from tiny_models import tiny
 
 UNITS = 12
@@ -31,13 +31,13 @@ def test_a_number_of_parameters_is_met_to_the_unit(model, amount):
     family, most = narrower(model)
     total = count_parameters(model).total
     least = total - amount * PER_UNIT
-    found = least_removal(model, Target(parameters=least), family, most)
+    found = least_removal(Gauge(Target(parameters=least), model), family, most)
     assert found.amount == amount
     assert found.edits == family(amount)
     assert count_parameters(found.after).total == least
-    assert least_removal(model, Target(parameters=least + PER_UNIT - 1), family, most).amount == amount
+    assert least_removal(Gauge(Target(parameters=least + PER_UNIT - 1), model), family, most).amount == amount
     if amount > 1:
-        assert least_removal(model, Target(parameters=least + PER_UNIT), family, most).amount == amount - 1
+        assert least_removal(Gauge(Target(parameters=least + PER_UNIT), model), family, most).amount == amount - 1
 
 
 @settings(max_examples=8, deadline=None)
@@ -46,7 +46,7 @@ def test_a_share_is_met_and_one_unit_more_would_miss_it(model, share):
     family, most = narrower(model)
     target = Target(parameters=share)
     try:
-        found = least_removal(model, target, family, most)
+        found = least_removal(Gauge(target, model), family, most)
     except PlanError as error:
         assert "smallest" in str(error)  # noqa: PT017 - the share lies below what can be reached
         assert target.of(removal(model, family(most)).after) > share * target.of(model)
@@ -61,7 +61,7 @@ def test_flops_are_counted_at_the_length_that_is_said(model):
     short, long = (Target(flops=0.9, sequence_length=length) for length in (4, 30))
     assert short.of(model) == flops_per_token(model, 4).forward < long.of(model)
     # Where attention weighs more, more units have to go for the same share.
-    few, many = (least_removal(model, target, family, most) for target in (short, long))
+    few, many = (least_removal(Gauge(target, model), family, most) for target in (short, long))
     assert 1 < few.amount < many.amount
     assert long.of(many.after) <= 0.9 * long.of(model) < long.of(removal(model, family(many.amount - 1)).after)
     assert "at 30 tokens" in many.reached(long)
@@ -70,7 +70,7 @@ def test_flops_are_counted_at_the_length_that_is_said(model):
 def test_what_was_reached_is_told(model):
     family, most = narrower(model)
     target = Target(parameters=0.9)
-    found = least_removal(model, target, family, most)
+    found = least_removal(Gauge(target, model), family, most)
     before, after = count_parameters(found.before).total, count_parameters(found.after).total
     told = found.reached(target)
     assert f"parameters {before:,} -> {after:,} ({after / before:.1%})" in told
@@ -86,7 +86,7 @@ def test_any_nested_family_serves():
     def family(amount):
         return [ArrangeLayers(layers="model.layers", order=list(range(5 - amount)))]
 
-    found = least_removal(model, Target(parameters=0.5), family, 4)
+    found = least_removal(Gauge(Target(parameters=0.5), model), family, 4)
     assert 1 <= found.amount <= 4
     assert count_parameters(found.after).total <= 0.5 * count_parameters(model).total
     assert count_parameters(removal(model, family(found.amount - 1)).after).total > 0.5 * count_parameters(model).total
@@ -118,14 +118,14 @@ def test_a_target_out_of_reach_is_refused_with_the_nearest(model):
     total = count_parameters(model).total
     smallest = total - most * PER_UNIT
     with pytest.raises(PlanError, match=f"{smallest - 1:,} of {total:,}, and the smallest .* is {smallest:,}") as found:
-        least_removal(model, Target(parameters=smallest - 1), family, most, "magnitude")
+        least_removal(Gauge(Target(parameters=smallest - 1), model), family, most, "magnitude")
     share = float(str(found.value).partition("(")[2].partition(")")[0])
-    assert least_removal(model, Target(parameters=share), family, most).amount == most
+    assert least_removal(Gauge(Target(parameters=share), model), family, most).amount == most
     with pytest.raises(PlanError, match="could remove"):
-        least_removal(model, Target(parameters=0.5), family, 0)
+        least_removal(Gauge(Target(parameters=0.5), model), family, 0)
 
 
 def test_a_target_that_asks_for_nothing_is_refused(model):
     family, most = narrower(model)
     with pytest.raises(PlanError, match="nothing has to go"):
-        least_removal(model, Target(parameters=count_parameters(model).total), family, most)
+        least_removal(Gauge(Target(parameters=count_parameters(model).total), model), family, most)

@@ -17,7 +17,7 @@ from itertools import groupby
 from transformers import PreTrainedModel
 
 from auxin.planning.cutting import cut
-from auxin.planning.target import Gauge, Target, removal
+from auxin.planning.target import Gauge, removal
 from auxin.planning.unit_order import Course, Place
 from auxin.words.anatomy import Anatomy
 
@@ -56,7 +56,7 @@ def least_lost(one: States, other: States, save: float) -> int:
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedLimit:
     """A model whose heads and feed-forward units come under one limit.
 
     Args:
@@ -72,18 +72,17 @@ class Shared:
     part: str | None
 
     def chain(
-        self, target: Target, kinds: Sequence[Mapping[int, Course]], chains: Sequence[Sequence[Sequence[int]]]
+        self, gauge: Gauge, kinds: Sequence[Mapping[int, Course]], chains: Sequence[Sequence[Sequence[int]]]
     ) -> list[list[int]]:
         """Ever smaller states of all courses, with the heads with which the least is lost and ever fewer feed-forward
         units.
 
         Args:
-            target: the limit.
+            gauge: tells the limit, and what costs how much.
             kinds: the courses of heads, and those of feed-forward units, by their numbers among all courses.
             chains: ever smaller states of all courses in which the one, or the other, are smaller; the first of each is
                 the present one.
         """
-        gauge = Gauge(target, self.model)
 
         def saves(keep: Mapping[Place, Sequence[int]]) -> float:
             left = gauge.of(removal(self.model, cut(self.model, keep, part=self.part).edits))

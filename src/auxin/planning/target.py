@@ -144,7 +144,7 @@ class Gauge:
     """
 
     def __init__(self, target: Target, model: PreTrainedModel) -> None:
-        self.target = target
+        self.target, self.model = target, model
         self._table = target.table(model) if target.is_latency else None
         self.have: float = self._table.whole if self._table is not None else target.of(model)
         """Of the model as it is."""
@@ -238,13 +238,12 @@ def removal(model: PreTrainedModel, edits: Sequence[Any], amount: int | None = N
 
 
 def least_removal(
-    model: PreTrainedModel, target: Target, family: Callable[[int], Sequence[Any]], most: int, what: str = "this method"
+    gauge: Gauge, family: Callable[[int], Sequence[Any]], most: int, what: str = "this method"
 ) -> Removal:
     """The first of a nested family of plans that meets a target: the one before it misses it.
 
     Args:
-        model: the model, on any device; weights are not looked at.
-        target: how small it shall be.
+        gauge: of the model, and how small it shall be.
         family: (amount) -> the edits that remove so much, for amounts from 1 to `most`; more is never larger.
         most: the largest amount that there is; 0: nothing can go.
         what: what removes, for messages.
@@ -253,8 +252,7 @@ def least_removal(
         PlanError: the model is no larger than the target already, the target lies below what the largest amount
             leaves, or edits do not fit.
     """
-    gauge = Gauge(target, model)
-    have, limit = gauge.have, gauge.limit
+    model, target, have, limit = gauge.model, gauge.target, gauge.have, gauge.limit
     if have <= limit:
         raise PlanError(
             f"{target}: the model has {target.in_words(have)} already, so that nothing has to go. Ask for less, or for "
@@ -268,12 +266,13 @@ def least_removal(
             f"{target} asks for at most {target.in_words(limit)} of {target.in_words(have)}, and the smallest that "
             f"{what} can reach here is {target.in_words(smallest)} ({_share(smallest, have)}). Ask for at least that."
         )
-    found = first_that_meets(gauge, lambda amount: removal(model, family(amount), amount), (0, have), (most, best))
+    between = (0, have), (most, smallest, best)
+    found = first_that_meets(gauge, lambda amount: removal(model, family(amount), amount), *between)
     return replace(found, gauge=gauge)
 
 
 def first_that_meets(
-    gauge: Gauge, tried: Callable[[int], Removal], missed: tuple[int, float], met: tuple[int, Removal]
+    gauge: Gauge, tried: Callable[[int], Removal], missed: tuple[int, float], met: tuple[int, float, Removal]
 ) -> Removal:
     """The first of a nested family of removals that meets a target.
 
@@ -284,10 +283,9 @@ def first_that_meets(
         gauge: tells what each leaves.
         tried: (amount) -> the removal.
         missed: an amount that misses the target, and what it leaves.
-        met: a larger one that meets it.
+        met: a larger one that meets it, what it leaves, and what it removes.
     """
-    (low, more), (high, best) = missed, met
-    less = gauge.of(best)
+    (low, more), (high, less, best) = missed, met
     halve = False
     while high - low > 1:
         between, amount = high - low, (low + high) // 2

@@ -6,6 +6,7 @@ A stream goes along its course (`auxin.planning.unit_order`), a unit at a time; 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from math import floor
 from typing import Any, Literal
 
@@ -14,8 +15,8 @@ from transformers import PreTrainedModel
 from auxin.errors import PlanError
 from auxin.planning.cutting import cut
 from auxin.planning.pruning_settings import ALONE, Pruning
-from auxin.planning.shared_limit import Shared
-from auxin.planning.target import Gauge, Removal, Target, first_that_meets, least_removal, removal
+from auxin.planning.shared_limit import SharedLimit
+from auxin.planning.target import Gauge, Removal, first_that_meets, least_removal, removal
 from auxin.planning.unit_order import Course, Place
 from auxin.words.anatomy import Anatomy
 from auxin.words.widths import SETTINGS
@@ -34,9 +35,25 @@ class Subject:
     """How many units can go on their own, by place: what is to be scored. Of "query" they are key-value groups, or the
     query heads of a single key-value head."""
 
+    @cached_property
+    def gauge(self) -> Gauge:
+        """What tells whether the target, which is asked for, is met.
+
+        Raises:
+            ConfigError, PlanError: what is asked for can't be told of the model.
+        """
+        assert self.settings.target is not None
+        return Gauge(self.settings.target, self.model)
+
 
 class Courses:
-    """The courses of all streams that are pruned, and which states go together."""
+    """The courses of all streams that are pruned, and which states go together.
+
+    Args:
+        found: what is pruned.
+        courses: of its streams.
+        after: edits that follow those that cut, whatever goes.
+    """
 
     def __init__(self, found: Subject, courses: list[Course], after: Sequence[Any]) -> None:
         self.found, self.courses, self.after, self.notes = found, courses, after, list[str]()
@@ -45,18 +62,15 @@ class Courses:
 
     def removal(self, method: str, split: Split) -> Removal:
         """What is removed."""
-        target = self.found.settings.target
-        if target is None:
+        if self.found.settings.target is None:
             asked = self._asked()
             return self._settled(removal(self.found.model, self._edits(asked)), asked)
         self._leave_what_stays()
         kinds = self._kinds()
         shared = split == "worth" and all(kinds)
-        chain = self._by_worth(target, kinds) if shared else self._chain(range(len(self.courses)))
-        found = self._least(target, chain, method)
+        chain = self._by_worth(kinds) if shared else self._chain(range(len(self.courses)))
+        found, gauge = self._least(chain, method), self.found.gauge
         chain = chain[: found.amount]
-        gauge = found.gauge
-        assert gauge is not None
         if shared:
             done = self._filled(gauge, found, chain[-1], sorted(kinds[1]) if len(kinds[1]) > 1 else ())
         else:
@@ -65,22 +79,20 @@ class Courses:
 
     def refuse_impossible(self, method: str) -> None:
         """PlanError for what can't be removed, or not so much of it."""
-        target = self.found.settings.target
-        if target is None:
+        if self.found.settings.target is None:
             self._edits(self._asked())
             return
         self._leave_what_stays()
-        self._least(target, self._chain(range(len(self.courses)))[-1:], method)
+        self._least(self._chain(range(len(self.courses)))[-1:], method)
 
     def _leave_what_stays(self) -> None:
         self.courses = [course for course in self.courses if self._can_go(course)]
         if not self.courses:
             raise PlanError(f"Nothing of what a target takes from by itself can go. {' '.join(self.notes)}")
 
-    def _least(self, target: Target, chain: Sequence[Sequence[int]], method: str) -> Removal:
-        model = self.found.model
+    def _least(self, chain: Sequence[Sequence[int]], method: str) -> Removal:
         try:
-            return least_removal(model, target, lambda amount: self._edits(chain[amount - 1]), len(chain), method)
+            return least_removal(self.found.gauge, lambda amount: self._edits(chain[amount - 1]), len(chain), method)
         except PlanError as error:
             raise PlanError(" ".join([str(error), *self.notes])) from error
 
@@ -129,12 +141,13 @@ class Courses:
             return
         last = len(tries) - 1
         first, final = (self._tried(tries[number], number) for number in (0, last))
-        if gauge.of(final) > gauge.limit:
+        if (less := gauge.of(final)) > gauge.limit:
             return
         if (more := gauge.of(first)) <= gauge.limit:
             yield first, tries[0]
             return
-        done = first_that_meets(gauge, lambda number: self._tried(tries[number], number), (0, more), (last, final))
+        between = (0, more), (last, less, final)
+        done = first_that_meets(gauge, lambda number: self._tried(tries[number], number), *between)
         assert done.amount is not None
         yield done, tries[done.amount]
 
@@ -235,11 +248,11 @@ class Courses:
         heads = {place: course for place, course in courses.items() if course.name == "heads"}
         return [heads, {place: course for place, course in courses.items() if place not in heads}]
 
-    def _by_worth(self, target: Target, kinds: Sequence[Mapping[int, Course]]) -> list[list[int]]:
+    def _by_worth(self, kinds: Sequence[Mapping[int, Course]]) -> list[list[int]]:
         """Ever smaller states with the heads with which the least is lost."""
         found = self.found
-        shared = Shared(found.model, found.body, found.units, found.settings.part)
-        return shared.chain(target, kinds, [[[0] * len(self.courses), *self._chain(kind)] for kind in kinds])
+        shared = SharedLimit(found.model, found.body, found.units, found.settings.part)
+        return shared.chain(found.gauge, kinds, [[[0] * len(self.courses), *self._chain(kind)] for kind in kinds])
 
     def _chain(self, places: Iterable[int]) -> list[list[int]]:
         """Ever smaller states of some courses, by one step of one stream at a time where they go alone; the others stay
