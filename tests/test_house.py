@@ -11,7 +11,7 @@ FLOORS = [
     {"errors"},
     {"locks", "interruption"},
     {"files", "foreign", "field_errors"},
-    {"sums", "yaml_files"},
+    {"sums", "yaml_files", "kept_records"},
     {"settings"},
     {"words"},
     {"nn", "accounting"},

@@ -4,31 +4,26 @@ What is compared is timed together, one after the other, again and again, so tha
 alike; the median of each counts. Times that were taken under the same conditions (`Conditions`) are not taken again.
 """
 
-import hashlib
 import importlib.metadata
-import json
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from auxin.accounting.machine import choose_device, processor_name
-from auxin.errors import reason
-from auxin.files import cache_folder, write_text
-from auxin.locks import LOCK_FILE, in_turn
+from auxin.files import cache_folder
+from auxin.kept_records import alone, digest, find, keep
 from auxin.settings import Settings
 
 TICK = 1e-9
 """Seconds that anything takes: a share of no time is none."""
 Phase = Literal["forward", "decoding"]
-FORMAT = 1
+FORMAT = 2
 FEWEST, MOST = 5, 99
 """Rounds in which everything is timed once."""
 PATIENCE = 0.5
@@ -127,31 +122,18 @@ class Stopwatch:
             runs: makes them, in this order, where they have to be timed.
         """
         subject = {"format": FORMAT, "conditions": self.conditions.model_dump(), "parts": list(signatures)}
-        digest = hashlib.sha256(json.dumps(subject, sort_keys=True).encode()).hexdigest()
-        path = self._folder / f"{digest[:32]}.json"
-        with self._alone():
-            if (found := _kept(path, subject)) is not None:
-                return found
-            with _disable_current_modes():  # what counts operations would be timed with them
-                seconds = medians(runs(), self._clock)
-            try:
-                write_text(path, json.dumps({"subject": subject, "seconds": seconds}, indent=1) + "\n")
-            except OSError as error:
-                warnings.warn(
-                    f"Latencies were not kept in {self._folder}: {reason(error)}. Set AUXIN_CACHE to a folder that can "
-                    "be written to.",
-                    stacklevel=2,
-                )
-        return seconds
+        path = self._folder / f"{digest(subject)[:32]}.json"
+        known = find(path, subject)
+        if known is None:
+            with alone(self._folder):  # two that time at once would measure each other
+                known = find(path, subject) or self._timed(path, subject, runs)
+        return list(known["seconds"])
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Two that time at once would measure each other."""
-        with ExitStack() as stack:
-            with suppress(OSError):  # what can't be written is said when it is to be kept
-                self._folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(in_turn(self._folder / LOCK_FILE))
-            yield
+    def _timed(self, path: Path, subject: dict[str, Any], runs: Callable[[], Sequence[Run]]) -> dict[str, Any]:
+        with _disable_current_modes():  # what counts operations would be timed with them
+            values = {"subject": subject, "seconds": medians(runs(), self._clock)}
+        keep(path, values, "Latencies were")
+        return values
 
 
 def medians(runs: Sequence[Run], clock: Callable[[], float]) -> list[float]:
@@ -179,14 +161,3 @@ def chosen_clock(device: str) -> tuple[str, Callable[[], float]]:
 
         return "wall", synchronised
     return ("cpu", time.thread_time) if torch.get_num_threads() == 1 else ("wall", time.perf_counter)
-
-
-def _kept(path: Path, subject: dict[str, object]) -> list[float] | None:
-    """What was measured before; None where there is nothing, or where its file is damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        seconds = [float(value) for value in values["seconds"]]
-        whole = values["subject"] == subject and len(seconds) == len(subject["parts"])  # type: ignore[arg-type]
-        return seconds if whole and all(value > 0 for value in seconds) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -3,9 +3,6 @@
 With each lies what it took. Whoever takes it from here books that, so that no book says what happened to be known.
 """
 
-import hashlib
-import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +13,12 @@ from auxin.accounting.ledger import software_versions
 from auxin.analysis.effort import Effort
 from auxin.analysis.measurement import CalibrationData, Measurement, Result
 from auxin.errors import ConfigError
-from auxin.files import cache_folder, write_text
-from auxin.locks import LOCK_FILE, in_turn
+from auxin.files import cache_folder
+from auxin.kept_records import alone, digest, find, keep
 from auxin.objectives.calibration import Calibration
 from auxin.settings import Settings
 
 FORMAT = 2
-SUM = "sha256"
-"""The field of a file that has the SHA-256 of the others."""
 
 
 class Subject(Settings):
@@ -52,7 +47,7 @@ class Subject(Settings):
     @property
     def digest(self) -> str:
         """Hex SHA-256 of all of it."""
-        return _sum(self.model_dump(mode="json"))
+        return digest(self.model_dump(mode="json"))
 
 
 class Record(Settings):
@@ -101,36 +96,21 @@ def default_cache() -> Path:
 
 def cached(folder: Path, subject: Subject, result_type: type[Result]) -> Record | None:
     """What was stored for `subject`; None where there is nothing, or where its file is damaged."""
+    values = find(_file(folder, subject), subject.model_dump(mode="json"))
+    if values is None:
+        return None
     try:
-        values = json.loads(_file(folder, subject).read_text(encoding="utf-8"))
-        # The whole subject is compared, so that a file of another name, or of half its content, is no hit.
-        if values.pop(SUM) != _sum(values) or Subject.model_validate(values["subject"]) != subject:
-            return None
         result = result_type.model_validate(values["result"])
         return Record(subject=subject, effort=Effort.model_validate(values["effort"]), result=result)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError):
         return None
 
 
 def store(folder: Path, record: Record) -> None:
     """Keep a result, whole or not at all. A folder that can't be written to is a warning: the result isn't lost."""
-    path = _file(folder, record.subject)
-    values = record.model_dump(mode="json")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with in_turn(folder / LOCK_FILE):
-            write_text(path, json.dumps({**values, SUM: _sum(values)}, indent=1) + "\n")
-    except OSError as error:
-        warnings.warn(
-            f"The result of {record.subject.measurement} was not kept in {folder}: {error}. Set AUXIN_CACHE to a "
-            "folder that can be written to.",
-            stacklevel=2,
-        )
-
-
-def _sum(values: dict[str, Any]) -> str:
-    """Hex SHA-256 of plain values, whatever the order of their names."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    with alone(folder):
+        what = f"The result of {record.subject.measurement} was"
+        keep(_file(folder, record.subject), record.model_dump(mode="json"), what)
 
 
 def _file(folder: Path, subject: Subject) -> Path:
