@@ -95,13 +95,8 @@ def test_a_damaged_file_is_no_measurement(tmp_path):
     stopwatch = watch(clock, tmp_path)
     stopwatch.seconds(["one"], lambda: [clock.run("a", [1.0] * 200)])
     (file,) = tmp_path.glob("*.json")
-    for content in (
-        "",
-        "{}",
-        file.read_text().replace("1.0", "-1.0"),
-        file.read_text().replace("1.0", "1.5"),
-        file.read_text().replace('"one"', '"other"'),
-    ):
+    changes = [("1.0", "-1.0"), ("1.0", "1.5"), ('"one"', '"other"')]
+    for content in ("", "{}", *(file.read_text().replace(*change) for change in changes)):
         file.write_text(content)
         assert stopwatch.seconds(["one"], lambda: [clock.run("a", [2.0] * 200)]) == [2.0]
 

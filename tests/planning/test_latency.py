@@ -15,12 +15,12 @@ from auxin.accounting.latency import Conditions
 from auxin.edits import ArrangeLayers, SetConfig
 from auxin.edits.structure import skeleton_of
 from auxin.errors import ConfigError, PlanError
-from auxin.models.timed_parts import TimedParts
 from auxin.models.weights_of_no_meaning import Memory
 from auxin.planning.cutting import cut, narrowest_scopes
 from auxin.planning.latency import MILLISECONDS, Curve, LatencyTable, rising
 from auxin.planning.removed_sublayers import without_sublayers
 from auxin.planning.target import Gauge, Target, least_removal, removal
+from auxin.planning.timed_parts import TimedParts
 from tiny_models import inputs, tiny
 
 SECONDS_PER_BYTE = 1e-6

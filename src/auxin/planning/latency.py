@@ -13,7 +13,7 @@ model that is made smaller
 * any other layer, one without its attention say, is timed by itself, and is no slower than it was.
 
 Everything is timed once (`auxin.accounting.latency`); weights are not looked at, and one layer at a time has some
-(`auxin.models.timed_parts`).
+(`auxin.planning.timed_parts`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,9 +30,9 @@ from auxin.edits.resolution import resolve
 from auxin.edits.structure import skeleton_of
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
-from auxin.models.timed_parts import Part, TimedParts
 from auxin.models.weights_of_no_meaning import Memory
 from auxin.planning.cutting import cut, narrowest_scopes
+from auxin.planning.timed_parts import Part, TimedParts
 from auxin.words.anatomy import Anatomy
 from auxin.words.paths import encloses
 from auxin.words.widths import FEED_FORWARD, SETTINGS, Stream
