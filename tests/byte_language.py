@@ -1,5 +1,6 @@
 """Small language models on the bytes of the standard library: what growth is for, in seconds."""
 
+import copy
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from auxin.edits import Plan, apply
 from tiny_models import fresh_llama
 
 CONTEXT, BATCH = 48, 8
@@ -60,3 +62,10 @@ def held_out_loss(model: nn.Module, data: Tensor) -> float:
     rows = data[: len(data) // CONTEXT * CONTEXT].view(-1, CONTEXT)[::16]
     with torch.no_grad():
         return model(input_ids=rows, labels=rows).loss.item()
+
+
+def loss_after(plan: Plan, model: Any, data: Tensor) -> float:
+    """`held_out_loss` of a copy of `model` to which a plan is applied."""
+    changed = copy.deepcopy(model)
+    apply(plan, changed)
+    return held_out_loss(changed, data)

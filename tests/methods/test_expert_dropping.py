@@ -19,7 +19,7 @@ from auxin.models.anatomy import anatomy
 from auxin.models.loading import load_model
 from auxin.objectives.calibration import Calibration
 from auxin.planning.cutting import cut
-from byte_language import CONTEXT, held_out_loss, library, train
+from byte_language import CONTEXT, held_out_loss, library, loss_after, train
 from mixtures import EXPERTS, SHARES, TWO_GROUPS, experts_at, mixture, router_of
 from oracles.experts import MaskedRouters
 from tiny_models import InDouble, change, inputs, labels, logits, tiny
@@ -242,15 +242,10 @@ def test_what_routers_use_least_is_missed_less_than_what_is_drawn():
     ids = learnt[(torch.arange(16) * 900)[:, None] + torch.arange(CONTEXT)]
     data = Calibration.of_batches(model, [ids])
 
-    def loss(plan: Plan) -> float:
-        smaller = copy.deepcopy(model)
-        apply(plan, smaller)
-        return held_out_loss(smaller, held_out)
-
     scored = {
-        s: loss(auxin.plan(model, "expert-dropping", experts=5, score=s, data=data))
+        s: loss_after(auxin.plan(model, "expert-dropping", experts=5, score=s, data=data), model, held_out)
         for s in ("reap", "gate", "frequency")
     }
-    drawn = [loss(auxin.plan(model, "random", experts=5, seed=seed)) for seed in range(5)]
+    drawn = [loss_after(auxin.plan(model, "random", experts=5, seed=seed), model, held_out) for seed in range(5)]
     print(scored, sorted(drawn), held_out_loss(model, held_out))
     assert scored["reap"] < statistics.median(drawn)

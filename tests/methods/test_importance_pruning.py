@@ -17,7 +17,7 @@ from auxin.methods import methods
 from auxin.objectives.calibration import Calibration
 from auxin.planning.bench import Bench
 from auxin.planning.pruning_settings import Pruning
-from byte_language import CONTEXT, byte_model, held_out_loss, library, train
+from byte_language import CONTEXT, byte_model, held_out_loss, library, loss_after, train
 from tiny_models import inputs, labels, tiny
 
 SCORES = {"taylor": "taylor", "fisher": "fisher", "wanda-structured": "output", "fluctuation": "fluctuation"}
@@ -98,13 +98,8 @@ def test_what_matters_least_is_missed_less_than_what_is_drawn(name):
     ids = learnt[(torch.arange(16) * 900)[:, None] + torch.arange(CONTEXT)]
     data = Calibration.of_batches(model, [ids])
 
-    def loss(plan: Any) -> float:
-        smaller = copy.deepcopy(model)
-        apply(plan, smaller)
-        return held_out_loss(smaller, held_out)
-
-    scored = loss(planned(name, model, data, ffn=0.75))
-    drawn = [loss(auxin.plan(model, "random", ffn=0.75, seed=seed)) for seed in range(5)]
+    scored = loss_after(planned(name, model, data, ffn=0.75), model, held_out)
+    drawn = [loss_after(auxin.plan(model, "random", ffn=0.75, seed=seed), model, held_out) for seed in range(5)]
     print(name, scored, sorted(drawn), held_out_loss(model, held_out))
     assert scored < statistics.median(drawn)
 

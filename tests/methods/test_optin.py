@@ -21,7 +21,7 @@ from auxin.models.anatomy import anatomy
 from auxin.objectives.calibration import Calibration
 from auxin.planning.pruning import Pruning, prunable
 from auxin.planning.shared_limit import States, least_lost
-from byte_language import CONTEXT, byte_model, held_out_loss, library, train
+from byte_language import CONTEXT, byte_model, held_out_loss, library, loss_after, train
 from oracles import trajectory as oracle
 from tiny_models import change, inputs, labels, logits, tiny
 
@@ -203,10 +203,9 @@ def test_what_moves_little_is_missed_far_less_than_what_is_small_or_drawn(traine
     dense = held_out_loss(model, held_out)
 
     def lost(name: str, share: float = 0.7, uniform: bool = True, **values: Any) -> float:
-        smaller = copy.deepcopy(model)
         target = {"flops": share, "sequence_length": CONTEXT}
-        apply(auxin.plan(model, name, target=target, uniform=uniform, **values), smaller)
-        return held_out_loss(smaller, held_out) - dense
+        plan = auxin.plan(model, name, target=target, uniform=uniform, **values)
+        return loss_after(plan, model, held_out) - dense
 
     alone, grouped = (lost("optin", data=data, group_size=size) for size in (1, 8))
     magnitude, drawn = lost("magnitude"), statistics.median(lost("random", seed=seed) for seed in range(3))

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from oracles.importance import given_to
+
 
 class MaskedRouters(TorchFunctionMode):
     """Within the context the scores that routers give to some experts are minus infinity.
@@ -35,13 +37,7 @@ def uses(model: Any, path: str, batch: Mapping[str, Tensor]) -> dict[str, list[f
     """Of the experts at `path`, gated ones with SiLU and no biases: the share of tokens that get each, the mean over
     all tokens of the router's weight for it (0 where it isn't chosen), and the mean over the tokens that get it of that
     weight times the length of what it gives."""
-    kept: list[tuple[Tensor, ...]] = []
-    experts = model.get_submodule(path)
-    handle = experts.register_forward_pre_hook(lambda module, given: kept.append(given))
-    with torch.no_grad():
-        model(**batch)
-    handle.remove()
-    ((hidden, index, weights),) = kept
+    experts, (hidden, index, weights) = model.get_submodule(path), given_to(model, path, batch)
     into, out = experts.gate_up_proj.detach(), experts.down_proj.detach()
     number, _, units = out.shape
     found: dict[str, list[float]] = {"frequency": [], "gate": [], "reap": []}

@@ -46,10 +46,10 @@ def both(*parts: Masked) -> Masked:
     return lambda weights, mask: {name: tensor for part in parts for name, tensor in part(weights, mask).items()}
 
 
-def entering(model: Any, path: str, batch: Mapping[str, Tensor]) -> Tensor:
-    """What enters the module at `path`, (samples, tokens, entries)."""
-    kept: list[Tensor] = []
-    handle = model.get_submodule(path).register_forward_pre_hook(lambda module, given: kept.append(given[0]))
+def given_to(model: Any, path: str, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """The arguments that the module at `path` gets, in the one call of it."""
+    kept: list[tuple[Tensor, ...]] = []
+    handle = model.get_submodule(path).register_forward_pre_hook(lambda module, given: kept.append(given))
     with torch.no_grad():
         model(**batch)
     handle.remove()
@@ -57,17 +57,16 @@ def entering(model: Any, path: str, batch: Mapping[str, Tensor]) -> Tensor:
     return found
 
 
+def entering(model: Any, path: str, batch: Mapping[str, Tensor]) -> Tensor:
+    """What enters the module at `path`, (samples, tokens, entries)."""
+    return given_to(model, path, batch)[0]
+
+
 def entering_experts(model: Any, path: str, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Of the experts at `path`, gated ones with SiLU and no biases, what enters their output matrices, (samples,
     tokens, experts, units), and what they give, (samples, tokens, experts, width): both times the router's weight, and
     0 where an expert isn't chosen. One token and one expert after the other."""
-    kept: list[tuple[Tensor, ...]] = []
-    experts = model.get_submodule(path)
-    handle = experts.register_forward_pre_hook(lambda module, given: kept.append(given))
-    with torch.no_grad():
-        model(**batch)
-    handle.remove()
-    ((hidden, index, weights),) = kept
+    experts, (hidden, index, weights) = model.get_submodule(path), given_to(model, path, batch)
     into, out = experts.gate_up_proj.detach(), experts.down_proj.detach()
     count, width, units = out.shape
     inner, output = hidden.new_zeros(len(hidden), count, units), hidden.new_zeros(len(hidden), count, width)

@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 
 from auxin.analysis.attention_maps import read_maps
 from auxin.analysis.attention_shares import AttentionShares, Target, Tokens
-from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, Tap, check_mask
+from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, Tap, check_mask, samples_of
 from auxin.analysis.parts import StackParts, stack_parts
 from auxin.analysis.run import forward_through_layers
 from auxin.analysis.spread import Estimate
@@ -300,7 +300,7 @@ class _StackObserver:
 
     def tokens(self, places: int) -> Tokens:
         """What the stack's places are, of which there are so many."""
-        samples = len(next(iter(self._batch.values())))
+        samples = samples_of(self._batch)
         kept = self.parts.kept(self._batch)
         if kept is None:
             kept = torch.ones(samples, places, dtype=torch.bool, device=self.parts.model.device)

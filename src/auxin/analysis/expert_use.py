@@ -20,36 +20,31 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, kept_tokens, result_of
+from auxin.analysis.measurement import (
+    Batch,
+    Measurement,
+    Needs,
+    Result,
+    Table,
+    kept_by_decoder,
+    result_of,
+    samples_of,
+)
+from auxin.analysis.unit_scores import LISTED, OfLayer
 from auxin.analysis.unit_sums import Uses, add_up
 from auxin.analysis.units import Group, units_of
 from auxin.errors import PlanError
 from auxin.report.heat_map import Panel, Row, heat_map_svg
-from auxin.settings import Settings
 
 Use = Literal["frequency", "gate", "reap"]
-LISTED = 3
-"""How many experts the findings name."""
 
 
-class LayerExperts(Settings):
+class LayerExperts(OfLayer):
     """How the experts of one layer are used, each list by expert."""
 
-    scope: str
-    """The layer, "model.layers.3"."""
     frequency: list[float]
     gate: list[float]
     reap: list[float]
-
-    @property
-    def stack(self) -> str:
-        """The list of layers: "model.layers"."""
-        return self.scope.rpartition(".")[0]
-
-    @property
-    def label(self) -> str:
-        """The layer's number."""
-        return self.scope.rpartition(".")[2]
 
     def of(self, use: Use) -> list[float]:
         """One of the lists by its name."""
@@ -151,8 +146,7 @@ class ExpertUseObserver:
     @torch.no_grad()
     def after(self, batch: Batch, output: Any) -> None:
         """Run the model on the batch, and count."""
-        kept = {decoder: kept_tokens(self._model, batch, decoder) for decoder in (False, True)}
-        uses = Uses(len(next(iter(batch.values()))), kept)
+        uses = Uses(samples_of(batch), kept_by_decoder(self._model, batch))
         with self._units.read_by(uses):
             result_of(self._model, batch)
         for group, values in uses.sums.items():

@@ -30,7 +30,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from auxin.analysis.measurement import Batch, Measurement, Needs, Result, kept_tokens, result_of
+from auxin.analysis.measurement import (
+    Batch,
+    Measurement,
+    Needs,
+    Result,
+    kept_by_decoder,
+    result_of,
+    samples_of,
+)
 from auxin.analysis.spread import Estimates, Spread
 from auxin.analysis.targets import refuse_without_targets, targets
 from auxin.analysis.unit_scores import UnitImportance, UnitScores
@@ -123,7 +131,7 @@ class ImportanceObserver:
         # What was made in inference mode can't be part of a graph; copies that are made outside of it can.
         with torch.inference_mode(False), torch.set_grad_enabled(self._gradients):
             inputs = {name: tensor.clone() for name, tensor in batch.items()}
-            samples = len(next(iter(inputs.values())))
+            samples = samples_of(inputs)
             values: list[Tensor | None] = [None] * samples
             for rows in self._alike(inputs) if self._gradients else [list(range(samples))]:
                 found = self._values({name: tensor[rows] for name, tensor in inputs.items()}, len(rows))
@@ -181,7 +189,7 @@ class ImportanceObserver:
 
     def _values(self, inputs: Batch, samples: int) -> Tensor:
         """Of each sample what the estimates are means of, (samples, units of all groups)."""
-        kept = {decoder: kept_tokens(self._model, inputs, decoder) for decoder in (False, True)}
+        kept = kept_by_decoder(self._model, inputs)
         if not self._gradients:
             run = Statistics(self._score, samples, kept)
             with self._units.read_by(run):
@@ -218,7 +226,7 @@ class ImportanceObserver:
         """The samples of a batch in groups, in each of which the batch's loss weighs all samples alike: those that have
         equally many labels; or each by itself, where losses are no means over samples."""
         labels = inputs.get("labels")
-        samples = len(next(iter(inputs.values())))
+        samples = samples_of(inputs)
         found: dict[tuple[int, int], list[int]] = {}
         for row in range(samples):
             # Of a causal model the first label doesn't count.

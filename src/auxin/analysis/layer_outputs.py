@@ -6,10 +6,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from auxin.accounting.inputs import without_cache
-from auxin.analysis.measurement import Batch
 from auxin.errors import PlanError
 from auxin.nn.calls import computing
 
@@ -63,30 +60,6 @@ class LayerOutputs:
                 "layers."
             )
         self.outputs[path] = output
-
-
-def without_loss(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    """What `model` is called with where its logits are wanted alone: no cache, and no labels, which would have it
-    compute a loss; but those of an encoder-decoder are what its decoder reads."""
-    needed = model.config.is_encoder_decoder
-    return {name: value for name, value in batch.items() if name != "labels" or needed} | without_cache(model)
-
-
-def logits_of(model: PreTrainedModel, output: Any, mend: str = "Give a model with a head.") -> Tensor:
-    """The logits in an output of `model`.
-
-    Args:
-        model: the model.
-        output: of its call.
-        mend: what to do where there are none, in a sentence.
-
-    Raises:
-        PlanError: there are none.
-    """
-    logits = output.get("logits") if hasattr(output, "get") else None
-    if not isinstance(logits, Tensor):
-        raise PlanError(f"The {type(model).__name__} gives no logits to compare. {mend}")
-    return logits
 
 
 def repeated(value: Any, samples: int, copies: int) -> Any:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from auxin.errors import DataError
+from auxin.accounting.inputs import without_cache
+from auxin.errors import DataError, PlanError
 from auxin.settings import Settings
 from auxin.words.registry import Registry
 
@@ -173,10 +174,44 @@ def kept_tokens(model: PreTrainedModel, batch: Batch, decoder: bool = False) -> 
     return mask
 
 
+def samples_of(batch: Batch) -> int:
+    """How many samples a batch holds."""
+    return len(next(iter(batch.values())))
+
+
+def kept_by_decoder(model: PreTrainedModel, batch: Batch) -> dict[bool, Tensor | None]:
+    """`kept_tokens` of what is not in an encoder-decoder's decoder (False), and of what is (True)."""
+    return {decoder: kept_tokens(model, batch, decoder) for decoder in (False, True)}
+
+
 def result_of(model: PreTrainedModel, inputs: Batch) -> Any:
     """What `model` gives for `inputs`, without what it does for generation (a cache) and what routers add to a loss."""
-    constant = {n: False for n in ("use_cache", "output_router_logits") if hasattr(model.config, n)}
-    return model(**inputs, **constant)
+    routers = {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
+    return model(**inputs, **without_cache(model), **routers)
+
+
+def without_loss(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """What `model` is called with where its logits are wanted alone: no cache, and no labels, which would have it
+    compute a loss; but those of an encoder-decoder are what its decoder reads."""
+    needed = model.config.is_encoder_decoder
+    return {name: value for name, value in batch.items() if name != "labels" or needed} | without_cache(model)
+
+
+def logits_of(model: PreTrainedModel, output: Any, mend: str = "Give a model with a head.") -> Tensor:
+    """The logits in an output of `model`.
+
+    Args:
+        model: the model.
+        output: of its call.
+        mend: what to do where there are none, in a sentence.
+
+    Raises:
+        PlanError: there are none.
+    """
+    logits = output.get("logits") if hasattr(output, "get") else None
+    if not isinstance(logits, Tensor):
+        raise PlanError(f"The {type(model).__name__} gives no logits to compare. {mend}")
+    return logits
 
 
 def token_means(values: Tensor, kept: Tensor | None) -> Tensor:

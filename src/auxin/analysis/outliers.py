@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, Tap, check_mask, wide
+from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, Tap, check_mask, samples_of, wide
 from auxin.analysis.parts import Kind, StackParts, refuse_blocks, stack_parts
 from auxin.analysis.spread import Estimate, Spread
 from auxin.errors import PlanError
@@ -236,7 +236,7 @@ class OutlierObserver:
             kept = stack.kept(batch)
             for layer in self._places[stack.stack.path].values():
                 for place in layer:
-                    place.begin(len(next(iter(batch.values()))), kept)
+                    place.begin(samples_of(batch), kept)
 
     def after(self, batch: Batch, output: Any) -> None:
         """Everything was read while the batch went through."""

@@ -22,8 +22,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from auxin.analysis.distances import DISTANCES, Distance, distance, loss
-from auxin.analysis.layer_outputs import LayerOutputs, logits_of, without_loss
-from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, Tap, kept_tokens
+from auxin.analysis.layer_outputs import LayerOutputs
+from auxin.analysis.measurement import (
+    Batch,
+    Measurement,
+    Needs,
+    Result,
+    Table,
+    Tap,
+    kept_tokens,
+    logits_of,
+    without_loss,
+)
 from auxin.analysis.parts import SERIES, WHOLE
 from auxin.analysis.spread import Estimate, Spread
 from auxin.analysis.targets import label_rows, refuse_without_targets

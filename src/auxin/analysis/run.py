@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from auxin.accounting.executed import count_known
+from auxin.accounting.inputs import without_cache
 from auxin.analysis.cache import Record, Subject, cached, default_cache, store, subject_of
 from auxin.analysis.effort import Effort, Tally
 from auxin.analysis.fingerprint import is_known, model_fingerprint
@@ -207,7 +208,7 @@ def _forward(model: PreTrainedModel, needs: set[Needs], tally: Tally) -> Callabl
     the rest. An encoder-decoder runs as a whole, as it makes its decoder's inputs of the labels.
     """
     if "logits" in needs:
-        whole = partial(model, **_constant(model))
+        whole = partial(model, **without_cache(model))
         if "layers" not in needs or model.config.is_encoder_decoder:
             return whole
 
@@ -222,13 +223,8 @@ def _forward(model: PreTrainedModel, needs: set[Needs], tally: Tally) -> Callabl
 def forward_through_layers(model: PreTrainedModel) -> Callable[..., Any]:
     """What runs all layers of `model` on a batch, given as keyword arguments, and where it can no head and no loss."""
     if model.config.is_encoder_decoder:
-        return partial(model, **_constant(model))
-    return lambda labels=None, **inputs: model.base_model(**inputs, **_constant(model))
-
-
-def _constant(model: PreTrainedModel) -> dict[str, Any]:
-    # A cache of keys and values is for generation.
-    return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+        return partial(model, **without_cache(model))
+    return lambda labels=None, **inputs: model.base_model(**inputs, **without_cache(model))
 
 
 def _samples(batch: Any) -> int:

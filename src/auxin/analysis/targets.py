@@ -2,11 +2,11 @@
 
 from torch import Size, Tensor
 from torch.nn import functional
-from transformers import AutoModelForCTC, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from auxin.analysis.measurement import Batch
 from auxin.errors import DataError
-from auxin.models.loading import task_classes
+from auxin.models.loading import is_ctc
 from auxin.objectives.objective import IGNORED
 
 
@@ -23,7 +23,7 @@ def targets(model: PreTrainedModel, batch: Batch, kept: Tensor | None = None) ->
     labels = batch.get("labels")
     if labels is None or labels.is_floating_point():
         return None
-    if isinstance(model, task_classes(AutoModelForCTC, model.config)):
+    if is_ctc(model):
         return None
     if kept is not None and kept.shape == labels.shape:
         labels = labels.masked_fill(~kept, IGNORED)

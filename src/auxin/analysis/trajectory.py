@@ -35,8 +35,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from auxin.analysis.distances import divergence
-from auxin.analysis.layer_outputs import LayerOutputs, logits_of, repeated, without_loss
-from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Tap, check_mask, kept_tokens, wide
+from auxin.analysis.layer_outputs import LayerOutputs, repeated
+from auxin.analysis.measurement import (
+    Batch,
+    Measurement,
+    Needs,
+    Result,
+    Tap,
+    check_mask,
+    kept_by_decoder,
+    kept_tokens,
+    logits_of,
+    samples_of,
+    wide,
+    without_loss,
+)
 from auxin.analysis.parts import refuse_blocks, stack_parts
 from auxin.analysis.run import forward_through_layers
 from auxin.analysis.spread import Spread
@@ -166,11 +179,11 @@ class TrajectoryObserver:
     def before(self, batch: Batch) -> None:
         """Take the samples, and measure whenever there are enough."""
         start, together = 0, self._settings.together
-        while start < _samples(batch):
-            lacking = together - sum(map(_samples, self._waiting))
+        while start < samples_of(batch):
+            lacking = together - sum(map(samples_of, self._waiting))
             self._waiting.append({name: tensor[start : start + lacking] for name, tensor in batch.items()})
             start += lacking
-            if sum(map(_samples, self._waiting)) == together:
+            if sum(map(samples_of, self._waiting)) == together:
                 self._measure()
 
     def after(self, batch: Batch, output: Any) -> None:
@@ -223,7 +236,7 @@ class TrajectoryObserver:
 
     def _piece(self, batch: Batch) -> _Piece:
         """Run the model as it is."""
-        piece = _Piece(batch, _samples(batch), LayerOutputs(self._layers))
+        piece = _Piece(batch, samples_of(batch), LayerOutputs(self._layers))
         with piece.given.noted():
             output = self._run(batch)
         piece.said = self._said(piece, output)
@@ -268,7 +281,7 @@ class TrajectoryObserver:
         score: Score = "output" if columns else "activation"
         found: dict[Group, Tensor] = {}
         for piece in pieces:
-            kept = {decoder: kept_tokens(self._model, piece.batch, decoder) for decoder in (False, True)}
+            kept = kept_by_decoder(self._model, piece.batch)
             run = Statistics(score, piece.samples, kept)
             with self._units.read_by(run, groups):
                 self._run(piece.batch)
@@ -346,10 +359,6 @@ class TrajectoryObserver:
             return said
         check_mask(kept, (piece.samples, logits.shape[1]))
         return said[:, kept.flatten()]
-
-
-def _samples(batch: Batch) -> int:
-    return len(next(iter(batch.values())))
 
 
 def _hidden(piece: _Piece, path: str, output: Any, copies: int = 1) -> Tensor:

@@ -17,16 +17,11 @@ COLUMNS = 40
 """Units that a row of the picture has room for; where there are more, neighbours in the order of size share a cell."""
 
 
-class UnitImportance(Settings):
-    """The units of one kind in one place."""
+class OfLayer(Settings):
+    """What was found of one layer."""
 
-    stream: Kind
-    """What they are; "expert": whole experts."""
     scope: str
     """The layer, "model.layers.3"; "" for the residual stream, which is one through all layers."""
-    scores: Estimates
-    """By unit, over samples. Of a root of a mean, the deviation is that of the mean, to first order. A fluctuation has
-    none: it is a variance over the tokens of all samples."""
 
     @property
     def stack(self) -> str:
@@ -37,6 +32,16 @@ class UnitImportance(Settings):
     def label(self) -> str:
         """The layer's number."""
         return self.scope.rpartition(".")[2] or "all"
+
+
+class UnitImportance(OfLayer):
+    """The units of one kind in one place."""
+
+    stream: Kind
+    """What they are; "expert": whole experts."""
+    scores: Estimates
+    """By unit, over samples. Of a root of a mean, the deviation is that of the mean, to first order. A fluctuation has
+    none: it is a variance over the tokens of all samples."""
 
     @property
     def uncertainty(self) -> float | None:

@@ -22,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForCTC,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -239,6 +240,11 @@ def task_classes(auto_class: Any, config: PreTrainedConfig) -> tuple[type[PreTra
     if found is None:
         return ()
     return tuple(found) if isinstance(found, (list, tuple)) else (found,)
+
+
+def is_ctc(model: PreTrainedModel) -> bool:
+    """Whether `model` reads a text out of a recording, with labels that are at no place of its output (CTC)."""
+    return isinstance(model, task_classes(AutoModelForCTC, model.config))
 
 
 def skeleton(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCTC, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from auxin.accounting.inputs import (
     DECODER_IDS,
@@ -18,7 +18,7 @@ from auxin.accounting.inputs import (
     text_positions,
 )
 from auxin.errors import DataError
-from auxin.models.loading import task_classes
+from auxin.models.loading import is_ctc
 from auxin.objectives.objective import IGNORED, is_encoder_decoder
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -144,7 +144,7 @@ def _check_labels(model: PreTrainedModel, inputs: Mapping[str, Tensor], place: s
             f"{place}: labels has shape {list(labels.shape)}, and a {name} takes {wanted}. Give such labels, "
             f"{IGNORED} where nothing is asked."
         )
-    below = labels < 0 if not _is_ctc(model) else torch.zeros_like(labels, dtype=torch.bool)
+    below = labels < 0 if not is_ctc(model) else torch.zeros_like(labels, dtype=torch.bool)
     odd = labels[((labels >= classes) | below) & (labels != IGNORED)]
     if odd.numel():
         raise DataError(
@@ -155,15 +155,11 @@ def _check_labels(model: PreTrainedModel, inputs: Mapping[str, Tensor], place: s
 
 def _classes(model: PreTrainedModel) -> int | None:
     """How many classes the labels name; None where that is not known."""
-    if model.get_output_embeddings() is not None or _is_ctc(model):
+    if model.get_output_embeddings() is not None or is_ctc(model):
         vocabulary: int | None = getattr(text_config(model.config, decoder=True), "vocab_size", None)
         return None if vocabulary is None else vocabulary + _further(model)
     classes = int(model.config.num_labels or 0)
     return classes if type(model).__name__.endswith("Classification") and classes > 1 else None
-
-
-def _is_ctc(model: PreTrainedModel) -> bool:
-    return isinstance(model, task_classes(AutoModelForCTC, model.config))
 
 
 def _further(model: PreTrainedModel) -> int:
