@@ -6,9 +6,10 @@
 Finished branches are not run again; the page has what is finished. A seed takes half an hour of one core.
 """
 
+import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from comparing import chosen_recipe, compared, interval, options
 from drawing import COLOURS, Line, draw
@@ -17,6 +18,7 @@ from measuring import write_results
 from auxin.accounting.comparison import BranchComparison, Comparison
 from auxin.accounting.statistics import Estimate, paired_difference
 from auxin.files import write_text
+from auxin.recipes import Recipe
 from auxin.report.comparison import estimate_text
 from auxin.report.markdown import markdown_table, origin
 
@@ -27,6 +29,25 @@ TABLE = ROOT / "docs" / "results" / "pruning.md"
 PICTURE = ROOT / "docs" / "images" / "pruning.svg"
 SIZES = (10, 20, 30, 50)
 """Per cent of the parameters that were to go."""
+METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "random": ("chance", "random", {}),
+    "magnitude": ("magnitude", "magnitude", {}),
+    "taylor": ("Taylor", "taylor", {}),
+    "fisher": ("Fisher", "fisher", {}),
+    "wanda": ("Wanda", "wanda-structured", {}),
+    "fluctuation": ("fluctuation", "fluctuation", {}),
+    "optin": ("OPTIN", "optin", {"group_size": 4}),
+    "taylor-uneven": ("Taylor, layers may differ", "taylor", {"uniform": False}),
+    "finercut": ("FinerCut", "finercut", {}),
+    "finercut-at-once": ("FinerCut, all at once", "finercut", {"one_shot": True}),
+    "finercut-layers": ("FinerCut, whole layers", "finercut", {"candidates": "layers"}),
+    "shortgpt": ("ShortGPT", "shortgpt", {}),
+}
+"""By the name of its branches, a method's title, its name and its settings beside the target."""
+TAUGHT = ("taylor", "finercut")
+"""Those that are mended by the whole model's answers, too, at the sizes `TAUGHT_AT`."""
+TAUGHT_AT = (30, 50)
+TEACHER = {"kind": "distillation", "teacher": "dense/train", "weight": 0.5}
 HEADER = ("method", "parameters", "seeds", "loss without training", "loss when mended", "minus from scratch")
 LABEL = "per cent of the parameters that were to go; held-out loss in nats per token"
 
@@ -36,17 +57,42 @@ def main() -> None:
     parser = options(__doc__, ROOT / "runs" / "pruning")
     parser.set_defaults(results=RESULTS, table=TABLE, picture=PICTURE)
     arguments = parser.parse_args()
-    comparison = compared(chosen_recipe(str(RECIPE), arguments), arguments)
+    comparison = compared(whole_recipe(arguments), arguments)
     record = comparison.model_dump(mode="json", exclude={"branches": {"__all__": {"curve"}}})
     write_results(record, arguments.results, page(comparison), arguments.table)
     write_text(arguments.picture, picture(comparison))
     print(f"Written to {arguments.table}, {arguments.picture} and {arguments.results}", file=sys.stderr)
 
 
-def of_size(comparison: Comparison, size: int) -> Iterator[BranchComparison]:
+def whole_recipe(arguments: argparse.Namespace) -> Recipe:
+    """The recipe with a branch for each method and size."""
+    base = chosen_recipe(str(RECIPE), arguments)
+    repair = base.branch("dense-on").stage("repair").model_dump(mode="json")
+    branches: list[dict[str, Any]] = [branch.model_dump(mode="json") for branch in base.branches]
+    for name, (title, method, settings) in METHODS.items():
+        for size in SIZES:
+            target = {"parameters": (100 - size) / 100}
+            change = {"kind": "change", "method": method, "settings": {"target": target, **settings}}
+            stages = [change, repair]
+            branches.append({"name": f"{name}-{size}", "title": title, "fork": "dense/train", "stages": stages})
+    for size in SIZES:
+        like = f"taylor-{size}"
+        stages = [{"kind": "build", "like": like}, {"kind": "train", "name": "train", "flops_of": like}]
+        branches.append({"name": f"scratch-{size}", "title": "from scratch, in Taylor's shape", "stages": stages})
+    taught = {**repair, "name": "taught", "settings": {**repair["settings"], "objective": TEACHER}}
+    for name in TAUGHT:
+        title = f"{METHODS[name][0]}, taught by the whole model"
+        branches += [
+            {"name": f"{name}-{size}-taught", "title": title, "fork": f"{name}-{size}/change", "stages": [taught]}
+            for size in TAUGHT_AT
+        ]
+    return Recipe.parse({**base.model_dump(mode="json"), "branches": branches})
+
+
+def of_size(comparison: Comparison, size: int) -> list[BranchComparison]:
     """The branches of which `size` per cent were to go, the best first."""
     found = [branch for branch in comparison.branches if str(size) in branch.name.split("-")]
-    return iter(sorted(found, key=lambda branch: branch.value.mean if branch.value else float("inf")))
+    return sorted(found, key=lambda branch: branch.value.mean if branch.value else float("inf"))
 
 
 def without_training(branch: BranchComparison) -> Estimate | None:
