@@ -26,6 +26,7 @@ from auxin.nn.autocast import without_autocast
 
 ROOM = 2**30
 """Bytes of what layers gave that are kept."""
+TWELFTHS, ROUND = 12, 8
 Candidates = Literal["all", "attention", "feed-forward"]
 
 
@@ -67,8 +68,8 @@ def branches(
         model: the model, with weights.
         candidates: which sublayers.
         streams: of which of them units are looked at.
-        group_size: feed-forward units of a group; None: a twelfth of them, rounded up. The last group of a layer may
-            have fewer.
+        group_size: feed-forward units of a group; None: a twelfth of them, rounded up to a multiple of 8, since kernels
+            want rows of whole 16 bytes. The last group of a layer may have fewer.
 
     Raises:
         PlanError: the architecture is not known, has several towers, or layers that share a module.
@@ -91,7 +92,7 @@ def branches(
         finer: list[Piece] = []
         for group in of_layer.get((one.layer, heads), []) if alone else []:
             count = units.counts[group]
-            size = 1 if heads else group_size or -(-count // 12)
+            size = 1 if heads else group_size or ROUND * -(-count // (TWELFTHS * ROUND))
             finer += [
                 Piece(one, group, tuple(range(first, min(first + size, count)))) for first in range(0, count, size)
             ]

@@ -14,6 +14,7 @@ from auxin.edits.kinds.parameter_edits import ABSENT_UNIT, SliceParameter
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.planning.cutting import cut
+from auxin.planning.target import removal
 from auxin.planning.unit_order import Place
 from auxin.words.anatomy import Anatomy
 from auxin.words.paths import encloses
@@ -37,20 +38,36 @@ def without_units(model: PreTrainedModel, gone: Mapping[Place, Sequence[int]]) -
         for (stream, scope), units in taken.items()
     }
     silent: dict[Place, str] = {}
-    for place, units in kept.items():
-        try:
-            cut(model, {place: units})
-        except PlanError as error:
-            silent[place] = str(error)
-    edits: list[Edit] = []
-    if cuttable := {place: units for place, units in kept.items() if place not in silent}:
-        try:
-            edits = list(cut(model, cuttable).edits)
-        except PlanError as error:  # one tensor in two layers, say, of which other units would stay
-            silent |= dict.fromkeys(cuttable, str(error))
+    try:
+        edits = _cut(model, kept)
+    except PlanError:
+        silent = {place: reason for place in kept if (reason := _why_not(model, {place: kept[place]}))}
+        cuttable = {place: units for place, units in kept.items() if place not in silent}
+        if reason := _why_not(model, cuttable):  # one tensor in two layers, say, of which other units would stay
+            silent |= dict.fromkeys(cuttable, reason)
+            cuttable = {}
+        edits = _cut(model, cuttable)
     for place in silent:
         edits += _silenced(model, body, place, taken[place])
     return edits, silent
+
+
+def _cut(model: PreTrainedModel, kept: Mapping[Place, Sequence[int]]) -> list[Edit]:
+    """The edits that cut, which fit; PlanError where the architecture does not take it."""
+    if not kept:
+        return []
+    edits = list(cut(model, kept).edits)
+    removal(model, edits)
+    return edits
+
+
+def _why_not(model: PreTrainedModel, kept: Mapping[Place, Sequence[int]]) -> str:
+    """Why units can't be cut; empty where they can."""
+    try:
+        _cut(model, kept)
+    except PlanError as error:
+        return str(error)
+    return ""
 
 
 def _of_queries(body: Anatomy, place: Place, units: Sequence[int]) -> tuple[Place, set[int]]:

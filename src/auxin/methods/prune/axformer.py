@@ -57,7 +57,8 @@ class AxFormer(Settings):
     streams: list[Streams] = ["heads", "ffn"]
     """What is tried of parts that stay as a whole: "heads", and groups of feed-forward units ("ffn"); none: nothing."""
     group_size: int | None = Field(default=None, gt=0)
-    """Feed-forward units of a group; None: a twelfth of a layer's, which for BERT base is the paper's 256."""
+    """Feed-forward units of a group; None: a twelfth of a layer's, rounded up to a multiple of 8. For BERT base that is
+    the paper's 256."""
     tolerance: float = Field(default=1.1, ge=1, allow_inf_nan=False)
     """A part that stays is looked into where without it the loss is below this many times the best one so far."""
     benefit: float = Field(default=0.5, ge=0, lt=1)
