@@ -36,6 +36,7 @@ from auxin.analysis.unit_masks import Streams
 from auxin.edits import Edit, Plan
 from auxin.edits.structure import config_values
 from auxin.errors import ConfigError, DataError
+from auxin.models.sublayers import sublayers
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
@@ -97,8 +98,11 @@ class Search:
     best: float
     """The loss without all that is gone."""
     samples: int
+    """How many there are."""
     gone: list[Piece] = field(default_factory=list)
+    """What was taken, in that order."""
     tries: list[Try] = field(default_factory=list)
+    """Everything that was tried, in that order."""
 
 
 def search(
@@ -154,7 +158,7 @@ def plan_axformer(bench: Bench, settings: AxFormer) -> Plan:
     if bench.data is None:
         raise ConfigError(f"{NAME} looks at the loss of labelled samples. Give data.")
     found = branches(model, settings.candidates, settings.streams, settings.group_size)
-    offered = {branch.whole.sublayer.path: branch.whole.sublayer.stack.path for branch in found}
+    parts = {one.path: one.stack.path for one in sublayers(model)}
     needed = refusals(model)
     runs = MaskedLosses(model, list(bench.data.batches()), NAME)
     whole = runs.whole()
@@ -168,7 +172,7 @@ def plan_axformer(bench: Bench, settings: AxFormer) -> Plan:
         path = piece.sublayer.path
         if piece.group is not None:
             return False
-        return path in needed or path in last_ones(offered, [one.sublayer.path for one in gone if one.group is None])
+        return path in needed or path in last_ones(parts, [one.sublayer.path for one in gone if one.group is None])
 
     result = search(_in_order(found, runs.order), whole, runs.without, settings, stays)
     edits, notes = _edits(model, result.gone)
