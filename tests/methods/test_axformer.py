@@ -135,7 +135,7 @@ def some_pieces(model: Any, seed: int) -> list[Piece]:
     """Of about half of the parts all, and of others some units."""
     draw, refused = random.Random(seed), refusals(model)
     found = []
-    for branch in branches(model, "all", ["heads", "ffn"], 4):
+    for branch in branches(model, ["heads", "ffn"], 4):
         if draw.random() < 0.3 and branch.whole.sublayer.path not in refused:
             found.append(branch.whole)
         else:
@@ -174,7 +174,7 @@ def test_from_the_first_layer_that_differs_on_is_the_whole_way(family):
     batches = [labelled(model)]
     begun, anew = MaskedLosses(model, batches, "this"), MaskedLosses(model, batches, "this")
     begun.whole()
-    for gone in (some_pieces(model, 0), *([branch.whole] for branch in branches(model, "all", [], None)[1:])):
+    for gone in (some_pieces(model, 0), *([branch.whole] for branch in branches(model, [], None)[1:])):
         assert torch.equal(begun.without(gone), anew.without(gone))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all("forward" not in vars(module) for module in model.modules())
@@ -237,8 +237,7 @@ def test_a_whole_part_is_tried_before_its_units_from_the_last_layer_on():
     assert paths == [f"model.layers.{n}.{part}" for n in (1, 0) for part in ("mlp", "self_attn")]
     # A twelfth of 12 units is one, of which the last stays; so does the last of two key-value groups.
     assert (
-        len(told) == 4 + sum(len(branch.finer) - 1 for branch in branches(model, "all", ["heads", "ffn"], None))
-        or plan.edits
+        len(told) == 4 + sum(len(branch.finer) - 1 for branch in branches(model, ["heads", "ffn"], None)) or plan.edits
     )
     whole = auxin.plan(model, "axformer", data=data, streams=[], candidates="attention")
     assert all(one.split(" ")[0].endswith("self_attn") for one in whole.findings[-1].partition(": ")[2].split("; "))
@@ -248,14 +247,14 @@ def test_groups_are_a_twelfth_of_the_units_unless_their_size_is_given():
     model = tiny("llama", intermediate_size=100)
 
     def sizes(group_size: int | None) -> list[int]:
-        (branch, *_) = (b for b in branches(model, "feed-forward", ["ffn"], group_size))
+        branch = branches(model, ["ffn"], group_size)[1]
         assert [unit for piece in branch.finer for unit in piece.units] == list(range(100))
         return [len(piece.units) for piece in branch.finer]
 
     assert sizes(None) == [16] * 6 + [4]
     assert sizes(30) == [30, 30, 30, 10]
     base = BertForSequenceClassification(BertConfig(num_hidden_layers=1, vocab_size=10))
-    assert [len(piece.units) for piece in branches(base, "feed-forward", ["ffn"], None)[0].finer] == [256] * 12
+    assert [len(piece.units) for piece in branches(base, ["ffn"], None)[1].finer] == [256] * 12
 
 
 def test_a_model_in_which_everything_helps_loses_nothing():
@@ -275,7 +274,7 @@ def test_a_model_in_which_everything_helps_loses_nothing():
 
 def test_heads_that_an_architecture_can_t_lose_in_one_layer_are_silent_and_the_plan_says_so():
     model = tiny("bert")
-    piece = branches(model, "attention", ["heads"], None)[1].finer[2]
+    piece = branches(model, ["heads"], None)[2].finer[2]
     edits, notes = axformer._edits(model, [piece])
     smaller = copy.deepcopy(model)
     apply(auxin.Plan(method="by hand", promise="none", edits=edits), smaller)
@@ -332,11 +331,11 @@ def test_losses_that_are_not_finite_are_refused():
 
 def test_models_whose_samples_or_layers_share_are_refused_by_name():
     with pytest.raises(PlanError, match="that could be removed alone"):
-        branches(tiny("albert"), "all", [], None)
+        branches(tiny("albert"), [], None)
     model = classifier()
     model.bert.encoder.layer[2].output.dense = model.bert.encoder.layer[0].output.dense
     with pytest.raises(PlanError, match="are one module"):
-        branches(model, "all", [], None)
+        branches(model, [], None)
 
 
 # Effect ---------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ as there is room for; each later run begins there.
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from auxin.analysis.layer_outputs import LayerOutputs
 from auxin.analysis.measurement import Batch, logits_of, without_loss
+from auxin.analysis.parts import stack_parts
 from auxin.analysis.sample_losses import sample_losses
 from auxin.analysis.unit_masks import Mask, Streams, maskable, masked
 from auxin.analysis.units import Group, units_of
@@ -27,7 +28,6 @@ from auxin.nn.autocast import without_autocast
 ROOM = 2**30
 """Bytes of what layers gave that are kept."""
 TWELFTHS, ROUND = 12, 8
-Candidates = Literal["all", "attention", "feed-forward"]
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,7 @@ class Branch:
     finer: tuple[Piece, ...]
 
 
-def branches(
-    model: PreTrainedModel, candidates: Candidates, streams: Sequence[Streams], group_size: int | None
-) -> list[Branch]:
+def branches(model: PreTrainedModel, streams: Sequence[Streams], group_size: int | None) -> list[Branch]:
     """The sublayers of `model` and their units, stack by stack and layer by layer.
 
     Heads go by key-value groups, or one by one where all read a single key-value head; feed-forward units by groups of
@@ -66,7 +64,6 @@ def branches(
 
     Args:
         model: the model, with weights.
-        candidates: which sublayers.
         streams: of which of them units are looked at.
         group_size: feed-forward units of a group; None: a twelfth of them, rounded up to a multiple of 8, since kernels
             want rows of whole 16 bytes. The last group of a layer may have fewer.
@@ -75,9 +72,8 @@ def branches(
         PlanError: the architecture is not known, has several towers, or layers that share a module.
     """
     every = sublayers(model)
-    if not any(_wanted(one, candidates) for one in every):
-        kinds = "sublayers" if candidates == "all" else f"{candidates} sublayers"
-        raise PlanError(f"No {kinds} of this {type(model).__name__} are known that could be removed alone.")
+    if not every:
+        raise PlanError(f"No sublayers of this {type(model).__name__} are known that could be removed alone.")
     refuse_shared(model, [one.output for one in every])
     units = units_of(model)
     of_layer: dict[tuple[str, bool], list[Group]] = {}
@@ -86,8 +82,6 @@ def branches(
     found = []
     for one in every:
         heads = one.kind != "feed-forward"
-        if not _wanted(one, candidates):
-            continue
         alone = sum(other.layer == one.layer and (other.kind != "feed-forward") == heads for other in every) == 1
         finer: list[Piece] = []
         for group in of_layer.get((one.layer, heads), []) if alone else []:
@@ -119,7 +113,7 @@ class MaskedLosses:
             {name: x.to(device, model.dtype if x.is_floating_point() else None) for name, x in batch.items()}
             for batch in batches
         ]
-        layers = {path: model.get_submodule(path) for path in dict.fromkeys(one.layer for one in sublayers(model))}
+        layers = {path: layer for parts in stack_parts(model) for path, layer in parts.layers.items()}
         self._given = [LayerOutputs(layers) for _ in self._batches]
         self.order: list[str] = []
         """The paths of the layers as they run, once the whole model has."""
@@ -187,10 +181,6 @@ class MaskedLosses:
             for group, numbers in of_group.items():
                 stack.enter_context(masked(self._units, [Mask(group, tuple(sorted(numbers)))]))
             yield
-
-
-def _wanted(one: Sublayer, candidates: Candidates) -> bool:
-    return candidates == "all" or candidates in one.kind
 
 
 def _bytes(value: Any) -> int:

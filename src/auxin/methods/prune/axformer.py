@@ -24,19 +24,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import floor
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from auxin.analysis.masked_losses import Branch, Candidates, MaskedLosses, Piece, branches
+from auxin.analysis.masked_losses import Branch, MaskedLosses, Piece, branches
 from auxin.analysis.unit_masks import Streams
 from auxin.edits import Edit, Plan
 from auxin.edits.structure import config_values
-from auxin.errors import ConfigError, DataError
-from auxin.models.sublayers import sublayers
+from auxin.errors import ConfigError, DataError, PlanError
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
@@ -48,6 +47,7 @@ from auxin.planning.unit_order import Place
 from auxin.settings import Settings
 
 NAME = "axformer"
+Candidates = Literal["all", "attention", "feed-forward"]
 
 
 class AxFormer(Settings):
@@ -157,8 +157,9 @@ def plan_axformer(bench: Bench, settings: AxFormer) -> Plan:
     model = bench.model
     if bench.data is None:
         raise ConfigError(f"{NAME} looks at the loss of labelled samples. Give data.")
-    found = branches(model, settings.candidates, settings.streams, settings.group_size)
-    parts = {one.path: one.stack.path for one in sublayers(model)}
+    every = branches(model, settings.streams, settings.group_size)
+    wanted = _wanted(model, every, settings)
+    parts = {branch.whole.sublayer.path: branch.whole.sublayer.stack.path for branch in every}
     needed = refusals(model)
     runs = MaskedLosses(model, list(bench.data.batches()), NAME)
     whole = runs.whole()
@@ -174,7 +175,7 @@ def plan_axformer(bench: Bench, settings: AxFormer) -> Plan:
             return False
         return path in needed or path in last_ones(parts, [one.sublayer.path for one in gone if one.group is None])
 
-    result = search(_in_order(found, runs.order), whole, runs.without, settings, stays)
+    result = search(_in_order(wanted, runs.order), whole, runs.without, settings, stays)
     edits, notes = _edits(model, result.gone)
     reached = removal(model, edits).findings() if edits else []
     return Plan(
@@ -186,6 +187,15 @@ def plan_axformer(bench: Bench, settings: AxFormer) -> Plan:
         findings=[*reached, *_findings(result, runs.runs)],
         made_for=config_values(model.config),
     )
+
+
+def _wanted(model: PreTrainedModel, every: Sequence[Branch], settings: AxFormer) -> list[Branch]:
+    """The parts that are to be tried; PlanError where there are none."""
+    asked = settings.candidates
+    found = [branch for branch in every if asked == "all" or asked in branch.whole.sublayer.kind]
+    if not found:
+        raise PlanError(f"candidates = {asked}: this {type(model).__name__} has none of these. Choose all.")
+    return found
 
 
 def _in_order(found: Sequence[Branch], layers: Sequence[str]) -> list[Branch]:
@@ -245,7 +255,7 @@ def _findings(result: Search, runs: int) -> list[str]:
 
 def _outline(bench: Bench, settings: AxFormer) -> Plan:
     """The plan of a search that finds nothing to remove, so that the model is no larger than this says."""
-    branches(bench.model, settings.candidates, [], settings.group_size)
+    _wanted(bench.model, branches(bench.model, [], settings.group_size), settings)
     return Plan(
         method=NAME,
         settings=settings.model_dump(mode="json", exclude_defaults=True),
