@@ -158,7 +158,7 @@ def judged(model: PreTrainedModel, rows: LabelledRows) -> dict[str, float]:
     return {"loss": sum(losses) / len(rows), "accuracy": 100 * right / len(rows)}
 
 
-def seconds(models: Sequence[PreTrainedModel], rows: LabelledRows, rounds: int = 15) -> list[float]:
+def milliseconds(models: Sequence[PreTrainedModel], rows: LabelledRows, rounds: int = 15) -> list[float]:
     """Processor time of a forward pass over 16 texts, the median over rounds in which the models take turns."""
     batch = rows.rows(range(16))
     del batch["labels"]
@@ -169,7 +169,7 @@ def seconds(models: Sequence[PreTrainedModel], rows: LabelledRows, rounds: int =
                 started = time.process_time()
                 model(**batch)
                 of_model.append(time.process_time() - started)
-    return [sorted(of_model)[rounds // 2] for of_model in times]
+    return [1000 * sorted(of_model)[rounds // 2] for of_model in times]
 
 
 def one_seed(home: Path, texts: Sequence[Sequence[str]], trial: Trial, seed: int) -> dict[str, Any]:
@@ -195,8 +195,8 @@ def one_seed(home: Path, texts: Sequence[Sequence[str]], trial: Trial, seed: int
     smaller.load_state_dict(model.state_dict())
     auxin.apply(plan, smaller.eval())
     found[AFTER] = judged(smaller, unseen) | {"searched": judged(smaller, searched)}
-    for name, one, took in zip((BEFORE, AFTER), (model, smaller), seconds((model, smaller), unseen), strict=True):
-        found[name] |= {"parameters": sum(p.numel() for p in one.base_model.encoder.parameters()), "seconds": took}
+    for name, one, took in zip((BEFORE, AFTER), (model, smaller), milliseconds((model, smaller), unseen), strict=True):
+        found[name] |= {"parameters": sum(p.numel() for p in one.base_model.encoder.parameters()), "milliseconds": took}
     return found
 
 
@@ -212,7 +212,7 @@ def page(results: dict[str, Any]) -> str:
             for key in keys:
                 value = value.get(key) if isinstance(value, dict) else None
             numbers += [] if value is None else [value]
-        return mean_and_range(numbers, form)
+        return f"{numbers[0]:{form}}" if len(numbers) == 1 else mean_and_range(numbers, form)
 
     lines = [
         "# AxFormer on MiniLM",
@@ -221,15 +221,16 @@ def page(results: dict[str, Any]) -> str:
         f"{trial.learnt} glosses of WordNet to tell parts of speech (4 classes, equally many of each; "
         f"{trial.epochs} epochs, batches of {trial.batch}, learning rate {trial.learning_rate:g}), and judged on "
         f"{trial.unseen} others. The search looks at a fifth of the training data; the baseline learns from all of it. "
-        f"Seeds: {', '.join(seeds)}; with several, the mean and the range.",
+        + (
+            f"Seeds {', '.join(seeds)}: the mean and the range."
+            if len(seeds) > 1
+            else f"One seed ({', '.join(seeds)})."
+        ),
         "",
         "| model | accuracy, unseen, % | loss, unseen | loss, texts of the search | parameters of the layers | forward "
         "pass, ms |",
         "|---|---|---|---|---|---|",
     ]
-    for found in seeds.values():
-        for name in (BEFORE, AFTER):
-            found[name]["milliseconds"] = 1000 * found[name]["seconds"]
     lines += [
         f"| {name} | {cells(name, 'accuracy', form='.2f')} | {cells(name, 'loss', form='.4f')} | "
         f"{cells(name, 'searched', 'loss', form='.4f')} | {cells(name, 'parameters', form=',.0f')} | "
