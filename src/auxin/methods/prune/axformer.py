@@ -11,9 +11,9 @@ and that not by a few samples alone. Where a whole part stays and its removal co
 1.1 L_best), its heads or groups of its feed-forward units are tried one after the other; what costs more is not looked
 into. Nothing is revisited, and nothing trained.
 
-There is no size to ask for: the search stops by itself, and may take nothing. Its loss falls by construction, since up
-to hundreds of removals are tried on the same samples: what the result is worth only samples tell that neither training
-nor search has seen.
+There is no size to ask for: the search stops by itself, and where it finds nothing there is no plan. Its loss falls by
+construction, since up to hundreds of removals are tried on the same samples: what the result is worth only samples tell
+that neither training nor search has seen.
 
 Not as in the paper's code: the mean is one over samples, not over means of batches; masks become edits; the last head
 and the last group of a part that stays, stay too; query heads that read one key-value head go together. The paper's
@@ -150,8 +150,8 @@ def plan_axformer(bench: Bench, settings: AxFormer) -> Plan:
     """Plan the removals.
 
     Raises:
-        PlanError: the architecture is not known, has several towers or layers that share a module, or the model has no
-            logits.
+        PlanError: the architecture is not known, has several towers or layers that share a module, the model has no
+            logits, or the search finds nothing to remove.
         DataError: the samples have no labels of which each has a loss, or a loss that is not finite.
     """
     model = bench.model
@@ -176,15 +176,20 @@ def plan_axformer(bench: Bench, settings: AxFormer) -> Plan:
         return path in needed or path in last_ones(parts, [one.sublayer.path for one in gone if one.group is None])
 
     result = search(_in_order(wanted, runs.order), whole, runs.without, settings, stays)
+    if not result.gone:
+        raise PlanError(
+            f"Nothing goes: of {len(result.tries)} pieces that were tried none lowers the loss on the {len(whole)} "
+            f"samples of the search ({result.first:.6g}) for enough of them. Keep the model as it is; or give other "
+            "samples, or a smaller benefit."
+        )
     edits, notes = _edits(model, result.gone)
-    reached = removal(model, edits).findings() if edits else []
     return Plan(
         method=NAME,
         settings=settings.model_dump(mode="json", exclude_defaults=True),
-        promise="none" if edits else "exact",
+        promise="none",
         edits=edits,
         notes=[*notes, _warning(result)],
-        findings=[*reached, *_findings(result, runs.runs)],
+        findings=[*removal(model, edits).findings(), *_findings(result, runs.runs)],
         made_for=config_values(model.config),
     )
 
@@ -241,11 +246,6 @@ def _warning(result: Search) -> str:
 def _findings(result: Search, runs: int) -> list[str]:
     gone = f"{len(result.gone)} of {len(result.tries)} pieces that were tried are gone"
     told = f"Loss on the {result.samples} samples of the search {result.first:.6g} -> {result.best:.6g}; {gone}."
-    if not result.gone:
-        told = (
-            f"Nothing goes: of {len(result.tries)} pieces that were tried none lowers the loss on the {result.samples} "
-            f"samples of the search ({result.first:.6g}) for enough of them."
-        )
     said = [
         f"{one.piece} {'gone' if one.taken else 'stays'} (loss {one.loss:.4g}, {one.no_worse} no worse)"
         for one in result.tries
