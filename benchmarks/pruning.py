@@ -36,6 +36,7 @@ METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fisher": ("Fisher", "fisher", {}),
     "wanda": ("Wanda", "wanda-structured", {}),
     "fluctuation": ("fluctuation", "fluctuation", {}),
+    "minitron": ("Minitron", "minitron", {}),
     "optin": ("OPTIN", "optin", {"group_size": 4}),
     "taylor-uneven": ("Taylor, layers may differ", "taylor", {"uniform": False}),
     "finercut": ("FinerCut", "finercut", {}),
