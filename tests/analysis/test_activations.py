@@ -70,6 +70,8 @@ def test_the_score_of_a_group_is_the_sum_over_its_query_heads():
     ("family", "norms"),
     [
         ("llama", [f"{LLAMA}.{n}.{name}_layernorm" for n in (0, 1) for name in ("input", "post_attention")]),
+        # Which has norms of other streams, too.
+        ("deepseek_v3", [f"{LLAMA}.{n}.{name}_layernorm" for n in (0, 1) for name in ("input", "post_attention")]),
         ("gpt2", [f"transformer.h.{n}.ln_{m}" for n in (0, 1) for m in (1, 2)]),
         # Behind the sum of stream and output, where they are what the stream becomes.
         (
@@ -89,7 +91,7 @@ def test_units_of_the_residual_are_the_sum_over_the_norms_of_all_layers(family, 
             norm = model.get_submodule(path)
             with InDouble():
                 hidden = array(entering(model, path, data.rows))
-            if family in ("llama", "olmo2"):
+            if family in ("llama", "deepseek_v3", "olmo2"):
                 normed = oracle.rms_norm(hidden, array(norm.weight), norm.variance_epsilon)
             else:
                 normed = oracle.layer_norm(hidden, array(norm.weight), array(norm.bias), norm.eps)

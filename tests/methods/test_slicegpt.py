@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import auxin
 from auxin.accounting import count_parameters
-from auxin.edits import apply
+from auxin.edits import apply, apply_to_checkpoint
 from auxin.edits.structure import structural_edits
 from auxin.errors import ConfigError, PlanError
 from auxin.methods import method
@@ -112,6 +112,18 @@ def test_a_tied_head_gets_a_table_of_its_own_and_counts_in_the_target():
     more = smaller.config.hidden_size + 1
     apply(auxin.plan(model, "slicegpt", hidden=more, data=texts(model)), one_more)
     assert count_parameters(one_more).total > 0.9 * whole
+
+
+def test_a_folder_becomes_what_the_model_becomes(tmp_path):
+    """With the rotation's file beside it, and without any code of ours to load it."""
+    model = tiny("gemma", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "old")
+    plan = auxin.plan(model, "slicegpt", hidden=12, data=texts(model))
+    apply_to_checkpoint(plan, tmp_path / "old", tmp_path / "new")
+    apply(plan, model)
+    found = type(model).from_pretrained(tmp_path / "new").eval()
+    torch.testing.assert_close(logits(found), logits(model), rtol=0, atol=1e-5)
+    assert [path.name for path in (tmp_path / "new").rglob("rotation*")] == [plan.files[0].name]
 
 
 def test_the_share_that_stays_is_told():

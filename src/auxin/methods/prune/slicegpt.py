@@ -109,7 +109,7 @@ def covariance(rotation: Rotatable, data: Calibration) -> Tensor:
         if mask is not None:
             check_mask(mask, hidden.shape[:2])
             hidden = hidden[mask]
-        hidden = hidden.flatten(0, -2).double()
+        hidden = hidden.flatten(0, -2).to(total)
         normed = hidden * (hidden.square().mean(1, keepdim=True) + rotation.body.epsilon).rsqrt()
         total.addmm_(normed.mT, normed)
 
