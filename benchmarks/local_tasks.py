@@ -119,9 +119,9 @@ def _lines() -> Iterator[tuple[str, str, list[str]]]:
         long = [line for line in lines if 20 <= len(line) <= 80]
         for number in range(LINES_BEFORE, len(lines), 25):
             right, before = lines[number], lines[number - LINES_BEFORE : number]
-            # A line that stands there, too, would be an answer that the beginning gives away.
+            # A line that stands there already, right or wrong, would say nothing of what comes next.
             wrong = _others(right, [line for line in long if line not in before], generator)
-            if right in long and wrong:
+            if right in long and right not in before and wrong:
                 yield "\n".join(before) + "\n", right, wrong
 
 

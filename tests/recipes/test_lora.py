@@ -39,7 +39,9 @@ def corpus(tmp_path_factory):
     return write_documents(tmp_path_factory.mktemp("corpus"))
 
 
-def recipe(corpus, lora: dict, build: dict = LLAMA, cut: dict | None = None, mend: dict | None = None) -> Recipe:
+def recipe(
+    corpus, lora: dict, build: dict = LLAMA, cut: dict | None = None, mend: dict | None = None, hooks=()
+) -> Recipe:
     cut = cut or {"method": "magnitude", "settings": {"heads": 0.5, "ffn": 0.5}}
     stages = [
         build,
@@ -49,6 +51,7 @@ def recipe(corpus, lora: dict, build: dict = LLAMA, cut: dict | None = None, men
             "kind": "train",
             "name": "mend",
             "lora": lora,
+            "hooks": list(hooks),
             "settings": {"steps": 12, "checkpoint_interval": 5, **(mend or {})},
         },
         {"kind": "train", "name": "on", "settings": {"steps": 2}},
@@ -145,6 +148,17 @@ def test_a_tokenformer_has_it_at_its_tokens(corpus, tmp_path):
     assert moved == {name for name in before if name.endswith(("key_tokens", "value_tokens"))}
 
 
+def test_a_model_without_an_attention_has_it_too(corpus, tmp_path):
+    """What no config says is there again when the merged model is loaded."""
+    cut = {"method": "finercut", "settings": {"removed": 1}, "calibration": {"samples": 4}}
+    run = run_to_the_end(recipe(corpus, {"rank": 2}, cut=cut), tmp_path)
+    before, after = (load_model(run.checkpoint("cut", name)) for name in ("change", "mend"))
+    assert [name for name, _ in after.named_modules()] == [name for name, _ in before.named_modules()]
+    assert Ledger.load(run.checkpoint("cut", "mend")).stages[-1].value_after == pytest.approx(
+        run.measured(run.checkpoint("cut", "mend"), run.recipe.measures)["loss"], abs=1e-5
+    )
+
+
 @pytest.mark.parametrize(
     ("lora", "build", "said"),
     [
@@ -157,3 +171,15 @@ def test_what_can_not_be_is_refused_before_the_run(corpus, lora, build, said):
     cut = None if build is LLAMA else {"tokens": {"qkv_tokens": 8, "proj_tokens": 8, "ffn_tokens": 16}}
     with pytest.raises(ConfigError, match=said):
         price_recipe(recipe(corpus, lora, build, cut))
+
+
+@pytest.mark.parametrize(
+    ("cut", "hooks", "kind"),
+    [
+        ({"method": "masked", "settings": {"intermediate_size": 48, "ramp_steps": 4}}, [], "mask_ramp"),
+        (None, [{"kind": "old_rates", "ratio": 0.1}], "old_rates"),
+    ],
+)
+def test_hooks_beside_it_are_refused(corpus, cut, hooks, kind):
+    with pytest.raises(ConfigError, match=rf"cut/mend: lora: the stage has the hook '{kind}'"):
+        price_recipe(recipe(corpus, {}, cut=cut, hooks=hooks))

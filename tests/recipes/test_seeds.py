@@ -248,6 +248,11 @@ def last_logged(output: Path, seed: int) -> int:
     return max((line["step"] for line in metrics_in(output / f"seed-{seed}/branches/grown/02-base")), default=0)
 
 
+def goes_on(output: Path, seed: int, stopped: int) -> bool:
+    """Whether the seed was saved behind the step at which it had stopped, and is behind that again."""
+    return stopped < latest_step(output, seed) < last_logged(output, seed)
+
+
 def is_free(folder: Path) -> bool:
     try:
         with exclusive(folder):
@@ -267,7 +272,7 @@ def test_killed_then_interrupted_then_finished_to_the_same_bits(long, tmp_path):
     stopped = [latest_step(output, seed) for seed in (0, 1)]
     assert min(stopped) < LONG, "it was killed too late to test anything"
     with start(path, output) as process:
-        wait_for(lambda: any(latest_step(output, seed) > stopped[seed] for seed in (0, 1)), process)
+        wait_for(lambda: any(goes_on(output, seed, stopped[seed]) for seed in (0, 1)), process)
         process.send_signal(signal.SIGINT)
         out, errors = process.communicate()
     assert process.returncode == 130, out + errors
