@@ -67,6 +67,8 @@ class Prunable(Subject):
         found = self._all_courses(scores, given)
         done = found.removal(method, split)
         shifts, files = given.shifts(found.kept)
+        first = self.preparation
+        files, folder = ([*first.files, *files], first.folder) if first is not None else (files, given.folder)
         return Plan(
             method=method,
             settings=self.settings.model_dump(mode="json", exclude_defaults=True),
@@ -77,7 +79,7 @@ class Prunable(Subject):
             notes=[*found.notes, *self._notes_on_experts(done.edits), *given.notes],
             findings=done.findings(self.settings.target),
             made_for=config_values(self.model.config),
-        ).beside(given.folder if files else None)
+        ).beside(folder if files else None)
 
     def outline(self, method: str, given_back: Compensation | None = None) -> Plan:
         """A plan that leaves any units: sizes do not depend on which go where all layers keep as many.

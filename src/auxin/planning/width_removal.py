@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from math import floor
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
+from auxin.edits.plan_files import PlanFile
 from auxin.errors import PlanError
 from auxin.planning.cutting import cut
 from auxin.planning.pruning_settings import ALONE, Pruning
@@ -25,6 +27,20 @@ Split = Literal["alike", "worth"]
 
 
 @dataclass(frozen=True)
+class Preparation:
+    """Edits of a model that leave its function as it is and make it one whose units are cut."""
+
+    edits: tuple[Any, ...]
+    """The edits."""
+    after: PreTrainedModel
+    """The model after them, of which units are cut; a skeleton serves."""
+    files: tuple[PlanFile, ...] = ()
+    """Those that they read."""
+    folder: Path = Path()
+    """Where these lie."""
+
+
+@dataclass(frozen=True)
 class Subject:
     """A model that is pruned, and what of it can go."""
 
@@ -34,6 +50,8 @@ class Subject:
     units: dict[Place, int]
     """How many units can go on their own, by place: what is to be scored. Of "query" they are key-value groups, or the
     query heads of a single key-value head."""
+    preparation: Preparation | None = None
+    """What comes before units are cut; None: nothing."""
 
     @cached_property
     def gauge(self) -> Gauge:
@@ -170,8 +188,10 @@ class Courses:
         return keep
 
     def _edits(self, states: Sequence[int]) -> list[Any]:
-        done = cut(self.found.model, self._keep(states), part=self.found.settings.part)
-        return [*done.edits, *self.after]
+        before = self.found.preparation
+        model = self.found.model if before is None else before.after
+        done = cut(model, self._keep(states), part=self.found.settings.part)
+        return [*(before.edits if before is not None else ()), *done.edits, *self.after]
 
     def _asked(self) -> list[int]:
         """The states for the shares and counts of the settings."""

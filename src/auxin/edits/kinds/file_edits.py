@@ -89,6 +89,72 @@ class ProjectParameter(FileEdit):
         return f"project axis {self.axis} by {self.tensor} of {self.file}"
 
 
+class MultiplyParameter(FileEdit):
+    """Multiply the entries of parameters along one axis by those of a vector: a norm's gain, say, that goes into what
+    reads the norm."""
+
+    kind: Literal["multiply_parameter"] = "multiply_parameter"
+    axis: int = Field(default=0, ge=0)
+    """The axis whose entries are multiplied."""
+    shape: tuple[int]
+    """Of the vector."""
+
+    def new_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The same shape; PlanError when the vector has another length than the axis."""
+        check_axis(self.axis, shape)
+        if self.shape != (shape[self.axis],):
+            raise PlanError(
+                f"the vector {self.tensor} in {self.file} has {self.shape[0]} entries, but axis {self.axis} of shape "
+                f"{list(shape)} has {shape[self.axis]}"
+            )
+        return shape
+
+    def map_parameter(self, old: Tensor, seed: int, name: str) -> Tensor:
+        """The new tensor."""
+        if old.is_meta:
+            return torch.empty_like(old)
+        factors = self._along_axis(old)
+        return (old.to(factors.dtype) * factors).to(old.dtype)
+
+    def map_moment(self, old: Tensor, order: int) -> Tensor:
+        """The gradient is divided by the factors; where one is 0, moments start anew."""
+        factors = self._along_axis(old)
+        wanted = torch.where(factors == 0, 0, old.to(factors.dtype) / factors**order)
+        return wanted.to(old.dtype)
+
+    def _along_axis(self, old: Tensor) -> Tensor:
+        return self._wide(old).view([-1 if dim == self.axis else 1 for dim in range(old.dim())])
+
+    def __str__(self) -> str:
+        return f"multiply along axis {self.axis} by {self.tensor} of {self.file}"
+
+
+class SetParameter(FileEdit):
+    """Give parameters the values of a tensor of their shape."""
+
+    kind: Literal["set_parameter"] = "set_parameter"
+
+    def new_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The same shape; PlanError when the tensor has another one."""
+        if shape != self.shape:
+            raise PlanError(
+                f"the tensor {self.tensor} in {self.file} has shape {list(self.shape)}, and what becomes it has "
+                f"{list(shape)}"
+            )
+        return shape
+
+    def map_parameter(self, old: Tensor, seed: int, name: str) -> Tensor:
+        """The tensor."""
+        return torch.empty_like(old) if old.is_meta else self._read.to(device=old.device, dtype=old.dtype, copy=True)
+
+    def map_moment(self, old: Tensor, order: int) -> Tensor:
+        """Moments start anew: the gradients were those of other values."""
+        return torch.zeros_like(old)
+
+    def __str__(self) -> str:
+        return f"set to {self.tensor} of {self.file}"
+
+
 class ShiftParameter(FileEdit):
     """Add a tensor to parameters of its shape."""
 
