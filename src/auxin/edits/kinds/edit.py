@@ -10,7 +10,7 @@ from pydantic import Field
 
 from auxin.edits.kinds.architecture_edits import ChangeArchitecture, SetConfig
 from auxin.edits.kinds.entry_edits import RouteParameter, ScaleEntries
-from auxin.edits.kinds.file_edits import ProjectParameter, ShiftParameter
+from auxin.edits.kinds.file_edits import ProjectParameter, ScaleAlong, ShiftParameter
 from auxin.edits.kinds.layer_edits import ArrangeLayers, JoinAbove
 from auxin.edits.kinds.module_edits import (
     ConfigureModule,
@@ -40,6 +40,7 @@ Edit = Annotated[
     | CentreParameter
     | ProjectParameter
     | ShiftParameter
+    | ScaleAlong
     | ScaleEntries
     | RouteParameter
     | ArrangeLayers

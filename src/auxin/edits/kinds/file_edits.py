@@ -116,3 +116,46 @@ class ShiftParameter(FileEdit):
 
     def __str__(self) -> str:
         return f"add {self.tensor} of {self.file}"
+
+
+class ScaleAlong(FileEdit):
+    """Multiply parameters along one axis, entry by entry, by a tensor: p' = f (p + offset) - offset."""
+
+    kind: Literal["scale_along"] = "scale_along"
+    axis: int = Field(default=0, ge=0)
+    """The axis along which the factors lie."""
+    shape: tuple[int]
+    """Of the factors: one for each entry of the axis."""
+    offset: float = Field(default=0.0, allow_inf_nan=False)
+    """What a model adds to the stored value before it uses it: 1 for norm gains that are stored less one."""
+    divide: bool = False
+    """Whether entries are divided by the factors instead."""
+
+    def new_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The same shape; PlanError when the axis has another length."""
+        check_axis(self.axis, shape)
+        if shape[self.axis] != self.shape[0]:
+            raise PlanError(
+                f"{self.tensor} in {self.file} has {self.shape[0]} factors, but axis {self.axis} of shape "
+                f"{list(shape)} has {shape[self.axis]} entries"
+            )
+        return shape
+
+    def map_parameter(self, old: Tensor, seed: int, name: str) -> Tensor:
+        """The new tensor."""
+        if old.is_meta:
+            return torch.empty_like(old)
+        factors = self._wide(old)
+        factors = (1 / factors if self.divide else factors).view(
+            [-1 if dim == self.axis else 1 for dim in range(old.dim())]
+        )
+        return ((old.to(factors.dtype) + self.offset) * factors - self.offset).to(old.dtype)
+
+    def map_moment(self, old: Tensor, order: int) -> Tensor:
+        """The function is another one, whose gradient is of the size of the old one: moments stay."""
+        return old.clone()
+
+    def __str__(self) -> str:
+        how = "divide" if self.divide else "multiply"
+        offset = f" (offset {self.offset:g})" if self.offset else ""
+        return f"{how} axis {self.axis} by {self.tensor} of {self.file}{offset}"
