@@ -50,10 +50,12 @@ Shares = Mapping[Group, Tensor]
 class GateSettings(Settings):
     """How gates are learned."""
 
-    steps: int = Field(default=400, gt=0)
+    steps: int = Field(default=200, gt=0)
     """Steps, each on a batch of the data."""
-    learning_rate: float = Field(default=0.05, gt=0, allow_inf_nan=False)
-    """Of AdamW, without weight decay; falls linearly to zero."""
+    learning_rate: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    """Of AdamW, without weight decay; falls linearly to zero. Gates start at log alpha = -9, and half of the steps
+    times the rate is about how far they can go. TVA-Prune has 0.05, or 0.1 where more than half goes, over some 4,000
+    steps."""
     beta: float = Field(default=0.03, ge=0, allow_inf_nan=False)
     """Weight of the mean KL. TVA-Prune's 1e-6 weighs a sum, which for Llama-7B comes to about 1 here."""
     slope: float = Field(default=1.0, gt=0, allow_inf_nan=False)

@@ -127,9 +127,9 @@ def folding(model: PreTrainedModel, body: Anatomy, counts: Mapping[Place, int]) 
 def _read(model: PreTrainedModel, body: Anatomy, place: Place, count: int) -> Iterator[_Fold]:
     """The matrices of a layer that read its heads or feed-forward units."""
     stream, scope = place
-    for name, _ in model.named_parameters():
-        role = body.role(name) if encloses(scope, name) else None
-        for axis, (segments, access) in enumerate(zip(role.axes, role.access, strict=True) if role else ()):
+    for name in [name for name, _ in model.named_parameters() if encloses(scope, name)]:
+        role = body.role(name)
+        for axis, (segments, access) in enumerate(zip(role.axes, role.access, strict=True)):
             if access == "reads" and role.kind == "matrix" and [s.stream for s in segments] == [stream]:
                 yield _Fold(name, axis, place, segments[0].size // count)
                 break  # as units are found: the first such axis
