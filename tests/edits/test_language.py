@@ -24,6 +24,7 @@ from auxin.edits import (
     ProjectParameter,
     RemoveModule,
     ReplaceModule,
+    ScaleAlong,
     ScaleParameter,
     SetConfig,
     ShiftParameter,
@@ -191,6 +192,24 @@ def test_a_shift_reads_what_it_adds_from_a_file(tmp_path):
     assert torch.equal(half, (old.bfloat16().float() + shift.float()).bfloat16())
     with pytest.raises(PlanError, match=r"has shape \[3\], and what it is added to has \[4\]"):
         edit.new_shape((4,))
+
+
+def test_factors_along_an_axis_come_from_a_file(tmp_path):
+    factors, old = torch.rand(3, dtype=torch.float64) + 0.5, torch.randn(2, 3, dtype=torch.float64)
+    path = tmp_path / "f.safetensors"
+    save_file({"f": factors}, path)
+    edit = ScaleAlong(parameter="p", axis=1, file=path.name, tensor="f", shape=(3,)).located(path)
+    assert torch.equal(edit.map_parameter(old, 0, "p"), old * factors)
+    assert torch.equal(edit.map_moment(old, 2), old)
+    back = edit.model_copy(update={"divide": True})
+    assert torch.allclose(back.map_parameter(edit.map_parameter(old, 0, "p"), 0, "p"), old, rtol=1e-14)
+    gain = edit.model_copy(update={"axis": 0, "offset": 1.0})
+    assert torch.allclose(gain.map_parameter(old[0], 0, "p"), (old[0] + 1) * factors - 1, rtol=1e-14)
+    half = edit.map_parameter(old.bfloat16(), 0, "p")
+    assert torch.equal(half, (old.bfloat16().float() * factors.float()).bfloat16())
+    assert str(gain) == "multiply axis 0 by f of f.safetensors (offset 1)"
+    with pytest.raises(PlanError, match=r"has 3 factors, but axis 0 of shape \[2, 3\] has 2 entries"):
+        edit.model_copy(update={"axis": 0}).new_shape((2, 3))
 
 
 def test_random_numbers_differ_by_seed_name_and_shape():
@@ -469,6 +488,7 @@ def test_a_plan_with_every_kind_of_edit_survives_yaml(tmp_path):
         CentreParameter(parameter="p"),
         ProjectParameter(parameter="p", file="f", tensor="t", shape=(2, 1)),
         ShiftParameter(parameter="p", file="f", tensor="t", shape=(2,)),
+        ScaleAlong(parameter="p", file="f", tensor="t", shape=(2,), divide=True),
         ArrangeLayers(layers="l", order=[0, None]),
         ReplaceModule(module="m", brick="b", settings={"tokens": [1]}, fills={"k": ZeroFill()}),
         WrapModule(module="m", brick="b"),
@@ -481,4 +501,4 @@ def test_a_plan_with_every_kind_of_edit_survives_yaml(tmp_path):
     )
     everything_there_is.to_yaml(tmp_path / "plan.yaml")
     assert Plan.from_yaml(tmp_path / "plan.yaml") == everything_there_is
-    assert str(everything_there_is).count("\n") == 16
+    assert str(everything_there_is).count("\n") == 17

@@ -13,7 +13,7 @@ mean of KL over units, each weighted by its kappa, plus for every goal
     lambda1 (s - t) + lambda2 (s - t)^2
 
 where s is the share that is expected to go when a unit stays with probability sigmoid(-slope log alpha), and t, the
-share that shall, rises from 0 in the first tenth of the steps. The lambdas begin at 0 and climb (TVA-Prune's
+share that shall, rises from 0 in the first half of the steps. The lambdas begin at 0 and climb (TVA-Prune's
 constraint, after Wang et al., arXiv 1910.04732). Gates, KL and goals are computed in float32 whatever the model's type.
 """
 
@@ -36,8 +36,9 @@ MU, LOG_VARIANCE, SPREAD = 1.0, -9.0, 0.01
 """Where gates start: the means of mu and logD, and the deviation of both (TVA-Prune's code; VIBNet's is the same)."""
 TINY = 1e-8
 """What is added to squares that are divided by, or whose logarithm is taken (TVA-Prune's code)."""
-RAMP = 0.1
-"""Share of the steps in which goals rise to what is asked for (TVA-Prune; 0.2 there above a sparsity of 0.6)."""
+RAMP = 0.5
+"""Share of the steps in which goals rise to what is asked for. TVA-Prune has 0.1 or 0.2 of some 4,000 steps, more than
+all of those here; with as small a part of 200, gates overshoot, and units that are noise by then do not come back."""
 MULTIPLIER_RATE = 0.1
 """Learning rate of the lambdas (TVA-Prune)."""
 CLIP = 1.0
@@ -56,7 +57,7 @@ class GateSettings(Settings):
     """Of AdamW, without weight decay; falls linearly to zero. Gates start at log alpha = -9, and half of the steps
     times the rate is about how far they can go. TVA-Prune has 0.05, or 0.1 where more than half goes, over some 4,000
     steps."""
-    beta: float = Field(default=0.03, ge=0, allow_inf_nan=False)
+    beta: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     """Weight of the mean KL. TVA-Prune's 1e-6 weighs a sum, which for Llama-7B comes to about 1 here."""
     slope: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Of the sigmoid that counts units softly. TVA-Prune has 10, by which nothing moves before KL has brought log alpha
