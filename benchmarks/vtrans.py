@@ -107,7 +107,7 @@ def run(seed: int) -> None:
     few = Calibration.of_batches(model, list(rows[:8]))
     dense, table, seconds = loss(model, data.validation), [], 0.0
     with tempfile.TemporaryDirectory() as folder:
-        learning = {"data": samples, "folder": folder, "steps": GATE_STEPS}
+        learning: dict[str, Any] = {"data": samples, "folder": folder, "steps": GATE_STEPS}
         asked: dict[str, dict[str, Any]] = {"vtrans": learning, "taylor": {"data": few}}
         for size in SIZES:
             for words, streams in STREAMS.items():

@@ -128,6 +128,32 @@ def test_hard_masks_leave_weights_as_they_are(monkeypatch):
     assert change(logits(by_hand), logits(smaller)) < 1e-10
 
 
+@pytest.mark.parametrize(
+    ("asked", "goals"),
+    [
+        ({"heads": 0.5, "ffn": 8}, {"heads": [0.5, 0.5], "ffn": [8 / 12, 8 / 12]}),
+        ({"heads": 0.5, "ffn": 0.75, "uniform": False}, {"heads": [0.5], "ffn": [0.75]}),
+        ({"target": {"parameters": 0.7}}, {"all": [0.7]}),
+        ({"target": {"parameters": 2000}}, {"all": [2000]}),
+    ],
+)
+def test_gates_are_told_what_is_wanted(asked, goals, monkeypatch):
+    """In every layer, where layers keep as many; and that half of the units leave half of what is asked of them."""
+    model, told = tiny("qwen3", intermediate_size=12, dtype=torch.float32), list[Any]()
+    monkeypatch.setattr(vtrans, "learn", lambda gates, task, settings, goals: told.append((gates, goals)) or [1.0])
+    auxin.plan(model, "vtrans", data=texts(model), **asked)
+    ((gates, found),) = told
+    wanted = [share if share <= 1 else share / model.num_parameters() for shares in goals.values() for share in shares]
+    assert [goal.share for goal in found] == pytest.approx(wanted)
+    shares = {group: torch.full((count,), 0.5) for group, count in gates.counts.items()}
+    assert all(goal.left(dict.fromkeys(shares, torch.ones(1))).item() == pytest.approx(1) for goal in found)
+    if "target" not in asked:
+        assert all(goal.left(shares).item() == 0.5 for goal in found)
+    else:
+        inside = sum(p.numel() for name, p in model.named_parameters() if "proj" in name)
+        assert found[0].left(shares).item() == pytest.approx(1 - inside / 2 / model.num_parameters())
+
+
 UNKNOWN = {
     "nanochat": "model.norm, behind the embeddings, has no gain",
     "marian": "the head is tied to the token embedding",

@@ -8,8 +8,9 @@ many as the shares, counts or the target ask for; a target takes from all stream
 multiplied by the means of its gates, the weighted mask, once and for all (`auxin.planning.folding`); with `masks: hard`
 it stays as it is.
 
-* Gates are told what is wanted: shares and counts are goals of their own, a target is one of the whole model's expected
-  parameters, or for FLOPs and latencies of those that are multiplied with every token.
+* Gates are told what is wanted: shares and counts are goals of every layer, or of all together where layers may differ;
+  a target is one of the whole model's expected parameters, or for FLOPs and latencies of those that are multiplied with
+  every token. That layers have to keep as many, gates do not know of a target.
 * kappa, what the KL of a unit counts, is the number of parameters that go with it, so that a head weighs as much as
   feed-forward units of its size. TVA-Prune's 256 for a head of Llama-7B would be 171 by this rule.
 
@@ -18,7 +19,7 @@ evaluations near the target, LoRA afterwards. Nor the threshold log alpha = 0, w
 plan's findings say what it would leave.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any, Literal
@@ -124,7 +125,7 @@ def _learned(
     counts: dict[Place, int] = {(kind, scope): units.counts[kind, scope] for kind, scope in groups}
     expected = ExpectedSize(model, found.body, counts, multiplied=target is not None and target.parameters is None)
     if target is None:
-        goals = [_goal(part, found, groups, getattr(settings, part)) for part in settings.chosen]
+        goals = [goal for part in settings.chosen for goal in _goals(part, found, groups, settings)]
     else:
         goals = [Goal(partial(_left, expected), float(found.gauge.limit) / found.gauge.have)]
     parameters = expected.of_a_unit()
@@ -140,12 +141,20 @@ def _left(expected: ExpectedSize, shares: Shares) -> Tensor:
     return expected.left({(kind, scope): values for (kind, scope), values in shares.items()})
 
 
-def _goal(part: Part, found: Prunable, groups: Sequence[Group], amount: int | float) -> Goal:
-    """The goal of a share, or of a count, of heads, feed-forward units or the residual."""
+def _goals(part: Part, found: Prunable, groups: Sequence[Group], settings: VTrans) -> Iterator[Goal]:
+    """The goals of a share, or of a count, of heads, feed-forward units or the residual: in every layer, where layers
+    keep as many, or over all."""
+    amount: int | float = getattr(settings, part)
     own = [group for group in groups if _place(group)[0] in STREAMS[part]]
     if isinstance(amount, int):
         amount /= max(found.body.sizes.units(*_place(group)) or 1 for group in own)
-    return Goal(lambda shares: torch.cat([shares[group] for group in own]).mean(), amount)
+    for together in [[group] for group in own] if settings.uniform else [own]:
+        yield Goal(partial(_mean, together), amount)
+
+
+def _mean(groups: Sequence[Group], shares: Shares) -> Tensor:
+    """The share of the units of some groups that is expected to be left."""
+    return torch.cat([shares[group] for group in groups]).mean()
 
 
 def _scores(
