@@ -37,6 +37,7 @@ from auxin.objectives.span_corruption import SpanCorruption
 from auxin.planning.hooks import ExactRatesSettings, HookSettings, OldRatesSettings, TrainOnlySettings
 from auxin.recipes.schema import Branch, BuildStage, ChangeStage, EvaluateStage, Recipe, TrainStage
 from auxin.training import GuardSettings, TrainingSettings
+from auxin.training.lora import Lora
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/recipes.md", "docs/tokenformer.md", "docs/results/pattention.md")
@@ -49,6 +50,7 @@ SETTINGS: tuple[type[BaseModel], ...] = (
     Branch,
     BuildStage,
     TrainStage,
+    Lora,
     ChangeStage,
     CalibrationSettings,
     EvaluateStage,

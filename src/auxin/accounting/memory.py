@@ -21,6 +21,7 @@ class TrainingMemory(Settings):
 
     weights: int
     gradients: int
+    """Of the parameters that are trained."""
     optimizer: int
     activations: int
     """What the backward pass keeps of the forward pass; without activation checkpointing."""
@@ -81,11 +82,11 @@ def training_memory(
         given = without_data(inputs)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             copy.train()(**given)
-    parameter_bytes = FLOAT32_BYTES * sum(p.numel() for p in model.parameters())
+    trained_bytes = FLOAT32_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
     return TrainingMemory(
-        weights=parameter_bytes,
-        gradients=parameter_bytes,
-        optimizer=ADAM_MOMENTS * parameter_bytes,
+        weights=FLOAT32_BYTES * sum(p.numel() for p in model.parameters()),
+        gradients=trained_bytes,
+        optimizer=ADAM_MOMENTS * trained_bytes,
         activations=factor * sum(size for _, size in saved.values()),
     )
 

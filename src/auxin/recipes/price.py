@@ -1,6 +1,6 @@
 """The price of a recipe before it runs: parameters, data, FLOPs and memory of every stage."""
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.accounting import Ledger, count_parameters, training_memory
 from auxin.accounting.ledger import LEDGER_FILE
@@ -13,6 +13,7 @@ from auxin.recipes.references import reference_shapes
 from auxin.recipes.schema import Branch, BuildStage, ChangeStage, Recipe, Stage, TrainStage
 from auxin.recipes.stage_models import StageConfigs, change_data, estimated_stages, stage_configs
 from auxin.settings import Settings
+from auxin.training.lora import Lora, add_lora
 from auxin.training.progress import hours
 
 
@@ -192,7 +193,7 @@ class _Pricing:
         # What branches are compared by has to fit too.
         self.recipe.objective.bind(config, self.form)
         references = reference_shapes(self.recipe, self.structures, branch, stage, settings.objective)
-        per_sample = self._flops(config, settings.objective, self.form, references)
+        per_sample = self._flops(config, settings.objective, self.form, references, stage.lora)
         with self.recipe.at_setting(stage):
             steps = settings.total_steps(self.form, per_sample)
         samples = steps * settings.batch_size
@@ -200,7 +201,8 @@ class _Pricing:
         if self.memory:
             objective = settings.objective.bind(config, self.form, references)
             inputs = {**objective.example(settings.samples_per_forward), **objective.call}
-            memory = training_memory(edited_skeleton(config), settings.samples_per_forward, inputs=inputs).total
+            skeleton = trained_skeleton(config, stage.lora)
+            memory = training_memory(skeleton, settings.samples_per_forward, inputs=inputs).total
             memory += sum(FLOAT32_BYTES * count_parameters(other.model).total for other in references.values())
         return price.model_copy(
             update={
@@ -232,12 +234,26 @@ class _Pricing:
         objective: ObjectiveSettings,
         form: SampleForm,
         references: References | None = None,
+        lora: Lora | None = None,
     ) -> float:
         """Of learning from one sample."""
-        key = config.to_json_string(), f"{objective.model_dump_json()} {form.length}"
+        key = config.to_json_string(), f"{objective.model_dump_json()} {form.length} {lora}"
         if key not in self.flops:
-            self.flops[key] = objective.bind(config, form, references).training_flops(edited_skeleton(config))
+            skeleton = trained_skeleton(config, lora)
+            self.flops[key] = objective.bind(config, form, references).training_flops(skeleton)
         return self.flops[key]
+
+
+def trained_skeleton(config: PreTrainedConfig, lora: Lora | None) -> PreTrainedModel:
+    """What a stage trains, without weights.
+
+    Raises:
+        ConfigError: such a model can't have the LoRA.
+    """
+    model = edited_skeleton(config)
+    if lora is not None:
+        add_lora(model, lora, seed=0)
+    return model
 
 
 def remaining_flops(stage: TrainStage, total: float, spent: float) -> float:

@@ -19,6 +19,7 @@ from auxin.planning.hooks import ONE_HOOK, HookSettings
 from auxin.recipes.former_words import former_words
 from auxin.settings import Settings
 from auxin.training import TrainingSettings
+from auxin.training.lora import Lora
 from auxin.training.settings import BUDGETS
 from auxin.words.one_of import OneOf, parse_one
 
@@ -97,6 +98,9 @@ class TrainStage(Settings):
     hooks: list[Annotated[HookSettings, ONE_HOOK]] = []
     """What takes part in the training beside the loop: `{kind: old_rates, ratio: 0}` and so on. Hooks that the change
     before brings along need not be named."""
+    lora: Lora | None = None
+    """Train small matrices beside the model's in place of all of it, and merge them at the end: `{rank: 8}`. The
+    optimizer's moments of before are left behind, and what follows begins without any."""
 
     @classmethod
     def open_fields(cls) -> dict[str, type[Settings]]:

@@ -1,6 +1,9 @@
 """What takes part in the training of a stage: the hooks that it asks for, and those that changes bring along."""
 
+from collections.abc import Sequence
+
 from auxin.accounting import Ledger
+from auxin.errors import ConfigError
 from auxin.planning.hooks import Hook, HookContext, asked_by, made_hooks
 from auxin.planning.lineage import changes_since_training
 from auxin.recipes.schema import TrainStage
@@ -12,9 +15,20 @@ def stage_hooks(stage: TrainStage, ledger: Ledger) -> list[Hook]:
     Those that the changes right before it bring along (masks that open, ...), then those that the stage asks for.
 
     Raises:
-        ConfigError: it asks for something about old entries, and the ledger records no change.
+        ConfigError: it asks for something about old entries, and the ledger records no change; or it trains a LoRA,
+            which leaves alone what hooks work on.
         PlanError: the change does not tell old entries from new ones.
     """
     context = HookContext(f"{stage.name}: hooks", ledger)
     asked = [hook for plan in changes_since_training(ledger) for hook in asked_by(plan)]
+    refuse_with_lora(stage, [hook.kind for hook in (*asked, *stage.hooks)])
     return made_hooks([*asked, *stage.hooks], context)
+
+
+def refuse_with_lora(stage: TrainStage, hooks: Sequence[str]) -> None:
+    """Refuse a LoRA beside hooks, given by their kinds; ConfigError."""
+    if stage.lora is not None and hooks:
+        raise ConfigError(
+            f"lora: the stage has the hook {hooks[0]!r}, its own or of the change before, which works on the model's "
+            "own parameters, and a LoRA leaves these alone. Train without lora first, or leave one of them out."
+        )

@@ -22,8 +22,10 @@ from auxin.models.tokenformer.presets import preset_config
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.objectives.objective import ObjectiveSettings, is_encoder_decoder
 from auxin.planning.bench import Bench
+from auxin.planning.hooks import asked_by
 from auxin.planning.method import Method, asked_data, estimate_plan, make_plan
 from auxin.recipes.schema import BuildStage, ChangeStage, Recipe, TrainStage
+from auxin.recipes.stage_hooks import refuse_with_lora
 from auxin.settings import Settings
 
 _HIDDEN_FIELDS = {"_name_or_path", "transformers_version", "architectures", "auto_map", "torch_dtype"}
@@ -54,11 +56,14 @@ def stage_configs(recipe: Recipe, form: SampleForm) -> StageConfigs:
         ConfigError, PlanError: a model that can't be built or a growth that can't be done, before any work starts.
     """
     structures: StageConfigs = {}
+    brought: dict[tuple[str, str], list[str]] = {}
+    """Kinds of hooks that changes bring along for the next train stage, by the branch and stage before it."""
     for branch in recipe.branches:
         config: PreTrainedConfig | None = None
+        hooks: list[str] = []
         if branch.fork is not None:
             parent, _, stage_name = branch.fork.partition("/")
-            config = structures[parent][stage_name]
+            config, hooks = structures[parent][stage_name], brought[parent, stage_name]
         stages: dict[str, PreTrainedConfig] = {}
         for stage in branch.stages:
             with recipe.at(branch, stage):
@@ -68,11 +73,15 @@ def stage_configs(recipe: Recipe, form: SampleForm) -> StageConfigs:
                     assert config is not None  # the schema: a branch begins with a build or a fork
                     plan = change_plan(stage, Bench(edited_skeleton(config), seed=recipe.seed))
                     config = planned_config(plan.edits, config)
+                    hooks = [*hooks, *(hook.kind for hook in asked_by(plan))]
                 elif isinstance(stage, TrainStage):
                     assert config is not None
+                    refuse_with_lora(stage, [*hooks, *(hook.kind for hook in stage.hooks)])
+                    hooks = []
                     for hook in stage.hooks:
                         with placed("hooks: "):
                             hook.check(config)
+            brought[branch.name, stage.name] = hooks
             assert config is not None
             stages[stage.name] = config
         structures[branch.name] = stages

@@ -31,10 +31,12 @@ from auxin.recipes.stage_models import StageConfigs, built_config, change_data, 
 from auxin.training import train, write_checkpoint_folder
 from auxin.training.checkpoint import copy_checkpoint, read_state
 from auxin.training.held_out import HeldOut
+from auxin.training.lora import add_lora, merge_lora
 from auxin.training.run_folder import refuse_damaged
 
 STAGE_CHECKPOINT = "checkpoint"
-"""Folder in a stage's that holds what it left; a train stage keeps several in `checkpoints` instead."""
+"""Folder in a stage's that holds what it left; a train stage keeps several in `checkpoints` instead, and here what a
+LoRA has made of the model."""
 
 Announce = Callable[[str], None]
 """Takes one line for the person who waits."""
@@ -66,7 +68,7 @@ class Run:
         checkpoint = left_checkpoint(self.directory, branch, stage)
         record = self.stage_directory(branch, stage) / OUTCOME_FILE
         refuse_damaged(checkpoint, f"Restore it from a copy, or remove {record} and run again: the stage is redone.")
-        if isinstance(stage, TrainStage) and not read_state(checkpoint).get("finished", True):
+        if isinstance(stage, TrainStage) and stage.lora is None and not read_state(checkpoint).get("finished", True):
             raise CheckpointError(
                 f"{record} names {checkpoint.name}, with which the stage was not finished. Remove {record} and run "
                 "again: the stage goes on."
@@ -155,16 +157,20 @@ def train_stage(run: Run, branch: Branch, stage: TrainStage, directory: Path, pr
         with run.recipe.at(branch, stage):
             flops = remaining_flops(stage, total, ledger.total_flops)
     settings = run.recipe.training_settings(stage, flops=flops)
-    carried = not stage.fresh_optimizer and (previous / TRAINING_FOLDER).exists()
+    carried = stage.lora is None and not stage.fresh_optimizer and (previous / TRAINING_FOLDER).exists()
+    model, processor = load_model(previous, dtype=torch.float32), own_processor(run, previous)
+    if stage.lora is not None:
+        with run.recipe.at(branch, stage):
+            add_lora(model, stage.lora, settings.seed)
     result = train(
-        load_model(previous, dtype=torch.float32),
+        model,
         run.data,
         settings,
         directory,
         measures=run.recipe.measures,
         measured_objective=run.recipe.objective,
         references=run.references(settings.objective, ledger),
-        processor=own_processor(run, previous),
+        processor=processor,
         optimizer_from=previous if carried else None,
         ledger=ledger,
         hooks=stage_hooks(stage, ledger),
@@ -172,7 +178,23 @@ def train_stage(run: Run, branch: Branch, stage: TrainStage, directory: Path, pr
         data_position=ledger.units_seen(run.data.fingerprint) // run.data.form.amount(settings.batch_size),
         place=run.course.place(branch, stage),
     )
-    return result.checkpoint
+    if stage.lora is None:
+        return result.checkpoint
+    return merged(model, result.checkpoint, directory / STAGE_CHECKPOINT, processor)
+
+
+def merged(model: PreTrainedModel, checkpoint: Path, output: Path, processor: Processor | None) -> Path:
+    """Merge the LoRA of `model`, which was trained to `checkpoint`, and write the model that it makes."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    merge_lora(model)
+    ledger = Ledger.load(checkpoint)
+    last = ledger.stages[-1]
+    note = f"a LoRA of {trained:,} parameters was trained, and merged at the end"
+    record = last.model_copy(
+        update={"parameters": count_parameters(model).total, "notes": [*last.notes, note]},
+    )
+    ledger = ledger.model_copy(update={"stages": [*ledger.stages[:-1], record]})
+    return write_checkpoint_folder(output, model=model, processor=processor, ledger=ledger)
 
 
 def own_processor(run: Run, checkpoint: Path) -> Processor | None:

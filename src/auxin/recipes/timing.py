@@ -9,10 +9,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.accounting.machine import available_memory, choose_device
 from auxin.data.dataset import SampleForm
-from auxin.edits.structure import edited_skeleton
 from auxin.models.weights_of_no_meaning import fill
 from auxin.nn.autocast import without_autocast
-from auxin.recipes.price import RecipePrice, StagePrice, price_recipe
+from auxin.recipes.price import RecipePrice, StagePrice, price_recipe, trained_skeleton
 from auxin.recipes.schema import Recipe, TrainStage
 from auxin.recipes.stage_models import stage_configs
 from auxin.training.gradients import BatchGradients
@@ -70,7 +69,7 @@ class Timer:
         assert isinstance(found, TrainStage)
         settings = recipe.training_settings(found, flops=stage.flops if found.flops_of is not None else None)
         same = settings.model_dump(include={"objective", "batch_size", "micro_batch_size", "precision", "device"})
-        key = config.to_json_string(), repr(same)
+        key = config.to_json_string(), f"{same} {found.lora}"
         if key not in self._speeds:
             began, room = time.perf_counter(), self._left / 3
             per_step = stage.flops / stage.steps
@@ -81,7 +80,7 @@ class Timer:
             if micro / _fastest(choose_device(settings.device)) * (1 + TIMED) < room:
                 # Memory that was promised may not be there, a model may not run on such weights; training will tell.
                 with suppress(RuntimeError):
-                    seconds = seconds_per_step(edited_skeleton(config), settings, form, room)
+                    seconds = seconds_per_step(trained_skeleton(config, found.lora), settings, form, room)
                     self._speeds[key] = per_step / seconds
             self._left -= time.perf_counter() - began
         return self._speeds[key]
