@@ -3,7 +3,7 @@ beside other methods; what learning them takes beside training the model; and wh
 
     python benchmarks/vtrans.py [--seeds 0]
 
-A seed takes two minutes of one idle core. Prints tables; docs/pruning.md has what came out.
+A seed takes some four minutes of one idle core. Prints tables.
 """
 
 import argparse
