@@ -214,6 +214,23 @@ def test_entries_are_multiplied_by_a_vector_of_a_file_and_their_gradients_divide
         edit.model_copy(update={"axis": 0}).new_shape((4, 3))
 
 
+def test_factors_of_gains_that_are_stored_less_one_and_back(tmp_path):
+    factors, old = torch.rand(3, dtype=torch.float64) + 0.5, torch.randn(2, 3, dtype=torch.float64)
+    path = tmp_path / "f.safetensors"
+    save_file({"f": factors}, path)
+    edit = MultiplyParameter(parameter="p", axis=1, file=path.name, tensor="f", shape=(3,)).located(path)
+    back = edit.model_copy(update={"divide": True})
+    assert torch.allclose(back.map_parameter(edit.map_parameter(old, 0, "p"), 0, "p"), old, rtol=1e-14)
+    assert torch.allclose(back.map_moment(edit.map_moment(old, 2), 2), old, rtol=1e-14)
+    gain = edit.model_copy(update={"axis": 0, "offset": 1.0})
+    assert torch.allclose(gain.map_parameter(old[0], 0, "p"), (old[0] + 1) * factors - 1, rtol=1e-14)
+    assert str(gain) == "multiply along axis 0 by f of f.safetensors (offset 1)"
+    half = edit.map_parameter(old.bfloat16(), 0, "p")
+    assert torch.equal(half, (old.bfloat16().float() * factors.float()).bfloat16())
+    alone = edit.model_copy(update={"made_up_for": False})
+    assert torch.equal(alone.map_moment(old, 2), old)
+
+
 def test_values_are_set_to_those_of_a_file(tmp_path):
     values, old = torch.randn(3, dtype=torch.float64), torch.randn(3)
     path = tmp_path / "b.safetensors"

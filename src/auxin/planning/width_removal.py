@@ -21,9 +21,11 @@ from auxin.planning.shared_limit import SharedLimit
 from auxin.planning.target import Gauge, Removal, first_that_meets, least_removal, removal
 from auxin.planning.unit_order import Course, Place
 from auxin.words.anatomy import Anatomy
-from auxin.words.widths import SETTINGS
+from auxin.words.widths import SETTINGS, Stream
 
-Split = Literal["alike", "worth"]
+Split = Literal["alike", "worth", "score"]
+"""How a target takes from several streams: from all "alike", of which the largest share is left first; so that the sum
+of the scores that stay is largest ("worth"); or by one ranking of the scores of all of them ("score")."""
 
 
 @dataclass(frozen=True)
@@ -84,24 +86,27 @@ class Courses:
             asked = self._asked()
             return self._settled(removal(self.found.model, self._edits(asked)), asked)
         self._leave_what_stays()
-        kinds = self._kinds()
+        kinds, everything = self._kinds(), range(len(self.courses))
         shared = split == "worth" and all(kinds)
-        chain = self._by_worth(kinds) if shared else self._chain(range(len(self.courses)))
+        chain = self._by_worth(kinds) if shared else self._chain(everything, by_score=split == "score")
         found, gauge = self._least(chain, method), self.found.gauge
         chain = chain[: found.amount]
         if shared:
             done = self._filled(gauge, found, chain[-1], sorted(kinds[1]) if len(kinds[1]) > 1 else ())
+        elif split == "score":
+            done = self._filled(gauge, found, chain[-1], self._many_first())
         else:
             done = self._exactly(gauge, chain, found)
         return replace(done, gauge=gauge)
 
-    def refuse_impossible(self, method: str) -> None:
-        """PlanError for what can't be removed, or not so much of it."""
+    def refuse_impossible(self, method: str) -> list[Stream]:
+        """PlanError for what can't be removed, or not so much of it; else the streams of which something can go."""
         if self.found.settings.target is None:
             self._edits(self._asked())
-            return
-        self._leave_what_stays()
-        self._least(self._chain(range(len(self.courses)))[-1:], method)
+        else:
+            self._leave_what_stays()
+            self._least(self._chain(range(len(self.courses)))[-1:], method)
+        return [course.stream for course in self.courses]
 
     def _leave_what_stays(self) -> None:
         self.courses = [course for course in self.courses if self._can_go(course)]
@@ -124,7 +129,7 @@ class Courses:
             chain: ever smaller states; the last alone meets the target.
             found: what the last removes.
         """
-        places = sorted(range(len(self.courses)), key=lambda place: -len(self.courses[place].left))
+        places = self._many_first()
         before = chain[-2] if len(chain) > 1 else [0] * len(self.courses)
         options, last = [(found, chain[-1])], len(self.courses[places[0]].left) - 1
         stepped = [place for place, pair in enumerate(zip(before, chain[-1], strict=True)) if pair[0] != pair[1]]
@@ -171,6 +176,10 @@ class Courses:
 
     def _tried(self, states: Sequence[int], number: int) -> Removal:
         return removal(self.found.model, self._edits(states), number)
+
+    def _many_first(self) -> list[int]:
+        """The places of the courses, that of the most and so the smallest steps first."""
+        return sorted(range(len(self.courses)), key=lambda place: -len(self.courses[place].left))
 
     def _unlike(self, states: Sequence[int]) -> Fraction:
         """How far apart the shares are that the courses have left."""
@@ -274,11 +283,12 @@ class Courses:
         shared = SharedLimit(found.model, found.body, found.units, found.settings.part)
         return shared.chain(found.gauge, kinds, [[[0] * len(self.courses), *self._chain(kind)] for kind in kinds])
 
-    def _chain(self, places: Iterable[int]) -> list[list[int]]:
+    def _chain(self, places: Iterable[int], by_score: bool = False) -> list[list[int]]:
         """Ever smaller states of some courses, by one step of one stream at a time where they go alone; the others stay
-        as they are."""
+        as they are. The next step is that of the lowest score, or of the stream of which the largest share is left."""
+        scores = [course.scores() for course in self.courses] if by_score else []
         steps = sorted(
-            (-self.courses[place].share(state), place, state)
+            (scores[place][state - 1] if by_score else -self.courses[place].share(state), place, state)
             for place in places
             for state in range(1, len(self.courses[place].left))
         )

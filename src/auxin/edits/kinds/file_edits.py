@@ -90,14 +90,21 @@ class ProjectParameter(FileEdit):
 
 
 class MultiplyParameter(FileEdit):
-    """Multiply the entries of parameters along one axis by those of a vector: a norm's gain, say, that goes into what
-    reads the norm."""
+    """Multiply parameters along one axis, entry by entry, by a vector f: p' = f (p + offset) - offset. It may be a norm's
+    gain, which goes into what reads the norm, or factors of units, which what writes them takes up."""
 
     kind: Literal["multiply_parameter"] = "multiply_parameter"
     axis: int = Field(default=0, ge=0)
     """The axis whose entries are multiplied."""
     shape: tuple[int]
     """Of the vector."""
+    offset: float = Field(default=0.0, allow_inf_nan=False)
+    """What a model adds to the stored value before it uses it: 1 for norm gains that are stored less one."""
+    divide: bool = False
+    """Whether entries are divided by the vector instead."""
+    made_up_for: bool = True
+    """Whether other edits make up for it, so that the function stays and gradients are divided by the factors. Where it
+    does not, gradients are of the size they had, and moments stay."""
 
     def new_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The same shape; PlanError when the vector has another length than the axis."""
@@ -113,20 +120,25 @@ class MultiplyParameter(FileEdit):
         """The new tensor."""
         if old.is_meta:
             return torch.empty_like(old)
-        factors = self._along_axis(old)
-        return (old.to(factors.dtype) * factors).to(old.dtype)
+        factors = self._factors(old)
+        return ((old.to(factors.dtype) + self.offset) * factors - self.offset).to(old.dtype)
 
     def map_moment(self, old: Tensor, order: int) -> Tensor:
-        """The gradient is divided by the factors; where one is 0, moments start anew."""
-        factors = self._along_axis(old)
+        """Divided by the factors where the function stays; where a factor is 0, moments start anew."""
+        if not self.made_up_for:
+            return old.clone()
+        factors = self._factors(old)
         wanted = torch.where(factors == 0, 0, old.to(factors.dtype) / factors**order)
         return wanted.to(old.dtype)
 
-    def _along_axis(self, old: Tensor) -> Tensor:
-        return self._wide(old).view([-1 if dim == self.axis else 1 for dim in range(old.dim())])
+    def _factors(self, old: Tensor) -> Tensor:
+        factors = self._wide(old).view([-1 if dim == self.axis else 1 for dim in range(old.dim())])
+        return 1 / factors if self.divide else factors
 
     def __str__(self) -> str:
-        return f"multiply along axis {self.axis} by {self.tensor} of {self.file}"
+        how = "divide" if self.divide else "multiply"
+        offset = f" (offset {self.offset:g})" if self.offset else ""
+        return f"{how} along axis {self.axis} by {self.tensor} of {self.file}{offset}"
 
 
 class SetParameter(FileEdit):
