@@ -90,8 +90,8 @@ class ProjectParameter(FileEdit):
 
 
 class MultiplyParameter(FileEdit):
-    """Multiply parameters along one axis, entry by entry, by a vector f: p' = f (p + offset) - offset. It may be a norm's
-    gain, which goes into what reads the norm, or factors of units, which what writes them takes up."""
+    """Multiply parameters along one axis, entry by entry, by a vector f: p' = f (p + offset) - offset. It may be the
+    gain of a norm, which goes into what reads the norm, or factors of units, which what writes them takes up."""
 
     kind: Literal["multiply_parameter"] = "multiply_parameter"
     axis: int = Field(default=0, ge=0)
