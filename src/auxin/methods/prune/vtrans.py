@@ -48,8 +48,8 @@ NAME = "vtrans"
 BATCH_SIZE = 8
 """Samples per step, unless the data comes in other batches."""
 ABOUT_RESIDUAL = (
-    "Gates on the residual did worse than chance where they were measured (docs/pruning.md): hold the loss against that "
-    "of taylor."
+    "Gates on the residual did worse than chance where they were measured (docs/pruning.md): hold the loss against "
+    "that of taylor."
 )
 
 
