@@ -331,7 +331,7 @@ class Courses:
     def _fits(self, heads: int, hidden: int) -> bool:
         """Whether the config takes them, and says them where layers shall be alike."""
         body = self.found.body
-        if body.fields.head_dim is None:
+        if body.fields.heads_are_bound:
             return hidden == heads * body.sizes.head_dim
         if not body.heads_divide_hidden_size:
             return True
@@ -361,7 +361,7 @@ class Courses:
     def _sizes(self, course: Course) -> set[int]:
         """The sizes of a course that the architecture takes, with some of its partner."""
         body, place = self.found.body, self._place(course.name)
-        free = body.fields.head_dim is not None and not body.heads_divide_hidden_size
+        free = not body.fields.heads_are_bound and not body.heads_divide_hidden_size
         if free or course.name in ALONE or place is None or self.courses[place] is not course:
             return set(course.left)
         return {course.left[pair[place]] for pair in self._pairs(self._states("heads"), self._states("hidden"))}
