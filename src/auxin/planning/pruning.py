@@ -126,8 +126,8 @@ class Prunable(Subject):
         if (name := self.body.fields.unsaid_head_dim) in said:
             yield (
                 f"The config gets {name} = {said[name]}, which it did not say before: hidden size / heads is another "
-                f"number now. transformers' code for {self.body.family} reads it; another program, or an older release, "
-                "may still divide, and would fail on the shapes of the weights. Try yours on the result."
+                f"number now. transformers' code for {self.body.family} reads it; another program, or an older "
+                "release, may still divide, and would fail on the shapes of the weights. Try yours on the result."
             )
         yield from self._notes_on_experts(edits)
 
