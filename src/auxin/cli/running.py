@@ -104,8 +104,8 @@ def _print_price(price: Any, as_json: bool) -> None:
         print(heading, end="")
         print_table(header, rows, optional=4)
         print_line("\n".join(one.notes()))
-        if one.seconds is None:
-            print_line("\nHow long that takes is not told: no model of it is small enough to be timed here.")
+        if one.seconds is None and any(stage.kind == "train" for stage in one.stages):
+            print_line("\nHow long that takes is not told: no train stage could be timed here within a few seconds.")
     if several:
         print_line("\n".join(price.notes()))
 
