@@ -232,3 +232,15 @@ def test_labels_of_a_causal_model_are_its_inputs_and_others_have_to_be_given():
             Calibration.of_batches(tiny(family), [inputs(tiny(family))])
     with pytest.raises(DataError, match="has no batch"):
         Calibration.of_batches(model, [])
+
+
+def test_a_corpus_is_a_path_alone_too():
+    def corpus(value):
+        return CorpusCalibration.parse({"corpus": value}).corpus
+
+    assert corpus("texts") == corpus({"paths": "texts"}) == corpus({"source": "files", "paths": ["texts"]})
+    assert corpus("texts").text == "texts"
+    with pytest.raises(ConfigError, match=r"^corpus: `paths` belongs to source 'files', .* Set source: files, or leave"):
+        corpus({"source": "stdlib", "paths": "texts"})
+    with pytest.raises(ConfigError, match=r"^corpus: must be a mapping"):
+        corpus(3)

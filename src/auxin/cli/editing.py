@@ -96,8 +96,8 @@ def plan(
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="What a method that looks at data sees: samples, length, batch_size, seed, corpus.paths and so on. "
-            "Default: as much as it asks for, of the standard library's source in the model's own tokens.",
+            help="What a method that looks at data sees: samples, length, batch_size, seed, corpus.paths=TEXTS and so "
+            "on. Default: as much as it asks for, of the standard library's source in the model's own tokens.",
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="YAML file for the plan.")] = None,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
@@ -64,8 +64,13 @@ class CorpusCalibration(CalibrationSettings):
     """The same, and where the text comes from, for a model that belongs to no run."""
 
     corpus: CorpusSettings | None = None
-    """The text, of which the training split is read; None: the standard library's source. The tokenizer is the model's
-    own where it names none."""
+    """The text, of which the training split is read: fields of a corpus, or the path of a file or folder alone. None:
+    the standard library's source. The tokenizer is the model's own where it names none."""
+
+    @field_validator("corpus", mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"paths": value} if isinstance(value, str | Path) else value
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ class Calibration:
     """What the data counts, in the singular."""
     units_per_sample: int | None = None
     """Of those in a sample; None: the tokens that a batch holds."""
+    text: str | None = None
+    """Whose text the samples are of, in words; None where that is not known."""
     distinct: int | None = None
     """How many different samples the data has; beyond them it is read again. None: every sample was given."""
     watch: Callable[[int, int], None] | None = None
@@ -198,7 +205,7 @@ class Calibration:
                 ) from error
             made = cls.of_split(data, model.config, asked, objective, seed)
             batches = tuple(made.read())
-        return replace(made, read=lambda: (dict(batch) for batch in batches))
+        return replace(made, read=lambda: (dict(batch) for batch in batches), text=corpus.text)
 
     @classmethod
     def of_batches(
