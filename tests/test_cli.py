@@ -767,3 +767,10 @@ def test_all_seeds_are_priced_without_training():
     told = json.loads(call("run", "demo", "--seeds", "3", "4", "--branches", "small", "--dry-run", "--json").out)
     assert list(told["seeds"]) == ["3", "4"]
     assert {stage["branch"] for stage in told["seeds"]["3"]["stages"]} == {"grown", "small"}
+
+
+def test_a_value_without_its_option_is_told_how_it_is_written(monkeypatch, capfd, tmp_path):
+    for command in (["plan", tmp_path, "taylor"], ["analyse", tmp_path, "similarity"], ["run", "demo"]):
+        told = main(monkeypatch, capfd, *command, "ffn=0.5").err
+        assert "ffn=0.5: a value is given with an option. Write --set ffn=0.5." in told
+    assert "unexpected extra argument (more)" in main(monkeypatch, capfd, "plan", tmp_path, "taylor", "more").err

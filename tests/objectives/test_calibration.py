@@ -240,7 +240,9 @@ def test_a_corpus_is_a_path_alone_too():
 
     assert corpus("texts") == corpus({"paths": "texts"}) == corpus({"source": "files", "paths": ["texts"]})
     assert corpus("texts").text == "texts"
-    with pytest.raises(ConfigError, match=r"^corpus: `paths` belongs to source 'files', .* Set source: files, or leave"):
+    with pytest.raises(
+        ConfigError, match=r"^corpus: `paths` belongs to source 'files', .* Set source: files, or leave"
+    ):
         corpus({"source": "stdlib", "paths": "texts"})
     with pytest.raises(ConfigError, match=r"^corpus: must be a mapping"):
         corpus(3)

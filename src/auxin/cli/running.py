@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from auxin.cli.app import LARGEST_SEED, AsJson, Overrides, app
-from auxin.cli.listed import ListedOptions
+from auxin.cli.listed import ListedOptions, SetOptions
 from auxin.cli.printing import number, print_line, print_table, to_stderr
 from auxin.errors import AuxinError, ConfigError, placed
 
@@ -139,8 +139,9 @@ def recipes(as_json: AsJson = False) -> None:
 
 
 @app.command(
+    cls=SetOptions,
     epilog="Example: [bold]auxin train --model 124m --corpus texts/ --tokens 1000000 -o runs/first[/]\n\n"
-    "Continue a checkpoint: [bold]auxin train --model runs/first/... --corpus texts/ --steps 500 -o runs/second[/]"
+    "Continue a checkpoint: [bold]auxin train --model runs/first/... --corpus texts/ --steps 500 -o runs/second[/]",
 )
 def train(
     model: Annotated[str, typer.Option(help="A preset (124m, ...), a checkpoint's folder or a config.json.")],

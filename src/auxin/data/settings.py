@@ -18,9 +18,9 @@ class SourceSettings(DatasetSettings):
     """`stdlib`: the running Python's own standard library (tests left out). `files`: local files named by `paths`.
     `huggingface`: the dataset `name`. Where it is left out, `paths` or `name` say it."""
     paths: tuple[Path, ...] = ()
-    """For `files`: files, folders (read recursively) and globs, a list or a single one. `.jsonl`, `.ndjson` and `.parquet` hold one document
-    per row, and so do `.json` (JSON lines, or an array), `.csv` and `.tsv` whose rows have the text field; every other
-    file is one document. All but `.parquet` may be compressed (`.gz`, `.bz2`, `.xz`)."""
+    """For `files`: files, folders (read recursively) and globs, a list or a single one. `.jsonl`, `.ndjson` and
+    `.parquet` hold one document per row, and so do `.json` (JSON lines, or an array), `.csv` and `.tsv` whose rows have
+    the text field; every other file is one document. All but `.parquet` may be compressed (`.gz`, `.bz2`, `.xz`)."""
     name: str | None = None
     """For `huggingface`: the dataset's name on the Hub, or a local folder that `datasets.load_dataset` reads."""
     config: str | None = None

@@ -174,7 +174,7 @@ class _Pricing:
             price = price.model_copy(update={"units": form.amount(asked.samples), "flops": asked.samples * per_sample})
         if isinstance(stage, TrainStage):
             return self._trained(branch, price, stage, config, spent, totals)
-        if not isinstance(stage, BuildStage):
+        if not isinstance(stage, BuildStage) or stage.checkpoint is not None:
             self.recipe.objective.bind(config, self.form)
         return price
 
