@@ -175,7 +175,12 @@ class Gauge:
             return ""
         told = f"latency as predicted {_milliseconds_fall(self.have, self.of(found))}"
         measured = self._table.measured(found.after)
-        return f"{told}, as measured {_milliseconds_fall(*measured)}" if measured is not None else told
+        if measured is None:
+            return told
+        missed = measured[1] > self.target.limit(measured[0])
+        return (
+            f"{told}, as measured {_milliseconds_fall(*measured)}" + ", so that the prediction alone meets it" * missed
+        )
 
     def figures(self) -> list[str]:
         """What it was told by, where others would be measured on another machine."""
