@@ -47,6 +47,10 @@ from auxin.words.widths import Stream
 NAME = "vtrans"
 BATCH_SIZE = 8
 """Samples per step, unless the data comes in other batches."""
+ABOUT_RESIDUAL = (
+    "Gates on the residual did worse than chance where they were measured (docs/pruning.md): hold the loss against "
+    "that of taylor."
+)
 
 
 class VTrans(Pruning, GateSettings):
@@ -87,6 +91,7 @@ def plan_vtrans(bench: Bench, settings: VTrans) -> Plan:
         folded = folded.filled({place: means[group].tolist() for place, group in places.items()}, bench.folder)
     scores = {place: _scores(place, count, log_alpha, streams) for place, count in found.units.items()}
     said = [_about_threshold(log_alpha), _about_losses(losses)]
+    said += [ABOUT_RESIDUAL] if ("residual", "") in places else []
     return found.plan(NAME, scores, settings.seed, split="score", folded=folded, findings=said)
 
 
