@@ -36,6 +36,8 @@ METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fisher": ("Fisher", "fisher", {}),
     "wanda": ("Wanda", "wanda-structured", {}),
     "fluctuation": ("fluctuation", "fluctuation", {}),
+    "minitron": ("Minitron", "minitron", {}),
+    "slicegpt": ("SliceGPT, one rotation", "slicegpt", {}),
     "optin": ("OPTIN", "optin", {"group_size": 4}),
     "taylor-uneven": ("Taylor, layers may differ", "taylor", {"uniform": False}),
     "finercut": ("FinerCut", "finercut", {}),

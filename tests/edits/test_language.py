@@ -18,6 +18,7 @@ from auxin.edits import (
     MakeParameters,
     MeanFill,
     MergeModule,
+    MultiplyParameter,
     NormalFill,
     PadParameter,
     Plan,
@@ -26,6 +27,7 @@ from auxin.edits import (
     ReplaceModule,
     ScaleParameter,
     SetConfig,
+    SetParameter,
     ShiftParameter,
     SliceParameter,
     TieParameters,
@@ -190,6 +192,55 @@ def test_a_shift_reads_what_it_adds_from_a_file(tmp_path):
     half = edit.map_parameter(old.bfloat16(), 0, "p")
     assert torch.equal(half, (old.bfloat16().float() + shift.float()).bfloat16())
     with pytest.raises(PlanError, match=r"has shape \[3\], and what it is added to has \[4\]"):
+        edit.new_shape((4,))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_entries_are_multiplied_by_a_vector_of_a_file_and_their_gradients_divided(tmp_path, axis):
+    factors = torch.tensor([2.0, 0.0, -0.5], dtype=torch.float64)
+    old = torch.randn(3, 3, dtype=torch.float64)
+    path = tmp_path / "b.safetensors"
+    save_file({"g": factors}, path)
+    edit = MultiplyParameter(parameter="p", axis=axis, file=path.name, tensor="g", shape=(3,)).located(path)
+    along = factors[:, None] if axis == 0 else factors
+    assert torch.equal(edit.map_parameter(old, 0, "p"), old * along)
+    # L(W) = <C, diag(g) W> is of W' = diag(g) W the function <C, W'>: what was C g is C.
+    gradient = torch.randn(3, 3, dtype=torch.float64)
+    for order in (1, 2):
+        moment = edit.map_moment((gradient * along) ** order, order)
+        assert torch.allclose(moment, torch.where(along == 0, 0, gradient**order))
+    assert edit.map_parameter(old.to("meta"), 0, "p").is_meta
+    with pytest.raises(PlanError, match=r"g in .* has 3 entries, but axis 0 of shape \[4, 3\] has 4"):
+        edit.model_copy(update={"axis": 0}).new_shape((4, 3))
+
+
+def test_factors_of_gains_that_are_stored_less_one_and_back(tmp_path):
+    factors, old = torch.rand(3, dtype=torch.float64) + 0.5, torch.randn(2, 3, dtype=torch.float64)
+    path = tmp_path / "f.safetensors"
+    save_file({"f": factors}, path)
+    edit = MultiplyParameter(parameter="p", axis=1, file=path.name, tensor="f", shape=(3,)).located(path)
+    back = edit.model_copy(update={"divide": True})
+    assert torch.allclose(back.map_parameter(edit.map_parameter(old, 0, "p"), 0, "p"), old, rtol=1e-14)
+    assert torch.allclose(back.map_moment(edit.map_moment(old, 2), 2), old, rtol=1e-14)
+    gain = edit.model_copy(update={"axis": 0, "offset": 1.0})
+    assert torch.allclose(gain.map_parameter(old[0], 0, "p"), (old[0] + 1) * factors - 1, rtol=1e-14)
+    assert str(gain) == "multiply along axis 0 by f of f.safetensors (offset 1)"
+    half = edit.map_parameter(old.bfloat16(), 0, "p")
+    assert torch.equal(half, (old.bfloat16().float() * factors.float()).bfloat16())
+    alone = edit.model_copy(update={"made_up_for": False})
+    assert torch.equal(alone.map_moment(old, 2), old)
+
+
+def test_values_are_set_to_those_of_a_file(tmp_path):
+    values, old = torch.randn(3, dtype=torch.float64), torch.randn(3)
+    path = tmp_path / "b.safetensors"
+    save_file({"b": values}, path)
+    edit = SetParameter(parameter="p", file=path.name, tensor="b", shape=(3,)).located(path)
+    one, other = edit.map_parameter(old, 0, "p"), edit.map_parameter(old, 0, "q")
+    assert torch.equal(one, values.float())
+    assert one.data_ptr() != other.data_ptr()
+    assert not edit.map_moment(old, 1).any()
+    with pytest.raises(PlanError, match=r"has shape \[3\], and what becomes it has \[4\]"):
         edit.new_shape((4,))
 
 
@@ -468,6 +519,8 @@ def test_a_plan_with_every_kind_of_edit_survives_yaml(tmp_path):
         ScaleParameter(parameter="p", factor=2),
         CentreParameter(parameter="p"),
         ProjectParameter(parameter="p", file="f", tensor="t", shape=(2, 1)),
+        MultiplyParameter(parameter="p", axis=1, file="f", tensor="t", shape=(2,)),
+        SetParameter(parameter="p", file="f", tensor="t", shape=(2,)),
         ShiftParameter(parameter="p", file="f", tensor="t", shape=(2,)),
         ArrangeLayers(layers="l", order=[0, None]),
         ReplaceModule(module="m", brick="b", settings={"tokens": [1]}, fills={"k": ZeroFill()}),
@@ -481,4 +534,4 @@ def test_a_plan_with_every_kind_of_edit_survives_yaml(tmp_path):
     )
     everything_there_is.to_yaml(tmp_path / "plan.yaml")
     assert Plan.from_yaml(tmp_path / "plan.yaml") == everything_there_is
-    assert str(everything_there_is).count("\n") == 16
+    assert str(everything_there_is).count("\n") == 18

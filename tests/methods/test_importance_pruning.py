@@ -114,7 +114,7 @@ LOOKING = [name for name, found in methods().items() if issubclass(found.setting
         ({"target": {"parameters": 0.01}}, "smallest that .* can reach"),
         ({"target": {"parameters": 10**7}}, "nothing has to go"),
         ({"share": 1.0}, "nothing to prune"),
-        ({"share": 99}, "can't stay"),
+        ({"share": 99}, r"= 99: the model has only \d+ .*\. Give at most \d+, or a share"),
     ],
     ids=str,
 )

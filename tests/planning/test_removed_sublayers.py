@@ -109,6 +109,19 @@ def test_it_writes_with_a_cache_and_padding_and_comes_back(family, tmp_path):
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in loaded.parameters())
 
 
+@pytest.mark.parametrize("family", ["olmo2", "gemma2", "llama", "bert"])
+def test_a_model_that_lost_all_parts_of_a_kind_knows_the_others(family):
+    model = tiny(family)
+    known = sublayers(model)
+    for kind in ("attention", "feed-forward"):
+        gone = [one.path for one in known if one.kind == kind]
+        left = [one for one in known if one.kind != kind]
+        smaller = without(model, without_sublayers(model, gone))
+        assert [(one.path, one.output, one.kind) for one in sublayers(smaller)] == [
+            (one.path, one.output, one.kind) for one in left
+        ]
+
+
 def test_what_all_layers_need_stays():
     model = tiny("t5")
     first = "encoder.block.0.layer.0.SelfAttention"

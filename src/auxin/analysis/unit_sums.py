@@ -14,6 +14,9 @@ from auxin.errors import PlanError
 
 Score = Literal["taylor", "fisher", "activation", "output", "fluctuation"]
 OF_GRADIENTS: tuple[Score, ...] = ("taylor", "fisher")
+Aggregation = Literal["mean", "l2", "variance"]
+"""What is made of several numbers: the mean of their absolute values, the root of their mean square, or the mean of
+their squared distances from their mean."""
 
 
 def add_up(sums: dict[Group, Tensor], group: Group, values: Tensor) -> None:
@@ -58,6 +61,17 @@ class _Sums:
     def by_cell(self, cells: Tensor, values: Tensor, rows: Rows) -> Tensor:
         """Sums over the rows of each sample and expert: (samples, experts, entries)."""
         return (cells @ values).unflatten(0, (self.samples, rows.experts))
+
+    def around_means(self, place: Place, values: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Of each sample and expert the means over the sample's tokens and the sums of squared distances from them,
+        (samples, experts, entries) each. Tokens that went to other experts are zeros."""
+        cells, tokens = self.cells(place, rows)
+        tokens = tokens[:, None, None]
+        means = self.by_cell(cells, values, rows) / tokens
+        around = values - cells.T @ means.flatten(0, 1)
+        squares = self.by_cell(cells, around.square(), rows)
+        others = tokens - cells.sum(1).view(self.samples, rows.experts, 1)
+        return means, squares + others * means.square()
 
 
 class Gradients(_Sums):
@@ -116,12 +130,7 @@ class Statistics(_Sums):
         values = wide(rows.values if rows.gates is None else rows.values * rows.gates)
         tokens = tokens[:, None, None]
         if self._score == "fluctuation":
-            means = self.by_cell(cells, values, rows) / tokens
-            around = values - cells.T @ means.flatten(0, 1)
-            squares = self.by_cell(cells, around.square(), rows)
-            # Tokens that went to other experts lie as far from the mean as zero does.
-            others = tokens - cells.sum(1).view(self.samples, rows.experts, 1)
-            squares = squares + others * means.square()
+            means, squares = self.around_means(place, values, rows)
             self.read.append(place)
             self.means.append(means.flatten(1))
         else:
@@ -130,4 +139,35 @@ class Statistics(_Sums):
             assert place.weights is not None
             squares = squares * place.weights
         add_up(self.sums, place.group, place.of_units(squares / tokens))
+        return rows.values
+
+
+class OverTokens(_Sums):
+    """Makes one number of what a unit is at all tokens of a sample: its value, or the length of its entries where it
+    has several.
+
+    Args:
+        how: the number is made.
+        samples, kept: as of the others.
+    """
+
+    def __init__(self, how: Aggregation, samples: int, kept: Mapping[bool, Tensor | None]) -> None:
+        super().__init__(samples, kept)
+        self.found: list[tuple[Place, Tensor]] = []
+        """The numbers, (samples, experts, units), of each run of a place; of whole experts they are one unit each."""
+        self._how = how
+
+    def __call__(self, place: Place, rows: Rows) -> Tensor:
+        values = wide(rows.values if rows.gates is None else rows.values * rows.gates)
+        if place.entries != 1:
+            values = values.unflatten(-1, (-1, place.entries or values.shape[-1])).norm(dim=-1)
+        cells, tokens = self.cells(place, rows)
+        tokens = tokens[:, None, None]
+        if self._how == "mean":
+            made = self.by_cell(cells, values.abs(), rows) / tokens
+        elif self._how == "l2":
+            made = (self.by_cell(cells, values.square(), rows) / tokens).sqrt()
+        else:
+            made = self.around_means(place, values, rows)[1] / tokens
+        self.found.append((place, made))
         return rows.values

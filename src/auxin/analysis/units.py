@@ -4,7 +4,8 @@ A unit's place is where a mask of it would sit. Heads and feed-forward units lie
 their part's output. An expert lies in its output, times the weight that the router gives it. A unit of the residual
 stream lies wherever something is added to the stream or takes its place: in what enters the first layer, in the output
 of every part (behind its norm, where it has one), and in the outputs of norms behind sums. What embeddings and heads
-have of the stream's width beside the layers (BERT's transform) is not among these.
+have of the stream's width beside the layers (BERT's transform) is not among these. Where the stream is wanted as layers
+see it, its units lie in the outputs of the layers' norms instead.
 """
 
 import contextlib
@@ -127,8 +128,12 @@ class Units:
             yield
 
 
-def units_of(model: PreTrainedModel) -> Units:
+def units_of(model: PreTrainedModel, stream: Literal["written", "normed"] = "written") -> Units:
     """The units of `model`, which has its weights.
+
+    Args:
+        model: the model.
+        stream: where the units of the residual lie: in what is written to it, or in the outputs of the layers' norms.
 
     Raises:
         PlanError: the architecture is not known, has several towers, or is built of modules into which nobody sees.
@@ -157,10 +162,11 @@ def units_of(model: PreTrainedModel) -> Units:
             found.counts[group] = place.experts if group[0] == "expert" else segment.count
             if group[0] == "query":
                 _group_heads(found, body, group[1])
-    if reason := _why_no_residual(model, body):
+    places, reason = _behind_norms(model, body) if stream == "normed" else _where_written(model, body)
+    if reason:
         found.missing[WORDS["residual"]] = reason
     else:
-        found.places += _stream_places(model, body)
+        found.places += places
         found.counts["residual", ""] = body.sizes.residual
     if not found.places:
         raise PlanError(f"No unit of the {body.family} model is known to lie anywhere: {reason}")
@@ -221,10 +227,31 @@ def _group_heads(found: Units, body: Anatomy, layer: str) -> None:
         found.counts["key_value", layer] = sizes.key_value_heads
 
 
-def _why_no_residual(model: PreTrainedModel, body: Anatomy) -> str:
-    """Why it is not known where the residual stream is written, in a sentence; empty where it is."""
+_BLOCKS = "The residual stream has several blocks (AltUp), of which each layer sees one."
+
+
+def _behind_norms(model: PreTrainedModel, body: Anatomy) -> tuple[list[Place], str]:
+    """The outputs of the norms of layers, and why they are not known, in a sentence; empty where they are."""
     if body.residual_blocks != "one":
-        return "The residual stream has several blocks (AltUp), of which each layer sees one."
+        return [], _BLOCKS
+    found = []
+    for name, _ in model.named_parameters():
+        stack, role = body.stack_of(name), body.role(name)
+        if stack is not None and role.kind == "gain" and role.along("residual"):
+            module = model.get_submodule(name.rpartition(".")[0])
+            found.append(Place(("residual", ""), 1, module, "output", _is_decoder(body, stack)))
+    return found, "" if found else "The norms of its layers have no gains, by which they would be known."
+
+
+def _where_written(model: PreTrainedModel, body: Anatomy) -> tuple[list[Place], str]:
+    """Where the residual stream is written, and why that is not known, in a sentence; empty where it is."""
+    reason = _why_no_residual(model, body)
+    return ([], reason) if reason else (list(_stream_places(model, body)), "")
+
+
+def _why_no_residual(model: PreTrainedModel, body: Anatomy) -> str:
+    if body.residual_blocks != "one":
+        return _BLOCKS
     for stack in body.stacks:
         if stack.layers_stay:
             return f"The layers of {stack.path} share their parameters and are run several times."

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from auxin.edits.inverse import inverse_plan
     from auxin.edits.kinds.architecture_edits import ChangeArchitecture, SetConfig
     from auxin.edits.kinds.edit import Edit
-    from auxin.edits.kinds.file_edits import ProjectParameter, ShiftParameter
+    from auxin.edits.kinds.file_edits import MultiplyParameter, ProjectParameter, SetParameter, ShiftParameter
     from auxin.edits.kinds.fills import ConstantFill, Fill, MeanFill, NormalFill, RepeatFill, ZeroFill
     from auxin.edits.kinds.layer_edits import ArrangeLayers, JoinAbove
     from auxin.edits.kinds.module_edits import (
@@ -44,7 +44,12 @@ else:
             "auxin.edits.inverse": ("inverse_plan",),
             "auxin.edits.kinds.architecture_edits": ("ChangeArchitecture", "SetConfig"),
             "auxin.edits.kinds.edit": ("Edit",),
-            "auxin.edits.kinds.file_edits": ("ProjectParameter", "ShiftParameter"),
+            "auxin.edits.kinds.file_edits": (
+                "MultiplyParameter",
+                "ProjectParameter",
+                "SetParameter",
+                "ShiftParameter",
+            ),
             "auxin.edits.kinds.fills": ("ConstantFill", "Fill", "MeanFill", "NormalFill", "RepeatFill", "ZeroFill"),
             "auxin.edits.kinds.layer_edits": ("ArrangeLayers", "JoinAbove"),
             "auxin.edits.kinds.module_edits": (
@@ -82,6 +87,7 @@ __all__ = [
     "MakeParameters",
     "MeanFill",
     "MergeModule",
+    "MultiplyParameter",
     "NormalFill",
     "PadParameter",
     "Plan",
@@ -94,6 +100,7 @@ __all__ = [
     "ReplaceModule",
     "ScaleParameter",
     "SetConfig",
+    "SetParameter",
     "ShiftParameter",
     "SliceParameter",
     "TieParameters",

@@ -12,8 +12,8 @@ something stays.
 
 Shares are rounded up to the next size that there is. A target takes from all chosen streams alike: the next unit goes
 from the stream of which, without it, the largest share is left; at the end the smallest units make up the difference,
-so that no unit more could stay. Where the scores of heads and feed-forward units are of one kind, a method may have it
-take so that the least of them is lost (`auxin.planning.shared_limit`).
+so that no unit more could stay. Where the scores of streams are of one kind, a method may have it take so that the
+least of them is lost (`auxin.planning.shared_limit`), or by one ranking of all of them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,6 +29,7 @@ from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.planning.compensation import Compensation
 from auxin.planning.cutting import narrowest_scopes
+from auxin.planning.folding import Folding
 from auxin.planning.pruning_settings import STREAMS, Part
 from auxin.planning.pruning_settings import Pruning as Pruning
 from auxin.planning.unit_order import Course, Line, Place, Scores, alike, line, ranked
@@ -48,6 +49,8 @@ class Prunable(Subject):
         seed: int = 0,
         split: Split = "alike",
         given_back: Compensation | None = None,
+        folded: Folding | None = None,
+        findings: Sequence[str] = (),
     ) -> Plan:
         """The plan that leaves the units with the highest scores.
 
@@ -55,9 +58,10 @@ class Prunable(Subject):
             method: its name.
             scores: by place, or by narrower places within.
             seed: of the plan.
-            split: how a target takes from heads and feed-forward units: from all streams "alike", or so that the sum of
-                the scores that stay is largest ("worth").
+            split: how a target takes from several streams.
             given_back: biases that what stays gets for what goes.
+            folded: factors that what stays gets.
+            findings: what was found beside the size.
 
         Raises:
             PlanError: scores that are missing or not finite, sizes that the architecture can't have, a target that
@@ -67,17 +71,21 @@ class Prunable(Subject):
         found = self._all_courses(scores, given)
         done = found.removal(method, split)
         shifts, files = given.shifts(found.kept)
+        folds, factors = folded.edits(found.kept) if folded else ([], [])
+        first = self.preparation
+        files = [*(first.files if first else ()), *factors, *files]
+        folder = first.folder if first else folded.folder if folded and factors else given.folder
         return Plan(
             method=method,
             settings=self.settings.model_dump(mode="json", exclude_defaults=True),
             promise="none",
             seed=seed,
-            edits=[*done.edits, *shifts],
+            edits=[*folds, *done.edits, *shifts],
             files=files,
             notes=[*found.notes, *self._notes_on_experts(done.edits), *given.notes],
-            findings=done.findings(self.settings.target),
+            findings=[*done.findings(self.settings.target), *findings],
             made_for=config_values(self.model.config),
-        ).beside(given.folder if files else None)
+        ).beside(folder if files else None)
 
     def outline(self, method: str, given_back: Compensation | None = None) -> Plan:
         """A plan that leaves any units: sizes do not depend on which go where all layers keep as many.
@@ -91,8 +99,9 @@ class Prunable(Subject):
         """
         return self.plan(method, self._no_scores(), given_back=given_back)
 
-    def refuse_impossible(self, method: str, given_back: Compensation | None = None) -> None:
+    def refuse_impossible(self, method: str, given_back: Compensation | None = None) -> list[Stream]:
         """What `plan` refuses whatever the scores are, for methods whose scores take long; it takes less than a plan.
+        Returns the streams of which something can go: what nobody named may have to stay.
 
         Args:
             method: its name.
@@ -102,7 +111,7 @@ class Prunable(Subject):
             PlanError: as `plan`.
         """
         given = given_back or Compensation(self.model)
-        self._all_courses(self._no_scores(), given).refuse_impossible(method)
+        return self._all_courses(self._no_scores(), given).refuse_impossible(method)
 
     def _no_scores(self) -> Scores:
         return {place: [0.0] * units for place, units in self.units.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate, pairwise
-from math import ceil, isfinite, sqrt
+from math import ceil, inf, isfinite, sqrt
 from operator import neg
 
 from auxin.errors import PlanError
@@ -79,6 +79,17 @@ class Course:
                 taken[number] += 1
             sums.append(total)
         return sums
+
+    def scores(self) -> list[float]:
+        """Of every move the mean score of what goes with it, rising."""
+        means, taken = [], Counter[int]()
+        for move in self.moves:
+            found = []
+            for number in move:
+                found.append(self.lines[number].scores[taken[number]])
+                taken[number] += 1
+            means.append(sum(found) / len(found) if found else -inf)
+        return list(accumulate(means, max))
 
     def keep(self, state: int) -> dict[Place, list[int]]:
         """The units that stay in a state."""

@@ -8,20 +8,38 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from math import floor
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
+from auxin.edits.plan_files import PlanFile
 from auxin.errors import PlanError
 from auxin.planning.cutting import cut
-from auxin.planning.pruning_settings import ALONE, Pruning
+from auxin.planning.pruning_settings import ALONE, Part, Pruning
 from auxin.planning.shared_limit import SharedLimit
 from auxin.planning.target import Gauge, Removal, first_that_meets, least_removal, removal
 from auxin.planning.unit_order import Course, Place
 from auxin.words.anatomy import Anatomy
-from auxin.words.widths import SETTINGS
+from auxin.words.widths import FEED_FORWARD, SETTINGS, Stream
 
-Split = Literal["alike", "worth"]
+Split = Literal["alike", "worth", "score"]
+"""How a target takes from several streams: from all "alike", of which the largest share is left first; so that the sum
+of the scores that stay is largest ("worth"); or by one ranking of the scores of all of them ("score")."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Edits of a model that leave its function as it is and make it one whose units are cut."""
+
+    edits: tuple[Any, ...]
+    """The edits."""
+    after: PreTrainedModel
+    """The model after them, of which units are cut; a skeleton serves."""
+    files: tuple[PlanFile, ...] = ()
+    """Those that they read."""
+    folder: Path = Path()
+    """Where these lie."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +52,8 @@ class Subject:
     units: dict[Place, int]
     """How many units can go on their own, by place: what is to be scored. Of "query" they are key-value groups, or the
     query heads of a single key-value head."""
+    preparation: Preparation | None = None
+    """What comes before units are cut; None: nothing."""
 
     @cached_property
     def gauge(self) -> Gauge:
@@ -66,24 +86,27 @@ class Courses:
             asked = self._asked()
             return self._settled(removal(self.found.model, self._edits(asked)), asked)
         self._leave_what_stays()
-        kinds = self._kinds()
+        kinds, everything = self._kinds(), range(len(self.courses))
         shared = split == "worth" and all(kinds)
-        chain = self._by_worth(kinds) if shared else self._chain(range(len(self.courses)))
+        chain = self._by_worth(kinds) if shared else self._chain(everything, by_score=split == "score")
         found, gauge = self._least(chain, method), self.found.gauge
         chain = chain[: found.amount]
         if shared:
             done = self._filled(gauge, found, chain[-1], sorted(kinds[1]) if len(kinds[1]) > 1 else ())
+        elif split == "score":
+            done = self._filled(gauge, found, chain[-1], self._many_first())
         else:
             done = self._exactly(gauge, chain, found)
         return replace(done, gauge=gauge)
 
-    def refuse_impossible(self, method: str) -> None:
-        """PlanError for what can't be removed, or not so much of it."""
+    def refuse_impossible(self, method: str) -> list[Stream]:
+        """PlanError for what can't be removed, or not so much of it; else the streams of which something can go."""
         if self.found.settings.target is None:
             self._edits(self._asked())
-            return
-        self._leave_what_stays()
-        self._least(self._chain(range(len(self.courses)))[-1:], method)
+        else:
+            self._leave_what_stays()
+            self._least(self._chain(range(len(self.courses)))[-1:], method)
+        return [course.stream for course in self.courses]
 
     def _leave_what_stays(self) -> None:
         self.courses = [course for course in self.courses if self._can_go(course)]
@@ -92,9 +115,28 @@ class Courses:
 
     def _least(self, chain: Sequence[Sequence[int]], method: str) -> Removal:
         try:
-            return least_removal(self.found.gauge, lambda amount: self._edits(chain[amount - 1]), len(chain), method)
+            return least_removal(
+                self.found.gauge, lambda amount: self._edits(chain[amount - 1]), len(chain), method, self._more()
+            )
         except PlanError as error:
             raise PlanError(" ".join([str(error), *self.notes])) from error
+
+    def _more(self) -> str:
+        """What a target takes from, and what it could take from, too; empty where that is all there is."""
+        body, chosen = self.found.body, list(self.found.settings.chosen)
+        possible: dict[Part, bool] = {
+            "heads": not body.heads_stay,
+            "ffn": any(body.sizes.units(stream) for stream in FEED_FORWARD),
+            "experts": bool(body.sizes.experts),
+            "hidden": not body.residual_stays,
+        }
+        more = [part for part, can_go in possible.items() if can_go and part not in chosen]
+        if not more:
+            return ""
+        return (
+            f"It takes from {' and '.join(chosen)}, and smaller are models that lose {' or '.join(more)}, too: streams "
+            f"= [{', '.join([*chosen, *more])}]."
+        )
 
     def _exactly(self, gauge: Gauge, chain: Sequence[list[int]], found: Removal) -> Removal:
         """The removal that leaves no room for one unit more. A step of the chain may be one of large units, which goes
@@ -106,7 +148,7 @@ class Courses:
             chain: ever smaller states; the last alone meets the target.
             found: what the last removes.
         """
-        places = sorted(range(len(self.courses)), key=lambda place: -len(self.courses[place].left))
+        places = self._many_first()
         before = chain[-2] if len(chain) > 1 else [0] * len(self.courses)
         options, last = [(found, chain[-1])], len(self.courses[places[0]].left) - 1
         stepped = [place for place, pair in enumerate(zip(before, chain[-1], strict=True)) if pair[0] != pair[1]]
@@ -154,6 +196,10 @@ class Courses:
     def _tried(self, states: Sequence[int], number: int) -> Removal:
         return removal(self.found.model, self._edits(states), number)
 
+    def _many_first(self) -> list[int]:
+        """The places of the courses, that of the most and so the smallest steps first."""
+        return sorted(range(len(self.courses)), key=lambda place: -len(self.courses[place].left))
+
     def _unlike(self, states: Sequence[int]) -> Fraction:
         """How far apart the shares are that the courses have left."""
         shares = [course.share(state) for course, state in zip(self.courses, states, strict=True)]
@@ -170,8 +216,10 @@ class Courses:
         return keep
 
     def _edits(self, states: Sequence[int]) -> list[Any]:
-        done = cut(self.found.model, self._keep(states), part=self.found.settings.part)
-        return [*done.edits, *self.after]
+        before = self.found.preparation
+        model = self.found.model if before is None else before.after
+        done = cut(model, self._keep(states), part=self.found.settings.part)
+        return [*(before.edits if before is not None else ()), *done.edits, *self.after]
 
     def _asked(self) -> list[int]:
         """The states for the shares and counts of the settings."""
@@ -225,14 +273,30 @@ class Courses:
 
     def _nearest_sizes(self, course: Course, size: int, sizes: Iterable[int]) -> str:
         """Why some number of units is none that can stay."""
+        if size > course.left[0]:
+            return (
+                f"{course.name} = {size}: the model has only {course.left[0]} {SETTINGS[course.stream]}. Give at most "
+                f"{course.left[0]}, or a share (0.5)."
+            )
         near = sorted(sorted(set(sizes) - {course.left[0]}, key=lambda other: abs(other - size))[:2])
         divided = course.name not in ALONE and size in course.left
         mend = self._mend_of_heads(course, size) if divided and course.name == "heads" else ""
         return (
             f"{course.name} = {size}: that many of {course.left[0]} {SETTINGS[course.stream]} can't stay"
-            f"{' beside the other widths' * divided}. The nearest possible: {' or '.join(map(str, near)) or 'none'}."
+            f"{' beside the other widths' * divided}{self._why_together(course, size)}. The nearest possible: "
+            f"{' or '.join(map(str, near)) or 'none'}."
             f"{mend}"
         )
+
+    def _why_together(self, course: Course, size: int) -> str:
+        """Why units of a course go several at a time, where that is what speaks against a size."""
+        if size in course.left:
+            return ""
+        sizes = self.found.body.sizes
+        if course.name == "heads" and (group := sizes.query_heads // sizes.key_value_heads) > 1:
+            return f", since heads go by groups of {group} that share keys and values"
+        multiple = self.found.settings.multiple_of
+        return f", since multiple_of is {multiple}" if course.name == "ffn" and multiple > 1 else ""
 
     def _mend_of_heads(self, course: Course, size: int) -> str:
         """What goes with a number of heads that does not divide the present hidden size."""
@@ -254,11 +318,12 @@ class Courses:
         shared = SharedLimit(found.model, found.body, found.units, found.settings.part)
         return shared.chain(found.gauge, kinds, [[[0] * len(self.courses), *self._chain(kind)] for kind in kinds])
 
-    def _chain(self, places: Iterable[int]) -> list[list[int]]:
+    def _chain(self, places: Iterable[int], by_score: bool = False) -> list[list[int]]:
         """Ever smaller states of some courses, by one step of one stream at a time where they go alone; the others stay
-        as they are."""
+        as they are. The next step is that of the lowest score, or of the stream of which the largest share is left."""
+        scores = [course.scores() for course in self.courses] if by_score else []
         steps = sorted(
-            (-self.courses[place].share(state), place, state)
+            (scores[place][state - 1] if by_score else -self.courses[place].share(state), place, state)
             for place in places
             for state in range(1, len(self.courses[place].left))
         )

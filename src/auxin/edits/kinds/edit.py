@@ -10,7 +10,7 @@ from pydantic import Field
 
 from auxin.edits.kinds.architecture_edits import ChangeArchitecture, SetConfig
 from auxin.edits.kinds.entry_edits import RouteParameter, ScaleEntries
-from auxin.edits.kinds.file_edits import ProjectParameter, ShiftParameter
+from auxin.edits.kinds.file_edits import MultiplyParameter, ProjectParameter, SetParameter, ShiftParameter
 from auxin.edits.kinds.layer_edits import ArrangeLayers, JoinAbove
 from auxin.edits.kinds.module_edits import (
     ConfigureModule,
@@ -39,6 +39,8 @@ Edit = Annotated[
     | ScaleParameter
     | CentreParameter
     | ProjectParameter
+    | MultiplyParameter
+    | SetParameter
     | ShiftParameter
     | ScaleEntries
     | RouteParameter

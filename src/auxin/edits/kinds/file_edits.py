@@ -89,6 +89,84 @@ class ProjectParameter(FileEdit):
         return f"project axis {self.axis} by {self.tensor} of {self.file}"
 
 
+class MultiplyParameter(FileEdit):
+    """Multiply parameters along one axis, entry by entry, by a vector f: p' = f (p + offset) - offset. It may be the
+    gain of a norm, which goes into what reads the norm, or factors of units, which what writes them takes up."""
+
+    kind: Literal["multiply_parameter"] = "multiply_parameter"
+    axis: int = Field(default=0, ge=0)
+    """The axis whose entries are multiplied."""
+    shape: tuple[int]
+    """Of the vector."""
+    offset: float = Field(default=0.0, allow_inf_nan=False)
+    """What a model adds to the stored value before it uses it: 1 for norm gains that are stored less one."""
+    divide: bool = False
+    """Whether entries are divided by the vector instead."""
+    made_up_for: bool = True
+    """Whether other edits make up for it, so that the function stays and gradients are divided by the factors. Where it
+    does not, gradients are of the size they had, and moments stay."""
+
+    def new_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The same shape; PlanError when the vector has another length than the axis."""
+        check_axis(self.axis, shape)
+        if self.shape != (shape[self.axis],):
+            raise PlanError(
+                f"the vector {self.tensor} in {self.file} has {self.shape[0]} entries, but axis {self.axis} of shape "
+                f"{list(shape)} has {shape[self.axis]}"
+            )
+        return shape
+
+    def map_parameter(self, old: Tensor, seed: int, name: str) -> Tensor:
+        """The new tensor."""
+        if old.is_meta:
+            return torch.empty_like(old)
+        factors = self._factors(old)
+        return ((old.to(factors.dtype) + self.offset) * factors - self.offset).to(old.dtype)
+
+    def map_moment(self, old: Tensor, order: int) -> Tensor:
+        """Divided by the factors where the function stays; where a factor is 0, moments start anew."""
+        if not self.made_up_for:
+            return old.clone()
+        factors = self._factors(old)
+        wanted = torch.where(factors == 0, 0, old.to(factors.dtype) / factors**order)
+        return wanted.to(old.dtype)
+
+    def _factors(self, old: Tensor) -> Tensor:
+        factors = self._wide(old).view([-1 if dim == self.axis else 1 for dim in range(old.dim())])
+        return 1 / factors if self.divide else factors
+
+    def __str__(self) -> str:
+        how = "divide" if self.divide else "multiply"
+        offset = f" (offset {self.offset:g})" if self.offset else ""
+        return f"{how} along axis {self.axis} by {self.tensor} of {self.file}{offset}"
+
+
+class SetParameter(FileEdit):
+    """Give parameters the values of a tensor of their shape."""
+
+    kind: Literal["set_parameter"] = "set_parameter"
+
+    def new_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The same shape; PlanError when the tensor has another one."""
+        if shape != self.shape:
+            raise PlanError(
+                f"the tensor {self.tensor} in {self.file} has shape {list(self.shape)}, and what becomes it has "
+                f"{list(shape)}"
+            )
+        return shape
+
+    def map_parameter(self, old: Tensor, seed: int, name: str) -> Tensor:
+        """The tensor."""
+        return torch.empty_like(old) if old.is_meta else self._read.to(device=old.device, dtype=old.dtype, copy=True)
+
+    def map_moment(self, old: Tensor, order: int) -> Tensor:
+        """Moments start anew: the gradients were those of other values."""
+        return torch.zeros_like(old)
+
+    def __str__(self) -> str:
+        return f"set to {self.tensor} of {self.file}"
+
+
 class ShiftParameter(FileEdit):
     """Add a tensor to parameters of its shape."""
 

@@ -10,6 +10,7 @@ from auxin.models.anatomy.towers import Towers
 from auxin.models.configs import config_value
 from auxin.models.edited_anatomy import with_bricks
 from auxin.models.scopes import in_scopes
+from auxin.nn.stand_ins import StandIn
 from auxin.words.anatomy import Anatomy, LayerStack
 from auxin.words.registry import Registry
 
@@ -67,7 +68,8 @@ def anatomy(
 
 def _as_built(stack: LayerStack, model: PreTrainedModel) -> LayerStack:
     """The stack with those outputs alone that one of its layers has: descriptions serve several architectures."""
-    names = [*(name for name, _ in model.named_modules()), *(name for name, _ in model.named_parameters())]
+    modules = (name for name, module in model.named_modules() if not isinstance(module, StandIn))
+    names = [*modules, *(name for name, _ in model.named_parameters())]
     within = (
         name.removeprefix(f"{stack.path}.").partition(".")[2] for name in names if name.startswith(f"{stack.path}.")
     )

@@ -1,0 +1,189 @@
+"""The loss of each sample without some sublayers and units: what a search over removals looks at again and again.
+
+A sublayer that is gone adds zeros, units that are gone give zeros (`auxin.models.sublayers`, `auxin.analysis.units`).
+What the layers below the first one that differs give is remembered from the run of the whole model, for as many batches
+as there is room for; each later run begins there.
+"""
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from auxin.analysis.layer_outputs import LayerOutputs
+from auxin.analysis.measurement import Batch, logits_of, without_loss
+from auxin.analysis.parts import stack_parts
+from auxin.analysis.sample_losses import sample_losses
+from auxin.analysis.unit_masks import Mask, Streams, maskable, masked
+from auxin.analysis.units import Group, units_of
+from auxin.errors import PlanError
+from auxin.models.evaluating import evaluation_mode
+from auxin.models.sublayers import Sublayer, add_nothing, refuse_shared, sublayers
+from auxin.nn.autocast import without_autocast
+
+ROOM = 2**30
+"""Bytes of what layers gave that are kept."""
+TWELFTHS, ROUND = 12, 8
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What can go on its own: a sublayer, or some units of one."""
+
+    sublayer: Sublayer
+    group: Group | None = None
+    """Of the units; None: the whole sublayer."""
+    units: tuple[int, ...] = ()
+    """Their numbers in the group."""
+
+    def __str__(self) -> str:
+        if self.group is None:
+            return self.sublayer.path
+        numbers = f"{self.units[0]}..{self.units[-1]}" if len(self.units) > 1 else str(self.units[0])
+        return f"{self.sublayer.path} {self.group[0]} {numbers}"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A sublayer, and the pieces of it that are looked at where it stays as a whole."""
+
+    whole: Piece
+    finer: tuple[Piece, ...]
+
+
+def branches(model: PreTrainedModel, streams: Sequence[Streams], group_size: int | None) -> list[Branch]:
+    """The sublayers of `model` and their units, stack by stack and layer by layer.
+
+    Heads go by key-value groups, or one by one where all read a single key-value head; feed-forward units by groups of
+    neighbours, of experts in all of them at once. Where a layer has two attentions or two feed-forward parts, units are
+    not told apart, and there are none.
+
+    Args:
+        model: the model, with weights.
+        streams: of which of them units are looked at.
+        group_size: feed-forward units of a group; None: a twelfth of them, rounded up to a multiple of 8, since kernels
+            want rows of whole 16 bytes. The last group of a layer may have fewer.
+
+    Raises:
+        PlanError: the architecture is not known, has several towers, or layers that share a module.
+    """
+    every = sublayers(model)
+    if not every:
+        raise PlanError(f"No sublayers of this {type(model).__name__} are known that could be removed alone.")
+    refuse_shared(model, [one.output for one in every])
+    units = units_of(model)
+    of_layer: dict[tuple[str, bool], list[Group]] = {}
+    for group in maskable(units, streams) if streams else []:
+        of_layer.setdefault((group[1], group[0] in ("query", "key_value")), []).append(group)
+    found = []
+    for one in every:
+        heads = one.kind != "feed-forward"
+        alone = sum(other.layer == one.layer and (other.kind != "feed-forward") == heads for other in every) == 1
+        finer: list[Piece] = []
+        for group in of_layer.get((one.layer, heads), []) if alone else []:
+            count = units.counts[group]
+            size = 1 if heads else group_size or ROUND * -(-count // (TWELFTHS * ROUND))
+            finer += [
+                Piece(one, group, tuple(range(first, min(first + size, count)))) for first in range(0, count, size)
+            ]
+        found.append(Branch(Piece(one), tuple(finer)))
+    return found
+
+
+class MaskedLosses:
+    """Runs a model without some of its pieces.
+
+    Args:
+        model: the model, with weights; it is left as it is.
+        batches: its inputs with labels, of any device.
+        asked_by: what looks at the losses, for messages.
+
+    Raises:
+        PlanError: the architecture is not known.
+    """
+
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], asked_by: str) -> None:
+        self._model, self._asked_by, self._units = model, asked_by, units_of(model)
+        device = next(model.parameters()).device
+        self._batches = [
+            {name: x.to(device, model.dtype if x.is_floating_point() else None) for name, x in batch.items()}
+            for batch in batches
+        ]
+        layers = {path: layer for parts in stack_parts(model) for path, layer in parts.layers.items()}
+        self._given = [LayerOutputs(layers) for _ in self._batches]
+        self.order: list[str] = []
+        """The paths of the layers as they run, once the whole model has."""
+        self.runs = 0
+        """How often the samples were looked at."""
+
+    def whole(self) -> Tensor:
+        """The losses of the model as it is, float64, (samples,), on the CPU; later runs begin with what it gave.
+
+        Raises:
+            DataError: there is no loss for each sample.
+            PlanError: the model has no logits, or runs a layer several times.
+        """
+        found, kept = [], 0
+        with self._running():
+            for batch, given in zip(self._batches, self._given, strict=True):
+                with given.noted():
+                    found.append(self._losses(batch))
+                self.order = self.order or list(given.outputs)
+                kept += sum(map(_bytes, given.outputs.values()))
+                if kept > ROOM:
+                    given.outputs = {}
+        return torch.cat(found)
+
+    def without(self, gone: Collection[Piece]) -> Tensor:
+        """The losses without some pieces, float64, (samples,), on the CPU. They are compared with those of the whole
+        model, which has to have been run."""
+        changed = {piece.sublayer.layer for piece in gone}
+        first = next((layer for layer in self.order if layer in changed), None)
+        found = []
+        with self._running(), self._masked(gone):
+            for batch, given in zip(self._batches, self._given, strict=True):
+                known = contextlib.nullcontext() if first is None else given.given_before(first)
+                with known:
+                    found.append(self._losses(batch))
+        return torch.cat(found)
+
+    def _losses(self, batch: Batch) -> Tensor:
+        logits = logits_of(self._model, self._model(**without_loss(self._model, batch)), "Give a model with a head.")
+        return sample_losses(self._model, batch, logits, self._asked_by).cpu()
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Within the context, the model runs as in evaluation; what it draws on the way nobody misses."""
+        self.runs += 1
+        device = next(self._model.parameters()).device
+        with (
+            evaluation_mode(self._model),
+            torch.no_grad(),
+            without_autocast(),
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        ):
+            yield
+
+    @contextlib.contextmanager
+    def _masked(self, gone: Collection[Piece]) -> Iterator[None]:
+        of_group: dict[Group, list[int]] = {}
+        with contextlib.ExitStack() as stack:
+            for piece in gone:
+                if piece.group is None:
+                    output = self._model.get_submodule(piece.sublayer.output)
+                    stack.callback(output.register_forward_hook(add_nothing).remove)
+                else:
+                    of_group.setdefault(piece.group, []).extend(piece.units)
+            for group, numbers in of_group.items():
+                stack.enter_context(masked(self._units, [Mask(group, tuple(sorted(numbers)))]))
+            yield
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
