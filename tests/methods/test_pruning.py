@@ -140,7 +140,7 @@ def test_one_ranking_over_all_layers_is_the_oracle_s(normalised):
 OUTLIERS = {
     # Mean 2, standard deviation sqrt(2 / 3).
     "layers.0": [1.0, 1.0, 2.0, 2.0, 3.0, 3.0],
-    # One far above the others. Mean 18.5, deviations -17.5 (five times) and 87.5, whose root mean square is 17.5 sqrt(5).
+    # One far above the others. Mean 18.5, deviations -17.5 (five times) and 87.5, standard deviation 17.5 sqrt(5).
     # Over the root of their mean square, 43.3, the five would be 0.02 and below all of layer 0, where it is 2.2.
     "layers.1": [1.0, 1.0, 106.0, 1.0, 1.0, 1.0],
 }
