@@ -20,7 +20,7 @@ from auxin.models.anatomy import anatomy
 from auxin.models.loading import skeleton
 from auxin.nn.masked import MaskedBlock
 from auxin.nn.stand_ins import Zeros
-from auxin.planning.depth import identity_layers
+from auxin.planning.depth import arrange, identity_layers
 from auxin.planning.hooks import hooks_of
 from auxin.training.optimizer import optimizer_tensors
 from covering import covers, families, whole
@@ -426,3 +426,19 @@ def test_a_copy_of_a_layer_whose_input_is_masked_is_no_identity_block(family):
         apply(upscaled(model, slices=[[0, 2], {"layers": [1, 2], "scale": 0.0}], **part), model, probe=inputs(model))
         assert change(before, model(**inputs(model)).logits) < 1e-12
     assert len(model.get_submodule(path)) == 3
+
+
+def test_a_dense_layer_among_experts_can_come_first_where_the_config_can_say_so():
+    config = {"num_hidden_layers": 6, "mlp_only_layers": [1, 4], "decoder_sparse_step": 1, "head_dim": 4}
+    model = tiny("qwen3_moe", **config)
+    expected = tiny("qwen3_moe", **{**config, "num_hidden_layers": 4, "mlp_only_layers": [0, 2]})
+    weights = {name: value for name, value in model.state_dict().items() if ".layers." not in name}
+    for new, old in enumerate([1, 2, 4, 5]):
+        layer = model.model.layers[old].state_dict()
+        weights |= {f"model.layers.{new}.{name}": value.clone() for name, value in layer.items()}
+    expected.load_state_dict(weights)
+    body = anatomy(model)
+    edits = arrange(model, body, body.stacks[0], [1, 2, 4, 5])
+    apply(Plan(method="by hand", promise="none", edits=edits), model)
+    assert model.config.mlp_only_layers == [0, 2]
+    assert torch.equal(logits(model), logits(expected))

@@ -12,7 +12,7 @@ backward pass gives those of all units:
 | taylor | mean over samples of abs(dL/dm) (Michel et al., arXiv 1905.10650, eq. 2) |
 | fisher | mean over samples of (dL/dm)^2, the empirical Fisher information of its mask (Kwon et al., 2204.09656) |
 | activation | root of the mean square of a over tokens: up to a factor the norm that Wanda takes (2306.11695) |
-| output | the same, each entry times the length of the column of the output matrix that reads it: Wanda's score |
+| output | the same, each entry times the length of the output's column that reads it: L2 norm of Wanda's scores |
 | fluctuation | variance of each entry over tokens, times the square of that length (FLAP, 2312.11983) |
 
 Squares are added up over a unit's entries (of a head, of all experts that have the unit), places and key-value group.

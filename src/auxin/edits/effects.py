@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from auxin.edits.kinds.module_edits import ConfigureModule
 from auxin.errors import PlanError
 from auxin.models.building import Builder, likeness
-from auxin.models.configs import config_holding
+from auxin.models.configs import config_holding, config_value
 from auxin.models.loading import REFUSALS
 from auxin.models.scoped_config import config_at
 from auxin.models.token_ids import is_token_id
@@ -51,7 +51,7 @@ def refuse_idle_values(
         build: builds it with other values in their places.
     """
     seen: dict[str, Any] | None = None
-    olds = {name: getattr(*config_holding(config, name)) for name in values}
+    olds = {name: config_value(config, name) for name in values}
     for name, value in values.items():
         holder, own_name = config_holding(config, name)
         old = olds[name]

@@ -72,7 +72,7 @@ def inverse_plan(plan: Plan, model: PreTrainedModel) -> Plan:
 def _old_value(config: PreTrainedConfig, key: str) -> Any:
     """The value that `key`, which may be dotted, has in `config`, as plans write it."""
     holder, name = config_holding(config, key)
-    return holder.to_dict()[holder.attribute_map.get(name, name)]
+    return holder.to_dict().get(holder.attribute_map.get(name, name))
 
 
 def _copies(plan: Plan, model: PreTrainedModel) -> dict[str, int]:

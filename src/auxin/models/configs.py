@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.errors import ConfigError, PlanError, shown
 from auxin.foreign import refuse_setting
+from auxin.models.head_dims import HEAD_DIM, reads_unlisted_head_dim
 from auxin.models.scoped_config import unscoped
 from auxin.words.paths import dotted
 
@@ -50,7 +51,8 @@ def config_parts(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
 
 
 def config_holding(config: PreTrainedConfig, key: str) -> tuple[PreTrainedConfig, str]:
-    """The config that holds the value called `key`, and the value's name in it.
+    """The config that holds the value called `key`, and the value's name in it. A config may not say a head dimension
+    that its models would read all the same.
 
     Raises:
         PlanError: there is no such config, or it has no such value.
@@ -64,19 +66,20 @@ def config_holding(config: PreTrainedConfig, key: str) -> tuple[PreTrainedConfig
                 f"{type(config).__name__} has no config {'.'.join(path[: number + 1])!r} within; it has {known}"
             )
         config = inner
-    if not hasattr(config, name):
+    if not hasattr(config, name) and not (name == HEAD_DIM and reads_unlisted_head_dim(config)):
         raise PlanError(f"{type(config).__name__} has no value {name!r}")
     return config, name
 
 
 def config_value(config: PreTrainedConfig, key: str) -> Any:
-    """The value called `key`; PlanError where there is none."""
+    """The value called `key`, None where it could be said and is not; PlanError where there is none."""
     holder, name = config_holding(config, key)
-    return getattr(holder, name)
+    return getattr(holder, name, None)
 
 
 def edited_config(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTrainedConfig:
-    """A new config of the same type with `values`, by dotted names, changed. Every config is made by its own class.
+    """A new config of the same type with `values`, by dotted names, changed. Every config is made by its own class. A
+    head dimension that the class does not list is no longer said where its value is None.
 
     Raises:
         PlanError: a value does not exist, its config refuses it, or it is none to set (`auxin.foreign`).
@@ -92,8 +95,11 @@ def edited_config(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTra
             inner.setdefault(part, {})[name] = value
     for part, changes in inner.items():
         own[part] = edited_config(getattr(config, part), changes).to_dict()
+    values = {**config.to_dict(), **own}
+    if values.get(HEAD_DIM, 0) is None and reads_unlisted_head_dim(config):
+        del values[HEAD_DIM]
     try:
-        return type(config).from_dict({**config.to_dict(), **own})
+        return type(config).from_dict(values)
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:  # no torch.float99
         raise PlanError(f"the config refuses it: {error.__cause__ or error}") from error
 

@@ -134,7 +134,7 @@ class _Scopes:
             config = config_at(self.model, path)
             if isinstance(config, ScopedConfig):
                 bound = getattr(config, fields.hidden_size) // getattr(config, fields.heads)
-                dim = getattr(config, fields.head_dim) if fields.head_dim else bound
+                dim = (getattr(config, fields.head_dim) if fields.head_dim else None) or bound
                 if dim != sizes.head_dim:
                     raise PlanError(
                         f"{layer} has heads of dimension {dim}, the model of {sizes.head_dim}. Known are layers with "

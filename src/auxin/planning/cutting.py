@@ -86,7 +86,7 @@ def narrowest_scopes(body: Anatomy, stream: Stream) -> list[str]:
         body: anatomy of the model whose layers are told apart.
         stream: of those that can be cut.
     """
-    if stream == "residual" or (stream == "query" and body.fields.head_dim is None):
+    if stream == "residual" or (stream == "query" and body.fields.heads_are_bound):
         return [""]
     scopes = body.scopes(stream)
     if stream == "query" and _heads_share_scores(body):
@@ -126,7 +126,7 @@ def _check(body: Anatomy, keep: Mapping[tuple[Stream, str], Sequence[int]]) -> N
 
 
 def _check_head_scope(body: Anatomy, scope: str) -> None:
-    if body.fields.head_dim is None:
+    if body.fields.heads_are_bound:
         raise PlanError(
             f"{scope}: in this architecture the head dimension is hidden size / heads, so that no layer can have fewer "
             "heads than the others. Cut heads and residual of the whole model together, or silence the heads."
@@ -201,7 +201,7 @@ def _check_tied(model: PreTrainedModel, body: Anatomy, widening: Widening) -> No
 
 
 def _check_heads(body: Anatomy, new: Sizes) -> None:
-    bound = body.fields.head_dim is None
+    bound = body.fields.heads_are_bound
     if bound and new.residual != new.query_heads * new.head_dim:
         heads, rest = divmod(new.residual, new.head_dim)
         wanted = f"{heads} heads" if not rest else f"a multiple of {new.head_dim} units of the residual"

@@ -286,7 +286,8 @@ def _check_first_layer(model: PreTrainedModel, stack: LayerStack, order: Sequenc
             f"{stack.path}: layer {order[0]} can't come first, since it lacks {missing[0]}, which layer 0 holds for "
             "all of them. Begin with layer 0."
         )
-    if surplus := sorted(names[order[0]] - names[0]):
+    # What some other layer lacks, too, is of a kind that the config gives to layers (dense ones among experts).
+    if surplus := sorted(names[order[0]].intersection(*names[1:]) - names[0]):
         raise PlanError(
             f"{stack.path}: layer {order[0]} can't come first, where this architecture has no {surplus[0]}. Begin with "
             "layer 0."

@@ -220,7 +220,7 @@ class LatencyTable:
             curve = self._curve(origin, stream)
             if curve is None:
                 # Where heads and residual go together, the residual's curve has both.
-                if stream == "query" and had["residual"] != has["residual"] and self._body.fields.head_dim is None:
+                if stream == "query" and had["residual"] != has["residual"] and self._body.fields.heads_are_bound:
                     continue
                 return None
             if stream == "residual":
@@ -280,8 +280,8 @@ class LatencyTable:
         if stream == "query":
             groups = body.sizes.at(layer).key_value_heads
             step = most // groups if groups > 1 else 1
-        elif stream == "residual" and (body.fields.head_dim is None or body.heads_divide_hidden_size):
-            step = body.sizes.head_dim if body.fields.head_dim is None else body.sizes.query_heads
+        elif stream == "residual" and (body.fields.heads_are_bound or body.heads_divide_hidden_size):
+            step = body.sizes.head_dim if body.fields.heads_are_bound else body.sizes.query_heads
         blocks = most // step
         return sorted({step * ceil(blocks * point / POINTS) for point in range(1, POINTS)} - {most})
 
@@ -291,7 +291,7 @@ class LatencyTable:
         key = ("" if stream == "residual" else layer, stream, units)
         if key not in self._narrowed:
             keep = dict.fromkeys(self._places(layer, stream), range(units))
-            if stream == "residual" and self._whole_body.fields.head_dim is None:
+            if stream == "residual" and self._whole_body.fields.heads_are_bound:
                 keep["query", ""] = range(units // self._whole_body.sizes.head_dim)
             try:
                 after = resolve(cut(self._before, keep).edits, self._before).after

@@ -91,7 +91,7 @@ class Prunable(Subject):
             notes=[
                 *found.notes,
                 *self._notes_on_emptied(found.kept),
-                *self._notes_on_experts(done.edits),
+                *self._notes_on_config(done.edits),
                 *given.notes,
             ],
             findings=[*done.findings(self.settings.target), *findings],
@@ -145,6 +145,17 @@ class Prunable(Subject):
                 f"The ranking leaves less than a tenth of some layers: {', '.join(few)}. Compare the loss with that of "
                 "uniform = true."
             )
+
+    def _notes_on_config(self, edits: Sequence[Any]) -> Iterator[str]:
+        """What is to be known of the values that the config, or that of some modules, gets."""
+        said = {name: value for edit in edits if isinstance(edit, SetConfig) for name, value in edit.values.items()}
+        if (name := self.body.fields.unsaid_head_dim) in said:
+            yield (
+                f"The config gets {name} = {said[name]}, which it did not say before: hidden size / heads is another "
+                f"number now. transformers' code for {self.body.family} reads it; another program, or an older "
+                "release, may still divide, and would fail on the shapes of the weights. Try yours on the result."
+            )
+        yield from self._notes_on_experts(edits)
 
     def _notes_on_experts(self, edits: Sequence[Any]) -> Iterator[str]:
         """What becomes of routing where few experts are left, or other numbers in some layers."""

@@ -1,6 +1,6 @@
 """How the widths of a plan are said: in the config, or for single modules where the config has one value for all."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from auxin.edits.kinds.module_edits import ConfigureModule
@@ -41,8 +41,14 @@ def size_edits(anatomy: Anatomy, new: Sizes) -> tuple[Sizes, list[ConfigureModul
     return _config_sizes(anatomy, new, said), modules
 
 
-def size_values(anatomy: Anatomy, new: Sizes) -> dict[str, Any]:
-    """The config's values for the widths `new`: those that change, and those that the config would derive from them."""
+def size_values(anatomy: Anatomy, new: Sizes, modules: Sequence[ConfigureModule] = ()) -> dict[str, Any]:
+    """The config's values for the widths `new`: those that change, and those that the config would derive from them.
+
+    Args:
+        anatomy: of the model before.
+        new: the widths that the config says afterwards.
+        modules: the edits of those that have others, from `size_edits`.
+    """
     old, fields = anatomy.sizes, anatomy.fields
     names = {name: (stream, home) for stream in SETTINGS for home, name in fields.names(stream).items()}
     widths = {name: (old.units(*place), new.units(*place)) for name, place in names.items()}
@@ -51,6 +57,9 @@ def size_values(anatomy: Anatomy, new: Sizes) -> dict[str, Any]:
     derived_from = {name for name, (stream, _) in names.items() if stream in ("residual", "query")}
     if fields.head_dim is not None and (values.keys() & derived_from or new.head_dim != old.head_dim):
         values[fields.head_dim] = new.head_dim
+    apart = any(fields.undotted.heads in edit.values for edit in modules)
+    if fields.unsaid_head_dim is not None and (apart or new.residual != new.query_heads * new.head_dim):
+        values[fields.unsaid_head_dim] = new.head_dim
     if new.head_dim != old.head_dim:
         values |= dict.fromkeys(fields.like_head_dim, new.head_dim)
     if fields.heads in values:

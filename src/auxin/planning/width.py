@@ -15,6 +15,7 @@ Sources: Net2Net (1511.05641), staged training (2203.06211), LEMON (2310.07999),
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from auxin.edits.kinds.edit import Edit
 from auxin.edits.kinds.entry_edits import RouteParameter, ScaleEntries
 from auxin.edits.kinds.fills import Fill, MeanFill, NormalFill, ZeroFill
 from auxin.edits.kinds.layer_edits import JoinAbove
+from auxin.edits.kinds.module_edits import ConfigureModule
 from auxin.edits.kinds.parameter_edits import CentreParameter, PadParameter, ScaleParameter, SliceParameter
 from auxin.edits.plan import Promise
 from auxin.errors import PlanError
@@ -126,12 +128,12 @@ class _Writer:
     def size_edits(self) -> list[Edit]:
         """The edits that say the widths: those of the config and those of modules."""
         said, modules = size_edits(self.anatomy, self.widening.sizes(self.anatomy.sizes))
-        values = self._config_values(said)
+        values = self._config_values(said, modules)
         return [*([SetConfig(values=values)] if values else []), *modules]
 
-    def _config_values(self, said: Sizes) -> dict[str, Any]:
+    def _config_values(self, said: Sizes, modules: Sequence[ConfigureModule]) -> dict[str, Any]:
         """The config's values after the widening, those that change."""
-        values, epsilon = size_values(self.anatomy, said), self.anatomy.fields.epsilon
+        values, epsilon = size_values(self.anatomy, said, modules), self.anatomy.fields.epsilon
         return values | ({epsilon: self.anatomy.epsilon * self.eta**2} if self.eta != 1 and epsilon else {})
 
     def edits(self, role: ParameterRole) -> list[Edit]:

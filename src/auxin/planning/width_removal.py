@@ -228,7 +228,8 @@ class Courses:
         }
         asked = [self._state(course, amounts[course.name]) for course in self.courses]
         if not any(asked):
-            raise PlanError(f"There is nothing to prune: {', '.join(map(self._whole, self.courses))}. Ask for less.")
+            mend = " Ask for less." if any(self._smaller(course) for course in self.courses) else ""
+            raise PlanError(f"There is nothing to prune: {', '.join(map(self._whole, self.courses))}.{mend}")
         wanted = [self._possible(place, asked, amounts[course.name]) for place, course in enumerate(self.courses)]
         heads = self._place("heads")
         states = self._together([state if place == heads else 0 for place, state in enumerate(wanted)], wanted)
@@ -264,12 +265,30 @@ class Courses:
         raise PlanError(self._nearest_sizes(course, course.left[asked[place]], sizes))
 
     def _whole(self, course: Course) -> str:
-        smaller = self._sizes(course) - {course.left[0]}
-        following = f" (the next possible: {max(smaller)})" if smaller else ", since no other number is possible"
+        smaller = self._smaller(course)
+        following = f" (the next possible: {max(smaller)})" if smaller else self._why_whole(course)
         routing = self.found.body.routing if course.name == "experts" else None
         if routing is not None and routing.groups > 1 and not smaller:
             following += f": {routing.groups} groups must keep at least {routing.scored_by} each"
         return f"all of {course.left[0]} {SETTINGS[course.stream]} would stay{following}"
+
+    def _smaller(self, course: Course) -> set[int]:
+        """The smaller sizes of a course that the architecture takes."""
+        return self._sizes(course) - {course.left[0]}
+
+    def _why_whole(self, course: Course) -> str:
+        """Why no smaller size is possible; where others would be if the heads went otherwise, which."""
+        why = ", since no other number is possible"
+        if course.name in ALONE or len(course.left) == 1:
+            return why
+        body, states = self.found.body, range(1, len(course.left))
+        if not body.fields.heads_are_bound:  # the config wants heads that divide the hidden size
+            return f"{why} beside the other widths ({body.sizes.query_heads} heads, hidden size {body.sizes.residual})"
+        heads, dim = {course.left[state] for state in states}, body.sizes.head_dim
+        if course.name == "hidden":
+            heads = {size // dim for size in heads if size % dim == 0}
+        found = " or ".join(f"heads = {n} with hidden = {n * dim}" for n in sorted(heads, reverse=True)[:3])
+        return f"{why} alone, where hidden size = heads x dimension" + (f". Ask for {found}" if found else "")
 
     def _nearest_sizes(self, course: Course, size: int, sizes: Iterable[int]) -> str:
         """Why some number of units is none that can stay."""
@@ -366,7 +385,7 @@ class Courses:
     def _fits(self, heads: int, hidden: int) -> bool:
         """Whether the config takes them, and says them where layers shall be alike."""
         body = self.found.body
-        if body.fields.head_dim is None:
+        if body.fields.heads_are_bound:
             return hidden == heads * body.sizes.head_dim
         if not body.heads_divide_hidden_size:
             return True
@@ -396,7 +415,7 @@ class Courses:
     def _sizes(self, course: Course) -> set[int]:
         """The sizes of a course that the architecture takes, with some of its partner."""
         body, place = self.found.body, self._place(course.name)
-        free = body.fields.head_dim is not None and not body.heads_divide_hidden_size
+        free = not body.fields.heads_are_bound and not body.heads_divide_hidden_size
         if free or course.name in ALONE or place is None or self.courses[place] is not course:
             return set(course.left)
         return {course.left[pair[place]] for pair in self._pairs(self._states("heads"), self._states("hidden"))}

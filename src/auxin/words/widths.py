@@ -133,7 +133,7 @@ class ConfigFields:
     key_value_heads: str | None
     ffn: str | None
     head_dim: str | None
-    """None: the head dimension is hidden size / heads."""
+    """None: the head dimension is hidden size / heads, unless it can be said (`unsaid_head_dim`)."""
     epsilon: str | None
     expert_ffn: str | None = None
     shared_expert_ffn: str | None = None
@@ -146,6 +146,9 @@ class ConfigFields:
     """Further values that are the number of heads (DeepSeek's num_key_value_heads)."""
     like_head_dim: tuple[str, ...] = ()
     """Values that are hidden size / heads and can be nothing else (Helium's head_dim)."""
+    unsaid_head_dim: str | None = None
+    """The name under which the config can say the head dimension, where it doesn't yet and hidden size / heads holds.
+    Growth leaves it so; what prunes heads or the residual alone says it."""
     residual_groups: str | None = None
     """The number of groups in which a convolution mixes units of the residual (wav2vec 2.0)."""
     by_stack: Mapping[str, Mapping[Stream, str]] = field(default_factory=dict)
@@ -157,6 +160,11 @@ class ConfigFields:
         own = {path: names[stream] for path, names in self.by_stack.items() if stream in names}
         name = self.of(stream)
         return own or ({"": name} if name else {})
+
+    @property
+    def heads_are_bound(self) -> bool:
+        """Whether the hidden size can be nothing but heads x head dimension."""
+        return self.head_dim is None and self.unsaid_head_dim is None
 
     @property
     def undotted(self) -> "ConfigFields":

@@ -284,7 +284,7 @@ class _Growth:
     def parameter_edits(self) -> list[Edit]:
         """The config's values, those of modules with widths of their own, and every parameter's new entries."""
         said, modules = size_edits(self.body, self.new)
-        values = size_values(self.body, said)
+        values = size_values(self.body, said, modules)
         edits: list[Edit] = [*([SetConfig(values=values)] if values else []), *modules]
         for role in self.body.roles:
             for axis, segments in enumerate(role.axes):

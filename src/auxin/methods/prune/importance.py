@@ -7,7 +7,8 @@ units and, where gradients are looked at, units of the residual:
   LLM-Pruner (arXiv 2305.11627) it is the sum of weight times gradient over the columns that read the unit.
 * **fisher**: the mean over samples of its square.
 * **wanda-structured**: the root mean square of each entry of a unit's activation, times the length of the column that
-  reads it; Wanda's score of single weights (arXiv 2306.11695) for whole columns.
+  reads it: the L2 norm of Wanda's scores of the column's single weights (arXiv 2306.11695). The structured variant in
+  FLAP's repository takes their mean (L1), layer after layer on inputs that are pruned already.
 * **fluctuation**: the variance of each entry times the squared length of that column, FLAP's score. The mean of what
   goes is given back by the bias of the output matrix, as in FLAP; see `auxin.planning.compensation`. Where layers may
   differ (`uniform: false`) a target is met as there: the scores of entries are standardised within each layer's heads

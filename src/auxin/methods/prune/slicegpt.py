@@ -150,7 +150,7 @@ def _prunable(rotation: Rotatable, settings: SliceGPT) -> Prunable:
     Raises:
         PlanError: the residual can't be narrower by itself.
     """
-    if rotation.body.fields.head_dim is None:
+    if rotation.body.fields.heads_are_bound:
         raise PlanError(
             f"In the {rotation.body.family} architecture the hidden size is heads x head dimension, so that the stream "
             "can't be narrower by itself, and heads are not rotated. Take magnitude or minitron with heads and hidden."

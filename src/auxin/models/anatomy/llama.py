@@ -21,6 +21,7 @@ from auxin.models.anatomy.parts import (
     rotary_of,
     sizes_of,
 )
+from auxin.models.head_dims import HEAD_DIM, reads_unlisted_head_dim
 from auxin.words.anatomy import Anatomy, LayerStack, Routing
 from auxin.words.roles import Access, Axes, Kind, ParameterRole, Segment, embedding, linear, norm, per_head
 from auxin.words.widths import ConfigFields, Sizes, Stream
@@ -227,6 +228,7 @@ def assembled(
             own.experts_per_token_field if sizes.experts else None,
             like_heads=() if own.heads_are == "grouped" else ("num_key_value_heads",),
             like_head_dim=("head_dim",) if own.heads_are_hidden_size else (),
+            unsaid_head_dim=None if own.heads_are_hidden_size else _unsaid_head_dim(config, head_dim_field),
         ),
         stacks=(stack,),
         roles=tuple(roles),
@@ -248,6 +250,12 @@ def assembled(
         heads_clipped=f"clip_qkv = {config.clip_qkv:g}" if getattr(config, "clip_qkv", None) else "",
         qk_norm="head" if qk_norm == "each_head" else qk_norm,
     )
+
+
+def _unsaid_head_dim(config: Any, field: str | None) -> str | None:
+    if field is None:
+        return HEAD_DIM if reads_unlisted_head_dim(config) else None
+    return field if getattr(config, field) is None else None
 
 
 OUTPUTS = (
