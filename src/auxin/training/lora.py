@@ -81,11 +81,11 @@ def _largest_rank(model: PreTrainedModel) -> int:
     """Of the matrices beside which `model` has a LoRA: a product of one can't have a higher rank than that."""
     from peft.tuners.lora import LoraLayer
 
-    sides = []
+    sides: list[int] = []
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            for one, other in zip(module.lora_A.values(), module.lora_B.values(), strict=True):
-                sides.append(min(one.weight.shape[-1], other.weight.shape[0]))
+            pairs: Any = zip(module.lora_A.values(), module.lora_B.values(), strict=True)
+            sides += [min(one.weight.shape[-1], other.weight.shape[0]) for one, other in pairs]
     return max(sides, default=1)
 
 
