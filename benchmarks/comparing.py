@@ -140,8 +140,9 @@ def added(found: Comparison, recorded: Comparison, arguments: argparse.Namespace
         branches[name] = branch.model_copy(update={"difference": difference})
     seeds = sorted({seed for branch in branches.values() for seed in branch.seeds})
     # Another machine gives other bits, and the same numbers within the noise of the seeds; both are named.
-    machines = [found.machine, recorded.machine]
-    machine = {key: "; ".join(dict.fromkeys(one[key] for one in machines if key in one)) for key in found.machine}
+    machine = {}
+    for key, value in found.machine.items():
+        machine[key] = "; ".join(dict.fromkeys([value, *recorded.machine.get(key, value).split("; ")]))
     changes = {"branches": list(branches.values()), "seeds": seeds, "command": command_of(arguments, seeds)}
     return found.model_copy(update={**changes, "machine": machine})
 

@@ -215,13 +215,14 @@ def test_two_plans_are_compared(trained, tmp_path):
 
 
 def test_a_method_learns_from_given_text_and_the_books_say_from_how_much(trained, texts, tmp_path):
-    data = ["--data", "corpus.source=files", "--data", f"corpus.paths=['{texts}']", "--data", "length=8"]
+    data = ["--data", f"corpus.paths={texts}", "--data", "length=8"]
     data += ["--data", "corpus.validation_fraction=0.2", "--data", "batch_size=3"]
     plan = tmp_path / "plans" / "plan.yaml"
     plan.parent.mkdir()
     settings = ["--set", "layers=3", "--set", "hidden_size=48", "--set", "steps=2"]
     printed = call("plan", trained.checkpoint, "ligo", *settings, *data, "-o", plan).out
     assert "Planning took 6 samples, 48 tokens" in printed
+    assert f"; the samples were of {texts}\n" in printed
     assert len(list(plan.parent.glob("ligo-*.safetensors"))) == 1, "the operator lies beside the plan"
     call("apply", trained.checkpoint, plan, "-o", tmp_path / "larger")
     record = Ledger.load(tmp_path / "larger").stages[-1]
@@ -766,3 +767,10 @@ def test_all_seeds_are_priced_without_training():
     told = json.loads(call("run", "demo", "--seeds", "3", "4", "--branches", "small", "--dry-run", "--json").out)
     assert list(told["seeds"]) == ["3", "4"]
     assert {stage["branch"] for stage in told["seeds"]["3"]["stages"]} == {"grown", "small"}
+
+
+def test_a_value_without_its_option_is_told_how_it_is_written(monkeypatch, capfd, tmp_path):
+    for command in (["plan", tmp_path, "taylor"], ["analyse", tmp_path, "similarity"], ["run", "demo"]):
+        told = main(monkeypatch, capfd, *command, "ffn=0.5").err
+        assert "ffn=0.5: a value is given with an option. Write --set ffn=0.5." in told
+    assert "unexpected extra argument (more)" in main(monkeypatch, capfd, "plan", tmp_path, "taylor", "more").err

@@ -241,6 +241,9 @@ def test_statistics_are_those_of_what_enters_the_output_matrix(family, module, g
     square, variance = oracle.moments(entering)
     weight = model.get_submodule(module).weight.detach()
     length = weight.square().sum(1 if family == "gpt2" else 0)
+    if group[0] == "query":
+        of_heads = found(model, data, "fluctuation").of_heads[group[1]]
+        np.testing.assert_allclose(of_heads, variance * length, rtol=1e-9)
     for score, values in (("activation", square), ("output", square * length), ("fluctuation", variance * length)):
         values = values.view(-1, entries).sum(1)
         got = found(model, data, score).of(*group).scores

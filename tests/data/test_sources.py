@@ -23,6 +23,7 @@ from auxin.data.collecting import collect
 from auxin.data.sources import read_documents, source_files
 from auxin.data.tokenizer import load_tokenizer, train_tokenizer
 from auxin.errors import DataError
+from tiny_tokenizers import tiny_tokenizer
 
 
 def read(*paths: Path, **changes: Any) -> tuple[list[str], dict[str, str]]:
@@ -189,9 +190,18 @@ def test_tokenizers_that_can_not_be_used(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "hollow.json")
     content = train_tokenizer(["some text"], 260, 16).backend_tokenizer.to_str()
     (tmp_path / "plain.json").write_text(content.replace("<|endoftext|>", "<other>"))
-    with pytest.raises(DataError, match="no end-of-text token"):
+    with pytest.raises(DataError, match=r"no end-of-text token.* Set its eos_token to a token that .* as <other>\.$"):
         load_tokenizer(tmp_path / "plain.json")
     assert json.loads(content)["model"]["type"] == "BPE"
+
+
+def test_a_tokenizer_without_an_end_of_text_ends_documents_with_its_separator(tmp_path: Path) -> None:
+    own = tiny_tokenizer("wordpiece")
+    own.save_pretrained(tmp_path)
+    found = load_tokenizer(tmp_path)
+    assert own.eos_token_id is None
+    assert found.eos_token_id == own.sep_token_id is not None
+    assert len(found) == len(own), "no token is new: its id would lie beyond a model's table"
 
 
 def test_rows_are_told_by_the_ending_in_letters_of_any_case(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -122,7 +124,8 @@ def test_one_ranking_over_all_layers_is_the_oracle_s(normalised):
             if ".layers.1.mlp" in name:
                 parameter.mul_(3)  # so that not to normalise would take all from the other layer
     norms = torch.stack([feed_forward_norms(model.state_dict(), layer) for layer in (0, 1)])
-    ranked = norms / norms.pow(2).mean(1, keepdim=True).sqrt() if normalised else norms
+    centred = norms - norms.mean(1, keepdim=True)
+    ranked = centred / centred.pow(2).mean(1, keepdim=True).sqrt() if normalised else norms
     last = ranked.flatten().argsort()[:10]
     gone = [[int(at) % 12 for at in last if int(at) // 12 == layer] for layer in (0, 1)]
     plan = auxin.plan(model, "magnitude", ffn=14 / 24, uniform=False, normalised=normalised)
@@ -132,6 +135,86 @@ def test_one_ranking_over_all_layers_is_the_oracle_s(normalised):
     assert (len(gone[1]) == 0) == (not normalised)
     apply(plan, model)
     assert anatomy(model).sizes.units("ffn", "model.layers.0") == 12 - len(gone[0])
+
+
+OUTLIERS = {
+    # Mean 2, standard deviation sqrt(2 / 3).
+    "layers.0": [1.0, 1.0, 2.0, 2.0, 3.0, 3.0],
+    # One far above the others. Mean 18.5, deviations -17.5 (five times) and 87.5, standard deviation 17.5 sqrt(5).
+    # Over the root of their mean square, 43.3, the five would be 0.02 and below all of layer 0, where it is 2.2.
+    "layers.1": [1.0, 1.0, 106.0, 1.0, 1.0, 1.0],
+}
+
+
+def test_a_layer_with_one_unit_far_above_the_others_is_not_emptied():
+    scores = {("ffn", scope): found for scope, found in OUTLIERS.items()}
+    lines = [line(place, scores, 6, 6) for place in scores]
+    root = math.sqrt(2 / 3)
+    # Of equal ones the last goes first; the best of a layer is in no block.
+    np.testing.assert_allclose(lines[0].standings, [-1 / root, -1 / root, 0, 0, 1 / root], atol=1e-12)
+    np.testing.assert_allclose(lines[1].standings, [-1 / math.sqrt(5)] * 5)
+    made = ranked("ffn", "ffn", lines, standardised=True)
+    kept = [{scope: len(units) for (_, scope), units in made.keep(state).items()} for state in range(11)]
+    fewest = [(found["layers.0"], found["layers.1"]) for found in kept]
+    assert fewest == [(6, 6), (5, 6), (4, 6), (4, 5), (4, 4), (4, 3), (4, 2), (4, 1), (3, 1), (2, 1), (1, 1)]
+
+
+def test_scores_by_entry_are_standardised_over_entries_and_a_group_has_the_mean_of_its_own():
+    # Two groups of two heads of two entries: mean 2, standard deviation 1.
+    scores = {("query", "layers.0"): [3.0, 3, 3, 1, 1, 1, 1, 3]}
+    made = line(("query", "layers.0"), scores, 2, 4)
+    assert made.blocks == ((2, 3),)
+    assert made.scores == (6.0,)
+    assert made.standings == (-0.5,)
+    # What is added up from narrower scopes is standardised after that.
+    inner = {("query", "layers.0.a"): [1.0] * 8, ("query", "layers.0.b"): [2.0, 2, 2, 0, 0, 0, 0, 2]}
+    assert line(("query", "layers.0"), inner, 2, 4) == made
+    # As finely as all of them say it: over heads, 6, 4, 2 and 4.
+    coarse = inner | {("query", "layers.0.a"): [2.0] * 4}
+    assert line(("query", "layers.0"), coarse, 2, 4).standings == (pytest.approx(-1 / math.sqrt(2)),)
+    with pytest.raises(
+        PlanError, match=r"There are 6 scores for the units of query of layers\.0, of which there are 2"
+    ):
+        line(("query", "layers.0"), {("query", "layers.0"): [1.0] * 6}, 2, 4)
+
+
+def test_equal_scores_stand_at_the_mean_and_moves_have_standings():
+    even = line(("ffn", "layers.0"), {("ffn", "layers.0"): [0.1] * 3}, 3, 3)
+    assert even.standings == (0.0, 0.0)
+    other = line(("ffn", "layers.1"), {("ffn", "layers.1"): [1.0, 3.0]}, 2, 2)
+    made = ranked("ffn", "ffn", [even, other], standardised=True)
+    assert made.scores() == [-1.0, 0.0, 0.0]
+    assert ranked("ffn", "ffn", [even, other], standardised=False).scores() == [0.1, 0.1, 1.0]
+
+
+@given(
+    scores=st.lists(st.lists(st.integers(0, 50), min_size=6, max_size=6), min_size=2, max_size=4),
+    factors=st.lists(st.tuples(st.sampled_from([0.25, 1.0, 8.0]), st.integers(-4, 4)), min_size=4, max_size=4),
+)
+def test_the_standardised_ranking_does_not_know_a_layer_s_unit_nor_its_zero(scores, factors):
+    def made(of_layers):
+        given = {("ffn", f"layers.{number}"): found for number, found in enumerate(of_layers)}
+        return [line(place, given, 6, 6) for place in given]
+
+    # Numbers of few binary digits, so that the same units are tied.
+    moved = [[float(s) * factor + add for s in found] for found, (factor, add) in zip(scores, factors, strict=False)]
+    for one, other in zip(made(scores), made(moved), strict=True):
+        assert one.blocks == other.blocks
+        np.testing.assert_allclose(one.standings, other.standings, atol=1e-9)
+
+
+def test_a_layer_of_which_less_than_a_tenth_is_left_is_named():
+    model = tiny("llama", intermediate_size=32)
+    low = {"model.layers.0": [float(unit) for unit in range(32)], "model.layers.1": [100.0 + u for u in range(32)]}
+    asked = {"ffn": 35 / 64, "uniform": False, "normalised": False}
+    plan = scored(model, lambda place, units: low[place[1]], **asked)
+    assert plan.notes == [
+        "The ranking leaves less than a tenth of some layers: model.layers.0 3 of 32 (intermediate_size). Compare the "
+        "loss with that of uniform = true."
+    ]
+    # A tenth and more: 4 of 32; as many in every layer, as was asked for; alike by standardised scores.
+    for more in ({"ffn": 36 / 64}, {"ffn": 1 / 32, "uniform": True}, {"normalised": True}):
+        assert not scored(model, lambda place, units: low[place[1]], **{**asked, **more}).notes
 
 
 def test_scores_of_query_heads_are_added_up_over_a_group_and_those_of_layers_over_a_stack():
@@ -366,15 +449,19 @@ def test_the_command_line_prunes_a_checkpoint(tmp_path):
         ("llama", {"ffn": 0.5, "streams": ["ffn"]}, "there is no target"),
         ("llama", {"target": {"parameters": 0.9}, "streams": ["vocabulary"]}, "streams"),
         ("llama", {"target": {"parameters": 0.9}, "streams": ["ffn", "ffn"]}, "more than once"),
+        ("llama", {"target": 0.5}, "target: a size of what. Give target.parameters, or .*latency_ms .received 0.5"),
         ("llama", {"target": {}}, "exactly one of parameters, flops, latency"),
         ("llama", {"ffn": 6, "uniform": False}, "Give a share, or uniform = true"),
         ("llama", {"ffn": 1.0}, "nothing to prune: all of 12 intermediate_size would stay .the next possible: 11"),
         ("llama", {"ffn": 0.99}, "nothing to prune"),
         ("llama", {"ffn": 12}, "nothing to prune"),
         ("llama", {"ffn": 0.5, "multiple_of": 12}, "no other number is possible"),
-        ("llama", {"ffn": 13}, "ffn = 13: .* nearest possible: 10 or 11"),
-        ("llama", {"ffn": 5, "multiple_of": 2}, "nearest possible: 4 or 6"),
-        ("llama", {"heads": 3}, "heads = 3: .* nearest possible: 2"),
+        ("llama", {"ffn": 13}, "ffn = 13: the model has only 12 intermediate_size. Give at most 12"),
+        ("llama", {"ffn": 5, "multiple_of": 2}, "since multiple_of is 2. The nearest possible: 4 or 6"),
+        ("llama", {"heads": 3}, "heads = 3: .* groups of 2 that share keys and values.* nearest possible: 2"),
+        ("llama", {"heads": 5}, "heads = 5: the model has only 4 num_attention_heads. Give at most 4"),
+        ("llama", {"target": {"parameters": 0.01}}, r"It takes from heads and ffn, .* = \[heads, ffn, hidden\]"),
+        ("gpt2", {"target": {"parameters": 0.01}, "streams": ["ffn"]}, r"takes from ffn, .* lose heads or hidden, too"),
         ("llama", {"hidden": 10}, "10 units of the residual are no multiple of the 4 heads.* Keep 8 or 12"),
         ("llama", {"hidden": 10, "heads": 4}, "hidden = 10 does not go with these heads.* nearest possible: 12"),
         ("llama", {"target": {"parameters": 0.01}}, "smallest that random can reach here is 1,652"),

@@ -5,14 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import BertForSequenceClassification
 
 from auxin.data import CorpusSettings, PackedData, prepare
 from auxin.data.tokenizer import train_tokenizer
 from auxin.errors import ConfigError, DataError
 from auxin.objectives.calibration import Calibration, CalibrationSettings, CorpusCalibration
 from auxin.objectives.causal import Causal
+from auxin.objectives.masked_language import MaskedLanguage
+from auxin.objectives.objective import IGNORED
 from auxin.objectives.span_corruption import SpanCorruption
 from tiny_models import inputs, labels, tiny
+from tiny_tokenizers import tiny_tokenizer
 
 SPANS = SpanCorruption(noise_density=0.3, mean_span_length=2.0)
 TEXT = "document {} says that the early bird of number {} catches the worm. "
@@ -194,8 +198,24 @@ def test_a_corpus_without_tokens_or_labels_is_refused(corpus, saved, tmp_path):
     text = CorpusCalibration(corpus=CorpusSettings(source="files", paths=(corpus,)))
     with pytest.raises(DataError, match=r"no data to look at: .*no tokenizer.json.*Save the model with its tokenizer"):
         Calibration.of_corpus(tiny("llama"), tmp_path, text)
-    with pytest.raises(DataError, match=r"no labels for a BertForMaskedLM.*Calibration.of_batches"):
-        Calibration.of_corpus(tiny("bert"), saved, text)
+    classifier = BertForSequenceClassification(tiny("bert").config)
+    with pytest.raises(DataError, match=r"no labels for a BertForSequenceClassification.* batches with labels in Py"):
+        Calibration.of_corpus(classifier, saved, text)
+
+
+def test_a_masked_language_model_names_what_is_hidden_of_the_text(corpus, tmp_path):
+    tokenizer = tiny_tokenizer("wordpiece")
+    tokenizer.save_pretrained(tmp_path)
+    model = tiny("bert", vocab_size=len(tokenizer))
+    wanted = CorpusCalibration(samples=3, length=16, corpus=CorpusSettings(paths=(corpus,)))
+    calibration = Calibration.of_corpus(model, tmp_path, wanted)
+    assert calibration.objective == MaskedLanguage()
+    for batch in calibration.batches():
+        hidden = batch["labels"] != IGNORED
+        assert hidden.sum(1).tolist() == [2] * 3, "15 % of 16"
+        assert (batch["input_ids"][hidden] == tokenizer.mask_token_id).any()
+        # Documents end with the separator, whose id the model has.
+        assert int(batch["input_ids"].max()) < len(tokenizer)
 
 
 def test_batches_of_ones_own_are_kept_as_they_are():
@@ -232,3 +252,17 @@ def test_labels_of_a_causal_model_are_its_inputs_and_others_have_to_be_given():
             Calibration.of_batches(tiny(family), [inputs(tiny(family))])
     with pytest.raises(DataError, match="has no batch"):
         Calibration.of_batches(model, [])
+
+
+def test_a_corpus_is_a_path_alone_too():
+    def corpus(value):
+        return CorpusCalibration.parse({"corpus": value}).corpus
+
+    assert corpus("texts") == corpus({"paths": "texts"}) == corpus({"source": "files", "paths": ["texts"]})
+    assert corpus("texts").text == "texts"
+    with pytest.raises(
+        ConfigError, match=r"^corpus: `paths` belongs to source 'files', .* Set source: files, or leave"
+    ):
+        corpus({"source": "stdlib", "paths": "texts"})
+    with pytest.raises(ConfigError, match=r"^corpus: must be a mapping"):
+        corpus(3)

@@ -221,6 +221,15 @@ def test_what_is_no_width_is_timed_by_itself_and_is_no_slower():
     assert len(clock.timed) == 2  # the layer was timed again
 
 
+@pytest.mark.parametrize(("share", "alone"), [(0.84, False), (0.86, True)])
+def test_a_latency_that_the_prediction_alone_meets_is_told_so(clock, monkeypatch, share, alone):
+    model = tiny("llama", dtype=torch.float32)
+    monkeypatch.setattr(LatencyTable, "measured", lambda table, after: (10.0, 10.0 * share))
+    for target in (Target(latency=0.85, sequence_length=4), Target(latency_ms=8.5, sequence_length=4)):
+        told = Gauge(target, model).latency(removal(model, cut(model, {("ffn", ""): range(6)}).edits))
+        assert told.endswith("so that the prediction alone meets it") == alone
+
+
 # Targets ----------------------------------------------------------------------------------------------------
 
 

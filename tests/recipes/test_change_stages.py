@@ -290,6 +290,14 @@ def test_a_change_that_makes_the_model_smaller_is_priced_measured_and_called_a_c
     assert "growth" not in printed
 
 
+def test_what_is_pruned_by_data_is_priced_as_what_is_looked_at(corpus):
+    cut = {"kind": "change", "method": "taylor", "settings": {"ffn": 0.25}, "calibration": {"samples": 6}}
+    build, base, change, after = price_recipe(recipe(corpus, cut, AFTER), memory=False).stages
+    assert change.parameters == after.parameters < build.parameters
+    assert change.flops / 6 == pytest.approx(base.flops / (base.units / 16)), "a sample of the model before"
+    assert change.flops / 6 > after.flops / (after.units / 16)
+
+
 def test_a_pruned_model_has_the_size_that_its_price_told(corpus, tmp_path):
     """The price has no weights; which units go changes nothing about how many."""
     made = recipe(corpus, grow("magnitude", target={"parameters": 0.8}), AFTER)

@@ -165,6 +165,7 @@ def test_a_model_without_an_attention_has_it_too(corpus, tmp_path):
         ({"modules": ["q_porj"]}, LLAMA, r"cut/mend: lora: llama can't have it: .*q_porj"),
         ({}, TOKENFORMER, r"cut/mend: lora: tokenformer can't have it: .*key_tokens and value_tokens"),
         ({"rank": 0}, LLAMA, r"rank.*0"),
+        ({"rank": 49}, LLAMA, r"cut/mend: lora.rank: 49 is more than any .* is (\d+)\. Give less"),
     ],
 )
 def test_what_can_not_be_is_refused_before_the_run(corpus, lora, build, said):

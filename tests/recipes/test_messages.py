@@ -63,7 +63,7 @@ BUILD = "branches.0.stages.0.config"
         ("learning_rat=3", "learning_rat: unknown field. Did you mean 'training.learning_rate'?"),
         ("vocab_size=300", "vocab_size: unknown field. Did you mean 'data.vocab_size'?"),
         (f"{STAGE}.steps=3", f"one/base: {STAGE}.steps: unknown field. Did you mean 'settings.steps'?"),
-        (f"{STAGE}.colour=3", f"one/base: {STAGE}.colour: unknown field. Known: kind, name, flops_of, settings, fresh"),
+        (f"{STAGE}.badge=3", f"one/base: {STAGE}.badge: unknown field. Known: kind, name, flops_of, settings, fresh"),
         (f"{STAGE}.settings.learning_rat=3", "one/base: settings.learning_rat: unknown field. Did you mean"),
         (
             f"{STAGE}.settings.steps=null",
@@ -99,6 +99,11 @@ BUILD = "branches.0.stages.0.config"
         (
             "branches.1.fork=one",
             "two: fork: 'one' names a branch and no stage. Give BRANCH/STAGE, one of one/build, one/base.",
+        ),
+        (f"{STAGE}.lora=4", f"one/base: {STAGE}.lora: a rank alone is no LoRA. Write {{rank: 4}}"),
+        (
+            f"{STAGE}.settings.lora={{rank: 4}}",
+            f"one/base: {STAGE}: settings.lora: lora is a field of the stage. Write it beside settings",
         ),
         ("data.paths=null", "data.paths: must be a list, [a, b] (received null)"),
         (

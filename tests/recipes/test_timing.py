@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from auxin.edits.structure import edited_skeleton
+from auxin.objectives.distillation import DistillationObjective
 from auxin.recipes import price_recipe, timing
 from auxin.recipes.timing import TIMED, Timer, seconds_per_step
 from auxin.training.gradients import BatchGradients
 from corpora import write_documents
+from recipes.test_distillation import SIZES, recipe_of, teach, train
 from recipes.test_runner import tiny_recipe
 from training.tiny import TinyData, tiny_settings, tiny_tokenformer
 
@@ -31,7 +33,7 @@ def test_every_train_stage_is_told_a_time_and_the_rest_of_the_price_stays(recipe
 
 
 def test_the_time_is_that_of_the_steps(recipe, monkeypatch):
-    monkeypatch.setattr(timing, "seconds_per_step", lambda model, settings, form, room: 2.0)
+    monkeypatch.setattr(timing, "seconds_per_step", lambda *_: 2.0)
     price = Timer().price(recipe)
     assert [stage.seconds for stage in trained(price)] == pytest.approx([2.0 * stage.steps for stage in trained(price)])
     assert "take about" in str(price)
@@ -39,7 +41,7 @@ def test_the_time_is_that_of_the_steps(recipe, monkeypatch):
 
 def test_a_model_that_was_not_timed_is_as_fast_as_the_largest_that_was(recipe, monkeypatch):
     sizes = sorted({stage.parameters for stage in trained(price_recipe(recipe))})
-    monkeypatch.setattr(timing, "seconds_per_step", lambda model, settings, form, room: 2.0)
+    monkeypatch.setattr(timing, "seconds_per_step", lambda *_: 2.0)
     monkeypatch.setattr(timing, "_fits", lambda stage, settings: stage.parameters == sizes[0])
     stages = trained(Timer().price(recipe))
     small = next(stage for stage in stages if stage.parameters == sizes[0])
@@ -48,7 +50,7 @@ def test_a_model_that_was_not_timed_is_as_fast_as_the_largest_that_was(recipe, m
 
 
 def test_a_model_that_runs_out_of_memory_is_not_timed(recipe, monkeypatch):
-    def full(model, settings, form, room):
+    def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(timing, "seconds_per_step", full)
@@ -59,6 +61,25 @@ def test_where_nothing_can_be_timed_no_time_is_told(recipe):
     price = Timer(patience=0.0).price(recipe)
     assert price.seconds is None
     assert "take about" not in str(price)
+
+
+def test_a_stage_with_a_teacher_is_timed_with_it(tmp_path, monkeypatch):
+    build = {"kind": "build", "model_type": "llama", "config": {**SIZES, "num_hidden_layers": 1}}
+    layers = teach(hidden_states=1.0, layers={0: 3})
+    recipe = recipe_of(
+        write_documents(tmp_path, documents=2), {"stages": [build, train("learn", layers), train("alone")]}
+    )
+    asked = []
+    learnt = DistillationObjective.loss
+
+    def loss(self, model, inputs):
+        asked.append(self.teacher.device.type)
+        return learnt(self, model, inputs)
+
+    monkeypatch.setattr(DistillationObjective, "loss", loss)
+    price = Timer().price(recipe)
+    assert asked == ["cpu"] * (1 + TIMED)
+    assert all(stage.seconds > 0 for stage in trained(price))
 
 
 def test_a_step_takes_as_long_as_its_micro_batches_and_the_optimizer(monkeypatch):

@@ -24,6 +24,10 @@ class Cost(Settings):
     """Wall time that really passed: less where results were known."""
     data: str | None = None
     """Fingerprint of the data that the samples were drawn from."""
+    text: str | None = None
+    """Whose text the samples were of, in words, where that is known."""
 
     def __str__(self) -> str:
-        return f"{self.samples:,} samples, {self.units:,} {self.unit}s, {self.flops:.3g} FLOPs, {self.seconds:.1f} s"
+        drawn = f"{self.samples:,} samples, {self.units:,} {self.unit}s"
+        of = "" if self.text is None else f"; the samples were of {self.text}"
+        return f"{drawn}, {self.flops:.3g} FLOPs, {self.seconds:.1f} s{of}"

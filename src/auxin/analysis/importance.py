@@ -23,7 +23,7 @@ One score is measured at a time: the last three need neither labels nor a backwa
 work, and a result of all would be five times as long as what is asked for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +56,9 @@ class Importances(UnitScores):
     entries: dict[str, list[float]] = {}
     """Of a fluctuation the means over tokens of all entries that enter an output matrix, by the path of its module; not
     of experts, whose tokens are others."""
+    of_heads: dict[str, list[float]] = {}
+    """Of a fluctuation the scores of all entries of query heads, head by head, by layer; a head's score is the sum of
+    its own."""
 
     @property
     def by(self) -> str:
@@ -70,7 +73,7 @@ class Importance(Measurement[Importances]):
     title: ClassVar[str] = "importance of every head, feed-forward unit, expert and residual dimension"
     needs: ClassVar[Needs] = "batches"
     result_type: ClassVar[type[Result]] = Importances
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     score: Score = "taylor"
     """taylor, fisher: by gradients of the loss, which need labels; activation, output, fluctuation: by activations
     alone, for heads, feed-forward units and experts."""
@@ -115,6 +118,8 @@ class ImportanceObserver:
         self._spread = Spread()
         self._entries = Spread()
         """Of a fluctuation, the means of all entries over a sample's tokens."""
+        self._within_heads: dict[Group, Spread] = {}
+        """Of a fluctuation, how much entries of query heads vary within a sample."""
         self._read: list[Place] = []
         """The places in the order of `_entries`, those that are run several times as often."""
         self._mixed: bool | None = None
@@ -147,7 +152,10 @@ class ImportanceObserver:
             groups.append(UnitImportance(stream=kind, scope=scope, scores=estimates.part(start, stop)))
             start = stop
         entries = self._means_of_entries() if self._score == "fluctuation" else {}
-        return Importances(score=self._score, groups=groups, entries=entries, missing=self._units.missing)
+        of_heads = {scope: scores.tolist() for (_, scope), scores in self._scores_of_entries_of_heads().items()}
+        return Importances(
+            score=self._score, groups=groups, entries=entries, of_heads=of_heads, missing=self._units.missing
+        )
 
     def _means_of_entries(self) -> dict[str, list[float]]:
         """By the path of a module the means of what enters it, over all runs of it."""
@@ -162,6 +170,26 @@ class ImportanceObserver:
             start = stop
         return {path: torch.stack(found).mean(0).tolist() for path, found in runs.items()}
 
+    def _between(self) -> Iterator[tuple[Place, Tensor]]:
+        """Of every place that was read the scores of what the means of samples vary, (1, experts, entries)."""
+        squares, start = self._entries.mean_squares(), 0
+        for place in self._read:
+            assert place.weights is not None
+            part = squares[start : start + place.weights.numel()].view(1, *place.weights.shape)
+            yield place, part * place.weights.cpu().double()
+            start += place.weights.numel()
+
+    def _scores_of_entries_of_heads(self) -> dict[Group, Tensor]:
+        """By group of query heads the fluctuation of each of their entries, (entries,)."""
+        scores = {
+            group: torch.tensor(within.together().means, dtype=torch.float64)
+            for group, within in self._within_heads.items()
+        }
+        for place, part in self._between() if scores else ():
+            if place.group in scores:
+                scores[place.group] += part.sum((0, 1))
+        return scores
+
     def _estimates(self) -> Estimates:
         found = self._spread.together()
         if self._score in OF_GRADIENTS:
@@ -169,12 +197,8 @@ class ImportanceObserver:
         if self._score == "fluctuation":
             # What varies within samples was added up; what their means vary comes to it.
             between: dict[Group, Tensor] = {}
-            squares, start = self._entries.mean_squares(), 0
-            for place in self._read:
-                assert place.weights is not None
-                part = squares[start : start + place.weights.numel()].view(1, *place.weights.shape)
-                add_up(between, place.group, place.of_units(part * place.weights.cpu().double()))
-                start += place.weights.numel()
+            for place, part in self._between():
+                add_up(between, place.group, place.of_units(part))
             (more,) = self._in_order(between)
             return Estimates(
                 samples=found.samples,
@@ -197,6 +221,8 @@ class ImportanceObserver:
             if self._score == "fluctuation":
                 self._read = run.read
                 self._entries.add(torch.cat(run.means, dim=1))
+                for group, entries in run.of_heads.items():
+                    self._within_heads.setdefault(group, Spread()).add(entries)
             return self._in_order(run.sums)
         gates = Gradients(samples, kept)
         with self._units.read_by(gates):

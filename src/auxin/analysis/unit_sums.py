@@ -123,6 +123,8 @@ class Statistics(_Sums):
         self.read: list[Place] = []
         self.means: list[Tensor] = []
         """Of each place that was read the means over tokens, (samples, experts * entries)."""
+        self.of_heads: dict[Group, Tensor] = {}
+        """Of a fluctuation what is added up of query heads, by entry instead of by head, (samples, entries)."""
         self._score = score
 
     def __call__(self, place: Place, rows: Rows) -> Tensor:
@@ -139,6 +141,8 @@ class Statistics(_Sums):
             assert place.weights is not None
             squares = squares * place.weights
         add_up(self.sums, place.group, place.of_units(squares / tokens))
+        if self._score == "fluctuation" and place.group[0] == "query":
+            add_up(self.of_heads, place.group, (squares / tokens).sum(1))
         return rows.values
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from auxin.cli.app import LARGEST_SEED, AsJson, Overrides, app, refuse_swapped
+from auxin.cli.listed import SetOptions
 from auxin.cli.printing import escaped, print_table, print_wide
 from auxin.errors import ConfigError, DataError
 
 
-class _Analyse(TyperCommand):
+class _Analyse(SetOptions):
     """Says in its help which measurements there are."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from auxin.cli.app import LARGEST_SEED, AsJson, Checkpoint, Output, Overrides, app, refuse_swapped
+from auxin.cli.listed import SetOptions
 from auxin.cli.printing import print_list, print_table, to_stderr
 from auxin.errors import ConfigError
 
@@ -85,8 +86,9 @@ def methods(
 
 
 @app.command(
+    cls=SetOptions,
     epilog="Example: [bold]auxin plan CKPT tokenformer --set ffn_tokens=1024 -o plan.yaml[/]\n\n"
-    "Then: [bold]auxin apply CKPT plan.yaml -o grown[/]"
+    "Then: [bold]auxin apply CKPT plan.yaml -o grown[/]",
 )
 def plan(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint's folder, or a config.json.")],
@@ -96,8 +98,8 @@ def plan(
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="What a method that looks at data sees: samples, length, batch_size, seed, corpus.paths and so on. "
-            "Default: as much as it asks for, of the standard library's source in the model's own tokens.",
+            help="What a method that looks at data sees: samples, length, batch_size, seed, corpus.paths=TEXTS and so "
+            "on. Default: as much as it asks for, of the standard library's source in the model's own tokens.",
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="YAML file for the plan.")] = None,

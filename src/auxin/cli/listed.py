@@ -1,15 +1,32 @@
-"""Options that take several values at once: `--seeds 0 1 2`."""
+"""Options that take several values at once, `--seeds 0 1 2`, and values that lack their option."""
 
 import re
+import shlex
 from typing import Any, ClassVar
 
 from typer.core import TyperCommand
+
+from auxin.errors import ConfigError
 
 SEEDS = re.compile(r"\d+(,\d+)*")
 NAMES = re.compile(r"[^-].*")
 
 
-class ListedOptions(TyperCommand):
+class SetOptions(TyperCommand):
+    """A command with `--set`, which says so where a value was given without it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse as usual; ConfigError for a KEY=VALUE that belongs to no option."""
+        ctx.allow_extra_args = True
+        rest = super().parse_args(ctx, args)
+        if values := [word for word in rest if "=" in word.lstrip("=")]:
+            raise ConfigError(f"{values[0]}: a value is given with an option. Write --set {shlex.quote(values[0])}.")
+        if rest:
+            ctx.fail(f"Got unexpected extra argument{'s' * (len(rest) > 1)} ({' '.join(rest)})")
+        return rest
+
+
+class ListedOptions(SetOptions):
     """A command whose `listed` options take the words that follow, as far as they match: `--seeds 0 1 2` is read as
     `--seeds 0 --seeds 1 --seeds 2`, which click knows."""
 

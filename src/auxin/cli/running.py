@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from auxin.cli.app import LARGEST_SEED, AsJson, Overrides, app
-from auxin.cli.listed import ListedOptions
+from auxin.cli.listed import ListedOptions, SetOptions
 from auxin.cli.printing import number, print_line, print_table, to_stderr
 from auxin.errors import AuxinError, ConfigError, placed
 
@@ -104,8 +104,8 @@ def _print_price(price: Any, as_json: bool) -> None:
         print(heading, end="")
         print_table(header, rows, optional=4)
         print_line("\n".join(one.notes()))
-        if one.seconds is None:
-            print_line("\nHow long that takes is not told: no model of it is small enough to be timed here.")
+        if one.seconds is None and any(stage.kind == "train" for stage in one.stages):
+            print_line("\nHow long that takes is not told: no train stage could be timed here within a few seconds.")
     if several:
         print_line("\n".join(price.notes()))
 
@@ -139,8 +139,9 @@ def recipes(as_json: AsJson = False) -> None:
 
 
 @app.command(
+    cls=SetOptions,
     epilog="Example: [bold]auxin train --model 124m --corpus texts/ --tokens 1000000 -o runs/first[/]\n\n"
-    "Continue a checkpoint: [bold]auxin train --model runs/first/... --corpus texts/ --steps 500 -o runs/second[/]"
+    "Continue a checkpoint: [bold]auxin train --model runs/first/... --corpus texts/ --steps 500 -o runs/second[/]",
 )
 def train(
     model: Annotated[str, typer.Option(help="A preset (124m, ...), a checkpoint's folder or a config.json.")],

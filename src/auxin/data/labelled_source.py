@@ -32,9 +32,9 @@ class LabelledTextSettings(TextSettings):
     source: Literal["files", "huggingface"] = "files"
     """`files`: the files of rows among `paths`. `huggingface`: the dataset `name`."""
     paths: tuple[Path, ...] = ()
-    """For `files`: files, folders (read recursively) and globs. `.jsonl`, `.ndjson`, `.json` (JSON lines, or an array),
-    `.csv`, `.tsv` and `.parquet` hold rows, and all but the last may be compressed (`.gz`, `.bz2`, `.xz`). Other files
-    are left out and counted."""
+    """For `files`: files, folders (read recursively) and globs, a list or a single one. `.jsonl`, `.ndjson`, `.json`
+    (JSON lines, or an array), `.csv`, `.tsv` and `.parquet` hold rows, and all but the last may be compressed (`.gz`,
+    `.bz2`, `.xz`). Other files are left out and counted."""
     context_length: int = Field(default=128, ge=2)
     """Tokens per text, special ones included: longer texts are cut, shorter ones padded, all batches have one shape."""
     text_pair_field: str | None = None

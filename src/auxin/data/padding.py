@@ -30,7 +30,9 @@ def padding_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         tokenizer = load_tokenizer(path)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise DataError(f"The tokenizer {path} has no token to pad texts with. Set its pad_token.")
+            raise DataError(
+                f"The tokenizer {path} has no token to pad texts with. Set its pad_token to a token that it has."
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

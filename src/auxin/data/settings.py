@@ -1,9 +1,9 @@
 """Where documents come from, and what a corpus of packed text is made of them."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from transformers import PreTrainedTokenizerFast
 
 from auxin.data.dataset import DatasetSettings, SampleForm
@@ -16,11 +16,11 @@ class SourceSettings(DatasetSettings):
 
     source: Literal["stdlib", "files", "huggingface"] = "stdlib"
     """`stdlib`: the running Python's own standard library (tests left out). `files`: local files named by `paths`.
-    `huggingface`: the dataset `name`."""
+    `huggingface`: the dataset `name`. Where it is left out, `paths` or `name` say it."""
     paths: tuple[Path, ...] = ()
-    """For `files`: files, folders (read recursively) and globs. `.jsonl`, `.ndjson` and `.parquet` hold one document
-    per row, and so do `.json` (JSON lines, or an array), `.csv` and `.tsv` whose rows have the text field; every other
-    file is one document. All but `.parquet` may be compressed (`.gz`, `.bz2`, `.xz`)."""
+    """For `files`: files, folders (read recursively) and globs, a list or a single one. `.jsonl`, `.ndjson` and
+    `.parquet` hold one document per row, and so do `.json` (JSON lines, or an array), `.csv` and `.tsv` whose rows have
+    the text field; every other file is one document. All but `.parquet` may be compressed (`.gz`, `.bz2`, `.xz`)."""
     name: str | None = None
     """For `huggingface`: the dataset's name on the Hub, or a local folder that `datasets.load_dataset` reads."""
     config: str | None = None
@@ -40,17 +40,45 @@ class SourceSettings(DatasetSettings):
     max_bytes: int | None = Field(default=None, ge=1)
     """Stop before the distinct documents exceed this many UTF-8 bytes; None reads all."""
 
+    @field_validator("paths", mode="before")
+    @classmethod
+    def _single_path(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | Path) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _source_follows(cls, values: Any) -> Any:
+        """The source that is meant where only what belongs to it is given."""
+        if isinstance(values, dict) and "source" not in values:
+            for field, source in _BELONGS.items():
+                if values.get(field):
+                    return {**values, "source": source}
+        return values
+
     @model_validator(mode="after")
     def _source_has_what_it_needs(self) -> Self:
         if self.source == "files" and not self.paths:
             raise ValueError("source 'files' needs `paths`: give at least one file, folder or glob")
         if self.source == "huggingface" and not self.name:
             raise ValueError("source 'huggingface' needs `name`: give the dataset's name or a local folder")
-        if self.source != "files" and self.paths:
-            raise ValueError(f"`paths` belongs to source 'files', but source is {self.source!r}")
-        if self.source != "huggingface" and self.name:
-            raise ValueError(f"`name` belongs to source 'huggingface', but source is {self.source!r}")
+        for field, source in _BELONGS.items():
+            if self.source != source and getattr(self, field):
+                raise ValueError(
+                    f"`{field}` belongs to source {source!r}, but source is {self.source!r}. Set source: {source}, or "
+                    f"leave `{field}` out"
+                )
         return self
+
+    @property
+    def text(self) -> str:
+        """Whose text it is, in words."""
+        if self.source == "stdlib":
+            return "the standard library's source"
+        return f"the dataset {self.name}" if self.source == "huggingface" else ", ".join(map(str, self.paths))
+
+
+_BELONGS = {"paths": "files", "name": "huggingface"}
+"""What a source goes by, and which one."""
 
 
 class TextSettings(SourceSettings):

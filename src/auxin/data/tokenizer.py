@@ -66,19 +66,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, context_length: int) 
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """As `read_tokenizer`, for encoding documents: it has an end-of-text token to separate them with.
+    """As `read_tokenizer`, for encoding documents: it has an end-of-text token to separate them with. One that names
+    none (BERT's) ends them with its separator, which ends a text in its own template, too.
 
     Raises:
         DataError: as `read_tokenizer`, or there is no such token.
     """
     tokenizer = read_tokenizer(path)
     if tokenizer.eos_token_id is None:
-        if SEPARATOR not in tokenizer.get_vocab():
+        end = SEPARATOR if SEPARATOR in tokenizer.get_vocab() else tokenizer.sep_token
+        if end is None:
+            # No new one: its id would lie beyond the model's table.
+            special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special][:5]
             raise DataError(
-                f"The tokenizer {path} has no end-of-text token to separate documents with. "
-                f"Set its eos_token, or add {SEPARATOR!r} to it."
+                f"The tokenizer {path} has no end-of-text token, with which texts end. Set its eos_token to a token "
+                f"that it has{', such as ' if special else ''}{' or '.join(special)}."
             )
-        tokenizer.eos_token = SEPARATOR
+        tokenizer.eos_token = end
     return tokenizer
 
 

@@ -27,7 +27,7 @@ def about_runtimes(config: PreTrainedConfig, weights: str = EDITED) -> str:
         return "An ordinary checkpoint: config.json says all of it, and it loads without auxin."
     return (
         f"config.json keeps structural edits, under quant_method {REPLAY_METHOD!r}. vLLM and other runtimes refuse a "
-        f"quant_method that they don't know. A form that they take: {'; '.join(_ways_out(edits))}. "
+        f"quant_method that they don't know. A form that they take, by kind of edit: {'; '.join(_ways_out(edits))}. "
         f"{without_auxin(config, weights)}"
     )
 
@@ -61,7 +61,7 @@ def _ways_out(edits: Iterable[Any]) -> Iterator[str]:
         reason = "none, for no module of the architecture computes what this one does; serve it through transformers"
         yield f"{name} ({count} edit(s)): {told or reason}"
     if any(isinstance(edit, RemoveModule) for edit in edits):
-        yield "removed modules: none, for the architecture always has them; serve it through transformers"
+        yield "removed modules: none, since the architecture has them in every layer; serve it through transformers"
     if any(isinstance(edit, ConfigureModule) for edit in edits):
         yield (
             "modules with config values of their own: bring all layers to one width, for example with net2net and the "

@@ -32,8 +32,8 @@ def reads_unlisted_head_dim(config: PreTrainedConfig) -> bool:
     key = kind, frozenset(name for name, value in vars(config).items() if value is True)
     if key not in _KNOWN:
         hidden, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
-        known = isinstance(hidden, int) and isinstance(heads, int)
-        _KNOWN[key] = known and _follows(config, 2 * (hidden // heads))
+        known = isinstance(hidden, int) and isinstance(heads, int) and _follows(config, 2 * (hidden // heads))
+        _KNOWN[key] = known
     return _KNOWN[key]
 
 

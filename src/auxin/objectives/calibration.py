@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForMaskedLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from auxin.accounting.inputs import text_length
 from auxin.data import CorpusSettings, Dataset, prepare
 from auxin.data.dataset import SampleForm
 from auxin.data.loader import ShuffledBatches
 from auxin.errors import ConfigError, DataError
+from auxin.models.loading import task_classes
 from auxin.objectives.causal import Causal
 from auxin.objectives.given_batches import Batch, given_batches
+from auxin.objectives.masked_language import MaskedLanguage
 from auxin.objectives.objective import ObjectiveSettings, References, is_encoder_decoder, training_noise
 from auxin.objectives.span_corruption import SpanCorruption
 from auxin.settings import Settings
@@ -64,8 +66,13 @@ class CorpusCalibration(CalibrationSettings):
     """The same, and where the text comes from, for a model that belongs to no run."""
 
     corpus: CorpusSettings | None = None
-    """The text, of which the training split is read; None: the standard library's source. The tokenizer is the model's
-    own where it names none."""
+    """The text, of which the training split is read: fields of a corpus, or the path of a file or folder alone. None:
+    the standard library's source. The tokenizer is the model's own where it names none."""
+
+    @field_validator("corpus", mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"paths": value} if isinstance(value, str | Path) else value
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,8 @@ class Calibration:
     """What the data counts, in the singular."""
     units_per_sample: int | None = None
     """Of those in a sample; None: the tokens that a batch holds."""
+    text: str | None = None
+    """Whose text the samples are of, in words; None where that is not known."""
     distinct: int | None = None
     """How many different samples the data has; beyond them it is read again. None: every sample was given."""
     watch: Callable[[int, int], None] | None = None
@@ -173,19 +182,15 @@ class Calibration:
             model: the model; its weights are not looked at.
             tokenizer: the folder of its tokenizer, for a corpus that names none.
             settings: the corpus, and how much of it; default: the standard library's source.
-            objective, seed: as `of_split`.
+            objective: what the labels ask for; default: what models of this class are trained with here.
+            seed: as `of_split`.
 
         Raises:
             ConfigError: as `of_split`.
-            DataError: the model is neither a causal language model nor an encoder-decoder, there is no tokenizer, or
-                the corpus can't be prepared.
+            DataError: the model is neither a language model nor an encoder-decoder, there is no tokenizer, or the
+                corpus can't be prepared.
         """
-        wanted = settings or CorpusCalibration()
-        if not isinstance(model, GenerationMixin):
-            raise DataError(
-                f"Text has no labels for a {type(model).__name__}: the standard corpus is for causal language models "
-                "and encoder-decoders. Make a calibration of batches with labels in Python (Calibration.of_batches)."
-            )
+        wanted, objective = settings or CorpusCalibration(), objective or _text_objective(model)
         corpus = _corpus(wanted, model, tokenizer)
         asked = CalibrationSettings.parse(wanted.model_dump(exclude={"corpus"}, exclude_unset=True))
         with tempfile.TemporaryDirectory() as folder:
@@ -198,7 +203,7 @@ class Calibration:
                 ) from error
             made = cls.of_split(data, model.config, asked, objective, seed)
             batches = tuple(made.read())
-        return replace(made, read=lambda: (dict(batch) for batch in batches))
+        return replace(made, read=lambda: (dict(batch) for batch in batches), text=corpus.text)
 
     @classmethod
     def of_batches(
@@ -230,6 +235,23 @@ class Calibration:
 def objective_for(config: PreTrainedConfig) -> ObjectiveSettings:
     """What models of `config` learn where nothing else is said: span corruption, or each next token."""
     return SpanCorruption() if is_encoder_decoder(config) else Causal()
+
+
+def _text_objective(model: PreTrainedModel) -> ObjectiveSettings:
+    """What a model learns from text alone, by its class.
+
+    Raises:
+        DataError: its labels are of another kind.
+    """
+    if isinstance(model, GenerationMixin):
+        return objective_for(model.config)
+    if isinstance(model, task_classes(AutoModelForMaskedLM, model.config)):
+        return MaskedLanguage()
+    raise DataError(
+        f"Text alone has no labels for a {type(model).__name__}: it is for language models, causal or masked, and "
+        'encoder-decoders. Give batches with labels in Python, data=[{"input_ids": ids, "labels": labels}] of '
+        "`auxin.plan` (elsewhere Calibration.of_batches(model, batches)), or do it in a recipe, whose data has labels."
+    )
 
 
 def _corpus(wanted: CorpusCalibration, model: PreTrainedModel, tokenizer: Path) -> CorpusSettings:

@@ -247,7 +247,7 @@ class ObjectiveSettings(Settings):
         if form.vocab_size > rows:
             raise ConfigError(
                 f"The data's tokenizer has {form.vocab_size} tokens, but the model's vocab_size is {rows}. Use the "
-                "model's tokenizer for the data, or build the model with the data's vocabulary."
+                "model's tokenizer for the data (data.tokenizer), or build the model with the data's vocabulary."
             )
         if form.vocab_size + self.extra_tokens(form) > rows:
             needed = form.vocab_size + self.extra_tokens(form)

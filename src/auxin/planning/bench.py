@@ -60,6 +60,7 @@ class Meter:
             flops=self.flops,
             seconds=self.seconds,
             data=None if data is None else data.fingerprint,
+            text=None if data is None else data.text,
         )
 
 

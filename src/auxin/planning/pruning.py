@@ -7,8 +7,11 @@ something stays.
 
 * **uniform** (the default): every layer keeps as many, so that the family's own config says the size and any runtime
   loads the result. Sizes that the config can't say are none.
-* otherwise one ranking goes over all layers, by scores divided by the root of their mean square in the layer
-  (`normalised`) or as they are. Layers then differ, which is kept as edits.
+* otherwise one ranking goes over all layers, by scores standardised within the layer (`normalised`: less their mean, by
+  their standard deviation, as in FLAP, arXiv 2312.11983) or as they are. Layers then differ, which is kept as edits. A
+  note names those that keep less than a tenth of their units. Scores by the root of their mean square would empty a
+  layer in which a few are far above the others: those few are all that the scale tells of. Ranks within the layer
+  would leave all layers alike.
 
 Shares are rounded up to the next size that there is. A target takes from all chosen streams alike: the next unit goes
 from the stream of which, without it, the largest share is left; at the end the smallest units make up the difference,
@@ -16,7 +19,7 @@ so that no unit more could stay. Where the scores of streams are of one kind, a 
 least of them is lost (`auxin.planning.shared_limit`), or by one ranking of all of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -36,7 +39,10 @@ from auxin.planning.unit_order import Course, Line, Place, Scores, alike, line, 
 from auxin.planning.width_removal import Courses, Split, Subject
 from auxin.planning.width_targets import example_tower, refuse_without_tower
 from auxin.words.paths import encloses
-from auxin.words.widths import FEED_FORWARD, Stream
+from auxin.words.widths import FEED_FORWARD, SETTINGS, Stream
+
+LEAST = 0.1
+"""Of a layer's units: where a ranking leaves a smaller share, a note says so."""
 
 
 class Prunable(Subject):
@@ -82,7 +88,12 @@ class Prunable(Subject):
             seed=seed,
             edits=[*folds, *done.edits, *shifts],
             files=files,
-            notes=[*found.notes, *self._notes_on_config(done.edits), *given.notes],
+            notes=[
+                *found.notes,
+                *self._notes_on_emptied(found.kept),
+                *self._notes_on_config(done.edits),
+                *given.notes,
+            ],
             findings=[*done.findings(self.settings.target), *findings],
             made_for=config_values(self.model.config),
         ).beside(folder if files else None)
@@ -119,6 +130,21 @@ class Prunable(Subject):
     def _all_courses(self, scores: Scores, given: Compensation) -> Courses:
         courses = [course for place in self._streams() for course in self._courses(*place, scores)]
         return Courses(self, courses, given.edits)
+
+    def _notes_on_emptied(self, kept: Mapping[Place, Sequence[int]]) -> Iterator[str]:
+        """Which layers one ranking has left hardly anything of."""
+        if self.settings.uniform:
+            return
+        few = []
+        for (stream, scope), units in kept.items():
+            have = self.body.sizes.units(stream, scope)
+            if scope and have is not None and len(units) < LEAST * have:
+                few.append(f"{scope} {len(units):,} of {have:,} ({SETTINGS[stream]})")
+        if few:
+            yield (
+                f"The ranking leaves less than a tenth of some layers: {', '.join(few)}. Compare the loss with that of "
+                "uniform = true."
+            )
 
     def _notes_on_config(self, edits: Sequence[Any]) -> Iterator[str]:
         """What is to be known of the values that the config, or that of some modules, gets."""

@@ -57,7 +57,7 @@ class Pruning(Settings):
     uniform: bool = True
     """Whether every layer keeps as many."""
     normalised: bool = True
-    """Where layers may differ, whether scores are divided by the root of their mean square in the layer."""
+    """Where layers may differ, whether scores are standardised within the layer: less their mean, by their spread."""
     multiple_of: int = Field(default=1, gt=0)
     """The number of feed-forward units that stay is a multiple of this."""
     part: str | None = None

@@ -48,6 +48,13 @@ class Target(Settings):
     device: Literal["auto", "cpu", "cuda"] | None = None
     """Where latency is measured; None: on a GPU where there is one."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_number(cls, values: Any) -> Any:
+        if isinstance(values, int | float):
+            raise ValueError(f"a size of what? Give target.parameters, or another of {', '.join(SIZES[1:])}")
+        return values
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         given = [name for name in SIZES if getattr(self, name) is not None]
@@ -168,7 +175,12 @@ class Gauge:
             return ""
         told = f"latency as predicted {_milliseconds_fall(self.have, self.of(found))}"
         measured = self._table.measured(found.after)
-        return f"{told}, as measured {_milliseconds_fall(*measured)}" if measured is not None else told
+        if measured is None:
+            return told
+        missed = measured[1] > self.target.limit(measured[0])
+        return (
+            f"{told}, as measured {_milliseconds_fall(*measured)}" + ", so that the prediction alone meets it" * missed
+        )
 
     def figures(self) -> list[str]:
         """What it was told by, where others would be measured on another machine."""
@@ -238,7 +250,7 @@ def removal(model: PreTrainedModel, edits: Sequence[Any], amount: int | None = N
 
 
 def least_removal(
-    gauge: Gauge, family: Callable[[int], Sequence[Any]], most: int, what: str = "this method"
+    gauge: Gauge, family: Callable[[int], Sequence[Any]], most: int, what: str = "this method", more: str = ""
 ) -> Removal:
     """The first of a nested family of plans that meets a target: the one before it misses it.
 
@@ -247,6 +259,7 @@ def least_removal(
         family: (amount) -> the edits that remove so much, for amounts from 1 to `most`; more is never larger.
         most: the largest amount that there is; 0: nothing can go.
         what: what removes, for messages.
+        more: how it could remove more than the largest amount, in a sentence.
 
     Raises:
         PlanError: the model is no larger than the target already, the target lies below what the largest amount
@@ -264,7 +277,8 @@ def least_removal(
     if (smallest := gauge.of(best)) > limit:
         raise PlanError(
             f"{target} asks for at most {target.in_words(limit)} of {target.in_words(have)}, and the smallest that "
-            f"{what} can reach here is {target.in_words(smallest)} ({_share(smallest, have)}). Ask for at least that."
+            f"{what} can reach here is {target.in_words(smallest)} ({_share(smallest, have)}). Ask for at least that. "
+            f"{more}".rstrip()
         )
     between = (0, have), (most, smallest, best)
     found = first_that_meets(gauge, lambda amount: removal(model, family(amount), amount), *between)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate, pairwise
-from math import ceil, inf, isfinite, sqrt
+from math import ceil, gcd, inf, isfinite
 from operator import neg
+from statistics import fmean, pstdev
 
 from auxin.errors import PlanError
 from auxin.words.paths import encloses
@@ -17,9 +18,9 @@ from auxin.words.widths import Stream
 Place = tuple[Stream, str]
 """A stream and a scope."""
 Scores = Mapping[Place, Sequence[float]]
-"""What every unit is worth, by stream and scope. Of "query" one for each query head, which are added up over a
-key-value group, or one for each key-value head with its group. Scores of narrower scopes are added up over a wider one
-whose units go together."""
+"""What every unit is worth, by stream and scope. Of "query" one for each query head, or as many for each as it has
+entries, which are added up over a key-value group, or one for each key-value head with its group. Scores of narrower
+scopes are added up over a wider one whose units go together."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class Line:
     """What goes at every step; what is in none stays."""
     scores: tuple[float, ...]
     """Of the blocks, rising."""
-    scale: float
-    """The root of the mean square of all scores."""
+    standings: tuple[float, ...]
+    """The same where scores are standardised within the scope: of all those that were given, the finest that there are,
+    the mean is 0 and the standard deviation 1; what goes together has their mean."""
 
     @cached_property
     def left(self) -> tuple[int, ...]:
@@ -59,6 +61,8 @@ class Course:
     moves: tuple[tuple[int, ...], ...]
     """From every state to the next one the lines, by number, in which something goes; a line as often as it takes
     steps."""
+    standardised: bool = False
+    """Whether what goes next was told by standings."""
 
     def steps(self, state: int) -> list[int]:
         """The steps of every line up to a state."""
@@ -81,12 +85,13 @@ class Course:
         return sums
 
     def scores(self) -> list[float]:
-        """Of every move the mean score of what goes with it, rising."""
+        """Of every move the mean score, or standing, of what goes with it, rising."""
         means, taken = [], Counter[int]()
         for move in self.moves:
             found = []
             for number in move:
-                found.append(self.lines[number].scores[taken[number]])
+                line = self.lines[number]
+                found.append((line.standings if self.standardised else line.scores)[taken[number]])
                 taken[number] += 1
             means.append(sum(found) / len(found) if found else -inf)
         return list(accumulate(means, max))
@@ -124,7 +129,9 @@ def line(
     Raises:
         PlanError: scores are missing, too many or too few, or not finite.
     """
-    found = _scores_at(*place, scores, groups, entries)
+    fine = _scores_at(*place, scores, groups, entries)
+    parts = len(fine) // groups
+    found = [sum(fine[group * parts : (group + 1) * parts]) for group in range(groups)]
     size, stretch = entries // groups, groups // apart
     orders = [
         sorted(range(start, start + stretch), key=lambda group: (found[group], -group))
@@ -137,12 +144,14 @@ def line(
         [group for order in orders for group in order[start:end]] for start, end in zip([0, *ends], ends, strict=False)
     ]
     means = [sum(found[group] for group in block) / len(block) for block in blocks]
+    rising = tuple(accumulate(means, max))  # sorted also where rounding of the means says otherwise
+    centre, spread = fmean(fine), pstdev(fine)
     return Line(
         *place,
         entries,
         tuple(tuple(group * size + one for group in block for one in range(size)) for block in blocks),
-        tuple(accumulate(means, max)),  # sorted also where rounding of the means says otherwise
-        sqrt(sum(score**2 for score in found) / groups),
+        rising,
+        tuple((mean / parts - centre) / spread if spread else 0.0 for mean in rising),
     )
 
 
@@ -160,33 +169,36 @@ def alike(name: str, stream: Stream, lines: list[Line]) -> Course:
     return Course(name, stream, tuple(lines), widest.left, tuple(moves))
 
 
-def ranked(name: str, stream: Stream, lines: list[Line], normalised: bool) -> Course:
-    """The blocks of all layers in one ranking."""
+def ranked(name: str, stream: Stream, lines: list[Line], standardised: bool) -> Course:
+    """The blocks of all layers in one ranking, by their scores or by their standings."""
     scored = [
-        (score / line.scale if normalised and line.scale else score, place, step)
+        (score, place, step)
         for place, line in enumerate(lines)
-        for step, score in enumerate(line.scores)
+        for step, score in enumerate(line.standings if standardised else line.scores)
     ]
     ranking = [(place, step) for _, place, step in sorted(scored)]
     total = sum(line.units for line in lines)
     gone = (-len(lines[place].blocks[step]) for place, step in ranking)
     moves = tuple((place,) for place, _ in ranking)
-    return Course(name, stream, tuple(lines), tuple(accumulate(gone, initial=total)), moves)
+    return Course(name, stream, tuple(lines), tuple(accumulate(gone, initial=total)), moves, standardised)
 
 
 def _scores_at(stream: Stream, scope: str, scores: Scores, groups: int, entries: int) -> list[float]:
-    """What the units that go together are worth in a scope."""
+    """What the units that go together in a scope are worth, or parts of them: as finely as all scores there say it."""
     inner = [found for (name, place), found in scores.items() if name == stream and encloses(scope, place)]
     given = [scores[stream, scope]] if (stream, scope) in scores else inner
     where = f"{stream} of {scope}" if scope else stream
     if not given:
         raise PlanError(f"There are no scores for the units of {where}.")
-    total = [0.0] * groups
     for found in given:
-        if len(found) not in (groups, entries):
+        whole = len(found) in (groups, entries) or (stream == "query" and found and not len(found) % entries)
+        if not whole:
             raise PlanError(f"There are {len(found)} scores for the units of {where}, of which there are {groups}.")
-        size = len(found) // groups
-        total = [total[group] + sum(found[group * size : (group + 1) * size]) for group in range(groups)]
+    count = gcd(*map(len, given))
+    total = [0.0] * count
+    for found in given:
+        size = len(found) // count
+        total = [total[part] + sum(found[part * size : (part + 1) * size]) for part in range(count)]
     if not all(map(isfinite, total)):
         raise PlanError(f"Scores for the units of {where} are not finite, so that none can be called the lowest.")
     return total

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 from auxin.edits.plan_files import PlanFile
 from auxin.errors import PlanError
 from auxin.planning.cutting import cut
-from auxin.planning.pruning_settings import ALONE, Pruning
+from auxin.planning.pruning_settings import ALONE, Part, Pruning
 from auxin.planning.shared_limit import SharedLimit
 from auxin.planning.target import Gauge, Removal, first_that_meets, least_removal, removal
 from auxin.planning.unit_order import Course, Place
 from auxin.words.anatomy import Anatomy
-from auxin.words.widths import SETTINGS, Stream
+from auxin.words.widths import FEED_FORWARD, SETTINGS, Stream
 
 Split = Literal["alike", "worth", "score"]
 """How a target takes from several streams: from all "alike", of which the largest share is left first; so that the sum
@@ -115,9 +115,28 @@ class Courses:
 
     def _least(self, chain: Sequence[Sequence[int]], method: str) -> Removal:
         try:
-            return least_removal(self.found.gauge, lambda amount: self._edits(chain[amount - 1]), len(chain), method)
+            return least_removal(
+                self.found.gauge, lambda amount: self._edits(chain[amount - 1]), len(chain), method, self._more()
+            )
         except PlanError as error:
             raise PlanError(" ".join([str(error), *self.notes])) from error
+
+    def _more(self) -> str:
+        """What a target takes from, and what it could take from, too; empty where that is all there is."""
+        body, chosen = self.found.body, list(self.found.settings.chosen)
+        possible: dict[Part, bool] = {
+            "heads": not body.heads_stay,
+            "ffn": any(body.sizes.units(stream) for stream in FEED_FORWARD),
+            "experts": bool(body.sizes.experts),
+            "hidden": not body.residual_stays,
+        }
+        more = [part for part, can_go in possible.items() if can_go and part not in chosen]
+        if not more:
+            return ""
+        return (
+            f"It takes from {' and '.join(chosen)}, and smaller are models that lose {' or '.join(more)}, too: streams "
+            f"= [{', '.join([*chosen, *more])}]."
+        )
 
     def _exactly(self, gauge: Gauge, chain: Sequence[list[int]], found: Removal) -> Removal:
         """The removal that leaves no room for one unit more. A step of the chain may be one of large units, which goes
@@ -273,14 +292,30 @@ class Courses:
 
     def _nearest_sizes(self, course: Course, size: int, sizes: Iterable[int]) -> str:
         """Why some number of units is none that can stay."""
+        if size > course.left[0]:
+            return (
+                f"{course.name} = {size}: the model has only {course.left[0]} {SETTINGS[course.stream]}. Give at most "
+                f"{course.left[0]}, or a share (0.5)."
+            )
         near = sorted(sorted(set(sizes) - {course.left[0]}, key=lambda other: abs(other - size))[:2])
         divided = course.name not in ALONE and size in course.left
         mend = self._mend_of_heads(course, size) if divided and course.name == "heads" else ""
         return (
             f"{course.name} = {size}: that many of {course.left[0]} {SETTINGS[course.stream]} can't stay"
-            f"{' beside the other widths' * divided}. The nearest possible: {' or '.join(map(str, near)) or 'none'}."
+            f"{' beside the other widths' * divided}{self._why_together(course, size)}. The nearest possible: "
+            f"{' or '.join(map(str, near)) or 'none'}."
             f"{mend}"
         )
+
+    def _why_together(self, course: Course, size: int) -> str:
+        """Why units of a course go several at a time, where that is what speaks against a size."""
+        if size in course.left:
+            return ""
+        sizes = self.found.body.sizes
+        if course.name == "heads" and (group := sizes.query_heads // sizes.key_value_heads) > 1:
+            return f", since heads go by groups of {group} that share keys and values"
+        multiple = self.found.settings.multiple_of
+        return f", since multiple_of is {multiple}" if course.name == "ffn" and multiple > 1 else ""
 
     def _mend_of_heads(self, course: Course, size: int) -> str:
         """What goes with a number of heads that does not divide the present hidden size."""

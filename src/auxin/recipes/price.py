@@ -37,8 +37,8 @@ class StagePrice(Settings):
     """Of the stage's steps on this machine, where they were timed."""
     estimate: bool = False
     """Whether these numbers may come out differently: a method before or in this stage, or in a branch that it goes by,
-    decides by looking at weights. What such a method looks at is priced as if it learned from each of its samples
-    once."""
+    decides by looking at weights. What such a method looks at is priced as if the larger of the models before and
+    after learned from each of its samples once."""
 
 
 class RecipePrice(Settings):
@@ -170,13 +170,21 @@ class _Pricing:
         )
         if isinstance(stage, ChangeStage) and (asked := change_data(stage)) is not None:
             form = asked.shortened(self.form, "data.context_length")
-            per_sample = self._flops(config, self.recipe.objective, form)
+            # What is pruned is looked at before, and what is grown may learn as what it becomes.
+            models = (self._before(branch, stage), config)
+            per_sample = max(self._flops(one, self.recipe.objective, form) for one in models)
             price = price.model_copy(update={"units": form.amount(asked.samples), "flops": asked.samples * per_sample})
         if isinstance(stage, TrainStage):
             return self._trained(branch, price, stage, config, spent, totals)
-        if not isinstance(stage, BuildStage):
+        if not isinstance(stage, BuildStage) or stage.checkpoint is not None:
             self.recipe.objective.bind(config, self.form)
         return price
+
+    def _before(self, branch: Branch, stage: Stage) -> PreTrainedConfig:
+        """The config of the model that `stage`, which is no build, starts from."""
+        place = branch.stages.index(stage)
+        name, _, before = (branch.fork or "").partition("/")
+        return self.structures[branch.name][branch.stages[place - 1].name] if place else self.structures[name][before]
 
     def _trained(
         self,

@@ -108,6 +108,13 @@ class TrainStage(Settings):
         return {"settings": TrainingSettings}
 
     @model_validator(mode="after")
+    def _own_fields_beside(self) -> Self:
+        for name in self.settings:
+            if name in type(self).model_fields and name not in TrainingSettings.model_fields:
+                raise ValueError(f"settings.{name}: {name} is a field of the stage. Write it beside settings")
+        return self
+
+    @model_validator(mode="after")
     def _hooks_once(self) -> Self:
         for number, hook in enumerate(self.hooks):
             if hook in self.hooks[:number]:

@@ -5,15 +5,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from auxin.accounting.machine import available_memory, choose_device
 from auxin.data.dataset import SampleForm
 from auxin.models.weights_of_no_meaning import fill
 from auxin.nn.autocast import without_autocast
+from auxin.objectives import References
 from auxin.recipes.price import RecipePrice, StagePrice, price_recipe, trained_skeleton
+from auxin.recipes.references import reference_shapes
 from auxin.recipes.schema import Recipe, TrainStage
-from auxin.recipes.stage_models import stage_configs
+from auxin.recipes.stage_models import StageConfigs, stage_configs
 from auxin.training.gradients import BatchGradients
 from auxin.training.optimizer import build_optimizer
 from auxin.training.settings import TrainingSettings
@@ -41,8 +43,8 @@ class Timer:
     def price(self, recipe: Recipe) -> RecipePrice:
         """`price_recipe` with the seconds of every train stage, as far as they can be told.
 
-        A stage whose model is too large, or goes by another model, or for which there was no time left, is taken to
-        train as many FLOPs per second as the largest model that was timed.
+        A stage whose model is too large, or for which there was no time left, is taken to train as many FLOPs per
+        second as the largest model that was timed.
         """
         with recipe.at():
             form = recipe.form()
@@ -52,8 +54,7 @@ class Timer:
         with _threads(self._threads):
             for stage in sorted(price.stages, key=lambda stage: stage.parameters):
                 if stage.kind == "train":
-                    config = structures[stage.branch][stage.stage]
-                    speeds[stage.branch, stage.stage] = self._speed(recipe, stage, config, form)
+                    speeds[stage.branch, stage.stage] = self._speed(recipe, stage, structures, form)
         known = [speed for speed in speeds.values() if speed is not None]
         stages = [
             stage.model_copy(update={"seconds": stage.flops / (speeds[key] or known[-1])})
@@ -63,9 +64,10 @@ class Timer:
         ]
         return price.model_copy(update={"stages": stages})
 
-    def _speed(self, recipe: Recipe, stage: StagePrice, config: PreTrainedConfig, form: SampleForm) -> float | None:
+    def _speed(self, recipe: Recipe, stage: StagePrice, structures: StageConfigs, form: SampleForm) -> float | None:
         """Training FLOPs per second of `stage`; None where they were not timed."""
-        found = recipe.branch(stage.branch).stage(stage.stage)
+        config, branch = structures[stage.branch][stage.stage], recipe.branch(stage.branch)
+        found = branch.stage(stage.stage)
         assert isinstance(found, TrainStage)
         settings = recipe.training_settings(found, flops=stage.flops if found.flops_of is not None else None)
         same = settings.model_dump(include={"objective", "batch_size", "micro_batch_size", "precision", "device"})
@@ -74,19 +76,27 @@ class Timer:
             began, room = time.perf_counter(), self._left / 3
             per_step = stage.flops / stage.steps
             self._speeds[key] = None
-            if recipe.references(found) or not _fits(stage, settings) or room <= 0:
+            if not _fits(stage, settings) or room <= 0:
                 return None
             micro = per_step * settings.samples_per_forward / settings.batch_size
             if micro / _fastest(choose_device(settings.device)) * (1 + TIMED) < room:
                 # Memory that was promised may not be there, a model may not run on such weights; training will tell.
                 with suppress(RuntimeError):
-                    seconds = seconds_per_step(trained_skeleton(config, found.lora), settings, form, room)
+                    references = reference_shapes(recipe, structures, branch, found, settings.objective)
+                    model = trained_skeleton(config, found.lora)
+                    seconds = seconds_per_step(model, settings, form, room, references)
                     self._speeds[key] = per_step / seconds
             self._left -= time.perf_counter() - began
         return self._speeds[key]
 
 
-def seconds_per_step(model: PreTrainedModel, settings: TrainingSettings, form: SampleForm, room: float) -> float:
+def seconds_per_step(
+    model: PreTrainedModel,
+    settings: TrainingSettings,
+    form: SampleForm,
+    room: float,
+    references: References | None = None,
+) -> float:
     """How long an optimizer step of `settings` takes, the warm-up left out.
 
     Args:
@@ -94,10 +104,12 @@ def seconds_per_step(model: PreTrainedModel, settings: TrainingSettings, form: S
         settings: of the stage.
         form: of the samples.
         room: seconds after which no further micro-batch is begun.
+        references: other models that the objective goes by, as it: a teacher answers in every step.
     """
     device = choose_device(settings.device)
-    objective = settings.objective.bind(model.config, form)
-    fill(model)
+    objective = settings.objective.bind(model.config, form, references)
+    for one in (model, *(reference.model for reference in (references or {}).values())):
+        fill(one)
     torch.nn.Module.to(model, device).train()
     optimizer = build_optimizer(model, settings)
     example = {name: value.to(device) for name, value in objective.example(settings.samples_per_forward).items()}

@@ -8,7 +8,7 @@ import importlib.util
 from typing import Any, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -30,6 +30,13 @@ class Lora(Settings):
     parameters: list[str] = []
     """Ends of the paths of matrices that are no linear layer's: `key_tokens` and `value_tokens` of a TokenFormer."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_rank_alone(cls, values: Any) -> Any:
+        if isinstance(values, int) and not isinstance(values, bool):
+            raise ValueError(f"a rank alone is no LoRA. Write {{rank: {values}}}")
+        return values
+
 
 def add_lora(model: PreTrainedModel, settings: Lora, seed: int) -> None:
     """Give `model` a LoRA, in place, which alone is trained from then on.
@@ -40,7 +47,7 @@ def add_lora(model: PreTrainedModel, settings: Lora, seed: int) -> None:
         seed: of the numbers that A begins with.
 
     Raises:
-        ConfigError: PEFT is not installed, or the model has no such layers.
+        ConfigError: PEFT is not installed, the model has no such layers, or the rank is larger than all of them.
     """
     if importlib.util.find_spec("peft") is None:
         raise ConfigError("lora: needs peft, which is not installed. Run: pip install peft")
@@ -63,6 +70,23 @@ def add_lora(model: PreTrainedModel, settings: Lora, seed: int) -> None:
                 f"lora: {model.config.model_type} can't have it: {first_line(error)} Name layers in modules, or "
                 "matrices in parameters (a TokenFormer's are key_tokens and value_tokens)."
             ) from error
+    if settings.rank > (largest := _largest_rank(model)):
+        raise ConfigError(
+            f"lora.rank: {settings.rank} is more than any of the matrices has: the smaller side of the largest is "
+            f"{largest}. Give less, or train the whole model (leave lora out)."
+        )
+
+
+def _largest_rank(model: PreTrainedModel) -> int:
+    """Of the matrices beside which `model` has a LoRA: a product of one can't have a higher rank than that."""
+    from peft.tuners.lora import LoraLayer
+
+    sides: list[int] = []
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            pairs: Any = zip(module.lora_A.values(), module.lora_B.values(), strict=True)
+            sides += [min(one.weight.shape[-1], other.weight.shape[0]) for one, other in pairs]
+    return max(sides, default=1)
 
 
 def merge_lora(model: PreTrainedModel) -> None:

@@ -48,7 +48,7 @@ class ExpertDropping(Settings):
     uniform: bool = True
     """Whether every layer keeps as many."""
     normalised: bool = True
-    """Where layers may differ, whether scores are divided by the root of their mean square in the layer."""
+    """Where layers may differ, whether scores are standardised within the layer: less their mean, by their spread."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -10,7 +10,10 @@ units and, where gradients are looked at, units of the residual:
   reads it: the L2 norm of Wanda's scores of the column's single weights (arXiv 2306.11695). The structured variant in
   FLAP's repository takes their mean (L1), layer after layer on inputs that are pruned already.
 * **fluctuation**: the variance of each entry times the squared length of that column, FLAP's score. The mean of what
-  goes is given back by the bias of the output matrix, as in FLAP; see `auxin.planning.compensation`.
+  goes is given back by the bias of the output matrix, as in FLAP; see `auxin.planning.compensation`. Where layers may
+  differ (`uniform: false`) a target is met as there: the scores of entries are standardised within each layer's heads
+  and feed-forward units, a group of heads gets the mean of its entries, and one ranking goes over heads and units of
+  all layers. The authors' code squares the scores of heads' entries before; the paper does not, nor is it done here.
 
 All are measured once on the whole model. The order of units goes by sums over key-value groups.
 """
@@ -31,6 +34,7 @@ from auxin.planning.method import Method
 from auxin.planning.pruning import Prunable, Pruning, prunable, pruning_example
 from auxin.planning.pruning_settings import STREAMS
 from auxin.planning.unit_order import Place
+from auxin.planning.width_removal import Split
 
 
 class FluctuationPruning(Pruning):
@@ -74,7 +78,11 @@ def plan_fluctuation(bench: Bench, settings: FluctuationPruning) -> Plan:
     measured = measure(Importance(score="fluctuation"), bench.model, bench.data)
     if given is not None:
         given = given.filled(measured.entries, bench.folder)
-    return found.plan("fluctuation", _scores(measured), given_back=given)
+    scores = _scores(measured)
+    scores |= {("query", scope): entries for scope, entries in measured.of_heads.items()}
+    # Standardised scores alone are of one kind for heads and feed-forward units.
+    split: Split = "score" if settings.normalised and not settings.uniform else "alike"
+    return found.plan("fluctuation", scores, split=split, given_back=given)
 
 
 def _given_back(found: Prunable, settings: FluctuationPruning) -> Compensation | None:

@@ -36,7 +36,7 @@ class Optin(Pruning, TrajectorySettings):
     """What stays, and how units are scored."""
 
     normalised: bool = False
-    """Where layers may differ, whether scores are divided by the root of their mean square in the layer."""
+    """Where layers may differ, whether scores are standardised within the layer: less their mean, by their spread."""
 
 
 def plan_optin(bench: Bench, settings: Optin) -> Plan:

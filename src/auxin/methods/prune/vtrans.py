@@ -59,7 +59,7 @@ class VTrans(Pruning, GateSettings):
     masks: Literal["weighted", "hard"] = "weighted"
     """Whether what stays is multiplied by the means of its gates, or stays as it is."""
     normalised: bool = False
-    """Where layers may differ, whether scores are divided by the root of their mean square in the layer."""
+    """Where layers may differ, whether scores are standardised within the layer: less their mean, by their spread."""
 
 
 def plan_vtrans(bench: Bench, settings: VTrans) -> Plan:
