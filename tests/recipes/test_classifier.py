@@ -291,8 +291,8 @@ def other_order(source: Path) -> None:
     ("change", "error", "message"),
     [
         (damaged, CheckpointError, r"lacks 1 weight\(s\).*first: bert.encoder.layer.0.output.dense.weight"),
-        (two_classes, ConfigError, r"main/train: num_labels: the model tells 2 classes apart, and the data has 3"),
-        (other_order, ConfigError, r"main/train: id2label: the model's classes are nature, music, money"),
+        (two_classes, ConfigError, r"main/build: num_labels: the model tells 2 classes apart, and the data has 3"),
+        (other_order, ConfigError, r"main/build: id2label: the model's classes are nature, music, money"),
     ],
 )
 def test_a_head_of_something_else_or_a_missing_weight_is_an_error(rows, wordpiece, tmp_path, change, error, message):

@@ -142,7 +142,7 @@ def test_a_t5_checkpoint_is_trained_on(run, corpus, tmp_path):
     assert stages[-2].value_after == pytest.approx(results.branches[0].value, abs=1e-6)
     # A longer context has more spans than the checkpoint has rows for.
     values["data"]["context_length"] = 400
-    with pytest.raises(ConfigError, match=r"main/before: vocab_size: \d+ has no room for the 20 tokens"):
+    with pytest.raises(ConfigError, match=r"main/build: vocab_size: \d+ has no room for the 20 tokens"):
         run_recipe(Recipe.parse(values), tmp_path / "longer", "", announce=lambda line: None)
     assert not (tmp_path / "longer").exists()
 
