@@ -239,7 +239,8 @@ def test_a_target_takes_from_all_streams_by_one_ranking(uniform):
         {place: [1.0 if place[0] == s else -1.0] * n for place, n in found.units.items()} for s in ("query", "ffn")
     )
     for scores, streams in ((low, {"ffn"}), (high, {"query"})):
-        gentle = prunable(model, Pruning.parse({"target": {"flops": 0.9, "sequence_length": 9}, "uniform": uniform}))
+        asked = {"target": {"flops": 0.9, "sequence_length": 9}, "uniform": uniform, "normalised": False}
+        gentle = prunable(model, Pruning.parse(asked))
         smaller = copy.deepcopy(model)
         apply(gentle.plan("by hand", scores, split="score"), smaller)
         went = {
