@@ -8,10 +8,16 @@ from dataclasses import dataclass
 from pydoc_data.topics import topics
 
 import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from auxin.data import Contexts, CorpusSettings, SampleForm
+from auxin.data.collecting import document_key, is_validation
 from auxin.data.dataset import SplitName
 from auxin.data.sources import read_documents
+from auxin.objectives.causal import Causal
+from auxin.objectives.measures import Loss
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,27 @@ def source_code() -> Iterator[tuple[str, bytes]]:
     for document in read_documents(CorpusSettings()):
         if document.data is not None and not document.name.startswith("pydoc_data/"):
             yield document.name, document.data
+
+
+def modules(held_out: bool) -> Iterator[tuple[str, str]]:
+    """The standard library's files by name, each text once: those that a corpus holds out, or the others."""
+    settings, seen = CorpusSettings(), set[bytes]()
+    for name, content in source_code():
+        if content not in seen and is_validation(document_key(content, settings.seed), settings) == held_out:
+            yield name, content.decode()
+        seen.add(content)
+
+
+def pieces(ids: Tensor, windows: int, length: int) -> Tensor:
+    """`windows` pieces of `length` tokens, evenly spread over `ids`: (windows, length)."""
+    starts = torch.linspace(0, len(ids) - length, windows).long()
+    return torch.stack([ids[start : start + length] for start in starts])
+
+
+def loss_of(model: PreTrainedModel, windows: np.ndarray) -> float:
+    """Nats per token of windows of text, (windows, tokens)."""
+    form = Excerpt(windows, windows, 1 + int(windows.max())).form
+    return Loss()(model, Contexts(windows), Causal().bind(model.config, form), batch_size=1)
 
 
 def manual() -> Iterator[tuple[str, bytes]]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 
 import torch
-from excerpt import manual, source_code
+from excerpt import manual, modules
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -102,18 +102,8 @@ def held_out_topics() -> list[str]:
     return [text.decode() for _, text in manual() if is_validation(document_key(text, settings.seed), settings)]
 
 
-def _held_out() -> Iterator[tuple[str, str]]:
-    """The names and texts of the files of the standard library that are held out."""
-    settings = CorpusSettings()
-    seen: set[bytes] = set()
-    for name, content in source_code():
-        if content not in seen and is_validation(document_key(content, settings.seed), settings):
-            yield name, content.decode()
-        seen.add(content)
-
-
 def _lines() -> Iterator[tuple[str, str, list[str]]]:
-    for name, text in _held_out():
+    for name, text in modules(held_out=True):
         generator = random.Random(name)
         lines = [line for line in text.splitlines() if line.strip()]
         long = [line for line in lines if 20 <= len(line) <= 80]
@@ -138,7 +128,7 @@ def _sentences() -> Iterator[tuple[str, str, list[str]]]:
 
 
 def _names() -> Iterator[tuple[str, str, list[str]]]:
-    for name, text in _held_out():
+    for name, text in modules(held_out=True):
         generator = random.Random(name)
         found: dict[str, str] = {}
         for node in ast.walk(ast.parse(text)):

@@ -43,7 +43,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import transformers
-from excerpt import Excerpt, source_code
+from excerpt import Excerpt, loss_of, modules, pieces
 from measuring import StepCosts, made_by, write_results
 from safetensors.torch import load_file, save_file
 from smollm2_model import convert
@@ -54,7 +54,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import auxin  # noqa: F401  teaches transformers to load what was edited
 from auxin.accounting import count_parameters
 from auxin.accounting.machine import processor_name
-from auxin.data import Contexts, CorpusSettings
+from auxin.data import CorpusSettings
 from auxin.data.collecting import document_key, is_validation
 from auxin.edits import apply
 from auxin.edits.promise import relative_change
@@ -64,8 +64,6 @@ from auxin.methods.adapt.graft import freeze_all_but_branches
 from auxin.methods.grow.masked import plan_unmask
 from auxin.nn.altup_layer import AltUpLayer
 from auxin.nn.wide_stream import block_distance
-from auxin.objectives.causal import Causal
-from auxin.objectives.measures import Loss
 from auxin.planning.bench import Bench
 from auxin.training import Hook, TrainingSettings, train
 
@@ -92,21 +90,9 @@ def texts() -> dict[str, dict[str, str]]:
     # Topics repeat each other's sections.
     seen = set(parts["english"]["held_out"])
     parts["english"]["training"] = [text for text in parts["english"]["training"] if text not in seen]
-    python = CorpusSettings()
-    done: set[bytes] = set()
-    for _, content in source_code():
-        if content in done:
-            continue
-        done.add(content)
-        held_out = is_validation(document_key(content, python.seed), python)
-        parts["python"]["held_out" if held_out else "training"].append(content.decode())
+    for split, held_out in (("training", False), ("held_out", True)):
+        parts["python"][split] += [text for _, text in modules(held_out)]
     return {kind: {split: "\n\n".join(items) for split, items in splits.items()} for kind, splits in parts.items()}
-
-
-def spread(ids: Tensor, windows: int, length: int) -> Tensor:
-    """`windows` pieces of `length` tokens, evenly spread over `ids`: (windows, length)."""
-    starts = torch.linspace(0, len(ids) - length, windows).long()
-    return torch.stack([ids[start : start + length] for start in starts])
 
 
 def prepare(work: Path, trial: Trial) -> dict[str, Any]:
@@ -146,9 +132,9 @@ def tokenized(
     for kind, splits in written.items():
         ids = {split: torch.tensor(tokenizer(text, verbose=False)["input_ids"]) for split, text in splits.items()}
         tokens |= {f"{kind}.{split}": len(found) for split, found in ids.items()}
-        tensors[f"{kind}.held_out"] = spread(ids["held_out"], trial.windows, trial.window)
-        tensors[f"{kind}.training"] = spread(ids["training"], trial.steps // len(KINDS), trial.sequence)
-        probes.append(spread(ids["held_out"], 3, trial.probe)[1:2])
+        tensors[f"{kind}.held_out"] = pieces(ids["held_out"], trial.windows, trial.window)
+        tensors[f"{kind}.training"] = pieces(ids["training"], trial.steps // len(KINDS), trial.sequence)
+        probes.append(pieces(ids["held_out"], 3, trial.probe)[1:2])
     return {**tensors, "probe": torch.cat(probes)}, tokens
 
 
@@ -170,12 +156,7 @@ def logits_of(model: PreTrainedModel, probe: Tensor) -> Tensor:
 
 def losses(model: PreTrainedModel, data: dict[str, Tensor]) -> dict[str, float]:
     """Nats per token on the held-out text of each kind."""
-    found = {}
-    for kind in KINDS:
-        windows = data[f"{kind}.held_out"].numpy()
-        form = Excerpt(windows, windows, 1 + int(windows.max())).form
-        found[kind] = Loss()(model, Contexts(windows), Causal().bind(model.config, form), batch_size=1)
-    return found
+    return {kind: loss_of(model, data[f"{kind}.held_out"].numpy()) for kind in KINDS}
 
 
 def edited(case: Case, work: Path, trial: Trial, probe: Tensor) -> tuple[PreTrainedModel, dict[str, Any], list[Hook]]:

@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from excerpt import Excerpt, manual, source_code
+from excerpt import loss_of, manual, modules, pieces
 from local_tasks import answers, held_out_topics, questions
 from measuring import made_by, peak_bytes, write_results
 from smollm2_model import convert
@@ -40,13 +40,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import auxin
 from auxin.accounting import count_parameters
-from auxin.data import Contexts, CorpusSettings
-from auxin.data.collecting import document_key, is_validation
 from auxin.edits import Plan
 from auxin.files import write_text
 from auxin.models.sublayers import sublayers
-from auxin.objectives.causal import Causal
-from auxin.objectives.measures import Loss
 from auxin.planning.removed_sublayers import without_sublayers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,23 +56,18 @@ PICTURE = ROOT / "docs" / "images" / "smollm2_pruning.svg"
 
 def texts() -> dict[str, dict[str, str]]:
     """By kind, the text that methods look at and the held-out text, which the tasks are made of, too."""
-    settings = CorpusSettings()
     held_out = held_out_topics()
     looked_at = [text.decode() for _, text in manual() if text.decode() not in held_out]
-    python: dict[bool, list[str]] = {True: [], False: []}
-    for content in dict.fromkeys(content for _, content in source_code()):
-        python[is_validation(document_key(content, settings.seed), settings)].append(content.decode())
+    python = {side: "\n\n".join(text for _, text in modules(held_out=side)) for side in (False, True)}
     return {
         "english": {"looked_at": "\n\n".join(looked_at), "held_out": "\n\n".join(held_out)},
-        "python": {"looked_at": "\n\n".join(python[False]), "held_out": "\n\n".join(python[True])},
+        "python": {"looked_at": python[False], "held_out": python[True]},
     }
 
 
 def spread(text: str, tokenizer: PreTrainedTokenizerFast, windows: int, length: int) -> Tensor:
     """`windows` pieces of `length` tokens, evenly spread over a text: (windows, length)."""
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    starts = torch.linspace(0, len(ids) - length, windows).long()
-    return torch.stack([ids[start : start + length] for start in starts])
+    return pieces(torch.tensor(tokenizer(text, verbose=False)["input_ids"]), windows, length)
 
 
 def source(work: Path) -> tuple[Any, Any]:
@@ -103,11 +94,11 @@ def planned(name: str, work: Path, trial: Trial) -> dict[str, Any]:
         gone = random.Random(row.seed).sample(paths, PARTS)
         plan = Plan(method="chance", promise="none", edits=without_sublayers(model, gone))
     else:
-        pieces = [
+        samples = [
             spread(found["looked_at"], tokenizer, trial.samples // len(KINDS), trial.length)
             for found in texts().values()
         ]
-        plan = auxin.plan(model, row.method, data=[torch.cat(pieces)], **row.settings)
+        plan = auxin.plan(model, row.method, data=[torch.cat(samples)], **row.settings)
     plan.to_yaml(work / "plans" / f"{name}.yaml")
     cost = plan.cost
     return {
@@ -126,9 +117,7 @@ def measured(name: str, work: Path, trial: Trial) -> dict[str, Any]:
     model.eval()
     losses = {}
     for kind, found in texts().items():
-        windows = spread(found["held_out"], tokenizer, trial.windows, trial.window).numpy()
-        objective = Causal().bind(model.config, Excerpt(windows, windows, 1 + int(windows.max())).form)
-        losses[kind] = Loss()(model, Contexts(windows), objective, batch_size=1)
+        losses[kind] = loss_of(model, spread(found["held_out"], tokenizer, trial.windows, trial.window).numpy())
     asked = questions(trial.questions, trial.seed)
     return {
         "parameters": count_parameters(model).total,

@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from auxin.analysis.measurement import CalibrationData, result_of, wide
+from auxin.analysis.measurement import CalibrationData, as_model_has, result_of, wide
 from auxin.analysis.units import Group, Place, Rows, Units
 from auxin.errors import DataError, PlanError
 from auxin.models.evaluating import evaluation_mode
@@ -211,10 +211,7 @@ def losses_of(model: PreTrainedModel, data: CalibrationData, asked_by: str) -> I
     batches = _endless(data)
 
     def loss() -> Tensor:
-        inputs = {
-            name: tensor.to(first.device, model.dtype if tensor.is_floating_point() else None).clone()
-            for name, tensor in next(batches).items()
-        }
+        inputs = {name: tensor.clone() for name, tensor in as_model_has(model, next(batches)).items()}
         found: Tensor | None = getattr(result_of(model, inputs), "loss", None)
         if found is None:
             raise DataError(

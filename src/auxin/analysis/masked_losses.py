@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from auxin.analysis.layer_outputs import LayerOutputs
-from auxin.analysis.measurement import Batch, logits_of, without_loss
+from auxin.analysis.measurement import Batch, as_model_has, logits_of, without_loss
 from auxin.analysis.parts import stack_parts
 from auxin.analysis.sample_losses import sample_losses
 from auxin.analysis.unit_masks import Mask, Streams, maskable, masked
@@ -108,11 +108,7 @@ class MaskedLosses:
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], asked_by: str) -> None:
         self._model, self._asked_by, self._units = model, asked_by, units_of(model)
-        device = next(model.parameters()).device
-        self._batches = [
-            {name: x.to(device, model.dtype if x.is_floating_point() else None) for name, x in batch.items()}
-            for batch in batches
-        ]
+        self._batches = [as_model_has(model, batch) for batch in batches]
         layers = {path: layer for parts in stack_parts(model) for path, layer in parts.layers.items()}
         self._given = [LayerOutputs(layers) for _ in self._batches]
         self.order: list[str] = []

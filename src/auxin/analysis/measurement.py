@@ -174,6 +174,12 @@ def kept_tokens(model: PreTrainedModel, batch: Batch, decoder: bool = False) -> 
     return mask
 
 
+def as_model_has(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+    """A batch on the device of `model`, what is floating-point in its type."""
+    device = next(model.parameters()).device
+    return {name: x.to(device, model.dtype if x.is_floating_point() else None) for name, x in batch.items()}
+
+
 def samples_of(batch: Batch) -> int:
     """How many samples a batch holds."""
     return len(next(iter(batch.values())))

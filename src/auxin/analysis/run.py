@@ -25,6 +25,7 @@ from auxin.analysis.measurement import (
     Needs,
     Observer,
     Tap,
+    as_model_has,
     measurement,
 )
 from auxin.errors import DataError
@@ -171,7 +172,7 @@ def _follow(
 ) -> None:
     """One pass over the data that all observers follow. What models draw at random on the way nobody misses."""
     forward = _forward(model, {one.needs for one in following}, tally)
-    device, dtype = next(model.parameters()).device, model.dtype
+    device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
     with (
         evaluation_mode(model),
@@ -181,9 +182,7 @@ def _follow(
     ):
         for batch in data.batches():
             samples = _samples(batch)
-            inputs = {
-                name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in batch.items()
-            }
+            inputs = as_model_has(model, batch)
             for number, observer, _ in following:
                 with tally.of(number):
                     observer.before(inputs)

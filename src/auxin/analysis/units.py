@@ -24,8 +24,8 @@ from auxin.models.anatomy import anatomy
 from auxin.nn.calls import computing
 from auxin.words.anatomy import Anatomy, LayerStack
 from auxin.words.paths import dotted
-from auxin.words.roles import ParameterRole, Segment
-from auxin.words.widths import FEED_FORWARD, Stream
+from auxin.words.roles import Segment
+from auxin.words.widths import Stream
 
 Kind = Literal["residual", "query", "key_value", "ffn", "expert_ffn", "shared_expert_ffn", "expert"]
 """A stream whose units are cut."""
@@ -147,7 +147,7 @@ def units_of(model: PreTrainedModel, stream: Literal["written", "normed"] = "wri
     found = Units()
     reading: list[tuple[str, Segment, Place]] = []
     for name, parameter in model.named_parameters():
-        if (read := _read_along(body.role(name))) is not None:
+        if (read := body.role(name).units_read) is not None:
             reading += _places(model, body, name, parameter, *read)
     # What wraps a module takes the same input as it does, and so do several matrices of one module.
     paths = list(dict.fromkeys(path for path, _, _ in reading))
@@ -171,16 +171,6 @@ def units_of(model: PreTrainedModel, stream: Literal["written", "normed"] = "wri
     if not found.places:
         raise PlanError(f"No unit of the {body.family} model is known to lie anywhere: {reason}")
     return found
-
-
-def _read_along(role: ParameterRole) -> tuple[int, Segment] | None:
-    """The axis along which a matrix reads heads or feed-forward units, and the segment that it is; None for others."""
-    if role.kind != "matrix":
-        return None
-    for axis, (segments, access) in enumerate(zip(role.axes, role.access, strict=True)):
-        if access == "reads" and len(segments) == 1 and segments[0].stream in ("query", *FEED_FORWARD):
-            return axis, segments[0]
-    return None
 
 
 def _places(

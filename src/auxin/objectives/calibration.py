@@ -248,7 +248,7 @@ def _text_objective(model: PreTrainedModel) -> ObjectiveSettings:
     if isinstance(model, task_classes(AutoModelForMaskedLM, model.config)):
         return MaskedLanguage()
     raise DataError(
-        f"Text alone has no labels for a {type(model).__name__}: it is for language models, causal or masked, and "
+        f"Text has no labels for a {type(model).__name__}: alone it is for language models, causal or masked, and "
         'encoder-decoders. Give batches with labels in Python, data=[{"input_ids": ids, "labels": labels}] of '
         "`auxin.plan` (elsewhere Calibration.of_batches(model, batches)), or do it in a recipe, whose data has labels."
     )

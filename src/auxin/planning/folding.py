@@ -129,11 +129,9 @@ def _read(model: PreTrainedModel, body: Anatomy, place: Place, count: int) -> It
     """The matrices of a layer that read its heads or feed-forward units."""
     stream, scope = place
     for name in [name for name, _ in model.named_parameters() if encloses(scope, name)]:
-        role = body.role(name)
-        for axis, (segments, access) in enumerate(zip(role.axes, role.access, strict=True)):
-            if access == "reads" and role.kind == "matrix" and [s.stream for s in segments] == [stream]:
-                yield _Fold(name, axis, place, segments[0].size // count)
-                break  # as units are found: the first such axis
+        read = body.role(name).units_read
+        if read is not None and read[1].stream == stream:
+            yield _Fold(name, read[0], place, read[1].size // count)
 
 
 def _written(model: PreTrainedModel, body: Anatomy, stack: LayerStack) -> Iterator[_Fold]:

@@ -85,13 +85,11 @@ def _silenced(model: PreTrainedModel, body: Anatomy, place: Place, gone: set[int
     stream, scope = place
     found: list[Edit] = []
     for name, _ in model.named_parameters():
-        role = body.role(name)
-        if not encloses(scope, name) or role.kind != "matrix":
-            continue
-        for axis, (segments, access) in enumerate(zip(role.axes, role.access, strict=True)):
-            if access == "reads" and len(segments) == 1 and segments[0].stream == stream:
-                index = [ABSENT_UNIT if unit in gone else unit for unit in range(segments[0].count)]
-                found.append(SliceParameter(parameter=name, axis=axis, index=index, unit=segments[0].unit))
+        read = body.role(name).units_read
+        if encloses(scope, name) and read is not None and read[1].stream == stream:
+            axis, segment = read
+            index = [ABSENT_UNIT if unit in gone else unit for unit in range(segment.count)]
+            found.append(SliceParameter(parameter=name, axis=axis, index=index, unit=segment.unit))
     if not found:
         raise PlanError(f"{scope}: no matrix is known that reads its units of {stream}. Leave them in.")
     return found

@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Literal
 
 from auxin.words.paths import path_pattern
-from auxin.words.widths import Sizes, Stream
+from auxin.words.widths import FEED_FORWARD, Sizes, Stream
 
 Access = Literal["writes", "reads"]
 Kind = Literal[
@@ -123,6 +123,17 @@ class ParameterRole:
             for segments, how in zip(self.axes, self.access, strict=True)
             for segment in segments
         )
+
+    @property
+    def units_read(self) -> tuple[int, Segment] | None:
+        """The axis along which a matrix reads heads or feed-forward units, and the segment that it is; None of
+        others."""
+        if self.kind != "matrix":
+            return None
+        for axis, (segments, how) in enumerate(zip(self.axes, self.access, strict=True)):
+            if how == "reads" and len(segments) == 1 and segments[0].stream in ("query", *FEED_FORWARD):
+                return axis, segments[0]
+        return None
 
 
 @dataclass(frozen=True)

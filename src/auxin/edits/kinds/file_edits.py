@@ -41,6 +41,14 @@ class FileEdit(ParameterEdit):
             raise PlanError(f"{self.tensor} in {path} has shape {list(shape)}, and the plan says {list(self.shape)}.")
         return found
 
+    def _of_its_shape(self, shape: tuple[int, ...], what: str) -> tuple[int, ...]:
+        """`shape`, that of `what`, which the tensor must have; PlanError."""
+        if shape != self.shape:
+            raise PlanError(
+                f"the tensor {self.tensor} in {self.file} has shape {list(self.shape)}, and {what} has {list(shape)}"
+            )
+        return shape
+
     @cached_property
     def _read(self) -> Tensor:
         assert self._path is not None, "the executor locates a plan's files first"
@@ -148,12 +156,7 @@ class SetParameter(FileEdit):
 
     def new_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The same shape; PlanError when the tensor has another one."""
-        if shape != self.shape:
-            raise PlanError(
-                f"the tensor {self.tensor} in {self.file} has shape {list(self.shape)}, and what becomes it has "
-                f"{list(shape)}"
-            )
-        return shape
+        return self._of_its_shape(shape, "what becomes it")
 
     def map_parameter(self, old: Tensor, seed: int, name: str) -> Tensor:
         """The tensor."""
@@ -174,12 +177,7 @@ class ShiftParameter(FileEdit):
 
     def new_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The same shape; PlanError when the tensor has another one."""
-        if shape != self.shape:
-            raise PlanError(
-                f"the tensor {self.tensor} in {self.file} has shape {list(self.shape)}, and what it is added to has "
-                f"{list(shape)}"
-            )
-        return shape
+        return self._of_its_shape(shape, "what it is added to")
 
     def map_parameter(self, old: Tensor, seed: int, name: str) -> Tensor:
         """The new tensor."""

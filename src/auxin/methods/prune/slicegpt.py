@@ -30,7 +30,7 @@ from pydantic import Field, StrictFloat, StrictInt, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from auxin.analysis.measurement import check_mask, kept_by_decoder
+from auxin.analysis.measurement import as_model_has, check_mask, kept_by_decoder
 from auxin.analysis.run import forward_through_layers
 from auxin.edits import Plan, SliceParameter
 from auxin.errors import PlanError
@@ -118,10 +118,7 @@ def covariance(rotation: Rotatable, data: Calibration) -> Tensor:
             module = model.get_submodule(norm)
             stack.callback(module.register_forward_pre_hook(partial(add, norm), with_kwargs=True).remove)
         for batch in data.batches():
-            inputs = {
-                name: tensor.to(device, model.dtype if tensor.is_floating_point() else None)
-                for name, tensor in batch.items()
-            }
+            inputs = as_model_has(model, batch)
             kept.update(kept_by_decoder(model, inputs))
             forward(**inputs)
     return total
