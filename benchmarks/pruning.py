@@ -40,6 +40,7 @@ METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "slicegpt": ("SliceGPT, one rotation", "slicegpt", {}),
     "optin": ("OPTIN", "optin", {"group_size": 4}),
     "taylor-uneven": ("Taylor, layers may differ", "taylor", {"uniform": False}),
+    "fluctuation-uneven": ("FLAP: fluctuation, layers may differ", "fluctuation", {"uniform": False}),
     "finercut": ("FinerCut", "finercut", {}),
     "finercut-at-once": ("FinerCut, all at once", "finercut", {"one_shot": True}),
     "finercut-layers": ("FinerCut, whole layers", "finercut", {"candidates": "layers"}),

@@ -94,11 +94,10 @@ def planned(name: str, work: Path, trial: Trial) -> dict[str, Any]:
         gone = random.Random(row.seed).sample(paths, PARTS)
         plan = Plan(method="chance", promise="none", edits=without_sublayers(model, gone))
     else:
-        samples = [
-            spread(found["looked_at"], tokenizer, trial.samples // len(KINDS), trial.length)
-            for found in texts().values()
-        ]
-        plan = auxin.plan(model, row.method, data=[torch.cat(samples)], **row.settings)
+        count = row.times * trial.samples // len(KINDS)
+        samples = [spread(found["looked_at"], tokenizer, count, trial.length) for found in texts().values()]
+        data = {"data": [torch.cat(samples)]} if row.times else {}
+        plan = auxin.plan(model, row.method, folder=work / "plans", **data, **row.settings)
     plan.to_yaml(work / "plans" / f"{name}.yaml")
     cost = plan.cost
     return {

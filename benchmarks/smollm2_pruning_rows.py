@@ -54,6 +54,8 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
     seed: int | None = None
     """Of parts that chance draws."""
+    times: int = 1
+    """As many times the contexts that the others look at; 0: none."""
 
 
 ROWS = {
@@ -77,6 +79,24 @@ ROWS = {
             "taylor": "Taylor, heads and units",
         }.items()
     },
+    **{
+        f"fluctuation-{size}": Row(
+            "FLAP, heads and units", "fluctuation", {"target": {"parameters": (100 - size) / 100}, "uniform": False}
+        )
+        for size in (10, 20)
+    },
+    "embedding-10": Row(
+        "the embedding as a product, 128 times as many samples",
+        "factorised-embedding",
+        {"target": {"parameters": 0.9}},
+        times=128,
+    ),
+    "embedding-alike-10": Row(
+        "the same, all tokens alike",
+        "factorised-embedding",
+        {"target": {"parameters": 0.9}, "frequencies": False},
+        times=0,
+    ),
 }
 SECTIONS = {
     "As many parts": [name for name in ROWS if "target" not in ROWS[name].settings],

@@ -15,7 +15,7 @@ from auxin.edits.structure import with_structural_edits
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.nn.bricks import find_brick
-from auxin.nn.low_rank import LowRank, LowRankConv1D, LowRankLinear
+from auxin.nn.low_rank import LowRank, LowRankConv1D, LowRankEmbedding, LowRankLinear
 from auxin.nn.unmultiplied import Unmultiplied
 from tiny_models import InDouble, change, inputs, labels, tiny
 
@@ -380,3 +380,33 @@ def test_the_result_is_scaled_by_the_factors_it_names(bias):
         for name, factor in new.scaled(0.25, {"weight": 0.25}).items():
             new.get_parameter(name).mul_(factor)
     torch.testing.assert_close(new(x), 0.25 * before)
+
+
+@given(sizes=SIZES, scale=st.sampled_from([1.0, 3.5]), data=st.data())
+def test_an_embedding_of_full_rank_gives_the_rows_and_its_gradient(sizes, scale, data):
+    old = nn.Embedding(*sizes, padding_idx=0, dtype=torch.float64)
+    old.embed_scale = scale  # as transformers' classes call what they multiply by
+    new = LowRankEmbedding.replacing(old, data.draw(st.integers(1, min(sizes))))
+    ids = torch.tensor(data.draw(st.lists(st.integers(0, sizes[0] - 1), min_size=1, max_size=5)))
+    product = (new.output_factor @ new.input_factor).detach()
+    torch.testing.assert_close(new(ids), scale * product[ids])
+    if new.rank == min(sizes):
+        torch.testing.assert_close(product, old.weight)
+    new(ids).sum().backward()
+    assert not new.output_factor.grad[0].any()  # the row that pads
+    torch.testing.assert_close(new.weight + 0, product)
+
+
+class Shifted(nn.Embedding):
+    """Does something of its own."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.offset = 2
+
+
+@pytest.mark.parametrize("module", [Shifted(5, 3), nn.Embedding(5, 3, max_norm=1.0), nn.Linear(5, 3)])
+def test_what_is_no_plain_embedding_has_no_product(module):
+    assert not LowRankEmbedding.can_replace(module)
+    with pytest.raises(PlanError, match="does something of its own"):
+        LowRankEmbedding.replacing(module, 2)

@@ -78,7 +78,7 @@ class ModuleStore:
             trainable = isinstance(after, nn.Parameter)
         else:
             # What a brick's tensors were made of, or are made together with, may share their memory.
-            data = data.clone(memory_format=torch.contiguous_format) if not origin.steps else data
+            data = data.clone(memory_format=torch.contiguous_format) if not origin.steps else data.contiguous()
             trainable = near.requires_grad
         if not isinstance(after, nn.Parameter):
             return data

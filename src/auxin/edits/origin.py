@@ -68,6 +68,14 @@ class Group:
     inputs: "Mapping[str, Origin]"
     """The tensors that they are made of, by their names in the module."""
 
+    def makes_as(self, other: "Group") -> bool:
+        """Whether both make the same of the same tensors, at two places where these are tied."""
+        return (
+            (self.making, self.back, self.settings) == (other.making, other.back, other.settings)
+            and self.inputs.keys() == other.inputs.keys()
+            and all(self.inputs[key] is other.inputs[key] for key in self.inputs)
+        )
+
 
 @dataclass(frozen=True)
 class Made:
@@ -103,6 +111,12 @@ class Origin:
     def kept(self) -> str | None:
         """The one old tensor that it is, changed or not; None when it is none."""
         return self.source.name if isinstance(self.source, Kept) else None
+
+    def is_that_of(self, other: "Origin") -> bool:
+        """Whether the values of both are made in the same way of the same tensors."""
+        one, two = self.source, other.source
+        alike = isinstance(one, Made) and isinstance(two, Made) and one.key == two.key and one.group.makes_as(two.group)
+        return alike and self.steps == other.steps
 
     @property
     def is_fresh(self) -> bool:

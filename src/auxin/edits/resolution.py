@@ -148,14 +148,13 @@ class _Outcome:
         fresh_layers = {*self.state.fresh_layers, *self.state.copies}
         origins: dict[str, Origin] = {}
         for name, aliases in names.items():
-            found = dict.fromkeys(self.state.aliases[alias] for alias in aliases if alias in self.state.aliases)
-            if len(found) > 1:
-                one, other = list(found)[:2]
+            held = [self.state.aliases[alias] for alias in aliases if alias in self.state.aliases]
+            known, others = (held[0], held[1:]) if held else (None, [])
+            if other := next((each for each in others if not self._are_one(known, each)), None):
                 raise PlanError(
-                    f"{one} and {other} are one tensor in the edited model (tied), and the plan's edits give them "
+                    f"{known} and {other} are one tensor in the edited model (tied), and the plan's edits give them "
                     "different values. Untie them first (tie_word_embeddings = false), or leave both as they are."
                 )
-            known = next(iter(found), None)
             if known is not None:
                 origin = self.state.origins[known]
                 self._check_shape(name, origin, shapes[name])
@@ -187,14 +186,19 @@ class _Outcome:
                     f"Edit {late.index + 1} ({describe_edit(self.edits[late.index])}): {name} was used up by edit "
                     f"{index + 1} ({describe_edit(self.edits[index])}), and the model has it no more. Change it before."
                 )
-        others = {*self.state.replaced, *self.state.copies}
-        left = [name for name in left if not lies_below(name, others)]
+        renewed = {*self.state.replaced, *self.state.copies}
+        left = [name for name in left if not lies_below(name, renewed)]
         if left:
             raise PlanError(
                 f"With the plan's edits the model has no parameter {left[0]} any more, and no edit removes it "
                 f"({self._set_in_words()}). Leave out the value that drops it."
             )
         return origins
+
+    def _are_one(self, one: str | None, other: str | None) -> bool:
+        """Whether the same tensor, or the same value, stands under both names."""
+        origins = self.state.origins
+        return one == other or (one is not None and other is not None and origins[one].is_that_of(origins[other]))
 
     def _set_in_words(self) -> str:
         state = self.state

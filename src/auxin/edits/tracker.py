@@ -283,10 +283,14 @@ class Tracker:
         self._put_made(Group(path, making, True, stored.settings, inputs), shapes)
         self.replaced.append(path)
         kept = set(making.keeps(shapes, **stored.settings))
-        self.used_up |= {f"{path}.{key}": index for key in inputs.keys() - made.keys() - kept}
+        gone = {f"{path}.{key}" for key in inputs.keys() - made.keys() - kept}
+        self.used_up |= dict.fromkeys(gone, index)
         left = elsewhere(stored, path, self.modules)
         place = next(i for i, e in enumerate(self.structure) if e is stored)
         self.structure[place : place + 1] = left
+        self.structure = [
+            e for e in self.structure if not isinstance(e, TieParameters) or not gone & {e.parameter, e.to}
+        ]
 
     def _below(self, path: str) -> dict[str, Origin]:
         """The tensors of the module at `path` and below, by their names in it; those that are used up are gone."""

@@ -1,9 +1,9 @@
-"""Linear layers of low rank: W (out, in) ~ A B, with A (out, rank) and B (rank, in).
+"""Linear layers and embeddings of low rank: W (out, in) ~ A B, with A (out, rank) and B (rank, in).
 
 By Eckart and Young's theorem the first singular vectors make the best A B of a rank, in the sum of squares. The
 singular values go to both factors alike, as square roots, so that both have gradients of one size. A layer of rank r
 has r (in + out) parameters instead of in * out, and as many multiply-adds per token: it pays below
-in * out / (in + out).
+in * out / (in + out). The table of an embedding is such a W with a row for every token, (tokens, width).
 
 Moments go by the chain rule, as everywhere. With G the gradient of W, the factors' are G B^T and A^T G; a second moment
 takes the squares of the same factors.
@@ -179,24 +179,35 @@ class LowRank(Brick):
         """The layer of low rank for `module`, filled from it where it has values.
 
         Args:
-            module: an `nn.Linear` (for LowRankLinear) or a `Conv1D` (for LowRankConv1D), or one of a subclass that
-                computes the same, also on the meta device; or such a layer of low rank, which gets another rank.
+            module: an `nn.Linear` (for LowRankLinear), a `Conv1D` (for LowRankConv1D) or an `nn.Embedding` (for
+                LowRankEmbedding), or one of a subclass that computes the same, also on the meta device; or such a
+                layer of low rank, which gets another rank.
             rank: from 1 to the smaller of its widths, with which it is the same function.
 
         Raises:
             PlanError: the module is of another class, or the rank is none of its.
         """
-        if type(module) is not cls and linear_class(module) is not cls.layer:
+        if type(module) is not cls and not cls.can_replace(module):
             raise PlanError(
                 f"{cls.__name__} replaces a {cls.layer.__name__}, received a {type(module).__name__}, which does "
                 "something of its own. Factorize another layer, or take off what was put around this one."
             )
         shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         outputs, inputs = cls.making.sizes(shapes)
-        example = next(module.parameters())
-        new = cls(inputs, outputs, rank, "bias" in shapes, example.device, example.dtype)
+        new = cls._for(module, outputs, inputs, rank)
         take_over(new, module, cls.making, rank=rank)
         return new.train(module.training)
+
+    @classmethod
+    def can_replace(cls, module: nn.Module) -> bool:
+        """Whether `module` is what it stands in for, whatever its class is called."""
+        return linear_class(module) is cls.layer
+
+    @classmethod
+    def _for(cls, module: nn.Module, outputs: int, inputs: int, rank: int) -> Self:
+        """An unfilled one in the place of `module`, on its device and in its type."""
+        example = next(module.parameters())
+        return cls(inputs, outputs, rank, "bias" in dict(module.named_parameters()), example.device, example.dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -266,6 +277,77 @@ class LowRankConv1D(LowRank):
     def nx(self) -> int:
         """Conv1D's name for the width of the input."""
         return self.in_features
+
+
+@brick("low_rank_embedding")
+class LowRankEmbedding(LowRank):
+    """An `nn.Embedding` of low rank: of token t, row t of A (tokens, rank) times B (rank, width), as in ALBERT (arXiv
+    1909.11942, section 3.1), where the rank is called E.
+
+    Args:
+        in_features: width.
+        out_features: tokens.
+        rank: from 1 to the smaller of both.
+        padding_idx: the token whose row gets no gradient.
+        scale: by which embeddings are multiplied (Gemma's, BART's).
+        device, dtype: of the parameters, which are not filled.
+    """
+
+    layer = nn.Embedding
+    making = LowRankLinear.making  # the same, so that a tied head and its table are of one value
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        padding_idx: int | None = None,
+        scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, rank, False, device, dtype)
+        self.padding_idx, self.scale = padding_idx, scale
+
+    @classmethod
+    def can_replace(cls, module: nn.Module) -> bool:
+        """Of an `nn.Embedding`, or one that does no more than multiply by a number, whose rows are not kept short."""
+        if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+            return False
+        public = {name for name in vars(module) if not name.startswith("_")} - vars(EMBEDDING).keys()
+        return public | {name for name, _ in module.named_buffers()} <= set(SCALES)
+
+    @classmethod
+    def _for(cls, module: nn.Module, outputs: int, inputs: int, rank: int) -> Self:
+        if isinstance(module, cls):
+            padding, scale = module.padding_idx, module.scale
+        else:
+            assert isinstance(module, nn.Embedding)
+            padding = module.padding_idx
+            scale = float(next((getattr(module, name) for name in SCALES if hasattr(module, name)), 1.0))
+        example = next(module.parameters())
+        return cls(inputs, outputs, rank, padding, scale, example.device, example.dtype)
+
+    @property
+    def num_embeddings(self) -> int:
+        """nn.Embedding's name for the number of tokens."""
+        return self.out_features
+
+    @property
+    def embedding_dim(self) -> int:
+        """nn.Embedding's name for the width."""
+        return self.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Token ids (...) -> (..., width)."""
+        found = F.embedding(x, self.output_factor, self.padding_idx) @ self.input_factor
+        return found if self.scale == 1 else found * self.scale
+
+
+EMBEDDING = nn.Embedding(1, 1, device="meta")
+"""One that does nothing else."""
+SCALES = ("scalar_embed_scale", "embed_scale")
+"""What classes of transformers call the number by which they multiply embeddings; the first is no tensor."""
 
 
 def _has_rank(old: Shapes, rank: int) -> bool:

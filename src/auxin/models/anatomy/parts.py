@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch.nn import Embedding, Module, Parameter
+from torch.nn import Module, Parameter
 from transformers import PreTrainedModel
 
 from auxin.nn.bricks import Brick
@@ -49,10 +49,14 @@ def sizes_of(config: Any, ffn: int | None, head_dim: int | None = None, key_valu
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the output head is a token embedding, the one of the model's inputs or its decoder's own."""
-    head = getattr(model.get_output_embeddings(), "weight", None)
-    tables = (module.weight for module in model.modules() if isinstance(module, Embedding))
-    return head is not None and any(table is head for table in tables)
+    """Whether the output head is a token embedding, the one of the model's inputs or its decoder's own: whether a
+    matrix of it is elsewhere, too."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return False
+    own, inside = {id(tensor) for tensor in head.parameters() if tensor.dim() > 1}, set(head.modules())
+    others = (module for module in model.modules() if module not in inside)
+    return any(id(tensor) in own for module in others for tensor in module.parameters(recurse=False))
 
 
 def head_of(model: PreTrainedModel, heads: tuple[str, ...] = HEADS) -> str | None:

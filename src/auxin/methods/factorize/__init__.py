@@ -1,0 +1,1 @@
+"""Methods that make matrices products of smaller ones."""
