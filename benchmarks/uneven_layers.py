@@ -172,7 +172,7 @@ def main() -> None:
     for row in rows(work):
         print(*row, sep=" | ", file=sys.stderr, flush=True)
         found.append(row)
-    print(markdown_table(["method", "layers", "loss", "rise", "fewest units of a layer"], found))
+    print(*markdown_table(["method", "layers", "loss", "rise", "fewest units of a layer"], found), sep="\n")
     print(made_by_line(made_by("python benchmarks/uneven_layers.py --work FOLDER")))
 
 

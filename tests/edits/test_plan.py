@@ -8,7 +8,7 @@ import auxin
 from auxin.accounting import flops_per_token
 from auxin.edits import NormalFill, PadParameter, Plan, RepeatFill, SetConfig, ZeroFill, apply, planned_config
 from auxin.edits.kinds.parameter_edits import ScaleParameter
-from auxin.edits.plan import resolve
+from auxin.edits.plan import REPLAYED, resolve
 from auxin.edits.purpose import made_for_another
 from auxin.edits.tensor_names import together
 from auxin.errors import ConfigError, PlanError
@@ -104,6 +104,17 @@ def test_a_growth_plan_survives_yaml_and_does_the_same(tmp_path):
     apply(plan, model)
     apply(read, other)
     assert all(a.equal(b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_plan_says_what_needs_this_package_and_a_receipt_what_was_done():
+    model = tiny("llama")
+    plans = {name: auxin.plan(model, name, **settings) for name, settings in (("graft", {"tokens": 4}), ("llama-pro", {}))}
+    assert str(plans["graft"]).splitlines()[-1] == REPLAYED
+    assert REPLAYED not in str(plans["llama-pro"])
+    receipt = auxin.apply(plans["llama-pro"], model)
+    before, after = receipt.parameters_before, receipt.parameters_after
+    assert str(receipt).startswith(f"{before:,} -> {after:,} parameters in ")
+    assert "Promise 'exact': the outputs on the probe moved by 0.0e+00 relative" in str(receipt)
 
 
 def test_a_wrong_field_in_a_plan_file_is_named(tmp_path):

@@ -228,13 +228,4 @@ def _print_receipt(receipt: Any, output: Path, as_json: bool) -> None:
         print(receipt.model_dump_json(indent=2))
         to_stderr(note)
         return
-    plan = receipt.plan
-    print(plan)
-    change = receipt.max_relative_change
-    moved = "can't be compared with those before" if change is None else f"moved by {change:.1e} relative"
-    print(
-        f"\n{receipt.parameters_before:,} -> {receipt.parameters_after:,} parameters in {receipt.seconds:.1f} s. "
-        f"Promise {plan.promise!r}: the outputs on the probe {moved} "
-        f"(allowed for an exact plan: {receipt.tolerance:.0e}).\nWritten to {output}\n"
-        f"{note}"
-    )
+    print(f"{receipt.plan}\n\n{receipt}\nWritten to {output}\n{note}")

@@ -62,6 +62,15 @@ class Receipt(Settings):
         """Whether `continue_exactly` makes the next steps those of the smaller model."""
         return self.plan.promise == "exact" and all(rate.exact for rate in self.continuation.values())
 
+    def __str__(self) -> str:
+        change = self.max_relative_change
+        moved = "can't be compared with those before" if change is None else f"moved by {change:.1e} relative"
+        return (
+            f"{self.parameters_before:,} -> {self.parameters_after:,} parameters in {self.seconds:.1f} s. "
+            f"Promise {self.plan.promise!r}: the outputs on the probe {moved} "
+            f"(allowed for an exact plan: {self.tolerance:.0e})."
+        )
+
 
 @torch.inference_mode(False)
 @settings_kept()

@@ -19,13 +19,15 @@ from auxin.edits.kinds.parameter_edits import ParameterEdit
 from auxin.edits.origin import Fresh, Made, Origin
 from auxin.edits.plan_files import CheckpointFile, PlanFile
 from auxin.edits.resolution import ResolvedPlan, resolve
-from auxin.edits.structure import config_from_values, edited_skeleton
+from auxin.edits.structure import config_from_values, edited_skeleton, structural_edits
 from auxin.edits.tensor_names import collapse, shapes_of, together
 from auxin.errors import PlanError, placed, reason
 from auxin.settings import Settings
 from auxin.yaml_files import LARGE
 
 Promise = Literal["exact", "approximate", "none"]
+REPLAYED = "The result loads after `import auxin`; its config alone can't say what it is."
+"""What a plan says of a result that keeps edits in its config."""
 
 
 class Plan(Settings):
@@ -154,8 +156,11 @@ class Plan(Settings):
         if self.made_for is None:
             return "\n".join([head, *(f"  {describe_edit(edit)}" for edit in self.edits), *notes])
         with placed("made_for: "):
-            config = config_from_values(self.made_for)
-        return "\n".join([head, self.table(config), *notes])
+            before = edited_skeleton(config_from_values(self.made_for))
+        resolved = resolve(self.edits, before)
+        if structural_edits(resolved.after.config):
+            notes.append(REPLAYED)
+        return "\n".join([head, self._table(resolved), *notes])
 
     def table(self, model: PreTrainedModel | PreTrainedConfig, sequence_length: int | None = None) -> str:
         """The plan as a table for `model` (or a config): edits, parameters and FLOPs per token before and after.
@@ -169,7 +174,10 @@ class Plan(Settings):
             PlanError: the plan does not fit.
         """
         before = edited_skeleton(model) if isinstance(model, PreTrainedConfig) else model
-        resolved = resolve(self.edits, before)
+        return self._table(resolve(self.edits, before), sequence_length)
+
+    def _table(self, resolved: ResolvedPlan, sequence_length: int | None = None) -> str:
+        before = resolved.before
         rows = [["module", "edit", "parameters", "FLOPs per token, forward"]]
         rows += [*_structure_rows(self), *_parameter_rows(resolved)]
         if sequence_length is None:
