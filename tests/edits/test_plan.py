@@ -108,10 +108,10 @@ def test_a_growth_plan_survives_yaml_and_does_the_same(tmp_path):
 
 def test_a_plan_says_what_needs_this_package_and_a_receipt_what_was_done():
     model = tiny("llama")
-    plans = {name: auxin.plan(model, name, **settings) for name, settings in (("graft", {"tokens": 4}), ("llama-pro", {}))}
-    assert str(plans["graft"]).splitlines()[-1] == REPLAYED
-    assert REPLAYED not in str(plans["llama-pro"])
-    receipt = auxin.apply(plans["llama-pro"], model)
+    assert str(auxin.plan(model, "graft", tokens=4)).splitlines()[-1] == REPLAYED
+    plan = auxin.plan(model, "llama-pro", group_size=1)
+    assert REPLAYED not in str(plan)
+    receipt = auxin.apply(plan, model)
     before, after = receipt.parameters_before, receipt.parameters_after
     assert str(receipt).startswith(f"{before:,} -> {after:,} parameters in ")
     assert "Promise 'exact': the outputs on the probe moved by 0.0e+00 relative" in str(receipt)
