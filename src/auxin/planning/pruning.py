@@ -20,6 +20,7 @@ least of them is lost (`auxin.planning.shared_limit`), or by one ranking of all 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -33,6 +34,7 @@ from auxin.models.anatomy import anatomy
 from auxin.planning.compensation import Compensation
 from auxin.planning.cutting import narrowest_scopes
 from auxin.planning.folding import Folding
+from auxin.planning.kept_paths import is_kept, refuse_unknown
 from auxin.planning.pruning_settings import STREAMS, Part
 from auxin.planning.pruning_settings import Pruning as Pruning
 from auxin.planning.unit_order import Course, Line, Place, Scores, alike, line, ranked
@@ -205,7 +207,8 @@ class Prunable(Subject):
         multiple = self.settings.multiple_of if stream in FEED_FORWARD else 1
         routing = self.body.routing if stream == "expert" else None
         apart, least = (routing.groups, routing.scored_by) if routing else (1, 1)
-        return line((stream, scope), scores, self.units[stream, scope], entries, multiple, apart, least)
+        found = line((stream, scope), scores, self.units[stream, scope], entries, multiple, apart, least)
+        return replace(found, blocks=(), scores=(), standings=()) if is_kept(scope, self.settings.keep) else found
 
 
 def prunable(model: PreTrainedModel, settings: Pruning) -> Prunable:
@@ -234,6 +237,7 @@ def prunable(model: PreTrainedModel, settings: Pruning) -> Prunable:
             units[stream, scope] = count
         if not places and not settings.optional:
             raise PlanError(f"{part}: the {body.family} model has no such units. Leave it out.")
+    refuse_unknown(settings.keep, [scope for _, scope in units])
     if not units:
         raise PlanError(f"The {body.family} model has neither heads nor feed-forward units that could go.")
     return Prunable(model, settings, body, units)

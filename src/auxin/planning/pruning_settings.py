@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, StrictFloat, StrictInt, model_validator
 
+from auxin.planning.kept_paths import KeptPaths
 from auxin.planning.target import Target
 from auxin.settings import Settings
 from auxin.words.widths import FEED_FORWARD, Stream
@@ -58,6 +59,8 @@ class Pruning(Settings):
     """Whether every layer keeps as many."""
     normalised: bool = True
     """Where layers may differ, whether scores are standardised within the layer: less their mean, by their spread."""
+    keep: KeptPaths = ()
+    """Where layers may differ, the paths of those whose units all stay, `*` for any one part: "model.layers.0"."""
     multiple_of: int = Field(default=1, gt=0)
     """The number of feed-forward units that stay is a multiple of this."""
     part: str | None = None
@@ -65,6 +68,10 @@ class Pruning(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.keep and self.uniform:
+            raise ValueError(
+                "keep: where all layers keep as many units, no layer can keep them all. Set uniform = false."
+            )
         given = {name: amount for name in STREAMS if (amount := getattr(self, name)) is not None}
         if self.target is not None and given:
             raise ValueError(f"give target, or {' and '.join(given)}, not both.")

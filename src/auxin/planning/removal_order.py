@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from auxin.edits import Edit, Plan
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
+from auxin.planning.kept_paths import KeptPaths, is_kept, refuse_unknown
 from auxin.planning.target import Gauge, Target, removal
 from auxin.settings import Settings
 
@@ -29,6 +30,8 @@ class HowMuch(Settings):
     """How many of the candidates go: a share of them below 1 (0.25), rounded down, otherwise their number."""
     target: Target | None = None
     """How small or fast the model is to be; the first step that meets it is the last one."""
+    keep: KeptPaths = ()
+    """Paths of layers or parts that stay, `*` for any one part: "model.layers.0", "model.layers.*.self_attn"."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -42,16 +45,20 @@ class HowMuch(Settings):
         """Those of the candidates that stay until more than as many are gone."""
         return []
 
+    def kept(self, offered: Iterable[str]) -> set[str]:
+        """Those of the candidates that stay by their paths."""
+        return {path for path in offered if is_kept(path, self.keep)}
+
     def most(self, offered: Mapping[str, str]) -> list[str]:
-        """As many of the candidates as can go one after the other. One of each stack stays; so do those that are spared
-        at first where the others are too few for their turn to come.
+        """As many of the candidates as can go one after the other. One of each stack stays; so do those that are kept,
+        and those that are spared at first where the others are too few for their turn to come.
 
         Args:
             offered: what may go: the stack of layers of each, by its path.
         """
-        spared = set(self.spared_at_first(list(offered)))
-        order = sorted(offered, key=lambda path: path in spared)  # these last
-        kept = {offered[path]: path for path in order}.values()
+        spared, named = set(self.spared_at_first(list(offered))), self.kept(offered)
+        order = sorted(offered, key=lambda path: (path in named, path in spared))  # these last
+        kept = {*{offered[path]: path for path in order}.values(), *named}
         others = [path for path in order if path not in kept and path not in spared]
         return [path for path in order if path not in kept] if len(others) > len(spared) else others
 
@@ -80,13 +87,16 @@ class HowMuch(Settings):
     def _why_not(self, count: int, offered: Mapping[str, str]) -> str:
         if count > len(offered) - len(set(offered.values())):
             return ", and one of each stack of layers stays"
+        if named := len(self.kept(offered)):
+            return f", and {named} stay by keep"
         spared = len(self.spared_at_first(list(offered)))
         return f", and {spared} are spared until more than {spared} others are gone" if count else ""
 
 
 def _gauge(model: PreTrainedModel, wanted: HowMuch, offered: Mapping[str, str], edits: Edits) -> Gauge | None:
     """What tells whether a target is met, where there is one; PlanError when no number of removals is what was asked
-    for."""
+    for, or what is to stay is no candidate."""
+    refuse_unknown(wanted.keep, offered)
     wanted.count(offered)
     if (target := wanted.target) is None:
         return None
@@ -111,11 +121,14 @@ def last_ones(offered: Mapping[str, str], gone: Iterable[str]) -> set[str]:
     return {paths[0] for paths in left.values() if len(paths) == 1}
 
 
-def from_the_top(offered: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """An order for outlines: what may go, the last one first, but the first one of each stack. Which ones a method
-    takes is not known without weights."""
-    kept = {stack: path for path, stack in reversed(list(offered.items()))}.values()
-    return ((path, "") for path in reversed(list(offered)) if path not in kept)
+def from_the_top(offered: Mapping[str, str], wanted: HowMuch) -> Iterator[tuple[str, str]]:
+    """An order for outlines: what may go, the last one first, but what is kept and one of each stack. Which ones a
+    method takes is not known without weights."""
+    named, gone = wanted.kept(offered), list[str]()
+    for path in reversed(list(offered)):
+        if path not in named and path not in last_ones(offered, gone):
+            gone.append(path)
+            yield path, ""
 
 
 def taken(

@@ -67,20 +67,20 @@ def plan_finercut(bench: Bench, settings: FinerCut) -> Plan:
 def _outline(bench: Bench, settings: FinerCut) -> Plan:
     """A plan that removes as many, from the top: which ones go is not known, nor how large they are."""
     offered, edits = _offered(bench.model, settings), partial(_edits, bench.model, settings)
-    return taken(bench.model, settings, offered, from_the_top(offered), edits, METHOD.name)
+    return taken(bench.model, settings, offered, from_the_top(offered, settings), edits, METHOD.name)
 
 
 def _search(bench: Bench, settings: FinerCut, offered: dict[str, str]) -> Iterator[tuple[str, str]]:
     """The paths of the candidates in the order in which they go, each with the distance that it leads to."""
     gone: list[str] = []
     ranking: list[tuple[str, float]] = []
-    spared = settings.spared_at_first(list(offered))
+    spared, kept = settings.spared_at_first(list(offered)), settings.kept(offered)
     while len(gone) < len(offered):
         if not ranking or not settings.one_shot:
             wanted = Removal(candidates=settings.candidates, distances=[settings.distance], removed=gone)
             found = measure(wanted, bench.model, bench.data)
             ranking = [(e.path, e.distances[settings.distance].mean) for e in found.ranking(settings.distance)]
-        stays = {*gone, *(spared if len(gone) <= len(spared) else ()), *last_ones(offered, gone)}
+        stays = {*gone, *kept, *(spared if len(gone) <= len(spared) else ()), *last_ones(offered, gone)}
         possible = [(path, distance) for path, distance in ranking if path in offered and path not in stays]
         if not possible:
             return

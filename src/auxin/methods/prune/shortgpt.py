@@ -32,22 +32,23 @@ def plan_shortgpt(bench: Bench, settings: ShortGPT) -> Plan:
         PlanError: the architecture is not known, less or more is to go than can, or the target can't be reached.
     """
     offered, edits = layers_to_leave_out(bench.model), partial(without_layers, bench.model)
-    return taken(bench.model, settings, offered, _order(bench, offered), edits, METHOD.name)
+    return taken(bench.model, settings, offered, _order(bench, settings, offered), edits, METHOD.name)
 
 
 def _outline(bench: Bench, settings: ShortGPT) -> Plan:
     """A plan that leaves out as many layers, from the top, of which each is as large as any."""
     offered, edits = layers_to_leave_out(bench.model), partial(without_layers, bench.model)
-    return taken(bench.model, settings, offered, from_the_top(offered), edits, METHOD.name)
+    return taken(bench.model, settings, offered, from_the_top(offered, settings), edits, METHOD.name)
 
 
-def _order(bench: Bench, offered: dict[str, str]) -> Iterator[tuple[str, str]]:
+def _order(bench: Bench, settings: ShortGPT, offered: dict[str, str]) -> Iterator[tuple[str, str]]:
     """The paths of the layers, the least influential first, each with its influence."""
     found = measure(Similarity(parts=False), bench.model, bench.data)
     layers = sorted((layer for stack in found.stacks for layer in stack.layers), key=lambda layer: layer.influence)
     gone: list[str] = []
+    may_go = offered.keys() - settings.kept(offered)
     for layer in layers:
-        if layer.path in offered and layer.path not in last_ones(offered, gone):
+        if layer.path in may_go and layer.path not in last_ones(offered, gone):
             gone.append(layer.path)
             yield layer.path, f"influence {layer.influence:.3g}"
 
