@@ -4,6 +4,7 @@ be compared is refused."""
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,13 +15,14 @@ from auxin.accounting.flops import forward_flops
 from auxin.errors import ConfigError
 from auxin.objectives.causal import Causal
 from auxin.objectives.distillation import Distillation
+from auxin.objectives.layer_matching import fitted, mean_squared_distance
 from auxin.objectives.masked_language import MaskedLanguage
 from auxin.objectives.measures import Accuracy, Loss
 from auxin.objectives.objective import IGNORED, Reference, training_noise
 from auxin.objectives.span_corruption import SpanCorruption
 from auxin.training.checkpoint import write_checkpoint_folder
 from objectives.tiny_encoders import tiny_bert
-from oracles.distillation import hard_loss, soft_gradient, soft_loss, squared_distance
+from oracles.distillation import best_map, hard_loss, soft_gradient, soft_loss, squared_distance
 from training.tiny import VOCABULARY, TinyData, tiny_gpt2, tiny_llama, tiny_t5
 
 DATA = TinyData()
@@ -236,6 +238,60 @@ def test_units_are_compared_with_those_that_they_were_made_from():
     assert objective.loss(student, inputs).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@given(
+    sizes=st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(2, 4), st.integers(8, 12)),
+    seed=st.integers(0, 999),
+    padded=st.booleans(),
+)
+def test_hidden_states_are_mapped_by_the_best_map_there_is(sizes, seed, padded):
+    width, wanted, samples, places = sizes
+    generator = torch.Generator().manual_seed(seed)
+    ours, theirs = (torch.randn(samples, places, size, generator=generator) for size in (width, wanted))
+    weights = torch.randint(1, 9, (samples,), generator=generator).float()
+    mask = torch.ones(samples, places)
+    if padded:
+        mask[0, places // 2 :] = 0
+    of_places = (mask / mask.sum(1, keepdim=True) * weights[:, None]).flatten().double().numpy()
+    found = fitted({0: ours}, {3: theirs}, {0: 3}, weights, mask)[0]
+    flat = (ours.flatten(0, 1).double().numpy(), theirs.flatten(0, 1).double().numpy())
+    # The ridge is a millionth of the variance.
+    np.testing.assert_allclose(found.flatten(0, 1), best_map(*flat, of_places), atol=1e-4)
+
+
+def test_the_gradient_of_a_mapped_distance_is_that_of_the_least_one():
+    """No gradient goes through the fit: at its minimum there is none."""
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.randn(2, 9, size, generator=generator) for size in (4, 6))
+    weights = torch.tensor([1.0, 2.0])
+
+    def least(states):
+        mapped = fitted({0: states}, {0: theirs}, {0: 0}, weights, None)
+        return mean_squared_distance(mapped, {0: theirs}, {0: 0}, weights, None)
+
+    states = ours.clone().requires_grad_()
+    least(states).backward()
+    direction = torch.randn(ours.shape, generator=generator)
+    step = 1e-2
+    slope = (least(ours + step * direction) - least(ours - step * direction)) / (2 * step)
+    assert (states.grad * direction).sum().item() == pytest.approx(slope.item(), rel=1e-2, abs=1e-4)
+
+
+def test_a_narrower_student_is_compared_by_a_map_and_learns_what_a_turned_teacher_knows():
+    student, teacher = tiny_llama(0, hidden_size=16).eval(), tiny_llama(1, hidden_size=32)
+    objective = bound(student, teacher, weight=0.0, hidden_states=1.0, projected=True)
+    plain = bound(student, teacher, weight=0.0)
+    asked = forward_flops(teacher, {**plain.example(1), **plain.call})
+    places, pairs = plain.example(1)["input_ids"].shape[1], 2
+    maps = pairs * 2 * places * 16 * (3 * 32 + 16)
+    assert objective.training_flops(student) == plain.training_flops(student) + asked + maps
+    inputs = inputs_of(objective)
+    assert objective.loss(student, inputs) > plain.loss(student, inputs)
+    # A teacher is itself in any basis: its hidden states are a map of its own.
+    same = bound(teacher, copy.deepcopy(teacher), weight=0.0, hidden_states=1.0, projected=True)
+    alone = bound(teacher, teacher, weight=0.0)
+    assert same.loss(teacher, inputs).item() == pytest.approx(alone.loss(teacher, inputs).item(), abs=1e-4)
+
+
 def test_students_and_teachers_of_other_families_can_be_compared():
     student, teacher = tiny_llama(0), tiny_gpt2(1, dropout=0.0)
     objective = bound(student, teacher, hidden_states=1.0, attentions=1.0)
@@ -250,7 +306,7 @@ def test_students_and_teachers_of_other_families_can_be_compared():
             tiny_llama,
             lambda: tiny_llama(hidden_size=48),
             {"hidden_states": 1.0},
-            "layer 0 of the student gives 32 .*48",
+            "layer 0 of the student gives 32 .*48.*projected: true",
         ),
         (tiny_llama, lambda: tiny_llama(num_attention_heads=4), {"attentions": 1.0}, "has 2 heads over 16.*4 heads"),
         (
@@ -330,6 +386,7 @@ def test_a_teacher_in_a_folder_is_read_and_known_by_its_weights(tmp_path):
         ({"teacher": "t", "weight": 1.5}, "weight"),
         ({"teacher": "t", "layers": {0: 0}}, "layers says what hidden_states and attentions compare, and both are 0"),
         ({"teacher": "t", "hidden_states": 1, "layers": {-1: 0}}, "layers"),
+        ({"teacher": "t", "projected": True}, "projected says how hidden_states are compared, which is 0"),
         ({"teacher": "t", "objective": {"kind": "distillation", "teacher": "u"}}, "goes by another model itself"),
         ({"teacher": "t", "objective": "masked_langage"}, "Did you mean 'masked_language'"),
     ],

@@ -86,3 +86,11 @@ def relation_distance(
 def seen_places(places: int, causal: bool, real: list[int]) -> list[list[int]]:
     """By place those that it sees: the real ones, of which a causal attention sees none behind it."""
     return [[other for other in real if other <= place or not causal] or [place] for place in range(places)]
+
+
+def best_map(ours: np.ndarray, theirs: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """What the best affine map makes of `ours` (places, width) beside `theirs` (places, other width), places by
+    `weights`: by numpy's least squares."""
+    root = np.sqrt(weights)[:, None]
+    with_one = np.hstack([ours, np.ones((len(ours), 1))])
+    return with_one @ np.linalg.lstsq(root * with_one, root * theirs, rcond=None)[0]

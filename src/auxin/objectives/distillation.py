@@ -8,8 +8,9 @@ which is Hinton et al. (arXiv 1503.02531, section 2; their cross-entropy and thi
 its size whatever T is). To it are added, as they are asked for,
 
 - `hidden_states` times the mean squared difference of the layers' outputs, the term of TinyBERT (arXiv 1909.10351,
-  equation 8) without its learned projection, so that only equal widths can be compared, or units that the changes
-  between the two models made of one another;
+  equation 8): of equal widths, of units that the changes between the two models made of one another, or with
+  `projected` of what the best affine map makes of the student's. TinyBERT learns that map beside the student; here it
+  is fitted on each batch, which is where the learning of a map ends, and leaves no state behind;
 - `attentions` times that of their attention maps, which need equally many heads. TinyBERT's equation 7 takes the scores
   before the softmax; the maps are what all of transformers' models give;
 - `relations` times the distance of MiniLM, for models of any widths and numbers of heads: `auxin.objectives.relations`.
@@ -34,6 +35,7 @@ from auxin.models.eager import eager_attention
 from auxin.models.loading import task_classes
 from auxin.objectives.layer_matching import (
     check_shapes,
+    fitted,
     layers_of,
     mean_squared_distance,
     paired_layers,
@@ -60,6 +62,10 @@ class Distillation(WrappingSettings):
     hidden_states: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Factor on the mean squared difference between the outputs of paired layers, which have to be equally wide; or the
     student's units are cut or copied from the teacher's by the changes in between, and are compared with those."""
+    projected: bool = False
+    """Whether the student's hidden states are mapped to the teacher's, by the best affine map on the batch, before they
+    are compared: widths may differ. A batch, or a part of one, should have several times as many tokens as the student
+    has units, or the map fits whatever is there."""
     attentions: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Factor on the mean squared difference between the attention maps of paired layers, which need equally many heads.
     While the student learns, attention of both models is computed eagerly, which is slower."""
@@ -81,6 +87,8 @@ class Distillation(WrappingSettings):
     def _has_an_effect(self) -> Self:
         if self.layers is not None and not (self.hidden_states or self.attentions):
             raise ValueError("layers says what hidden_states and attentions compare, and both are 0. Leave it out")
+        if self.projected and not self.hidden_states:
+            raise ValueError("projected says how hidden_states are compared, which is 0. Leave it out, or set it to 1")
         for name in ("relation_heads", "relation_layers"):
             if getattr(self, name) is not None and not self.relations:
                 raise ValueError(f"{name} says what relations compares, which is 0. Leave it out, or set relations: 1")
@@ -198,20 +206,22 @@ class DistillationObjective(Wrapping):
 
     def training_flops(self, model: nn.Module) -> float:
         """FLOPs of learning from one sample: the wrapped objective's, the teacher's forward pass, and the products that
-        relations are.
+        maps and relations are.
 
         Raises:
             ConfigError: layers that are to be compared can't be.
         """
         inputs = {**self.example(1), **self.call}
+        mapped = 0.0
         if pairs := self._pairs(model):
             assert isinstance(model, PreTrainedModel)
             hidden, attentions = bool(self.settings.hidden_states), bool(self.settings.attentions)
-            check_shapes(model, self.teacher, pairs, inputs, hidden, attentions, self.reference.units)
+            units, projected = self.reference.units, self.settings.projected
+            mapped = check_shapes(model, self.teacher, pairs, inputs, hidden, attentions, units, projected)
         asked = forward_flops(self.teacher, inputs) if self.settings.asks_the_teacher else 0.0
         if (relations := self._relations(model)) is not None:
             asked += relations.flops(inputs)
-        return self.wrapped.training_flops(model) + asked
+        return self.wrapped.training_flops(model) + asked + mapped
 
     def describe(self) -> dict[str, str]:
         """Whom the student learns from."""
@@ -272,12 +282,14 @@ class _Watch:
         pairs, maps = self.pairs, bool(settings.attentions)
         ours = layers_of(self.student, self.ours, answer if maps else None, list(pairs), "student")
         theirs = layers_of(self.reference.model, self.theirs, told if maps else None, list(pairs.values()), "teacher")
-        theirs = theirs.of_units(self.reference.units)
+        if not settings.projected:
+            theirs = theirs.of_units(self.reference.units)
         device = next(iter(ours.hidden.values())).device
         weights = weights.to(device)
         total = torch.zeros((), device=device)
         if settings.hidden_states:
-            distance = mean_squared_distance(ours.hidden, theirs.hidden, pairs, weights, mask)
+            hidden = fitted(ours.hidden, theirs.hidden, pairs, weights, mask) if settings.projected else ours.hidden
+            distance = mean_squared_distance(hidden, theirs.hidden, pairs, weights, mask)
             total = total + settings.hidden_states * distance
         if settings.attentions:
             distance = mean_squared_distance(ours.attentions, theirs.attentions, pairs, weights, mask)

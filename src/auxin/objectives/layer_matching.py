@@ -5,6 +5,7 @@ Attentions are the maps after the softmax, and after the dropout of a model that
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -18,6 +19,7 @@ from auxin.accounting.shapes import shape_only_copy, without_data
 from auxin.errors import ConfigError, PlanError
 from auxin.models.eager import EAGER
 from auxin.models.layers import layer_paths
+from auxin.nn.autocast import without_autocast
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def check_shapes(
     hidden: bool,
     attentions: bool,
     units: Sequence[int] | None = None,
-) -> None:
+    projected: bool = False,
+) -> float:
     """Refuse models whose paired layers can't be subtracted from each other; nothing is computed.
 
     Args:
@@ -119,20 +122,30 @@ def check_shapes(
         inputs: keyword arguments of a call of either.
         hidden, attentions: what is compared.
         units: by a unit of the student's hidden states that of the teacher's which it is compared with; None: its own.
+        projected: whether hidden states are mapped before, so that widths may differ.
+
+    Returns:
+        The FLOPs of the maps, their fit and the way back through them included.
 
     Raises:
         ConfigError: widths, numbers of heads or numbers of places differ, or a model gives no maps.
     """
     ours = _shapes(student, list(pairs), inputs, attentions, "student")
     theirs = _shapes(teacher, list(pairs.values()), inputs, attentions, "teacher")
+    flops = 0.0
     for layer, other in pairs.items():
         told = tuple(theirs.hidden[other].shape)
-        found = tuple(ours.hidden[layer].shape), told if units is None else (*told[:-1], len(units))
-        if hidden and found[0] != found[1]:
+        found = tuple(ours.hidden[layer].shape), told if units is None or projected else (*told[:-1], len(units))
+        if projected and found[0][:-1] == found[1][:-1]:
+            width, wanted = found[0][-1], found[1][-1]
+            # For the fit both products with the states, then the map and the way back through it.
+            flops += 2.0 * math.prod(found[0][:-1]) * width * (3 * wanted + width)
+        elif hidden and found[0] != found[1]:
             raise ConfigError(
                 f"hidden_states: layer {layer} of the student gives {_states(found[0])}, and layer {other} of the "
                 f"teacher {_states(found[1])}: only equal ones can be compared. Set hidden_states: 0, give a "
-                "teacher of the student's width, pair other layers, or ask for relations, which no width has a part in."
+                "teacher of the student's width, pair other layers, map the student's (projected: true), or ask for "
+                "relations, which no width has a part in."
             )
         if not attentions:
             continue
@@ -143,6 +156,7 @@ def check_shapes(
                 f"{other} of the teacher {maps[1][1]} heads over {maps[1][2]}: only equal ones can be compared. Set "
                 "attentions: 0, give a teacher with as many heads, or pair other layers."
             )
+    return flops
 
 
 def _states(shape: tuple[int, ...]) -> str:
@@ -206,6 +220,49 @@ def mean_squared_distance(
         by_place = squared.mean(-1) if squared.dim() == 3 else squared.mean((1, 3))
         parts.append(mean_by_sample(by_place, weights, mask))
     return torch.stack(parts).mean()
+
+
+def fitted(
+    ours: Mapping[int, Tensor],
+    theirs: Mapping[int, Tensor],
+    pairs: Mapping[int, int],
+    weights: Tensor,
+    mask: Tensor | None,
+) -> dict[int, Tensor]:
+    """What the best affine map makes of each of our hidden states, beside those of theirs that it is paired with:
+
+        W, b = argmin sum over places of v |s W + b - t|^2 + EPSILON tr(S^T V S) / width |W|^2,
+
+    v the weight of a place in `mean_by_sample`; float32, also under autocast. It is found anew from what is there, by
+    the normal equations in float64, and no gradient goes through it: at a minimum there is none.
+
+    Args:
+        ours, theirs: by a layer's number, (samples, places, width).
+        pairs: by a layer's number on our side, that on theirs.
+        weights, mask: see `mean_by_sample`.
+    """
+    found = {}
+    for layer, other in pairs.items():
+        states = ours[layer].float()
+        values, told = (x.detach().double().flatten(0, 1) for x in (states, theirs[other]))
+        of_places = torch.ones_like(states[..., 0], dtype=torch.float64)
+        if mask is not None and mask.shape == of_places.shape:
+            of_places = mask.to(of_places)
+        of_places = of_places / of_places.sum(1, keepdim=True) * weights.to(of_places)[:, None]
+        share = (of_places / of_places.sum()).flatten()[:, None]
+        means = (share * values).sum(0), (share * told).sum(0)
+        centred, wanted = values - means[0], told - means[1]
+        gram = (share * centred).mT @ centred
+        ridge = EPSILON * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
+        gram.diagonal().add_(ridge)
+        with without_autocast():
+            slope = torch.linalg.solve(gram, (share * centred).mT @ wanted)
+            found[layer] = states @ slope.float() + (means[1] - means[0] @ slope).float()
+    return found
+
+
+EPSILON = 1e-6
+"""Of the mean variance: the ridge of the map's fit, for directions in which our states have none."""
 
 
 def mean_by_sample(by_place: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
