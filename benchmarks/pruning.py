@@ -1,18 +1,25 @@
-"""What is left of a small Llama that methods prune to four sizes, before and after it is mended, over seeds.
+"""What is left of a small model that methods prune to four sizes, before and after it is mended, over seeds.
 
-    python benchmarks/pruning.py --jobs 2
-    python benchmarks/pruning.py --seeds 0 --branches taylor-30 finercut-30 scratch-30
+    python benchmarks/pruning.py llama --jobs 2
+    python benchmarks/pruning.py llama --seeds 0 --branches taylor-30 finercut-30 scratch-30
+    python benchmarks/pruning.py classifier --seeds 0
 
-Finished branches are not run again; the page has what is finished. A seed takes half an hour of one core.
+`llama` is a language model of Python code, `classifier` a BERT that tells from which package a few lines of it are.
+Finished branches are not run again; the page has what is finished. A seed takes an hour of one core (`llama`) or a
+quarter of one.
 """
 
 import argparse
+import json
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from comparing import chosen_recipe, compared, interval, options
 from drawing import COLOURS, Line, draw
+from excerpt import modules
 from measuring import write_results
 
 from auxin.accounting.comparison import BranchComparison, Comparison
@@ -23,13 +30,11 @@ from auxin.report.comparison import estimate_text
 from auxin.report.markdown import markdown_table, origin
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE = Path(__file__).with_suffix(".yaml")
-RESULTS = ROOT / "benchmarks" / "results" / "pruning.json"
-TABLE = ROOT / "docs" / "results" / "pruning.md"
-PICTURE = ROOT / "docs" / "images" / "pruning.svg"
 SIZES = (10, 20, 30, 50)
 """Per cent of the parameters that were to go."""
-METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
+Methods = dict[str, tuple[str, str, dict[str, Any]]]
+"""By the name of its branches, a method's title, its name and its settings beside the target."""
+LLAMA: Methods = {
     "random": ("chance", "random", {}),
     "magnitude": ("magnitude", "magnitude", {}),
     "taylor": ("Taylor", "taylor", {}),
@@ -46,33 +51,95 @@ METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "finercut-layers": ("FinerCut, whole layers", "finercut", {"candidates": "layers"}),
     "shortgpt": ("ShortGPT", "shortgpt", {}),
 }
-"""By the name of its branches, a method's title, its name and its settings beside the target."""
-TAUGHT = ("taylor", "finercut")
-"""Those that are mended by the whole model's answers, too, at the sizes `TAUGHT_AT`."""
+WIDTHS = {"streams": ["heads", "ffn", "hidden"]}
+"""Of a BERT, whose heads go with the residual."""
+CLASSIFIER: Methods = {
+    **{name: (*LLAMA[name][:2], WIDTHS) for name in ("random", "magnitude", "taylor", "fisher", "wanda", "minitron")},
+    **{name: LLAMA[name] for name in ("finercut", "finercut-layers", "shortgpt")},
+}
+HEADER = ("method", "parameters", "seeds", "loss without training", "loss when mended", "minus from scratch")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A model, and by what it is pruned."""
+
+    recipe: Path
+    page: str
+    """Name of the results, the page and the picture."""
+    heading: str
+    methods: Methods
+    taught: tuple[str, ...]
+    """Those that are mended by the whole model's answers, too, at the sizes `TAUGHT_AT`."""
+    target: str
+    """What a loss is a mean over."""
+
+
+RECIPES = Path(__file__).parent
+GRIDS = {
+    "llama": Grid(
+        RECIPES / "pruning.yaml",
+        "pruning",
+        "Methods that prune, on one small Llama",
+        LLAMA,
+        ("taylor", "finercut"),
+        "token",
+    ),
+    "classifier": Grid(
+        RECIPES / "pruning_classifier.yaml",
+        "pruning_classifier",
+        "Methods that prune, on one small classifier",
+        CLASSIFIER,
+        (),
+        "text",
+    ),
+}
 TAUGHT_AT = (30, 50)
 TEACHER = {"kind": "distillation", "teacher": "dense/train", "weight": 0.5}
-HEADER = ("method", "parameters", "seeds", "loss without training", "loss when mended", "minus from scratch")
-LABEL = "per cent of the parameters that were to go; held-out loss in nats per token"
+PACKAGES = ("asyncio", "distutils", "email", "idlelib", "lib2to3", "multiprocessing", "tkinter", "xml")
+PIECES, LINES = 900, 5
+"""Of each package, and of each of them."""
 
 
 def main() -> None:
     """Run what is missing, then write the results, the tables and the picture."""
-    parser = options(__doc__, ROOT / "runs" / "pruning")
-    parser.set_defaults(results=RESULTS, table=TABLE, picture=PICTURE)
+    parser = options(__doc__, None)
+    parser.add_argument("model", nargs="?", choices=list(GRIDS), default="llama")
     arguments = parser.parse_args()
-    comparison = compared(whole_recipe(arguments), arguments)
+    grid = GRIDS[arguments.model]
+    arguments.runs = arguments.runs or ROOT / "runs" / grid.page.replace("_", "-")
+    arguments.results = arguments.results or ROOT / "benchmarks" / "results" / f"{grid.page}.json"
+    arguments.table = arguments.table or ROOT / "docs" / "results" / f"{grid.page}.md"
+    arguments.picture = arguments.picture or ROOT / "docs" / "images" / f"{grid.page}.svg"
+    comparison = compared(whole_recipe(grid, arguments), arguments)
     record = comparison.model_dump(mode="json", exclude={"branches": {"__all__": {"curve"}}})
-    write_results(record, arguments.results, page(comparison), arguments.table)
-    write_text(arguments.picture, picture(comparison))
+    write_results(record, arguments.results, page(comparison, grid), arguments.table)
+    write_text(arguments.picture, picture(comparison, grid))
     print(f"Written to {arguments.table}, {arguments.picture} and {arguments.results}", file=sys.stderr)
 
 
-def whole_recipe(arguments: argparse.Namespace) -> Recipe:
+def pieces() -> Iterator[dict[str, str]]:
+    """Lines of code with the package that they are from, equally many of each."""
+    counts = dict.fromkeys(PACKAGES, 0)
+    for name, text in (module for held_out in (False, True) for module in modules(held_out)):
+        package, lines = name.partition("/")[0], [line for line in text.splitlines() if line.strip()]
+        for start in range(0, len(lines) - LINES, LINES):
+            if counts.get(package, PIECES) < PIECES:
+                counts[package] += 1
+                yield {"text": "\n".join(lines[start : start + LINES]), "label": package}
+
+
+def whole_recipe(grid: Grid, arguments: argparse.Namespace) -> Recipe:
     """The recipe with a branch for each method and size."""
-    base = chosen_recipe(str(RECIPE), arguments)
+    if grid.methods is CLASSIFIER:
+        path = ROOT / "runs" / "pruning-classifier-pieces.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        write_text(path, "".join(json.dumps(piece) + "\n" for piece in pieces()))
+        arguments = argparse.Namespace(**{**vars(arguments), "set": [f"data.paths=[{path}]", *arguments.set]})
+    base = chosen_recipe(str(grid.recipe), arguments)
     repair = base.branch("dense-on").stage("repair").model_dump(mode="json")
     branches: list[dict[str, Any]] = [branch.model_dump(mode="json") for branch in base.branches]
-    for name, (title, method, settings) in METHODS.items():
+    for name, (title, method, settings) in grid.methods.items():
         for size in SIZES:
             target = {"parameters": (100 - size) / 100}
             change = {"kind": "change", "method": method, "settings": {"target": target, **settings}}
@@ -83,8 +150,8 @@ def whole_recipe(arguments: argparse.Namespace) -> Recipe:
         stages = [{"kind": "build", "like": like}, {"kind": "train", "name": "train", "flops_of": like}]
         branches.append({"name": f"scratch-{size}", "title": "from scratch, in Taylor's shape", "stages": stages})
     taught = {**repair, "name": "taught", "settings": {**repair["settings"], "objective": TEACHER}}
-    for name in TAUGHT:
-        title = f"{METHODS[name][0]}, taught by the whole model"
+    for name in grid.taught:
+        title = f"{grid.methods[name][0]}, taught by the whole model"
         branches += [
             {"name": f"{name}-{size}-taught", "title": title, "fork": f"{name}-{size}/change", "stages": [taught]}
             for size in TAUGHT_AT
@@ -108,20 +175,36 @@ def without_training(branch: BranchComparison) -> Estimate | None:
     )
 
 
-def page(comparison: Comparison) -> str:
+def front(comparison: Comparison) -> set[str]:
+    """The branches that no other one of as few parameters is better than, once mended."""
+    found, least = set[str](), float("inf")
+    sized = [branch for branch in comparison.branches if branch.value and branch.name not in ("dense", "dense-on")]
+    for branch in sorted(sized, key=lambda one: (one.parameters, one.value.mean if one.value else 0.0)):
+        assert branch.value is not None
+        if branch.value.mean < least:
+            found.add(branch.name)
+            least = branch.value.mean
+    return found
+
+
+def page(comparison: Comparison, grid: Grid) -> str:
     """The results as Markdown."""
     branches = {branch.name: branch for branch in comparison.branches}
     whole, trained_on = (
         interval(branches[name].values.values()) if name in branches else "-" for name in ("dense", "dense-on")
     )
+    best = front(comparison)
     lines = [
-        "# Methods that prune, on one small Llama",
+        f"# {grid.heading}",
         "",
-        f"{comparison.description} Held-out loss in nats per token: mean over the seeds and 95 % interval (Student's "
-        "t); the interval of a loss without training is that of its rise. From scratch is a model of the shape that "
-        "Taylor leaves, with as many training FLOPs as Taylor's has behind it, those of the whole model included. "
-        f"Differences are taken seed by seed; below zero pruning is better. The whole model: {whole}; trained on for "
-        f"as many steps as the others are mended: {trained_on}.",
+        f"{comparison.description} Held-out loss in nats per {grid.target}: mean over the seeds and 95 % interval "
+        "(Student's t); the interval of a loss without training is that of its rise. From scratch is a model of the "
+        "shape that Taylor leaves, with as many training FLOPs as Taylor's has behind it, those of the whole model "
+        "included. Differences are taken seed by seed; below zero pruning is better. Bold is what no other model of as "
+        f"few parameters is better than, once mended. The whole model: {whole}; trained on for as many steps as the "
+        f"others are mended: {trained_on}.",
+        "",
+        f"![What is left, against how much went](../images/{grid.page}.svg)",
         "",
         origin(comparison),
     ]
@@ -132,14 +215,16 @@ def page(comparison: Comparison) -> str:
             gap = paired_difference(branch.values, scratch.values) if scratch and branch is not scratch else None
             cells = estimate_text(without_training(branch), 3), estimate_text(branch.value, 3)
             shape = f"{branch.parameters:,}", str(len(branch.seeds))
-            rows.append([branch.title, *shape, *cells, estimate_text(gap, 3, signed=True)])
+            title = f"**{branch.title}**" if branch.name in best else branch.title
+            rows.append([title, *shape, *cells, estimate_text(gap, 3, signed=True)])
         if rows:
             lines += ["", f"## {size} % to go", "", *markdown_table(HEADER, rows)]
     return "\n".join(lines) + "\n"
 
 
-def picture(comparison: Comparison) -> str:
-    """The loss of what is mended against how much was to go."""
+def picture(comparison: Comparison, grid: Grid) -> str:
+    """The loss of what is mended against how much went."""
+    dense = next(branch.parameters for branch in comparison.branches if branch.name == "dense")
     curves: dict[str, dict[int, list[tuple[float, float]]]] = {}
     titles: dict[str, str] = {}
     for size in SIZES:
@@ -147,10 +232,10 @@ def picture(comparison: Comparison) -> str:
             if branch.name.endswith("taught"):
                 continue
             name = branch.name.removesuffix(f"-{size}")
-            titles[name] = branch.title
+            titles[name], went = branch.title, 100 * (1 - branch.parameters / dense)
             for seed, value in branch.values.items():
                 if value is not None:
-                    curves.setdefault(name, {}).setdefault(seed, []).append((float(size), value))
+                    curves.setdefault(name, {}).setdefault(seed, []).append((went, value))
     whole = [name for name, seeds in curves.items() if all(len(curve) == len(SIZES) for curve in seeds.values())]
     lines = [
         Line(
@@ -161,7 +246,8 @@ def picture(comparison: Comparison) -> str:
         )
         for number, name in enumerate(sorted(whole))
     ]
-    return draw("Mended after pruning, beside models of those sizes from scratch", lines, SIZES[0], LABEL)
+    label = f"per cent of the parameters that went; held-out loss in nats per {grid.target}"
+    return draw("Mended after pruning, beside models of those sizes from scratch", lines, SIZES[0], label)
 
 
 if __name__ == "__main__":

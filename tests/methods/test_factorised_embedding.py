@@ -139,22 +139,78 @@ def test_a_folder_becomes_what_the_model_in_memory_becomes(tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_padding_does_not_count_and_a_hidden_token_does():
+def counted(model: Any, batch: Any, objective: Any = None) -> list[float]:
+    data = Calibration.of_batches(model, [batch], objective)
+    return occurrences(model, data, factorisable(model, FactorisedEmbedding(rank=1))).tolist()
+
+
+def test_padding_does_not_count_and_what_is_hidden_counts_beside_what_hides_it():
     model = tiny("bert")
-    tables = factorisable(model, FactorisedEmbedding(rank=1))
     ids = torch.tensor([[3, 4, 5, 6], [3, 4, 0, 0]])
     asked = torch.tensor([[-100, 9, -100, -100], [-100, -100, -100, -100]])  # 4 stands for a hidden 9
-    batch = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]), "labels": asked}
-    data = Calibration.of_batches(model, [batch], MaskedLanguage())
-    assert occurrences(model, data, tables).tolist() == oracle.counts([[3, 9, 5, 6], [3, 4]], VOCABULARY)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    found = counted(model, {"input_ids": ids, "attention_mask": mask, "labels": asked}, MaskedLanguage())
+    assert found == pytest.approx(oracle.counts([[3, 4, 5, 6, 9], [3, 4]], VOCABULARY))
 
 
-def test_both_sides_of_an_encoder_decoder_count():
-    model = tiny("t5")
-    batch = {"input_ids": torch.tensor([[3, 4, 5]]), "labels": torch.tensor([[7, 7, -100]])}
-    data = Calibration.of_batches(model, [batch])
-    tables = factorisable(model, FactorisedEmbedding(rank=1))
-    assert occurrences(model, data, tables).tolist() == oracle.counts([[3, 4, 5], [7, 7]], VOCABULARY)
+@pytest.mark.parametrize("values", [{}, {"tie_word_embeddings": False}])
+@pytest.mark.parametrize("family", ["t5", "pegasus"])
+def test_both_sides_of_an_encoder_decoder_count(family, values):
+    model = tiny(family, **values)
+    found = counted(model, {"input_ids": torch.tensor([[3, 4, 5]]), "labels": torch.tensor([[7, 7, -100]])})
+    assert found == pytest.approx(oracle.counts([[3, 4, 5], [7, 7]], VOCABULARY))
+
+
+def test_how_much_was_looked_at_changes_no_factor(tmp_path):
+    models = tiny("gpt2"), tiny("gpt2")
+    every = torch.arange(VOCABULARY).view(1, -1)  # no token is unseen
+    text = torch.cat([every, some_texts(length=VOCABULARY)])
+    for model, times in zip(models, (1, 3), strict=True):
+        applied(auxin.plan(model, METHOD, rank=4, data=[text] * times, folder=tmp_path), model)
+    factors = [model.get_input_embeddings() for model in models]
+    torch.testing.assert_close(factors[0].output_factor, factors[1].output_factor)
+    torch.testing.assert_close(factors[0].input_factor, factors[1].input_factor)
+
+
+@pytest.mark.parametrize("family", ["gemma", "bart"])
+def test_the_scale_of_embeddings_is_that_of_the_class_in_short_types(family):
+    module = tiny(family, dtype=torch.bfloat16).get_input_embeddings()
+    rank = min(module.weight.shape)
+    new = LowRankEmbedding.replacing(module, rank)
+    ids = torch.arange(VOCABULARY)
+    with torch.no_grad():
+        rows = (new.output_factor @ new.input_factor).float()
+        torch.testing.assert_close(
+            new(ids).float() / rows, (module(ids) / module.weight[ids]).float(), rtol=0.02, atol=0
+        )
+        exact = new.scale if family == "bart" else torch.tensor(new.scale).bfloat16().item()
+        assert (new(ids).float() / rows).median().item() == pytest.approx(exact, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_of_modules_that_share_a_product_one_is_not_merged_alone(tmp_path, family):
+    model = applied(planned(tiny(family), tmp_path, rank=3, frequencies=False), tiny(family))
+    paths = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, LowRank)]
+    for left in paths:
+        edits = [MergeModule(module=path) for path in paths if path != left]
+        with pytest.raises(PlanError, match="Merge all that share them in one plan"):
+            applied(Plan(method="merge", promise="exact", edits=edits), model)
+
+
+def test_a_mask_of_another_shape_is_no_mask_of_tokens():
+    model = tiny("gpt2")
+    ids = some_texts(samples=1)
+    mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
+    found = counted(model, {"input_ids": ids, "attention_mask": mask, "labels": ids})
+    assert found == pytest.approx(oracle.counts(ids.tolist(), VOCABULARY))
+
+
+def test_a_table_that_is_not_finite_is_refused(tmp_path):
+    model = tiny("gpt2")
+    with torch.no_grad():
+        model.transformer.wte.weight[3, 2] = torch.nan
+    with pytest.raises(PlanError, match="weight holds values that are not finite"):
+        planned(model, tmp_path, rank=3)
 
 
 def test_a_target_takes_the_largest_rank_that_meets_it(tmp_path):

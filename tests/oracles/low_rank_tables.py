@@ -22,7 +22,9 @@ def error(table: np.ndarray, product: np.ndarray, weights: np.ndarray) -> float:
 
 
 def counts(texts: Iterable[Sequence[int]], tokens: int) -> list[float]:
-    """How often each of `tokens` comes; those that never come share as many as came once, at least one."""
+    """How often each of `tokens` comes, against the mean; those that never come share as many as came once, at least
+    one."""
     found = Counter(token for text in texts for token in text)
     once, never = sum(1 for n in found.values() if n == 1), tokens - len(found)
-    return [float(found[token]) if token in found else max(once, 1) / never for token in range(tokens)]
+    raw = [float(found[token]) if token in found else max(once, 1) / never for token in range(tokens)]
+    return [count * tokens / sum(raw) for count in raw]

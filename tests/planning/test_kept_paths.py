@@ -87,3 +87,11 @@ def test_what_can_not_be_kept_is_one_message():
         auxin.plan(model, "magnitude", ffn=0.5, uniform=False, keep="model.layers.9")
     with pytest.raises(PlanError, match=r"keep: 'layers.0' names nothing that could go"):
         auxin.plan(model, "shortgpt", removed=1, keep="layers.0", data=[IDS])
+    with pytest.raises(ConfigError, match="keep"):
+        auxin.plan(model, "magnitude", ffn=0.5, uniform=False, keep="")
+    with pytest.raises(PlanError, match="keep: all of the 4 that could go are kept"):
+        auxin.plan(model, "magnitude", ffn=0.5, heads=0.5, uniform=False, keep="model.layers.*")
+    with pytest.raises(PlanError, match="keep: all of the 2 that could go are kept"):
+        auxin.plan(model, "shortgpt", removed=1, keep="model.layers.*", data=[IDS])
+    with pytest.raises(PlanError, match="keep: nothing that is to go here is in one layer alone"):
+        auxin.plan(model, "magnitude", hidden=0.5, uniform=False, keep="model.layers.0")

@@ -186,6 +186,12 @@ class _Outcome:
                     f"Edit {late.index + 1} ({describe_edit(self.edits[late.index])}): {name} was used up by edit "
                     f"{index + 1} ({describe_edit(self.edits[index])}), and the model has it no more. Change it before."
                 )
+        for path, merged in self.state.shared_by_merged.items():
+            if path not in self.state.replaced:
+                raise PlanError(
+                    f"{merged} shares its tensors with {path}, which stays what it is, so that they could be one no "
+                    "more. Merge all that share them in one plan."
+                )
         renewed = {*self.state.replaced, *self.state.copies}
         left = [name for name in left if not lies_below(name, renewed)]
         if left:

@@ -62,6 +62,8 @@ class Tracker:
         self.replaced: list[str] = []
         self.copies: list[str] = []
         self.used_up: dict[str, int] = {}
+        self.shared_by_merged: dict[str, str] = {}
+        """Modules that shared tensors with a brick that was merged: that one's path by theirs."""
 
     def follow(self, index: int, edit: Any) -> None:
         """Take one edit into account; PlanError when it does not fit what there is by now."""
@@ -288,9 +290,10 @@ class Tracker:
         left = elsewhere(stored, path, self.modules)
         place = next(i for i, e in enumerate(self.structure) if e is stored)
         self.structure[place : place + 1] = left
-        self.structure = [
-            e for e in self.structure if not isinstance(e, TieParameters) or not gone & {e.parameter, e.to}
-        ]
+        ended = [e for e in self.structure if isinstance(e, TieParameters) and gone & {e.parameter, e.to}]
+        self.structure = [e for e in self.structure if e not in ended]
+        for tie in ended:
+            self.shared_by_merged |= {tie.parameter.rpartition(".")[0]: path, tie.to.rpartition(".")[0]: path}
 
     def _below(self, path: str) -> dict[str, Origin]:
         """The tensors of the module at `path` and below, by their names in it; those that are used up are gone."""

@@ -290,6 +290,7 @@ class LowRankEmbedding(LowRank):
         rank: from 1 to the smaller of both.
         padding_idx: the token whose row gets no gradient.
         scale: by which embeddings are multiplied (Gemma's, BART's).
+        rounded: whether the scale is rounded to the parameters' type before (Gemma's).
         device, dtype: of the parameters, which are not filled.
     """
 
@@ -303,11 +304,12 @@ class LowRankEmbedding(LowRank):
         rank: int,
         padding_idx: int | None = None,
         scale: float = 1.0,
+        rounded: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, rank, False, device, dtype)
-        self.padding_idx, self.scale = padding_idx, scale
+        self.padding_idx, self.scale, self.rounded = padding_idx, scale, rounded
 
     @classmethod
     def can_replace(cls, module: nn.Module) -> bool:
@@ -320,13 +322,13 @@ class LowRankEmbedding(LowRank):
     @classmethod
     def _for(cls, module: nn.Module, outputs: int, inputs: int, rank: int) -> Self:
         if isinstance(module, cls):
-            padding, scale = module.padding_idx, module.scale
+            padding, scale, rounded = module.padding_idx, module.scale, module.rounded
         else:
             assert isinstance(module, nn.Embedding)
-            padding = module.padding_idx
+            padding, rounded = module.padding_idx, hasattr(module, SCALES[0])
             scale = float(next((getattr(module, name) for name in SCALES if hasattr(module, name)), 1.0))
         example = next(module.parameters())
-        return cls(inputs, outputs, rank, padding, scale, example.device, example.dtype)
+        return cls(inputs, outputs, rank, padding, scale, rounded, example.device, example.dtype)
 
     @property
     def num_embeddings(self) -> int:
@@ -341,13 +343,21 @@ class LowRankEmbedding(LowRank):
     def forward(self, x: Tensor) -> Tensor:
         """Token ids (...) -> (..., width)."""
         found = F.embedding(x, self.output_factor, self.padding_idx) @ self.input_factor
-        return found if self.scale == 1 else found * self.scale
+        if self.scale == 1:
+            return found
+        # A tensor without axes is of no type's rank: its type is that of the other factor, to which it was rounded.
+        factor = torch.tensor(self.scale, dtype=self.output_factor.dtype, device=found.device)
+        return found * (factor if self.rounded else self.scale)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, padding_idx={self.padding_idx}, scale={self.scale:g}"
 
 
 EMBEDDING = nn.Embedding(1, 1, device="meta")
 """One that does nothing else."""
 SCALES = ("scalar_embed_scale", "embed_scale")
-"""What classes of transformers call the number by which they multiply embeddings; the first is no tensor."""
+"""What classes of transformers call the number by which they multiply embeddings. Those that have the first, a float,
+multiply by the second, a tensor, in the parameters' type."""
 
 
 def _has_rank(old: Shapes, rank: int) -> bool:

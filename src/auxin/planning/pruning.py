@@ -34,7 +34,7 @@ from auxin.models.anatomy import anatomy
 from auxin.planning.compensation import Compensation
 from auxin.planning.cutting import narrowest_scopes
 from auxin.planning.folding import Folding
-from auxin.planning.kept_paths import is_kept, refuse_unknown
+from auxin.planning.kept_paths import is_kept, refuse_impossible
 from auxin.planning.pruning_settings import STREAMS, Part
 from auxin.planning.pruning_settings import Pruning as Pruning
 from auxin.planning.unit_order import Course, Line, Place, Scores, alike, line, ranked
@@ -237,7 +237,7 @@ def prunable(model: PreTrainedModel, settings: Pruning) -> Prunable:
             units[stream, scope] = count
         if not places and not settings.optional:
             raise PlanError(f"{part}: the {body.family} model has no such units. Leave it out.")
-    refuse_unknown(settings.keep, [scope for _, scope in units])
+    refuse_impossible(settings.keep, [scope for _, scope in units], "a layer")
     if not units:
         raise PlanError(f"The {body.family} model has neither heads nor feed-forward units that could go.")
     return Prunable(model, settings, body, units)

@@ -60,7 +60,8 @@ class Pruning(Settings):
     normalised: bool = True
     """Where layers may differ, whether scores are standardised within the layer: less their mean, by their spread."""
     keep: KeptPaths = ()
-    """Where layers may differ, the paths of those whose units all stay, `*` for any one part: "model.layers.0"."""
+    """Where layers may differ, the paths of those of which all heads, feed-forward units and experts stay, `*` for any
+    one part: "model.layers.0"."""
     multiple_of: int = Field(default=1, gt=0)
     """The number of feed-forward units that stay is a multiple of this."""
     part: str | None = None

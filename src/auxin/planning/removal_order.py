@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from auxin.edits import Edit, Plan
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
-from auxin.planning.kept_paths import KeptPaths, is_kept, refuse_unknown
+from auxin.planning.kept_paths import KeptPaths, is_kept, refuse_impossible
 from auxin.planning.target import Gauge, Target, removal
 from auxin.settings import Settings
 
@@ -87,8 +87,8 @@ class HowMuch(Settings):
     def _why_not(self, count: int, offered: Mapping[str, str]) -> str:
         if count > len(offered) - len(set(offered.values())):
             return ", and one of each stack of layers stays"
-        if named := len(self.kept(offered)):
-            return f", and {named} stay by keep"
+        if self.keep and 0 < count <= len(self.model_copy(update={"keep": ()}).most(offered)):
+            return f", and {len(self.kept(offered))} of them stay by keep"
         spared = len(self.spared_at_first(list(offered)))
         return f", and {spared} are spared until more than {spared} others are gone" if count else ""
 
@@ -96,7 +96,7 @@ class HowMuch(Settings):
 def _gauge(model: PreTrainedModel, wanted: HowMuch, offered: Mapping[str, str], edits: Edits) -> Gauge | None:
     """What tells whether a target is met, where there is one; PlanError when no number of removals is what was asked
     for, or what is to stay is no candidate."""
-    refuse_unknown(wanted.keep, offered)
+    refuse_impossible(wanted.keep, offered, "a layer or a part")
     wanted.count(offered)
     if (target := wanted.target) is None:
         return None

@@ -1,7 +1,9 @@
 """The model that each stage of a recipe leaves, known before anything is trained."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -71,9 +73,8 @@ def stage_configs(recipe: Recipe, form: SampleForm) -> StageConfigs:
                     config = built_config(stage, structures, form, recipe.objective)
                 elif isinstance(stage, ChangeStage):
                     assert config is not None  # the schema: a branch begins with a build or a fork
-                    plan = change_plan(stage, Bench(edited_skeleton(config), seed=recipe.seed))
-                    config = planned_config(plan.edits, config)
-                    hooks = [*hooks, *(hook.kind for hook in asked_by(plan))]
+                    found, brings = _changed(_Change(stage, config, recipe.seed))
+                    config, hooks = copy.deepcopy(found), [*hooks, *brings]
                 elif isinstance(stage, TrainStage):
                     assert config is not None
                     refuse_with_lora(stage, [*hooks, *(hook.kind for hook in stage.hooks)])
@@ -86,6 +87,30 @@ def stage_configs(recipe: Recipe, form: SampleForm) -> StageConfigs:
             stages[stage.name] = config
         structures[branch.name] = stages
     return structures
+
+
+class _Change:
+    """A change of a model; equal to one that asks for the same of the same."""
+
+    def __init__(self, stage: ChangeStage, config: PreTrainedConfig, seed: int) -> None:
+        self.stage, self.config, self.seed = stage, config, seed
+        asked = stage.model_dump_json(exclude={"name"})
+        text = f"{type(config).__qualname__} {config.to_json_string(use_diff=False)} {asked} {seed}"
+        self._key = text, None if stage.method is None else _asked_method(stage, stage.method)[0]
+
+    def __hash__(self) -> int:
+        return hash(self._key[0])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Change) and other._key == self._key
+
+
+@lru_cache(maxsize=1024)
+def _changed(change: _Change) -> tuple[PreTrainedConfig, tuple[str, ...]]:
+    """The config that a change leaves, which nobody may change, and the kinds of hooks that it brings. A recipe is gone
+    over before its data is there and again with it, and many branches may begin with one change."""
+    plan = change_plan(change.stage, Bench(edited_skeleton(change.config), seed=change.seed))
+    return planned_config(plan.edits, change.config), tuple(hook.kind for hook in asked_by(plan))
 
 
 def change_plan(stage: ChangeStage, bench: Bench) -> Plan:

@@ -42,7 +42,7 @@ from auxin.objectives.objective import is_encoder_decoder
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
 from auxin.planning.target import Gauge, Removal, Target, least_removal, removal
-from auxin.planning.token_tables import token_tables
+from auxin.planning.token_tables import SECOND_COUNTS, token_tables
 from auxin.settings import Settings
 
 NAME = "factorised-embedding"
@@ -130,6 +130,9 @@ def plan_factorised_embedding(bench: Bench, settings: FactorisedEmbedding) -> Pl
     if bench.data is not None:
         counts = occurrences(bench.model, bench.data, tables)
         file = PlanFile.write(bench.folder, FREQUENCIES, save({ROOTS: counts.sqrt()}))
+    for table in tables:
+        if not bench.model.get_parameter(table.name).isfinite().all():
+            raise PlanError(f"{table.name} holds values that are not finite. Go back to an earlier checkpoint.")
     kept = (
         f"{table.name} {_kept(bench.model.get_parameter(table.name), rank, counts):.1%}"
         for table, rank in zip(tables, ranks, strict=True)
@@ -159,7 +162,7 @@ def factorisable(model: PreTrainedModel, settings: FactorisedEmbedding) -> list[
     found = []
     for table in token_tables(model):
         parameter = dict(model.named_parameters()).get(table.name)
-        if parameter is None or parameter.dim() != 2 or table.axis != 0:
+        if parameter is None or parameter.dim() != 2 or table.axis != 0 or {*table.fields} <= {*SECOND_COUNTS}:
             continue
         owners = [
             name.rpartition(".")[0]
@@ -196,28 +199,34 @@ def occurrences(model: PreTrainedModel, data: Calibration, tables: list[Table]) 
 
     Args:
         model: weights are not looked at.
-        data: samples. Padding does not count; where a token is hidden and asked for, that one does.
-        tables: of one vocabulary. Where no head is among them, labels are no tokens.
+        data: samples. Padding does not count; where a token is hidden and asked for, both count.
+        tables: of one vocabulary. Labels count where a head is among them, or where a decoder reads them.
+
+    Returns:
+        Counts over their mean: how much was looked at says nothing of how large factors should be.
     """
     writes = any("low_rank_linear" in table.modules.values() for table in tables)
-    counts = torch.zeros(max(table.tokens for table in tables), dtype=torch.int64)
+    answers = is_encoder_decoder(model.config) and model.can_generate()
+    counts = torch.zeros(tables[0].tokens, dtype=torch.int64)
     for batch in data.batches():
         ids, mask, labels = batch.get("input_ids"), batch.get("attention_mask"), batch["labels"]
-        if writes and is_encoder_decoder(model.config):
-            counts += torch.bincount(labels[labels >= 0], minlength=len(counts))
-        elif writes and ids is not None:
-            ids = torch.where(labels >= 0, labels, ids)
         if ids is not None:
-            counts += torch.bincount(ids.flatten() if mask is None else ids[mask.bool()], minlength=len(counts))
+            read = ids.flatten() if mask is None or mask.shape != ids.shape else ids[mask.bool()]
+            counts += torch.bincount(read, minlength=len(counts))
+        asked = labels >= 0
+        if answers:  # a decoder reads what it is to write
+            counts += torch.bincount(labels[asked], minlength=len(counts))
+        elif writes and ids is not None:
+            counts += torch.bincount(labels[asked & (labels != ids)], minlength=len(counts))
     if not counts.any():
         raise DataError(
             "Rows count as often as their tokens come, and no batch has a token (input_ids). Give batches with some, "
             "or frequencies = false."
         )
-    unseen = counts == 0
-    if not (rest := int(unseen.sum())):
-        return counts.double()
-    return torch.where(unseen, max(int((counts == 1).sum()), 1) / rest, counts.double())
+    unseen, once = counts == 0, int((counts == 1).sum())
+    share = max(once, 1) / max(int(unseen.sum()), 1)
+    found = torch.where(unseen, share, counts.double())
+    return found / found.mean()
 
 
 def _ranks(
