@@ -43,6 +43,8 @@ PARTS = {
 }
 DIFFERENCES = (
     ("new", "dense-0060"),
+    ("new", "dense-0020"),
+    ("new", "llama-0020"),
     ("no-norm-proj", "dense-0060"),
     ("published", "dense-0060"),
     ("dense", "dense-0060"),
@@ -60,7 +62,7 @@ DIFFERENCES = (
     ("dense-wide-0060", "dense-0060"),
     ("new", "dense-wide-0060"),
 )
-"""Pairs of small branches: what docs/parity.md says about one beside the other."""
+"""Pairs of branches: what docs/parity.md says about one beside the other."""
 
 
 def main() -> None:
@@ -98,8 +100,8 @@ def page(found: dict[str, Comparison]) -> str:
         wanted = [branch for branch in recipe.branches if part.branches is None or branch.name in part.branches]
         if missing := [branch.title for branch in wanted if branch.name not in have]:
             lines += ["", f"In the recipe, and not run yet: {'; '.join(missing)}."]
-        if name == "small":
-            lines += ["", "One beside the other, seed by seed:", "", *markdown_table(PAIRS, differences(comparison))]
+        if pairs := differences(comparison):
+            lines += ["", "One beside the other, seed by seed:", "", *markdown_table(PAIRS, pairs)]
     return "\n".join(lines) + "\n"
 
 
