@@ -48,6 +48,8 @@ from auxin.settings import Settings
 NAME = "factorised-embedding"
 FREQUENCIES, ROOTS = "frequencies.safetensors", "roots"
 """The plan's file, and the tensor in it: the root of how often each token counts."""
+Product = Literal["low_rank_embedding", "low_rank_linear"]
+"""The bricks that are products."""
 CHUNK = 8192
 """Rows of a table that are looked at together."""
 
@@ -80,7 +82,7 @@ class Table:
 
     name: str
     """Of the parameter."""
-    modules: Mapping[str, Literal["low_rank_embedding", "low_rank_linear"]]
+    modules: Mapping[str, Product]
     """The bricks that replace them, by their paths; that of `name` is the first."""
     tokens: int
     width: int
@@ -169,17 +171,10 @@ def factorisable(model: PreTrainedModel, settings: FactorisedEmbedding) -> list[
             for name in [table.name, *(name for name in names if name != table.name)]
             if model.get_parameter(name) is parameter
         ]
-        bricks = {path: _brick(model.get_submodule(path)) for path in owners}
         embeds = any(isinstance(model.get_submodule(path), nn.Embedding | LowRankEmbedding) for path in owners)
-        if not embeds and not settings.head:
-            continue
-        if strange := [path for path, brick in bricks.items() if brick is None]:
-            kind = type(model.get_submodule(strange[0])).__name__
-            raise PlanError(
-                f"{strange[0]} has the table {table.name} and is a {kind}, in whose place no product can be put. Give "
-                "another model, or take off what an edit put there (merge_module)."
-            )
-        found.append(Table(table.name, bricks, *parameter.shape))  # type: ignore[arg-type]
+        if embeds or settings.head:
+            bricks = {path: _brick(model, path, table.name) for path in owners}
+            found.append(Table(table.name, bricks, parameter.shape[0], parameter.shape[1]))
     if not found:
         raise PlanError(
             f"A {type(model).__name__} has no table of embeddings with a row for every token. Give a model that reads "
@@ -188,10 +183,17 @@ def factorisable(model: PreTrainedModel, settings: FactorisedEmbedding) -> list[
     return found
 
 
-def _brick(module: nn.Module) -> str | None:
+def _brick(model: PreTrainedModel, path: str, table: str) -> Product:
+    """What replaces the module at `path`, which has the parameter `table`; PlanError where nothing can."""
+    module = model.get_submodule(path)
     if LowRankEmbedding.can_replace(module):
         return "low_rank_embedding"
-    return "low_rank_linear" if linear_class(module) is nn.Linear else None
+    if linear_class(module) is nn.Linear:
+        return "low_rank_linear"
+    raise PlanError(
+        f"{path} has the table {table} and is a {type(module).__name__}, in whose place no product can be put. Give "
+        "another model, or take off what an edit put there (merge_module)."
+    )
 
 
 def occurrences(model: PreTrainedModel, data: Calibration, tables: list[Table]) -> Tensor:
