@@ -52,9 +52,9 @@ LLAMA: Methods = {
     "shortgpt": ("ShortGPT", "shortgpt", {}),
 }
 WIDTHS = {"streams": ["heads", "ffn", "hidden"]}
-"""Of a BERT, whose heads go with the residual."""
+"""Of a BERT, whose heads go with the residual, of which Wanda has no scores."""
 CLASSIFIER: Methods = {
-    **{name: (*LLAMA[name][:2], WIDTHS) for name in ("random", "magnitude", "taylor", "fisher", "wanda", "minitron")},
+    **{name: (*LLAMA[name][:2], WIDTHS) for name in ("random", "magnitude", "taylor", "fisher", "minitron")},
     **{name: LLAMA[name] for name in ("finercut", "finercut-layers", "shortgpt")},
 }
 HEADER = ("method", "parameters", "seeds", "loss without training", "loss when mended", "minus from scratch")
