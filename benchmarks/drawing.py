@@ -7,7 +7,7 @@ import textwrap
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-from auxin.report.picture import spread
+from auxin.report.picture import LABEL_HEIGHT, spread
 
 Curve = list[tuple[float, float]]
 """(cost, loss) in the order of the cost."""
@@ -79,7 +79,8 @@ def draw(heading: str, lines: list[Line], start: float, label: str | None = None
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, label, anchor="middle"))
     places = [y(curve[-1][1]) for _, curve in shown]
     edge = WIDTH - RIGHT
-    for (line, curve), place, moved in zip(shown, places, spread(places), strict=True):
+    between = min(LABEL_HEIGHT, (HEIGHT - TOP - BOTTOM) / len(places))  # of many, closer together
+    for (line, curve), place, moved in zip(shown, places, spread(places, between), strict=True):
         dash = ' stroke-dasharray="6 4"' if line.dashed else ""
         points = " ".join(f"{x(flops):.1f},{y(loss):.1f}" for flops, loss in curve)
         parts.append(f'<polyline points="{points}" fill="none" stroke="{line.colour}" stroke-width="2"{dash}/>')

@@ -16,6 +16,7 @@ from auxin.errors import DataError, PlanError
 from auxin.methods import methods
 from auxin.objectives.calibration import Calibration
 from auxin.planning.bench import Bench
+from auxin.planning.method import estimate_plan
 from auxin.planning.pruning_settings import Pruning
 from byte_language import CONTEXT, byte_model, held_out_loss, library, loss_after, train
 from oracles.importance import entering, moments
@@ -126,6 +127,8 @@ def test_the_residual_goes_by_gradients_alone():
     for name in ("wanda-structured", "fluctuation"):
         with pytest.raises(PlanError, match=f"hidden: {name} scores what enters one output matrix"):
             planned(name, tiny("llama", dtype=torch.float32), data, hidden=0.5)
+        with pytest.raises(PlanError, match=f"hidden: {name} scores what enters one output matrix"):  # before any work
+            estimate_plan(methods()[name], Bench(tiny("llama")), methods()[name].settings.parse({"hidden": 0.5}))
 
 
 def test_gradients_need_labels():

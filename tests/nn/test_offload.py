@@ -55,6 +55,9 @@ CASES: dict[str, tuple[str, Planner]] = {
         "gpt2",
         by_hand(ReplaceModule(module="transformer.h.*.mlp.c_fc", brick="low_rank_conv1d", settings={"rank": 4})),
     ),
+    "factorised embedding": ("llama", by("factorised-embedding", rank=4, frequencies=False)),
+    "factorised embedding, tied": ("gpt2", by("factorised-embedding", rank=4, frequencies=False)),
+    "factorised embedding, scaled": ("gemma", by("factorised-embedding", rank=4, frequencies=False)),
     "split": (
         "llama",
         by_hand(

@@ -98,7 +98,13 @@ def _given_back(found: Prunable, settings: FluctuationPruning) -> Compensation |
     return given
 
 
+def _outline(bench: Bench, settings: Pruning, name: str, score: Score) -> Plan:
+    _refuse_residual(settings, name, score)
+    return prunable(bench.model, settings).outline(name)
+
+
 def _outline_fluctuation(bench: Bench, settings: FluctuationPruning) -> Plan:
+    _refuse_residual(settings, "fluctuation", "fluctuation")
     found = prunable(bench.model, settings)
     return found.outline("fluctuation", _given_back(found, settings))
 
@@ -131,7 +137,7 @@ def _method(name: str, score: Score, by: str, paper: str) -> Method:
         needs_weights=True,
         promise="none",
         calibration=lambda settings: CalibrationSettings(samples=64),
-        outline=lambda bench, settings: prunable(bench.model, settings).outline(name),
+        outline=partial(_outline, name=name, score=score),
     )
 
 
