@@ -94,9 +94,10 @@ def planned(name: str, work: Path, trial: Trial) -> dict[str, Any]:
         gone = random.Random(row.seed).sample(paths, PARTS)
         plan = Plan(method="chance", promise="none", edits=without_sublayers(model, gone))
     else:
-        count = row.times * trial.samples // len(KINDS)
-        samples = [spread(found["looked_at"], tokenizer, count, trial.length) for found in texts().values()]
-        data = {"data": [torch.cat(samples)]} if row.times else {}
+        data = {}
+        if count := row.times * trial.samples // len(KINDS):
+            samples = [spread(found["looked_at"], tokenizer, count, trial.length) for found in texts().values()]
+            data = {"data": [torch.cat(samples)]}
         plan = auxin.plan(model, row.method, folder=work / "plans", **data, **row.settings)
     plan.to_yaml(work / "plans" / f"{name}.yaml")
     cost = plan.cost
@@ -181,22 +182,28 @@ def main() -> None:
     path, target = arguments.results, arguments.page
     if arguments.quick:
         path, target = arguments.work / RESULTS.name, arguments.work / PAGE.name
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": {}}
-    if results.get("trial", asdict(trial)) != asdict(trial):
-        sys.exit(f"{path} holds results of other lengths. Remove it or give another --results.")
-    results |= {"trial": asdict(trial), **made_by("python benchmarks/smollm2_pruning.py --work FOLDER")}
     for name in arguments.rows:
-        if name in results["rows"]:
+        if name in _recorded(path, trial)["rows"]:
             continue
         print(f"{name}: {ROWS[name].settings}", file=sys.stderr, flush=True)
         row: dict[str, Any] = {}
         for stage in STAGES:
             row |= run_child(stage, name, arguments.work, ["--quick"] * arguments.quick)
+        results = _recorded(path, trial)  # another process may have added rows
         results["rows"][name] = row
+        results |= {"trial": asdict(trial), **made_by("python benchmarks/smollm2_pruning.py --work FOLDER")}
         write_results(results, path, page(results), target)
         if not arguments.quick:
             write_text(PICTURE, picture(results["rows"]))
         print({key: value for key, value in row.items() if key != "right"}, file=sys.stderr, flush=True)
+
+
+def _recorded(path: Path, trial: Trial) -> dict[str, Any]:
+    """The results so far."""
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": {}}
+    if results.get("trial", asdict(trial)) != asdict(trial):
+        sys.exit(f"{path} holds results of other lengths. Remove it or give another --results.")
+    return results
 
 
 if __name__ == "__main__":
