@@ -73,6 +73,8 @@ class Grid:
     """Those that are mended by the whole model's answers, too, at the sizes `TAUGHT_AT`."""
     target: str
     """What a loss is a mean over."""
+    labelled: bool = False
+    """Whether its data are the `pieces`, with their packages."""
 
 
 RECIPES = Path(__file__).parent
@@ -92,6 +94,7 @@ GRIDS = {
         CLASSIFIER,
         (),
         "text",
+        labelled=True,
     ),
 }
 TAUGHT_AT = (30, 50)
@@ -131,7 +134,7 @@ def pieces() -> Iterator[dict[str, str]]:
 
 def whole_recipe(grid: Grid, arguments: argparse.Namespace) -> Recipe:
     """The recipe with a branch for each method and size."""
-    if grid.methods is CLASSIFIER:
+    if grid.labelled:
         path = ROOT / "runs" / "pruning-classifier-pieces.jsonl"
         path.parent.mkdir(exist_ok=True)
         write_text(path, "".join(json.dumps(piece) + "\n" for piece in pieces()))

@@ -148,15 +148,15 @@ class _Outcome:
         fresh_layers = {*self.state.fresh_layers, *self.state.copies}
         origins: dict[str, Origin] = {}
         for name, aliases in names.items():
-            held = [self.state.aliases[alias] for alias in aliases if alias in self.state.aliases]
-            known, others = (held[0], held[1:]) if held else (None, [])
-            if other := next((each for each in others if not self._are_one(known, each)), None):
+            held = list(dict.fromkeys(self.state.aliases[alias] for alias in aliases if alias in self.state.aliases))
+            at = self.state.origins
+            if other := next((each for each in held[1:] if not at[each].is_that_of(at[held[0]])), None):
                 raise PlanError(
-                    f"{known} and {other} are one tensor in the edited model (tied), and the plan's edits give them "
+                    f"{held[0]} and {other} are one tensor in the edited model (tied), and the plan's edits give them "
                     "different values. Untie them first (tie_word_embeddings = false), or leave both as they are."
                 )
-            if known is not None:
-                origin = self.state.origins[known]
+            if held:
+                origin = at[held[0]]
                 self._check_shape(name, origin, shapes[name])
             elif any(alias in self.state.fresh for alias in aliases):
                 fill = next(self.state.fresh[a] for a in aliases if a in self.state.fresh)
@@ -200,11 +200,6 @@ class _Outcome:
                 f"({self._set_in_words()}). Leave out the value that drops it."
             )
         return origins
-
-    def _are_one(self, one: str | None, other: str | None) -> bool:
-        """Whether the same tensor, or the same value, stands under both names."""
-        origins = self.state.origins
-        return one == other or (one is not None and other is not None and origins[one].is_that_of(origins[other]))
 
     def _set_in_words(self) -> str:
         state = self.state

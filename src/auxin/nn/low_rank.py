@@ -345,9 +345,8 @@ class LowRankEmbedding(LowRank):
         found = F.embedding(x, self.output_factor, self.padding_idx) @ self.input_factor
         if self.scale == 1:
             return found
-        # A tensor without axes is of no type's rank: its type is that of the other factor, to which it was rounded.
-        factor = torch.tensor(self.scale, dtype=self.output_factor.dtype, device=found.device)
-        return found * (factor if self.rounded else self.scale)
+        # A tensor without axes is a number to whatever it multiplies, on any device; it only is rounded before.
+        return found * (torch.tensor(self.scale, dtype=self.output_factor.dtype) if self.rounded else self.scale)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, padding_idx={self.padding_idx}, scale={self.scale:g}"

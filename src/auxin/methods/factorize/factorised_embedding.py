@@ -128,16 +128,17 @@ def plan_factorised_embedding(bench: Bench, settings: FactorisedEmbedding) -> Pl
     """
     tables = factorisable(bench.model, settings)
     ranks, found = _ranks(bench.model, tables, settings)  # before any data is read
+    matrices = [bench.model.get_parameter(table.name) for table in tables]
+    for table, matrix in zip(tables, matrices, strict=True):
+        if not matrix.isfinite().all():
+            raise PlanError(f"{table.name} holds values that are not finite. Go back to an earlier checkpoint.")
     counts, file = torch.ones(tables[0].tokens, dtype=torch.float64), None
     if bench.data is not None:
         counts = occurrences(bench.model, bench.data, tables)
         file = PlanFile.write(bench.folder, FREQUENCIES, save({ROOTS: counts.sqrt()}))
-    for table in tables:
-        if not bench.model.get_parameter(table.name).isfinite().all():
-            raise PlanError(f"{table.name} holds values that are not finite. Go back to an earlier checkpoint.")
     kept = (
-        f"{table.name} {_kept(bench.model.get_parameter(table.name), rank, counts):.1%}"
-        for table, rank in zip(tables, ranks, strict=True)
+        f"{table.name} {_kept(matrix, rank, counts):.1%}"
+        for table, matrix, rank in zip(tables, matrices, ranks, strict=True)
     )
     weighed = "rows as often as their tokens come" if file is not None else "all rows alike"
     finding = f"Of the sum of squares, {weighed}, products keep: {', '.join(kept)}."
@@ -160,17 +161,14 @@ def factorisable(model: PreTrainedModel, settings: FactorisedEmbedding) -> list[
     Raises:
         PlanError: there are none, or one is part of a module that does something of its own.
     """
-    names = list(dict(model.named_parameters(remove_duplicate=False)))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     found = []
     for table in token_tables(model):
-        parameter = dict(model.named_parameters()).get(table.name)
+        parameter = parameters.get(table.name)
         if parameter is None or parameter.dim() != 2 or table.axis != 0 or {*table.fields} <= {*SECOND_COUNTS}:
             continue
-        owners = [
-            name.rpartition(".")[0]
-            for name in [table.name, *(name for name in names if name != table.name)]
-            if model.get_parameter(name) is parameter
-        ]
+        same = [name for name, other in parameters.items() if other is parameter and name != table.name]
+        owners = [name.rpartition(".")[0] for name in (table.name, *same)]
         embeds = any(isinstance(model.get_submodule(path), nn.Embedding | LowRankEmbedding) for path in owners)
         if embeds or settings.head:
             bricks = {path: _brick(model, path, table.name) for path in owners}
