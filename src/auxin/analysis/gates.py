@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from auxin.analysis.measurement import CalibrationData, as_model_has, result_of, wide
+from auxin.analysis.measurement import CalibrationData, as_model_has, result_of
 from auxin.analysis.units import Group, Place, Rows, Units
 from auxin.errors import DataError, PlanError
 from auxin.models.evaluating import evaluation_mode
@@ -117,7 +117,8 @@ class Gates(nn.Module):
     def __call__(self, place: Place, rows: Rows) -> Tensor:
         """What goes on where `rows` come."""
         group = self._gated_by[place.group]
-        values = wide(rows.values)
+        # With its graph: the gates before this place learn from what comes behind it.
+        values = rows.values.to(torch.promote_types(rows.values.dtype, torch.float32))
         mu, log_variance = (self.by_group(each)[group].to(values.device) for each in (self.mu, self.log_variance))
         gates = mu[:, None]
         if self._noisy:
