@@ -44,7 +44,7 @@ def learned(monkeypatch: pytest.MonkeyPatch) -> list[Gates]:
     """The gates of all plans that are made from now on, far from their start."""
     found: list[Gates] = []
 
-    def learn(gates: Gates, task: Any, settings: Any, goals: Any) -> list[float]:
+    def learn(gates: Gates, task: Any, settings: Any, goals: Any, weights: Any) -> list[float]:
         generator = torch.Generator().manual_seed(settings.seed)
         with torch.no_grad():
             gates.mu.copy_(0.5 + torch.rand(gates.mu.shape, generator=generator))
@@ -140,7 +140,7 @@ def test_hard_masks_leave_weights_as_they_are(monkeypatch):
 def test_gates_are_told_what_is_wanted(asked, goals, monkeypatch):
     """In every layer, where layers keep as many; and that half of the units leave half of what is asked of them."""
     model, told = tiny("qwen3", intermediate_size=12, dtype=torch.float32), list[Any]()
-    monkeypatch.setattr(vtrans, "learn", lambda gates, task, settings, goals: told.append((gates, goals)) or [1.0])
+    monkeypatch.setattr(vtrans, "learn", lambda gates, task, settings, goals, _: told.append((gates, goals)) or [1.0])
     auxin.plan(model, "vtrans", data=texts(model), **asked)
     ((gates, found),) = told
     wanted = [share if share <= 1 else share / model.num_parameters() for shares in goals.values() for share in shares]
