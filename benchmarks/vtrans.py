@@ -1,6 +1,6 @@
-"""What learned gates (the method `vtrans`) leave of a small Llama on bytes: with and without gates on the residual and on
-whole attentions and feed-forward parts, beside other methods; what training the weights with them gives and takes, on
-all of the data and on a small part; and where the heads attend that go.
+"""What learned gates (the method `vtrans`) leave of a small Llama on bytes: with and without gates on the residual and
+on whole attentions and feed-forward parts, beside other methods; what training the weights with them gives and takes,
+on all of the data and on a small part; and where the heads attend that go.
 
     python benchmarks/vtrans.py [--seeds 0]
 
@@ -148,8 +148,8 @@ def kinds(model: PreTrainedModel, data: Excerpt, folder: str, seed: int) -> list
         ("weights, too (VTrans)", "all", FULL_STEPS, WEIGHT_RATE),
     ):
         start = time.process_time()
-        values = {"steps": steps, "weight_learning_rate": rate, "data": samples[share], "folder": folder}
-        plan = auxin.plan(model, "vtrans", **asked, **values)
+        values: dict[str, Any] = {"steps": steps, "weight_learning_rate": rate, "folder": folder}
+        plan = auxin.plan(model, "vtrans", data=samples[share], **asked, **values)
         seconds = time.process_time() - start
         table.append([name, share, str(steps), f"{seconds:.0f} s", *mended(plan, model, data, seed)])
     few = Calibration.of_batches(model, batches(part, 8, seed))

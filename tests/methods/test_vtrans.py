@@ -16,11 +16,12 @@ from auxin.accounting import flops_per_token
 from auxin.analysis.gates import Gates
 from auxin.analysis.unit_masks import maskable
 from auxin.analysis.units import Group, units_of
-from auxin.edits import Plan, apply
+from auxin.edits import Plan, SliceParameter, apply
 from auxin.edits.structure import structural_edits
 from auxin.errors import PlanError
 from auxin.methods.prune import vtrans
 from auxin.models.anatomy import anatomy
+from auxin.models.sublayers import sublayers
 from auxin.objectives.calibration import Calibration
 from auxin.planning.folding import folding
 from auxin.planning.pruning import Pruning, prunable
@@ -104,6 +105,94 @@ def test_a_plan_leaves_what_the_model_computes_with_weighted_masks(tied, monkeyp
     whole = masked_by_hand(model, heads, units, mask(("residual", ""), 18))
     assert change(logits(whole), logits(smaller)) < 1e-6  # means are float32
     assert change(logits(model), logits(smaller)) > 1e-2
+
+
+PARTS: dict[str, tuple[str, list[tuple[str, str, str]]]] = {
+    "llama": ("LlamaForCausalLM", [("model.layers.{}.", "self_attn.o_proj", "mlp.down_proj")]),
+    "gpt2": ("GPT2LMHeadModel", [("transformer.h.{}.", "attn.c_proj", "mlp.c_proj")]),
+    "bert": ("BertForMaskedLM", [("bert.encoder.layer.{}.", "attention.output.dense", "output.dense")]),
+    "bert for a task": (
+        "BertForSequenceClassification",
+        [("bert.encoder.layer.{}.", "attention.output.dense", "output.dense")],
+    ),
+    "roberta": ("RobertaForMaskedLM", [("roberta.encoder.layer.{}.", "attention.output.dense", "output.dense")]),
+}
+"""The class, the layers, and of a layer the modules whose results its attention and its feed-forward part add."""
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_a_plan_leaves_what_the_model_computes_with_masks_on_whole_parts_too(case, monkeypatch):
+    """Oracle, with biases: of each part the result times its mean, or nothing of it; of feed-forward parts their units,
+    too, of which those of a part that goes are no matter."""
+    head, ((layers, attention, feed_forward),) = PARTS[case]
+    model, gates = tiny(case.split()[0], head=head), learned(monkeypatch)
+    smaller = copy.deepcopy(model)
+    asked = {"sublayers": 0.75, "ffn": 0.5, "uniform": False}
+    labelled = labels(model, batch=4)
+    given = {**inputs(model, batch=4), "labels": labelled[:, 0] % 2 if "task" in case else labelled}
+    apply(auxin.plan(model, "vtrans", data=Calibration.of_batches(model, [given]), **asked), smaller)
+    mu, log_alpha = (gates[0].by_group(values.detach().double()) for values in (gates[0].mu, gates[0].log_alpha()))
+    of_parts = {group[1]: values.item() for group, values in log_alpha.items() if group[0] == "sublayer"}
+    (gone,) = [path for path, value in of_parts.items() if value == max(of_parts.values())]
+    units = {group: values for group, values in log_alpha.items() if group[0] == "ffn"}
+    left = {group: values for group, values in units.items() if not gone.startswith(group[1]) or "att" in gone}
+    bound = torch.cat(list(left.values())).sort().values[sum(map(len, left.values())) // 2 - 1]
+    whole = copy.deepcopy(model)
+    for number in range(2):
+        for name in (attention, feed_forward):
+            path = layers.format(number) + name
+            part = next(found for found in of_parts if path.startswith(found))
+            mask = mu["sublayer", part] * (part != gone)
+            group = ("ffn", layers.format(number)[:-1])
+            before = mu[group] * (log_alpha[group] <= bound) if name == feed_forward else None
+            whole.set_submodule(path, Multiplied(whole.get_submodule(path), before, mask))
+    assert change(logits(whole), logits(smaller)) < 1e-10
+    assert change(logits(model), logits(smaller)) > 1e-2
+    assert smaller.num_parameters() < 0.9 * model.num_parameters()
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_a_target_takes_from_parts_by_the_ranking_of_units_and_leaves_as_many_as_are_to_stay(uniform):
+    """The limit is met, and with one part more it would not be; parts with scores below those of units go first, others
+    only behind units, and their units are cut nowhere else."""
+    model = tiny("llama", num_hidden_layers=3)
+    parts = [one.path for one in sublayers(model)]
+    order = [parts[number] for number in (3, 0, 5, 1, 2, 4)]
+    for share, first, least, most in ((0.8, -9.0, 1, 2), (0.5, -9.0, 3, 3), (0.8, 9.0, 0, 0)):
+        asked = {"target": {"parameters": share}, "uniform": uniform, "sublayers": 0.5}
+        found = prunable(model, vtrans.VTrans.parse(asked))
+        scores = {
+            place: [first + 0.1 * order.index(place[1])]
+            if place[0] == "sublayer"
+            else [unit / units for unit in range(units)]
+            for place, units in found.units.items()
+        }
+        plan = found.plan("by hand", scores, split="score")
+        smaller = copy.deepcopy(model)
+        apply(plan, smaller)
+        assert smaller.num_parameters() <= share * model.num_parameters()
+        said = [line for line in plan.findings if line.startswith("Gone as a whole: ")]
+        gone = set(said[0].removeprefix("Gone as a whole: ").rstrip(".").split(", ")) if said else set()
+        assert least <= len(gone) <= most
+        assert gone == set(order[: len(gone)])
+        assert len(sublayers(smaller)) == 6 - len(gone)
+        if not uniform:
+            cut = {edit.parameter for edit in plan.edits if isinstance(edit, SliceParameter)}
+            assert not any(name.startswith(path) for name in cut for path in gone)
+
+
+def test_parts_are_ranked_by_their_scores_and_those_to_keep_stay():
+    model = tiny("llama", num_hidden_layers=3)
+    found = prunable(model, vtrans.VTrans.parse({"sublayers": 4}))
+    order = ["model.layers.1.mlp", "model.layers.2.self_attn", "model.layers.0.mlp"]
+    scores = {place: [float(order.index(place[1])) if place[1] in order else 9.0] for place in found.units}
+    plan = found.plan("by hand", scores, split="score")
+    assert plan.findings[1] == "Gone as a whole: model.layers.1.mlp, model.layers.2.self_attn."
+    assert found.outline("by hand").findings[1].count("model.layers") == 2
+    kept = {"sublayers": 4, "ffn": 1.0, "uniform": False, "keep": "model.layers.1"}
+    found = prunable(model, vtrans.VTrans.parse(kept))
+    gone = found.plan("by hand", {place: scores.get(place, [0.0] * n) for place, n in found.units.items()}).findings[1]
+    assert gone == "Gone as a whole: model.layers.0.mlp, model.layers.2.self_attn."
 
 
 def test_hard_masks_leave_weights_as_they_are(monkeypatch):
@@ -287,6 +376,9 @@ def test_where_heads_can_t_go_alone_units_go_and_heads_have_no_gates(monkeypatch
 @pytest.mark.parametrize(
     ("family", "values", "message"),
     [
+        ("albert", {"sublayers": 0.5}, "sublayers: no attention or feed-forward part of this Albert.* can go alone"),
+        ("llama", {"sublayers": 1.0}, "all of 4 sublayers would stay"),
+        ("llama", {"sublayers": 5}, "the model has only 4 attentions and feed-forward parts. Give at most that"),
         ("mixtral", {"experts": 0.5}, "experts: vtrans has gates for heads, feed-forward units and the residual"),
         ("albert", {"hidden": 0.5, "heads": 0.5}, "hidden: The layers of .* share their parameters"),
         ("nanochat", {"hidden": 0.5, "heads": 0.5}, "hidden: model.norm, behind the embeddings, has no gain"),

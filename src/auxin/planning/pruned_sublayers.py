@@ -112,7 +112,7 @@ def pruned_sublayers(model: PreTrainedModel, keep: Sequence[str]) -> PrunedSubla
         keep: paths of layers or parts that stay.
 
     Raises:
-        PlanError: the architecture is not known, or layers share a sublayer.
+        PlanError: the architecture is not known, layers share a sublayer, or none can go.
     """
     known, of_stacks = sublayers(model), dict[str, list[Sublayer]]()
     refuse_shared(model, [one.output for one in known])
@@ -120,6 +120,10 @@ def pruned_sublayers(model: PreTrainedModel, keep: Sequence[str]) -> PrunedSubla
         of_stacks.setdefault(one.stack.path, []).append(one)
     needed = refusals(model)
     offered = {one.path for one in known if one.path not in needed and not is_kept(one.path, keep)}
+    if not offered:
+        raise PlanError(
+            f"{NAME}: no attention or feed-forward part of this {type(model).__name__} can go alone. Leave it out."
+        )
     return PrunedSublayers(model, of_stacks, offered)
 
 
