@@ -1,22 +1,26 @@
-"""Widths pruned by noisy gates that are learned on samples, and whose means stay in the weights (VTrans, Dutta et al.
-2024, arXiv 2406.05276; in the form of TVA-Prune by the same authors, whose code is public, on VIBNet, 1802.10399).
+"""Widths, and whole attentions and feed-forward parts, pruned by noisy gates that are learned on samples, and whose means
+stay in the weights (VTrans, Dutta et al. 2024, arXiv 2406.05276; in the form of TVA-Prune by the same authors, whose
+code is public, on VIBNet, 1802.10399).
 
-A gate multiplies what every head, feed-forward unit or unit of the residual stream gives by a number with noise, for
-every token another draw; means and noise are learned with the model's weights as they are (`auxin.analysis.gates`). A
-unit's score is minus log alpha, how much of its gate is signal. The units that go are those of the lowest scores, as
-many as the shares, counts or the target ask for; a target takes from all streams by one ranking. What stays is
-multiplied by the means of its gates, the weighted mask, once and for all (`auxin.planning.folding`); with `masks: hard`
-it stays as it is.
+A gate multiplies what every head, feed-forward unit, unit of the residual stream or whole part of a layer gives by a
+number with noise, for every token another draw (`auxin.analysis.gates`). A unit's score is minus log alpha, how much of
+its gate is signal. The units that go are those of the lowest scores, as many as the shares, counts or the target ask
+for; a target takes from all streams by one ranking, parts included. What stays is multiplied by the means of its gates,
+the weighted mask, once and for all (`auxin.planning.folding`); with `masks: hard` it stays as it is.
 
 * Gates are told what is wanted: shares and counts are goals of every layer, or of all together where layers may differ;
   a target is one of the whole model's expected parameters, or for FLOPs and latencies of those that are multiplied with
-  every token. That layers have to keep as many, gates do not know of a target.
+  every token. What is in a part stays if the part does, too, so that its share is multiplied by the part's. That layers
+  have to keep as many, gates do not know of a target.
 * kappa, what the KL of a unit counts, is the number of parameters that go with it, so that a head weighs as much as
-  feed-forward units of its size. TVA-Prune's 256 for a head of Llama-7B would be 171 by this rule.
+  feed-forward units of its size, and a part as much as all that is in it. TVA-Prune's 256 for a head of Llama-7B would
+  be 171 by this rule.
+* Means and noise are learned alone, with the model's weights as they are (the paper's Faster-VTrans), or the weights
+  with them (`weight_learning_rate`: VTrans; on a small share of the data Fast-VTrans), taught by the whole model, too.
+  They are trained in a copy, float32 at least, and the plan has their values: it is as large as the model.
 
-Not carried over: weights that are trained together with the gates (VTrans itself, and Fast-VTrans), the best of several
-evaluations near the target, LoRA afterwards. Nor the threshold log alpha = 0, which need not meet the target; the
-plan's findings say what it would leave.
+Not carried over: the best of several evaluations near the target, LoRA afterwards, distillation of hidden states. Nor
+the threshold log alpha = 0, which need not meet the target; the plan's findings say what it would leave.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,12 +85,14 @@ def plan_vtrans(bench: Bench, settings: VTrans) -> Plan:
 
     Args:
         bench: the model, with weights, and a batch of samples with labels for each step; it is read from the start
-            again when it ends. The file of the gates' means goes to the bench's folder.
+            again when it ends. The files of the gates' means, and of weights that are trained, go to the bench's
+            folder.
         settings: what stays, and how gates are learned.
 
     Raises:
         PlanError: see `auxin.planning.pruning`; experts; a residual that has no places known for its gates, or whose
-            weighted mask the weights can't take up; a loss that is not finite.
+            weighted mask the weights can't take up; no part that can go alone; weights that are to be trained, and none
+            asks for gradients; a loss that is not finite.
         DataError: the samples have no labels.
     """
     settings = bench.seeded(settings)
@@ -239,7 +245,7 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
 
 METHOD = Method(
     name=NAME,
-    title="Fewer heads, feed-forward or residual units, by noisy gates learned on samples (VTrans)",
+    title="Fewer heads, feed-forward or residual units, or whole parts, by noisy gates learned on samples (VTrans)",
     paper="arXiv 2406.05276",
     intent="prune",
     settings=VTrans,
