@@ -200,7 +200,7 @@ def test_parts_are_ranked_by_their_scores_and_those_to_keep_stay():
 
 @pytest.mark.parametrize("case", PARTS)
 def test_weights_are_trained_with_gates_in_a_copy_and_the_plan_has_them(case, tmp_path, monkeypatch):
-    """On labels of tokens and of samples: the result is the whole model with the plan's weights and the means of gates."""
+    """On labels of tokens and of samples: the result is the model with the plan's weights and the means of gates."""
     head, ((layers, *names),) = PARTS[case]
     model, gates, real = tiny(case.split()[0], head=head), list[Gates](), vtrans.learn
     monkeypatch.setattr(vtrans, "learn", lambda *given: gates.append(given[0]) or real(*given))

@@ -1,6 +1,6 @@
-"""Widths, and whole attentions and feed-forward parts, pruned by noisy gates that are learned on samples, and whose means
-stay in the weights (VTrans, Dutta et al. 2024, arXiv 2406.05276; in the form of TVA-Prune by the same authors, whose
-code is public, on VIBNet, 1802.10399).
+"""Widths, and whole attentions and feed-forward parts, pruned by noisy gates that are learned on samples and whose
+means stay in the weights (VTrans, Dutta et al. 2024, arXiv 2406.05276; in the form of TVA-Prune by the same authors,
+whose code is public, on VIBNet, 1802.10399).
 
 A gate multiplies what every head, feed-forward unit, unit of the residual stream or whole part of a layer gives by a
 number with noise, for every token another draw (`auxin.analysis.gates`). A unit's score is minus log alpha, how much of
