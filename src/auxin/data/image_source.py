@@ -2,6 +2,7 @@
 
 import json
 import math
+import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -217,13 +218,12 @@ def _pixels(reader: PictureReader, name: str, image: Any, settings: LabelledImag
     """Of a file's bytes, alone or as Hugging Face's datasets keep them, or of a picture that they have read."""
     from PIL.Image import Image
 
-    if isinstance(image, dict):
-        image = image.get("bytes")
-    if isinstance(image, bytes):
-        return reader.read(name, image)
+    content = image.get("bytes") if isinstance(image, dict) else image
+    if isinstance(content, bytes):
+        return reader.read(name, content)
     if isinstance(image, Image):
         return reader.pixels(name, image)
     raise DataError(
-        f"{name}: {settings.image_field} is a {type(image).__name__}, and not the bytes of an image. Set `image_field` "
-        "to a field of images, or save the images with the rows."
+        f"{name}: {settings.image_field} is {reprlib.repr(image)}, and not the bytes of an image. Set `image_field` to "
+        "a field of images, or save the images within the rows."
     )
