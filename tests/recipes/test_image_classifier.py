@@ -173,11 +173,12 @@ def test_a_checkpoint_is_trained_on_with_its_own_processor(run, bars, tmp_path):
     for changes, message in (
         ({"image_size": 4}, r"image_size: the model's is 8, and the data's 4. Set data.image_size: 8"),
         ({"num_channels": 3}, r"num_channels: the model's is 1, and the data's 3"),
+        ({"mean": 0.3}, r"another image processor than the data.*Set data.processor: .*checkpoint"),
         ({"labels": list(reversed(BARS))}, "id2label: the model's classes are falling, level, upright"),
     ):
         wanted = image_recipe(bars, stage, build={"checkpoint": str(source)}, **changes)
         with pytest.raises(ConfigError, match=message):
-            run_recipe(wanted, tmp_path / "refused", "", print)
+            run_recipe(wanted, tmp_path / str(changes), "", print)
 
 
 @pytest.mark.parametrize(

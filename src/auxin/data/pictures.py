@@ -36,6 +36,11 @@ def made_processor(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -
     return ViTImageProcessorPil(size=sides, image_mean=list(mean), image_std=list(std))
 
 
+def has_processor(folder: Path) -> bool:
+    """Whether the file of an image processor lies in `folder`."""
+    return any((folder / name).is_file() for name in PROCESSOR_FILES)
+
+
 def read_processor(folder: Path) -> Any:
     """Load an image processor from a folder, by Pillow, so that all machines make the same pixels; nothing is fetched
     and no code of the folder is run.
@@ -43,7 +48,7 @@ def read_processor(folder: Path) -> Any:
     Raises:
         DataError: there is none, or it can't be loaded.
     """
-    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+    if not has_processor(folder):
         raise DataError(
             f"There is no image processor in {folder} ({PROCESSOR_FILES[0]} is missing). Save the model's there, give "
             "another folder, or set image_size instead."
