@@ -108,15 +108,19 @@ def test_a_batch_holds_what_transformers_makes_of_the_images(
         processor: Any = data.processor()
         processor.save_pretrained(folder / "again")
         processor = AutoImageProcessor.from_pretrained(folder / "again", backend="pil")
-        made = set()
+        made, by_hand = set(), []
         for path in originals:
             image = Image.open(path).convert("L" if channels == 1 else "RGB")
             array = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
             found = processor(images=array, return_tensors="pt", input_data_format="channels_first")
             made.add(found["pixel_values"][0].numpy().tobytes())
+            resized = np.atleast_3d(np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)))
+            by_hand.append((resized.transpose(2, 0, 1) / 255 - mean) / std)
         batches = [batch_of(data, name)["pixel_values"] for name in ("train", "validation")]
         assert all(batch.dtype == torch.float32 and batch.shape[1:] == (channels, size, size) for batch in batches)
         assert {sample.numpy().tobytes() for batch in batches for sample in batch} == made
+        for sample in torch.cat(batches).numpy():
+            assert np.abs(np.stack(by_hand) - sample).max((1, 2, 3)).min() < 1e-5 / std
 
 
 @settings(deadline=None, max_examples=10)
