@@ -8,8 +8,8 @@
 
 `llama` is a language model of Python code, `classifier` a BERT that tells from which package a few lines of it are,
 `vit` a ViT that reads the handwritten digits of an npm package, unpacked where this is run or at --digits. Finished
-branches are not run again; the page has what is finished. A seed takes an hour of one core (`llama`), a quarter of one
-(`classifier`) or half of one (`vit`).
+branches are not run again; the page has what is finished. A seed takes an hour of one core (`llama`) or a quarter of
+one (the others).
 """
 
 import argparse
