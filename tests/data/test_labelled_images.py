@@ -172,9 +172,10 @@ def test_rows_are_read_like_files(tmp_path: Path) -> None:
     }
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
     table = datasets.Dataset.from_dict(rows, features=features)
-    (tmp_path / "rows").mkdir()
-    table.to_parquet(str(tmp_path / "rows" / "train.parquet"))
+    (tmp_path / "rows" / "of" / "bars").mkdir(parents=True)
+    table.to_parquet(str(tmp_path / "rows" / "of" / "bars" / "train.parquet"))
     plain = [{"picture": path.read_bytes(), "class": BARS.index(path.parent.name)} for path in paths]
+    plain += [{"picture": paths[0].read_bytes(), "class": None}, {"picture": None, "class": 1}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(plain), tmp_path / "plain.parquet")
     base = {"image_size": 8, "num_channels": 1, "validation_fraction": 0.3}
     wanted = [
@@ -185,6 +186,8 @@ def test_rows_are_read_like_files(tmp_path: Path) -> None:
     ]
     prints = [prepare(each, tmp_path / f"data{number}").fingerprint for number, each in enumerate(wanted)]
     assert len(set(prints)) == 1
+    skipped = LabelledImages.load(tmp_path / "data2").report.skipped
+    assert {reason: count.count for reason, count in skipped.items()} == {"no label": 1, "no image": 1}
 
 
 def test_a_models_own_processor_says_size_and_numbers(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def image_documents(settings: LabelledImagesSettings) -> Iterator[Document]:
 
 def _labelled(settings: LabelledImagesSettings, row: Row) -> Row:
     """A row with the name of its class."""
-    if row.values is None or row.values[1] is None:
+    if row.values is None or row.values[1] in (None, ""):
         return row
     image, label = row.values
     return row._replace(values=(image, settings.label_name(label, row.name)))
@@ -177,7 +177,7 @@ def _files(settings: LabelledImagesSettings) -> Iterator[Row]:
             f"{', '.join(map(str, settings.paths))} holds no image{f', and {film} is a film' if film else ''}. Give a "
             f"folder with a folder of images for each class ({', '.join(sorted(ENDINGS))}), or Parquet."
         )
-    _check_folders(settings, images)
+    _check_folders(settings, images, tables)
     for file in files:
         ending = file.path.suffix.lower()
         if file.left_out is not None:
@@ -194,16 +194,18 @@ def _files(settings: LabelledImagesSettings) -> Iterator[Row]:
             yield Row(file.name, None, "no image")
 
 
-def _check_folders(settings: LabelledImagesSettings, images: Sequence[SourceFile]) -> None:
+def _check_folders(
+    settings: LabelledImagesSettings, images: Sequence[SourceFile], tables: Sequence[SourceFile]
+) -> None:
     """Refuse folders of classes without an image, and images beside those, whose class would be the folder of all;
     DataError."""
-    holding = {parent for file in images for parent in file.path.parents}
+    holding = {parent for file in (*images, *tables) for parent in file.path.parents}
     for given in settings.paths:
         root = given.expanduser()
         below = [path for path in root.rglob("*") if path.is_dir() and not path.is_symlink()] if root.is_dir() else []
         for folder in sorted(below):
             hidden = any(part.startswith(".") for part in folder.relative_to(root).parts)
-            if not hidden and folder not in holding and not any(path.suffix == ".parquet" for path in folder.iterdir()):
+            if not hidden and folder not in holding:
                 raise DataError(
                     f"The folder {folder} holds no image, and would be a class of none. Put images there, or remove it."
                 )
