@@ -79,14 +79,14 @@ def searched(parts: Sequence[tuple[str, Sequence[str]]], losses: Any, **settings
 def test_a_table_of_losses_leads_to_the_trace_that_was_derived_by_hand():
     found = searched(PARTS, scripted)
     assert [(one.piece, one.taken) for one in found.tries] == TRACE
-    assert found.gone == ["h1", "h2", "g1", "A2", "h3"]
+    assert found.taken == ["h1", "h2", "g1", "A2", "h3"]
     assert (found.first, found.best) == (16, 13)
-    assert oracle.search(PARTS, scripted, 1.1, 2) == (found.gone, TRACE)
+    assert oracle.search(PARTS, scripted, 1.1, 2) == (found.taken, TRACE)
 
 
 def test_the_vote_and_the_tolerance_are_what_they_are_set_to():
     without_vote = searched(PARTS[:2], lambda gone: TABLE.get(" ".join(gone), [99] * 4), benefit=0.0)
-    assert without_vote.gone == ["h0"]
+    assert without_vote.taken == ["h0"]
     strict = searched(PARTS[:2], scripted, tolerance=1.03)
     assert [one.piece for one in strict.tries] == ["F3", "A3"], "16.5 is above 1.03 * 16"
 
@@ -107,15 +107,15 @@ def test_the_loss_never_rises_most_samples_agree_and_the_passes_are_bounded(seed
 
     found = searched(parts, losses, tolerance=tolerance, benefit=benefit)
     votes = math.floor(round(benefit * samples, 6))
-    assert (found.gone, [(one.piece, one.taken) for one in found.tries]) == oracle.search(
+    assert (found.taken, [(one.piece, one.taken) for one in found.tries]) == oracle.search(
         parts, losses, tolerance, votes
     )
     best = [found.first, *(one.loss for one in found.tries if one.taken)]
     assert all(after < before for before, after in itertools.pairwise(best))
-    assert found.best == best[-1] == pytest.approx(oracle.mean(losses(found.gone)))
+    assert found.best == best[-1] == pytest.approx(oracle.mean(losses(found.taken)))
     original = losses([])
-    for number, one in enumerate(found.gone):
-        assert sum(new <= old for new, old in zip(losses([*found.gone[:number], one]), original, strict=True)) > votes
+    for number, one in enumerate(found.taken):
+        assert sum(new <= old for new, old in zip(losses([*found.taken[:number], one]), original, strict=True)) > votes
     assert len(parts) <= len(found.tries) <= len(parts) + sum(max(size - 1, 0) for size in sizes) + len(parts)
 
 
