@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from auxin.analysis.layer_outputs import LayerOutputs
-from auxin.analysis.measurement import Batch, as_model_has, logits_of, without_loss
+from auxin.analysis.measurement import Batch, as_model_has, without_loss
 from auxin.analysis.parts import StackParts, stack_parts
-from auxin.analysis.sample_losses import sample_losses
+from auxin.analysis.sample_losses import output_losses
 from auxin.analysis.unit_masks import Mask, Streams, maskable, masked
 from auxin.analysis.units import Group, units_of
 from auxin.errors import PlanError
@@ -190,8 +190,8 @@ class MaskedLosses:
         return torch.cat(found)
 
     def _losses(self, batch: Batch) -> Tensor:
-        logits = logits_of(self._model, self._model(**without_loss(self._model, batch)), "Give a model with a head.")
-        return sample_losses(self._model, batch, logits, self._asked_by).cpu()
+        output = self._model(**without_loss(self._model, batch))
+        return output_losses(self._model, batch, output, self._asked_by).cpu()
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:

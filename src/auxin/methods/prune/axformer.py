@@ -245,10 +245,10 @@ def _lengths(model: PreTrainedModel, batch: Batch) -> list[int | None]:
     """Tokens of the longest sample of a batch, of each stack; None: not known, as of images."""
     if IDS not in batch:
         return [None]
-    found: list[int | None] = []
-    for decoder in (False, True) if model.config.is_encoder_decoder else (False,):
-        kept = kept_tokens(model, batch, decoder)
-        found.append(batch["labels" if decoder else IDS].shape[1] if kept is None else int(kept.sum(1).max()))
+    kept, labels = kept_tokens(model, batch), batch.get("labels")
+    found: list[int | None] = [batch[IDS].shape[-1] if kept is None else int(kept.sum(1).max())]
+    if model.config.is_encoder_decoder:  # whose decoder reads the labels, or what the encoder reads
+        found.append((batch[IDS] if labels is None or labels.dim() != 2 else labels).shape[-1])
     return found
 
 
