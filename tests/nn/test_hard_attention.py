@@ -15,7 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 import auxin
 from auxin.edits import Plan, ReplaceModule
 from auxin.errors import PlanError
-from auxin.nn.hard_attention import HardAttention, hard, hardens
+from auxin.nn.attention_functions import hard, hardens
+from auxin.nn.hard_attention import HardAttention
 from covering import families
 from oracles import axformer as oracle
 from outputs import output

@@ -24,9 +24,8 @@ from auxin.analysis.units import Group, units_of
 from auxin.errors import PlanError
 from auxin.models.evaluating import evaluation_mode
 from auxin.models.sublayers import Sublayer, add_nothing, refuse_shared, sublayers
+from auxin.nn.attention_functions import hardens, reading_few
 from auxin.nn.autocast import without_autocast
-from auxin.nn.calls import computing
-from auxin.nn.hard_attention import HardAttention, hardens
 
 ROOM = 2**30
 """Bytes of what layers gave that are kept."""
@@ -57,7 +56,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Hard:
-    """An attention whose queries read the most probable tokens alone (`auxin.nn.hard_attention`)."""
+    """An attention whose queries read the most probable tokens alone (`auxin.nn.attention_functions`)."""
 
     layer: str
     """The path of its layer."""
@@ -212,8 +211,7 @@ class MaskedLosses:
         with contextlib.ExitStack() as stack:
             for piece in gone:
                 if isinstance(piece, Hard):
-                    attention = self._model.get_submodule(piece.path)
-                    stack.enter_context(computing(attention, HardAttention.replacing(attention, piece.keep).forward))
+                    stack.enter_context(reading_few(self._model.get_submodule(piece.path), piece.keep))
                 elif piece.group is None:
                     output = self._model.get_submodule(piece.sublayer.output)
                     stack.callback(output.register_forward_hook(add_nothing).remove)
