@@ -1,6 +1,7 @@
 """Linear layers that are products: how many parameters there are then, what is near, and how ranks are divided."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,13 @@ def test_the_parameters_are_those_of_the_author_s_notebooks(family, values, para
         model = BertModel(BertConfig()) if family == "bert" else GPT2LMHeadModel(GPT2Config())
     plan = greenformers.METHOD.outline(Bench(model), Greenformers(solver="svd", **values))
     assert f"-> {parameters:,}" in plan.findings[0]
+
+
+def test_what_bert_base_saves_at_a_share_of_the_break_even_rank():
+    with torch.device("meta"):
+        model = BertModel(BertConfig())
+    plan = greenformers.METHOD.outline(Bench(model), Greenformers(rank=0.4, targets=POOLED))
+    assert re.findall(r"\((.+?)%\)", plan.findings[0]) == ["53.0", "45.9"]  # parameters, FLOPs of a token
 
 
 @settings(max_examples=8)

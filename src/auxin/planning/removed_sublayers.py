@@ -113,6 +113,25 @@ def refusals(model: PreTrainedModel) -> dict[str, str]:
     return found
 
 
+def parameters_of_sublayers(model: PreTrainedModel, paths: Iterable[str]) -> dict[str, set[str]]:
+    """The names of the parameters that have no share in the result of `model` any more when one sublayer alone is gone:
+    its own, and those of a norm that it alone reads.
+
+    Args:
+        model: the model, on any device; weights are not looked at.
+        paths: of sublayers.
+    """
+    outputs = {sublayer.path: sublayer.output for sublayer in sublayers(model)}
+    found: dict[str, set[str]] = {}
+    with running_on_shapes(model) as (fake, inputs):
+        before = _used(fake, inputs)
+        for path in paths:
+            masked = fake.get_submodule(outputs[path]).register_forward_hook(add_nothing)
+            found[path] = before - _used(fake, inputs)
+            masked.remove()
+    return found
+
+
 def _dropped(model: PreTrainedModel, known: Collection[Sublayer], gone: Collection[str]) -> dict[str, list[int]]:
     """For each stack that loses whole layers, the old numbers of those that stay."""
     orders: dict[str, list[int]] = {}
