@@ -10,6 +10,8 @@ layers first.
 INT8 is PyTorch's dynamic quantization of all linear layers. Its modules have no float weights, which no search can mask
 and no edit cut. So a model is searched and then quantized; and, the other way round, one is searched whose weights are
 those that INT8 holds, and quantized again behind that.
+
+The learning rate was chosen by what models of seed 0 did on its unseen texts, so that seed 0 is not measured.
 """
 
 import argparse
@@ -209,7 +211,9 @@ def page(results: dict[str, Any]) -> str:
         "of the one that learnt from four fifths, taught by that on the same texts. INT8 is PyTorch's dynamic "
         "quantization of all linear layers. Its modules have no float weights, which no search can mask and no edit "
         "cut: so a model is searched and then quantized, or one is searched whose weights are those that INT8 holds, "
-        f"and quantized again. Seeds {', '.join(seeds)}: the mean, the least and the largest.",
+        "and quantized again. The learning rate was chosen on seed 0, unseen texts among them, which is none of "
+        "these. "
+        f"Seeds {', '.join(seeds)}: the mean, the least and the largest.",
         "",
         "| task | texts and classes | tokens |",
         "|---|---|---|",
@@ -272,7 +276,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wordnet", type=Path, help="the folder with data.noun, data.verb, data.adj and data.adv")
     parser.add_argument("mails", type=Path, help="the folder with spam-1, easy-ham-1, ...")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     arguments = parser.parse_args()
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
