@@ -18,7 +18,9 @@ from auxin.words.anatomy import Anatomy, LayerStack
 from auxin.words.roles import Axes, ParameterRole, embedding, linear, norm, per_head
 from auxin.words.widths import ConfigFields, FollowingWidth, Sizes
 
-TOKENS = ("cls_token", "distillation_token", "register_tokens", "position_embeddings")
+LEADING = ("cls_token", "distillation_token", "register_tokens")
+"""Embeddings of the tokens that come before patches, (1, how many, hidden size)."""
+TOKENS = (*LEADING, "position_embeddings")
 """Embeddings beside those of patches; three axes each, of which the last is the hidden size."""
 NORMS = ("layernorm_before", "layernorm_after", "norm1", "norm2")
 """The norms of a layer, both before a part."""
