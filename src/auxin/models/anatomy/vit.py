@@ -15,6 +15,7 @@ from auxin.errors import PlanError
 from auxin.models.anatomy.found import ANATOMIES
 from auxin.models.anatomy.llama import dense_feed_forward
 from auxin.models.anatomy.parts import attention_roles, base_prefix, has_parameters, sizes_of
+from auxin.models.head_dims import HEAD_DIM, reads_unlisted_head_dim
 from auxin.words.anatomy import Anatomy, LayerStack
 from auxin.words.roles import Axes, ParameterRole, embedding, linear, norm, per_head
 from auxin.words.widths import ConfigFields, FollowingWidth, Sizes
@@ -93,7 +94,15 @@ def patches(model: PreTrainedModel, own: Patches) -> Anatomy:
     return Anatomy(
         family=config.model_type,
         sizes=sizes,
-        fields=ConfigFields("hidden_size", "num_attention_heads", None, units, None, "layer_norm_eps"),
+        fields=ConfigFields(
+            "hidden_size",
+            "num_attention_heads",
+            None,
+            units,
+            None,
+            "layer_norm_eps",
+            unsaid_head_dim=HEAD_DIM if reads_unlisted_head_dim(config) else None,
+        ),
         stacks=(stack,),
         roles=roles,
         norm="layer",
