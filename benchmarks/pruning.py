@@ -50,12 +50,14 @@ LLAMA: Methods = {
     "finercut-at-once": ("FinerCut, all at once", "finercut", {"one_shot": True}),
     "finercut-layers": ("FinerCut, whole layers", "finercut", {"candidates": "layers"}),
     "shortgpt": ("ShortGPT", "shortgpt", {}),
+    "products": ("Greenformers, by samples", "greenformers", {}),
+    "products-by-weights": ("Greenformers, by weights", "greenformers", {"solver": "svd"}),
 }
 WIDTHS = {"streams": ["heads", "ffn", "hidden"]}
 """Of a BERT, whose heads go with the residual, of which Wanda has no scores."""
 CLASSIFIER: Methods = {
     **{name: (*LLAMA[name][:2], WIDTHS) for name in ("random", "magnitude", "taylor", "fisher", "minitron")},
-    **{name: LLAMA[name] for name in ("finercut", "finercut-layers", "shortgpt")},
+    **{name: LLAMA[name] for name in ("finercut", "finercut-layers", "shortgpt", "products", "products-by-weights")},
 }
 HEADER = ("method", "parameters", "seeds", "loss without training", "loss when mended", "minus from scratch")
 

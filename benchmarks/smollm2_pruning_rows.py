@@ -85,6 +85,18 @@ ROWS = {
         )
         for size in (10, 20)
     },
+    **{
+        f"products-{size}": Row(
+            "Greenformers, 16 times as many samples",
+            "greenformers",
+            {"target": {"parameters": (100 - size) / 100}},
+            times=16,
+        )
+        for size in (10, 20)
+    },
+    "products-by-weights-20": Row(
+        "Greenformers, by weights", "greenformers", {"target": {"parameters": 0.8}, "solver": "svd"}, times=0
+    ),
     "embedding-10": Row(
         "the embedding as a product, 128 times as many samples",
         "factorised-embedding",

@@ -405,7 +405,34 @@ class Shifted(nn.Embedding):
         self.offset = 2
 
 
-@pytest.mark.parametrize("module", [Shifted(5, 3), nn.Embedding(5, 3, max_norm=1.0), nn.Linear(5, 3)])
+class Twice(nn.Embedding):
+    """Says nothing of what it does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Normed(nn.Embedding):
+    """Has a norm inside."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.norm = nn.LayerNorm(sizes[1])
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Shifted(5, 3),
+        Twice(5, 3),
+        Normed(5, 3),
+        nn.Embedding(5, 3, max_norm=1.0),
+        nn.Embedding(5, 3, scale_grad_by_freq=True),
+        nn.Embedding(5, 3, sparse=True),
+        nn.Linear(5, 3),
+    ],
+    ids=lambda module: str(module).split("\n")[0],
+)
 def test_what_is_no_plain_embedding_has_no_product(module):
     assert not LowRankEmbedding.can_replace(module)
     with pytest.raises(PlanError, match="does something of its own"):

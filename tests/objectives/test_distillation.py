@@ -276,6 +276,20 @@ def test_the_gradient_of_a_mapped_distance_is_that_of_the_least_one():
     assert (states.grad * direction).sum().item() == pytest.approx(slope.item(), rel=1e-2, abs=1e-4)
 
 
+@pytest.mark.parametrize("width", [3, 4, 6])
+def test_states_that_are_all_alike_are_mapped_to_the_mean(width):
+    theirs = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    for ours in (torch.zeros(2, 5, width), torch.full((2, 5, width), 7.0)):
+        found = fitted({0: ours}, {0: theirs}, {0: 0}, torch.ones(2), None)[0]
+        torch.testing.assert_close(found, theirs.mean((0, 1)).expand_as(theirs))
+
+
+def test_a_map_that_fits_anything_is_refused():
+    ours, theirs = torch.randn(2, 4, 8), torch.randn(2, 4, 3)
+    with pytest.raises(ConfigError, match=r"8 places, which a map of 8 units fits .* raise micro_batch_size"):
+        fitted({0: ours}, {0: theirs}, {0: 0}, torch.ones(2), None)
+
+
 def test_a_narrower_student_is_compared_by_a_map_and_learns_what_a_turned_teacher_knows():
     student, teacher = tiny_llama(0, hidden_size=16).eval(), tiny_llama(1, hidden_size=32)
     objective = bound(student, teacher, weight=0.0, hidden_states=1.0, projected=True)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import auxin
+from auxin.edits.kinds.edit import describe_edit
 from auxin.errors import ConfigError, PlanError
 from auxin.planning.kept_paths import is_kept
 from auxin.planning.pruning import Pruning, prunable
@@ -95,3 +96,27 @@ def test_what_can_not_be_kept_is_one_message():
         auxin.plan(model, "shortgpt", removed=1, keep="model.layers.*", data=[IDS])
     with pytest.raises(PlanError, match="keep: nothing that is to go here is in one layer alone"):
         auxin.plan(model, "magnitude", hidden=0.5, uniform=False, keep="model.layers.0")
+
+
+@pytest.mark.parametrize(
+    ("family", "kept", "values", "words"),
+    [
+        ("t5", "encoder.block.0", {"heads": 0.5, "ffn": 0.5}, "heads of encoder.block.0 .* or keep encoder.block"),
+        ("t5", "*.block.0", {"heads": 0.5, "ffn": 0.5}, "heads of encoder.block.0"),
+        (
+            "gpt2",
+            "transformer.h.0",
+            {"heads": 0.5, "ffn": 0.5, "hidden": 0.5},
+            "heads of transformer.h.0 .* keep nothing",
+        ),
+    ],
+)
+def test_what_can_only_go_in_several_layers_at_once_can_t_be_kept_in_one(family, kept, values, words):
+    with pytest.raises(PlanError, match=words):
+        auxin.plan(tiny(family), "magnitude", uniform=False, keep=kept, **values)
+
+
+def test_a_stack_whose_layers_have_as_many_heads_is_kept_as_a_whole():
+    model = tiny("t5")
+    plan = auxin.plan(model, "magnitude", uniform=False, keep="encoder.block", heads=0.5, ffn=0.5)
+    assert not any("encoder.block" in describe_edit(edit) for edit in plan.edits)

@@ -21,8 +21,11 @@ def teacher_in(folder: Path, seed: int = 5, **changes: object) -> str:
     return str(write_checkpoint_folder(folder, tiny_llama(seed, **changes)))
 
 
-def distilled(model, output, teacher: str, stop_after=None, references=None, steps=7, **objective: object):
-    settings = tiny_settings(steps=steps, objective={"kind": "distillation", "teacher": teacher, **objective})
+def distilled(
+    model, output, teacher: str, stop_after=None, references=None, steps=7, micro_batch_size=None, **objective: object
+):
+    asked = {"kind": "distillation", "teacher": teacher, **objective}
+    settings = tiny_settings(steps=steps, micro_batch_size=micro_batch_size, objective=asked)
     return train(model, TinyData(), settings, output, stop_after=stop_after, references=references, progress=False)
 
 
@@ -78,6 +81,17 @@ def test_another_teacher_is_refused_when_a_stage_is_resumed(tmp_path):
         distilled(tiny_llama(), tmp_path / "run", teacher)
     teacher_in(tmp_path / "teacher", seed=5)
     assert distilled(tiny_llama(), tmp_path / "run", teacher).steps == 7
+
+
+def test_a_map_is_fitted_to_a_part_of_a_batch_whose_size_stays(tmp_path):
+    teacher = teacher_in(tmp_path / "teacher")
+    distilled(tiny_llama(), tmp_path / "plain", teacher, stop_after=3, hidden_states=1.0)
+    distilled(tiny_llama(), tmp_path / "plain", teacher, micro_batch_size=2, hidden_states=1.0)
+    mapped = {"hidden_states": 1.0, "projected": True}
+    distilled(tiny_llama(), tmp_path / "run", teacher, stop_after=3, **mapped)
+    with pytest.raises(CheckpointError, match="samples per forward pass '4', but is resumed with '2'"):
+        distilled(tiny_llama(), tmp_path / "run", teacher, micro_batch_size=2, **mapped)
+    assert distilled(tiny_llama(), tmp_path / "run", teacher, **mapped).steps == 7
 
 
 def test_nothing_of_the_teacher_is_kept_and_its_work_is_booked(tmp_path):

@@ -64,8 +64,9 @@ class Receipt(Settings):
 
     def __str__(self) -> str:
         change = self.max_relative_change
-        moved = "can't be compared with those before" if change is None else f"moved by {change:.1e} relative"
-        allowed = "" if self.plan.promise == "none" else f" (allowed for an exact plan: {self.tolerance:.0e})"
+        moved = "were not compared with those before" if change is None else f"moved by {change:.1e} relative"
+        promised = change is not None and self.plan.promise != "none"
+        allowed = f" (allowed for an exact plan: {self.tolerance:.0e})" if promised else ""
         return (
             f"{self.parameters_before:,} -> {self.parameters_after:,} parameters in {self.seconds:.1f} s. "
             f"Promise {self.plan.promise!r}: the outputs on the probe {moved}{allowed}."

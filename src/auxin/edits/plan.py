@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.accounting import Cost, count_parameters, flops_per_token
@@ -245,10 +244,15 @@ def _what_happens(origin: Origin) -> str:
 
 def _only_looked_up(model: PreTrainedModel) -> set[str]:
     """Parameters of tables from which rows are taken and that no product uses."""
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = model.get_output_embeddings()
-    if head is not None:
-        tables.discard(id(getattr(head, "weight", None)))
+    tables = {
+        id(parameter)
+        for module in model.modules()
+        if (rows := getattr(module, "num_embeddings", None)) is not None  # nn.Embedding, and bricks in its place
+        for parameter in module.parameters(recurse=False)
+        if parameter.shape[0] == rows
+    }
+    if (head := model.get_output_embeddings()) is not None:
+        tables -= {id(parameter) for parameter in head.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in tables}
 
 

@@ -5,13 +5,16 @@ singular values go to both factors alike, as square roots, so that both have gra
 has r (in + out) parameters instead of in * out, and as many multiply-adds per token: it pays below
 in * out / (in + out). The table of an embedding is such a W with a row for every token, (tokens, width).
 
+Factors that are to be trained from the start are drawn instead, so that the product has entries of the size that the
+weight's have: the product's variance is rank times those of the factors, which are alike.
+
 Moments go by the chain rule, as everywhere. With G the gradient of W, the factors' are G B^T and A^T G; a second moment
 takes the squares of the same factors.
 """
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +29,8 @@ from auxin.nn.unmultiplied import unmultiplied
 from auxin.words.roles import ParameterRole
 
 WEIGHT, OUTPUT, INPUT = "weight", "output_factor", "input_factor"
+Start = Literal["weight", "random"]
+"""What factors are made of: the weight, or random numbers of its size."""
 
 
 class LowRankMaking(Making):
@@ -40,7 +45,7 @@ class LowRankMaking(Making):
     def __init__(self, transposed: bool = False) -> None:
         self.transposed = transposed
 
-    def shapes(self, old: Shapes, rank: int) -> Shapes:  # type: ignore[override]
+    def shapes(self, old: Shapes, rank: int, start: Start = "weight") -> Shapes:  # type: ignore[override]
         """Those of `output_factor` (out, rank) and `input_factor` (rank, in); none where they have that rank already.
 
         Raises:
@@ -55,10 +60,9 @@ class LowRankMaking(Making):
         return {"bias"}
 
     def values(  # type: ignore[override]
-        self, old: Tensors, draw: torch.Generator | None, rank: int
+        self, old: Tensors, draw: torch.Generator, rank: int, start: Start = "weight"
     ) -> dict[str, Tensor]:
-        """The truncated singular value decomposition, computed in float64. Of each pair of singular vectors that with
-        the largest entry of the first positive is taken, so that the result does not depend on the machine's choice.
+        """Both factors, made of the weight by the singular value decomposition, or drawn.
 
         Raises:
             PlanError: the weight holds other than finite floating-point numbers.
@@ -66,29 +70,54 @@ class LowRankMaking(Making):
         shapes = self.shapes({name: tuple(tensor.shape) for name, tensor in old.items()}, rank)
         if not shapes:
             return {}
+        return self._factors(old, rank) if start == "weight" else self._drawn(old, shapes, draw)
+
+    def _factors(self, old: Tensors, rank: int) -> dict[str, Tensor]:
+        """The truncated singular value decomposition, computed in float64. Of each pair of singular vectors that with
+        the largest entry of the first positive is taken, so that the result does not depend on the machine's choice."""
+        weight, dtype = self._checked(old)
+        left, roots, right = torch.linalg.svd(weight, full_matrices=False)
+        left, roots, right = left[:, :rank], roots[:rank].sqrt(), right[:rank]
+        roots = roots * left.gather(0, left.abs().argmax(0, keepdim=True)).sign().squeeze(0)
+        return {OUTPUT: (left * roots).to(dtype), INPUT: (roots[:, None] * right).to(dtype)}
+
+    def _drawn(self, old: Tensors, shapes: Shapes, draw: torch.Generator) -> dict[str, Tensor]:
+        """Independent normal numbers; of a weight of zeros an output factor of zeros, so that the other one's gradient
+        begins a step later."""
+        weight, dtype = self._checked(old)
+        size = weight.square().mean().sqrt()
+        deviation = {name: (size.square() / shapes[INPUT][0]) ** 0.25 for name in shapes}
+        if size == 0:
+            deviation = {OUTPUT: size, INPUT: size + shapes[INPUT][1] ** -0.5}
+        return {
+            name: (torch.randn(shape, generator=draw, dtype=torch.float64).to(size) * deviation[name]).to(dtype)
+            for name, shape in shapes.items()
+        }
+
+    def _checked(self, old: Tensors) -> tuple[Tensor, torch.dtype]:
+        """The whole weight (out, in) in float64, and its own type; PlanError where it has no factors."""
         weight, dtype = self._matrix(old), old[WEIGHT if WEIGHT in old else OUTPUT].dtype
         if not dtype.is_floating_point or not weight.isfinite().all():
             raise PlanError(
                 f"a weight ({dtype}) that holds other than finite floating-point numbers has no layer of low rank; "
                 "dequantize it, or mend what is NaN or infinite in it"
             )
-        left, roots, right = torch.linalg.svd(weight, full_matrices=False)
-        left, roots, right = left[:, :rank], roots[:rank].sqrt(), right[:rank]
-        roots = roots * left.gather(0, left.abs().argmax(0, keepdim=True)).sign().squeeze(0)
-        return {OUTPUT: (left * roots).to(dtype), INPUT: (roots[:, None] * right).to(dtype)}
+        return weight, dtype
 
     def moments(  # type: ignore[override]
-        self, old: Tensors, moments: Tensors, order: int, rank: int
+        self, old: Tensors, moments: Tensors, order: int, rank: int, start: Start = "weight"
     ) -> dict[str, Tensor] | None:
-        """By the chain rule, at the factors that `values` gives."""
+        """By the chain rule, at the factors that `values` gives; drawn ones start anew."""
         if _has_rank({name: tuple(tensor.shape) for name, tensor in old.items()}, rank):
             return {}
+        if start == "random":
+            return None
         if WEIGHT not in old:
             moments = self.moments_back(old, moments, order) or {}
         if WEIGHT not in moments:
             return None
         dtype, moment = moments[WEIGHT].dtype, self._turned(moments[WEIGHT].double())
-        factors = self.values(old, None, rank)
+        factors = self._factors(old, rank)
         output, given = factors[OUTPUT].double() ** order, factors[INPUT].double() ** order
         return {OUTPUT: (moment @ given.mT).to(dtype), INPUT: (output.mT @ moment).to(dtype)}
 
@@ -175,7 +204,7 @@ class LowRank(Brick):
         )
 
     @classmethod
-    def replacing(cls, module: nn.Module, rank: int) -> Self:
+    def replacing(cls, module: nn.Module, rank: int, start: Start = "weight") -> Self:
         """The layer of low rank for `module`, filled from it where it has values.
 
         Args:
@@ -183,6 +212,7 @@ class LowRank(Brick):
                 LowRankEmbedding), or one of a subclass that computes the same, also on the meta device; or such a
                 layer of low rank, which gets another rank.
             rank: from 1 to the smaller of its widths, with which it is the same function.
+            start: what the factors are made of: "weight", or "random" numbers, by which the bias alone is kept.
 
         Raises:
             PlanError: the module is of another class, or the rank is none of its.
@@ -195,7 +225,7 @@ class LowRank(Brick):
         shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         outputs, inputs = cls.making.sizes(shapes)
         new = cls._for(module, outputs, inputs, rank)
-        take_over(new, module, cls.making, rank=rank)
+        take_over(new, module, cls.making, rank=rank, start=start)
         return new.train(module.training)
 
     @classmethod
@@ -288,7 +318,7 @@ class LowRankEmbedding(LowRank):
         in_features: width.
         out_features: tokens.
         rank: from 1 to the smaller of both.
-        padding_idx: the token whose row gets no gradient.
+        padding_idx: the token whose row of A gets no gradient.
         scale: by which embeddings are multiplied (Gemma's, BART's).
         rounded: whether the scale is rounded to the parameters' type before (Gemma's).
         device, dtype: of the parameters, which are not filled.
@@ -313,8 +343,12 @@ class LowRankEmbedding(LowRank):
 
     @classmethod
     def can_replace(cls, module: nn.Module) -> bool:
-        """Of an `nn.Embedding`, or one that does no more than multiply by a number, whose rows are not kept short."""
+        """Of an `nn.Embedding`, or one that does no more than multiply by a number, whose rows are not kept short and
+        get the gradients of all."""
         if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+            return False
+        plain = type(module).forward is nn.Embedding.forward or any(hasattr(module, name) for name in SCALES)
+        if not plain or any(True for _ in module.children()) or module.scale_grad_by_freq or module.sparse:
             return False
         public = {name for name in vars(module) if not name.startswith("_")} - vars(EMBEDDING).keys()
         return public | {name for name, _ in module.named_buffers()} <= set(SCALES)

@@ -141,11 +141,13 @@ def check_shapes(
             # For the fit both products with the states, then the map and the way back through it.
             flops += 2.0 * math.prod(found[0][:-1]) * width * (3 * wanted + width)
         elif hidden and found[0] != found[1]:
+            mend = "map the student's (projected: true), or ask for relations, which no width has a part in."
+            if projected:
+                mend = "which have as many places."
             raise ConfigError(
                 f"hidden_states: layer {layer} of the student gives {_states(found[0])}, and layer {other} of the "
                 f"teacher {_states(found[1])}: only equal ones can be compared. Set hidden_states: 0, give a "
-                "teacher of the student's width, pair other layers, map the student's (projected: true), or ask for "
-                "relations, which no width has a part in."
+                f"teacher of the student's width, pair other layers, {mend}"
             )
         if not attentions:
             continue
@@ -233,18 +235,28 @@ def fitted(
 
         W, b = argmin sum over places of v |s W + b - t|^2 + EPSILON tr(S^T V S) / width |W|^2,
 
-    v the weight of a place in `mean_by_sample`; float32, also under autocast. It is found anew from what is there, by
-    the normal equations in float64, and no gradient goes through it: at a minimum there is none.
+    v the weight of a place in `mean_by_sample`, S the centred states; float32, also under autocast. It is found anew
+    from what is there, by the normal equations in float64, and no gradient goes through it: at a minimum there is none,
+    but for the ridge's share, which is small where places are many and states fill their directions.
 
     Args:
         ours, theirs: by a layer's number, (samples, places, width).
         pairs: by a layer's number on our side, that on theirs.
         weights, mask: see `mean_by_sample`.
+
+    Raises:
+        ConfigError: a map has as many numbers as there are places, and so makes whatever is asked for of any states.
     """
     found = {}
     for layer, other in pairs.items():
         states = ours[layer].float()
         values, told = (x.detach().double().flatten(0, 1) for x in (states, theirs[other]))
+        if len(values) <= states.shape[-1]:
+            raise ConfigError(
+                f"projected: a part of a batch has {len(values)} places, which a map of {states.shape[-1]} units fits "
+                "whatever they hold, so that nothing would be learnt. Give several times as many: raise "
+                "micro_batch_size, batch_size or data.context_length."
+            )
         of_places = torch.ones_like(states[..., 0], dtype=torch.float64)
         if mask is not None and mask.shape == of_places.shape:
             of_places = mask.to(of_places)
@@ -253,11 +265,11 @@ def fitted(
         means = (share * values).sum(0), (share * told).sum(0)
         centred, wanted = values - means[0], told - means[1]
         gram = (share * centred).mT @ centred
-        ridge = EPSILON * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-        gram.diagonal().add_(ridge)
+        ridge = EPSILON * gram.diagonal().mean()
+        gram.diagonal().add_(ridge.clamp(min=torch.finfo(gram.dtype).tiny / EPSILON))
         with without_autocast():
             slope = torch.linalg.solve(gram, (share * centred).mT @ wanted)
-            found[layer] = states @ slope.float() + (means[1] - means[0] @ slope).float()
+            found[layer] = (states - means[0].float()) @ slope.float() + means[1].float()
     return found
 
 

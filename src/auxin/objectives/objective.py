@@ -82,6 +82,9 @@ class Objective:
     """Whether the losses are those of every token of a text given those before it, so that they measure compression."""
     noisy: ClassVar[bool] = False
     """Whether `inputs` draws from the noise."""
+    adds_up: bool = True
+    """Whether a batch's loss is the mean of that of its parts, weighed by their targets, so that how it is cut changes
+    nothing but rounding."""
     call: ClassVar[dict[str, Any]] = {}
     """Further keyword arguments of the model's forward pass."""
 

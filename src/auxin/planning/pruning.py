@@ -19,7 +19,7 @@ so that no unit more could stay. Where the scores of streams are of one kind, a 
 least of them is lost (`auxin.planning.shared_limit`), or by one ranking of all of them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +40,7 @@ from auxin.planning.pruning_settings import Pruning as Pruning
 from auxin.planning.unit_order import Course, Line, Place, Scores, alike, line, ranked
 from auxin.planning.width_removal import Courses, Split, Subject
 from auxin.planning.width_targets import example_tower, refuse_without_tower
+from auxin.words.anatomy import Anatomy
 from auxin.words.paths import encloses
 from auxin.words.widths import FEED_FORWARD, SETTINGS, Stream
 
@@ -238,9 +239,27 @@ def prunable(model: PreTrainedModel, settings: Pruning) -> Prunable:
         if not places and not settings.optional:
             raise PlanError(f"{part}: the {body.family} model has no such units. Leave it out.")
     refuse_impossible(settings.keep, [scope for _, scope in units], "a layer")
+    _refuse_wider(settings, body, units, layers)
     if not units:
         raise PlanError(f"The {body.family} model has neither heads nor feed-forward units that could go.")
     return Prunable(model, settings, body, units)
+
+
+def _refuse_wider(settings: Pruning, body: Anatomy, units: Iterable[Place], layers: Sequence[str]) -> None:
+    """PlanError where something of what is to be kept can only go in several layers at once."""
+    for pattern in settings.keep:
+        named = [layer for layer in layers if is_kept(layer, [pattern])] or [pattern]
+        for stream, scope in units:
+            inside = next((path for path in named if encloses(scope, path)), None)
+            if stream == "residual" or inside is None or is_kept(scope, [pattern]):
+                continue
+            part = next(part for part in settings.chosen if stream in STREAMS[part])
+            where = scope or "the model"
+            raise PlanError(
+                f"keep: {pattern!r}: in the {body.family} architecture the {part} of {inside} can't stay while those "
+                f"of other layers of {where} go. Leave {part} out"
+                + (f", or keep {scope}." if scope else ", or keep nothing.")
+            )
 
 
 def pruning_example(model: PreTrainedModel) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The model that each stage of a recipe leaves, known before anything is trained."""
 
 import copy
+import json
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -94,7 +95,7 @@ class _Change:
 
     def __init__(self, stage: ChangeStage, config: PreTrainedConfig, seed: int) -> None:
         self.stage, self.config, self.seed = stage, config, seed
-        asked = stage.model_dump_json(exclude={"name"})
+        asked = json.dumps(stage.model_dump(exclude={"name"}), default=str)  # numpy's numbers, too
         text = f"{type(config).__qualname__} {config.to_json_string(use_diff=False)} {asked} {seed}"
         self._key = text, None if stage.method is None else _asked_method(stage, stage.method)[0]
 

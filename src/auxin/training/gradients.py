@@ -38,7 +38,8 @@ class BatchGradients:
         """Leave the clipped gradients of the mean loss over the batch's targets; return loss and norm before clipping,
         both NaN where there is nothing to learn from.
 
-        A micro-batch weighs as many targets as it has, so that how a batch is cut changes nothing but rounding.
+        A micro-batch weighs as many targets as it has, so that how a batch is cut changes nothing but rounding, where
+        the objective adds up (`Objective.adds_up`).
 
         Args:
             inputs: the objective's, by name, each with the batch as its first axis, on any device.

@@ -145,7 +145,10 @@ def train(
     measured = objective if measured_objective is None else measured_objective.bind(model.config, form, references)
     flops = objective.training_flops(model)
     total_steps = settings.total_steps(form, flops)
-    identity = RunIdentity.of(stage_name, settings, data.fingerprint, data_position, model.config, objective.identity())
+    facts = objective.identity()
+    if not objective.adds_up:  # a setting that may change elsewhere, and here is part of what is learnt
+        facts["samples per forward pass"] = str(settings.samples_per_forward)
+    identity = RunIdentity.of(stage_name, settings, data.fingerprint, data_position, model.config, facts)
     output_dir.mkdir(parents=True, exist_ok=True)
     with exclusive(output_dir), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.nn.Module.to(model, device)

@@ -15,8 +15,7 @@ Paper: the layer is that of TokenFormer (arXiv 2410.23168, eq. 4 and 16); grafts
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field
@@ -28,18 +27,17 @@ from transformers.pytorch_utils import Conv1D
 from auxin.edits import Edit, NormalFill, PadParameter, Plan, Receipt, ZeroFill, apply
 from auxin.edits.kinds.fills import Fill
 from auxin.edits.kinds.module_edits import ReplaceModule
-from auxin.edits.plan import collapse
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.nn.graft import Grafted, GraftedConv1D, GraftedLinear
-from auxin.nn.linear import LAYERS, linear_class
+from auxin.nn.linear import linear_class
 from auxin.nn.scores import ScoreFunction
 from auxin.planning.bench import from_model
 from auxin.planning.hooks import Hook, OldRates
 from auxin.planning.lineage import OldShapes
+from auxin.planning.linear_layers import linear_layers, merged_paths, widths
 from auxin.planning.method import Method
 from auxin.settings import Settings
-from auxin.words.paths import path_pattern
 
 Groups = Literal["all", "newest"]
 
@@ -83,8 +81,8 @@ def plan_graft(model: PreTrainedModel, settings: Graft) -> Plan:
     """
     targets = _targets(model, settings.targets)
     edits: list[Edit] = []
-    for path, layer in _merged_paths(model, targets):
-        edits += _edits(path, layer, settings)
+    for path, name in merged_paths(model, targets, lambda name: _kind(targets[name])):
+        edits += _edits(path, targets[name], settings)
     return Plan(
         method="graft",
         settings=settings.model_dump(mode="json", exclude_defaults=True),
@@ -144,91 +142,30 @@ METHOD = Method(
 
 def _targets(model: PreTrainedModel, patterns: Sequence[str]) -> dict[str, nn.Module]:
     """The layers to graft by path; PlanError when there are none or they can't be grafted."""
-    if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
-        raise PlanError(
-            "The model carries PEFT adapters, whose layers stand where grafts would go. Merge or remove them "
-            "(merge_and_unload), graft, and add adapters afterwards."
-        )
-    layers = {name: module for name, module in model.named_modules() if _brick(module) is not None}
-    stacks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
-    inside = {name: module for name, module in layers.items() if name.startswith(stacks)}
-    if not inside:
-        others = ((name, module) for name, module in model.named_modules() if isinstance(module, LAYERS))
-        name, other = next(((name, module) for name, module in others if name.startswith(stacks)), ("", None))
-        if other is not None:
-            raise PlanError(
-                f"{name} is a {type(other).__name__}, which does not compute what nn.Linear and Conv1D do, or whose "
-                "weight is read without it being called, and there are no other linear layers inside the layer stacks, "
-                "so that nothing can be grafted. Dequantize the model first if that is why."
-            )
-        raise PlanError(
-            f"{type(model).__name__} has no nn.Linear or Conv1D inside its layer stacks, so there is nothing to graft "
-            "on. A TokenFormer grows by the method 'tokenformer'."
-        )
-    if not patterns:
-        return inside
-    chosen: dict[str, nn.Module] = {}
-    for pattern in patterns:
-        found = {name: module for name, module in layers.items() if _ends_with(name, pattern)}
-        if not found:
-            ends = {collapse(name).split(".*.", 1)[-1] for name in inside} | {collapse(name) for name in inside}
-            near = get_close_matches(pattern, sorted(ends), n=3, cutoff=0.0)
-            raise PlanError(f"targets: no linear layer is called {pattern!r}. The nearest: {', '.join(near)}.")
-        chosen |= found
-    for name, module in chosen.items():
-        if module is model.get_output_embeddings():
-            raise PlanError(
-                f"targets: {name} is the output head, which transformers rebuilds when the vocabulary changes, without "
-                "its branch. Choose layers inside the layer stacks."
-            )
-    return chosen
+    none = "A TokenFormer grows by the method 'tokenformer'."
+    return linear_layers(model, patterns, "grafted", (GraftedLinear, GraftedConv1D), none)
 
 
-def _brick(layer: nn.Module) -> str | None:
-    """The name of the brick for a layer; None where it is no linear layer."""
+def _brick(layer: nn.Module) -> str:
+    """The name of the brick for a layer."""
     known = type(layer) if type(layer) in GRAFTED else linear_class(layer)
-    return None if known is None else GRAFTED[known]
-
-
-def _ends_with(name: str, pattern: str) -> bool:
-    """Whether the last parts of `name` are those of `pattern`."""
-    return path_pattern(pattern, before=r"(?:.+\.)?").fullmatch(name) is not None
-
-
-def _merged_paths(model: PreTrainedModel, targets: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """One path for the same layer of all blocks where the same happens to it, else one for each, with a layer each."""
-    blocks: dict[str, list[str]] = {}
-    for name, _ in model.named_modules():
-        blocks.setdefault(collapse(name), []).append(name)
-    done: set[str] = set()
-    for name, layer in targets.items():
-        path = collapse(name)
-        alike = [other for other in blocks[path] if other in targets and _kind(targets[other]) == _kind(layer)]
-        path = path if alike == blocks[path] else name
-        if path not in done:
-            done.add(path)
-            yield path, layer
+    assert known is not None
+    return GRAFTED[known]
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:
     """All that the edits of a layer depend on."""
     branch = (layer.branch.group_sizes, layer.branch.initial_tau) if isinstance(layer, Grafted) else ()
-    return type(layer), *_features(layer), *branch
-
-
-def _features(layer: Any) -> tuple[int, int]:
-    """Widths of input and output."""
-    return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+    return type(layer), *widths(layer), *branch
 
 
 def _edits(path: str, layer: nn.Module, settings: Graft) -> list[Edit]:
     """The branch of one layer, or its next group."""
     brick, added = _brick(layer), settings.tokens
-    assert brick is not None
     if not isinstance(layer, Grafted):
         # On an input of root mean square 1, as after a norm, such keys give scores of 1.
         fills: dict[str, Fill] = {
-            "branch.key_tokens": NormalFill(std=_features(layer)[0] ** -0.5),
+            "branch.key_tokens": NormalFill(std=widths(layer)[0] ** -0.5),
             "branch.value_tokens": ZeroFill(),
         }
         return [ReplaceModule(module=path, brick=brick, settings=_branch([added], settings), fills=fills)]

@@ -1,0 +1,363 @@
+"""Linear layers as products of two smaller ones (Greenformers, Cahyawijaya 2021, arXiv 2108.10808; the layers are those
+of the Low-Rank Transformer, Winata et al. 2020, arXiv 1910.13923):
+
+    y = A (B x) + b        W (out, in) ~ A B,   A (out, rank), B (rank, in),
+
+with nothing between the two. A product of rank r has r (in + out) parameters and takes as many multiply-adds for a
+token; it saves below the break-even rank in out / (in + out). What A and B are made of:
+
+* `svd`: the nearest product to W, by its singular value decomposition; both factors get the roots of the singular
+  values.
+* `activations`: the nearest in what the layer gives for samples X, |(W - A B) X|, with C = X X^T (SVD-LLM, Wang et al.
+  2024, arXiv 2403.07378; ASVD, Yuan et al. 2023, arXiv 2312.05821). With C = R R^T and the left singular vectors U of
+  W R, the best one is A B = U_r U_r^T W: no R has to be inverted. A hundredth of the mean of C's diagonal is added to
+  it (GPTQ's damping, arXiv 2210.17323), so that directions that no sample has count a little.
+* `random`: numbers of the size of W's, for a model that is to be trained from the start. Biases are kept.
+
+Ranks are one share of the break-even rank or one number for all layers (the paper's rule), as small as keeps a share of
+the sum of squares, or divided among layers so that a target is met: see `auxin.planning.ranks`.
+
+Not as in the paper's code: singular values go to both factors, and the decomposition is exact; a bias stays with random
+factors; ranks at which nothing is saved are told by all parameters; layers that are direct children of the model and
+heads are left alone by a rule that is written down (`targets`), and not by how the code walks; convolutions stay.
+"""
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field, StrictFloat, StrictInt, model_validator
+from safetensors.torch import save
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from auxin.analysis.input_moments import input_moments, read_together
+from auxin.edits import Edit, Plan
+from auxin.edits.kinds.file_edits import SetParameter
+from auxin.edits.kinds.module_edits import ReplaceModule
+from auxin.edits.plan_files import PlanFile
+from auxin.edits.structure import config_values
+from auxin.errors import PlanError
+from auxin.nn.linear import linear_class
+from auxin.nn.low_rank import INPUT, OUTPUT
+from auxin.objectives.calibration import CalibrationSettings
+from auxin.planning.bench import Bench
+from auxin.planning.kept_paths import KeptPaths, is_kept, refuse_impossible
+from auxin.planning.linear_layers import linear_layers, merged_paths, widths
+from auxin.planning.method import Method
+from auxin.planning.ranks import Matrix, Ranks, after, rank_that_keeps, rounded, steps, steps_alike
+from auxin.planning.target import Gauge, Removal, Target, least_removal, removal
+from auxin.settings import Settings
+
+NAME = "greenformers"
+FACTORS = "factors.safetensors"
+BRICKS: dict[type[nn.Module], str] = {nn.Linear: "low_rank_linear", Conv1D: "low_rank_conv1d"}
+DAMPING = 0.01
+"""What is added to the second moments of inputs, as a share of the mean of their diagonal."""
+
+
+class Greenformers(Settings):
+    """How small the products are: `rank`, `energy` or a `target`; and what they are made of."""
+
+    rank: StrictInt | StrictFloat | None = Field(default=None, gt=0)
+    """Of every product: a share of the break-even rank (0.5: about half of the parameters stay), rounded down, or a
+    number. Layers in which it would save nothing stay as they are."""
+    energy: float | None = Field(default=None, gt=0, lt=1)
+    """The share of each layer's sum of squares, of its outputs on samples or of its weight, that is to be kept; the
+    rank is the least that does."""
+    target: Target | None = None
+    """How small the model shall be; ranks are divided among the layers."""
+    solver: Literal["activations", "svd", "random"] = "activations"
+    """What factors are made of: the weight and samples, the weight alone, or random numbers."""
+    targets: list[str] = []
+    """The layers, as dotted paths or ends of paths; `*` stands for any one part ("q_proj", "layers.0.mlp.*"). Empty:
+    all linear layers inside the layer stacks."""
+    keep: KeptPaths = ()
+    """Paths of layers or parts that stay as they are, `*` for any one part."""
+    multiple_of: int = Field(default=1, gt=0)
+    """Ranks are multiples of it, which may suit a machine: `rank` is rounded down to one, what `energy` asks for up."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = [name for name in ("rank", "energy", "target") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "give exactly one of rank (0.5, or a number), energy and target, not "
+                f"{' and '.join(given) or 'none of them'}."
+            )
+        if isinstance(self.rank, float) and self.rank >= 1:
+            raise ValueError(f"rank = {self.rank} is no share below 1. Give one (0.5), or a whole number.")
+        if self.energy is not None and self.solver == "random":
+            raise ValueError("energy is told by the weights, and solver = random does not look at them. Give rank.")
+        return self
+
+
+@dataclass(frozen=True)
+class Products:
+    """The layers of a model that can become products."""
+
+    model: PreTrainedModel
+    settings: Greenformers
+    layers: Mapping[str, nn.Module]
+    """By path."""
+
+    @property
+    def matrices(self) -> dict[str, Matrix]:
+        """Their shapes."""
+        return {path: Matrix(*widths(layer)) for path, layer in self.layers.items()}
+
+    def ranks(self, squares: Mapping[str, Tensor] | None) -> tuple[Ranks, Removal | None]:
+        """The rank of every layer that becomes a product, and what a target found.
+
+        Args:
+            squares: by path the squared singular values, the largest first; None: not known.
+
+        Raises:
+            PlanError: nothing is saved, or a target can't be met.
+        """
+        settings, matrices = self.settings, self.matrices
+        if settings.target is not None:
+            return self._by_target(settings.target, squares)
+        ranks = {path: self.rank(path, None if squares is None else squares[path]) for path in matrices}
+        saving = {path: rank for path, rank in ranks.items() if rank}
+        if not saving:
+            asked = f"rank = {settings.rank}" if settings.rank is not None else f"energy = {settings.energy}"
+            most = max(matrix.most for matrix in matrices.values())
+            raise PlanError(
+                f"{asked}: no layer would have fewer parameters as a product. The largest rank that saves some here is "
+                f"{most}; ask for less."
+            )
+        return saving, None
+
+    def rank(self, path: str, squares: Tensor | None) -> int:
+        """The rank of a layer where there is no target; 0: it stays whole. Of an unknown energy the largest."""
+        matrix, asked, multiple = self.matrices[path], self.settings.rank, self.settings.multiple_of
+        if asked is not None:
+            rank = rounded(asked if isinstance(asked, int) else int(asked * matrix.limit), multiple)
+        elif squares is None:
+            rank = matrix.most
+        else:
+            assert self.settings.energy is not None
+            rank = rank_that_keeps(squares.tolist(), self.settings.energy, multiple)
+        return rank if rank <= matrix.most else 0
+
+    def _by_target(self, target: Target, squares: Mapping[str, Tensor] | None) -> tuple[Ranks, Removal | None]:
+        matrices, multiple = self.matrices, self.settings.multiple_of
+        if squares is None:
+            order = steps_alike(matrices, multiple)
+        else:
+            order = steps(matrices, {path: values.tolist() for path, values in squares.items()}, multiple)
+
+        def family(amount: int) -> list[Edit]:
+            return list(self.edits(after(order[:amount])))
+
+        found = least_removal(Gauge(target, self.model), family, len(order), NAME)
+        assert found.amount is not None
+        return after(order[: found.amount]), found
+
+    def edits(self, ranks: Ranks, file: PlanFile | None = None) -> Iterator[Edit]:
+        """What makes products of the layers that have a rank.
+
+        Args:
+            ranks: by path.
+            file: of the factors; None: they are made of the weight, or drawn.
+        """
+        start = "weight" if self.settings.solver == "svd" else "random"
+        chosen = {path: layer for path, layer in self.layers.items() if path in ranks}
+        for path, name in merged_paths(self.model, chosen, lambda name: (type(chosen[name]), ranks[name])):
+            values = {"rank": ranks[name]} | ({} if start == "weight" else {"start": start})
+            yield ReplaceModule(module=path, brick=BRICKS[_class_of(chosen[name])], settings=values)
+        if file is None:
+            return
+        for path, rank in ranks.items():
+            matrix = self.matrices[path]
+            for name, shape in ((OUTPUT, (matrix.outputs, rank)), (INPUT, (rank, matrix.inputs))):
+                yield SetParameter(parameter=f"{path}.{name}", file=file.name, tensor=f"{path}.{name}", shape=shape)
+
+    def plan(self, ranks: Ranks, found: Removal | None, file: PlanFile | None, findings: Sequence[str]) -> Plan:
+        """The plan, with what is to be known of it."""
+        edits = list(self.edits(ranks, file))
+        target = self.settings.target
+        sizes = sorted(ranks.values())
+        told = f"{len(ranks)} of {len(self.layers)} layers become products, of rank {sizes[0]}"
+        if sizes[-1] > sizes[0]:
+            told += f" to {sizes[-1]}, {statistics.median_low(sizes)} in the middle"
+        return Plan(
+            method=NAME,
+            settings=self.settings.model_dump(mode="json", exclude_defaults=True),
+            promise="none",
+            edits=edits,
+            files=[] if file is None else [file],
+            findings=[*(found or removal(self.model, edits)).findings(target), f"{told}.", *findings],
+            made_for=config_values(self.model.config),
+        )
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Of a layer, in the directions in which it gives most."""
+
+    squares: Tensor
+    """Of what it gives, the largest first, (min(in, out),), float64."""
+    directions: Tensor
+    """U of this module, (out, min(in, out)), float64."""
+
+
+def plan_greenformers(bench: Bench, settings: Greenformers) -> Plan:
+    """Plan products in place of linear layers.
+
+    Args:
+        bench: with samples for the solver `activations`. The file of its factors goes to the bench's folder.
+        settings: how small, and of what.
+
+    Raises:
+        PlanError: there is no such layer, nothing would be saved, a target can't be met, or a weight or what a layer
+            reads is not finite.
+    """
+    products = _products(bench.model, settings)
+    if settings.rank is not None or settings.target is not None:
+        products.ranks(None)  # before weights are looked at
+    for path, layer in products.layers.items():
+        if not layer.get_parameter("weight").isfinite().all():
+            raise PlanError(f"{path} has a weight that is not finite. Go back to an earlier checkpoint.")
+    if settings.solver == "activations":
+        return _by_samples(bench, products)
+    if settings.solver == "random":
+        return products.plan(*products.ranks(None), None, [])
+    squares = {path: torch.linalg.svdvals(_matrix(layer)).square() for path, layer in products.layers.items()}
+    ranks, found = products.ranks(squares)
+    return products.plan(ranks, found, None, [_kept(squares, ranks, "weights")])
+
+
+def _by_samples(bench: Bench, products: Products) -> Plan:
+    """The plan of products that are nearest in what layers give for the bench's samples."""
+    together = read_together(bench.model, list(products.layers))
+    products = _read(products, together)
+    ranks: Ranks | None = None
+    found: Removal | None = None
+    if products.settings.target is not None:  # all directions would be as large as a model, and are found again
+        known = {path: part.squares for path, part in _decompositions(bench, products, together)}
+        ranks, found = products.ranks(known)
+    squares, content = dict[str, Tensor](), dict[str, Tensor]()
+    for path, part in _decompositions(bench, products, together):
+        squares[path] = part.squares
+        if rank := products.rank(path, part.squares) if ranks is None else ranks.get(path, 0):
+            layer = products.layers[path]
+            made = factors(_matrix(layer), part.directions[:, :rank])
+            dtype = layer.get_parameter("weight").dtype
+            content |= {f"{path}.{name}": value.to(dtype).cpu().contiguous() for name, value in made.items()}
+    if ranks is None:
+        ranks, found = products.ranks(squares)
+    file = PlanFile.write(bench.folder, FACTORS, save(content))
+    return products.plan(ranks, found, file, [_kept(squares, ranks, "outputs on the samples")]).beside(bench.folder)
+
+
+def _decompositions(
+    bench: Bench, products: Products, together: Mapping[str, tuple[str, bool]]
+) -> Iterator[tuple[str, Decomposition]]:
+    """Of every layer, in no particular order."""
+    assert bench.data is not None
+    wanted = {path: together[path] for path in products.layers}
+    for paths, moments in input_moments(bench.model, bench.data, wanted):
+        root = _root(moments)
+        for path in paths:
+            left, roots, _ = torch.linalg.svd(_matrix(products.layers[path]) @ root, full_matrices=False)
+            yield path, Decomposition(roots.square(), left)
+
+
+def _root(moments: Tensor) -> Tensor:
+    """R with R R^T = C, damped; where a layer reads zeros alone, by which all directions are alike, the identity."""
+    mean = moments.diagonal().mean()
+    if mean == 0:
+        return torch.eye(len(moments)).to(moments)
+    values, vectors = torch.linalg.eigh(moments)
+    return vectors * (values.clamp(min=0) + DAMPING * mean).sqrt()
+
+
+def factors(weight: Tensor, directions: Tensor) -> dict[str, Tensor]:
+    """A and B of U U^T W, of one length in every direction, so that both have gradients of one size. The largest entry
+    of each direction is made positive, so that the result does not depend on the machine's choice.
+
+    Args:
+        weight: W, (out, in).
+        directions: U, (out, rank), orthonormal.
+    """
+    signs = directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
+    directions = directions * signs
+    given = directions.mT @ weight
+    lengths = given.norm(dim=1)
+    roots = torch.where(lengths > 0, lengths, 1).sqrt()
+    return {OUTPUT: directions * roots, INPUT: given / roots[:, None]}
+
+
+def _products(model: PreTrainedModel, settings: Greenformers) -> Products:
+    """The layers that can become products; weights are not looked at."""
+    none = "TokenFormers and layers that are products already have nothing to be factorised."
+    layers = linear_layers(model, settings.targets, "factorised", none=none)
+    refuse_impossible(settings.keep, layers, "a linear layer")
+    left = {path: layer for path, layer in layers.items() if not is_kept(path, settings.keep)}
+    return Products(model, settings, left)
+
+
+def _read(products: Products, together: Mapping[str, tuple[str, bool]]) -> Products:
+    """Without the layers that do not run."""
+    layers = {path: layer for path, layer in products.layers.items() if path in together}
+    if not layers:
+        raise PlanError("None of the layers runs when the model is called, so that nothing is known of their inputs.")
+    return Products(products.model, products.settings, layers)
+
+
+def _class_of(layer: nn.Module) -> type[nn.Module]:
+    found = linear_class(layer)
+    assert found is not None
+    return found
+
+
+def _matrix(layer: nn.Module) -> Tensor:
+    """The weight (out, in) in float64."""
+    weight = layer.get_parameter("weight").detach().double()
+    return weight.mT if isinstance(layer, Conv1D) else weight
+
+
+def _kept(squares: Mapping[str, Tensor], ranks: Ranks, of: str) -> str:
+    shares = {
+        path: float(squares[path][:rank].sum() / squares[path].sum()) if squares[path].any() else 1.0
+        for path, rank in ranks.items()
+    }
+    least = min(shares, key=lambda path: shares[path])
+    middle = statistics.median(shares.values())
+    return (
+        f"Of the sum of squares of their {of} products keep {middle:.1%} in the middle; least, {shares[least]:.1%}, at "
+        f"{least}."
+    )
+
+
+def _outline(bench: Bench, settings: Greenformers) -> Plan:
+    products = _products(bench.model, settings)
+    said = (
+        ["How small it gets, the weights tell; this is the largest it can be."] if settings.energy is not None else []
+    )
+    return products.plan(*products.ranks(None), None, said)
+
+
+def _example(model: PreTrainedModel) -> dict[str, Any]:
+    _products(model, Greenformers(rank=1))
+    return {"rank": 0.5, "solver": "svd"}
+
+
+METHOD = Method(
+    name=NAME,
+    title="Linear layers as products of two smaller ones, by their weights or by what they give on samples",
+    paper="arXiv 2108.10808 (activations: arXiv 2403.07378)",
+    intent="factorize",
+    settings=Greenformers,
+    plan=plan_greenformers,
+    examples=_example,
+    needs_weights=True,
+    promise="none",
+    calibration=lambda settings: CalibrationSettings(samples=64) if settings.solver == "activations" else None,
+    outline=_outline,
+)
