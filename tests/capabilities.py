@@ -116,9 +116,13 @@ def attempt(method: Method, model: PreTrainedModel) -> Result | Refusal:
 
 
 def labelled(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Inputs, with labels of the form of what `model` gives where it takes any."""
+    """Inputs, with labels of the form of what `model` gives where it takes any, or with where answers begin and end."""
     batch = inputs(model)
-    if "labels" in call_arguments(model):
+    if "start_positions" in call_arguments(model):
+        tokens = batch["input_ids"].shape[1]
+        batch["start_positions"] = torch.arange(len(batch["input_ids"])) % tokens
+        batch["end_positions"] = torch.full_like(batch["start_positions"], tokens - 1)
+    elif "labels" in call_arguments(model):
         given = logits(model)
         generator = torch.Generator().manual_seed(SEED)
         batch["labels"] = torch.randint(min(given.shape[-1], VOCABULARY), given.shape[:-1], generator=generator)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from auxin.data import SampleForm
@@ -34,6 +35,32 @@ def labelled_rows(examples: int = 120, seed: int = 0, labels: Sequence[str] = tu
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def bar(angle: str, size: int, draw: np.random.Generator) -> np.ndarray:
+    """A bright bar through the middle, or one beside it, among noise, (size, size), values of 0 to 255: level, upright,
+    or falling from left to right."""
+    pixels = draw.integers(0, 120, (size, size))
+    aside = int(draw.integers(-1, 2))
+    place = size // 2 + aside
+    if angle == "falling":
+        pixels[np.arange(size), (np.arange(size) + aside) % size] = 255
+    else:
+        pixels[(place, slice(None)) if angle == "level" else (slice(None), place)] = 255
+    return pixels.astype(np.uint8)
+
+
+BARS = ("falling", "level", "upright")
+
+
+def write_bars(folder: Path, images: int = 90, size: int = 8, seed: int = 0) -> Path:
+    """A folder of grey PNGs for each of `BARS`, which come equally often."""
+    draw = np.random.default_rng(seed)
+    for number in range(images):
+        path = folder / BARS[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(bar(path.parent.name, size, draw)).save(path)
+    return folder
 
 
 class TinyLabelled:

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from auxin.analysis.gates import TINY, Gates, GateSettings, Goal, learn, losses_of
 from auxin.analysis.unit_masks import maskable
-from auxin.analysis.units import Group, Rows, units_of
+from auxin.analysis.units import Group, Rows, units_of, with_sublayers
 from auxin.errors import DataError, PlanError
+from auxin.models.sublayers import sublayers
 from auxin.objectives.calibration import Calibration
+from auxin.planning.trained_weights import trainable_copy
 from edits.models import everything
 from oracles import gates as oracle
-from tiny_models import inputs, labels, logits, tiny
+from tiny_models import InDouble, inputs, labels, logits, tiny
 
 CPU = torch.device("cpu")
 
@@ -179,6 +181,91 @@ def test_gates_are_float32_whatever_the_model_is(dtype):
     place = next(place for place in units_of(model).places if place.group[0] == "ffn")
     with gates.on():
         assert gates(place, Rows(torch.ones(2, gates.counts[place.group], dtype=dtype), 2)).dtype == dtype
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_gates_learn_what_their_means_do_to_the_loss_wherever_they_lie(family):
+    """Oracle: by differences, with gates on every kind of place at once, so that most lie behind others."""
+    model = tiny(family)
+    whole = sublayers(model)
+    units = with_sublayers(model, units_of(model), whole)
+    groups = [*maskable(units, ["heads", "ffn"]), ("residual", ""), *(("sublayer", one.path) for one in whole)]
+    gates = Gates(units, groups, dict.fromkeys(groups, 1.0), 0, CPU).double()
+    given = {**inputs(model), "labels": labels(model)}
+
+    def loss() -> Tensor:
+        with gates.on(noisy=False), InDouble():
+            return model(**given).loss
+
+    loss().backward()
+    assert gates.mu.grad is not None
+    slopes, means = gates.by_group(gates.mu.grad), gates.by_group(gates.mu.data)
+    for group in groups:
+        found = []
+        for step in (1e-5, -1e-5):
+            means[group][0] += step
+            found.append(loss().item())
+            means[group][0] -= step
+        assert slopes[group][0].item() == pytest.approx((found[0] - found[1]) / 2e-5, rel=1e-4, abs=1e-7)
+
+
+def test_a_sublayer_has_one_draw_for_a_token():
+    model = tiny("llama")
+    (part,) = [one for one in sublayers(model) if one.path == "model.layers.1.mlp"]
+    units = with_sublayers(model, units_of(model), [part])
+    group: Group = ("sublayer", part.path)
+    gates = Gates(units, [group], {group: 1.0}, 0, CPU)
+    set_to(gates, 0.7, 2 * torch.tensor(0.3).log().item())
+    (place,) = [place for place in units.places if place.group == group]
+    with gates.on():
+        found = gates(place, Rows(torch.full((20_000, 3), 2.0), 20_000)).detach()
+    assert torch.equal(found[:, :1].expand(-1, 3), found)
+    assert found.mean().item() == pytest.approx(2.0 * 0.7, rel=0.01)
+    assert found.var().item() == pytest.approx(4.0 * 0.09, rel=0.03)
+
+
+def test_weights_learn_with_gates_from_labels_and_from_a_teacher():
+    """Where labels say nothing new, the divergence from the teacher alone falls."""
+    model = tiny("llama", dtype=torch.float32)
+    student, weights = trainable_copy(model, "the test")
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.mul_(0.8)
+    gates = gates_on(student)
+    settings = GateSettings(steps=30, weight_learning_rate=0.01, beta=0.0)
+    found = {}
+    for weight in (0.0, 10.0):
+        with losses_of(student, texts(model), "the test", list(weights.values()), model, weight) as task:
+            found[weight] = task().item()
+    with losses_of(student, texts(model), "the test", list(weights.values()), model, 10.0) as task:
+        losses = learn(gates, task, settings, [], list(weights.values()))
+    assert found[10.0] > found[0.0] + 0.1
+    assert losses[-1] < 0.5 * losses[0]
+    assert gates.mu.grad is not None
+
+
+@pytest.mark.parametrize("case", ["llama", "bert", "BertForSequenceClassification", "t5"])
+def test_the_divergence_from_a_teacher_is_that_of_the_labelled_places(case):
+    """Oracle: sums over classes by hand, at the places whose label counts; a causal model's are one place earlier."""
+    head = case if case.startswith("Bert") else ""
+    model, teacher = (tiny("bert" if head else case, seed=seed, head=head) for seed in (0, 1))
+    given = {**inputs(model), "labels": labels(model)}
+    if head:
+        given["labels"] = torch.tensor([0, 1])
+    else:
+        given["labels"][0, :3] = -100
+    data = Calibration.of_batches(model, [given])
+    found = []
+    for weight in (0.0, 1.0):
+        with losses_of(model, data, "the test", [], teacher, weight) as task, torch.no_grad():
+            found.append(task().item())
+    with torch.no_grad():
+        ours, told = (each(**given).logits.double().softmax(-1) for each in (model, teacher))
+    counts = given["labels"] != -100
+    if case == "llama":
+        ours, told, counts = ours[:, :-1], told[:, :-1], counts[:, 1:]
+    each = (told * (told / ours).log()).sum(-1)[counts]
+    assert found[1] - found[0] == pytest.approx(each.mean().item(), rel=1e-5)
 
 
 def test_what_has_no_loss_is_refused():

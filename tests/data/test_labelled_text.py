@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import auxin.data.labelled_text as labelled
 from auxin.data.collecting import CONFLICT, document_key, is_validation
 from auxin.data.dataset import DATASETS
-from auxin.data.labelled_source import LabelledTextSettings, label_name
+from auxin.data.labelled_source import LabelledTextSettings
 from auxin.data.labelled_text import LabelledData, prepare
 from auxin.data.padding import PaddingEncoder
 from auxin.errors import ConfigError, DataError
@@ -363,11 +363,11 @@ def test_the_fingerprint_follows_content_and_settings(tmp_path: Path, tokenizers
 
 def test_a_number_is_no_place_among_classes_that_are_numbers() -> None:
     numbers = LabelledTextSettings.parse({"paths": ["a.jsonl"], "labels": [1, 2, 3]})
-    assert label_name(1, "row 1", numbers) == "1"
+    assert numbers.label_name(1, "row 1") == "1"
     with pytest.raises(DataError, match="none of `labels`"):
-        label_name(0, "row 1", numbers)
+        numbers.label_name(0, "row 1")
     words = LabelledTextSettings.parse({"paths": ["a.jsonl"], "labels": ["no", "yes"]})
-    assert label_name(0, "row 1", words) == "no"
+    assert words.label_name(0, "row 1") == "no"
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "byte_level"])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import auxin
 from auxin.edits import (
     ArrangeLayers,
     CentreParameter,
@@ -498,6 +499,14 @@ def test_a_quantized_model_is_refused():
     model.config.quantization_config = {"quant_method": "gguf"}
     with pytest.raises(PlanError, match=r"quantized \(gguf\).*Dequantize it first"):
         apply(plan(ScaleParameter(parameter="model.norm.weight", factor=2)), model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
+def test_one_that_pytorch_has_quantized_is_refused():
+    model = torch.ao.quantization.quantize_dynamic(tiny("llama", dtype=torch.float32), {torch.nn.Linear})
+    for asked in (lambda: auxin.plan(model, "magnitude", heads=0.5), lambda: auxin.plan(model, "stacking", layers=4)):
+        with pytest.raises(PlanError, match=r"quantized \(torch.*Linear\).*Dequantize it first"):
+            asked()
 
 
 def test_new_parameters_join_the_group_of_their_relatives():

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, BertModel
 
 import auxin
-from auxin.analysis.masked_losses import Branch, MaskedLosses, Piece, branches
+from auxin.analysis.masked_losses import Branch, Hard, MaskedLosses, Piece, attentions, branches
 from auxin.edits import apply
 from auxin.errors import ConfigError, DataError, PlanError
 from auxin.methods.prune import axformer
@@ -66,27 +66,55 @@ def scripted(gone: Sequence[str]) -> list[float]:
     return [float(number) for number in TABLE[" ".join(gone)]]
 
 
-def searched(parts: Sequence[tuple[str, Sequence[str]]], losses: Any, **settings: Any) -> Search:
-    """The method's search with names for pieces."""
+def searched(
+    parts: Sequence[tuple[str, Sequence[str]]], losses: Any, hard: Sequence[str] = (), **settings: Any
+) -> Search:
+    """The method's search with names for attentions and pieces."""
 
     def tensor(gone: Any) -> Tensor:
         return torch.tensor(losses(gone), dtype=torch.float64)
 
     order: Any = [Branch(whole, tuple(finer)) for whole, finer in parts]  # type: ignore[arg-type]
-    return search(order, tensor([]), tensor, AxFormer(**settings))
+    attentions: Any = hard
+    return search(order, tensor([]), tensor, AxFormer(**settings), hard=attentions)
 
 
 def test_a_table_of_losses_leads_to_the_trace_that_was_derived_by_hand():
     found = searched(PARTS, scripted)
     assert [(one.piece, one.taken) for one in found.tries] == TRACE
-    assert found.gone == ["h1", "h2", "g1", "A2", "h3"]
+    assert found.taken == ["h1", "h2", "g1", "A2", "h3"]
     assert (found.first, found.best) == (16, 13)
-    assert oracle.search(PARTS, scripted, 1.1, 2) == (found.gone, TRACE)
+    assert oracle.search(PARTS, scripted, 1.1, 2) == (found.taken, TRACE)
+
+
+HARD_TABLE = {
+    "": [10, 10, 10, 10],
+    "S0": [10, 10, 10, 10],  # reads what it read before: all are no worse off, and nothing is gained
+    "S1": [9, 9, 9, 12],  # 9.75
+    "S1 S2": [0, 0, 12, 12],  # 6, but two of four are worse off than at first
+    "S1 S3": [9, 9, 9, 9],  # 9
+    "S1 S3 F3": [8, 8, 8, 8],
+    "S1 S3 F3 F2": [9, 9, 9, 9],
+    "S1 S3 F3 x": [7, 7, 7, 7],
+}
+
+
+def test_attentions_are_tried_first_from_the_first_layer_on_and_by_the_same_rule():
+    parts = [("F3", ("u", "v")), ("F2", ("x", "y"))]
+
+    def losses(gone: Sequence[str]) -> list[float]:
+        return [float(number) for number in HARD_TABLE[" ".join(gone)]]
+
+    found = searched(parts, losses, hard=["S0", "S1", "S2", "S3"], tolerance=1.2)
+    trace = [("S0", False), ("S1", True), ("S2", False), ("S3", True), ("F3", True), ("F2", False), ("x", True)]
+    assert [(one.piece, one.taken) for one in found.tries] == trace
+    assert found.taken == ["S1", "S3", "F3", "x"]
+    assert oracle.search(parts, losses, 1.2, 2, ["S0", "S1", "S2", "S3"]) == (found.taken, trace)
 
 
 def test_the_vote_and_the_tolerance_are_what_they_are_set_to():
     without_vote = searched(PARTS[:2], lambda gone: TABLE.get(" ".join(gone), [99] * 4), benefit=0.0)
-    assert without_vote.gone == ["h0"]
+    assert without_vote.taken == ["h0"]
     strict = searched(PARTS[:2], scripted, tolerance=1.03)
     assert [one.piece for one in strict.tries] == ["F3", "A3"], "16.5 is above 1.03 * 16"
 
@@ -97,26 +125,32 @@ def test_the_vote_and_the_tolerance_are_what_they_are_set_to():
     samples=st.integers(1, 7),
     tolerance=st.sampled_from([1.0, 1.05, 1.1, 2.0]),
     benefit=st.sampled_from([0.0, 0.25, 0.5, 0.7, 0.9]),
+    attentions=st.integers(0, 4),
 )
-def test_the_loss_never_rises_most_samples_agree_and_the_passes_are_bounded(seed, sizes, samples, tolerance, benefit):
+def test_the_loss_never_rises_most_samples_agree_and_the_passes_are_bounded(
+    seed, sizes, samples, tolerance, benefit, attentions
+):
+    hard = [f"a{n}" for n in range(attentions)]
     parts = [(f"p{n}", tuple(f"p{n}e{m}" for m in range(size))) for n, size in enumerate(sizes)]
 
     def losses(gone: Sequence[str]) -> list[float]:
         draw = random.Random(f"{seed} {' '.join(gone)}")
         return [draw.randint(90, 112) / 8 for _ in range(samples)]  # ties, and no rounding in the sums
 
-    found = searched(parts, losses, tolerance=tolerance, benefit=benefit)
+    found = searched(parts, losses, hard, tolerance=tolerance, benefit=benefit)
     votes = math.floor(round(benefit * samples, 6))
-    assert (found.gone, [(one.piece, one.taken) for one in found.tries]) == oracle.search(
-        parts, losses, tolerance, votes
+    assert (found.taken, [(one.piece, one.taken) for one in found.tries]) == oracle.search(
+        parts, losses, tolerance, votes, hard
     )
     best = [found.first, *(one.loss for one in found.tries if one.taken)]
     assert all(after < before for before, after in itertools.pairwise(best))
-    assert found.best == best[-1] == pytest.approx(oracle.mean(losses(found.gone)))
+    assert found.best == best[-1] == pytest.approx(oracle.mean(losses(found.taken)))
     original = losses([])
-    for number, one in enumerate(found.gone):
-        assert sum(new <= old for new, old in zip(losses([*found.gone[:number], one]), original, strict=True)) > votes
-    assert len(parts) <= len(found.tries) <= len(parts) + sum(max(size - 1, 0) for size in sizes) + len(parts)
+    for number, one in enumerate(found.taken):
+        assert sum(new <= old for new, old in zip(losses([*found.taken[:number], one]), original, strict=True)) > votes
+    tries = len(found.tries) - len(hard)
+    assert [one.piece for one in found.tries[: len(hard)]] == hard
+    assert len(parts) <= tries <= len(parts) + sum(max(size - 1, 0) for size in sizes) + len(parts)
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
@@ -152,10 +186,27 @@ def test_so_it_is_in_float32(family):
     compare(tiny(family, dtype=torch.float32), 1e-5)
 
 
-def compare(model: Any, tolerance: float) -> None:
+@pytest.mark.parametrize("family", families(dict.fromkeys([*FAMILIES, "mixtral", "bart"]), "bert", "llama", "t5"))
+def test_attentions_are_hard_in_the_result_as_in_the_search_whatever_goes_with_them(family):
+    model = tiny(family)
+    if family == "tokenformer":
+        assert not attentions(model, 2)
+        return
+    assert attentions(model, 2)
+    compare(model, 1e-10, attentions(model, 2))
+
+
+def test_an_attention_is_hard_where_layers_before_it_are_left_out():
+    model = tiny("llama", num_hidden_layers=3)
+    whole = [branch.whole for branch in branches(model, [], None)]
+    edits, _ = axformer._edits(model, [*attentions(model, 2)[::2], *whole[:2]])
+    assert [edit.module for edit in edits if edit.kind == "replace_module"] == ["model.layers.1.self_attn"]
+
+
+def compare(model: Any, tolerance: float, hard: Sequence[Hard] = ()) -> None:
     batch = labelled(model)
     runs = MaskedLosses(model, [batch], "this")
-    whole, gone = runs.whole(), some_pieces(model, 0)
+    whole, gone = runs.whole(), [*hard, *some_pieces(model, 0)]
     masked = runs.without(gone)
     smaller = copy.deepcopy(model)
     edits, _ = axformer._edits(model, gone)
@@ -260,7 +311,89 @@ def test_a_model_in_which_everything_helps_is_left_as_it_is():
     with torch.no_grad():
         model.classifier.weight.mul_(1e6)
         batch["labels"] = model(**batch).logits.argmax(-1)
-    untouched(model, r"Nothing goes: of \d+ pieces.*on the 6 samples.*Keep the model as it is", PlanError, data=[batch])
+    untouched(
+        model, r"Nothing goes: of \d+ changes.*on the 6 samples.*Keep the model as it is", PlanError, data=[batch]
+    )
+
+
+def test_texts_of_no_more_tokens_than_a_query_reads_are_not_tried_and_longer_ones_are():
+    model = tiny("llama")
+    ids = inputs(model, batch=6)["input_ids"]
+    padded = torch.cat([torch.full((6, 9), 5), ids], 1)
+    mask = (torch.arange(padded.shape[1]) >= 9).long().expand(6, -1)
+    short = [{"input_ids": padded, "labels": padded, "attention_mask": mask}]
+    tokens, asked = ids.shape[1], {"data": short, "benefit": 0.1, "streams": []}
+    plan = auxin.plan(model, "axformer", hard_attention=tokens, **asked)
+    assert f"Hard attention was not tried: no sample has more than {tokens} tokens" in plan.findings[-3]
+    assert " hard (" not in plan.findings[-1]
+    tried = auxin.plan(model, "axformer", hard_attention=tokens - 1, **asked).findings
+    assert [one.split(" ")[0] for one in tried[-1].partition(": ")[2].split("; ")[:2]] == [
+        "model.layers.0.self_attn", "model.layers.1.self_attn"
+    ]  # fmt: skip
+    assert " of 2 attentions that were tried became hard" in tried[-2]
+    for settings in (AxFormer(hard_attention=None), AxFormer(hard_attention=2, candidates="feed-forward")):
+        assert axformer._hard(model, short, settings) == ([], [])
+
+
+def test_an_architecture_with_an_attention_of_its_own_is_searched_without_hard_attention():
+    model = tiny("falcon")
+    data = [labelled(model)]
+    plan = auxin.plan(model, "axformer", data=data, benefit=0.0, tolerance=2.0)
+    assert "not tried: a FalconForCausalLM does not hand its attention" in " ".join(plan.findings)
+    untouched(
+        model, r"hard_attention = 5: a Falcon.*Set it to null, or leave it out", PlanError, data=data, hard_attention=5
+    )
+
+
+# Answers in texts -----------------------------------------------------------------------------------------------------
+
+
+def answering(seed: int = 0) -> tuple[Any, dict[str, Tensor]]:
+    """A model that finds answers in texts, and some texts with where their answers are."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(0, 8, (6,), generator=generator)
+    ids = torch.randint(3, 24, (6, 12), generator=generator)
+    ends = start + torch.randint(0, 4, (6,), generator=generator)
+    torch.manual_seed(seed)
+    model = BertForQuestionAnswering(classifier(initializer_range=0.2).config).double().eval()
+    return model, {"input_ids": ids, "start_positions": start, "end_positions": ends}
+
+
+def test_the_loss_of_an_answer_is_the_models_own_one_sample_at_a_time():
+    model, batch = answering()
+    got = MaskedLosses(model, [batch], "this").whole()
+    with torch.no_grad():
+        own = [model(**{name: x[n : n + 1] for name, x in batch.items()}).loss.item() for n in range(6)]
+    assert got.tolist() == pytest.approx(own, rel=1e-12)
+
+
+def test_a_model_that_finds_answers_is_searched_and_smaller():
+    model, batch = answering()
+    plan = auxin.plan(model, "axformer", data=[batch], benefit=0.1, hard_attention=3)
+    smaller = copy.deepcopy(model)
+    apply(plan, smaller)
+    with torch.no_grad():
+        first, best = (one(**batch).loss.item() for one in (model, smaller))
+    assert best < first
+    assert f"6 samples of the search {first:.6g} -> {best:.6g}; " in plan.findings[-2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"end_positions": None}, "no end_positions, without which a BertForQuestionAnswering has no loss. Give"),
+        (
+            {"end_positions": torch.zeros(6)},
+            "end_positions is of type torch.float32 .* takes torch.long and one number",
+        ),
+        ({"end_positions": torch.full((6,), 12)}, "end_positions holds 12, and the tokens of a sample are 0 to 11"),
+        ({"end_positions": torch.zeros(6, dtype=torch.long)}, "a token before start_positions. Give the last token"),
+    ],
+)
+def test_answers_that_no_text_can_have_are_refused(change, message):
+    model, batch = answering(1)
+    given = {name: x for name, x in {**batch, **change}.items() if x is not None}
+    untouched(model, message, DataError, data=[given])
 
 
 def test_heads_that_an_architecture_can_t_lose_in_one_layer_are_silent_and_the_plan_says_so():

@@ -78,6 +78,10 @@ CASES: dict[str, tuple[str, Planner]] = {
         "vit",
         by_hand(ReplaceModule(module="vit.layers.*", brick="token_merging_layer", settings={"merged": 2})),
     ),
+    "hard attention": (
+        "llama",
+        by_hand(ReplaceModule(module="model.layers.1.self_attn", brick="hard_attention", settings={"keep": 2})),
+    ),
     "removed": (
         "llama",
         by_hand(

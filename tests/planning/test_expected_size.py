@@ -1,5 +1,9 @@
 """The expected size of a model is its size where every unit is there or not, and rises evenly between."""
 
+import itertools
+import math
+import operator
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +14,7 @@ from auxin.edits import apply
 from auxin.models.anatomy import anatomy
 from auxin.planning.expected_size import ExpectedSize
 from auxin.planning.pruning import Pruning, prunable
+from auxin.planning.removed_sublayers import parameters_of_sublayers
 from auxin.planning.unit_order import Place
 from tiny_models import tiny
 
@@ -66,6 +71,36 @@ def test_where_every_unit_of_queries_goes_alone_a_shared_key_value_head_stays():
     config = model.config
     found = ExpectedSize(model, anatomy(model, scopes=LAYERS), {("query", LAYERS[0]): config.num_attention_heads})
     assert found.of_a_unit()["query", LAYERS[0]] == pytest.approx(2 * config.head_dim * config.hidden_size)
+
+
+def test_it_is_the_mean_over_all_models_that_may_be_left():
+    """Oracle: every choice of key-value groups, feed-forward units and sublayers of a layer, each by its probability,
+    and the parameters of each counted by hand; the other layer stays."""
+    model = decoder(tie_word_embeddings=True)
+    config, layer = model.config, LAYERS[0]
+    counts: dict[Place, int] = {("key_value", layer): 2, ("ffn", layer): 3}
+    parts = {"self_attn": 0.7, "mlp": 0.4}
+    names = parameters_of_sublayers(model, [f"{layer}.{part}" for part in parts])
+    size = ExpectedSize(model, anatomy(model, scopes=LAYERS), counts, sublayers=names)
+    generator = torch.Generator().manual_seed(0)
+    stays: dict[Place, torch.Tensor] = {p: torch.rand(n, generator=generator).double() for p, n in counts.items()}
+    hidden, dim, per = config.hidden_size, config.head_dim, config.num_attention_heads // config.num_key_value_heads
+    group, unit = dim * hidden * (2 * per + 2), 3 * hidden * config.intermediate_size // 3
+    fixed = {"self_attn": hidden + 2 * dim, "mlp": hidden}  # norms
+    of_units = {"self_attn": [group] * 2, "mlp": [unit] * 3}
+    rest = model.num_parameters() - sum(fixed.values()) - sum(map(sum, of_units.values()))
+    total = 0.0
+    probabilities = [*parts.values(), *stays["key_value", layer].tolist(), *stays["ffn", layer].tolist()]
+    for there in itertools.product((0, 1), repeat=len(probabilities)):
+        chance = math.prod(p if is_there else 1 - p for p, is_there in zip(probabilities, there, strict=True))
+        attention = there[0] * (fixed["self_attn"] + sum(map(operator.mul, of_units["self_attn"], there[2:4])))
+        feed_forward = there[1] * (fixed["mlp"] + sum(map(operator.mul, of_units["mlp"], there[4:])))
+        total += chance * (rest + attention + feed_forward)
+    shares = stays | {("sublayer", f"{layer}.{part}"): torch.tensor([p]) for part, p in parts.items()}
+    assert size.left(shares).item() * model.num_parameters() == pytest.approx(total, rel=1e-6)
+    alone = size.of_a_unit()
+    for part, fixed_size in fixed.items():
+        assert alone["sublayer", f"{layer}.{part}"] == pytest.approx(fixed_size + sum(of_units[part]))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,6 +1,7 @@
 """The loss of each sample without some sublayers and units: what a search over removals looks at again and again.
 
 A sublayer that is gone adds zeros, units that are gone give zeros (`auxin.models.sublayers`, `auxin.analysis.units`).
+Attentions may be hard, too.
 What the layers below the first one that differs give is remembered from the run of the whole model, for as many batches
 as there is room for; each later run begins there.
 """
@@ -11,18 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from auxin.analysis.layer_outputs import LayerOutputs
-from auxin.analysis.measurement import Batch, as_model_has, logits_of, without_loss
-from auxin.analysis.parts import stack_parts
-from auxin.analysis.sample_losses import sample_losses
+from auxin.analysis.measurement import Batch, as_model_has, without_loss
+from auxin.analysis.parts import StackParts, stack_parts
+from auxin.analysis.sample_losses import output_losses
 from auxin.analysis.unit_masks import Mask, Streams, maskable, masked
 from auxin.analysis.units import Group, units_of
 from auxin.errors import PlanError
 from auxin.models.evaluating import evaluation_mode
 from auxin.models.sublayers import Sublayer, add_nothing, refuse_shared, sublayers
+from auxin.nn.attention_functions import hardens, reading_few
 from auxin.nn.autocast import without_autocast
 
 ROOM = 2**30
@@ -40,11 +42,31 @@ class Piece:
     units: tuple[int, ...] = ()
     """Their numbers in the group."""
 
+    @property
+    def layer(self) -> str:
+        """The path of its layer."""
+        return self.sublayer.layer
+
     def __str__(self) -> str:
         if self.group is None:
             return self.sublayer.path
         numbers = f"{self.units[0]}..{self.units[-1]}" if len(self.units) > 1 else str(self.units[0])
         return f"{self.sublayer.path} {self.group[0]} {numbers}"
+
+
+@dataclass(frozen=True)
+class Hard:
+    """An attention whose queries read the most probable tokens alone (`auxin.nn.attention_functions`)."""
+
+    layer: str
+    """The path of its layer."""
+    path: str
+    """Of its module."""
+    keep: int
+    """How many tokens a query reads."""
+
+    def __str__(self) -> str:
+        return f"{self.path} hard"
 
 
 @dataclass(frozen=True)
@@ -94,8 +116,27 @@ def branches(model: PreTrainedModel, streams: Sequence[Streams], group_size: int
     return found
 
 
+def attentions(model: PreTrainedModel, keep: int) -> list[Hard]:
+    """The attentions of `model` that can be made hard, stack by stack and layer by layer; none where the architecture
+    computes them without an attention function of transformers.
+
+    Args:
+        model: on any device; weights are not looked at.
+        keep: how many tokens a query is to read.
+
+    Raises:
+        PlanError: the architecture is not known.
+    """
+    return [
+        Hard(layer, f"{layer}.{name}", keep)
+        for layer, module in _layers(stack_parts(model)).items()
+        for name, inner in module.named_modules()
+        if hardens(inner)
+    ]
+
+
 class MaskedLosses:
-    """Runs a model without some of its pieces.
+    """Runs a model without some of its pieces, or with attentions that are hard.
 
     Args:
         model: the model, with weights; it is left as it is.
@@ -109,7 +150,7 @@ class MaskedLosses:
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], asked_by: str) -> None:
         self._model, self._asked_by, self._units = model, asked_by, units_of(model)
         self._batches = [as_model_has(model, batch) for batch in batches]
-        layers = {path: layer for parts in stack_parts(model) for path, layer in parts.layers.items()}
+        layers = _layers(stack_parts(model))
         self._given = [LayerOutputs(layers) for _ in self._batches]
         self.order: list[str] = []
         """The paths of the layers as they run, once the whole model has."""
@@ -134,10 +175,10 @@ class MaskedLosses:
                     given.outputs = {}
         return torch.cat(found)
 
-    def without(self, gone: Collection[Piece]) -> Tensor:
-        """The losses without some pieces, float64, (samples,), on the CPU. They are compared with those of the whole
-        model, which has to have been run."""
-        changed = {piece.sublayer.layer for piece in gone}
+    def without(self, gone: Collection[Piece | Hard]) -> Tensor:
+        """The losses without some pieces, and with attentions that are hard, float64, (samples,), on the CPU. They are
+        compared with those of the whole model, which has to have been run."""
+        changed = {piece.layer for piece in gone}
         first = next((layer for layer in self.order if layer in changed), None)
         found = []
         with self._running(), self._masked(gone):
@@ -148,8 +189,8 @@ class MaskedLosses:
         return torch.cat(found)
 
     def _losses(self, batch: Batch) -> Tensor:
-        logits = logits_of(self._model, self._model(**without_loss(self._model, batch)), "Give a model with a head.")
-        return sample_losses(self._model, batch, logits, self._asked_by).cpu()
+        output = self._model(**without_loss(self._model, batch))
+        return output_losses(self._model, batch, output, self._asked_by).cpu()
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
@@ -165,11 +206,13 @@ class MaskedLosses:
             yield
 
     @contextlib.contextmanager
-    def _masked(self, gone: Collection[Piece]) -> Iterator[None]:
+    def _masked(self, gone: Collection[Piece | Hard]) -> Iterator[None]:
         of_group: dict[Group, list[int]] = {}
         with contextlib.ExitStack() as stack:
             for piece in gone:
-                if piece.group is None:
+                if isinstance(piece, Hard):
+                    stack.enter_context(reading_few(self._model.get_submodule(piece.path), piece.keep))
+                elif piece.group is None:
                     output = self._model.get_submodule(piece.sublayer.output)
                     stack.callback(output.register_forward_hook(add_nothing).remove)
                 else:
@@ -177,6 +220,10 @@ class MaskedLosses:
             for group, numbers in of_group.items():
                 stack.enter_context(masked(self._units, [Mask(group, tuple(sorted(numbers)))]))
             yield
+
+
+def _layers(stacks: Sequence[StackParts]) -> dict[str, nn.Module]:
+    return {path: layer for parts in stacks for path, layer in parts.layers.items()}
 
 
 def _bytes(value: Any) -> int:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from auxin.accounting.inputs import without_cache
 from auxin.errors import DataError, PlanError
+from auxin.objectives.given_batches import ANSWER
 from auxin.settings import Settings
 from auxin.words.registry import Registry
 
@@ -197,10 +198,10 @@ def result_of(model: PreTrainedModel, inputs: Batch) -> Any:
 
 
 def without_loss(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    """What `model` is called with where its logits are wanted alone: no cache, and no labels, which would have it
-    compute a loss; but those of an encoder-decoder are what its decoder reads."""
-    needed = model.config.is_encoder_decoder
-    return {name: value for name, value in batch.items() if name != "labels" or needed} | without_cache(model)
+    """What `model` is called with where its logits are wanted alone: no cache, and no labels or ends of answers, which
+    would have it compute a loss; but the labels of an encoder-decoder are what its decoder reads."""
+    unneeded = ANSWER if model.config.is_encoder_decoder else ("labels", *ANSWER)
+    return {name: value for name, value in batch.items() if name not in unneeded} | without_cache(model)
 
 
 def logits_of(model: PreTrainedModel, output: Any, mend: str = "Give a model with a head.") -> Tensor:

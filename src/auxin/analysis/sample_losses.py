@@ -1,17 +1,45 @@
 """The loss of each sample, by what its labels ask for: nats per label, or squared errors where they are numbers."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from auxin.analysis.measurement import Batch, kept_tokens, wide
+from auxin.analysis.measurement import Batch, kept_tokens, logits_of, wide
 from auxin.analysis.targets import label_rows, refuse_without_targets
 from auxin.errors import DataError
 from auxin.models.loading import is_ctc
+from auxin.objectives.given_batches import ANSWER
 from auxin.objectives.objective import IGNORED
 
 SEVERAL = "multi_label_classification"
 """What transformers calls the problem of a model whose samples have several classes at once."""
+
+
+def output_losses(model: PreTrainedModel, batch: Batch, output: Any, asked_by: str) -> Tensor:
+    """The loss of each sample of a batch, float64, (samples,), on the device of `output`.
+
+    Where the model tells at which token an answer begins and at which it ends: the mean of the two cross-entropies, as
+    transformers has it. Elsewhere `sample_losses` of its logits.
+
+    Args:
+        model: the model.
+        batch: its inputs with labels, or with the answers' first and last tokens, on the output's device.
+        output: what it gives for them.
+        asked_by: what looks at the losses, for messages.
+
+    Raises:
+        DataError: as of `sample_losses`.
+        PlanError: there are no logits.
+    """
+    if not {"start_logits", "end_logits"} <= output.keys() or not set(ANSWER) <= batch.keys():
+        return sample_losses(model, batch, logits_of(model, output, "Give a model with a head."), asked_by)
+    start, end = (
+        F.cross_entropy(wide(output[logits]), batch[position], reduction="none").double()
+        for logits, position in zip(("start_logits", "end_logits"), ANSWER, strict=True)
+    )
+    return (start + end) / 2
 
 
 def sample_losses(model: PreTrainedModel, batch: Batch, logits: Tensor, asked_by: str) -> Tensor:

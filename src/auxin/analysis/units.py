@@ -1,15 +1,15 @@
 """The units that could be cut out of a model: where they lie, and what passes through these places while it runs.
 
 A unit's place is where a mask of it would sit. Heads and feed-forward units lie in the input of the matrix that gives
-their part's output. An expert lies in its output, times the weight that the router gives it. A unit of the residual
-stream lies wherever something is added to the stream or takes its place: in what enters the first layer, in the output
-of every part (behind its norm, where it has one), and in the outputs of norms behind sums. What embeddings and heads
-have of the stream's width beside the layers (BERT's transform) is not among these. Where the stream is wanted as layers
-see it, its units lie in the outputs of the layers' norms instead.
+their part's output. An expert lies in its output, times the weight that the router gives it. A whole sublayer lies in
+what it adds to the residual stream. A unit of the stream lies wherever something is added to it or takes its place: in
+what enters the first layer, in the output of every part (behind its norm, where it has one), and in the outputs of
+norms behind sums. What embeddings and heads have of the stream's width beside the layers (BERT's transform) is not
+among these. Where the stream is wanted as layers see it, its units lie in the outputs of the layers' norms instead.
 """
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -21,13 +21,14 @@ from transformers import PreTrainedModel
 from auxin.analysis.measurement import wide
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
+from auxin.models.sublayers import Sublayer
 from auxin.nn.calls import computing
 from auxin.words.anatomy import Anatomy, LayerStack
 from auxin.words.paths import dotted
 from auxin.words.roles import Segment
 from auxin.words.widths import Stream
 
-Kind = Literal["residual", "query", "key_value", "ffn", "expert_ffn", "shared_expert_ffn", "expert"]
+Kind = Literal["residual", "query", "key_value", "ffn", "expert_ffn", "shared_expert_ffn", "expert", "sublayer"]
 """A stream whose units are cut."""
 Group = tuple[Kind, str]
 """Units that are cut by number together: those of a stream in a scope, as `auxin.planning.cutting` takes them."""
@@ -39,6 +40,7 @@ WORDS: dict[Kind, str] = {
     "shared_expert_ffn": "units of shared experts",
     "expert": "experts",
     "residual": "residual units",
+    "sublayer": "attentions and feed-forward parts",
 }
 """What the units are called, in the order in which a person reads of them."""
 
@@ -49,7 +51,7 @@ class Place:
 
     group: Group
     entries: int
-    """Consecutive entries of the last axis that make a unit; 0 where a whole row does, as of an expert."""
+    """Consecutive entries of the last axis that make a unit; 0 where a whole row does, as of an expert or sublayer."""
     module: nn.Module
     where: Literal["input", "output", "inside"]
     """The module's input, its output, or, of experts, between their matrices or behind them."""
@@ -171,6 +173,24 @@ def units_of(model: PreTrainedModel, stream: Literal["written", "normed"] = "wri
     if not found.places:
         raise PlanError(f"No unit of the {body.family} model is known to lie anywhere: {reason}")
     return found
+
+
+def with_sublayers(model: PreTrainedModel, units: Units, chosen: Iterable[Sublayer]) -> Units:
+    """`units` and, as one more group each, some sublayers of `model`, where they add to the stream.
+
+    Args:
+        model: the model.
+        units: of the model.
+        chosen: of its sublayers; none that is shared between layers.
+    """
+    body, groups = anatomy(model), dict[Group, int]()
+    places = []
+    for sublayer in chosen:
+        group: Group = ("sublayer", sublayer.path)
+        groups[group] = 1
+        module = model.get_submodule(sublayer.output)
+        places.append(Place(group, 0, module, "output", _is_decoder(body, sublayer.stack)))
+    return replace(units, counts=units.counts | groups, places=[*units.places, *places])
 
 
 def _places(

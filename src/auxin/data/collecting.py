@@ -13,7 +13,7 @@ from auxin.errors import DataError
 from auxin.settings import Settings
 
 _MAX_EXAMPLES = 10
-CONFLICT = "another label than an earlier one of the same text"
+CONFLICT = "another label than an earlier one of the same content"
 
 
 class Skipped(Settings):
@@ -35,8 +35,6 @@ class ReadReport(Settings):
     """Documents left out, by reason."""
     limit: str | None
     """The limit (`max_documents` or `max_bytes`) at which reading stopped; None when all was read."""
-    vocab_size: int
-    """The tokenizer's largest id plus one: a trained one can have fewer entries than asked for."""
 
     def describe_left_out(self) -> str:
         """What of the source is not in the data, in one line: duplicates, skipped documents with examples, the
@@ -72,14 +70,13 @@ class Collected:
         """Hex SHA-256 of the documents of both splits, in order."""
         return hashlib.sha256(f"{self.train.digest()} {self.validation.digest()}".encode()).hexdigest()
 
-    def report(self, vocab_size: int) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """The fields of `ReadReport`."""
         return {
             "documents": len(self.train) + len(self.validation),
             "duplicates": self.duplicates,
             "skipped": {reason: Skipped(count=n, examples=tuple(names)) for reason, (n, names) in self.skipped.items()},
             "limit": self.limit,
-            "vocab_size": vocab_size,
         }
 
     def unlink(self) -> None:
@@ -89,7 +86,11 @@ class Collected:
 
 
 def collect(
-    settings: SourceSettings, documents: Iterable[Document], directory: Path, advance: ProgressCallback
+    settings: SourceSettings,
+    documents: Iterable[Document],
+    directory: Path,
+    advance: ProgressCallback,
+    noun: str = "document",
 ) -> Collected:
     """Read the source once; drop exact duplicates; send each document to its split.
 
@@ -100,6 +101,7 @@ def collect(
         documents: of the source.
         directory: where they are spooled.
         advance: is told the bytes read so far.
+        noun: what messages call a document.
 
     Raises:
         DataError: a split has no document.
@@ -135,7 +137,7 @@ def collect(
     collected.validation.finish()
     for name, spool in (("train", collected.train), ("validation", collected.validation)):
         if not len(spool):
-            raise DataError(_empty_split(name, len(seen), settings, collected))
+            raise DataError(_empty_split(name, len(seen), settings, collected, noun))
     return collected
 
 
@@ -149,17 +151,17 @@ def is_validation(key: bytes, settings: SourceSettings) -> bool:
     return int.from_bytes(key[:8], "big") < settings.validation_fraction * 2**64
 
 
-def _empty_split(name: str, documents: int, settings: SourceSettings, collected: Collected) -> str:
+def _empty_split(name: str, documents: int, settings: SourceSettings, collected: Collected, noun: str) -> str:
     skipped = ", ".join(f"{count} {reason}" for reason, (count, _) in collected.skipped.items()) or "none"
-    found = f"{documents} distinct documents ({collected.duplicates} duplicates; skipped: {skipped})"
+    found = f"{documents} distinct {noun}s ({collected.duplicates} duplicates; skipped: {skipped})"
     if collected.limit:
         found += f", stopped at {collected.limit}"
     if not documents:
         # The other reasons say what to do, or what is wrong in a file of rows.
-        plain = collected.skipped.keys() <= {"empty", "not UTF-8"}
+        plain = noun == "document" and collected.skipped.keys() <= {"empty", "not UTF-8"}
         mend = "Give text that is not empty and encoded in UTF-8" if plain else "Mend that, or give another source"
-        return f"The source has no usable document: {found}. {mend}."
+        return f"The source has no usable {noun}: {found}. {mend}."
     return (
-        f"No document fell into the {name} split at validation_fraction {settings.validation_fraction}: {found}. "
-        "Use more documents (the split never cuts one), another validation_fraction, or another seed."
+        f"No {noun} fell into the {name} split at validation_fraction {settings.validation_fraction}: {found}. "
+        f"Use more {noun}s (the split never cuts one), another validation_fraction, or another seed."
     )

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from auxin.data.collecting import Collected, ReadReport
+from auxin.data.collecting import Collected
 from auxin.data.dataset import DatasetKind, ProgressCallback, SampleForm, SplitName
 from auxin.data.loader import Contexts
 from auxin.data.packing import DocumentSpool, SplitReport, pack, token_dtype
-from auxin.data.preparing import Manifest, PreparedText, Steps, open_array, prepare_folder
+from auxin.data.prepared_text import PreparedText, TextManifest, TextReport, with_tokenizer
+from auxin.data.preparing import Manifest, Steps, open_array, prepare_folder
 from auxin.data.settings import CorpusSettings, packed_form
 from auxin.data.sources import read_documents
 from auxin.data.tokenizer import load_tokenizer, plain_backend, tokenizer_digest, vocabulary_fields
@@ -22,14 +23,14 @@ from auxin.data.tokenizer import load_tokenizer, plain_backend, tokenizer_digest
 FORMAT = 1
 
 
-class CorpusReport(ReadReport):
+class CorpusReport(TextReport):
     """What became of every document of the source, and what the splits hold."""
 
     train: SplitReport
     validation: SplitReport
 
 
-class _Manifest(Manifest):
+class _Manifest(TextManifest):
     """What corpus.json holds."""
 
     settings: CorpusSettings
@@ -106,7 +107,7 @@ def prepare(settings: CorpusSettings, directory: str | Path, progress: ProgressC
     Raises:
         DataError: the source can't be used, a split would be empty, or the folder holds something else.
     """
-    steps = Steps(PackedData, read_documents, load_tokenizer, DocumentSpool.texts, _build)
+    steps = Steps(PackedData, read_documents, with_tokenizer(load_tokenizer, DocumentSpool.texts, _build))
     return prepare_folder(steps, settings, directory, progress)
 
 
@@ -123,10 +124,11 @@ def _build(
     def packed(name: str, spool: DocumentSpool) -> SplitReport:
         path, dtype = directory / f"{name}.npy", token_dtype(vocab_size)
         length = settings.context_length
-        return pack(spool, backend, separator, path, length, dtype, lambda done: advance(name, done, spool.bytes))
+        return pack(spool, backend, separator, path, length, dtype, lambda done: advance(name, done, spool.size))
 
     report = CorpusReport(
-        **collected.report(vocab_size),
+        **collected.report(),
+        vocab_size=vocab_size,
         train=packed("train", collected.train),
         validation=packed("validation", collected.validation),
     )

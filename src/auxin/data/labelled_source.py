@@ -3,23 +3,24 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
+from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerFast
 
 from auxin.data.dataset import SampleForm
+from auxin.data.labels import LabelSettings
 from auxin.data.padding import padding_tokenizer
 from auxin.data.settings import TextSettings
 from auxin.data.sources import Document, read_rows, text_document
 from auxin.data.tokenizer import vocabulary_fields
-from auxin.errors import DataError, placed
+from auxin.errors import placed
 
 _BETWEEN = b"\xff"
 """Stands between the texts of a pair; no byte of UTF-8."""
 
 
-class LabelledTextSettings(TextSettings):
+class LabelledTextSettings(LabelSettings, TextSettings):
     """Labelled texts: JSON, CSV, Parquet or a Hugging Face dataset whose rows hold a text and its class.
 
     Raises:
@@ -39,34 +40,13 @@ class LabelledTextSettings(TextSettings):
     """Tokens per text, special ones included: longer texts are cut, shorter ones padded, all batches have one shape."""
     text_pair_field: str | None = None
     """The field of a second text, for classes of pairs."""
-    label_field: str = "label"
-    """The field that holds the class: text, a whole number, true or false. A row with null is skipped."""
-    labels: tuple[StrictBool | StrictInt | StrictStr, ...] | None = Field(default=None, min_length=2)
-    """The classes in the order of their numbers. Where none of them is a number itself, a number in the rows is the
-    place of one in this list, counted from 0. None: the distinct ones of the source, sorted; a price before the data is
-    prepared is then that of two classes."""
-
-    @field_validator("source", mode="before")
-    @classmethod
-    def _has_labels(cls, value: Any) -> Any:
-        if value == "stdlib":
-            raise ValueError("the standard library's files have no labels. Set source: files, or huggingface")
-        return value
 
     @model_validator(mode="after")
     def _fields_differ(self) -> Self:
         fields = [name for name in (self.text_field, self.text_pair_field, self.label_field) if name is not None]
         if len(set(fields)) != len(fields):
             raise ValueError(f"text_field, text_pair_field and label_field must differ; given: {', '.join(fields)}")
-        names = self.label_names or ()
-        if len(set(names)) != len(names):
-            raise ValueError(f"labels must differ; given: {', '.join(names)}")
         return self
-
-    @property
-    def label_names(self) -> tuple[str, ...] | None:
-        """`labels` as text."""
-        return None if self.labels is None else tuple(map(_written, self.labels))
 
     @property
     def fields(self) -> dict[str, str]:
@@ -135,36 +115,5 @@ def labelled_documents(settings: LabelledTextSettings) -> Iterator[Document]:
             yield Document(row.name, None, "no label")
         else:
             contents = [text.data for text in texts if text.data is not None]
-            written = json.dumps([label_name(label, row.name, settings), *(data.decode() for data in contents)])
+            written = json.dumps([settings.label_name(label, row.name), *(data.decode() for data in contents)])
             yield Document(row.name, written.encode(), content=_BETWEEN.join(contents))
-
-
-def label_name(value: Any, row: str, settings: LabelledTextSettings) -> str:
-    """The name of the class that a row's label stands for.
-
-    Raises:
-        DataError: it is none of the settings' labels, or no class at all.
-    """
-    if isinstance(value, float) and value.is_integer():  # columns of whole numbers with gaps are read so
-        value = int(value)
-    if not isinstance(value, bool | int | str):
-        raise DataError(
-            f"{row}: {settings.label_field} is {value!r}, and a class is text, a whole number, true or false. Set "
-            "`label_field` to a field of classes."
-        )
-    name, known = _written(value), settings.label_names
-    if known is None or name in known:
-        return name
-    is_place = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(known)
-    # Places among numbers would make one class of two: 0 and 1 of the classes 1, 2 and 3.
-    if is_place and not any(other.removeprefix("-").isdecimal() for other in known):
-        return known[int(value)]
-    raise DataError(
-        f"{row}: {settings.label_field} is {value!r}, which is none of `labels` ({', '.join(known)}). Add it there, or "
-        "leave the row out."
-    )
-
-
-def _written(label: bool | int | str) -> str:
-    """As YAML writes it."""
-    return str(label).lower() if isinstance(label, bool) else str(label)

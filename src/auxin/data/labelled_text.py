@@ -6,7 +6,6 @@ to it, so that every batch has one shape, and prices and books are exact; how mu
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -18,14 +17,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from auxin.data.collecting import Collected, ReadReport
+from auxin.data.collecting import Collected
 from auxin.data.dataset import DatasetKind, ProgressCallback, SampleForm, SplitName
 from auxin.data.labelled_source import LabelledTextSettings, labelled_documents, labelled_form
+from auxin.data.labels import classes_of, counted
 from auxin.data.packing import ContextWriter, DocumentSpool, token_dtype
 from auxin.data.padding import PaddingEncoder, padding_tokenizer
-from auxin.data.preparing import Manifest, PreparedText, Steps, open_array, prepare_folder
+from auxin.data.prepared_text import PreparedText, TextManifest, TextReport, with_tokenizer
+from auxin.data.preparing import Manifest, Steps, open_array, prepare_folder, write_array
 from auxin.data.tokenizer import tokenizer_digest
-from auxin.errors import DataError
 from auxin.settings import Settings
 
 FORMAT = 1
@@ -53,7 +53,7 @@ class LabelledSplitReport(Settings):
     """Digest of the labels and lengths."""
 
 
-class LabelledReport(ReadReport):
+class LabelledReport(TextReport):
     """What became of every row of the source, and what the splits hold."""
 
     labels: tuple[str, ...]
@@ -62,7 +62,7 @@ class LabelledReport(ReadReport):
     validation: LabelledSplitReport
 
 
-class _Manifest(Manifest):
+class _Manifest(TextManifest):
     """What labelled_text.json holds."""
 
     settings: LabelledTextSettings
@@ -156,13 +156,9 @@ class LabelledData(PreparedText[_Manifest]):
             "left out": report.describe_left_out(),
             "vocabulary": f"{self.vocab_size:,}",
             "context length": f"{self.context_length:,}; {cut:,} texts cut to it, {1 - filled:.0%} of it padding",
-            "training examples": self._counted(report.train),
-            "validation examples": self._counted(report.validation),
+            "training examples": counted(report.train.examples, report.labels, report.train.labels),
+            "validation examples": counted(report.validation.examples, report.labels, report.validation.labels),
         }
-
-    def _counted(self, split: LabelledSplitReport) -> str:
-        counts = ", ".join(f"{label} {n:,}" for label, n in zip(self.report.labels, split.labels, strict=True))
-        return f"{split.examples:,} ({counts})"
 
 
 def prepare(
@@ -177,7 +173,7 @@ def prepare(
         DataError: the source can't be used, a label is unknown, a class has no training example, a split would be
             empty, or the folder holds something else.
     """
-    steps = Steps(LabelledData, labelled_documents, padding_tokenizer, _spooled_texts, _build)
+    steps = Steps(LabelledData, labelled_documents, with_tokenizer(padding_tokenizer, _spooled_texts, _build))
     return prepare_folder(steps, settings, directory, progress)
 
 
@@ -195,12 +191,15 @@ def _build(
 ) -> dict[str, Any]:
     spools = {"train": collected.train, "validation": collected.validation}
     counts = {name: Counter(json.loads(text)[0] for text in spool.texts()) for name, spool in spools.items()}
-    labels = settings.label_names or _sorted_labels(counts["train"] | counts["validation"])
-    _check_classes(labels, counts, settings)
+    labels = classes_of(settings, counts, "texts", ", or set `label_field` to another field")
     encoder = PaddingEncoder(tokenizer, settings.context_length, is_pair=settings.text_pair_field is not None)
     splits = {name: _write_split(name, spool, encoder, labels, directory, advance) for name, spool in spools.items()}
     report = LabelledReport(
-        **collected.report(encoder.vocab_size), labels=labels, train=splits["train"], validation=splits["validation"]
+        **collected.report(),
+        vocab_size=encoder.vocab_size,
+        labels=labels,
+        train=splits["train"],
+        validation=splits["validation"],
     )
     content = {
         "format": FORMAT,
@@ -214,29 +213,6 @@ def _build(
     }
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return {"fingerprint": fingerprint, "report": report}
-
-
-def _sorted_labels(found: Counter[str]) -> tuple[str, ...]:
-    """Whole numbers by size, all else by the alphabet."""
-    try:
-        return tuple(sorted(found, key=int))
-    except ValueError:
-        return tuple(sorted(found))
-
-
-def _check_classes(labels: tuple[str, ...], counts: dict[str, Counter[str]], settings: LabelledTextSettings) -> None:
-    """Refuse what can't be learnt: one class only, or one without a training example; DataError."""
-    if len(labels) == 1:
-        raise DataError(
-            f"All texts have the {settings.label_field} {labels[0]!r}: there is nothing to tell apart. Give texts of "
-            "two classes or more, or set `label_field` to another field."
-        )
-    if missing := [label for label in labels if not counts["train"][label]]:
-        held_out = counts["validation"][missing[0]]
-        raise DataError(
-            f"The class {missing[0]!r} has no training example ({held_out} held out), so that it can't be learnt. Give "
-            "more of them, a smaller validation_fraction or another seed, or leave the class out."
-        )
 
 
 def _write_split(
@@ -259,10 +235,7 @@ def _write_split(
         advance(name, len(facts), len(spool))
     _, digest = writer.finish()
     array = np.array(facts, dtype=np.int32)
-    with (directory / f"{name}-labels.npy").open("wb") as file:
-        np.save(file, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
+    write_array(directory / f"{name}-labels.npy", array)
     return LabelledSplitReport(
         examples=len(array),
         labels=tuple(np.bincount(array[:, LABEL], minlength=len(labels)).tolist()),

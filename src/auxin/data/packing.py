@@ -63,17 +63,21 @@ class DocumentSpool:
         return len(self._entries)
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """UTF-8 bytes of all documents."""
         return self._end
 
-    def texts(self) -> Iterator[str]:
+    def contents(self) -> Iterator[bytes]:
         """Yield the documents in order."""
         if not self._entries:
             return
         with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             for _, start, length in self._entries:
-                yield content[start : start + length].decode("utf-8")
+                yield content[start : start + length]
+
+    def texts(self) -> Iterator[str]:
+        """Yield the documents in order, each as text."""
+        return (content.decode("utf-8") for content in self.contents())
 
     def digest(self) -> str:
         """Hex SHA-256 of the documents' keys in order."""
@@ -95,7 +99,7 @@ class ContextWriter:
         self.contexts = 0
         self._write_header()
 
-    def write(self, ids: Sequence[int]) -> None:
+    def write(self, ids: Sequence[int] | np.ndarray) -> None:
         """Append tokens; whole contexts go to the file, the rest waits."""
         waiting = np.concatenate([self._tail, np.asarray(ids, self._dtype)])
         whole = len(waiting) - len(waiting) % self._context_length
@@ -163,10 +167,10 @@ def pack(
         )
     return SplitReport(
         documents=len(spool),
-        bytes=spool.bytes,
+        bytes=spool.size,
         contexts=writer.contexts,
         tokens=writer.contexts * context_length,
-        packed_bytes=spool.bytes - sum(_dropped_bytes(backend, *entry, total - dropped) for entry in recent),
+        packed_bytes=spool.size - sum(_dropped_bytes(backend, *entry, total - dropped) for entry in recent),
         dropped_tokens=dropped,
         sha256=digest,
     )

@@ -1,4 +1,4 @@
-"""What kinds of text share: a folder of them is prepared once, appears whole, and is opened again after that."""
+"""What kinds of data share: a folder of them is prepared once, appears whole, and is opened again after that."""
 
 import contextlib
 import hashlib
@@ -15,22 +15,16 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress, TaskID
-from transformers import PreTrainedTokenizerFast
 
 from auxin.data.collecting import Collected, ReadReport, collect
-from auxin.data.dataset import ProgressCallback, save_processor
-from auxin.data.packing import DocumentSpool
-from auxin.data.settings import TextSettings
+from auxin.data.dataset import ProgressCallback
+from auxin.data.settings import SourceSettings
 from auxin.data.sources import Document, source_signature
-from auxin.data.tokenizer import read_tokenizer, tokenizer_digest, train_tokenizer
 from auxin.errors import ConfigError, DataError, reason
 from auxin.files import existing_folder, flush, write_text
 from auxin.locks import in_turn
 from auxin.settings import Settings
 from auxin.sums import damage, has_sums, write_sums
-
-TOKENIZER = "tokenizer"
-"""The folder of the tokenizer in that of the data."""
 
 
 class Manifest(Settings):
@@ -40,17 +34,15 @@ class Manifest(Settings):
     fingerprint: str
     source_signature: str | None
     documents_digest: str
-    tokenizer_digest: str
-    loaded_tokenizer_digest: str | None
-    settings: TextSettings
+    settings: SourceSettings
     report: ReadReport
 
 
 ManifestT = TypeVar("ManifestT", bound=Manifest)
 
 
-class PreparedText(Generic[ManifestT]):
-    """A prepared folder: memory-mapped arrays, their tokenizer, and what they were made of."""
+class Prepared(Generic[ManifestT]):
+    """A prepared folder: memory-mapped arrays, what goes with a model that learns them, and what they were made of."""
 
     noun: ClassVar[str]
     """What messages call it."""
@@ -94,33 +86,18 @@ class PreparedText(Generic[ManifestT]):
             raise DataError(f"{path} is damaged: {reason(error)}. Delete the folder.") from error
         if manifest.format != cls.version:
             raise DataError(f"{path} has format {manifest.format}, this version reads {cls.version}. Prepare it again.")
-        data = cls(directory, manifest)
-        if not (directory / TOKENIZER / "tokenizer.json").is_file():
-            raise DataError(f"{directory / TOKENIZER} is missing its tokenizer. Delete {directory} and prepare again.")
-        return data
+        return cls(directory, manifest)
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of the documents, tokenizer, split, order and samples. Where the files lie does not matter."""
+        """Hex SHA-256 of the documents, split, order and samples, and of what made them so. Where the files lie does
+        not matter."""
         return self.manifest.fingerprint
 
     @property
-    def context_length(self) -> int:
-        """Tokens per row."""
-        return self.manifest.settings.context_length
-
-    @property
-    def vocab_size(self) -> int:
-        """Entries of the tokenizer; every token id is below it."""
-        return self.manifest.report.vocab_size
-
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Load the tokenizer."""
-        return read_tokenizer(self.directory / TOKENIZER)
-
-    def processor(self) -> PreTrainedTokenizerFast:
-        """The tokenizer."""
-        return self.tokenizer()
+    def named_digest(self) -> str | None:
+        """Digest of the tokenizer or processor that the settings named, as it was then; None: they named none."""
+        raise NotImplementedError
 
     def verify(self) -> None:
         """Read everything and compare it with the recorded digests.
@@ -134,34 +111,43 @@ class PreparedText(Generic[ManifestT]):
                 digest.update(array[start : start + 4096].tobytes())
             if digest.hexdigest() != expected:
                 raise DataError(f"{self.directory / name} is damaged. Delete {self.directory} and prepare again.")
-        if tokenizer_digest(self.tokenizer()) != self.manifest.tokenizer_digest:
-            raise DataError(f"{self.directory / TOKENIZER} has changed. Delete {self.directory} and prepare again.")
 
 
-SettingsT = TypeVar("SettingsT", bound=TextSettings)
-PreparedT = TypeVar("PreparedT", bound=PreparedText[Any])
+SettingsT = TypeVar("SettingsT", bound=SourceSettings)
+PreparedT = TypeVar("PreparedT", bound=Prepared[Any])
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A preparation for which everything that its settings name beside the source was loaded."""
+
+    build: Callable[[Collected, Path, ProgressCallback], dict[str, Any]]
+    """Writes the arrays and what goes with them into the folder; returns the manifest's `fingerprint`, `report` and
+    what else it has."""
+    named: str | None = None
+    """The tokenizer or processor that the settings name, in words; None: they name none."""
+    named_digest: str | None = None
+    """Its digest."""
 
 
 @dataclass(frozen=True)
 class Steps(Generic[SettingsT, PreparedT]):
-    """What is its own in how one kind of text is prepared."""
+    """What is its own in how one kind of data is prepared."""
 
     data: type[PreparedT]
     """Opens the folder."""
     documents: Callable[[SettingsT], Iterable[Document]]
     """Reads the source."""
-    load_tokenizer: Callable[[Path], PreTrainedTokenizerFast]
-    """Loads a tokenizer that is named."""
-    texts: Callable[[DocumentSpool], Iterable[str]]
-    """What of the training split a tokenizer is trained on."""
-    build: Callable[[SettingsT, Collected, PreTrainedTokenizerFast, Path, ProgressCallback], dict[str, Any]]
-    """Writes the arrays into the folder; returns the manifest's `fingerprint`, `report` and what else it has."""
+    begin: Callable[[SettingsT], Begun]
+    """Loads what the settings name, before the source is read."""
+    document: str = "document"
+    """What messages call one."""
 
 
 def prepare_folder(
     steps: Steps[SettingsT, PreparedT], settings: SettingsT, directory: str | Path, progress: ProgressCallback | bool
 ) -> PreparedT:
-    """Prepare texts in `directory`, or open what is there.
+    """Prepare data in `directory`, or open what is there.
 
     A finished folder of the same settings is opened again, after its files were checked against their sums and the
     source by name, size and time (then by content). The folder appears complete or not at all; a second process waits.
@@ -205,23 +191,14 @@ def prepare_folder(
 def _fill(steps: Steps[SettingsT, PreparedT], settings: SettingsT, directory: Path, advance: ProgressCallback) -> None:
     # Read before the documents: a file that changes meanwhile is then noticed at the next use.
     signature = source_signature(settings)
-    loaded = steps.load_tokenizer(settings.tokenizer) if settings.tokenizer else None
-    collected = collect(settings, steps.documents(settings), directory, advance)
-    made = loaded
-    if made is None:
-        texts = _announced(steps.texts(collected.train), len(collected.train), advance)
-        made = train_tokenizer(texts, settings.vocab_size, settings.context_length)
-    save_processor(made, directory / TOKENIZER)
-    # What is read back later encodes the documents: saving may normalize a loaded tokenizer.
-    tokenizer = read_tokenizer(directory / TOKENIZER)
-    own = steps.build(settings, collected, tokenizer, directory, advance)
+    begun = steps.begin(settings)
+    collected = collect(settings, steps.documents(settings), directory, advance, steps.document)
+    own = begun.build(collected, directory, advance)
     collected.unlink()
     manifest = steps.data.manifest_class(
         format=steps.data.version,
         source_signature=signature,
         documents_digest=collected.digest(),
-        tokenizer_digest=tokenizer_digest(tokenizer),
-        loaded_tokenizer_digest=tokenizer_digest(loaded) if loaded else None,
         settings=settings,
         **own,
     )
@@ -248,7 +225,7 @@ def _reuse(steps: Steps[SettingsT, PreparedT], settings: SettingsT, directory: P
         )
     try:
         signature = source_signature(settings)
-        tokenizer = tokenizer_digest(steps.load_tokenizer(settings.tokenizer)) if settings.tokenizer else None
+        begun = steps.begin(settings)
         changed = signature != manifest.source_signature and _digest(steps, settings) != manifest.documents_digest
     except DataError as error:
         warnings.warn(f"{directory} is used as prepared; its source can't be compared any more: {error}", stacklevel=4)
@@ -258,8 +235,10 @@ def _reuse(steps: Steps[SettingsT, PreparedT], settings: SettingsT, directory: P
             f"The source has changed since {directory} was prepared from it. Delete the folder to prepare it again, "
             "or give another one."
         )
-    if tokenizer != manifest.loaded_tokenizer_digest:
-        raise DataError(f"The tokenizer {settings.tokenizer} is not the one that {directory} was prepared with.")
+    if begun.named_digest != data.named_digest:
+        raise DataError(
+            f"{begun.named} is not the one that {directory} was prepared with. Give that one, or another folder."
+        )
     return data
 
 
@@ -288,10 +267,12 @@ def open_array(path: Path, shape: tuple[int, ...], types: Collection[Any]) -> np
     return array
 
 
-def _announced(texts: Iterable[str], total: int, advance: ProgressCallback) -> Iterator[str]:
-    for done, text in enumerate(texts):
-        advance("tokenizer", done, total)
-        yield text
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write an array that `open_array` maps, and see to it that it is on the disk."""
+    with path.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -28,8 +28,6 @@ class SourceSettings(DatasetSettings):
     split: str = "train"
     """For `huggingface`: the split (or slice, such as `train[:1%]`) whose documents are read. Validation documents
     are always taken from it by content hash."""
-    text_field: str = "text"
-    """The field that holds a document's text, in files of rows and Hugging Face datasets."""
     validation_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Expected share of the documents in the validation split. A document's side depends on its content and `seed`
     alone, so it never changes when other documents are added."""
@@ -38,7 +36,7 @@ class SourceSettings(DatasetSettings):
     max_documents: int | None = Field(default=None, ge=1)
     """Stop after this many distinct documents, in the source's order; None reads all."""
     max_bytes: int | None = Field(default=None, ge=1)
-    """Stop before the distinct documents exceed this many UTF-8 bytes; None reads all."""
+    """Stop before the distinct documents exceed this many bytes, of UTF-8 or of pixels; None reads all."""
 
     @field_validator("paths", mode="before")
     @classmethod
@@ -84,6 +82,8 @@ _BELONGS = {"paths": "files", "name": "huggingface"}
 class TextSettings(SourceSettings):
     """Texts, and what turns them into samples of equally many tokens."""
 
+    text_field: str = "text"
+    """The field that holds a document's text, in files of rows and Hugging Face datasets."""
     tokenizer: Path | None = None
     """A tokenizer to load (a folder or a `tokenizer.json`); None trains a byte-level BPE on the training split."""
     vocab_size: int = Field(default=4096, ge=257)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from auxin.data.row_files import Fields, Row, packed, read_file, require_fields, row_format
-from auxin.data.settings import SourceSettings
+from auxin.data.settings import SourceSettings, TextSettings
 from auxin.errors import DataError
 
 # Folders of the standard library that hold no source of its own, or its tests.
@@ -29,7 +29,7 @@ class Document(NamedTuple):
     """What makes it another document than others, where that is not all of `data`."""
 
 
-def read_documents(settings: SourceSettings) -> Iterator[Document]:
+def read_documents(settings: TextSettings) -> Iterator[Document]:
     """Yield every document of the source, in a fixed order, one at a time.
 
     A file whose ending need not mean rows (JSON, CSV) is read as rows where the first one has the text field. Else it

@@ -56,7 +56,7 @@ def resolve(edits: Sequence[Any], model: PreTrainedModel) -> ResolvedPlan:
         PlanError: a path that does not exist, a shape that does not fit, edits that collide, or a config that asks for
             other shapes than the edits give; the message names the edit.
     """
-    refuse_quantized(model.config)
+    refuse_quantized(model)
     before = skeleton_of(model)
     _check_unchanged(model, before)
     tracker = Tracker(before)

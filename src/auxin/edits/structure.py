@@ -135,10 +135,14 @@ def written(edits: list[Any]) -> list[dict[str, Any]]:
     return cast(list[dict[str, Any]], _EDITS.dump_python(edits, mode="json", exclude_defaults=True))
 
 
-def refuse_quantized(config: PreTrainedConfig) -> None:
-    """PlanError when the weights of a model of `config` are packed by a quantizer."""
-    method = _stored(config).get("quant_method")
-    if method not in (None, REPLAY_METHOD):
+def refuse_quantized(model: PreTrainedModel) -> None:
+    """PlanError when the weights of `model` are packed by a quantizer."""
+    method = _stored(model.config).get("quant_method")
+    if method in (None, REPLAY_METHOD):
+        # PyTorch's own leaves nothing in the config.
+        packed = (type(module) for module in model.modules() if ".quantized." in f"{type(module).__module__}.")
+        method = next((f"{found.__module__}.{found.__name__}" for found in packed), None)
+    if method is not None:
         raise PlanError(
             f"The model is quantized ({method}); its packed weights can't be edited. Dequantize it first, save it, and "
             "remove quantization_config from its config."

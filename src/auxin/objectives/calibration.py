@@ -104,7 +104,8 @@ class Calibration:
         return self.settings.samples
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
-        """One pass: the model's inputs by name and `labels`, on the CPU; the same batches at every call."""
+        """One pass: the model's inputs by name and `labels`, or where answers begin and end, on the CPU; the same
+        batches at every call."""
         for batch in self.read():
             if self.watch is not None:
                 self.watch(*self.size(batch))
@@ -117,7 +118,7 @@ class Calibration:
 
     def size(self, batch: Mapping[str, Tensor]) -> tuple[int, int]:
         """Samples and units in a batch."""
-        samples = len(batch["labels"])
+        samples = len(next(iter(batch.values())))
         if self.units_per_sample is not None:
             return samples, samples * self.units_per_sample
         return samples, batch["input_ids"].numel() if "input_ids" in batch else 0
@@ -214,14 +215,15 @@ class Calibration:
         Args:
             model: the model that they are for; its weights are not looked at.
             batches: token ids (batch, length), or mappings of the model's inputs, with `labels` unless the model is a
-                causal language model, whose labels are its inputs.
+                causal language model, whose labels are its inputs, or finds answers in texts: those have
+                `start_positions` and `end_positions`, (batch,).
             objective: what the labels ask for, where that is known.
 
         Raises:
             DataError: there is no batch, or one can't be read by the model; see `given_batches`.
         """
         kept = given_batches(model, batches)
-        sizes = [len(batch["labels"]) for batch in kept]
+        sizes = [len(next(iter(batch.values()))) for batch in kept]
         settings = CalibrationSettings(samples=sum(sizes), batch_size=max(sizes))
         digest = hashlib.sha256()
         for batch in kept:

@@ -53,7 +53,7 @@ class Classification(ObjectiveSettings):
         if LABELS not in form.tensors:
             raise ConfigError(
                 f"objective: 'classification' needs a class for each sample, and a sample of this data holds "
-                f"{', '.join(form.tensors)} alone. Set data.kind: labelled_text with data.label_field, or "
+                f"{', '.join(form.tensors)} alone. Set data.kind: labelled_text (or labelled_images), or "
                 "training.objective: causal (or masked_language, span_corruption)."
             )
 
@@ -74,6 +74,7 @@ class Classification(ObjectiveSettings):
             )
         _check_labels(config, form)
         _check_padding(config, form)
+        _check_images(config, form)
         arguments = tuple(inspect.signature(classes[0].forward).parameters)
         unknown = [name for name in form.tensors if name not in arguments and name != SEGMENTS]
         if unknown:
@@ -175,6 +176,32 @@ def _check_padding(config: PreTrainedConfig, form: SampleForm) -> None:
             f"pad_token_id: the model's config has {own}, and the data is padded with {padding}, which the model would "
             f"take for text. Set pad_token_id: {padding} in the model's config, or use its own tokenizer."
         )
+
+
+def _check_images(config: PreTrainedConfig, form: SampleForm) -> None:
+    """Refuse a model of other images than the data's, and patches that would leave a border out; ConfigError."""
+    part = getattr(config, "vision_config", config)
+    for name in ("image_size", "num_channels"):
+        own, given = getattr(part, name, None), form.config_values.get(name)
+        if own is not None and given is not None and _sides(own) != _sides(given):
+            raise ConfigError(
+                f"{name}: the model's is {own}, and the data's {given}. Set data.{name}: {own}, or give a new model."
+            )
+    size, patch = form.config_values.get("image_size"), getattr(part, "patch_size", None)
+    if size is None or patch is None:
+        return
+    for side, step in zip(_sides(size), _sides(patch), strict=True):
+        if side % step:
+            whole = " or ".join(f"{count * step}" for count in (side // step, side // step + 1) if count)
+            raise ConfigError(
+                f"patch_size: images of {side} pixels are not cut evenly into patches of {step}, and the model would "
+                f"not see the rest. Set data.image_size: {whole}, or a patch_size that divides {side}."
+            )
+
+
+def _sides(size: Any) -> tuple[int, ...]:
+    """Height and width."""
+    return tuple(size) if isinstance(size, list | tuple) else (size, size)
 
 
 OBJECTIVE = Classification

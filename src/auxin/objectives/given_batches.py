@@ -12,6 +12,7 @@ from auxin.accounting.inputs import (
     DECODER_IDS,
     IDS,
     PIXELS,
+    call_arguments,
     placeholder_tokens,
     takes_pairs,
     text_config,
@@ -22,6 +23,8 @@ from auxin.models.loading import is_ctc
 from auxin.objectives.objective import IGNORED, is_encoder_decoder
 
 Batch = Tensor | Mapping[str, Tensor]
+ANSWER = ("start_positions", "end_positions")
+"""What models that find answers in texts call the numbers of an answer's first and last token."""
 NUMBERS = (PIXELS, "input_features", "input_values")
 """Inputs that are numbers: images, spectrograms and waveforms."""
 
@@ -71,6 +74,8 @@ def _checked(model: PreTrainedModel, batch: Any, place: str) -> dict[str, Tensor
             )
     if "labels" in inputs:
         _check_labels(model, inputs, place)
+    elif finds_answers(model):
+        _check_answers(model, inputs, place)
     else:
         inputs["labels"] = _own_labels(model, inputs)
     return {name: tensor.detach().cpu() for name, tensor in inputs.items()}
@@ -84,6 +89,37 @@ def _own_labels(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
             "Give mappings with labels."
         )
     return inputs[IDS].long()
+
+
+def finds_answers(model: PreTrainedModel) -> bool:
+    """Whether `model` tells at which tokens of a text an answer begins and ends."""
+    return set(ANSWER) <= set(call_arguments(model))
+
+
+def _check_answers(model: PreTrainedModel, inputs: Mapping[str, Tensor], place: str) -> None:
+    """Refuse batches without a first and a last token of an answer for each sample, in this order."""
+    name = type(model).__name__
+    if missing := [which for which in ANSWER if which not in inputs]:
+        raise DataError(
+            f"{place} holds {', '.join(inputs)} and no {missing[0]}, without which a {name} has no loss. Give mappings "
+            f"with {ANSWER[0]} and {ANSWER[1]}, the numbers of the first and the last token of each answer."
+        )
+    start, end = (inputs[which] for which in ANSWER)
+    tokens = inputs[IDS].shape[-1] if IDS in inputs else None
+    for which, positions in zip(ANSWER, (start, end), strict=True):
+        if positions.dtype != torch.int64 or positions.shape != (len(positions),):
+            raise DataError(
+                f"{place}: {which} is of type {positions.dtype} and shape {list(positions.shape)}, and a {name} takes "
+                "torch.long and one number for each sample. Give such numbers."
+            )
+        odd = positions[(positions < 0) | (positions >= (tokens or positions.max() + 1))]
+        if odd.numel():
+            raise DataError(
+                f"{place}: {which} holds {int(odd[0])}, and the tokens of a sample are 0 to {(tokens or 0) - 1}. Give "
+                "the number of a token; where a text has no answer, that of its first one, as the model learnt it."
+            )
+    if bool((end < start).any()):
+        raise DataError(f"{place}: {ANSWER[1]} holds a token before {ANSWER[0]}. Give the last token of each answer.")
 
 
 def _check_samples(inputs: Mapping[str, Tensor], place: str) -> None:

@@ -1,6 +1,6 @@
 """How large a model is expected to be when each of its units stays with some probability."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -22,12 +22,13 @@ class _Term:
     """The parameters that grow with the same units."""
 
     axes: tuple[tuple[tuple[float, Place | None], ...], ...]
-    """Of each axis along which units can go, what part of it runs along which units; None: along units that stay."""
+    """Of each axis along which units can go, what part of it runs along which units; None: along units that stay. A
+    sublayer is one more axis, of a single entry."""
 
 
 class ExpectedSize:
     """The size of a model as a function of how probably its units stay: the sum over parameters of their entries times
-    the shares that stay along their axes.
+    the shares that stay along their axes, times the probability that the sublayer stays with which they go.
 
     Args:
         model: the model, on any device; weights are not looked at.
@@ -35,19 +36,29 @@ class ExpectedSize:
         counts: how many units each place has; of heads the key-value groups under "key_value", and the query heads
             under "query" where these go alone.
         multiplied: whether only that is counted which is multiplied with every token.
+        sublayers: the names of the parameters that go with each sublayer that can go, by its path; its place is
+            ("sublayer", path).
     """
 
     def __init__(
-        self, model: PreTrainedModel, body: Anatomy, counts: Mapping[Place, int], multiplied: bool = False
+        self,
+        model: PreTrainedModel,
+        body: Anatomy,
+        counts: Mapping[Place, int],
+        multiplied: bool = False,
+        sublayers: Mapping[str, Collection[str]] | None = None,
     ) -> None:
-        self._counts, self._terms = counts, dict[_Term, int]()
+        of_sublayers: dict[Place, Collection[str]] = {("sublayer", path): n for path, n in (sublayers or {}).items()}
+        self._counts, self._terms = {**counts, **dict.fromkeys(of_sublayers, 1)}, dict[_Term, int]()
         head = None if body.head is None else f"{body.head}.weight"
         # A head that is tied to an embedding is multiplied as any other.
         tied = None if head is None else dict(model.named_parameters(remove_duplicate=False)).get(head)
         for name, parameter in model.named_parameters():
             role = body.role(name)
             if not multiplied or role.kind in MULTIPLIED or parameter is tied:
-                term = _Term(tuple(self._axis(name, segments) for segments in role.axes if self._goes(name, segments)))
+                axes = tuple(self._axis(name, segments) for segments in role.axes if self._goes(name, segments))
+                whole = tuple(((1.0, place),) for place, names in of_sublayers.items() if name in names)
+                term = _Term((*axes, *whole))
                 self._terms[term] = self._terms.get(term, 0) + parameter.numel()
         self.whole = sum(self._terms.values())
         """Of the model as it is."""

@@ -2,12 +2,13 @@
 writes to the residual stream.
 
 The factors lie where `auxin.analysis.units` has the places of units: in front of the matrix that reads heads or
-feed-forward units; and, of the residual, in what enters the first layer, in the output of every part, and in that of
-norms behind sums. All of the stream's places have the same factors, and what reads the stream finds them there. A head
-that is tied to the embedding reads them twice, so that the gain of the norm in front of it is divided by them.
+feed-forward units; of a whole sublayer, in what it adds; and, of the residual, in what enters the first layer, in the
+output of every part, and in that of norms behind sums. All of the stream's places have the same factors, and what reads
+the stream finds them there. A head that is tied to the embedding reads them twice, so that the gain of the norm in
+front of it is divided by them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from auxin.edits.kinds.edit import Edit
 from auxin.edits.kinds.file_edits import MultiplyParameter
 from auxin.edits.plan_files import PlanFile
 from auxin.errors import PlanError
+from auxin.models.sublayers import Sublayer
 from auxin.planning.unit_order import Place
 from auxin.words.anatomy import Anatomy, LayerStack
 from auxin.words.paths import dotted, encloses
@@ -75,23 +77,28 @@ class Folding:
         """
         if not self.factors:
             return [], []
-        tensors: dict[str, Tensor] = {}
+        # What a sublayer adds to the stream has its factor and the stream's: one axis is multiplied once.
+        at: dict[tuple[str, int, bool], list[_Fold]] = {}
         for fold in self.folds:
-            if fold.tensor not in tensors:
-                tensors[fold.tensor] = self._entries(fold, keep)
+            at.setdefault((fold.parameter, fold.axis, fold.divide), []).append(fold)
+        tensors: dict[str, Tensor] = {}
+        names = {key: " ".join(fold.tensor for fold in folds) for key, folds in at.items()}
+        for key, folds in at.items():
+            if names[key] not in tensors:
+                tensors[names[key]] = torch.stack([self._entries(fold, keep) for fold in folds]).prod(0)
         file = PlanFile.write(self.folder, "gates.safetensors", save(tensors))
         return [
             MultiplyParameter(
-                parameter=fold.parameter,
-                axis=fold.axis,
+                parameter=parameter,
+                axis=axis,
                 file=file.name,
-                tensor=fold.tensor,
-                shape=(len(tensors[fold.tensor]),),
-                offset=fold.offset,
-                divide=fold.divide,
+                tensor=names[parameter, axis, divide],
+                shape=(len(tensors[names[parameter, axis, divide]]),),
+                offset=folds[0].offset,
+                divide=divide,
                 made_up_for=False,
             )
-            for fold in self.folds
+            for (parameter, axis, divide), folds in at.items()
         ], [file]
 
     def _entries(self, fold: _Fold, keep: Mapping[Place, Sequence[int]]) -> Tensor:
@@ -103,7 +110,9 @@ class Folding:
         return factors.repeat_interleave(fold.entries)
 
 
-def folding(model: PreTrainedModel, body: Anatomy, counts: Mapping[Place, int]) -> Folding:
+def folding(
+    model: PreTrainedModel, body: Anatomy, counts: Mapping[Place, int], whole: Iterable[Sublayer] = ()
+) -> Folding:
     """Where the weights of `model` take up factors of units; none are, until they are filled in.
 
     Args:
@@ -111,14 +120,19 @@ def folding(model: PreTrainedModel, body: Anatomy, counts: Mapping[Place, int]) 
         body: its anatomy.
         counts: how many factors each place has: heads ("query", one for each key-value group or each head) and
             feed-forward units by layer, and the residual, ("residual", "").
+        whole: sublayers that have one factor each, at ("sublayer", path).
 
     Raises:
-        PlanError: the residual is among them, and what writes to the stream, or reads the embedding beside it, is not
-            known to take up factors without a change of anything else.
+        PlanError: the residual or a sublayer is among them, and what writes to the stream, or reads the embedding
+            beside it, is not known to take up factors without a change of anything else.
     """
     folds = [
         fold for place, count in counts.items() if place[0] != "residual" for fold in _read(model, body, place, count)
     ]
+    for sublayer in whole:
+        added = _by_module(model, body, sublayer.output, "sublayers")
+        # One factor for all of what it adds.
+        folds += [replace(f, place=("sublayer", sublayer.path), entries=f.entries * body.sizes.residual) for f in added]
     if ("residual", "") in counts:
         folds += dict.fromkeys(fold for stack in body.stacks for fold in _written(model, body, stack))
         folds += _taken_back(model, body, folds)
@@ -152,7 +166,7 @@ def _written(model: PreTrainedModel, body: Anatomy, stack: LayerStack) -> Iterat
         yield from _by_module(model, body, dotted(stack.path, "*", part))
 
 
-def _by_module(model: PreTrainedModel, body: Anatomy, path: str) -> Iterator[_Fold]:
+def _by_module(model: PreTrainedModel, body: Anatomy, path: str, asked: str = "hidden") -> Iterator[_Fold]:
     """What in the modules at `path`, whose results go into the residual stream, takes up factors of these results: the
     norm that ends them, or else all that writes to the stream.
 
@@ -160,6 +174,7 @@ def _by_module(model: PreTrainedModel, body: Anatomy, path: str) -> Iterator[_Fo
         model: the model.
         body: its anatomy.
         path: of the modules, `*` for one part. There may be none.
+        asked: the setting that wants factors there, for messages.
     """
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     within = [name for name, _ in model.named_modules() if encloses(path, name)]
@@ -176,8 +191,8 @@ def _by_module(model: PreTrainedModel, body: Anatomy, path: str) -> Iterator[_Fo
         or (within and not written)
     ):
         raise PlanError(
-            f"hidden: {path} writes to the residual stream, and factors of what it writes are not known to fit into "
-            f"its parameters. {MEND}"
+            f"{asked}: {path} writes to the residual stream, and factors of what it writes are not known to fit into "
+            f"its parameters. {MEND.replace('hidden', asked)}"
         )
     for name in dict.fromkeys(first[id(model.get_parameter(name))] for name in written):
         yield from _along_residual(body, name)

@@ -93,7 +93,7 @@ def make_plan(method: Method, bench: Bench, settings: Any) -> Plan:
         PlanError: the model is quantized, or the method looks at weights and those were made within
             torch.inference_mode(), or the method can't do it.
     """
-    refuse_quantized(bench.model.config)
+    refuse_quantized(bench.model)
     if method.needs_weights and (reason := about_inference_tensors(bench.model)):
         raise PlanError(reason)
     with (

@@ -19,7 +19,7 @@ so that no unit more could stay. Where the scores of streams are of one kind, a 
 least of them is lost (`auxin.planning.shared_limit`), or by one ranking of all of them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from auxin.planning.compensation import Compensation
 from auxin.planning.cutting import narrowest_scopes
 from auxin.planning.folding import Folding
 from auxin.planning.kept_paths import is_kept, refuse_impossible
+from auxin.planning.pruned_sublayers import pruned_sublayers
 from auxin.planning.pruning_settings import STREAMS, Part
 from auxin.planning.pruning_settings import Pruning as Pruning
 from auxin.planning.unit_order import Course, Line, Place, Scores, alike, line, ranked
@@ -79,6 +80,7 @@ class Prunable(Subject):
         given = given_back or Compensation(self.model)
         found = self._all_courses(scores, given)
         done = found.removal(method, split)
+        gone = self.whole.gone(found.kept) if self.whole is not None else []
         shifts, files = given.shifts(found.kept)
         folds, factors = folded.edits(found.kept) if folded else ([], [])
         first = self.preparation
@@ -93,11 +95,15 @@ class Prunable(Subject):
             files=files,
             notes=[
                 *found.notes,
-                *self._notes_on_emptied(found.kept),
+                *self._notes_on_emptied(found.kept, gone),
                 *self._notes_on_config(done.edits),
                 *given.notes,
             ],
-            findings=[*done.findings(self.settings.target), *findings],
+            findings=[
+                *done.findings(self.settings.target),
+                *([f"Gone as a whole: {', '.join(gone)}."] if gone else []),
+                *findings,
+            ],
             made_for=config_values(self.model.config),
         ).beside(folder if files else None)
 
@@ -131,15 +137,23 @@ class Prunable(Subject):
         return {place: [0.0] * units for place, units in self.units.items()}
 
     def _all_courses(self, scores: Scores, given: Compensation) -> Courses:
-        courses = [course for place in self._streams() for course in self._courses(*place, scores)]
-        return Courses(self, courses, given.edits)
+        found, gone = [], list[str]()
+        amount, target = self.settings.parts_left, self.settings.target
+        if self.whole is not None and amount is not None:
+            # A share of units is one of what stays, so that which sublayers go is told first.
+            found = [self.whole.course(scores, amount)]
+            gone = [] if target is not None else self.whole.gone(found[0].keep(len(found[0].moves)))
+        courses = [course for place in self._streams() for course in self._courses(*place, scores, gone)]
+        return Courses(self, [*courses, *found], given.edits)
 
-    def _notes_on_emptied(self, kept: Mapping[Place, Sequence[int]]) -> Iterator[str]:
+    def _notes_on_emptied(self, kept: Mapping[Place, Sequence[int]], gone: Collection[str]) -> Iterator[str]:
         """Which layers one ranking has left hardly anything of."""
         if self.settings.uniform:
             return
         few = []
         for (stream, scope), units in kept.items():
+            if stream == "sublayer" or (self.whole is not None and self.whole.takes_along((stream, scope), gone)):
+                continue
             have = self.body.sizes.units(stream, scope)
             if scope and have is not None and len(units) < LEAST * have:
                 few.append(f"{scope} {len(units):,} of {have:,} ({SETTINGS[stream]})")
@@ -189,10 +203,15 @@ class Prunable(Subject):
         pairs = [(part, stream) for part in self.settings.chosen for stream in STREAMS[part]]
         return [(part, stream) for part, stream in pairs if any(found == stream for found, _ in self.units)]
 
-    def _courses(self, part: Part, stream: Stream, scores: Scores) -> Iterator[Course]:
-        """The courses of a stream: one, or where layers shall be alike one for each stack with a config value."""
+    def _courses(self, part: Part, stream: Stream, scores: Scores, gone: Collection[str]) -> Iterator[Course]:
+        """The courses of a stream: one, or where layers shall be alike one for each stack with a config value. Without
+        the units of sublayers that are gone, where layers may differ."""
         scopes = [scope for found, scope in self.units if found == stream]
         if not self.settings.uniform:
+            if self.whole is not None:
+                scopes = [scope for scope in scopes if not self.whole.takes_along((stream, scope), gone)]
+            if not scopes:
+                return
             yield ranked(part, stream, [self._line(stream, s, scores) for s in scopes], self.settings.normalised)
             return
         homes = [home for home in self.body.fields.names(stream) if home]
@@ -238,11 +257,15 @@ def prunable(model: PreTrainedModel, settings: Pruning) -> Prunable:
             units[stream, scope] = count
         if not places and not settings.optional:
             raise PlanError(f"{part}: the {body.family} model has no such units. Leave it out.")
-    refuse_impossible(settings.keep, [scope for _, scope in units], "a layer")
+    whole = pruned_sublayers(model, settings.keep) if settings.parts_left is not None else None
+    parts = [one.path for one in whole.chosen] if whole is not None and not units else []
+    refuse_impossible(settings.keep, [*(scope for _, scope in units), *parts], "a layer")
     _refuse_wider(settings, body, units, layers)
+    if whole is not None:
+        units |= whole.units
     if not units:
         raise PlanError(f"The {body.family} model has neither heads nor feed-forward units that could go.")
-    return Prunable(model, settings, body, units)
+    return Prunable(model, settings, body, units, whole=whole)
 
 
 def _refuse_wider(settings: Pruning, body: Anatomy, units: Iterable[Place], layers: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ STREAMS: dict[Part, tuple[Stream, ...]] = {
     "experts": ("expert",),
     "hidden": ("residual",),
 }
-ALONE: tuple[Part, ...] = ("ffn", "experts")
+ALONE = ("ffn", "experts", "sublayers")
 """What goes whatever the other widths are."""
 DEFAULT: tuple[Part, ...] = ("heads", "ffn")
 """What a target shrinks where nothing else is said."""
@@ -76,7 +76,7 @@ class Pruning(Settings):
         given = {name: amount for name in STREAMS if (amount := getattr(self, name)) is not None}
         if self.target is not None and given:
             raise ValueError(f"give target, or {' and '.join(given)}, not both.")
-        if self.target is None and not given:
+        if self.target is None and not given and self.parts_left is None:
             raise ValueError("give what stays (heads, ffn, experts, hidden), or a target.")
         if self.streams is not None and self.target is None:
             raise ValueError("streams says what a target takes from, and there is no target. Leave it out.")
@@ -92,6 +92,12 @@ class Pruning(Settings):
         if self.target is not None:
             return tuple(self.streams or DEFAULT)
         return tuple(name for name in STREAMS if getattr(self, name) is not None)
+
+    @property
+    def parts_left(self) -> int | float | None:
+        """How many attentions and feed-forward parts stay, or what share of them; with a target, how many at least.
+        None: all, which is so for methods that prune nothing but widths."""
+        return None
 
     @property
     def optional(self) -> bool:

@@ -7,7 +7,7 @@ left and that has no norm behind its sums is dropped, so that the config says it
 stand-ins that are put there again when the model is loaded.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -47,7 +47,7 @@ def without_sublayers(model: PreTrainedModel, gone: Iterable[str]) -> list[Edit]
     edits: list[Edit] = [ArrangeLayers(layers=path, order=list(order)) for path, order in dropped.items()]
     left = [known[path] for path in paths if not _is_dropped(known[path], dropped)]
     for module, leaves, returns in _emptied(model, left):
-        edits.append(RemoveModule(module=_moved(module, dropped), leaves=leaves, returns=returns))
+        edits.append(RemoveModule(module=moved(module, dropped) or "", leaves=leaves, returns=returns))
     return edits
 
 
@@ -113,6 +113,25 @@ def refusals(model: PreTrainedModel) -> dict[str, str]:
     return found
 
 
+def parameters_of_sublayers(model: PreTrainedModel, paths: Iterable[str]) -> dict[str, set[str]]:
+    """The names of the parameters that have no share in the result of `model` any more when one sublayer alone is gone:
+    its own, and those of a norm that it alone reads.
+
+    Args:
+        model: the model, on any device; weights are not looked at.
+        paths: of sublayers.
+    """
+    outputs = {sublayer.path: sublayer.output for sublayer in sublayers(model)}
+    found: dict[str, set[str]] = {}
+    with running_on_shapes(model) as (fake, inputs):
+        before = _used(fake, inputs)
+        for path in paths:
+            masked = fake.get_submodule(outputs[path]).register_forward_hook(add_nothing)
+            found[path] = before - _used(fake, inputs)
+            masked.remove()
+    return found
+
+
 def _dropped(model: PreTrainedModel, known: Collection[Sublayer], gone: Collection[str]) -> dict[str, list[int]]:
     """For each stack that loses whole layers, the old numbers of those that stay."""
     orders: dict[str, list[int]] = {}
@@ -139,11 +158,17 @@ def _is_dropped(sublayer: Sublayer, orders: dict[str, list[int]]) -> bool:
     return sublayer.number not in orders.get(sublayer.stack.path, [sublayer.number])
 
 
-def _moved(module: str, orders: dict[str, list[int]]) -> str:
+def moved(module: str, orders: Mapping[str, Sequence[int]]) -> str | None:
+    """Where a module of a layer is when layers are left out; None: it is in one of these.
+
+    Args:
+        module: its path before.
+        orders: by the path of a stack the old numbers of the layers that stay.
+    """
     for path, order in orders.items():
         if encloses(path, module):
             number, _, rest = module.removeprefix(f"{path}.").partition(".")
-            return f"{path}.{order.index(int(number))}.{rest}"
+            return f"{path}.{order.index(int(number))}.{rest}" if int(number) in order else None
     return module
 
 

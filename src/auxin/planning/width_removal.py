@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from auxin.edits.plan_files import PlanFile
 from auxin.errors import PlanError
 from auxin.planning.cutting import cut
+from auxin.planning.pruned_sublayers import NAME, PrunedSublayers
 from auxin.planning.pruning_settings import ALONE, Part, Pruning
 from auxin.planning.shared_limit import SharedLimit
 from auxin.planning.target import Gauge, Removal, first_that_meets, least_removal, removal
@@ -54,6 +55,8 @@ class Subject:
     query heads of a single key-value head."""
     preparation: Preparation | None = None
     """What comes before units are cut; None: nothing."""
+    whole: PrunedSublayers | None = None
+    """The sublayers that may go, too; None: none."""
 
     @cached_property
     def gauge(self) -> Gauge:
@@ -216,16 +219,35 @@ class Courses:
         return keep
 
     def _edits(self, states: Sequence[int]) -> list[Any]:
-        before = self.found.preparation
+        before, keep = self.found.preparation, self._keep(states)
         model = self.found.model if before is None else before.after
-        done = cut(model, self._keep(states), part=self.found.settings.part)
-        return [*(before.edits if before is not None else ()), *done.edits, *self.after]
+        gone, units = self._without_sublayers(states, keep)
+        done = () if gone and not units else cut(model, units, part=self.found.settings.part).edits
+        return [*(before.edits if before is not None else ()), *done, *self.after, *gone]
+
+    def _without_sublayers(
+        self, states: Sequence[int], keep: dict[Place, list[int]]
+    ) -> tuple[list[Any], dict[Place, list[int]]]:
+        """The edits that take whole sublayers out, and what is cut beside them: none of their own units; but where
+        layers keep as many, the config says of all of them how many."""
+        whole = self.found.whole
+        if whole is None:
+            return [], keep
+        gone, units = whole.gone(keep), dict[Place, list[int]]()
+        for course, state in zip(self.courses, states, strict=True):
+            found = course.keep(state) if state and course.stream != "sublayer" else {}
+            left = {place: kept for place, kept in found.items() if not whole.takes_along(place, gone)}
+            units |= found if left and self.found.settings.uniform else left
+        cuts = any(len(kept) < (self.found.body.sizes.units(*place) or 0) for place, kept in units.items())
+        return whole.edits(gone), units if cuts or not gone else {}
 
     def _asked(self) -> list[int]:
         """The states for the shares and counts of the settings."""
         amounts: dict[str, int | float] = {
             part: getattr(self.found.settings, part) for part in self.found.settings.chosen
         }
+        if (left := self.found.settings.parts_left) is not None:
+            amounts[NAME] = left
         asked = [self._state(course, amounts[course.name]) for course in self.courses]
         if not any(asked):
             mend = " Ask for less." if any(self._smaller(course) for course in self.courses) else ""
@@ -270,7 +292,7 @@ class Courses:
         routing = self.found.body.routing if course.name == "experts" else None
         if routing is not None and routing.groups > 1 and not smaller:
             following += f": {routing.groups} groups must keep at least {routing.scored_by} each"
-        return f"all of {course.left[0]} {SETTINGS[course.stream]} would stay{following}"
+        return f"all of {course.left[0]} {_called(course)} would stay{following}"
 
     def _smaller(self, course: Course) -> set[int]:
         """The smaller sizes of a course that the architecture takes."""
@@ -294,14 +316,14 @@ class Courses:
         """Why some number of units is none that can stay."""
         if size > course.left[0]:
             return (
-                f"{course.name} = {size}: the model has only {course.left[0]} {SETTINGS[course.stream]}. Give at most "
+                f"{course.name} = {size}: the model has only {course.left[0]} {_called(course)}. Give at most "
                 f"{course.left[0]}, or a share (0.5)."
             )
         near = sorted(sorted(set(sizes) - {course.left[0]}, key=lambda other: abs(other - size))[:2])
         divided = course.name not in ALONE and size in course.left
         mend = self._mend_of_heads(course, size) if divided and course.name == "heads" else ""
         return (
-            f"{course.name} = {size}: that many of {course.left[0]} {SETTINGS[course.stream]} can't stay"
+            f"{course.name} = {size}: that many of {course.left[0]} {_called(course)} can't stay"
             f"{' beside the other widths' * divided}{self._why_together(course, size)}. The nearest possible: "
             f"{' or '.join(map(str, near)) or 'none'}."
             f"{mend}"
@@ -436,3 +458,8 @@ class Courses:
         ranges = [range(0) if place is None else range(most[place], least[place] - 1, -1) for place in (heads, hidden)]
         pair = next(self._pairs(*ranges), None)
         return None if pair is None else [pair.get(place, state) for place, state in enumerate(most)]
+
+
+def _called(course: Course) -> str:
+    """What its units are called in settings."""
+    return SETTINGS.get(course.stream, course.name)

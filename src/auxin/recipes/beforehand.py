@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from auxin.accounting.machine import choose_device
+from auxin.data.pictures import read_processor
 from auxin.data.settings import SourceSettings
 from auxin.data.sources import source_files
 from auxin.data.tokenizer import read_tokenizer
@@ -30,8 +31,8 @@ def check_needs(recipe: Recipe, data_directory: Path) -> None:
 
 
 def check_sources(recipe: Recipe) -> None:
-    """DataError when a file that the data is made of, or its tokenizer, is not there. Nothing is fetched: what is
-    behind a name on the Hub is found out by the run."""
+    """DataError when a file that the data is made of, or its tokenizer or image processor, is not there. Nothing is
+    fetched: what is behind a name on the Hub is found out by the run."""
     data = recipe.data
     with recipe.at():
         if isinstance(data, SourceSettings) and data.source == "files":
@@ -41,6 +42,10 @@ def check_sources(recipe: Recipe) -> None:
         if tokenizer is not None and not tokenizer.exists():
             with placed("data.tokenizer: "):
                 read_tokenizer(tokenizer)
+        processor: Path | None = getattr(data, "processor", None)
+        if processor is not None and not processor.exists():
+            with placed("data.processor: "):
+                read_processor(processor)
 
 
 def check_devices(recipe: Recipe) -> None:

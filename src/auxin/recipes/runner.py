@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from auxin.accounting import Ledger
 from auxin.accounting.results import RunResults
 from auxin.data.dataset import DATASETS, Dataset
+from auxin.data.labelled_images import LabelledImages
+from auxin.data.pictures import has_processor, processor_digest, read_processor
 from auxin.data.tokenizer import has_tokenizer, read_tokenizer, same_tokens
 from auxin.errors import ConfigError
 from auxin.files import write_text
@@ -145,14 +147,20 @@ def finish_run(run: Run, command: str, threads: int | None = None) -> RunResults
 
 
 def check_processors(recipe: Recipe, data: Dataset) -> None:
-    """Make sure that adopted checkpoints meet the tokens they know.
+    """Make sure that adopted checkpoints meet the tokens that they know, or images as they know them.
 
     Raises:
-        ConfigError: the data has another tokenizer than a checkpoint that a branch starts from, or that a stage's
-            objective goes by.
+        ConfigError: the data has another tokenizer or image processor than a checkpoint that a branch starts from, or
+            that a stage's objective goes by.
     """
     own = data.processor()
     if not isinstance(own, PreTrainedTokenizerFast):
+        for where, source in recipe.checkpoints() if isinstance(data, LabelledImages) else []:
+            if has_processor(source) and processor_digest(read_processor(source)) != processor_digest(own):
+                raise ConfigError(
+                    f"{where}: {source} has another image processor than the data, so that it would see other numbers "
+                    f"than it has learnt. Set data.processor: {source}"
+                )
         return
     given = getattr(recipe.data, "tokenizer", None)
     # Saving a tokenizer with the data may have normalized it: the one that was loaded counts as well.

@@ -1,7 +1,8 @@
 """The widths of a transformer: the streams that have them, how many units each has where, and what configs call them.
 
 A **stream** is a family of units that grow together: the residual, the query heads (which index the attention's output
-too), the key-value heads, the hidden units of the feed-forward part, whole experts, the vocabulary.
+too), the key-value heads, the hidden units of the feed-forward part, whole experts, the vocabulary. Whole attentions
+and feed-forward parts ("sublayer") have a name of the same kind for where they go as units do; they are no width.
 
 A width belongs to a stream and a **scope**: the model (""), a stack ("encoder.block"), a layer ("model.layers.3"), or
 modules in layers ("model.layers.*.mlp.experts"). Where several scopes enclose a place, the innermost one's width holds.
@@ -14,7 +15,9 @@ from typing import Any, Literal
 
 from auxin.words.paths import innermost
 
-Stream = Literal["residual", "query", "key_value", "ffn", "expert_ffn", "shared_expert_ffn", "expert", "vocabulary"]
+Stream = Literal[
+    "residual", "query", "key_value", "ffn", "expert_ffn", "shared_expert_ffn", "expert", "vocabulary", "sublayer"
+]
 FEED_FORWARD: tuple[Stream, ...] = ("ffn", "expert_ffn", "shared_expert_ffn")
 """The streams of hidden units: of dense feed-forward parts (or of experts, where the config has one size for both), of
 experts with a size of their own, and of the expert that all tokens share."""

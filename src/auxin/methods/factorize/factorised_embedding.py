@@ -209,10 +209,12 @@ def occurrences(model: PreTrainedModel, data: Calibration, tables: list[Table]) 
     answers = is_encoder_decoder(model.config) and model.can_generate()
     counts = torch.zeros(tables[0].tokens, dtype=torch.int64)
     for batch in data.batches():
-        ids, mask, labels = batch.get("input_ids"), batch.get("attention_mask"), batch["labels"]
+        ids, mask, labels = batch.get("input_ids"), batch.get("attention_mask"), batch.get("labels")
         if ids is not None:
             read = ids.flatten() if mask is None or mask.shape != ids.shape else ids[mask.bool()]
             counts += torch.bincount(read, minlength=len(counts))
+        if labels is None:  # where answers begin and end are no tokens
+            continue
         asked = labels >= 0
         if answers:  # a decoder reads what it is to write
             counts += torch.bincount(labels[asked], minlength=len(counts))

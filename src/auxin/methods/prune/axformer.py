@@ -1,8 +1,10 @@
-"""Attentions, feed-forward parts, heads and feed-forward units go as long as the loss on labelled samples falls
-(AxFormer, Nagarajan et al. 2022, arXiv 2010.03688).
+"""Attentions become hard, and attentions, feed-forward parts, heads and feed-forward units go, as long as the loss on
+labelled samples falls (AxFormer, Nagarajan et al. 2022, arXiv 2010.03688).
 
-A model that was trained for one task has parts that do nothing for it, or harm. The search goes once through the model,
-from the last layer to the first, in a layer the feed-forward part before the attention, and takes a piece c out if
+A model that was trained for one task has parts that do nothing for it, or harm. The search goes twice through the
+model. From the first layer to the last, it tries attentions in which each query reads the K = 30 most probable tokens
+alone (`auxin.nn.attention_functions`), where samples have more than K. From the last layer to the first, in a layer the
+feed-forward part before the attention, it tries what is left without a piece. A change c is kept if
 
     L(c) < L_best    and    #{s : l_s(c) <= l_s(0)} > N                       N = floor(benefit * samples)
 
@@ -16,8 +18,8 @@ construction, since up to hundreds of removals are tried on the same samples: wh
 that neither training nor search has seen.
 
 Not as in the paper's code: the mean is one over samples, not over means of batches; masks become edits; the last head
-and the last group of a part that stays, stay too; query heads that read one key-value head go together. The paper's
-first step, attention to the K most probable tokens alone, is not here: it needs an attention of its own in each layer.
+and the last group of a part that stays, stay too; query heads that read one key-value head go together. Where a layer
+has two attentions, each is made hard on its own, the one that reads its own stack first.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -31,16 +33,20 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from auxin.analysis.masked_losses import Branch, MaskedLosses, Piece, branches
+from auxin.accounting.inputs import IDS
+from auxin.analysis.masked_losses import Branch, Hard, MaskedLosses, Piece, attentions, branches
+from auxin.analysis.measurement import Batch, kept_tokens
 from auxin.analysis.unit_masks import Streams
-from auxin.edits import Edit, Plan
+from auxin.edits import ArrangeLayers, Edit, Plan, ReplaceModule
 from auxin.edits.structure import config_values
 from auxin.errors import ConfigError, DataError, PlanError
+from auxin.nn.attention_functions import hardens
+from auxin.nn.hard_attention import HardAttention
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
 from auxin.planning.removal_order import last_ones
-from auxin.planning.removed_sublayers import refusals, without_sublayers
+from auxin.planning.removed_sublayers import moved, refusals, without_sublayers
 from auxin.planning.removed_units import without_units
 from auxin.planning.target import removal
 from auxin.planning.unit_order import Place
@@ -53,8 +59,12 @@ Candidates = Literal["all", "attention", "feed-forward"]
 class AxFormer(Settings):
     """When something goes, and what is tried; how much goes is what the search finds."""
 
+    hard_attention: int | None = Field(default=30, gt=0)
+    """Tokens that a query reads in attentions that become hard; null: none is tried. Nor is it where no sample has more
+    tokens, since nothing would change."""
     candidates: Candidates = "all"
-    """Parts of layers that are tried: "all", or those of one kind ("attention", "feed-forward")."""
+    """Parts of layers that are tried: "all", or those of one kind ("attention", "feed-forward"), without which no
+    attention is made hard either."""
     streams: list[Streams] = ["heads", "ffn"]
     """What is tried of parts that stay as a whole: "heads", and groups of feed-forward units ("ffn"); none: nothing."""
     group_size: int | None = Field(default=None, gt=0)
@@ -77,13 +87,17 @@ class AxFormer(Settings):
         return values
 
 
+Change = Piece | Hard
+
+
 @dataclass(frozen=True)
 class Try:
-    """One removal that was tried."""
+    """One change that was tried."""
 
-    piece: Piece
+    piece: Change
+    """What goes, or becomes hard."""
     loss: float
-    """The mean over all samples, with all that was taken before gone, too."""
+    """The mean over all samples, with all that was taken before."""
     no_worse: int
     """Samples whose loss is no larger than with the model as it came."""
     taken: bool
@@ -96,10 +110,10 @@ class Search:
     first: float
     """The loss of the model as it came."""
     best: float
-    """The loss without all that is gone."""
+    """The loss with all that was taken."""
     samples: int
     """How many there are."""
-    gone: list[Piece] = field(default_factory=list)
+    taken: list[Change] = field(default_factory=list)
     """What was taken, in that order."""
     tries: list[Try] = field(default_factory=list)
     """Everything that was tried, in that order."""
@@ -108,33 +122,37 @@ class Search:
 def search(
     order: Iterable[Branch],
     whole: Tensor,
-    losses: Callable[[Sequence[Piece]], Tensor],
+    losses: Callable[[Sequence[Change]], Tensor],
     settings: AxFormer,
-    stays: Callable[[Piece, Sequence[Piece]], bool] = lambda piece, gone: False,
+    stays: Callable[[Piece, Sequence[Change]], bool] = lambda piece, taken: False,
+    hard: Iterable[Hard] = (),
 ) -> Search:
-    """Go once through some parts and take out what the loss is lower without.
+    """Go once through some attentions and once through some parts, and keep what the loss is lower with.
 
     Args:
         order: the parts, in the order in which they are tried.
         whole: the losses of the model as it is, (samples,).
-        losses: (pieces) -> the losses without them, (samples,).
+        losses: (changes) -> the losses with them, (samples,).
         settings: of the method.
-        stays: (piece, what is gone) -> whether it can't go, whatever its removal does.
+        stays: (piece, what was taken) -> whether it can't go, whatever its removal does.
+        hard: the attentions, in the order in which they are tried, before anything goes.
     """
     needed = floor(Fraction(str(settings.benefit)) * len(whole))
     found = Search(first=whole.mean().item(), best=whole.mean().item(), samples=len(whole))
 
-    def tried(piece: Piece) -> Try:
-        now = losses([*found.gone, piece])
+    def tried(change: Change) -> Try:
+        now = losses([*found.taken, change])
         loss, no_worse = now.mean().item(), int((now <= whole).sum())
-        taken = loss < found.best and no_worse > needed and not stays(piece, found.gone)
-        done = Try(piece, loss, no_worse, taken)
+        may = isinstance(change, Hard) or not stays(change, found.taken)
+        done = Try(change, loss, no_worse, loss < found.best and no_worse > needed and may)
         found.tries.append(done)
-        if taken:
-            found.gone.append(piece)
+        if done.taken:
+            found.taken.append(change)
             found.best = loss
         return done
 
+    for attention in hard:
+        tried(attention)
     for branch in order:
         done = tried(branch.whole)
         if done.taken or not done.loss < settings.tolerance * found.best:
@@ -159,9 +177,11 @@ def plan_axformer(bench: Bench, settings: AxFormer) -> Plan:
         raise ConfigError(f"{NAME} looks at the loss of labelled samples. Give data.")
     every = branches(model, settings.streams, settings.group_size)
     wanted = _wanted(model, every, settings)
+    batches = list(bench.data.batches())
+    hard, untried = _hard(model, batches, settings)
     parts = {branch.whole.sublayer.path: branch.whole.sublayer.stack.path for branch in every}
     needed = refusals(model)
-    runs = MaskedLosses(model, list(bench.data.batches()), NAME)
+    runs = MaskedLosses(model, batches, NAME)
     whole = runs.whole()
     if not torch.isfinite(whole).all():
         raise DataError(
@@ -169,29 +189,72 @@ def plan_axformer(bench: Bench, settings: AxFormer) -> Plan:
             "no removal can be told from another. Give samples that the model has a loss for."
         )
 
-    def stays(piece: Piece, gone: Sequence[Piece]) -> bool:
+    def stays(piece: Piece, taken: Sequence[Change]) -> bool:
         path = piece.sublayer.path
         if piece.group is not None:
             return False
-        return path in needed or path in last_ones(parts, [one.sublayer.path for one in gone if one.group is None])
+        return path in needed or path in last_ones(
+            parts, [one.sublayer.path for one in _pieces(taken) if not one.group]
+        )
 
-    result = search(_in_order(wanted, runs.order), whole, runs.without, settings, stays)
-    if not result.gone:
+    place = {path: number for number, path in enumerate(runs.order)}
+    hard = sorted((one for one in hard if one.layer in place), key=lambda one: place[one.layer])
+    result = search(_in_order(wanted, runs.order), whole, runs.without, settings, stays, hard)
+    if not result.taken:
         raise PlanError(
-            f"Nothing goes: of {len(result.tries)} pieces that were tried none lowers the loss on the {len(whole)} "
+            f"Nothing goes: of {len(result.tries)} changes that were tried none lowers the loss on the {len(whole)} "
             f"samples of the search ({result.first:.6g}) for enough of them. Keep the model as it is; or give other "
             "samples, or a smaller benefit."
         )
-    edits, notes = _edits(model, result.gone)
+    edits, notes = _edits(model, result.taken)
     return Plan(
         method=NAME,
         settings=settings.model_dump(mode="json", exclude_defaults=True),
         promise="none",
         edits=edits,
         notes=[*notes, _warning(result)],
-        findings=[*removal(model, edits).findings(), *_findings(result, runs.runs)],
+        findings=[*removal(model, edits).findings(), *untried, *_findings(result, runs.runs)],
         made_for=config_values(model.config),
     )
+
+
+def _hard(model: PreTrainedModel, batches: Sequence[Batch], settings: AxFormer) -> tuple[list[Hard], list[str]]:
+    """The attentions that are tried as hard ones, and where the settings would have some and there are none, why.
+
+    Raises:
+        PlanError: hard attention is asked for, and no attention of the architecture can be made hard.
+    """
+    if settings.hard_attention is None or settings.candidates == "feed-forward":
+        return [], []
+    found = attentions(model, settings.hard_attention)
+    if not found:
+        reason = f"a {type(model).__name__} does not hand its attention to an attention function of transformers"
+        if "hard_attention" in settings.model_fields_set:
+            raise PlanError(f"hard_attention = {settings.hard_attention}: {reason}. Set it to null, or leave it out.")
+        return [], [f"Hard attention was not tried: {reason}."]
+    lengths = [length for batch in batches for length in _lengths(model, batch)]
+    if None not in lengths and max(length or 0 for length in lengths) <= settings.hard_attention:
+        return [], [
+            f"Hard attention was not tried: no sample has more than {settings.hard_attention} tokens, and each query "
+            "reads them all."
+        ]
+    return found, []
+
+
+def _lengths(model: PreTrainedModel, batch: Batch) -> list[int | None]:
+    """Tokens of the longest sample of a batch, of each stack; None: not known, as of images."""
+    if IDS not in batch:
+        return [None]
+    kept, labels = kept_tokens(model, batch), batch.get("labels")
+    found: list[int | None] = [batch[IDS].shape[-1] if kept is None else int(kept.sum(1).max())]
+    if model.config.is_encoder_decoder:  # whose decoder reads the labels, or what the encoder reads
+        found.append((batch[IDS] if labels is None or labels.dim() != 2 else labels).shape[-1])
+    return found
+
+
+def _pieces(taken: Sequence[Change]) -> list[Piece]:
+    """What goes, of what was taken."""
+    return [one for one in taken if isinstance(one, Piece)]
 
 
 def _wanted(model: PreTrainedModel, every: Sequence[Branch], settings: AxFormer) -> list[Branch]:
@@ -214,9 +277,10 @@ def _in_order(found: Sequence[Branch], layers: Sequence[str]) -> list[Branch]:
     )
 
 
-def _edits(model: PreTrainedModel, gone: Sequence[Piece]) -> tuple[list[Edit], list[str]]:
-    """The edits that take pieces out, and what is to be said about them."""
+def _edits(model: PreTrainedModel, taken: Sequence[Change]) -> tuple[list[Edit], list[str]]:
+    """The edits that take pieces out and make attentions hard, and what is to be said about them."""
     units: dict[Place, list[int]] = {}
+    gone = _pieces(taken)
     for piece in gone:
         if piece.group is not None:
             units.setdefault(piece.group, []).extend(piece.units)
@@ -224,6 +288,8 @@ def _edits(model: PreTrainedModel, gone: Sequence[Piece]) -> tuple[list[Edit], l
     smaller = removal(model, edits).after if edits else model
     if paths := [piece.sublayer.path for piece in gone if piece.group is None]:
         edits = [*edits, *without_sublayers(smaller, paths)]
+    # Last, since no config says how to build a module with another attention anew.
+    edits = [*edits, *_hardened(model, edits, [one for one in taken if isinstance(one, Hard)])]
     reasons: dict[str, list[str]] = {}
     for (stream, scope), reason in silent.items():
         reasons.setdefault(reason.removeprefix(f"{scope}: "), []).append(f"{stream} of {scope}")
@@ -235,22 +301,44 @@ def _edits(model: PreTrainedModel, gone: Sequence[Piece]) -> tuple[list[Edit], l
     return edits, notes
 
 
+def _hardened(model: PreTrainedModel, edits: Sequence[Edit], hard: Sequence[Hard]) -> list[Edit]:
+    """The edits that make attentions hard in what `edits` leave of a model, where they may be gone by then."""
+    if not hard:
+        return []
+    smaller = removal(model, list(edits)).after if edits else model
+    kept = [edit for edit in edits if isinstance(edit, ArrangeLayers)]
+    orders = {edit.layers: [number for number in edit.order if number is not None] for edit in kept}
+    found: list[Edit] = []
+    for one in hard:
+        path = moved(one.path, orders)
+        if path is not None and hardens(smaller.get_submodule(path)):
+            found.append(ReplaceModule(module=path, brick=HardAttention.brick_name, settings={"keep": one.keep}))
+    return found
+
+
 def _warning(result: Search) -> str:
     return (
-        f"The loss of the search is a selected number: {len(result.tries)} removals were tried on the same "
+        f"The loss of the search is a selected number: {len(result.tries)} changes were tried on the same "
         f"{result.samples} samples, and what lowered it there was kept. Judge the model by samples that neither "
         "training nor this search has seen."
     )
 
 
 def _findings(result: Search, runs: int) -> list[str]:
-    gone = f"{len(result.gone)} of {len(result.tries)} pieces that were tried are gone"
-    told = f"Loss on the {result.samples} samples of the search {result.first:.6g} -> {result.best:.6g}; {gone}."
-    said = [
-        f"{one.piece} {'gone' if one.taken else 'stays'} (loss {one.loss:.4g}, {one.no_worse} no worse)"
-        for one in result.tries
-    ]
+    hard = [one for one in result.tries if isinstance(one.piece, Hard)]
+    gone, pieces = len(_pieces(result.taken)), len(result.tries) - len(hard)
+    told = f"Loss on the {result.samples} samples of the search {result.first:.6g} -> {result.best:.6g}; "
+    if hard:
+        told += f"{len(result.taken) - gone} of {len(hard)} attentions that were tried became hard; "
+    told += f"{gone} of {pieces} pieces that were tried are gone."
+    said = [f"{_word(one)} (loss {one.loss:.4g}, {one.no_worse} no worse)" for one in result.tries]
     return [told, f"Tried in this order, by {runs} passes over the samples: {'; '.join(said)}."]
+
+
+def _word(one: Try) -> str:
+    if isinstance(one.piece, Hard):
+        return str(one.piece) if one.taken else f"{one.piece.path} stays soft"
+    return f"{one.piece} {'gone' if one.taken else 'stays'}"
 
 
 def _outline(bench: Bench, settings: AxFormer) -> Plan:

@@ -1,45 +1,53 @@
-"""Widths pruned by noisy gates that are learned on samples, and whose means stay in the weights (VTrans, Dutta et al.
-2024, arXiv 2406.05276; in the form of TVA-Prune by the same authors, whose code is public, on VIBNet, 1802.10399).
+"""Widths, and whole attentions and feed-forward parts, pruned by noisy gates that are learned on samples and whose
+means stay in the weights (VTrans, Dutta et al. 2024, arXiv 2406.05276; in the form of TVA-Prune by the same authors,
+whose code is public, on VIBNet, 1802.10399).
 
-A gate multiplies what every head, feed-forward unit or unit of the residual stream gives by a number with noise, for
-every token another draw; means and noise are learned with the model's weights as they are (`auxin.analysis.gates`). A
-unit's score is minus log alpha, how much of its gate is signal. The units that go are those of the lowest scores, as
-many as the shares, counts or the target ask for; a target takes from all streams by one ranking. What stays is
-multiplied by the means of its gates, the weighted mask, once and for all (`auxin.planning.folding`); with `masks: hard`
-it stays as it is.
+A gate multiplies what every head, feed-forward unit, unit of the residual stream or whole part of a layer gives by a
+number with noise, for every token another draw (`auxin.analysis.gates`). A unit's score is minus log alpha, how much of
+its gate is signal. The units that go are those of the lowest scores, as many as the shares, counts or the target ask
+for; a target takes from all streams by one ranking, parts included. What stays is multiplied by the means of its gates,
+the weighted mask, once and for all (`auxin.planning.folding`); with `masks: hard` it stays as it is.
 
 * Gates are told what is wanted: shares and counts are goals of every layer, or of all together where layers may differ;
   a target is one of the whole model's expected parameters, or for FLOPs and latencies of those that are multiplied with
-  every token. That layers have to keep as many, gates do not know of a target.
+  every token. What is in a part stays if the part does, too, so that its share is multiplied by the part's. That layers
+  have to keep as many, gates do not know of a target.
 * kappa, what the KL of a unit counts, is the number of parameters that go with it, so that a head weighs as much as
-  feed-forward units of its size. TVA-Prune's 256 for a head of Llama-7B would be 171 by this rule.
+  feed-forward units of its size, and a part as much as all that is in it. TVA-Prune's 256 for a head of Llama-7B would
+  be 171 by this rule.
+* Means and noise are learned alone, with the model's weights as they are (the paper's Faster-VTrans), or the weights
+  with them (`weight_learning_rate`: VTrans; on a small share of the data Fast-VTrans), taught by the whole model, too.
+  They are trained in a copy, float32 at least, and the plan has their values: it is as large as the model.
 
-Not carried over: weights that are trained together with the gates (VTrans itself, and Fast-VTrans), the best of several
-evaluations near the target, LoRA afterwards. Nor the threshold log alpha = 0, which need not meet the target; the
-plan's findings say what it would leave.
+Not carried over: the best of several evaluations near the target, LoRA afterwards, distillation of hidden states. Nor
+the threshold log alpha = 0, which need not meet the target; the plan's findings say what it would leave.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor
+from pydantic import Field, StrictFloat, StrictInt, model_validator
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from auxin.analysis.gates import Gates, GateSettings, Goal, Shares, learn, losses_of
 from auxin.analysis.unit_masks import maskable
-from auxin.analysis.units import WORDS, Group, Units, units_of
+from auxin.analysis.units import WORDS, Group, Units, units_of, with_sublayers
 from auxin.edits import Plan
 from auxin.errors import PlanError
+from auxin.models.sublayers import Sublayer
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.planning.bench import Bench
 from auxin.planning.expected_size import ExpectedSize
 from auxin.planning.folding import folding
 from auxin.planning.method import Method
 from auxin.planning.pruning import Prunable, Pruning, prunable, pruning_example
-from auxin.planning.pruning_settings import STREAMS, Part
+from auxin.planning.pruning_settings import STREAMS, Part, check_amount
+from auxin.planning.removed_sublayers import parameters_of_sublayers
+from auxin.planning.trained_weights import trainable_copy, with_weights
 from auxin.planning.unit_order import Place
 from auxin.words.paths import encloses
 from auxin.words.widths import Stream
@@ -47,10 +55,6 @@ from auxin.words.widths import Stream
 NAME = "vtrans"
 BATCH_SIZE = 8
 """Samples per step, unless the data comes in other batches."""
-ABOUT_RESIDUAL = (
-    "Gates on the residual did worse than chance where they were measured (docs/pruning.md): hold the loss against "
-    "that of taylor."
-)
 
 
 class VTrans(Pruning, GateSettings):
@@ -60,6 +64,20 @@ class VTrans(Pruning, GateSettings):
     """Whether what stays is multiplied by the means of its gates, or stays as it is."""
     normalised: bool = False
     """Where layers may differ, whether scores are standardised within the layer: less their mean, by their spread."""
+    sublayers: StrictInt | StrictFloat | None = Field(default=None, gt=0)
+    """Attentions and feed-forward parts that stay, of all layers together; the others go whole. With a target, those
+    that stay at least: it takes from them, too, by the same ranking. None: all."""
+
+    @model_validator(mode="after")
+    def _is_a_share(self) -> Self:
+        if isinstance(self.sublayers, float):
+            check_amount("sublayers", self.sublayers, alike=True)
+        return self
+
+    @property
+    def parts_left(self) -> int | float | None:
+        """As `sublayers` says."""
+        return self.sublayers
 
 
 def plan_vtrans(bench: Bench, settings: VTrans) -> Plan:
@@ -67,12 +85,14 @@ def plan_vtrans(bench: Bench, settings: VTrans) -> Plan:
 
     Args:
         bench: the model, with weights, and a batch of samples with labels for each step; it is read from the start
-            again when it ends. The file of the gates' means goes to the bench's folder.
+            again when it ends. The files of the gates' means, and of weights that are trained, go to the bench's
+            folder.
         settings: what stays, and how gates are learned.
 
     Raises:
         PlanError: see `auxin.planning.pruning`; experts; a residual that has no places known for its gates, or whose
-            weighted mask the weights can't take up; a loss that is not finite.
+            weighted mask the weights can't take up; no part that can go alone; weights that are to be trained, and none
+            asks for gradients; a loss that is not finite.
         DataError: the samples have no labels.
     """
     settings = bench.seeded(settings)
@@ -80,19 +100,22 @@ def plan_vtrans(bench: Bench, settings: VTrans) -> Plan:
     streams = found.refuse_impossible(NAME)  # before the model is run
     units = units_of(bench.model)
     groups = _groups(units, settings, streams)
-    places: dict[Place, Group] = {_place(group): group for group in groups}
+    whole = found.whole.chosen if found.whole is not None and "sublayer" in streams else []
     folded = None
     if settings.masks == "weighted":
-        folded = folding(bench.model, found.body, {place: units.counts[group] for place, group in places.items()})
-    gates, losses = _learned(bench, found, units, groups, settings)
+        counts = {_place(group): units.counts[group] for group in groups}
+        folded = folding(bench.model, found.body, counts, whole)
+    groups += [("sublayer", one.path) for one in whole]
+    places: dict[Place, Group] = {_place(group): group for group in groups}
+    gates, losses, trained = _learned(bench, found, groups, whole, settings)
     log_alpha = {group: values.tolist() for group, values in gates.by_group(gates.log_alpha().detach()).items()}
     if folded is not None:
         means = gates.by_group(gates.mu.detach())
         folded = folded.filled({place: means[group].tolist() for place, group in places.items()}, bench.folder)
     scores = {place: _scores(place, count, log_alpha, streams) for place, count in found.units.items()}
     said = [_about_threshold(log_alpha), _about_losses(losses)]
-    said += [ABOUT_RESIDUAL] if ("residual", "") in places else []
-    return found.plan(NAME, scores, settings.seed, split="score", folded=folded, findings=said)
+    plan = found.plan(NAME, scores, settings.seed, split="score", folded=folded, findings=said)
+    return with_weights(plan, bench.model, trained, bench.folder)
 
 
 def _prunable(model: PreTrainedModel, settings: VTrans) -> Prunable:
@@ -122,23 +145,36 @@ def _place(group: Group) -> Place:
 
 
 def _learned(
-    bench: Bench, found: Prunable, units: Units, groups: Sequence[Group], settings: VTrans
-) -> tuple[Gates, list[float]]:
-    """Gates that have been learned, and the loss at every step."""
+    bench: Bench, found: Prunable, groups: Sequence[Group], whole: Sequence[Sublayer], settings: VTrans
+) -> tuple[Gates, list[float], dict[str, nn.Parameter]]:
+    """Gates that have been learned, the loss at every step, and the weights that were trained with them by name, of a
+    copy of the model; none where they stay as they are."""
     assert bench.data is not None
-    model, target = bench.model, settings.target
-    counts: dict[Place, int] = {(kind, scope): units.counts[kind, scope] for kind, scope in groups}
-    expected = ExpectedSize(model, found.body, counts, multiplied=target is not None and target.parameters is None)
+    model, target, trained = bench.model, settings.target, dict[str, nn.Parameter]()
+    if settings.weight_learning_rate is not None:
+        model, trained = trainable_copy(model, "weight_learning_rate")
+    units = with_sublayers(model, units_of(model), whole)
+    counts: dict[Place, int] = {(kind, s): units.counts[kind, s] for kind, s in groups if kind != "sublayer"}
+    expected = ExpectedSize(
+        model,
+        found.body,
+        counts,
+        multiplied=target is not None and target.parameters is None,
+        sublayers=parameters_of_sublayers(model, [one.path for one in whole]) if whole else {},
+    )
     if target is None:
         goals = [goal for part in settings.chosen for goal in _goals(part, found, groups, settings)]
+        goals += _goals_of_sublayers(found, whole, settings)
     else:
         goals = [Goal(partial(_left, expected), float(found.gauge.limit) / found.gauge.have)]
     parameters = expected.of_a_unit()
     kappas = {(kind, scope): parameters[kind, scope] for kind, scope in groups}
     gates = Gates(units, groups, kappas, settings.seed, next(model.parameters()).device)
-    with losses_of(model, bench.data, NAME) as task:
-        losses = learn(gates, task, settings, goals)
-    return gates, losses
+    weights = list(trained.values())
+    teacher = bench.model if weights and settings.distillation else None
+    with losses_of(model, bench.data, NAME, weights, teacher, settings.distillation) as task:
+        losses = learn(gates, task, settings, goals, weights)
+    return gates, losses, trained
 
 
 def _left(expected: ExpectedSize, shares: Shares) -> Tensor:
@@ -155,6 +191,17 @@ def _goals(part: Part, found: Prunable, groups: Sequence[Group], settings: VTran
         amount /= max(found.body.sizes.units(*_place(group)) or 1 for group in own)
     for together in [[group] for group in own] if settings.uniform else [own]:
         yield Goal(partial(_mean, together), amount)
+
+
+def _goals_of_sublayers(found: Prunable, whole: Sequence[Sublayer], settings: VTrans) -> Iterator[Goal]:
+    """The goal of a share, or of a count, of sublayers: over all, those included that have no gate and stay."""
+    amount = settings.sublayers
+    if not whole or found.whole is None or amount is None:
+        return
+    total = sum(map(len, found.whole.of_stacks.values()))
+    stay = amount * total if isinstance(amount, float) else amount
+    groups: list[Group] = [("sublayer", one.path) for one in whole]
+    yield Goal(partial(_mean, groups), max(0.0, (stay - total + len(whole)) / len(whole)))
 
 
 def _mean(groups: Sequence[Group], shares: Shares) -> Tensor:
@@ -198,7 +245,7 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
 
 METHOD = Method(
     name=NAME,
-    title="Fewer heads, feed-forward or residual units, by noisy gates learned on samples (VTrans)",
+    title="Fewer heads, feed-forward or residual units, or whole parts, by noisy gates learned on samples (VTrans)",
     paper="arXiv 2406.05276",
     intent="prune",
     settings=VTrans,

@@ -1,0 +1,156 @@
+"""Hard attention: each query reads the tokens with its K largest attention probabilities, and no others.
+
+    A = softmax(Q K^T / sqrt(d) + mask),    A'_ij = A_ij where it is one of the K largest of row i, else 0,    O = A' V
+
+A' is not renormalised, so that its rows sum to 1 or less (AxFormer, Nagarajan et al. 2022, arXiv 2010.03688). As in the
+paper's code, dropout of the probabilities, where a model is trained with some, comes before the choice. Of equal
+probabilities at the border any may be taken.
+
+transformers' attentions hand queries, keys and values to a function that the config names. An attention that is one of
+these becomes hard by giving them to another function, which has the architecture's own eager one compute A: soft caps,
+sinks and position biases are in it. No fused kernel gives A, so that it takes memory for heads x queries x keys. Where
+there are at most K keys the model's own implementation computes what it always does.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from auxin.errors import PlanError
+
+HARD = "auxin_hard_attention"
+"""What the function is called in transformers' table of attention functions."""
+IMPLEMENTATIONS = ("eager", "sdpa")
+"""Implementations of a model whose masks are known."""
+_INTERFACE, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
+
+
+def hardens(module: nn.Module) -> bool:
+    """Whether `module` is an attention that can be made hard: one that hands queries, keys and values to one of
+    transformers' attention functions."""
+    return _eager(module) is not None
+
+
+@contextlib.contextmanager
+def reading_few(module: nn.Module, keep: int) -> Iterator[None]:
+    """Within the context, the queries of `module` read the `keep` most probable tokens alone.
+
+    Args:
+        module: an attention that `hardens`.
+        keep: K, 1 or more.
+
+    Raises:
+        PlanError: the model's implementation of attention is one that makes masks of its own kind.
+    """
+    before: Any = module.config
+    config = before.around if isinstance(before, _Naming) else before
+    own = config._attn_implementation
+    if own is not None and own not in IMPLEMENTATIONS:
+        raise PlanError(
+            f"hard_attention computes attention probabilities, and the model's attention is {own!r}, which has masks "
+            f"of another kind. Call model.set_attn_implementation({IMPLEMENTATIONS[1]!r})."
+        )
+    # What an attention reads of its config tells it which function to call; nobody else sees this one.
+    module.config = _Naming(config, own, keep)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        module.config = before
+
+
+def hard(probabilities: Tensor, keep: int) -> Tensor:
+    """The `keep` largest of each row, (..., keys), and zeros for the others."""
+    largest = probabilities.topk(keep, dim=-1)
+    return torch.zeros_like(probabilities).scatter(-1, largest.indices, largest.values)
+
+
+def hard_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **named: Any
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls in the place of an attention function.
+
+    Args:
+        module: the attention.
+        query: (samples, heads, queries, head width).
+        key, value: (samples, key-value heads, keys, head width).
+        attention_mask: as the model's implementation has it: True for what is read, or numbers that are added to
+            scores; None: everything is read, by a causal attention what came before.
+        named: whatever else its function is given.
+
+    Returns:
+        What the heads give, (samples, queries, heads, head width), and A', (samples, heads, queries, keys).
+    """
+    eager, config = _eager(module), module.config
+    assert eager is not None
+    assert isinstance(config, _Naming)
+    own, keep, keys = config.own, config.keep, key.shape[-2]
+    if keys <= keep:
+        result: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS.get_interface(own or "eager", eager)(
+            module, query, key, value, attention_mask, **named
+        )
+        return result
+    if own == "sdpa":
+        attention_mask = _added(module, query, keys, attention_mask, named.get("is_causal"))
+    # The product with the values is made again, of what is left; here with a single entry of each.
+    _, probabilities = eager(module, query, key, value[..., :1], attention_mask, **named)
+    kept = hard(probabilities, keep)
+    read = value.repeat_interleave(kept.shape[1] // value.shape[1], dim=1)
+    return (kept @ read).transpose(1, 2).contiguous(), kept
+
+
+ALL_ATTENTION_FUNCTIONS.register(HARD, hard_attention)
+
+
+class _Naming:
+    """A config that names hard attention, and is another one in all else.
+
+    Args:
+        around: the other one.
+        own: the implementation that it names.
+        keep: K.
+    """
+
+    _attn_implementation = HARD
+
+    def __init__(self, around: Any, own: str | None, keep: int) -> None:
+        self.around, self.own, self.keep = around, own, keep
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.around, name)
+
+
+def _added(module: nn.Module, query: Tensor, keys: int, mask: Tensor | None, causal: bool | None) -> Tensor | None:
+    """The mask that eager attention adds to scores, for one that a fused kernel takes; None: everything is read."""
+    queries = query.shape[-2]
+    if mask is None:
+        # By the rule of transformers' sdpa: one query reads everything, several are as many as the keys.
+        if queries == 1 or not (getattr(module, "is_causal", True) if causal is None else causal):
+            return None
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(
+        ~mask, torch.finfo(query.dtype).min
+    )
+
+
+def _eager(module: nn.Module) -> Callable[..., Any] | None:
+    """The eager attention function of the architecture of `module`; None where it is no attention that calls one."""
+    for cls in type(module).__mro__:
+        written = vars(cls).get("forward")
+        if written is None:
+            continue
+        function: Any = inspect.unwrap(written)
+        code = getattr(function, "__code__", None)
+        names: tuple[str, ...] = getattr(code, "co_names", ())
+        if _INTERFACE in names and "_attn_implementation" in names:
+            place: Mapping[str, Any] = function.__globals__
+            return place.get(_EAGER) if _EAGER in names else None
+        if "super" not in names:
+            return None
+    return None

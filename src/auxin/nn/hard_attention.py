@@ -1,0 +1,54 @@
+"""Hard attention as a brick: an attention whose queries read the most probable tokens alone (see
+`auxin.nn.attention_functions`)."""
+
+from typing import Any, Self
+
+from torch import nn
+
+from auxin.errors import PlanError
+from auxin.nn.attention_functions import hardens, reading_few
+from auxin.nn.bricks import Brick, brick
+from auxin.nn.extension import extended
+
+
+@brick("hard_attention")
+class HardAttention(Brick):
+    """An attention module of transformers in which each query reads the K most probable tokens alone. It has the
+    module's parameters and takes and gives the same. The map that it gives is A', whose rows sum to 1 or less."""
+
+    keep: int
+    """K."""
+
+    @classmethod
+    def replacing(cls, module: nn.Module, keep: int = 30) -> Self:
+        """`module`, an attention of one of transformers' models, so extended.
+
+        Args:
+            module: also on the meta device.
+            keep: K, 1 or more.
+
+        Raises:
+            PlanError: `keep` is below 1, or the module computes its attention by itself, where no other can be put in.
+        """
+        if keep < 1:
+            raise PlanError(f"hard_attention: keep = {keep}. A query reads 1 token or more; give that.")
+        if not hardens(module):
+            raise PlanError(
+                f"hard_attention: a {type(module).__name__} does not hand its queries and keys to an attention "
+                "function of transformers, so that no other can be put in its place. Name the attention module itself, "
+                "or leave hard attention out for this architecture."
+            )
+        return extended(module, cls, keep=keep)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the attention.
+
+        Raises:
+            PlanError: the model's implementation of attention is one that makes masks of its own kind.
+        """
+        with reading_few(self, self.keep):
+            return super().forward(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """K."""
+        return f"keep={self.keep}"
