@@ -287,6 +287,8 @@ def page(results: dict[str, Any]) -> str:
     )
     made = f"{made_by_line(results)} Seeds: {', '.join(seeds)}; means over them."
     said = [verdict(every)] if "0.7" in every[0] else []
+    if missing := [f"{size:g}" for size in SIZES if f"{size:g}" not in every[0]]:
+        said.append(f"Not run yet: {' and '.join(missing)} of the FLOPs.")
     fast = (
         "Tokens merged alike in ViTs that have learnt nothing, on the same images: images per second of processor time "
         f"on one thread, in batches of {BATCH}, the best of {RUNS} in turn with the model before. Matching and copying "
