@@ -111,7 +111,7 @@ def test_a_shared_pass_is_told_apart_on_every_architecture(family):
 
 @pytest.mark.parametrize("name", measurements())
 def test_every_measurement_costs_the_same_when_it_is_known(name, tmp_path):
-    model = tiny("mixtral" if name == "expert-use" else "llama", dtype=torch.float32)
+    model = tiny({"expert-use": "mixtral", "token-trajectory": "vit"}.get(name, "llama"), dtype=torch.float32)
     cold = counted([name], model, tmp_path)
     assert len(list(tmp_path.glob("*.json"))) == 1
     assert counted([name], model, tmp_path) == cold

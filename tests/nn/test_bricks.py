@@ -18,9 +18,11 @@ from auxin.nn.masked import MaskedBlock, MaskedModule, MaskedNorm
 from auxin.nn.pattention import Pattention
 from auxin.nn.sequence_altup import SequenceAltUpLayer
 from auxin.nn.stand_ins import Identity, Zeros
+from auxin.nn.token_merging import TokenMergingLayer
 from auxin.nn.wide_stream import ParallelEmbeddings
 from auxin.words.roles import ParameterRole, Segment, conv1d, linear
 from auxin.words.widths import Stream
+from tiny_models import tiny
 
 WIDTH = 6
 RESIDUAL, UNITS = (Segment("residual", 1, WIDTH),), (Segment("ffn", 1, 5),)
@@ -140,6 +142,10 @@ def test_what_no_factor_silences_says_so():
     with pytest.raises(PlanError, match=r"mode = pool.*pool then"):
         pooled.scaled(0.0, SILENT)
     assert pooled.scaled(0.5, SILENT) == SILENT
+    merging = TokenMergingLayer.replacing(tiny("vit").vit.layers[0], 2)
+    with pytest.raises(PlanError, match=r"merges tokens.*merge then"):
+        merging.scaled(0.0, SILENT)
+    assert merging.scaled(0.5, SILENT) == SILENT
     with pytest.raises(PlanError, match="no parameter scales"):
         Identity().scaled(0.0, {})
     assert Zeros().scaled(0.0, {}) == {}

@@ -74,6 +74,10 @@ CASES: dict[str, tuple[str, Planner]] = {
             ReplaceModule(module="transformer.h.*.mlp", brick="split_feed_forward_conv1d", settings={"num_experts": 4})
         ),
     ),
+    "merged tokens": (
+        "vit",
+        by_hand(ReplaceModule(module="vit.layers.*", brick="token_merging_layer", settings={"merged": 2})),
+    ),
     "hard attention": (
         "llama",
         by_hand(ReplaceModule(module="model.layers.1.self_attn", brick="hard_attention", settings={"keep": 2})),

@@ -90,6 +90,39 @@ def score(
     return moved + weight * knowledge(logits[kept_logits], changed[kept_logits], temperature)
 
 
+def mean_gram(tokens: Array) -> Array:
+    """Of (samples, tokens, width) the cosines of all pairs of samples, token by token, and their means over tokens."""
+    samples, count, _ = tokens.shape
+    gram = np.zeros((samples, samples))
+    for t in range(count):
+        for a in range(samples):
+            for b in range(samples):
+                x, y = tokens[a, t], tokens[b, t]
+                gram[a, b] += float(x @ y / math.sqrt(float(x @ x) * float(y @ y))) / count
+    return gram
+
+
+def token_score(
+    vit: Any, head: Any, batch: Mapping[str, Tensor], layer: int, position: int, weight: float, temperature: float
+) -> float:
+    """I of the token at `position` that enters the layer with number `layer` of a ViT, whose layers are run by hand;
+    `head` makes logits of what leaves them."""
+
+    def streams(drop: bool) -> tuple[list[Array], Array]:
+        hidden, found = vit.embeddings(**batch), []
+        for number, module in enumerate(vit.layers):
+            if drop and number == layer:
+                hidden = torch.cat([hidden[:, :position], hidden[:, position + 1 :]], dim=1)
+            hidden = module(hidden)
+            found.append(hidden.numpy())
+        return found, head(hidden).numpy()
+
+    with torch.no_grad():
+        (before, logits), (after, changed) = streams(False), streams(True)
+    moved = sum(float(((mean_gram(after[z]) - mean_gram(before[z])) ** 2).sum()) for z in range(layer, len(vit.layers)))
+    return moved + weight * knowledge(logits, changed, temperature)
+
+
 def least_lost(
     heads: Sequence[float], units: Sequence[float], head_cost: float, unit_cost: float, save: float
 ) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.models.configs import edited_config
 from auxin.planning.cutting import cut
-from tiny_models import MODELS, change, filled, logits
+from tiny_models import MODELS, change, filled, inputs, logits, tiny
 
 OVER_ALL_HEADS = ("olmo2", "olmo3")
 """Those whose norms on queries and keys go over all heads together."""
@@ -159,3 +159,35 @@ def test_a_config_forgets_what_it_need_not_say():
 def test_where_no_head_would_go_the_message_names_the_numbers_that_are_possible(family, config, message):
     with pytest.raises(PlanError, match=message):
         auxin.plan(unsaid(family, **config), "magnitude", heads=0.95)
+
+
+PATCHES = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers", "audio-spectrogram-transformer")
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [*((family, (0, 1)) for family in PATCHES), *((family, (1,)) for family in PATCHES if family != "beit")],
+)
+def test_heads_of_encoders_of_patches_go_alone(family, layers, tmp_path):
+    """What is left is what the model gives with the other heads silent, also when it is loaded again."""
+    kept = [0, 2, 3]
+    model, silent = tiny(family, dtype=torch.float32), tiny(family, dtype=torch.float32)
+    (stack,) = anatomy(model).stacks
+    paths = [f"{stack.path}.{layer}" for layer in layers]
+    with torch.no_grad():
+        for path in paths:
+            silent.get_parameter(f"{path}.attention.o_proj.weight")[:, 4:8] = 0
+    scopes = [""] if len(layers) == 2 else paths
+    cut_heads = cut(model, {("query", scope): kept for scope in scopes}).edits
+    apply(Plan(method="cut", promise="none", edits=cut_heads), model)
+    assert model.get_parameter(f"{paths[0]}.attention.q_proj.weight").shape == (12, 16)
+    assert model.config.head_dim == 4
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    for made in (model, again):
+        torch.testing.assert_close(output(made), output(silent), rtol=1e-5, atol=1e-5)
+
+
+def output(model):
+    with torch.no_grad():
+        return model.eval()(**inputs(model)).logits

@@ -36,6 +36,7 @@ from transformers import PreTrainedModel
 
 from auxin.analysis.distances import divergence
 from auxin.analysis.layer_outputs import LayerOutputs, repeated
+from auxin.analysis.log_probabilities import log_probabilities
 from auxin.analysis.measurement import (
     Batch,
     Measurement,
@@ -44,8 +45,6 @@ from auxin.analysis.measurement import (
     Tap,
     check_mask,
     kept_by_decoder,
-    kept_tokens,
-    logits_of,
     samples_of,
     wide,
     without_loss,
@@ -345,20 +344,7 @@ class TrajectoryObserver:
         """Log-probabilities of the tokens that are no padding, or of the samples: (copies, rows, classes)."""
         if not self._settings.logits_weight:
             return None
-        logits = logits_of(self._model, output, "Give a model with a head, or set logits_weight = 0.")
-        if logits.dim() not in (2, 3) or logits.shape[-1] == 1:
-            raise PlanError(
-                f"The {type(self._model).__name__} gives logits of shape {list(logits.shape)}, which are no classes of "
-                "samples or tokens. Set logits_weight = 0."
-            )
-        said = (wide(logits) / self._settings.temperature).log_softmax(-1).unflatten(0, (copies, piece.samples))
-        kept = kept_tokens(self._model, piece.batch, decoder=True) if logits.dim() == 3 else None
-        if logits.dim() == 3:
-            said = said.flatten(1, 2)
-        if kept is None:
-            return said
-        check_mask(kept, (piece.samples, logits.shape[1]))
-        return said[:, kept.flatten()]
+        return log_probabilities(self._model, piece.batch, output, self._settings.temperature, copies)
 
 
 def _hidden(piece: _Piece, path: str, output: Any, copies: int = 1) -> Tensor:

@@ -11,7 +11,7 @@ from auxin.foreign import offline
 
 HEAD_DIM = "head_dim"
 """What they call it."""
-_OUTPUTS = ("self_attn.o_proj.weight", "self_attn.dense.weight")
+_OUTPUTS = ("self_attn.o_proj.weight", "self_attn.dense.weight", "attention.o_proj.weight")
 _KNOWN: dict[tuple[type[PreTrainedConfig], frozenset[str]], bool] = {}
 
 

@@ -11,15 +11,21 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from auxin.errors import PlanError
 from auxin.models.anatomy.found import ANATOMIES
 from auxin.models.anatomy.llama import dense_feed_forward
 from auxin.models.anatomy.parts import attention_roles, base_prefix, has_parameters, sizes_of
+from auxin.models.head_dims import HEAD_DIM, reads_unlisted_head_dim
 from auxin.words.anatomy import Anatomy, LayerStack
 from auxin.words.roles import Axes, ParameterRole, embedding, linear, norm, per_head
 from auxin.words.widths import ConfigFields, FollowingWidth, Sizes
 
-TOKENS = ("cls_token", "distillation_token", "register_tokens", "position_embeddings")
+LEADING = ("cls_token", "distillation_token", "register_tokens")
+"""Embeddings of the tokens that come before patches, (1, how many, hidden size)."""
+TOKENS = (*LEADING, "position_embeddings")
 """Embeddings beside those of patches; three axes each, of which the last is the hidden size."""
+RELATIVE = "relative_position_bias_table"
+"""Biases of attention by the distance of patches."""
 NORMS = ("layernorm_before", "layernorm_after", "norm1", "norm2")
 """The norms of a layer, both before a part."""
 FACTORS = ("layer_scale1.lambda1", "layer_scale2.lambda1", "lambda_1", "lambda_2")
@@ -88,7 +94,15 @@ def patches(model: PreTrainedModel, own: Patches) -> Anatomy:
     return Anatomy(
         family=config.model_type,
         sizes=sizes,
-        fields=ConfigFields("hidden_size", "num_attention_heads", None, units, None, "layer_norm_eps"),
+        fields=ConfigFields(
+            "hidden_size",
+            "num_attention_heads",
+            None,
+            units,
+            None,
+            "layer_norm_eps",
+            unsaid_head_dim=HEAD_DIM if reads_unlisted_head_dim(config) else None,
+        ),
         stacks=(stack,),
         roles=roles,
         norm="layer",
@@ -103,6 +117,28 @@ def patches(model: PreTrainedModel, own: Patches) -> Anatomy:
         unnormed_readers=() if norms[0] == end else ("last_hidden_state",),
         ffn_follows=follows,
     )
+
+
+def tokens_before_patches(model: PreTrainedModel) -> int:
+    """How many tokens of an encoder of patches come before those of patches: a class token, registers.
+
+    Raises:
+        PlanError: it is no encoder of patches all of whose layers can do without some of them.
+    """
+    family = model.config.model_type
+    if family not in PATCHES:
+        raise PlanError(
+            f"{family} is no encoder of patches ({', '.join(PATCHES)}), and only these can do without some of their "
+            "tokens. Leave tokens as they are."
+        )
+    if table := next((name for name, _ in model.named_parameters() if name.endswith(RELATIVE)), None):
+        raise PlanError(
+            f"The {family} model adds biases by the distance of patches ({table}) for all of them, and can't run on "
+            "some. Leave tokens as they are, or use a model without such biases."
+        )
+    embeddings = model.get_submodule(f"{base_prefix(model)}embeddings")
+    found = (getattr(embeddings, name, None) for name in LEADING)
+    return sum(parameter.shape[1] for parameter in found if parameter is not None)
 
 
 def _following(config: Any) -> FollowingWidth:
@@ -124,7 +160,7 @@ def _roles(model: PreTrainedModel, own: Patches, sizes: Sizes) -> tuple[Paramete
         *(role for name in NORMS for role in norm(f"{layer}.{name}", axes.residual)),
         *(ParameterRole(f"{layer}.{name}", (axes.residual,), ("writes",), "scale") for name in FACTORS),
         *(
-            embedding(f"{place}.relative_position_bias_table", (), per_head(axes.query))
+            embedding(f"{place}.{RELATIVE}", (), per_head(axes.query))
             for place in (f"{layer}.relative_position_bias", f"{prefix}shared_position_bias")
         ),
         *(role for name in _last_norms(prefix, own) for role in norm(name, axes.residual)),
