@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel
 
 import auxin
 from auxin.accounting import count_parameters, flops_per_token
@@ -125,6 +125,43 @@ def test_padding_and_the_order_of_samples_are_no_matter(tmp_path):
     ]
     one, two = (applied(plan, copy.deepcopy(model)) for plan in plans)
     torch.testing.assert_close(logits(one), logits(two), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("family", ["opt", "qwen2_moe", "deepseek_v3"])
+def test_padding_does_not_count_where_tokens_come_in_a_row(tmp_path, family):
+    model, text = tiny(family), ids(samples=3)
+    mask = torch.ones_like(text)
+    mask[:2, 5:] = 0
+    other = torch.where(mask.bool(), text, 3)
+    plans = [
+        auxin.plan(
+            model, METHOD, rank=2, data=[{"input_ids": x, "attention_mask": mask, "labels": text}], folder=tmp_path
+        )
+        for x in (text, other)
+    ]
+    one, two = (applied(plan, copy.deepcopy(model)) for plan in plans)
+    torch.testing.assert_close(logits(one), logits(two), rtol=1e-8, atol=1e-8)
+
+
+def test_a_pooler_reads_one_place_of_as_many_as_units(tmp_path):
+    with torch.random.fork_rng():
+        config = BertConfig(
+            vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+        )
+        model = BertForSequenceClassification(config).double()
+    batch = {"input_ids": ids(length=16), "attention_mask": torch.ones(3, 16), "labels": torch.tensor([0, 1, 0])}
+    plan = auxin.plan(model, METHOD, rank=2, targets=["pooler.dense"], data=[batch], folder=tmp_path)
+    assert set(products(applied(plan, model))) == {"bert.pooler.dense"}
+
+
+def test_layers_that_read_more_than_others_have_moments_of_their_own(tmp_path):
+    """DeBERTa's queries and keys read relative positions, too, and its values do not."""
+    model = tiny("deberta-v2")
+    together = planned(model, tmp_path, rank=3)
+    alone = planned(model, tmp_path, rank=3, targets=["value_proj"])
+    path = next(path for path, _ in model.named_modules() if path.endswith("value_proj"))
+    one, two = (applied(plan, copy.deepcopy(model)).get_submodule(path).weight + 0 for plan in (together, alone))
+    torch.testing.assert_close(one, two)
 
 
 def test_encoders_and_decoders_are_masked_by_their_own(tmp_path):
@@ -244,6 +281,26 @@ def test_what_is_kept_stays_and_targets_name_the_rest(tmp_path):
         "model.layers.1.self_attn.q_proj",
         *(f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")),
     }
+
+
+def test_a_layer_that_no_multiple_suits_stays_whole(tmp_path):
+    for wanted in ({"rank": 6}, {"rank": 0.99}, {"energy": 0.3}, {"target": {"parameters": 0.9}}):
+        model = byte_model(0, num_key_value_heads=1)  # keys and values of 16 x 64: 12 at most
+        plan = auxin.plan(model, METHOD, multiple_of=13 if "rank" not in wanted else 6, solver="svd", **wanted)
+        ranks = {path: layer.rank for path, layer in products(applied(plan, model)).items()}
+        assert ranks
+        assert all(rank % (13 if "rank" not in wanted else 6) == 0 for rank in ranks.values())
+    with pytest.raises(PlanError, match="no layer would have fewer parameters"):
+        auxin.plan(tiny("llama"), METHOD, rank=5, multiple_of=64, solver="svd")
+
+
+def test_steps_of_a_flat_spectrum_go_one_way():
+    matrices = {str(n): Matrix(24 + n, 25) for n in range(4)}
+    squares = {n: [0.1] * (6 + int(n)) + [0.0] * 14 for n in matrices}
+    order, ranks = steps(matrices, squares), dict[str, int]()
+    for step in order:
+        assert step.rank < ranks.get(step.path, 99)
+        ranks[step.path] = step.rank
 
 
 def test_ranks_are_multiples():

@@ -437,3 +437,22 @@ def test_what_is_no_plain_embedding_has_no_product(module):
     assert not LowRankEmbedding.can_replace(module)
     with pytest.raises(PlanError, match="does something of its own"):
         LowRankEmbedding.replacing(module, 2)
+
+
+def test_drawn_factors_take_the_place_of_others_and_have_the_product_s_size():
+    layer = nn.Linear(64, 48).double()
+    made = LowRankLinear.replacing(layer, 8)
+    drawn = LowRankLinear.replacing(made, 8, start="random")
+    assert drawn.rank == 8
+    assert not torch.equal(drawn.output_factor, made.output_factor)
+    torch.testing.assert_close((drawn.weight + 0).std(), (made.weight + 0).std(), rtol=0.2, atol=0)
+    assert drawn.bias is layer.bias
+
+
+def test_drawn_factors_of_a_weight_of_zeros_are_nothing_at_first_and_learn():
+    layer = nn.Linear(6, 4)
+    nn.init.zeros_(layer.weight)
+    drawn = LowRankLinear.replacing(layer, 2, start="random")
+    assert not (drawn.weight + 0).any()
+    drawn(torch.ones(1, 6)).sum().backward()
+    assert drawn.output_factor.grad.any()

@@ -28,6 +28,13 @@ def linear_class(module: nn.Module) -> type[nn.Module] | None:
     return base if _attributes(module) <= _attributes(_small(base, True)) else None
 
 
+def widths(layer: nn.Module) -> tuple[int, int]:
+    """Of the input and of the output of a linear layer."""
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
+
+
 def _attributes(module: nn.Module) -> set[str]:
     return {name for name in vars(module) if not name.startswith("_")}
 

@@ -33,6 +33,12 @@ Start = Literal["weight", "random"]
 """What factors are made of: the weight, or random numbers of its size."""
 
 
+def signs(vectors: Tensor) -> Tensor:
+    """Of columns, (columns,): that of their largest entry. Times it, vectors that are known but for their sign do not
+    depend on the machine's choice."""
+    return vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign().squeeze(0)
+
+
 class LowRankMaking(Making):
     """Both factors out of the weight, and the weight out of both.
 
@@ -53,7 +59,9 @@ class LowRankMaking(Making):
         """
         outputs, inputs = self.sizes(old)
         _check_rank(rank, outputs, inputs)
-        return {} if _has_rank(old, rank) else {OUTPUT: (outputs, rank), INPUT: (rank, inputs)}
+        if _has_rank(old, rank) and start == "weight":
+            return {}
+        return {OUTPUT: (outputs, rank), INPUT: (rank, inputs)}
 
     def keeps(self, old: Shapes, **settings: Any) -> Collection[str]:
         """The bias."""
@@ -67,7 +75,7 @@ class LowRankMaking(Making):
         Raises:
             PlanError: the weight holds other than finite floating-point numbers.
         """
-        shapes = self.shapes({name: tuple(tensor.shape) for name, tensor in old.items()}, rank)
+        shapes = self.shapes({name: tuple(tensor.shape) for name, tensor in old.items()}, rank, start)
         if not shapes:
             return {}
         return self._factors(old, rank) if start == "weight" else self._drawn(old, shapes, draw)
@@ -78,7 +86,7 @@ class LowRankMaking(Making):
         weight, dtype = self._checked(old)
         left, roots, right = torch.linalg.svd(weight, full_matrices=False)
         left, roots, right = left[:, :rank], roots[:rank].sqrt(), right[:rank]
-        roots = roots * left.gather(0, left.abs().argmax(0, keepdim=True)).sign().squeeze(0)
+        roots = roots * signs(left)
         return {OUTPUT: (left * roots).to(dtype), INPUT: (roots[:, None] * right).to(dtype)}
 
     def _drawn(self, old: Tensors, shapes: Shapes, draw: torch.Generator) -> dict[str, Tensor]:
@@ -108,10 +116,10 @@ class LowRankMaking(Making):
         self, old: Tensors, moments: Tensors, order: int, rank: int, start: Start = "weight"
     ) -> dict[str, Tensor] | None:
         """By the chain rule, at the factors that `values` gives; drawn ones start anew."""
-        if _has_rank({name: tuple(tensor.shape) for name, tensor in old.items()}, rank):
-            return {}
         if start == "random":
             return None
+        if _has_rank({name: tuple(tensor.shape) for name, tensor in old.items()}, rank):
+            return {}
         if WEIGHT not in old:
             moments = self.moments_back(old, moments, order) or {}
         if WEIGHT not in moments:

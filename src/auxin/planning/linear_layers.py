@@ -5,7 +5,6 @@ from difflib import get_close_matches
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from auxin.edits.plan import collapse
 from auxin.errors import PlanError
@@ -24,7 +23,8 @@ def linear_layers(
 
     Args:
         model: any transformer.
-        patterns: dotted paths or ends of paths; `*` stands for any one part. None: all inside the stacks of layers.
+        patterns: dotted paths or ends of paths; `*` stands for any one part. Empty: all inside the stacks of
+            layers.
         done: what is done with them, for messages: "grafted".
         also: classes of bricks that count as linear layers, too.
         none: what to do with a model that has none, in a sentence.
@@ -63,13 +63,6 @@ def linear_layers(
                 f"what is {done}. Choose layers inside the layer stacks."
             )
     return chosen
-
-
-def widths(layer: nn.Module) -> tuple[int, int]:
-    """Of the input and of the output of a linear layer."""
-    if isinstance(layer, Conv1D):
-        return layer.nx, layer.nf
-    return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
 
 
 def merged_paths(

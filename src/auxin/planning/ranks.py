@@ -30,8 +30,8 @@ class Matrix:
 
 
 def rounded(rank: int, multiple: int) -> int:
-    """`rank`, rounded down to a multiple; below the smallest multiple as it is."""
-    return rank // multiple * multiple or rank
+    """`rank`, rounded down to a multiple; 0 where there is none."""
+    return rank // multiple * multiple
 
 
 def rank_that_keeps(squares: Sequence[float], share: float, multiple: int = 1) -> int:
@@ -107,13 +107,16 @@ def _hull(path: str, matrix: Matrix, squares: Sequence[float], multiple: int) ->
         while len(points) > 1 and _slope(points[-2], point) <= _slope(points[-2], points[-1]):
             points.pop()
         points.append(point)
-    return [Step(path, new[2], _slope(old, new)) for old, new in pairwise(points)]
+    found, least = [], 0.0
+    for old, new in pairwise(points):  # rounding may turn equal slopes around
+        least = max(least, _slope(old, new))
+        found.append(Step(path, new[2], least))
+    return found
 
 
 def _ranks(matrix: Matrix, multiple: int) -> list[int]:
-    """Those that save parameters, the largest first; that one alone where no multiple does."""
-    ranks = [rank for rank in range(matrix.most, 0, -1) if rank % multiple == 0]
-    return ranks or ([matrix.most] if matrix.most else [])
+    """Those that save parameters, the largest first; none where no multiple does."""
+    return list(range(rounded(matrix.most, multiple), 0, -multiple))
 
 
 def _slope(old: tuple[int, float, int], new: tuple[int, float, int]) -> float:

@@ -30,12 +30,12 @@ from auxin.edits.kinds.module_edits import ReplaceModule
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.nn.graft import Grafted, GraftedConv1D, GraftedLinear
-from auxin.nn.linear import linear_class
+from auxin.nn.linear import linear_class, widths
 from auxin.nn.scores import ScoreFunction
 from auxin.planning.bench import from_model
 from auxin.planning.hooks import Hook, OldRates
 from auxin.planning.lineage import OldShapes
-from auxin.planning.linear_layers import linear_layers, merged_paths, widths
+from auxin.planning.linear_layers import linear_layers, merged_paths
 from auxin.planning.method import Method
 from auxin.settings import Settings
 

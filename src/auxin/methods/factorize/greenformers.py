@@ -25,6 +25,7 @@ heads are left alone by a rule that is written down (`targets`), and not by how 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal, Self
 
 import torch
@@ -34,19 +35,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from auxin.analysis.input_moments import input_moments, read_together
+from auxin.analysis.input_moments import Read, input_moments, read_together
 from auxin.edits import Edit, Plan
 from auxin.edits.kinds.file_edits import SetParameter
 from auxin.edits.kinds.module_edits import ReplaceModule
 from auxin.edits.plan_files import PlanFile
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
-from auxin.nn.linear import linear_class
-from auxin.nn.low_rank import INPUT, OUTPUT
+from auxin.nn.linear import linear_class, widths
+from auxin.nn.low_rank import INPUT, OUTPUT, signs
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.planning.bench import Bench
 from auxin.planning.kept_paths import KeptPaths, is_kept, refuse_impossible
-from auxin.planning.linear_layers import linear_layers, merged_paths, widths
+from auxin.planning.linear_layers import linear_layers, merged_paths
 from auxin.planning.method import Method
 from auxin.planning.ranks import Matrix, Ranks, after, rank_that_keeps, rounded, steps, steps_alike
 from auxin.planning.target import Gauge, Removal, Target, least_removal, removal
@@ -136,7 +137,7 @@ class Products:
         """The rank of a layer where there is no target; 0: it stays whole. Of an unknown energy the largest."""
         matrix, asked, multiple = self.matrices[path], self.settings.rank, self.settings.multiple_of
         if asked is not None:
-            rank = rounded(asked if isinstance(asked, int) else int(asked * matrix.limit), multiple)
+            rank = rounded(asked if isinstance(asked, int) else int(Fraction(str(asked)) * matrix.limit), multiple)
         elif squares is None:
             rank = matrix.most
         else:
@@ -196,16 +197,6 @@ class Products:
         )
 
 
-@dataclass(frozen=True)
-class Decomposition:
-    """Of a layer, in the directions in which it gives most."""
-
-    squares: Tensor
-    """Of what it gives, the largest first, (min(in, out),), float64."""
-    directions: Tensor
-    """U of this module, (out, min(in, out)), float64."""
-
-
 def plan_greenformers(bench: Bench, settings: Greenformers) -> Plan:
     """Plan products in place of linear layers.
 
@@ -234,38 +225,38 @@ def plan_greenformers(bench: Bench, settings: Greenformers) -> Plan:
 
 def _by_samples(bench: Bench, products: Products) -> Plan:
     """The plan of products that are nearest in what layers give for the bench's samples."""
-    together = read_together(bench.model, list(products.layers))
-    products = _read(products, together)
-    ranks: Ranks | None = None
-    found: Removal | None = None
-    if products.settings.target is not None:  # all directions would be as large as a model, and are found again
-        known = {path: part.squares for path, part in _decompositions(bench, products, together)}
-        ranks, found = products.ranks(known)
-    squares, content = dict[str, Tensor](), dict[str, Tensor]()
-    for path, part in _decompositions(bench, products, together):
-        squares[path] = part.squares
-        if rank := products.rank(path, part.squares) if ranks is None else ranks.get(path, 0):
-            layer = products.layers[path]
-            made = factors(_matrix(layer), part.directions[:, :rank])
-            dtype = layer.get_parameter("weight").dtype
-            content |= {f"{path}.{name}": value.to(dtype).cpu().contiguous() for name, value in made.items()}
-    if ranks is None:
-        ranks, found = products.ranks(squares)
+    reads = read_together(bench.model, list(products.layers))
+    products, left = _read(products, reads)
+    squares, directions = dict[str, Tensor](), dict[str, Tensor]()
+    for path, found, vectors in _decompositions(bench, products, reads):
+        squares[path] = found
+        most = products.matrices[path].most
+        if products.settings.target is None:  # only a target has to know all layers first
+            most = products.rank(path, found)
+        # At most half as large as the weight, by what a product of the largest rank takes.
+        weight = products.layers[path].get_parameter("weight")
+        directions[path] = vectors[:, :most].to(torch.promote_types(weight.dtype, torch.float32))
+    ranks, target = products.ranks({path: squares[path] for path in products.layers})
+    content: dict[str, Tensor] = {}
+    for path, rank in ranks.items():
+        layer = products.layers[path]
+        made = factors(_matrix(layer), directions.pop(path)[:, :rank].double())
+        dtype = layer.get_parameter("weight").dtype
+        content |= {f"{path}.{name}": value.to(dtype).cpu().contiguous() for name, value in made.items()}
     file = PlanFile.write(bench.folder, FACTORS, save(content))
-    return products.plan(ranks, found, file, [_kept(squares, ranks, "outputs on the samples")]).beside(bench.folder)
+    said = [_kept(squares, ranks, "outputs on the samples"), *left]
+    return products.plan(ranks, target, file, said).beside(bench.folder)
 
 
-def _decompositions(
-    bench: Bench, products: Products, together: Mapping[str, tuple[str, bool]]
-) -> Iterator[tuple[str, Decomposition]]:
-    """Of every layer, in no particular order."""
+def _decompositions(bench: Bench, products: Products, reads: Sequence[Read]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Of every layer, in no particular order: the path, the squares of what it gives in the directions in which it
+    gives most, the largest first, and these directions, U of this module, (out, min(in, out)); float64."""
     assert bench.data is not None
-    wanted = {path: together[path] for path in products.layers}
-    for paths, moments in input_moments(bench.model, bench.data, wanted):
+    for read, moments in input_moments(bench.model, bench.data, reads):
         root = _root(moments)
-        for path in paths:
+        for path in read.paths:
             left, roots, _ = torch.linalg.svd(_matrix(products.layers[path]) @ root, full_matrices=False)
-            yield path, Decomposition(roots.square(), left)
+            yield path, roots.square(), left
 
 
 def _root(moments: Tensor) -> Tensor:
@@ -285,8 +276,7 @@ def factors(weight: Tensor, directions: Tensor) -> dict[str, Tensor]:
         weight: W, (out, in).
         directions: U, (out, rank), orthonormal.
     """
-    signs = directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
-    directions = directions * signs
+    directions = directions * signs(directions)
     given = directions.mT @ weight
     lengths = given.norm(dim=1)
     roots = torch.where(lengths > 0, lengths, 1).sqrt()
@@ -302,12 +292,15 @@ def _products(model: PreTrainedModel, settings: Greenformers) -> Products:
     return Products(model, settings, left)
 
 
-def _read(products: Products, together: Mapping[str, tuple[str, bool]]) -> Products:
-    """Without the layers that do not run."""
-    layers = {path: layer for path, layer in products.layers.items() if path in together}
+def _read(products: Products, reads: Sequence[Read]) -> tuple[Products, list[str]]:
+    """Without the layers that do not run, and which these are."""
+    run = {path for read in reads for path in read.paths}
+    layers = {path: layer for path, layer in products.layers.items() if path in run}
     if not layers:
         raise PlanError("None of the layers runs when the model is called, so that nothing is known of their inputs.")
-    return Products(products.model, products.settings, layers)
+    idle = [path for path in products.layers if path not in run]
+    said = [f"Left whole, as they do not run: {', '.join(idle)}."] if idle else []
+    return Products(products.model, products.settings, layers), said
 
 
 def _class_of(layer: nn.Module) -> type[nn.Module]:

@@ -20,23 +20,19 @@ what they divided by.
 * A head that is the token embedding gets a table of its own, as in the paper's code: the model is larger first.
 """
 
-import contextlib
 from dataclasses import replace
-from functools import partial
 from typing import Any, Self
 
 import torch
 from pydantic import Field, StrictFloat, StrictInt, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from auxin.analysis.measurement import as_model_has, check_mask, kept_by_decoder
+from auxin.analysis.input_moments import second_moments
 from auxin.analysis.run import forward_through_layers
 from auxin.edits import Plan, SliceParameter
 from auxin.errors import PlanError
-from auxin.models.evaluating import evaluation_mode
-from auxin.nn.autocast import without_autocast
-from auxin.nn.calls import first_argument
+from auxin.nn.low_rank import signs
 from auxin.objectives.calibration import Calibration, CalibrationSettings
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
@@ -99,29 +95,13 @@ def covariance(rotation: Rotatable, data: Calibration) -> Tensor:
         rotation: of a model with weights, which stays as it is.
         data: samples; padding does not count.
     """
-    model, size = rotation.model, rotation.body.sizes.residual
-    forward, device = forward_through_layers(model), next(model.parameters()).device
-    total = torch.zeros(size, size, dtype=torch.float64, device=device)
-    kept: dict[bool, Tensor | None] = {}
+    model, epsilon = rotation.model, rotation.body.epsilon
 
-    def add(norm: str, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        hidden, mask = first_argument(arguments, named), kept[rotation.is_of_decoder(norm)]
-        if mask is not None:
-            check_mask(mask, hidden.shape[:2])
-            hidden = hidden[mask]
-        hidden = hidden.flatten(0, -2).to(total)
-        normed = hidden * (hidden.square().mean(1, keepdim=True) + rotation.body.epsilon).rsqrt()
-        total.addmm_(normed.mT, normed)
+    def normed(hidden: Tensor) -> Tensor:
+        return hidden * (hidden.square().mean(1, keepdim=True) + epsilon).rsqrt()
 
-    with evaluation_mode(model), torch.no_grad(), without_autocast(), contextlib.ExitStack() as stack:
-        for norm in rotation.readers:
-            module = model.get_submodule(norm)
-            stack.callback(module.register_forward_pre_hook(partial(add, norm), with_kwargs=True).remove)
-        for batch in data.batches():
-            inputs = as_model_has(model, batch)
-            kept.update(kept_by_decoder(model, inputs))
-            forward(**inputs)
-    return total
+    of_decoder = {norm: rotation.is_of_decoder(norm) for norm in rotation.readers}
+    return second_moments(model, data, of_decoder, forward_through_layers(model), normed, together=True)[""]
 
 
 def components(covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +118,7 @@ def components(covariance: Tensor) -> tuple[Tensor, Tensor]:
         )
     values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    return values, vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    return values, vectors * signs(vectors)
 
 
 def _prunable(rotation: Rotatable, settings: SliceGPT) -> Prunable:
