@@ -18,7 +18,8 @@ from auxin.edits import MergeModule, Plan
 from auxin.edits.structure import structural_edits
 from auxin.errors import ConfigError, DataError, PlanError
 from auxin.methods.factorize.factorised_embedding import FactorisedEmbedding, factorisable, occurrences
-from auxin.nn.low_rank import LowRank, LowRankEmbedding, LowRankLinear
+from auxin.nn.low_rank import LowRank, LowRankLinear
+from auxin.nn.low_rank_embedding import LowRankEmbedding
 from auxin.objectives.calibration import Calibration
 from auxin.objectives.masked_language import MaskedLanguage
 from byte_language import byte_model, held_out_loss, library, train

@@ -15,7 +15,8 @@ from auxin.edits.structure import with_structural_edits
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.nn.bricks import find_brick
-from auxin.nn.low_rank import LowRank, LowRankConv1D, LowRankEmbedding, LowRankLinear
+from auxin.nn.low_rank import LowRank, LowRankConv1D, LowRankLinear
+from auxin.nn.low_rank_embedding import LowRankEmbedding
 from auxin.nn.unmultiplied import Unmultiplied
 from tiny_models import InDouble, change, inputs, labels, tiny
 

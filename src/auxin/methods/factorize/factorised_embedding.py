@@ -36,7 +36,8 @@ from auxin.edits.plan_files import PlanFile
 from auxin.edits.structure import config_values
 from auxin.errors import DataError, PlanError
 from auxin.nn.linear import linear_class
-from auxin.nn.low_rank import INPUT, OUTPUT, LowRankEmbedding
+from auxin.nn.low_rank import INPUT, OUTPUT
+from auxin.nn.low_rank_embedding import LowRankEmbedding
 from auxin.objectives.calibration import Calibration, CalibrationSettings
 from auxin.objectives.objective import is_encoder_decoder
 from auxin.planning.bench import Bench
