@@ -50,7 +50,7 @@ PARTS = {
             "training.checkpoint_interval=700",
             "description=The models of the first part, trained for 4,200 steps instead of 700.",
         ),
-        ("dense-0030", "dense-0060", "new-0017", "new", "new-tokens", "new-rank"),
+        ("dense-0030", "dense-0060", "new-0017", "new", "new-tokens", "new-ffn"),
     ),
 }
 DIFFERENCES = (

@@ -16,11 +16,13 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, G
 
 import auxin
 from auxin.accounting import count_parameters, flops_per_token
+from auxin.analysis.input_moments import input_moments, read_together
 from auxin.edits import Plan
 from auxin.errors import ConfigError, PlanError
 from auxin.methods.factorize import greenformers
 from auxin.methods.factorize.greenformers import Greenformers
 from auxin.nn.low_rank import LowRank
+from auxin.objectives.calibration import Calibration
 from auxin.planning.bench import Bench
 from auxin.planning.ranks import Matrix, after, rank_that_keeps, steps
 from byte_language import byte_model, held_out_loss, library, train
@@ -47,6 +49,10 @@ def planned(model: Any, folder: Path, **values: Any) -> Plan:
 def applied(plan: Plan, model: Any) -> Any:
     auxin.apply(plan, model)
     return model
+
+
+def of_length_one(hidden: Tensor) -> np.ndarray:
+    return (hidden / hidden.square().sum(1, keepdim=True).sqrt()).detach().numpy()
 
 
 def products(model: nn.Module) -> dict[str, LowRank]:
@@ -87,7 +93,7 @@ def test_what_a_layer_gives_on_samples_is_the_nearest_that_a_product_can(tmp_pat
     hook = layer.register_forward_pre_hook(lambda module, arguments: read.append(arguments[0].flatten(0, -2)))
     model(text)
     hook.remove()
-    given_to, weight = read[0].detach().numpy(), layer.weight.detach().numpy().copy()
+    given_to, weight = of_length_one(read[0]), layer.weight.detach().numpy().copy()
     folder = tmp_path_factory.mktemp("plan")
     applied(auxin.plan(model, METHOD, rank=rank, targets=[path], data=[text], folder=folder), model)
     found = model.get_submodule(path).weight.detach().numpy()
@@ -105,10 +111,18 @@ def test_it_is_the_one_that_a_search_finds(tmp_path):
     layer = model.get_submodule(path)
     layer.register_forward_pre_hook(lambda module, arguments: read.append(arguments[0].flatten(0, -2)))
     plan = auxin.plan(model, METHOD, rank=2, targets=[path], data=[text], folder=tmp_path)
-    weight, seen = layer.weight.detach().numpy().T.copy(), read[-1].detach().numpy()
+    weight, seen = layer.weight.detach().numpy().T.copy(), of_length_one(read[-1])
     seen = np.vstack([seen, np.sqrt(0.01 * (seen**2).sum() / seen.shape[1]) * np.eye(seen.shape[1])])
     found = applied(plan, model).get_submodule(path).weight.detach().numpy().T
     np.testing.assert_allclose(found, oracle.nearest(weight, seen, 2), atol=1e-7)
+
+
+def test_every_token_counts_alike_whatever_its_size(tmp_path):
+    model, text = tiny("llama"), ids(samples=4)
+    data = Calibration.of_batches(model, [text])
+    reads = read_together(model, ["model.layers.1.mlp.down_proj", "model.layers.0.mlp.up_proj"])
+    for _, moments in input_moments(model, data, reads):
+        torch.testing.assert_close(moments.trace().item(), float(text.numel()))
 
 
 def test_padding_and_the_order_of_samples_are_no_matter(tmp_path):

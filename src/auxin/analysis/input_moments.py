@@ -60,7 +60,9 @@ def read_together(model: PreTrainedModel, paths: Sequence[str]) -> list[Read]:
 def input_moments(
     model: PreTrainedModel, data: CalibrationData, reads: Sequence[Read]
 ) -> Iterator[tuple[Read, Tensor]]:
-    """C of what layers read, (in, in), float64, on the model's device; see `second_moments`.
+    """C of what layers read, (in, in), float64, on the model's device; see `second_moments`. Each token is divided by
+    its length, so that all count alike: in some layers of trained models a few are far larger than all others, and
+    would be all that C tells of (benchmarks/greenformers_tokens.py has what that costs).
 
     Args:
         model: with weights; stays as it is.
@@ -76,7 +78,8 @@ def input_moments(
         taken = _bytes(model, some[0])
         while left and (taken := taken + _bytes(model, left[0])) <= MOST:
             some.append(left.pop(0))
-        found = second_moments(model, data, {read.paths[0]: read.of_decoder for read in some})
+        of_decoder = {read.paths[0]: read.of_decoder for read in some}
+        found = second_moments(model, data, of_decoder, prepared=_of_length_one)
         for read in some:
             moments = found.pop(read.paths[0])
             if not moments.isfinite().all():
@@ -85,6 +88,10 @@ def input_moments(
                     "inputs. Give other samples, or keep it."
                 )
             yield read, moments
+
+
+def _of_length_one(hidden: Tensor) -> Tensor:
+    return hidden / hidden.norm(dim=1, keepdim=True).clamp(min=torch.finfo(hidden.dtype).tiny)
 
 
 def _bytes(model: PreTrainedModel, read: Read) -> int:

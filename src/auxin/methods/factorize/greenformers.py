@@ -9,9 +9,10 @@ token; it saves below the break-even rank in out / (in + out). What A and B are 
 * `svd`: the nearest product to W, by its singular value decomposition; both factors get the roots of the singular
   values.
 * `activations`: the nearest in what the layer gives for samples X, |(W - A B) X|, with C = X X^T (SVD-LLM, Wang et al.
-  2024, arXiv 2403.07378; ASVD, Yuan et al. 2023, arXiv 2312.05821). With C = R R^T and the left singular vectors U of
-  W R, the best one is A B = U_r U_r^T W: no R has to be inverted. A hundredth of the mean of C's diagonal is added to
-  it (GPTQ's damping, arXiv 2210.17323), so that directions that no sample has count a little.
+  2024, arXiv 2403.07378; ASVD, Yuan et al. 2023, arXiv 2312.05821). Each token is divided by its length, so that a few
+  that are far larger than the others, which trained models have, do not count for all. With C = R R^T and the left
+  singular vectors U of W R, the best one is A B = U_r U_r^T W: no R has to be inverted. A hundredth of the mean of C's
+  diagonal is added to it (GPTQ's damping, arXiv 2210.17323), so that directions that no sample has count a little.
 * `random`: numbers of the size of W's, for a model that is to be trained from the start. Biases are kept.
 
 Ranks are one share of the break-even rank or one number for all layers (the paper's rule), as small as keeps a share of
