@@ -254,7 +254,10 @@ def trained_lora(model: PreTrainedModel, **targets: Any) -> Any:
     ("name", "family"), [case for case in pairs(METHODS, FAMILIES) if case.values[1] != "tokenformer"]
 )
 def test_lora_goes_on_top(name, family):
-    adapted = trained_lora(moved(applied(name, family).model), target_modules="all-linear")
+    # Products have no linear layers inside, and take adapters on their factors.
+    factors = {"target_modules": [], "target_parameters": ["output_factor", "input_factor"]}
+    where = factors if name == "greenformers" else {"target_modules": "all-linear"}
+    adapted = trained_lora(moved(applied(name, family).model), **where)
     trained = logits(adapted)
     merged = adapted.merge_and_unload()
     assert change(trained, logits(merged)) < TOLERANCE
