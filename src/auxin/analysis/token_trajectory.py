@@ -29,27 +29,23 @@ from transformers import PreTrainedModel
 
 from auxin.analysis.distances import divergence
 from auxin.analysis.layer_outputs import LayerOutputs, repeated
-from auxin.analysis.log_probabilities import log_probabilities
 from auxin.analysis.measurement import (
     Batch,
     Measurement,
     Needs,
     Result,
     Table,
-    Tap,
     samples_of,
     wide,
-    without_loss,
 )
 from auxin.analysis.parts import refuse_blocks, stack_parts
-from auxin.analysis.run import forward_through_layers
-from auxin.analysis.spread import Estimates, Spread
+from auxin.analysis.spread import Estimates
+from auxin.analysis.together import TogetherObserver
 from auxin.analysis.trajectory import AT_ONCE
 from auxin.analysis.unit_scores import COLUMNS, LISTED, OfLayer
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.models.anatomy.vit import tokens_before_patches
-from auxin.models.evaluating import evaluation_mode
 from auxin.report.heat_map import Panel, Row, heat_map_svg
 
 
@@ -127,7 +123,7 @@ class TokenTrajectory(Measurement[TokenTrajectories]):
 MEASUREMENT = TokenTrajectory
 
 
-class TokenTrajectoryObserver:
+class TokenTrajectoryObserver(TogetherObserver):
     """Runs the model without every token.
 
     Args:
@@ -138,42 +134,22 @@ class TokenTrajectoryObserver:
         PlanError: as `TokenTrajectory.observe`.
     """
 
-    taps: Sequence[Tap] = ()
-
     def __init__(self, model: PreTrainedModel, settings: TokenTrajectory) -> None:
         self._first = tokens_before_patches(model)
         refuse_blocks(model)
         (parts,) = stack_parts(model)
-        self._model, self._settings, self._layers = model, settings, parts.layers
+        self._layers = parts.layers
         if len(self._layers) < 2:
             raise PlanError(
                 f"{parts.stack.path} has a single layer, which needs all tokens. Give a model of several layers."
             )
         sizes = anatomy(model).sizes
         self._widest = max(sizes.residual, sizes.ffn or 0)
-        self._without_head = forward_through_layers(model)
-        self._waiting: list[Batch] = []
-        self._spread = Spread()
-
-    def before(self, batch: Batch) -> None:
-        """Take the samples, and measure whenever there are enough."""
-        start, together = 0, self._settings.together
-        while start < samples_of(batch):
-            lacking = together - sum(map(samples_of, self._waiting))
-            self._waiting.append({name: tensor[start : start + lacking] for name, tensor in batch.items()})
-            start += lacking
-            if sum(map(samples_of, self._waiting)) == together:
-                self._measure()
-
-    def after(self, batch: Batch, output: Any) -> None:
-        """Nothing is left to do."""
+        super().__init__(model, settings.together, settings.logits_weight, settings.temperature)
 
     def result(self) -> TokenTrajectories:
         """The scores of all tokens."""
-        if self._waiting:
-            with evaluation_mode(self._model), torch.no_grad():
-                self._measure()
-        estimates, paths = self._spread.together(), list(self._layers)[1:]
+        estimates, paths = self._estimates(), list(self._layers)[1:]
         each = len(estimates.means) // len(paths)
         layers = [
             TokensOfLayer(scope=path, scores=estimates.part(place * each, (place + 1) * each))
@@ -181,10 +157,9 @@ class TokenTrajectoryObserver:
         ]
         return TokenTrajectories(first=self._first, layers=layers)
 
-    def _measure(self) -> None:
-        """Drop every token, of the samples that wait."""
-        batch = {name: torch.cat([part[name] for part in self._waiting]) for name in self._waiting[0]}
-        self._waiting = []
+    def _measure(self, batches: Sequence[Batch]) -> None:
+        """Drop every token."""
+        batch = {name: torch.cat([part[name] for part in batches]) for name in batches[0]}
         given = LayerOutputs(self._layers)
         with given.noted():
             output = self._run(batch)
@@ -225,22 +200,10 @@ class TokenTrajectoryObserver:
             for path in order[order.index(layer) :]:
                 stack.callback(self._layers[path].register_forward_hook(partial(compare, path)).remove)
             output = self._run({name: repeated(tensor, samples, copies) for name, tensor in batch.items()})
-        if said is None:
+        if said is None or (now := self._said(batch, output, copies)) is None:
             return effects
-        moved = divergence(said, self._log_probabilities(batch, output, copies)).sum(1).clamp(min=0).cpu().double()
-        return effects + self._settings.logits_weight * self._settings.temperature**2 * moved
-
-    def _run(self, batch: Batch) -> Any:
-        """Run the model, without its head where logits don't count."""
-        if not self._settings.logits_weight:
-            return self._without_head(**batch)
-        return self._model(**without_loss(self._model, batch))
-
-    def _said(self, batch: Batch, output: Any) -> Tensor | None:
-        return self._log_probabilities(batch, output) if self._settings.logits_weight else None
-
-    def _log_probabilities(self, batch: Batch, output: Any, copies: int = 1) -> Tensor:
-        return log_probabilities(self._model, batch, output, self._settings.temperature, copies)
+        moved = divergence(said, now).sum(1).clamp(min=0).cpu().double()
+        return effects + self._logits_weight * self._temperature**2 * moved
 
 
 @contextmanager

@@ -36,28 +36,23 @@ from transformers import PreTrainedModel
 
 from auxin.analysis.distances import divergence
 from auxin.analysis.layer_outputs import LayerOutputs, repeated
-from auxin.analysis.log_probabilities import log_probabilities
 from auxin.analysis.measurement import (
     Batch,
     Measurement,
     Needs,
     Result,
-    Tap,
     check_mask,
     kept_by_decoder,
     samples_of,
     wide,
-    without_loss,
 )
 from auxin.analysis.parts import refuse_blocks, stack_parts
-from auxin.analysis.run import forward_through_layers
-from auxin.analysis.spread import Spread
+from auxin.analysis.together import TogetherObserver
 from auxin.analysis.unit_masks import Mask, Streams, maskable, masked
 from auxin.analysis.unit_scores import UnitImportance, UnitScores
 from auxin.analysis.unit_sums import Score, Statistics
 from auxin.analysis.units import Group, units_of
 from auxin.errors import PlanError
-from auxin.models.evaluating import evaluation_mode
 from auxin.settings import Settings
 from auxin.words.widths import FEED_FORWARD
 
@@ -139,7 +134,7 @@ class _Piece:
     """By stack the numbers of its tokens that are compared, sample by sample."""
 
 
-class TrajectoryObserver:
+class TrajectoryObserver(TogetherObserver):
     """Runs the model with every mask.
 
     Args:
@@ -150,11 +145,9 @@ class TrajectoryObserver:
         PlanError: as `Trajectory.observe`.
     """
 
-    taps: Sequence[Tap] = ()
-
     def __init__(self, model: PreTrainedModel, settings: Trajectory) -> None:
         refuse_blocks(model)
-        self._model, self._settings, self._units = model, settings, units_of(model)
+        self._settings, self._units = settings, units_of(model)
         self._stacks = {parts.stack.path: parts for parts in stack_parts(model)}
         if shared := next((path for path, parts in self._stacks.items() if parts.stack.layers_stay), None):
             raise PlanError(
@@ -168,32 +161,14 @@ class TrajectoryObserver:
             )
         self._layers = {path: module for parts in self._stacks.values() for path, module in parts.layers.items()}
         self._stack_of = {path: name for name, parts in self._stacks.items() for path in parts.layers}
-        self._without_head = forward_through_layers(model)
+        super().__init__(model, settings.together, settings.logits_weight, settings.temperature)
         self._generator = torch.Generator().manual_seed(settings.seed)
-        self._waiting: list[Batch] = []
         self._masks: list[Mask] = []
-        self._spread = Spread()
         self._moved, self._of_logits = 0.0, 0.0
-
-    def before(self, batch: Batch) -> None:
-        """Take the samples, and measure whenever there are enough."""
-        start, together = 0, self._settings.together
-        while start < samples_of(batch):
-            lacking = together - sum(map(samples_of, self._waiting))
-            self._waiting.append({name: tensor[start : start + lacking] for name, tensor in batch.items()})
-            start += lacking
-            if sum(map(samples_of, self._waiting)) == together:
-                self._measure()
-
-    def after(self, batch: Batch, output: Any) -> None:
-        """Nothing is left to do."""
 
     def result(self) -> Trajectories:
         """The scores of all units."""
-        if self._waiting:
-            with evaluation_mode(self._model), torch.no_grad():
-                self._measure()
-        estimates, start, groups = self._spread.together(), 0, []
+        estimates, start, groups = self._estimates(), 0, []
         for kind, scope in self._groups:
             stop = start + self._units.counts[kind, scope]
             groups.append(UnitImportance(stream=kind, scope=scope, scores=estimates.part(start, stop)))
@@ -201,10 +176,9 @@ class TrajectoryObserver:
         share = self._of_logits / self._moved if self._moved else 0.0
         return Trajectories(groups=groups, missing={}, logits_share=share)
 
-    def _measure(self) -> None:
-        """Mask every unit, with the samples that wait."""
-        pieces = [self._piece(batch) for batch in self._waiting]
-        self._waiting = []
+    def _measure(self, batches: Sequence[Batch]) -> None:
+        """Mask every unit."""
+        pieces = [self._piece(batch) for batch in batches]
         self._draw(pieces)
         self._masks = self._masks or self._all_masks(pieces)
         grams = {
@@ -227,18 +201,12 @@ class TrajectoryObserver:
                     scores[group][list(mask.units)] = effect / len(mask.units)
         self._spread.add(torch.cat([scores[group] for group in self._groups])[None])
 
-    def _run(self, batch: Batch) -> Any:
-        """Run the model, without its head where logits don't count."""
-        if not self._settings.logits_weight:
-            return self._without_head(**batch)
-        return self._model(**without_loss(self._model, batch))
-
     def _piece(self, batch: Batch) -> _Piece:
         """Run the model as it is."""
         piece = _Piece(batch, samples_of(batch), LayerOutputs(self._layers))
         with piece.given.noted():
             output = self._run(batch)
-        piece.said = self._said(piece, output)
+        piece.said = self._said(batch, output)
         return piece
 
     def _draw(self, pieces: Sequence[_Piece]) -> None:
@@ -315,7 +283,7 @@ class TrajectoryObserver:
             ):
                 output = self._run({n: repeated(tensor, piece.samples, copies) for n, tensor in piece.batch.items()})
             if piece.said is not None:
-                said = self._said(piece, output, copies)
+                said = self._said(piece.batch, output, copies)
                 assert said is not None
                 logits += divergence(piece.said, said).sum(1).clamp(min=0).cpu().double()
         for path, parts in rows.items():
@@ -339,12 +307,6 @@ class TrajectoryObserver:
         hidden = _hidden(piece, path, output, copies).unflatten(0, (copies, piece.samples)).flatten(1, 2)
         drawn = piece.drawn[self._stack_of[path]].to(hidden.device)
         return F.normalize(wide(hidden[:, drawn]), dim=-1)
-
-    def _said(self, piece: _Piece, output: Any, copies: int = 1) -> Tensor | None:
-        """Log-probabilities of the tokens that are no padding, or of the samples: (copies, rows, classes)."""
-        if not self._settings.logits_weight:
-            return None
-        return log_probabilities(self._model, piece.batch, output, self._settings.temperature, copies)
 
 
 def _hidden(piece: _Piece, path: str, output: Any, copies: int = 1) -> Tensor:

@@ -27,6 +27,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, Literal, Self
 
 import torch
@@ -106,7 +107,7 @@ class Products:
     layers: Mapping[str, nn.Module]
     """By path."""
 
-    @property
+    @cached_property
     def matrices(self) -> dict[str, Matrix]:
         """Their shapes."""
         return {path: Matrix(*widths(layer)) for path, layer in self.layers.items()}
@@ -167,10 +168,11 @@ class Products:
             ranks: by path.
             file: of the factors; None: they are made of the weight, or drawn.
         """
-        start = "weight" if self.settings.solver == "svd" else "random"
+        # Those of a file take the place of drawn ones, which cost nothing.
+        start = {} if self.settings.solver == "svd" else {"start": "random"}
         chosen = {path: layer for path, layer in self.layers.items() if path in ranks}
         for path, name in merged_paths(self.model, chosen, lambda name: (type(chosen[name]), ranks[name])):
-            values = {"rank": ranks[name]} | ({} if start == "weight" else {"start": start})
+            values = {"rank": ranks[name], **start}
             yield ReplaceModule(module=path, brick=BRICKS[_class_of(chosen[name])], settings=values)
         if file is None:
             return
@@ -210,15 +212,16 @@ def plan_greenformers(bench: Bench, settings: Greenformers) -> Plan:
             reads is not finite.
     """
     products = _products(bench.model, settings)
-    if settings.rank is not None or settings.target is not None:
-        products.ranks(None)  # before weights are looked at
+    # Those of an energy, the weights tell; what of the others can't be is refused before these are looked at.
+    shapes_alone = None if settings.energy is not None else products.ranks(None)
     for path, layer in products.layers.items():
         if not layer.get_parameter("weight").isfinite().all():
             raise PlanError(f"{path} has a weight that is not finite. Go back to an earlier checkpoint.")
     if settings.solver == "activations":
         return _by_samples(bench, products)
     if settings.solver == "random":
-        return products.plan(*products.ranks(None), None, [])
+        assert shapes_alone is not None  # there is no energy of random numbers
+        return products.plan(*shapes_alone, None, [])
     squares = {path: torch.linalg.svdvals(_matrix(layer)).square() for path, layer in products.layers.items()}
     ranks, found = products.ranks(squares)
     return products.plan(ranks, found, None, [_kept(squares, ranks, "weights")])
