@@ -26,8 +26,8 @@ def block_shuffle(x: np.ndarray, outputs: list[np.ndarray], inputs: list[np.ndar
 
 
 def least_error(weight: np.ndarray, form: str, blocks: int, rank: int = 0) -> float:
-    """The sum of squares between `weight` (out, in) and the nearest product of a form: of every piece the singular values
-    that its share of the inner units does not hold."""
+    """The sum of squares between `weight` (out, in) and the nearest product of a form: of every piece the singular
+    values that its share of the inner units does not hold."""
     outputs, inputs = weight.shape
     width = inputs // blocks
     stretches = [weight[:, block * width : (block + 1) * width] for block in range(blocks)]
