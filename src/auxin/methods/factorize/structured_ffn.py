@@ -136,10 +136,11 @@ class Parts:
         if any(isinstance(module, Guided) for module in model.modules()):
             raise PlanError(f"The model has {Guided.temporary}. {_finish_first()}")
         body = anatomy(model)
+        bodies = [anatomy(model, part=tower) for tower in body.towers] or [body]
         found = {
             path: layer
             for path, layer in linear_layers(model, (), "made products").items()
-            if _is_feed_forward(body, f"{path}.weight")
+            if any(_is_feed_forward(one, f"{path}.weight") for one in bodies)
         }
         if not found:
             raise PlanError(
