@@ -158,7 +158,7 @@ def crossing(rows: Sequence[dict[str, Any]], value: str) -> float | None:
 def told(length: float | None, lengths: Sequence[int]) -> str:
     """A crossing, in words."""
     if length is None:
-        return f"above {max(lengths):,}"
+        return f"none up to {max(lengths):,}"
     return f"{length:,.0f}" if length else f"below {min(lengths):,}"
 
 
@@ -176,13 +176,13 @@ def page(results: dict[str, Any]) -> str:
         "# Low rank or shorter attention: where one gets cheaper than the other",
         "",
         "One layer of BERT's kind, dense, with all its linear layers as products of rank r",
-        "([greenformers](../greenformers.md)), with [Linformer's",
-        "attention](../greenformers.md#beside-linformers-attention) that reads k mixtures of the n tokens, and",
-        "with both. A forward pass over one text of float32, one thread; the median CPU time of 5 to 15 turns, in",
-        "each of which all ran in shuffled order, and the quartiles of the ratios to the dense layer of the same",
-        "turn. CPU time leaves out what other processes took, but not that they emptied the caches. Peak memory",
-        "is what a forward pass allocates beyond the weights. Parameters are the layer's; the file holds",
-        "embeddings of 64 tokens and of all positions, and BERT's pooler, too.",
+        "([greenformers](../greenformers.md)), with attention that reads k mixtures of the n tokens",
+        "([Linformer's](../greenformers.md#beside-linformers-attention)), and with both. A forward pass over one",
+        "text of float32, one thread; the median CPU time of 5 to 15 turns, in each of which all ran in shuffled",
+        "order, and the quartiles of the ratios to the dense layer of the same turn. CPU time leaves out what other",
+        "processes took, but not that they emptied the caches. Peak memory is what a forward pass allocates beyond",
+        "the weights. Parameters are the layer's; the file holds embeddings of 64 tokens and of all positions, and",
+        "BERT's pooler, too.",
         "",
         "![Time per token over the length](../images/low_rank_lengths.svg)",
         "",

@@ -21,9 +21,10 @@ from auxin.edits import Plan
 from auxin.errors import ConfigError, PlanError
 from auxin.methods.factorize import greenformers
 from auxin.methods.factorize.greenformers import Greenformers
-from auxin.nn.low_rank import LowRank
+from auxin.nn.low_rank import LowRank, LowRankLinear
 from auxin.objectives.calibration import Calibration
 from auxin.planning.bench import Bench
+from auxin.planning.product_times import TOKENS, Pair, ProductTimes, faster_from
 from auxin.planning.ranks import Matrix, after, rank_that_keeps, steps
 from byte_language import byte_model, held_out_loss, library, train
 from oracles import low_rank as oracle
@@ -377,3 +378,60 @@ def test_by_samples_it_loses_less_than_by_weights_and_both_far_less_than_chance(
         plan = auxin.plan(model, METHOD, rank=0.5, solver=solver, folder=tmp_path, **data)
         losses[solver] = held_out_loss(applied(plan, copy.deepcopy(model)), unseen)
     assert held_out_loss(model, unseen) < losses["activations"] < losses["svd"] < losses["random"] - 0.5
+
+
+# On this machine ------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.booleans(), min_size=len(TOKENS), max_size=len(TOKENS)))
+def test_a_product_pays_from_the_least_number_of_tokens_on_beyond_which_it_always_does(faster):
+    pair = Pair(nn.Linear(2, 2, device="meta"), nn.Linear(2, 2, device="meta"), 2)
+    by_tokens = dict(zip(TOKENS, faster, strict=True))
+    found = faster_from(pair, lambda tokens, _: (2.0, 1.0) if by_tokens[tokens] else (1.0, 1.0))
+    expected = [start for start in TOKENS if all(by_tokens[tokens] for tokens in TOKENS if tokens >= start)]
+    assert found == (min(expected) if expected else None)
+
+
+def test_a_plan_says_from_how_many_tokens_on_products_are_faster(monkeypatch):
+    """By a clock that only counts: two products of a layer cost what their calls and multiply-adds do."""
+    asked = []
+
+    def seconds(self, tokens, pair):
+        product = pair.product
+        asked.append((tokens, pair.inputs, type(product).__name__, product.rank, product.input_factor.device.type))
+        weights = [pair.layer.weight.numel(), product.rank * (product.in_features + product.out_features)]
+        return tuple(calls * 50_000 + tokens * size for calls, size in zip((1, 2), weights, strict=True))
+
+    monkeypatch.setattr(ProductTimes, "seconds", seconds)
+    model = byte_model(0, num_key_value_heads=4)  # 64 x 64, and 64 x 172 both ways
+    plan = auxin.plan(model, METHOD, rank=0.5, solver="random", measure=True)
+    told = plan.findings[-1]
+    assert told.startswith("Products are faster than their layers on ")
+    assert len(asked) == len(set(asked)), "each shape once"
+    # 50,000 / (64 * 64 - 16 * 128) = 24.4 and 50,000 / (64 * 172 - 23 * 236) = 9.0, rounded up to what is timed.
+    assert "64 -> 64 of rank 16 from 64 tokens on" in told
+    assert "64 -> 172 of rank 23 from 16 tokens on" in told
+    assert {name for _, _, name, _, _ in asked} == {"LowRankLinear"}
+    assert {device for *_, device in asked} == {"meta"}
+    monkeypatch.setattr(ProductTimes, "seconds", lambda self, tokens, pair: (1.0, 2.0))
+    assert (
+        "64 -> 64 of rank 16 never" in auxin.plan(model, METHOD, rank=0.5, solver="random", measure=True).findings[-1]
+    )
+    quiet = auxin.plan(model, METHOD, rank=0.5, solver="random")
+    assert "faster" not in " ".join(quiet.findings)
+    assert plan.edits == quiet.edits, "what was timed decides nothing"
+
+
+def test_times_are_of_rows_of_copies_and_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("AUXIN_CACHE", str(tmp_path))
+    with torch.device("meta"):
+        layer = nn.Linear(8, 6)
+    pair, times = Pair(layer, LowRankLinear.replacing(layer, 2), 8), ProductTimes(torch.float32)
+    runs = times._runs((pair.layer, pair.product), 3, 8)
+    assert [run.times for run in runs] == [4, 4]
+    assert [run.times for run in times._runs((pair.layer, pair.product), 256, 8)] == [1, 1]
+    once = times.seconds(1, pair)
+    assert min(once) > 0
+    monkeypatch.setattr(ProductTimes, "_runs", lambda *_: pytest.fail("timed again"))
+    assert ProductTimes(torch.float32).seconds(1, pair) == once
+    assert all(parameter.is_meta for module in (pair.layer, pair.product) for parameter in module.parameters())

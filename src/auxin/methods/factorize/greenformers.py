@@ -23,6 +23,7 @@ factors; ranks at which nothing is saved are told by all parameters; layers that
 heads are left alone by a rule that is written down (`targets`), and not by how the code walks; convolutions stay.
 """
 
+import copy
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ from auxin.edits.kinds.module_edits import ReplaceModule
 from auxin.edits.plan_files import PlanFile
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
+from auxin.nn.bricks import find_brick
 from auxin.nn.linear import linear_class, widths
 from auxin.nn.low_rank import INPUT, OUTPUT, signs
 from auxin.objectives.calibration import CalibrationSettings
@@ -51,6 +53,7 @@ from auxin.planning.bench import Bench
 from auxin.planning.kept_paths import KeptPaths, is_kept, refuse_impossible
 from auxin.planning.linear_layers import linear_layers, merged_paths
 from auxin.planning.method import Method
+from auxin.planning.product_times import TOKENS, Pair, ProductTimes, faster_from
 from auxin.planning.ranks import Matrix, Ranks, after, rank_that_keeps, rounded, steps, steps_alike
 from auxin.planning.target import Gauge, Removal, Target, least_removal, removal
 from auxin.settings import Settings
@@ -82,6 +85,9 @@ class Greenformers(Settings):
     """Paths of layers or parts that stay as they are, `*` for any one part."""
     multiple_of: int = Field(default=1, gt=0)
     """Ranks are multiples of it, which may suit a machine: `rank` is rounded down to one, what `energy` asks for up."""
+    measure: bool = False
+    """Time layers and products on this machine with 1 to 4,096 tokens at once, a few seconds for each shape, and say
+    from how many on products are faster."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -181,10 +187,36 @@ class Products:
             for name, shape in ((OUTPUT, (matrix.outputs, rank)), (INPUT, (rank, matrix.inputs))):
                 yield SetParameter(parameter=f"{path}.{name}", file=file.name, tensor=f"{path}.{name}", shape=shape)
 
-    def plan(self, ranks: Ranks, found: Removal | None, file: PlanFile | None, findings: Sequence[str]) -> Plan:
-        """The plan, with what is to be known of it."""
+    def times(self, ranks: Ranks) -> list[str]:
+        """From how many tokens on products are faster than their layers on this machine, shape by shape; of several
+        ranks the largest is timed, the slowest."""
+        largest: dict[tuple[type[nn.Module], Matrix], str] = {}
+        for path in sorted(ranks, key=lambda path: ranks[path]):
+            largest[_class_of(self.layers[path]), self.matrices[path]] = path
+        dtype = next(self.layers[path].get_parameter("weight").dtype for path in ranks)
+        times = ProductTimes(dtype)
+        told = []
+        for (_, matrix), path in largest.items():
+            layer = copy.deepcopy(self.layers[path]).to("meta")
+            product = find_brick(BRICKS[_class_of(layer)]).replacing(layer, rank=ranks[path])  # type: ignore[attr-defined]
+            start = faster_from(Pair(layer, product, matrix.inputs), times.seconds)
+            when = "never" if start is None else f"from {start:,} token{'s' * (start > 1)} on"
+            told.append(f"{matrix.inputs} -> {matrix.outputs} of rank {ranks[path]} {when}")
+        timed = f"on {times}, timed with {TOKENS[0]} to {TOKENS[-1]:,} tokens at once"
+        return [f"Products are faster than their layers {timed}: {'; '.join(told)}."]
+
+    def plan(
+        self,
+        ranks: Ranks,
+        found: Removal | None,
+        file: PlanFile | None,
+        findings: Sequence[str],
+        measured: bool = True,
+    ) -> Plan:
+        """The plan, with what is to be known of it; with times, where they are asked for and it is `measured`."""
         edits = list(self.edits(ranks, file))
         target = self.settings.target
+        timed = self.times(ranks) if self.settings.measure and measured else []
         sizes = sorted(ranks.values())
         told = f"{len(ranks)} of {len(self.layers)} layers become products, of rank {sizes[0]}"
         if sizes[-1] > sizes[0]:
@@ -195,7 +227,7 @@ class Products:
             promise="none",
             edits=edits,
             files=[] if file is None else [file],
-            findings=[*(found or removal(self.model, edits)).findings(target), f"{told}.", *findings],
+            findings=[*(found or removal(self.model, edits)).findings(target), f"{told}.", *findings, *timed],
             made_for=config_values(self.model.config),
         )
 
@@ -337,7 +369,7 @@ def _outline(bench: Bench, settings: Greenformers) -> Plan:
     said = (
         ["How small it gets, the weights tell; this is the largest it can be."] if settings.energy is not None else []
     )
-    return products.plan(*products.ranks(None), None, said)
+    return products.plan(*products.ranks(None), None, said, measured=False)
 
 
 def _example(model: PreTrainedModel) -> dict[str, Any]:
