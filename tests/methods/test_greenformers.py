@@ -1,6 +1,7 @@
 """Linear layers that are products: how many parameters there are then, what is near, and how ranks are divided."""
 
 import copy
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,19 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, G
 import auxin
 from auxin.accounting import count_parameters, flops_per_token
 from auxin.analysis.input_moments import input_moments, read_together
-from auxin.edits import Plan
+from auxin.edits import MergeModule, Plan
 from auxin.errors import ConfigError, PlanError
 from auxin.methods.factorize import greenformers
 from auxin.methods.factorize.greenformers import Greenformers
 from auxin.nn.low_rank import LowRank, LowRankLinear
+from auxin.nn.low_rank_convolution import LowRankConvolution
 from auxin.objectives.calibration import Calibration
 from auxin.planning.bench import Bench
 from auxin.planning.product_times import TOKENS, Pair, ProductTimes, faster_from
 from auxin.planning.ranks import Matrix, after, rank_that_keeps, steps
 from byte_language import byte_model, held_out_loss, library, train
 from oracles import low_rank as oracle
+from outputs import output
 from tiny_models import VOCABULARY, inputs, labels, logits, tiny
 
 METHOD = "greenformers"
@@ -435,3 +438,72 @@ def test_times_are_of_rows_of_copies_and_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(ProductTimes, "_runs", lambda *_: pytest.fail("timed again"))
     assert ProductTimes(torch.float32).seconds(1, pair) == once
     assert all(parameter.is_meta for module in (pair.layer, pair.product) for parameter in module.parameters())
+
+
+# Convolutions ---------------------------------------------------------------------------------------------------------
+
+NAMED = {"whisper": ["conv1", "conv2"], "vit": ["projection"], "wav2vec2": ["conv_layers.*.conv"]}
+
+
+@pytest.mark.parametrize("solver", ["svd", "random"])
+@pytest.mark.parametrize("family", NAMED)
+def test_convolutions_that_are_named_become_products_and_load(tmp_path, family, solver):
+    model = tiny(family, dtype=torch.float32)
+    whole = {
+        path: module for path, module in model.named_modules() if isinstance(module, nn.Conv1d | nn.Conv2d)
+    }  # fmt: skip
+    before, biases = count_parameters(model).total, {n: p.clone() for n, p in model.named_parameters() if "bias" in n}
+    plan = auxin.plan(model, METHOD, rank=1, targets=NAMED[family], solver=solver)
+    applied(plan, model)
+    found = {path: module for path, module in model.named_modules() if isinstance(module, LowRankConvolution)}
+    assert found
+    saved = 0
+    for path, module in found.items():
+        outputs, *read = whole[path].weight.shape
+        saved += outputs * math.prod(read) - outputs - math.prod(read)
+        assert not products(module)
+    assert count_parameters(model).total == before - saved
+    assert all(torch.equal(model.get_parameter(name), bias) for name, bias in biases.items())
+    auxin.save(model, tmp_path / "saved")
+    loaded = type(model).from_pretrained(tmp_path / "saved").eval()
+    assert torch.equal(output(loaded(**inputs(model))), output(model.eval()(**inputs(model))))
+
+
+def test_convolutions_of_that_rank_are_reproduced_and_merged_back():
+    model = tiny("whisper")
+    for layer in (model.model.encoder.conv1, model.model.encoder.conv2):
+        outputs, *read = layer.weight.shape
+        generator = torch.Generator().manual_seed(outputs)
+        factors = [torch.randn(size, generator=generator).double() for size in ((outputs, 2), (2, math.prod(read)))]
+        layer.weight.data.copy_((factors[0] @ factors[1] / 4).view(layer.weight.shape))
+    before, weights = output(model(**inputs(model))), copy.deepcopy(model.state_dict())
+    applied(auxin.plan(model, METHOD, rank=2, targets=NAMED["whisper"], solver="svd"), model)
+    torch.testing.assert_close(output(model(**inputs(model))), before, rtol=1e-8, atol=1e-8)
+    merged = Plan(method="x", promise="none", edits=[MergeModule(module="model.encoder.conv1")])
+    applied(merged, model)
+    merged = Plan(method="x", promise="none", edits=[MergeModule(module="model.encoder.conv2")])
+    applied(merged, model)
+    torch.testing.assert_close(dict(model.state_dict()), dict(weights), rtol=1e-8, atol=1e-8)
+
+
+def test_convolutions_that_nobody_named_stay(tmp_path):
+    model = applied(planned(tiny("whisper"), tmp_path, rank=2), tiny("whisper"))
+    assert not any(isinstance(module, LowRankConvolution) for module in model.modules())
+    assert products(model)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"solver": "activations"}, "conv_layers.0.conv is a convolution.*Give solver = svd"),
+        ({"targets": ["pos_conv_embed.conv"]}, "pos_conv_embed.conv: .*a ParametrizedConv1d"),
+        ({"rank": 40}, "saves some here is"),
+    ],
+)
+def test_convolutions_that_can_t_be_products_are_refused(values, words):
+    model, data = tiny("wav2vec2"), {}
+    given_to: dict[str, Any] = {"rank": 1, "solver": "svd", "targets": NAMED["wav2vec2"]} | values
+    if given_to["solver"] == "activations":
+        data = {"data": [{**inputs(model), "labels": labels(model)}]}
+    with pytest.raises(PlanError, match=words):
+        auxin.plan(model, METHOD, **data, **given_to)

@@ -19,8 +19,9 @@ Ranks are one share of the break-even rank or one number for all layers (the pap
 the sum of squares, or divided among layers so that a target is met: see `auxin.planning.ranks`.
 
 Not as in the paper's code: singular values go to both factors, and the decomposition is exact; a bias stays with random
-factors; ranks at which nothing is saved are told by all parameters; layers that are direct children of the model and
-heads are left alone by a rule that is written down (`targets`), and not by how the code walks; convolutions stay.
+factors; ranks at which nothing is saved are told by all parameters, a convolution's kernel among them; layers that are
+direct children of the model and heads are left alone by a rule that is written down (`targets`), and not by how the
+code walks; convolutions become products where they are named, and those in groups stay.
 """
 
 import copy
@@ -44,10 +45,11 @@ from auxin.edits.kinds.file_edits import SetParameter
 from auxin.edits.kinds.module_edits import ReplaceModule
 from auxin.edits.plan_files import PlanFile
 from auxin.edits.structure import config_values
-from auxin.errors import PlanError
+from auxin.errors import PlanError, placed
 from auxin.nn.bricks import find_brick
 from auxin.nn.linear import linear_class, widths
 from auxin.nn.low_rank import INPUT, OUTPUT, signs
+from auxin.nn.low_rank_convolution import CONVOLUTIONS, refuse_other, window
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.planning.bench import Bench
 from auxin.planning.kept_paths import KeptPaths, is_kept, refuse_impossible
@@ -60,7 +62,11 @@ from auxin.settings import Settings
 
 NAME = "greenformers"
 FACTORS = "factors.safetensors"
-BRICKS: dict[type[nn.Module], str] = {nn.Linear: "low_rank_linear", Conv1D: "low_rank_conv1d"}
+BRICKS: dict[type[nn.Module], str] = {
+    nn.Linear: "low_rank_linear",
+    Conv1D: "low_rank_conv1d",
+    **dict.fromkeys(CONVOLUTIONS, "low_rank_convolution"),
+}
 DAMPING = 0.01
 """What is added to the second moments of inputs, as a share of the mean of their diagonal."""
 
@@ -80,7 +86,8 @@ class Greenformers(Settings):
     """What factors are made of: the weight and samples, the weight alone, or random numbers."""
     targets: list[str] = []
     """The layers, as dotted paths or ends of paths; `*` stands for any one part ("q_proj", "layers.0.mlp.*"). Empty:
-    all linear layers inside the layer stacks."""
+    all linear layers inside the layer stacks. Convolutions without groups become products where they are named, with
+    the solvers svd and random."""
     keep: KeptPaths = ()
     """Paths of layers or parts that stay as they are, `*` for any one part."""
     multiple_of: int = Field(default=1, gt=0)
@@ -116,7 +123,7 @@ class Products:
     @cached_property
     def matrices(self) -> dict[str, Matrix]:
         """Their shapes."""
-        return {path: Matrix(*widths(layer)) for path, layer in self.layers.items()}
+        return {path: Matrix(*_sides(layer)) for path, layer in self.layers.items()}
 
     def ranks(self, squares: Mapping[str, Tensor] | None) -> tuple[Ranks, Removal | None]:
         """The rank of every layer that becomes a product, and what a target found.
@@ -191,9 +198,12 @@ class Products:
         """From how many tokens on products are faster than their layers on this machine, shape by shape; of several
         ranks the largest is timed, the slowest."""
         largest: dict[tuple[type[nn.Module], Matrix], str] = {}
-        for path in sorted(ranks, key=lambda path: ranks[path]):
+        linear = [path for path in ranks if not isinstance(self.layers[path], CONVOLUTIONS)]
+        if not linear:
+            return ["Convolutions are not timed."]
+        for path in sorted(linear, key=lambda path: ranks[path]):
             largest[_class_of(self.layers[path]), self.matrices[path]] = path
-        dtype = next(self.layers[path].get_parameter("weight").dtype for path in ranks)
+        dtype = next(self.layers[path].get_parameter("weight").dtype for path in linear)
         times = ProductTimes(dtype)
         told = []
         for (_, matrix), path in largest.items():
@@ -322,9 +332,19 @@ def factors(weight: Tensor, directions: Tensor) -> dict[str, Tensor]:
 def _products(model: PreTrainedModel, settings: Greenformers) -> Products:
     """The layers that can become products; weights are not looked at."""
     none = "TokenFormers and layers that are products already have nothing to be factorised."
-    layers = linear_layers(model, settings.targets, "factorised", none=none)
+    also = CONVOLUTIONS if settings.targets else ()
+    layers = linear_layers(model, settings.targets, "factorised", also, none=none)
     refuse_impossible(settings.keep, layers, "a linear layer")
     left = {path: layer for path, layer in layers.items() if not is_kept(path, settings.keep)}
+    for path, layer in left.items():
+        if isinstance(layer, CONVOLUTIONS):
+            with placed(f"targets: {path}: "):
+                refuse_other(layer)
+            if settings.solver == "activations":
+                raise PlanError(
+                    f"targets: {path} is a convolution, and by samples linear layers alone become products. Give "
+                    "solver = svd, or plan the convolutions by themselves."
+                )
     return Products(model, settings, left)
 
 
@@ -340,15 +360,20 @@ def _read(products: Products, reads: Sequence[Read]) -> tuple[Products, list[str
 
 
 def _class_of(layer: nn.Module) -> type[nn.Module]:
-    found = linear_class(layer)
+    found = type(layer) if isinstance(layer, CONVOLUTIONS) else linear_class(layer)
     assert found is not None
     return found
+
+
+def _sides(layer: nn.Module) -> tuple[int, int]:
+    """What the layer's matrix reads and gives; of a convolution all that its kernel sees of a place."""
+    return window(layer) if isinstance(layer, CONVOLUTIONS) else widths(layer)
 
 
 def _matrix(layer: nn.Module) -> Tensor:
     """The weight (out, in) in float64."""
     weight = layer.get_parameter("weight").detach().double()
-    return weight.mT if isinstance(layer, Conv1D) else weight
+    return weight.mT if isinstance(layer, Conv1D) else weight.flatten(1)
 
 
 def _kept(squares: Mapping[str, Tensor], ranks: Ranks, of: str) -> str:
