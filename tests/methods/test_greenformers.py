@@ -26,7 +26,7 @@ from auxin.nn.low_rank import LowRank, LowRankLinear
 from auxin.nn.low_rank_convolution import LowRankConvolution
 from auxin.objectives.calibration import Calibration
 from auxin.planning.bench import Bench
-from auxin.planning.product_times import TOKENS, Pair, ProductTimes, faster_from
+from auxin.planning.product_times import MULTIPLES, TOKENS, ProductTimes, faster_from, liked, ranks_to_compare
 from auxin.planning.ranks import Matrix, after, rank_that_keeps, steps
 from byte_language import byte_model, held_out_loss, library, train
 from oracles import low_rank as oracle
@@ -388,25 +388,25 @@ def test_by_samples_it_loses_less_than_by_weights_and_both_far_less_than_chance(
 
 @given(st.lists(st.booleans(), min_size=len(TOKENS), max_size=len(TOKENS)))
 def test_a_product_pays_from_the_least_number_of_tokens_on_beyond_which_it_always_does(faster):
-    pair = Pair(nn.Linear(2, 2, device="meta"), nn.Linear(2, 2, device="meta"), 2)
     by_tokens = dict(zip(TOKENS, faster, strict=True))
-    found = faster_from(pair, lambda tokens, _: (2.0, 1.0) if by_tokens[tokens] else (1.0, 1.0))
+    found = faster_from(lambda tokens: (2.0, 1.0) if by_tokens[tokens] else (1.0, 1.0))
     expected = [start for start in TOKENS if all(by_tokens[tokens] for tokens in TOKENS if tokens >= start)]
     assert found == (min(expected) if expected else None)
 
 
 def test_a_plan_says_from_how_many_tokens_on_products_are_faster(monkeypatch):
-    """By a clock that only counts: two products of a layer cost what their calls and multiply-adds do."""
+    """By a clock that only counts: calls and multiply-adds."""
     asked = []
 
-    def seconds(self, tokens, pair):
-        product = pair.product
-        asked.append((tokens, pair.inputs, type(product).__name__, product.rank, product.input_factor.device.type))
-        weights = [pair.layer.weight.numel(), product.rank * (product.in_features + product.out_features)]
-        return tuple(calls * 50_000 + tokens * size for calls, size in zip((1, 2), weights, strict=True))
+    def seconds(self, modules, tokens):
+        layer, product = modules
+        asked.append((tokens, layer.in_features, layer.out_features, product.rank))
+        assert all(parameter.is_meta for module in modules for parameter in module.parameters())
+        weights = [layer.weight.numel(), product.rank * (product.in_features + product.out_features)]
+        return [calls * 50_000 + tokens * size for calls, size in zip((1, 2), weights, strict=True)]
 
     monkeypatch.setattr(ProductTimes, "seconds", seconds)
-    model = byte_model(0, num_key_value_heads=4)  # 64 x 64, and 64 x 172 both ways
+    model = byte_model(0)  # 64 x 64, and 64 x 172 both ways
     plan = auxin.plan(model, METHOD, rank=0.5, solver="random", measure=True)
     told = plan.findings[-1]
     assert told.startswith("Products are faster than their layers on ")
@@ -414,9 +414,7 @@ def test_a_plan_says_from_how_many_tokens_on_products_are_faster(monkeypatch):
     # 50,000 / (64 * 64 - 16 * 128) = 24.4 and 50,000 / (64 * 172 - 23 * 236) = 9.0, rounded up to what is timed.
     assert "64 -> 64 of rank 16 from 64 tokens on" in told
     assert "64 -> 172 of rank 23 from 16 tokens on" in told
-    assert {name for _, _, name, _, _ in asked} == {"LowRankLinear"}
-    assert {device for *_, device in asked} == {"meta"}
-    monkeypatch.setattr(ProductTimes, "seconds", lambda self, tokens, pair: (1.0, 2.0))
+    monkeypatch.setattr(ProductTimes, "seconds", lambda self, modules, tokens: [1.0, 2.0])
     assert (
         "64 -> 64 of rank 16 never" in auxin.plan(model, METHOD, rank=0.5, solver="random", measure=True).findings[-1]
     )
@@ -425,19 +423,60 @@ def test_a_plan_says_from_how_many_tokens_on_products_are_faster(monkeypatch):
     assert plan.edits == quiet.edits, "what was timed decides nothing"
 
 
+@given(st.integers(1, 500))
+def test_ranks_that_are_compared_are_multiples_of_one_number_and_no_larger(rank):
+    found = ranks_to_compare(rank)
+    for multiple, near in found.items():
+        assert 0 < near <= rank
+        assert near % multiple == 0
+        assert multiple == 64 or near % (2 * multiple)
+        assert rank - near < 2 * multiple
+    assert 1 in found
+
+
+@given(st.dictionaries(st.sampled_from(MULTIPLES), st.floats(0.5, 2), min_size=1))
+def test_the_multiple_that_is_liked_is_the_least_that_loses_nothing(each):
+    chosen = liked(each)
+    assert all(each[chosen] <= 1.03 * each[other] for other in each if other > chosen)
+    for less in (multiple for multiple in each if multiple < chosen):
+        assert any(each[less] > 1.03 * each[other] for other in each if other >= less)
+
+
+def test_ranks_are_multiples_of_what_the_machine_likes(monkeypatch):
+    """On one whose kernels compute four ranks at once."""
+    monkeypatch.setattr(
+        ProductTimes, "seconds", lambda self, modules, tokens: [-(-module.rank // 4) * 4.0 for module in modules]
+    )
+    plan = auxin.plan(byte_model(0), METHOD, rank=0.5, solver="random", multiple_of="machine")
+    ranks = {layer.rank for layer in products(applied(plan, byte_model(0))).values()}
+    assert ranks == {16, 20}
+    assert "Ranks are multiples of 4, as this machine likes them." in plan.findings
+    assert plan.settings["multiple_of"] == "machine"
+    with pytest.raises(PlanError, match=r"convolutions are not timed\. Give a number"):
+        auxin.plan(tiny("vit"), METHOD, rank=2, targets=["projection"], solver="svd", multiple_of="machine")
+    with pytest.raises(ConfigError, match="multiple_of"):
+        auxin.plan(tiny("vit"), METHOD, rank=2, solver="svd", multiple_of="mashine")
+
+
+def test_a_recipe_is_priced_without_timing_anything(monkeypatch):
+    monkeypatch.setattr(ProductTimes, "seconds", lambda *_: pytest.fail("timed"))
+    values = Greenformers(rank=0.5, measure=True, multiple_of="machine")
+    assert greenformers.METHOD.outline(Bench(tiny("llama")), values).edits
+
+
 def test_times_are_of_rows_of_copies_and_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("AUXIN_CACHE", str(tmp_path))
     with torch.device("meta"):
         layer = nn.Linear(8, 6)
-    pair, times = Pair(layer, LowRankLinear.replacing(layer, 2), 8), ProductTimes(torch.float32)
-    runs = times._runs((pair.layer, pair.product), 3, 8)
-    assert [run.times for run in runs] == [4, 4]
-    assert [run.times for run in times._runs((pair.layer, pair.product), 256, 8)] == [1, 1]
-    once = times.seconds(1, pair)
+    times = ProductTimes(torch.float32, lambda layer, rank: LowRankLinear.replacing(layer, rank))
+    pair = [layer, LowRankLinear.replacing(layer, 2)]
+    assert [run.times for run in times.runs(pair, 3)] == [4, 4]
+    assert [run.times for run in times.runs(pair, 256)] == [1, 1]
+    once = times.seconds(pair, 1)
     assert min(once) > 0
-    monkeypatch.setattr(ProductTimes, "_runs", lambda *_: pytest.fail("timed again"))
-    assert ProductTimes(torch.float32).seconds(1, pair) == once
-    assert all(parameter.is_meta for module in (pair.layer, pair.product) for parameter in module.parameters())
+    monkeypatch.setattr(ProductTimes, "runs", lambda *_: pytest.fail("timed again"))
+    assert times.seconds(pair, 1) == once
+    assert all(parameter.is_meta for module in pair for parameter in module.parameters())
 
 
 # Convolutions ---------------------------------------------------------------------------------------------------------

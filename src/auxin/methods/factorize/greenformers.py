@@ -27,10 +27,10 @@ code walks; convolutions become products where they are named, and those in grou
 import copy
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, StrictFloat, StrictInt, model_validator
@@ -55,7 +55,7 @@ from auxin.planning.bench import Bench
 from auxin.planning.kept_paths import KeptPaths, is_kept, refuse_impossible
 from auxin.planning.linear_layers import linear_layers, merged_paths
 from auxin.planning.method import Method
-from auxin.planning.product_times import TOKENS, Pair, ProductTimes, faster_from
+from auxin.planning.product_times import ProductTimes
 from auxin.planning.ranks import Matrix, Ranks, after, rank_that_keeps, rounded, steps, steps_alike
 from auxin.planning.target import Gauge, Removal, Target, least_removal, removal
 from auxin.settings import Settings
@@ -90,8 +90,10 @@ class Greenformers(Settings):
     the solvers svd and random."""
     keep: KeptPaths = ()
     """Paths of layers or parts that stay as they are, `*` for any one part."""
-    multiple_of: int = Field(default=1, gt=0)
-    """Ranks are multiples of it, which may suit a machine: `rank` is rounded down to one, what `energy` asks for up."""
+    multiple_of: Annotated[StrictInt, Field(gt=0)] | Literal["machine"] = 1
+    """Ranks are multiples of it, which may suit a machine: `rank` is rounded down to one, what `energy` asks for up.
+    "machine": of the least power of 2 up to 64 whose multiples are fast on this one, which some seconds of timing
+    tell."""
     measure: bool = False
     """Time layers and products on this machine with 1 to 4,096 tokens at once, a few seconds for each shape, and say
     from how many on products are faster."""
@@ -119,11 +121,34 @@ class Products:
     settings: Greenformers
     layers: Mapping[str, nn.Module]
     """By path."""
+    here: bool = True
+    """Whether something may be timed."""
 
     @cached_property
     def matrices(self) -> dict[str, Matrix]:
         """Their shapes."""
         return {path: Matrix(*_sides(layer)) for path, layer in self.layers.items()}
+
+    @cached_property
+    def multiple(self) -> int:
+        """What ranks are multiples of."""
+        asked = self.settings.multiple_of
+        if asked != "machine":
+            return asked
+        if not self.linear:
+            raise PlanError("multiple_of: machine: convolutions are not timed. Give a number.")
+        largest = max(self.linear, key=lambda path: self.matrices[path].most)
+        return self.times.liked_multiple(self.layers[largest], self.matrices[largest].most) if self.here else 1
+
+    @cached_property
+    def linear(self) -> list[str]:
+        """The paths of those that are no convolutions."""
+        return [path for path, layer in self.layers.items() if not isinstance(layer, CONVOLUTIONS)]
+
+    @cached_property
+    def times(self) -> ProductTimes:
+        """Times of the linear ones."""
+        return ProductTimes(self.layers[self.linear[0]].get_parameter("weight").dtype, _product)
 
     def ranks(self, squares: Mapping[str, Tensor] | None) -> tuple[Ranks, Removal | None]:
         """The rank of every layer that becomes a product, and what a target found.
@@ -150,7 +175,7 @@ class Products:
 
     def rank(self, path: str, squares: Tensor | None) -> int:
         """The rank of a layer where there is no target; 0: it stays whole. Of an unknown energy the largest."""
-        matrix, asked, multiple = self.matrices[path], self.settings.rank, self.settings.multiple_of
+        matrix, asked, multiple = self.matrices[path], self.settings.rank, self.multiple
         if asked is not None:
             rank = rounded(asked if isinstance(asked, int) else int(Fraction(str(asked)) * matrix.limit), multiple)
         elif squares is None:
@@ -161,7 +186,7 @@ class Products:
         return rank if rank <= matrix.most else 0
 
     def _by_target(self, target: Target, squares: Mapping[str, Tensor] | None) -> tuple[Ranks, Removal | None]:
-        matrices, multiple = self.matrices, self.settings.multiple_of
+        matrices, multiple = self.matrices, self.multiple
         if squares is None:
             order = steps_alike(matrices, multiple)
         else:
@@ -194,39 +219,14 @@ class Products:
             for name, shape in ((OUTPUT, (matrix.outputs, rank)), (INPUT, (rank, matrix.inputs))):
                 yield SetParameter(parameter=f"{path}.{name}", file=file.name, tensor=f"{path}.{name}", shape=shape)
 
-    def times(self, ranks: Ranks) -> list[str]:
-        """From how many tokens on products are faster than their layers on this machine, shape by shape; of several
-        ranks the largest is timed, the slowest."""
-        largest: dict[tuple[type[nn.Module], Matrix], str] = {}
-        linear = [path for path in ranks if not isinstance(self.layers[path], CONVOLUTIONS)]
-        if not linear:
-            return ["Convolutions are not timed."]
-        for path in sorted(linear, key=lambda path: ranks[path]):
-            largest[_class_of(self.layers[path]), self.matrices[path]] = path
-        dtype = next(self.layers[path].get_parameter("weight").dtype for path in linear)
-        times = ProductTimes(dtype)
-        told = []
-        for (_, matrix), path in largest.items():
-            layer = copy.deepcopy(self.layers[path]).to("meta")
-            product = find_brick(BRICKS[_class_of(layer)]).replacing(layer, rank=ranks[path])  # type: ignore[attr-defined]
-            start = faster_from(Pair(layer, product, matrix.inputs), times.seconds)
-            when = "never" if start is None else f"from {start:,} token{'s' * (start > 1)} on"
-            told.append(f"{matrix.inputs} -> {matrix.outputs} of rank {ranks[path]} {when}")
-        timed = f"on {times}, timed with {TOKENS[0]} to {TOKENS[-1]:,} tokens at once"
-        return [f"Products are faster than their layers {timed}: {'; '.join(told)}."]
-
-    def plan(
-        self,
-        ranks: Ranks,
-        found: Removal | None,
-        file: PlanFile | None,
-        findings: Sequence[str],
-        measured: bool = True,
-    ) -> Plan:
-        """The plan, with what is to be known of it; with times, where they are asked for and it is `measured`."""
+    def plan(self, ranks: Ranks, found: Removal | None, file: PlanFile | None, findings: Sequence[str]) -> Plan:
+        """The plan, with what is to be known of it."""
         edits = list(self.edits(ranks, file))
         target = self.settings.target
-        timed = self.times(ranks) if self.settings.measure and measured else []
+        linear = {path: self.layers[path] for path in ranks if path in self.linear}
+        timed = [self.times.findings(linear, ranks)] if linear and self.settings.measure and self.here else []
+        if self.settings.multiple_of == "machine" and self.here:
+            timed.append(f"Ranks are multiples of {self.multiple}, as this machine likes them.")
         sizes = sorted(ranks.values())
         told = f"{len(ranks)} of {len(self.layers)} layers become products, of rank {sizes[0]}"
         if sizes[-1] > sizes[0]:
@@ -356,13 +356,20 @@ def _read(products: Products, reads: Sequence[Read]) -> tuple[Products, list[str
         raise PlanError("None of the layers runs when the model is called, so that nothing is known of their inputs.")
     idle = [path for path in products.layers if path not in run]
     said = [f"Left whole, as they do not run: {', '.join(idle)}."] if idle else []
-    return Products(products.model, products.settings, layers), said
+    return replace(products, layers=layers), said
 
 
 def _class_of(layer: nn.Module) -> type[nn.Module]:
     found = type(layer) if isinstance(layer, CONVOLUTIONS) else linear_class(layer)
     assert found is not None
     return found
+
+
+def _product(layer: nn.Module, rank: int) -> nn.Module:
+    """What stands in the place of a layer, without values."""
+    replacing: Any = find_brick(BRICKS[_class_of(layer)])
+    made: nn.Module = replacing.replacing(copy.deepcopy(layer).to("meta"), rank=rank)
+    return made
 
 
 def _sides(layer: nn.Module) -> tuple[int, int]:
@@ -390,11 +397,11 @@ def _kept(squares: Mapping[str, Tensor], ranks: Ranks, of: str) -> str:
 
 
 def _outline(bench: Bench, settings: Greenformers) -> Plan:
-    products = _products(bench.model, settings)
+    products = replace(_products(bench.model, settings), here=False)
     said = (
         ["How small it gets, the weights tell; this is the largest it can be."] if settings.energy is not None else []
     )
-    return products.plan(*products.ranks(None), None, said, measured=False)
+    return products.plan(*products.ranks(None), None, said)
 
 
 def _example(model: PreTrainedModel) -> dict[str, Any]:
