@@ -45,8 +45,8 @@ def faster_from(seconds: Callable[[int], Sequence[float]]) -> int | None:
 
 
 def ranks_to_compare(rank: int) -> dict[int, int]:
-    """For each of `MULTIPLES` the largest rank, `rank` or less, that is a multiple of it and of no larger one, where there
-    is one."""
+    """For each of `MULTIPLES` the largest rank, `rank` or less, that is a multiple of it and of no larger one, where
+    there is one."""
     found = {}
     for multiple in MULTIPLES:
         near = rank // multiple * multiple

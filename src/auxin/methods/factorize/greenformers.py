@@ -138,7 +138,8 @@ class Products:
         if not self.linear:
             raise PlanError("multiple_of: machine: convolutions are not timed. Give a number.")
         largest = max(self.linear, key=lambda path: self.matrices[path].most)
-        return self.times.liked_multiple(self.layers[largest], self.matrices[largest].most) if self.here else 1
+        middle = max(self.matrices[largest].most // 2, 1)
+        return self.times.liked_multiple(self.layers[largest], middle) if self.here else 1
 
     @cached_property
     def linear(self) -> list[str]:
