@@ -25,6 +25,7 @@ from auxin.accounting import Electricity
 from auxin.data import CorpusSettings, DatasetSettings
 from auxin.data.image_source import LabelledImagesSettings
 from auxin.data.labelled_source import LabelledTextSettings
+from auxin.methods.factorize.structured_ffn import GuideFadeSettings
 from auxin.methods.grow.masked import MaskRampSettings
 from auxin.methods.grow.tokenformer import OldTokenRatesSettings, TauAnnealSettings, TokenGrowth
 from auxin.models.tokenformer.presets import PRESETS
@@ -67,6 +68,7 @@ SETTINGS: tuple[type[BaseModel], ...] = (
     OldRatesSettings,
     OldTokenRatesSettings,
     TauAnnealSettings,
+    GuideFadeSettings,
     MaskRampSettings,
     TrainOnlySettings,
     ExactRatesSettings,
