@@ -222,7 +222,7 @@ def _check_heads(body: Anatomy, new: Sizes) -> None:
 def _check_followers(body: Anatomy, new: Sizes) -> None:
     """Feed-forward units that no config value counts follow from the hidden size."""
     for stream in FEED_FORWARD:
-        if body.fields.names(stream):
+        if body.fields.names(stream) or body.fields.of_layers:
             continue
         for scope in body.scopes(stream):
             follows, units = followed_width(body, stream, new.residual), new.units(stream, scope)
