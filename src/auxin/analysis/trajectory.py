@@ -151,7 +151,7 @@ class TrajectoryObserver(TogetherObserver):
         refuse_blocks(model)
         self._settings, self._units = settings, units_of(model)
         self._stacks = {parts.stack.path: parts for parts in stack_parts(model)}
-        if shared := next((path for path, parts in self._stacks.items() if parts.stack.layers_stay), None):
+        if shared := next((path for path, parts in self._stacks.items() if parts.stack.layers_shared), None):
             raise PlanError(
                 f"The layers of {shared} share their parameters and are run several times, so that no layer is the one "
                 "from which on a unit has its effect. Ask for the measurement importance, or prune by taylor."
@@ -312,8 +312,8 @@ class TrajectoryObserver(TogetherObserver):
 
 
 def _hidden(piece: _Piece, path: str, output: Any, copies: int = 1) -> Tensor:
-    """The hidden states that a layer gave, (copies * samples, tokens, width). Of maps (samples, channels, height, width)
-    the places are tokens, row by row."""
+    """The hidden states that a layer gave, (copies * samples, tokens, width). Of maps (samples, width, rows, columns) the
+    places are tokens, row by row."""
     hidden = output if isinstance(output, Tensor) else output[0]
     hidden = hidden.flatten(2).mT if hidden.dim() == 4 else hidden
     if hidden.dim() != 3 or len(hidden) != copies * piece.samples:

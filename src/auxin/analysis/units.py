@@ -270,7 +270,7 @@ def _why_no_residual(model: PreTrainedModel, body: Anatomy) -> str:
     if body.has_stages:
         return _STAGES
     for stack in body.stacks:
-        if stack.layers_stay:
+        if stack.layers_shared:
             return f"The layers of {stack.path} share their parameters and are run several times."
         if stack.reader_of_entry:
             return f"{stack.reader_of_entry} changes the residual stream between layers of {stack.path}."

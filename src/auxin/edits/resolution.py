@@ -100,7 +100,10 @@ class _Outcome:
         modules: dict[str, str | None] = {"": ""}
         for path, _ in after.named_modules(remove_duplicate=False):
             modules[path] = "" if not path else self.state.modules.get(path)
-        back = {**self.state.configurations.back, **self.state.sizes.back}
+        back: dict[int, Sequence[ConfigureModule | ResizeModule]] = {
+            **self.state.configurations.back,
+            **self.state.sizes.back,
+        }
         resolved = ResolvedPlan(self.state.before, after, origins, modules, back)
         self._check_modules(resolved)
         check_said(after.config, said)

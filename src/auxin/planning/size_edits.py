@@ -49,7 +49,7 @@ def layer_edits(anatomy: Anatomy, widening: Widening) -> list[ResizeModule]:
         anatomy: of the model before, no value of whose config says such a width.
         widening: the maps.
     """
-    sizes: dict[str, dict[str, int]] = {}
+    sizes: dict[str, dict[int, int]] = {}
     for role in anatomy.roles:
         module, _, name = role.pattern.rpartition(".")
         if name != "weight":
@@ -62,8 +62,10 @@ def layer_edits(anatomy: Anatomy, widening: Widening) -> list[ResizeModule]:
                 segment.unit * (segment.count if found is None else found.size)
                 for segment, found in zip(segments, maps, strict=True)
             )
-            sizes.setdefault(module, {})["inputs" if axis else "outputs"] = size
-    return [ResizeModule(module=module, **of_axes) for module, of_axes in sizes.items()]
+            sizes.setdefault(module, {})[axis] = size
+    return [
+        ResizeModule(module=module, outputs=of_axes.get(0), inputs=of_axes.get(1)) for module, of_axes in sizes.items()
+    ]
 
 
 def size_values(anatomy: Anatomy, new: Sizes, modules: Sequence[ConfigureModule] = ()) -> dict[str, Any]:

@@ -46,8 +46,12 @@ class LayerStack:
     """A module beside the layers that reads what enters the first one (DeBERTa's convolution); "" where none does."""
     layers_stay: str = ""
     """Why there can't be more layers, in a sentence that follows the path of the stack; empty where there can."""
+    layers_shared: bool = False
+    """Whether its layers share their parameters and are run several times."""
     causal: bool = False
     """Whether its attentions see no later tokens although their modules don't say so (`is_causal`)."""
+    maps: bool = False
+    """Whether its layers give maps (samples, width, rows, columns), and not tokens (samples, tokens, width)."""
     tower: str = ""
     """The tower that it belongs to, of a model of several; "" where there is one."""
 

@@ -1,4 +1,5 @@
-"""Networks of stages: SegFormer, whose stages see ever fewer and wider tokens, and ResNets, whose blocks are convolutions.
+"""Networks of stages: SegFormer, whose stages see ever fewer and wider tokens, and ResNets, whose blocks are
+convolutions.
 
 Every stage is a stack with a residual stream of its own, whose width the config says in a list; no value of it says how
 many heads and units a layer has. Modules take these from the shapes of their linear layers and convolutions when they
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from auxin.models.anatomy.found import ANATOMIES
 from auxin.models.anatomy.parts import attention_roles, base_prefix, has_parameters
 from auxin.words.anatomy import Anatomy, LayerStack
-from auxin.words.roles import Axes, ParameterRole, Segment, linear, norm
+from auxin.words.roles import Access, Axes, Kind, ParameterRole, Segment, linear, norm
 from auxin.words.widths import ConfigFields, Sizes, Stream, Width
 
 Axis = tuple[Segment, ...]
@@ -26,6 +27,11 @@ _OF_LAYERS = ConfigFields("", "", None, None, None, None, of_layers=True)
 _RESIDUAL_STAYS = (
     "each stage has a residual stream of its own, which the next one reads by a convolution, and none of them can "
     "change here. Prune heads or feed-forward units."
+)
+
+_LAYERS_STAY = (
+    "the config has the numbers of layers of all stages in one list (depths), which nothing here changes. Leave the "
+    "layers as they are."
 )
 
 
@@ -66,6 +72,7 @@ def segformer(model: PreTrainedModel) -> Anatomy:
             end=f"{prefix}stages.{number}.layer_norm",
             readers=_readers(model, f"decode_head.linear_projections.{number}.proj", *_last("classifier", path, paths)),
             feed_forward=("mlp",),
+            layers_stay=_LAYERS_STAY,
             attentions=("attention",),
         )
         for number, path in enumerate(paths)
@@ -106,9 +113,10 @@ def resnet(model: PreTrainedModel) -> Anatomy:
         LayerStack(
             path,
             "",
-            (f"layer.{convolutions - 1}.convolution",),
-            (f"layer.{convolutions - 1}.normalization",),
-            "after_output",
+            # Of a first block what is added has another shape than what enters, so that no block can go as a part.
+            (),
+            layers_stay=_LAYERS_STAY,
+            maps=True,
             end=path.removesuffix(".layers"),
             readers=_readers(model, *_last("classifier.1", path, paths)),
         )
@@ -124,7 +132,7 @@ def resnet(model: PreTrainedModel) -> Anatomy:
     )
 
 
-def convolution(module: str, output: Axis, read: Axis, kind: Any = "matrix") -> list[ParameterRole]:
+def convolution(module: str, output: Axis, read: Axis, kind: Kind = "matrix") -> list[ParameterRole]:
     """The roles of a convolution's weight (out, in, height, width) and bias (out,)."""
     weight, bias = linear(module, output, read, kind)
     return [replace(weight, axes=(*weight.axes, (), ()), access=(*weight.access, None, None)), bias]
@@ -132,7 +140,7 @@ def convolution(module: str, output: Axis, read: Axis, kind: Any = "matrix") -> 
 
 def batch_norm(module: str, channels: Axis) -> list[ParameterRole]:
     """The roles of a batch norm's gain and offset, and of its running mean and variance."""
-    writes = ("writes" if channels else None,)
+    writes: tuple[Access | None] = ("writes" if channels else None,)
     mean = ParameterRole(f"{module}.running_mean", (channels,), writes, "offset")
     # New channels of a variance are as the old ones on average, as factors are.
     return [*norm(module, channels), mean, ParameterRole(f"{module}.running_var", (channels,), writes, "scale")]
