@@ -1,5 +1,5 @@
-"""OPTIN on networks of stages: limits are met, stages lose alike where that is asked, what is left loads again, and what
-goes is missed less than what chance takes."""
+"""OPTIN on networks of stages: limits are met, stages lose alike where that is asked, what is left loads again, and
+what goes is missed less than what chance takes."""
 
 import copy
 import statistics
