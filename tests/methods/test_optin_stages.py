@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import ResNetConfig, ResNetForImageClassification
 
 import auxin
@@ -38,37 +36,38 @@ def flops(model: Any) -> float:
     return flops_per_token(model, 1).forward
 
 
-@settings(max_examples=4)
-@given(share=st.floats(0.7, 0.95), uniform=st.booleans())
-def test_a_limit_is_met_and_no_unit_more_could_stay(share, uniform):
-    for family in ("segformer", "resnet"):
-        model = tiny(family)
-        left = changed(model, plan(model, target={"flops": share}, uniform=uniform))
-        assert flops(left) <= share * flops(model)
-        sizes, layers = anatomy(left).sizes, anatomy(model, scopes=[s.path for s in anatomy(model).stacks]).stacks
-        if uniform:
-            for stack in layers:
-                count = len(left.get_submodule(stack.path))
-                assert len({sizes.units("ffn", f"{stack.path}.{number}") for number in range(count)}) == 1
+def test_a_limit_is_met_and_no_channel_more_could_stay():
+    model = tiny("resnet")
+    left = changed(model, plan(model, target={"flops": 0.8}, uniform=False))
+    # A channel that a convolution of 3 x 3 gives and another reads, at 16 places, of eight channels each.
+    assert 0 <= 0.8 * flops(model) - flops(left) < 2 * 9 * 16 * (8 + 8)
+
+
+def test_layers_of_a_stage_keep_as_many_and_stages_the_same_share():
+    model = tiny("segformer")
+    left = changed(model, plan(model, ffn=0.75))
+    sizes = anatomy(left).sizes
+    layers = [f"segformer.stages.{place}" for place in ("0.blocks.0", "0.blocks.1", "1.blocks.0")]
+    assert [sizes.units("ffn", layer) for layer in layers] == [12, 12, 9]
 
 
 def test_what_layers_lose_is_said_layer_by_layer_and_comes_back_when_it_is_loaded(tmp_path):
-    model = tiny("segformer", dtype=torch.float32)
+    model = tiny("segformer")
     made = plan(model, heads=0.5, ffn=0.5, uniform=False)
     left = changed(model, made)
     assert {edit.kind for edit in structural_edits(left.config)} == {"resize_module"}
     left.save_pretrained(tmp_path)
-    assert torch.equal(logits(type(left).from_pretrained(tmp_path)), logits(left))
+    assert torch.equal(logits(type(left).from_pretrained(tmp_path, dtype=torch.float64)), logits(left))
     # And once more, from what is there.
     again = changed(left, plan(left, ffn=0.5, uniform=False))
     assert again.num_parameters() < left.num_parameters()
     again.save_pretrained(tmp_path / "again")
-    assert torch.equal(logits(type(left).from_pretrained(tmp_path / "again")), logits(again))
+    assert torch.equal(logits(type(left).from_pretrained(tmp_path / "again", dtype=torch.float64)), logits(again))
 
 
 def test_a_stage_of_one_head_keeps_it():
     model = tiny("segformer", num_attention_heads=[1, 3])
-    left = changed(model, plan(model, target={"flops": 0.9}, streams=["heads"]))
+    left = changed(model, plan(model, target={"flops": 0.97}, streams=["heads"]))
     sizes = anatomy(left).sizes
     assert sizes.units("query", "segformer.stages.0.blocks.0") == 1
     assert sizes.units("query", "segformer.stages.1.blocks.0") < 3
