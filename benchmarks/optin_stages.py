@@ -174,8 +174,8 @@ def pruned(model: PreTrainedModel, data: Data, seed: int) -> dict[str, Any]:
 def plans_for(model: PreTrainedModel, samples: Calibration, size: float) -> Iterator[tuple[str, list[Plan]]]:
     """The names of rows, and their plans."""
     asked = {"target": {"flops": size}, "uniform": False}
-    yield "OPTIN", [optin(model, samples, size)]
-    yield "OPTIN, scores as they are", [optin(model, samples, size, normalised=False)]
+    yield "OPTIN, as they are", [optin(model, samples, size, normalised=False)]
+    yield "OPTIN, standardised", [optin(model, samples, size)]
     yield "OPTIN, alike within a stage", [optin(model, samples, size, uniform=True)]
     yield "Taylor", [auxin.plan(model, "taylor", data=samples, **asked)]
     yield "magnitude", [auxin.plan(model, "magnitude", **asked)]
@@ -278,7 +278,8 @@ def page(results: dict[str, Any]) -> str:
         f"basic blocks of the same widths learns the digits themselves, {STEPS['resnet']} steps. Then a part of their "
         "FLOPs goes, without any training after it: heads and feed-forward units of the SegFormer, channels between "
         f"the convolutions of the ResNet's blocks. Scores and derivatives are those of {SAMPLES} training images. "
-        "Layers may differ, and scores are standardised within the layer, where nothing else is said. mIoU is the mean "
+        "Layers may differ where nothing else is said; OPTIN's scores are then compared as they are, which is the "
+        "default, or standardised within the layer, as those of the others are. mIoU is the mean "
         f"over eleven classes of intersection over union, on {SCENES[1]} scenes of other digits; accuracies are those "
         f"on {REPORT:,} digits. Chance is the median of {DRAWS} draws."
     )
@@ -290,7 +291,8 @@ def page(results: dict[str, Any]) -> str:
     further = (
         f"A ResNet of the digits 0 to 4 goes on with the digits 5 to 9, {FURTHER} steps, and loses then a part of its "
         "FLOPs by OPTIN: by scores of its own on samples of either five, or by those that it had before it went on. "
-        f"Accuracies are those on the second five. {whole('accuracy', [of['transfer'] for of in every])}"
+        f"Scores are standardised within the layer. Accuracies are those on the second five. "
+        f"{whole('accuracy', [of['transfer'] for of in every])}"
     )
     fast = (
         f"Images per second of processor time on one thread, in batches of {BATCH}, the best of {RUNS} in turn with "
@@ -339,11 +341,14 @@ def speed_table(found: Sequence[dict[str, Any]]) -> str:
 
 def verdict(every: Sequence[dict[str, Any]]) -> str:
     """Whether at 0.7 of the FLOPs no more than 2 points are lost."""
-    said = [
-        f"{TITLES[kind]} {lost:.1f}"
-        for kind in WHAT
-        for lost in [statistics.mean(of[kind]["whole"]["right"] - of[kind]["0.7"]["OPTIN"]["right"] for of in every)]
-    ]
+    said = []
+    for kind in WHAT:
+        names = [name for name in every[0][kind]["0.7"] if name.startswith("OPTIN")]
+        lost = [
+            statistics.mean(of[kind]["whole"]["right"] - of[kind]["0.7"][n]["right"] for of in every) for n in names
+        ]
+        rows = (f"{name.removeprefix('OPTIN, ')} {points:.1f}" for name, points in zip(names, lost, strict=True))
+        said.append(f"{TITLES[kind]} {', '.join(rows)}")
     return f"Points lost by OPTIN at 0.7 of the FLOPs, where the project asks for 2 at most: {'; '.join(said)}."
 
 
