@@ -312,8 +312,8 @@ class TrajectoryObserver(TogetherObserver):
 
 
 def _hidden(piece: _Piece, path: str, output: Any, copies: int = 1) -> Tensor:
-    """The hidden states that a layer gave, (copies * samples, tokens, width). Of maps (samples, width, rows, columns) the
-    places are tokens, row by row."""
+    """The hidden states that a layer gave, (copies * samples, tokens, width). Of maps (samples, width, rows, columns)
+    the places are tokens, row by row."""
     hidden = output if isinstance(output, Tensor) else output[0]
     hidden = hidden.flatten(2).mT if hidden.dim() == 4 else hidden
     if hidden.dim() != 3 or len(hidden) != copies * piece.samples:
