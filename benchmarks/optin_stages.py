@@ -303,6 +303,8 @@ def page(results: dict[str, Any]) -> str:
     )
     sections += ["## Scores of another data set", further, size_table("accuracy", [of["transfer"] for of in every])]
     sections += ["## Time", fast, speed_table(results["speeds"])]
+    if len(results["speeds"]) < len(WHAT) * len(WIDTHS) * len(SIZES):
+        sections.append("Not run yet: the time of the other models, widths and sizes (--time).")
     return "\n\n".join(sections) + "\n"
 
 
