@@ -87,7 +87,11 @@ def asked(description: str | None, runs: Path) -> argparse.Namespace:
 
 
 def measured(
-    arguments: argparse.Namespace, ways: Mapping[str, Way], measure: Callable[[Task], Cell], script: str
+    arguments: argparse.Namespace,
+    ways: Mapping[str, Way],
+    measure: Callable[[Task], Cell],
+    script: str,
+    changes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measure every cell that is missing; the results of the seeds that were asked for, and what made them.
 
@@ -96,8 +100,9 @@ def measured(
         ways: the ways by name.
         measure: what a process does for one cell.
         script: the benchmark's file name.
+        changes: of the recipe, for all cells.
     """
-    runs, seeds, changes = arguments.runs, arguments.seeds, QUICK if arguments.quick else []
+    runs, seeds, changes = arguments.runs, arguments.seeds, [*changes, *(QUICK if arguments.quick else [])]
     path = runs / "cells.json"
     cells: dict[str, Cell] = json.loads(path.read_text()) if path.exists() else {}
     tasks = {f"{name}/{seed}": Task(name, ways[name], seed, runs, changes) for seed in seeds for name in ways}

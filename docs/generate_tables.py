@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from auxin.accounting import Electricity
 from auxin.data import CorpusSettings, DatasetSettings
 from auxin.data.image_source import LabelledImagesSettings
 from auxin.data.labelled_source import LabelledTextSettings
@@ -46,6 +47,7 @@ DEMO_PAGE = ROOT / "docs" / "results" / "demo.md"
 MEASURED = ROOT / "benchmarks" / "results"
 SETTINGS: tuple[type[BaseModel], ...] = (
     Recipe,
+    Electricity,
     CorpusSettings,
     LabelledTextSettings,
     LabelledImagesSettings,

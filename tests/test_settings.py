@@ -19,6 +19,7 @@ class Shoot(Settings):
     kind: Literal["shoot"] = "shoot"
     regime: Literal["straight", "bent"] = "straight"
     leaves: int
+    petals: Literal[1, 3] = 3
 
 
 class Plant(Settings):
@@ -35,6 +36,7 @@ class Plant(Settings):
         ({"kind": "shot"}, "parts.0.kind: 'shot' is none of root, shoot. Did you mean 'shoot'?"),
         ({"leaves": 1}, "parts.0.kind: required, but not given."),
         ({"kind": "shoot", "leaves": 1, "regime": "strait"}, "(received 'strait'). Did you mean 'straight'?"),
+        ({"kind": "shoot", "leaves": 1, "petals": "3"}, "parts.0.petals: must be 1 or 3 (received '3')"),
         (5, "parts.0: must be a mapping, {field: value} (received 5)"),
     ],
 )
@@ -43,6 +45,7 @@ def test_the_message_names_what_was_written(part, message):
         Plant.parse({"parts": [part]}, source="plant.yaml")
     assert message in str(raised.value)
     assert str(raised.value).startswith("plant.yaml: parts.0")
+    assert "mean '3'" not in str(raised.value)
 
 
 def test_a_field_like_no_other_comes_with_those_there_are():

@@ -113,10 +113,9 @@ def _wanted(kind: str, context: Mapping[str, Any], value: Any, message: str) -> 
         length = context.get("actual_length")
         received = f" (received {'more' if length is None else length})"
     if kind == "literal_error":
-        received += "." + near_name(
-            value, [word.strip("'") for word in context["expected"].replace(" or ", ", ").split(", ")]
-        )
-        received = received.removesuffix(".")
+        known = [word.strip("'") for word in context["expected"].replace(" or ", ", ").split(", ")]
+        if value not in known:  # as the number 3 in quotes is
+            received = f"{received}.{near_name(value, known)}".removesuffix(".")
     if kind == "string_type" and isinstance(value, _WRITTEN_AS_TEXT):
         received += ". Put text that looks like something else in quotes"
     bounds = {key: f"{bound:g}" if isinstance(bound, float) else bound for key, bound in context.items()}

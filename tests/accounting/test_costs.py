@@ -39,7 +39,7 @@ TOKENFORMERS = {
         ffn_tokens=[2 * n for n in groups],
         score_function=score_function,
     )
-    for score_function in ("l2_norm_gelu", "gelu_l2_norm", "gelu", "softmax")
+    for score_function in ("l2_norm_gelu", "gelu_l2_norm", "gelu", "linear", "softmax")
     for groups in ([48], [32, 16, 13])
 }
 CONFIGS |= TOKENFORMERS

@@ -277,5 +277,13 @@ def test_what_has_no_loss_is_refused():
         losses_of(model, data, "the test") as task,
     ):
         learn(gates, task, GateSettings(steps=1), [])
+    answers = tiny("llama_for_answers")
+    start = torch.zeros(2, dtype=torch.long)
+    data = Calibration.of_batches(answers, [{**inputs(answers), "start_positions": start, "end_positions": start}])
+    with (
+        pytest.raises(PlanError, match=r"gives no logits to compare\. Set distillation = 0\."),
+        losses_of(answers, data, "the test", teacher=answers) as task,
+    ):
+        task()
     with pytest.raises(PlanError, match=r"loss with gates is nan at step 0\. Lower learning_rate"):
         learn(gates_on(tiny("llama")), lambda: torch.tensor(torch.nan), GateSettings(steps=1), [])

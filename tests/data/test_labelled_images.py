@@ -230,9 +230,9 @@ FRAMES = {"save_all": True, "append_images": [Image.fromarray(GREY.T)], "format"
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("level/x.png", b"no image", r"level/x.png is no image that can be read: .*Mend it, or leave it out"),
+        ("level/x.png", b"no image", r"level/x.png is no image of PNG, JPEG, BMP, .*PPM. Mend it, or leave it out"),
         ("level/x.png", png(GREY)[:45], r"level/x.png is no image that can be read"),
-        ("level/x.png", b"", "level/x.png is no image that can be read"),
+        ("level/x.png", b"", "level/x.png is no image of PNG"),
         ("level/x.png", png(COLOUR), r"level/x.png is in colour, and num_channels: 1 .*Set num_channels: 3"),
         ("level/x.png", png(CLEAR), r"level/x.png has transparent parts.*Lay it on a background"),
         ("level/x.png", png(GREY, "P", transparency=0), "level/x.png has transparent parts"),
@@ -249,8 +249,9 @@ def test_images_that_can_not_be_learnt_from(tmp_path: Path, name: str, content: 
     path = write_bars(tmp_path / "bars", 60) / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as told:
         prepare(asked(tmp_path / "bars", labels=list(BARS)), tmp_path / "data")
+    assert "no image that can be read" in message or "can be read" not in str(told.value)
     assert not (tmp_path / "data").exists()
 
 
@@ -292,6 +293,22 @@ def test_sources_that_can_not_be_learnt_from(tmp_path: Path) -> None:
 def test_settings_out_of_range(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         asked(Path("a"), **values)
+
+
+@pytest.mark.parametrize("values", [{"std": 1e-300}, {"mean": 1e300}])
+def test_numbers_that_are_not_finite_are_told(tmp_path: Path, values: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"numbers of pixels that are not finite, with mean = .*Give others"):
+        prepare(asked(write_bars(tmp_path / "bars", 60), **values), tmp_path / "data")
+
+
+def test_numbers_as_classes_are_sorted_whatever_comes_first(tmp_path: Path) -> None:
+    images = [png((GREY + shift).astype(np.uint8)) for shift in range(90)]
+    rows = {"image": images, "label": ["10", "0", "00"] * 30}
+    for name, order in (("one", 1), ("other", -1)):
+        table = pyarrow.table({field: values[::order] for field, values in rows.items()})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+        data = prepare(asked(tmp_path / f"{name}.parquet"), tmp_path / name)
+        assert data.report.labels == ("0", "00", "10")
 
 
 def test_what_else_lies_there_is_counted_and_turned_images_are_turned_back(tmp_path: Path) -> None:

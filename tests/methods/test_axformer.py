@@ -388,6 +388,14 @@ def test_a_model_that_finds_answers_is_searched_and_smaller():
         ),
         ({"end_positions": torch.full((6,), 12)}, "end_positions holds 12, and the tokens of a sample are 0 to 11"),
         ({"end_positions": torch.zeros(6, dtype=torch.long)}, "a token before start_positions. Give the last token"),
+        (
+            {"start_positions": None, "end_positions": None, "labels": torch.zeros(6, dtype=torch.long)},
+            "holds input_ids, labels and no start_positions, without which a BertForQuestionAnswering has no loss",
+        ),
+        (
+            {"attention_mask": (torch.arange(12) < 2).long().expand(6, -1)},
+            "start_positions holds [2-9] of a sample whose attention_mask says that this is padding",
+        ),
     ],
 )
 def test_answers_that_no_text_can_have_are_refused(change, message):

@@ -40,7 +40,7 @@ GROUP = st.integers(4, 20)
     layers=st.integers(1, 3),
     start=st.tuples(GROUP, GROUP, st.integers(4, 40)),
     added=st.lists(st.tuples(st.just(0) | GROUP, st.just(0) | GROUP, st.integers(4, 30)), min_size=1, max_size=3),
-    score_function=st.sampled_from(["l2_norm_gelu", "gelu_l2_norm", "gelu", "softmax"]),
+    score_function=st.sampled_from(["l2_norm_gelu", "gelu_l2_norm", "gelu", "linear", "softmax"]),
     tied=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     seed=st.integers(0, 100),
@@ -75,7 +75,7 @@ def test_grouped_growth_keeps_the_function(heads, head_dim, layers, start, added
 
 
 @pytest.mark.parametrize("size", range(1, 9))
-@pytest.mark.parametrize("score_function", ["l2_norm_gelu", "gelu_l2_norm", "gelu", "softmax"])
+@pytest.mark.parametrize("score_function", ["l2_norm_gelu", "gelu_l2_norm", "gelu", "linear", "softmax"])
 @pytest.mark.parametrize("regime", EXACT)
 def test_groups_of_any_size_grow_exactly_in_exact_arithmetic(regime, score_function, size):
     """The epsilon beside the norm included, in any order of growths; and what float32 can't keep is not promised."""
@@ -86,7 +86,7 @@ def test_groups_of_any_size_grow_exactly_in_exact_arithmetic(regime, score_funct
         model = tiny_model(size, dtype, score_function=score_function, **sizes)
         before = logits(model)
         receipt = auxin.grow(model, 2 * size, 3 * size, 2 * size, regime)
-        promised = size >= 4 or score_function in ("gelu", "softmax")
+        promised = size >= 4 or score_function in ("gelu", "linear", "softmax")
         assert receipt.plan.promise == ("exact" if promised else "approximate")
         assert [f"tokens has a group of {size}" in note for note in receipt.plan.notes] == [True] * (not promised)
         # Four tokens of which two are zero, or copies, have the norm of two: it may be refused for its rounding.

@@ -48,7 +48,7 @@ def awake(graft: Grafted, seed: int = 3) -> Grafted:
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
-@pytest.mark.parametrize("score_function", ["l2_norm_gelu", "gelu_l2_norm", "gelu", "softmax"])
+@pytest.mark.parametrize("score_function", ["l2_norm_gelu", "gelu_l2_norm", "gelu", "linear", "softmax"])
 def test_the_layer_is_the_dense_one_plus_the_published_branch(kind, score_function):
     dense = layer(kind)
     graft = awake(graft_of(dense, [5, 3], tau=[1.5, 2.5], score_function=score_function))

@@ -55,6 +55,33 @@ CASES: dict[str, tuple[str, Planner]] = {
         "gpt2",
         by_hand(ReplaceModule(module="transformer.h.*.mlp.c_fc", brick="low_rank_conv1d", settings={"rank": 4})),
     ),
+    "block dense": (
+        "llama",
+        by_hand(
+            ReplaceModule(
+                module="model.layers.*.mlp.up_proj", brick="block_dense_linear", settings={"blocks": 2, "rank": 6}
+            )
+        ),
+    ),
+    "block shuffle gpt2": (
+        "gpt2",
+        by_hand(ReplaceModule(module="transformer.h.*.mlp.c_fc", brick="block_shuffle_conv1d", settings={"blocks": 2})),
+    ),
+    "block dense gpt2": (
+        "gpt2",
+        by_hand(
+            ReplaceModule(
+                module="transformer.h.*.mlp.c_fc", brick="block_dense_conv1d", settings={"blocks": 2, "rank": 6}
+            )
+        ),
+    ),
+    "block shuffle": (
+        "llama",
+        by_hand(
+            ReplaceModule(module="model.layers.*.mlp.up_proj", brick="block_shuffle_linear", settings={"blocks": 2})
+        ),
+    ),
+    "guided": ("llama", by("structured-ffn", form="block-shuffle", guide="weight", first_layer=True)),
     "factorised embedding": ("llama", by("factorised-embedding", rank=4, frequencies=False)),
     "factorised embedding, tied": ("gpt2", by("factorised-embedding", rank=4, frequencies=False)),
     "factorised embedding, scaled": ("gemma", by("factorised-embedding", rank=4, frequencies=False)),

@@ -15,7 +15,7 @@ from auxin.errors import ConfigError
 from auxin.nn.pattention import Pattention, pattention
 from oracles import pattention as oracle
 
-SCORE_FUNCTIONS = ["l2_norm_gelu", "gelu_l2_norm", "gelu", "softmax"]
+SCORE_FUNCTIONS = ["l2_norm_gelu", "gelu_l2_norm", "gelu", "linear", "softmax"]
 NORMS = SCORE_FUNCTIONS[:2]
 GELUS = ["erf", "tanh"]
 every_score_function = pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)

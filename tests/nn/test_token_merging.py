@@ -68,6 +68,27 @@ def test_groups_are_those_of_loops(batch, others, kept, share, seed):
         assert got[:kept] == [[number] for number in range(kept)], "the first tokens are left alone"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_groups_of_many_large_tokens_have_their_size_and_mean_in_16_bits(dtype):
+    """With 8 bits, 256 and 1 are 256; in float16, 600 times 500 is infinite."""
+    x = (500 + 30 * tokens(1, 600)).to(dtype)
+    means, sizes, groups = TokenMerging(596, 1)(x)
+    assert means.dtype == dtype
+    assert sizes[0].tolist() == groups[0].bincount().tolist()
+    assert sizes.max() > 256
+    for number in range(4):
+        mean = x[0].double()[groups[0] == number].mean(0)
+        torch.testing.assert_close(means[0, number], mean.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_autocast_matches_what_float32_does():
+    x = (1 + 0.01 * tokens(2, 40)).float()  # all nearly alike, as far as bfloat16 can tell
+    _, _, expected = TokenMerging(12)(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, _, groups = TokenMerging(12)(x)
+    assert torch.equal(groups, expected)
+
+
 @pytest.mark.parametrize("merged", [1, 3, 8, 13])
 def test_a_layer_is_that_of_loops(merged):
     layer = wide_vit().vit.layers[0]

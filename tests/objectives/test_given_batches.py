@@ -61,6 +61,14 @@ def test_labels_that_the_loss_does_not_take_are_refused(family, given, words):
         Calibration.of_batches(model, [{**inputs(model), "labels": given}])
 
 
+def test_labels_of_other_tokens_than_the_decoder_reads_are_refused():
+    model = tiny("bart")
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    with pytest.raises(DataError, match=r"labels has shape \[2, 7\], and decoder_input_ids \[2, 5\]. Give a label"):
+        Calibration.of_batches(model, [{"input_ids": ids, "decoder_input_ids": ids, "labels": ids.new_zeros(2, 7)}])
+    assert Calibration.of_batches(model, [{"input_ids": ids, "decoder_input_ids": ids, "labels": ids}]).samples == 2
+
+
 def test_more_tokens_than_learnt_positions_are_refused_and_others_are_not():
     long = torch.zeros(1, 40, dtype=torch.long)
     with pytest.raises(DataError, match="input_ids has 40 tokens a sample, and the model has 32 positions"):

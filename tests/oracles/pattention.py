@@ -27,6 +27,8 @@ def weights(scores: Sequence[float], tau: float, score_function: str, kind: str,
     if score_function == "softmax":
         exponentials = [math.exp(value - max(scores)) for value in scores]
         return [tau**2 * value / math.fsum(exponentials) for value in exponentials]
+    if score_function == "linear":
+        return list(scores)
     if score_function == "gelu":
         return [gelu(value, kind) for value in scores]
     if score_function == "gelu_l2_norm":

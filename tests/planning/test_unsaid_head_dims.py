@@ -1,5 +1,8 @@
 """Heads that go alone where the config doesn't say their dimension, but transformers' code would read it there."""
 
+import copy
+import itertools
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -9,7 +12,10 @@ from auxin.edits import ConfigureModule, Plan, SetConfig, apply
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.models.configs import edited_config
+from auxin.models.sublayers import sublayers
 from auxin.planning.cutting import cut
+from auxin.planning.removed_sublayers import without_sublayers
+from auxin.planning.removed_units import without_units
 from tiny_models import MODELS, change, filled, inputs, logits, tiny
 
 OVER_ALL_HEADS = ("olmo2", "olmo3")
@@ -191,3 +197,44 @@ def test_heads_of_encoders_of_patches_go_alone(family, layers, tmp_path):
 def output(model):
     with torch.no_grad():
         return model.eval()(**inputs(model)).logits
+
+
+PATCHES = ("vit", "deit", "beit", "dinov2", "dinov2_with_registers", "audio-spectrogram-transformer")
+
+
+@pytest.mark.parametrize("family", PATCHES)
+def test_heads_of_encoders_of_patches_go_a_second_time(family):
+    """What the first time wrote into the config is read the second time: heads are not half as many and twice as
+    wide."""
+    whole = tiny(family)
+    smaller = copy.deepcopy(whole)
+    with pytest.warns(UserWarning, match="head_dim = 4"):
+        apply(auxin.plan(whole, "random", heads=2, seed=1), smaller)
+    sizes = anatomy(smaller).sizes
+    assert (sizes.query_heads, sizes.head_dim, sizes.scoped) == (2, 4, ())
+    smallest = copy.deepcopy(smaller)
+    apply(auxin.plan(smaller, "random", heads=1, seed=2), smallest)
+    assert smaller.num_parameters() > smallest.num_parameters()
+    expected = []
+    for gone in itertools.product((0, 1), repeat=2):
+        masked = copy.deepcopy(smaller)
+        outputs = [module for name, module in masked.named_modules() if name.endswith("attention.o_proj")]
+        with torch.no_grad():
+            for head, output in zip(gone, outputs, strict=True):
+                output.weight[:, 4 * head : 4 * head + 4] = 0
+        expected.append(logits(masked))
+    got = logits(smallest)
+    assert sum(change(each, got) < 1e-10 for each in expected) == 1
+
+
+@pytest.mark.parametrize("family", [family for family in PATCHES if family != "beit"])  # whose biases are by heads
+def test_a_layer_of_patches_without_a_head_is_known_and_further_parts_go(family):
+    model = tiny(family)
+    layer = anatomy(model).stacks[0].path + ".1"
+    edits, _ = without_units(model, {("query", layer): [0, 2]})
+    apply(Plan(method="by hand", promise="none", edits=edits), model)
+    sizes = anatomy(model).sizes
+    assert (sizes.query_heads, sizes.at(layer).query_heads, sizes.head_dim) == (4, 2, 4)
+    parts = [one.path for one in sublayers(model)]
+    apply(Plan(method="by hand", promise="none", edits=without_sublayers(model, [parts[1]])), model)
+    assert torch.isfinite(logits(model)).all()

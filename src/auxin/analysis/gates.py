@@ -272,9 +272,10 @@ def losses_of(
             )
         if teacher is None:
             return found
+        logits = logits_of(model, result, "Set distillation = 0.")
         with torch.no_grad():
             told = logits_of(teacher, result_of(teacher, _own_inputs(teacher, batch)))
-        return found + distillation * _divergence(model, as_model_has(model, batch), told, logits_of(model, result))
+        return found + distillation * _divergence(model, as_model_has(model, batch), told, logits)
 
     devices = [first.device] if first.device.type == "cuda" else []
     others = evaluation_mode(teacher) if teacher is not None else nullcontext()

@@ -104,7 +104,7 @@ def counted(samples: int, labels: Sequence[str], counts: Sequence[int]) -> str:
 def _sorted_labels(found: Counter[str]) -> tuple[str, ...]:
     """Whole numbers by size, all else by the alphabet."""
     try:
-        return tuple(sorted(found, key=int))
+        return tuple(sorted(found, key=lambda label: (int(label), label)))  # 0 and 00 are two
     except ValueError:
         return tuple(sorted(found))
 

@@ -92,7 +92,8 @@ class PictureReader:
         all_values = np.arange(256, dtype=np.uint8).reshape(1, 16, 16).repeat(channels, 0)
         try:
             self.shape: tuple[int, int, int] = self._shaped(all_values).shape
-            table = self._called(all_values, do_resize=False, do_center_crop=False, do_pad=False)
+            with np.errstate(all="ignore"):  # what is not finite is told below
+                table = self._called(all_values, do_resize=False, do_center_crop=False, do_pad=False)
             self.table = np.asarray(table, dtype=np.float32).reshape(channels, 256)
             """What a batch holds for each value of each channel, (channels, 256)."""
         except Exception as error:  # each processor has reasons of its own
@@ -100,6 +101,11 @@ class PictureReader:
                 f"The {type(processor).__name__} makes no pixels of {channels} channels: {reason(error)}. Set "
                 "num_channels to the model's, give another processor, or set image_size instead."
             ) from error
+        if not np.isfinite(self.table).all():
+            raise DataError(
+                f"The {type(processor).__name__} makes numbers of pixels that are not finite, with mean = "
+                f"{processor.image_mean} and std = {processor.image_std} of pixels from 0 to 1. Give others (0.5)."
+            )
 
     def read(self, name: str, content: bytes) -> np.ndarray:
         """The pixels of a picture's file, (channels, height, width), values of 0 to 255.
@@ -108,16 +114,20 @@ class PictureReader:
             DataError: it is no picture that can be read, has several frames, transparent parts, or more than `channels`
                 can hold. Messages begin with `name`.
         """
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
         try:
             with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
                 image.load()
                 return self.pixels(name, image)
+        except DataError:  # which is a ValueError
+            raise
+        except UnidentifiedImageError as error:  # whose text names an object
+            raise DataError(f"{name} is no image of {', '.join(_FORMATS)}. Mend it, or leave it out.") from error
         # Pillow raises many things for broken files, SyntaxError among them, and refuses those that unpack endlessly.
         except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as error:
             raise DataError(
-                f"{name} is no image that can be read: {reason(error)}. Mend it, or leave it out."
+                f"{name} is no image that can be read: {reason(error).rstrip('.')}. Mend it, or leave it out."
             ) from error
 
     def pixels(self, name: str, image: "Image") -> np.ndarray:

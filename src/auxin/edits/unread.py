@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from auxin.edits.plan import Plan
 from auxin.edits.probe import Outputs, Probe, edited_outputs
 from auxin.edits.resolution import ResolvedPlan
+from auxin.nn.bricks import Brick
 
 
 class _Reads(TorchDispatchMode):
@@ -35,7 +36,8 @@ def outputs_and_unread(
     plan: Plan, resolved: ResolvedPlan, model: PreTrainedModel, probe: Probe
 ) -> tuple[Outputs, list[str]]:
     """`edited_outputs`, and the parameters that are not what they were, or not where, and that the edited `model` did
-    not read for them. None are named of a model that is compiled, whose graphs can't be looked into.
+    not read for them, but for those that a brick leaves out for now. None are named of a model that is compiled, whose
+    graphs can't be looked into.
 
     Raises:
         PlanError: as `edited_outputs`.
@@ -46,6 +48,8 @@ def outputs_and_unread(
     with reads:
         outputs = edited_outputs(plan, model, probe)
     unread = {name for name, value in model.named_parameters() if value.data_ptr() not in reads.addresses}
+    bricks = {path: module for path, module in model.named_modules() if isinstance(module, Brick)}
+    unread -= {f"{path}.{name}" for path, module in bricks.items() for name in module.idle()}
     changed = (name for name, origin in resolved.origins.items() if origin.kept != name or origin.steps)
     return outputs, [name for name in changed if name in unread]
 

@@ -30,7 +30,7 @@ class TokenGroups(Settings):
     score_function: str
     """How scores become weights."""
     tau: list[float]
-    """Score scale of each group; of no effect under "gelu"."""
+    """Score scale of each group; of no effect under "gelu" and "linear"."""
 
 
 class NestedModel(Settings):

@@ -136,6 +136,11 @@ class Brick(nn.Module):
         "WIDTH = 64: " and say what to do instead. Default: none; its parameters change as their roles say."""
         return {}
 
+    def idle(self) -> Collection[str]:
+        """Names in it of parameters that at present have no part in what it computes, whatever it is given. Default:
+        none."""
+        return ()
+
     def forward_flops(self, counted: float, *args: Any, **kwargs: Any) -> float:
         """FLOPs of one call of `forward`, with all that is inside, where shapes can't tell: products that torch has no
         name for, or such as only a share of the tokens needs. A multiply-add is two.

@@ -24,20 +24,70 @@ from transformers.pytorch_utils import Conv1D
 
 from auxin.errors import PlanError
 from auxin.nn.bricks import Brick, Making, Roles, Shapes, Tensors, brick
+from auxin.nn.guide import KEPT, Kept, kept, kept_product
 from auxin.nn.linear import linear_class
 from auxin.nn.made import take_over
 from auxin.nn.unmultiplied import unmultiplied
 from auxin.words.roles import ParameterRole
 
 WEIGHT, OUTPUT, INPUT = "weight", "output_factor", "input_factor"
-Start = Literal["weight", "random"]
-"""What factors are made of: the weight, or random numbers of its size."""
+Start = Literal["weight", "random", Kept]
+"""What factors are made of: the weight, random numbers of its size, or those that a guide leaves (`auxin.nn.guide`)."""
 
 
 def signs(vectors: Tensor) -> Tensor:
     """Of columns, (columns,): that of their largest entry. Times it, vectors that are known but for their sign do not
     depend on the machine's choice."""
     return vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign().squeeze(0)
+
+
+def finite_weight(weight: Tensor) -> tuple[Tensor, torch.dtype]:
+    """A weight in float64, and its own type.
+
+    Raises:
+        PlanError: it holds other than finite floating-point numbers.
+    """
+    if not weight.dtype.is_floating_point or not weight.isfinite().all():
+        raise PlanError(
+            f"a weight ({weight.dtype}) that holds other than finite floating-point numbers has no layer of low rank; "
+            "dequantize it, or mend what is NaN or infinite in it"
+        )
+    return weight.double(), weight.dtype
+
+
+def halves(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B of the truncated singular value decomposition of a weight (out, in) in float64. Of each pair of singular
+    vectors that with the largest entry of the first positive is taken, so that the result does not depend on the
+    machine's choice."""
+    left, roots, right = torch.linalg.svd(weight, full_matrices=False)
+    left, roots, right = left[:, :rank], roots[:rank].sqrt(), right[:rank]
+    roots = roots * signs(left)
+    return left * roots, roots[:, None] * right
+
+
+def moments_of_halves(moment: Tensor, output: Tensor, given: Tensor, order: int) -> tuple[Tensor, Tensor]:
+    """The moments of A and B by the chain rule, out of the weight's (out, in) in float64."""
+    return moment @ (given**order).mT, (output**order).mT @ moment
+
+
+def moment_of_product(output: Tensor, given: Tensor, of_output: Tensor, of_input: Tensor, order: int) -> Tensor:
+    """As much of the moment of A B, in float64, as the factors' moments tell.
+
+    First: of all G with G B^T and A^T G as they are the smallest; what lies beside both factors is not known, and 0.
+    Second: the moment of rank one that has the same sums over rows and columns, weighted as the factors are; exact
+    where the weight's moment has rank one, as in Adafactor (arXiv 1804.04235).
+    """
+    # Directions in which a factor is as good as 0 tell nothing but the moments' rounding.
+    least = torch.finfo(of_output.dtype).eps ** 0.5
+    output, given, of_output, of_input = (tensor.double() for tensor in (output, given, of_output, of_input))
+    if order == 1:
+        by_input, by_output = (torch.linalg.pinv(factor, rtol=least).mT for factor in (given, output))
+        from_output, from_input = of_output @ by_input, by_output @ of_input
+        known_twice = by_output @ (output.mT @ from_output) + (from_input @ given.mT) @ by_input
+        return from_output + from_input - known_twice / 2
+    rows, columns = of_output.sum(1), of_input.sum(0)
+    total = (output.square().sum(1) @ rows + given.square().sum(0) @ columns) / 2
+    return torch.outer(rows, columns) / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
 class LowRankMaking(Making):
@@ -58,6 +108,8 @@ class LowRankMaking(Making):
         Raises:
             PlanError: the module has other tensors, or the rank is none of such a matrix.
         """
+        if start == KEPT:
+            return kept(old)
         outputs, inputs = self.sizes(old)
         _check_rank(rank, outputs, inputs)
         if _has_rank(old, rank) and start == "weight":
@@ -76,19 +128,18 @@ class LowRankMaking(Making):
         Raises:
             PlanError: the weight holds other than finite floating-point numbers.
         """
+        if start == KEPT:
+            return kept(old)
         shapes = self.shapes({name: tuple(tensor.shape) for name, tensor in old.items()}, rank, start)
         if not shapes:
             return {}
         return self._factors(old, rank) if start == "weight" else self._drawn(old, shapes, draw)
 
     def _factors(self, old: Tensors, rank: int) -> dict[str, Tensor]:
-        """The truncated singular value decomposition, computed in float64. Of each pair of singular vectors that with
-        the largest entry of the first positive is taken, so that the result does not depend on the machine's choice."""
+        """See `halves`."""
         weight, dtype = self._checked(old)
-        left, roots, right = torch.linalg.svd(weight, full_matrices=False)
-        left, roots, right = left[:, :rank], roots[:rank].sqrt(), right[:rank]
-        roots = roots * signs(left)
-        return {OUTPUT: (left * roots).to(dtype), INPUT: (roots[:, None] * right).to(dtype)}
+        output, given = halves(weight, rank)
+        return {OUTPUT: output.to(dtype), INPUT: given.to(dtype)}
 
     def _drawn(self, old: Tensors, shapes: Shapes, draw: torch.Generator) -> dict[str, Tensor]:
         """Independent normal numbers; of a weight of zeros an output factor of zeros, so that the other one's gradient
@@ -105,18 +156,17 @@ class LowRankMaking(Making):
 
     def _checked(self, old: Tensors) -> tuple[Tensor, torch.dtype]:
         """The whole weight (out, in) in float64, and its own type; PlanError where it has no factors."""
-        weight, dtype = self._matrix(old), old[WEIGHT if WEIGHT in old else OUTPUT].dtype
-        if not dtype.is_floating_point or not weight.isfinite().all():
-            raise PlanError(
-                f"a weight ({dtype}) that holds other than finite floating-point numbers has no layer of low rank; "
-                "dequantize it, or mend what is NaN or infinite in it"
-            )
-        return weight, dtype
+        weight, dtype = finite_weight(old[WEIGHT] if WEIGHT in old else self._matrix(old))
+        if WEIGHT in old:
+            return self._turned(weight), dtype
+        return weight, old[OUTPUT].dtype
 
     def moments(  # type: ignore[override]
         self, old: Tensors, moments: Tensors, order: int, rank: int, start: Start = "weight"
     ) -> dict[str, Tensor] | None:
         """By the chain rule, at the factors that `values` gives; drawn ones start anew."""
+        if start == KEPT:
+            return kept(moments)
         if start == "random":
             return None
         if _has_rank({name: tuple(tensor.shape) for name, tensor in old.items()}, rank):
@@ -127,35 +177,18 @@ class LowRankMaking(Making):
             return None
         dtype, moment = moments[WEIGHT].dtype, self._turned(moments[WEIGHT].double())
         factors = self._factors(old, rank)
-        output, given = factors[OUTPUT].double() ** order, factors[INPUT].double() ** order
-        return {OUTPUT: (moment @ given.mT).to(dtype), INPUT: (output.mT @ moment).to(dtype)}
+        output, given = moments_of_halves(moment, factors[OUTPUT].double(), factors[INPUT].double(), order)
+        return {OUTPUT: output.to(dtype), INPUT: given.to(dtype)}
 
     def back(self, new: Tensors, **settings: Any) -> dict[str, Tensor]:
         """The product, computed in float64."""
         return {WEIGHT: self._turned(self._matrix(new)).to(new[OUTPUT].dtype).contiguous()}
 
     def moments_back(self, new: Tensors, moments: Tensors, order: int, **settings: Any) -> dict[str, Tensor] | None:
-        """As much of the weight's moment as the factors' moments tell.
-
-        First: of all G with G B^T and A^T G as they are the smallest; what lies beside both factors is not known, and
-        0. Second: the moment of rank one that has the same sums over rows and columns,
-        weighted as the factors are; exact where the weight's moment has rank one, as in Adafactor (arXiv 1804.04235).
-        """
+        """See `moment_of_product`."""
         if OUTPUT not in moments or INPUT not in moments:
             return None
-        output, given = new[OUTPUT].double(), new[INPUT].double()
-        of_output, of_input = moments[OUTPUT].double(), moments[INPUT].double()
-        if order == 1:
-            # Directions in which a factor is as good as 0 tell nothing but the moments' rounding.
-            least = torch.finfo(moments[OUTPUT].dtype).eps ** 0.5
-            by_input, by_output = (torch.linalg.pinv(factor, rtol=least).mT for factor in (given, output))
-            from_output, from_input = of_output @ by_input, by_output @ of_input
-            known_twice = by_output @ (output.mT @ from_output) + (from_input @ given.mT) @ by_input
-            moment = from_output + from_input - known_twice / 2
-        else:
-            rows, columns = of_output.sum(1), of_input.sum(0)
-            total = (output.square().sum(1) @ rows + given.square().sum(0) @ columns) / 2
-            moment = torch.outer(rows, columns) / total.clamp(min=torch.finfo(total.dtype).tiny)
+        moment = moment_of_product(new[OUTPUT], new[INPUT], moments[OUTPUT], moments[INPUT], order)
         return {WEIGHT: self._turned(moment).to(moments[OUTPUT].dtype).contiguous()}
 
     def sizes(self, old: Shapes) -> tuple[int, int]:
@@ -226,6 +259,8 @@ class LowRank(Brick):
         Raises:
             PlanError: the module is of another class, or the rank is none of its.
         """
+        if start == KEPT:
+            return kept_product(module, cls)
         if type(module) is not cls and not cls.can_replace(module):
             raise PlanError(
                 f"{cls.__name__} replaces a {cls.layer.__name__}, received a {type(module).__name__}, which does "

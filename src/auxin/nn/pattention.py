@@ -46,6 +46,7 @@ def pattention(
       l2_norm_gelu (default)  GELU(tau A_g / (||A_g||_2 + eps))
       gelu_l2_norm            tau G / (||G||_2 + eps), G = GELU(A_g)
       gelu                    GELU(A_g): no norm, no scale; groups are apart in name alone
+      linear                  A_g: the layer is linear, a product of two matrices (not in the paper)
       softmax                 tau^2 softmax(A_g)
     A row of zero scores gives zeros under the first two, and the gradient there is the formula's own (its slope at zero
     is tau/eps): large, but finite; under float16, which can't hold it, it is zero.
@@ -53,14 +54,14 @@ def pattention(
     In eager mode autograd keeps what it keeps for linear -> GELU -> linear, plus one float per row and group where
     there are norms. There, and under softmax, second derivatives are then refused, with torch's error for functions
     that are differentiable once; forward-mode differentiation and the transforms of torch.func (grad, vmap, jvp, ...)
-    are not supported either. Under "gelu" all of these work.
+    are not supported either. Under "gelu" and "linear" all of these work.
 
     Args:
         x: (..., in_features).
         key_tokens: K (n, in_features), groups contiguous.
         value_tokens: V (n, out_features).
         tau: (number of groups,) float32 or float64, not trained; its values may change without recompilation. Of no
-            effect under "gelu", like eps.
+            effect under "gelu" and "linear", like eps.
         group_sizes: tokens of each group; sums to n.
         score_function, gelu: by name; "erf" is the exact GELU, "tanh" its approximation.
         eps: added to the norm, in the norm's precision; one for all groups, or one for each.
@@ -256,6 +257,8 @@ def _weights(scores: Tensor, tau: Tensor, rule: _Rule) -> Tensor:
     """S = f(A) for scores (rows, n) that nobody else uses: eager mode overwrites them."""
     if rule.score_function == "gelu":
         return F.gelu(scores, approximate=rule.approximate)
+    if rule.score_function == "linear":
+        return scores
     tau = tau.to(_norm_dtype(scores.dtype))
     if torch.compiler.is_compiling() or type(scores) not in (Tensor, FakeTensor) or tau.requires_grad:
         return _plain_weights(scores, tau, rule)

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-ScoreFunction = Literal["l2_norm_gelu", "gelu_l2_norm", "gelu", "softmax"]
+ScoreFunction = Literal["l2_norm_gelu", "gelu_l2_norm", "gelu", "linear", "softmax"]
 Gelu = Literal["erf", "tanh"]
 
 NORMED: frozenset[ScoreFunction] = frozenset({"l2_norm_gelu", "gelu_l2_norm"})

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from auxin.errors import ConfigError, PlanError
+from auxin.nn.autocast import without_autocast
 from auxin.nn.bricks import Brick, brick
 from auxin.nn.calls import forward_arguments
 from auxin.nn.extension import extended
@@ -51,7 +52,7 @@ class TokenMerging(nn.Module):
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The groups of `tokens` (batch, sequence, d): their means (batch, sequence - r, d), how many tokens they have,
-        (batch, sequence - r), and the group of every token, (batch, sequence).
+        (batch, sequence - r), float32 at least, and the group of every token, (batch, sequence).
 
         Raises:
             ConfigError: so many can't be merged, since one at least stays beside the first ones.
@@ -62,7 +63,8 @@ class TokenMerging(nn.Module):
                 f"A layer merges {self.merged} of {length - self.kept} tokens (and leaves {self.kept} alone), so that "
                 "none would be left. Give larger images, or merge fewer."
             )
-        groups = self._groups(tokens.detach()[:, self.kept :])
+        with without_autocast():  # by which near ones would be as near as those that are the same
+            groups = self._groups(tokens.detach()[:, self.kept :])
         first = torch.arange(self.kept, device=tokens.device).expand(batch, -1)
         groups = torch.cat([first, groups + self.kept], dim=1)
         means, sizes = _means(tokens, groups, length - self.merged)
@@ -101,12 +103,14 @@ def _joined(means: Tensor, fewer: int) -> Tensor:
 
 
 def _means(tokens: Tensor, groups: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Means (batch, count, d) of the tokens of each group, and the groups' sizes (batch, count)."""
+    """Means (batch, count, d) of the tokens of each group, and the groups' sizes (batch, count), float32 at least: with
+    8 bits one more token than 256 is none, and with 5 of an exponent some hundred large ones are infinite."""
     batch, _, width = tokens.shape
-    places = _places(groups, count)
-    sizes = tokens.new_zeros(batch * count).index_add(0, places, tokens.new_ones(len(places)))
-    sums = tokens.new_zeros(batch * count, width).index_add(0, places, tokens.flatten(0, 1))
-    return (sums / sizes[:, None]).unflatten(0, (batch, count)), sizes.unflatten(0, (batch, count))
+    places, wide = _places(groups, count), tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    sizes = wide.new_zeros(batch * count).index_add(0, places, wide.new_ones(len(places)))
+    sums = wide.new_zeros(batch * count, width).index_add(0, places, wide.flatten(0, 1))
+    means = (sums / sizes[:, None]).to(tokens.dtype)
+    return means.unflatten(0, (batch, count)), sizes.unflatten(0, (batch, count))
 
 
 def _places(groups: Tensor, count: int) -> Tensor:
@@ -170,7 +174,7 @@ class TokenMergingLayer(Brick):
         arguments = dict(zip(self.argument_names, args, strict=False)) | kwargs
         self._check(arguments)
         means, sizes, groups = self.token_merging(hidden_states)
-        arguments[MASK] = sizes.log()[:, None, None]
+        arguments[MASK] = sizes.log().to(means.dtype)[:, None, None]
         result = super().forward(means, **arguments)
         whole = isinstance(result, tuple)
         new = (result[0] if whole else result).flatten(0, 1)[_places(groups, means.shape[1])]

@@ -7,25 +7,31 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 
-def unmultiplied(left: Tensor, right: Tensor, transposed: bool = False) -> Tensor:
+def unmultiplied(left: Tensor, right: Tensor, transposed: bool = False, shape: tuple[int, ...] | None = None) -> Tensor:
     """The product of `left` (m, r) and `right` (r, n), or its transpose: a tensor to whoever computes with it, and
-    through which gradients reach both. To ask for its shape, type or device costs nothing."""
+    through which gradients reach both. To ask for its shape, type or device costs nothing.
+
+    Args:
+        left, right: the factors.
+        transposed: whether it is the transpose.
+        shape: in which it is seen; None: that of a matrix.
+    """
+    if shape is None:
+        shape = (right.shape[1], left.shape[0]) if transposed else (left.shape[0], right.shape[1])
     if torch.compiler.is_compiling():  # the compiler drops what nobody uses
-        return _product(left, right, transposed)
-    return Unmultiplied(left, right, transposed)
+        return _product(left, right, transposed, shape)
+    return Unmultiplied(left, right, transposed, shape)
 
 
 class Unmultiplied(Tensor):
     """See `unmultiplied`."""
 
-    parts: tuple[Tensor, Tensor, bool]
+    parts: tuple[Tensor, Tensor, bool, tuple[int, ...]]
 
     @staticmethod
-    def __new__(cls, left: Tensor, right: Tensor, transposed: bool) -> "Unmultiplied":
-        shape = (left.shape[0], right.shape[1])
-        shape = shape[::-1] if transposed else shape
+    def __new__(cls, left: Tensor, right: Tensor, transposed: bool, shape: tuple[int, ...]) -> "Unmultiplied":
         new = Tensor._make_wrapper_subclass(cls, shape, dtype=left.dtype, device=left.device)
-        new.parts = (left, right, transposed)
+        new.parts = (left, right, transposed, shape)
         return new
 
     def __init__(self, *args: Any) -> None:
@@ -55,6 +61,6 @@ _COSTS_NOTHING = {
 }
 
 
-def _product(left: Tensor, right: Tensor, transposed: bool) -> Tensor:
+def _product(left: Tensor, right: Tensor, transposed: bool, shape: tuple[int, ...]) -> Tensor:
     product = left @ right
-    return product.mT if transposed else product
+    return product.mT if transposed else product.reshape(shape)

@@ -72,10 +72,10 @@ def _checked(model: PreTrainedModel, batch: Any, place: str) -> dict[str, Tensor
                 f"{place}: {name} is of type {inputs[name].dtype}, and has to be numbers as the model was trained on. "
                 "Give what the model's processor makes."
             )
-    if "labels" in inputs:
-        _check_labels(model, inputs, place)
-    elif finds_answers(model):
+    if finds_answers(model):
         _check_answers(model, inputs, place)
+    elif "labels" in inputs:
+        _check_labels(model, inputs, place)
     else:
         inputs["labels"] = _own_labels(model, inputs)
     return {name: tensor.detach().cpu() for name, tensor in inputs.items()}
@@ -92,8 +92,9 @@ def _own_labels(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def finds_answers(model: PreTrainedModel) -> bool:
-    """Whether `model` tells at which tokens of a text an answer begins and ends."""
-    return set(ANSWER) <= set(call_arguments(model))
+    """Whether `model` tells at which tokens of a text an answer begins and ends, and nothing else is asked of it."""
+    arguments = set(call_arguments(model))
+    return set(ANSWER) <= arguments and "labels" not in arguments
 
 
 def _check_answers(model: PreTrainedModel, inputs: Mapping[str, Tensor], place: str) -> None:
@@ -118,6 +119,14 @@ def _check_answers(model: PreTrainedModel, inputs: Mapping[str, Tensor], place: 
                 f"{place}: {which} holds {int(odd[0])}, and the tokens of a sample are 0 to {(tokens or 0) - 1}. Give "
                 "the number of a token; where a text has no answer, that of its first one, as the model learnt it."
             )
+        mask = inputs.get("attention_mask")
+        if mask is not None and tokens is not None and mask.shape == (len(positions), tokens):
+            padding = positions[mask.gather(1, positions[:, None]).flatten() == 0]
+            if padding.numel():
+                raise DataError(
+                    f"{place}: {which} holds {int(padding[0])} of a sample whose attention_mask says that this is "
+                    "padding. Give the number of a token of the text."
+                )
     if bool((end < start).any()):
         raise DataError(f"{place}: {ANSWER[1]} holds a token before {ANSWER[0]}. Give the last token of each answer.")
 
@@ -181,6 +190,14 @@ def _check_labels(model: PreTrainedModel, inputs: Mapping[str, Tensor], place: s
             f"{IGNORED} where nothing is asked."
         )
     below = labels < 0 if not is_ctc(model) else torch.zeros_like(labels, dtype=torch.bool)
+    if is_encoder_decoder(model.config) and labels.dim() == 2 and DECODER_IDS in inputs:
+        read = inputs[DECODER_IDS]
+        if labels.shape != read.shape and model.get_output_embeddings() is not None:
+            raise DataError(
+                f"{place}: labels has shape {list(labels.shape)}, and {DECODER_IDS} {list(read.shape)}. Give a label "
+                f"for each of these, {IGNORED} where nothing is asked; or leave {DECODER_IDS} out, which the model "
+                "makes of the labels."
+            )
     odd = labels[((labels >= classes) | below) & (labels != IGNORED)]
     if odd.numel():
         raise DataError(

@@ -62,7 +62,7 @@ class Graft(Settings):
     all linear layers inside the layer stacks."""
     score_function: ScoreFunction = "l2_norm_gelu"
     """How scores become weights: "l2_norm_gelu" (divided by their norm, then GELU), "gelu_l2_norm" (the other way
-    round), "gelu" (without a norm) or "softmax"; all groups of a branch have the same."""
+    round), "gelu" (without a norm), "linear" (as in LoRA) or "softmax"; all groups of a branch have the same."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the new keys."""
 

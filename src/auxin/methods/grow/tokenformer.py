@@ -11,8 +11,9 @@ A rule says where new keys and new values come from and how the scores of the ne
 | random_keys_zero_values | random at the old keys' scale | zeros | one norm, tau = sqrt(n') | approximate |
 | official (as released) | random as at initialisation | random as at initialisation | one norm, tau = sqrt(n') | none |
 
-The table is of models whose scores have a norm. Where they have none (score function "gelu") a token has no part in
-what the others weigh: scale has no effect, and whatever begins with keys or values of zero, or copies both, is exact.
+The table is of models whose scores have a norm. Where they have none (score functions "gelu" and "linear") a token has
+no part in what the others weigh: scale has no effect, and whatever begins with keys or values of zero, or copies both,
+is exact.
 
 All but "grouped" enlarge the newest group of each slot; older groups stay as they are, which keeps every promise.
 Copies raise the norm of a group, and the epsilon beside it is stored anew for that group. Groups of very few tokens
@@ -398,7 +399,7 @@ def _check_scaled(config: TokenFormerConfig) -> None:
     if SCALED.isdisjoint(config.slot_score_function(slot) for slot in SLOTS):
         raise PlanError(
             "tau_anneal moves the scale of normalised scores, but this TokenFormer's scores have no norm "
-            "(score_function 'gelu'). Leave the hook out."
+            "(score_function 'gelu' or 'linear'). Leave the hook out."
         )
 
 

@@ -73,7 +73,9 @@ def patches(model: PreTrainedModel, own: Patches) -> Anatomy:
     """
     config: Any = model.config
     follows = _following(config) if own.derives_units else None
-    sizes = sizes_of(config, follows.units(config.hidden_size) if follows else config.intermediate_size)
+    reads_head_dim = reads_unlisted_head_dim(config)
+    head_dim: int | None = getattr(config, HEAD_DIM, None) if reads_head_dim else None
+    sizes = sizes_of(config, follows.units(config.hidden_size) if follows else config.intermediate_size, head_dim)
     prefix = base_prefix(model)
     stack_path, end = f"{prefix}{own.layers}", f"{prefix}{own.norm}"
     roles = _roles(model, own, sizes)
@@ -99,9 +101,9 @@ def patches(model: PreTrainedModel, own: Patches) -> Anatomy:
             "num_attention_heads",
             None,
             units,
-            None,
+            HEAD_DIM if head_dim else None,
             "layer_norm_eps",
-            unsaid_head_dim=HEAD_DIM if reads_unlisted_head_dim(config) else None,
+            unsaid_head_dim=HEAD_DIM if reads_head_dim and not head_dim else None,
         ),
         stacks=(stack,),
         roles=roles,

@@ -49,7 +49,7 @@ class TokenFormerConfig(PreTrainedConfig):
         proj_tau: scale of each group of `proj_tokens`, or None.
         ffn_tau: scale of each group of `ffn_tokens`, or None.
         score_function: how scores become weights, see `auxin.nn.pattention.pattention`: "l2_norm_gelu" (the paper's),
-            "gelu_l2_norm", "gelu" (a new model's) or "softmax".
+            "gelu_l2_norm", "gelu" (a new model's), "linear" or "softmax".
         qkv_score_function: another one for query, key and value, or None.
         proj_score_function: another one for the attention's output projection, or None.
         ffn_score_function: another one for the feed-forward part, or None.
@@ -66,7 +66,8 @@ class TokenFormerConfig(PreTrainedConfig):
         tie_word_embeddings: whether the output head is the embedding.
         initializer_range: standard deviation of embeddings at initialisation, and of keys that are normalised.
         key_initializer_range: standard deviation of keys, or None: `initializer_range`, but 1 / sqrt(d) in slots whose
-            score function is "gelu", so that the scores of a normalised input start at a root mean square of 1.
+            score function is "gelu" or "linear", so that the scores of a normalised input start at a root mean square
+            of 1.
         value_initializer_range: standard deviation of values, or None: 2 / (L sqrt(d)), the released code's.
         use_cache: whether the model returns its keys and values for decoding.
         bos_token_id: id that starts a text; `<|endoftext|>` of the official tokenizer.

@@ -1,0 +1,112 @@
+"""What it costs a TokenFormer, in a training six times as long, that the projections of its attention are not linear.
+
+The models, data and rates are those of `parity.yaml`, over 4,200 steps instead of 700. Every way changes some of the
+projections of the attention in a new model, and nothing else; the number of parameters stays the same:
+
+- linear: the scores go on as they are, without GELU, so that a projection is a product of two matrices;
+- dense: a projection is one matrix of full rank (64 keys and values of width 128 have just as many parameters).
+
+    python benchmarks/parity_linear.py --seeds 0 --jobs 2
+    python benchmarks/parity_linear.py --quick
+
+Finished cells are not measured again: after a change of the recipe give another --runs. About twelve minutes of one
+core per way and seed.
+"""
+
+from typing import Any
+
+from measuring import made_by_line, write_results
+from parity_cells import ROOT, Cell, Task, Way, asked, excess, measured, values
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from auxin.accounting.statistics import Estimate
+from auxin.nn import Pattention
+from auxin.report.markdown import markdown_table
+
+RESULTS = ROOT / "benchmarks" / "results" / "parity_linear.json"
+PAGE = ROOT / "docs" / "results" / "parity_linear.md"
+LONG = ["training.steps=4200", "training.evaluation_interval=700"]
+QKV, PROJ = "query key value", "proj"
+WAYS = {
+    "linear": Way("query, key, value and output projection linear, of rank 64", "new", f"linear {QKV} {PROJ}"),
+    "dense": Way("the four dense, of rank 128", "new", f"dense {QKV} {PROJ}"),
+    "linear-qkv": Way("query, key and value linear, of rank 64", "new", f"linear {QKV}"),
+    "linear-proj": Way("the output projection linear, of rank 64", "new", f"linear {PROJ}"),
+    "new": Way("TokenFormer, a new model's constants, rate 3e-3", "new"),
+}
+
+
+class Linear(Pattention):
+    """A Pattention whose weights are its scores; it begins with the tokens of `module`."""
+
+    def __init__(self, module: Pattention) -> None:
+        super().__init__(module.in_features, module.out_features, module.group_sizes, module.initial_tau)
+        self.load_state_dict(module.state_dict())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return linear(x, self.key_tokens) @ self.value_tokens
+
+
+def dense(module: Pattention) -> nn.Linear:
+    """One matrix in the place of `module`, drawn like those of a GPT-NeoX."""
+    made = nn.Linear(module.in_features, module.out_features, bias=False)
+    nn.init.normal_(made.weight, std=0.02)
+    return made
+
+
+def build(task: Task) -> PreTrainedModel:
+    """The untrained model of `task`."""
+    model = task.model()
+    form, *slots = (task.way.form or "none").split()
+    for layer in model.base_model.layers:
+        for slot in slots:
+            make = {"linear": Linear, "dense": dense}[form]
+            setattr(layer.attention, slot, make(getattr(layer.attention, slot)))
+    return model
+
+
+def measure(task: Task) -> Cell:
+    """Train one way with one seed."""
+    model = build(task)
+    return {"parameters": model.num_parameters(), "loss": task.trained(model)}
+
+
+def page_of(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    rows = [
+        [
+            way.title,
+            f"{values(results, name, 'parameters')[0]:,}",
+            Estimate.of(values(results, name, "loss")).text(3),
+            "-" if name == "new" else Estimate.of(excess(results, name, "new")).text(3, True),
+        ]
+        for name, way in WAYS.items()
+    ]
+    return "\n".join([
+        "# Projections of the attention that are linear",
+        "",
+        "What [parity.md](../parity.md) asks of longer trainings: models, data and rates are those of "
+        "[parity.yaml](../../benchmarks/parity.yaml), over 4,200 steps. Held-out loss in nats per token"
+        + (": mean over the seeds and 95 % interval (Student's t)." if len(results["seeds"]) > 1 else "."),
+        "",
+        f"{made_by_line(results)} Seeds: {results['seeds']}.",
+        "",
+        *markdown_table(("the projections of the attention", "parameters", "final loss", "minus a new model's"), rows),
+    ]) + "\n"  # fmt: skip
+
+
+def main() -> None:
+    """Measure what is missing, then write the results and the page."""
+    arguments = asked(__doc__, ROOT / "runs" / "parity-linear")
+    results = measured(arguments, WAYS, measure, "parity_linear.py", LONG)
+    if arguments.quick:
+        print(page_of(results))
+        return
+    write_results(results, RESULTS, page_of(results), PAGE)
+
+
+if __name__ == "__main__":
+    main()
