@@ -50,7 +50,11 @@ PARTS = {
             "training.checkpoint_interval=700",
             "description=The models of the first part, trained for 4,200 steps instead of 700.",
         ),
-        ("dense-0030", "dense-0060", "new-0017", "new", "new-tokens", "new-ffn"),
+        (
+            *("dense-0030", "dense-0060", "dense-0060-decay", "dense-wide-0060"),
+            *("new-0017", "new", "new-0060", "new-tokens", "new-ffn", "new-no-decay", "new-cosine"),
+            *("linear-proj-decay", "linear-proj-wide", "narrow"),
+        ),
     ),
 }
 DIFFERENCES = (
