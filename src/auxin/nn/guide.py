@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from auxin.errors import PlanError
 from auxin.nn.bricks import Brick, Making, Roles, Shapes, Tensors, brick, find_brick
+from auxin.nn.linear import with_bias
 from auxin.words.roles import ParameterRole
 from auxin.words.widths import Stream
 
@@ -205,12 +206,12 @@ class Guided(Brick):
             strength = 0.0
         if strength == 0:
             output = self.product(x)
-            return output if self.bias is None else output + self.bias
+            return with_bias(output, self.bias)
         weight = self.weight.mT if self.transposed else self.weight
         if strength == 1:
             return F.linear(x, weight, self.bias)
         output = strength * F.linear(x, weight) + (1 - strength) * self.product(x)
-        return output if self.bias is None else output + self.bias
+        return with_bias(output, self.bias)
 
     def roles(self, replaced: Roles) -> Roles:
         """Those of the product's factors, below it."""

@@ -1,5 +1,6 @@
-"""Products of two matrices that are multiplied only when somebody computes with them."""
+"""Products of matrices that are multiplied only when somebody computes with them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,22 +11,26 @@ from torch.utils._pytree import tree_map_only
 def unmultiplied(left: Tensor, right: Tensor, transposed: bool = False) -> Tensor:
     """The product of `left` (m, r) and `right` (r, n), or its transpose: a tensor to whoever computes with it, and
     through which gradients reach both. To ask for its shape, type or device costs nothing."""
+    shape = (left.shape[0], right.shape[1])
+    return multiplied_when_used(shape[::-1] if transposed else shape, left, lambda: _product(left, right, transposed))
+
+
+def multiplied_when_used(shape: tuple[int, int], like: Tensor, product: Callable[[], Tensor]) -> Tensor:
+    """What `product` gives, of `shape` and of the type and on the device of `like`; see `unmultiplied`."""
     if torch.compiler.is_compiling():  # the compiler drops what nobody uses
-        return _product(left, right, transposed)
-    return Unmultiplied(left, right, transposed)
+        return product()
+    return Unmultiplied(shape, like, product)
 
 
 class Unmultiplied(Tensor):
     """See `unmultiplied`."""
 
-    parts: tuple[Tensor, Tensor, bool]
+    product: Callable[[], Tensor]
 
     @staticmethod
-    def __new__(cls, left: Tensor, right: Tensor, transposed: bool) -> "Unmultiplied":
-        shape = (left.shape[0], right.shape[1])
-        shape = shape[::-1] if transposed else shape
-        new = Tensor._make_wrapper_subclass(cls, shape, dtype=left.dtype, device=left.device)
-        new.parts = (left, right, transposed)
+    def __new__(cls, shape: tuple[int, int], like: Tensor, product: Callable[[], Tensor]) -> "Unmultiplied":
+        new = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        new.product = product
         return new
 
     def __init__(self, *args: Any) -> None:
@@ -35,7 +40,7 @@ class Unmultiplied(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _COSTS_NOTHING:
             return super().__torch_function__(func, types, args, kwargs)
-        args, kwargs = tree_map_only(cls, lambda product: _product(*product.parts), (args, kwargs or {}))
+        args, kwargs = tree_map_only(cls, lambda one: one.product(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
     @classmethod
