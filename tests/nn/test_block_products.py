@@ -115,6 +115,20 @@ def test_sizes_that_do_not_fit_are_refused(cls, values, said):
         cls.replacing(a_linear(16, 32), **values)
 
 
+@pytest.mark.parametrize(
+    ("layer", "product", "said"),
+    [
+        (LowRankLinear.replacing(a_linear(8, 12), rank=4), "low_rank_linear", "whole matrix of a linear layer"),
+        (nn.LayerNorm(8), "low_rank_linear", "whole matrix of a linear layer"),
+        (a_linear(8, 12), "masked", "'masked' is no product of factors"),
+        (a_linear(8, 12), "guided", "'guided' is no product of factors"),
+    ],
+)
+def test_what_can_not_be_guided_is_refused(layer, product, said):
+    with pytest.raises(PlanError, match=said):
+        Guided.replacing(layer, product=product, rank=3)
+
+
 def guided(layer: nn.Module, guide: str = "weight", **values: object) -> Guided:
     return Guided.replacing(layer, product="low_rank_linear", guide=guide, rank=3, **values)
 
