@@ -255,10 +255,12 @@ def speeds() -> list[dict[str, float]]:
 
 
 @torch.no_grad()
-def images_per_second(before: PreTrainedModel, after: PreTrainedModel, pixels: Tensor) -> dict[str, float]:
+def images_per_second(
+    before: PreTrainedModel, after: PreTrainedModel, pixels: Tensor, runs: int = RUNS
+) -> dict[str, float]:
     """Of processor time on one thread, the best of some batches; the two in turn, since others use the machine, too."""
     seconds: dict[str, list[float]] = {"before": [], "after": []}
-    for _ in range(RUNS):
+    for _ in range(runs):
         for name, model in (("before", before), ("after", after)):
             started = time.process_time()
             model(pixel_values=pixels)

@@ -30,11 +30,11 @@ PAGE = ROOT / "docs" / "results" / "parity_linear.md"
 LONG = ["training.steps=4200", "training.evaluation_interval=700"]
 QKV, PROJ = "query key value", "proj"
 WAYS = {
+    "new": Way("TokenFormer, a new model's constants, rate 3e-3", "new"),
     "linear": Way("query, key, value and output projection linear, of rank 64", "new", f"linear {QKV} {PROJ}"),
     "dense": Way("the four dense, of rank 128", "new", f"dense {QKV} {PROJ}"),
     "linear-qkv": Way("query, key and value linear, of rank 64", "new", f"linear {QKV}"),
     "linear-proj": Way("the output projection linear, of rank 64", "new", f"linear {PROJ}"),
-    "new": Way("TokenFormer, a new model's constants, rate 3e-3", "new"),
 }
 
 

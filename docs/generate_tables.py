@@ -21,9 +21,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from auxin.accounting import Electricity
 from auxin.data import CorpusSettings, DatasetSettings
 from auxin.data.image_source import LabelledImagesSettings
 from auxin.data.labelled_source import LabelledTextSettings
+from auxin.methods.factorize.structured_ffn import GuideFadeSettings
 from auxin.methods.grow.masked import MaskRampSettings
 from auxin.methods.grow.tokenformer import OldTokenRatesSettings, TauAnnealSettings, TokenGrowth
 from auxin.models.tokenformer.presets import PRESETS
@@ -46,6 +48,7 @@ DEMO_PAGE = ROOT / "docs" / "results" / "demo.md"
 MEASURED = ROOT / "benchmarks" / "results"
 SETTINGS: tuple[type[BaseModel], ...] = (
     Recipe,
+    Electricity,
     CorpusSettings,
     LabelledTextSettings,
     LabelledImagesSettings,
@@ -65,6 +68,7 @@ SETTINGS: tuple[type[BaseModel], ...] = (
     OldRatesSettings,
     OldTokenRatesSettings,
     TauAnnealSettings,
+    GuideFadeSettings,
     MaskRampSettings,
     TrainOnlySettings,
     ExactRatesSettings,

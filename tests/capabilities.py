@@ -125,7 +125,10 @@ def labelled(model: PreTrainedModel) -> dict[str, Tensor]:
     elif "labels" in call_arguments(model):
         given = logits(model)
         generator = torch.Generator().manual_seed(SEED)
-        batch["labels"] = torch.randint(min(given.shape[-1], VOCABULARY), given.shape[:-1], generator=generator)
+        classes, places = given.shape[-1], given.shape[:-1]
+        if given.dim() == 4:  # maps of classes, which are made as large as the images
+            classes, places = given.shape[1], (len(given), *batch["pixel_values"].shape[2:])
+        batch["labels"] = torch.randint(min(classes, VOCABULARY), places, generator=generator)
     return batch
 
 

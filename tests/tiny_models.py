@@ -175,6 +175,10 @@ def filled(model: PreTrainedModel, seed: int = 0, dtype: torch.dtype = torch.flo
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             is_gain = parameter.dim() == 1 and name.endswith("weight")
             parameter.copy_(1 + 0.3 * noise if is_gain else 0.5 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):  # of batch norms
+                noise = torch.randn(buffer.shape, generator=generator, dtype=torch.float64)
+                buffer.copy_(0.5 * noise if name.endswith("mean") else 1 + noise.square())
     if dtype == torch.float64 and any(name.endswith(".experts") for name, _ in model.named_modules()):
         model.set_experts_implementation("eager")  # the others know no float64
     return model.to(dtype).eval()

@@ -1,5 +1,5 @@
 """Configs of tiny encoders of images and of spectrograms, with and without heads, with what is peculiar to each: two
-class tokens, a layer scale away from 1, registers, gated feed-forward parts, relative positions."""
+class tokens, a layer scale away from 1, registers, gated feed-forward parts, relative positions; networks of stages."""
 
 from typing import Any
 
@@ -33,6 +33,21 @@ _SIGLIP_IMAGE = {key: value for key, value in _CLIP_IMAGE.items() if key != "pro
 _SIGLIP = {"text_config": _SIGLIP_TEXT, "vision_config": _SIGLIP_IMAGE, "num_labels": 3}
 _AST = {"max_length": 16, "num_mel_bins": 8, "frequency_stride": 4, "time_stride": 4}
 
+_SEGFORMER = {
+    "num_encoder_blocks": 2,
+    "depths": [2, 1],
+    "hidden_sizes": [8, 12],
+    "num_attention_heads": [2, 3],
+    "mlp_ratios": [2, 1],
+    "sr_ratios": [2, 1],
+    "patch_sizes": [3, 3],
+    "strides": [2, 2],
+    "decoder_hidden_size": 5,
+    "image_size": 16,
+    "num_labels": 3,
+}
+_RESNET = {"embedding_size": 5, "hidden_sizes": [8, 12], "depths": [2, 1], "image_size": 16, "num_labels": 3}
+
 
 def _made(model: str, config: str, values: dict[str, Any]) -> Made:
     return getattr(transformers, model), getattr(transformers, f"{config}Config"), values
@@ -51,6 +66,9 @@ MODELS: dict[str, Made] = {
         {**_COMMON, "use_relative_position_bias": True, "use_absolute_position_embeddings": True},
     ),
     "audio-spectrogram-transformer": _made("ASTForAudioClassification", "AST", {**_COMMON, **_AST}),
+    "segformer": _made("SegformerForSemanticSegmentation", "Segformer", _SEGFORMER),
+    "resnet": _made("ResNetForImageClassification", "ResNet", {**_RESNET, "layer_type": "basic"}),
+    "resnet bottlenecks": _made("ResNetForImageClassification", "ResNet", {**_RESNET, "layer_type": "bottleneck"}),
     "clip": _made("CLIPModel", "CLIP", _CLIP),
     "clip images": _made("CLIPForImageClassification", "CLIP", _CLIP),
     "clip_text_model": _made("CLIPTextModelWithProjection", "CLIPText", _CLIP_TEXT),
@@ -93,7 +111,7 @@ def _pair(model: PreTrainedModel, batch: int, length: int, generator: torch.Gene
 
 
 INPUTS = {
-    **dict.fromkeys(("vit", "deit", "dinov2", "dinov2_with_registers", "beit"), _pixels),
+    **dict.fromkeys(("vit", "deit", "dinov2", "dinov2_with_registers", "beit", "segformer", "resnet"), _pixels),
     "audio-spectrogram-transformer": _spectrogram,
     **dict.fromkeys(("clip", "siglip"), _pair),
     **dict.fromkeys(("clip_text_model", "siglip_text_model"), _text),

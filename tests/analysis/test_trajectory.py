@@ -18,6 +18,7 @@ from auxin.errors import ConfigError, PlanError
 from oracles import trajectory as oracle
 from tiny_models import InDouble, inputs, labels, tiny
 
+STAGES, BLOCKS = "segformer.stages", "resnet.encoder.stages"
 LLAMA, BERT, GPT2 = "model.layers", "bert.encoder.layer", "transformer.h"
 
 
@@ -44,6 +45,17 @@ UNITS: dict[str, dict[tuple[str, str], tuple[int, Any]]] = {
     "gpt2": {("ffn", f"{GPT2}.1"): (12, columns(f"{GPT2}.1.mlp.c_proj.weight", 1, axis=0))},
     "mixtral": {("ffn", f"{LLAMA}.0"): (12, columns(f"{LLAMA}.0.mlp.experts.down_proj", 1))},
     "vit": {("query", "vit.layers.0"): (4, columns("vit.layers.0.attention.o_proj.weight", 4))},
+    "segformer": {
+        ("query", f"{STAGES}.1.blocks.0"): (3, columns(f"{STAGES}.1.blocks.0.attention.o_proj.weight", 4)),
+        ("ffn", f"{STAGES}.0.blocks.1"): (16, columns(f"{STAGES}.0.blocks.1.mlp.fc2.weight", 1)),
+    },
+    "resnet": {
+        ("ffn", f"{BLOCKS}.0.layers.0"): (8, columns(f"{BLOCKS}.0.layers.0.layer.1.convolution.weight", 1, axis=1)),
+        ("ffn", f"{BLOCKS}.1.layers.0"): (12, columns(f"{BLOCKS}.1.layers.0.layer.1.convolution.weight", 1, axis=1)),
+    },
+    "resnet bottlenecks": {
+        ("ffn", f"{BLOCKS}.0.layers.1"): (2, columns(f"{BLOCKS}.0.layers.1.layer.2.convolution.weight", 1, axis=1)),
+    },
     "t5": {
         ("query", "encoder.block.1"): (4, columns("encoder.block.1.layer.0.SelfAttention.o.weight", 5)),
         # A layer's heads of a number go together, of both of its attentions.
@@ -90,7 +102,7 @@ def kept_of(model: Any, layers: list[str], rows: dict[str, Any]) -> tuple[list[A
     if "attention_mask" in rows:
         mask = rows["attention_mask"].numpy().astype(bool)
         kept = [all_ if "decoder" in path else mask for path, all_ in zip(layers, kept, strict=True)]
-    return kept, kept[-1] if logits.ndim == 3 else np.ones(len(logits), bool)
+    return kept, kept[-1] if "attention_mask" in rows else np.ones(logits.shape[:-1], bool)
 
 
 def paths(model: Any) -> list[str]:
@@ -98,6 +110,9 @@ def paths(model: Any) -> list[str]:
     family = model.config.model_type
     if family == "t5":
         return [f"{side}.block.{n}" for side in ("encoder", "decoder") for n in range(2)]
+    if family in ("segformer", "resnet"):
+        stacks = [f"{STAGES}.{n}.blocks" if family == "segformer" else f"{BLOCKS}.{n}.layers" for n in range(2)]
+        return [f"{stack}.{n}" for stack, depth in zip(stacks, model.config.depths, strict=True) for n in range(depth)]
     stack = {"bert": BERT, "gpt2": GPT2, "vit": "vit.layers"}.get(family, LLAMA)
     return [f"{stack}.{n}" for n in range(model.config.num_hidden_layers)]
 

@@ -1,6 +1,7 @@
 """Linear layers that are products: how many parameters there are then, what is near, and how ranks are divided."""
 
 import copy
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,19 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, G
 import auxin
 from auxin.accounting import count_parameters, flops_per_token
 from auxin.analysis.input_moments import input_moments, read_together
-from auxin.edits import Plan
+from auxin.edits import MergeModule, Plan
 from auxin.errors import ConfigError, PlanError
 from auxin.methods.factorize import greenformers
 from auxin.methods.factorize.greenformers import Greenformers
-from auxin.nn.low_rank import LowRank
+from auxin.nn.low_rank import LowRank, LowRankLinear
+from auxin.nn.low_rank_convolution import LowRankConvolution
 from auxin.objectives.calibration import Calibration
 from auxin.planning.bench import Bench
+from auxin.planning.product_times import MULTIPLES, TOKENS, ProductTimes, faster_from, liked, ranks_to_compare
 from auxin.planning.ranks import Matrix, after, rank_that_keeps, steps
 from byte_language import byte_model, held_out_loss, library, train
 from oracles import low_rank as oracle
+from outputs import output
 from tiny_models import VOCABULARY, inputs, labels, logits, tiny
 
 METHOD = "greenformers"
@@ -377,3 +381,168 @@ def test_by_samples_it_loses_less_than_by_weights_and_both_far_less_than_chance(
         plan = auxin.plan(model, METHOD, rank=0.5, solver=solver, folder=tmp_path, **data)
         losses[solver] = held_out_loss(applied(plan, copy.deepcopy(model)), unseen)
     assert held_out_loss(model, unseen) < losses["activations"] < losses["svd"] < losses["random"] - 0.5
+
+
+# On this machine ------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.booleans(), min_size=len(TOKENS), max_size=len(TOKENS)))
+def test_a_product_pays_from_the_least_number_of_tokens_on_beyond_which_it_always_does(faster):
+    by_tokens = dict(zip(TOKENS, faster, strict=True))
+    found = faster_from(lambda tokens: (2.0, 1.0) if by_tokens[tokens] else (1.0, 1.0))
+    expected = [start for start in TOKENS if all(by_tokens[tokens] for tokens in TOKENS if tokens >= start)]
+    assert found == (min(expected) if expected else None)
+
+
+def test_a_plan_says_from_how_many_tokens_on_products_are_faster(monkeypatch):
+    """By a clock that only counts: calls and multiply-adds."""
+    asked = []
+
+    def seconds(self, modules, tokens):
+        layer, product = modules
+        asked.append((tokens, layer.in_features, layer.out_features, product.rank))
+        assert all(parameter.is_meta for module in modules for parameter in module.parameters())
+        weights = [layer.weight.numel(), product.rank * (product.in_features + product.out_features)]
+        return [calls * 50_000 + tokens * size for calls, size in zip((1, 2), weights, strict=True)]
+
+    monkeypatch.setattr(ProductTimes, "seconds", seconds)
+    model = byte_model(0)  # 64 x 64, and 64 x 172 both ways
+    plan = auxin.plan(model, METHOD, rank=0.5, solver="random", measure=True)
+    told = plan.findings[-1]
+    assert told.startswith("Products are faster than their layers on ")
+    assert len(asked) == len(set(asked)), "each shape once"
+    # 50,000 / (64 * 64 - 16 * 128) = 24.4 and 50,000 / (64 * 172 - 23 * 236) = 9.0, rounded up to what is timed.
+    assert "64 -> 64 of rank 16 from 64 tokens on" in told
+    assert "64 -> 172 of rank 23 from 16 tokens on" in told
+    monkeypatch.setattr(ProductTimes, "seconds", lambda self, modules, tokens: [1.0, 2.0])
+    assert (
+        "64 -> 64 of rank 16 never" in auxin.plan(model, METHOD, rank=0.5, solver="random", measure=True).findings[-1]
+    )
+    quiet = auxin.plan(model, METHOD, rank=0.5, solver="random")
+    assert "faster" not in " ".join(quiet.findings)
+    assert plan.edits == quiet.edits, "what was timed decides nothing"
+
+
+@given(st.integers(1, 500))
+def test_ranks_that_are_compared_are_multiples_of_one_number_and_no_larger(rank):
+    found = ranks_to_compare(rank)
+    for multiple, near in found.items():
+        assert 0 < near <= rank
+        assert near % multiple == 0
+        assert multiple == 64 or near % (2 * multiple)
+        assert rank - near < 2 * multiple
+    assert 1 in found
+
+
+@given(st.dictionaries(st.sampled_from(MULTIPLES), st.floats(0.5, 2), min_size=1))
+def test_the_multiple_that_is_liked_is_the_least_that_loses_nothing(each):
+    chosen = liked(each)
+    assert all(each[chosen] <= 1.03 * each[other] for other in each if other > chosen)
+    for less in (multiple for multiple in each if multiple < chosen):
+        assert any(each[less] > 1.03 * each[other] for other in each if other >= less)
+
+
+def test_ranks_are_multiples_of_what_the_machine_likes(monkeypatch):
+    """On one whose kernels compute four ranks at once."""
+    monkeypatch.setattr(
+        ProductTimes, "seconds", lambda self, modules, tokens: [-(-module.rank // 4) * 4.0 for module in modules]
+    )
+    plan = auxin.plan(byte_model(0), METHOD, rank=0.5, solver="random", multiple_of="machine")
+    ranks = {layer.rank for layer in products(applied(plan, byte_model(0))).values()}
+    assert ranks == {16, 20}
+    assert "Ranks are multiples of 4, as this machine likes them." in plan.findings
+    assert plan.settings["multiple_of"] == "machine"
+    with pytest.raises(PlanError, match=r"convolutions are not timed\. Give a number"):
+        auxin.plan(tiny("vit"), METHOD, rank=2, targets=["projection"], solver="svd", multiple_of="machine")
+    with pytest.raises(ConfigError, match="multiple_of"):
+        auxin.plan(tiny("vit"), METHOD, rank=2, solver="svd", multiple_of="mashine")
+
+
+def test_a_recipe_is_priced_without_timing_anything(monkeypatch):
+    monkeypatch.setattr(ProductTimes, "seconds", lambda *_: pytest.fail("timed"))
+    values = Greenformers(rank=0.5, measure=True, multiple_of="machine")
+    assert greenformers.METHOD.outline(Bench(tiny("llama")), values).edits
+
+
+def test_times_are_of_rows_of_copies_and_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("AUXIN_CACHE", str(tmp_path))
+    with torch.device("meta"):
+        layer = nn.Linear(8, 6)
+    times = ProductTimes(torch.float32, lambda layer, rank: LowRankLinear.replacing(layer, rank))
+    pair = [layer, LowRankLinear.replacing(layer, 2)]
+    assert [run.times for run in times.runs(pair, 3)] == [4, 4]
+    assert [run.times for run in times.runs(pair, 256)] == [1, 1]
+    once = times.seconds(pair, 1)
+    assert min(once) > 0
+    monkeypatch.setattr(ProductTimes, "runs", lambda *_: pytest.fail("timed again"))
+    assert times.seconds(pair, 1) == once
+    assert all(parameter.is_meta for module in pair for parameter in module.parameters())
+
+
+# Convolutions ---------------------------------------------------------------------------------------------------------
+
+NAMED = {"whisper": ["conv1", "conv2"], "vit": ["projection"], "wav2vec2": ["conv_layers.*.conv"]}
+
+
+@pytest.mark.parametrize("solver", ["svd", "random"])
+@pytest.mark.parametrize("family", NAMED)
+def test_convolutions_that_are_named_become_products_and_load(tmp_path, family, solver):
+    model = tiny(family, dtype=torch.float32)
+    whole = {
+        path: module for path, module in model.named_modules() if isinstance(module, nn.Conv1d | nn.Conv2d)
+    }  # fmt: skip
+    before, biases = count_parameters(model).total, {n: p.clone() for n, p in model.named_parameters() if "bias" in n}
+    plan = auxin.plan(model, METHOD, rank=1, targets=NAMED[family], solver=solver)
+    applied(plan, model)
+    found = {path: module for path, module in model.named_modules() if isinstance(module, LowRankConvolution)}
+    assert found
+    saved = 0
+    for path, module in found.items():
+        outputs, *read = whole[path].weight.shape
+        saved += outputs * math.prod(read) - outputs - math.prod(read)
+        assert not products(module)
+    assert count_parameters(model).total == before - saved
+    assert all(torch.equal(model.get_parameter(name), bias) for name, bias in biases.items())
+    auxin.save(model, tmp_path / "saved")
+    loaded = type(model).from_pretrained(tmp_path / "saved").eval()
+    assert torch.equal(output(loaded(**inputs(model))), output(model.eval()(**inputs(model))))
+
+
+def test_convolutions_of_that_rank_are_reproduced_and_merged_back():
+    model = tiny("whisper")
+    for layer in (model.model.encoder.conv1, model.model.encoder.conv2):
+        outputs, *read = layer.weight.shape
+        generator = torch.Generator().manual_seed(outputs)
+        factors = [torch.randn(size, generator=generator).double() for size in ((outputs, 2), (2, math.prod(read)))]
+        layer.weight.data.copy_((factors[0] @ factors[1] / 4).view(layer.weight.shape))
+    before, weights = output(model(**inputs(model))), copy.deepcopy(model.state_dict())
+    applied(auxin.plan(model, METHOD, rank=2, targets=NAMED["whisper"], solver="svd"), model)
+    torch.testing.assert_close(output(model(**inputs(model))), before, rtol=1e-8, atol=1e-8)
+    merged = Plan(method="x", promise="none", edits=[MergeModule(module="model.encoder.conv1")])
+    applied(merged, model)
+    merged = Plan(method="x", promise="none", edits=[MergeModule(module="model.encoder.conv2")])
+    applied(merged, model)
+    torch.testing.assert_close(dict(model.state_dict()), dict(weights), rtol=1e-8, atol=1e-8)
+
+
+def test_convolutions_that_nobody_named_stay(tmp_path):
+    model = applied(planned(tiny("whisper"), tmp_path, rank=2), tiny("whisper"))
+    assert not any(isinstance(module, LowRankConvolution) for module in model.modules())
+    assert products(model)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"solver": "activations"}, "conv_layers.0.conv is a convolution.*Give solver = svd"),
+        ({"targets": ["pos_conv_embed.conv"]}, "pos_conv_embed.conv: .*a ParametrizedConv1d"),
+        ({"rank": 40}, "saves some here is"),
+    ],
+)
+def test_convolutions_that_can_t_be_products_are_refused(values, words):
+    model, data = tiny("wav2vec2"), {}
+    given_to: dict[str, Any] = {"rank": 1, "solver": "svd", "targets": NAMED["wav2vec2"]} | values
+    if given_to["solver"] == "activations":
+        data = {"data": [{**inputs(model), "labels": labels(model)}]}
+    with pytest.raises(PlanError, match=words):
+        auxin.plan(model, METHOD, **data, **given_to)

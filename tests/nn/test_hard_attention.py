@@ -133,7 +133,9 @@ def test_rows_are_those_that_were_sorted_by_hand(heads, tokens, keep, samples, i
                 read = oracle.hard_attention(*of_head.values(), 0.5, visible.tolist(), keep)
                 expected[sample, :, head * 4 : head * 4 + 4] = torch.tensor(read)
         expected = nn.functional.linear(expected, module.o_proj.weight.double())
-    assert torch.allclose(got.double(), expected, rtol=1e-6, atol=1e-6 if dtype == torch.float64 else 1e-4)
+    # The eager function of transformers makes probabilities in float32, whatever the type.
+    rounding = 1e-4 if dtype == torch.float32 else 1e-5 if implementation == "eager" else 1e-6
+    assert torch.allclose(got.double(), expected, rtol=1e-6, atol=rounding)
 
 
 @given(dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), **CASE)

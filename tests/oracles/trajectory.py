@@ -15,7 +15,7 @@ Array = NDArray[np.float64]
 
 
 def run(model: Any, layers: Sequence[str], batch: Mapping[str, Tensor]) -> tuple[list[Array], Array]:
-    """What leaves each of `layers`, (samples, tokens, width), and the logits."""
+    """What leaves each of `layers`, (samples, tokens, width), and the logits; of maps the places are tokens."""
     kept: dict[str, Array] = {}
     handles = [
         model.get_submodule(path).register_forward_hook(
@@ -29,7 +29,16 @@ def run(model: Any, layers: Sequence[str], batch: Mapping[str, Tensor]) -> tuple
         logits = model(**batch).logits.numpy()
     for handle in handles:
         handle.remove()
-    return [kept[path] for path in layers], logits
+    return [by_place(kept[path]) for path in layers], by_place(logits)
+
+
+def by_place(values: Array) -> Array:
+    """(samples, places, channels) of maps (samples, channels, height, width); others as they are."""
+    if values.ndim != 4:
+        return values
+    samples, channels, height, width = values.shape
+    rows = [[values[s, :, y, x] for y in range(height) for x in range(width)] for s in range(samples)]
+    return np.array(rows).reshape(samples, height * width, channels)
 
 
 def without(model: Any, weights: Mapping[str, tuple[int, Sequence[int]]]) -> Any:
@@ -45,7 +54,8 @@ def manifold(before: Array, after: Array) -> float:
     """L_MD of (rows, width): the sum over all pairs of rows of the squared difference of their cosines."""
 
     def cosine(rows: Array, a: int, b: int) -> float:
-        return float(rows[a] @ rows[b] / math.sqrt(float(rows[a] @ rows[a]) * float(rows[b] @ rows[b])))
+        lengths = math.sqrt(float(rows[a] @ rows[a]) * float(rows[b] @ rows[b]))
+        return float(rows[a] @ rows[b]) / lengths if lengths else 0.0  # channels may all be zero behind a ReLU
 
     pairs = [(a, b) for a in range(len(before)) for b in range(len(before))]
     return sum((cosine(after, *pair) - cosine(before, *pair)) ** 2 for pair in pairs)
@@ -55,8 +65,8 @@ def knowledge(before: Array, after: Array, temperature: float) -> float:
     """L_KD of (rows, classes): T^2 times the sum over rows of KL(softmax(before / T), softmax(after / T))."""
     total = 0.0
     for z, changed in zip(before / temperature, after / temperature, strict=True):
-        p, q = np.exp(z) / np.exp(z).sum(), np.exp(changed) / np.exp(changed).sum()
-        total += sum(float(a * math.log(a / b)) for a, b in zip(p, q, strict=True))
+        log_p, log_q = (logits - logits.max() - np.log(np.exp(logits - logits.max()).sum()) for logits in (z, changed))
+        total += sum(float(math.exp(a) * (a - b)) for a, b in zip(log_p, log_q, strict=True))
     return temperature**2 * total
 
 

@@ -89,6 +89,7 @@ def test_what_was_begun_does_not_depend_on_may_change(tmp_path):
     changes = {
         "title": "New",
         "main_branch": "b",
+        "electricity": {"watts": 65.0},
         "training__micro_batch_size": 2,
         "training__guard": {"action": "rewind"},
         "branches__0__title": "AA",

@@ -1,8 +1,11 @@
 """How long a recipe takes on this machine is told from steps that were timed, and is told at all only then."""
 
+import json
+
 import pytest
 import torch
 
+from auxin.accounting import Electricity, electricity
 from auxin.edits.structure import edited_skeleton
 from auxin.objectives.distillation import DistillationObjective
 from auxin.recipes import price_recipe, timing
@@ -30,6 +33,20 @@ def test_every_train_stage_is_told_a_time_and_the_rest_of_the_price_stays(recipe
     without = [stage.model_copy(update={"seconds": None}) for stage in price.stages]
     assert price.model_copy(update={"stages": without}) == price_recipe(recipe)
     assert price_recipe(recipe).seconds is None
+
+
+def test_what_is_emitted_goes_by_the_time_and_by_what_the_recipe_takes_on(recipe, monkeypatch):
+    monkeypatch.setattr(timing, "seconds_per_step", lambda *_: 2.0)
+    green = recipe.model_copy(update={"electricity": Electricity(watts=100.0, pue=1.5, grams_per_kwh=40.0)})
+    price = Timer().price(green)
+    assert price.kilowatt_hours == pytest.approx(price.seconds / 3600 * 0.15)
+    assert price.kilograms_co2e == pytest.approx(price.kilowatt_hours * 0.04)
+    assert f"x 40 g/kWh = {price.kilograms_co2e:.3g} kg CO2e, by what electricity.watts" in str(price)
+    assert json.loads(price.model_dump_json())["kilograms_co2e"] == price.kilograms_co2e
+    assert price_recipe(green).kilograms_co2e is None
+    assert "kg of CO2e: not known, as the time is not" in str(price_recipe(green))
+    monkeypatch.setattr(electricity, "choose_device", lambda name: torch.device("cpu"))
+    assert Timer(threads=3).price(recipe).electricity.watts == 36
 
 
 def test_the_time_is_that_of_the_steps(recipe, monkeypatch):

@@ -1,6 +1,7 @@
 """Accounting: parameters, FLOPs, memory, and the ledger of a run."""
 
 from auxin.accounting.cost import Cost
+from auxin.accounting.electricity import Electricity
 from auxin.accounting.executed import ExecutedFlops
 from auxin.accounting.flops import FlopsPerToken, flops_per_token
 from auxin.accounting.ledger import Ledger, StageRecord
@@ -9,6 +10,7 @@ from auxin.accounting.parameters import ParameterCount, count_parameters
 
 __all__ = [
     "Cost",
+    "Electricity",
     "ExecutedFlops",
     "FlopsPerToken",
     "Ledger",

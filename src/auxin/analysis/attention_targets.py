@@ -293,7 +293,7 @@ class _StackObserver:
             raise PlanError(
                 f"{path} gives a map of (samples, heads, queries, keys) = {tuple(weights.shape)}, but there are "
                 f"{tuple(keys.kept.shape)} (samples, tokens) to look at. Measure the model before the edit that "
-                "changed that."
+                "changed that; layers that make fewer keys of all tokens (SegFormer's) can't be measured so."
             )
         _, shares = self._found.setdefault(path, (layer, AttentionShares(across)))
         shares.add(weights, queries.kept, keys)

@@ -297,8 +297,9 @@ def _leave_out_residual(units: Units, score: Score) -> None:
 
 def _check_columns(units: Units, score: Score) -> None:
     if lacking := next((place for place in units.places if place.weights is None), None):
+        what = "a convolution" if lacking.channels else "more than one matrix"
         raise PlanError(
             f"{lacking.group[1]}: {type(lacking.module).__name__} makes its output of {WORDS[lacking.group[0]]} by "
-            f"more than one matrix, so that they have no columns of which {score} could take the length. Ask for the "
+            f"{what}, so that they have no columns of which {score} could take the length. Ask for the "
             "score taylor, fisher or activation."
         )

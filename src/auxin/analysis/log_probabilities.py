@@ -12,8 +12,9 @@ from auxin.errors import PlanError
 def log_probabilities(
     model: PreTrainedModel, batch: Batch, output: Any, temperature: float = 1.0, copies: int = 1
 ) -> Tensor:
-    """Log-probabilities of the tokens that are no padding, or of the samples of a model that classifies samples:
-    (copies, rows, classes), in float32 at least.
+    """Log-probabilities of the tokens that are no padding, of the samples of a model that classifies samples, or of the
+    places of the maps (samples, classes, height, width) of one that segments images: (copies, rows, classes), in
+    float32 at least.
 
     Args:
         model: the model.
@@ -27,6 +28,8 @@ def log_probabilities(
         DataError: a mask has another form.
     """
     logits = logits_of(model, output, "Give a model with a head, or set logits_weight = 0.")
+    if logits.dim() == 4:
+        logits = logits.flatten(2).mT
     if logits.dim() not in (2, 3) or logits.shape[-1] == 1:
         raise PlanError(
             f"The {type(model).__name__} gives logits of shape {list(logits.shape)}, which are no classes of samples "

@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, Tap, check_mask, samples_of, wide
-from auxin.analysis.parts import Kind, StackParts, refuse_blocks, stack_parts
+from auxin.analysis.parts import Kind, StackParts, refuse_blocks, refuse_maps, stack_parts
 from auxin.analysis.spread import Estimate, Spread
 from auxin.errors import PlanError
 from auxin.report.heat_map import Panel, Row, heat_map_svg
@@ -225,6 +225,7 @@ class OutlierObserver:
 
     def __init__(self, model: PreTrainedModel, settings: OutlierMeasurement) -> None:
         refuse_blocks(model)
+        refuse_maps(model)
         self._settings = settings
         self._stacks = stack_parts(model)
         self._places = {stack.stack.path: _places(stack, settings.deviations) for stack in self._stacks}

@@ -74,6 +74,15 @@ def refuse_blocks(model: PreTrainedModel) -> None:
         )
 
 
+def refuse_maps(model: PreTrainedModel) -> None:
+    """PlanError for a model whose layers give maps, in which no hidden states of tokens lie."""
+    if stack := next((stack for stack in anatomy(model).stacks if stack.maps), None):
+        raise PlanError(
+            f"The layers of {stack.path} give maps of channels, and this is measured on the hidden states of tokens. "
+            "Ask for trajectory or importance."
+        )
+
+
 def _stack_parts(model: PreTrainedModel, stack: LayerStack) -> StackParts:
     modules = model.get_submodule(stack.path)
     parameters = {name for layer in modules.children() for name, _ in layer.named_parameters()}

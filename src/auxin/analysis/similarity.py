@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, Tap, token_means, wide
-from auxin.analysis.parts import SERIES, WHOLE, Kind, StackParts, refuse_blocks, stack_parts
+from auxin.analysis.parts import SERIES, WHOLE, Kind, StackParts, refuse_blocks, refuse_maps, stack_parts
 from auxin.analysis.spread import Estimate, Spread
 from auxin.errors import PlanError
 from auxin.report.forest import Mark, Panel, Row, forest_svg
@@ -165,6 +165,7 @@ class SimilarityObserver:
 
     def __init__(self, model: PreTrainedModel, parts: bool = True) -> None:
         refuse_blocks(model)
+        refuse_maps(model)
         self._stacks = [_StackObserver(found if parts else found.without_parts) for found in stack_parts(model)]
         self._spread = Spread()
         self.taps = [tap for stack in self._stacks for layer in stack.layers for tap in layer.taps()]

@@ -10,8 +10,10 @@ for all units. A unit of layer i is masked, and
   of the decoder too): the drawn rows at length 1 are F^, G is F^ F^^T, and L_MD the sum over all pairs of (G' - G)^2.
   It compares the cosines of tokens, within samples and between them: neither a rotation of the stream nor the length of
   a token counts.
-* L_KD = T^2 sum over rows of KL(softmax(logits / T), softmax(logits' / T)); a row for each token, or for each sample of
-  a model that classifies samples.
+* L_KD = T^2 sum over rows of KL(softmax(logits / T), softmax(logits' / T)); a row for each token, for each sample of a
+  model that classifies samples, or for each place of the map that a model of segments gives.
+
+Tokens of a convolutional network are the places of its layers' maps, and its units the channels between convolutions.
 
 The stream behind layer i is what enters the next one, so that the sum is the paper's from F_{i+1} to F_N, which leaves
 the last layer. Scores of the last layer and of heads are multiplied by no constants of their own, as they are in the
@@ -149,7 +151,7 @@ class TrajectoryObserver(TogetherObserver):
         refuse_blocks(model)
         self._settings, self._units = settings, units_of(model)
         self._stacks = {parts.stack.path: parts for parts in stack_parts(model)}
-        if shared := next((path for path, parts in self._stacks.items() if parts.stack.layers_stay), None):
+        if shared := next((path for path, parts in self._stacks.items() if parts.stack.layers_shared), None):
             raise PlanError(
                 f"The layers of {shared} share their parameters and are run several times, so that no layer is the one "
                 "from which on a unit has its effect. Ask for the measurement importance, or prune by taylor."
@@ -310,12 +312,14 @@ class TrajectoryObserver(TogetherObserver):
 
 
 def _hidden(piece: _Piece, path: str, output: Any, copies: int = 1) -> Tensor:
-    """The hidden states that a layer gave, (copies * samples, tokens, width)."""
+    """The hidden states that a layer gave, (copies * samples, tokens, width). Of maps (samples, width, rows, columns)
+    the places are tokens, row by row."""
     hidden = output if isinstance(output, Tensor) else output[0]
+    hidden = hidden.flatten(2).mT if hidden.dim() == 4 else hidden
     if hidden.dim() != 3 or len(hidden) != copies * piece.samples:
         raise PlanError(
             f"{path} gives hidden states of shape {list(hidden.shape)} for {copies * piece.samples} samples. Only "
-            "models whose layers give (samples, tokens, width) can be measured so."
+            "models whose layers give (samples, tokens, width), or maps of such, can be measured so."
         )
     return hidden
 

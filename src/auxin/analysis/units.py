@@ -57,6 +57,9 @@ class Place:
     """The module's input, its output, or, of experts, between their matrices or behind them."""
     decoder: bool
     """Whether the tokens are those of an encoder-decoder's decoder."""
+    channels: bool = False
+    """Whether units lie along the second axis, as those of maps (samples, channels, height, width) do, and not along
+    the last one."""
     weights: Tensor | None = None
     """Squared lengths of the columns that read the entries, (experts, entries); one expert where there are none.
     None where the units' output isn't theirs times a column."""
@@ -212,13 +215,14 @@ def _places(
     squares = wide(parameter).square()
     if parameter.dim() == 3:
         _check_experts(module, path)
-        yield path, segment, Place(group, segment.unit, module, "inside", decoder, squares.sum(writes[0]))
+        yield path, segment, Place(group, segment.unit, module, "inside", decoder, weights=squares.sum(writes[0]))
         # An expert gives its output itself.
         whole = torch.ones(len(parameter), parameter.shape[writes[0]], dtype=squares.dtype, device=squares.device)
-        yield path, segment, Place(("expert", layer), 0, module, "inside", decoder, whole)
+        yield path, segment, Place(("expert", layer), 0, module, "inside", decoder, weights=whole)
         return
     columns = squares.sum(writes[0])[None] if parameter.dim() == 2 and writes else None
-    yield path, segment, Place(group, segment.unit, module, "input", decoder, columns)
+    channels = isinstance(module, nn.Conv2d)
+    yield path, segment, Place(group, segment.unit, module, "input", decoder, channels, columns)
 
 
 def _kind(stream: Stream) -> Kind:
@@ -238,12 +242,13 @@ def _group_heads(found: Units, body: Anatomy, layer: str) -> None:
 
 
 _BLOCKS = "The residual stream has several blocks (AltUp), of which each layer sees one."
+_STAGES = "It has stages, whose residual streams have a width each."
 
 
 def _behind_norms(model: PreTrainedModel, body: Anatomy) -> tuple[list[Place], str]:
     """The outputs of the norms of layers, and why they are not known, in a sentence; empty where they are."""
-    if body.residual_blocks != "one":
-        return [], _BLOCKS
+    if body.residual_blocks != "one" or body.has_stages:
+        return [], _STAGES if body.has_stages else _BLOCKS
     found = []
     for name, _ in model.named_parameters():
         stack, role = body.stack_of(name), body.role(name)
@@ -262,8 +267,10 @@ def _where_written(model: PreTrainedModel, body: Anatomy) -> tuple[list[Place], 
 def _why_no_residual(model: PreTrainedModel, body: Anatomy) -> str:
     if body.residual_blocks != "one":
         return _BLOCKS
+    if body.has_stages:
+        return _STAGES
     for stack in body.stacks:
-        if stack.layers_stay:
+        if stack.layers_shared:
             return f"The layers of {stack.path} share their parameters and are run several times."
         if stack.reader_of_entry:
             return f"{stack.reader_of_entry} changes the residual stream between layers of {stack.path}."
@@ -313,7 +320,9 @@ def _through_output(place: Place, reader: Reader, module: nn.Module, given: tupl
 
 
 def _through(place: Place, reader: Reader, values: Tensor) -> Tensor:
-    return reader(place, Rows(flat := values.flatten(0, -2), len(flat))).view_as(values)
+    last = values.movedim(1, -1) if place.channels else values
+    passed = reader(place, Rows(flat := last.flatten(0, -2), len(flat))).view(last.shape)
+    return passed.movedim(-1, 1) if place.channels else passed
 
 
 def _check_experts(module: nn.Module, path: str) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         MergeModule,
         RemoveModule,
         ReplaceModule,
+        ResizeModule,
         TieParameters,
         WrapModule,
     )
@@ -58,6 +59,7 @@ else:
                 "MergeModule",
                 "RemoveModule",
                 "ReplaceModule",
+                "ResizeModule",
                 "TieParameters",
                 "WrapModule",
             ),
@@ -98,6 +100,7 @@ __all__ = [
     "RemoveModule",
     "RepeatFill",
     "ReplaceModule",
+    "ResizeModule",
     "ScaleParameter",
     "SetConfig",
     "SetParameter",

@@ -11,7 +11,7 @@ that are read when the model runs (`use_cache`, ids of tokens), two kinds alone 
 A value that is what it was is let through; many plans say so for clarity. So is one that was equal to another value of
 the plan and stays equal to it (DeBERTa's pooler_hidden_size beside hidden_size): the config says the same twice, and a
 model with another head than this one's may read it. What is judged of `ConfigureModule`, whose
-values belong to single modules, is every value.
+values belong to single modules, is every value; so are the sizes of `ResizeModule`.
 """
 
 import re
@@ -21,13 +21,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from auxin.edits.kinds.module_edits import ConfigureModule
+from auxin.edits.kinds.module_edits import ConfigureModule, ResizeModule
 from auxin.errors import PlanError
 from auxin.models.building import Builder, likeness
 from auxin.models.configs import config_holding, config_value
 from auxin.models.loading import REFUSALS
 from auxin.models.scoped_config import config_at
 from auxin.models.token_ids import is_token_id
+from auxin.nn.resizing import size_of
 from auxin.words.paths import encloses
 
 SIZE = re.compile(r"(num|n|d)_\w+|\w+_(size|dim|rank|heads|layers|experts)")
@@ -171,6 +172,56 @@ class Configurations:
             name: getattr(config, name) if hasattr(config, name) else Builder(self.before, path).value(name)
             for name in edit.values
         }
+
+
+class LayerSizes:
+    """The `ResizeModule` edits of one plan: the way back from them, and whether they have an effect."""
+
+    def __init__(self, before: PreTrainedModel) -> None:
+        self.before = before
+        self.back: dict[int, list[ResizeModule]] = {}
+        """The edits that lead back from each, by its place in the plan."""
+        self._told: dict[str, int] = {}
+        self._idle: set[str] = set()
+
+    def follow(self, index: int, edit: ResizeModule, modules: Mapping[str, str | None]) -> None:
+        """Take an edit into account.
+
+        Args:
+            index: its place in the plan.
+            edit: the edit.
+            modules: the old path of every module that it means; None for one that is new.
+
+        Raises:
+            PlanError: a module can't be given the size, has it already, or gets one by an earlier edit of the plan.
+        """
+        had, changed = dict[str, tuple[int, int | None]](), False
+        for path, old_path in modules.items():
+            if path in self._told:
+                raise PlanError(f"{path} was given a size by edit {self._told[path] + 1}; merge the two")
+            if old_path is None:
+                raise PlanError(f"{path} was put there by an earlier edit of the plan; give it its size there")
+            self._told[path] = index
+            old = self.before.get_submodule(old_path)
+            try:
+                after, had[path] = edit.size(old), size_of(old)
+            except PlanError as error:
+                raise PlanError(f"{path} {error}") from error
+            changed |= after != had[path]
+        if not changed:
+            raise PlanError("it has that size already, so that there is no effect. Leave it out")
+        self.back[index] = [
+            ResizeModule(module=path, outputs=outputs, inputs=inputs) for path, (outputs, inputs) in had.items()
+        ]
+
+    def note(self, edit: Any, model: PreTrainedModel) -> None:
+        """Find out whether a structural `edit` does something to `model`, to which it is about to be done."""
+        if isinstance(edit, ResizeModule) and not edit.changes(model):
+            self._idle.add(edit.module)
+
+    def settled(self, structure: list[Any]) -> list[Any]:
+        """The structural edits, of which all were noted, without sizes that are those of the architecture again."""
+        return [edit for edit in structure if not (isinstance(edit, ResizeModule) and edit.module in self._idle)]
 
 
 def _way_back(

@@ -13,6 +13,7 @@ from auxin.edits.kinds.module_edits import (
     MergeModule,
     RemoveModule,
     ReplaceModule,
+    ResizeModule,
     WrapModule,
 )
 from auxin.edits.kinds.parameter_edits import ParameterEdit
@@ -52,7 +53,7 @@ def inverse_plan(plan: Plan, model: PreTrainedModel) -> Plan:
                 steps.setdefault(step.index, []).append(step)
     back: list[Any] = []
     for index in reversed(range(len(plan.edits))):
-        if isinstance(plan.edits[index], ConfigureModule):
+        if isinstance(plan.edits[index], ConfigureModule | ResizeModule):
             back += resolved.configured[index]
         else:
             back += _undone(plan, index, model, resolved.after, steps.get(index, []))

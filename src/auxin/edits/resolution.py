@@ -1,6 +1,6 @@
 """Following a plan on shapes: where every parameter of the new model comes from. All checks happen here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from auxin.edits.kinds.fills import CopyFill, Fill
 from auxin.edits.kinds.module_edits import (
     ConfigureModule,
     ModuleEdit,
+    ResizeModule,
 )
 from auxin.edits.origin import Fresh, Origin
 from auxin.edits.structure import (
@@ -43,8 +44,8 @@ class ResolvedPlan:
     """Where every parameter and persistent buffer of `after` comes from, by the first of its names."""
     modules: dict[str, str | None]
     """The old path of every module of `after`; None for those that are new."""
-    configured: dict[int, list[ConfigureModule]] = field(default_factory=dict)
-    """The edits that lead back from those that configure modules, by their places in the plan."""
+    configured: Mapping[int, Sequence[ConfigureModule | ResizeModule]] = field(default_factory=dict)
+    """The edits that lead back from those that configure or resize modules, by their places in the plan."""
 
 
 def resolve(edits: Sequence[Any], model: PreTrainedModel) -> ResolvedPlan:
@@ -88,7 +89,7 @@ class _Outcome:
         after = self._built()
         said = {name: self.state.values[name] for name in self.state.said}
         # First, since what all modules had of their own may have become what the config says for all of them.
-        structure = self.state.configurations.settled(self.state.structure, said)
+        structure = self.state.sizes.settled(self.state.configurations.settled(self.state.structure, said))
         if structure != self.state.structure:
             self.state.structure = structure
             after = self._built()
@@ -99,7 +100,11 @@ class _Outcome:
         modules: dict[str, str | None] = {"": ""}
         for path, _ in after.named_modules(remove_duplicate=False):
             modules[path] = "" if not path else self.state.modules.get(path)
-        resolved = ResolvedPlan(self.state.before, after, origins, modules, self.state.configurations.back)
+        back: dict[int, Sequence[ConfigureModule | ResizeModule]] = {
+            **self.state.configurations.back,
+            **self.state.sizes.back,
+        }
+        resolved = ResolvedPlan(self.state.before, after, origins, modules, back)
         self._check_modules(resolved)
         check_said(after.config, said)
         self._check_read_again(after)
@@ -110,15 +115,17 @@ class _Outcome:
         config = edited_config(self.state.architecture[0], self.state.values if values is None else values)
         with_structural_edits(config, self.state.structure)
         try:
-            return edited_skeleton(
-                config, self.state.architecture[1], self.state.configurations.note if values is None else None
-            )
+            return edited_skeleton(config, self.state.architecture[1], self._note if values is None else None)
         except PlanError:
             raise
         except REFUSALS as error:
             raise PlanError(
                 f"No model can be built with the plan's config values ({self._set_in_words()}): {error!r}."
             ) from error
+
+    def _note(self, edit: Any, model: PreTrainedModel) -> None:
+        self.state.configurations.note(edit, model)
+        self.state.sizes.note(edit, model)
 
     def _check_read_again(self, after: PreTrainedModel) -> None:
         """PlanError when the model that is built from the config as it is saved is not the edited one."""
@@ -266,7 +273,8 @@ class _Outcome:
 
     def _in_brick(self, path: str) -> bool:
         """Whether `path` is a brick that a structural edit put there, or lies in one."""
-        edits = [e for e in self.state.structure if isinstance(e, ModuleEdit) and not isinstance(e, ConfigureModule)]
+        built = ConfigureModule | ResizeModule
+        edits = [e for e in self.state.structure if isinstance(e, ModuleEdit) and not isinstance(e, built)]
         parts = path.split(".")
         above = [".".join(parts[: length + 1]) for length in range(len(parts))]
         return any(edit.matches(place) for edit in edits for place in above)

@@ -6,7 +6,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from auxin.edits.kinds.module_edits import ConfigureModule, RemoveModule, ReplaceModule, TieParameters, WrapModule
+from auxin.edits.kinds.module_edits import (
+    ConfigureModule,
+    RemoveModule,
+    ReplaceModule,
+    ResizeModule,
+    TieParameters,
+    WrapModule,
+)
 from auxin.edits.mark import REPLAY_METHOD
 from auxin.edits.structure import structural_edits
 from auxin.models.tokenformer import TokenFormerConfig
@@ -66,6 +73,10 @@ def _ways_out(edits: Iterable[Any]) -> Iterator[str]:
         yield (
             "modules with config values of their own: bring all layers to one width, for example with net2net and the "
             "largest intermediate_size there is; other values have no form that the config of these architectures knows"
+        )
+    if any(isinstance(edit, ResizeModule) for edit in edits):
+        yield (
+            "layers of a size of their own: none, since no value of the config says it; serve it through transformers"
         )
     if any(isinstance(edit, TieParameters) for edit in edits):
         yield "tied parameters: load the model, untie them by a copy, save it again without quantization_config"

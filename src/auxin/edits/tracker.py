@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from auxin.edits.effects import Configurations
+from auxin.edits.effects import Configurations, LayerSizes
 from auxin.edits.kinds.architecture_edits import ChangeArchitecture, SetConfig
 from auxin.edits.kinds.fills import CopyFill, Fill
 from auxin.edits.kinds.layer_edits import ArrangeLayers, JoinAbove, layer_stack
@@ -19,6 +19,7 @@ from auxin.edits.kinds.module_edits import (
     ModuleEdit,
     RemoveModule,
     ReplaceModule,
+    ResizeModule,
     TieParameters,
     WrapModule,
     elsewhere,
@@ -54,6 +55,7 @@ class Tracker:
         self.fresh: dict[str, Fill] = {}
         self.structure = structural_edits(before.config)
         self.configurations = Configurations(before)
+        self.sizes = LayerSizes(before)
         self.values: dict[str, Any] = {}
         self.architecture: tuple[PreTrainedConfig, type[PreTrainedModel]] = (before.config, type(before))
         self.said: set[str] = set()
@@ -87,9 +89,12 @@ class Tracker:
             if isinstance(edit, RemoveModule) and edit.leaves != "inner" and edit.returns is None:
                 edit = edit.model_copy(update={"returns": self._returned(edit.paths(self.modules))})
             self._change_modules(index, edit)
-            if isinstance(edit, ConfigureModule):
+            if isinstance(edit, ConfigureModule | ResizeModule):
                 meant = {path: self.modules[path] for path in edit.paths(self.modules)}
-                self.configurations.follow(index, edit, meant, self.structure)
+                if isinstance(edit, ConfigureModule):
+                    self.configurations.follow(index, edit, meant, self.structure)
+                else:
+                    self.sizes.follow(index, edit, meant)
             # Fills tell where values come from, and checkpoints hold values.
             if isinstance(edit, WrapModule | ReplaceModule):
                 edit = edit.model_copy(update={"fills": {}})

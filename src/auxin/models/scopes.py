@@ -47,7 +47,7 @@ class _Scopes:
             for path, name in found.fields.names(stream).items()
             if path
         ]
-        self.model, self.found = model, replace(found, sizes=found.sizes.with_widths(said))
+        self.model, self.found = model, replace(found, sizes=found.sizes.with_widths([*found.sizes.scoped, *said]))
         self.found = replace(self.found, fixed_widths=(*found.fixed_widths, *self._other_head_dims()))
         tensors = [*model.named_parameters(), *model.named_buffers()]
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors}

@@ -36,8 +36,7 @@ def hardens(module: nn.Module) -> bool:
     return _eager(module) is not None
 
 
-@contextlib.contextmanager
-def reading_few(module: nn.Module, keep: int) -> Iterator[None]:
+def reading_few(module: nn.Module, keep: int) -> contextlib.AbstractContextManager[None]:
     """Within the context, the queries of `module` read the `keep` most probable tokens alone.
 
     Args:
@@ -47,20 +46,52 @@ def reading_few(module: nn.Module, keep: int) -> Iterator[None]:
     Raises:
         PlanError: the model's implementation of attention is one that makes masks of its own kind.
     """
+    return handing_to(module, HARD, keep, "hard_attention computes attention probabilities")
+
+
+@contextlib.contextmanager
+def handing_to(module: nn.Module, function: str, settings: Any, why: str) -> Iterator[None]:
+    """Within the context, `module` hands queries, keys and values to a function of transformers' table, which finds its
+    settings and the model's own implementation by `handed`.
+
+    Args:
+        module: an attention that `hardens`.
+        function: what the function is registered as.
+        settings: of it.
+        why: what it does, for a message that goes on ", and ..".
+
+    Raises:
+        PlanError: the model's implementation of attention is one that makes masks of its own kind, or the attention
+            hands to another function already.
+    """
     before: Any = module.config
+    if isinstance(before, _Naming) and before._attn_implementation != function:
+        raise PlanError(
+            f"{why}, and the attention is another brick already, which does something else with them. Merge that one "
+            "back first, or leave it."
+        )
     config = before.around if isinstance(before, _Naming) else before
     own = config._attn_implementation
     if own is not None and own not in IMPLEMENTATIONS:
         raise PlanError(
-            f"hard_attention computes attention probabilities, and the model's attention is {own!r}, which has masks "
-            f"of another kind. Call model.set_attn_implementation({IMPLEMENTATIONS[1]!r})."
+            f"{why}, and the model's attention is {own!r}, which has masks of another kind. Call "
+            f"model.set_attn_implementation({IMPLEMENTATIONS[1]!r})."
         )
     # What an attention reads of its config tells it which function to call; nobody else sees this one.
-    module.config = _Naming(config, own, keep)  # type: ignore[assignment]
+    module.config = _Naming(config, own, function, settings)  # type: ignore[assignment]
     try:
         yield
     finally:
         module.config = before
+
+
+def handed(module: nn.Module) -> tuple[Any, Callable[..., tuple[Tensor, Tensor | None]]]:
+    """The settings of the function that `module` hands to, and the attention function that it would call otherwise."""
+    config = module.config
+    assert isinstance(config, _Naming)
+    eager = _eager(module)
+    assert eager is not None
+    return config.settings, ALL_ATTENTION_FUNCTIONS.get_interface(config.own or "eager", eager)
 
 
 def hard(probabilities: Tensor, keep: int) -> Tensor:
@@ -85,16 +116,13 @@ def hard_attention(
     Returns:
         What the heads give, (samples, queries, heads, head width), and A', (samples, heads, queries, keys).
     """
+    (keep, attend), keys = handed(module), key.shape[-2]
+    if keys <= keep:
+        return attend(module, query, key, value, attention_mask, **named)
     eager, config = _eager(module), module.config
     assert eager is not None
     assert isinstance(config, _Naming)
-    own, keep, keys = config.own, config.keep, key.shape[-2]
-    if keys <= keep:
-        result: tuple[Tensor, Tensor | None] = ALL_ATTENTION_FUNCTIONS.get_interface(own or "eager", eager)(
-            module, query, key, value, attention_mask, **named
-        )
-        return result
-    if own == "sdpa":
+    if config.own == "sdpa":
         attention_mask = _added(module, query, keys, attention_mask, named.get("is_causal"))
     # The product with the values is made again, of what is left; here with a single entry of each.
     _, probabilities = eager(module, query, key, value[..., :1], attention_mask, **named)
@@ -107,18 +135,18 @@ ALL_ATTENTION_FUNCTIONS.register(HARD, hard_attention)
 
 
 class _Naming:
-    """A config that names hard attention, and is another one in all else.
+    """A config that names another attention function, and is another one in all else.
 
     Args:
         around: the other one.
         own: the implementation that it names.
-        keep: K.
+        function: what the function is registered as.
+        settings: of the function.
     """
 
-    _attn_implementation = HARD
-
-    def __init__(self, around: Any, own: str | None, keep: int) -> None:
-        self.around, self.own, self.keep = around, own, keep
+    def __init__(self, around: Any, own: str | None, function: str, settings: Any) -> None:
+        self.around, self.own, self.settings = around, own, settings
+        self._attn_implementation = function
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.around, name)

@@ -8,14 +8,21 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 
-def unmultiplied(left: Tensor, right: Tensor, transposed: bool = False) -> Tensor:
+def unmultiplied(left: Tensor, right: Tensor, transposed: bool = False, shape: tuple[int, ...] | None = None) -> Tensor:
     """The product of `left` (m, r) and `right` (r, n), or its transpose: a tensor to whoever computes with it, and
-    through which gradients reach both. To ask for its shape, type or device costs nothing."""
-    shape = (left.shape[0], right.shape[1])
-    return multiplied_when_used(shape[::-1] if transposed else shape, left, lambda: _product(left, right, transposed))
+    through which gradients reach both. To ask for its shape, type or device costs nothing.
+
+    Args:
+        left, right: the factors.
+        transposed: whether it is the transpose.
+        shape: in which it is seen; None: that of a matrix.
+    """
+    if shape is None:
+        shape = (right.shape[1], left.shape[0]) if transposed else (left.shape[0], right.shape[1])
+    return multiplied_when_used(shape, left, lambda: _product(left, right, transposed, shape))
 
 
-def multiplied_when_used(shape: tuple[int, int], like: Tensor, product: Callable[[], Tensor]) -> Tensor:
+def multiplied_when_used(shape: tuple[int, ...], like: Tensor, product: Callable[[], Tensor]) -> Tensor:
     """What `product` gives, of `shape` and of the type and on the device of `like`; see `unmultiplied`."""
     if torch.compiler.is_compiling():  # the compiler drops what nobody uses
         return product()
@@ -28,7 +35,7 @@ class Unmultiplied(Tensor):
     product: Callable[[], Tensor]
 
     @staticmethod
-    def __new__(cls, shape: tuple[int, int], like: Tensor, product: Callable[[], Tensor]) -> "Unmultiplied":
+    def __new__(cls, shape: tuple[int, ...], like: Tensor, product: Callable[[], Tensor]) -> "Unmultiplied":
         new = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
         new.product = product
         return new
@@ -60,6 +67,6 @@ _COSTS_NOTHING = {
 }
 
 
-def _product(left: Tensor, right: Tensor, transposed: bool) -> Tensor:
+def _product(left: Tensor, right: Tensor, transposed: bool, shape: tuple[int, ...]) -> Tensor:
     product = left @ right
-    return product.mT if transposed else product
+    return product.mT if transposed else product.reshape(shape)

@@ -109,6 +109,8 @@ def _check(body: Anatomy, keep: Mapping[tuple[Stream, str], Sequence[int]]) -> N
     for stream, scope in keep:
         if stream not in _CUT:
             raise PlanError(f"{stream}: units of this stream are not cut. Name one of {', '.join(_CUT)}.")
+        if stream == "residual" and body.has_stages:
+            raise PlanError(f"The residual of a {body.family} model: {dict(body.fixed_widths)['residual']}")
         if stream == "residual" and scope:
             raise PlanError(f"{scope}: the residual is one through all layers. Give its units for the scope ''.")
         if stream in IN_FEED_FORWARD and not body.scopes(stream):
@@ -222,7 +224,7 @@ def _check_heads(body: Anatomy, new: Sizes) -> None:
 def _check_followers(body: Anatomy, new: Sizes) -> None:
     """Feed-forward units that no config value counts follow from the hidden size."""
     for stream in FEED_FORWARD:
-        if body.fields.names(stream):
+        if body.fields.names(stream) or body.fields.of_layers:
             continue
         for scope in body.scopes(stream):
             follows, units = followed_width(body, stream, new.residual), new.units(stream, scope)

@@ -94,7 +94,7 @@ def _parts_in_words(stacks: Sequence[LayerStack]) -> str:
 def depth(model: PreTrainedModel, stack: LayerStack) -> int:
     """The number of layers in `stack`."""
     layers = model.get_submodule(stack.path)
-    assert isinstance(layers, nn.ModuleList)
+    assert isinstance(layers, nn.ModuleList | nn.Sequential)
     return len(layers)
 
 
@@ -124,7 +124,7 @@ def arrange(
             derives from the number of a layer.
 
     Raises:
-        PlanError: layers that share their parameters; an identity block where the norm comes after the sum, or where
+        PlanError: layers whose number stays; an identity block where the norm comes after the sum, or where
             no outputs are found; a first layer that lacks what only the old first one holds; with `exact`, a model
             whose layers depend on their number; more layers than transformers makes a cache for; an order that no
             config can say.

@@ -26,7 +26,7 @@ def linear_layers(
         patterns: dotted paths or ends of paths; `*` stands for any one part. Empty: all inside the stacks of
             layers.
         done: what is done with them, for messages: "grafted".
-        also: classes of bricks that count as linear layers, too.
+        also: further classes whose modules count as linear layers, too.
         none: what to do with a model that has none, in a sentence.
 
     Raises:

@@ -6,7 +6,8 @@ one, query heads go alone. Experts in groups go one of each at a time, so that t
 something stays.
 
 * **uniform** (the default): every layer keeps as many, so that the family's own config says the size and any runtime
-  loads the result. Sizes that the config can't say are none.
+  loads the result. Sizes that the config can't say are none. Where it says none, since stages differ (SegFormer,
+  ResNet), every layer of a stage keeps as many, and of all stages the same share.
 * otherwise one ranking goes over all layers, by scores standardised within the layer (`normalised`: less their mean, by
   their standard deviation, as in FLAP, arXiv 2312.11983) or as they are. Layers then differ, which is kept as edits. A
   note names those that keep less than a tenth of their units. Scores by the root of their mean square would empty a
@@ -204,8 +205,8 @@ class Prunable(Subject):
         return [(part, stream) for part, stream in pairs if any(found == stream for found, _ in self.units)]
 
     def _courses(self, part: Part, stream: Stream, scores: Scores, gone: Collection[str]) -> Iterator[Course]:
-        """The courses of a stream: one, or where layers shall be alike one for each stack with a config value. Without
-        the units of sublayers that are gone, where layers may differ."""
+        """The courses of a stream: one, or where layers shall be alike one for each stack with a config value, or with
+        widths that no value says. Without the units of sublayers that are gone, where layers may differ."""
         scopes = [scope for found, scope in self.units if found == stream]
         if not self.settings.uniform:
             if self.whole is not None:
@@ -215,11 +216,17 @@ class Prunable(Subject):
             yield ranked(part, stream, [self._line(stream, s, scores) for s in scopes], self.settings.normalised)
             return
         homes = [home for home in self.body.fields.names(stream) if home]
+        if self.body.fields.of_layers:
+            homes = [stack.path for stack in self.body.stacks]
         by_home: dict[str, list[str]] = {}
         for scope in scopes:
             by_home.setdefault(next((home for home in homes if encloses(home, scope)), ""), []).append(scope)
-        for together in by_home.values():
-            yield alike(part, stream, [self._line(stream, scope, scores) for scope in together])
+        courses = [
+            alike(part, stream, [self._line(stream, scope, scores) for scope in together])
+            for together in by_home.values()
+        ]
+        # A stage of one head keeps it, whatever goes in others.
+        yield from [course for course in courses if course.moves] or courses
 
     def _line(self, stream: Stream, scope: str, scores: Scores) -> Line:
         entries = self.body.sizes.units(stream, scope)

@@ -84,9 +84,12 @@ def layers_to_leave_out(model: PreTrainedModel) -> dict[str, str]:
     """The layers of `model` that `without_layers` may leave out: the stack of each, by its path.
 
     Raises:
-        PlanError: the architecture is not known.
+        PlanError: the architecture is not known, or no value of the config counts the layers of one stack.
     """
     stacks = [stack for stack in anatomy(model).stacks if not counts_for_the_cache(model, stack)]
+    for stack in stacks:
+        if not stack.length_field:
+            refuse_kept_layers(stack)
     return {f"{stack.path}.{number}": stack.path for stack in stacks for number in range(depth(model, stack))}
 
 

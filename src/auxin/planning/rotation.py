@@ -123,6 +123,8 @@ def _refuse_build(body: Anatomy) -> None:
     if body.towers or body.residual_blocks != "one":
         what = "several towers" if body.towers else "several blocks in its residual stream (AltUp)"
         why = f"has {what}, and one rotation is of one stream"
+    elif body.has_stages:
+        why = "has stages with a residual stream each, and one rotation is of one stream"
     elif body.norm != "rms":
         why = "has LayerNorms, which take off the mean over units first, so that units can't be mixed"
     elif not body.norm_has_gain or body.final_norm is None:

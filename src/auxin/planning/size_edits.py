@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from auxin.edits.kinds.module_edits import ConfigureModule
+from auxin.edits.kinds.module_edits import ConfigureModule, ResizeModule
+from auxin.planning.width_maps import Widening
 from auxin.words.anatomy import Anatomy, LayerStack, Routing
 from auxin.words.paths import dotted, encloses
 from auxin.words.widths import IN_FEED_FORWARD, SETTINGS, ConfigFields, Sizes, Stream, Width
@@ -39,6 +40,32 @@ def size_edits(anatomy: Anatomy, new: Sizes) -> tuple[Sizes, list[ConfigureModul
                     values.setdefault(module, {}).update(own)
     modules = [ConfigureModule(module=module, values=told) for module, told in values.items()]
     return _config_sizes(anatomy, new, said), modules
+
+
+def layer_edits(anatomy: Anatomy, widening: Widening) -> list[ResizeModule]:
+    """The edits of linear layers, convolutions and norms that take their widths one by one.
+
+    Args:
+        anatomy: of the model before, no value of whose config says such a width.
+        widening: the maps.
+    """
+    sizes: dict[str, dict[int, int]] = {}
+    for role in anatomy.roles:
+        module, _, name = role.pattern.rpartition(".")
+        if name != "weight":
+            continue
+        for axis, segments in enumerate(role.axes):
+            maps = [widening.stream(segment) for segment in segments]
+            if all(found is None or found.is_identity for found in maps):
+                continue
+            size = sum(
+                segment.unit * (segment.count if found is None else found.size)
+                for segment, found in zip(segments, maps, strict=True)
+            )
+            sizes.setdefault(module, {})[axis] = size
+    return [
+        ResizeModule(module=module, outputs=of_axes.get(0), inputs=of_axes.get(1)) for module, of_axes in sizes.items()
+    ]
 
 
 def size_values(anatomy: Anatomy, new: Sizes, modules: Sequence[ConfigureModule] = ()) -> dict[str, Any]:

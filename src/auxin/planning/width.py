@@ -28,7 +28,7 @@ from auxin.edits.kinds.module_edits import ConfigureModule
 from auxin.edits.kinds.parameter_edits import CentreParameter, PadParameter, ScaleParameter, SliceParameter
 from auxin.edits.plan import Promise
 from auxin.errors import PlanError
-from auxin.planning.size_edits import size_edits, size_values
+from auxin.planning.size_edits import layer_edits, size_edits, size_values
 from auxin.planning.width_conditions import fatal_reasons, inexact_reasons, norm_scale, rotary_after
 from auxin.planning.width_maps import Widening
 from auxin.words.anatomy import Anatomy
@@ -127,6 +127,8 @@ class _Writer:
 
     def size_edits(self) -> list[Edit]:
         """The edits that say the widths: those of the config and those of modules."""
+        if self.anatomy.fields.of_layers:
+            return [*layer_edits(self.anatomy, self.widening)]
         said, modules = size_edits(self.anatomy, self.widening.sizes(self.anatomy.sizes))
         values = self._config_values(said, modules)
         return [*([SetConfig(values=values)] if values else []), *modules]

@@ -265,7 +265,7 @@ def _unfit(anatomy: Anatomy, widening: Widening) -> list[str]:
 def _above_reasons(anatomy: Anatomy, from_above: bool) -> list[str]:
     """Why units of the layer above can't be taken."""
     streams: tuple[Stream, ...] = (*IN_FEED_FORWARD, "query", "key_value")
-    if from_above and (shared := next((stack for stack in anatomy.stacks if stack.layers_stay), None)):
+    if from_above and (shared := next((stack for stack in anatomy.stacks if stack.layers_shared), None)):
         return [
             f"{shared.path}: the layers share their parameters, so that there is no layer above whose units one could "
             "take. Take copies of its own (bert2bert with initialisation = fpi)."

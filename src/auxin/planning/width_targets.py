@@ -51,6 +51,7 @@ class WidthTargets(Settings):
         """
         if any(value is not None for value in self.model_dump(include=set(SETTINGS.values())).values()):
             refuse_without_tower(anatomy)
+        refuse_stages(anatomy)
         old = anatomy.sizes
         hidden = _at_least("hidden_size", self.hidden_size, old.residual)
         refuse_other_heads(anatomy, self.num_attention_heads)
@@ -186,6 +187,16 @@ def refuse_without_tower(anatomy: Anatomy) -> None:
         raise PlanError(
             f"The model has several towers ({', '.join(anatomy.towers)}), each with widths of its own, and one is "
             f"changed at a time. Choose it: {' or '.join(f'part = {tower}' for tower in anatomy.towers)}."
+        )
+
+
+def refuse_stages(anatomy: Anatomy) -> None:
+    """Raise PlanError when the model has stages, whose residual streams are of several widths."""
+    if anatomy.has_stages:
+        raise PlanError(
+            f"A {anatomy.family} model has stages with a residual stream each, and what makes streams wider knows one. "
+            "Let it lose heads or feed-forward units instead (optin, taylor, magnitude), or grow its linear layers by "
+            "graft."
         )
 
 

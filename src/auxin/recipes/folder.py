@@ -29,6 +29,8 @@ SEED = "seed-"
 NOT_SET = "not set"
 DESCRIBING = frozenset({"title", "description", "main_branch"})
 """Fields that change what a report says, and nothing that is computed."""
+PRICING = "electricity"
+"""What changes the price alone."""
 
 
 class StageOutcome(Settings):
@@ -232,7 +234,9 @@ def differences(old: Any, new: Any, field: str = "") -> dict[str, str]:
 
 def _may_change(field: str, saved: Recipe, recipe: Recipe, directory: Path) -> bool:
     """Whether `field` may differ between the recipe saved in a begun run's `directory` and the one asked for."""
-    if field in DESCRIBING or (_is_free_setting(field.removeprefix("training.")) and field.startswith("training.")):
+    if field.partition(".")[0] in {*DESCRIBING, PRICING}:
+        return True
+    if field.startswith("training.") and _is_free_setting(field.removeprefix("training.")):
         return True
     match = re.fullmatch(r"branches\.(\d+)(?:\.(.*))?", field)
     if match is None:

@@ -1,8 +1,10 @@
-"""The price of a recipe before it runs: parameters, data, FLOPs and memory of every stage."""
+"""The price of a recipe before it runs: parameters, data, FLOPs and memory of every stage, and what is emitted where
+the time is known."""
 
+from pydantic import computed_field
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from auxin.accounting import Ledger, count_parameters, training_memory
+from auxin.accounting import Electricity, Ledger, count_parameters, training_memory
 from auxin.accounting.ledger import LEDGER_FILE
 from auxin.accounting.memory import FLOAT32_BYTES
 from auxin.data.dataset import SampleForm
@@ -50,6 +52,8 @@ class RecipePrice(Settings):
     stages: list[StagePrice]
     branch_flops: dict[str, float]
     """Training FLOPs of every branch, those before its fork included."""
+    electricity: Electricity = Electricity()
+    """What computing is taken to draw and to emit; of this machine, where it is not given."""
 
     def __str__(self) -> str:
         rows = [*self.table()]
@@ -88,6 +92,10 @@ class RecipePrice(Settings):
         lines += [f"  {name}  {flops:.3g}" for name, flops in self.branch_flops.items()]
         if self.seconds is not None:
             lines += ["", f"The steps of all stages take about {hours(self.seconds)} on this machine. {ON_TOP}"]
+        if any(stage.kind == "train" for stage in self.stages):
+            lines += [
+                f"{self.electricity.arithmetic(self.seconds)}{ASSUMED if self.kilograms_co2e is not None else ''}"
+            ]
         return lines
 
     @property
@@ -96,8 +104,21 @@ class RecipePrice(Settings):
         timed = [stage.seconds for stage in self.stages if stage.kind == "train"]
         return None if not timed or None in timed else sum(second or 0.0 for second in timed)
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def kilowatt_hours(self) -> float | None:
+        """Energy of these steps; None where time or power is not known."""
+        return self.electricity.kilowatt_hours(self.seconds)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def kilograms_co2e(self) -> float | None:
+        """kg of CO2 equivalents that it takes to make it; None where they are not known."""
+        return self.electricity.kilograms(self.seconds)
+
 
 ON_TOP = "Evaluations, checkpoints, changes and preparing the data come on top."
+ASSUMED = ", by what electricity.watts, .pue and .grams_per_kwh say"
 
 
 def price_recipe(
@@ -142,7 +163,13 @@ class _Pricing:
             parent, _, stage = (branch.fork or "").partition("/")
             stages += self._branch(branch, self.spent[parent, stage] if parent else 0.0, totals)
             totals[branch.name] = self.spent[branch.name, branch.stages[-1].name]
-        return RecipePrice(name=self.recipe.name, unit=self.form.unit, stages=stages, branch_flops=totals)
+        return RecipePrice(
+            name=self.recipe.name,
+            unit=self.form.unit,
+            stages=stages,
+            branch_flops=totals,
+            electricity=self.recipe.electricity.drawn(),
+        )
 
     def _branch(self, branch: Branch, flops: float, totals: dict[str, float]) -> list[StagePrice]:
         prices = []

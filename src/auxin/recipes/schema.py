@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
+from auxin.accounting import Electricity
 from auxin.data.dataset import DATASETS, DatasetSettings, SampleForm
 from auxin.data.settings import CorpusSettings
 from auxin.errors import AuxinError, ConfigError, placed, shown, unknown_name
@@ -219,6 +220,8 @@ class Recipe(Settings):
     """Run in this order; a branch may refer to those above it."""
     main_branch: str | None = None
     """The branch that the others are compared with; default: the first."""
+    electricity: Electricity = Electricity()
+    """What the price before a run takes computing to draw and to emit."""
     _source: str = PrivateAttr(default="")
 
     @classmethod

@@ -46,6 +46,7 @@ class SeedsPrice(Settings):
         lines = ["", f"Training FLOPs of all stages, seeds {seeds} together: {self.flops:.3g}{each}."]
         if self.seconds is not None and len(self.seeds) > 1:
             lines.append(f"One after the other the steps of all seeds take about {hours(self.seconds)}.")
+            lines.append(next(iter(self.seeds.values())).electricity.arithmetic(self.seconds))
         return lines
 
 

@@ -49,9 +49,9 @@ class Timer:
         with recipe.at():
             form = recipe.form()
         structures = stage_configs(recipe, form)
-        price = price_recipe(recipe, form=form, structures=structures)
         speeds = {}
         with _threads(self._threads):
+            price = price_recipe(recipe, form=form, structures=structures)
             for stage in sorted(price.stages, key=lambda stage: stage.parameters):
                 if stage.kind == "train":
                     speeds[stage.branch, stage.stage] = self._speed(recipe, stage, structures, form)

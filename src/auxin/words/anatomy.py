@@ -21,7 +21,7 @@ class LayerStack:
     path: str
     """The module list: "model.layers"."""
     length_field: str
-    """The config's attribute with the number of layers."""
+    """The config's attribute with the number of layers; "" where a list has those of several stacks."""
     outputs: tuple[str, ...]
     """Modules of a layer whose output is added to the residual, relative to the layer: "self_attn.o_proj"; or single
     parameters, where a module has others beside (experts): "mlp.experts.down_proj". Layers may lack some."""
@@ -46,8 +46,12 @@ class LayerStack:
     """A module beside the layers that reads what enters the first one (DeBERTa's convolution); "" where none does."""
     layers_stay: str = ""
     """Why there can't be more layers, in a sentence that follows the path of the stack; empty where there can."""
+    layers_shared: bool = False
+    """Whether its layers share their parameters and are run several times."""
     causal: bool = False
     """Whether its attentions see no later tokens although their modules don't say so (`is_causal`)."""
+    maps: bool = False
+    """Whether its layers give maps (samples, width, rows, columns), and not tokens (samples, tokens, width)."""
     tower: str = ""
     """The tower that it belongs to, of a model of several; "" where there is one."""
 
@@ -167,6 +171,9 @@ class Anatomy:
     ffn_follows: FollowingWidth | None = None
     """How the number of feed-forward units follows from the hidden size, where the config has no value for it; None: in
     proportion."""
+    has_stages: bool = False
+    """Whether every stack has a residual stream of its own, one after the other, whose widths may differ. Their scopes
+    are the stacks then."""
     routing: Routing | None = None
     """How routers choose among the experts of a layer; None where there are no routers."""
     fixed_widths: tuple[tuple[Stream, str], ...] = ()

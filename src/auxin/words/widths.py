@@ -46,7 +46,8 @@ class Width:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The widths of a model, in units: those of its config, and those of narrower scopes that are others."""
+    """The widths of a model, in units: those of its config, and those of narrower scopes that are others. Of stages
+    with a residual each the model's are those of the first."""
 
     residual: int
     query_heads: int
@@ -87,12 +88,14 @@ class Sizes:
         assert query is not None
         assert key_value is not None
         inner = {stream: self.units(stream, scope) for stream in IN_FEED_FORWARD}
-        return Sizes.of(self.residual, query, key_value, self.head_dim, inner)
+        residual = self.units("residual", scope)
+        assert residual is not None
+        return Sizes.of(residual, query, key_value, self.head_dim, inner)
 
     def with_widths(self, widths: Iterable[Width]) -> "Sizes":
-        """The model's widths with these of narrower scopes instead of its own; those that say nothing new are left
-        out."""
-        given = tuple(widths)
+        """The model's widths with these of narrower scopes instead of its own, of several for one the last;
+        those that say nothing new are left out."""
+        given = tuple({(width.stream, width.scope): width for width in widths}.values())
         others = {width: replace(self, scoped=tuple(w for w in given if w != width)) for width in given}
         return replace(self, scoped=tuple(w for w in others if w.units != others[w].units(w.stream, w.scope)))
 
@@ -154,6 +157,10 @@ class ConfigFields:
     Growth leaves it so; what prunes heads or the residual alone says it."""
     residual_groups: str | None = None
     """The number of groups in which a convolution mixes units of the residual (wav2vec 2.0)."""
+    of_layers: bool = False
+    """Whether the config says no width of a layer as a number (SegFormer's lists, ratios of them; a ResNet's halves):
+    linear layers, convolutions and norms take them one by one, and what runs goes by their shapes. The names of widths
+    are empty then, and the head dimension stays where heads go."""
     by_stack: Mapping[str, Mapping[Stream, str]] = field(default_factory=dict)
     """Where each stack has widths of its own, their names by the stack's path (BART: encoder_ffn_dim, decoder_ffn_dim);
     the names above are those of the stack whose widths are the model's."""
@@ -167,7 +174,7 @@ class ConfigFields:
     @property
     def heads_are_bound(self) -> bool:
         """Whether the hidden size can be nothing but heads x head dimension."""
-        return self.head_dim is None and self.unsaid_head_dim is None
+        return self.head_dim is None and self.unsaid_head_dim is None and not self.of_layers
 
     @property
     def undotted(self) -> "ConfigFields":

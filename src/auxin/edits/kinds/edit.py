@@ -18,6 +18,7 @@ from auxin.edits.kinds.module_edits import (
     MergeModule,
     RemoveModule,
     ReplaceModule,
+    ResizeModule,
     TieParameters,
     WrapModule,
 )
@@ -52,6 +53,7 @@ Edit = Annotated[
     | MergeModule
     | MakeParameters
     | ConfigureModule
+    | ResizeModule
     | TieParameters,
     Field(discriminator="kind"),
 ]

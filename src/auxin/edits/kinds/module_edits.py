@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -12,6 +12,7 @@ from auxin.edits.kinds.fills import Fill, Tagged
 from auxin.errors import PlanError
 from auxin.models.building import Builder, likeness
 from auxin.nn.bricks import BRICKS, find_brick
+from auxin.nn.resizing import resized, size_of
 from auxin.nn.stand_ins import Identity, Zeros
 from auxin.words.paths import dotted, encloses, path_pattern
 
@@ -210,6 +211,49 @@ class ConfigureModule(ModuleEdit):
         return f"is built with {', '.join(f'{key} = {value}' for key, value in self.values.items())}"
 
 
+class ResizeModule(ModuleEdit):
+    """Give a linear layer, a convolution or a norm another number of features or channels than its architecture does.
+
+    For widths that no value of the config says: those of a block of a ResNet, of the attentions and feed-forward parts
+    of a SegFormer's stages. The layer's parameters and running means keep their names; edits of these give them the
+    shapes. Whatever reads the shapes when it runs follows; layers before and behind have to be given the same.
+    """
+
+    kind: Literal["resize_module"] = "resize_module"
+    module: str = Field(min_length=1)
+    """The layer's dotted path, `*` for any one part."""
+    outputs: int | None = Field(default=None, gt=0)
+    """Features or channels that it gives; None: as many as before. A norm or a convolution of each channel by itself
+    gives as many as it reads."""
+    inputs: int | None = Field(default=None, gt=0)
+    """Those that it reads, of one that may give others; None: as many as before."""
+
+    @model_validator(mode="after")
+    def _check_size(self) -> Self:
+        if self.outputs is None and self.inputs is None:
+            raise ValueError("neither outputs nor inputs is given. Give one of them.")
+        return self
+
+    def changes(self, model: nn.Module) -> bool:
+        """Whether a layer of `model` that it means would be another one."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        return any(self.size(modules[path]) != size_of(modules[path]) for path in self.paths(modules))
+
+    def size(self, old: nn.Module) -> tuple[int, int | None]:
+        """What `size_of` says of the layer that `old` becomes; PlanError, which follows its path, where it can't."""
+        outputs, inputs = size_of(old)
+        if inputs is None and self.inputs is not None:
+            raise PlanError(f"is {type(old).__name__}, which gives what it reads. Give outputs alone.")
+        return self.outputs or outputs, self.inputs or inputs
+
+    def _new_module(self, old: nn.Module) -> nn.Module:
+        return resized(old, *self.size(old))
+
+    def __str__(self) -> str:
+        told = {"gives": self.outputs, "reads": self.inputs}
+        return " and ".join(f"{does} {size}" for does, size in told.items() if size is not None)
+
+
 class TieParameters(Tagged):
     """Make a parameter the same tensor as another one, whose values both have from then on."""
 
@@ -244,7 +288,7 @@ class TieParameters(Tagged):
 
 
 StructuralEdit = Annotated[
-    ReplaceModule | WrapModule | RemoveModule | ConfigureModule | TieParameters,
+    ReplaceModule | WrapModule | RemoveModule | ConfigureModule | ResizeModule | TieParameters,
     Field(discriminator="kind"),
 ]
 
@@ -257,6 +301,13 @@ def shortest(edits: list[Any]) -> list[Any]:
         if isinstance(edit, ConfigureModule):
             result = _with_configuration(result, edit)
             continue
+        if isinstance(edit, ResizeModule):
+            same_size = [e for e in result if isinstance(e, ResizeModule) and e.module == edit.module]
+            for earlier in same_size:
+                result.remove(earlier)
+                edit = edit.model_copy(
+                    update={"outputs": edit.outputs or earlier.outputs, "inputs": edit.inputs or earlier.inputs}
+                )
         if isinstance(edit, ReplaceModule):
             same = [
                 e for e in result if isinstance(e, ReplaceModule) and (e.module, e.brick) == (edit.module, edit.brick)

@@ -19,16 +19,18 @@ Ranks are one share of the break-even rank or one number for all layers (the pap
 the sum of squares, or divided among layers so that a target is met: see `auxin.planning.ranks`.
 
 Not as in the paper's code: singular values go to both factors, and the decomposition is exact; a bias stays with random
-factors; ranks at which nothing is saved are told by all parameters; layers that are direct children of the model and
-heads are left alone by a rule that is written down (`targets`), and not by how the code walks; convolutions stay.
+factors; ranks at which nothing is saved are told by all parameters, a convolution's kernel among them; layers that are
+direct children of the model and heads are left alone by a rule that is written down (`targets`), and not by how the
+code walks; convolutions become products where they are named, and those in groups stay.
 """
 
+import copy
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, StrictFloat, StrictInt, model_validator
@@ -43,21 +45,28 @@ from auxin.edits.kinds.file_edits import SetParameter
 from auxin.edits.kinds.module_edits import ReplaceModule
 from auxin.edits.plan_files import PlanFile
 from auxin.edits.structure import config_values
-from auxin.errors import PlanError
+from auxin.errors import PlanError, placed
+from auxin.nn.bricks import find_brick
 from auxin.nn.linear import linear_class, widths
 from auxin.nn.low_rank import INPUT, OUTPUT, signs
+from auxin.nn.low_rank_convolution import CONVOLUTIONS, refuse_other, window
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.planning.bench import Bench
 from auxin.planning.kept_paths import KeptPaths, is_kept, refuse_impossible
 from auxin.planning.linear_layers import linear_layers, merged_paths
 from auxin.planning.method import Method
+from auxin.planning.product_times import ProductTimes
 from auxin.planning.ranks import Matrix, Ranks, after, rank_that_keeps, rounded, steps, steps_alike
 from auxin.planning.target import Gauge, Removal, Target, least_removal, removal
 from auxin.settings import Settings
 
 NAME = "greenformers"
 FACTORS = "factors.safetensors"
-BRICKS: dict[type[nn.Module], str] = {nn.Linear: "low_rank_linear", Conv1D: "low_rank_conv1d"}
+BRICKS: dict[type[nn.Module], str] = {
+    nn.Linear: "low_rank_linear",
+    Conv1D: "low_rank_conv1d",
+    **dict.fromkeys(CONVOLUTIONS, "low_rank_convolution"),
+}
 DAMPING = 0.01
 """What is added to the second moments of inputs, as a share of the mean of their diagonal."""
 
@@ -77,11 +86,17 @@ class Greenformers(Settings):
     """What factors are made of: the weight and samples, the weight alone, or random numbers."""
     targets: list[str] = []
     """The layers, as dotted paths or ends of paths; `*` stands for any one part ("q_proj", "layers.0.mlp.*"). Empty:
-    all linear layers inside the layer stacks."""
+    all linear layers inside the layer stacks. Convolutions without groups become products where they are named, with
+    the solvers svd and random."""
     keep: KeptPaths = ()
     """Paths of layers or parts that stay as they are, `*` for any one part."""
-    multiple_of: int = Field(default=1, gt=0)
-    """Ranks are multiples of it, which may suit a machine: `rank` is rounded down to one, what `energy` asks for up."""
+    multiple_of: Annotated[StrictInt, Field(gt=0)] | Literal["machine"] = 1
+    """Ranks are multiples of it, which may suit a machine: `rank` is rounded down to one, what `energy` asks for up.
+    "machine": of the least power of 2 up to 64 whose multiples are fast on this one, which some seconds of timing
+    tell."""
+    measure: bool = False
+    """Time layers and products on this machine with 1 to 4,096 tokens at once, a few seconds for each shape, and say
+    from how many on products are faster."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -106,11 +121,35 @@ class Products:
     settings: Greenformers
     layers: Mapping[str, nn.Module]
     """By path."""
+    here: bool = True
+    """Whether something may be timed."""
 
     @cached_property
     def matrices(self) -> dict[str, Matrix]:
         """Their shapes."""
-        return {path: Matrix(*widths(layer)) for path, layer in self.layers.items()}
+        return {path: Matrix(*_sides(layer)) for path, layer in self.layers.items()}
+
+    @cached_property
+    def multiple(self) -> int:
+        """What ranks are multiples of."""
+        asked = self.settings.multiple_of
+        if asked != "machine":
+            return asked
+        if not self.linear:
+            raise PlanError("multiple_of: machine: convolutions are not timed. Give a number.")
+        largest = max(self.linear, key=lambda path: self.matrices[path].most)
+        middle = max(self.matrices[largest].most // 2, 1)
+        return self.times.liked_multiple(self.layers[largest], middle) if self.here else 1
+
+    @cached_property
+    def linear(self) -> list[str]:
+        """The paths of those that are no convolutions."""
+        return [path for path, layer in self.layers.items() if not isinstance(layer, CONVOLUTIONS)]
+
+    @cached_property
+    def times(self) -> ProductTimes:
+        """Times of the linear ones."""
+        return ProductTimes(self.layers[self.linear[0]].get_parameter("weight").dtype, _product)
 
     def ranks(self, squares: Mapping[str, Tensor] | None) -> tuple[Ranks, Removal | None]:
         """The rank of every layer that becomes a product, and what a target found.
@@ -137,7 +176,7 @@ class Products:
 
     def rank(self, path: str, squares: Tensor | None) -> int:
         """The rank of a layer where there is no target; 0: it stays whole. Of an unknown energy the largest."""
-        matrix, asked, multiple = self.matrices[path], self.settings.rank, self.settings.multiple_of
+        matrix, asked, multiple = self.matrices[path], self.settings.rank, self.multiple
         if asked is not None:
             rank = rounded(asked if isinstance(asked, int) else int(Fraction(str(asked)) * matrix.limit), multiple)
         elif squares is None:
@@ -148,7 +187,7 @@ class Products:
         return rank if rank <= matrix.most else 0
 
     def _by_target(self, target: Target, squares: Mapping[str, Tensor] | None) -> tuple[Ranks, Removal | None]:
-        matrices, multiple = self.matrices, self.settings.multiple_of
+        matrices, multiple = self.matrices, self.multiple
         if squares is None:
             order = steps_alike(matrices, multiple)
         else:
@@ -185,6 +224,10 @@ class Products:
         """The plan, with what is to be known of it."""
         edits = list(self.edits(ranks, file))
         target = self.settings.target
+        linear = {path: self.layers[path] for path in ranks if path in self.linear}
+        timed = [self.times.findings(linear, ranks)] if linear and self.settings.measure and self.here else []
+        if self.settings.multiple_of == "machine" and self.here:
+            timed.append(f"Ranks are multiples of {self.multiple}, as this machine likes them.")
         sizes = sorted(ranks.values())
         told = f"{len(ranks)} of {len(self.layers)} layers become products, of rank {sizes[0]}"
         if sizes[-1] > sizes[0]:
@@ -195,7 +238,7 @@ class Products:
             promise="none",
             edits=edits,
             files=[] if file is None else [file],
-            findings=[*(found or removal(self.model, edits)).findings(target), f"{told}.", *findings],
+            findings=[*(found or removal(self.model, edits)).findings(target), f"{told}.", *findings, *timed],
             made_for=config_values(self.model.config),
         )
 
@@ -290,9 +333,19 @@ def factors(weight: Tensor, directions: Tensor) -> dict[str, Tensor]:
 def _products(model: PreTrainedModel, settings: Greenformers) -> Products:
     """The layers that can become products; weights are not looked at."""
     none = "TokenFormers and layers that are products already have nothing to be factorised."
-    layers = linear_layers(model, settings.targets, "factorised", none=none)
+    also = CONVOLUTIONS if settings.targets else ()
+    layers = linear_layers(model, settings.targets, "factorised", also, none=none)
     refuse_impossible(settings.keep, layers, "a linear layer")
     left = {path: layer for path, layer in layers.items() if not is_kept(path, settings.keep)}
+    for path, layer in left.items():
+        if isinstance(layer, CONVOLUTIONS):
+            with placed(f"targets: {path}: "):
+                refuse_other(layer)
+            if settings.solver == "activations":
+                raise PlanError(
+                    f"targets: {path} is a convolution, and by samples linear layers alone become products. Give "
+                    "solver = svd, or plan the convolutions by themselves."
+                )
     return Products(model, settings, left)
 
 
@@ -304,19 +357,31 @@ def _read(products: Products, reads: Sequence[Read]) -> tuple[Products, list[str
         raise PlanError("None of the layers runs when the model is called, so that nothing is known of their inputs.")
     idle = [path for path in products.layers if path not in run]
     said = [f"Left whole, as they do not run: {', '.join(idle)}."] if idle else []
-    return Products(products.model, products.settings, layers), said
+    return replace(products, layers=layers), said
 
 
 def _class_of(layer: nn.Module) -> type[nn.Module]:
-    found = linear_class(layer)
+    found = type(layer) if isinstance(layer, CONVOLUTIONS) else linear_class(layer)
     assert found is not None
     return found
+
+
+def _product(layer: nn.Module, rank: int) -> nn.Module:
+    """What stands in the place of a layer, without values."""
+    replacing: Any = find_brick(BRICKS[_class_of(layer)])
+    made: nn.Module = replacing.replacing(copy.deepcopy(layer).to("meta"), rank=rank)
+    return made
+
+
+def _sides(layer: nn.Module) -> tuple[int, int]:
+    """What the layer's matrix reads and gives; of a convolution all that its kernel sees of a place."""
+    return window(layer) if isinstance(layer, CONVOLUTIONS) else widths(layer)
 
 
 def _matrix(layer: nn.Module) -> Tensor:
     """The weight (out, in) in float64."""
     weight = layer.get_parameter("weight").detach().double()
-    return weight.mT if isinstance(layer, Conv1D) else weight
+    return weight.mT if isinstance(layer, Conv1D) else weight.flatten(1)
 
 
 def _kept(squares: Mapping[str, Tensor], ranks: Ranks, of: str) -> str:
@@ -333,7 +398,7 @@ def _kept(squares: Mapping[str, Tensor], ranks: Ranks, of: str) -> str:
 
 
 def _outline(bench: Bench, settings: Greenformers) -> Plan:
-    products = _products(bench.model, settings)
+    products = replace(_products(bench.model, settings), here=False)
     said = (
         ["How small it gets, the weights tell; this is the largest it can be."] if settings.energy is not None else []
     )

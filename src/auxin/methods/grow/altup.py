@@ -51,7 +51,7 @@ from auxin.planning.bench import from_model
 from auxin.planning.depth import chosen_stacks, depth
 from auxin.planning.method import Method
 from auxin.planning.wide_stream import WideConversion, WideStream
-from auxin.planning.width_targets import refuse_without_tower
+from auxin.planning.width_targets import refuse_stages, refuse_without_tower
 from auxin.settings import Settings
 from auxin.words.anatomy import Anatomy, LayerStack
 
@@ -151,6 +151,7 @@ def plan_altup(model: PreTrainedModel, settings: AltUpSettings) -> Plan:
             "The model carries PEFT adapters. Merge or remove them (merge_and_unload) before its stream is widened."
         )
     body = anatomy(model, complete=False, part=settings.part)
+    refuse_stages(body)
     _check_part(body, settings)
     if twice := next((name for name, module in model.named_modules() if isinstance(module, AltUpLayer)), None):
         raise PlanError(

@@ -50,7 +50,13 @@ from auxin.planning.method import Method
 from auxin.planning.size_edits import size_values
 from auxin.planning.width import describe_sizes
 from auxin.planning.width_conditions import refuse_fixed_widths
-from auxin.planning.width_targets import WidthTargets, example_tower, feed_forward_settings, somewhat_wider
+from auxin.planning.width_targets import (
+    WidthTargets,
+    example_tower,
+    feed_forward_settings,
+    refuse_stages,
+    somewhat_wider,
+)
 from auxin.words.anatomy import Anatomy, LayerStack
 from auxin.words.roles import ParameterRole, Segment, laid_out
 from auxin.words.widths import Sizes
@@ -119,6 +125,7 @@ class GrowthOperator(nn.Module):
     def __init__(self, model: PreTrainedModel, settings: LigoGrowth) -> None:
         super().__init__()
         self.settings, self.body = settings, anatomy(model, part=settings.part)
+        refuse_stages(self.body)
         self._check(model)
         self.new = fixed_head_sizes(self.body, settings)
         refuse_fixed_widths(self.body, self.new)

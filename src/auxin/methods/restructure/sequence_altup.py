@@ -31,7 +31,7 @@ from auxin.nn.strided import argument_names
 from auxin.planning.bench import from_model
 from auxin.planning.depth import chosen_stacks, depth
 from auxin.planning.method import Method
-from auxin.planning.width_targets import refuse_without_tower
+from auxin.planning.width_targets import refuse_stages, refuse_without_tower
 from auxin.settings import Settings
 from auxin.words.anatomy import LayerStack
 
@@ -97,6 +97,7 @@ def plan_sequence_altup(model: PreTrainedModel, settings: SequenceAltUpSettings)
 def _stack(model: PreTrainedModel, settings: SequenceAltUpSettings) -> LayerStack:
     body = anatomy(model, complete=False, part=settings.part)
     refuse_without_tower(body)
+    refuse_stages(body)
     part = settings.part
     if part is None and len(body.stacks) > 1:
         part = "encoder"

@@ -147,6 +147,7 @@ def _stack(config: Any, own: Encoder, prefix: str, found: Heads, crossed: bool) 
         f"{prefix}{own.end}",
         found.readers,
         layers_stay=_SHARED.format(layers=config.num_hidden_layers, sets=sets) if own.shared_layers else "",
+        layers_shared=own.shared_layers,
     )
 
 
