@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from auxin.accounting import flops_per_token
 from auxin.errors import PlanError
 from auxin.nn.block_products import BlockDenseLinear, BlockShuffleConv1D, BlockShuffleLinear
 from auxin.nn.bricks import find_brick
 from auxin.nn.guide import Guided
 from auxin.nn.low_rank import LowRankLinear
+from auxin.nn.unmultiplied import Unmultiplied
 from oracles import block_products as oracle
+from tiny_models import tiny
 
 FORMS = st.sampled_from([("block-dense", BlockDenseLinear), ("block-shuffle", BlockShuffleLinear)])
 
@@ -67,6 +70,19 @@ def test_a_layer_of_gpt2_gives_what_the_linear_of_its_transpose_gives():
     assert other.weight.shape == turned.weight.shape
 
 
+@pytest.mark.parametrize(("cls", "values"), [(BlockDenseLinear, {"rank": 4}), (BlockShuffleLinear, {})])
+def test_to_ask_for_the_type_of_a_weight_as_t5_does_on_every_call_costs_no_product(cls, values):
+    model = tiny("t5")
+    part = model.encoder.block[0].layer[1].DenseReluDense
+    before, narrow = flops_per_token(model, 8).forward, part.wo.weight.numel()
+    part.wo = cls.replacing(part.wo, blocks=2, **values)
+    narrow -= sum(factor.numel() for factor in (part.wo.input_factor, part.wo.output_factor))
+    assert flops_per_token(model, 8).forward == before - 2 * narrow
+    assert type(part.wo.weight) is Unmultiplied
+    x = torch.randn(2, 3, part.wi.in_features, dtype=torch.float64)
+    assert torch.equal(torch.compile(part, backend="eager", fullgraph=True)(x), part(x))
+
+
 @pytest.mark.parametrize("brick", ["block_dense_linear", "block_shuffle_linear"])
 def test_drawn_blocks_are_orthonormal_and_follow_from_the_seed(brick):
     layer, cls = a_linear(16, 32), find_brick(brick)
@@ -99,6 +115,20 @@ def test_sizes_that_do_not_fit_are_refused(cls, values, said):
         cls.replacing(a_linear(16, 32), **values)
 
 
+@pytest.mark.parametrize(
+    ("layer", "product", "said"),
+    [
+        (LowRankLinear.replacing(a_linear(8, 12), rank=4), "low_rank_linear", "whole matrix of a linear layer"),
+        (nn.LayerNorm(8), "low_rank_linear", "whole matrix of a linear layer"),
+        (a_linear(8, 12), "masked", "'masked' is no product of factors"),
+        (a_linear(8, 12), "guided", "'guided' is no product of factors"),
+    ],
+)
+def test_what_can_not_be_guided_is_refused(layer, product, said):
+    with pytest.raises(PlanError, match=said):
+        Guided.replacing(layer, product=product, rank=3)
+
+
 def guided(layer: nn.Module, guide: str = "weight", **values: object) -> Guided:
     return Guided.replacing(layer, product="low_rank_linear", guide=guide, rank=3, **values)
 
@@ -125,6 +155,22 @@ def test_a_guide_that_begins_as_the_product_makes_no_difference_at_any_strength(
             outputs.append(new(x))
         torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-12)
         torch.testing.assert_close(outputs[0], outputs[2], rtol=0, atol=1e-12)
+
+
+def test_under_autocast_it_gives_the_type_that_a_linear_layer_gives():
+    layer, x = a_linear(8, 12).float(), torch.randn(5, 8)
+    for new in (
+        guided(layer),
+        LowRankLinear.replacing(layer, rank=3),
+        BlockDenseLinear.replacing(layer, blocks=2, rank=4),
+        BlockShuffleLinear.replacing(layer, blocks=2),
+    ):
+        for strength in (1.0, 0.5, 0.0):
+            if isinstance(new, Guided):
+                new.set_strength(strength)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert new(x).dtype == layer(x).dtype == torch.bfloat16
+            assert new(x).dtype == torch.float32
 
 
 def test_gradients_are_shared_by_the_strength():

@@ -3,15 +3,20 @@
 import pytest
 import torch
 
+import auxin
 from auxin.accounting import Ledger, StageRecord
 from auxin.edits import PadParameter, Plan, SetConfig, ZeroFill, apply
 from auxin.edits.diff import diff_plans
 from auxin.edits.structure import config_values
 from auxin.errors import ConfigError, PlanError
+from auxin.methods.factorize.structured_ffn import GuideFade
 from auxin.methods.grow.hypercloning import HyperCloning, plan_hypercloning
 from auxin.methods.grow.llama_pro import BlockExpansion, plan_block_expansion
 from auxin.methods.grow.masked import MaskedGrowth, MaskRamp, plan_masked
 from auxin.methods.grow.tokenformer import OldTokenRates, TauAnneal, TokenGrowth, plan_token_growth
+from auxin.nn.guide import Guided
+from auxin.nn.masked import Masked
+from auxin.nn.pattention import Pattention
 from auxin.planning.bench import Bench, from_model
 from auxin.planning.hooks import HOOKS, ExactRates, HookContext, OldRates, TrainOnly, asked_by, hooks_of
 from auxin.planning.lineage import old_shapes
@@ -28,6 +33,7 @@ KINDS = {
     "old_token_rates": ({"ratio": 0, "steps": 3}, OldTokenRates),
     "tau_anneal": ({"steps": 5}, TauAnneal),
     "mask_ramp": ({"steps": 5}, MaskRamp),
+    "guide_fade": ({"steps": 5}, GuideFade),
 }
 
 
@@ -260,3 +266,40 @@ def test_old_entries_are_free_after_a_last_held_step_that_was_left_out() -> None
         layer.weight += 1
         hook.after_step(1)
     assert layer.weight.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def _masked():
+    model = tiny("llama")
+    apply(plan_masked(model, MaskedGrowth(layers=3)), model)
+    return model, MaskRamp(3), lambda: [float(m.strengths().min()) for m in model.modules() if isinstance(m, Masked)]
+
+
+def _guided():
+    model = tiny("llama")
+    apply(auxin.plan(model, "structured-ffn", guide="weight"), model)
+    return model, GuideFade(3), lambda: [float(m.strength) for m in model.modules() if isinstance(m, Guided)]
+
+
+def _annealed():
+    model = tiny("tokenformer", qkv_tau=[2.0], proj_tau=[2.0], ffn_tau=[2.0])
+    return model, TauAnneal(3), lambda: [float(m.tau[0]) for m in model.modules() if isinstance(m, Pattention)]
+
+
+@pytest.mark.parametrize("made", [_masked, _guided, _annealed])
+def test_what_follows_from_the_step_alone_does_not_miss_an_update_that_was_left_out(made):
+    model, hook, values = made()
+    hook.attach(model, torch.optim.SGD(model.parameters()))
+    first = values()
+    hook.before_step(0)
+    assert values() == first
+    seen = []
+    for step in range(3):
+        hook.before_step(step)
+        hook.after_step(step)
+        seen.append(values())
+    left_out = []
+    for step in range(4):  # the guard leaves all of them out
+        hook.before_step(step)
+        left_out.append(values())
+    assert left_out[1:] == seen
+    assert first != seen[0] != seen[1] != seen[2]

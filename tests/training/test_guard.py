@@ -227,6 +227,22 @@ def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path):
     assert torch.isfinite(weights(model)).all()
 
 
+def test_a_ramp_ends_where_the_last_update_is_left_out(tmp_path):
+    class Ramp(StepHook):
+        def attach(self, model, optimizer) -> None:
+            model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf if self.at == 5 else gradient)
+
+        def before_step(self, step: int) -> None:
+            self.at = step
+
+        def after_step(self, step: int) -> None:
+            self.at = step + 1
+
+    ramp = Ramp()
+    train(tiny_llama(), TinyData(), tiny_settings(steps=6), tmp_path, hooks=[ramp], progress=False)
+    assert ramp.at == 6
+
+
 def test_a_bad_first_step_rewinds_to_the_start(tmp_path):
     (first, *_) = bad_batches(poisoned((5,)), 4, 16)
     settings = tiny_settings(steps=4, guard=GuardSettings(action="rewind"))

@@ -28,9 +28,10 @@ from transformers.pytorch_utils import Conv1D
 from auxin.errors import PlanError
 from auxin.nn.bricks import Brick, Making, Roles, Shapes, Tensors, brick
 from auxin.nn.guide import KEPT, Kept, kept, kept_product
-from auxin.nn.linear import linear_class
+from auxin.nn.linear import linear_class, with_bias
 from auxin.nn.low_rank import INPUT, OUTPUT, WEIGHT, finite_weight, halves, moment_of_product, moments_of_halves
 from auxin.nn.made import take_over
+from auxin.nn.unmultiplied import multiplied_when_used
 from auxin.words.roles import ParameterRole
 from auxin.words.widths import Stream
 
@@ -298,15 +299,20 @@ class BlockProduct(Brick):
 
     @property
     def weight(self) -> Tensor:
-        """The product, in the replaced layer's order, for whoever reads a layer's weight without calling it. It is made
-        on every reading."""
-        return self.making.back(dict(self.named_parameters()), start="weight", **self.settings)[WEIGHT]
+        """The product, in the replaced layer's order, for whoever reads a layer's weight without calling it; multiplied
+        when something is computed with it, as that of a layer of low rank."""
+        sizes = (self.out_features, self.in_features)
+        return multiplied_when_used(
+            sizes[::-1] if self.making.transposed else sizes,
+            self.output_factor,
+            lambda: self.making.back(dict(self.named_parameters()), **self.settings)[WEIGHT],
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         tokens = x.reshape(-1, self.in_features)
         output = self._second(self._first(tokens)).reshape(*x.shape[:-1], self.out_features)
-        return output if self.bias is None else output + self.bias
+        return with_bias(output, self.bias)
 
     def _first(self, tokens: Tensor) -> Tensor:
         """(tokens, in) -> (blocks, tokens, inner / blocks)."""

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from auxin.errors import PlanError
 from auxin.nn.bricks import Brick, Making, Roles, Shapes, Tensors, brick, find_brick
+from auxin.nn.linear import linear_class, with_bias
 from auxin.words.roles import ParameterRole
 from auxin.words.widths import Stream
 
@@ -113,7 +114,8 @@ class GuidedMaking(Making):
 
 def _making(product: str) -> Making:
     making = find_brick(product).making
-    assert making is not None
+    if making is None or isinstance(making, GuidedMaking):
+        raise PlanError(f"product: {product!r} is no product of factors. Give low_rank_linear, for example.")
     return making
 
 
@@ -163,14 +165,20 @@ class Guided(Brick):
             settings: the product's.
 
         Raises:
-            PlanError: the product can't replace the module.
+            PlanError: the module is no linear layer, which alone has a whole matrix, or the product can't replace it.
         """
+        if linear_class(module) is None:
+            raise PlanError(
+                f"a guide is the whole matrix of a linear layer, received a {type(module).__name__}. Choose another "
+                "layer, or merge back what is there (merge_module) first."
+            )
         if guide not in ("weight", PRODUCT):
             raise PlanError(f"guide: {guide!r} is none. Give weight or product.")
+        making = _making(product)
         made = cast(Any, find_brick(product)).replacing(module, **settings)
         new = cls(module, made, skip)
         if guide == PRODUCT and not new.weight.is_meta:
-            whole = _making(product).back(dict(made.named_parameters()), **settings)
+            whole = making.back(dict(made.named_parameters()), **settings)
             new.weight = nn.Parameter((whole or {})[WEIGHT])
         return new.train(module.training)
 
@@ -205,12 +213,12 @@ class Guided(Brick):
             strength = 0.0
         if strength == 0:
             output = self.product(x)
-            return output if self.bias is None else output + self.bias
+            return with_bias(output, self.bias)
         weight = self.weight.mT if self.transposed else self.weight
         if strength == 1:
             return F.linear(x, weight, self.bias)
         output = strength * F.linear(x, weight) + (1 - strength) * self.product(x)
-        return output if self.bias is None else output + self.bias
+        return with_bias(output, self.bias)
 
     def roles(self, replaced: Roles) -> Roles:
         """Those of the product's factors, below it."""

@@ -1,7 +1,7 @@
 """Which modules are linear layers, y = W x + b of their weight and bias, whatever their class is called."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from auxin.nn.bricks import Brick
@@ -33,6 +33,11 @@ def widths(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf
     return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
+
+
+def with_bias(output: Tensor, bias: Tensor | None) -> Tensor:
+    """`output` plus `bias`, in the type of `output`: that of a linear layer's, under autocast, too."""
+    return output if bias is None else output + bias.to(output.dtype)
 
 
 def _attributes(module: nn.Module) -> set[str]:

@@ -1,5 +1,6 @@
-"""Products of two matrices that are multiplied only when somebody computes with them."""
+"""Products of matrices that are multiplied only when somebody computes with them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,20 +19,25 @@ def unmultiplied(left: Tensor, right: Tensor, transposed: bool = False, shape: t
     """
     if shape is None:
         shape = (right.shape[1], left.shape[0]) if transposed else (left.shape[0], right.shape[1])
+    return multiplied_when_used(shape, left, lambda: _product(left, right, transposed, shape))
+
+
+def multiplied_when_used(shape: tuple[int, ...], like: Tensor, product: Callable[[], Tensor]) -> Tensor:
+    """What `product` gives, of `shape` and of the type and on the device of `like`; see `unmultiplied`."""
     if torch.compiler.is_compiling():  # the compiler drops what nobody uses
-        return _product(left, right, transposed, shape)
-    return Unmultiplied(left, right, transposed, shape)
+        return product()
+    return Unmultiplied(shape, like, product)
 
 
 class Unmultiplied(Tensor):
     """See `unmultiplied`."""
 
-    parts: tuple[Tensor, Tensor, bool, tuple[int, ...]]
+    product: Callable[[], Tensor]
 
     @staticmethod
-    def __new__(cls, left: Tensor, right: Tensor, transposed: bool, shape: tuple[int, ...]) -> "Unmultiplied":
-        new = Tensor._make_wrapper_subclass(cls, shape, dtype=left.dtype, device=left.device)
-        new.parts = (left, right, transposed, shape)
+    def __new__(cls, shape: tuple[int, ...], like: Tensor, product: Callable[[], Tensor]) -> "Unmultiplied":
+        new = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        new.product = product
         return new
 
     def __init__(self, *args: Any) -> None:
@@ -41,7 +47,7 @@ class Unmultiplied(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _COSTS_NOTHING:
             return super().__torch_function__(func, types, args, kwargs)
-        args, kwargs = tree_map_only(cls, lambda product: _product(*product.parts), (args, kwargs or {}))
+        args, kwargs = tree_map_only(cls, lambda one: one.product(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
     @classmethod

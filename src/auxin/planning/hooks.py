@@ -40,7 +40,9 @@ class Hook(Protocol):
         """Called once, before the first step, with the model on its device."""
 
     def before_step(self, step: int) -> None:
-        """Called before the forward pass of optimizer step `step` (0-based, of this stage)."""
+        """Called before the forward pass of optimizer step `step` (0-based, of this stage); also for the step that
+        would come next, where the guard left the last one's update out, so that what follows from the step alone ends
+        as it should."""
 
     def after_step(self, step: int) -> None:
         """Called right after the optimizer's update; not called when the guard left the update out."""

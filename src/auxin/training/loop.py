@@ -393,6 +393,9 @@ class _Loop:
             self._rewind()
             return False
         state.step += 1
+        if state.step == self.total_steps:
+            for hook in state.hooks:
+                hook.before_step(state.step)
         return True
 
     def _rewind(self) -> None:

@@ -310,7 +310,7 @@ class GuideFade:
     """Training hook: lets the strength of all guides fall from 1 to 0 in `steps` steps, by half a cosine.
 
     Step s (0-based) sees (1 + cos(pi s / steps)) / 2, and from step `steps` on 0. The strength is saved with the model,
-    and is a function of the step alone.
+    and is a function of the step alone, also where the guard left updates out.
 
     Args:
         steps: optimizer steps, counted from the start of the training stage (the paper: half of the training).
@@ -331,13 +331,16 @@ class GuideFade:
             )
 
     def before_step(self, step: int) -> None:
-        """Nothing: the first step sees the model as it was made."""
+        """Set the strength of this step, as after the one before."""
+        self._set(step)
 
     def after_step(self, step: int) -> None:
         """Set the strength of the next step."""
-        if step < self.steps:
-            share = (step + 1) / self.steps
-            strength = 0.0 if share == 1 else (1 + math.cos(math.pi * share)) / 2
+        self._set(step + 1)
+
+    def _set(self, step: int) -> None:
+        if step <= self.steps:
+            strength = 0.0 if step == self.steps else (1 + math.cos(math.pi * step / self.steps)) / 2
             for guide in self._guides:
                 guide.set_strength(strength)
 

@@ -175,7 +175,8 @@ class MaskRamp:
     """Training hook: raises the strength of all masks linearly from 0 to 1 in `steps` steps.
 
     The first step sees strength 0, the model as it was grown; after step s (0-based) it is min(1, (s + 1) / steps).
-    The masks are saved with the model, and the strength is a function of the step alone.
+    The masks are saved with the model, and the strength is a function of the step alone, also where the guard left
+    updates out.
 
     Args:
         steps: optimizer steps of the ramp, counted from the start of the training stage (the paper: 5000).
@@ -194,13 +195,17 @@ class MaskRamp:
             raise PlanError(f"MaskRamp: the {type(model).__name__} has no masks. Grow it with the method masked first.")
 
     def before_step(self, step: int) -> None:
-        """Nothing: the first step sees the model as it was grown."""
+        """Set the strength of this step, as after the one before."""
+        self._set(step)
 
     def after_step(self, step: int) -> None:
         """Set the strength of the next step."""
-        if step < self.steps:
+        self._set(step + 1)
+
+    def _set(self, step: int) -> None:
+        if step <= self.steps:
             for mask in self._masks:
-                mask.set_strength((step + 1) / self.steps)
+                mask.set_strength(step / self.steps)
 
     @staticmethod
     def set_strength(model: nn.Module, strength: float) -> None:

@@ -444,13 +444,17 @@ class TauAnneal:
         self._start = self._start or {slot: self._model.config.group_tau(slot) for slot in SLOTS}
 
     def before_step(self, step: int) -> None:
-        """Nothing: the first step sees the model as it was grown."""
+        """Set the scales of this step, as after the one before; the first step sees the model as it was grown."""
+        self._set(step)
 
     def after_step(self, step: int) -> None:
         """Set the scales of the next step."""
-        if step >= self.steps:
+        self._set(step + 1)
+
+    def _set(self, step: int) -> None:
+        if not 0 < step <= self.steps:
             return
-        done = (step + 1) / self.steps
+        done = step / self.steps
         taus: dict[Slot, list[float]] = {}
         for slot, start in self._start.items():
             sizes = self._model.config.group_sizes(slot)
