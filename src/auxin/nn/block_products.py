@@ -305,7 +305,7 @@ class BlockProduct(Brick):
         return multiplied_when_used(
             sizes[::-1] if self.making.transposed else sizes,
             self.output_factor,
-            lambda: self.making.back(dict(self.named_parameters()), **self.settings)[WEIGHT],
+            lambda: self.making.back(dict(self.named_parameters()), start="weight", **self.settings)[WEIGHT],
         )
 
     def forward(self, x: Tensor) -> Tensor:
