@@ -105,6 +105,20 @@ CASES: dict[str, tuple[str, Planner]] = {
         "vit",
         by_hand(ReplaceModule(module="vit.layers.*", brick="token_merging_layer", settings={"merged": 2})),
     ),
+    "convolution of low rank": (
+        "whisper",
+        by_hand(ReplaceModule(module="model.encoder.conv1", brick="low_rank_convolution", settings={"rank": 3})),
+    ),
+    "Linformer": (
+        "bert",
+        by_hand(
+            ReplaceModule(
+                module="bert.encoder.layer.*.attention.self",
+                brick="linformer_attention",
+                settings={"projected_length": 4, "max_length": 64},
+            )
+        ),
+    ),
     "hard attention": (
         "llama",
         by_hand(ReplaceModule(module="model.layers.1.self_attn", brick="hard_attention", settings={"keep": 2})),
