@@ -77,6 +77,7 @@ DIFFERENCES = (
     ("new-keys", "new"),
     ("dense-wide-0060", "dense-0060"),
     ("new", "dense-wide-0060"),
+    ("linear", "new"),
 )
 """Pairs of branches: what docs/parity.md says about one beside the other."""
 
@@ -109,10 +110,9 @@ def page(found: dict[str, Comparison]) -> str:
             ]
             for branch in order
         ]
-        main = next(branch.title for branch in comparison.branches if branch.name == comparison.main_branch)
         lines += ["", f"## {part.heading}", "", comparison.description, "", origin(comparison), ""]
-        lines += markdown_table((*HEADER, f"minus {main}"), rows)
         recipe, have = load_recipe(str(part.recipe)), {branch.name for branch in order}
+        lines += markdown_table((*HEADER, f"minus {recipe.branch(comparison.main_branch).title}"), rows)
         wanted = [branch for branch in recipe.branches if part.branches is None or branch.name in part.branches]
         if missing := [branch.title for branch in wanted if branch.name not in have]:
             lines += ["", f"In the recipe, and not run yet: {'; '.join(missing)}."]
