@@ -40,7 +40,9 @@ def some_texts(seed: int = 0, samples: int = 4, length: int = 8) -> Tensor:
 def planned(model: Any, folder: Path, **values: Any) -> Plan:
     data = {"data": [some_texts()]} if values.get("frequencies", True) else {}
     if model.config.is_encoder_decoder or model.config.model_type == "bert":
-        data = {name: [{**inputs(model), "labels": labels(model)}] for name in data}
+        # A model makes what its decoder reads of labels.
+        given = {name: value for name, value in inputs(model).items() if name != "decoder_input_ids"}
+        data = {name: [{**given, "labels": labels(model)}] for name in data}
     return auxin.plan(model, METHOD, folder=folder, **data, **values)
 
 
