@@ -54,6 +54,41 @@ class Hook(Protocol):
         """Go on from `state_dict()`."""
 
 
+class Ramp:
+    """The base of hooks that move something in the first steps of a stage, by the step alone, also where the guard left
+    updates out.
+
+    Args:
+        steps: optimizer steps that it takes, counted from the start of the training stage.
+    """
+
+    def __init__(self, steps: int) -> None:
+        if steps < 1:
+            raise ConfigError(f"{type(self).__name__}: steps must be at least 1, received {steps}.")
+        self.steps = steps
+
+    def move(self, step: int) -> None:
+        """Set what is moved to what step `step` (0-based, `steps` at most) sees."""
+        raise NotImplementedError
+
+    def before_step(self, step: int) -> None:
+        """Set what this step sees, as after the one before."""
+        if step <= self.steps:
+            self.move(step)
+
+    def after_step(self, step: int) -> None:
+        """Set what the next step sees."""
+        self.before_step(step + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps it takes."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as the hook that gave `state`."""
+        self.steps = state["steps"]
+
+
 class HookSettings(Settings):
     """The base of every kind of hook as data; each has a field `kind: Literal["its_name"]`, under which a subclass is
     known once its module is imported. Kinds of other packages are named in the entry point group "auxin.hooks"."""

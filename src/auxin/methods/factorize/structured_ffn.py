@@ -38,14 +38,14 @@ from transformers.pytorch_utils import Conv1D
 from auxin.accounting import count_parameters
 from auxin.edits import Edit, Plan, ReplaceModule
 from auxin.edits.structure import config_values
-from auxin.errors import ConfigError, PlanError
+from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.nn.block_products import BlockProduct
 from auxin.nn.guide import KEPT, Guided
 from auxin.nn.linear import linear_class, widths
 from auxin.nn.low_rank import LowRank
 from auxin.planning.bench import Bench
-from auxin.planning.hooks import Hook, HookContext, HookSettings
+from auxin.planning.hooks import Hook, HookContext, HookSettings, Ramp
 from auxin.planning.kept_paths import KeptPaths, is_kept, refuse_impossible
 from auxin.planning.linear_layers import linear_layers, merged_paths
 from auxin.planning.method import Method
@@ -306,7 +306,7 @@ class GuideFadeSettings(HookSettings):
         return GuideFade(self.steps)
 
 
-class GuideFade:
+class GuideFade(Ramp):
     """Training hook: lets the strength of all guides fall from 1 to 0 in `steps` steps, by half a cosine.
 
     Step s (0-based) sees (1 + cos(pi s / steps)) / 2, and from step `steps` on 0. The strength is saved with the model,
@@ -317,9 +317,7 @@ class GuideFade:
     """
 
     def __init__(self, steps: int) -> None:
-        if steps < 1:
-            raise ConfigError(f"GuideFade: steps must be at least 1, received {steps}.")
-        self.steps = steps
+        super().__init__(steps)
         self._guides: list[Guided] = []
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -330,27 +328,11 @@ class GuideFade:
                 f"GuideFade: the {type(model).__name__} has no guides. Change it with structured-ffn and guide first."
             )
 
-    def before_step(self, step: int) -> None:
-        """Set the strength of this step, as after the one before."""
-        self._set(step)
-
-    def after_step(self, step: int) -> None:
-        """Set the strength of the next step."""
-        self._set(step + 1)
-
-    def _set(self, step: int) -> None:
-        if step <= self.steps:
-            strength = 0.0 if step == self.steps else (1 + math.cos(math.pi * step / self.steps)) / 2
-            for guide in self._guides:
-                guide.set_strength(strength)
-
-    def state_dict(self) -> dict[str, Any]:
-        """How long they fade."""
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on as the hook that gave `state`."""
-        self.steps = state["steps"]
+    def move(self, step: int) -> None:
+        """Set the strength that `step` sees."""
+        strength = 0.0 if step == self.steps else (1 + math.cos(math.pi * step / self.steps)) / 2
+        for guide in self._guides:
+            guide.set_strength(strength)
 
 
 def _guides(model: nn.Module) -> Iterator[tuple[str, Guided]]:

@@ -34,14 +34,14 @@ from auxin.edits.kinds.edit import ArrangeLayers, RemoveModule, ScaleParameter, 
 from auxin.edits.kinds.fills import Fill, MeanFill
 from auxin.edits.kinds.module_edits import ModuleEdit
 from auxin.edits.structure import config_values, structural_edits
-from auxin.errors import ConfigError, PlanError
+from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy, norm_epsilon
 from auxin.nn.bricks import Brick
 from auxin.nn.masked import Masked
 from auxin.planning.bench import from_model
 from auxin.planning.depth import arranged, can_deepen, chosen_stacks, deepest, depth, refuse_kept_layers
 from auxin.planning.fixed_heads import fixed_head_sizes
-from auxin.planning.hooks import Hook, HookContext, HookSettings
+from auxin.planning.hooks import Hook, HookContext, HookSettings, Ramp
 from auxin.planning.method import Method
 from auxin.planning.size_edits import size_edits, size_values
 from auxin.planning.width import describe_sizes
@@ -171,7 +171,7 @@ class MaskRampSettings(HookSettings):
         return MaskRamp(self.steps)
 
 
-class MaskRamp:
+class MaskRamp(Ramp):
     """Training hook: raises the strength of all masks linearly from 0 to 1 in `steps` steps.
 
     The first step sees strength 0, the model as it was grown; after step s (0-based) it is min(1, (s + 1) / steps).
@@ -183,9 +183,7 @@ class MaskRamp:
     """
 
     def __init__(self, steps: int) -> None:
-        if steps < 1:
-            raise ConfigError(f"MaskRamp: steps must be at least 1, received {steps}.")
-        self.steps = steps
+        super().__init__(steps)
         self._masks: list[Masked] = []
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -194,32 +192,16 @@ class MaskRamp:
         if not self._masks:
             raise PlanError(f"MaskRamp: the {type(model).__name__} has no masks. Grow it with the method masked first.")
 
-    def before_step(self, step: int) -> None:
-        """Set the strength of this step, as after the one before."""
-        self._set(step)
-
-    def after_step(self, step: int) -> None:
-        """Set the strength of the next step."""
-        self._set(step + 1)
-
-    def _set(self, step: int) -> None:
-        if step <= self.steps:
-            for mask in self._masks:
-                mask.set_strength(step / self.steps)
+    def move(self, step: int) -> None:
+        """Set the strength that `step` sees."""
+        for mask in self._masks:
+            mask.set_strength(step / self.steps)
 
     @staticmethod
     def set_strength(model: nn.Module, strength: float) -> None:
         """Set all masks of `model` to `strength`, 0 to 1, without a ramp."""
         for _, mask in _masked_modules(model):
             mask.set_strength(strength)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The length of the ramp."""
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on as the hook that gave `state`."""
-        self.steps = state["steps"]
 
 
 def _masked_modules(model: nn.Module) -> Iterator[tuple[str, Masked]]:

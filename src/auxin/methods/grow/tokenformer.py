@@ -32,14 +32,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.edits import Edit, NormalFill, PadParameter, Plan, Promise, Receipt, RepeatFill, SetConfig, ZeroFill, apply
 from auxin.edits.structure import config_from_values, config_values
-from auxin.errors import ConfigError, PlanError
+from auxin.errors import PlanError
 from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
 from auxin.models.tokenformer.configuration import SLOTS, Slot
 from auxin.models.tokenformer.modeling import SLOT_OF_MODULE, TokenFormerPreTrainedModel
 from auxin.models.tokenformer.presets import check_growable, preset_config
 from auxin.nn.pattention import Pattention
 from auxin.nn.scores import NORMED, SCALED, ScoreFunction
-from auxin.planning.hooks import Hook, HookContext, HookSettings, OldRates
+from auxin.planning.hooks import Hook, HookContext, HookSettings, OldRates, Ramp
 from auxin.planning.lineage import last_changes
 from auxin.planning.method import Method
 from auxin.settings import Settings
@@ -420,7 +420,7 @@ class TauAnnealSettings(HookSettings):
         return TauAnneal(self.steps)
 
 
-class TauAnneal:
+class TauAnneal(Ramp):
     """Training hook: moves tau^2 of every group linearly from its stored value to the group's size in `steps` steps.
 
     For models grown with the regime "annealed": the scores of a group whose scale was kept are too small once its new
@@ -431,9 +431,7 @@ class TauAnneal:
     """
 
     def __init__(self, steps: int) -> None:
-        if steps < 1:
-            raise ConfigError(f"TauAnneal: steps must be at least 1, received {steps}.")
-        self.steps = steps
+        super().__init__(steps)
         self._start: dict[Slot, list[float]] = {}
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -443,16 +441,9 @@ class TauAnneal:
         _check_scaled(self._model.config)
         self._start = self._start or {slot: self._model.config.group_tau(slot) for slot in SLOTS}
 
-    def before_step(self, step: int) -> None:
-        """Set the scales of this step, as after the one before; the first step sees the model as it was grown."""
-        self._set(step)
-
-    def after_step(self, step: int) -> None:
-        """Set the scales of the next step."""
-        self._set(step + 1)
-
-    def _set(self, step: int) -> None:
-        if not 0 < step <= self.steps:
+    def move(self, step: int) -> None:
+        """Set the scales that `step` sees; the first step sees the model as it was grown."""
+        if step == 0:
             return
         done = step / self.steps
         taus: dict[Slot, list[float]] = {}
@@ -463,11 +454,12 @@ class TauAnneal:
 
     def state_dict(self) -> dict[str, Any]:
         """The scales from which the hook started."""
-        return {"steps": self.steps, "start": self._start}
+        return super().state_dict() | {"start": self._start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the hook that gave `state`."""
-        self.steps, self._start = state["steps"], state["start"]
+        super().load_state_dict(state)
+        self._start = state["start"]
 
 
 class OldTokenRatesSettings(HookSettings):
