@@ -15,7 +15,7 @@ core per way and seed.
 
 from typing import Any
 
-from measuring import made_by_line, write_results
+from measuring import made_by_line, publish
 from parity_cells import ROOT, Cell, Task, Way, asked, excess, measured, values
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -102,10 +102,7 @@ def main() -> None:
     """Measure what is missing, then write the results and the page."""
     arguments = asked(__doc__, ROOT / "runs" / "parity-linear")
     results = measured(arguments, WAYS, measure, "parity_linear.py", LONG)
-    if arguments.quick:
-        print(page_of(results))
-        return
-    write_results(results, RESULTS, page_of(results), PAGE)
+    publish(results, RESULTS, page_of(results), PAGE, arguments.quick)
 
 
 if __name__ == "__main__":

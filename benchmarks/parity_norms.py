@@ -14,7 +14,7 @@ per way and seed.
 from typing import Any
 
 import torch
-from measuring import made_by_line, write_results
+from measuring import made_by_line, publish
 from parity_cells import ROOT, Cell, Task, Way, asked, excess, measured, values
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -120,10 +120,7 @@ def main() -> None:
     """Measure what is missing and write the page."""
     arguments = asked(__doc__, ROOT / "runs" / "parity-norms")
     results = measured(arguments, WAYS, measure, "parity_norms.py")
-    if arguments.quick:
-        print(page_of(results))
-        return
-    write_results(results, RESULTS, page_of(results), PAGE)
+    publish(results, RESULTS, page_of(results), PAGE, arguments.quick)
 
 
 if __name__ == "__main__":

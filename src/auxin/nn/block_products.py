@@ -26,10 +26,19 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from auxin.errors import PlanError
-from auxin.nn.bricks import Brick, Making, Roles, Shapes, Tensors, brick
+from auxin.nn.bricks import Making, Roles, Shapes, Tensors, brick
 from auxin.nn.guide import KEPT, Kept, kept, kept_product
 from auxin.nn.linear import linear_class, with_bias
-from auxin.nn.low_rank import INPUT, OUTPUT, WEIGHT, finite_weight, halves, moment_of_product, moments_of_halves
+from auxin.nn.low_rank import (
+    INPUT,
+    OUTPUT,
+    WEIGHT,
+    Product,
+    finite_weight,
+    halves,
+    moment_of_product,
+    moments_of_halves,
+)
 from auxin.nn.made import take_over
 from auxin.nn.unmultiplied import multiplied_when_used
 from auxin.words.roles import ParameterRole
@@ -68,7 +77,7 @@ class BlockMaking(Making):
         """Those of `output_factor` and `input_factor`; PlanError where blocks do not divide the widths."""
         raise NotImplementedError
 
-    def whole_blocks(self, shapes: Shapes, **settings: Any) -> Mapping[str, int]:
+    def whole_blocks(self, **settings: Any) -> Mapping[str, int]:
         """Into how many blocks each factor is cut, along its rows."""
         raise NotImplementedError
 
@@ -101,7 +110,7 @@ class BlockMaking(Making):
             factors = self._factors(self._turned(weight), **settings)
         else:
             shapes = self.shapes({WEIGHT: tuple(old[WEIGHT].shape)}, **settings)
-            blocks = self.whole_blocks(shapes, **settings)
+            blocks = self.whole_blocks(**settings)
             factors = {name: _orthonormal(shape, blocks[name], draw).to(weight) for name, shape in shapes.items()}
         return {name: factor.to(dtype) for name, factor in factors.items()}
 
@@ -200,7 +209,7 @@ class BlockDenseMaking(BlockMaking):
             inner = slice(block * rank, (block + 1) * rank)
             yield Piece(slice(None), slice(block * width, (block + 1) * width), (slice(None), inner), inner)
 
-    def whole_blocks(self, shapes: Shapes, **settings: Any) -> Mapping[str, int]:
+    def whole_blocks(self, **settings: Any) -> Mapping[str, int]:
         """One, and `blocks`."""
         return {OUTPUT: 1, INPUT: settings["blocks"]}
 
@@ -232,12 +241,12 @@ class BlockShuffleMaking(BlockMaking):
                 written = slice(block * per_block + place, (block + 1) * per_block, blocks)
                 yield Piece(slice(place, None, blocks), columns, read, written)
 
-    def whole_blocks(self, shapes: Shapes, **settings: Any) -> Mapping[str, int]:
+    def whole_blocks(self, **settings: Any) -> Mapping[str, int]:
         """`blocks` each."""
         return dict.fromkeys((OUTPUT, INPUT), settings["blocks"])
 
 
-class BlockProduct(Brick):
+class BlockProduct(Product):
     """What products of blocks are: x -> A (B x) + bias.
 
     Parameters `input_factor` B and `output_factor` A, whose blocks stand one below the other, and the replaced layer's
@@ -247,10 +256,6 @@ class BlockProduct(Brick):
     layer: ClassVar[type[nn.Module]]
     """The class that it replaces."""
     making: ClassVar[BlockMaking]
-    input_factor: nn.Parameter
-    output_factor: nn.Parameter
-    plain_form = "merge it back (the edit merge_module); the layer then is a dense one that holds the product"
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -329,11 +334,6 @@ class BlockProduct(Brick):
             return {}
         path = replaced[WEIGHT].pattern.removesuffix(WEIGHT)
         return {name: ParameterRole(path + name, ((), ()), (None, None), "matrix") for name in (OUTPUT, INPUT)}
-
-    def scaled(self, factor: float, plain: Mapping[str, float]) -> dict[str, float]:
-        """The output factor and the bias, where the layer adds to the residual stream."""
-        names = (OUTPUT, *(() if self.bias is None else ("bias",))) if plain else ()
-        return dict.fromkeys(names, factor)
 
     def fixed_widths(self) -> Mapping[Stream, str]:
         """All: blocks have sizes of their own."""

@@ -214,7 +214,22 @@ class LowRankMaking(Making):
         return weight.mT if self.transposed else weight
 
 
-class LowRank(Brick):
+class Product(Brick):
+    """What layers share whose weight is a product: the parameters `output_factor`, which gives what the layer does, and
+    `input_factor`, and the replaced layer's `bias`, if it has one."""
+
+    plain_form = "merge it back (the edit merge_module); the layer then is a dense one that holds the product"
+    input_factor: nn.Parameter
+    output_factor: nn.Parameter
+    bias: nn.Parameter | None
+
+    def scaled(self, factor: float, plain: Mapping[str, float]) -> dict[str, float]:
+        """The output factor and the bias, where the layer adds to the residual stream."""
+        names = (OUTPUT, *(() if self.bias is None else ("bias",))) if plain else ()
+        return dict.fromkeys(names, factor)
+
+
+class LowRank(Product):
     """What both kinds of layers are: x -> (x B^T) A^T + bias.
 
     Parameters `input_factor` B (rank, in), `output_factor` A (out, rank), and the replaced layer's `bias` (out,), if it
@@ -224,8 +239,6 @@ class LowRank(Brick):
     layer: ClassVar[type[nn.Module]]
     """The class that it replaces."""
     making: ClassVar[LowRankMaking]
-    plain_form = "merge it back (the edit merge_module); the layer then is a dense one that holds the product"
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -309,11 +322,6 @@ class LowRank(Brick):
             OUTPUT: ParameterRole(path + OUTPUT, (written[0], ()), (written[1], None), whole.kind),
             INPUT: ParameterRole(path + INPUT, ((), read[0]), (None, read[1]), "matrix"),
         }
-
-    def scaled(self, factor: float, plain: Mapping[str, float]) -> dict[str, float]:
-        """The output factor and the bias, where the layer adds to the residual stream."""
-        names = (OUTPUT, *(() if self.bias is None else ("bias",))) if plain else ()
-        return dict.fromkeys(names, factor)
 
     def extra_repr(self) -> str:
         return (

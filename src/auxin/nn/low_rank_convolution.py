@@ -8,7 +8,7 @@ out * in * kernel / (out + in * kernel). The paper's code leaves the kernel out 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from auxin.errors import PlanError
-from auxin.nn.bricks import Brick, Roles, Shapes, Tensors, brick
-from auxin.nn.low_rank import INPUT, OUTPUT, WEIGHT, LowRankMaking, Start
+from auxin.nn.bricks import Roles, Shapes, Tensors, brick
+from auxin.nn.low_rank import INPUT, OUTPUT, WEIGHT, LowRankMaking, Product, Start
 from auxin.nn.made import take_over
 from auxin.nn.unmultiplied import unmultiplied
 from auxin.words.roles import ParameterRole
@@ -66,7 +66,7 @@ class LowRankConvolutionMaking(LowRankMaking):
 
 
 @brick("low_rank_convolution")
-class LowRankConvolution(Brick):
+class LowRankConvolution(Product):
     """An `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` without groups, of low rank.
 
     Parameters `input_factor` (rank, in, *kernel), `output_factor` (out, rank), and the replaced one's `bias` (out,), if
@@ -87,9 +87,6 @@ class LowRankConvolution(Brick):
     dilation: tuple[int, ...]
     padding_mode: str
     _reversed_padding_repeated_twice: list[int]
-    input_factor: nn.Parameter
-    output_factor: nn.Parameter
-    bias: nn.Parameter | None
 
     def __init__(self, like: nn.Module, rank: int) -> None:
         super().__init__()
@@ -146,11 +143,6 @@ class LowRankConvolution(Brick):
             OUTPUT: ParameterRole(path + OUTPUT, (whole.axes[0], ()), (whole.access[0], None), whole.kind),
             INPUT: ParameterRole(path + INPUT, ((), *whole.axes[1:]), (None, *whole.access[1:]), "matrix"),
         }
-
-    def scaled(self, factor: float, plain: Mapping[str, float]) -> dict[str, float]:
-        """The output factor and the bias, where the layer adds to the residual stream."""
-        names = (OUTPUT, *(() if self.bias is None else ("bias",))) if plain else ()
-        return dict.fromkeys(names, factor)
 
     def extra_repr(self) -> str:
         """Channels, kernel and rank."""
