@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 from auxin.analysis.quantized_weights import Weights
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
-from auxin.models.eager import eager_attention
+from auxin.models.eager import asked_for_maps, eager_attention
 from auxin.models.sublayers import sublayers
 
 Family = Literal["linear", "norm", "embedding", "scores", "probabilities", "context", "sum", "input"]
@@ -65,6 +65,7 @@ _ACTIVATIONS = {
     *(aten.elu, aten.elu_, aten.leaky_relu, aten.leaky_relu_, aten.hardtanh, aten.hardtanh_, aten.softplus),
     *(aten.hardswish, aten.hardswish_, aten.mish),
 }
+_SUMMANDS = ("linear", "norm", "sum", "embedding", "input")
 _FUSED = "_scaled_dot_product"
 """What the names of kernels begin with that compute a whole attention."""
 
@@ -100,6 +101,8 @@ class _Mark:
     """Whether it is made of embeddings alone."""
     part: str = ""
     """The part of a layer that gave it, up to factors."""
+    family: Family | Literal[""] = ""
+    """Of the site that it was, or is some of."""
     probabilities: tuple[str, int] | None = None
     """The softmax that gave it."""
 
@@ -131,7 +134,9 @@ class Follower:
         self._parts = {one.output: one.path for one in sublayers(model)}
         stacks = anatomy(model).stacks
         self._layers = {
-            f"{stack.path}.{name}" for stack in stacks for name, _ in model.get_submodule(stack.path).named_children()
+            f"{stack.path}.{name}": layer
+            for stack in stacks
+            for name, layer in model.get_submodule(stack.path).named_children()
         }
 
     def run(self, inputs: dict[str, Any], change: Change) -> Any:
@@ -140,7 +145,8 @@ class Follower:
         Raises:
             PlanError: attention is computed in one kernel, into which nobody sees.
         """
-        with eager_attention(self._model), _without_fast_path(), torch.no_grad():
+        below = (module for layer in self._layers.values() for name, module in layer.named_modules() if name)
+        with eager_attention(self._model), asked_for_maps(below), _without_fast_path(), torch.no_grad():
             if self._structure is None:
                 structure = Structure()
                 self._run(inputs, lambda site, x: x, structure, tracing=True)
@@ -148,7 +154,7 @@ class Follower:
             return self._run(inputs, change, self._structure, tracing=False)
 
     def _run(self, inputs: dict[str, Any], change: Change, structure: Structure, tracing: bool) -> Any:
-        pass_ = _Pass(self._weights, self._parts, self._layers, change, structure, tracing)
+        pass_ = _Pass(self._weights, self._parts, set(self._layers), change, structure, tracing)
         with contextlib.ExitStack() as stack:
             for path, module in self._model.named_modules():
                 enter, leave = partial(pass_.enter, path), partial(pass_.leave, path)
@@ -178,6 +184,7 @@ class _Pass(TorchDispatchMode):
         self._inside: list[str] = []
         self._counted: list[Counter[str]] = []
         self._quiet = 0
+        self._in_layers = False
         self._activated: list[tuple[str, int] | None] = []
 
     def begin(self, inputs: dict[str, Any]) -> None:
@@ -195,6 +202,7 @@ class _Pass(TorchDispatchMode):
         self._inside.append(path)
         self._counted.append(Counter())
         if self._quiet == 0 and path in self._layers:
+            self._in_layers = True
             arguments, named = self._on_grid(path, arguments, named)
         kind = _kind_of(module)
         if kind == "activation" and self._quiet == 0:
@@ -247,7 +255,8 @@ class _Pass(TorchDispatchMode):
                 f"{self._inside[-1] if self._inside else 'The model'} computes attention in one kernel, in which "
                 "nothing can be quantized. Measure a model whose attention has an eager implementation."
             )
-        marks = [self._mark(x) for x in _tensors(args)]
+        # Which entries are taken is no matter of grids.
+        marks = [self._mark(x) for x in _tensors(args) if x.is_floating_point()]
         if not any(mark.hidden or mark.weight for mark in marks):
             return func(*args, **kwargs)
         if self._quiet:
@@ -256,7 +265,8 @@ class _Pass(TorchDispatchMode):
             return self._product(func, args, kwargs, *_PRODUCTS[packet])
         result = func(*args, **kwargs)
         if packet in _MOVES or (packet in _SCALES and _by_one_number(args)):
-            return self._moved(result, marks, scaled=packet in _SCALES)
+            source = next(x for x in _tensors(args) if x.is_floating_point())
+            return self._moved(result, source, marks, scaled=packet in _SCALES)
         if packet is aten.embedding:
             return self._embedded(result, self._mark(args[0]))
         if packet in (aten.add, aten.add_):
@@ -282,10 +292,11 @@ class _Pass(TorchDispatchMode):
                 return self._follow(func(*given, **kwargs), list(marks.values()))
             if not mark.plain:
                 given[weight] = self._weights.made(given[weight])
-            name = mark.weight.removesuffix(".weight")
+            name = mark.weight.partition(".parametrizations.")[0].removesuffix(".weight")
             given[other] = self._operand(given[other], name)
             return self._store(Site(name, "linear"), 0, func(*given, **kwargs), in_place=False)
-        if not all(mark.hidden for mark in marks.values()):
+        if not all(mark.hidden for mark in marks.values()) or self._inside[1:] == []:
+            # Products that a whole model makes of its embeddings are its output.
             return self._follow(func(*given, **kwargs), list(marks.values()))
         softmaxes = [mark.probabilities for mark in marks.values() if mark.probabilities]
         if self._tracing:
@@ -302,7 +313,9 @@ class _Pass(TorchDispatchMode):
         if mark.grid or not mark.hidden:
             return x
         new = self._change(Site(f"{name}.input", "input"), x)
-        self._marks[new] = replace(mark, grid=True)
+        # Who else reads the same tensor reads it as it was.
+        new = x.detach() if new is x else new
+        self._marks[new] = replace(mark, grid=True, family="input")
         return new
 
     def _embedded(self, result: Tensor, weight: _Mark) -> Any:
@@ -316,7 +329,7 @@ class _Pass(TorchDispatchMode):
         one, other = (self._mark(x) if isinstance(x, Tensor) else _Mark() for x in args[:2])
         both = [one, other]
         for mark, bias in ((one, other), (other, one)):
-            if mark.pending is not None and bias.weight and not bias.hidden and not bias.embedding:
+            if mark.pending is not None and mark.family == "linear" and bias.weight and not bias.embedding:
                 name, stage = self._pass_on(mark.pending)
                 return self._store(Site(name, "linear"), stage + 1, result, in_place)
         if one.part and other.part:  # parallel parts, whose sum is added to the stream
@@ -330,6 +343,9 @@ class _Pass(TorchDispatchMode):
                     stage = max(stage, self._pass_on(mark.pending)[1] + 1)
             name = ".".join(filter(None, (self._inside[-1], "embeddings")))
             return self._store(Site(name, "embedding"), stage, result, in_place, embedding=True)
+        if all(mark.hidden and mark.grid and mark.family in _SUMMANDS for mark in both):
+            # A layer of which no parts are known, or the sum that enters the first one.
+            return self._store(Site(self._numbered("sum"), "sum" if self._in_layers else "embedding"), 0, result, in_place)
         return self._follow(result, both)
 
     def _softmax(self, result: Tensor) -> Any:
@@ -360,10 +376,12 @@ class _Pass(TorchDispatchMode):
             new = self._change(site, x)
             # Who has written in place may not look at what comes back.
             x = x.copy_(new) if in_place and new is not x else new
-        self._marks[x] = _Mark(hidden=True, grid=True, pending=key, embedding=embedding)
+        pending = key if site.family in ("linear", "embedding") else None
+        self._marks[x] = _Mark(hidden=True, grid=True, pending=pending, embedding=embedding, family=site.family)
         return x
 
-    def _moved(self, result: Any, marks: Sequence[_Mark], scaled: bool) -> Any:
+    def _moved(self, result: Any, source: Tensor, marks: Sequence[_Mark], scaled: bool) -> Any:
+        marks = [mark for mark in marks if mark.hidden or mark.weight]
         mark = marks[0]
         if len(marks) > 1 and not scaled:
             hidden = any(one.hidden for one in marks)
@@ -371,16 +389,17 @@ class _Pass(TorchDispatchMode):
                 weight="" if hidden else mark.weight,
                 plain=all(one.plain for one in marks),
                 hidden=hidden,
-                grid=all(one.grid for one in marks if one.hidden or one.weight),
+                grid=all(one.grid for one in marks),
+                family=mark.family,
                 embedding=any(one.embedding for one in marks),
                 probabilities=next((one.probabilities for one in marks if one.probabilities), None),
             )
         elif scaled:
-            mark = next(one for one in marks if one.hidden or one.weight)
             mark = replace(mark, plain=False if mark.weight else mark.plain)
         for new in _tensors((result,)):
-            whole = mark.pending is not None and isinstance(result, Tensor)
-            self._marks[new] = mark if whole else replace(mark, pending=None)
+            # A convolution's margin may have been cut off, but half of a matrix (a gate) is another thing.
+            most = isinstance(result, Tensor) and 2 * new.numel() > source.numel()
+            self._marks[new] = mark if most else replace(mark, pending=None)
         return result
 
     def _follow(self, result: Any, marks: Sequence[_Mark], kept: _Mark = _Mark()) -> Any:

@@ -52,15 +52,20 @@ class Weights:
         self.heads = {path for path, module in model.named_modules() if module is head}
         """The paths of the output head."""
         self._places = []
+        told: dict[int, str] = {}  # by which a tensor is called wherever it is
         for path, module in model.named_modules():
             for entry, tensor in module._parameters.items():
                 if tensor is None:
                     continue
                 role = body.role(names[id(tensor)])
                 kind = _kind(role, tensor)
-                if path in self.heads or isinstance(module, ParametrizationList):
-                    kind = "full" if kind != "bias" else kind
-                self._places.append(_Place(module, entry, f"{path}.{entry}" if path else entry, role, kind))
+                if path in self.heads and kind != "bias":
+                    kind = "full"
+                if isinstance(module, ParametrizationList):
+                    kind = "bias"  # what is computed of it is the weight
+                name = f"{path}.{entry}" if path else entry
+                name = name if path in self.heads else told.setdefault(id(tensor), name)
+                self._places.append(_Place(module, entry, name, role, kind))
         self._kinds = {place.name: place.kind for place in self._places}
 
     def tensors(self) -> Iterator[tuple[str, Tensor, WeightKind]]:
