@@ -33,7 +33,9 @@ def read_maps(model: PreTrainedModel, layers: Mapping[str, nn.Module], read: Rea
     reader = _Reader(read)
     with contextlib.ExitStack() as stack:
         stack.enter_context(eager_attention(model))
-        stack.enter_context(asked_for_maps(module for layer in layers.values() for name, module in layer.named_modules() if name))
+        stack.enter_context(
+            asked_for_maps(module for layer in layers.values() for name, module in layer.named_modules() if name)
+        )
         for layer_path, layer in layers.items():
             for name, module in layer.named_modules():
                 if not name:

@@ -2,7 +2,7 @@
 
 W8A8 as Bondarenko et al. (arXiv 2306.12929) measure it: every weight of a linear layer, an embedding and a norm is on a
 grid of 8 bits around zero, and every tensor that integer arithmetic stores on one of its own, one for the whole tensor
-(`auxin.analysis.quantized_run` has the list), whose range is set beforehand and stays. Ranges come from the first
+(`auxin.analysis.quantized_pass` has the list), whose range is set beforehand and stays. Ranges come from the first
 samples, losses from the others. What a model gives in floating point is what it gives; in the same sense every number
 here is that of a simulation: values are rounded to the grids and computed with in floating point.
 
@@ -14,9 +14,9 @@ here is that of a simulation: values are rounded to the grids and computed with 
 | w4 | matrices, 4 bits, a grid for each output or for groups of its inputs |
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -29,14 +29,14 @@ from auxin.analysis.measurement import (
     Needs,
     Result,
     Table,
-    kept_tokens,
-    logits_of,
     samples_of,
     wide,
     without_loss,
 )
 from auxin.analysis.parts import refuse_blocks
-from auxin.analysis.quantized_run import Change, Family, Follower, Site
+from auxin.analysis.quantized_losses import Losses, Quantized
+from auxin.analysis.quantized_pass import Family, Site
+from auxin.analysis.quantized_run import Follower
 from auxin.analysis.quantized_weights import Weights
 from auxin.analysis.quantizers import (
     ActivationRanges,
@@ -47,13 +47,8 @@ from auxin.analysis.quantizers import (
     percentile_range,
     whole_range,
 )
-from auxin.analysis.sample_losses import output_losses
-from auxin.analysis.spread import Estimate, Spread
-from auxin.analysis.targets import label_rows
-from auxin.errors import DataError, PlanError
-from auxin.models.loading import is_ctc
-from auxin.objectives.given_batches import ANSWER
-from auxin.objectives.objective import IGNORED
+from auxin.analysis.spread import Estimate
+from auxin.errors import DataError
 from auxin.settings import Settings
 
 Scheme = Literal["w8a8", "w8", "a8", "w4"]
@@ -61,21 +56,6 @@ LISTED = 3
 """How many tensors the findings name."""
 IN_A_TABLE = 12
 """How many tensors a table has."""
-
-
-class Quantized(Settings):
-    """What a model gives with something quantized."""
-
-    what: str
-    """A scheme, a family of activations, or a tensor's name."""
-    error: Estimate
-    """Length of what the output changes by, over the output's own, of a sample."""
-    loss: Estimate | None
-    """In nats per label, or squared errors; None where the data have no labels, or no loss of a sample is known."""
-    change: Estimate | None
-    """That minus the loss in floating point, sample by sample."""
-    accuracy: Estimate | None
-    """Share of a sample's labels that get the largest logit; None where labels are no classes."""
 
 
 class TensorNoise(Settings):
@@ -233,8 +213,8 @@ class QuantizedObserver:
         self._waiting: list[dict[str, Tensor]] = []
         self._calibrated = 0
         self._noise: dict[Site, list[float]] = {}
-        self._float = _Losses(model)
-        self._found: dict[str, _Losses] = {}
+        self._float = Losses(model)
+        self._found: dict[str, Losses] = {}
 
     def before(self, batch: Batch) -> None:
         """Nothing."""
@@ -328,42 +308,39 @@ class QuantizedObserver:
 
         whole = self._follower.run(inputs, note)
         self._float.add(batch, whole, whole)
+        for one in self._variants(grids):
+
+            def change(site: Site, x: Tensor, chosen: Collection[Site] = one.activations) -> Tensor:
+                grid = _grid(grids, site)
+                return grid.round_trip(x) if site in chosen else x
+
+            rounded = self._weights.rounded(one.bits, self._settings.group) if one.bits else nullcontext()
+            with rounded:
+                output = self._follower.run(inputs, change)
+            self._found.setdefault(one.what, Losses(self._model, self._float)).add(batch, output, whole)
+
+    def _variants(self, grids: Mapping[Site, Grid]) -> Iterator["_Variant"]:
         for scheme in self._settings.schemes:
-            self._run(scheme, batch, whole, grids, bits=int(scheme[1]), activations=_all if "a8" in scheme else _none)
+            bits = int(scheme[1]) if scheme.startswith("w") else None
+            yield _Variant(scheme, bits, frozenset(grids if "a8" in scheme else ()))
         if self._settings.alone == "families":
             for family in dict.fromkeys(site.family for site in grids):
-                self._run(family, batch, whole, grids, None, lambda site, family=family: site.family == family)  # type: ignore[misc]
+                yield _Variant(family, None, frozenset(site for site in grids if site.family == family))
         elif self._settings.alone == "tensors":
-            for one in grids:
-                self._run(one.name, batch, whole, grids, None, lambda site, one=one: site == one)  # type: ignore[misc]
-
-    def _run(
-        self,
-        what: str,
-        batch: dict[str, Tensor],
-        whole: Any,
-        grids: dict[Site, Grid],
-        bits: int | None,
-        activations: Callable[[Site], bool],
-    ) -> None:
-        def change(site: Site, x: Tensor) -> Tensor:
-            return _grid(grids, site).round_trip(x) if activations(site) else x
-
-        weights = what == "w4" or what.startswith("w8")
-        with self._weights.rounded(self._settings.group, bits or 8) if weights else nullcontext():
-            output = self._follower.run(without_loss(self._model, batch), change)
-        self._found.setdefault(what, _Losses(self._model, self._float)).add(batch, output, whole)
+            for site in grids:
+                yield _Variant(site.name, None, frozenset([site]))
 
 
-def _all(site: Site) -> bool:
-    return True
+class _Variant(NamedTuple):
+    """What a run quantizes."""
+
+    what: str
+    bits: int | None
+    """Of weights; None: they stay."""
+    activations: frozenset[Site]
 
 
-def _none(site: Site) -> bool:
-    return False
-
-
-def _grid(grids: dict[Site, Grid], site: Site) -> Grid:
+def _grid(grids: Mapping[Site, Grid], site: Site) -> Grid:
     if site not in grids:
         raise DataError(
             f"{site.name} did not arise on the calibration samples, so that its range is not known. Set "
@@ -374,77 +351,3 @@ def _grid(grids: dict[Site, Grid], site: Site) -> Grid:
 
 def _form(sample: dict[str, Tensor]) -> dict[str, Any]:
     return {name: (x.shape, x.dtype) for name, x in sample.items()}
-
-
-class _Losses:
-    """Losses and errors over samples.
-
-    Args:
-        model: what gives the outputs.
-        of: those in floating point, of the same samples; None: these are they.
-    """
-
-    def __init__(self, model: PreTrainedModel, of: "_Losses | None" = None) -> None:
-        self._model, self._of = model, of
-        self.errors, self._losses, self._changes, self._hits = Spread(), Spread(), Spread(), Spread()
-        self._last: Tensor | None = None
-
-    @property
-    def loss(self) -> Estimate | None:
-        return _known(self._losses)
-
-    @property
-    def accuracy(self) -> Estimate | None:
-        return _known(self._hits)
-
-    def found(self, what: str) -> Quantized:
-        (error,) = self.errors.estimates()
-        return Quantized(what=what, error=error, loss=self.loss, change=_known(self._changes), accuracy=self.accuracy)
-
-    def add(self, batch: Batch, output: Any, whole: Any) -> None:
-        """Add a batch's output, beside that in floating point."""
-        held, is_ = (_main(self._model, one) for one in (whole, output))
-        kept = kept_tokens(self._model, batch, decoder=True)
-        self.errors.add(_distance(is_ - held, kept) / _distance(held, kept).clamp(min=torch.finfo(held.dtype).tiny))
-        if not _has_losses(self._model, batch, output):
-            return
-        self._last = output_losses(self._model, batch, output, "quantized")
-        self._losses.add(self._last)
-        if self._of is not None:
-            assert self._of._last is not None
-            self._changes.add(self._last - self._of._last)
-        if "logits" in output and isinstance(batch.get("labels"), Tensor):
-            logits = logits_of(self._model, output)
-            rows = label_rows(self._model, batch, kept, logits.shape)
-            if rows is not None:
-                told = (rows != IGNORED)[:, None].flatten(1)
-                hits = (logits.argmax(-1) == rows)[:, None].flatten(1) & told
-                self._hits.add(hits.sum(1) / told.sum(1))
-
-
-def _known(spread: Spread) -> Estimate | None:
-    return spread.estimates()[0] if spread.samples else None
-
-
-def _main(model: PreTrainedModel, output: Any) -> Tensor:
-    """What is compared of an output, (samples, ...)."""
-    for name in _COMPARED:
-        if isinstance(found := output.get(name), Tensor):
-            return wide(found)
-    raise PlanError(f"The {type(model).__name__} gives {', '.join(output)}, of which nothing is known to compare.")
-
-
-_COMPARED = ("logits", "reconstruction", "start_logits", "image_embeds", "text_embeds", "last_hidden_state")
-
-
-def _distance(x: Tensor, kept: Tensor | None) -> Tensor:
-    """The length of each sample, padding left out."""
-    if kept is not None and x.dim() > 2 and kept.shape == x.shape[:2]:
-        x = torch.where(kept[(..., *[None] * (x.dim() - 2))], x, 0)
-    return x[:, None].flatten(1).norm(dim=1)
-
-
-def _has_losses(model: PreTrainedModel, batch: Batch, output: Any) -> bool:
-    if set(ANSWER) <= batch.keys() and "start_logits" in output:
-        return True
-    return "labels" in batch and isinstance(output.get("logits"), Tensor) and not is_ctc(model)

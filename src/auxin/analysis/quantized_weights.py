@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
@@ -22,6 +21,7 @@ from auxin.words.roles import ParameterRole
 WeightKind = Literal["matrix", "embedding", "gain", "bias", "full"]
 """What a parameter is to a run: a weight of products, an embedding, a norm's gain, something that is added or stays
 as it is, or the weight of a product in floating point."""
+_WEIGHTS = ("matrix", "embedding", "gain")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Weights:
         body, names = anatomy(model), {id(tensor): name for name, tensor in model.named_parameters()}
         head = model.get_output_embeddings()
         self._ranges = ranges
-        self._changed: Literal["", "w8", "w4"] = ""
+        self._bits: int | None = None
+        self._made: dict[tuple[int, int | None, int], Tensor] = {}
         self.heads = {path for path, module in model.named_modules() if module is head}
         """The paths of the output head."""
         self._places = []
@@ -78,7 +79,7 @@ class Weights:
 
     def quantized(self) -> dict[str, WeightKind]:
         """The names of those that get a grid."""
-        return {name: kind for name, kind in self._kinds.items() if kind in ("matrix", "embedding", "gain")}
+        return {name: kind for name, kind in self._kinds.items() if kind in _WEIGHTS}
 
     def is_full(self, name: str) -> bool:
         """Whether products with the parameter `name` are computed in floating point."""
@@ -86,35 +87,34 @@ class Weights:
 
     def made(self, weight: Tensor) -> Tensor:
         """A weight that a model computes of its parameters, as products read it."""
-        return rounded_weight(weight, ranges=self._ranges) if self._changed == "w8" else weight
+        return rounded_weight(weight, ranges=self._ranges) if self._bits == 8 else weight
 
     @contextlib.contextmanager
-    def rounded(self, group: int | None = None, bits: int = 8) -> Iterator[None]:
-        """Within the context, the model has quantized weights; afterwards the very parameters that it had.
+    def rounded(self, bits: int, group: int | None = None) -> Iterator[None]:
+        """Within the context, the model has quantized weights; afterwards the very parameters that it had. The
+        quantized ones are kept for another time.
 
         Args:
-            group: with 4 bits, how many inputs of an output share a grid; None: all of them.
             bits: 8: every weight on one grid. 4: matrices on one for each output, the others as they are.
+            group: with 4 bits, how many inputs of an output share a grid; None: all of them.
         """
-        before, made = [], dict[int, Tensor]()
+        wanted = _WEIGHTS if bits == 8 else ("matrix",)
+        before = [(place, place.module._parameters[place.entry]) for place in self._places if place.kind in wanted]
         try:
-            self._changed = "w8" if bits == 8 else "w4"
-            for place in self._places:
-                tensor = place.module._parameters[place.entry]
+            self._bits = bits
+            for place, tensor in before:
                 assert tensor is not None
-                if place.kind not in (("matrix", "embedding", "gain") if bits == 8 else ("matrix",)):
-                    continue
-                before.append((place, tensor))
-                if id(tensor) not in made:
-                    made[id(tensor)] = self._rounded(place, tensor, group, bits)
-                place.module._parameters[place.entry] = nn.Parameter(made[id(tensor)], requires_grad=False)
+                key = bits, group, id(tensor)
+                if key not in self._made:
+                    self._made[key] = self._rounded(place, tensor, bits, group)
+                place.module._parameters[place.entry] = nn.Parameter(self._made[key], requires_grad=False)
             yield
         finally:
-            self._changed = ""
+            self._bits = None
             for place, tensor in before:
-                place.module._parameters[place.entry] = tensor  # type: ignore[assignment]
+                place.module._parameters[place.entry] = tensor
 
-    def _rounded(self, place: _Place, tensor: Tensor, group: int | None, bits: int) -> Tensor:
+    def _rounded(self, place: _Place, tensor: Tensor, bits: int, group: int | None) -> Tensor:
         experts = len(tensor) if tensor.dim() == 3 and _is_along(place.role, 0, "expert") else 1
         if bits == 8:
             return rounded_weight(tensor, bits, self._ranges, rows=experts)
