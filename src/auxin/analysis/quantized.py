@@ -93,22 +93,25 @@ class QuantizationLoss(Result):
         return next(found for found in self.schemes if found.what == scheme)
 
     def tables(self) -> list[Table]:
-        """Losses by scheme, by what is quantized alone, and the noisiest tensors."""
+        """Losses by scheme, what is quantized alone by its harm, and the noisiest tensors."""
         has_loss, has_accuracy = self.float_loss is not None, self.float_accuracy is not None
         header = ["quantized", *(["loss", "change"] if has_loss else []), *(["accuracy"] if has_accuracy else [])]
-        header.append("output error")
-        none = ["nothing", str(self.float_loss), ""] if has_loss else ["nothing"]
+        none = ["nothing", *([_mean(self.float_loss), ""] if has_loss else [])]
         none += [_short(self.float_accuracy)] if has_accuracy else []
-        tables = [Table("Loss", header, [[*none, ""], *(_row(found) for found in self.schemes)])]
+        tables = [Table("loss", [*header, "output error"], [[*none, ""], *(_row(found) for found in self.schemes)])]
         if self.alone:
-            worst = sorted(self.alone, key=_harm, reverse=True)[:IN_A_TABLE]
-            tables.append(Table("Activations of one kind alone in 8 bits", header, [_row(found) for found in worst]))
-        rows = [
-            [found.name, found.family, f"{found.low:.3g}", f"{found.high:.3g}", f"{found.noise:.2g}"]
-            for found in sorted(self.tensors, key=lambda found: -found.noise)[:IN_A_TABLE]
-        ]
-        tables.append(Table("Activations that change most on their grids", _TENSORS, rows))
+            rows = [[found.what, _short(found.change or found.error)] for found in self._most_harmful[:IN_A_TABLE]]
+            tables.append(
+                Table("activations in 8 bits alone", ["quantized", "change" if has_loss else "output error"], rows)
+            )
+        noisy = sorted(self.tensors, key=lambda found: -found.noise)[:IN_A_TABLE]
+        rows = [[found.name, f"{max(-found.low, found.high):.3g}", f"{found.noise:.2g}"] for found in noisy]
+        tables.append(Table("activations that change most on their grids", ["tensor", "reach", "noise"], rows))
         return tables
+
+    @property
+    def _most_harmful(self) -> list[Quantized]:
+        return sorted(self.alone, key=_harm, reverse=True)
 
     def findings(self) -> list[str]:
         """What it costs, and where."""
@@ -119,8 +122,8 @@ class QuantizationLoss(Result):
                 by = f"the loss by {found.change.mean:+.4f} and {by}"
             told.append(f"{found.what.upper()} changes {by}.")
         if self.alone:
-            worst = sorted(self.alone, key=_harm, reverse=True)[:LISTED]
-            told.append("Most harm alone: " + ", ".join(f"{f.what} {_harm(f):.2g}" for f in worst) + ".")
+            worst = self._most_harmful[:LISTED]
+            told.append("Most harm alone: " + ", ".join(f"{one.what} {_harm(one):.2g}" for one in worst) + ".")
         counts = dict.fromkeys(tensor.family for tensor in self.tensors)
         told.append(
             f"Quantized: {self.weights} weights; of activations "
@@ -130,16 +133,17 @@ class QuantizationLoss(Result):
         return told
 
 
-_TENSORS = ["tensor", "family", "low", "high", "noise"]
-
-
 def _row(found: Quantized) -> list[str]:
     cells = [found.what]
     if found.loss is not None:
-        cells += [f"{found.loss.mean:.4f}", _short(found.change)]
+        cells += [_mean(found.loss), _short(found.change)]
     if found.accuracy is not None:
         cells.append(_short(found.accuracy))
     return [*cells, _short(found.error)]
+
+
+def _mean(estimate: Estimate | None) -> str:
+    return "" if estimate is None else f"{estimate.mean:.4f}"
 
 
 def _short(estimate: Estimate | None) -> str:

@@ -49,7 +49,7 @@ class Weights:
         head = model.get_output_embeddings()
         self._ranges = ranges
         self._bits: int | None = None
-        self._made: dict[tuple[int, int | None, int], Tensor] = {}
+        self._made: dict[tuple[int, int | None, int], nn.Parameter] = {}
         self.heads = {path for path, module in model.named_modules() if module is head}
         """The paths of the output head."""
         self._places = []
@@ -106,8 +106,9 @@ class Weights:
                 assert tensor is not None
                 key = bits, group, id(tensor)
                 if key not in self._made:
-                    self._made[key] = self._rounded(place, tensor, bits, group)
-                place.module._parameters[place.entry] = nn.Parameter(self._made[key], requires_grad=False)
+                    rounded = self._rounded(place, tensor, bits, group)
+                    self._made[key] = nn.Parameter(rounded, requires_grad=False)
+                place.module._parameters[place.entry] = self._made[key]
             yield
         finally:
             self._bits = None
