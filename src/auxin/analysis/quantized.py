@@ -48,6 +48,7 @@ from auxin.analysis.quantizers import (
     whole_range,
 )
 from auxin.analysis.spread import Estimate
+from auxin.edits.structure import refuse_quantized
 from auxin.errors import DataError
 from auxin.settings import Settings
 
@@ -187,7 +188,7 @@ class QuantizedMeasurement(Measurement[QuantizationLoss]):
         """An observer of `model`.
 
         Raises:
-            PlanError: the architecture is not known, or its residual stream has several blocks.
+            PlanError: the architecture is not known, its residual stream has several blocks, or it is quantized.
         """
         return QuantizedObserver(model, self)
 
@@ -209,6 +210,7 @@ class QuantizedObserver:
     taps: Sequence[Any] = ()
 
     def __init__(self, model: PreTrainedModel, settings: QuantizedMeasurement) -> None:
+        refuse_quantized(model)
         refuse_blocks(model)
         self._model, self._settings = model, settings
         self._weights = Weights(model, settings.weight_ranges)
