@@ -77,7 +77,7 @@ def test_what_is_reported_is_measured_on_the_held_out_split_by_another_way(found
 
 
 def test_methods_choice_and_report_look_at_different_samples(trained, found, monkeypatch):
-    output, outcome, _ = found
+    output, _, _ = found
     model, data = auxin.load(trained.model), PackedData.load(output / DATA)
     bench = Workbench(model, data, Causal(), asked(trained))
     choosing, looked_at = bench.choosing_rows, set()
@@ -184,14 +184,14 @@ def test_a_line_that_is_no_trial_is_named(tmp_path):
 
 def test_what_no_way_reaches_is_refused_with_the_reasons(trained, tmp_path):
     settings = asked(trained, methods=["shortgpt", "taylor"], trials=2, target={"parameters": 0.01})
-    with pytest.raises(PlanError, match="None of 2 ways reaches the target. shortgpt: .* the smallest"):
+    with pytest.raises(PlanError, match=r"None of 2 ways reaches the target\. shortgpt: .* the smallest"):
         done(settings, tmp_path / "smaller")
 
 
 def test_too_few_samples_and_wrong_settings_are_refused_before_work_starts(trained, tmp_path):
     with pytest.raises(DataError, match="choosing_samples = 100000"):
         done(asked(trained, choosing_samples=100_000), tmp_path / "a")
-    with pytest.raises(ConfigError, match="training.steps: how long mending takes is said by budget"):
+    with pytest.raises(ConfigError, match=r"training\.steps: how long the model is mended is said by budget"):
         done(asked(trained, training={"steps": 5}), tmp_path / "b")
     with pytest.raises(ConfigError, match="latency"):
         asked(trained, target={"latency": 2})

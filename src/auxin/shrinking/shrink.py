@@ -177,11 +177,9 @@ def _search(
     started = time.perf_counter()
 
     def may_begin() -> bool:
-        return (
-            settings.minutes is None
-            or not records.trials
-            or spent + time.perf_counter() - started < 60 * settings.minutes
-        )
+        if settings.minutes is None or not records.trials:
+            return True
+        return spent + time.perf_counter() - started < 60 * settings.minutes
 
     with _bar(settings.trials, len(records.trials), progress) as (show, is_shown):
         for candidate in candidates(space, records.trials, settings.seed, settings.trials, may_begin):
