@@ -18,12 +18,14 @@ from auxin.edits import Plan
 from auxin.errors import CheckpointError, ConfigError, DataError, PlanError
 from auxin.objectives.causal import Causal
 from auxin.objectives.measures import Loss
+from auxin.recipes import Recipe, run_recipe
 from auxin.recipes.folder import DATA
 from auxin.shrinking import Outcome, ShrinkSettings, shrink
 from auxin.shrinking.page import front
 from auxin.shrinking.shrink import MODEL, OUTCOME, PAGE, PICTURE, TRIALS
 from auxin.shrinking.trials import Records, Trial, Workbench
 from auxin.training.run_folder import latest_checkpoint
+from labelled import labelled_rows, write_rows
 
 METHODS = ["shortgpt", "taylor", "greenformers"]
 
@@ -207,6 +209,34 @@ def test_without_the_library_that_searches_it_says_what_to_install(trained, tmp_
 def test_time_that_is_up_begins_no_trial(trained, tmp_path):
     _, lines = done(asked(trained, minutes=1e-6, trials=5, budget=None, methods=["shortgpt"]), tmp_path / "one")
     assert "not mended" in lines[0]
+
+
+def test_a_classifier_is_compared_by_the_loss_of_its_labels(tmp_path):
+    texts = {"kind": "labelled_text", "paths": [str(write_rows(tmp_path / "rows.jsonl", labelled_rows()))]}
+    texts |= {"context_length": 20, "validation_fraction": 0.25}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    stages = [
+        {"kind": "build", "model_type": "bert", "config": {**sizes, "max_position_embeddings": 24}},
+        {"kind": "train", "name": "train", "settings": {"steps": 40, "batch_size": 16, "learning_rate": 5e-3}},
+        {"kind": "evaluate"},
+    ]
+    recipe = Recipe.parse(
+        {
+            "name": "base",
+            "title": "base",
+            "data": {**texts, "vocab_size": 400},
+            "training": {"objective": "classification"},
+            "branches": [{"name": "main", "title": "main", "stages": stages}],
+        }
+    )
+    run_recipe(recipe, tmp_path / "run", "", announce=lambda line: None)
+    model = tmp_path / "run/branches/main/03-evaluate/checkpoint"
+    values = {"methods": ["finercut", "taylor"], "trials": 3, "samples": 8, "choosing_samples": 12, "budget": 64}
+    settings = {"model": str(model), "target": {"flops": 0.8}, "data": {**texts, "tokenizer": str(model)}, **values}
+    outcome, _ = done(ShrinkSettings.parse(settings), tmp_path / "smaller")
+    assert outcome.target == "example"
+    assert outcome.chosen.flops <= 0.8 * outcome.whole.flops
+    assert 0 < outcome.chosen.loss < 2
 
 
 def test_no_way_in_the_front_is_beaten_by_another():

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
+from transformers import PreTrainedConfig
 
 from auxin.data import CorpusSettings
 from auxin.errors import ConfigError
@@ -77,11 +78,9 @@ class ShrinkSettings(Settings):
         config = load_config(self.model)
         training = {"batch_size": 8, "learning_rate": 1e-4, "tensorboard": False, **self.training}
         if "objective" not in training:
-            classes = config.architectures or [""]
-            masked = classes[0].endswith(MASKED)
-            training["objective"] = "masked_language" if masked else objective_for(config).kind
+            training["objective"] = self._objective(config)
         data = self.data
-        if data.get("kind", "text") == "text":
+        if self._is_text:
             data = {"context_length": STANDARD_LENGTH, "tokenizer": str(self.model), **data}
             if not {"source", "paths", "name"} & set(data):
                 data.setdefault("max_bytes", STANDARD_BYTES)
@@ -102,6 +101,17 @@ class ShrinkSettings(Settings):
                 "main_branch": main,
             }
         )
+
+    @property
+    def _is_text(self) -> bool:
+        return self.data.get("kind", "text") == "text"
+
+    def _objective(self, config: PreTrainedConfig) -> str:
+        """What models of `config` learn from data of this kind."""
+        if not self._is_text:
+            return "classification"
+        masked = (config.architectures or [""])[0].endswith(MASKED)
+        return "masked_language" if masked else objective_for(config).kind
 
     def check_budget(self) -> None:
         """ConfigError where training says how long it is."""
