@@ -53,7 +53,7 @@ def page_of(results: dict[str, Any]) -> str:
         "",
         "Time of a forward pass as a share of the dense layer's, one thread, float32, by tokens at once. Shares behind "
         "the names are those of the parameters. Where a share is above 1, the whole matrix is faster: `pre_merge` "
-        "keeps it beside the factors and multiplies by it ([structured_ffn.md](../structured_ffn.md#few-tokens-at-once)).",
+        "keeps it beside the factors, and multiplies by it ([there](../structured_ffn.md#few-tokens-at-once)).",
         "",
         made_by_line(results),
     ]
