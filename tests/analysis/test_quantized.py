@@ -160,7 +160,8 @@ def test_the_model_stays_as_it_is(family):
     model = tiny(family, dtype=torch.float32).train()
     before = [(name, tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()]
     hooks = _hooks(model)
-    measure(QuantizedMeasurement(calibration_samples=1), model, Samples.of(model), cache=False)
+    wanted = QuantizedMeasurement(calibration_samples=1, schemes=["w8a8", "w4"], alone="nothing")
+    measure(wanted, model, Samples.of(model), cache=False)
 
     def break_off(site: Site, x: Tensor) -> Tensor:
         raise ZeroDivisionError
@@ -198,14 +199,14 @@ class Planted:
     """A Llama, one layer of which writes 20,000 into a dimension of the last token, where nobody reads it; the labels
     are what it says."""
 
-    def __init__(self, samples: int = 12) -> None:
+    def __init__(self, samples: int = 10) -> None:
         self.model = tiny("llama")
         rows = inputs(self.model, batch=samples, length=20)
         self.model.model.layers[0].mlp.register_forward_hook(self._write)
         with torch.no_grad():
             best = self.model(**rows).logits.argmax(-1)
         said = torch.cat([torch.full_like(best[:, :1], -100), best[:, :-1]], dim=1)
-        self.data = Samples({**rows, "labels": said}, batch_size=4)
+        self.data = Samples({**rows, "labels": said}, batch_size=samples)
 
     @staticmethod
     def _write(module: nn.Module, arguments: Any, given: Tensor) -> Tensor:
@@ -218,7 +219,7 @@ def test_an_outlier_ruins_per_tensor_grids_and_percentiles_mend_it():
     planted = Planted()
     wide, clipped = (
         found(
-            planted.model, planted.data, calibration_samples=6, activation_ranges=ranges, percentile=99.5, alone=alone
+            planted.model, planted.data, calibration_samples=4, activation_ranges=ranges, percentile=99.5, alone=alone
         )
         for ranges, alone in (("min-max", "tensors"), ("percentile", "families"))
     )
@@ -230,7 +231,9 @@ def test_an_outlier_ruins_per_tensor_grids_and_percentiles_mend_it():
     assert wide.of("w8").change.mean < 0.2 * changes["wide"].mean
     # The stream that holds it is to blame, and is named.
     worst = max(wide.alone, key=lambda one: one.change.mean)
-    assert re.fullmatch(r"model\.layers\.(0\.mlp|1\.self_attn|1\.mlp)\.sum", worst.what)
+    held = next(tensor for tensor in wide.tensors if tensor.name == worst.what)
+    assert held.family == "sum"
+    assert held.high > 19_000
     assert f"Most harm alone: {worst.what} " in " ".join(wide.findings())
     assert {one.what for one in clipped.alone} >= {"sum", "linear", "norm", "scores", "probabilities", "context"}
 
