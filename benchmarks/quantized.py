@@ -150,7 +150,7 @@ def _schemes(found: dict[str, Any]) -> list[str]:
         if not rows and has_loss:
             rows.append(["nothing", "", f"{result.float_loss.mean:.3f}", "", ""])  # type: ignore[union-attr]
         rows += [
-            _row(scheme.what.upper(), words if "a8" in scheme.what else words.partition(", ")[2], scheme)
+            _row(scheme.what.upper(), words if "a8" in scheme.what else _of_weights(words), scheme)
             for scheme in result.schemes
             if scheme.what != "a8" or words == "min-max"
         ]
@@ -160,6 +160,10 @@ def _schemes(found: dict[str, Any]) -> list[str]:
         )
     header = ["quantized", "ranges", *(["loss", "change"] if has_loss else []), "output changes by"]
     return markdown_table(header, [row if has_loss else [*row[:2], row[-1]] for row in rows])
+
+
+def _of_weights(words: str) -> str:
+    return words.partition(",")[0] if words.endswith("of weights too") else ""
 
 
 def _row(words: str, ranges: str, found: Quantized) -> list[str]:
