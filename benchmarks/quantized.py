@@ -144,8 +144,8 @@ def page(results: dict[str, Any]) -> str:
 
 def _schemes(found: dict[str, Any]) -> list[str]:
     rows, has_loss = [], True
-    for words, one in found["ranges"].items():
-        result = QuantizationLoss.model_validate(one)
+    for words in (words for words in RANGES | SMALL if words in found["ranges"]):
+        result = QuantizationLoss.model_validate(found["ranges"][words])
         has_loss = result.float_loss is not None
         if not rows and has_loss:
             rows.append(["nothing", "", f"{result.float_loss.mean:.3f}", "", ""])  # type: ignore[union-attr]
