@@ -1,0 +1,147 @@
+"""Whether it is their rank, or that they are products, which makes the projections of a TokenFormer's attention learn
+less than matrices do.
+
+The models, data and rates are those of `parity.yaml`, over 1,400 steps instead of 700: where a new TokenFormer has just
+fallen behind. Every way changes the four projections of the attention, or some of them, and nothing else:
+
+- linear: the scores go on as they are, without GELU, so that a projection is a product of two matrices;
+- leaky: half of the scores as they are, half through GELU;
+- dense: a projection is one matrix;
+- fast, slow: keys and values are three times, or a third, of what is stored and learnt, so that the optimizer's steps
+  are three times as large, or a third.
+
+"Square" models are of width 104 with 104 tokens in the attention, where a product can be any matrix, and 228 in the
+feed-forward part; they have as many parameters.
+
+    python benchmarks/parity_products.py --seeds 0 --jobs 2
+    python benchmarks/parity_products.py --quick
+
+Finished cells are not measured again. About four minutes of one core per way and seed.
+"""
+
+from typing import Any
+
+import torch
+from measuring import made_by_line, publish
+from parity_cells import ROOT, Cell, Task, Way, asked, excess, measured, values
+from parity_linear import PROJ, QKV, Linear, dense
+from torch import Tensor, nn
+from torch.nn.functional import gelu, linear
+from transformers import PreTrainedModel
+
+from auxin.accounting.statistics import Estimate
+from auxin.nn import Pattention
+from auxin.report.markdown import markdown_table
+
+RESULTS = ROOT / "benchmarks" / "results" / "parity_products.json"
+PAGE = ROOT / "docs" / "results" / "parity_products.md"
+TWICE = ["training.steps=1400", "training.evaluation_interval=350"]
+ALL = f"{QKV} {PROJ}"
+WAYS = {
+    "gpt-neox": Way("GPT-NeoX, rate 6e-3", "dense-0060"),
+    "new": Way("TokenFormer, a new model's constants, rate 3e-3", "new"),
+    "dense": Way("its four projections dense, of rank 128", "new", f"dense {ALL}"),
+    "dense-value-proj": Way("its value and output projection dense", "new", "dense value proj"),
+    "dense-query-key": Way("its query and key projection dense", "new", "dense query key"),
+    "leaky": Way("half of its scores linear", "new", f"leaky {ALL}"),
+    "linear": Way("its scores linear, of rank 64", "new", f"linear {ALL}"),
+    "fast": Way("steps of its keys and values three times as large", "new", f"fast {ALL}"),
+    "slow": Way("steps of its keys and values a third as large", "new", f"slow {ALL}"),
+    "square": Way("square, of rank 104", "new-square"),
+    "square-leaky": Way("square, half of its scores linear", "new-square", f"leaky {ALL}"),
+    "square-linear": Way("square, its scores linear, of rank 104", "new-square", f"linear {ALL}"),
+}
+"""All but the first change the attention of a TokenFormer."""
+
+
+class Leaky(Linear):
+    """Half of the scores go on as they are, half through GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        scores = linear(x, self.key_tokens)
+        return (0.5 * scores + 0.5 * gelu(scores)) @ self.value_tokens
+
+
+class Scaled(Linear):
+    """Keys and values are `factor` times what is stored and learnt."""
+
+    factor = 1.0
+
+    def __init__(self, module: Pattention) -> None:
+        super().__init__(module)
+        with torch.no_grad():
+            self.key_tokens.div_(self.factor)
+            self.value_tokens.div_(self.factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        scores = gelu(linear(x, self.key_tokens * self.factor))
+        return scores @ (self.value_tokens * self.factor)
+
+
+class Fast(Scaled):
+    """Three times as large steps."""
+
+    factor = 3.0
+
+
+class Slow(Scaled):
+    """A third."""
+
+    factor = 1 / 3
+
+
+FORMS: dict[str, Any] = {"linear": Linear, "leaky": Leaky, "dense": dense, "fast": Fast, "slow": Slow}
+
+
+def build(task: Task) -> PreTrainedModel:
+    """The untrained model of `task`."""
+    model = task.model()
+    form, *slots = (task.way.form or "none").split()
+    for layer in model.base_model.layers if slots else ():
+        for slot in slots:
+            made: nn.Module = FORMS[form](getattr(layer.attention, slot))
+            setattr(layer.attention, slot, made)
+    return model
+
+
+def measure(task: Task) -> Cell:
+    """Train one way with one seed."""
+    model = build(task)
+    return {"parameters": model.num_parameters(), "loss": task.trained(model)}
+
+
+def page_of(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    rows = [
+        [
+            way.title,
+            f"{values(results, name, 'parameters')[0]:,}",
+            Estimate.of(values(results, name, "loss")).text(3),
+            "-" if name == "new" else Estimate.of(excess(results, name, "new")).text(3, True),
+        ]
+        for name, way in WAYS.items()
+    ]
+    return "\n".join([
+        "# Projections of the attention that are products",
+        "",
+        "What [parity.md](../parity.md) asks of trainings twice as long: models, data and rates are those of "
+        "[parity.yaml](../../benchmarks/parity.yaml), over 1,400 steps. Held-out loss in nats per token"
+        + (": mean over the seeds and 95 % interval (Student's t)." if len(results["seeds"]) > 1 else "."),
+        "",
+        f"{made_by_line(results)} Seeds: {results['seeds']}.",
+        "",
+        *markdown_table(("model", "parameters", "final loss", "minus a new TokenFormer's"), rows),
+    ]) + "\n"  # fmt: skip
+
+
+def main() -> None:
+    """Measure what is missing, then write the results and the page."""
+    arguments = asked(__doc__, ROOT / "runs" / "parity-products")
+    results = measured(arguments, WAYS, measure, "parity_products.py", TWICE)
+    publish(results, RESULTS, page_of(results), PAGE, arguments.quick)
+
+
+if __name__ == "__main__":
+    main()
