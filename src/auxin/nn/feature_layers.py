@@ -87,8 +87,8 @@ class _Featured(Brick):
 
     @property
     def weight(self) -> Tensor:
-        """For whoever looks at a layer's weight without a call: for its type, or to initialise what was not loaded (T5).
-        What is trained of it, and else the directions."""
+        """What is trained, else the directions; for whoever looks at a layer's weight without a call: for its type, or
+        to initialise what was not loaded (T5)."""
         return cast(Tensor, getattr(self, FEATURES, self.directions))
 
     def _read(self, x: Tensor) -> Tensor:

@@ -51,12 +51,17 @@ def drawn_directions(
     if not orthogonal:
         return drawn.to(device)
     norms = torch.randn(count, width, generator=draw).square().sum(1, keepdim=True).sqrt()
-    blocks = []
-    for rows in drawn.split(width):
-        basis, triangle = torch.linalg.qr(rows.mT)
-        # Of the two signs of each direction the one that the draw had, so that it is uniform.
-        blocks.append((basis * triangle.diagonal().sign()).mT)
-    return (torch.cat(blocks) * norms).to(device)
+    whole = count // width * width
+    rows = torch.cat([_orthonormal(drawn[:whole].view(-1, width, width)), _orthonormal(drawn[whole:])])
+    return (rows * norms).to(device)
+
+
+def _orthonormal(rows: Tensor) -> Tensor:
+    """Of matrices (..., rows, width) with no more rows than columns orthonormal rows, uniform where the matrices are
+    normal; one matrix of them all."""
+    basis, triangle = torch.linalg.qr(rows.mT)
+    # Of the two signs of each direction the one that the draw had.
+    return (basis * triangle.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]).mT.reshape(-1, rows.shape[-1])
 
 
 def rescaled(x: Tensor, by: Rescaling) -> Tensor:
@@ -178,7 +183,7 @@ class UniversalFeatures(nn.Module):
 
     def _exponents(self) -> tuple[Tensor, Tensor]:
         """a and b of every feature, complex (m,)."""
-        wave = self.frequencies.to(torch.promote_types(self.frequencies.dtype, torch.float32))
+        wave = self.frequencies.double()
         root, quarter = wave.abs().sqrt(), wave.sign() * (math.pi / 4)
         if self.split == "inputs_plain":
             a, b = torch.complex(torch.ones_like(wave), 0 * wave), torch.complex(0 * wave, wave)

@@ -44,8 +44,8 @@ from auxin.planning.hooks import TrainOnlySettings
 from auxin.planning.linear_layers import linear_layers, merged_paths
 from auxin.planning.method import Method
 from auxin.settings import Settings
-from auxin.words.anatomy import LayerStack
-from auxin.words.paths import path_pattern, shared_parts
+from auxin.words.anatomy import Anatomy, LayerStack
+from auxin.words.paths import encloses, path_pattern, shared_parts
 from auxin.words.widths import FEED_FORWARD
 
 NAME = "snnk"
@@ -132,12 +132,12 @@ def _plan_adapters(model: PreTrainedModel, settings: RandomFeatureLayers) -> Pla
         one
         for one in sublayers(model)
         if _in_last(model, one.stack, one.number, settings.blocks) and _part(one) in settings.after
+        if not one.stack.maps
     ]
     if not chosen:
-        raise PlanError(f"after: the model has no {' or '.join(settings.after)} part that is left. Name others.")
-    if odd := next((one for one in chosen if one.stack.maps), None):
         raise PlanError(
-            f"{odd.stack.path} gives maps and no tokens, along which adapters have no meaning. Choose a transformer."
+            f"No {' or '.join(settings.after)} part of the {model.config.model_type} model is known whose result alone "
+            "is added to a stream of tokens, as adapters need it. Name other parts (after), or choose another model."
         )
     refuse_shared(model, (one.output for one in chosen))
     flow, modules = Flow.of(model), {one.output: model.get_submodule(one.output) for one in chosen}
@@ -187,8 +187,8 @@ def _plan_layers(
     before = sum(parameter.numel() for module in linears.values() for parameter in module.parameters())
     after = sum(widths(module)[1] * settings.count for module in linears.values())
     findings = [
-        f"The first matrix with bias and activation of {what}: {before:,} parameters become {after:,}. What is computed "
-        "is another function, which has to be trained."
+        f"The first matrix with bias and activation of {what}: {before:,} parameters become {after:,}. What is "
+        "computed is another function, which has to be trained."
     ]
     if any(_reader(model, flow, path) is None for path in activations):
         findings.append("What they give is multiplied, or read by no matrix, so that they can't be bundled.")
@@ -288,31 +288,31 @@ def _part(sublayer: Sublayer) -> Part:
 
 def _feed_forward(model: PreTrainedModel, settings: RandomFeatureLayers) -> dict[str, nn.Module]:
     """By path, the linear layers that feed-forward parts begin with, in the last blocks."""
-    body = anatomy(model)
-    bodies = [anatomy(model, part=tower) for tower in body.towers] or [body]
-    if there := next((path for path, module in model.named_modules() if isinstance(module, ReluFeatureLayer)), None):
-        raise PlanError(
-            f"{there} is a layer of random features already. Train and bundle these (bundle = true), or begin with the "
-            "model as it was and more blocks."
-        )
+    changed = [path for path, module in model.named_modules() if isinstance(module, ReluFeatureLayer)]
     flow, found = Flow.of(model), dict[str, nn.Module]()
     layers = linear_layers(model, (), "made of random features")
-    for one in bodies:
+    for body, layer in _last_layers(model, settings.blocks):
+        if there := next((path for path in changed if encloses(layer, path)), None):
+            raise PlanError(
+                f"{there} is a layer of random features already. Train and bundle these (bundle = true), or begin with "
+                "the model as it was and more blocks."
+            )
+        first = [path for path in layers if encloses(layer, path) and _writes_units(body, path)]
+        acting = [path for path in first if _activation(model, flow, path) is not None]
+        if not acting:
+            raise PlanError(_nothing_in(layer, first))
+        found |= {path: layers[path] for path in acting}
+    return found
+
+
+def _last_layers(model: PreTrainedModel, blocks: int | None) -> Iterator[tuple[Anatomy, str]]:
+    """The paths of the last so many layers of every stack, None: of half of them, each with what knows its parts."""
+    body = anatomy(model)
+    for one in [anatomy(model, part=tower) for tower in body.towers] or [body]:
         for stack in one.stacks:
             count = len(list(model.get_submodule(stack.path).children()))
-            blocks = max(count // 2, 1) if settings.blocks is None else settings.blocks
-            for number in (number for number in range(count) if _in_last(model, stack, number, blocks)):
-                place = f"{stack.path}.{number}."
-                first = [
-                    path
-                    for path in layers
-                    if path.startswith(place) and any(role.matches(f"{path}.weight") for role in _first(one.roles))
-                ]
-                acting = [path for path in first if _activation(model, flow, path) is not None]
-                if not acting:
-                    raise PlanError(_nothing_in(place.rstrip("."), first))
-                found |= {path: layers[path] for path in acting}
-    return found
+            last = max(count // 2, 1) if blocks is None else blocks
+            yield from ((one, f"{stack.path}.{n}") for n in range(count) if _in_last(model, stack, n, last))
 
 
 def _nothing_in(layer: str, first: Sequence[str]) -> str:
@@ -327,9 +327,10 @@ def _nothing_in(layer: str, first: Sequence[str]) -> str:
     )
 
 
-def _first(roles: Sequence[Any]) -> Iterator[Any]:
-    """The roles of matrices that write feed-forward units."""
-    return (role for role in roles if role.kind == "matrix" and any(role.along(s, "writes") for s in FEED_FORWARD))
+def _writes_units(body: Anatomy, path: str) -> bool:
+    """Whether the matrix of the layer at `path` writes feed-forward units."""
+    role = next((role for role in body.roles if role.matches(f"{path}.weight")), None)
+    return role is not None and role.kind == "matrix" and any(role.along(one, "writes") for one in FEED_FORWARD)
 
 
 def _poolers(model: PreTrainedModel) -> dict[str, nn.Module]:
