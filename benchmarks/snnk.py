@@ -264,8 +264,8 @@ def page(results: dict[str, Any]) -> str:
         "# Layers of random features in adaptation",
         "",
         f"all-MiniLM-L6-v2 (6 layers of width 384) learns a task from {trial.learnt} texts, equally many of each "
-        f"class, and is judged on {trial.unseen} others; a ViT of 6 layers of width {trial.vit_width} that has learnt the "
-        f"handwritten digits 0 to 4 learns 5 to 9 from {trial.learnt} images. {trial.epochs} epochs in batches of "
+        f"class, and is judged on {trial.unseen} others; a ViT of 6 layers of width {trial.vit_width} that has learnt "
+        f"the handwritten digits 0 to 4 learns 5 to 9 from {trial.learnt} images. {trial.epochs} epochs in batches of "
         f"{trial.batch}; learning rates {', '.join(f'{r:g}' for r in trial.whole_rates)} where all is trained, else "
         f"{', '.join(f'{r:g}' for r in trial.part_rates)}, of which that counts which is best on {trial.choice} "
         "further texts or images. Pooler and classifier (of the ViT the last norm and the classifier) are trained in "
