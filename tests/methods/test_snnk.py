@@ -317,9 +317,11 @@ def test_models_that_can_not_be_changed_so_are_refused(model, values, message):
         auxin.plan(model(), NAME, **values)
 
 
-def test_bundling_with_an_adapter_between_is_refused():
-    model = tiny("bert")
+def test_bundling_with_an_adapter_between_or_a_layer_of_another_class_is_refused():
+    model, other = tiny("bert"), tiny("falcon")
     changed(model, place="feed-forward", features=5)
+    changed(other, place="feed-forward", features=5)
     changed(model, features=3)
-    with pytest.raises(PlanError, match="an adapter stands between"):
-        auxin.plan(model, NAME, bundle=True)
+    for one in (model, other):
+        with pytest.raises(PlanError, match="no plain linear layer reads it as it is .*an adapter stands between"):
+            auxin.plan(one, NAME, bundle=True)

@@ -37,7 +37,7 @@ from auxin.models.anatomy import anatomy
 from auxin.models.flow import Flow
 from auxin.models.sublayers import Sublayer, refuse_shared, sublayers
 from auxin.nn.feature_layers import FeatureAdapter, ReluFeatureConv1D, ReluFeatureLayer, ReluFeatureLinear
-from auxin.nn.linear import linear_class, widths
+from auxin.nn.linear import LAYERS, linear_class, widths
 from auxin.nn.stand_ins import StandIn
 from auxin.planning.bench import from_model
 from auxin.planning.hooks import TrainOnlySettings
@@ -214,7 +214,7 @@ def plan_bundled(model: PreTrainedModel) -> Plan:
         why = (
             f"what reads it, {reader}, lies in no common part of the model"
             if reader
-            else "no linear layer reads it as it is (a gated part multiplies it, an adapter stands between)"
+            else "no plain linear layer reads it as it is (a gated part multiplies it, or an adapter stands between)"
         )
         raise PlanError(f"bundle: {path} can't be merged: {why}. Leave the layers of random features as they are.")
     for path, name in merged_paths(model, {p: layers[p] for p in bundled}, lambda p: (bundled[p].split(".")[-1],)):
@@ -366,8 +366,8 @@ def _activation(model: PreTrainedModel, flow: Flow, path: str) -> str | None:
 
 
 def _reader(model: PreTrainedModel, flow: Flow, path: str) -> str | None:
-    """The linear layer that reads what the module at `path` gives."""
-    linear = [other for other in flow.readers(path) if linear_class(model.get_submodule(other)) is not None]
+    """The linear layer that reads what the module at `path` gives, of a class that can be given another width."""
+    linear = [other for other in flow.readers(path) if type(model.get_submodule(other)) in LAYERS]
     whole = [other for other in linear if not isinstance(model.get_submodule(other.rpartition(".")[0]), FeatureAdapter)]
     return whole[0] if len(whole) == 1 else None
 
