@@ -323,5 +323,5 @@ def test_bundling_with_an_adapter_between_or_a_layer_of_another_class_is_refused
     changed(other, place="feed-forward", features=5)
     changed(model, features=3)
     for one in (model, other):
-        with pytest.raises(PlanError, match="no plain linear layer reads it as it is .*an adapter stands between"):
+        with pytest.raises(PlanError, match=r"no plain linear layer reads it as it is .*an adapter stands between"):
             auxin.plan(one, NAME, bundle=True)
