@@ -217,7 +217,11 @@ def plan_bundled(model: PreTrainedModel) -> Plan:
             else "no plain linear layer reads it as it is (a gated part multiplies it, or an adapter stands between)"
         )
         raise PlanError(f"bundle: {path} can't be merged: {why}. Leave the layers of random features as they are.")
-    for path, name in merged_paths(model, {p: layers[p] for p in bundled}, lambda p: (bundled[p].split(".")[-1],)):
+
+    def kind(path: str) -> tuple[Any, ...]:
+        return bundled[path].split(".")[-1], layers[path].directions.shape
+
+    for path, name in merged_paths(model, {path: layers[path] for path in bundled}, kind):
         common = shared_parts(name.split("."), bundled[name].split("."))
         parts, end = path.split("."), bundled[name].split(".")[common:]
         module, inner = ".".join(parts[:common]), ".".join(parts[common:])
@@ -229,8 +233,8 @@ def plan_bundled(model: PreTrainedModel) -> Plan:
             ResizeModule(module=".".join([*parts[:common], *end]), inputs=len(layers[name].directions)),
         ]
     left = [path for path in layers if path not in bundled]
-    findings = [f"{len(bundled)} layers of random features are merged with what reads them."]
-    findings += [f"{', '.join(left)} stay: no matrix in the same part of the model reads them."] if left else []
+    findings = [f"Layers of random features that are merged with what reads them: {len(bundled)}."]
+    findings += [f"Not merged, since no matrix in the same part reads them: {', '.join(left)}."] if left else []
     return Plan(
         method=NAME,
         settings={"bundle": True},
