@@ -290,7 +290,7 @@ def page(results: dict[str, Any]) -> str:
                 "forward, ms",
                 "rates",
             ]
-            lines += [f"## {task.capitalize()}", "", f"{told}.", "", markdown_table(header, rows), ""]
+            lines += [f"## {task.capitalize()}", "", f"{told}.", "", *markdown_table(header, rows), ""]
             parts = chosen(cells, trial, task, PARTS, results["seeds"])
             lines += [_bundled(parts), ""] if parts else []
     lines += [
