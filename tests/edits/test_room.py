@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from auxin.edits import Plan, apply, apply_to_checkpoint
 from auxin.edits.kinds.edit import ArrangeLayers, PadParameter, ReplaceModule, SetConfig
-from auxin.edits.kinds.fills import CopyFill, MeanFill, NormalFill, RepeatFill, ValuesFill, ZeroFill
+from auxin.edits.kinds.fills import CopyFill, DirectionsFill, MeanFill, NormalFill, RepeatFill, ValuesFill, ZeroFill
 from auxin.edits.tensor_names import lies_below
 from auxin.errors import PlanError
 from edits.models import assert_same, everything, tiny_model, trained
@@ -126,6 +126,7 @@ def test_a_model_that_is_deeper_already_may_stay_so(monkeypatch):
         (CopyFill(of=HEAD), "not rows of a padded one"),
         (RepeatFill(first=19), "first row to repeat 19 is beyond the 19 old rows"),
         (MeanFill(rows=20), "the mean of 20 rows needs more than the 19 old rows"),
+        (DirectionsFill(), "directions fill whole new matrices, a row each; use normal"),
     ],
 )
 def test_fills_that_do_not_fit_rows(fill, match):

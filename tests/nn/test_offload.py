@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from auxin.edits import Plan, apply
-from auxin.edits.kinds.edit import RemoveModule, ReplaceModule
+from auxin.edits.kinds.edit import RemoveModule, ReplaceModule, ResizeModule, SliceParameter
 from auxin.edits.structure import structural_edits
 from auxin.methods import method
 from auxin.nn.bricks import BRICKS
@@ -29,6 +29,7 @@ def by(name: str, **settings: Any) -> Planner:
 
 
 WIDER = {"hidden_size": 20, "intermediate_size": 16, "layers": 3}
+FEED_FORWARD, FEATURES = "bert.encoder.layer.*.{}.dense", {"features": 3}
 CASES: dict[str, tuple[str, Planner]] = {
     "nothing": ("llama", by_hand()),
     "tokenformer": ("tokenformer", by("tokenformer", ffn_tokens=20)),
@@ -117,6 +118,18 @@ CASES: dict[str, tuple[str, Planner]] = {
                 brick="linformer_attention",
                 settings={"projected_length": 4, "max_length": 64},
             )
+        ),
+    ),
+    "adapters of random features": ("llama", by("snnk", features=3)),
+    "layers of random features": ("bert", by("snnk", place="feed-forward", blocks=2, features=3)),
+    "layers of random features gpt2": ("gpt2", by("snnk", place="feed-forward", blocks=2, features=3)),
+    "random features alone": (
+        "bert",
+        by_hand(
+            ReplaceModule(module=FEED_FORWARD.format("intermediate"), brick="relu_feature_linear", settings=FEATURES),
+            ReplaceModule(module=FEED_FORWARD.format("intermediate"), brick="relu_features"),
+            ResizeModule(module=FEED_FORWARD.format("output"), inputs=3),
+            SliceParameter(parameter=f"{FEED_FORWARD.format('output')}.weight", axis=1, index=[0, 1, 2]),
         ),
     ),
     "hard attention": (

@@ -27,5 +27,6 @@ def take_over(brick: nn.Module, module: nn.Module, making: Making, **settings: A
         if name in brick.state_dict() and name not in shapes:
             brick.get_submodule(owner).register_parameter(key, parameter)
     if not any(tensor.is_meta for tensor in old.values()):
+        tensors = dict(brick.named_parameters()) | dict(brick.named_buffers())
         for name, value in making.values(old, torch.default_generator, **settings).items():
-            brick.get_parameter(name).copy_(value)
+            tensors[name].copy_(value)

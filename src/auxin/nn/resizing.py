@@ -1,4 +1,4 @@
-"""Torch's own layers with another number of features or channels: linear layers, convolutions, norms over these.
+"""Plain layers with another number of features or channels: linear layers, convolutions, norms over these.
 
 Where an architecture's modules take their widths from the shapes of their layers when they run, as SegFormer's
 attention and the blocks of a ResNet do, these layers are all that has to change for one block to have a width of its
@@ -8,6 +8,7 @@ own.
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from auxin.errors import PlanError
 
@@ -23,6 +24,8 @@ def size_of(module: nn.Module) -> tuple[int, int | None]:
     """
     if type(module) is nn.Linear:
         return module.out_features, module.in_features
+    if type(module) is Conv1D:
+        return module.nf, module.nx
     if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         channels: Any = module
         if channels.groups == 1:
@@ -48,6 +51,8 @@ def resized(module: nn.Module, outputs: int, inputs: int | None) -> nn.Module:
     bias = getattr(old, "bias", None) is not None
     if isinstance(old, nn.Linear):
         new: nn.Module = nn.Linear(inputs or outputs, outputs, bias)
+    elif isinstance(old, Conv1D):
+        new = Conv1D(outputs, inputs or outputs)
     elif isinstance(old, nn.LayerNorm):
         new = nn.LayerNorm(outputs, old.eps, old.elementwise_affine, bias)
     elif hasattr(old, "num_features"):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import auxin
 from auxin.edits import Plan, ResizeModule, SliceParameter, apply, inverse_plan
@@ -61,6 +62,7 @@ def refused(*edits: Any, model: Any = None) -> str:
 def test_a_layer_of_another_size_is_like_the_old_one_in_all_else(outputs, inputs, bias):
     for layer, shape in (
         (nn.Linear(4, 6, bias), (outputs, inputs)),
+        (Conv1D(6, 4), (outputs, inputs)),
         (nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, bias=bias, padding_mode="reflect"), (outputs, inputs)),
         (nn.Conv1d(4, 6, 3, bias=bias), (outputs, inputs)),
         (nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=bias), (outputs + 1, None)),  # of one channel it is any other

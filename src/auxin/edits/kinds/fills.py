@@ -8,6 +8,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from auxin.errors import PlanError
+from auxin.nn.random_features import drawn_directions
 from auxin.settings import Settings
 
 
@@ -75,6 +76,26 @@ class NormalFill(_FreshFill):
 
     def __str__(self) -> str:
         return f"normal, std {'of the old' if self.std is None else format(self.std, '.3g')}"
+
+
+class DirectionsFill(_FreshFill):
+    """New rows that are random directions N(0, I), independent or orthogonal in blocks; of a matrix that is all new."""
+
+    kind: Literal["directions"] = "directions"
+    orthogonal: bool = True
+    """Whether as many as there are columns, one block after the other, are orthogonal; their norms are drawn apart."""
+
+    def check(self, shape: tuple[int, ...], axis: int, size: int) -> None:
+        """PlanError when it is no matrix that is all new."""
+        if len(shape) != 2 or axis or shape[0]:
+            raise PlanError("directions fill whole new matrices, a row each; use normal")
+
+    def write(self, new: Tensor, axis: int, size: int, generator: torch.Generator) -> None:
+        """Fill `new`, (directions, width)."""
+        new.copy_(drawn_directions(new.shape[0], new.shape[1], generator, self.orthogonal))
+
+    def __str__(self) -> str:
+        return f"random {'orthogonal ' if self.orthogonal else ''}directions"
 
 
 class ConstantFill(_FreshFill):
@@ -246,7 +267,8 @@ class CopyFill(_FreshFill):
 
 
 Fill = Annotated[
-    ZeroFill | ConstantFill | NormalFill | MeanFill | RepeatFill | ValuesFill | CopyFill, Field(discriminator="kind")
+    ZeroFill | ConstantFill | NormalFill | DirectionsFill | MeanFill | RepeatFill | ValuesFill | CopyFill,
+    Field(discriminator="kind"),
 ]
 
 
