@@ -40,9 +40,9 @@ from auxin.analysis.parts import StackParts, stack_parts
 from auxin.analysis.run import forward_through_layers
 from auxin.analysis.spread import Estimate
 from auxin.errors import ConfigError, PlanError
+from auxin.models.sublayers import nearest_output
 from auxin.report.heat_map import Panel, Row, heat_map_svg
 from auxin.settings import Settings
-from auxin.words.paths import shared_parts
 
 ENTROPY = "entropy"
 SPECIAL_FIELDS = (
@@ -339,10 +339,9 @@ class _StackObserver:
 
     def _kind(self, layer: str, path: str) -> str:
         """Of the part that the attention at `path` lies next to."""
-        names = path.removeprefix(f"{layer}.").split(".")
-        kinds = zip(self.parts.stack.outputs, self.parts.kinds, strict=True)
-        near = {shared_parts(names, output.split(".")): kind for output, kind in reversed(list(kinds))}
-        return near[max(near)] if near else "attention"
+        outputs = self.parts.stack.outputs
+        near = nearest_output(path.removeprefix(f"{layer}."), outputs)
+        return "attention" if near is None else self.parts.kinds[outputs.index(near)]
 
 
 def _named_by(model: PreTrainedModel) -> list[int]:
