@@ -96,9 +96,9 @@ def handed(module: nn.Module) -> tuple[Any, Callable[..., tuple[Tensor, Tensor |
     assert eager is not None
     own = ALL_ATTENTION_FUNCTIONS.get_interface(config.own or "eager", eager)
 
-    def attend(module: nn.Module, *args: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
+    def attend(module: Any, *args: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
         # Some ask the config of the module which of them they are.
-        module.config = config.around  # type: ignore[assignment]
+        module.config = config.around
         try:
             return own(module, *args, **named)
         finally:
