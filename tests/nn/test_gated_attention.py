@@ -27,10 +27,12 @@ def gated(module: Any, gate: str, heads: int, **settings: Any) -> Any:
     return new
 
 
-@given(power=st.integers(1, 5), dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
-def test_a_gate_begins_at_a_power_of_two_to_the_last_bit(power, dtype):
-    bias = torch.full((5, 3), bias_for(2.0**-power, dtype), dtype=dtype)
-    assert (bias.sigmoid() == 2.0**-power).all()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_gate_begins_at_a_half_or_a_quarter_to_the_last_bit(dtype):
+    for opening in (0.5, 0.25):
+        bias = torch.full((5, 3), bias_for(opening, dtype), dtype=dtype)
+        assert (bias.sigmoid() == opening).all()
+    assert bias_for(0.5, dtype) == 0
 
 
 @given(opening=st.floats(0.01, 0.99))

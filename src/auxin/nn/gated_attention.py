@@ -13,8 +13,9 @@ sigmoid before the output projection, so that a head can do nothing without a la
 D is the width of the residual stream, H the number of query heads, d the width of what a head gives.
 
 **Start**: the last weights of a gate are zero and its bias logit(pi), so that all gates stand at pi whatever the input;
-what reads the heads is then to be divided by pi (`auxin.methods.restructure.gated_attention`). The bias is the number
-nearest to logit(pi) whose sigmoid is pi in the parameters' type: for a pi that is a power of two nothing is rounded.
+what reads the heads is then to be divided by pi (`auxin.methods.restructure.gated_attention`). The bias is a number
+next to logit(pi) whose sigmoid is nearest to pi in the parameters' type. For a pi of 1/2 or 1/4 nothing is rounded
+then, whatever the type; of smaller powers of two some have no such number (1/32 in float32, 1/8 in float16).
 """
 
 import math
@@ -92,7 +93,7 @@ class GatedAttentionMaking(Making):
 
 
 def bias_for(opening: float, dtype: torch.dtype) -> float:
-    """The number nearest to logit(`opening`) whose sigmoid, in `dtype`, is nearest to `opening`."""
+    """Of the numbers next to logit(`opening`) the one whose sigmoid, in `dtype`, is nearest to `opening`."""
     start = torch.tensor(math.log(opening / (1 - opening)), dtype=dtype)
     near = [start]
     for end in (-math.inf, math.inf):

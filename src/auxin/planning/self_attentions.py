@@ -55,8 +55,8 @@ def self_attentions(
     if not found:
         raise PlanError(
             f"{asked_by}: of this {type(model).__name__} no attention that reads its own stack is known to hand its "
-            "queries and keys to an attention function of transformers, so that no other can be put in its place. Leave "
-            "it out for this architecture."
+            "queries and keys to an attention function of transformers, so that no other can be put in its place. "
+            "Leave it out for this architecture."
         )
     for one in found:
         if isinstance(one.module, Brick) and one.module.brick_name != asked_by:

@@ -4,8 +4,8 @@ Outliers by Helping Attention Heads Do Nothing", Bondarenko et al. 2023, arXiv 2
     y_h = sigmoid(G_h(x)) (P_h V_h),        x the attention's input,
 
 with the gates of `auxin.nn.gated_attention`. A gate begins at pi whatever the input, and the matrix behind the heads is
-divided by pi, its bias not: the model is what it was, to the last bit where pi is a power of two. Training follows,
-in which gates learn from the first step on. The model's own implementation of attention stays.
+divided by pi, its bias not: the model is what it was, to the last bit where pi is 1/2 or 1/4. Training follows, in
+which gates learn from the first step on. The model's own implementation of attention stays.
 
 Not as in the paper's code: that multiplies by 1 / pi when the model runs, draws the weights of gates, and applies the
 initial value to the per-head gate alone; here all of a gate's last weights are zero and 1 / pi is in the matrix.
@@ -41,7 +41,8 @@ class GatedAttentionSettings(Settings):
     input, where heads have slices (hidden_size = heads x head dimension); "elementwise": a number for every entry that
     a head gives, of the whole input."""
     opening: float = Field(default=0.5, gt=0, lt=1)
-    """pi: where all gates begin. The paper has 0.25 for OPT. The start is exact to the last bit for powers of two."""
+    """pi: where all gates begin. The paper has 0.25 for OPT. The start is exact to the last bit for 1/2 and 1/4, else
+    rounded."""
     hidden: int | None = Field(default=None, gt=0)
     """Of mlp: units between its two layers; None: a fourth of the head dimension."""
     layers: list[int] | None = Field(default=None, min_length=1)
