@@ -70,6 +70,7 @@ SETTINGS: tuple[type[BaseModel], ...] = (
     OldTokenRatesSettings,
     TauAnnealSettings,
     GuideFadeSettings,
+    GammaRampSettings,
     MaskRampSettings,
     TrainOnlySettings,
     ExactRatesSettings,
