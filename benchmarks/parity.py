@@ -53,7 +53,7 @@ PARTS = {
         (
             *("dense-0030", "dense-0060", "dense-0060-decay", "dense-wide-0060"),
             *("new-0017", "new", "new-0060", "new-tokens", "new-ffn", "new-no-decay", "new-cosine", "new-half"),
-            *("linear-proj-decay", "linear-proj-wide", "narrow"),
+            *("linear-proj-decay", "linear-proj-wide", "linear-proj-wide-decay", "proj-wide", "narrow"),
         ),
     ),
 }
@@ -78,6 +78,8 @@ DIFFERENCES = (
     ("dense-wide-0060", "dense-0060"),
     ("new", "dense-wide-0060"),
     ("linear", "new"),
+    ("linear-proj-wide", "new"),
+    ("linear-proj-wide", "dense-0060"),
 )
 """Pairs of branches: what docs/parity.md says about one beside the other."""
 

@@ -21,7 +21,7 @@ FLOORS = [
     {"planning", "analysis", "evaluation"},
     {"methods", "training"},
     {"recipes", "doctor"},
-    {"face"},
+    {"face", "shrinking"},
     {"cli"},
     {"__main__"},
 ]

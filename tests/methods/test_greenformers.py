@@ -468,7 +468,7 @@ def test_times_are_of_rows_of_copies_and_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("AUXIN_CACHE", str(tmp_path))
     with torch.device("meta"):
         layer = nn.Linear(8, 6)
-    times = ProductTimes(torch.float32, lambda layer, rank: LowRankLinear.replacing(layer, rank))
+    times = ProductTimes(torch.float32)
     pair = [layer, LowRankLinear.replacing(layer, 2)]
     assert [run.times for run in times.runs(pair, 3)] == [4, 4]
     assert [run.times for run in times.runs(pair, 256)] == [1, 1]

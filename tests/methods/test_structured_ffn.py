@@ -18,6 +18,7 @@ from auxin.nn.block_products import BlockProduct
 from auxin.nn.guide import Guided
 from auxin.nn.low_rank import LowRank
 from auxin.planning.bench import Bench
+from auxin.planning.product_times import TOKENS, ProductTimes
 from auxin.planning.target import removal
 from auxin.recipes import Recipe, run_recipe
 from corpora import small_corpus, write_documents
@@ -241,3 +242,33 @@ def test_guides_that_have_not_faded_stay():
         GuideFade(3).attach(tiny("llama"), torch.optim.SGD(model.parameters()))
     with pytest.raises(ConfigError, match="at least 1"):
         GuideFade(0)
+
+
+@pytest.mark.parametrize(
+    ("values", "form"),
+    [
+        ({"rank": 4}, "low-rank of rank 4"),
+        ({"form": "block-dense", "rank": 4, "blocks": 2}, "block-dense of rank 4 in 2 blocks"),
+        ({"form": "block-shuffle", "blocks": 2}, "block-shuffle of 2 blocks"),
+    ],
+)
+def test_a_plan_says_from_how_many_tokens_on_products_are_faster(values, form, monkeypatch):
+    """By a clock of calls and multiply-adds."""
+
+    def seconds(self, modules, tokens):
+        sizes = [sum(value.numel() for value in module.parameters()) for module in modules]
+        return [calls * 1000 + tokens * size for calls, size in zip((1, 2), sizes, strict=True)]
+
+    monkeypatch.setattr(ProductTimes, "seconds", seconds)
+    model = tiny("gpt_neox")
+    quiet = auxin.plan(model, "structured-ffn", **values)
+    plan = auxin.plan(model, "structured-ffn", **values, measure=True)
+    assert plan.edits == quiet.edits
+    layer = model.gpt_neox.layers[1].mlp.dense_h_to_4h
+    changed = copy.deepcopy(model)
+    auxin.apply(quiet, changed)
+    product = changed.gpt_neox.layers[1].mlp.dense_h_to_4h
+    saved = layer.weight.numel() - sum(value.numel() for name, value in product.named_parameters() if name != "bias")
+    start = next(tokens for tokens in TOKENS if tokens * saved > 1000)
+    widths = f"{layer.in_features} -> {layer.out_features}"
+    assert f"{widths} {form} from {start:,} tokens on" in plan.findings[-1]

@@ -296,7 +296,7 @@ def test_the_size_is_told_to_be_no_smaller_where_the_model_is_as_it_was(clock):
         ({"latency_ms": -1}, "latency_ms"),
         ({"latency": 0.5, "latency_ms": 3}, "not latency and latency_ms"),
         ({"flops": 0.5, "phase": "decoding"}, "phase says how latency is measured"),
-        ({"parameters": 0.5, "batch_size": 2}, "batch_size says how latency is measured"),
+        ({"parameters": 0.5, "batch_size": 2}, "batch_size says for how many sequences memory is counted"),
         ({"latency": 0.5, "phase": "training"}, "phase"),
         ({"latency": 0.5, "batch_size": 0}, "batch_size"),
         ({"latency": 0.5, "device": "tpu"}, "device"),

@@ -1,6 +1,7 @@
 """The least removal that meets a target, found on shapes."""
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,6 +68,19 @@ def test_flops_are_counted_at_the_length_that_is_said(model):
     assert "at 30 tokens" in many.reached(long)
 
 
+def test_memory_is_that_of_weights_and_of_the_cache(model):
+    family, most = narrower(model)
+    config = model.config
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    whole = count_parameters(model).total * model.dtype.itemsize + 3 * 20 * per_token
+    target = Target(memory=whole - 5 * PER_UNIT * model.dtype.itemsize, sequence_length=20, batch_size=3)
+    assert target.of(model) == whole
+    found = least_removal(Gauge(target, model), family, most)
+    assert found.amount == 5  # feed-forward units have no part in the cache
+    assert target.of(found.after, model.dtype) == target.memory
+    assert target.of(model, torch.bfloat16) == whole * torch.bfloat16.itemsize / model.dtype.itemsize
+
+
 def test_what_was_reached_is_told(model):
     family, most = narrower(model)
     target = Target(parameters=0.9)
@@ -95,7 +109,7 @@ def test_any_nested_family_serves():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "exactly one of parameters, flops, latency and latency_ms, not none"),
+        ({}, "exactly one of parameters, flops, memory, latency and latency_ms, not none"),
         ({"parameters": 0.5, "flops": 0.5}, "not parameters and flops"),
         ({"parameters": 0}, "parameters"),
         ({"parameters": -0.5}, "parameters"),
@@ -103,7 +117,9 @@ def test_any_nested_family_serves():
         ({"parameters": float("inf")}, "parameters"),
         ({"parameters": 1.0}, "neither a share below 1 nor a whole number"),
         ({"flops": 1.5}, "flops = 1.5 is neither a share below 1 nor a whole number"),
-        ({"parameters": 0.5, "sequence_length": 8}, "sequence_length says at which length flops are counted"),
+        ({"parameters": 0.5, "sequence_length": 8}, "sequence_length says at which length flops and memory are"),
+        ({"flops": 0.5, "batch_size": 8}, "batch_size says for how many sequences memory is counted"),
+        ({"memory": 0.5, "phase": "decoding"}, "phase says how latency is measured"),
         ({"flops": 0.5, "sequence_length": 0}, "sequence_length"),
         ({"speed": 0.5}, "speed"),
     ],

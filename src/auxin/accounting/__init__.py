@@ -5,7 +5,7 @@ from auxin.accounting.electricity import Electricity
 from auxin.accounting.executed import ExecutedFlops
 from auxin.accounting.flops import FlopsPerToken, flops_per_token
 from auxin.accounting.ledger import Ledger, StageRecord
-from auxin.accounting.memory import TrainingMemory, training_memory
+from auxin.accounting.memory import ServingMemory, TrainingMemory, serving_memory, training_memory
 from auxin.accounting.parameters import ParameterCount, count_parameters
 
 __all__ = [
@@ -15,9 +15,11 @@ __all__ = [
     "FlopsPerToken",
     "Ledger",
     "ParameterCount",
+    "ServingMemory",
     "StageRecord",
     "TrainingMemory",
     "count_parameters",
     "flops_per_token",
+    "serving_memory",
     "training_memory",
 ]

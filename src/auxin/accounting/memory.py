@@ -16,6 +16,61 @@ FLOAT32_BYTES = 4
 ADAM_MOMENTS = 2
 
 
+class ServingMemory(Settings):
+    """Bytes that a model holds while it answers: what lies there between two tokens."""
+
+    weights: int
+    """Of all parameters, tied ones once."""
+    cache: int
+    """Of keys and values, or whatever the model keeps of tokens for later ones; 0 where it keeps nothing."""
+
+    @property
+    def total(self) -> int:
+        """Both, in bytes; what a forward pass needs for itself comes on top."""
+        return self.weights + self.cache
+
+
+def serving_memory(
+    model: nn.Module,
+    batch_size: int = 1,
+    sequence_length: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> ServingMemory:
+    """Count the bytes of the weights, and of the cache after `sequence_length` tokens of each sequence.
+
+    Args:
+        model: any; its weights are not looked at.
+        batch_size: sequences at once.
+        sequence_length: tokens in the cache; None: no cache is counted.
+        dtype: of weights and cache; None: what they are.
+
+    Raises:
+        ConfigError: the model's code looks at values.
+        PlanError: no inputs of the model can be made up.
+    """
+    weights = sum(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in model.parameters())
+    cache = 0
+    if sequence_length is not None and isinstance(model, PreTrainedModel) and model.can_generate():
+        with shape_only_copy(model, dtype) as copy, torch.no_grad():
+            assert isinstance(copy, PreTrainedModel)
+            copy.eval().set_experts_implementation("batched_mm")  # which runs on shapes of any type
+            inputs = without_data(example_inputs(copy, batch_size, sequence_length))
+            kept = getattr(copy(**inputs, use_cache=True), "past_key_values", None)
+            cache = sum({id(tensor): tensor.nbytes for tensor in _tensors(kept)}.values())
+    return ServingMemory(weights=weights, cache=cache)
+
+
+def _tensors(kept: Any) -> list[Tensor]:
+    """The floating-point tensors of a cache, however deep they lie."""
+    if isinstance(kept, Tensor):
+        return [kept] if kept.is_floating_point() else []
+    if isinstance(kept, list | tuple | dict):
+        return [tensor for part in (kept.values() if isinstance(kept, dict) else kept) for tensor in _tensors(part)]
+    # Caches of transformers, and their layers, are plain objects.
+    plain = hasattr(kept, "__dict__") and not isinstance(kept, type | torch.dtype | torch.device | nn.Module)
+    return _tensors([value for name, value in vars(kept).items() if name != "config"]) if plain else []
+
+
 class TrainingMemory(Settings):
     """Bytes of one training step with AdamW and float32 master weights."""
 

@@ -30,7 +30,7 @@ class ListedOptions(SetOptions):
     """A command whose `listed` options take the words that follow, as far as they match: `--seeds 0 1 2` is read as
     `--seeds 0 --seeds 1 --seeds 2`, which click knows."""
 
-    listed: ClassVar[dict[str, re.Pattern[str]]] = {"--seeds": SEEDS, "--branches": NAMES}
+    listed: ClassVar[dict[str, re.Pattern[str]]] = {"--seeds": SEEDS, "--branches": NAMES, "--methods": NAMES}
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the option before each of its values, then parse as usual."""

@@ -134,11 +134,15 @@ class BlockMaking(Making):
 
     def back(self, new: Tensors, start: Start = "weight", **settings: Any) -> dict[str, Tensor]:
         """The product, computed in float64."""
+        return {WEIGHT: self._turned(self.product(new, **settings)).to(new[OUTPUT].dtype).contiguous()}
+
+    def product(self, new: Tensors, **settings: Any) -> Tensor:
+        """What both factors come to, (out, in), in float64."""
         output, given = new[OUTPUT].double(), new[INPUT].double()
         weight = self._empty(new, **settings)
         for piece in self.pieces(*weight.shape, **settings):
             weight[piece.rows, piece.columns] = output[piece.output] @ given[piece.input]
-        return {WEIGHT: self._turned(weight).to(new[OUTPUT].dtype).contiguous()}
+        return weight
 
     def moments_back(
         self, new: Tensors, moments: Tensors, order: int, start: Start = "weight", **settings: Any
@@ -315,9 +319,15 @@ class BlockProduct(Product):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        if (product := self.merged_for(x)) is not None:
+            return with_bias(F.linear(x, product), self.bias)
         tokens = x.reshape(-1, self.in_features)
         output = self._second(self._first(tokens)).reshape(*x.shape[:-1], self.out_features)
         return with_bias(output, self.bias)
+
+    def product(self) -> Tensor:
+        """Piece by piece."""
+        return self.making.product({name: value.detach() for name, value in self.named_parameters()}, **self.settings)
 
     def _first(self, tokens: Tensor) -> Tensor:
         """(tokens, in) -> (blocks, tokens, inner / blocks)."""

@@ -222,6 +222,38 @@ class Product(Brick):
     input_factor: nn.Parameter
     output_factor: nn.Parameter
     bias: nn.Parameter | None
+    _below: int = 0
+    _merged: tuple[object, Tensor] | None = None
+
+    @property
+    def below(self) -> int:
+        """For fewer tokens at once than this the layer multiplies by its product, where nothing is to be learnt."""
+        return self._below
+
+    def merge_below(self, tokens: int) -> None:
+        """Multiply by the product in place of the factors where there are fewer than `tokens` tokens at once and no
+        gradient is wanted; 0 ends it ("pre-merge", arXiv 2406.16450, section 3.1).
+
+        For few tokens one multiplication by a large matrix can take less time than two by smaller ones. The product is
+        made at the first such call, and again when a factor has changed; it takes the memory of the dense layer beside
+        the factors, and is saved with no checkpoint.
+        """
+        self._below, self._merged = tokens, None
+
+    def merged_for(self, x: Tensor) -> Tensor | None:
+        """The product (out, in) where `x`, (..., in), is to be multiplied by it; None where by the factors."""
+        if not self._below or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if x.numel() >= self._below * x.shape[-1]:
+            return None
+        state = tuple(map(_state, (self.output_factor, self.input_factor)))
+        if self._merged is None or self._merged[0] != state:
+            self._merged = state, self.product().to(self.output_factor.dtype)
+        return self._merged[1]
+
+    def product(self) -> Tensor:
+        """What both factors come to, (out, in), in float64."""
+        raise NotImplementedError
 
     def scaled(self, factor: float, plain: Mapping[str, float]) -> dict[str, float]:
         """The output factor and the bias, where the layer adds to the residual stream."""
@@ -307,7 +339,13 @@ class LowRank(Product):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        if (product := self.merged_for(x)) is not None:
+            return F.linear(x, product, self.bias)
         return F.linear(F.linear(x, self.input_factor), self.output_factor, self.bias)
+
+    def product(self) -> Tensor:
+        """A B."""
+        return self.output_factor.detach().double() @ self.input_factor.detach().double()
 
     def roles(self, replaced: Roles) -> Roles:
         """One factor writes what the weight wrote, the other reads what it read."""
@@ -359,6 +397,12 @@ class LowRankConv1D(LowRank):
     def nx(self) -> int:
         """Conv1D's name for the width of the input."""
         return self.in_features
+
+
+def _state(factor: Tensor) -> tuple[object, ...]:
+    """What is another after the factor was changed, moved or cast."""
+    version = None if factor.is_inference() else factor._version
+    return id(factor), version, factor.data_ptr(), factor.dtype, factor.device
 
 
 def _has_rank(old: Shapes, rank: int) -> bool:

@@ -75,44 +75,55 @@ class ProductTimes:
 
     Args:
         dtype: of the weights.
-        product: (layer, rank) -> the product in its place, on the meta device.
     """
 
-    def __init__(self, dtype: torch.dtype, product: Callable[[nn.Module, int], nn.Module]) -> None:
-        self._dtype, self._product = dtype, product
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         self._here = self._conditions(TOKENS[0])
         self._device = torch.device(self._here.device)
         self._memory = Memory(self._device)
 
-    def findings(self, layers: Mapping[str, nn.Module], ranks: Mapping[str, int]) -> str:
-        """From how many tokens on products are faster than their layers, shape by shape, in words; of several ranks the
-        largest is timed, the slowest.
+    def start(self, layer: nn.Module, product: nn.Module) -> int | None:
+        """The least of `TOKENS` from which on `product` is faster than `layer`; None: at none it is.
 
         Args:
-            layers: by path; weights are not looked at.
-            ranks: of these.
+            layer, product: both read and write as much; weights are not looked at.
         """
-        largest = {widths(layers[path]): path for path in sorted(layers, key=lambda path: ranks[path])}
+        pair = [_without_weights(module) for module in (layer, product)]
+        return faster_from(lambda tokens: self.seconds(pair, tokens))
+
+    def findings(
+        self, layers: Mapping[str, nn.Module], products: Mapping[str, nn.Module], forms: Mapping[str, str]
+    ) -> str:
+        """From how many tokens on products are faster than their layers, shape by shape, in words; of several products
+        the largest is timed, the slowest.
+
+        Args:
+            layers: by path.
+            products: in their places.
+            forms: what these are, in words ("of rank 8").
+        """
+        sizes = {path: sum(one.numel() for one in products[path].parameters()) for path in layers}
+        largest = {widths(layers[path]): path for path in sorted(layers, key=lambda path: sizes[path])}
         told = []
         for (inputs, outputs), path in largest.items():
-            pair = copy.deepcopy(layers[path]).to("meta"), self._product(layers[path], ranks[path])
-            start = faster_from(lambda tokens, pair=pair: self.seconds(pair, tokens))  # type: ignore[misc]
+            start = self.start(layers[path], products[path])
             when = "never" if start is None else f"from {start:,} token{'s' * (start > 1)} on"
-            told.append(f"{inputs} -> {outputs} of rank {ranks[path]} {when}")
+            told.append(f"{inputs} -> {outputs} {forms[path]} {when}")
         here = self._here
         threads = f", {here.threads} thread{'s' * (here.threads > 1)}" * (here.device == "cpu")
         timed = f"{here.processor}{threads}, {here.dtype}, timed with {TOKENS[0]} to {TOKENS[-1]:,} tokens at once"
         return f"Products are faster than their layers on {timed}: {'; '.join(told)}."
 
-    def liked_multiple(self, layer: nn.Module, rank: int) -> int:
+    def liked_multiple(self, product: Callable[[int], nn.Module], rank: int) -> int:
         """The multiple of which ranks are best on this machine, told from products in the place of a layer.
 
         Args:
-            layer: weights are not looked at.
+            product: (rank) -> the product, on the meta device.
             rank: the largest that is tried.
         """
         ranks = ranks_to_compare(rank)
-        seconds = self.seconds([self._product(layer, rank) for rank in ranks.values()], MANY)
+        seconds = self.seconds([product(rank) for rank in ranks.values()], MANY)
         return liked({multiple: time / ranks[multiple] for multiple, time in zip(ranks, seconds, strict=True)})
 
     def seconds(self, modules: Sequence[nn.Module], tokens: int) -> list[float]:
@@ -138,6 +149,10 @@ class ProductTimes:
                     one(read)
 
         return Run(lambda: timed, len(row))
+
+
+def _without_weights(module: nn.Module) -> nn.Module:
+    return module if next(module.parameters()).is_meta else copy.deepcopy(module).to("meta")
 
 
 def _copies(tokens: int) -> int:

@@ -6,10 +6,11 @@ from fractions import Fraction
 from math import ceil
 from typing import Any, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
-from auxin.accounting import count_parameters, flops_per_token
+from auxin.accounting import count_parameters, flops_per_token, serving_memory
 from auxin.accounting.inputs import counted_length, text_positions, unit_of_cost
 from auxin.accounting.latency import Conditions, Phase
 from auxin.edits.resolution import resolve
@@ -19,32 +20,37 @@ from auxin.settings import Settings
 
 LONGEST = 1024
 """Tokens at which FLOPs are counted at most where nothing else is said, as in the tables of plans."""
-SIZES = ("parameters", "flops", "latency", "latency_ms")
-OF_LATENCY = ("phase", "batch_size", "device")
+SIZES = ("parameters", "flops", "memory", "latency", "latency_ms")
+OF_LATENCY = ("phase", "device")
 
 
 class Target(Settings):
-    """The size that a model is to have at most; give exactly one of `parameters`, `flops`, `latency` and `latency_ms`.
+    """The size that a model is to have at most; give exactly one of `parameters`, `flops`, `memory`, `latency` and
+    `latency_ms`.
 
-    Below 1, parameters and FLOPs are the share of the model's that stays (0.7: 70 %), otherwise the number itself.
+    Below 1, parameters, FLOPs and memory are the share of the model's that stays (0.7: 70 %), otherwise the number
+    itself.
     """
 
     parameters: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """All parameters, tied ones once."""
     flops: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """FLOPs per token of a forward pass; per sample of a model whose inputs are more than tokens."""
+    memory: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Bytes that the model holds while it answers: its weights, and the keys and values of `sequence_length` tokens of
+    `batch_size` sequences, where it keeps any; all in the model's type."""
     latency: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Share, below 1, of the time that the model takes on this machine, as a table of its parts tells it."""
     latency_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """The same time in milliseconds."""
     sequence_length: int | None = Field(default=None, gt=0)
-    """Tokens of the sequence in which FLOPs are counted or latency is measured; in decoding those that are there
-    before. None: the model's context length, at most 1024."""
+    """Tokens of the sequence in which FLOPs are counted or latency is measured, or that a cache holds; in decoding
+    those that are there before. None: the model's context length, at most 1024."""
     phase: Phase | None = None
     """Whose latency: of one pass over whole sequences ("forward", the default) or of one more token for each
     ("decoding")."""
     batch_size: int | None = Field(default=None, gt=0)
-    """Sequences, images or recordings at once, of which latency is measured; None: one."""
+    """Sequences, images or recordings at once, of which latency is measured or the cache is kept; None: one."""
     device: Literal["auto", "cpu", "cuda"] | None = None
     """Where latency is measured; None: on a GPU where there is one."""
 
@@ -73,7 +79,13 @@ class Target(Settings):
             )
         if self.sequence_length is not None and self.parameters is not None:
             raise ValueError(
-                "sequence_length says at which length flops are counted or latency is measured, and neither is given."
+                "sequence_length says at which length flops and memory are counted or latency is measured, and none of "
+                "them is given."
+            )
+        if self.batch_size is not None and self.name in ("parameters", "flops"):
+            raise ValueError(
+                "batch_size says for how many sequences memory is counted or latency is measured, and neither is "
+                "given. Leave it out."
             )
         if not self.is_latency and (of := [name for name in OF_LATENCY if getattr(self, name) is not None]):
             raise ValueError(f"{of[0]} says how latency is measured, and no latency is given. Leave it out.")
@@ -94,8 +106,12 @@ class Target(Settings):
         """Whether it is a time."""
         return self.name in ("latency", "latency_ms")
 
-    def of(self, model: PreTrainedModel) -> float:
+    def of(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> float:
         """What of `model` is to become smaller; of a latency, the milliseconds that a table tells.
+
+        Args:
+            model: the model.
+            dtype: in which its memory is counted; None: its own. Skeletons have none.
 
         Raises:
             ConfigError, PlanError: its FLOPs can't be counted, or its latency can't be measured.
@@ -104,6 +120,9 @@ class Target(Settings):
             return count_parameters(model).total
         if self.flops is not None:
             return flops_per_token(model, self.sequence_length or counted_length(model, LONGEST)).forward
+        if self.memory is not None:
+            length = self.sequence_length or counted_length(model, LONGEST)
+            return serving_memory(model, self.batch_size or 1, length, dtype or model.dtype).total
         return self.table(model).whole
 
     def table(self, model: PreTrainedModel) -> LatencyTable:
@@ -166,7 +185,7 @@ class Gauge:
         """
         if self._table is not None:
             return self._table.predicted(found.after, found.modules)
-        return self.target.of(found.after)
+        return self.target.of(found.after, self.model.dtype)
 
     def latency(self, found: "Removal") -> str:
         """How latency falls, in words: predicted and, where that is cheap, measured on the whole models; empty where

@@ -139,7 +139,8 @@ class Products:
             raise PlanError("multiple_of: machine: convolutions are not timed. Give a number.")
         largest = max(self.linear, key=lambda path: self.matrices[path].most)
         middle = max(self.matrices[largest].most // 2, 1)
-        return self.times.liked_multiple(self.layers[largest], middle) if self.here else 1
+        layer = self.layers[largest]
+        return self.times.liked_multiple(lambda rank: _product(layer, rank), middle) if self.here else 1
 
     @cached_property
     def linear(self) -> list[str]:
@@ -149,7 +150,7 @@ class Products:
     @cached_property
     def times(self) -> ProductTimes:
         """Times of the linear ones."""
-        return ProductTimes(self.layers[self.linear[0]].get_parameter("weight").dtype, _product)
+        return ProductTimes(self.layers[self.linear[0]].get_parameter("weight").dtype)
 
     def ranks(self, squares: Mapping[str, Tensor] | None) -> tuple[Ranks, Removal | None]:
         """The rank of every layer that becomes a product, and what a target found.
@@ -220,12 +221,16 @@ class Products:
             for name, shape in ((OUTPUT, (matrix.outputs, rank)), (INPUT, (rank, matrix.inputs))):
                 yield SetParameter(parameter=f"{path}.{name}", file=file.name, tensor=f"{path}.{name}", shape=shape)
 
+    def _timed(self, linear: Mapping[str, nn.Module], ranks: Ranks) -> str:
+        products = {path: _product(layer, ranks[path]) for path, layer in linear.items()}
+        return self.times.findings(linear, products, {path: f"of rank {ranks[path]}" for path in linear})
+
     def plan(self, ranks: Ranks, found: Removal | None, file: PlanFile | None, findings: Sequence[str]) -> Plan:
         """The plan, with what is to be known of it."""
         edits = list(self.edits(ranks, file))
         target = self.settings.target
         linear = {path: self.layers[path] for path in ranks if path in self.linear}
-        timed = [self.times.findings(linear, ranks)] if linear and self.settings.measure and self.here else []
+        timed = [self._timed(linear, ranks)] if linear and self.settings.measure and self.here else []
         if self.settings.multiple_of == "machine" and self.here:
             timed.append(f"Ranks are multiples of {self.multiple}, as this machine likes them.")
         sizes = sorted(ranks.values())

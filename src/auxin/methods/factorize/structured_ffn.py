@@ -23,8 +23,9 @@ units are dealt; gate and up matrices of a gated part are two products, each wit
 and then without it, on the same tokens again, is two stages of a recipe.
 """
 
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Self, cast
@@ -41,6 +42,7 @@ from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.nn.block_products import BlockProduct
+from auxin.nn.bricks import find_brick
 from auxin.nn.guide import KEPT, Guided
 from auxin.nn.linear import linear_class, widths
 from auxin.nn.low_rank import LowRank
@@ -49,6 +51,7 @@ from auxin.planning.hooks import Hook, HookContext, HookSettings, Ramp
 from auxin.planning.kept_paths import KeptPaths, is_kept, refuse_impossible
 from auxin.planning.linear_layers import linear_layers, merged_paths
 from auxin.planning.method import Method
+from auxin.planning.product_times import ProductTimes
 from auxin.planning.target import Gauge, Removal, Target, least_removal, removal
 from auxin.settings import Settings
 from auxin.words.anatomy import Anatomy
@@ -83,6 +86,9 @@ class StructuredFeedForward(Settings):
     model that is to be trained from the start."""
     first_layer: bool = False
     """Whether the feed-forward part of the first layer of every stack changes, too; the paper leaves it whole."""
+    measure: bool = False
+    """Whether products are timed beside the layers that they replace, on this machine: a finding then says from how
+    many tokens at once on they are faster."""
     keep: KeptPaths = ()
     """Paths of layers or parts that stay as they are, `*` for any one part."""
     guide: Literal["weight", "product"] | None = None
@@ -216,6 +222,17 @@ class Parts:
                 guide = {"product": bricks[name], "guide": settings.guide, "skip": settings.skip_guide}
                 yield ReplaceModule(module=path, brick=Guided.brick_name, settings={**guide, **values})
 
+    def timed(self, least: float | None) -> str:
+        """From how many tokens on products are faster than their layers, in words."""
+        made = {path: self.values(path, least) for path in self.layers}
+        products: dict[str, nn.Module] = {}
+        for path, layer in self.layers.items():
+            form: Any = find_brick(BRICKS[self.settings.form, _class_of(layer)])
+            products[path] = form.replacing(copy.deepcopy(layer).to("meta"), **made[path])
+        forms = {path: _form_in_words(self.settings.form, values) for path, values in made.items()}
+        dtype = next(iter(self.layers.values())).get_parameter("weight").dtype
+        return ProductTimes(dtype).findings(self.layers, products, forms)
+
     def least(self, target: Target) -> tuple[float, Removal]:
         """The share of the largest rank that meets `target`, the largest that does, and what it leaves."""
         count = max(self.most(path) // self.blocks for path in self.layers)
@@ -246,6 +263,8 @@ def plan_structured_ffn(bench: Bench, settings: StructuredFeedForward) -> Plan:
     if settings.guide is not None:
         edits = list(parts.edits(least, guided=True))
         said.append(f"That is without their guides; with them the model has {_size(bench.model, edits)} parameters.")
+    if settings.measure:
+        said.append(parts.timed(least))
     return Plan(
         method=NAME,
         settings=settings.model_dump(mode="json", exclude_defaults=True),
@@ -348,6 +367,13 @@ def _class_of(layer: nn.Module) -> type[nn.Module]:
     found = linear_class(layer)
     assert found is not None
     return found
+
+
+def _form_in_words(form: Form, values: Mapping[str, int]) -> str:
+    """ "of rank 8 in 2 blocks"."""
+    rank = f" of rank {values['rank']}" if "rank" in values else ""
+    blocks = f"{' in' if rank else ' of'} {values['blocks']} blocks" if "blocks" in values else ""
+    return f"{form}{rank}{blocks}"
 
 
 def _size(model: PreTrainedModel, edits: list[Edit]) -> str:

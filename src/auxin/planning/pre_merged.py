@@ -1,0 +1,61 @@
+"""Products that keep the matrix which they stand for, and multiply by it where there are few tokens at once.
+
+Source: "Building on Efficient Foundations: Effectively Training LLMs with Structured Feedforward Layers" (arXiv
+2406.16450), section 3.1, "pre-merge": below a number of tokens, which depends on the machine, one multiplication by the
+whole matrix is faster than two by its factors.
+"""
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from auxin.errors import PlanError
+from auxin.nn.block_products import BlockProduct
+from auxin.nn.low_rank import LowRankConv1D, LowRankLinear, Product
+from auxin.planning.product_times import TOKENS, ProductTimes
+
+LAYERS = (LowRankLinear, LowRankConv1D, BlockProduct)
+
+
+def pre_merge(model: PreTrainedModel, below: int | None = None) -> dict[str, int]:
+    """Let the products of a model that is to answer, and not to learn, multiply by the whole matrix for few tokens.
+
+        pre_merge(model)           # measures, layer by layer, from how many tokens on factors are faster here
+        pre_merge(model, below=16)
+        pre_merge(model, below=0)  # ends it
+
+    Numbers are those of factors within rounding. Every such layer takes the memory of a dense one beside its factors.
+    Nothing of it is saved: call it after loading.
+
+    Args:
+        model: with products in place of linear layers (greenformers, structured-ffn).
+        below: tokens at once, of all sequences together, from which on factors are used; None: measured on this
+            machine, for each shape once.
+
+    Returns:
+        That number by the path of the layer; 0 where factors are always faster. Where they never are, it is more than
+        any number that was measured.
+
+    Raises:
+        PlanError: the model has no such layer.
+    """
+    found = {path: module for path, module in model.named_modules() if isinstance(module, LAYERS)}
+    if not found:
+        raise PlanError(
+            f"pre_merge: the {type(model).__name__} has no layer that is a product. Make some first (greenformers, "
+            "structured-ffn)."
+        )
+    told = {path: _measured(module) if below is None else below for path, module in found.items()}
+    for path, module in found.items():
+        module.merge_below(told[path])
+    return told
+
+
+def _measured(product: Product) -> int:
+    """The least number of tokens at which factors are faster than the matrix."""
+    factors, bias = product.output_factor, product.bias is not None
+    assert isinstance(product, LAYERS)
+    dense = nn.Linear(product.in_features, product.out_features, bias, device="meta", dtype=factors.dtype)
+    start = ProductTimes(factors.dtype).start(dense, product)
+    if start is None:
+        return 2 * TOKENS[-1]
+    return 0 if start == TOKENS[0] else start
