@@ -173,3 +173,14 @@ def test_what_cannot_be_measured_is_one_message(llama, tmp_path):
     ):
         with pytest.raises(error, match=words):
             call(*arguments)
+
+
+def test_what_integers_would_do_is_told(llama, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    printed = call(llama, "quantized", *QUICK, "--set", "calibration_samples=3", "--set", 'schemes=["w8a8"]')
+    lines = printed.out.splitlines()
+    assert lines[0] == "loss"
+    assert lines[1].split() == ["quantized", "loss", "change", "accuracy", "output", "error"]
+    assert [line.split()[0] for line in lines[2:4]] == ["nothing", "w8a8"]
+    assert max(map(len, lines[:4])) <= 80
+    assert "W8A8 changes the loss by " in printed.out

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import auxin
+from auxin.analysis.quantized import QuantizedMeasurement
 from auxin.edits import (
     ArrangeLayers,
     CentreParameter,
@@ -494,10 +495,26 @@ def test_models_changed_behind_their_config_are_refused():
         apply(plan(ScaleParameter(parameter="model.norm.weight", factor=2)), model)
 
 
-def test_a_quantized_model_is_refused():
+@pytest.mark.parametrize("kind", ["gguf", "torchao", "bitsandbytes", "gptq", "compressed-tensors"])
+def test_a_quantized_model_is_refused(kind):
     model = tiny("llama")
-    model.config.quantization_config = {"quant_method": "gguf"}
-    with pytest.raises(PlanError, match=r"quantized \(gguf\).*Dequantize it first"):
+    model.config.quantization_config = {"quant_method": kind}
+    with pytest.raises(PlanError, match=rf"quantized \({kind}\).*Dequantize it first"):
+        apply(plan(ScaleParameter(parameter="model.norm.weight", factor=2)), model)
+
+
+class Packed(torch.Tensor):
+    """A tensor of another package's kind: torchao and bitsandbytes put such ones into ordinary linear layers."""
+
+
+def test_one_with_tensors_of_another_kind_is_refused():
+    model = tiny("llama")
+    up = model.model.layers[1].mlp.up_proj
+    up.weight = nn.Parameter(up.weight.detach().as_subclass(Packed))
+    for asked in (lambda: auxin.plan(model, "stacking", layers=4), lambda: QuantizedMeasurement().observe(model)):
+        with pytest.raises(PlanError, match=r"quantized \(.*test_language\.Packed\).*Dequantize it first"):
+            asked()
+    with pytest.raises(PlanError, match="quantized"):
         apply(plan(ScaleParameter(parameter="model.norm.weight", factor=2)), model)
 
 

@@ -5,7 +5,6 @@ for it, and so it is read where it arises: of a long text, the maps of all layer
 """
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -14,11 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from auxin.analysis.attention_shares import rounding
-from auxin.models.eager import eager_attention
+from auxin.models.eager import asked_for_maps, eager_attention
 
 Read = Callable[[str, str, Tensor], None]
 """Called with the path of a layer, the path of an attention within it, and its map."""
-_ASKS = "output_attentions"
 
 
 @contextlib.contextmanager
@@ -35,13 +33,13 @@ def read_maps(model: PreTrainedModel, layers: Mapping[str, nn.Module], read: Rea
     reader = _Reader(read)
     with contextlib.ExitStack() as stack:
         stack.enter_context(eager_attention(model))
+        stack.enter_context(
+            asked_for_maps(module for layer in layers.values() for name, module in layer.named_modules() if name)
+        )
         for layer_path, layer in layers.items():
             for name, module in layer.named_modules():
                 if not name:
                     continue
-                # Older modules give their map only if they are asked for it, and some are not eager if they aren't.
-                if _ASKS in inspect.signature(module.forward).parameters:
-                    stack.callback(module.register_forward_pre_hook(_ask, with_kwargs=True).remove)
                 hook = partial(reader.hear, layer_path, f"{layer_path}.{name}")
                 stack.callback(module.register_forward_hook(hook).remove)
         yield
@@ -61,12 +59,6 @@ class _Reader:
         if found is not None:
             self._last = path
             self._read(layer, path, found)
-
-
-def _ask(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
-    bound = inspect.signature(module.forward).bind(*arguments, **named)
-    bound.arguments[_ASKS] = True
-    return bound.args, bound.kwargs
 
 
 def _map_in(output: Any) -> Tensor | None:

@@ -4,6 +4,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -139,13 +140,17 @@ def refuse_quantized(model: PreTrainedModel) -> None:
     """PlanError when the weights of `model` are packed by a quantizer."""
     method = _stored(model.config).get("quant_method")
     if method in (None, REPLAY_METHOD):
-        # PyTorch's own leaves nothing in the config.
-        packed = (type(module) for module in model.modules() if ".quantized." in f"{type(module).__module__}.")
+        # What is quantized in place leaves nothing in the config: PyTorch's own are modules, those of torchao and
+        # bitsandbytes are tensors of other kinds.
+        packed = chain(
+            (type(module) for module in model.modules() if ".quantized." in f"{type(module).__module__}."),
+            (kind for kind in map(type, model.parameters()) if kind.__module__.partition(".")[0] != "torch"),
+        )
         method = next((f"{found.__module__}.{found.__name__}" for found in packed), None)
     if method is not None:
         raise PlanError(
-            f"The model is quantized ({method}); its packed weights can't be edited. Dequantize it first, save it, and "
-            "remove quantization_config from its config."
+            f"The model is quantized ({method}); its packed weights can't be changed. Dequantize it first, save it, "
+            "and remove quantization_config from its config."
         )
 
 

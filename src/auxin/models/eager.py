@@ -1,12 +1,16 @@
 """Eager attention, for a while: the implementation that computes attention maps and can give them."""
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterable, Iterator
+from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 EAGER = "eager"
 """The one implementation of attention that has maps to give."""
+_ASKS = "output_attentions"
 
 
 @contextlib.contextmanager
@@ -21,6 +25,23 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
         # From the outside in: what is set in a config is set in those within it.
         for config, implementation in before:
             config._attn_implementation = implementation
+
+
+@contextlib.contextmanager
+def asked_for_maps(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the context, those of `modules` that can be asked for their attention's map are: older ones give it only
+    then, and some are not eager if they aren't asked."""
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if _ASKS in inspect.signature(module.forward).parameters:
+                stack.callback(module.register_forward_pre_hook(_ask, with_kwargs=True).remove)
+        yield
+
+
+def _ask(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+    bound = inspect.signature(module.forward).bind(*arguments, **named)
+    bound.arguments[_ASKS] = True
+    return bound.args, bound.kwargs
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

@@ -260,6 +260,7 @@ class BlockProduct(Product):
     layer: ClassVar[type[nn.Module]]
     """The class that it replaces."""
     making: ClassVar[BlockMaking]
+    pre_merges = True
 
     def __init__(
         self,

@@ -88,11 +88,18 @@ class Brick(nn.Module):
     temporary: ClassVar[str | None] = None
     """What the module has that it wraps only for a while, in words that follow "have "; it is taken off again as
     `plain_form` says, with whatever was put on it by then. None: it stays."""
+    pre_merges: ClassVar[bool] = False
+    """Whether it is a product in the place of a linear layer, and can multiply by the whole matrix for few tokens at
+    once (`merge_below`)."""
 
     @property
     def wrapped(self) -> nn.Module | None:
         """The module that it is put around; None: it stands in its place."""
         return self._modules.get("inner")
+
+    def merge_below(self, tokens: int) -> None:
+        """Multiply by the whole matrix where there are fewer than `tokens` tokens at once; where it `pre_merges`."""
+        raise NotImplementedError
 
     def roles(self, replaced: Roles) -> Roles:
         """The roles of those of its parameters that the replaced module has not, by their names in it; those that it

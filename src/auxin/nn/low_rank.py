@@ -379,6 +379,7 @@ class LowRankLinear(LowRank):
 
     layer = nn.Linear
     making = LowRankMaking()
+    pre_merges = True
 
 
 @brick("low_rank_conv1d")
@@ -387,6 +388,7 @@ class LowRankConv1D(LowRank):
 
     layer = Conv1D
     making = LowRankMaking(transposed=True)
+    pre_merges = True
 
     @property
     def nf(self) -> int:

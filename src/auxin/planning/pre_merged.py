@@ -9,11 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from auxin.errors import PlanError
-from auxin.nn.block_products import BlockProduct
-from auxin.nn.low_rank import LowRankConv1D, LowRankLinear, Product
+from auxin.nn.bricks import Brick
+from auxin.nn.linear import widths
 from auxin.planning.product_times import TOKENS, ProductTimes
-
-LAYERS = (LowRankLinear, LowRankConv1D, BlockProduct)
 
 
 def pre_merge(model: PreTrainedModel, below: int | None = None) -> dict[str, int]:
@@ -38,7 +36,7 @@ def pre_merge(model: PreTrainedModel, below: int | None = None) -> dict[str, int
     Raises:
         PlanError: the model has no such layer.
     """
-    found = {path: module for path, module in model.named_modules() if isinstance(module, LAYERS)}
+    found = {path: module for path, module in model.named_modules() if isinstance(module, Brick) and module.pre_merges}
     if not found:
         raise PlanError(
             f"pre_merge: the {type(model).__name__} has no layer that is a product. Make some first (greenformers, "
@@ -50,12 +48,12 @@ def pre_merge(model: PreTrainedModel, below: int | None = None) -> dict[str, int
     return told
 
 
-def _measured(product: Product) -> int:
+def _measured(product: Brick) -> int:
     """The least number of tokens at which factors are faster than the matrix."""
-    factors, bias = product.output_factor, product.bias is not None
-    assert isinstance(product, LAYERS)
-    dense = nn.Linear(product.in_features, product.out_features, bias, device="meta", dtype=factors.dtype)
-    start = ProductTimes(factors.dtype).start(dense, product)
+    parameters = dict(product.named_parameters())
+    dtype = next(iter(parameters.values())).dtype
+    dense = nn.Linear(*widths(product), bias="bias" in parameters, device="meta", dtype=dtype)
+    start = ProductTimes(dtype).start(dense, product)
     if start is None:
         return 2 * TOKENS[-1]
     return 0 if start == TOKENS[0] else start
