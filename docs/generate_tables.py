@@ -28,6 +28,7 @@ from auxin.data.labelled_source import LabelledTextSettings
 from auxin.methods.factorize.structured_ffn import GuideFadeSettings
 from auxin.methods.grow.masked import MaskRampSettings
 from auxin.methods.grow.tokenformer import OldTokenRatesSettings, TauAnnealSettings, TokenGrowth
+from auxin.methods.restructure.clipped_softmax import GammaRampSettings
 from auxin.models.tokenformer.presets import PRESETS
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.objectives.causal import Causal
@@ -69,6 +70,7 @@ SETTINGS: tuple[type[BaseModel], ...] = (
     OldTokenRatesSettings,
     TauAnnealSettings,
     GuideFadeSettings,
+    GammaRampSettings,
     MaskRampSettings,
     TrainOnlySettings,
     ExactRatesSettings,

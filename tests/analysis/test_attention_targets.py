@@ -19,6 +19,7 @@ from analysis.samples import Samples
 from auxin.analysis import Estimate, measure, measure_all
 from auxin.analysis.attention_targets import AttentionTargets, Targets
 from auxin.analysis.similarity import Similarity
+from auxin.edits import Plan, ReplaceModule, apply
 from auxin.errors import ConfigError, DataError, PlanError
 from covering import whole
 from oracles import attention_targets as oracle
@@ -135,9 +136,37 @@ def test_they_are_what_loops_over_hand_written_maps_count(family):
             for target, estimate in head.shares.items():
                 check(estimate, [share[target] for share in shares], close)
             check(head.entropy, [oracle.entropy(maps[h], seen) for maps, _, seen, _ in told], close)
+            check(head.apart, [oracle.apart(maps[h], seen) for maps, _, seen, _ in told], 1e3 * close)
+            check(head.silent, [oracle.silent(maps[h]) for maps, *_ in told], 0)
         alike = [oracle.counted(seen, ids, set(SPECIAL), across) for _, ids, seen, across in told]
         for target, estimate in order[name].uniform.items():
             check(estimate, [share[target] for share in alike], 1e-10)
+
+
+def test_rows_that_a_clipping_silences_are_counted():
+    """Of maps that transformers collects of a clipped model."""
+    model = tiny("bert")
+    edits: Any = [
+        ReplaceModule(module="bert.encoder.layer.*.attention.self", brick="clipped_softmax", settings={"gamma": -0.35})
+    ]
+    apply(Plan(method="by hand", promise="none", edits=edits), model)
+    data = Samples.of(model, samples=3, batch_size=3)
+    result = found(model, data)
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), InDouble():
+        maps = [layer.numpy() for layer in model(**data.rows, output_attentions=True).attentions]
+    shares = []
+    for item, layer in zip(flat(result).values(), maps, strict=True):
+        for h, head in enumerate(item.heads):
+            check(head.silent, [oracle.silent(sample[h]) for sample in layer], 1e-12)
+            everything = [list(range(layer.shape[-1]))] * layer.shape[-2]
+            check(head.apart, [oracle.apart(sample[h], everything) for sample in layer], 1e-9)
+            shares.append(head.silent.mean)
+            assert head.shares["nothing"].mean > head.silent.mean
+    assert max(shares) > 0
+    assert any(
+        re.match(r"[\d.]+% of the rows read nothing, most of them in bert.encoder", told) for told in result.findings()
+    )
 
 
 @pytest.mark.parametrize("family", EVERY)

@@ -197,6 +197,51 @@ def test_every_part_says_where_and_what_it_is():
     assert stack.layers[0].parts[0].module == "model.layers.0.post_attention_layernorm"
 
 
+NORMS = {
+    "llama": ["{}.input_layernorm", "{}.post_attention_layernorm", "model.norm"],
+    "bert": ["{}.attention.output.LayerNorm", "{}.output.LayerNorm"],
+    "opt": ["{}.self_attn_layer_norm", "{}.final_layer_norm", "model.decoder.final_layer_norm"],
+    "olmo2": ["model.norm"],  # the others end parts
+    "vit": ["{}.layernorm_before", "{}.layernorm_after", "vit.layernorm"],
+}
+LAYERS = {"llama": "model.layers", "bert": "bert.encoder.layer", "opt": "model.decoder.layers", "vit": "vit.layers"}
+
+
+@pytest.mark.parametrize("family", NORMS)
+def test_norms_count_too_and_behind_sums_what_they_read(family):
+    """Each sample by itself, as the paper has it, and then the largest norm and the mean kurtosis of all."""
+    model = tiny(family)
+    rows = inputs(model, batch=3)
+    result = found(model, Samples(rows, batch_size=2))
+    layers = [f"{LAYERS.get(family, 'model.layers')}.{number}" for number in range(2)]
+    inside = [name.format(layer) for layer in layers for name in NORMS[family] if "{}" in name]
+    paths = inside + [name for name in NORMS[family] if "{}" not in name]
+    (stack,) = result.stacks
+    assert sorted(one.module for one in stack.norms) == sorted(paths)
+    assert sorted(one.module for one in stack.sums) == sorted(inside if family == "bert" else [])
+    read: dict[tuple[str, str], list[np.ndarray]] = {}
+    for path in paths:
+        model.get_submodule(path).register_forward_hook(
+            lambda module, arguments, output, path=path: (
+                (
+                    read.setdefault((path, "sum"), []).append(arguments[0].flatten(0, -2).numpy()),
+                    read.setdefault((path, "norm"), []).append(output.flatten(0, -2).numpy()),
+                )[2:]
+                or None
+            )
+        )
+    with torch.no_grad(), InDouble():
+        for number in range(3):
+            model(**{name: tensor[number : number + 1] for name, tensor in rows.items()})
+    for one in (*stack.norms, *stack.sums):
+        told = [oracle.outliers(x, 6.0) for x in read[one.module, one.kind]]
+        assert one.infinity_norm.mean == pytest.approx(np.mean([each[0] for each in told]), rel=1e-9)
+        assert one.kurtosis.mean == pytest.approx(np.mean([each[2] for each in told]), rel=1e-9)
+    every = [*result.tensors(), *stack.norms]
+    assert result.kurtosis == pytest.approx(np.mean([one.kurtosis.mean for one in every]))
+    assert result.largest.infinity_norm.mean == max(one.infinity_norm.mean for one in (*every, *stack.sums))
+
+
 def test_it_shares_a_pass_and_its_settings_count(tmp_path):
     model = tiny("llama", dtype=torch.float32)
     data = Samples.of(model)
@@ -255,7 +300,9 @@ def test_a_person_can_read_it():
                 f"{last.kurtosis.mean:.3g}",
             ]
         worst = max(result.tensors(), key=lambda place: place.kurtosis.mean)
-        assert f"Largest kurtosis: {worst.module} {worst.kurtosis.mean:.4g}," in result.findings()[len(result.stacks)]
+        assert (
+            f"Largest kurtosis: {worst.module} {worst.kurtosis.mean:.4g}," in result.findings()[len(result.stacks) + 1]
+        )
         root = ElementTree.fromstring(result.picture("A model"))
         texts = ["".join(element.itertext()) for element in root.iter() if element.tag.endswith("}text")]
         assert {"A model", *(f"kurtosis ({stack.path})" for stack in result.stacks), "A", "F", "S"} <= set(texts)

@@ -7,10 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers import AutoModelForCausalLM
 
 import auxin
 from auxin.edits import Plan, ReplaceModule
@@ -18,6 +17,7 @@ from auxin.errors import PlanError
 from auxin.nn.attention_functions import hard, hardens
 from auxin.nn.hard_attention import HardAttention
 from covering import families
+from nn.attentions import CASE, attention, called, projected
 from oracles import axformer as oracle
 from outputs import output
 from tiny_models import FAMILIES, inputs, tiny
@@ -75,60 +75,22 @@ def test_a_model_reads_what_the_largest_entries_of_its_maps_say(family):
     assert torch.equal(all_of_them, soft), "as many as there are keys are all of them, to the bit"
 
 
-def attention(heads: int, groups: int, implementation: str, dtype: torch.dtype, seed: int) -> Any:
-    config = LlamaConfig(
-        hidden_size=8, num_attention_heads=heads, num_key_value_heads=groups, head_dim=4, attention_dropout=0.0
-    )
-    config._attn_implementation = implementation
-    torch.manual_seed(seed)
-    module = LlamaAttention(config, 0).to(torch.float64)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter)
-    return module.to(dtype).eval()
+KEPT = {**CASE, "keep": st.integers(1, 10)}
 
 
-CASE = {
-    "heads": st.sampled_from([(1, 1), (2, 1), (4, 2), (2, 2)]),
-    "tokens": st.integers(1, 9),
-    "keep": st.integers(1, 10),
-    "samples": st.integers(1, 2),
-    "implementation": st.sampled_from(["eager", "sdpa"]),
-    "padding": st.integers(0, 3),
-    "seed": st.integers(0, 10**6),
-}
-
-
-def called(module: Any, hidden: Tensor, padding: int, implementation: str) -> tuple[Tensor, Any, Tensor]:
-    """What a causal attention gives for texts that are padded on the left, its map, and which tokens each may see."""
-    tokens = hidden.shape[1]
-    visible = torch.ones(tokens, tokens, dtype=torch.bool).tril()
-    visible[:, : min(padding, tokens - 1)] = False
-    visible |= torch.eye(tokens, dtype=torch.bool)  # padding reads something, no matter what
-    mask = visible[None, None]
-    if implementation == "eager":
-        mask = torch.zeros(mask.shape, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
-    elif not padding:
-        mask = None  # by which a fused kernel is told that all is causal
-    places = torch.ones(len(hidden), tokens, 4, dtype=hidden.dtype), torch.zeros(len(hidden), tokens, 4).to(hidden)
-    result, weights = module(hidden, places, mask)
-    return result, weights, visible
-
-
-@given(dtype=st.sampled_from([torch.float32, torch.float64]), **CASE)
+@given(dtype=st.sampled_from([torch.float32, torch.float64]), **KEPT)
 def test_rows_are_those_that_were_sorted_by_hand(heads, tokens, keep, samples, implementation, padding, seed, dtype):
     module = HardAttention.replacing(attention(*heads, implementation, dtype, seed), keep)
     hidden = torch.randn(samples, tokens, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
     with torch.no_grad():
         got, _, visible = called(module, hidden, padding, implementation)
         expected = torch.zeros(samples, tokens, heads[0] * 4, dtype=torch.float64)
-        projected = {
-            name: getattr(module, f"{name}_proj")(hidden).unflatten(-1, (-1, 4)).double().tolist() for name in "qkv"
-        }
+        rows_of = projected(module, hidden)
         for sample in range(samples):
             for head in range(heads[0]):
                 of_head = {
                     name: [token[head if name == "q" else head * heads[1] // heads[0]] for token in rows[sample]]
-                    for name, rows in projected.items()
+                    for name, rows in rows_of.items()
                 }
                 read = oracle.hard_attention(*of_head.values(), 0.5, visible.tolist(), keep)
                 expected[sample, :, head * 4 : head * 4 + 4] = torch.tensor(read)
@@ -138,7 +100,7 @@ def test_rows_are_those_that_were_sorted_by_hand(heads, tokens, keep, samples, i
     assert torch.allclose(got.double(), expected, rtol=1e-6, atol=rounding)
 
 
-@given(dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), **CASE)
+@given(dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), **KEPT)
 def test_maps_have_the_largest_entries_and_zeros(heads, tokens, keep, samples, implementation, padding, seed, dtype):
     soft = attention(*heads, implementation, dtype, seed)
     module = HardAttention.replacing(soft, keep)

@@ -82,6 +82,8 @@ CASES: dict[str, tuple[str, Planner]] = {
             ReplaceModule(module="model.layers.*.mlp.up_proj", brick="block_shuffle_linear", settings={"blocks": 2})
         ),
     ),
+    "clipped softmax": ("llama", by("clipped-softmax", alpha=0.9, length=16)),
+    "gated attention": ("bert", by("gated-attention", gate="mlp", hidden=2)),
     "guided": ("llama", by("structured-ffn", form="block-shuffle", guide="weight", first_layer=True)),
     "factorised embedding": ("llama", by("factorised-embedding", rank=4, frequencies=False)),
     "factorised embedding, tied": ("gpt2", by("factorised-embedding", rank=4, frequencies=False)),

@@ -50,3 +50,18 @@ def entropy(weights: Array, seen: list[list[int]]) -> float:
 
 
 TARGETS = ("special", "first", "current", "previous", "other")
+
+
+def apart(weights: Array, seen: list[list[int]]) -> float:
+    """The mean over queries that read several tokens of the log of the largest weight over the least; 0 without any."""
+    found = []
+    for query, tokens in enumerate(seen):
+        read = [float(weights[query, token]) for token in tokens if weights[query, token] > 0]
+        if len(read) > 1:
+            found.append(math.log(max(read)) - math.log(min(read)))
+    return sum(found) / len(found) if found else 0.0
+
+
+def silent(weights: Array) -> float:
+    """The share of queries whose weights are less than a thousandth together."""
+    return sum(float(sum(row)) < 1e-3 for row in weights) / len(weights)

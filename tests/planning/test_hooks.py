@@ -14,6 +14,8 @@ from auxin.methods.grow.hypercloning import HyperCloning, plan_hypercloning
 from auxin.methods.grow.llama_pro import BlockExpansion, plan_block_expansion
 from auxin.methods.grow.masked import MaskedGrowth, MaskRamp, plan_masked
 from auxin.methods.grow.tokenformer import OldTokenRates, TauAnneal, TokenGrowth, plan_token_growth
+from auxin.methods.restructure.clipped_softmax import GammaRamp
+from auxin.nn.clipped_softmax import ClippedSoftmax
 from auxin.nn.guide import Guided
 from auxin.nn.masked import Masked
 from auxin.nn.pattention import Pattention
@@ -285,7 +287,13 @@ def _annealed():
     return model, TauAnneal(3), lambda: [float(m.tau[0]) for m in model.modules() if isinstance(m, Pattention)]
 
 
-@pytest.mark.parametrize("made", [_masked, _guided, _annealed])
+def _clipped():
+    model = tiny("llama")
+    apply(auxin.plan(model, "clipped-softmax", alpha=2, length=16, ramp_steps=3), model)
+    return model, GammaRamp(3), lambda: [m.limits()[0] for m in model.modules() if isinstance(m, ClippedSoftmax)]
+
+
+@pytest.mark.parametrize("made", [_masked, _guided, _annealed, _clipped])
 def test_what_follows_from_the_step_alone_does_not_miss_an_update_that_was_left_out(made):
     model, hook, values = made()
     hook.attach(model, torch.optim.SGD(model.parameters()))

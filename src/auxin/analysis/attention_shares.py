@@ -15,6 +15,10 @@ ACROSS: tuple[Target, ...] = ("special", "first", "other")
 """Those of a cross-attention."""
 
 
+SILENT = 1e-3
+"""A row of less weight than this reads nothing."""
+
+
 def rounding(dtype: torch.dtype) -> float:
     """How far the sum of a row of a map of that type may be from 1: most softmaxes are computed in float32."""
     return max(2 * torch.finfo(dtype).eps, 16 * torch.finfo(torch.float32).eps)
@@ -27,6 +31,15 @@ class Tokens(NamedTuple):
     """(samples, tokens) boolean; None: the stack reads no ids."""
     kept: Tensor
     """(samples, tokens) boolean, False for padding."""
+
+
+class HeadEstimates(NamedTuple):
+    """Of one head."""
+
+    shares: dict[Target, Estimate]
+    entropy: Estimate
+    silent: Estimate
+    apart: Estimate
 
 
 class AttentionShares:
@@ -55,21 +68,25 @@ class AttentionShares:
         self._sinks |= bool((torch.where(told, nothing[..., 0], 0) > off).any())
         means = _mean(torch.cat([shares, nothing], dim=-1), told)
         entropy = _mean(_relative_entropy(weights, may_see, seen)[..., None], told & (seen > 1)[:, None], of_none=1.0)
-        self._heads.add(torch.cat([means, entropy], dim=-1))
+        silent = _mean((weights.sum(dim=-1, keepdim=True) < SILENT).to(weights.dtype), told)
+        apart, several = _apart(weights, may_see)
+        self._heads.add(torch.cat([means, entropy, silent, _mean(apart[..., None], told & several)], dim=-1))
         alike = _by_kind(may_see / seen.clamp(min=1)[..., None], kinds)
         self._uniform.add(_mean(alike, queries))
 
-    def estimates(self) -> tuple[list[dict[Target, Estimate]], list[Estimate], dict[Target, Estimate]]:
-        """Of each head its shares, of each head its entropy, and the shares of a head that attends to all alike."""
+    def estimates(self) -> tuple[list[HeadEstimates], dict[Target, Estimate]]:
+        """Of each head, and the shares of a head that attends to all alike."""
         targets = [*(ACROSS if self.across else TARGETS), *(("nothing",) if self._sinks else ())]
         numbers = self._heads.estimates()
-        width = len(TARGETS) + 2
+        width = len(TARGETS) + 4
         heads = [numbers[start : start + width] for start in range(0, len(numbers), width)]
-        named = [dict(zip((*TARGETS, "nothing"), head[:-1], strict=True)) for head in heads]
+        named = [dict(zip((*TARGETS, "nothing"), head[:-3], strict=True)) for head in heads]
         alike = dict(zip(TARGETS, self._uniform.estimates(), strict=True))
         return (
-            [{target: head[target] for target in targets} for head in named],
-            [head[-1] for head in heads],
+            [
+                HeadEstimates({target: shares[target] for target in targets}, *head[-3:])
+                for shares, head in zip(named, heads, strict=True)
+            ],
             {target: alike[target] for target in targets if target in alike},
         )
 
@@ -101,6 +118,16 @@ def _relative_entropy(weights: Tensor, may_see: Tensor, seen: Tensor) -> Tensor:
     # Of weights w of the sum s, -sum(w / s log(w / s)) = log s - sum(w log w) / s.
     entropy = total.log() - torch.special.xlogy(weights, weights).sum(dim=-1) / total
     return torch.where(total > 0, entropy / seen.clamp(min=2).log()[:, None], 0)
+
+
+def _apart(weights: Tensor, may_see: Tensor) -> tuple[Tensor, Tensor]:
+    """(samples, heads, queries): the log of the largest weight of a token over the least one that is not zero, and
+    whether there are several."""
+    left = may_see[:, None] & (weights > 0)
+    largest = torch.where(left, weights, 0).amax(dim=-1)
+    least = torch.where(left, weights, torch.inf).amin(dim=-1)
+    several = left.sum(dim=-1) > 1
+    return torch.where(several, largest.log() - least.log(), 0), several
 
 
 def _mean(values: Tensor, counted: Tensor, of_none: float = 0.0) -> Tensor:

@@ -11,12 +11,16 @@ the first one of these that it is, so that the shares sum up to 1:
 | current | the query token itself |
 | previous | the one before it |
 | other | all others |
-| nothing | none: what a learned sink of the layer takes (gpt-oss); only of attentions that have one |
+| nothing | none: what a learned sink of the layer takes (gpt-oss), or a clipping; only of attentions that have one |
 
 A cross-attention sees the encoder's tokens, of which none is current or previous. `uniform` has the shares of a head
 that attends to all it may see alike, which is what a share is to be compared with. The entropy of a head's weights is
 given relative to that of uniform attention, log n over n tokens: averaged over the query tokens that may see more than
-one, 1 where there is no such token. What goes to no token has no part in it.
+one, 1 where there is no such token. What goes to no token has no part in it. Two numbers more tell how a head does
+nothing: `silent` is the share of query tokens whose weights sum up to less than 0.001, and `apart` how far a row's
+scores lie apart, the log of the largest weight over the least one that is not zero, averaged over the query tokens with
+several such weights. For softmax that is the largest score minus the least (Bondarenko et al., arXiv 2306.12929: a head
+that is to do nothing by a softmax needs scores that lie far apart).
 
 Which tokens a query may see is told by the map: those to which at least one of the layer's heads gives more than zero,
 as masks give exactly zero. Padding (`kept_tokens`) counts neither as query nor as key. Clark et al. (arXiv 1906.04341)
@@ -40,9 +44,9 @@ from auxin.analysis.parts import StackParts, stack_parts
 from auxin.analysis.run import forward_through_layers
 from auxin.analysis.spread import Estimate
 from auxin.errors import ConfigError, PlanError
+from auxin.models.sublayers import nearest_output
 from auxin.report.heat_map import Panel, Row, heat_map_svg
 from auxin.settings import Settings
-from auxin.words.paths import shared_parts
 
 ENTROPY = "entropy"
 SPECIAL_FIELDS = (
@@ -67,6 +71,10 @@ class HeadTargets(Settings):
     """Of its attention, by target."""
     entropy: Estimate
     """Of its weights, relative to that of uniform attention: 0 where each query sees one token, 1 where all alike."""
+    silent: Estimate
+    """Share of the query tokens that read nothing: of less weight than 0.001 together."""
+    apart: Estimate
+    """The log of a row's largest weight over its least one that is not zero."""
 
     def share(self, *targets: Target) -> float:
         """The mean share of several targets together; one that the attention lacks has none."""
@@ -142,6 +150,17 @@ class Targets(Result):
         told = []
         if not any(head.share("special") for _, head in heads):
             told.append(f"No token of the samples is special; special_ids = {self.special_ids}.")
+        far = max(heads, key=lambda named: named[1].apart.mean)
+        told.append(
+            f"The scores of a row lie {sum(head.apart.mean for _, head in heads) / len(heads):.4g} apart on average, "
+            f"the farthest in {far[0]}: {far[1].apart.mean:.4g}."
+        )
+        if any(head.silent.mean for _, head in heads):
+            most_silent = max(heads, key=lambda named: named[1].silent.mean)
+            told.append(
+                f"{sum(head.silent.mean for _, head in heads) / len(heads):.2%} of the rows read nothing, most of them "
+                f"in {most_silent[0]}: {most_silent[1].silent.mean:.2%}."
+            )
         for words, targets in (
             ("Special and first tokens get", ("special", "first")),
             ("The current token gets", ("current",)),
@@ -183,6 +202,7 @@ class AttentionTargets(Measurement[Targets]):
     name: ClassVar[str] = "attention-targets"
     title: ClassVar[str] = "how much of each head's attention goes to special, first, current and previous tokens"
     needs: ClassVar[Needs] = "batches"
+    version: ClassVar[int] = 2
     result_type: ClassVar[type[Result]] = Targets
 
     special_ids: list[NonNegativeInt] | None = None
@@ -331,18 +351,17 @@ class _StackObserver:
             found = []
             for path, (layer, shares) in self._found.items():
                 if shares.across == (kind == "cross-attention"):
-                    by_head, entropies, uniform = shares.estimates()
-                    heads = [HeadTargets(shares=s, entropy=e) for s, e in zip(by_head, entropies, strict=True)]
+                    by_head, uniform = shares.estimates()
+                    heads = [HeadTargets(**head._asdict()) for head in by_head]
                     found.append(LayerTargets(layer=layer, module=path, heads=heads, uniform=uniform))
             if found:
                 yield StackTargets(path=self.parts.stack.path, kind=kind, attentions=found)
 
     def _kind(self, layer: str, path: str) -> str:
         """Of the part that the attention at `path` lies next to."""
-        names = path.removeprefix(f"{layer}.").split(".")
-        kinds = zip(self.parts.stack.outputs, self.parts.kinds, strict=True)
-        near = {shared_parts(names, output.split(".")): kind for output, kind in reversed(list(kinds))}
-        return near[max(near)] if near else "attention"
+        outputs = self.parts.stack.outputs
+        near = nearest_output(path.removeprefix(f"{layer}."), outputs)
+        return "attention" if near is None else self.parts.kinds[outputs.index(near)]
 
 
 def _named_by(model: PreTrainedModel) -> list[int]:

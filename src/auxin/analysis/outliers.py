@@ -16,6 +16,10 @@ All are taken over one sample and averaged over samples; kurtosis and infinity n
 adds 1e-6 to s^4, which changes the kurtosis of what is small; here nothing is added. A tensor whose entries are all
 alike has no outliers: kurtosis and peak are 0.
 
+Two numbers stand for the whole model, as that paper has them: the largest infinity norm, and the mean kurtosis, of all
+these tensors and of what norms with a gain give, in the layers and behind the last. Where norms come behind sums (BERT)
+what enters them counts for the infinity norm, too.
+
 What a part gives is what `similarity` adds to the stream: the output of the part, or of the norm behind it (OLMo 2).
 The stream that a layer leaves is the layer's output, in BERT with the norm behind the sum. Padding (`kept_tokens`)
 doesn't count. Sums are in float32 at least.
@@ -33,10 +37,12 @@ from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table,
 from auxin.analysis.parts import Kind, StackParts, refuse_blocks, refuse_maps, stack_parts
 from auxin.analysis.spread import Estimate, Spread
 from auxin.errors import PlanError
+from auxin.models.anatomy import anatomy
 from auxin.report.heat_map import Panel, Row, heat_map_svg
 from auxin.settings import Settings
 
 STREAM: Literal["stream"] = "stream"
+Tracked = Kind | Literal["stream", "norm", "sum"]
 LISTED = 3
 """How many tensors and dimensions the findings name."""
 IN_A_TABLE = 2
@@ -56,9 +62,10 @@ class TensorOutliers(Settings):
     """What a part gives, or a layer leaves."""
 
     module: str
-    """The module whose output it is: "model.layers.0.mlp.down_proj"."""
-    kind: Kind | Literal["stream"]
-    """The part's kind; "stream" is what the layer leaves."""
+    """The module whose output it is, of a sum that reads it: "model.layers.0.mlp.down_proj"."""
+    kind: Tracked
+    """The part's kind; "stream" is what the layer leaves, "norm" what a norm gives, "sum" what a norm behind a sum
+    reads."""
     infinity_norm: Estimate
     """The largest absolute value."""
     peak: Estimate
@@ -88,6 +95,10 @@ class StackOutliers(Settings):
     path: str
     """The list of layers: "model.layers"."""
     layers: list[LayerOutliers]
+    norms: list[TensorOutliers]
+    """What norms give that have a gain, in the layers and behind the last, but those that end parts."""
+    sums: list[TensorOutliers]
+    """What norms behind sums read."""
 
     @property
     def kurtosis(self) -> float:
@@ -111,6 +122,23 @@ class Outliers(Result):
     deviations: float
     """From how many standard deviations on an entry is beyond."""
     stacks: list[StackOutliers]
+
+    @property
+    def largest(self) -> TensorOutliers:
+        """Of all tensors that of the largest infinity norm."""
+        sums = [one for stack in self.stacks for one in stack.sums]
+        return max([*self.tensors(), *self.norms(), *sums], key=lambda found: found.infinity_norm.mean)
+
+    @property
+    def kurtosis(self) -> float:
+        """The mean over all tensors but sums."""
+        found = [one.kurtosis.mean for one in (*self.tensors(), *self.norms())]
+        return sum(found) / len(found)
+
+    def norms(self) -> Iterator[TensorOutliers]:
+        """Of all stacks."""
+        for stack in self.stacks:
+            yield from stack.norms
 
     def tensors(self) -> Iterator[TensorOutliers]:
         """Of all layers, parts before the stream."""
@@ -139,13 +167,18 @@ class Outliers(Result):
         return tables
 
     def findings(self) -> list[str]:
-        """The stream's norm and kurtosis, the tensors of the largest kurtosis, and the dimensions of outliers."""
+        """The stream's norm and kurtosis, those of all tensors, the tensors of the largest kurtosis, and the dimensions
+        of outliers."""
         told = [
             f"The stream behind the layers of {stack.path} has a kurtosis of {stack.kurtosis:.4g} on average (3: "
             f"Gaussian) and an infinity norm of {stack.infinity_norm:.4g}, the largest behind {stack.largest.path}: "
             f"{stack.largest.stream.infinity_norm.mean:.4g}."
             for stack in self.stacks
         ]
+        told.append(
+            f"Of all tensors, with those of norms, the largest infinity norm is {self.largest.infinity_norm.mean:.4g} "
+            f"({self.largest.module}, {self.largest.kind}), the mean kurtosis {self.kurtosis:.4g}."
+        )
         ranked = sorted(self.tensors(), key=lambda found: -found.kurtosis.mean)[:LISTED]
         told.append(
             "Largest kurtosis: " + ", ".join(f"{found.module} {found.kurtosis.mean:.4g}" for found in ranked) + "."
@@ -193,6 +226,7 @@ class OutlierMeasurement(Measurement[Outliers]):
     name: ClassVar[str] = "outliers"
     title: ClassVar[str] = "largest entries, kurtosis and outlier dimensions of what each part and each layer gives"
     needs: ClassVar[Needs] = "layers"
+    version: ClassVar[int] = 2
     result_type: ClassVar[type[Result]] = Outliers
 
     deviations: float = Field(default=6.0, gt=0)
@@ -229,22 +263,21 @@ class OutlierObserver:
         self._settings = settings
         self._stacks = stack_parts(model)
         self._places = {stack.stack.path: _places(stack, settings.deviations) for stack in self._stacks}
-        self.taps = [place.tap for layers in self._places.values() for layer in layers.values() for place in layer]
+        self._norms = {stack.stack.path: _norms(stack, settings.deviations) for stack in self._stacks}
+        self.taps = [place.tap for path in self._places for place in self._all(path)]
 
     def before(self, batch: Batch) -> None:
         """Note which tokens count."""
         for stack in self._stacks:
             kept = stack.kept(batch)
-            for layer in self._places[stack.stack.path].values():
-                for place in layer:
-                    place.begin(samples_of(batch), kept)
+            for place in self._all(stack.stack.path):
+                place.begin(samples_of(batch), kept)
 
     def after(self, batch: Batch, output: Any) -> None:
         """Everything was read while the batch went through."""
-        for layers in self._places.values():
-            for layer in layers.values():
-                for place in layer:
-                    place.end()
+        for path in self._places:
+            for place in self._all(path):
+                place.end()
 
     def result(self) -> Outliers:
         """The estimates of all places."""
@@ -254,8 +287,16 @@ class OutlierObserver:
             for layer, places in layers.items():
                 *parts, stream = (place.result(self._settings.sample_share) for place in places)
                 found.append(LayerOutliers(path=layer, parts=parts, stream=stream))
-            stacks.append(StackOutliers(path=path, layers=found))
+            behind = [place.result(self._settings.sample_share) for place in self._norms[path]]
+            norms, sums = ([one for one in behind if one.kind == kind] for kind in ("norm", "sum"))
+            stacks.append(StackOutliers(path=path, layers=found, norms=norms, sums=sums))
         return Outliers(deviations=self._settings.deviations, stacks=stacks)
+
+    def _all(self, path: str) -> "Iterator[_Place]":
+        """The places of one stack."""
+        for layer in self._places[path].values():
+            yield from layer
+        yield from self._norms[path]
 
 
 def _places(parts: StackParts, deviations: float) -> dict[str, list["_Place"]]:
@@ -272,11 +313,31 @@ def _places(parts: StackParts, deviations: float) -> dict[str, list["_Place"]]:
     return found
 
 
+def _norms(parts: StackParts, deviations: float) -> list["_Place"]:
+    """What norms with a gain along the residual give, but those whose outputs are parts; behind sums what they read."""
+    body = anatomy(parts.model, part=parts.stack.tower or None)
+    gains = [role for role in body.roles if role.kind == "gain" and role.along("residual") and not role.added]
+    behind_sums = parts.stack.output_norms if parts.stack.norm_position == "after_residual" else ()
+    end = parts.stack.end if parts.stack.ends_in_norm else ""
+    found = []
+    for path, module in parts.model.named_modules():
+        layer = next((one for one in parts.layers if path.startswith(f"{one}.")), None)
+        if (layer is None and path != end) or not any(role.matches(f"{path}.weight") for role in gains):
+            continue
+        name = path if layer is None else path.removeprefix(f"{layer}.")
+        if name in parts.added:
+            continue
+        if name in behind_sums:
+            found.append(_Place(path, "sum", module, deviations))
+        found.append(_Place(path, "norm", module, deviations))
+    return found
+
+
 class _Place:
     """One tensor, over all batches."""
 
-    def __init__(self, path: str, kind: Kind | Literal["stream"], module: torch.nn.Module, deviations: float) -> None:
-        self.tap = Tap(module, "output", self._read)
+    def __init__(self, path: str, kind: Tracked, module: torch.nn.Module, deviations: float) -> None:
+        self.tap = Tap(module, "input" if kind == "sum" else "output", self._read)
         self._path, self._kind, self._deviations = path, kind, deviations
         self._spread = Spread()
         self._hit: Tensor | None = None

@@ -4,7 +4,7 @@ A sublayer is known by what it adds. That may be the result of a whole module (L
 (BERT, whose modules hold the sum and the norm behind it, too) or of the norm between the two (OLMo 2).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from auxin.models.anatomy import anatomy
 from auxin.models.places import running_on_shapes
 from auxin.nn.stand_ins import StandIn
 from auxin.words.anatomy import Anatomy, LayerStack
-from auxin.words.paths import encloses
+from auxin.words.paths import encloses, shared_parts
 
 Kind = Literal["attention", "cross-attention", "feed-forward"]
 
@@ -66,6 +66,18 @@ def kinds(model: PreTrainedModel, stack: LayerStack, names: tuple[str, ...]) -> 
         else:
             found.append("feed-forward")
     return found
+
+
+def nearest_output(path: str, outputs: Sequence[str]) -> str | None:
+    """Of the `outputs` of a layer's parts the one of the part in which the module at `path` lies, the one with which it
+    shares the most parts of its path, of several the first; None where there are none.
+
+    Args:
+        path: relative to the layer: "attention.self".
+        outputs: so, too, in the order in which they are run: "attention.output.dense", "output.dense".
+    """
+    names = path.split(".")
+    return max(outputs, key=lambda output: shared_parts(names, output.split(".")), default=None)
 
 
 def refuse_shared(model: PreTrainedModel, outputs: Iterable[str]) -> None:

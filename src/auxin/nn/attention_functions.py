@@ -14,7 +14,7 @@ there are at most K keys the model's own implementation computes what it always 
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -50,7 +50,9 @@ def reading_few(module: nn.Module, keep: int) -> contextlib.AbstractContextManag
 
 
 @contextlib.contextmanager
-def handing_to(module: nn.Module, function: str, settings: Any, why: str) -> Iterator[None]:
+def handing_to(
+    module: nn.Module, function: str, settings: Any, why: str, implementations: Collection[str] | None = IMPLEMENTATIONS
+) -> Iterator[None]:
     """Within the context, `module` hands queries, keys and values to a function of transformers' table, which finds its
     settings and the model's own implementation by `handed`.
 
@@ -59,10 +61,11 @@ def handing_to(module: nn.Module, function: str, settings: Any, why: str) -> Ite
         function: what the function is registered as.
         settings: of it.
         why: what it does, for a message that goes on ", and ..".
+        implementations: those of a model beside which it works; None: all.
 
     Raises:
-        PlanError: the model's implementation of attention is one that makes masks of its own kind, or the attention
-            hands to another function already.
+        PlanError: the model's implementation of attention is another one, which makes masks of its own kind, or the
+            attention hands to another function already.
     """
     before: Any = module.config
     if isinstance(before, _Naming) and before._attn_implementation != function:
@@ -72,7 +75,7 @@ def handing_to(module: nn.Module, function: str, settings: Any, why: str) -> Ite
         )
     config = before.around if isinstance(before, _Naming) else before
     own = config._attn_implementation
-    if own is not None and own not in IMPLEMENTATIONS:
+    if own is not None and implementations is not None and own not in implementations:
         raise PlanError(
             f"{why}, and the model's attention is {own!r}, which has masks of another kind. Call "
             f"model.set_attn_implementation({IMPLEMENTATIONS[1]!r})."
@@ -87,11 +90,21 @@ def handing_to(module: nn.Module, function: str, settings: Any, why: str) -> Ite
 
 def handed(module: nn.Module) -> tuple[Any, Callable[..., tuple[Tensor, Tensor | None]]]:
     """The settings of the function that `module` hands to, and the attention function that it would call otherwise."""
-    config = module.config
+    config: Any = module.config
     assert isinstance(config, _Naming)
     eager = _eager(module)
     assert eager is not None
-    return config.settings, ALL_ATTENTION_FUNCTIONS.get_interface(config.own or "eager", eager)
+    own = ALL_ATTENTION_FUNCTIONS.get_interface(config.own or "eager", eager)
+
+    def attend(module: Any, *args: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
+        # Some ask the config of the module which of them they are.
+        module.config = config.around
+        try:
+            return own(module, *args, **named)
+        finally:
+            module.config = config
+
+    return config.settings, attend
 
 
 def hard(probabilities: Tensor, keep: int) -> Tensor:
@@ -119,16 +132,38 @@ def hard_attention(
     (keep, attend), keys = handed(module), key.shape[-2]
     if keys <= keep:
         return attend(module, query, key, value, attention_mask, **named)
+    return reading(module, query, key, value, attention_mask, lambda found: hard(found, keep), **named)
+
+
+def reading(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    change: Callable[[Tensor], Tensor],
+    **named: Any,
+) -> tuple[Tensor, Tensor]:
+    """As the architecture's own eager attention, but with other weights than its probabilities.
+
+    Args:
+        module: the attention, within `handing_to`.
+        query, key, value, attention_mask, named: as `hard_attention` is given them.
+        change: (probabilities) -> weights, both (samples, heads, queries, keys).
+
+    Returns:
+        What the heads give, (samples, queries, heads, head width), and the weights.
+    """
     eager, config = _eager(module), module.config
     assert eager is not None
     assert isinstance(config, _Naming)
     if config.own == "sdpa":
-        attention_mask = _added(module, query, keys, attention_mask, named.get("is_causal"))
-    # The product with the values is made again, of what is left; here with a single entry of each.
+        attention_mask = _added(module, query, key.shape[-2], attention_mask, named.get("is_causal"))
+    # The product with the values is made again, of other weights; here with a single entry of each.
     _, probabilities = eager(module, query, key, value[..., :1], attention_mask, **named)
-    kept = hard(probabilities, keep)
-    read = value.repeat_interleave(kept.shape[1] // value.shape[1], dim=1)
-    return (kept @ read).transpose(1, 2).contiguous(), kept
+    weights = change(probabilities)
+    read = value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
+    return (weights @ read).transpose(1, 2).contiguous(), weights
 
 
 ALL_ATTENTION_FUNCTIONS.register(HARD, hard_attention)
