@@ -1,5 +1,6 @@
 """W8A8 is what passes by hand give with every listed tensor on its grid; the model stays; an outlier is found."""
 
+import copy
 import re
 from collections import Counter
 from types import MethodType
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import auxin
 from analysis.samples import Samples
 from auxin.analysis import measure
 from auxin.analysis.quantized import QuantizationLoss, QuantizedMeasurement
@@ -23,6 +25,7 @@ from auxin.methods import method
 from auxin.models.anatomy import anatomy
 from auxin.models.eager import asked_for_maps, eager_attention
 from auxin.models.sublayers import sublayers
+from auxin.objectives.calibration import Calibration
 from auxin.planning.bench import Bench
 from covering import whole
 from oracles import quantization as oracle
@@ -327,3 +330,35 @@ def test_attention_in_one_kernel_is_refused():
     model.model.layers[1].self_attn.forward = MethodType(fused, model.model.layers[1].self_attn)
     with pytest.raises(PlanError, match=r"layers\.1\.self_attn computes attention in one kernel"):
         found(model, Samples.of(model), calibration_samples=2)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_clipped_probabilities_get_a_grid_and_gates_compute_in_floating_point(family):
+    """Beside the model without them: the grids of gated ones are the same, and those of clipped ones are of P'."""
+    model = tiny(family, dtype=torch.float32)
+    batches = [torch.randint(4, 18, (2, 12), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    if family == "bert":
+        batches = [{"input_ids": ids, "labels": ids} for ids in batches]
+    data = Calibration.of_batches(model, batches)
+
+    def found(changed):
+        result = measure(QuantizedMeasurement(calibration_samples=4), changed, data, cache=False)
+        return Counter(one.family for one in result.tensors), {one.name: one for one in result.tensors}
+
+    plain, _ = found(model)
+    gated = copy.deepcopy(model)
+    auxin.apply(auxin.plan(gated, "gated-attention"), gated)
+    # A gate's product with what heads give is new.
+    assert found(gated)[0] - Counter(input=99) == plain - Counter(input=99)
+    clipped = copy.deepcopy(model)
+    auxin.apply(auxin.plan(clipped, "clipped-softmax", alpha=0.6, length=12), clipped)
+    families, tensors = found(clipped)
+    layers = model.config.num_hidden_layers
+    assert families["probabilities"] == plain["probabilities"] == layers
+    assert families["scores"] == plain["scores"]
+    assert families["context"] == 2 * plain["context"], "a product with one value is made to get probabilities"
+    # 12 tokens read alike have 1 / 12 each, and at most 1.05 * 1 - 0.05 of P is P'; what is small is none at all.
+    reached = [one.high for one in tensors.values() if one.family == "probabilities"]
+    assert all(0 < high <= 1 for high in reached)
+    plain_reach = [one.high for one in found(model)[1].values() if one.family == "probabilities"]
+    assert all(after < before for after, before in zip(reached, plain_reach, strict=True) if before < 1)

@@ -60,6 +60,8 @@ _ACTIVATIONS = {
     *(aten.elu, aten.elu_, aten.leaky_relu, aten.leaky_relu_, aten.hardtanh, aten.hardtanh_, aten.softplus),
     *(aten.hardswish, aten.hardswish_, aten.mish),
 }
+_CLIPS = {aten.clamp, aten.add, aten.add_, aten.mul, aten.mul_}
+"""What, with numbers alone, makes other probabilities of a softmax's: clipped ones."""
 _SUMMANDS = ("linear", "norm", "sum", "embedding", "input")
 _FUSED = "_scaled_dot_product"
 """What the names of kernels begin with that compute a whole attention."""
@@ -216,6 +218,9 @@ class Pass(TorchDispatchMode):
             return self._moved(result, source, marks, scaled=packet in _SCALES)
         if packet is aten.embedding:
             return self._embedded(result, self._mark(args[0]))
+        if packet in _CLIPS and len(marks) == 1 and marks[0].probabilities:
+            # Not those, but what is made of them, is what a product reads.
+            return self._follow(result, marks, _Mark(probabilities=marks[0].probabilities))
         if packet in (aten.add, aten.add_):
             return self._added(result, args, packet is aten.add_)
         if packet is aten._softmax or packet is aten._safe_softmax:
@@ -251,6 +256,9 @@ class Pass(TorchDispatchMode):
         family: Family = "context" if softmaxes else "scores"
         name = self._numbered(family)
         for place, side in ((left, "left"), (right, "right")):
+            if (key := marks[place].probabilities) and not marks[place].grid:
+                clipped = Site(self._pass_on(key)[0], "probabilities")
+                given[place] = self._store(clipped, 1, given[place], in_place=False)
             given[place] = self._operand(given[place], f"{name}.{side}")
         return self._store(Site(name, family), 0, func(*given, **kwargs), in_place=False)
 

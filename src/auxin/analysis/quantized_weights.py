@@ -1,8 +1,8 @@
 """Which parameters of a model are quantized, and the model with those that are, for a while.
 
 The weights of all linear layers, convolutions and experts, of embeddings and of norms have a grid each; an expert's
-matrix, which lies in one tensor with the others, has its own. The output head and gates stay as they are: routers, and
-matrices of a single row. So do biases and norms' offsets.
+matrix, which lies in one tensor with the others, has its own. The output head and gates stay as they are: routers,
+matrices of a single row, and what bricks say of their own. So do biases and norms' offsets.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from auxin.analysis.quantizers import WeightRanges, rounded_weight
 from auxin.models.anatomy import anatomy
+from auxin.nn.bricks import Brick
 from auxin.words.roles import ParameterRole
 
 WeightKind = Literal["matrix", "embedding", "gain", "bias", "full"]
@@ -60,7 +61,8 @@ class Weights:
                     continue
                 role = body.role(names[id(tensor)])
                 kind = _kind(role, tensor)
-                if path in self.heads and kind != "bias":
+                in_float = isinstance(module, Brick) and entry in module.in_float
+                if (path in self.heads and kind != "bias") or in_float:
                     kind = "full"
                 if isinstance(module, ParametrizationList):
                     kind = "bias"  # what is computed of it is the weight

@@ -88,6 +88,8 @@ class Brick(nn.Module):
     temporary: ClassVar[str | None] = None
     """What the module has that it wraps only for a while, in words that follow "have "; it is taken off again as
     `plain_form` says, with whatever was put on it by then. None: it stays."""
+    in_float: ClassVar[Collection[str]] = ()
+    """The names of those of its matrices that make gates: where others are quantized, these are not."""
     pre_merges: ClassVar[bool] = False
     """Whether it is a product in the place of a linear layer, and can multiply by the whole matrix for few tokens at
     once (`merge_below`)."""

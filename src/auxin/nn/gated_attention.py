@@ -118,6 +118,7 @@ class GatedAttention(Brick):
     """
 
     making = GatedAttentionMaking()
+    in_float = (WEIGHT, INNER_WEIGHT)
     gate: Gate
     gate_weight: nn.Parameter
     gate_bias: nn.Parameter
