@@ -25,9 +25,12 @@ from transformers import PreTrainedModel
 
 from auxin.accounting.comparison import Comparison
 from auxin.analysis import measure
+from auxin.analysis.quantized import QuantizationLoss, QuantizedMeasurement
+from auxin.analysis.quantizers import ActivationRanges
 from auxin.data import Dataset
 from auxin.data.dataset import DATASETS
 from auxin.models.loading import load_model
+from auxin.objectives.objective import Objective, held_out_noise
 from auxin.recipes import Recipe
 from auxin.recipes.folder import DATA, left_checkpoint, seed_directory
 from auxin.report.markdown import markdown_table, origin
@@ -35,15 +38,19 @@ from auxin.report.markdown import markdown_table, origin
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {name: ROOT / "benchmarks" / f"quiet_heads_{name}.yaml" for name in ("bert", "opt", "vit")}
 SAMPLES = 32
-"""Held-out samples on which activations and attentions are measured."""
+"""Held-out samples on which activations and attentions are measured, and from which ranges of integers come."""
 COLUMNS = {
     "infinity norm": "largest infinity norm of all tensors",
     "stream": "the largest of what layers leave",
     "kurtosis": "mean kurtosis",
     "apart": "scores of a row apart",
     "silent": "rows that read nothing",
+    "w8a8": "what W8A8 adds to the loss",
+    "w8a8 percentiles": "the same, ranges of 99.99 %",
 }
 """What is measured of a trained model, and what the page calls it."""
+RANGES: dict[str, ActivationRanges] = {"w8a8": "min-max", "w8a8 percentiles": "percentile"}
+"""How far the grids of activations reach."""
 Measured = dict[str, dict[str, dict[str, float]]]
 """By branch, by seed, by column."""
 
@@ -53,6 +60,8 @@ class HeldOut:
     """The first held-out samples of prepared data, as measurements want them."""
 
     data: Dataset
+    objective: Objective | None = None
+    """What labels ask for; None: there are none."""
 
     @property
     def fingerprint(self) -> str:
@@ -61,15 +70,18 @@ class HeldOut:
 
     @property
     def samples(self) -> int:
-        """How many there are."""
-        return min(SAMPLES, len(self.data.split("validation")))
+        """How many there are: with labels, as many again, on which losses are measured."""
+        return min(SAMPLES * (1 if self.objective is None else 2), len(self.data.split("validation")))
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
-        """Eight at a time, as the model reads them where nothing is hidden; without labels."""
-        split = self.data.split("validation")
+        """Eight at a time, as the model reads them where nothing is hidden, or as it learns from them."""
+        split, noise = self.data.split("validation"), held_out_noise()
         for start in range(0, self.samples, 8):
             batch = split.rows(range(start, min(start + 8, self.samples)))
-            yield {name: tensor for name, tensor in batch.items() if name != "labels"}
+            if self.objective is not None:
+                yield self.objective.inputs(batch, noise)
+            else:
+                yield {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 
 def main() -> None:
@@ -109,7 +121,7 @@ def activations(recipe: Recipe, comparison: Comparison, runs: Path) -> Measured:
     data = HeldOut(DATASETS.find(recipe.data.kind).prepare(recipe.data, runs / DATA, False))
     return {
         branch.name: {
-            str(seed): columns(load_model(trained(recipe, branch.name, seed_directory(runs, seed))), data)
+            str(seed): columns(load_model(trained(recipe, branch.name, seed_directory(runs, seed))), data, recipe)
             for seed in branch.seeds
         }
         for branch in comparison.branches
@@ -122,9 +134,21 @@ def trained(recipe: Recipe, name: str, run: Path) -> Path:
     return left_checkpoint(run, branch, branch.stages[-1])
 
 
-def columns(model: PreTrainedModel, data: HeldOut) -> dict[str, float]:
+def columns(model: PreTrainedModel, data: HeldOut, recipe: Recipe) -> dict[str, float]:
     """`COLUMNS` of a model."""
     model = model.eval()
+    labelled: Any = HeldOut(data.data, recipe.objective.bind(model.config, data.data.form))
+    int8 = {
+        name: measure(
+            QuantizedMeasurement(
+                schemes=["w8a8"], calibration_samples=SAMPLES, activation_ranges=ranges, alone="nothing"
+            ),
+            model,
+            labelled,
+            cache=False,
+        )
+        for name, ranges in RANGES.items()
+    }
     outliers: Any = measure("outliers", model, data, cache=False)
     targets: Any = measure("attention-targets", model, data, cache=False)
     heads = [head for _, head in targets.heads()]
@@ -134,7 +158,15 @@ def columns(model: PreTrainedModel, data: HeldOut) -> dict[str, float]:
         "kurtosis": outliers.kurtosis,
         "apart": sum(head.apart.mean for head in heads) / len(heads),
         "silent": sum(head.silent.mean for head in heads) / len(heads),
+        **{name: change_of(found) for name, found in int8.items()},
     }
+
+
+def change_of(found: QuantizationLoss) -> float:
+    """What W8A8 adds to the loss, in nats."""
+    change = found.of("w8a8").change
+    assert change is not None
+    return change.mean
 
 
 def page(comparisons: Mapping[str, Comparison], measured: Mapping[str, Measured]) -> str:
@@ -143,7 +175,8 @@ def page(comparisons: Mapping[str, Comparison], measured: Mapping[str, Measured]
         "# Heads that can do nothing, in three small models",
         "",
         "Softmax, a clipped softmax and gates on the heads, from the same weights over the same batches. Mean over the "
-        f"seeds and 95 % interval (Student's t). Activations are those of {SAMPLES} held-out samples, each by itself: "
+        f"seeds and 95 % interval (Student's t). Activations are those of {SAMPLES} held-out samples, each by itself; "
+        f"[W8A8](../analysis.md#int8) takes its ranges from them, and its losses from {SAMPLES} others: "
         "see [outliers](../analysis.md#outliers) and [targets of attention](../analysis.md#targets-of-attention). "
         "Outliers that hurt 8 bits come with long trainings of larger models; what small ones show of them is no "
         "verdict on either change.",
