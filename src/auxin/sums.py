@@ -42,6 +42,14 @@ def has_sums(folder: Path) -> bool:
     return (folder / SUMS_FILE).is_file()
 
 
+def names_without_sums(folder: Path) -> list[str]:
+    """Files of a folder that its sums do not name: those that somebody has added."""
+    lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines() if has_sums(folder) else []
+    known = {line.partition("  ")[2] for line in lines} | {SUMS_FILE}
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in found if name not in known)
+
+
 def damage(folder: Path) -> str | None:
     """What of `folder` is not as it was when its sums were written, by name; None: nothing, or it never had sums.
 

@@ -36,6 +36,7 @@ KINDS = {
     "tau_anneal": ({"steps": 5}, TauAnneal),
     "mask_ramp": ({"steps": 5}, MaskRamp),
     "guide_fade": ({"steps": 5}, GuideFade),
+    "gamma_ramp": ({"steps": 5}, GammaRamp),
 }
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import auxin
-from auxin.errors import PlanError
+from auxin.errors import ConfigError, PlanError
 from auxin.nn.bricks import find_brick
 from auxin.nn.low_rank import Product
 from auxin.planning.pre_merged import pre_merge
@@ -25,7 +25,7 @@ FORMS = {
 
 def made(brick: str, bias: bool = True, dtype: torch.dtype = torch.float64) -> Product:
     torch.manual_seed(0)
-    return find_brick(brick).replacing(nn.Linear(8, 12, bias=bias, dtype=dtype), **FORMS[brick])
+    return find_brick(brick).replacing(nn.Linear(8, 12, bias=bias, dtype=dtype), **FORMS[brick]).eval()
 
 
 @pytest.mark.parametrize("brick", FORMS)
@@ -58,6 +58,28 @@ def test_the_matrix_is_made_anew_when_a_factor_changes_moves_or_is_cast(brick):
             plain.merge_below(0)
             assert torch.allclose(layer(x), plain(x), atol=1e-12)
         assert layer.float()(x.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("brick", FORMS)
+@pytest.mark.parametrize("how", [{"fused": True}, {"foreach": True}, {}], ids=["fused", "foreach", "plain"])
+def test_after_a_step_of_any_optimizer_the_matrix_is_that_of_the_new_factors(brick, how):
+    """A fused step raises no version of what it changes."""
+    layer, x = made(brick), torch.randn(2, 8, dtype=torch.float64)
+    layer.merge_below(16)
+    with torch.no_grad():
+        before = layer(x)
+    layer.train()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, **how)
+    layer(x).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert layer.merged_for(x) is None, "in training mode"
+        layer.eval()
+        after = layer(x)
+        assert layer.merged_for(x) is not None
+        assert not torch.allclose(after, before)
+        layer.merge_below(0)
+        assert torch.allclose(after, layer(x), atol=1e-12)
 
 
 def test_what_learns_goes_by_the_factors_and_a_checkpoint_knows_nothing_of_it():
@@ -103,6 +125,9 @@ def test_a_model_answers_alike_below_and_above_what_was_measured(monkeypatch):
     assert set(pre_merge(model, below=0).values()) == {0}
     with pytest.raises(PlanError, match="has no layer that is a product"):
         pre_merge(tiny("llama"))
+    for below in (-1, 1.5, "16", True):
+        with pytest.raises(ConfigError, match="is no number of tokens"):
+            pre_merge(model, below)
 
 
 def test_a_product_that_is_never_faster_always_multiplies_by_the_matrix(monkeypatch):

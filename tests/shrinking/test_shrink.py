@@ -1,6 +1,8 @@
 """A search from the model to the smaller one: what it chooses, keeps apart, keeps, and refuses."""
 
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +20,15 @@ from auxin.edits import Plan
 from auxin.errors import CheckpointError, ConfigError, DataError, PlanError
 from auxin.objectives.causal import Causal
 from auxin.objectives.measures import Loss
+from auxin.planning.target import Target
 from auxin.recipes import Recipe, run_recipe
 from auxin.recipes.folder import DATA
 from auxin.shrinking import Outcome, ShrinkSettings, shrink
+from auxin.shrinking.candidates import Candidate, Step
+from auxin.shrinking.outcome import Measured
 from auxin.shrinking.page import front
 from auxin.shrinking.shrink import MODEL, OUTCOME, PAGE, PICTURE, TRIALS
-from auxin.shrinking.trials import Records, Trial, Workbench
+from auxin.shrinking.trials import Records, Trial, Workbench, measured_sizes
 from auxin.training.run_folder import latest_checkpoint
 from labelled import labelled_rows, write_rows
 
@@ -206,9 +211,80 @@ def test_without_the_library_that_searches_it_says_what_to_install(trained, tmp_
         done(asked(trained), tmp_path / "smaller")
 
 
-def test_time_that_is_up_begins_no_trial(trained, tmp_path):
-    _, lines = done(asked(trained, minutes=1e-6, trials=5, budget=None, methods=["shortgpt"]), tmp_path / "one")
+def test_time_that_is_up_begins_no_trial_but_the_first(trained, tmp_path):
+    output = tmp_path / "smaller"
+    settings = asked(trained, minutes=1e-6, budget=None, methods=["shortgpt", "taylor"], trials=3)
+    outcome, lines = done(settings, output)
     assert "not mended" in lines[0]
+    assert "1 of 3 trials: no time is left." in lines
+    assert outcome.trials == 1
+    assert outcome.chosen.before is None
+    assert outcome.verdict == "The best of 1 ways is one method alone, at its default settings."
+
+
+def test_a_model_that_was_changed_is_not_taken_for_the_one_that_was_written(trained, found, tmp_path):
+    output = tmp_path / "again"
+    shutil.copytree(found[0], output)
+    weights = next((output / MODEL).glob("*.safetensors"))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=f"{MODEL} is not as it was written: .*{weights.name}"):
+        done(asked(trained, trials=7), output)
+    weights.write_bytes(whole)
+    (output / MODEL / "NOTES.md").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"NOTES\.md was added"):
+        done(asked(trained, trials=7), output)
+    assert (output / MODEL / "NOTES.md").read_text() == "mine"
+
+
+def test_sizes_are_counted_as_the_target_counts_them(trained, found):
+    target = Target(memory=0.7, sequence_length=24, batch_size=64)
+    model = auxin.load(trained.model)
+    assert measured_sizes(model, target)["memory"] == target.of(model)
+    flops = Target(flops=0.7, sequence_length=8)
+    assert measured_sizes(model, flops)["flops"] == flops.of(model)
+    assert found[1].whole.size == found[1].whole.parameters
+
+
+def model_of(losses: list[float], title: str = "a way") -> Measured:
+    return Measured(title=title, size=1.0, parameters=1, loss=sum(losses) / len(losses), losses=losses)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "single", "alone", "said"),
+    [
+        (
+            [1.0, 1.1, 0.9],
+            [2.0, 2.1, 1.9],
+            2,
+            "It is better than the best method alone, taylor, by 1.0000 ± 0.00",
+        ),
+        ([2.0, 2.1, 1.9], [1.0, 1.1, 0.9], 2, "It is worse than the best method alone, taylor, by 1.0000"),
+        ([1.0, 2.0, 3.0], [3.0, 2.0, 1.1], 2, "It is no better than the best method alone, taylor: the two differ by"),
+        ([1.0], [2.0], 2, "by 1.0000 nats; one sample does not say how sure that is"),
+        ([1.0, math.nan], [1.0, 2.0], 2, "nothing can be said: losses are no finite numbers"),
+        ([1.0, 2.0], None, 3, "The best of 9 ways is one method alone, at its default settings."),
+        ([1.0, 2.0], None, 0, "No method alone, at its default settings, reaches the target."),
+    ],
+)
+def test_the_verdict_says_what_the_losses_say(chosen, single, alone, said):
+    other = None if single is None else model_of(single, "taylor")
+    outcome = Outcome(
+        target="token", seconds=1.0, trials=9, alone=alone, whole=model_of([1.0]), chosen=model_of(chosen), single=other
+    )
+    assert said in outcome.verdict
+
+
+def test_a_way_that_fails_in_torch_ends_no_search(trained, found, tmp_path, monkeypatch):
+    bench = Workbench(auxin.load(trained.model), PackedData.load(found[0] / DATA), Causal(), asked(trained))
+
+    def fails(*_):
+        raise torch.linalg.LinAlgError("no convergence")
+
+    monkeypatch.setattr("auxin.shrinking.trials.make_plan", fails)
+    trial = bench.tried(1, Candidate((Step("taylor"),)), tmp_path)
+    assert trial.refused.endswith("LinAlgError: no convergence")
+    assert trial.loss is None
 
 
 def test_a_classifier_is_compared_by_the_loss_of_its_labels(tmp_path):
@@ -256,4 +332,6 @@ def test_the_command_prints_the_choice(trained, tmp_path):
     assert result.exit_code == 0, result.output
     assert "Chosen: " in result.output
     assert (output / MODEL / "config.json").is_file()
-    assert "auxin shrink" in (output / "report.html").read_text()
+    told = (output / "report.html").read_text()
+    assert "auxin shrink" in told
+    assert f"-o {output}" in told

@@ -55,12 +55,12 @@ def shrink(
     for change in overrides or []:
         apply_override(values, change)
     settings = ShrinkSettings.parse(values)
-    arguments = ["auxin", "shrink", str(model), "--target", f"{target:g}", "--of", of]
+    arguments = ["auxin", "shrink", str(model), "--target", repr(target), "--of", of]
     for name, value in (("budget", budget), ("trials", trials), ("minutes", minutes), ("seed", seed or None)):
         arguments += [f"--{name}", str(value)] if value is not None else []
     arguments += ["--methods", *methods] if methods else []
     arguments += [part for change in overrides or [] for part in ("--set", change)]
-    command = shlex.join(arguments)
+    command = shlex.join([*arguments, "-o", str(output)])
     outcome = find_and_do(settings, output, command, announce=to_stderr if as_json else print_line)
     if as_json:
         print(outcome.model_dump_json(indent=2))

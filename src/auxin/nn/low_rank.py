@@ -235,14 +235,18 @@ class Product(Brick):
         gradient is wanted; 0 ends it ("pre-merge", arXiv 2406.16450, section 3.1).
 
         For few tokens one multiplication by a large matrix can take less time than two by smaller ones. The product is
-        made at the first such call, and again when a factor has changed; it takes the memory of the dense layer beside
-        the factors, and is saved with no checkpoint.
+        made at the first such call, and again when a factor has changed or the layer has run with gradients; after
+        writes that torch does not count (through `.data`) call this again. It takes the memory of the dense layer
+        beside the factors, and is saved with no checkpoint.
         """
         self._below, self._merged = tokens, None
 
     def merged_for(self, x: Tensor) -> Tensor | None:
         """The product (out, in) where `x`, (..., in), is to be multiplied by it; None where by the factors."""
-        if not self._below or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not self._below or torch.compiler.is_compiling():
+            return None
+        if self.training or torch.is_grad_enabled():
+            self._merged = None  # the optimizer's step may come next; a fused one counts no version
             return None
         if x.numel() >= self._below * x.shape[-1]:
             return None

@@ -8,7 +8,7 @@ whole matrix is faster than two by its factors.
 from torch import nn
 from transformers import PreTrainedModel
 
-from auxin.errors import PlanError
+from auxin.errors import ConfigError, PlanError
 from auxin.nn.bricks import Brick
 from auxin.nn.linear import widths
 from auxin.planning.product_times import TOKENS, ProductTimes
@@ -22,7 +22,7 @@ def pre_merge(model: PreTrainedModel, below: int | None = None) -> dict[str, int
         pre_merge(model, below=0)  # ends it
 
     Numbers are those of factors within rounding. Every such layer takes the memory of a dense one beside its factors.
-    Nothing of it is saved: call it after loading.
+    Nothing of it is saved: call it after loading. It serves in evaluation mode, without gradients.
 
     Args:
         model: with products in place of linear layers (greenformers, structured-ffn).
@@ -34,8 +34,11 @@ def pre_merge(model: PreTrainedModel, below: int | None = None) -> dict[str, int
         any number that was measured.
 
     Raises:
+        ConfigError: `below` is no number of tokens.
         PlanError: the model has no such layer.
     """
+    if below is not None and (not isinstance(below, int) or isinstance(below, bool) or below < 0):
+        raise ConfigError(f"below = {below!r} is no number of tokens. Give 0 or more, or None to measure it.")
     found = {path: module for path, module in model.named_modules() if isinstance(module, Brick) and module.pre_merges}
     if not found:
         raise PlanError(

@@ -10,9 +10,13 @@ class Measured(Settings):
     title: str
     number: int | None = None
     """Of the trial; None: of the whole model."""
+    size: float
+    """What the target is given in."""
     parameters: int
     flops: float | None = None
+    """Per token, or sample, of a forward pass; None where they can't be counted."""
     memory: int | None = None
+    """Bytes of the weights and of the cache."""
     before: float | None = None
     """Its loss before it was mended; None where nothing was to be mended."""
     loss: float
@@ -28,6 +32,10 @@ class Outcome(Settings):
     """What a loss is a mean over, in the singular."""
     seconds: float
     """That the trials took."""
+    trials: int
+    """How many there were."""
+    alone: int
+    """How many of them were one method at default settings that reached the target."""
     whole: Measured
     chosen: Measured
     single: Measured | None = None
@@ -44,13 +52,19 @@ class Outcome(Settings):
     @property
     def verdict(self) -> str:
         """Whether searching was worth it, in a sentence."""
-        gain = self.gain
+        if self.single is None:
+            if not self.alone:
+                return "No method alone, at its default settings, reaches the target."
+            return f"The best of {self.trials} ways is one method alone, at its default settings."
+        name, gain = self.single.title, self.gain
         if gain is None:
-            return "The best way that was found is one method alone, at its default settings."
-        told = f"by {abs(gain.mean):.4f} ± {gain.half_width or 0:.4f} nats, sample by sample"
-        assert self.single is not None
+            return f"Beside the best method alone, {name}, nothing can be said: losses are no finite numbers."
+        told = f"by {abs(gain.mean):.4f} nats"
+        if gain.half_width is None:
+            return f"It differs from the best method alone, {name}, {told}; one sample does not say how sure that is."
+        told = f"by {abs(gain.mean):.4f} ± {gain.half_width:.4f} nats, sample by sample"
         if gain.sign > 0:
-            return f"It is better than the best method alone, {self.single.title}, {told}."
+            return f"It is better than the best method alone, {name}, {told}."
         if gain.sign < 0:
-            return f"It is worse than the best method alone, {self.single.title}, {told}: searching has not paid."
-        return f"It is no better than the best method alone, {self.single.title}: the two differ {told}."
+            return f"It is worse than the best method alone, {name}, {told}: searching has not paid."
+        return f"It is no better than the best method alone, {name}: the two differ {told}."

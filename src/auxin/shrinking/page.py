@@ -14,7 +14,6 @@ from auxin.shrinking.trials import Trial
 
 CHOSEN, FRONT, OTHER = "#d1242f", "#0969da", GREY
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM = 480.0, 300.0, 60.0, 24.0, 44.0
-MOST_LABELS = 6
 SIZES = {"flops": "FLOPs per token, forward", "parameters": "parameters", "memory": "bytes of weights and cache"}
 
 
@@ -51,8 +50,8 @@ def page(outcome: Outcome, settings: ShrinkSettings, trials: Sequence[Trial]) ->
         "## What came of it",
         "",
         *markdown_table(
-            ("model", "parameters", "FLOPs per token", "bytes", "loss before mending", "loss"),
-            [_measured_row(model) for model in (whole, chosen, outcome.single) if model is not None],
+            ("model", settings.target.name, "parameters", "FLOPs per token", "bytes", "loss before mending", "loss"),
+            [_measured_row(model, settings) for model in (whole, chosen, outcome.single) if model is not None],
         ),
         "",
         "The chosen model lies in `model`, its plans in the folders of the stages "
@@ -74,7 +73,7 @@ def page(outcome: Outcome, settings: ShrinkSettings, trials: Sequence[Trial]) ->
         ("trial", "what is done", "parameters", "FLOPs per token", "loss", "took"),
         [
             [
-                f"{trial.number + 1}{' *' if trial.number in best else ''}",
+                f"{trial.number}{' *' if trial.number in best else ''}",
                 trial.candidate.title,
                 f"{trial.parameters:,}",
                 power(trial.flops),
@@ -91,9 +90,10 @@ def page(outcome: Outcome, settings: ShrinkSettings, trials: Sequence[Trial]) ->
     return "\n".join(lines) + "\n"
 
 
-def _measured_row(model: Measured) -> list[str]:
+def _measured_row(model: Measured, settings: ShrinkSettings) -> list[str]:
     return [
         model.title,
+        settings.target.in_words(model.size),
         f"{model.parameters:,}",
         power(model.flops),
         "-" if model.memory is None else f"{model.memory:,}",
@@ -103,7 +103,8 @@ def _measured_row(model: Measured) -> list[str]:
 
 
 def front_picture(trials: Sequence[Trial], settings: ShrinkSettings) -> str:
-    """Every way as a point: its loss against what it leaves; those that no other beats are joined and named."""
+    """Every way as a point: its loss against what it leaves. Those that no other beats are joined; a way is named where
+    it is pointed at."""
     size = other_size(settings)
     points = [t for t in trials if t.loss is not None and math.isfinite(t.loss) and getattr(t, size) is not None]
     title = f"Ways to {settings.target}"

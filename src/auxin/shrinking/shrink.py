@@ -25,7 +25,7 @@ from auxin.shrinking.page import front_picture, page
 from auxin.shrinking.search import candidates, refuse_without_optuna
 from auxin.shrinking.settings import ShrinkSettings
 from auxin.shrinking.trials import Records, Trial, Workbench, measured_sizes
-from auxin.sums import damage
+from auxin.sums import damage, has_sums, names_without_sums
 from auxin.training.checkpoint import copy_checkpoint
 
 SETTINGS, TRIALS, OUTCOME, PAGE, PICTURE, MODEL = (
@@ -73,7 +73,7 @@ def shrink(
     if settings.budget is None:
         announce("No budget: what is chosen is not mended.")
     earlier = _earlier(output)
-    run_recipe(settings.recipe(earlier), output, command, announce, branches=[WHOLE])
+    run_recipe(settings.recipe(earlier), output, command, _but_changes(announce), branches=[WHOLE])
     with exclusive(output):
         settings.to_yaml(output / SETTINGS)
         records = _records(output, model_fingerprint(model), settings)
@@ -89,6 +89,8 @@ def shrink(
     outcome = Outcome(
         target=bench.objective.bind(model.config, bench.data.form).target,
         seconds=sum(trial.seconds for trial in records.trials),
+        trials=len(records.trials),
+        alone=sum(trial.loss is not None and trial.candidate.is_plain for trial in records.trials),
         whole=_measured(bench, recipe, output, WHOLE, "the whole model"),
         chosen=_measured(bench, recipe, output, main, chosen.candidate.title, chosen),
         single=None
@@ -110,7 +112,7 @@ def chosen_of(trials: list[Trial]) -> tuple[Trial, Trial | None]:
     Raises:
         PlanError: none of them reached the target.
     """
-    done = [trial for trial in trials if trial.loss is not None and trial.loss == trial.loss]
+    done = [trial for trial in trials if trial.loss is not None]
     if not done:
         reasons = "; ".join(f"{trial.candidate.title}: {trial.refused}" for trial in trials[:3])
         raise PlanError(f"None of {len(trials)} ways reaches the target. {reasons}")
@@ -184,7 +186,7 @@ def _search(
     with _bar(settings.trials, len(records.trials), progress) as (show, is_shown):
         for candidate in candidates(space, records.trials, settings.seed, settings.trials, may_begin):
             show(candidate.title, records.trials)
-            trial = bench.tried(len(records.trials), candidate, output)
+            trial = bench.tried(len(records.trials) + 1, candidate, output)
             records.add(trial)
             told = f"loss {trial.loss:.4f}" if trial.loss is not None else f"not possible: {trial.refused}"
             if not is_shown:
@@ -252,14 +254,15 @@ def _measured(
         before=changes[-1].value_after if trial is not None and bench.settings.budget is not None else None,
         loss=loss,
         losses=losses,
-        **measured_sizes(model),
+        size=bench.settings.target.of(model),
+        **measured_sizes(model, bench.settings.target),
     )
 
 
 def _write(
     outcome: Outcome, settings: ShrinkSettings, trials: list[Trial], output: Path, recipe: Recipe, main: str
 ) -> None:
-    """Everything that a person reads, and the model."""
+    """The model, and everything that a person reads."""
     branch = recipe.branch(main)
     checkpoint = left_checkpoint(output, branch, branch.stages[-1])
     records = books_in(checkpoint).stages[-len(branch.stages) :]
@@ -268,17 +271,28 @@ def _write(
             folder = stage_directory(output, branch, stage)
             planned = next(record.plan for record in records if record.name == stage.name)
             Plan.model_validate(planned).beside(folder).to_yaml(folder / "plan.yaml")
+    _put(checkpoint, output / MODEL)
     write_text(output / OUTCOME, outcome.model_dump_json(indent=1) + "\n")
     write_text(output / PICTURE, front_picture(trials, settings))
     write_text(output / PAGE, page(outcome, settings, trials))
-    target = output / MODEL
-    if target.exists():
+
+
+def _put(checkpoint: Path, target: Path) -> None:
+    """Copy the checkpoint to `target`, in the place of that of an earlier choice, but of nothing else.
+
+    Raises:
+        CheckpointError: what is there is not as it was written.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        why = damage(target) if has_sums(target) else "it is no model of this search"
+        if (others := names_without_sums(target)) and why is None:
+            why = f"{others[0]} was added"
+        if why is not None:
+            raise CheckpointError(
+                f"{target} is not as it was written: {why}. Move it away and run again: the chosen model is copied "
+                "there."
+            )
         if books_in(target) == books_in(checkpoint):
             return
-        if damage(target) is not None:
-            raise CheckpointError(
-                f"{target} holds the model of an earlier choice, and was changed since. Move it away and run again: "
-                "the chosen one is copied there."
-            )
         remove_folder(target)
     copy_checkpoint(checkpoint, target, books_in(checkpoint))

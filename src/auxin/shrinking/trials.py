@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import time
 import warnings
@@ -28,7 +29,7 @@ from auxin.objectives.calibration import Calibration, CalibrationSettings
 from auxin.objectives.objective import Objective, ObjectiveSettings, held_out_noise
 from auxin.planning.bench import Bench
 from auxin.planning.method import asked_data, make_plan
-from auxin.planning.target import LONGEST
+from auxin.planning.target import LONGEST, Target
 from auxin.settings import Settings
 from auxin.shrinking.candidates import Candidate
 from auxin.shrinking.settings import ShrinkSettings
@@ -38,7 +39,7 @@ class Trial(Settings):
     """A way that was tried, and what came of it."""
 
     number: int
-    """In the order of trying."""
+    """In the order of trying, from 1."""
     steps: list[dict[str, Any]]
     """The candidate's."""
     refused: str | None = None
@@ -144,13 +145,14 @@ class Workbench:
         try:
             with temporary_folder(scratch / f"trial-{number}") as folder:
                 model = self.smaller(candidate, folder)
-        except AuxinError as error:
-            return found.model_copy(update={"refused": first_line(error), "seconds": time.perf_counter() - started})
-        losses, loss = self.losses(model, self.data.split("train"), self.choosing_rows)
-        sizes = measured_sizes(model)
-        return found.model_copy(
-            update={"losses": losses, "loss": loss, **sizes, "seconds": time.perf_counter() - started}
-        )
+            losses, loss = self.losses(model, self.data.split("train"), self.choosing_rows)
+            if not math.isfinite(loss):
+                raise PlanError(f"The smaller model's loss is {loss:g}.")
+            update = {"losses": losses, "loss": loss, **measured_sizes(model, self.settings.target)}
+        except (AuxinError, RuntimeError, ArithmeticError) as error:  # one way that fails ends no search
+            kind = "" if isinstance(error, AuxinError) else f"{type(error).__name__}: "
+            update = {"refused": f"{kind}{first_line(error)}"}
+        return found.model_copy(update={**update, "seconds": time.perf_counter() - started})
 
     def losses(self, model: PreTrainedModel, split: Split, rows: Sequence[int]) -> tuple[list[float], float]:
         """The mean loss of each of these samples, and that of all their targets."""
@@ -170,15 +172,15 @@ class Workbench:
                 yield torch.stack([part.sum() for part in losses.split(counts.tolist())]), counts
 
 
-def measured_sizes(model: PreTrainedModel) -> dict[str, Any]:
-    """Parameters, FLOPs and memory of `model`, as a trial has them."""
-    length = counted_length(model, LONGEST)
+def measured_sizes(model: PreTrainedModel, target: Target) -> dict[str, Any]:
+    """Parameters, FLOPs and memory of `model`, as a trial has them, at the length and batch of `target`."""
+    length = target.sequence_length or counted_length(model, LONGEST)
     try:
         flops: float | None = flops_per_token(model, length).forward
     except AuxinError:
         flops = None
     try:
-        memory: int | None = serving_memory(model, 1, length).total
+        memory: int | None = serving_memory(model, target.batch_size or 1, length).total
     except AuxinError:
         memory = None
     return {"parameters": count_parameters(model).total, "flops": flops, "memory": memory}
