@@ -9,7 +9,7 @@ from torch import Tensor
 
 from analysis.test_run import Gradients, Logits, Loudness, Silent
 from auxin.accounting import ExecutedFlops, flops_per_token
-from auxin.analysis import Batch, measure, measure_all, measurements
+from auxin.analysis import Batch, measure, measure_all, measurement, measurements
 from auxin.analysis.effort import Effort
 from auxin.analysis.similarity import Similarity
 from auxin.objectives.calibration import Calibration
@@ -112,9 +112,10 @@ def test_a_shared_pass_is_told_apart_on_every_architecture(family):
 @pytest.mark.parametrize("name", measurements())
 def test_every_measurement_costs_the_same_when_it_is_known(name, tmp_path):
     model = tiny({"expert-use": "mixtral", "token-trajectory": "vit"}.get(name, "llama"), dtype=torch.float32)
-    cold = counted([name], model, tmp_path)
+    wanted = measurement(name, **{"quantized": {"calibration_samples": 2}}.get(name, {}))
+    cold = counted([wanted], model, tmp_path)
     assert len(list(tmp_path.glob("*.json"))) == 1
-    assert counted([name], model, tmp_path) == cold
+    assert counted([wanted], model, tmp_path) == cold
     assert cold[2] > 0
 
 
