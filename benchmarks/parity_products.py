@@ -42,7 +42,6 @@ WAYS = {
     "new": Way("TokenFormer, a new model's constants, rate 3e-3", "new"),
     "dense": Way("its four projections dense, of rank 128", "new", f"dense {ALL}"),
     "dense-value-proj": Way("its value and output projection dense", "new", "dense value proj"),
-    "dense-query-key": Way("its query and key projection dense", "new", "dense query key"),
     "leaky": Way("half of its scores linear", "new", f"leaky {ALL}"),
     "linear": Way("its scores linear, of rank 64", "new", f"linear {ALL}"),
     "fast": Way("steps of its keys and values three times as large", "new", f"fast {ALL}"),
