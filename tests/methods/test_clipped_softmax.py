@@ -115,6 +115,8 @@ def test_a_clipped_model_can_have_another_gamma():
     assert torch.equal(said(model), said(fresh))
     with pytest.raises(PlanError, match=r"is clipped already, and a ramp begins without. Leave ramp_steps out"):
         auxin.plan(model, NAME, alpha=0.5, length=16, ramp_steps=3)
+    with pytest.raises(PlanError, match=r"are clipped with gamma = -0\.03125 and zeta = 1 already"):
+        auxin.plan(model, NAME, alpha=0.5, length=16)
 
 
 @pytest.mark.parametrize(

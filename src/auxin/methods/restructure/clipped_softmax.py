@@ -75,7 +75,7 @@ def plan_clipped_softmax(model: PreTrainedModel, settings: ClippedSoftmaxSetting
     """Plan clipped attentions; weights are not looked at.
 
     Raises:
-        PlanError: an unknown architecture, there is no such layer, or its weights can't be had.
+        PlanError: an unknown architecture, there is no such layer, its weights can't be had, or all are clipped so.
     """
     if (own := model.config._attn_implementation) not in (None, *IMPLEMENTATIONS):
         raise PlanError(
@@ -88,6 +88,11 @@ def plan_clipped_softmax(model: PreTrainedModel, settings: ClippedSoftmaxSetting
         raise PlanError(
             f"ramp_steps = {settings.ramp_steps}: {clipped} is clipped already, and a ramp begins without. Leave "
             "ramp_steps out, or merge what is there back (merge_module) first."
+        )
+    if all(_is_so(one.module, settings) for one in found.values()):
+        raise PlanError(
+            f"All of these attentions are clipped with gamma = {settings.gamma:.4g} and zeta = {settings.zeta:g} "
+            "already, so that nothing would change. Give another alpha or length, or leave it."
         )
     values: dict[str, Any] = {"gamma": settings.gamma}
     if settings.zeta != 1:
@@ -112,6 +117,12 @@ def plan_clipped_softmax(model: PreTrainedModel, settings: ClippedSoftmaxSetting
         ],
         made_for=config_values(model.config),
     )
+
+
+def _is_so(module: nn.Module, settings: ClippedSoftmaxSettings) -> bool:
+    # One that begins with less strength may be at any.
+    wanted = settings.gamma, settings.zeta, 1.0
+    return isinstance(module, ClippedSoftmax) and (module.gamma, module.zeta, module.begin) == wanted
 
 
 def _limit(settings: ClippedSoftmaxSettings) -> float:
