@@ -281,7 +281,7 @@ def test_a_way_that_fails_in_torch_ends_no_search(trained, found, tmp_path, monk
     def fails(*_):
         raise torch.linalg.LinAlgError("no convergence")
 
-    monkeypatch.setattr("auxin.shrinking.trials.make_plan", fails)
+    monkeypatch.setattr("auxin.recipes.stage_models.make_plan", fails)
     trial = bench.tried(1, Candidate((Step("taylor"),)), tmp_path)
     assert trial.refused.endswith("LinAlgError: no convergence")
     assert trial.loss is None

@@ -28,6 +28,13 @@ def linear_class(module: nn.Module) -> type[nn.Module] | None:
     return base if _attributes(module) <= _attributes(_small(base, True)) else None
 
 
+def known_class(layer: nn.Module) -> type[nn.Module]:
+    """The `linear_class` of a module that is known to have one."""
+    found = linear_class(layer)
+    assert found is not None
+    return found
+
+
 def widths(layer: nn.Module) -> tuple[int, int]:
     """Of the input and of the output of a linear layer."""
     if isinstance(layer, Conv1D):

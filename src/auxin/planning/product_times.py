@@ -11,12 +11,14 @@ beside each other, and the least multiple is chosen that loses nothing for each 
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from auxin.accounting.latency import Conditions, Run, Stopwatch
 from auxin.models.weights_of_no_meaning import Memory
+from auxin.nn.bricks import find_brick
 from auxin.nn.linear import widths
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -149,6 +151,13 @@ class ProductTimes:
                     one(read)
 
         return Run(lambda: timed, len(row))
+
+
+def on_shapes(brick: str, layer: nn.Module, **settings: Any) -> nn.Module:
+    """The product called `brick` that stands in the place of `layer`, without values."""
+    replacing: Any = find_brick(brick)
+    made: nn.Module = replacing.replacing(_without_weights(layer), **settings)
+    return made
 
 
 def _without_weights(module: nn.Module) -> nn.Module:

@@ -119,11 +119,14 @@ class Target(Settings):
         if self.parameters is not None:
             return count_parameters(model).total
         if self.flops is not None:
-            return flops_per_token(model, self.sequence_length or counted_length(model, LONGEST)).forward
+            return flops_per_token(model, self.length(model)).forward
         if self.memory is not None:
-            length = self.sequence_length or counted_length(model, LONGEST)
-            return serving_memory(model, self.batch_size or 1, length, dtype or model.dtype).total
+            return serving_memory(model, self.batch_size or 1, self.length(model), dtype or model.dtype).total
         return self.table(model).whole
+
+    def length(self, model: PreTrainedModel) -> int:
+        """Tokens of the sequence in which `model` is counted."""
+        return self.sequence_length or counted_length(model, LONGEST)
 
     def table(self, model: PreTrainedModel) -> LatencyTable:
         """What tells the latency of `model`, and of what is made of it, under the conditions that the target names.
@@ -133,7 +136,7 @@ class Target(Settings):
             PlanError: the model's latency can't be measured.
         """
         phase, device = self.phase or "forward", self.device or "auto"
-        length = self.sequence_length or counted_length(model, LONGEST)
+        length = self.length(model)
         if self.sequence_length is None and phase == "decoding":
             length = min(length, (text_positions(model) or length + 1) - 1)  # the new token has a position, too
         return LatencyTable(model, Conditions.here(phase, self.batch_size or 1, length, model.dtype, device))

@@ -1,6 +1,5 @@
 """What a person reads of a search: the choice, what it is worth, what was tried, and the picture of it."""
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -68,7 +67,7 @@ def page(outcome: Outcome, settings: ShrinkSettings, trials: Sequence[Trial]) ->
         "",
     ]
     best = {trial.number for trial in front(trials, size)}
-    done = sorted((t for t in trials if t.loss is not None), key=lambda t: (not math.isfinite(t.loss or 0), t.loss))
+    done = sorted((t for t in trials if t.loss is not None), key=lambda t: t.loss or 0.0)
     lines += markdown_table(
         ("trial", "what is done", "parameters", "FLOPs per token", "loss", "took"),
         [
@@ -106,7 +105,7 @@ def front_picture(trials: Sequence[Trial], settings: ShrinkSettings) -> str:
     """Every way as a point: its loss against what it leaves. Those that no other beats are joined; a way is named where
     it is pointed at."""
     size = other_size(settings)
-    points = [t for t in trials if t.loss is not None and math.isfinite(t.loss) and getattr(t, size) is not None]
+    points = [t for t in trials if t.loss is not None and getattr(t, size) is not None]
     title = f"Ways to {settings.target}"
     note = f"Loss before mending against {SIZES[size]}. Joined: no other way is better in both. Red: chosen."
     body, top = heading(title, note)

@@ -5,7 +5,6 @@ that was stopped goes on as if it had not been.
 """
 
 import importlib.util
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -58,12 +57,12 @@ def _suggested(space: Space, trials: list[Trial], seed: int) -> Candidate | None
     study = optuna.create_study(direction="minimize")
     for trial in trials:
         parameters = space.parameters(trial.candidate)
-        refused = trial.loss is None or not math.isfinite(trial.loss)
+        refused = trial.loss is None
         study.add_trial(
             optuna.trial.create_trial(
                 params=parameters,
                 distributions={name: spaces[name] for name in parameters},
-                value=None if refused else trial.loss,
+                value=trial.loss,
                 # Of what was pruned the estimator knows that it is worse than all that was measured.
                 state=optuna.trial.TrialState.PRUNED if refused else optuna.trial.TrialState.COMPLETE,
             )

@@ -73,11 +73,11 @@ def shrink(
     if settings.budget is None:
         announce("No budget: what is chosen is not mended.")
     earlier = _earlier(output)
-    run_recipe(settings.recipe(earlier), output, command, _but_changes(announce), branches=[WHOLE])
+    base = settings.recipe(earlier)
+    run_recipe(base, output, command, _but_changes(announce), branches=[WHOLE])
     with exclusive(output):
         settings.to_yaml(output / SETTINGS)
         records = _records(output, model_fingerprint(model), settings)
-        base = settings.recipe()
         bench = Workbench(model, _data(base, output), base.objective, settings)
         _search(bench, space, records, output, announce, progress)
     chosen, single = chosen_of(records.trials)
@@ -283,6 +283,7 @@ def _put(checkpoint: Path, target: Path) -> None:
     Raises:
         CheckpointError: what is there is not as it was written.
     """
+    books = books_in(checkpoint)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         why = damage(target) if has_sums(target) else "it is no model of this search"
         if (others := names_without_sums(target)) and why is None:
@@ -292,7 +293,7 @@ def _put(checkpoint: Path, target: Path) -> None:
                 f"{target} is not as it was written: {why}. Move it away and run again: the chosen model is copied "
                 "there."
             )
-        if books_in(target) == books_in(checkpoint):
+        if books_in(target) == books:
             return
         remove_folder(target)
-    copy_checkpoint(checkpoint, target, books_in(checkpoint))
+    copy_checkpoint(checkpoint, target, books)

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from auxin.accounting import count_parameters, flops_per_token, serving_memory
-from auxin.accounting.inputs import counted_length
 from auxin.data.dataset import Dataset, Split
 from auxin.data.loader import ShuffledBatches
 from auxin.edits import executor
@@ -25,11 +24,12 @@ from auxin.errors import AuxinError, CheckpointError, DataError, PlanError, firs
 from auxin.files import temporary_folder
 from auxin.methods import method as find_method
 from auxin.models.evaluating import evaluating
-from auxin.objectives.calibration import Calibration, CalibrationSettings
+from auxin.objectives.calibration import Calibration
 from auxin.objectives.objective import Objective, ObjectiveSettings, held_out_noise
 from auxin.planning.bench import Bench
-from auxin.planning.method import asked_data, make_plan
-from auxin.planning.target import LONGEST, Target
+from auxin.planning.target import Target
+from auxin.recipes.schema import ChangeStage
+from auxin.recipes.stage_models import change_data, change_plan
 from auxin.settings import Settings
 from auxin.shrinking.candidates import Candidate
 from auxin.shrinking.settings import ShrinkSettings
@@ -47,7 +47,7 @@ class Trial(Settings):
     losses: list[float] = []
     """The mean loss of each choosing sample."""
     loss: float | None = None
-    """The mean loss of a target."""
+    """The mean loss of a target, a finite number; None where the way was refused."""
     parameters: int | None = None
     flops: float | None = None
     """Per token, or sample, of a forward pass; None where they can't be counted."""
@@ -116,17 +116,13 @@ class Workbench:
         """
         model = self.model
         for number, change in enumerate(self.changes(candidate)):
-            method = find_method(change["method"])
-            settings = method.settings.parse(change["settings"], source=method.name)
-            asked = asked_data(method, settings, CalibrationSettings.parse(change.get("calibration", {})))
-            data = None
+            stage = ChangeStage(kind="change", **change)
+            asked, data = change_data(stage), None
             if asked is not None:
                 data = Calibration.of_split(self.data, model.config, asked, self.objective, self.settings.seed)
             own = folder / str(number)
             own.mkdir()
-            plan = make_plan(method, Bench(model, data, self.settings.seed, own), settings).beside(own)
-            if plan.kept_tokens is not None:
-                raise PlanError(f"{method.name} gives tokens other ids, and the data has those of before.")
+            plan = change_plan(stage, Bench(model, data, self.settings.seed, own)).beside(own)
             model = copy.deepcopy(model) if model is self.model else model
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # notes for who trains on; the run after the search says them
@@ -174,7 +170,7 @@ class Workbench:
 
 def measured_sizes(model: PreTrainedModel, target: Target) -> dict[str, Any]:
     """Parameters, FLOPs and memory of `model`, as a trial has them, at the length and batch of `target`."""
-    length = target.sequence_length or counted_length(model, LONGEST)
+    length = target.length(model)
     try:
         flops: float | None = flops_per_token(model, length).forward
     except AuxinError:

@@ -37,7 +37,7 @@ from auxin.models.anatomy import anatomy
 from auxin.models.flow import Flow
 from auxin.models.sublayers import Sublayer, refuse_shared, sublayers
 from auxin.nn.feature_layers import FeatureAdapter, ReluFeatureConv1D, ReluFeatureLayer, ReluFeatureLinear
-from auxin.nn.linear import LAYERS, linear_class, widths
+from auxin.nn.linear import LAYERS, known_class, linear_class, widths
 from auxin.nn.stand_ins import StandIn
 from auxin.planning.bench import from_model
 from auxin.planning.hooks import TrainOnlySettings
@@ -180,8 +180,8 @@ def _plan_layers(
     told = {"features": settings.count, **_threshold(settings)}
     told |= {} if settings.orthogonal else {"orthogonal": False}
     edits: list[Edit] = []
-    for path, name in merged_paths(model, linears, lambda name: (_kind(linears[name]), *widths(linears[name]))):
-        edits.append(ReplaceModule(module=path, brick=BRICKS[_kind(linears[name])], settings=told))
+    for path, name in merged_paths(model, linears, lambda name: (known_class(linears[name]), *widths(linears[name]))):
+        edits.append(ReplaceModule(module=path, brick=BRICKS[known_class(linears[name])], settings=told))
     for path, _ in merged_paths(model, activations, lambda name: type(activations[name]).__qualname__):
         edits.append(RemoveModule(module=path, leaves="identity"))
     before = sum(parameter.numel() for module in linears.values() for parameter in module.parameters())
@@ -225,7 +225,7 @@ def plan_bundled(model: PreTrainedModel) -> Plan:
         common = shared_parts(name.split("."), bundled[name].split("."))
         parts, end = path.split("."), bundled[name].split(".")[common:]
         module, inner = ".".join(parts[:common]), ".".join(parts[common:])
-        transposed = _kind(model.get_submodule(bundled[name])) is Conv1D
+        transposed = known_class(model.get_submodule(bundled[name])) is Conv1D
         told = {"layer": inner, "reader": ".".join(end), "transposed": transposed}
         edits += [
             MakeParameters(module=module, making="bundled_features", settings=told),
@@ -374,12 +374,6 @@ def _reader(model: PreTrainedModel, flow: Flow, path: str) -> str | None:
     linear = [other for other in flow.readers(path) if type(model.get_submodule(other)) in LAYERS]
     whole = [other for other in linear if not isinstance(model.get_submodule(other.rpartition(".")[0]), FeatureAdapter)]
     return whole[0] if len(whole) == 1 else None
-
-
-def _kind(layer: nn.Module) -> type[nn.Module]:
-    found = linear_class(layer)
-    assert found is not None
-    return found
 
 
 def _example(model: PreTrainedModel) -> dict[str, Any]:

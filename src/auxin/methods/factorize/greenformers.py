@@ -24,7 +24,6 @@ direct children of the model and heads are left alone by a rule that is written 
 code walks; convolutions become products where they are named, and those in groups stay.
 """
 
-import copy
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -46,8 +45,7 @@ from auxin.edits.kinds.module_edits import ReplaceModule
 from auxin.edits.plan_files import PlanFile
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError, placed
-from auxin.nn.bricks import find_brick
-from auxin.nn.linear import linear_class, widths
+from auxin.nn.linear import known_class, widths
 from auxin.nn.low_rank import INPUT, OUTPUT, signs
 from auxin.nn.low_rank_convolution import CONVOLUTIONS, refuse_other, window
 from auxin.objectives.calibration import CalibrationSettings
@@ -55,7 +53,7 @@ from auxin.planning.bench import Bench
 from auxin.planning.kept_paths import KeptPaths, is_kept, refuse_impossible
 from auxin.planning.linear_layers import linear_layers, merged_paths
 from auxin.planning.method import Method
-from auxin.planning.product_times import ProductTimes
+from auxin.planning.product_times import ProductTimes, on_shapes
 from auxin.planning.ranks import Matrix, Ranks, after, rank_that_keeps, rounded, steps, steps_alike
 from auxin.planning.target import Gauge, Removal, Target, least_removal, removal
 from auxin.settings import Settings
@@ -366,16 +364,12 @@ def _read(products: Products, reads: Sequence[Read]) -> tuple[Products, list[str
 
 
 def _class_of(layer: nn.Module) -> type[nn.Module]:
-    found = type(layer) if isinstance(layer, CONVOLUTIONS) else linear_class(layer)
-    assert found is not None
-    return found
+    return type(layer) if isinstance(layer, CONVOLUTIONS) else known_class(layer)
 
 
 def _product(layer: nn.Module, rank: int) -> nn.Module:
     """What stands in the place of a layer, without values."""
-    replacing: Any = find_brick(BRICKS[_class_of(layer)])
-    made: nn.Module = replacing.replacing(copy.deepcopy(layer).to("meta"), rank=rank)
-    return made
+    return on_shapes(BRICKS[_class_of(layer)], layer, rank=rank)
 
 
 def _sides(layer: nn.Module) -> tuple[int, int]:

@@ -23,7 +23,6 @@ units are dealt; gate and up matrices of a gated part are two products, each wit
 and then without it, on the same tokens again, is two stages of a recipe.
 """
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -42,16 +41,15 @@ from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.nn.block_products import BlockProduct
-from auxin.nn.bricks import find_brick
 from auxin.nn.guide import KEPT, Guided
-from auxin.nn.linear import linear_class, widths
+from auxin.nn.linear import known_class, widths
 from auxin.nn.low_rank import LowRank
 from auxin.planning.bench import Bench
 from auxin.planning.hooks import Hook, HookContext, HookSettings, Ramp
 from auxin.planning.kept_paths import KeptPaths, is_kept, refuse_impossible
 from auxin.planning.linear_layers import linear_layers, merged_paths
 from auxin.planning.method import Method
-from auxin.planning.product_times import ProductTimes
+from auxin.planning.product_times import ProductTimes, on_shapes
 from auxin.planning.target import Gauge, Removal, Target, least_removal, removal
 from auxin.settings import Settings
 from auxin.words.anatomy import Anatomy
@@ -211,7 +209,7 @@ class Parts:
             guided: whether guides are put beside them.
         """
         settings = self.settings
-        bricks = {path: BRICKS[settings.form, _class_of(layer)] for path, layer in self.layers.items()}
+        bricks = {path: BRICKS[settings.form, known_class(layer)] for path, layer in self.layers.items()}
         made = {path: self.values(path, least) for path in self.layers}
         start = {} if settings.start == "weight" else {"start": settings.start}
         for path, name in merged_paths(self.model, self.layers, lambda name: (bricks[name], *made[name].items())):
@@ -225,10 +223,10 @@ class Parts:
     def timed(self, least: float | None) -> str:
         """From how many tokens on products are faster than their layers, in words."""
         made = {path: self.values(path, least) for path in self.layers}
-        products: dict[str, nn.Module] = {}
-        for path, layer in self.layers.items():
-            form: Any = find_brick(BRICKS[self.settings.form, _class_of(layer)])
-            products[path] = form.replacing(copy.deepcopy(layer).to("meta"), **made[path])
+        products = {
+            path: on_shapes(BRICKS[self.settings.form, known_class(layer)], layer, **made[path])
+            for path, layer in self.layers.items()
+        }
         forms = {path: _form_in_words(self.settings.form, values) for path, values in made.items()}
         dtype = next(iter(self.layers.values())).get_parameter("weight").dtype
         return ProductTimes(dtype).findings(self.layers, products, forms)
@@ -361,12 +359,6 @@ def _guides(model: nn.Module) -> Iterator[tuple[str, Guided]]:
 def _is_feed_forward(body: Anatomy, name: str) -> bool:
     role = next((role for role in body.roles if role.matches(name)), None)
     return role is not None and role.kind == "matrix" and any(role.along(stream) for stream in FEED_FORWARD)
-
-
-def _class_of(layer: nn.Module) -> type[nn.Module]:
-    found = linear_class(layer)
-    assert found is not None
-    return found
 
 
 def _form_in_words(form: Form, values: Mapping[str, int]) -> str:
