@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import made_by
+from measuring import made_by, made_by_line
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from auxin.accounting.statistics import Estimate
 from auxin.data import PackedData, prepare
 from auxin.files import write_text
 from auxin.recipes import Recipe, load_recipe
+from auxin.report.markdown import markdown_table
 from auxin.training import Hook, TrainingSettings, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,3 +143,53 @@ def excess(results: Mapping[str, Any], way: str, other: str) -> list[float]:
     """The loss of one way minus that of another, seed by seed."""
     pairs = zip(values(results, way, "loss"), values(results, other, "loss"), strict=True)
     return [loss - against for loss, against in pairs]
+
+
+def with_attention(task: Task, forms: Mapping[str, Callable[[Any], nn.Module]]) -> PreTrainedModel:
+    """The untrained model of `task`, in which projections of the attention have become another form; what is changed
+    about a way says which form, and then which projections."""
+    model = task.model()
+    form, *slots = (task.way.form or "none").split()
+    for layer in model.base_model.layers if slots else ():
+        for slot in slots:
+            setattr(layer.attention, slot, forms[form](getattr(layer.attention, slot)))
+    return model
+
+
+def learnt(task: Task, model: PreTrainedModel) -> Cell:
+    """Train one way with one seed."""
+    return {"parameters": model.num_parameters(), "loss": task.trained(model)}
+
+
+def losses_page(
+    results: Mapping[str, Any], ways: Mapping[str, Way], title: str, asks: tuple[str, str], header: Sequence[str]
+) -> str:
+    """Losses of ways beside that of the way "new", as Markdown.
+
+    Args:
+        results: of `measured`.
+        ways: the ways by name.
+        title: of the page.
+        asks: of which trainings parity.md asks it, and how many steps these have.
+        header: of the table.
+    """
+    rows = [
+        [
+            way.title,
+            f"{values(results, name, 'parameters')[0]:,}",
+            Estimate.of(values(results, name, "loss")).text(3),
+            "-" if name == "new" else Estimate.of(excess(results, name, "new")).text(3, True),
+        ]
+        for name, way in ways.items()
+    ]
+    return "\n".join([
+        f"# {title}",
+        "",
+        f"What [parity.md](../parity.md) asks of {asks[0]}: models, data and rates are those of "
+        f"[parity.yaml](../../benchmarks/parity.yaml), over {asks[1]} steps. Held-out loss in nats per token"
+        + (": mean over the seeds and 95 % interval (Student's t)." if len(results["seeds"]) > 1 else "."),
+        "",
+        f"{made_by_line(results)} Seeds: {results['seeds']}.",
+        "",
+        *markdown_table(header, rows),
+    ]) + "\n"  # fmt: skip

@@ -15,15 +15,12 @@ core per way and seed.
 
 from typing import Any
 
-from measuring import made_by_line, publish
-from parity_cells import ROOT, Cell, Task, Way, asked, excess, measured, values
+from measuring import publish
+from parity_cells import ROOT, Cell, Task, Way, asked, learnt, losses_page, measured, with_attention
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import PreTrainedModel
 
-from auxin.accounting.statistics import Estimate
 from auxin.nn import Pattention
-from auxin.report.markdown import markdown_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "parity_linear.json"
 PAGE = ROOT / "docs" / "results" / "parity_linear.md"
@@ -57,45 +54,20 @@ def dense(module: Pattention) -> nn.Linear:
     return made
 
 
-def build(task: Task) -> PreTrainedModel:
-    """The untrained model of `task`."""
-    model = task.model()
-    form, *slots = (task.way.form or "none").split()
-    for layer in model.base_model.layers:
-        for slot in slots:
-            make = {"linear": Linear, "dense": dense}[form]
-            setattr(layer.attention, slot, make(getattr(layer.attention, slot)))
-    return model
+FORMS: dict[str, Any] = {"linear": Linear, "dense": dense}
 
 
 def measure(task: Task) -> Cell:
     """Train one way with one seed."""
-    model = build(task)
-    return {"parameters": model.num_parameters(), "loss": task.trained(model)}
+    return learnt(task, with_attention(task, FORMS))
 
 
 def page_of(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    rows = [
-        [
-            way.title,
-            f"{values(results, name, 'parameters')[0]:,}",
-            Estimate.of(values(results, name, "loss")).text(3),
-            "-" if name == "new" else Estimate.of(excess(results, name, "new")).text(3, True),
-        ]
-        for name, way in WAYS.items()
-    ]
-    return "\n".join([
-        "# Projections of the attention that are linear",
-        "",
-        "What [parity.md](../parity.md) asks of longer trainings: models, data and rates are those of "
-        "[parity.yaml](../../benchmarks/parity.yaml), over 4,200 steps. Held-out loss in nats per token"
-        + (": mean over the seeds and 95 % interval (Student's t)." if len(results["seeds"]) > 1 else "."),
-        "",
-        f"{made_by_line(results)} Seeds: {results['seeds']}.",
-        "",
-        *markdown_table(("the projections of the attention", "parameters", "final loss", "minus a new model's"), rows),
-    ]) + "\n"  # fmt: skip
+    header = ("the projections of the attention", "parameters", "final loss", "minus a new model's")
+    return losses_page(
+        results, WAYS, "Projections of the attention that are linear", ("longer trainings", "4,200"), header
+    )
 
 
 def main() -> None:

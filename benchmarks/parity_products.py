@@ -22,16 +22,13 @@ Finished cells are not measured again. About four minutes of one core per way an
 from typing import Any
 
 import torch
-from measuring import made_by_line, publish
-from parity_cells import ROOT, Cell, Task, Way, asked, excess, measured, values
+from measuring import publish
+from parity_cells import ROOT, Cell, Task, Way, asked, learnt, losses_page, measured, with_attention
 from parity_linear import PROJ, QKV, Linear, dense
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import gelu, linear
-from transformers import PreTrainedModel
 
-from auxin.accounting.statistics import Estimate
 from auxin.nn import Pattention
-from auxin.report.markdown import markdown_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "parity_products.json"
 PAGE = ROOT / "docs" / "results" / "parity_products.md"
@@ -94,45 +91,17 @@ class Slow(Scaled):
 FORMS: dict[str, Any] = {"linear": Linear, "leaky": Leaky, "dense": dense, "fast": Fast, "slow": Slow}
 
 
-def build(task: Task) -> PreTrainedModel:
-    """The untrained model of `task`."""
-    model = task.model()
-    form, *slots = (task.way.form or "none").split()
-    for layer in model.base_model.layers if slots else ():
-        for slot in slots:
-            made: nn.Module = FORMS[form](getattr(layer.attention, slot))
-            setattr(layer.attention, slot, made)
-    return model
-
-
 def measure(task: Task) -> Cell:
     """Train one way with one seed."""
-    model = build(task)
-    return {"parameters": model.num_parameters(), "loss": task.trained(model)}
+    return learnt(task, with_attention(task, FORMS))
 
 
 def page_of(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    rows = [
-        [
-            way.title,
-            f"{values(results, name, 'parameters')[0]:,}",
-            Estimate.of(values(results, name, "loss")).text(3),
-            "-" if name == "new" else Estimate.of(excess(results, name, "new")).text(3, True),
-        ]
-        for name, way in WAYS.items()
-    ]
-    return "\n".join([
-        "# Projections of the attention that are products",
-        "",
-        "What [parity.md](../parity.md) asks of trainings twice as long: models, data and rates are those of "
-        "[parity.yaml](../../benchmarks/parity.yaml), over 1,400 steps. Held-out loss in nats per token"
-        + (": mean over the seeds and 95 % interval (Student's t)." if len(results["seeds"]) > 1 else "."),
-        "",
-        f"{made_by_line(results)} Seeds: {results['seeds']}.",
-        "",
-        *markdown_table(("model", "parameters", "final loss", "minus a new TokenFormer's"), rows),
-    ]) + "\n"  # fmt: skip
+    header = ("model", "parameters", "final loss", "minus a new TokenFormer's")
+    return losses_page(
+        results, WAYS, "Projections of the attention that are products", ("trainings twice as long", "1,400"), header
+    )
 
 
 def main() -> None:
