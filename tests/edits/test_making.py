@@ -27,6 +27,7 @@ from auxin.edits.structure import structural_edits
 from auxin.errors import PlanError, PromiseError
 from auxin.models.loading import load_model
 from auxin.nn.bricks import Brick, Making, Shapes, Tensors, brick
+from outputs import output
 from tiny_models import inputs, labels, tiny
 
 
@@ -308,6 +309,18 @@ def test_a_tied_head_may_be_replaced_saved_and_loaded(family, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
     with pytest.raises(PlanError, match=r"are one tensor in the edited model \(tied\).*Untie them first"):
         apply(plan(MergeModule(module="lm_head"), promise="none"), loaded)
+
+
+def test_what_files_hold_in_one_tensor_is_replaced_together_or_not_at_all(tmp_path):
+    model, layer = tiny("dinov2 gated"), "dinov2.encoder.layer.1.mlp"
+    gate, up = low_rank(f"{layer}.gate_proj", 3), low_rank(f"{layer}.up_proj", 3)
+    with pytest.raises(PlanError, match=r"up_proj.weight and others in one tensor .*mlp.weights_in.weight.*or none"):
+        apply(plan(gate, promise="none"), model)
+    apply(plan(gate, up, promise="none"), model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(load_model(tmp_path)(**inputs(model))), output(model(**inputs(model))))
+    with pytest.raises(PlanError, match=r"up_proj.weight and others in one tensor"):
+        apply(plan(MergeModule(module=f"{layer}.up_proj")), model)
 
 
 def test_states_that_can_not_follow_are_refused_before_anything_changes():

@@ -450,7 +450,7 @@ def test_the_command_line_prunes_a_checkpoint(tmp_path):
         ("llama", {"target": {"parameters": 0.9}, "streams": ["vocabulary"]}, "streams"),
         ("llama", {"target": {"parameters": 0.9}, "streams": ["ffn", "ffn"]}, "more than once"),
         ("llama", {"target": 0.5}, "target: a size of what. Give target.parameters, or .*latency_ms .received 0.5"),
-        ("llama", {"target": {}}, "exactly one of parameters, flops, latency"),
+        ("llama", {"target": {}}, "exactly one of parameters, flops, memory, latency and latency_ms, not none"),
         ("llama", {"ffn": 6, "uniform": False}, "Give a share, or uniform = true"),
         ("llama", {"ffn": 1.0}, "nothing to prune: all of 12 intermediate_size would stay .the next possible: 11"),
         ("llama", {"ffn": 0.99}, "nothing to prune"),

@@ -171,6 +171,18 @@ def test_bundled_layers_give_what_they_gave(family, tmp_path):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize(
+    "plans", [[{}], [{"place": "feed-forward"}], [{"place": "feed-forward"}, {"bundle": True}]], ids=str
+)
+def test_who_initialises_the_weights_and_biases_of_all_layers_finds_them(plans, tmp_path):
+    """SigLIP, when it loads."""
+    model = tiny("siglip")
+    for values in plans:
+        changed(model, **values)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_model(tmp_path)), logits(model))
+
+
 def test_moments_of_a_bundled_matrix_are_those_that_the_chain_rule_allows():
     """Of plain gradients as moments: both of its factors find what they had."""
     model = tiny("bert")

@@ -95,8 +95,10 @@ def test_rows_are_those_that_were_sorted_by_hand(heads, tokens, keep, samples, i
                 read = oracle.hard_attention(*of_head.values(), 0.5, visible.tolist(), keep)
                 expected[sample, :, head * 4 : head * 4 + 4] = torch.tensor(read)
         expected = nn.functional.linear(expected, module.o_proj.weight.double())
-    # The eager function of transformers makes probabilities in float32, whatever the type.
-    rounding = 1e-4 if dtype == torch.float32 else 1e-5 if implementation == "eager" else 1e-6
+    # The eager function of transformers, of which a map is cut, makes probabilities in float32, whatever the type: of
+    # scores of some 50, with values of some 20, they are off by 50 x 20 x 6e-8 and less.
+    in_float32 = dtype == torch.float32 or implementation == "eager" or tokens > keep
+    rounding = 1e-4 if in_float32 else 1e-5
     assert torch.allclose(got.double(), expected, rtol=1e-6, atol=rounding)
 
 

@@ -30,6 +30,7 @@ from auxin.errors import PlanError
 from auxin.models.building import first_difference
 from auxin.models.layout import check_said
 from auxin.models.loading import REFUSALS
+from auxin.models.stored_form import StoredForm
 
 
 @dataclass
@@ -108,6 +109,7 @@ class _Outcome:
         self._check_modules(resolved)
         check_said(after.config, said)
         self._check_read_again(after)
+        self._check_stored_whole(after)
         return resolved
 
     def _built(self, values: dict[str, Any] | None = None) -> PreTrainedModel:
@@ -148,6 +150,18 @@ class _Outcome:
                 f"With the plan's config values ({self._set_in_words()}) the model that is loaded from a checkpoint "
                 f"would be another one: {found}. Leave out the value that its config does not keep."
             )
+
+    def _check_stored_whole(self, after: PreTrainedModel) -> None:
+        """PlanError when files hold in one tensor what the plan leaves in part."""
+        incomplete = StoredForm(after).incomplete()
+        before = StoredForm(self.state.before).incomplete() if incomplete else {}
+        for stored, names in incomplete.items():
+            if stored not in before:
+                raise PlanError(
+                    f"Files of a {after.config.model_type} model hold {names[0]} and others in one tensor ({stored}), "
+                    "and the plan takes the others away, or gives them another form, so that what is saved could not "
+                    "be loaded. Change all of them in one way, or none."
+                )
 
     def _origins(self, after: PreTrainedModel) -> dict[str, Origin]:
         names, shapes = tensor_names(after), shapes_of(after)

@@ -57,6 +57,18 @@ class StoredForm:
                 found.setdefault(whole, []).append(name)
         return found
 
+    def incomplete(self) -> dict[str, list[str]]:
+        """By the name in files, the model's tensors that would be merged into one there, were it not that others of
+        those are missing; a file written of them could not be taken apart again."""
+        found: dict[str, dict[str, str]] = {}
+        needed: dict[str, int] = {}
+        for name in sorted(self._names):
+            stored, pattern, converter = _converted(name, self._back[1])
+            if converter is not None:
+                found.setdefault(stored, {})[name] = pattern
+                needed[stored] = len(converter.source_patterns)
+        return {stored: list(of) for stored, of in found.items() if len(set(of.values())) < needed[stored]}
+
     def merged(self, name: str, pieces: Mapping[str, Tensor]) -> Tensor:
         """The model's tensor `name`, made of its pieces, by their names in files, in the order of `pieces`.
 

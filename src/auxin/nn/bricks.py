@@ -176,6 +176,29 @@ MAKINGS: Registry[Making] = Registry("making", "auxin.nn", error=PlanError)
 group "auxin.makings" name modules of other packages that define some."""
 
 
+class Around(Brick):
+    """A brick that is put around a module, its `inner`.
+
+    Tensors and numbers that others read of the inner module (a weight's type, say) are found here too; its modules and
+    methods are not, or whoever asks what can be done with a module (PEFT, to merge adapters) would take this for it.
+    """
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "inner" or name.startswith("_"):  # what others note about a module is about that one alone
+                raise
+            value = getattr(self.inner, name)
+            if callable(value):  # a module or a method
+                raise
+            return value
+
+
 def brick(name: str) -> Callable[[BrickClass], BrickClass]:
     """Class decorator: register the class, a `Brick`, under `name`; TypeError when it is none."""
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from auxin.errors import PlanError
-from auxin.nn.bricks import MAKINGS, Brick, Making, Roles, Shapes, Tensors, brick
+from auxin.nn.bricks import MAKINGS, Around, Brick, Making, Roles, Shapes, Tensors, brick
 from auxin.nn.linear import linear_class, widths
 from auxin.nn.low_rank import finite_weight, moment_of_product
 from auxin.nn.made import take_over
@@ -90,6 +90,11 @@ class _Featured(Brick):
         """What is trained, else the directions; for whoever looks at a layer's weight without a call: for its type, or
         to initialise what was not loaded (T5)."""
         return cast(Tensor, getattr(self, FEATURES, self.directions))
+
+    @property
+    def bias(self) -> Tensor:
+        """(0,), there being none; for whoever initialises that of any layer that was not loaded (SigLIP)."""
+        return self.directions.new_empty(0)
 
     def _read(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., m)."""
@@ -327,7 +332,7 @@ class ReluAdapter(nn.Module):
 
 
 @brick("feature_adapter")
-class FeatureAdapter(Brick):
+class FeatureAdapter(Around):
     """A module with an adapter behind it, `adapter`, for what it gives, or gives first.
 
     Args:
@@ -343,19 +348,13 @@ class FeatureAdapter(Brick):
     )
 
     def __init__(self, inner: nn.Module, width: int, features: int, threshold: float = 0.0) -> None:
-        super().__init__()
+        super().__init__(inner)
         if features < 1 or threshold > 0:
             raise PlanError(
                 f"features = {features} must be 1 or more, and threshold = {threshold:g} 0 or below. Give such numbers."
             )
         example = next(inner.parameters())
-        self.inner = inner
         self.adapter = ReluAdapter(width, features, threshold, example.device, example.dtype)
-
-    @property
-    def weight(self) -> Tensor:
-        """The module's, for whoever looks at it without a call (T5)."""
-        return cast(Tensor, self.inner.weight)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module."""

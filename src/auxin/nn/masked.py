@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from auxin.errors import ConfigError, PlanError
-from auxin.nn.bricks import Brick, brick
+from auxin.nn.bricks import Around, brick
 from auxin.nn.calls import as_if_called
 from auxin.words.widths import Stream
 
@@ -28,12 +28,8 @@ Spans = Sequence[Sequence[int]]
 """Stretches [first, end) of new units on an axis."""
 
 
-class Masked(Brick):
-    """A module with masks around `inner`.
-
-    Tensors and numbers that others read of the inner module (a weight's type, say) are found here too; its modules and
-    methods are not, or whoever asks what can be done with a module (PEFT, to merge adapters) would take this for it.
-    """
+class Masked(Around):
+    """A module with masks around `inner`."""
 
     plain_form = (
         "train with the hook MaskRamp until the masks are at 1, then take them off: method masked with finish = true"
@@ -41,20 +37,8 @@ class Masked(Brick):
     temporary = "masks of an earlier growth"
 
     def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
+        super().__init__(inner)
         self._spans: dict[str, Spans] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "inner" or name.startswith("_"):  # what others note about a module is about that one alone
-                raise
-            value = getattr(self.inner, name)
-            if callable(value):  # a module or a method
-                raise
-            return value
 
     def set_strength(self, strength: float) -> None:
         """Give the new units the weight `strength`, 0 (absent) to 1 (as all others)."""
