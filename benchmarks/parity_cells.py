@@ -156,9 +156,9 @@ def with_attention(task: Task, forms: Mapping[str, Callable[[Any], nn.Module]]) 
     return model
 
 
-def learnt(task: Task, model: PreTrainedModel) -> Cell:
+def learnt(task: Task, model: PreTrainedModel, hooks: Sequence[Hook] = ()) -> Cell:
     """Train one way with one seed."""
-    return {"parameters": model.num_parameters(), "loss": task.trained(model)}
+    return {"parameters": model.num_parameters(), "loss": task.trained(model, hooks)}
 
 
 def losses_page(

@@ -8,7 +8,10 @@ fallen behind. Every way changes the four projections of the attention, or some 
 - leaky: half of the scores as they are, half through GELU;
 - dense: a projection is one matrix;
 - fast, slow: keys and values are three times, or a third, of what is stored and learnt, so that the optimizer's steps
-  are three times as large, or a third.
+  are three times as large, or a third; slow keys, slow values: a tenth, of the one or the other alone;
+- fixed: keys are orthogonal and not learnt, so that of the two factors of a product values alone are;
+- guided: a matrix beside each projection, of which all comes at first, and which fades by half a cosine over the first
+  half of the training; what is left is what it is without a guide.
 
 "Square" models are of width 104 with 104 tokens in the attention, where a product can be any matrix, and 228 in the
 feed-forward part; they have as many parameters.
@@ -19,16 +22,19 @@ feed-forward part; they have as many parameters.
 Finished cells are not measured again. About four minutes of one core per way and seed.
 """
 
+import math
 from typing import Any
 
 import torch
 from measuring import publish
 from parity_cells import ROOT, Cell, Task, Way, asked, learnt, losses_page, measured, with_attention
 from parity_linear import PROJ, QKV, Linear, dense
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
+from torch.optim import Optimizer
 
 from auxin.nn import Pattention
+from auxin.planning.hooks import Ramp
 
 RESULTS = ROOT / "benchmarks" / "results" / "parity_products.json"
 PAGE = ROOT / "docs" / "results" / "parity_products.md"
@@ -43,9 +49,16 @@ WAYS = {
     "linear": Way("its scores linear, of rank 64", "new", f"linear {ALL}"),
     "fast": Way("steps of its keys and values three times as large", "new", f"fast {ALL}"),
     "slow": Way("steps of its keys and values a third as large", "new", f"slow {ALL}"),
+    "slow-keys": Way("steps of its keys alone a tenth as large", "new", f"slow-keys {ALL}"),
+    "slow-values": Way("steps of its values alone a tenth as large", "new", f"slow-values {ALL}"),
+    "guided": Way("guided by a matrix in the first half", "new", f"guided {ALL}"),
+    "linear-guided": Way("its scores linear, guided by a matrix in the first half", "new", f"linear-guided {ALL}"),
     "square": Way("square, of rank 104", "new-square"),
     "square-leaky": Way("square, half of its scores linear", "new-square", f"leaky {ALL}"),
     "square-linear": Way("square, its scores linear, of rank 104", "new-square", f"linear {ALL}"),
+    "square-guided": Way("square, linear, guided in the first half", "new-square", f"linear-guided {ALL}"),
+    "square-fixed": Way("square, linear, its keys orthogonal and not learnt", "new-square", f"fixed {ALL}"),
+    "square-dense": Way("square, its four projections dense", "new-square", f"dense {ALL}"),
 }
 """All but the first change the attention of a TokenFormer."""
 
@@ -60,40 +73,99 @@ class Leaky(Linear):
 
 
 class Scaled(Linear):
-    """Keys and values are `factor` times what is stored and learnt."""
+    """Keys and values are multiples of what is stored and learnt."""
 
-    factor = 1.0
+    keys, values = 1.0, 1.0
 
     def __init__(self, module: Pattention) -> None:
         super().__init__(module)
         with torch.no_grad():
-            self.key_tokens.div_(self.factor)
-            self.value_tokens.div_(self.factor)
+            self.key_tokens.div_(self.keys)
+            self.value_tokens.div_(self.values)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        scores = gelu(linear(x, self.key_tokens * self.factor))
-        return scores @ (self.value_tokens * self.factor)
+        scores = gelu(linear(x, self.key_tokens * self.keys))
+        return scores @ (self.value_tokens * self.values)
 
 
 class Fast(Scaled):
     """Three times as large steps."""
 
-    factor = 3.0
+    keys, values = 3.0, 3.0
 
 
 class Slow(Scaled):
     """A third."""
 
-    factor = 1 / 3
+    keys, values = 1 / 3, 1 / 3
 
 
-FORMS: dict[str, Any] = {"linear": Linear, "leaky": Leaky, "dense": dense, "fast": Fast, "slow": Slow}
+class SlowKeys(Scaled):
+    """A tenth, of the keys."""
+
+    keys = 0.1
+
+
+class SlowValues(Scaled):
+    """A tenth, of the values."""
+
+    values = 0.1
+
+
+class Fixed(Linear):
+    """Linear, with orthogonal keys that are not learnt."""
+
+    def __init__(self, module: Pattention) -> None:
+        super().__init__(module)
+        nn.init.orthogonal_(self.key_tokens).requires_grad_(False)
+
+
+class Guided(nn.Module):
+    """`product`, and beside it a matrix of which there is a share."""
+
+    def __init__(self, product: Pattention) -> None:
+        super().__init__()
+        self.product, self.guide, self.share = product, dense(product), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        if self.share == 0:
+            return self.product(x)
+        return self.share * self.guide(x) + (1 - self.share) * self.product(x)
+
+
+class Fading(Ramp):
+    """Training hook: the share of all guides falls from 1 to 0 by half a cosine."""
+
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Find the guides."""
+        self._guides = [module for module in model.modules() if isinstance(module, Guided)]
+
+    def move(self, step: int) -> None:
+        """Set their share."""
+        for guide in self._guides:
+            guide.share = (1 + math.cos(math.pi * step / self.steps)) / 2 if step < self.steps else 0.0
+
+
+FORMS: dict[str, Any] = {
+    "linear": Linear,
+    "leaky": Leaky,
+    "dense": dense,
+    "fast": Fast,
+    "slow": Slow,
+    "slow-keys": SlowKeys,
+    "slow-values": SlowValues,
+    "fixed": Fixed,
+    "guided": Guided,
+    "linear-guided": lambda module: Guided(Linear(module)),
+}
 
 
 def measure(task: Task) -> Cell:
     """Train one way with one seed."""
-    return learnt(task, with_attention(task, FORMS))
+    hooks = [Fading(task.settings().steps // 2)] if "guided" in (task.way.form or "") else []
+    return learnt(task, with_attention(task, FORMS), hooks)
 
 
 def page_of(results: dict[str, Any]) -> str:
