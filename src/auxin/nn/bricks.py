@@ -2,10 +2,10 @@
 
 A brick that **replaces** a module has a class method `replacing(module, **settings)`, which builds it for that module
 (also on the meta device, where modules have shapes and no values). One that **wraps** a module is called as
-`Class(inner, **settings)` and keeps the module as its attribute `inner`. Parameters that brick and replaced module call
-by the same name are the same; where the others come from is told by the brick's `Making`, or by fills of the edit. A
-brick with non-persistent buffers has a method `reset_buffers()` that fills them from its settings, in the type that its
-parameters ask for.
+`Class(inner, **settings)` and keeps the module as its attribute `inner` (`Around`). Parameters that brick and replaced
+module call by the same name are the same; where the others come from is told by the brick's `Making`, or by fills of
+the edit. A brick with non-persistent buffers has a method `reset_buffers()` that fills them from its settings, in the
+type that its parameters ask for.
 """
 
 from collections.abc import Callable, Collection, Mapping
