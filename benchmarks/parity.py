@@ -1,14 +1,15 @@
 """TokenFormer beside dense Transformers of as many parameters, one thing at a time, over seeds.
 
-Four parts: `small` (590,000 parameters, the recipe parity.yaml), `large` (3.3 million in the paper's proportions,
-parity_3m.yaml), `bytes` (some of the small ones on bytes instead of a vocabulary of 512) and `long` (some of them, six
-times as long).
+Six parts: `small` (590,000 parameters, the recipe parity.yaml), `large` (3.3 million in the paper's proportions,
+parity_3m.yaml), `bytes` (some of the small ones on bytes instead of a vocabulary of 512), and trainings of 4,200 steps
+of some of the small ones (`long`), of some of the large ones (`large-long`) and of 135,000 parameters in the paper's
+proportions (`tiny-long`, parity_135k.yaml).
 
     python benchmarks/parity.py --jobs 2
     python benchmarks/parity.py --parts small --seeds 0 --branches dense new
 
 Finished branches are not run again; the page has what is finished. A branch and seed takes a minute and a half of one
-core, a large or long one ten.
+core, a large or long one ten, a large and long one an hour.
 """
 
 from pathlib import Path
@@ -56,6 +57,19 @@ PARTS = {
             *("linear-proj-decay", "linear-proj-wide", "linear-proj-wide-decay", "proj-wide", "narrow"),
         ),
     ),
+    "large-long": Part(
+        "3.3 million parameters, more than five times as long",
+        RECIPE.with_name("parity_3m.yaml"),
+        (
+            "training.steps=4200",
+            "training.evaluation_interval=700",
+            "training.checkpoint_interval=700",
+            "main_branch=dense-0020",
+            "description=The models of the second part, trained for 4,200 steps instead of 800.",
+        ),
+        ("dense-0020", "new"),
+    ),
+    "tiny-long": Part("135,000 parameters, 4,200 steps", RECIPE.with_name("parity_135k.yaml")),
 }
 DIFFERENCES = (
     ("new", "dense-0060"),
