@@ -12,9 +12,11 @@ Finished branches are not run again; the page has what is finished. A branch and
 core, a large or long one ten, a large and long one an hour.
 """
 
+import math
 from pathlib import Path
 
 from comparing import Part, by_loss, compare_parts, options
+from scipy.stats import linregress, t
 
 from auxin.accounting.comparison import Comparison
 from auxin.accounting.statistics import Estimate
@@ -71,6 +73,13 @@ PARTS = {
     ),
     "tiny-long": Part("135,000 parameters, 4,200 steps", RECIPE.with_name("parity_135k.yaml")),
 }
+SIZES = {
+    "tiny-long": (("new", "new-0030"), ("dense", "dense-0120")),
+    "long": (("new-tokens",), ("dense-0030", "dense-0060")),
+    "large-long": (("new",), ("dense-0020",)),
+}
+"""Of each size the TokenFormers in the paper's proportions that trained for 4,200 steps, and the dense models in the
+usual ones; of several the best counts."""
 DIFFERENCES = (
     ("new", "dense-0060"),
     ("new", "dense-0020"),
@@ -134,7 +143,35 @@ def page(found: dict[str, Comparison]) -> str:
             lines += ["", f"In the recipe, and not run yet: {'; '.join(missing)}."]
         if pairs := differences(comparison):
             lines += ["", "One beside the other, seed by seed:", "", *markdown_table(PAIRS, pairs)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *by_size(found)]) + "\n"
+
+
+def by_size(found: dict[str, Comparison]) -> list[str]:
+    """The gap after 4,200 steps over the sizes, and where a line through it meets zero; nothing of fewer than three."""
+    rows, points = [], []
+    for name, sides in SIZES.items():
+        order = by_loss(found[name]) if name in found else []
+        new, dense = (next((branch for branch in order if branch.name in side), None) for side in sides)
+        if new is None or dense is None:
+            continue
+        gaps = [value - dense.values[seed] for seed, value in new.values.items() if seed in dense.values]
+        points.append((math.log10(new.parameters), Estimate.of(gaps).mean))
+        rows.append([
+            f"{new.parameters:,}", new.title, dense.title, estimate_text(Estimate.of(gaps), 3, signed=True),
+        ])  # fmt: skip
+    if len(points) < 3:
+        return []
+    fit = linregress(*zip(*points, strict=True))
+    half = float(t.ppf(0.975, len(points) - 2)) * fit.stderr
+    meets = "" if fit.slope >= 0 else f" and meets zero at {10 ** (-fit.intercept / fit.slope):,.0f} parameters"
+    return [
+        "", "## Over sizes", "",
+        "After 4,200 steps, in the paper's proportions: the best TokenFormer minus the best dense model of the usual "
+        "ones, of the seeds that both have.", "",
+        *markdown_table(("parameters", "TokenFormer", "dense", "difference"), rows), "",
+        f"A line through these over the decimal logarithm of the parameters has a slope of {fit.slope:+.3f} ± "
+        f"{half:.3f}{meets}.",
+    ]  # fmt: skip
 
 
 def differences(comparison: Comparison) -> list[list[str]]:
