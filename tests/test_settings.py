@@ -53,6 +53,22 @@ def test_a_field_like_no_other_comes_with_those_there_are():
         Plant.parse({"colour": "green"})
 
 
+class Bed(Settings):
+    rows: int | None = None
+    width: float = 1.0
+    gaps: list[int] | Literal["even"] = "even"
+    covered: bool = False
+    label: str = ""
+    any_of: list[bool] | float = 1.0
+
+
+def test_true_is_no_number():
+    for values in ({"rows": True}, {"width": False}, {"gaps": [1, True]}, {"label": True}):
+        with pytest.raises(ConfigError, match=f"^{next(iter(values))}: must be"):
+            Bed.parse(values)
+    assert Bed.parse({"covered": True, "any_of": [True]}).any_of == [True]
+
+
 def test_a_list_is_asked_for_as_one_writes_it():
     with pytest.raises(ConfigError, match=r"^parts: must be a list, \[a, b\] \(received 'root'\)$"):
         Plant.parse({"parts": "root"})

@@ -1,9 +1,10 @@
 """The base of every settings class: strict, immutable, with errors that name the field and the nearest right one."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from auxin.errors import ConfigError, shown
 from auxin.field_errors import describe
@@ -16,6 +17,17 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
     largest_file: ClassVar[int] = SMALL
     """Characters of a YAML file of these settings."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, values: Any) -> Any:
+        """`true` is no 1, which pydantic takes it for; also in lists."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            given = value if isinstance(value, list | tuple) else [value]
+            truth = next((one for one in given if isinstance(one, bool)), None)
+            if truth is not None and name in cls.model_fields and _is_of_numbers(cls.model_fields[name].annotation):
+                raise ValueError(f"{name}: must be a number (received {str(truth).lower()})")
+        return values
 
     @classmethod
     def open_fields(cls) -> "dict[str, type[Settings]]":
@@ -59,3 +71,19 @@ class Settings(BaseModel):
     def to_yaml(self, path: str | Path) -> None:
         """Write the settings, defaults left out, as YAML; a reader sees the old file or the whole new one."""
         write_yaml_file(Path(path), self.model_dump(mode="json", exclude_defaults=True))
+
+
+def _is_of_numbers(annotation: Any) -> bool:
+    """Whether a field, or each entry of it, is a number, or one or a name: nothing that true and false could be."""
+    parts = list(_parts(annotation))
+    names = [part for part in parts if isinstance(part, str) or part is str]
+    return len(parts) > len(names) and all(part in (int, float) for part in parts if part not in names)
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """What an annotation is made of, but None and "...": classes, and what a Literal lists."""
+    inner = get_args(annotation)
+    for part in inner:
+        yield from _parts(part)
+    if not inner and annotation not in (type(None), ...):
+        yield annotation

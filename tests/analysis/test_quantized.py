@@ -92,7 +92,7 @@ def test_it_is_what_passes_by_hand_give(family, ranges):
     def store(name: str, x: np.ndarray) -> np.ndarray:
         return oracle.activation(x, *grids[name])
 
-    values = {"activation_ranges": ranges, "percentile": percentile}
+    values = {"activation_ranges": ranges} | ({"percentile": percentile} if ranges == "percentile" else {})
     result = found(model, data, calibration_samples=calibrated, calibration_batch=1, **values)
     assert {one.name: (one.low, one.high) for one in result.tensors} == {
         name: pytest.approx(grid, rel=1e-6) for name, grid in grids.items()
@@ -221,10 +221,8 @@ class Planted:
 def test_an_outlier_ruins_per_tensor_grids_and_percentiles_mend_it():
     planted = Planted()
     wide, clipped = (
-        found(
-            planted.model, planted.data, calibration_samples=4, activation_ranges=ranges, percentile=99.5, alone=alone
-        )
-        for ranges, alone in (("min-max", "tensors"), ("percentile", "families"))
+        found(planted.model, planted.data, calibration_samples=4, alone=alone, **ranges)
+        for ranges, alone in (({}, "tensors"), ({"activation_ranges": "percentile", "percentile": 99.5}, "families"))
     )
     assert wide.float_accuracy is not None
     assert wide.float_accuracy.mean == 1.0
@@ -310,14 +308,33 @@ def test_what_cannot_be_measured_is_refused():
     for wrong in ({"schemes": []}, {"schemes": ["w2"]}, {"percentile": 50}, {"group": 1}, {"alone": "some"}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             QuantizedMeasurement.parse(wrong, source="quantized")
+    for idle, words in (
+        ({"percentile": 99}, "percentile is of activation_ranges = percentile, and they are min-max"),
+        ({"group": 8}, "group is of w4, and schemes are w8a8, w8, a8"),
+        ({"schemes": ["w8", "w8"]}, "schemes names w8 more than once"),
+        ({"calibration_samples": True}, "calibration_samples: must be a number .received true"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            QuantizedMeasurement.parse(idle)
     blocks = tiny("llama")
     apply(method("altup").plan(Bench(blocks), method("altup").settings.parse({"blocks": 2})), blocks)
     with pytest.raises(PlanError, match="several blocks"):
         found(blocks, Samples.of(blocks))
+    bert = tiny("bert")
     with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
-    with pytest.raises(DataError, match=r"layers\.0\.mlp\.up_proj holds entries that are not finite"):
-        found(model, Samples.of(model), calibration_samples=2)
+        bert.bert.encoder.layer[0].intermediate.dense.bias[0] = float("inf")
+    with pytest.raises(DataError, match=r"layer\.0\.intermediate\.dense holds entries that are not finite"):
+        found(bert, Samples.of(bert), calibration_samples=2)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("values", [{}, {"weight_ranges": "mse"}, {"schemes": ["w4"]}])
+def test_weights_that_no_grid_covers_are_named_also_where_no_text_reads_them(number, values):
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[-1, 0] = number
+    with pytest.raises(PlanError, match=r"model\.embed_tokens\.weight holds entries that are not finite"):
+        found(model, Samples.of(model), calibration_samples=2, **values)
 
 
 def test_attention_in_one_kernel_is_refused():
@@ -354,9 +371,8 @@ def test_clipped_probabilities_get_a_grid_and_gates_compute_in_floating_point(fa
     auxin.apply(auxin.plan(clipped, "clipped-softmax", alpha=0.6, length=12), clipped)
     families, tensors = found(clipped)
     layers = model.config.num_hidden_layers
-    assert families["probabilities"] == plain["probabilities"] == layers
-    assert families["scores"] == plain["scores"]
-    assert families["context"] == 2 * plain["context"], "a product with one value is made to get probabilities"
+    assert families["probabilities"] == layers
+    assert families == plain, "the product of which the probabilities come has no entries"
     # 12 tokens read alike have 1 / 12 each, and at most 1.05 * 1 - 0.05 of P is P'; what is small is none at all.
     reached = [one.high for one in tensors.values() if one.family == "probabilities"]
     assert all(0 < high <= 1 for high in reached)

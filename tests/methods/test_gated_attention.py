@@ -168,6 +168,12 @@ def already(**values: Any) -> Any:
     return model
 
 
+def shared() -> Any:
+    model = tiny("llama")
+    model.model.layers[1].self_attn.o_proj = model.model.layers[0].self_attn.o_proj
+    return model
+
+
 def clipped() -> Any:
     model = tiny("llama")
     auxin.apply(auxin.plan(model, "clipped-softmax", alpha=0.5, length=16), model)
@@ -188,6 +194,7 @@ def clipped() -> Any:
             r"o_proj, which reads the heads of model.layers.0.self_attn, is no matrix that could be divided",
         ),
         (clipped, {}, r"is clipped_softmax already.*Merge that brick back first"),
+        (shared, {}, r"layers.0.self_attn.o_proj and .*layers.1.self_attn.o_proj are one module"),
     ],
 )
 def test_what_can_t_have_gates_is_refused(make, values, words):
@@ -200,6 +207,8 @@ def test_what_can_t_have_gates_is_refused(make, values, words):
     [
         ({"opening": 0}, "opening"),
         ({"opening": 1}, "opening"),
+        ({"opening": 1e-320}, "opening: must be 0.001 or more"),
+        ({"layers": [True]}, "layers: must be a number .received true"),
         ({"gate": "sum"}, "gate"),
         ({"hidden": 3}, "hidden is of gate = mlp, and the gate is all-heads. Leave hidden out"),
         ({"gate": "elementwise", "opening": 0.25}, "has no bias and begins at 0.5. Leave opening out"),

@@ -239,11 +239,30 @@ def test_more_features_fit_a_feed_forward_part_better_and_enough_of_them_better_
     [
         ({"function": "relu"}, "function = 'relu' is none. Give one of cos, sin, gaussian"),
         ({"split": "odd"}, "split = 'odd' is none. Give one of inputs_plain"),
-        ({"features": 0}, "features = 0, and there must be one at least. Give 1 or more"),
+        ({"features": 0}, "features = 0 must be a whole number from 1 on"),
+        ({"features": True}, "features = True must be a whole number from 1 on"),
+        ({"width": -1}, "width = -1 must be a whole number from 1 on"),
         ({"balance": 0}, "balance = 0 must be above 0"),
-        ({"damping": -1}, "damping = -1 not below. Give 1 and 0"),
+        ({"balance": float("nan")}, "balance = nan must be above 0"),
+        ({"damping": -1}, "damping = -1 not below, and both finite. Give 1 and 0"),
+        ({"damping": float("inf")}, "damping = inf not below"),
     ],
 )
 def test_what_can_not_be_is_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         UniversalFeatures(**{"function": "cos", "width": 4, "features": 2, **values})
+
+
+@pytest.mark.parametrize(
+    ("features", "ridge", "message"),
+    [
+        (torch.ones(5, 2), 0.0, "2 features of 5 samples have not full rank.*a ridge above 0"),
+        (torch.eye(2), -1.0, "ridge = -1 must be a number from 0 on"),
+        (torch.eye(2), float("nan"), "ridge = nan must be a number from 0 on"),
+        (torch.eye(2).cfloat(), 0.0, "features must be real and finite"),
+        (torch.eye(2) / 0, 0.0, "features must be real and finite"),
+    ],
+)
+def test_what_has_no_closed_form_is_refused(features, ridge, message):
+    with pytest.raises(ConfigError, match=message):
+        ridge_solution(features, torch.ones(len(features), 1), ridge)

@@ -16,10 +16,10 @@ here is that of a simulation: values are rounded to the grids and computed with 
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -183,6 +183,20 @@ class QuantizedMeasurement(Measurement[QuantizationLoss]):
     alone: Literal["nothing", "families", "tensors"] = "families"
     """What is quantized alone beside the schemes: each family of activations, or each activation, which takes a run of
     the model for each."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if repeated := [scheme for scheme in dict.fromkeys(self.schemes) if self.schemes.count(scheme) > 1]:
+            raise ValueError(f"schemes names {repeated[0]} more than once. Name each once.")
+        default = type(self).model_fields["percentile"].default
+        if self.percentile != default and self.activation_ranges != "percentile":
+            raise ValueError(
+                f"percentile is of activation_ranges = percentile, and they are {self.activation_ranges}. Set that, or "
+                "leave percentile out."
+            )
+        if self.group is not None and "w4" not in self.schemes:
+            raise ValueError(f"group is of w4, and schemes are {', '.join(self.schemes)}. Add w4, or leave group out.")
+        return self
 
     def observe(self, model: PreTrainedModel) -> "QuantizedObserver":
         """An observer of `model`.

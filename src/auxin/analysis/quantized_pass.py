@@ -235,6 +235,8 @@ class Pass(TorchDispatchMode):
 
     def _product(self, func: Any, args: Any, kwargs: Any, left: int, right: int) -> Any:
         given = list(args)
+        if not all(given[place].numel() for place in (left, right)):
+            return func(*given, **kwargs)  # asked for what is computed on the way alone
         marks = {place: self._mark(given[place]) for place in (left, right)}
         weight = next((place for place in (right, left) if marks[place].weight and not marks[place].hidden), None)
         if weight is not None:

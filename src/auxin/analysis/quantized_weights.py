@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
 
 from auxin.analysis.quantizers import WeightRanges, rounded_weight
+from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.nn.bricks import Brick
 from auxin.words.roles import ParameterRole
@@ -42,7 +43,7 @@ class Weights:
         ranges: how far the grids of weights reach.
 
     Raises:
-        PlanError: the architecture is not known.
+        PlanError: the architecture is not known, or a weight that gets a grid holds what none covers.
     """
 
     def __init__(self, model: PreTrainedModel, ranges: WeightRanges = "min-max") -> None:
@@ -69,6 +70,11 @@ class Weights:
                 name = f"{path}.{entry}" if path else entry
                 name = name if path in self.heads else told.setdefault(id(tensor), name)
                 self._places.append(_Place(module, entry, name, role, kind))
+                if kind in _WEIGHTS and not tensor.isfinite().all():
+                    raise PlanError(
+                        f"{name} holds entries that are not finite, which no grid covers. Look at how the model was "
+                        "saved, or take an earlier checkpoint."
+                    )
         self._kinds = {place.name: place.kind for place in self._places}
 
     def tensors(self) -> Iterator[tuple[str, Tensor, WeightKind]]:

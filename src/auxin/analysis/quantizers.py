@@ -43,8 +43,9 @@ class Grid:
 
     @property
     def delta(self) -> float:
-        """The distance between neighbours; of a range that is a point, one that changes nothing near 0."""
-        return (self.high - self.low) / (2**self.bits - 1) or torch.finfo(torch.float32).tiny
+        """The distance between neighbours, no smaller than what float32 divides by: of a range that is a point, one
+        that changes nothing near 0."""
+        return max((self.high - self.low) / (2**self.bits - 1), torch.finfo(torch.float32).tiny)
 
     @property
     def zero(self) -> int:

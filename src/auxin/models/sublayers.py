@@ -82,14 +82,14 @@ def nearest_output(path: str, outputs: Sequence[str]) -> str | None:
 
 def refuse_shared(model: PreTrainedModel, outputs: Iterable[str]) -> None:
     """PlanError when one of the modules at `outputs`, those of sublayers, is the very same one at another of a layer's
-    places, so that it can't be taken out of one alone."""
+    places, so that it can't be taken out of one, or changed at one, alone."""
     names: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(path)
     for output in outputs:
         if len(same := names[model.get_submodule(output)]) > 1:
             raise PlanError(
-                f"{' and '.join(same)} are one module, which can't be taken out of one place alone. Give each layer "
+                f"{' and '.join(same)} are one module, which can't be changed at one place alone. Give each layer "
                 "its own (copy.deepcopy)."
             )
 

@@ -159,8 +159,8 @@ def reading(
     assert isinstance(config, _Naming)
     if config.own == "sdpa":
         attention_mask = _added(module, query, key.shape[-2], attention_mask, named.get("is_causal"))
-    # The product with the values is made again, of other weights; here with a single entry of each.
-    _, probabilities = eager(module, query, key, value[..., :1], attention_mask, **named)
+    # The product with the values is made again, of other weights; here with no entry of any.
+    _, probabilities = eager(module, query, key, value[..., :0], attention_mask, **named)
     weights = change(probabilities)
     read = value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
     return (weights @ read).transpose(1, 2).contiguous(), weights

@@ -103,11 +103,26 @@ def ridge_solution(features: Tensor, targets: Tensor, ridge: float = 0.0) -> Ten
 
     Returns:
         In the type of `features`, computed in float64.
+
+    Raises:
+        ConfigError: the ridge is no number from 0 on, features or targets are complex or not finite, or features have
+            not full rank and there is no ridge.
     """
+    if not 0 <= ridge < math.inf:
+        raise ConfigError(f"ridge_solution: ridge = {ridge:g} must be a number from 0 on. Give 0, or a small one.")
+    for name, values in (("features", features), ("targets", targets)):
+        if values.is_complex() or not values.isfinite().all():
+            raise ConfigError(f"ridge_solution: {name} must be real and finite. Give those of relu_features, say.")
     wide = features.double()
     gram = wide.mT @ wide
     gram.diagonal().add_(ridge)
-    return torch.linalg.solve(gram, wide.mT @ targets.double()).mT.to(features.dtype)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if info.any():
+        raise ConfigError(
+            f"ridge_solution: {features.shape[-1]} features of {features.shape[-2]} samples have not full rank, so "
+            "that more than one matrix is best. Give more samples, or a ridge above 0."
+        )
+    return torch.cholesky_solve(wide.mT @ targets.double(), factor).mT.to(features.dtype)
 
 
 class UniversalFeatures(nn.Module):
@@ -153,7 +168,7 @@ class UniversalFeatures(nn.Module):
         draw: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        _check(function, split, features, balance, damping)
+        _check(function, split, width, features, balance, damping)
         self.function, self.split, self.balance, self.damping = function, split, balance, damping
         self.register_buffer("directions", drawn_directions(features, width, draw, orthogonal))
         if function == "gaussian":
@@ -211,14 +226,15 @@ class UniversalFeatures(nn.Module):
         return f"{settings}, balance={self.balance:g}, damping={self.damping:g}"
 
 
-def _check(function: str, split: str, features: int, balance: float, damping: float) -> None:
+def _check(function: str, split: str, width: int, features: int, balance: float, damping: float) -> None:
     for name, value, known in (("function", function, get_args(Function)), ("split", split, get_args(Split))):
         if value not in known:
             raise ConfigError(f"UniversalFeatures: {name} = {value!r} is none. Give one of {', '.join(known)}.")
-    if features < 1:
-        raise ConfigError(f"UniversalFeatures: features = {features}, and there must be one at least. Give 1 or more.")
-    if balance <= 0 or damping < 0:
+    for name, count in (("width", width), ("features", features)):
+        if type(count) is not int or count < 1:
+            raise ConfigError(f"UniversalFeatures: {name} = {count!r} must be a whole number from 1 on. Give one.")
+    if not 0 < balance < math.inf or not 0 <= damping < math.inf:
         raise ConfigError(
-            f"UniversalFeatures: balance = {balance:g} must be above 0 and damping = {damping:g} not below. Give 1 and "
-            "0, with which neither does anything."
+            f"UniversalFeatures: balance = {balance:g} must be above 0 and damping = {damping:g} not below, and both "
+            "finite. Give 1 and 0, with which neither does anything."
         )

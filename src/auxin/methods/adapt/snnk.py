@@ -69,9 +69,9 @@ class RandomFeatureLayers(Settings):
     features: StrictInt | None = Field(default=None, ge=1)
     """Features m of every layer; None: 8 of adapters, 16 of feed-forward parts, 512 of the pooler, as in the paper's
     scripts."""
-    threshold: float = Field(default=0.0, le=0, allow_inf_nan=False)
+    threshold: float = Field(default=0.0, le=0, ge=-1000)
     """What features are cut off at from below; below 0 some of what is negative passes (-5 in one of the paper's
-    scripts)."""
+    scripts), at -1000 all of it."""
     orthogonal: bool = True
     """Whether directions are orthogonal in blocks, which makes the features vary less."""
     blocks: StrictInt | None = Field(default=None, ge=1)
@@ -214,7 +214,8 @@ def plan_bundled(model: PreTrainedModel) -> Plan:
         why = (
             f"what reads it, {reader}, lies in no common part of the model"
             if reader
-            else "no plain linear layer reads it as it is (a gated part multiplies it, or an adapter stands between)"
+            else "no plain linear layer reads it as it is (a gated part multiplies it, an adapter stands between, or a "
+            "layer of a class of the architecture's own reads it)"
         )
         raise PlanError(f"bundle: {path} can't be merged: {why}. Leave the layers of random features as they are.")
 

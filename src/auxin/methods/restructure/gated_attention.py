@@ -21,6 +21,7 @@ from auxin.edits import Edit, Plan, ReplaceModule, ScaleParameter
 from auxin.edits.structure import config_values
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
+from auxin.models.sublayers import refuse_shared
 from auxin.nn.gated_attention import Gate, GatedAttention, check_gate
 from auxin.planning.bench import from_model
 from auxin.planning.linear_layers import merged_paths
@@ -40,7 +41,7 @@ class GatedAttentionSettings(Settings):
     """"all-heads": a number for each head, of the whole input; "per-head" and "mlp": of the head's own slice of the
     input, where heads have slices (hidden_size = heads x head dimension); "elementwise": a number for every entry that
     a head gives, of the whole input."""
-    opening: float = Field(default=0.5, gt=0, lt=1)
+    opening: float = Field(default=0.5, ge=0.001, lt=1)
     """pi: where all gates begin. The paper has 0.25 for OPT. The start is exact to the last bit for 1/2 and 1/4, else
     rounded."""
     hidden: int | None = Field(default=None, gt=0)
@@ -67,6 +68,7 @@ def plan_gated_attention(model: PreTrainedModel, settings: GatedAttentionSetting
             already.
     """
     found = {one.path: one for one in self_attentions(model, settings.part, settings.layers, BRICK)}
+    refuse_shared(model, [*found, *(one.output for one in found.values())])
     values = {path: _values(model, one, settings) for path, one in found.items()}
     edits: list[Edit] = []
     modules = {path: one.module for path, one in found.items()}
