@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from measuring import write_results
+from scipy.stats import linregress, t
 
 from auxin.accounting.comparison import BranchComparison, Comparison
 from auxin.accounting.results import BranchResult
@@ -165,6 +166,14 @@ def _both(found: BranchComparison, recorded: BranchComparison) -> BranchComparis
 def by_loss(comparison: Comparison) -> list[BranchComparison]:
     """The branches of a comparison, the best first; those without a loss last."""
     return sorted(comparison.branches, key=lambda branch: branch.value.mean if branch.value else float("inf"))
+
+
+def fitted(points: Iterable[tuple[float, float]]) -> tuple[float, float, float]:
+    """The line through points by least squares: its slope, half of the 95 % interval of that (Student's t), and its
+    height at 0."""
+    points = list(points)
+    fit = linregress(*zip(*points, strict=True))
+    return fit.slope, float(t.ppf(0.975, len(points) - 2)) * fit.stderr, fit.intercept
 
 
 def interval(values: Iterable[float | None], signed: bool = False) -> str:

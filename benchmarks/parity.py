@@ -15,10 +15,9 @@ core, a large or long one ten, a large and long one an hour.
 import math
 from pathlib import Path
 
-from comparing import Part, by_loss, compare_parts, options
-from scipy.stats import linregress, t
+from comparing import Part, by_loss, compare_parts, fitted, options
 
-from auxin.accounting.comparison import Comparison
+from auxin.accounting.comparison import BranchComparison, Comparison
 from auxin.accounting.statistics import Estimate
 from auxin.recipes import load_recipe
 from auxin.report.comparison import estimate_text
@@ -154,24 +153,28 @@ def by_size(found: dict[str, Comparison]) -> list[str]:
         new, dense = (next((branch for branch in order if branch.name in side), None) for side in sides)
         if new is None or dense is None:
             continue
-        gaps = [value - dense.values[seed] for seed, value in new.values.items() if seed in dense.values]
+        gaps = paired(new, dense)
         points.append((math.log10(new.parameters), Estimate.of(gaps).mean))
         rows.append([
             f"{new.parameters:,}", new.title, dense.title, estimate_text(Estimate.of(gaps), 3, signed=True),
         ])  # fmt: skip
     if len(points) < 3:
         return []
-    fit = linregress(*zip(*points, strict=True))
-    half = float(t.ppf(0.975, len(points) - 2)) * fit.stderr
-    meets = "" if fit.slope >= 0 else f" and meets zero at {10 ** (-fit.intercept / fit.slope):,.0f} parameters"
+    slope, half, height = fitted(points)
+    meets = "" if slope >= 0 else f" and meets zero at {10 ** (-height / slope):,.0f} parameters"
     return [
         "", "## Over sizes", "",
         "After 4,200 steps, in the paper's proportions: the best TokenFormer minus the best dense model of the usual "
         "ones, of the seeds that both have.", "",
         *markdown_table(("parameters", "TokenFormer", "dense", "difference"), rows), "",
-        f"A line through these over the decimal logarithm of the parameters has a slope of {fit.slope:+.3f} ± "
+        f"A line through these over the decimal logarithm of the parameters has a slope of {slope:+.3f} ± "
         f"{half:.3f}{meets}.",
     ]  # fmt: skip
+
+
+def paired(one: BranchComparison, other: BranchComparison) -> list[float]:
+    """The loss of one branch minus that of the other, of every seed that both have."""
+    return [value - other.values[seed] for seed, value in one.values.items() if seed in other.values]
 
 
 def differences(comparison: Comparison) -> list[list[str]]:
@@ -180,8 +183,7 @@ def differences(comparison: Comparison) -> list[list[str]]:
     rows = []
     for one, other in DIFFERENCES:
         if one in branches and other in branches:
-            values, others = branches[one].values, branches[other].values
-            gaps = [values[seed] - others[seed] for seed in values if seed in others]
+            gaps = paired(branches[one], branches[other])
             rows.append([
                 branches[one].title, branches[other].title, estimate_text(Estimate.of(gaps), 3, signed=True),
                 ", ".join(f"{gap:+.3f}" for gap in gaps),

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from measuring import made_by_line, publish
-from parity_cells import ROOT, Cell, Task, Way, asked, excess, measured, values
+from parity_cells import ROOT, Cell, Task, Way, asked, excess, learnt, measured, values
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -90,7 +90,7 @@ def measure(task: Task) -> Cell:
     model = task.model()
     for change in (task.way.form or "").split():
         CHANGES[change](model)
-    return {"loss": task.trained(model), "parameters": sum(parameter.numel() for parameter in model.parameters())}
+    return learnt(task, model)
 
 
 def page_of(results: dict[str, Any]) -> str:

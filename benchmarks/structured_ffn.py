@@ -10,11 +10,10 @@ by least squares. Finished branches are not run again. About 50 minutes of one c
 import math
 from pathlib import Path
 
-from comparing import Part, by_loss, compare_parts, options
-from scipy.stats import linregress
-from scipy.stats import t as student
+from comparing import Part, by_loss, compare_parts, fitted, options
 
 from auxin.accounting.comparison import Comparison
+from auxin.recipes import load_recipe
 from auxin.report.comparison import estimate_text
 from auxin.report.markdown import markdown_table, origin
 
@@ -24,9 +23,10 @@ RESULTS = ROOT / "benchmarks" / "results" / "structured_ffn.json"
 TABLE = ROOT / "docs" / "results" / "structured_ffn.md"
 FORMS = {"": "dense", "-low-rank": "low rank", "-block-dense": "BlockDense", "-block-shuffle": "BlockShuffle"}
 SIZES = ("small", "middle", "large")
+GUIDED = [number for number, one in enumerate(load_recipe(str(RECIPE)).branches) if one.name.endswith("-guided")]
 LONG = [
     *("training.steps=500", "training.warmup_steps=100"),
-    *(f"branches.{number}.stages.1.settings.guide_steps=250" for number in (12, 13, 14)),
+    *(f"branches.{number}.stages.1.settings.guide_steps=250" for number in GUIDED),
 ]
 PARTS = {
     "short": Part("250 steps", RECIPE),
@@ -83,10 +83,8 @@ def slopes_of(found: dict[str, Comparison]) -> list[list[str]]:
         ]
         if len(points) < 4:
             continue
-        fit = linregress([x for x, _ in points], [y for _, y in points])
-        half = float(student.ppf(0.975, len(points) - 2)) * fit.stderr
-        at = fit.intercept + 12 * fit.slope
-        rows.append([title, str(len(points)), f"{fit.slope:+.3f} ± {half:.3f}", f"{at:.3f}"])
+        slope, half, height = fitted(points)
+        rows.append([title, str(len(points)), f"{slope:+.3f} ± {half:.3f}", f"{height + 12 * slope:.3f}"])
     return rows
 
 

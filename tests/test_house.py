@@ -85,8 +85,10 @@ NO_BRICKS = {
     "extension",
     "linear",
     "random_features",
+    "reading_few",
     "resizing",
     "scores",
+    "universal_features",
 }
 KNOWN_BY_NAME = {"edits": {"stand_ins"}, "models": {"pattention", "stand_ins"}}
 

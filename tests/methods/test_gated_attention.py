@@ -226,8 +226,11 @@ def test_other_layers_can_have_gates_later_and_widths_stay():
     gated(model, layers=[0], opening=0.25)
     assert torch.equal(said(model), before)
     assert sum(isinstance(module, GatedAttention) for module in model.modules()) == 2
-    with pytest.raises(PlanError, match=r"attentions have gates of the old size. Merge the gates back"):
+    with pytest.raises(PlanError, match=r"attentions have gates of the old size. Take the gates out first, by"):
         auxin.plan(model, "hypercloning", factor=2)
     paths = [name for name, module in model.named_modules() if isinstance(module, GatedAttention)]
     auxin.apply(Plan(method="x", promise="none", edits=[MergeModule(module=path) for path in paths]), model)
     assert not any(isinstance(module, GatedAttention) for module in model.modules())
+    whole, left = tiny("llama").state_dict(), model.state_dict()
+    behind = [f"model.layers.{n}.self_attn.o_proj.weight" for n in (0, 1)]
+    assert [(left[name] / whole[name]).mean().item() for name in behind] == pytest.approx([4, 2]), "still divided"

@@ -14,7 +14,7 @@ from transformers.models.bert.modeling_bert import BertSelfAttention
 import auxin
 from auxin.edits import MergeModule, Plan, ReplaceModule
 from auxin.errors import PlanError
-from auxin.nn.attention_functions import hardens
+from auxin.nn.attention_functions import calls_a_function
 from auxin.nn.clipped_softmax import ClippedSoftmax, clipped
 from covering import families
 from nn.attentions import CASE, attention, called, projected
@@ -27,7 +27,7 @@ GAMMA = -0.15
 
 
 def plan(model: Any, **settings: Any) -> Plan:
-    paths = [name for name, module in model.named_modules() if hardens(module)]
+    paths = [name for name, module in model.named_modules() if calls_a_function(module)]
     edits: Any = [ReplaceModule(module=path, brick="clipped_softmax", settings=settings) for path in paths]
     return Plan(method="by hand", promise="none", edits=edits)
 
@@ -97,7 +97,7 @@ def test_a_model_reads_what_its_clipped_maps_say(family):
     """Against the model's eager attention, whose softmax is clipped where it is made."""
     model = tiny(family)
     if family == "tokenformer":
-        assert not any(map(hardens, model.modules()))
+        assert not any(map(calls_a_function, model.modules()))
         return
     given_inputs = inputs(model)
     eager = copy.deepcopy(model)

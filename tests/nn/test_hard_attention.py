@@ -12,10 +12,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 import auxin
-from auxin.edits import Plan, ReplaceModule
+from auxin.edits import MergeModule, Plan, ReplaceModule
 from auxin.errors import PlanError
-from auxin.nn.attention_functions import hard, hardens
+from auxin.nn.attention_functions import calls_a_function
 from auxin.nn.hard_attention import HardAttention
+from auxin.nn.reading_few import hard
 from covering import families
 from nn.attentions import CASE, attention, called, projected
 from oracles import axformer as oracle
@@ -27,7 +28,7 @@ MORE = ("mistral", "gemma2", "deepseek_v3", "gpt_bigcode", "opt", "modernbert", 
 
 def hardened(model: Any, keep: int, layers: slice = slice(None)) -> Any:
     """A copy of a model with hard attentions."""
-    paths = [name for name, module in model.named_modules() if hardens(module)][layers]
+    paths = [name for name, module in model.named_modules() if calls_a_function(module)][layers]
     assert paths
     settings = {"keep": keep}
     edits: Any = [ReplaceModule(module=path, brick="hard_attention", settings=settings) for path in paths]
@@ -60,7 +61,7 @@ def test_a_model_reads_what_the_largest_entries_of_its_maps_say(family):
     """Against the model's eager attention, with rows cut where its softmax gives them."""
     model = tiny(family)
     if family == "tokenformer":
-        assert not any(map(hardens, model.modules()))
+        assert not any(map(calls_a_function, model.modules()))
         return
     given, keep = inputs(model), 3
     eager = copy.deepcopy(model)
@@ -172,6 +173,15 @@ def test_gradients_are_the_same_when_layers_are_computed_again():
 def test_another_brick_of_the_same_kind_at_the_place_changes_how_many_are_read():
     model = hardened(hardened(tiny("bert"), 5), 3)
     assert torch.equal(*(output(one(**inputs(one))) for one in (model, hardened(tiny("bert"), 3))))
+
+
+def test_it_merges_back_to_the_attention_that_it_was():
+    soft, model = tiny("llama"), hardened(tiny("llama"), 3)
+    paths = [name for name, module in model.named_modules() if isinstance(module, HardAttention)]
+    apart = output(model(**inputs(model)))
+    auxin.apply(Plan(method="soft", promise="none", edits=[MergeModule(module=path) for path in paths]), model)
+    assert torch.equal(output(model(**inputs(model))), output(soft(**inputs(soft))))
+    assert not torch.equal(output(model(**inputs(model))), apart)
 
 
 def test_what_can_t_be_hard_is_refused():

@@ -16,7 +16,7 @@ from auxin.accounting import flops_per_token
 from auxin.edits import MergeModule, Plan, ReplaceModule, inverse_plan
 from auxin.edits import apply as edits_apply
 from auxin.errors import PlanError
-from auxin.nn.attention_functions import hardens
+from auxin.nn.attention_functions import calls_a_function
 from auxin.nn.linformer import LinformerAttention, means_of_neighbours
 from oracles import linformer as oracle
 from outputs import output
@@ -204,7 +204,7 @@ def longer() -> Any:
 
 
 def attention(family: str) -> nn.Module:
-    return next(module for module in tiny(family).modules() if hardens(module))
+    return next(module for module in tiny(family).modules() if calls_a_function(module))
 
 
 @pytest.mark.parametrize(

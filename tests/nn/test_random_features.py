@@ -10,13 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from auxin.errors import ConfigError
-from auxin.nn.random_features import (
-    UniversalFeatures,
-    drawn_directions,
-    relu_features,
-    rescaled,
-    ridge_solution,
-)
+from auxin.nn.random_features import drawn_directions, relu_features, ridge_solution
+from auxin.nn.universal_features import UniversalFeatures, rescaled
 from oracles import random_features as oracle
 
 WIDTH, BIAS = 16, 0.3

@@ -24,8 +24,9 @@ from auxin.analysis.units import Group, units_of
 from auxin.errors import PlanError
 from auxin.models.evaluating import evaluation_mode
 from auxin.models.sublayers import Sublayer, add_nothing, refuse_shared, sublayers
-from auxin.nn.attention_functions import hardens, reading_few
+from auxin.nn.attention_functions import calls_a_function
 from auxin.nn.autocast import without_autocast
+from auxin.nn.reading_few import reading_few
 
 ROOM = 2**30
 """Bytes of what layers gave that are kept."""
@@ -56,7 +57,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Hard:
-    """An attention whose queries read the most probable tokens alone (`auxin.nn.attention_functions`)."""
+    """An attention whose queries read the most probable tokens alone (`auxin.nn.reading_few`)."""
 
     layer: str
     """The path of its layer."""
@@ -131,7 +132,7 @@ def attentions(model: PreTrainedModel, keep: int) -> list[Hard]:
         Hard(layer, f"{layer}.{name}", keep)
         for layer, module in _layers(stack_parts(model)).items()
         for name, inner in module.named_modules()
-        if hardens(inner)
+        if calls_a_function(inner)
     ]
 
 

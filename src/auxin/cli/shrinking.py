@@ -39,8 +39,8 @@ def shrink(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a model smaller in the best of many ways: methods and pairs of them are tried, one is chosen, mended, and
-    measured on text that nothing looked at.
+    """Make a model smaller in the best of many ways: methods and combinations of them are tried, one is chosen,
+    mended, and measured on text that nothing looked at.
 
     Further settings: --set samples=64, --set data.paths=TEXTS, --set training.learning_rate=3e-4, --set
     target.sequence_length=512 and so on.

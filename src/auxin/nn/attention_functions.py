@@ -1,15 +1,9 @@
-"""Hard attention: each query reads the tokens with its K largest attention probabilities, and no others.
+"""Other functions in the place of those that transformers' attentions call.
 
-    A = softmax(Q K^T / sqrt(d) + mask),    A'_ij = A_ij where it is one of the K largest of row i, else 0,    O = A' V
-
-A' is not renormalised, so that its rows sum to 1 or less (AxFormer, Nagarajan et al. 2022, arXiv 2010.03688). As in the
-paper's code, dropout of the probabilities, where a model is trained with some, comes before the choice. Of equal
-probabilities at the border any may be taken.
-
-transformers' attentions hand queries, keys and values to a function that the config names. An attention that is one of
-these becomes hard by giving them to another function, which has the architecture's own eager one compute A: soft caps,
-sinks and position biases are in it. No fused kernel gives A, so that it takes memory for heads x queries x keys. Where
-there are at most K keys the model's own implementation computes what it always does.
+An attention of transformers hands queries, keys and values to a function that the config names. Within `handing_to` it
+hands them to a function of ours, which finds its settings and the model's own implementation by `handed`, and which may
+have the architecture's own eager function compute the probabilities (`reading`): soft caps, sinks and position biases
+are in them. No fused kernel gives those, so that this takes memory for heads x queries x keys.
 """
 
 import contextlib
@@ -23,30 +17,30 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from auxin.errors import PlanError
 
-HARD = "auxin_hard_attention"
-"""What the function is called in transformers' table of attention functions."""
 IMPLEMENTATIONS = ("eager", "sdpa")
 """Implementations of a model whose masks are known."""
 _INTERFACE, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
 
 
-def hardens(module: nn.Module) -> bool:
-    """Whether `module` is an attention that can be made hard: one that hands queries, keys and values to one of
-    transformers' attention functions."""
+def calls_a_function(module: nn.Module) -> bool:
+    """Whether `module` is an attention that hands queries, keys and values to one of transformers' attention functions,
+    in whose place another one can be put."""
     return _eager(module) is not None
 
 
-def reading_few(module: nn.Module, keep: int) -> contextlib.AbstractContextManager[None]:
-    """Within the context, the queries of `module` read the `keep` most probable tokens alone.
+def refuse_others(module: nn.Module, brick: str, why: str) -> None:
+    """PlanError when `module` is no such attention.
 
     Args:
-        module: an attention that `hardens`.
-        keep: K, 1 or more.
-
-    Raises:
-        PlanError: the model's implementation of attention is one that makes masks of its own kind.
+        module: what the brick is to replace.
+        brick: its name.
+        why: what follows for the brick, in words that follow "so that ".
     """
-    return handing_to(module, HARD, keep, "hard_attention computes attention probabilities")
+    if not calls_a_function(module):
+        raise PlanError(
+            f"{brick}: a {type(module).__name__} does not hand its queries and keys to an attention function of "
+            f"transformers, so that {why}. Name the attention module itself, or leave it out for this architecture."
+        )
 
 
 @contextlib.contextmanager
@@ -57,7 +51,7 @@ def handing_to(
     settings and the model's own implementation by `handed`.
 
     Args:
-        module: an attention that `hardens`.
+        module: an attention that `calls_a_function`.
         function: what the function is registered as.
         settings: of it.
         why: what it does, for a message that goes on ", and ..".
@@ -107,34 +101,6 @@ def handed(module: nn.Module) -> tuple[Any, Callable[..., tuple[Tensor, Tensor |
     return config.settings, attend
 
 
-def hard(probabilities: Tensor, keep: int) -> Tensor:
-    """The `keep` largest of each row, (..., keys), and zeros for the others."""
-    largest = probabilities.topk(keep, dim=-1)
-    return torch.zeros_like(probabilities).scatter(-1, largest.indices, largest.values)
-
-
-def hard_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **named: Any
-) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls in the place of an attention function.
-
-    Args:
-        module: the attention.
-        query: (samples, heads, queries, head width).
-        key, value: (samples, key-value heads, keys, head width).
-        attention_mask: as the model's implementation has it: True for what is read, or numbers that are added to
-            scores; None: everything is read, by a causal attention what came before.
-        named: whatever else its function is given.
-
-    Returns:
-        What the heads give, (samples, queries, heads, head width), and A', (samples, heads, queries, keys).
-    """
-    (keep, attend), keys = handed(module), key.shape[-2]
-    if keys <= keep:
-        return attend(module, query, key, value, attention_mask, **named)
-    return reading(module, query, key, value, attention_mask, lambda found: hard(found, keep), **named)
-
-
 def reading(
     module: nn.Module,
     query: Tensor,
@@ -148,7 +114,11 @@ def reading(
 
     Args:
         module: the attention, within `handing_to`.
-        query, key, value, attention_mask, named: as `hard_attention` is given them.
+        query: (samples, heads, queries, head width).
+        key, value: (samples, key-value heads, keys, head width).
+        attention_mask: as the model's implementation has it: True for what is read, or numbers that are added to
+            scores; None: everything is read, by a causal attention what came before.
+        named: whatever else its function is given.
         change: (probabilities) -> weights, both (samples, heads, queries, keys).
 
     Returns:
@@ -164,9 +134,6 @@ def reading(
     weights = change(probabilities)
     read = value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
     return (weights @ read).transpose(1, 2).contiguous(), weights
-
-
-ALL_ATTENTION_FUNCTIONS.register(HARD, hard_attention)
 
 
 class _Naming:

@@ -72,6 +72,22 @@ class Making:
         return None
 
 
+class NothingMade(Making):
+    """That of bricks without tensors of their own: the module that they replace is all there."""
+
+    def shapes(self, old: Shapes, **settings: Any) -> Shapes:
+        """None."""
+        return {}
+
+    def values(self, old: Tensors, draw: torch.Generator, **settings: Any) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+    def back(self, new: Tensors, **settings: Any) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+
 class Brick(nn.Module):
     """What all bricks say of themselves.
 

@@ -20,29 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from auxin.errors import PlanError
-from auxin.nn.attention_functions import handed, handing_to, hardens, reading
-from auxin.nn.bricks import Brick, Making, Shapes, Tensors, brick
+from auxin.nn.attention_functions import handed, handing_to, reading, refuse_others
+from auxin.nn.bricks import Brick, NothingMade, brick
 from auxin.nn.extension import extended
 
 CLIPPED = "auxin_clipped_softmax"
 """What the function is called in transformers' table of attention functions."""
 STRENGTH = "strength"
-
-
-class ClippedSoftmaxMaking(Making):
-    """Nothing has to be made: the attention is all there."""
-
-    def shapes(self, old: Shapes, **settings: Any) -> Shapes:
-        """None."""
-        return {}
-
-    def values(self, old: Tensors, draw: torch.Generator, **settings: Any) -> dict[str, Tensor]:
-        """None."""
-        return {}
-
-    def back(self, new: Tensors, **settings: Any) -> dict[str, Tensor]:
-        """None."""
-        return {}
 
 
 @brick("clipped_softmax")
@@ -54,7 +38,7 @@ class ClippedSoftmax(Brick):
     (1): gamma and zeta - 1 are multiplied by it.
     """
 
-    making = ClippedSoftmaxMaking()
+    making = NothingMade()
     gamma: float
     zeta: float
     begin: float
@@ -79,12 +63,7 @@ class ClippedSoftmax(Brick):
                 f"clipped_softmax: gamma = {gamma}, zeta = {zeta}, begin = {begin}. Give a gamma of 0 or less, a zeta "
                 "of 1 or more, and a strength from 0 to 1 to begin with."
             )
-        if not hardens(module):
-            raise PlanError(
-                f"clipped_softmax: a {type(module).__name__} does not hand its queries and keys to an attention "
-                "function of transformers, so that its weights can't be had. Name the attention module itself, or "
-                "leave it out for this architecture."
-            )
+        refuse_others(module, "clipped_softmax", "its weights can't be had")
         new = extended(module, cls, gamma=gamma, zeta=zeta, begin=begin)
         if STRENGTH not in new._buffers:
             like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
@@ -128,7 +107,7 @@ def clipped(probabilities: Tensor, gamma: float, zeta: float = 1.0) -> Tensor:
 def clipped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **named: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls in the place of an attention function; see `hard_attention`.
+    """What transformers calls in the place of an attention function; see `reading`.
 
     Returns:
         What the heads give, (samples, queries, heads, head width), and P', (samples, heads, queries, keys).

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from auxin.errors import PlanError
-from auxin.nn.attention_functions import handed, handing_to, hardens
+from auxin.nn.attention_functions import handed, handing_to, refuse_others
 from auxin.nn.bricks import Brick, Making, Roles, Shapes, Tensors, brick
 from auxin.nn.calls import first_argument
 from auxin.nn.extension import extended
@@ -39,7 +39,7 @@ GATED = "auxin_gated_attention"
 """What the function is called in transformers' table of attention functions."""
 Gate = Literal["all-heads", "per-head", "mlp", "elementwise"]
 WEIGHT, BIAS, INNER_WEIGHT, INNER_BIAS = "gate_weight", "gate_bias", "gate_inner_weight", "gate_inner_bias"
-MEND = "Merge the gates back (merge_module) first, or change the size before they are put in."
+MEND = "Take the gates out first, by the inverse of the plan that put them in, or change the size before that."
 
 
 class GatedAttentionMaking(Making):
@@ -152,12 +152,7 @@ class GatedAttention(Brick):
                 itself, where no other can be put in.
         """
         check_gate(gate, heads, head_width, width, opening, hidden)
-        if not hardens(module):
-            raise PlanError(
-                f"gated_attention: a {type(module).__name__} does not hand its queries and keys to an attention "
-                "function of transformers, so that nothing can be put between its heads and what reads them. Name the "
-                "attention module itself, or leave it out for this architecture."
-            )
+        refuse_others(module, "gated_attention", "nothing can be put between its heads and what reads them")
         new = extended(module, cls, gate=gate)
         sizes = {"heads": heads, "head_width": head_width, "width": width}
         settings = {**sizes, "gate": gate, "opening": opening, "hidden": hidden}
@@ -234,7 +229,7 @@ def _along_none(name: str, axes: int) -> ParameterRole:
 def gated_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **named: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls in the place of an attention function; see `hard_attention`.
+    """What transformers calls in the place of an attention function; see `reading`.
 
     Returns:
         What the heads give, (samples, queries, heads, head width), gated, and what the model's own implementation gives

@@ -1,14 +1,15 @@
 """Hard attention as a brick: an attention whose queries read the most probable tokens alone (see
-`auxin.nn.attention_functions`)."""
+`auxin.nn.reading_few`)."""
 
 from typing import Any, Self
 
 from torch import nn
 
 from auxin.errors import PlanError
-from auxin.nn.attention_functions import hardens, reading_few
-from auxin.nn.bricks import Brick, brick
+from auxin.nn.attention_functions import refuse_others
+from auxin.nn.bricks import Brick, NothingMade, brick
 from auxin.nn.extension import extended
+from auxin.nn.reading_few import reading_few
 
 
 @brick("hard_attention")
@@ -16,6 +17,7 @@ class HardAttention(Brick):
     """An attention module of transformers in which each query reads the K most probable tokens alone. It has the
     module's parameters and takes and gives the same. The map that it gives is A', whose rows sum to 1 or less."""
 
+    making = NothingMade()
     keep: int
     """K."""
 
@@ -32,12 +34,7 @@ class HardAttention(Brick):
         """
         if keep < 1:
             raise PlanError(f"hard_attention: keep = {keep}. A query reads 1 token or more; give that.")
-        if not hardens(module):
-            raise PlanError(
-                f"hard_attention: a {type(module).__name__} does not hand its queries and keys to an attention "
-                "function of transformers, so that no other can be put in its place. Name the attention module itself, "
-                "or leave hard attention out for this architecture."
-            )
+        refuse_others(module, "hard_attention", "no other can be put in its place")
         return extended(module, cls, keep=keep)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from auxin.errors import PlanError
-from auxin.nn.attention_functions import handed, handing_to, hardens
+from auxin.nn.attention_functions import handed, handing_to, refuse_others
 from auxin.nn.bricks import Brick, Making, Roles, Shapes, Tensors, brick
 from auxin.nn.extension import extended
 from auxin.words.roles import ParameterRole
@@ -185,12 +185,7 @@ def _visible(mask: Tensor) -> Tensor:
 
 
 def _check(module: nn.Module) -> None:
-    if not hardens(module):
-        raise PlanError(
-            f"linformer_attention: a {type(module).__name__} does not hand its queries and keys to an attention "
-            "function of transformers, so that no other can be put in its place. Name the attention module itself, or "
-            "leave it out for this architecture."
-        )
+    refuse_others(module, "linformer_attention", "no other can be put in its place")
     if getattr(module, "is_causal", True):
         raise PlanError(
             f"linformer_attention: the {type(module).__name__} is causal. Each projected key is a mixture of all "

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.models.sublayers import kinds, nearest_output
-from auxin.nn.attention_functions import hardens
+from auxin.nn.attention_functions import calls_a_function
 from auxin.nn.bricks import Brick
 from auxin.planning.depth import chosen_stacks, depth
 from auxin.words.anatomy import LayerStack
@@ -80,7 +80,7 @@ def _of_stack(model: PreTrainedModel, stack: LayerStack, chosen: Sequence[int] |
     for number in sorted(set(chosen)) if chosen is not None else range(count):
         layer = f"{stack.path}.{number}"
         for name, module in model.get_submodule(layer).named_modules():
-            output = nearest_output(name, outputs) if name and hardens(module) else None
+            output = nearest_output(name, outputs) if name and calls_a_function(module) else None
             if output is not None and kind_of[output] == "attention":
                 causal = bool(getattr(module, "is_causal", False)) or stack.causal
                 found.append(SelfAttention(dotted(layer, name), module, dotted(layer, output), stack, causal))

@@ -1,4 +1,4 @@
-"""Choosing how a model becomes smaller: methods and pairs of them are tried, one is chosen, mended and shown."""
+"""Choosing how a model becomes smaller: methods and combinations of them are tried, one is chosen, mended and shown."""
 
 from auxin.shrinking.outcome import Outcome
 from auxin.shrinking.settings import ShrinkSettings

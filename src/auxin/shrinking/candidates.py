@@ -27,13 +27,6 @@ STANDARD = {
     "structured-ffn": PRODUCTS,
 }
 """Methods that are tried where none are named, and what each is."""
-LEFT_OUT = {
-    "random": "is what the others have to beat",
-    "expert-dropping": "is for mixtures of experts",
-    "optin": "makes a pass over the samples for each unit",
-    "vtrans": "learns its gates in many steps",
-}
-"""Methods with a target that are not tried unless they are named, and why."""
 KIND_OF_OTHERS = {"factorize": PRODUCTS}
 """Of methods that are not listed, by what they are for; those that are for something else are a width's."""
 VARIANTS: tuple[dict[str, Any], ...] = ({"uniform": False}, {"one_shot": True})

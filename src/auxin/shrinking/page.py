@@ -35,7 +35,7 @@ def front(trials: Sequence[Trial], size: str) -> list[Trial]:
 def page(outcome: Outcome, settings: ShrinkSettings, trials: Sequence[Trial]) -> str:
     """All of it as Markdown."""
     chosen, whole = outcome.chosen, outcome.whole
-    mended = f" Mended on {settings.budget:,} units of data." if settings.budget is not None else " Not mended."
+    mended = f" Mended on {settings.budget:,} {outcome.target}s." if settings.budget is not None else " Not mended."
     size = other_size(settings)
     lines = [
         f"# {settings.model.resolve().name}: {settings.target}",
@@ -101,7 +101,7 @@ def _measured_row(model: Measured, settings: ShrinkSettings) -> list[str]:
     ]
 
 
-def front_picture(trials: Sequence[Trial], settings: ShrinkSettings) -> str:
+def front_picture(trials: Sequence[Trial], settings: ShrinkSettings, chosen: int) -> str:
     """Every way as a point: its loss against what it leaves. Those that no other beats are joined; a way is named where
     it is pointed at."""
     size = other_size(settings)
@@ -129,7 +129,6 @@ def front_picture(trials: Sequence[Trial], settings: ShrinkSettings) -> str:
     for x, anchor in ((low_x, "start"), (high_x, "end")):
         body.append(text(place(x, low_y)[0], floor + 16, power(x), size=11, anchor=anchor))
     body.append(text((LEFT + WIDTH) / 2, floor + 32, SIZES[size], size=11, anchor="middle"))
-    chosen = min(points, key=lambda t: (t.loss or 0, t.number))
     joined = front(points, size)
     path = [place(float(getattr(t, size)), float(t.loss or 0)) for t in joined]
     for (x1, y1), (x2, y2) in pairwise(path):
@@ -138,7 +137,7 @@ def front_picture(trials: Sequence[Trial], settings: ShrinkSettings) -> str:
         )
     for trial in points:
         x, y = place(float(getattr(trial, size)), float(trial.loss or 0))
-        colour = CHOSEN if trial is chosen else FRONT if trial in joined else OTHER
+        colour = CHOSEN if trial.number == chosen else FRONT if trial in joined else OTHER
         told = escaped(f"{trial.candidate.title}: {trial.loss:.4f}")
         body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"><title>{told}</title></circle>')
     return document(title, WIDTH, floor + 44, body)

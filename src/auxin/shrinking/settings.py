@@ -29,7 +29,7 @@ class ShrinkSettings(Settings):
     target: Target
     """How small the model shall be."""
     methods: list[str] | None = Field(default=None, min_length=1)
-    """The methods to try, each alone and in pairs; any that have a target. None: those that need no more than a few
+    """The methods to try, each alone and with others; any that have a target. None: those that need no more than a few
     passes over the samples."""
     trials: int = Field(default=32, ge=1, le=10_000)
     """Ways to try, each method alone among them; those that a method refuses count, too."""

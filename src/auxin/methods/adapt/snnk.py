@@ -1,8 +1,8 @@
 """Layers of random features in a trained model ("Scalable Neural Network Kernels", Sehanobish, Choromanski, Zhao,
 Dubey, Likhosherstov, ICLR 2024, arXiv 2310.13225): inputs and weights of a layer meet in m numbers, so that
 outputs x m numbers are trained instead of outputs x inputs. The layers are those of `auxin.nn.feature_layers`, of ReLU
-features, as in most of the paper's code; `auxin.nn.random_features` says why universal ones are of no use at the widths
-of transformers.
+features, as in most of the paper's code; `auxin.nn.universal_features` says why universal ones are of no use at the
+widths of transformers.
 
 | `place` | what changes | promise |
 |---|---|---|

@@ -3,7 +3,7 @@ labelled samples falls (AxFormer, Nagarajan et al. 2022, arXiv 2010.03688).
 
 A model that was trained for one task has parts that do nothing for it, or harm. The search goes twice through the
 model. From the first layer to the last, it tries attentions in which each query reads the K = 30 most probable tokens
-alone (`auxin.nn.attention_functions`), where samples have more than K. From the last layer to the first, in a layer the
+alone (`auxin.nn.reading_few`), where samples have more than K. From the last layer to the first, in a layer the
 feed-forward part before the attention, it tries what is left without a piece. A change c is kept if
 
     L(c) < L_best    and    #{s : l_s(c) <= l_s(0)} > N                       N = floor(benefit * samples)
@@ -40,7 +40,7 @@ from auxin.analysis.unit_masks import Streams
 from auxin.edits import ArrangeLayers, Edit, Plan, ReplaceModule
 from auxin.edits.structure import config_values
 from auxin.errors import ConfigError, DataError, PlanError
-from auxin.nn.attention_functions import hardens
+from auxin.nn.attention_functions import calls_a_function
 from auxin.nn.hard_attention import HardAttention
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.planning.bench import Bench
@@ -311,7 +311,7 @@ def _hardened(model: PreTrainedModel, edits: Sequence[Edit], hard: Sequence[Hard
     found: list[Edit] = []
     for one in hard:
         path = moved(one.path, orders)
-        if path is not None and hardens(smaller.get_submodule(path)):
+        if path is not None and calls_a_function(smaller.get_submodule(path)):
             found.append(ReplaceModule(module=path, brick=HardAttention.brick_name, settings={"keep": one.keep}))
     return found
 

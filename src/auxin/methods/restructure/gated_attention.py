@@ -91,7 +91,9 @@ def plan_gated_attention(model: PreTrainedModel, settings: GatedAttentionSetting
 def _values(model: PreTrainedModel, one: SelfAttention, settings: GatedAttentionSettings) -> dict[str, Any]:
     """What the brick at an attention is told."""
     if isinstance(one.module, GatedAttention):
-        raise PlanError(f"{one.path} has gates already. Name other layers, or merge them back first (merge_module).")
+        raise PlanError(
+            f"{one.path} has gates already. Name other layers, or take these out, by the inverse of their plan."
+        )
     if own := next((name for name, _ in one.module.named_children() if "gate" in name), None):
         raise PlanError(f"{one.path} has a gate of its own in this architecture ({own}). Name other layers.")
     body = anatomy(model, part=one.stack.tower or None)
