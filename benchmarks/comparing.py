@@ -4,7 +4,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +79,10 @@ class Part:
 
 
 def compare_parts(
-    parser: argparse.ArgumentParser, parts: Mapping[str, Part], page: Callable[[dict[str, Comparison]], str]
+    parser: argparse.ArgumentParser,
+    parts: Mapping[str, Part],
+    page: Callable[[dict[str, Comparison]], str],
+    on_the_way: Collection[str] = (),
 ) -> None:
     """Run what is missing of the parts that are asked for, then write the results and the page of all that were run.
 
@@ -87,6 +90,7 @@ def compare_parts(
         parser: of `options`, with defaults for runs, results and table.
         parts: by name.
         page: the page of the comparisons that there are, by part.
+        on_the_way: the parts of which the results hold what was measured before the end, too.
     """
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument(
@@ -114,10 +118,22 @@ def compare_parts(
             before = Comparison.model_validate(recorded)
             found[name] = added(found[name], before, own) if name in found else before
         found = {name: found[name] for name in parts if name in found}
-    left_out = {"branches": {"__all__": {"curve"}}}
-    record = {name: comparison.model_dump(mode="json", exclude=left_out) for name, comparison in found.items()}
+    found = {name: with_points(comparison) for name, comparison in found.items()}
+    record = {}
+    for name, comparison in found.items():
+        left_out = None if name in on_the_way else {"branches": {"__all__": {"curve"}}}
+        record[name] = comparison.model_dump(mode="json", exclude=left_out)
     write_results(record, arguments.results, page(found), arguments.table)
     print(f"Written to {arguments.table} and {arguments.results}", file=sys.stderr)
+
+
+def with_points(comparison: Comparison) -> Comparison:
+    """With those points of the curves alone where the measure was taken."""
+    branches = [
+        branch.model_copy(update={"curve": [point for point in branch.curve if point.value is not None]})
+        for branch in comparison.branches
+    ]
+    return comparison.model_copy(update={"branches": branches})
 
 
 def added(found: Comparison, recorded: Comparison, arguments: argparse.Namespace) -> Comparison:

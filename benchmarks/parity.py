@@ -13,6 +13,7 @@ core, a large or long one ten, a large and long one an hour.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from comparing import Part, by_loss, compare_parts, fitted, options
@@ -79,6 +80,8 @@ SIZES = {
 }
 """Of each size the TokenFormers in the paper's proportions that trained for 4,200 steps, and the dense models in the
 usual ones; of several the best counts."""
+LONG = ("long", "large-long", "tiny-long")
+"""The parts of which the page has losses on the way."""
 DIFFERENCES = (
     ("new", "dense-0060"),
     ("new", "dense-0020"),
@@ -110,7 +113,7 @@ def main() -> None:
     """Run what is missing, then write the results and the tables."""
     parser = options(__doc__, ROOT / "runs" / "parity")
     parser.set_defaults(results=RESULTS, table=TABLE)
-    compare_parts(parser, PARTS, page)
+    compare_parts(parser, PARTS, page, on_the_way=LONG)
 
 
 def page(found: dict[str, Comparison]) -> str:
@@ -140,9 +143,23 @@ def page(found: dict[str, Comparison]) -> str:
         wanted = [branch for branch in recipe.branches if part.branches is None or branch.name in part.branches]
         if missing := [branch.title for branch in wanted if branch.name not in have]:
             lines += ["", f"In the recipe, and not run yet: {'; '.join(missing)}."]
+        if name in LONG and (way := on_the_way(order)):
+            lines += ["", "On the way, after so many million tokens:", "", *way]
         if pairs := differences(comparison):
             lines += ["", "One beside the other, seed by seed:", "", *markdown_table(PAIRS, pairs)]
     return "\n".join([*lines, *by_size(found)]) + "\n"
+
+
+def on_the_way(branches: Sequence[BranchComparison]) -> list[str]:
+    """A table of the losses that were measured before the end, of branches whose curves are of all of their seeds."""
+    curves = {
+        branch.title: {point.units: point.value for point in branch.curve if point.units}
+        for branch in branches
+        if branch.curve and math.isclose(branch.curve[-1].value, branch.value.mean)
+    }
+    units = sorted(set.intersection(*map(set, curves.values()))) if curves else []
+    rows = [[title, *(f"{points[at]:.3f}" for at in units)] for title, points in curves.items()]
+    return markdown_table(("model", *(f"{at / 1e6:.2f}" for at in units)), rows) if units else []
 
 
 def by_size(found: dict[str, Comparison]) -> list[str]:

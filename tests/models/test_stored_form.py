@@ -33,3 +33,15 @@ def test_one_tensor_at_a_time_is_saved_and_merged_as_transformers_does_all(famil
             assert [form.loaded_as(part) for part in parts] == [name]
     assert written.keys() == stored.keys()
     assert all(torch.equal(written[name], tensor) for name, tensor in stored.items())
+
+
+def test_tensors_that_lie_in_one_are_whole_where_all_of_them_are_there():
+    model = tiny("dinov2 gated")
+    assert StoredForm(model).incomplete() == {}
+    part = model.dinov2.encoder.layer[1].mlp
+    part.gate_proj = torch.nn.Identity()
+    found = StoredForm(model).incomplete()
+    start = "dinov2.encoder.layer.1.mlp"
+    assert found == {f"{start}.weights_in.{kind}": [f"{start}.up_proj.{kind}"] for kind in ("bias", "weight")}
+    part.up_proj = torch.nn.Identity()
+    assert StoredForm(model).incomplete() == {}

@@ -1,7 +1,7 @@
 """In what form transformers keeps a model's tensors in files: some under other names, experts one by one.
 
 `from_pretrained` renames and merges what it reads (`get_model_conversion_mapping`), and `save_pretrained` does the same
-backwards. This is the same for one tensor at a time.
+backwards. This is the same for one tensor at a time, and says which tensors can't be had back from a file.
 """
 
 import copy
@@ -60,14 +60,12 @@ class StoredForm:
     def incomplete(self) -> dict[str, list[str]]:
         """By the name in files, the model's tensors that would be merged into one there, were it not that others of
         those are missing; a file written of them could not be taken apart again."""
-        found: dict[str, dict[str, str]] = {}
-        needed: dict[str, int] = {}
+        found: dict[str, tuple[int, dict[str, str]]] = {}
         for name in sorted(self._names):
             stored, pattern, converter = _converted(name, self._back[1])
             if converter is not None:
-                found.setdefault(stored, {})[name] = pattern
-                needed[stored] = len(converter.source_patterns)
-        return {stored: list(of) for stored, of in found.items() if len(set(of.values())) < needed[stored]}
+                found.setdefault(stored, (len(converter.source_patterns), {}))[1][name] = pattern
+        return {stored: list(of) for stored, (needed, of) in found.items() if len(set(of.values())) < needed}
 
     def merged(self, name: str, pieces: Mapping[str, Tensor]) -> Tensor:
         """The model's tensor `name`, made of its pieces, by their names in files, in the order of `pieces`.
