@@ -176,6 +176,8 @@ def _both(found: BranchComparison, recorded: BranchComparison) -> BranchComparis
     if set(values) == set(found.values):
         return found
     changes = {"values": values, "seeds": list(values), "value": Estimate.of(values.values())}
+    if set(values) == set(recorded.values):
+        changes["curve"] = recorded.curve
     return found.model_copy(update={**changes, "perplexity": None, "bits_per_byte": None, "growths": []})
 
 
