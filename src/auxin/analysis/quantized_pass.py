@@ -245,7 +245,7 @@ class Pass(TorchDispatchMode):
             if not marks[other].hidden or full:
                 return self._follow(func(*given, **kwargs), list(marks.values()))
             if not mark.plain:
-                given[weight] = self._weights.made(given[weight])
+                given[weight] = self._weights.rounded_as_computed(given[weight])
             name = mark.weight.partition(".parametrizations.")[0].removesuffix(".weight")
             given[other] = self._operand(given[other], name)
             return self._store(Site(name, "linear"), 0, func(*given, **kwargs), in_place=False)

@@ -93,7 +93,7 @@ class Weights:
         """Whether products with the parameter `name` are computed in floating point."""
         return self._kinds.get(name) == "full"
 
-    def made(self, weight: Tensor) -> Tensor:
+    def rounded_as_computed(self, weight: Tensor) -> Tensor:
         """A weight that a model computes of its parameters, as products read it."""
         return rounded_weight(weight, ranges=self._ranges) if self._bits == 8 else weight
 

@@ -98,6 +98,15 @@ def depth(model: PreTrainedModel, stack: LayerStack) -> int:
     return len(layers)
 
 
+def refuse_unknown_layers(layers: Sequence[int], stack: LayerStack, count: int) -> None:
+    """PlanError when one of the numbers in a setting `layers` is that of no layer of a stack with `count` layers."""
+    if wrong := [number for number in layers if not 0 <= number < count]:
+        raise PlanError(
+            f"layers = {list(layers)}: {stack.path} has the layers 0 to {count - 1}, and no {wrong[0]}. Name some of "
+            "these."
+        )
+
+
 def deepest(model: PreTrainedModel, anatomy: Anatomy) -> int:
     """The number of layers in the longest stack."""
     return max(depth(model, stack) for stack in anatomy.stacks)

@@ -12,7 +12,7 @@ from auxin.models.anatomy import anatomy
 from auxin.models.sublayers import kinds, nearest_output
 from auxin.nn.attention_functions import calls_a_function
 from auxin.nn.bricks import Brick
-from auxin.planning.depth import chosen_stacks, depth
+from auxin.planning.depth import chosen_stacks, depth, refuse_unknown_layers
 from auxin.words.anatomy import LayerStack
 from auxin.words.paths import dotted
 
@@ -33,8 +33,8 @@ class SelfAttention:
 
 def self_attentions(
     model: PreTrainedModel, part: str | None, layers: Sequence[int] | None, asked_by: str
-) -> list[SelfAttention]:
-    """Those of the layers that are chosen, stack by stack; weights are not looked at.
+) -> dict[str, SelfAttention]:
+    """Those of the layers that are chosen, by path, stack by stack; weights are not looked at.
 
     Args:
         model: of a known architecture.
@@ -64,16 +64,12 @@ def self_attentions(
                 f"{one.path} is {one.module.brick_name} already, and one function can be put in the place of an "
                 "attention's own. Merge that brick back first (merge_module), or name other layers."
             )
-    return found
+    return {one.path: one for one in found}
 
 
 def _of_stack(model: PreTrainedModel, stack: LayerStack, chosen: Sequence[int] | None) -> list[SelfAttention]:
     count = depth(model, stack)
-    if wrong := [number for number in chosen or () if not 0 <= number < count]:
-        raise PlanError(
-            f"layers = {list(chosen or ())}: {stack.path} has the layers 0 to {count - 1}, and no {wrong[0]}. Name "
-            "some of these, or one stack by part."
-        )
+    refuse_unknown_layers(chosen or (), stack, count)
     outputs = stack.parts({name for name, _ in model.get_submodule(f"{stack.path}.0").named_parameters()})
     kind_of = dict(zip(outputs, kinds(model, stack, outputs), strict=True))
     found = []

@@ -40,6 +40,7 @@ from auxin.nn.feature_layers import FeatureAdapter, ReluFeatureConv1D, ReluFeatu
 from auxin.nn.linear import LAYERS, known_class, linear_class, widths
 from auxin.nn.stand_ins import StandIn
 from auxin.planning.bench import from_model
+from auxin.planning.depth import depth
 from auxin.planning.hooks import TrainOnlySettings
 from auxin.planning.linear_layers import linear_layers, merged_paths
 from auxin.planning.method import Method
@@ -281,7 +282,7 @@ def _in_last(model: PreTrainedModel, stack: LayerStack, number: int, blocks: int
     Raises:
         PlanError: it has fewer.
     """
-    length = len(list(model.get_submodule(stack.path).children()))
+    length = depth(model, stack)
     if blocks is not None and blocks > length:
         raise PlanError(f"blocks = {blocks} is more than the {length} layers of {stack.path}. Give {length} or less.")
     return blocks is None or number >= length - blocks
@@ -315,7 +316,7 @@ def _last_layers(model: PreTrainedModel, blocks: int | None) -> Iterator[tuple[A
     body = anatomy(model)
     for one in [anatomy(model, part=tower) for tower in body.towers] or [body]:
         for stack in one.stacks:
-            count = len(list(model.get_submodule(stack.path).children()))
+            count = depth(model, stack)
             last = max(count // 2, 1) if blocks is None else blocks
             yield from ((one, f"{stack.path}.{n}") for n in range(count) if _in_last(model, stack, n, last))
 

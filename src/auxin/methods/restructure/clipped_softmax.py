@@ -32,7 +32,7 @@ from auxin.planning.bench import from_model
 from auxin.planning.hooks import Hook, HookContext, HookSettings, Ramp
 from auxin.planning.linear_layers import merged_paths
 from auxin.planning.method import Method
-from auxin.planning.self_attentions import SelfAttention, self_attentions
+from auxin.planning.self_attentions import self_attentions
 from auxin.settings import Settings
 
 NAME = "clipped-softmax"
@@ -82,7 +82,7 @@ def plan_clipped_softmax(model: PreTrainedModel, settings: ClippedSoftmaxSetting
             f"{NAME} needs attention probabilities, which {own!r} does not give. Call model.set_attn_implementation("
             f"{IMPLEMENTATIONS[1]!r}), or set attn_implementation = {IMPLEMENTATIONS[1]!r} where it is loaded."
         )
-    found = {one.path: one for one in self_attentions(model, settings.part, settings.layers, BRICK)}
+    found = self_attentions(model, settings.part, settings.layers, BRICK)
     clipped = next((path for path, one in found.items() if isinstance(one.module, ClippedSoftmax)), None)
     if clipped is not None and settings.ramp_steps is not None:
         raise PlanError(
@@ -99,9 +99,10 @@ def plan_clipped_softmax(model: PreTrainedModel, settings: ClippedSoftmaxSetting
         values["zeta"] = settings.zeta
     if settings.ramp_steps is not None:
         values["begin"] = 0.0
+    modules = {path: one.module for path, one in found.items()}
     edits: list[Edit] = [
         ReplaceModule(module=path, brick=BRICK, settings=values)
-        for path, _ in merged_paths(model, _modules(found), _all)
+        for path, _ in merged_paths(model, modules, lambda path: None)
     ]
     return Plan(
         method=NAME,
@@ -180,14 +181,6 @@ class GammaRamp(Ramp):
         """Set the strength that `step` sees."""
         for module in self._clipped:
             module.set_strength(step / self.steps)
-
-
-def _modules(found: dict[str, SelfAttention]) -> dict[str, nn.Module]:
-    return {path: one.module for path, one in found.items()}
-
-
-def _all(path: str) -> None:
-    """The same happens to all."""
 
 
 def _example(model: PreTrainedModel) -> dict[str, Any]:

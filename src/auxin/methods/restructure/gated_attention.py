@@ -67,7 +67,7 @@ def plan_gated_attention(model: PreTrainedModel, settings: GatedAttentionSetting
         PlanError: an unknown architecture, there is no such layer, a gate does not fit its heads, or heads have gates
             already.
     """
-    found = {one.path: one for one in self_attentions(model, settings.part, settings.layers, BRICK)}
+    found = self_attentions(model, settings.part, settings.layers, BRICK)
     refuse_shared(model, [*found, *(one.output for one in found.values())])
     values = {path: _values(model, one, settings) for path, one in found.items()}
     edits: list[Edit] = []

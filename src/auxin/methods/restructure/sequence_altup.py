@@ -29,7 +29,7 @@ from auxin.nn.bricks import Brick
 from auxin.nn.sequence_altup import Mode, SequenceAltUpLayer, is_causal
 from auxin.nn.strided import argument_names
 from auxin.planning.bench import from_model
-from auxin.planning.depth import chosen_stacks, depth
+from auxin.planning.depth import chosen_stacks, depth, refuse_unknown_layers
 from auxin.planning.method import Method
 from auxin.planning.width_targets import refuse_stages, refuse_without_tower
 from auxin.settings import Settings
@@ -114,11 +114,7 @@ def _chosen(model: PreTrainedModel, stack: LayerStack, settings: SequenceAltUpSe
                 "Name the layers that shall have a stride: layers = [1], say."
             )
         return list(range(1, count - 1))
-    if wrong := [number for number in settings.layers if not 0 <= number < count]:
-        raise PlanError(
-            f"layers = {settings.layers}: {stack.path} has the layers 0 to {count - 1}, and no {wrong[0]}. Name some "
-            "of these."
-        )
+    refuse_unknown_layers(settings.layers, stack, count)
     if 0 in settings.layers and "position_bias" in argument_names(model.get_submodule(f"{stack.path}.0")):
         raise PlanError(
             f"layers = {settings.layers}: layer 0 of {stack.path} works out the position bias for all layers and must "
