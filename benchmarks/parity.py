@@ -79,9 +79,7 @@ SIZES = {
     "large-long": (("new",), ("dense-0020",)),
 }
 """Of each size the TokenFormers in the paper's proportions that trained for 4,200 steps, and the dense models in the
-usual ones; of several the best counts."""
-LONG = ("long", "large-long", "tiny-long")
-"""The parts of which the page has losses on the way."""
+usual ones; of several the best counts. These are the parts of which the page has losses on the way."""
 DIFFERENCES = (
     ("new", "dense-0060"),
     ("new", "dense-0020"),
@@ -113,7 +111,7 @@ def main() -> None:
     """Run what is missing, then write the results and the tables."""
     parser = options(__doc__, ROOT / "runs" / "parity")
     parser.set_defaults(results=RESULTS, table=TABLE)
-    compare_parts(parser, PARTS, page, on_the_way=LONG)
+    compare_parts(parser, PARTS, page, on_the_way=SIZES)
 
 
 def page(found: dict[str, Comparison]) -> str:
@@ -143,7 +141,7 @@ def page(found: dict[str, Comparison]) -> str:
         wanted = [branch for branch in recipe.branches if part.branches is None or branch.name in part.branches]
         if missing := [branch.title for branch in wanted if branch.name not in have]:
             lines += ["", f"In the recipe, and not run yet: {'; '.join(missing)}."]
-        if name in LONG and (way := on_the_way(order)):
+        if name in SIZES and (way := on_the_way(order)):
             lines += ["", "On the way, after so many million tokens:", "", *way]
         if pairs := differences(comparison):
             lines += ["", "One beside the other, seed by seed:", "", *markdown_table(PAIRS, pairs)]
@@ -170,11 +168,9 @@ def by_size(found: dict[str, Comparison]) -> list[str]:
         new, dense = (next((branch for branch in order if branch.name in side), None) for side in sides)
         if new is None or dense is None:
             continue
-        gaps = paired(new, dense)
-        points.append((math.log10(new.parameters), Estimate.of(gaps).mean))
-        rows.append([
-            f"{new.parameters:,}", new.title, dense.title, estimate_text(Estimate.of(gaps), 3, signed=True),
-        ])  # fmt: skip
+        gap = Estimate.of(paired(new, dense))
+        points.append((math.log10(new.parameters), gap.mean))
+        rows.append([f"{new.parameters:,}", new.title, dense.title, estimate_text(gap, 3, signed=True)])
     if len(points) < 3:
         return []
     slope, half, height = fitted(points)

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from measuring import made_by_line, write_results
 from parity_cells import ROOT, Cell, Task, Way, asked, excess, measured, values
+from parity_linear import Linear
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -71,12 +72,11 @@ def entering(form: str, module: Pattention, x: Tensor) -> Tensor:
     return scores * (factor.detach() if form == "constant" else factor)
 
 
-class Projection(Pattention):
+class Projection(Linear):
     """A Pattention that computes by a form of `entering`; it begins with the tokens of `module`."""
 
     def __init__(self, module: Pattention, form: str) -> None:
-        super().__init__(module.in_features, module.out_features, module.group_sizes, module.initial_tau)
-        self.load_state_dict(module.state_dict())
+        super().__init__(module)
         self.form = form
 
     def forward(self, x: Tensor) -> Tensor:

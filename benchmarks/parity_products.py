@@ -22,7 +22,6 @@ feed-forward part; they have as many parameters.
 Finished cells are not measured again. About four minutes of one core per way and seed.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -33,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 from torch.optim import Optimizer
 
+from auxin.methods.factorize.structured_ffn import GuideFade
 from auxin.nn import Pattention
-from auxin.planning.hooks import Ramp
 
 RESULTS = ROOT / "benchmarks" / "results" / "parity_products.json"
 PAGE = ROOT / "docs" / "results" / "parity_products.md"
@@ -134,18 +133,17 @@ class Guided(nn.Module):
             return self.product(x)
         return self.share * self.guide(x) + (1 - self.share) * self.product(x)
 
+    def set_strength(self, strength: float) -> None:
+        """Let the matrix have the share `strength`."""
+        self.share = strength
 
-class Fading(Ramp):
-    """Training hook: the share of all guides falls from 1 to 0 by half a cosine."""
+
+class Fading(GuideFade):
+    """Training hook: as that of structured feed-forward parts, for these guides."""
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Find the guides."""
+        """Find them."""
         self._guides = [module for module in model.modules() if isinstance(module, Guided)]
-
-    def move(self, step: int) -> None:
-        """Set their share."""
-        for guide in self._guides:
-            guide.share = (1 + math.cos(math.pi * step / self.steps)) / 2 if step < self.steps else 0.0
 
 
 FORMS: dict[str, Any] = {

@@ -130,15 +130,8 @@ class LinformerAttention(Brick):
 def linformer_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **named: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls in the place of an attention function.
-
-    Args:
-        module: the attention.
-        query: (samples, heads, queries, head width).
-        key, value: (samples, key-value heads, keys, head width).
-        attention_mask: as the model's implementation has it: True for what is read, or numbers that are added to
-            scores; None: everything is read.
-        named: whatever else its function is given.
+    """What transformers calls in the place of an attention function, with arguments as those of
+    `auxin.nn.attention_functions.reading`.
 
     Returns:
         What the heads give, (samples, queries, heads, head width), and the map (samples, heads, queries, k), where the

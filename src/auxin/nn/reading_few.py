@@ -43,15 +43,7 @@ def hard(probabilities: Tensor, keep: int) -> Tensor:
 def hard_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **named: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls in the place of an attention function.
-
-    Args:
-        module: the attention.
-        query: (samples, heads, queries, head width).
-        key, value: (samples, key-value heads, keys, head width).
-        attention_mask: as the model's implementation has it: True for what is read, or numbers that are added to
-            scores; None: everything is read, by a causal attention what came before.
-        named: whatever else its function is given.
+    """What transformers calls in the place of an attention function; see `reading`.
 
     Returns:
         What the heads give, (samples, queries, heads, head width), and A', (samples, heads, queries, keys).

@@ -101,7 +101,7 @@ def _measured_row(model: Measured, settings: ShrinkSettings) -> list[str]:
     ]
 
 
-def front_picture(trials: Sequence[Trial], settings: ShrinkSettings, chosen: int) -> str:
+def front_picture(trials: Sequence[Trial], settings: ShrinkSettings, chosen: int | None) -> str:
     """Every way as a point: its loss against what it leaves. Those that no other beats are joined; a way is named where
     it is pointed at."""
     size = other_size(settings)

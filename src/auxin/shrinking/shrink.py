@@ -273,7 +273,7 @@ def _write(
             Plan.model_validate(planned).beside(folder).to_yaml(folder / "plan.yaml")
     _put(checkpoint, output / MODEL)
     write_text(output / OUTCOME, outcome.model_dump_json(indent=1) + "\n")
-    write_text(output / PICTURE, front_picture(trials, settings, outcome.chosen.number or 0))
+    write_text(output / PICTURE, front_picture(trials, settings, outcome.chosen.number))
     write_text(output / PAGE, page(outcome, settings, trials))
 
 
