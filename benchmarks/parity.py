@@ -42,7 +42,7 @@ PARTS = {
             "data.vocab_size=257",  # the bytes and a separator
             "description=The models of the first part with the bytes for a vocabulary.",
         ),
-        ("dense", "dense-0060", "llama", "published", "new", "new-0060"),
+        ("dense", "dense-0060", "dense-0030", "llama", "published", "new", "new-0060"),
     ),
     "long": Part(
         "590,000 parameters, six times as long",
@@ -57,6 +57,7 @@ PARTS = {
             *("dense-0030", "dense-0060", "dense-0060-decay", "dense-wide-0060"),
             *("new-0017", "new", "new-0060", "new-tokens", "new-ffn", "new-no-decay", "new-cosine", "new-half"),
             *("linear-proj-decay", "linear-proj-wide", "linear-proj-wide-decay", "proj-wide", "narrow"),
+            *("rotated", "published"),
         ),
     ),
     "large-long": Part(

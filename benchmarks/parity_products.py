@@ -58,6 +58,11 @@ WAYS = {
     "square-guided": Way("square, linear, guided in the first half", "new-square", f"linear-guided {ALL}"),
     "square-fixed": Way("square, linear, its keys orthogonal and not learnt", "new-square", f"fixed {ALL}"),
     "square-dense": Way("square, its four projections dense", "new-square", f"dense {ALL}"),
+    "square-dense-large": Way(
+        "square, dense, as large at the start as its products", "new-square", f"dense-large {ALL}"
+    ),
+    "square-linear-slow": Way("square, its scores linear, rate 1e-3", "new-square-0010", f"linear {ALL}"),
+    "square-half": Way("square, but with 52 tokens, of rank 52", "new-square-half"),
 }
 """All but the first change the attention of a TokenFormer."""
 
@@ -120,6 +125,14 @@ class Fixed(Linear):
         nn.init.orthogonal_(self.key_tokens).requires_grad_(False)
 
 
+def dense_large(module: Pattention) -> nn.Linear:
+    """One matrix in the place of `module`, its entries drawn as large as those of the product of keys and values."""
+    made = dense(module)
+    with torch.no_grad():
+        nn.init.normal_(made.weight, std=(module.key_tokens.T @ module.value_tokens).std().item())
+    return made
+
+
 class Guided(nn.Module):
     """`product`, and beside it a matrix of which there is a share."""
 
@@ -150,6 +163,7 @@ FORMS: dict[str, Any] = {
     "linear": Linear,
     "leaky": Leaky,
     "dense": dense,
+    "dense-large": dense_large,
     "fast": Fast,
     "slow": Slow,
     "slow-keys": SlowKeys,
