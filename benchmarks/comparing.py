@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from measuring import write_results
 from scipy.stats import linregress, t
@@ -14,7 +15,7 @@ from scipy.stats import linregress, t
 from auxin.accounting.comparison import BranchComparison, Comparison
 from auxin.accounting.results import BranchResult
 from auxin.accounting.statistics import Estimate, paired_difference
-from auxin.recipes import Recipe, load_recipe, read_comparison, run_seeds
+from auxin.recipes import Recipe, load_recipe, read_comparison, run_seeds, seed_results
 from auxin.recipes.results import RESULTS_FILE
 
 
@@ -78,10 +79,21 @@ class Part:
         return chosen_recipe(str(self.recipe), own)
 
 
+Curves = dict[str, dict[int, dict[int, float]]]
+"""By branch, seed and units of data trained on: the measure."""
+
+
+class PartResults(Comparison):
+    """What one part shows, and what was measured on the way."""
+
+    on_the_way: Curves | None = None
+    """None where the results don't hold it."""
+
+
 def compare_parts(
     parser: argparse.ArgumentParser,
     parts: Mapping[str, Part],
-    page: Callable[[dict[str, Comparison]], str],
+    page: Callable[[dict[str, PartResults]], str],
     on_the_way: Collection[str] = (),
 ) -> None:
     """Run what is missing of the parts that are asked for, then write the results and the page of all that were run.
@@ -89,7 +101,7 @@ def compare_parts(
     Args:
         parser: of `options`, with defaults for runs, results and table.
         parts: by name.
-        page: the page of the comparisons that there are, by part.
+        page: the page of what was found, by part.
         on_the_way: the parts of which the results hold what was measured before the end, too.
     """
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
@@ -111,32 +123,34 @@ def compare_parts(
         compared(parts[name].chosen(arguments), argparse.Namespace(**{**vars(arguments), **own}))
     # A part that was begun may have nothing finished.
     finished = [name for name in parts if (arguments.runs / name / RESULTS_FILE).is_file()]
-    found = {name: read_comparison(arguments.runs / name) for name in finished}
+    found = {name: read_part(arguments.runs / name, name in on_the_way) for name in finished}
     if arguments.add:
         for name, recorded in json.loads(arguments.results.read_text(encoding="utf-8")).items():
             own = argparse.Namespace(**{**vars(arguments), "parts": [name]})
-            before = Comparison.model_validate(recorded)
+            before = PartResults.model_validate(recorded)
             found[name] = added(found[name], before, own) if name in found else before
         found = {name: found[name] for name in parts if name in found}
-    found = {name: with_points(comparison) for name, comparison in found.items()}
     record = {}
-    for name, comparison in found.items():
-        left_out = None if name in on_the_way else {"branches": {"__all__": {"curve"}}}
-        record[name] = comparison.model_dump(mode="json", exclude=left_out)
+    for name, results in found.items():
+        left_out: dict[str, Any] = {"branches": {"__all__": {"curve"}}}
+        if results.on_the_way is None:
+            left_out["on_the_way"] = True
+        record[name] = results.model_dump(mode="json", exclude=left_out)
     write_results(record, arguments.results, page(found), arguments.table)
     print(f"Written to {arguments.table} and {arguments.results}", file=sys.stderr)
 
 
-def with_points(comparison: Comparison) -> Comparison:
-    """With those points of the curves alone where the measure was taken."""
-    branches = [
-        branch.model_copy(update={"curve": [point for point in branch.curve if point.value is not None]})
-        for branch in comparison.branches
-    ]
-    return comparison.model_copy(update={"branches": branches})
+def read_part(output: Path, has_curves: bool) -> PartResults:
+    """What the runs in a folder of `run_seeds` show, and their curves where they are asked for."""
+    curves: Curves = {}
+    for seed, results in seed_results(output).items() if has_curves else ():
+        for branch in results.branches:
+            points = {point.units: point.value for point in branch.curve if point.value is not None}
+            curves.setdefault(branch.name, {})[seed] = points
+    return PartResults(**dict(read_comparison(output)), on_the_way=curves or None)
 
 
-def added(found: Comparison, recorded: Comparison, arguments: argparse.Namespace) -> Comparison:
+def added(found: PartResults, recorded: PartResults, arguments: argparse.Namespace) -> PartResults:
     """`found` with the branches and seeds that only `recorded` has; what both have is as `found` has it.
 
     Raises:
@@ -160,7 +174,17 @@ def added(found: Comparison, recorded: Comparison, arguments: argparse.Namespace
     machine = {}
     for key, value in found.machine.items():
         machine[key] = "; ".join(dict.fromkeys([value, *recorded.machine.get(key, value).split("; ")]))
-    changes = {"branches": list(branches.values()), "seeds": seeds, "command": command_of(arguments, seeds)}
+    changes: dict[str, Any] = {
+        "branches": list(branches.values()),
+        "seeds": seeds,
+        "command": command_of(arguments, seeds),
+    }
+    if recorded.on_the_way is not None:
+        now = found.on_the_way or {}
+        names = {**recorded.on_the_way, **now}
+        changes["on_the_way"] = {
+            name: dict(sorted({**recorded.on_the_way.get(name, {}), **now.get(name, {})}.items())) for name in names
+        }
     return found.model_copy(update={**changes, "machine": machine})
 
 
@@ -176,8 +200,6 @@ def _both(found: BranchComparison, recorded: BranchComparison) -> BranchComparis
     if set(values) == set(found.values):
         return found
     changes = {"values": values, "seeds": list(values), "value": Estimate.of(values.values())}
-    if set(values) == set(recorded.values):
-        changes["curve"] = recorded.curve
     return found.model_copy(update={**changes, "perplexity": None, "bits_per_byte": None, "growths": []})
 
 

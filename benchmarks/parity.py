@@ -9,14 +9,15 @@ proportions (`tiny-long`, parity_135k.yaml).
     python benchmarks/parity.py --parts small --seeds 0 --branches dense new
 
 Finished branches are not run again; the page has what is finished. A branch and seed takes a minute and a half of one
-core, a large or long one ten, a large and long one an hour.
+core, a large one ten, a long one fifteen (of 135,000 parameters five), a large and long one an hour.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
-from comparing import Part, by_loss, compare_parts, fitted, options
+from comparing import Curves, Part, PartResults, by_loss, compare_parts, fitted, options
 
 from auxin.accounting.comparison import BranchComparison, Comparison
 from auxin.accounting.statistics import Estimate
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPE = Path(__file__).with_suffix(".yaml")
 RESULTS = ROOT / "benchmarks" / "results" / "parity.json"
 TABLE = ROOT / "docs" / "results" / "parity.md"
-HEADER = ("model", "parameters", "seeds", "final loss")
+HEADER = ("model", "parameters", "training FLOPs", "seeds", "final loss")
 PAIRS = ("model", "minus", "difference", "of each seed")
 
 
@@ -75,12 +76,14 @@ PARTS = {
     "tiny-long": Part("135,000 parameters, 4,200 steps", RECIPE.with_name("parity_135k.yaml")),
 }
 SIZES = {
-    "tiny-long": (("new", "new-0030"), ("dense", "dense-0120")),
+    "tiny-long": (("new", "new-0030", "new-0120"), ("dense", "dense-0120", "dense-0240")),
     "long": (("new-tokens",), ("dense-0030", "dense-0060")),
     "large-long": (("new",), ("dense-0020",)),
 }
 """Of each size the TokenFormers in the paper's proportions that trained for 4,200 steps, and the dense models in the
-usual ones; of several the best counts. These are the parts of which the page has losses on the way."""
+usual ones; of several the best counts."""
+LONG = tuple(SIZES)
+"""The parts of which the page has losses on the way."""
 DIFFERENCES = (
     ("new", "dense-0060"),
     ("new", "dense-0020"),
@@ -93,6 +96,9 @@ DIFFERENCES = (
     ("new", "no-norm-proj"),
     ("new", "published"),
     ("rotated-0030", "rotated"),
+    ("rotated", "new"),
+    ("keys", "rotated-0030"),
+    ("no-norm-proj", "keys"),
     ("no-norm-qkv", "rotated-0030"),
     ("no-norm-ffn", "rotated-0030"),
     ("no-norm-proj", "rotated-0030"),
@@ -112,10 +118,10 @@ def main() -> None:
     """Run what is missing, then write the results and the tables."""
     parser = options(__doc__, ROOT / "runs" / "parity")
     parser.set_defaults(results=RESULTS, table=TABLE)
-    compare_parts(parser, PARTS, page, on_the_way=SIZES)
+    compare_parts(parser, PARTS, page, LONG)
 
 
-def page(found: dict[str, Comparison]) -> str:
+def page(found: dict[str, PartResults]) -> str:
     """The results as Markdown."""
     lines = [
         "# TokenFormer beside dense Transformers, one thing at a time",
@@ -130,6 +136,7 @@ def page(found: dict[str, Comparison]) -> str:
             [
                 branch.title,
                 f"{branch.parameters:,}",
+                f"{branch.flops:.3g}",
                 str(len(branch.seeds)),
                 estimate_text(branch.value, 3),
                 "-" if branch.name == comparison.main_branch else estimate_text(branch.difference, 3, signed=True),
@@ -142,48 +149,74 @@ def page(found: dict[str, Comparison]) -> str:
         wanted = [branch for branch in recipe.branches if part.branches is None or branch.name in part.branches]
         if missing := [branch.title for branch in wanted if branch.name not in have]:
             lines += ["", f"In the recipe, and not run yet: {'; '.join(missing)}."]
-        if name in SIZES and (way := on_the_way(order)):
-            lines += ["", "On the way, after so many million tokens:", "", *way]
+        if comparison.on_the_way and (way := on_the_way(order, comparison.on_the_way)):
+            lines += ["", "On the way, after so many million tokens, the mean over the seeds:", "", *way]
         if pairs := differences(comparison):
             lines += ["", "One beside the other, seed by seed:", "", *markdown_table(PAIRS, pairs)]
     return "\n".join([*lines, *by_size(found)]) + "\n"
 
 
-def on_the_way(branches: Sequence[BranchComparison]) -> list[str]:
-    """A table of the losses that were measured before the end, of branches whose curves are of all of their seeds."""
-    curves = {
-        branch.title: {point.units: point.value for point in branch.curve if point.units}
-        for branch in branches
-        if branch.curve and math.isclose(branch.curve[-1].value, branch.value.mean)
-    }
-    units = sorted(set.intersection(*map(set, curves.values()))) if curves else []
-    rows = [[title, *(f"{points[at]:.3f}" for at in units)] for title, points in curves.items()]
+def on_the_way(branches: Sequence[BranchComparison], curves: Curves) -> list[str]:
+    """A table of the losses that were measured before the end."""
+    means = {branch.title: mean(list(curves[branch.name].values())) for branch in branches if branch.name in curves}
+    units = sorted(set.intersection(*map(set, means.values())) - {0}) if means else []
+    rows = [[title, *(f"{points[at]:.3f}" for at in units)] for title, points in means.items()]
     return markdown_table(("model", *(f"{at / 1e6:.2f}" for at in units)), rows) if units else []
 
 
-def by_size(found: dict[str, Comparison]) -> list[str]:
-    """The gap after 4,200 steps over the sizes, and where a line through it meets zero; nothing of fewer than three."""
-    rows, points = [], []
+def mean(curves: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """The mean of curves, where all of them were measured."""
+    return {at: fmean(curve[at] for curve in curves) for at in curves[0] if all(at in curve for curve in curves)}
+
+
+def by_size(found: dict[str, PartResults]) -> list[str]:
+    """The gap on the way and after 4,200 steps over the sizes, and where a line through the last meets zero; nothing of
+    fewer than three."""
+    rows, points, ways = [], [], {}
     for name, sides in SIZES.items():
         order = by_loss(found[name]) if name in found else []
         new, dense = (next((branch for branch in order if branch.name in side), None) for side in sides)
-        if new is None or dense is None:
+        if new is None or dense is None or not (gaps := paired(new, dense)):
             continue
-        gap = Estimate.of(paired(new, dense))
+        gap = Estimate.of(gaps)
         points.append((math.log10(new.parameters), gap.mean))
-        rows.append([f"{new.parameters:,}", new.title, dense.title, estimate_text(gap, 3, signed=True)])
+        size = f"{new.parameters:,}"
+        rows.append([size, new.title, dense.title, str(len(gaps)), estimate_text(gap, 3, signed=True)])
+        if curves := found[name].on_the_way:
+            ways[size] = curve_of_gaps(curves.get(new.name, {}), curves.get(dense.name, {}))
     if len(points) < 3:
         return []
     slope, half, height = fitted(points)
     meets = "" if slope >= 0 else f" and meets zero at {10 ** (-height / slope):,.0f} parameters"
-    return [
+    lines = [
         "", "## Over sizes", "",
         "After 4,200 steps, in the paper's proportions: the best TokenFormer minus the best dense model of the usual "
         "ones, of the seeds that both have.", "",
-        *markdown_table(("parameters", "TokenFormer", "dense", "difference"), rows), "",
+        *markdown_table(("parameters", "TokenFormer", "dense", "seeds", "difference"), rows), "",
         f"A line through these over the decimal logarithm of the parameters has a slope of {slope:+.3f} ± "
         f"{half:.3f}{meets}.",
     ]  # fmt: skip
+    units = sorted(set.intersection(*map(set, ways.values())) - {0}) if ways else []
+    if units:
+        table = [[size, *(signed(way[at]) for at in units)] for size, way in ways.items()]
+        header = ("parameters", *(f"{at / 1e6:.2f}" for at in units))
+        lines += ["", "The same on the way, after so many million tokens:", "", *markdown_table(header, table)]
+    return lines
+
+
+def curve_of_gaps(new: Mapping[int, Mapping[int, float]], dense: Mapping[int, Mapping[int, float]]) -> dict[int, float]:
+    """The mean difference of two branches' curves by seed, over the seeds that both have."""
+    common = [
+        {at: value - dense[seed][at] for at, value in curve.items() if at in dense[seed]}
+        for seed, curve in new.items()
+        if seed in dense
+    ]
+    return mean(common) if common else {}
+
+
+def signed(difference: float) -> str:
+    """As the tables write one."""
+    return estimate_text(Estimate.of([difference]), 3, signed=True)
 
 
 def paired(one: BranchComparison, other: BranchComparison) -> list[float]:
@@ -196,11 +229,10 @@ def differences(comparison: Comparison) -> list[list[str]]:
     branches = {branch.name: branch for branch in comparison.branches}
     rows = []
     for one, other in DIFFERENCES:
-        if one in branches and other in branches:
-            gaps = paired(branches[one], branches[other])
+        if one in branches and other in branches and (gaps := paired(branches[one], branches[other])):
             rows.append([
                 branches[one].title, branches[other].title, estimate_text(Estimate.of(gaps), 3, signed=True),
-                ", ".join(f"{gap:+.3f}" for gap in gaps),
+                ", ".join(map(signed, gaps)),
             ])  # fmt: skip
     return rows
 

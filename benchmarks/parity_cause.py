@@ -30,8 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from measuring import made_by_line, write_results
-from parity_cells import ROOT, Cell, Task, Way, asked, excess, measured, values
-from parity_linear import Linear
+from parity_cells import ROOT, Cell, Same, Task, Way, asked, excess, measured, values, with_attention
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -48,10 +47,10 @@ PICTURE = ROOT / "docs" / "images" / "parity_cause.svg"
 WAYS = {
     "dense": Way("GPT-NeoX, rate 1.2e-2", "dense"),
     "none": Way("no norm of scores anywhere", "new"),
-    "norm": Way("norm in the output projection", "new", "norm"),
-    "size": Way("the same, size given back", "new", "size"),
-    "keys": Way("norm of all keys there", "new", "keys"),
-    "constant": Way("norm there, not differentiated", "new", "constant"),
+    "norm": Way("norm in the output projection", "new", "norm proj"),
+    "size": Way("the same, size given back", "new", "size proj"),
+    "keys": Way("norm of all keys there", "new", "keys proj"),
+    "constant": Way("norm there, not differentiated", "new", "constant proj"),
 }
 GREY, BLUE = "#7D8590", "#2F8AC9"
 DRAWN = {"dense": GREY, "none": BLUE, "norm": "#D55E00"}
@@ -72,7 +71,7 @@ def entering(form: str, module: Pattention, x: Tensor) -> Tensor:
     return scores * (factor.detach() if form == "constant" else factor)
 
 
-class Projection(Linear):
+class Projection(Same):
     """A Pattention that computes by a form of `entering`; it begins with the tokens of `module`."""
 
     def __init__(self, module: Pattention, form: str) -> None:
@@ -85,6 +84,7 @@ class Projection(Linear):
         return output * _size(x).unsqueeze(-1) if self.form == "size" else output
 
 
+FORMS = {form: partial(Projection, form=form) for form in ("norm", "size", "keys", "constant")}
 KINDS = {
     "embedding": r"embed",
     "query, key, value: in": r"attention\.(query|key|value)\.key_tokens|query_key_value\.weight",
@@ -136,23 +136,14 @@ def _flat(parameters: list[nn.Parameter]) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in parameters])
 
 
-def build(task: Task) -> PreTrainedModel:
-    """The untrained model of `task`, its output projections computing by the way's form of `entering`."""
-    model = task.model()
-    if task.way.form is not None:
-        for layer in model.base_model.layers:
-            layer.attention.proj = Projection(layer.attention.proj, task.way.form)
-    return model
-
-
 def projections(model: PreTrainedModel) -> list[nn.Module]:
     """The output projections of the attentions, layer by layer."""
     return [m for name, m in model.named_modules() if name.endswith(("attention.proj", "attention.dense"))]
 
 
 @torch.no_grad()
-def inside(way: Way, model: PreTrainedModel, contexts: Tensor) -> Cell:
-    """What the trained model of `way` does on held-out `contexts` (batch, length)."""
+def inside(model: PreTrainedModel, contexts: Tensor) -> Cell:
+    """What a trained model does on held-out `contexts` (batch, length)."""
     got: list[Tensor] = []
     added: list[Tensor] = []
     scores: dict[str, list[Tensor]] = defaultdict(list)
@@ -165,8 +156,11 @@ def inside(way: Way, model: PreTrainedModel, contexts: Tensor) -> Cell:
             kind = "feed-forward" if name.endswith("mlp") else name.rpartition(".")[2]
             form = "norm" if module.score_function == "l2_norm_gelu" else "none"
 
+            if isinstance(module, Projection):
+                form = module.form
+
             def see(module: Any, args: Any, kind: str = kind, form: str = form) -> None:
-                scores[kind].append(entering((kind == "proj" and way.form) or form, module, args[0]).flatten())
+                scores[kind].append(entering(form, module, args[0]).flatten())
 
             handles.append(module.register_forward_pre_hook(see))
         elif name.endswith("dense_h_to_4h"):
@@ -192,7 +186,7 @@ def measure(task: Task) -> Cell:
     """Train one way with one seed and look inside."""
     settings = task.settings()
     steps = int(settings.steps)
-    model, updates = build(task), Updates(max(1, steps // 35))
+    model, updates = with_attention(task, FORMS), Updates(max(1, steps // 35))
     loss = task.trained(model, hooks=[updates])
     held_out = task.data().split("validation")
     contexts = held_out.rows(range(min(64, len(held_out))))["input_ids"]
@@ -201,7 +195,7 @@ def measure(task: Task) -> Cell:
         settings.warmup_steps // updates.interval + 1, (steps - settings.decay_steps(steps)) // updates.interval
     )
     moved = {kind: statistics.median(shares[flat]) for kind, shares in updates.shares.items()}
-    return {"loss": loss, "moved": moved, **inside(task.way, model, contexts)}
+    return {"loss": loss, "moved": moved, **inside(model, contexts)}
 
 
 def page_of(results: dict[str, Any]) -> str:

@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from auxin.accounting.statistics import Estimate
 from auxin.data import PackedData, prepare
 from auxin.files import write_text
+from auxin.nn import Pattention
+from auxin.nn.scores import ScoreFunction
 from auxin.recipes import Recipe, load_recipe
 from auxin.report.markdown import markdown_table
 from auxin.training import Hook, TrainingSettings, train
@@ -42,7 +44,6 @@ class Way:
 class Task:
     """A cell to measure."""
 
-    name: str
     way: Way
     seed: int
     runs: Path
@@ -108,7 +109,7 @@ def measured(
     runs, seeds, changes = arguments.runs, arguments.seeds, [*changes, *(QUICK if arguments.quick else [])]
     path = runs / "cells.json"
     cells: dict[str, Cell] = json.loads(path.read_text()) if path.exists() else {}
-    tasks = {f"{name}/{seed}": Task(name, ways[name], seed, runs, changes) for seed in seeds for name in ways}
+    tasks = {f"{name}/{seed}": Task(ways[name], seed, runs, changes) for seed in seeds for name in ways}
     prepare(load_recipe(str(RECIPE), changes).data, runs / "data")
     missing = {key: task for key, task in tasks.items() if key not in cells}
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
@@ -145,6 +146,19 @@ def excess(results: Mapping[str, Any], way: str, other: str) -> list[float]:
     return [loss - against for loss, against in pairs]
 
 
+class Same(Pattention):
+    """A Pattention of one group with the tokens of `module`; whatever derives from it computes something else of them.
+
+    Args:
+        module: whose tokens it begins with.
+        score_function: how its scores become weights.
+    """
+
+    def __init__(self, module: Pattention, score_function: ScoreFunction = "gelu") -> None:
+        super().__init__(module.in_features, module.out_features, module.group_sizes, score_function=score_function)
+        self.load_state_dict(module.state_dict())
+
+
 def with_attention(task: Task, forms: Mapping[str, Callable[[Any], nn.Module]]) -> PreTrainedModel:
     """The untrained model of `task`, in which projections of the attention have become another form; what is changed
     about a way says which form, and then which projections."""
@@ -162,7 +176,7 @@ def learnt(task: Task, model: PreTrainedModel, hooks: Sequence[Hook] = ()) -> Ce
 
 
 def losses_page(
-    results: Mapping[str, Any], ways: Mapping[str, Way], title: str, asks: tuple[str, str], header: Sequence[str]
+    results: Mapping[str, Any], ways: Mapping[str, Way], title: str, section: str, steps: int, header: Sequence[str]
 ) -> str:
     """Losses of ways beside that of the way "new", as Markdown.
 
@@ -170,7 +184,8 @@ def losses_page(
         results: of `measured`.
         ways: the ways by name.
         title: of the page.
-        asks: of which trainings parity.md asks it, and how many steps these have.
+        section: of parity.md, which says what follows.
+        steps: of the trainings.
         header: of the table.
     """
     rows = [
@@ -185,8 +200,8 @@ def losses_page(
     return "\n".join([
         f"# {title}",
         "",
-        f"What [parity.md](../parity.md) asks of {asks[0]}: models, data and rates are those of "
-        f"[parity.yaml](../../benchmarks/parity.yaml), over {asks[1]} steps. Held-out loss in nats per token"
+        "Models, data and rates are those of [parity.yaml](../../benchmarks/parity.yaml), over "
+        f"{steps:,} steps. What follows is in [parity.md](../parity.md#{section}). Held-out loss in nats per token"
         + (": mean over the seeds and 95 % interval (Student's t)." if len(results["seeds"]) > 1 else "."),
         "",
         f"{made_by_line(results)} Seeds: {results['seeds']}.",

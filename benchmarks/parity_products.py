@@ -22,18 +22,19 @@ feed-forward part; they have as many parameters.
 Finished cells are not measured again. About four minutes of one core per way and seed.
 """
 
+import math
 from typing import Any
 
 import torch
 from measuring import publish
-from parity_cells import ROOT, Cell, Task, Way, asked, learnt, losses_page, measured, with_attention
-from parity_linear import PROJ, QKV, Linear, dense
+from parity_cells import ROOT, Cell, Same, Task, Way, asked, learnt, losses_page, measured, with_attention
+from parity_linear import PROJ, QKV, dense, linear
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear
+from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from auxin.methods.factorize.structured_ffn import GuideFade
 from auxin.nn import Pattention
+from auxin.planning.hooks import Ramp
 
 RESULTS = ROOT / "benchmarks" / "results" / "parity_products.json"
 PAGE = ROOT / "docs" / "results" / "parity_products.md"
@@ -67,16 +68,16 @@ WAYS = {
 """All but the first change the attention of a TokenFormer."""
 
 
-class Leaky(Linear):
+class Leaky(Same):
     """Half of the scores go on as they are, half through GELU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        scores = linear(x, self.key_tokens)
-        return (0.5 * scores + 0.5 * gelu(scores)) @ self.value_tokens
+        scores = F.linear(x, self.key_tokens)
+        return (0.5 * scores + 0.5 * F.gelu(scores)) @ self.value_tokens
 
 
-class Scaled(Linear):
+class Scaled(Same):
     """Keys and values are multiples of what is stored and learnt."""
 
     keys, values = 1.0, 1.0
@@ -89,7 +90,7 @@ class Scaled(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        scores = gelu(linear(x, self.key_tokens * self.keys))
+        scores = F.gelu(F.linear(x, self.key_tokens * self.keys))
         return scores @ (self.value_tokens * self.values)
 
 
@@ -117,11 +118,11 @@ class SlowValues(Scaled):
     values = 0.1
 
 
-class Fixed(Linear):
+class Fixed(Same):
     """Linear, with orthogonal keys that are not learnt."""
 
     def __init__(self, module: Pattention) -> None:
-        super().__init__(module)
+        super().__init__(module, score_function="linear")
         nn.init.orthogonal_(self.key_tokens).requires_grad_(False)
 
 
@@ -146,21 +147,22 @@ class Guided(nn.Module):
             return self.product(x)
         return self.share * self.guide(x) + (1 - self.share) * self.product(x)
 
-    def set_strength(self, strength: float) -> None:
-        """Let the matrix have the share `strength`."""
-        self.share = strength
 
-
-class Fading(GuideFade):
-    """Training hook: as that of structured feed-forward parts, for these guides."""
+class Fading(Ramp):
+    """Training hook: lets these guides fade as those of structured feed-forward parts do."""
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Find them."""
         self._guides = [module for module in model.modules() if isinstance(module, Guided)]
 
+    def move(self, step: int) -> None:
+        """Set the share that `step` sees."""
+        for guide in self._guides:
+            guide.share = (1 + math.cos(math.pi * step / self.steps)) / 2
+
 
 FORMS: dict[str, Any] = {
-    "linear": Linear,
+    "linear": linear,
     "leaky": Leaky,
     "dense": dense,
     "dense-large": dense_large,
@@ -170,7 +172,7 @@ FORMS: dict[str, Any] = {
     "slow-values": SlowValues,
     "fixed": Fixed,
     "guided": Guided,
-    "linear-guided": lambda module: Guided(Linear(module)),
+    "linear-guided": lambda module: Guided(linear(module)),
 }
 
 
@@ -184,7 +186,7 @@ def page_of(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     header = ("model", "parameters", "final loss", "minus a new TokenFormer's")
     return losses_page(
-        results, WAYS, "Projections of the attention that are products", ("trainings twice as long", "1,400"), header
+        results, WAYS, "Projections of the attention that are products", "rank-or-products", 1400, header
     )
 
 
