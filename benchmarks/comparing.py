@@ -17,6 +17,7 @@ from auxin.accounting.results import BranchResult
 from auxin.accounting.statistics import Estimate, paired_difference
 from auxin.recipes import Recipe, load_recipe, read_comparison, run_seeds, seed_results
 from auxin.recipes.results import RESULTS_FILE
+from auxin.report.comparison import estimate_text
 
 
 def options(description: str | None, runs: Path | None) -> argparse.ArgumentParser:
@@ -220,6 +221,11 @@ def interval(values: Iterable[float | None], signed: bool = False) -> str:
     """Mean and 95 % interval as a table has them; a dash where there is none."""
     found = Estimate.of(values)
     return "-" if found is None else found.text(3, signed)
+
+
+def signed(difference: float) -> str:
+    """As the tables write one."""
+    return estimate_text(Estimate.of([difference]), 3, signed=True)
 
 
 def curve_since(result: BranchResult, stages: set[str]) -> list[tuple[float, float]]:

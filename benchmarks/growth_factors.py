@@ -12,7 +12,7 @@ one an hour.
 
 from pathlib import Path
 
-from comparing import Part, by_loss, compare_parts, options
+from comparing import Part, by_loss, compare_parts, options, signed
 
 from auxin.accounting.comparison import Comparison
 from auxin.accounting.statistics import Estimate
@@ -93,7 +93,7 @@ def gaps(comparison: Comparison) -> list[list[str]]:
             against = values.get(name.format(factor), {})
             pairs = [(loss, against.get(seed)) for seed, loss in grown.items()]
             found = [loss - other for loss, other in pairs if loss is not None and other is not None]
-            each = ", ".join(f"{gap:+.3f}" for gap in found)
+            each = ", ".join(map(signed, found))
             row.append(f"{estimate_text(Estimate.of(found), 3, signed=True)} ({each})" if found else "-")
         rows.append(row)
     return rows

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from comparing import Curves, Part, PartResults, by_loss, compare_parts, fitted, options
+from comparing import Curves, Part, PartResults, by_loss, compare_parts, fitted, options, signed
 
 from auxin.accounting.comparison import BranchComparison, Comparison
 from auxin.accounting.statistics import Estimate
@@ -212,11 +212,6 @@ def curve_of_gaps(new: Mapping[int, Mapping[int, float]], dense: Mapping[int, Ma
         if seed in dense
     ]
     return mean(common) if common else {}
-
-
-def signed(difference: float) -> str:
-    """As the tables write one."""
-    return estimate_text(Estimate.of([difference]), 3, signed=True)
 
 
 def paired(one: BranchComparison, other: BranchComparison) -> list[float]:
