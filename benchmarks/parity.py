@@ -34,7 +34,19 @@ PAIRS = ("model", "minus", "difference", "of each seed")
 
 
 PARTS = {
-    "small": Part("590,000 parameters", RECIPE),
+    "small": Part(
+        "590,000 parameters",
+        RECIPE,
+        branches=(
+            *("dense", "dense-0060", "dense-0030", "dense-0240", "dense-quarter", "dense-wide", "dense-wide-0060"),
+            *("llama", "llama-0120", "llama-0030", "published", "published-0010", "published-0030"),
+            *("rotated", "rotated-0030", "keys", "no-norm-qkv", "no-norm-ffn", "no-norm-proj", "no-norm-proj-0060"),
+            *("softmax", "gelu-first", "epsilon", "half-scale", "normed-no-decay", "normed-no-clip"),
+            *("new", "new-0017", "new-0060", "new-0120", "new-quarter", "new-keys", "new-values", "new-embedding"),
+            *("new-tokens", "new-ffn", "new-deep", "new-no-decay", "new-no-clip", "new-cosine"),
+            *("linear", "linear-proj-wide", "proj-wide"),
+        ),
+    ),
     "large": Part("3.3 million parameters, the paper's proportions", RECIPE.with_name("parity_3m.yaml")),
     "bytes": Part(
         "The small ones on bytes, 560,000 parameters",
