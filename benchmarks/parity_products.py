@@ -10,6 +10,8 @@ fallen behind. Every way changes the four projections of the attention, or some 
 - fast, slow: keys and values are three times, or a third, of what is stored and learnt, so that the optimizer's steps
   are three times as large, or a third; slow keys, slow values: a tenth, of the one or the other alone;
 - fixed: keys are orthogonal and not learnt, so that of the two factors of a product values alone are;
+- with input: beside each projection goes its input, each dimension times a gain that is learnt and begins at 0.2, so
+  that it has full rank;
 - guided: a matrix beside each projection, of which all comes at first, and which fades by half a cosine over the first
   half of the training; what is left is what it is without a guide.
 
@@ -53,6 +55,7 @@ WAYS = {
     "slow-values": Way("steps of its values alone a tenth as large", "new", f"slow-values {ALL}"),
     "guided": Way("guided by a matrix in the first half", "new", f"guided {ALL}"),
     "linear-guided": Way("its scores linear, guided by a matrix in the first half", "new", f"linear-guided {ALL}"),
+    "with-input": Way("its input beside each of them, times a gain", "new", f"with-input {ALL}"),
     "square": Way("square, of rank 104", "new-square"),
     "square-leaky": Way("square, half of its scores linear", "new-square", f"leaky {ALL}"),
     "square-linear": Way("square, its scores linear, of rank 104", "new-square", f"linear {ALL}"),
@@ -126,6 +129,18 @@ class Fixed(Same):
         nn.init.orthogonal_(self.key_tokens).requires_grad_(False)
 
 
+class WithInput(nn.Module):
+    """`product`, and beside it its input, each dimension times a gain."""
+
+    def __init__(self, product: Pattention) -> None:
+        super().__init__()
+        self.product, self.gain = product, nn.Parameter(torch.full((product.in_features,), 0.2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), as many as go in."""
+        return x * self.gain + self.product(x)
+
+
 def dense_large(module: Pattention) -> nn.Linear:
     """One matrix in the place of `module`, its entries drawn as large as those of the product of keys and values."""
     made = dense(module)
@@ -171,6 +186,7 @@ FORMS: dict[str, Any] = {
     "slow-keys": SlowKeys,
     "slow-values": SlowValues,
     "fixed": Fixed,
+    "with-input": WithInput,
     "guided": Guided,
     "linear-guided": lambda module: Guided(linear(module)),
 }
