@@ -31,7 +31,7 @@ from auxin.objectives.calibration import CalibrationSettings
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
 from auxin.planning.pruning import Prunable, prunable
-from auxin.planning.pruning_settings import Pruning, check_amount
+from auxin.planning.pruning_settings import STREAMS, Pruning, check_amount
 from auxin.planning.target import Target
 from auxin.settings import Settings
 
@@ -101,7 +101,8 @@ def _prunable(model: PreTrainedModel, settings: ExpertDropping) -> Prunable:
             "There are no experts among which a router chooses, so that none can go. Take heads and feed-forward units "
             "out instead, by magnitude or taylor."
         )
-    return prunable(model, settings.as_pruning())
+    others = [part for part in STREAMS if part != "experts"]
+    return prunable(model, settings.as_pruning(), dict.fromkeys(others, "expert-dropping takes experts alone."))
 
 
 def _said(plan: Plan, settings: ExpertDropping) -> Plan:
