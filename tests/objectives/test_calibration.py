@@ -201,8 +201,8 @@ def test_one_file_serves_since_nothing_held_out_is_read(saved, tmp_path):
     contexts = {tuple(document[start : start + length]) for start in range(0, len(document) - length + 1, length)}
     assert {tuple(row) for row in rows(found).tolist()} == contexts
     assert found.distinct == len(contexts)
+    held_out = CorpusCalibration(corpus=corpus.model_copy(update={"seed": seeds[True]}))
     with pytest.raises(DataError, match=r"No document fell into the train split .* or another seed"):
-        held_out = CorpusCalibration(corpus=corpus.model_copy(update={"seed": seeds[True]}))
         Calibration.of_corpus(tiny("llama", vocab_size=400), saved, held_out)
     with pytest.raises(DataError, match="No document fell into the validation split"):
         prepare(corpus.model_copy(update={"tokenizer": saved, "context_length": 16}), tmp_path / "run")
@@ -215,7 +215,7 @@ def is_held_out(path, seed):
 def test_held_out_text_may_be_shorter_than_a_sample(corpus, saved, tmp_path):
     """What a corpus has too little of for comparing models serves to look at one; it is not opened for less."""
     settings = CorpusSettings(paths=(corpus,), tokenizer=saved, context_length=300, validation_fraction=0.05)
-    with pytest.raises(DataError, match="The validation split has .* less than one context of 300"):
+    with pytest.raises(DataError, match=r"The validation split has .* less than one context of 300"):
         prepare(settings, tmp_path / "run")
     data = prepare(settings, tmp_path / "looked_at", needed=("train",))
     assert len(data.split("train")) == len(data.train) > 0
@@ -231,7 +231,9 @@ def test_text_shorter_than_one_sample_is_refused(saved, tmp_path):
     text.write_text("too short")
     seed = next(seed for seed in range(200) if not is_held_out(text, seed))
     wanted = CorpusCalibration(corpus=CorpusSettings(paths=(text,), seed=seed), length=30)
-    with pytest.raises(DataError, match=r"The train split has \d+ tokens in 1 documents, less than one context of 30\."):
+    with pytest.raises(
+        DataError, match=r"The train split has \d+ tokens in 1 documents, less than one context of 30\."
+    ):
         Calibration.of_corpus(tiny("llama", vocab_size=400), saved, wanted)
 
 

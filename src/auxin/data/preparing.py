@@ -248,9 +248,7 @@ def _digest(steps: Steps[SettingsT, PreparedT], settings: SettingsT) -> str:
     """The digest of the source's documents as `_fill` records it."""
     with tempfile.TemporaryDirectory() as folder:
         documents = steps.documents(settings)
-        return collect(
-            settings, documents, Path(folder), lambda stage, done, total: None, needed=steps.needed
-        ).digest()
+        return collect(settings, documents, Path(folder), lambda stage, done, total: None, needed=steps.needed).digest()
 
 
 def open_array(path: Path, shape: tuple[int, ...], types: Collection[Any]) -> np.ndarray:
