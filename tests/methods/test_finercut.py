@@ -250,6 +250,43 @@ def test_a_part_that_layers_share_is_refused_by_its_names():
     assert data.passes == 0
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(
+    ("plan", "settings"),
+    [
+        (plan_finercut, FinerCut(removed=1)),
+        (plan_finercut, FinerCut(removed=1, candidates="attention")),
+        (plan_finercut, FinerCut(removed=1, candidates="layers")),
+        (plan_finercut, FinerCut(target={"parameters": 0.9})),
+        (plan_shortgpt, ShortGPT(removed=1)),
+        (plan_shortgpt, ShortGPT(target={"parameters": 0.9})),
+    ],
+)
+def test_layers_that_are_run_again_are_named_and_what_to_do_instead_is_done(plan, settings, groups, tmp_path):
+    model = tiny("albert", num_hidden_layers=6, num_hidden_groups=groups)
+    data = Texts(model, inputs(model, batch=4)["input_ids"], labels=True)
+    with pytest.raises(
+        PlanError, match=r"^The layers of albert\.\S+ share their parameters.* by taylor, or .* by greenformers\.$"
+    ):
+        plan(Bench(model, data.calibration), settings)
+    assert data.passes == 0
+    for method, instead in (("taylor", {"ffn": 0.5}), ("greenformers", {"rank": 0.5})):
+        assert auxin.plan(model, method, **instead, data=data.calibration, folder=tmp_path).edits
+
+
+def test_nothing_to_go_is_said_with_what_the_method_knows_whatever_was_asked():
+    """ShortGPT has no candidates to choose from."""
+    model = fresh_llama(0, num_hidden_layers=1)
+    data = samples(model)
+    for asked in ({"removed": 1}, {"target": {"parameters": 0.9}}):
+        with pytest.raises(PlanError, match=r"no two layers of which one could go\. Take parts of layers, by finercut"):
+            plan_shortgpt(Bench(model, data.calibration), ShortGPT.parse(asked))
+        with pytest.raises(PlanError, match="Choose other candidates"):
+            planned(model, data, candidates="layers", **asked)
+    assert data.passes == 0
+    assert planned(model, data, removed=1).edits
+
+
 @pytest.mark.parametrize("values", [{}, {"removed": 1, "target": {"parameters": 0.5}}, {"removed": 1.5}])
 def test_settings_that_say_nothing_or_twice_are_refused(values):
     with pytest.raises(ConfigError):
