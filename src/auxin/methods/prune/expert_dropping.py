@@ -42,7 +42,7 @@ class ExpertDropping(Settings):
     experts: StrictInt | StrictFloat | None = Field(default=None, gt=0)
     """Experts of a layer that stay."""
     target: Target | None = None
-    """How small the model shall be, instead: `target.parameters`."""
+    """How small the model shall be, instead: `target.parameters` or `target.memory`."""
     score: Literal["reap", "gate", "frequency"] = "reap"
     """By what experts are ranked, see this module."""
     uniform: bool = True
@@ -54,10 +54,10 @@ class ExpertDropping(Settings):
     def _check(self) -> Self:
         if (self.experts is None) == (self.target is None):
             raise ValueError("give experts (how many of a layer stay), or a target.")
-        if self.target is not None and self.target.parameters is None:
+        if self.target is not None and self.target.name not in ("parameters", "memory"):
             raise ValueError(
-                "target: a token gets as many experts as before, so that it takes as much computation. Give "
-                "target.parameters."
+                f"target.{self.target.name}: a token gets as many experts as before, so that it takes as much "
+                "computation. Give target.parameters or target.memory."
             )
         if self.experts is not None:
             check_amount("experts", self.experts, self.uniform)
