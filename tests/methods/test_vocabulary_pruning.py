@@ -318,8 +318,9 @@ def test_how_often_how_many_and_what_else():
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["byte_level", "unigram"])
-def test_a_target_keeps_the_most_used_tokens_for_which_there_is_room(kind, tied, tmp_path):
+def test_a_target_keeps_the_most_used_tokens_for_which_there_is_room(kind, tied, tmp_path, monkeypatch):
     """As many as make no more parameters, in the multiple that is asked for; the same ones as by their number."""
+    monkeypatch.chdir(tmp_path)  # where the files of plans lie
     model, _ = saved(kind, tmp_path / "old", tie_word_embeddings=tied)
     corpus, have = str(tmp_path / "old" / "corpus.txt"), model.num_parameters()
     asked = {"corpus": corpus, "multiple_of": 2}
