@@ -1,20 +1,34 @@
 """Plans as data: validation before anything changes, the table, YAML."""
 
+import copy
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import auxin
 from auxin.accounting import flops_per_token
-from auxin.edits import NormalFill, PadParameter, Plan, RepeatFill, SetConfig, ZeroFill, apply, planned_config
+from auxin.edits import (
+    NormalFill,
+    PadParameter,
+    Plan,
+    RemoveModule,
+    RepeatFill,
+    SetConfig,
+    ZeroFill,
+    apply,
+    apply_to_checkpoint,
+    planned_config,
+)
 from auxin.edits.kinds.parameter_edits import ScaleParameter
 from auxin.edits.plan import REPLAYED, resolve
 from auxin.edits.purpose import made_for_another
+from auxin.edits.structure import config_values
 from auxin.edits.tensor_names import together
 from auxin.errors import ConfigError, PlanError
 from auxin.methods.grow.tokenformer import TokenGrowth, plan_token_growth
 from edits.models import tiny_model
-from tiny_models import tiny
+from tiny_models import fresh_llama, inputs, labels, tiny
 
 
 def plan_of(*edits, promise="none"):
@@ -108,13 +122,66 @@ def test_a_growth_plan_survives_yaml_and_does_the_same(tmp_path):
 
 def test_a_plan_says_what_needs_this_package_and_a_receipt_what_was_done():
     model = tiny("llama")
-    assert str(auxin.plan(model, "graft", tokens=4)).splitlines()[-1] == REPLAYED
+    replayed = auxin.plan(model, "graft", tokens=4)
+    assert str(replayed).splitlines()[-1] == REPLAYED
+    receipt = auxin.apply(replayed, copy.deepcopy(model))
+    assert receipt.replayed
+    assert str(receipt).endswith(f" {REPLAYED}")
     plan = auxin.plan(model, "llama-pro", group_size=1)
     assert REPLAYED not in str(plan)
     receipt = auxin.apply(plan, model)
+    assert not receipt.replayed
+    assert REPLAYED not in str(receipt)
     before, after = receipt.parameters_before, receipt.parameters_after
     assert str(receipt).startswith(f"{before:,} -> {after:,} parameters in ")
     assert "Promise 'exact': the outputs on the probe moved by 0.0e+00 relative" in str(receipt)
+
+
+def test_a_receipt_of_a_folder_says_too_what_needs_this_package(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "old")
+    plan = auxin.plan(str(tmp_path / "old"), "graft", tokens=4)
+    assert apply_to_checkpoint(plan, tmp_path / "old", tmp_path / "new").replayed
+    plan = auxin.plan(str(tmp_path / "old"), "llama-pro", group_size=1)
+    assert not apply_to_checkpoint(plan, tmp_path / "old", tmp_path / "deeper").replayed
+
+
+def test_a_table_has_a_row_for_layers_that_lose_as_many_of_other_units_and_no_sums(tmp_path, monkeypatch):
+    """Numbers of units, tensors of the layer itself and names of files made a row of every layer's every matrix, wider
+    than any terminal."""
+    monkeypatch.chdir(tmp_path)
+    model = fresh_llama(0, num_hidden_layers=4)
+    data = [{**inputs(model, batch=4), "labels": labels(model, batch=4)}]
+    for method, settings in (
+        ("magnitude", {"heads": 0.5, "ffn": 0.5}),
+        ("slicegpt", {"hidden": 0.75}),
+        ("vtrans", {"heads": 0.5, "ffn": 0.5, "hidden": 0.75, "steps": 2}),
+    ):
+        plan = auxin.plan(model, method, **settings, **({} if method == "magnitude" else {"data": data}))
+        _, *table = str(plan).removesuffix("\n".join(plan._about())).splitlines()
+        modules = [line.split("  ")[0] for line in table if line.startswith("model.layers")]
+        assert modules
+        assert all(module.startswith("model.layers.*.") for module in modules)
+        assert len(set(modules)) == len(modules), "a row each"
+        assert max(map(len, table)) <= 180
+        sums = [file.sha256[:8] for file in plan.files]
+        assert not any(digits in "\n".join(table) for digits in sums)
+        assert all(digits in str(plan) for digits in sums), "where the files are listed"
+    rows = {line.split("  ")[0]: line for line in str(auxin.plan(model, "magnitude", ffn=0.5)).splitlines()}
+    entries = [sum(p.numel() for n, p in model.named_parameters() if n.endswith("up_proj.weight"))]
+    assert f"(others in each)  {entries[0]:,} -> {entries[0] // 2:,}" in rows["model.layers.*.mlp.up_proj.weight"]
+
+
+def test_what_happens_to_modules_of_several_layers_has_one_row():
+    removed = [RemoveModule(module=f"model.layers.{number}.mlp") for number in (1, 2)]
+    plan = plan_of(*removed).model_copy(update={"made_for": config_values(fresh_llama(0, num_hidden_layers=4).config)})
+    assert [line.split("  ")[0] for line in str(plan).splitlines()[2:3]] == ["model.layers.{1,2}.mlp"]
+
+
+def test_a_summary_is_a_plan_without_its_edits():
+    plan = auxin.plan(tiny("llama"), "random", ffn=0.5)
+    head, *_ = str(plan).splitlines()
+    assert plan.summary().splitlines() == [head, *plan.findings]
+    assert plan.findings[0].startswith("Reached: ")
 
 
 def test_a_wrong_field_in_a_plan_file_is_named(tmp_path):

@@ -19,6 +19,7 @@ from auxin.models.anatomy import anatomy
 from auxin.models.loading import load_model
 from auxin.objectives.calibration import Calibration
 from auxin.planning.cutting import cut
+from auxin.planning.target import Target
 from byte_language import CONTEXT, held_out_loss, library, loss_after, train
 from mixtures import EXPERTS, SHARES, TWO_GROUPS, experts_at, mixture, router_of
 from oracles.experts import MaskedRouters
@@ -155,6 +156,16 @@ def test_what_goes_is_said_or_refused():
         auxin.plan(model, "expert-dropping", target={"flops": 0.9}, data=[inputs(model)])
     with pytest.raises(PlanError, match="the smallest that expert-dropping can reach"):
         auxin.plan(model, "expert-dropping", target={"parameters": 0.05}, data=[inputs(model)])
+
+
+def test_memory_is_a_target_since_experts_lie_in_it():
+    model, target = mixture("mixtral"), Target(memory=0.7)
+    limit = target.limit(target.of(model))
+    plan = auxin.plan(model, "expert-dropping", target={"memory": 0.7}, data=[inputs(model)])
+    apply(plan, model)
+    assert target.of(model) <= limit
+    one_expert = sum(p[0].nbytes for p in experts_at(model)["model.layers.0"].parameters())
+    assert target.of(model) + 3 * one_expert > limit, "of both layers, with the rows of their routers"
 
 
 def test_a_target_takes_the_fewest_experts_that_reach_it():

@@ -106,10 +106,50 @@ def test_a_search_costs_the_same_however_much_of_it_is_known(tmp_path, monkeypat
 
 
 def test_one_shot_is_the_list_of_single_effects():
-    model = fresh_llama(3, num_hidden_layers=4)
+    model = tiny("llama", num_hidden_layers=4)
     data = samples(model)
-    planned(model, data, removed=4, one_shot=True)
+    found = order(planned(model, data, removed=4, one_shot=True))
     assert data.passes == 1
+    w = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    gates = [(number, part) for number in range(4) for part in ("self_attn", "mlp")]
+
+    def far(gate: Any) -> float:
+        """The divergence that one removal alone leads to."""
+        texts = data.ids.tolist()
+        pairs = [[oracle.llama(w, ids, 4, 2, EPSILON, 4, closed) for closed in (set(), {gate})] for ids in texts]
+        return statistics.mean(oracle.distances(*pair, ids)["js"] for pair, ids in zip(pairs, texts, strict=True))
+
+    alone = {f"model.layers.{number}.{part}": far((number, part)) for number, part in gates}
+    assert [path for path, _ in found] == sorted(alone, key=lambda path: alone[path])[:4]
+    for path, said in found:
+        assert float(said.removeprefix("js ")) == pytest.approx(alone[path], rel=6e-3)
+    # Step by step another one goes, or is told to lead to another distance.
+    assert order(planned(model, data, removed=4)) != found
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_step_runs_layers_from_the_one_that_differs_on(steps):
+    """Of N sublayers, N - k are left to try when k are gone: that many runs of the last layer a step, beside the whole
+    model's and, where some are gone, that without them; of a layer below as many as candidates lie in it and before."""
+    layers, per_layer, batches = 5, 2, 2
+    model = fresh_llama(2, num_hidden_layers=layers)
+    runs: Counter[int] = Counter()
+
+    def count(number: int, output: Tensor) -> None:
+        """But for runs on shapes, which cost nothing."""
+        runs[number] += type(output) is Tensor and not output.is_meta
+
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.q_proj.register_forward_hook(lambda *given, number=number: count(number, given[-1]))
+    gone = [path for path, _ in order(planned(model, samples(model, 2 * batches), removed=steps))]
+    total = layers * per_layer
+    for number in range(layers):
+        expected = 0
+        for step in range(steps):
+            left = {f"model.layers.{n}.{part}" for n in range(number + 1) for part in ("self_attn", "mlp")}
+            expected += 1 + (step > 0) + len(left - set(gone[:step]))
+        assert runs[number] == batches * expected
+    assert runs[layers - 1] == batches * (sum(total - k for k in range(steps)) + 2 * steps - 1)
 
 
 def test_planted_parts_go_first():
@@ -248,6 +288,43 @@ def test_a_part_that_layers_share_is_refused_by_its_names():
     with pytest.raises(PlanError, match="are one module"):
         without_sublayers(model, ["model.layers.1.mlp"])
     assert data.passes == 0
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(
+    ("plan", "settings"),
+    [
+        (plan_finercut, FinerCut(removed=1)),
+        (plan_finercut, FinerCut(removed=1, candidates="attention")),
+        (plan_finercut, FinerCut(removed=1, candidates="layers")),
+        (plan_finercut, FinerCut(target={"parameters": 0.9})),
+        (plan_shortgpt, ShortGPT(removed=1)),
+        (plan_shortgpt, ShortGPT(target={"parameters": 0.9})),
+    ],
+)
+def test_layers_that_are_run_again_are_named_and_what_to_do_instead_is_done(plan, settings, groups, tmp_path):
+    model = tiny("albert", num_hidden_layers=6, num_hidden_groups=groups)
+    data = Texts(model, inputs(model, batch=4)["input_ids"], labels=True)
+    with pytest.raises(
+        PlanError, match=r"^The layers of albert\.\S+ share their parameters.* by taylor, or .* by greenformers\.$"
+    ):
+        plan(Bench(model, data.calibration), settings)
+    assert data.passes == 0
+    for method, instead in (("taylor", {"ffn": 0.5}), ("greenformers", {"rank": 0.5})):
+        assert auxin.plan(model, method, **instead, data=data.calibration, folder=tmp_path).edits
+
+
+def test_nothing_to_go_is_said_with_what_the_method_knows_whatever_was_asked():
+    """ShortGPT has no candidates to choose from."""
+    model = fresh_llama(0, num_hidden_layers=1)
+    data = samples(model)
+    for asked in ({"removed": 1}, {"target": {"parameters": 0.9}}):
+        with pytest.raises(PlanError, match=r"no two layers of which one could go\. Take parts of layers, by finercut"):
+            plan_shortgpt(Bench(model, data.calibration), ShortGPT.parse(asked))
+        with pytest.raises(PlanError, match="Choose other candidates"):
+            planned(model, data, candidates="layers", **asked)
+    assert data.passes == 0
+    assert planned(model, data, removed=1).edits
 
 
 @pytest.mark.parametrize("values", [{}, {"removed": 1, "target": {"parameters": 0.5}}, {"removed": 1.5}])

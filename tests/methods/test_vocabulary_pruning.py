@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -315,6 +316,39 @@ def test_how_often_how_many_and_what_else():
     assert last in wanted
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["byte_level", "unigram"])
+def test_a_target_keeps_the_most_used_tokens_for_which_there_is_room(kind, tied, tmp_path, monkeypatch):
+    """As many as make no more parameters, in the multiple that is asked for; the same ones as by their number."""
+    monkeypatch.chdir(tmp_path)  # where the files of plans lie
+    model, _ = saved(kind, tmp_path / "old", tie_word_embeddings=tied)
+    corpus, have = str(tmp_path / "old" / "corpus.txt"), model.num_parameters()
+    asked = {"corpus": corpus, "multiple_of": 2}
+    least = len(auxin.plan(tmp_path / "old", "vocabulary-pruning", **asked, keep_at_least=10_000).kept_tokens)
+    for rows in (least + 2, least + 5):
+        limit = skeleton(model.config.__class__(**{**model.config.to_dict(), "vocab_size": rows})).num_parameters()
+        plan = auxin.plan(tmp_path / "old", "vocabulary-pruning", **asked, target={"parameters": limit})
+        assert f"; asked for: target.parameters = {limit:,}" in plan.findings[0]
+        smaller = copy.deepcopy(model)
+        apply(plan, smaller)
+        assert smaller.num_parameters() <= limit
+        assert len(plan.kept_tokens) == rows // 2 * 2 or kind == "unigram"
+        by_number = auxin.plan(tmp_path / "old", "vocabulary-pruning", **asked, size=rows // 2 * 2)
+        assert plan.kept_tokens == by_number.kept_tokens
+    share = auxin.plan(tmp_path / "old", "vocabulary-pruning", **asked, target={"parameters": limit / have})
+    assert share.kept_tokens == plan.kept_tokens
+    few = {**asked, "target": {"parameters": 0.01}}
+    with pytest.raises(
+        PlanError, match=r"0.01 leaves 0 tokens, which is less .* Ask for ([\d,]+) parameters"
+    ) as refused:
+        auxin.plan(tmp_path / "old", "vocabulary-pruning", **few)
+    enough = int(re.search(r"Ask for ([\d,]+) parameters", str(refused.value))[1].replace(",", ""))
+    plan = auxin.plan(tmp_path / "old", "vocabulary-pruning", **{**asked, "target": {"parameters": enough}})
+    assert len(plan.kept_tokens) == least
+    with pytest.raises(PlanError, match="the model is no larger"):
+        auxin.plan(tmp_path / "old", "vocabulary-pruning", **asked, target={"parameters": have})
+
+
 def test_the_number_is_rounded_up_with_what_is_used_most_and_no_token_without_its_parts():
     tokenizer = tiny_tokenizer("byte_level")
     model = tiny("llama", dtype=torch.float32, vocab_size=320, bos_token_id=0, eos_token_id=0)
@@ -380,7 +414,10 @@ def test_wrong_folders_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({}, "give the corpus whose tokens stay, or ids"),
+        ({}, r"give the corpus whose tokens stay \(corpus = stdlib, or a file .* or ids = \[0, 5, 17\]"),
+        ({"corpus": "stdlib", "size": 300, "target": {"parameters": 0.9}}, "size and target both say"),
+        ({"corpus": "stdlib", "target": {"flops": 0.9}}, r"Give target\.parameters"),
+        ({"ids": [1], "target": {"parameters": 0.9}}, "target goes with a corpus"),
         ({"corpus": "stdlib", "ids": [1]}, "give the corpus"),
         ({"ids": [1], "size": 4}, "size goes with a corpus"),
         ({"corpus": "stdlib", "keep_at_least": 0}, "keep_at_least"),

@@ -454,7 +454,7 @@ def test_where_heads_can_t_go_alone_units_go_and_heads_have_no_gates(monkeypatch
 @pytest.mark.parametrize(
     ("family", "values", "message"),
     [
-        ("albert", {"sublayers": 0.5}, "sublayers: no attention or feed-forward part of this Albert.* can go alone"),
+        ("albert", {"sublayers": 0.5}, "share their parameters.* no part of one, can go alone"),
         ("llama", {"sublayers": 1.0}, "all of 4 sublayers would stay"),
         ("llama", {"sublayers": 5}, "the model has only 4 attentions and feed-forward parts. Give at most that"),
         ("mixtral", {"experts": 0.5}, "experts: vtrans has gates for heads, feed-forward units and the residual"),

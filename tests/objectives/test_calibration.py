@@ -8,7 +8,8 @@ import torch
 from transformers import BertForSequenceClassification
 
 from auxin.data import CorpusSettings, PackedData, prepare
-from auxin.data.tokenizer import train_tokenizer
+from auxin.data.collecting import document_key, is_validation
+from auxin.data.tokenizer import load_tokenizer, train_tokenizer
 from auxin.errors import ConfigError, DataError
 from auxin.objectives.calibration import Calibration, CalibrationSettings, CorpusCalibration
 from auxin.objectives.causal import Causal
@@ -187,6 +188,53 @@ def test_a_corpus_is_read_in_the_models_own_tokens(corpus, saved):
     assert rows(Calibration.of_corpus(model, saved, CorpusCalibration(samples=3, corpus=text))).shape == (3, 32), (
         "no more than the model has positions for"
     )
+
+
+def test_one_file_serves_since_nothing_held_out_is_read(saved, tmp_path):
+    """As in `auxin plan --data corpus.paths=[one.txt]`; by chance it is held out itself, which another seed mends."""
+    text = tmp_path / "one.txt"
+    text.write_text(TEXT.format(1, 1) * 4)
+    seeds = {is_held_out(text, seed): seed for seed in range(200)}
+    corpus = CorpusSettings(paths=(text,), seed=seeds[False])
+    found = Calibration.of_corpus(tiny("llama", vocab_size=400), saved, CorpusCalibration(samples=6, corpus=corpus))
+    document, length = load_tokenizer(saved).encode(text.read_text()), rows(found).shape[1]
+    contexts = {tuple(document[start : start + length]) for start in range(0, len(document) - length + 1, length)}
+    assert {tuple(row) for row in rows(found).tolist()} == contexts
+    assert found.distinct == len(contexts)
+    held_out = CorpusCalibration(corpus=corpus.model_copy(update={"seed": seeds[True]}))
+    with pytest.raises(DataError, match=r"No document fell into the train split .* or another seed"):
+        Calibration.of_corpus(tiny("llama", vocab_size=400), saved, held_out)
+    with pytest.raises(DataError, match="No document fell into the validation split"):
+        prepare(corpus.model_copy(update={"tokenizer": saved, "context_length": 16}), tmp_path / "run")
+
+
+def is_held_out(path, seed):
+    return is_validation(document_key(path.read_bytes(), seed), CorpusSettings(paths=(path,), seed=seed))
+
+
+def test_held_out_text_may_be_shorter_than_a_sample(corpus, saved, tmp_path):
+    """What a corpus has too little of for comparing models serves to look at one; it is not opened for less."""
+    settings = CorpusSettings(paths=(corpus,), tokenizer=saved, context_length=300, validation_fraction=0.05)
+    with pytest.raises(DataError, match=r"The validation split has .* less than one context of 300"):
+        prepare(settings, tmp_path / "run")
+    data = prepare(settings, tmp_path / "looked_at", needed=("train",))
+    assert len(data.split("train")) == len(data.train) > 0
+    with pytest.raises(DataError, match="without a context in the validation split"):
+        data.split("validation")
+    wanted = CorpusCalibration(samples=2, corpus=settings)
+    model = tiny("llama", vocab_size=400, max_position_embeddings=300)
+    assert rows(Calibration.of_corpus(model, saved, wanted)).shape == (2, 300)
+
+
+def test_text_shorter_than_one_sample_is_refused(saved, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("too short")
+    seed = next(seed for seed in range(200) if not is_held_out(text, seed))
+    wanted = CorpusCalibration(corpus=CorpusSettings(paths=(text,), seed=seed), length=30)
+    with pytest.raises(
+        DataError, match=r"The train split has \d+ tokens in 1 documents, less than one context of 30\."
+    ):
+        Calibration.of_corpus(tiny("llama", vocab_size=400), saved, wanted)
 
 
 def test_without_a_corpus_it_is_the_standard_library(saved):

@@ -2,6 +2,7 @@
 real one it falls."""
 
 import copy
+import re
 from functools import partial
 
 import pytest
@@ -21,6 +22,7 @@ from auxin.planning.latency import MILLISECONDS, Curve, LatencyTable, rising
 from auxin.planning.removed_sublayers import without_sublayers
 from auxin.planning.target import Gauge, Target, least_removal, removal
 from auxin.planning.timed_parts import TimedParts
+from capabilities import built_in
 from tiny_models import inputs, tiny
 
 SECONDS_PER_BYTE = 1e-6
@@ -256,29 +258,44 @@ def test_the_least_removal_meets_a_latency(clock):
         least_removal(Gauge(Target(latency_ms=2 * have, sequence_length=4), model), family, 11)
 
 
+PRUNING = {name: method for name, method in built_in().items() if method.intent == "prune"}
+NO_LATENCY = {
+    "axformer": "axformer takes no size: it removes what lowers the loss",
+    "expert-dropping": "as much computation. Give target.parameters or target.memory",
+    "vocabulary-pruning": "costs no computation. Give target.parameters",
+}
+"""Methods to which a time says nothing, with the reason."""
+
+
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        ("random", {}),
+        *((name, {"steps": 2} if name == "vtrans" else {}) for name in sorted(PRUNING.keys() - NO_LATENCY)),
         ("magnitude", {"uniform": False}),
         ("wanda-structured", {"streams": ["ffn"]}),
         ("random", {"streams": ["hidden"]}),
-        ("finercut", {}),
         ("finercut", {"candidates": "layers"}),
-        ("shortgpt", {}),
     ],
 )
-def test_every_pruning_method_takes_a_latency(method, settings):
+def test_every_pruning_method_takes_a_latency(method, settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model = tiny("llama", num_hidden_layers=3, dtype=torch.float32)
     target = {"latency": 0.8, "sequence_length": 4}
-    data = {} if method in ("random", "magnitude") else {"data": [inputs(model)["input_ids"]]}
+    data = {} if PRUNING[method].calibration is None else {"data": [inputs(model)["input_ids"]]}
     plan = auxin.plan(model, method, target=target, **data, **settings)
     assert "asked for: target.latency = 0.8 at 4 tokens" in plan.findings[0]
     assert any(line.startswith("Latency of a forward pass") for line in plan.findings)
     before = by_bytes(skeleton_of(model))
     auxin.apply(plan, model)
     assert by_bytes(skeleton_of(model)) <= 0.82 * before
+
+
+@pytest.mark.parametrize(("method", "reason"), NO_LATENCY.items())
+def test_methods_to_which_a_time_says_nothing_refuse_it_with_the_reason(method, reason):
+    others = {"corpus": "stdlib"} if method == "vocabulary-pruning" else {}
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        PRUNING[method].settings.parse({"target": {"latency": 0.8}, **others})
 
 
 def test_the_size_is_told_to_be_no_smaller_where_the_model_is_as_it_was(clock):

@@ -19,6 +19,35 @@ MORE = ("mixtral", "gptj", "bart", "opt", "modernbert", "falcon", "gemma2")
 every_family = pytest.mark.parametrize("family", dict.fromkeys([*FAMILIES, *MORE]))
 
 
+NORMED = {"self_attn": ["input_layernorm"], "mlp": ["post_attention_layernorm"]}
+ALONG: dict[str, dict[str, list[str]]] = {
+    **dict.fromkeys(["llama", "qwen2", "qwen3", "mixtral"], NORMED),
+    "olmo": {"self_attn": [], "mlp": []},  # norms without gains
+    "tokenformer": {"attention": [], "mlp": []},  # the same
+    "olmo2": {"post_attention_layernorm": ["self_attn"], "post_feedforward_layernorm": ["mlp"]},
+    "gemma2": {
+        "post_attention_layernorm": ["self_attn", "input_layernorm"],
+        "post_feedforward_layernorm": ["mlp", "pre_feedforward_layernorm"],
+    },
+    "gpt2": {"attn": ["ln_1"], "mlp": ["ln_2"]},
+    "gptj": {"attn": [], "mlp": []},  # both read one norm
+    "gpt_neox": {"attention": ["input_layernorm"], "mlp": ["post_attention_layernorm"]},
+    "falcon": {"self_attention": ["ln_attn"], "mlp": ["ln_mlp"]},
+    "t5": {
+        "layer.0.SelfAttention": ["layer.0.layer_norm"],
+        "layer.1.EncDecAttention": ["layer.1.layer_norm"],
+        "layer.1.DenseReluDense": ["layer.1.layer_norm"],
+        "layer.2.DenseReluDense": ["layer.2.layer_norm"],
+    },
+    "bert": {"attention.output.dense": ["attention.self"], "output.dense": ["intermediate"]},  # norms behind sums
+    "bart": {"self_attn": [], "encoder_attn": [], "fc2": ["fc1"]},  # the same
+    "opt": {"self_attn": ["self_attn_layer_norm"], "fc2": ["fc1", "final_layer_norm"]},
+    "vit": {"attention": ["layernorm_before"], "mlp": ["layernorm_after"]},
+    "modernbert": {"attn": ["attn_norm"], "mlp": ["mlp_norm"]},  # the first layer's first one is none
+}
+"""What goes beside a sublayer, by its path in the layer: read off the modeling code of each architecture."""
+
+
 def plan(edits: list[Any]) -> Plan:
     return Plan(method="by hand", promise="none", edits=edits)
 
@@ -57,9 +86,14 @@ def test_removed_is_masked_to_the_bit(family):
         smaller = without(model, without_sublayers(model, [sublayer.path]))
         with torch.no_grad():
             assert torch.equal(output(smaller(**inputs(model))), masked(model, [sublayer]))
-        # Everything goes that had a part in this alone: its matrices, and the norm in front of it, if it has one.
-        own = sum(p.numel() for p in model.get_submodule(sublayer.path).parameters())
-        assert model.num_parameters() - smaller.num_parameters() >= own > 0
+        # Everything goes that had a part in this alone, and nothing else.
+        inside = sublayer.path.removeprefix(f"{sublayer.layer}.")
+        paths = [inside, *ALONG[family][inside]]
+        wanted = {n for n, _ in model.named_parameters() for path in paths if n.startswith(f"{sublayer.layer}.{path}.")}
+        left = {name for name, _ in smaller.named_parameters()}
+        assert {name for name, _ in model.named_parameters()} - left == wanted
+        entries = sum(model.get_parameter(name).numel() for name in wanted)
+        assert model.num_parameters() - smaller.num_parameters() == entries > 0
         left = {one.path for one in sublayers(smaller)}
         assert left == {one.path for one in known} - {sublayer.path}
 

@@ -23,7 +23,7 @@ from auxin.analysis.unit_masks import Mask, Streams, maskable, masked
 from auxin.analysis.units import Group, units_of
 from auxin.errors import PlanError
 from auxin.models.evaluating import evaluation_mode
-from auxin.models.sublayers import Sublayer, add_nothing, refuse_shared, sublayers
+from auxin.models.sublayers import Sublayer, about_none, add_nothing, refuse_run_again, refuse_shared, sublayers
 from auxin.nn.attention_functions import calls_a_function
 from auxin.nn.autocast import without_autocast
 from auxin.nn.reading_few import reading_few
@@ -94,9 +94,10 @@ def branches(model: PreTrainedModel, streams: Sequence[Streams], group_size: int
     Raises:
         PlanError: the architecture is not known, has several towers, or layers that share a module.
     """
+    refuse_run_again(model)
     every = sublayers(model)
     if not every:
-        raise PlanError(f"No sublayers of this {type(model).__name__} are known that could be removed alone.")
+        raise PlanError(about_none(model))
     refuse_shared(model, [one.output for one in every])
     units = units_of(model)
     of_layer: dict[tuple[str, bool], list[Group]] = {}

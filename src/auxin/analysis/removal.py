@@ -38,7 +38,7 @@ from auxin.analysis.parts import SERIES, WHOLE
 from auxin.analysis.spread import Estimate, Spread
 from auxin.analysis.targets import label_rows, refuse_without_targets
 from auxin.errors import DataError, PlanError
-from auxin.models.sublayers import Sublayer, add_nothing, refuse_shared, sublayers
+from auxin.models.sublayers import Sublayer, about_none, add_nothing, refuse_run_again, refuse_shared, sublayers
 from auxin.nn.calls import first_argument
 from auxin.objectives.objective import IGNORED
 from auxin.report.forest import Mark, Panel, Row, forest_svg
@@ -82,6 +82,7 @@ def _removable(model: PreTrainedModel, found: list[Candidate]) -> list[Candidate
 
 
 def _candidates(model: PreTrainedModel, known: Sequence[Sublayer], which: Candidates) -> list[Candidate]:
+    refuse_run_again(model)
     if which == "layers":
         first = {sublayer.layer: sublayer for sublayer in reversed(known)}
         found = [_candidate(first[path], path, "layer", ()) for path in dict.fromkeys(s.layer for s in known)]
@@ -90,7 +91,7 @@ def _candidates(model: PreTrainedModel, known: Sequence[Sublayer], which: Candid
         found = [_candidate(sublayer, sublayer.path, sublayer.kind, (sublayer.output,)) for sublayer in wanted]
     if not found:
         kinds = "sublayers" if which in ("all", "layers") else f"{which} sublayers"
-        raise PlanError(f"No {kinds} of this {type(model).__name__} are known that could be removed alone.")
+        raise PlanError(about_none(model, kinds))
     return found
 
 

@@ -32,6 +32,8 @@ Kind = Literal["residual", "query", "key_value", "ffn", "expert_ffn", "shared_ex
 """A stream whose units are cut."""
 Group = tuple[Kind, str]
 """Units that are cut by number together: those of a stream in a scope, as `auxin.planning.cutting` takes them."""
+Residual = Literal["written", "normed"]
+"""Where units of the residual lie: in what is written to it, or in the outputs of the layers' norms."""
 WORDS: dict[Kind, str] = {
     "query": "query heads",
     "key_value": "key-value groups",
@@ -133,12 +135,41 @@ class Units:
             yield
 
 
-def units_of(model: PreTrainedModel, stream: Literal["written", "normed"] = "written") -> Units:
+def why_no_residual(model: PreTrainedModel, stream: Residual = "written") -> str:
+    """Why units of the residual are not known to lie anywhere in `model`, in a sentence; empty where they are. Its
+    weights are not looked at.
+
+    Args:
+        model: the model, on any device.
+        stream: as in `units_of`.
+
+    Raises:
+        PlanError: the architecture is not known.
+    """
+    body = anatomy(model)
+    if body.residual_blocks != "one":
+        return "The residual stream has several blocks (AltUp), of which each layer sees one."
+    if body.has_stages:
+        return "It has stages, whose residual streams have a width each."
+    if stream == "normed":
+        known = next(_behind_norms(model, body), None)
+        return "" if known else "The norms of its layers have no gains, by which they would be known."
+    for stack in body.stacks:
+        if stack.layers_shared:
+            return f"The layers of {stack.path} share their parameters and are run several times."
+        if stack.reader_of_entry:
+            return f"{stack.reader_of_entry} changes the residual stream between layers of {stack.path}."
+        if stranger := next((layer for layer, parts in _parts(model, stack) if not parts), None):
+            return f"{stranger} is not built as its architecture is known to be."
+    return ""
+
+
+def units_of(model: PreTrainedModel, stream: Residual = "written") -> Units:
     """The units of `model`, which has its weights.
 
     Args:
         model: the model.
-        stream: where the units of the residual lie: in what is written to it, or in the outputs of the layers' norms.
+        stream: where the units of the residual lie.
 
     Raises:
         PlanError: the architecture is not known, has several towers, or is built of modules into which nobody sees.
@@ -167,11 +198,10 @@ def units_of(model: PreTrainedModel, stream: Literal["written", "normed"] = "wri
             found.counts[group] = place.experts if group[0] == "expert" else segment.count
             if group[0] == "query":
                 _group_heads(found, body, group[1])
-    places, reason = _behind_norms(model, body) if stream == "normed" else _where_written(model, body)
-    if reason:
+    if reason := why_no_residual(model, stream):
         found.missing[WORDS["residual"]] = reason
     else:
-        found.places += places
+        found.places += _behind_norms(model, body) if stream == "normed" else _stream_places(model, body)
         found.counts["residual", ""] = body.sizes.residual
     if not found.places:
         raise PlanError(f"No unit of the {body.family} model is known to lie anywhere: {reason}")
@@ -241,42 +271,13 @@ def _group_heads(found: Units, body: Anatomy, layer: str) -> None:
         found.counts["key_value", layer] = sizes.key_value_heads
 
 
-_BLOCKS = "The residual stream has several blocks (AltUp), of which each layer sees one."
-_STAGES = "It has stages, whose residual streams have a width each."
-
-
-def _behind_norms(model: PreTrainedModel, body: Anatomy) -> tuple[list[Place], str]:
-    """The outputs of the norms of layers, and why they are not known, in a sentence; empty where they are."""
-    if body.residual_blocks != "one" or body.has_stages:
-        return [], _STAGES if body.has_stages else _BLOCKS
-    found = []
+def _behind_norms(model: PreTrainedModel, body: Anatomy) -> Iterator[Place]:
+    """The outputs of the norms of layers, those with gains."""
     for name, _ in model.named_parameters():
         stack, role = body.stack_of(name), body.role(name)
         if stack is not None and role.kind == "gain" and role.along("residual"):
             module = model.get_submodule(name.rpartition(".")[0])
-            found.append(Place(("residual", ""), 1, module, "output", _is_decoder(body, stack)))
-    return found, "" if found else "The norms of its layers have no gains, by which they would be known."
-
-
-def _where_written(model: PreTrainedModel, body: Anatomy) -> tuple[list[Place], str]:
-    """Where the residual stream is written, and why that is not known, in a sentence; empty where it is."""
-    reason = _why_no_residual(model, body)
-    return ([], reason) if reason else (list(_stream_places(model, body)), "")
-
-
-def _why_no_residual(model: PreTrainedModel, body: Anatomy) -> str:
-    if body.residual_blocks != "one":
-        return _BLOCKS
-    if body.has_stages:
-        return _STAGES
-    for stack in body.stacks:
-        if stack.layers_shared:
-            return f"The layers of {stack.path} share their parameters and are run several times."
-        if stack.reader_of_entry:
-            return f"{stack.reader_of_entry} changes the residual stream between layers of {stack.path}."
-        if stranger := next((layer for layer, parts in _parts(model, stack) if not parts), None):
-            return f"{stranger} is not built as its architecture is known to be."
-    return ""
+            yield Place(("residual", ""), 1, module, "output", _is_decoder(body, stack))
 
 
 def _parts(model: PreTrainedModel, stack: LayerStack) -> Iterator[tuple[str, list[str]]]:

@@ -51,7 +51,7 @@ def grow(
     if output is None:
         raise ConfigError("--output: give the folder of the grown checkpoint, or --dry-run to see the plan only.")
     receipt = change_checkpoint(plan, checkpoint, output)
-    _print_receipt(receipt, output, as_json)
+    _print_receipt(receipt, output, as_json, str(receipt.plan))
 
 
 @app.command(epilog="Example: [bold]auxin methods[/]\n\nOne of them: [bold]auxin methods tokenformer[/]")
@@ -143,7 +143,7 @@ def apply(
 
     refuse_swapped(checkpoint.is_file() and plan.is_dir(), "apply", checkpoint, plan)
     receipt = change_checkpoint(Plan.from_yaml(plan), checkpoint, output)
-    _print_receipt(receipt, output, as_json)
+    _print_receipt(receipt, output, as_json, receipt.plan.summary())
 
 
 @app.command(epilog="Example: [bold]auxin diff CKPT grown[/]\n\nTwo plans: [bold]auxin diff plan.yaml other.yaml[/]")
@@ -216,7 +216,7 @@ def _choices(annotation: Any) -> list[Any]:
     return [choice for part in inner for choice in _choices(part)]
 
 
-def _print_receipt(receipt: Any, output: Path, as_json: bool) -> None:
+def _print_receipt(receipt: Any, output: Path, as_json: bool, done: str) -> None:
     from auxin.edits.runtimes import about_runtimes
     from auxin.models.loading import load_config
     from auxin.models.weight_files import first_file
@@ -228,4 +228,4 @@ def _print_receipt(receipt: Any, output: Path, as_json: bool) -> None:
         print(receipt.model_dump_json(indent=2))
         to_stderr(note)
         return
-    print(f"{receipt.plan}\n\n{receipt}\nWritten to {output}\n{note}")
+    print(f"{done}\n\n{receipt}\nWritten to {output}\n{note}")

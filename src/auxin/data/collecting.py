@@ -1,11 +1,11 @@
 """The distinct documents of a source, each in its split, and what became of the others."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from auxin.data.dataset import ProgressCallback
+from auxin.data.dataset import SPLITS, ProgressCallback, SplitName
 from auxin.data.packing import DocumentSpool
 from auxin.data.settings import SourceSettings
 from auxin.data.sources import Document
@@ -91,6 +91,7 @@ def collect(
     directory: Path,
     advance: ProgressCallback,
     noun: str = "document",
+    needed: Collection[SplitName] = SPLITS,
 ) -> Collected:
     """Read the source once; drop exact duplicates; send each document to its split.
 
@@ -102,9 +103,10 @@ def collect(
         directory: where they are spooled.
         advance: is told the bytes read so far.
         noun: what messages call a document.
+        needed: the splits of which something is to be read.
 
     Raises:
-        DataError: a split has no document.
+        DataError: a split that is needed has no document.
     """
     collected = Collected(directory)
     seen: dict[bytes, bytes] = {}
@@ -135,8 +137,9 @@ def collect(
         advance("read", size, None)
     collected.train.finish()
     collected.validation.finish()
-    for name, spool in (("train", collected.train), ("validation", collected.validation)):
-        if not len(spool):
+    splits: dict[SplitName, DocumentSpool] = {"train": collected.train, "validation": collected.validation}
+    for name, spool in splits.items():
+        if name in needed and not len(spool):
             raise DataError(_empty_split(name, len(seen), settings, collected, noun))
     return collected
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from auxin.data.collecting import Collected
-from auxin.data.dataset import DatasetKind, ProgressCallback, SampleForm, SplitName
+from auxin.data.dataset import SPLITS, DatasetKind, ProgressCallback, SampleForm, SplitName
 from auxin.data.loader import Contexts
 from auxin.data.packing import DocumentSpool, SplitReport, pack, token_dtype
 from auxin.data.prepared_text import PreparedText, TextManifest, TextReport, with_tokenizer
@@ -19,6 +19,7 @@ from auxin.data.preparing import Manifest, Steps, open_array, prepare_folder
 from auxin.data.settings import CorpusSettings, packed_form
 from auxin.data.sources import read_documents
 from auxin.data.tokenizer import load_tokenizer, plain_backend, tokenizer_digest, vocabulary_fields
+from auxin.errors import DataError
 
 FORMAT = 1
 
@@ -76,8 +77,18 @@ class PackedData(PreparedText[_Manifest]):
         return packed_form(self.settings, self.vocab_size, self.tokenizer())
 
     def split(self, name: SplitName) -> Contexts:
-        """The contexts of one split."""
-        return Contexts(getattr(self, name))
+        """The contexts of one split.
+
+        Raises:
+            DataError: it was not needed when the corpus was prepared, and has none.
+        """
+        contexts = getattr(self, name)
+        if not len(contexts):
+            raise DataError(
+                f"{self.directory} was prepared without a context in the {name} split. Prepare the corpus in another "
+                "folder, and with more text."
+            )
+        return Contexts(contexts)
 
     @property
     def bytes_per_unit(self) -> float:
@@ -101,14 +112,25 @@ class PackedData(PreparedText[_Manifest]):
         }
 
 
-def prepare(settings: CorpusSettings, directory: str | Path, progress: ProgressCallback | bool = False) -> PackedData:
+def prepare(
+    settings: CorpusSettings,
+    directory: str | Path,
+    progress: ProgressCallback | bool = False,
+    needed: tuple[SplitName, ...] = SPLITS,
+) -> PackedData:
     """Prepare a corpus in `directory`, or open the one that is there; see `prepare_folder`.
 
+    Args:
+        settings: the corpus.
+        directory: the folder to fill.
+        progress: a callback, or True for progress bars.
+        needed: the splits of which something is to be read: the others may be empty.
+
     Raises:
-        DataError: the source can't be used, a split would be empty, or the folder holds something else.
+        DataError: the source can't be used, a split that is needed would be empty, or the folder holds something else.
     """
-    steps = Steps(PackedData, read_documents, with_tokenizer(load_tokenizer, DocumentSpool.texts, _build))
-    return prepare_folder(steps, settings, directory, progress)
+    begin = with_tokenizer(load_tokenizer, DocumentSpool.texts, partial(_build, needed=needed))
+    return prepare_folder(Steps(PackedData, read_documents, begin, needed=needed), settings, directory, progress)
 
 
 def _build(
@@ -117,14 +139,19 @@ def _build(
     tokenizer: PreTrainedTokenizerFast,
     directory: Path,
     advance: ProgressCallback,
+    needed: tuple[SplitName, ...],
 ) -> dict[str, Any]:
     vocab_size = vocabulary_fields(tokenizer)["vocab_size"]
     backend, separator = plain_backend(tokenizer), int(tokenizer.eos_token_id)
 
-    def packed(name: str, spool: DocumentSpool) -> SplitReport:
+    def packed(name: SplitName, spool: DocumentSpool) -> SplitReport:
         path, dtype = directory / f"{name}.npy", token_dtype(vocab_size)
         length = settings.context_length
-        return pack(spool, backend, separator, path, length, dtype, lambda done: advance(name, done, spool.size))
+
+        def told(done: int) -> None:
+            advance(name, done, spool.size)
+
+        return pack(spool, backend, separator, path, length, dtype, told, name in needed)
 
     report = CorpusReport(
         **collected.report(),

@@ -18,6 +18,7 @@ from auxin.words.registry import Registry
 ProgressCallback = Callable[[str, int, int | None], None]
 """Called with what is being done, the amount done and the total (None: unknown)."""
 SplitName = Literal["train", "validation"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation")
 
 
 @dataclass(frozen=True)

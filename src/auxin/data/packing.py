@@ -140,13 +140,14 @@ def pack(
     context_length: int,
     dtype: np.dtype[Any],
     advance: Callable[[int], None],
+    needed: bool = True,
 ) -> SplitReport:
     """Encode the documents of `spool`, each followed by the separator, into contexts of `context_length` tokens.
 
     The last tokens that fill no context are dropped and counted. `advance` is told the UTF-8 bytes done so far.
 
     Raises:
-        DataError: the tokens do not fill one context.
+        DataError: the tokens do not fill one context, and one is `needed`.
     """
     writer = ContextWriter(path, context_length, dtype)
     done = total = 0
@@ -160,7 +161,7 @@ def pack(
         done += len(text.encode())
         advance(done)
     dropped, digest = writer.finish()
-    if writer.contexts == 0:
+    if writer.contexts == 0 and needed:
         raise DataError(
             f"The {path.stem} split has {total} tokens in {len(spool)} documents, less than one context of "
             f"{context_length}. Use more text, a shorter context_length, or another validation_fraction."

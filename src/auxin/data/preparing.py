@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from auxin.data.collecting import Collected, ReadReport, collect
-from auxin.data.dataset import ProgressCallback
+from auxin.data.dataset import SPLITS, ProgressCallback, SplitName
 from auxin.data.settings import SourceSettings
 from auxin.data.sources import Document, source_signature
 from auxin.errors import ConfigError, DataError, reason
@@ -142,6 +142,8 @@ class Steps(Generic[SettingsT, PreparedT]):
     """Loads what the settings name, before the source is read."""
     document: str = "document"
     """What messages call one."""
+    needed: tuple[SplitName, ...] = SPLITS
+    """Of which splits something is to be read; the others may be empty."""
 
 
 def prepare_folder(
@@ -192,7 +194,7 @@ def _fill(steps: Steps[SettingsT, PreparedT], settings: SettingsT, directory: Pa
     # Read before the documents: a file that changes meanwhile is then noticed at the next use.
     signature = source_signature(settings)
     begun = steps.begin(settings)
-    collected = collect(settings, steps.documents(settings), directory, advance, steps.document)
+    collected = collect(settings, steps.documents(settings), directory, advance, steps.document, steps.needed)
     own = begun.build(collected, directory, advance)
     collected.unlink()
     manifest = steps.data.manifest_class(
@@ -246,7 +248,7 @@ def _digest(steps: Steps[SettingsT, PreparedT], settings: SettingsT) -> str:
     """The digest of the source's documents as `_fill` records it."""
     with tempfile.TemporaryDirectory() as folder:
         documents = steps.documents(settings)
-        return collect(settings, documents, Path(folder), lambda stage, done, total: None).digest()
+        return collect(settings, documents, Path(folder), lambda stage, done, total: None, needed=steps.needed).digest()
 
 
 def open_array(path: Path, shape: tuple[int, ...], types: Collection[Any]) -> np.ndarray:

@@ -13,13 +13,14 @@ from auxin.accounting import count_parameters
 from auxin.edits.carry import carry, check_tensors
 from auxin.edits.kinds.rate import Rate
 from auxin.edits.module_store import ModuleStore
-from auxin.edits.plan import Plan
+from auxin.edits.plan import REPLAYED, Plan
 from auxin.edits.probe import Probe, probe_and_outputs, settings_kept
 from auxin.edits.promise import measured_change, tolerance
 from auxin.edits.purpose import refuse_other_model
 from auxin.edits.renumbering import change_generation, check_kept_tokens, generation_changes
 from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.room import refuse_too_large
+from auxin.edits.structure import structural_edits
 from auxin.edits.tree import Undo, rebuild_tree
 from auxin.edits.unread import about_unread, outputs_and_unread
 from auxin.errors import PlanError
@@ -48,6 +49,8 @@ class Receipt(Settings):
     """How AdamW must go on with those parameters for which it is not as before, by name; see `continue_exactly`."""
     notes: list[str] = []
     """Of a folder: what was left out of the new one since it is of the old model, and why; given as warnings, too."""
+    replayed: bool = False
+    """Whether the result's config keeps edits, so that it loads after `import auxin` alone."""
     seconds: float
     """Wall time, the probe included."""
 
@@ -70,7 +73,7 @@ class Receipt(Settings):
         return (
             f"{self.parameters_before:,} -> {self.parameters_after:,} parameters in {self.seconds:.1f} s. "
             f"Promise {self.plan.promise!r}: the outputs on the probe {moved}{allowed}."
-        )
+        ) + f" {REPLAYED}" * self.replayed
 
 
 @torch.inference_mode(False)
@@ -155,6 +158,7 @@ def _applied(
         tolerance=allowed,
         unread=unread,
         continuation=rates,
+        replayed=bool(structural_edits(model.config)),
         seconds=time.perf_counter() - start,
     )
     for note in (*plan.notes, *about_unread(plan, unread)):

@@ -25,7 +25,7 @@ from auxin.edits.resolution import ResolvedPlan, resolve
 from auxin.edits.room import refuse_too_large_for_folder
 from auxin.edits.saved import complete
 from auxin.edits.sentence_modules import followed_modules
-from auxin.edits.structure import edited_skeleton
+from auxin.edits.structure import edited_skeleton, structural_edits
 from auxin.edits.trainer_optimizer import FILE as TRAINER_OPTIMIZER
 from auxin.edits.trainer_optimizer import carry_trainer_optimizer
 from auxin.edits.unread import about_unread, outputs_and_unread
@@ -126,6 +126,7 @@ def apply_to_checkpoint(
             unread=unread,
             continuation=continuation(resolved),
             notes=notes,
+            replayed=bool(structural_edits(config)),
             seconds=time.perf_counter() - start,
         )
         if finish is not None:

@@ -1,6 +1,8 @@
 """Plans: ordered edits with the promise they make, readable as a table and as YAML, checked before anything changes."""
 
 import shutil
+import textwrap
+from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -27,6 +29,8 @@ from auxin.yaml_files import LARGE
 Promise = Literal["exact", "approximate", "none"]
 REPLAYED = "The result loads after `import auxin`; its config alone can't say what it is."
 """What a plan says of a result that keeps edits in its config."""
+LINE = 80
+"""Characters of an edit in a line of a table."""
 
 
 class Plan(Settings):
@@ -143,15 +147,28 @@ class Plan(Settings):
                 "tells a size and can't be applied. Plan again with the model's weights."
             )
 
-    def __str__(self) -> str:
+    def summary(self) -> str:
+        """The plan without its edits: the method, what it promises and found, and what is to be known."""
+        return "\n".join([self._head(), *self._about()])
+
+    def _head(self) -> str:
         head = f"{self.method}: promise {self.promise}, seed {self.seed}"
         if self.estimate:
             head += " (an estimate: made without the model's weights, the plan with them may have other sizes)"
-        notes = [f"Hook in the training after: {_hook_in_words(hook)}" for hook in self.hooks]
+        return head
+
+    def _about(self) -> list[str]:
+        """What is said after the edits, in lines."""
+        notes = [f"Files beside it: {', '.join(file.name for file in self.files)}"] if self.files else []
+        notes += [f"Hook in the training after: {_hook_in_words(hook)}" for hook in self.hooks]
         notes += [f"Note: {note}" for note in self.notes]
         notes += self.findings
         if self.cost is not None:
             notes.append(f"Planning took {self.cost}")
+        return notes
+
+    def __str__(self) -> str:
+        head, notes = self._head(), self._about()
         if self.made_for is None:
             return "\n".join([head, *(f"  {describe_edit(edit)}" for edit in self.edits), *notes])
         with placed("made_for: "):
@@ -186,9 +203,10 @@ class Plan(Settings):
         unit = unit_of_cost(before)
         counted = f"{sequence_length} {unit}s" if unit != "sample" else "per sample"
         rows.append([f"(model, {counted})", "", _arrow(*counts), _arrow(*map(round, flops))])
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [line for row in rows for line in _broken(row)]
+        widths = [max(len(line[column]) for line in lines) for column in range(4)]
         return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         )
 
 
@@ -197,27 +215,40 @@ def _hook_in_words(hook: dict[str, Any]) -> str:
     return str(hook.get("kind")) + (f" ({settings})" if settings else "")
 
 
+def _broken(row: list[str]) -> list[list[str]]:
+    """The lines of a row whose edit is longer than a line."""
+    first, *more = textwrap.wrap(row[1], LINE, break_long_words=False, break_on_hyphens=False) or [""]
+    return [[row[0], first, *row[2:]], *(["", f"  {line}", "", ""] for line in more)]
+
+
 def _structure_rows(plan: Plan) -> list[list[str]]:
-    """The edits that change no single parameter."""
-    rows = []
+    """The edits that change no single parameter, one row for what happens alike to modules of several layers."""
+    alike: dict[tuple[str, str], list[str]] = {}
     for edit in plan.edits:
         if not isinstance(edit, ParameterEdit):
             whole = isinstance(edit, SetConfig | ChangeArchitecture)
             place = "(config)" if whole else getattr(edit, "layers", getattr(edit, "module", ""))
-            rows.append([place, str(edit), "", ""])
-    return rows
+            alike.setdefault((collapse(place), str(edit)), []).append(place)
+    return [
+        [place, what, "", ""]
+        for (form, what), places in alike.items()
+        # One that holds a pattern itself means several already.
+        for place in (together(places) if form not in places else places)
+    ]
 
 
 def _parameter_rows(resolved: ResolvedPlan) -> list[list[str]]:
-    """One row for the parameters of all layers to which the same happens; those that only move have none."""
+    """One row for the parameters of all layers to which the same happens, if to other units; those that only move have
+    none."""
     looked_up = _only_looked_up(resolved.after)
     old_shapes = shapes_of(resolved.before)
-    same: dict[tuple[str, str], list[str]] = {}
+    same: dict[tuple[str, ...], list[str]] = {}
     for name, origin in resolved.origins.items():
         if origin.steps or isinstance(origin.source, Fresh | Made):
-            same.setdefault((collapse(name), _what_happens(origin)), []).append(name)
+            same.setdefault((collapse(name), *_what_happens(origin, which=False)), []).append(name)
     rows = []
-    for (_, what), names in same.items():
+    for names in same.values():
+        what = _what_happens_to_all([resolved.origins[name] for name in names])
         for place, group in together(names, resolved.origins).items():
             sums, uncounted = [0, 0, 0, 0], False
             for name in group:
@@ -233,13 +264,20 @@ def _parameter_rows(resolved: ResolvedPlan) -> list[list[str]]:
     return rows
 
 
-def _what_happens(origin: Origin) -> str:
+def _what_happens_to_all(origins: Sequence[Origin]) -> str:
+    """The steps of parameters that differ in the units that are taken at most."""
+    alike, every = _what_happens(origins[0], which=False), zip(*map(_what_happens, origins), strict=True)
+    return "; ".join(step if len(set(told)) > 1 else told[0] for step, told in zip(alike, every, strict=True))
+
+
+def _what_happens(origin: Origin, which: bool = True) -> list[str]:
+    """The steps in words, with or without the numbers of units that are taken."""
     begun = []
     if isinstance(origin.source, Fresh):
         begun = [f"new: {origin.source.fill or 'initialised'}"]
     elif isinstance(origin.source, Made):
         begun = [f"made of {', '.join(origin.source.group.inputs)}"]
-    return "; ".join([*begun, *(str(step.edit) for step in origin.steps)])
+    return [*begun, *(step.edit.shown(step.name, which) for step in origin.steps)]
 
 
 def _only_looked_up(model: PreTrainedModel) -> set[str]:

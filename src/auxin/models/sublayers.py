@@ -94,6 +94,25 @@ def refuse_shared(model: PreTrainedModel, outputs: Iterable[str]) -> None:
             )
 
 
+def about_none(model: PreTrainedModel, kinds: str = "sublayers") -> str:
+    """What is said where `model` has none of `kinds` that could be removed, and what to do."""
+    return (
+        f"No {kinds} of this {type(model).__name__} are known that could be removed alone. Take widths instead, for "
+        "example by taylor."
+    )
+
+
+def refuse_run_again(model: PreTrainedModel) -> None:
+    """PlanError when layers of `model` share their parameters and are run several times (ALBERT), so that neither one
+    of them nor a part of one can be taken out alone, or be told from the others by what it does."""
+    if shared := next((stack for stack in anatomy(model).stacks if stack.layers_shared), None):
+        raise PlanError(
+            f"The layers of {shared.path} share their parameters and are run several times, so that no layer, and no "
+            "part of one, can go alone. Prune the widths that all of them share, for example by taylor, or factorise "
+            "their matrices by greenformers."
+        )
+
+
 def add_nothing(module: nn.Module, arguments: Any, result: Any) -> Any:
     """A forward hook that masks a sublayer by its `output`: what it gives, or gives first, becomes zeros."""
     # Not a product with zero: what is not finite must go, too.

@@ -196,7 +196,7 @@ class Calibration:
         asked = CalibrationSettings.parse(wanted.model_dump(exclude={"corpus"}, exclude_unset=True))
         with tempfile.TemporaryDirectory() as folder:
             try:
-                data = prepare(corpus, Path(folder) / "corpus")
+                data = prepare(corpus, Path(folder) / "corpus", needed=("train",))
             except DataError as error:
                 raise DataError(
                     f"There is no data to look at: {error} Save the model with its tokenizer, name another corpus, or "

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from auxin.edits.kinds.edit import Edit
 from auxin.errors import PlanError
-from auxin.models.sublayers import Kind, Sublayer, refuse_shared, sublayers
+from auxin.models.sublayers import Kind, Sublayer, refuse_run_again, refuse_shared, sublayers
 from auxin.planning.kept_paths import is_kept
 from auxin.planning.removed_sublayers import refusals, without_sublayers
 from auxin.planning.unit_order import Course, Place, Scores, line, ranked
@@ -114,6 +114,7 @@ def pruned_sublayers(model: PreTrainedModel, keep: Sequence[str]) -> PrunedSubla
     Raises:
         PlanError: the architecture is not known, layers share a sublayer, or none can go.
     """
+    refuse_run_again(model)
     known, of_stacks = sublayers(model), dict[str, list[Sublayer]]()
     refuse_shared(model, [one.output for one in known])
     for one in known:

@@ -238,12 +238,21 @@ class Prunable(Subject):
         return replace(found, blocks=(), scores=(), standings=()) if is_kept(scope, self.settings.keep) else found
 
 
-def prunable(model: PreTrainedModel, settings: Pruning) -> Prunable:
+def prunable(model: PreTrainedModel, settings: Pruning, refused: Mapping[Part, str] | None = None) -> Prunable:
     """What of `model` is to be scored; weights are not looked at.
 
+    Args:
+        model: the model, on any device.
+        settings: what stays.
+        refused: what the method can't take from, and why, in sentences. Nobody is advised to ask for it.
+
     Raises:
-        PlanError: an unknown architecture, a model of several towers without a `part`, or units that it has not.
+        PlanError: an unknown architecture, a model of several towers without a `part`, units that it has not, or what
+            is refused.
     """
+    refused = refused or {}
+    if other := next((part for part in settings.chosen if part in refused), None):
+        raise PlanError(f"{other}: {refused[other]}")
     found = anatomy(model, part=settings.part)
     refuse_without_tower(found)
     if settings.part is not None and not any(stack.tower for stack in found.stacks):
@@ -272,7 +281,7 @@ def prunable(model: PreTrainedModel, settings: Pruning) -> Prunable:
         units |= whole.units
     if not units:
         raise PlanError(f"The {body.family} model has neither heads nor feed-forward units that could go.")
-    return Prunable(model, settings, body, units, whole=whole)
+    return Prunable(model, settings, body, units, whole=whole, refused=refused)
 
 
 def _refuse_wider(settings: Pruning, body: Anatomy, units: Iterable[Place], layers: Sequence[str]) -> None:

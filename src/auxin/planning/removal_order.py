@@ -71,11 +71,11 @@ class HowMuch(Settings):
         Raises:
             PlanError: none of them, or more than can.
         """
-        if self.removed is None:
-            return None
         total, most = len(offered), len(self.most(offered))
         if not most:
-            raise PlanError("There are no two parts of which one could go. Choose other candidates, or another method.")
+            raise PlanError(self._why_none())
+        if self.removed is None:
+            return None
         count = floor(total * Fraction(str(self.removed))) if self.removed < 1 else int(self.removed)
         if not 0 < count <= most:
             raise PlanError(
@@ -83,6 +83,15 @@ class HowMuch(Settings):
                 f"1 to {most}, or for a share from {ceil(10_000 / total) / 10_000:.4f} on."
             )
         return count
+
+    def _why_none(self) -> str:
+        """Why nothing can go, and what to do about it."""
+        if "candidates" in type(self).model_fields:
+            return "There are no two parts of which one could go. Choose other candidates, or another method."
+        return (
+            "There are no two layers of which one could go. Take parts of layers, by finercut, or widths, for example "
+            "by taylor."
+        )
 
     def _why_not(self, count: int, offered: Mapping[str, str]) -> str:
         if count > len(offered) - len(set(offered.values())):

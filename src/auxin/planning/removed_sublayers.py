@@ -19,7 +19,7 @@ from auxin.edits.kinds.edit import ArrangeLayers, Edit, RemoveModule
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.models.places import refuse_broken, running_on_shapes, what_is_returned
-from auxin.models.sublayers import Sublayer, add_nothing, refuse_shared, sublayers
+from auxin.models.sublayers import Sublayer, add_nothing, refuse_run_again, refuse_shared, sublayers
 from auxin.planning.depth import arrange, arranged, counts_for_the_cache, depth, refuse_kept_layers
 from auxin.words.paths import encloses
 
@@ -84,8 +84,10 @@ def layers_to_leave_out(model: PreTrainedModel) -> dict[str, str]:
     """The layers of `model` that `without_layers` may leave out: the stack of each, by its path.
 
     Raises:
-        PlanError: the architecture is not known, or no value of the config counts the layers of one stack.
+        PlanError: the architecture is not known, layers share their parameters, or no value of the config counts the
+            layers of one stack.
     """
+    refuse_run_again(model)
     stacks = [stack for stack in anatomy(model).stacks if not counts_for_the_cache(model, stack)]
     for stack in stacks:
         if not stack.length_field:

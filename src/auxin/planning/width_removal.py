@@ -4,7 +4,7 @@ A stream goes along its course (`auxin.planning.unit_order`), a unit at a time; 
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from math import floor
@@ -57,6 +57,8 @@ class Subject:
     """What comes before units are cut; None: nothing."""
     whole: PrunedSublayers | None = None
     """The sublayers that may go, too; None: none."""
+    refused: Mapping[Part, str] = field(default_factory=dict)
+    """What the method can't take from, and why: it is never advised to."""
 
     @cached_property
     def gauge(self) -> Gauge:
@@ -125,7 +127,7 @@ class Courses:
             raise PlanError(" ".join([str(error), *self.notes])) from error
 
     def _more(self) -> str:
-        """What a target takes from, and what it could take from, too; empty where that is all there is."""
+        """What a target takes from, and what it could take from, too, by this method; empty where that is all."""
         body, chosen = self.found.body, list(self.found.settings.chosen)
         possible: dict[Part, bool] = {
             "heads": not body.heads_stay,
@@ -133,13 +135,17 @@ class Courses:
             "experts": bool(body.sizes.experts),
             "hidden": not body.residual_stays,
         }
-        more = [part for part, can_go in possible.items() if can_go and part not in chosen]
+        more = [part for part, can_go in possible.items() if can_go and self._could_go(part)]
         if not more:
             return ""
         return (
             f"It takes from {' and '.join(chosen)}, and smaller are models that lose {' or '.join(more)}, too: streams "
             f"= [{', '.join([*chosen, *more])}]."
         )
+
+    def _could_go(self, part: Part) -> bool:
+        """Whether the method could take from `part`, too, and was not asked to."""
+        return part not in self.found.settings.chosen and part not in self.found.refused
 
     def _exactly(self, gauge: Gauge, chain: Sequence[list[int]], found: Removal) -> Removal:
         """The removal that leaves no room for one unit more. A step of the chain may be one of large units, which goes
@@ -252,6 +258,7 @@ class Courses:
         if not any(asked):
             mend = " Ask for less." if any(self._smaller(course) for course in self.courses) else ""
             raise PlanError(f"There is nothing to prune: {', '.join(map(self._whole, self.courses))}.{mend}")
+        self._refuse_bound(course for course, state in zip(self.courses, asked, strict=True) if state)
         wanted = [self._possible(place, asked, amounts[course.name]) for place, course in enumerate(self.courses)]
         heads = self._place("heads")
         states = self._together([state if place == heads else 0 for place, state in enumerate(wanted)], wanted)
@@ -343,7 +350,7 @@ class Courses:
         """What goes with a number of heads that does not divide the present hidden size."""
         residual, share = self.found.body.sizes.residual, floor(10_000 * size / course.left[0]) / 10_000
         apart = f"heads = {share:g} with uniform = false, by which layers differ"
-        if self._place("hidden") is not None:
+        if not self._could_go("hidden"):
             return f" Or ask for {apart}."
         return f" Prune hidden, too (hidden = {(residual - 1) // size * size}), or ask for {apart}."
 
@@ -391,13 +398,26 @@ class Courses:
         """PlanError when the architecture takes no smaller size, with the reason."""
         if len(course.left) == 1:
             raise PlanError(f"{self._whole(course).capitalize()}.")
+        self._refuse_bound([course])
         least = [int(other is course) for other in self.courses]
         states = self._nearest(least)
         self._edits(states or least)
         if states is None:
-            raise PlanError(
-                f"{self._whole(course).capitalize()}. Set uniform = false, or let the target take from hidden."
-            )
+            other = ", or let the target take from hidden" if self._could_go("hidden") else ""
+            raise PlanError(f"{self._whole(course).capitalize()}. Set uniform = false{other}.")
+
+    def _refuse_bound(self, courses: Iterable[Course]) -> None:
+        """PlanError where heads can go only together with units of the residual, or these with heads, and the method
+        takes none of the others."""
+        partners: dict[str, Part] = {"heads": "hidden", "hidden": "heads"}
+        for course in courses if self.found.body.fields.heads_are_bound else ():
+            partner = partners.get(course.name)
+            if partner in self.found.refused:
+                raise PlanError(
+                    f"{course.name}: in this architecture hidden size = heads x dimension, so that {course.name} can't "
+                    f"go without {partner}, and this method takes nothing from {partner}. Leave {course.name} out, or "
+                    "choose a method that takes both, such as magnitude."
+                )
 
     # Which numbers of heads go with which hidden sizes ---------------------------------------------------------------
 

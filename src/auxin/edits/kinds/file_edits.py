@@ -1,5 +1,6 @@
 """Edits of one parameter by a tensor that lies in one of the plan's files: what was learned, or measured."""
 
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
@@ -11,6 +12,11 @@ from torch import Tensor
 
 from auxin.edits.kinds.parameter_edits import ParameterEdit, check_axis
 from auxin.errors import PlanError
+
+LAYER = re.compile(r"(?<=\.)\d+\.")
+"""In a name, a number and the point behind it."""
+SUM = re.compile(r"-[0-9a-f]{8}\..*$")
+"""In the name of a plan's file, the digits of its sum and the ending."""
 
 
 class FileEdit(ParameterEdit):
@@ -48,6 +54,14 @@ class FileEdit(ParameterEdit):
                 f"the tensor {self.tensor} in {self.file} has shape {list(self.shape)}, and {what} has {list(shape)}"
             )
         return shape
+
+    def shown(self, name: str, which: bool = True) -> str:
+        """As of `ParameterEdit`, and without the sum in the file's name."""
+        layers = [name[: found.end()] for found in LAYER.finditer(name)]
+        inside = next((layer for layer in reversed(layers) if self.tensor.startswith(layer)), "")
+        tensor, file = self.tensor.removeprefix(inside), SUM.sub("", self.file)
+        words = str(self.model_copy(update={"tensor": tensor, "file": file}))
+        return words.replace(f"{tensor} of {file}", tensor) if tensor == file else words
 
     @cached_property
     def _read(self) -> Tensor:

@@ -61,6 +61,16 @@ class ParameterEdit(Tagged):
         """How AdamW must go on; see `Rate`."""
         return Rate(exact=False)
 
+    def shown(self, name: str, which: bool = True) -> str:
+        """The edit in words for a table that names the parameter.
+
+        Args:
+            name: of the parameter; what belongs to the same layer is said without the layer's path.
+            which: whether units are told by their numbers. Without them parameters of which as many units stay, others
+                in each, are alike.
+        """
+        return str(self)
+
 
 class PadParameter(ParameterEdit):
     """Lengthen parameters along one axis; the old entries come first."""
@@ -339,10 +349,17 @@ class SliceParameter(ParameterEdit):
     def _piece(self, new: Tensor, length: int) -> tuple[int, ...]:
         return (*new.shape[: self.axis], length, *new.shape[self.axis + 1 :])
 
+    def shown(self, name: str, which: bool = True) -> str:
+        """As of `ParameterEdit`."""
+        return self._in_words(_ranges(self.index) if which else "others in each")
+
     def __str__(self) -> str:
+        return self._in_words(_ranges(self.index))
+
+    def _in_words(self, taken: str) -> str:
         units = f"units of {self.unit} along axis {self.axis}" if self.unit > 1 else f"axis {self.axis}"
         copied = len(self.index) - len(set(self.index))
-        parts = [f"take {len(self.index)} of {units} ({_ranges(self.index)})"]
+        parts = [f"take {len(self.index)} of {units} ({taken})"]
         parts += ["divided" + (f" (offset {self.offset:g})" if self.offset else "")] if self.divide and copied else []
         parts += [f"noise {self.noise:g}"] if self.noise else []
         return ", ".join(parts)

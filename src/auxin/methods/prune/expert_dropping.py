@@ -31,7 +31,7 @@ from auxin.objectives.calibration import CalibrationSettings
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
 from auxin.planning.pruning import Prunable, prunable
-from auxin.planning.pruning_settings import Pruning, check_amount
+from auxin.planning.pruning_settings import STREAMS, Pruning, check_amount
 from auxin.planning.target import Target
 from auxin.settings import Settings
 
@@ -42,7 +42,7 @@ class ExpertDropping(Settings):
     experts: StrictInt | StrictFloat | None = Field(default=None, gt=0)
     """Experts of a layer that stay."""
     target: Target | None = None
-    """How small the model shall be, instead: `target.parameters`."""
+    """How small the model shall be, instead: `target.parameters` or `target.memory`."""
     score: Literal["reap", "gate", "frequency"] = "reap"
     """By what experts are ranked, see this module."""
     uniform: bool = True
@@ -54,10 +54,10 @@ class ExpertDropping(Settings):
     def _check(self) -> Self:
         if (self.experts is None) == (self.target is None):
             raise ValueError("give experts (how many of a layer stay), or a target.")
-        if self.target is not None and self.target.parameters is None:
+        if self.target is not None and self.target.name not in ("parameters", "memory"):
             raise ValueError(
-                "target: a token gets as many experts as before, so that it takes as much computation. Give "
-                "target.parameters."
+                f"target.{self.target.name}: a token gets as many experts as before, so that it takes as much "
+                "computation. Give target.parameters or target.memory."
             )
         if self.experts is not None:
             check_amount("experts", self.experts, self.uniform)
@@ -101,7 +101,8 @@ def _prunable(model: PreTrainedModel, settings: ExpertDropping) -> Prunable:
             "There are no experts among which a router chooses, so that none can go. Take heads and feed-forward units "
             "out instead, by magnitude or taylor."
         )
-    return prunable(model, settings.as_pruning())
+    others = [part for part in STREAMS if part != "experts"]
+    return prunable(model, settings.as_pruning(), dict.fromkeys(others, "expert-dropping takes experts alone."))
 
 
 def _said(plan: Plan, settings: ExpertDropping) -> Plan:

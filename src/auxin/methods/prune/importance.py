@@ -22,9 +22,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+from transformers import PreTrainedModel
+
 from auxin.analysis.importance import Importance, Importances
 from auxin.analysis.run import measure
 from auxin.analysis.unit_sums import OF_GRADIENTS, Score
+from auxin.analysis.units import why_no_residual
 from auxin.edits import Plan
 from auxin.errors import PlanError
 from auxin.objectives.calibration import CalibrationSettings
@@ -32,7 +35,7 @@ from auxin.planning.bench import Bench
 from auxin.planning.compensation import READ, Compensation, compensation
 from auxin.planning.method import Method
 from auxin.planning.pruning import Prunable, Pruning, prunable, pruning_example
-from auxin.planning.pruning_settings import STREAMS
+from auxin.planning.pruning_settings import STREAMS, Part
 from auxin.planning.unit_order import Place
 from auxin.planning.width_removal import Split
 
@@ -58,8 +61,7 @@ def plan_by_importance(bench: Bench, settings: Pruning, name: str, score: Score)
         PlanError: see `auxin.planning.pruning`; the residual by a score that has none for it.
         DataError: gradients are asked for, and the samples have no labels.
     """
-    _refuse_residual(settings, name, score)
-    found = prunable(bench.model, settings)
+    found = _prunable(bench.model, settings, name, score)
     found.refuse_impossible(name)  # before the model is run
     measured = measure(Importance(score=score), bench.model, bench.data)
     return found.plan(name, _scores(measured))
@@ -71,8 +73,7 @@ def plan_fluctuation(bench: Bench, settings: FluctuationPruning) -> Plan:
     Raises:
         PlanError: as `plan_by_importance`; or `bias` is asked for, and nothing can be given back.
     """
-    _refuse_residual(settings, "fluctuation", "fluctuation")
-    found = prunable(bench.model, settings)
+    found = _prunable(bench.model, settings, "fluctuation", "fluctuation")
     given = _given_back(found, settings)
     found.refuse_impossible("fluctuation", given)  # before the model is run
     measured = measure(Importance(score="fluctuation"), bench.model, bench.data)
@@ -99,22 +100,25 @@ def _given_back(found: Prunable, settings: FluctuationPruning) -> Compensation |
 
 
 def _outline(bench: Bench, settings: Pruning, name: str, score: Score) -> Plan:
-    _refuse_residual(settings, name, score)
-    return prunable(bench.model, settings).outline(name)
+    return _prunable(bench.model, settings, name, score).outline(name)
 
 
 def _outline_fluctuation(bench: Bench, settings: FluctuationPruning) -> Plan:
-    _refuse_residual(settings, "fluctuation", "fluctuation")
-    found = prunable(bench.model, settings)
+    found = _prunable(bench.model, settings, "fluctuation", "fluctuation")
     return found.outline("fluctuation", _given_back(found, settings))
 
 
-def _refuse_residual(settings: Pruning, name: str, score: Score) -> None:
-    if "hidden" in settings.chosen and score not in OF_GRADIENTS:
-        raise PlanError(
-            f"hidden: {name} scores what enters one output matrix, and every matrix reads the residual. Leave it out, "
-            "or choose taylor or fisher."
+def _prunable(model: PreTrainedModel, settings: Pruning, name: str, score: Score) -> Prunable:
+    """What can go; not the residual, where the score has none for it."""
+    refused: dict[Part, str] = {}
+    if score not in OF_GRADIENTS:
+        refused["hidden"] = (
+            f"{name} scores what enters one output matrix, and every matrix reads the residual. Leave it out, or "
+            "choose taylor or fisher."
         )
+    elif why := why_no_residual(model):
+        refused["hidden"] = f"{why} Leave it out, or choose magnitude."
+    return prunable(model, settings, refused)
 
 
 def _scores(measured: Importances) -> dict[Place, Sequence[float]]:

@@ -16,15 +16,17 @@ is said otherwise. Units of the residual can go by it, too, which by Wanda's and
 
 from collections.abc import Sequence
 
+from transformers import PreTrainedModel
+
 from auxin.analysis.activations import Activations, ActivationSettings
 from auxin.analysis.run import measure
-from auxin.analysis.units import WORDS, units_of
+from auxin.analysis.units import why_no_residual
 from auxin.edits import Plan
-from auxin.errors import PlanError
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
-from auxin.planning.pruning import Pruning, prunable, pruning_example
+from auxin.planning.pruning import Prunable, Pruning, prunable, pruning_example
+from auxin.planning.pruning_settings import Part
 from auxin.planning.unit_order import Place
 
 NAME = "minitron"
@@ -41,10 +43,8 @@ def plan_minitron(bench: Bench, settings: Minitron) -> Plan:
         PlanError: see `auxin.planning.pruning`; a model that can't be measured (`auxin.analysis.activations`), or the
             residual of one whose norms are not known.
     """
-    found = prunable(bench.model, settings)
-    found.refuse_impossible(NAME)  # before the model is run, as this is
-    if "hidden" in settings.chosen and (why := units_of(bench.model, stream="normed").missing.get(WORDS["residual"])):
-        raise PlanError(f"hidden: {why} Leave it out, or choose taylor, fisher or magnitude.")
+    found = _prunable(bench.model, settings)
+    found.refuse_impossible(NAME)  # before the model is run
     asked = {name: getattr(settings, name) for name in ActivationSettings.model_fields}
     measured = measure(Activations(**asked), bench.model, bench.data)
     scores: dict[Place, Sequence[float]] = {}
@@ -52,6 +52,12 @@ def plan_minitron(bench: Bench, settings: Minitron) -> Plan:
         if group.stream != "key_value":  # of heads, those of the queries are added up
             scores[group.stream, group.scope] = group.scores.means
     return found.plan(NAME, scores)
+
+
+def _prunable(model: PreTrainedModel, settings: Minitron) -> Prunable:
+    why = why_no_residual(model, "normed")
+    refused: dict[Part, str] = {"hidden": f"{why} Leave it out, or choose taylor, fisher or magnitude."}
+    return prunable(model, settings, refused if why else {})
 
 
 METHOD = Method(
@@ -65,5 +71,5 @@ METHOD = Method(
     needs_weights=True,
     promise="none",
     calibration=lambda settings: CalibrationSettings(samples=64),
-    outline=lambda bench, settings: prunable(bench.model, settings).outline(NAME),
+    outline=lambda bench, settings: _prunable(bench.model, settings).outline(NAME),
 )

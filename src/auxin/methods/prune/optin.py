@@ -120,10 +120,6 @@ def _unknown(model: PreTrainedModel) -> _Tokens:
 
 def _units(model: PreTrainedModel, settings: Optin) -> Prunable | None:
     """What is pruned of heads and feed-forward units, to a target of their own where tokens go, too, if anything."""
-    if other := next((name for name in settings.chosen if name not in ("heads", "ffn")), None):
-        raise PlanError(
-            f"{other}: {NAME} masks heads and feed-forward units alone. Leave it out, or choose taylor or fisher."
-        )
     if settings.token_share == 1:
         return None
     if settings.token_share and settings.target is not None:
@@ -131,7 +127,8 @@ def _units(model: PreTrainedModel, settings: Optin) -> Prunable | None:
         left = floor(gauge.have - (1 - settings.token_share) * (gauge.have - float(gauge.limit)))
         target = settings.target.model_copy(update={"flops": float(left)})
         settings = settings.model_copy(update={"target": target})
-    return prunable(model, settings)
+    alone = f"{NAME} masks heads and feed-forward units alone. Leave it out, or choose taylor or fisher."
+    return prunable(model, settings, {"experts": alone, "hidden": alone})
 
 
 def _scores(bench: Bench, settings: Optin, units: Prunable | None) -> tuple[Scores, _Tokens | None]:

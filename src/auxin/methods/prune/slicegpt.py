@@ -37,7 +37,7 @@ from auxin.objectives.calibration import Calibration, CalibrationSettings
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
 from auxin.planning.pruning import Prunable, prunable
-from auxin.planning.pruning_settings import Pruning, check_amount
+from auxin.planning.pruning_settings import STREAMS, Part, Pruning, check_amount
 from auxin.planning.rotation import Rotatable, rotatable
 from auxin.planning.target import Target
 from auxin.planning.width_removal import Preparation
@@ -132,7 +132,9 @@ def _prunable(rotation: Rotatable, settings: SliceGPT) -> Prunable:
             f"In the {rotation.body.family} architecture the hidden size is heads x head dimension, so that the stream "
             "can't be narrower by itself, and heads are not rotated. Take magnitude or minitron with heads and hidden."
         )
-    found = prunable(rotation.untied, settings.as_pruning())
+    others: list[Part] = [part for part in STREAMS if part != "hidden"]
+    refused: dict[Part, str] = dict.fromkeys(others, f"{NAME} takes components of the residual alone.")
+    found = prunable(rotation.untied, settings.as_pruning(), refused)
     return replace(found, model=rotation.model, preparation=Preparation(rotation.untying, rotation.untied))
 
 

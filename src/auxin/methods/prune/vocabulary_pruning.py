@@ -11,7 +11,9 @@ fewer terms: so the loss on such texts falls a little, or stays. There is no way
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
+from math import floor, prod
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,10 +28,12 @@ from auxin.edits import Edit, Plan, Receipt, SetConfig, SliceParameter, apply
 from auxin.edits.probe import Probe
 from auxin.edits.renumbering import generation_values
 from auxin.edits.structure import config_values
+from auxin.edits.tensor_names import shapes_of
 from auxin.errors import DataError, PlanError
 from auxin.models.token_ids import named_ids, renumbered
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
+from auxin.planning.target import Gauge, Target, removal
 from auxin.planning.token_tables import config_ids, ids_that_stay, refuse_shared_ids, table_length, token_tables
 from auxin.planning.tokenizer_files import tokenizer_folder, with_tokenizer
 from auxin.settings import Settings
@@ -54,6 +58,9 @@ class VocabularyPruning(Settings):
     size: int | None = Field(default=None, gt=0)
     """Keep this many tokens, the most used ones, those included that always stay, or fewer where fewer come often
     enough; `multiple_of` is for after that. None: all that come often enough."""
+    target: Target | None = None
+    """Instead of `size`, how small the model shall be: `target.parameters`. Of the tokens that come often enough the
+    most used ones stay for which there is room."""
     keep: tuple[str | int, ...] = ()
     """Tokens that stay though they don't come often enough: as the vocabulary spells them, as texts that are one token,
     or as ids."""
@@ -69,8 +76,17 @@ class VocabularyPruning(Settings):
     @model_validator(mode="after")
     def _sensible(self) -> Self:
         if (self.corpus is None) == (self.ids is None):
-            raise ValueError("give the corpus whose tokens stay, or ids and no corpus")
-        of_corpus = {"max_bytes", "keep_at_least", "size", "keep", "tokenizer"} & self.model_fields_set
+            raise ValueError(
+                "give the corpus whose tokens stay (corpus = stdlib, or a file or folder of the text that the model is "
+                "for), or ids = [0, 5, 17] and no corpus."
+            )
+        if self.target is not None and self.target.parameters is None:
+            raise ValueError(
+                f"target.{self.target.name}: a row that is looked up costs no computation. Give target.parameters."
+            )
+        if self.target is not None and self.size is not None:
+            raise ValueError("size and target both say how many tokens stay; leave one out.")
+        of_corpus = {"max_bytes", "keep_at_least", "size", "target", "keep", "tokenizer"} & self.model_fields_set
         if self.ids is not None and of_corpus:
             raise ValueError(f"{min(of_corpus)} goes with a corpus, and ids says which tokens stay; leave one out")
         return self
@@ -167,7 +183,7 @@ def plan_pruning(bench: Bench, settings: VocabularyPruning) -> Plan:
 
     Raises:
         PlanError: the model has no vocabulary or not that of the tokenizer, the tokenizer is unknown, no token can go,
-            or more must stay than `size`.
+            or more must stay than `size` or `target` allows.
         DataError: the tokenizer or the corpus can't be read, or `keep` names an unknown token.
     """
     model = bench.model
@@ -180,6 +196,9 @@ def plan_pruning(bench: Bench, settings: VocabularyPruning) -> Plan:
     texts = () if settings.corpus is None else texts_of(settings.corpus, settings.max_bytes)
     kept = _chosen(model, vocabulary, texts, settings)
     plan = plan_kept(model, kept, settings)
+    if settings.target is not None:
+        reached = removal(model, plan.edits).findings(settings.target)
+        plan = plan.model_copy(update={"findings": [*plan.findings, *reached]})
     smaller = smaller_tokenizer(vocabulary, kept)
     return with_tokenizer(plan, smaller, bench.folder, folder if settings.tokenizer is None else None)
 
@@ -233,11 +252,16 @@ def _chosen(
     known, rows = set(vocabulary.ids.values()), _named_rows(model) | _given(settings, length)
     wanted = {vocabulary.find(token) for token in settings.keep} | (rows & known)
     kept = vocabulary.always.union(rows, *map(vocabulary.with_parts, wanted))
-    limit = settings.size or length
+    room = _Room.of(model, settings)
+    limit = settings.size or (length if room is None else room.rows)
     if len(kept) > limit:
+        asked, least = f"size = {settings.size}", f"{len(kept)}"
+        if room is not None:
+            whole = -(-len(kept) // settings.multiple_of) * settings.multiple_of
+            asked, least = f"{settings.target} leaves {limit} tokens, which", f"{room.parameters(whole):,} parameters"
         raise PlanError(
-            f"size = {settings.size} is less than the {len(kept)} tokens that must stay: special and added ones, "
-            f"single characters, what the config names, and `keep` with its parts. Ask for {len(kept)} or more."
+            f"{asked} is less than the {len(kept)} tokens that must stay: special and added ones, single characters, "
+            f"what the config names, and `keep` with its parts. Ask for {least} or more."
         )
     counts = vocabulary.counts(texts)
     if not counts and settings.corpus is not None:
@@ -250,6 +274,38 @@ def _chosen(
     further = _with_their_parts(vocabulary, kept, [*by_use, *sorted(known)])
     unused = (token for token in range(length) if token not in known)
     return _rounded(kept, settings.multiple_of, chain(further, unused), length)
+
+
+@dataclass(frozen=True)
+class _Room:
+    """How many tokens a target has room for."""
+
+    rows: int
+    """A multiple of what the number shall be one of."""
+    others: int
+    """Parameters of the model that are none of its tables' rows."""
+    per_row: int
+    """Parameters that go with a token."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, settings: VocabularyPruning) -> "_Room | None":
+        """None where there is no target; PlanError where the model meets it as it is."""
+        if settings.target is None:
+            return None
+        gauge, shapes = Gauge(settings.target, model), shapes_of(model)
+        if gauge.have <= gauge.limit:
+            raise PlanError(f"{settings.target}: the model is no larger, so that nothing has to go. Ask for less.")
+        parameters = {name for name, _ in model.named_parameters()}
+        tables = [table for table in token_tables(model) if table.name in parameters]
+        sizes = [prod(shapes[table.name]) for table in tables]
+        per_row = sum(size // table.length for size, table in zip(sizes, tables, strict=True))
+        others = int(gauge.have) - sum(sizes)
+        rows = max(0, floor((gauge.limit - others) / per_row))
+        return cls(rows // settings.multiple_of * settings.multiple_of, others, per_row)
+
+    def parameters(self, rows: int) -> int:
+        """Of the model with so many tokens."""
+        return self.others + rows * self.per_row
 
 
 def _with_their_parts(vocabulary: Vocabulary, kept: set[int], tokens: Sequence[int]) -> Iterator[int]:

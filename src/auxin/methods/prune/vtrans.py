@@ -35,9 +35,8 @@ from transformers import PreTrainedModel
 
 from auxin.analysis.gates import Gates, GateSettings, Goal, Shares, learn, losses_of
 from auxin.analysis.unit_masks import maskable
-from auxin.analysis.units import WORDS, Group, Units, units_of, with_sublayers
+from auxin.analysis.units import WORDS, Group, Units, units_of, why_no_residual, with_sublayers
 from auxin.edits import Plan
-from auxin.errors import PlanError
 from auxin.models.sublayers import Sublayer
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.planning.bench import Bench
@@ -119,12 +118,13 @@ def plan_vtrans(bench: Bench, settings: VTrans) -> Plan:
 
 
 def _prunable(model: PreTrainedModel, settings: VTrans) -> Prunable:
-    if "experts" in settings.chosen:
-        raise PlanError(
-            f"experts: {NAME} has gates for heads, feed-forward units and the residual. Leave experts out, or choose "
-            "expert-dropping."
-        )
-    return prunable(model, settings)
+    refused: dict[Part, str] = {
+        "experts": f"{NAME} has gates for heads, feed-forward units and the residual. Leave experts out, or choose "
+        "expert-dropping."
+    }
+    if why := why_no_residual(model):
+        refused["hidden"] = f"{why} Leave it out."
+    return prunable(model, settings, refused)
 
 
 def _groups(units: Units, settings: VTrans, streams: Sequence[Stream]) -> list[Group]:
@@ -132,8 +132,6 @@ def _groups(units: Units, settings: VTrans, streams: Sequence[Stream]) -> list[G
     parts = [part for part in settings.chosen if set(STREAMS[part]) & set(streams)]
     found = maskable(units, [part for part in parts if part in ("heads", "ffn")])
     if "hidden" in parts:
-        if reason := units.missing.get(WORDS["residual"]):
-            raise PlanError(f"hidden: {reason} Leave it out.")
         found.append(("residual", ""))
     return found
 
