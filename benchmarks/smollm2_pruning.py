@@ -34,7 +34,7 @@ from excerpt import loss_of, manual, modules, pieces
 from local_tasks import answers, held_out_topics, questions
 from measuring import made_by, peak_bytes, write_results
 from smollm2_model import convert
-from smollm2_pruning_rows import KINDS, PARTS, QUICK, ROWS, Trial, page, picture
+from smollm2_pruning_rows import CURVE, KINDS, PARTS, QUICK, ROWS, Trial, curve, page, picture
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -49,6 +49,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "smollm2_pruning.json"
 PAGE = ROOT / "docs" / "results" / "smollm2_pruning.md"
 PICTURE = ROOT / "docs" / "images" / "smollm2_pruning.svg"
+CURVE_PICTURE = ROOT / "docs" / "images" / "smollm2_pruning_curve.svg"
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
@@ -193,9 +194,13 @@ def main() -> None:
         results["rows"][name] = row
         results |= {"trial": asdict(trial), **made_by("python benchmarks/smollm2_pruning.py --work FOLDER")}
         write_results(results, path, page(results), target)
-        if not arguments.quick:
-            write_text(PICTURE, picture(results["rows"]))
         print({key: value for key, value in row.items() if key != "right"}, file=sys.stderr, flush=True)
+    results = _recorded(path, trial)
+    write_text(target, page(results))
+    if not arguments.quick:
+        write_text(PICTURE, picture(results["rows"]))
+        if CURVE in results["rows"]:
+            write_text(CURVE_PICTURE, curve(results["rows"]))
 
 
 def _recorded(path: Path, trial: Trial) -> dict[str, Any]:

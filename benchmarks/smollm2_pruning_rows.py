@@ -9,6 +9,7 @@ from typing import Any
 from drawing import COLOURS
 from local_tasks import CHOICES
 from measuring import made_by_line
+from pruning_pictures import removals_svg
 
 from auxin.accounting.results import perplexity_of
 from auxin.report.markdown import markdown_table
@@ -19,6 +20,9 @@ LAYERS = 30
 WHOLE = "layer"
 """What stands for both kinds where a layer goes."""
 PATH = re.compile(r"model\.layers\.(\d+)(?:\.(self_attn|mlp))?\b")
+JS = re.compile(r"model\.layers\.(\d+)\.(self_attn|mlp) \(js ([\d.e-]+)\)")
+CURVE = "finercut-20"
+"""The longest search whose distances are drawn."""
 KIND_COLOURS = {"self_attn": COLOURS[0], "mlp": COLOURS[2]}
 PARTS = 16
 """How many of the 60 attentions and feed-forward parts go where parts are counted: as many as eight layers have."""
@@ -202,6 +206,18 @@ def picture(rows: dict[str, dict[str, Any]]) -> str:
     return document("Which parts went", right + 16, top + len(names) * height, body)
 
 
+def curve(rows: dict[str, dict[str, Any]]) -> str:
+    """The distance from the whole model over the parts that FinerCut's search took, as the plan's finding has it."""
+    letters = {"self_attn": "A", "mlp": "F"}
+    said = next(one for one in rows[CURVE]["findings"] if one.startswith("Removed, in this order: "))
+    found = [(f"{letters[kind]} {layer}", float(value)) for layer, kind, value in JS.findall(said)]
+    note = (
+        "Jensen-Shannon divergence of the output from the whole model's, in nats, over the number of parts that are "
+        "gone; below, the last one: attention (A) or feed-forward part (F) of a layer."
+    )
+    return removals_svg("What FinerCut's removals do to SmolLM2-135M-Instruct, one after the other", note, found)
+
+
 def page(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     rows, trial = results["rows"], results["trial"]
@@ -226,6 +242,8 @@ def page(results: dict[str, Any]) -> str:
     found = {name: rows[name] for name in rows if name in ROWS}
     if any(gone(row) for row in found.values()):
         lines += ["", "## Which parts went", "", "![Which parts each search took](../images/smollm2_pruning.svg)", ""]
+        if CURVE in found:
+            lines += ["![The distance over the number of parts gone](../images/smollm2_pruning_curve.svg)", ""]
         for name, row in found.items():
             if taken := gone(row):
                 kinds = {"self_attn": "attention", "mlp": "feed-forward"}

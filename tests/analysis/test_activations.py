@@ -169,6 +169,25 @@ def test_models_that_are_no_language_models_have_them_too():
         assert {"query", "ffn", "residual"} <= {group.stream for group in result.groups}
 
 
+@pytest.mark.parametrize("over_samples", HOW)
+def test_deviations_are_those_of_leaving_samples_out(over_samples):
+    """Oracle: the jackknife by measuring five samples without each of them, for units of one place and of several."""
+    model = tiny("llama")
+    rows = Samples.of(model, samples=5).rows
+    whole = found(model, Samples(rows), over_samples=over_samples)
+    others = [[row for row in range(5) if row != left] for left in range(5)]
+    without = [
+        found(model, Samples({name: tensor[kept] for name, tensor in rows.items()}), over_samples=over_samples)
+        for kept in others
+    ]
+    for group in whole.groups:
+        scores = np.array([one.of(group.stream, group.scope).scores.means for one in without])
+        errors = np.sqrt(4 / 5 * ((scores - scores.mean(0)) ** 2).sum(0))
+        assert group.scores.deviations is not None
+        np.testing.assert_allclose(group.scores.deviations, errors * np.sqrt(5), rtol=1e-6)
+        assert group.scores.freedom == 4
+
+
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(ConfigError, match="over_tokens"):
         Activations.parse({"over_tokens": "median"})

@@ -385,9 +385,11 @@ def test_a_person_can_read_it():
             widths = [max(map(len, column)) for column in zip(table.header, *table.rows, strict=True)]
             assert sum(widths) + 2 * (len(widths) - 1) <= 80
             entropies = [head.entropy.mean for head in stack.attentions[1].heads]
-            assert table.rows[1][-1] == f"{np.mean(entropies):.2f} {max(entropies):.2f}"
+            assert table.rows[1][-2] == f"{np.mean(entropies):.2f} {max(entropies):.2f}"
+            margins = [share.margin for head in stack.attentions[1].heads for share in head.shares.values()]
+            assert table.rows[1][-1] == f"± {max(margins):.2g}"
         best = max(result.heads(), key=lambda named: named[1].share("current"))
-        assert f". Most: {best[0]} {best[1].share('current'):.4f}," in result.findings()[-1]
+        assert f". Most: {best[0]} ({best[1].share('current'):.4f})," in result.findings()[-1]
         root = ElementTree.fromstring(result.picture("A model"))
         texts = ["".join(element.itertext()) for element in root.iter() if element.tag.endswith("}text")]
         assert {"A model", f"current ({result.stacks[0].path})", f"entropy ({result.stacks[0].path})"} <= set(texts)

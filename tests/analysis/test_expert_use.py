@@ -1,5 +1,6 @@
 """How routers use experts: against a count of one token after the other, whatever the batches and the padding."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,6 +43,27 @@ def test_batches_and_padding_change_nothing():
         for one, two in zip(whole.layers, found.layers, strict=True):
             for use in ("frequency", "gate", "reap"):
                 assert one.of(use) == pytest.approx(two.of(use), rel=1e-5)
+
+
+def test_margins_are_those_of_leaving_samples_out():
+    """Oracle: the jackknife by measuring five samples without each of them; t of four degrees from a printed table."""
+    model = mixture("mixtral")
+    batch = inputs(model, batch=5)
+
+    def of(rows):
+        data = {name: tensor[rows] for name, tensor in batch.items()}
+        return measure(ExpertUse(), model, Calibration.of_batches(model, [data]), cache=False)
+
+    whole, without = of(list(range(5))), [of([row for row in range(5) if row != left]) for left in range(5)]
+    for number, layer in enumerate(whole.layers):
+        for use in ("frequency", "gate", "reap"):
+            values = np.array([found.layers[number].of(use) for found in without])
+            margins = 2.776 * np.sqrt(4 / 5 * ((values - values.mean(0)) ** 2).sum(0))
+            np.testing.assert_allclose(layer.margins[use], margins, rtol=1e-3, atol=1e-5)
+            assert max(margins) > 1e-3
+    assert of([0]).layers[0].margins is None
+    assert whole.tables()[0].rows[0][-1].startswith("± ")
+    assert " ± " in whole.findings()[0]
 
 
 def test_a_model_without_experts_is_refused():

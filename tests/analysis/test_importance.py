@@ -248,7 +248,7 @@ def test_statistics_are_those_of_what_enters_the_output_matrix(family, module, g
         values = values.view(-1, entries).sum(1)
         got = found(model, data, score).of(*group).scores
         np.testing.assert_allclose(got.means, values if score == "fluctuation" else values.sqrt(), rtol=1e-9)
-        assert (got.deviations is None) == (score == "fluctuation")
+        assert got.deviations is not None
 
 
 def test_statistics_of_experts_count_the_router_and_those_not_chosen():
@@ -538,7 +538,7 @@ def test_a_person_can_read_it():
         assert {"A model", score, *(table.title for table in result.tables())} <= set(texts)
         first = result.groups[0]
         assert f"Query heads that matter least by {score}: " in result.findings()[0]
-        assert re.search(r"\.\d+ \d+ [\d.e-]+, ", result.findings()[0])
+        assert re.search(r": number \d+ of [a-z.]+\d+ \([\d.e-]+ ± [\d.e-]+\), ", result.findings()[0])
         assert first.stream == "query"
 
 

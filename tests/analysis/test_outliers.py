@@ -292,12 +292,13 @@ def test_a_person_can_read_it():
         for table, stack in zip(result.tables(), result.stacks, strict=True):
             assert table.title == stack.path
             last = stack.layers[1].stream
-            assert table.rows[-1][:5] == [
+            assert table.rows[-1][:6] == [
                 "1",
                 "stream",
                 f"{last.infinity_norm.mean:.3g}",
                 f"{last.peak.mean:.3g}",
                 f"{last.kurtosis.mean:.3g}",
+                f"± {last.kurtosis.margin:.2g}",
             ]
         worst = max(result.tensors(), key=lambda place: place.kurtosis.mean)
         assert (

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from types import MethodType
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -235,7 +236,7 @@ def test_an_outlier_ruins_per_tensor_grids_and_percentiles_mend_it():
     held = next(tensor for tensor in wide.tensors if tensor.name == worst.what)
     assert held.family == "sum"
     assert held.high > 19_000
-    assert f"Most harm alone: {worst.what} " in " ".join(wide.findings())
+    assert f"Most harm alone, by the change of the loss: {worst.what} (" in " ".join(wide.findings())
     assert {one.what for one in clipped.alone} >= {"sum", "linear", "norm", "scores", "probabilities", "context"}
 
 
@@ -297,7 +298,14 @@ def test_a_person_can_read_it(alone):
         assert sum(widths) + 2 * (len(widths) - 1) <= 80
     assert result.tables()[0].header == ["quantized", "loss", "change", "accuracy", "output error"]
     assert [row[0] for row in result.tables()[0].rows] == ["nothing", "w8a8", "w8", "a8"]
-    assert re.match(r"W8A8 changes the loss by [+-]\d\.\d{4} and the output by", result.findings()[0])
+    assert re.match(r"W8A8 changes the loss by [+-]\d\.\d{4} ± [\d.e-]+ and the output by", result.findings()[0])
+    root = ElementTree.fromstring(result.picture("A model"))
+    texts = ["".join(element.itertext()) for element in root.iter() if element.tag.endswith("}text")]
+    worst = sorted(result.alone, key=lambda one: -one.error.mean)[:12]
+    shown = (one.what if len(one.what) <= 32 else f"…{one.what[-31:]}" for one in worst)
+    assert {"A model", "w8a8", "w8", "a8", *shown} <= set(texts)
+    told = [element.text for element in root.iter() if element.tag.endswith("}title")]
+    assert f"output error: {result.of('w8').error.mean:.6g} ± {result.of('w8').error.margin:.2g}" in told
     assert result.findings()[-1].startswith("Quantized: 22 weights; of activations 1 embedding, 6 norm, 13 linear")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from analysis.hand_written import by_hand
 from analysis.samples import Samples
 from auxin.analysis import measure
+from auxin.analysis.parts import KINDS
 from auxin.analysis.similarity import Similarities, Similarity
 from auxin.edits import apply
 from auxin.errors import DataError, PlanError
@@ -127,7 +128,8 @@ def test_planted_parts_that_do_little_are_found(family, config):
     result = found(model, Samples.of(model))
     ranked = sorted(result.parts(), key=lambda part: -part.similarity.mean)
     assert [part.module for part in ranked[:2]] == planted
-    assert result.findings()[0].startswith(f"Parts that change the stream least: {planted[0]} ")
+    first = f"the {KINDS.get(ranked[0].kind, ranked[0].kind)} of {stack.path}.1 ({ranked[0].similarity})"
+    assert result.findings()[0].startswith(f"Parts that change the stream least: {first}, the ")
 
 
 @every_variant

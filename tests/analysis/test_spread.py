@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from auxin.analysis import Estimate, Spread
-from auxin.analysis.spread import student_quantile
+from auxin.analysis.spread import GROUPS, Dealt, jackknife, student_quantile
 from auxin.errors import DataError
 
 
@@ -72,11 +72,54 @@ def test_intervals_hold_the_mean_as_often_as_they_say():
     assert held == pytest.approx(0.95, abs=0.015)
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 2**32 - 1))
+def test_dealt_samples_are_all_of_them_and_all_but_those_of_a_group(sizes, seed):
+    values = 1e3 + np.random.default_rng(seed).standard_normal((sum(sizes), 3))
+    dealt, start = Dealt(), 0
+    for size in sizes:
+        dealt.add(torch.from_numpy(values[start : start + size]))
+        start += size
+    assert (dealt.samples, len(dealt)) == (len(values), min(len(values), GROUPS))
+    for left_out in (None, *range(len(dealt))):
+        kept = values[[n for n in range(len(values)) if left_out is None or n % GROUPS != left_out]]
+        spread = dealt.without(left_out)
+        assert spread.samples == len(kept)
+        if len(kept):
+            np.testing.assert_allclose(spread.means(), kept.mean(axis=0), rtol=1e-13)
+            np.testing.assert_allclose(spread.mean_squares(), kept.var(axis=0), rtol=1e-6, atol=1e-12)
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error():
+    values = torch.randn(GROUPS, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    dealt, spread = Dealt(), Spread()
+    dealt.add(values)
+    spread.add(values)
+    made = jackknife(lambda left_out: dealt.without(left_out).means(), dealt.samples, len(dealt))
+    np.testing.assert_allclose(made.means, spread.together().means, rtol=1e-12)
+    np.testing.assert_allclose(made.deviations, spread.together().deviations, rtol=1e-9)
+    assert jackknife(lambda left_out: torch.ones(2), samples=1, groups=1).deviations is None
+
+
+def test_intervals_of_the_jackknife_hold_a_variance_nearly_as_often_as_they_say():
+    """Effect: the standard deviation of 48 samples, of three in each group, in 2000 drawings."""
+    values = torch.randn(48, 2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    dealt = Dealt()
+    dealt.add(values)
+    made = jackknife(lambda left_out: dealt.without(left_out).mean_squares().sqrt(), dealt.samples, len(dealt))
+    assert made.freedom == GROUPS - 1
+    held = np.mean([abs(one.mean - 1) <= one.margin for one in made.each() if one.margin is not None])
+    assert held == pytest.approx(0.95, abs=0.03)
+
+
 def test_what_is_not_finite_is_refused_with_its_number():
     spread = Spread()
     spread.add(torch.ones(3, 2))
     with pytest.raises(DataError, match=r"Sample 4 \(from 0\)"):
         spread.add(torch.tensor([[1.0, 1.0], [float("inf"), 1.0]]))
+    dealt = Dealt()
+    dealt.add(torch.ones(3, 2))
+    with pytest.raises(DataError, match=r"Sample 4 \(from 0\)"):
+        dealt.add(torch.tensor([[1.0, 1.0], [float("inf"), 1.0]]))
 
 
 def test_an_estimate_reads_as_mean_and_margin():

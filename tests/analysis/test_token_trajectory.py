@@ -115,7 +115,7 @@ def test_it_reads_as_a_table_a_sentence_and_a_picture():
     result = found(deep(image_size=28), data_of(deep(image_size=28)))
     (table,) = result.tables()
     assert [row[:2] for row in table.rows] == [["1", "49"], ["2", "49"]]
-    assert result.findings()[0].startswith("Tokens that matter least by trajectory: vit.layers.")
+    assert result.findings()[0].startswith("Tokens that matter least by trajectory: number ")
     assert "position" in result.picture("Tokens")
 
 

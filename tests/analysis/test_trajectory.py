@@ -364,6 +364,6 @@ def test_a_person_can_read_it():
     ]
     assert all(row[-1].startswith("± ") for table in result.tables() for row in table.rows)
     said = result.findings()
-    assert said[0].startswith("Key-value groups that matter least by trajectory: model.layers")
+    assert said[0].startswith("Key-value groups that matter least by trajectory: number ")
     assert said[-1].startswith("Of the sum of all scores ")
     assert "trajectory" in result.picture("A model")

@@ -16,6 +16,8 @@ of a layer) the results are added up. With S numbers s,
 
     mean: 1/S sum abs(s)     l2: sqrt(1/S sum s^2)     variance: 1/S sum (s - mean(s))^2.
 
+A score is no mean over samples, so that its spread is that of the jackknife (`auxin.analysis.spread`).
+
 The paper's L2 norm is the root of a sum, and so larger by a factor that all units share. Its best are the mean over
 tokens and L2 over samples, the defaults. Its equation takes feed-forward units before the activation function; behind
 it is where its authors' code takes them, and the one place there is where a gate multiplies them.
@@ -28,7 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from auxin.analysis.measurement import Batch, Measurement, Needs, Result, kept_by_decoder, result_of, samples_of
-from auxin.analysis.spread import Estimates, Spread
+from auxin.analysis.spread import Dealt, Spread, jackknife
 from auxin.analysis.unit_scores import UnitImportance, UnitScores
 from auxin.analysis.unit_sums import Aggregation, OverTokens, add_up
 from auxin.analysis.units import WORDS, Group, Place, units_of
@@ -60,6 +62,7 @@ class Activations(ActivationSettings, Measurement[ActivationSizes]):
     name: ClassVar[str] = "activations"
     title: ClassVar[str] = "size of the activations of every head, feed-forward unit, expert and residual dimension"
     needs: ClassVar[Needs] = "batches"
+    version: ClassVar[int] = 2
     result_type: ClassVar[type[Result]] = ActivationSizes
 
     def observe(self, model: PreTrainedModel) -> "ActivationsObserver":
@@ -88,7 +91,7 @@ class ActivationsObserver:
     def __init__(self, model: PreTrainedModel, settings: ActivationSettings) -> None:
         self._model, self._settings = model, settings
         self._units = units_of(model, stream="normed")
-        self._spread = Spread()
+        self._dealt = Dealt()
         self._read: list[tuple[Place, torch.Size]] = []
         """Runs of places, in their order, and what is found of a sample in each: (experts, units)."""
         self.taps = ()
@@ -102,11 +105,26 @@ class ActivationsObserver:
         with self._units.read_by(run):
             result_of(self._model, batch)
         self._read = [(place, found.shape[1:]) for place, found in run.found]
-        self._spread.add(torch.cat([found.flatten(1).cpu().double() for _, found in run.found], dim=1))
+        self._dealt.add(torch.cat([found.flatten(1).cpu().double() for _, found in run.found], dim=1))
 
     def result(self) -> ActivationSizes:
         """What was found."""
-        sums, start, sizes = dict[Group, Tensor](), 0, self._over_samples()
+        order = sorted(self._units.counts, key=lambda group: list(WORDS).index(group[0]))
+
+        def made(left_out: int | None) -> Tensor:
+            sums = self._sums(self._over_samples(self._dealt.without(left_out)))
+            return torch.cat([sums[group] for group in order])
+
+        scores, start, groups = jackknife(made, self._dealt.samples, len(self._dealt)), 0, []
+        for kind, scope in order:
+            stop = start + self._units.counts[kind, scope]
+            groups.append(UnitImportance(stream=kind, scope=scope, scores=scores.part(start, stop)))
+            start = stop
+        return ActivationSizes(groups=groups, missing=self._units.missing)
+
+    def _sums(self, sizes: Tensor) -> dict[Group, Tensor]:
+        """Of every group the scores of its units, from what is made of the samples' numbers in each place."""
+        sums, start = dict[Group, Tensor](), 0
         for place, shape in self._read:
             found = sizes[start : start + shape.numel()].view(shape)
             # Whole experts are rows of one number, other units columns with a row for each expert.
@@ -116,23 +134,11 @@ class ActivationsObserver:
             sums["key_value", scope] = sums["query", scope].view(groups, -1).sum(1)
         if missing := next((group for group in self._units.counts if group not in sums), None):
             raise PlanError(f"{missing[1] or 'The model'}: {WORDS[missing[0]]} were not run. Measure the whole model.")
-        kinds = list(WORDS)
-        return ActivationSizes(
-            groups=[
-                UnitImportance(
-                    stream=kind,
-                    scope=scope,
-                    scores=Estimates(samples=self._spread.samples, means=sums[kind, scope].tolist(), deviations=None),
-                )
-                for kind, scope in sorted(self._units.counts, key=lambda group: kinds.index(group[0]))
-            ],
-            missing=self._units.missing,
-        )
+        return sums
 
-    def _over_samples(self) -> Tensor:
+    def _over_samples(self, spread: Spread) -> Tensor:
         """What is made of the samples' numbers, which are none below zero."""
-        means = torch.tensor(self._spread.together().means, dtype=torch.float64)
-        variances = self._spread.mean_squares()
+        means, variances = spread.means(), spread.mean_squares()
         if self._settings.over_samples == "mean":
             return means
         return variances if self._settings.over_samples == "variance" else (means.square() + variances).sqrt()

@@ -121,14 +121,15 @@ class Targets(Result):
     stacks: list[StackTargets]
 
     def heads(self) -> Iterator[tuple[str, HeadTargets]]:
-        """All heads, each with a name: "model.layers.0.self_attn head 3"."""
+        """All heads, each with a name: "head 3 of model.layers.0.self_attn"."""
         for stack in self.stacks:
             for item in stack.attentions:
                 for number, head in enumerate(item.heads):
-                    yield f"{item.module} head {number}", head
+                    yield f"head {number} of {item.module}", head
 
     def tables(self) -> list[Table]:
-        """A table for each kind of attention in each stack, a row for each layer."""
+        """A table for each kind of attention in each stack, a row for each layer, with the largest margin of a head's
+        share."""
         tables = []
         for stack in self.stacks:
             targets = [target for target in stack.targets if target != "other" or "nothing" not in stack.targets]
@@ -137,11 +138,12 @@ class Targets(Result):
                     stack.number(item),
                     *(_two([head.share(target) for head in item.heads]) for target in targets),
                     _two([head.entropy.mean for head in item.heads]),
+                    _widest([head.shares[target] for head in item.heads for target in head.shares]),
                 ]
                 for item in stack.attentions
             ]
             title = f"{stack.path}, {stack.kind}: mean of the heads, and the largest"
-            tables.append(Table(title, ["layer", *targets, ENTROPY], rows))
+            tables.append(Table(title, ["layer", *targets, ENTROPY, "margin"], rows))
         return tables
 
     def findings(self) -> list[str]:
@@ -167,7 +169,7 @@ class Targets(Result):
         ):
             ranked = sorted(heads, key=lambda named: -named[1].share(*targets))
             most = sum(head.share(*targets) > MOST for _, head in heads)
-            named = ", ".join(f"{name} {head.share(*targets):.4f}" for name, head in ranked[:LISTED])
+            named = ", ".join(f"{name} ({head.share(*targets):.4f})" for name, head in ranked[:LISTED])
             told.append(f"{words} more than half of the attention of {most} of {len(heads)} heads. Most: {named}.")
         return told
 
@@ -374,6 +376,12 @@ def _named_by(model: PreTrainedModel) -> list[int]:
                 number for number in (value if isinstance(value, list | tuple) else [value]) if number is not None
             )
     return sorted(found)
+
+
+def _widest(shares: list[Estimate]) -> str:
+    """The largest margin."""
+    margins = [share.margin for share in shares if share.margin is not None]
+    return f"± {max(margins):.2g}" if margins else ""
 
 
 def _two(values: list[float]) -> str:

@@ -17,7 +17,8 @@ backward pass gives those of all units:
 
 Squares are added up over a unit's entries (of a head, of all experts that have the unit), places and key-value group.
 In experts an activation counts times the weight that the router gives, and as 0 where they were not chosen. Every
-sample counts the same, and every token of it; padding (`kept_tokens`) doesn't.
+sample counts the same, and every token of it; padding (`kept_tokens`) doesn't. A fluctuation is no mean over samples:
+the jackknife (`auxin.analysis.spread`) tells its spread.
 
 One score is measured at a time: the last three need neither labels nor a backward pass, which is two thirds of the
 work, and a result of all would be five times as long as what is asked for.
@@ -39,7 +40,7 @@ from auxin.analysis.measurement import (
     result_of,
     samples_of,
 )
-from auxin.analysis.spread import Estimates, Spread
+from auxin.analysis.spread import Dealt, Estimates, Spread, jackknife
 from auxin.analysis.targets import refuse_without_targets, targets
 from auxin.analysis.unit_scores import UnitImportance, UnitScores
 from auxin.analysis.unit_sums import OF_GRADIENTS, Gradients, Score, Statistics, add_up
@@ -73,7 +74,7 @@ class Importance(Measurement[Importances]):
     title: ClassVar[str] = "importance of every head, feed-forward unit, expert and residual dimension"
     needs: ClassVar[Needs] = "batches"
     result_type: ClassVar[type[Result]] = Importances
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     score: Score = "taylor"
     """taylor, fisher: by gradients of the loss, which need labels; activation, output, fluctuation: by activations
     alone, for heads, feed-forward units and experts."""
@@ -116,8 +117,8 @@ class ImportanceObserver:
         order = {kind: number for number, kind in enumerate(WORDS)}
         self._groups = sorted(self._units.counts, key=lambda group: order[group[0]])
         self._spread = Spread()
-        self._entries = Spread()
-        """Of a fluctuation, the means of all entries over a sample's tokens."""
+        self._within, self._entries = Dealt(), Dealt()
+        """Of a fluctuation, how much units vary within a sample, and the means of all entries over its tokens."""
         self._within_heads: dict[Group, Spread] = {}
         """Of a fluctuation, how much entries of query heads vary within a sample."""
         self._read: list[Place] = []
@@ -142,7 +143,8 @@ class ImportanceObserver:
                 found = self._values({name: tensor[rows] for name, tensor in inputs.items()}, len(rows))
                 for row, value in zip(rows, found, strict=True):
                     values[row] = value
-        self._spread.add(torch.stack([value for value in values if value is not None]))
+        spread = self._within if self._score == "fluctuation" else self._spread
+        spread.add(torch.stack([value for value in values if value is not None]))
 
     def result(self) -> Importances:
         """What was found."""
@@ -160,7 +162,7 @@ class ImportanceObserver:
     def _means_of_entries(self) -> dict[str, list[float]]:
         """By the path of a module the means of what enters it, over all runs of it."""
         paths = {module: path for path, module in self._model.named_modules()}
-        means = torch.tensor(self._entries.together().means, dtype=torch.float64)
+        means = self._entries.without().means()
         runs, start = dict[str, list[Tensor]](), 0
         for place in self._read:
             assert place.weights is not None
@@ -170,9 +172,10 @@ class ImportanceObserver:
             start = stop
         return {path: torch.stack(found).mean(0).tolist() for path, found in runs.items()}
 
-    def _between(self) -> Iterator[tuple[Place, Tensor]]:
-        """Of every place that was read the scores of what the means of samples vary, (1, experts, entries)."""
-        squares, start = self._entries.mean_squares(), 0
+    def _between(self, left_out: int | None = None) -> Iterator[tuple[Place, Tensor]]:
+        """Of every place that was read the scores of what the means of samples vary, (1, experts, entries); without the
+        samples of one group."""
+        squares, start = self._entries.without(left_out).mean_squares(), 0
         for place in self._read:
             assert place.weights is not None
             part = squares[start : start + place.weights.numel()].view(1, *place.weights.shape)
@@ -181,35 +184,30 @@ class ImportanceObserver:
 
     def _scores_of_entries_of_heads(self) -> dict[Group, Tensor]:
         """By group of query heads the fluctuation of each of their entries, (entries,)."""
-        scores = {
-            group: torch.tensor(within.together().means, dtype=torch.float64)
-            for group, within in self._within_heads.items()
-        }
+        scores = {group: within.means().clone() for group, within in self._within_heads.items()}
         for place, part in self._between() if scores else ():
             if place.group in scores:
                 scores[place.group] += part.sum((0, 1))
         return scores
 
     def _estimates(self) -> Estimates:
+        if self._score == "fluctuation":
+            return jackknife(self._fluctuation, self._within.samples, len(self._within))
         found = self._spread.together()
         if self._score in OF_GRADIENTS:
             return found
-        if self._score == "fluctuation":
-            # What varies within samples was added up; what their means vary comes to it.
-            between: dict[Group, Tensor] = {}
-            for place, part in self._between():
-                add_up(between, place.group, place.of_units(part))
-            (more,) = self._in_order(between)
-            return Estimates(
-                samples=found.samples,
-                means=[mean + add for mean, add in zip(found.means, more.tolist(), strict=True)],
-                deviations=None,
-            )
         roots = [mean**0.5 for mean in found.means]
         deviations = found.deviations and [
             deviation / (2 * root) if root else 0.0 for deviation, root in zip(found.deviations, roots, strict=True)
         ]
         return Estimates(samples=found.samples, means=roots, deviations=deviations)
+
+    def _fluctuation(self, left_out: int | None) -> Tensor:
+        """Of all units, without the samples of one group: what varies within samples, and what their means vary."""
+        between: dict[Group, Tensor] = {}
+        for place, part in self._between(left_out):
+            add_up(between, place.group, place.of_units(part))
+        return self._within.without(left_out).means() + self._in_order(between)[0]
 
     def _values(self, inputs: Batch, samples: int) -> Tensor:
         """Of each sample what the estimates are means of, (samples, units of all groups)."""

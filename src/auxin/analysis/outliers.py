@@ -45,7 +45,7 @@ STREAM: Literal["stream"] = "stream"
 Tracked = Kind | Literal["stream", "norm", "sum"]
 LISTED = 3
 """How many tensors and dimensions the findings name."""
-IN_A_TABLE = 2
+IN_A_TABLE = 1
 """How many dimensions a row of a table names."""
 
 
@@ -149,7 +149,7 @@ class Outliers(Result):
 
     def tables(self) -> list[Table]:
         """A table for each stack, a row for each part of each layer and for the stream behind it."""
-        header = ["layer", "of", "inf norm", "peak", "kurtosis", "beyond", "dimensions"]
+        header = ["layer", "of", "inf norm", "peak", "kurtosis", "margin", "beyond", "dimensions"]
         tables = []
         for stack in self.stacks:
             rows = [
@@ -157,6 +157,7 @@ class Outliers(Result):
                     layer.path.removeprefix(f"{stack.path}."),
                     found.kind,
                     *(f"{item.mean:.3g}" for item in (found.infinity_norm, found.peak, found.kurtosis)),
+                    "" if found.kurtosis.margin is None else f"± {found.kurtosis.margin:.2g}",
                     f"{100 * found.beyond.mean:.2g}%",
                     _named(found.dimensions, IN_A_TABLE),
                 ]

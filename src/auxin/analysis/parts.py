@@ -14,6 +14,8 @@ from auxin.report.forest import Series
 from auxin.words.anatomy import LayerStack
 
 WHOLE = "whole layer"
+KINDS = {"feed-forward": "feed-forward part"}
+"""What findings call a part of a layer, where its kind is no noun."""
 SERIES = {
     "attention": Series("attention", "#2F8AC9", "circle"),
     "cross-attention": Series("cross-attention", "#009E73", "triangle"),

@@ -23,16 +23,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from auxin.analysis.measurement import (
-    Batch,
-    Measurement,
-    Needs,
-    Result,
-    Table,
-    samples_of,
-    wide,
-    without_loss,
-)
+from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, samples_of, wide, without_loss
 from auxin.analysis.parts import refuse_blocks
 from auxin.analysis.quantized_losses import Losses, Quantized
 from auxin.analysis.quantized_pass import Family, Site
@@ -50,13 +41,17 @@ from auxin.analysis.quantizers import (
 from auxin.analysis.spread import Estimate
 from auxin.edits.structure import refuse_quantized
 from auxin.errors import DataError
+from auxin.report.forest import Mark, Panel, Row, Series, forest_svg
 from auxin.settings import Settings
 
 Scheme = Literal["w8a8", "w8", "a8", "w4"]
 LISTED = 3
 """How many tensors the findings name."""
 IN_A_TABLE = 12
-"""How many tensors a table has."""
+"""How many tensors a table, and the picture, has."""
+LABEL_CHARACTERS = 32
+"""Of a row of the picture, the last ones of a tensor's name."""
+ERROR = Series("output error", "#2F8AC9", "circle")
 
 
 class TensorNoise(Settings):
@@ -112,7 +107,7 @@ class QuantizationLoss(Result):
 
     @property
     def _most_harmful(self) -> list[Quantized]:
-        return sorted(self.alone, key=_harm, reverse=True)
+        return sorted(self.alone, key=lambda found: _harm(found).mean, reverse=True)
 
     def findings(self) -> list[str]:
         """What it costs, and where."""
@@ -120,11 +115,14 @@ class QuantizationLoss(Result):
         for found in self.schemes:
             by = f"the output by {100 * found.error.mean:.2g}%"
             if found.change is not None:
-                by = f"the loss by {found.change.mean:+.4f} and {by}"
+                by = f"the loss by {found.change.mean:+.4f}{_margin(found.change)} and {by}"
             told.append(f"{found.what.upper()} changes {by}.")
         if self.alone:
-            worst = self._most_harmful[:LISTED]
-            told.append("Most harm alone: " + ", ".join(f"{one.what} {_harm(one):.2g}" for one in worst) + ".")
+            what = "output error" if self.float_loss is None else "change of the loss"
+            worst = ", ".join(
+                f"{one.what} ({_harm(one).mean:.2g}{_margin(_harm(one))})" for one in self._most_harmful[:LISTED]
+            )
+            told.append(f"Most harm alone, by the {what}: {worst}.")
         counts = dict.fromkeys(tensor.family for tensor in self.tensors)
         told.append(
             f"Quantized: {self.weights} weights; of activations "
@@ -132,6 +130,23 @@ class QuantizationLoss(Result):
             + "."
         )
         return told
+
+    def picture(self, title: str) -> str:
+        """How far the output moves: a row for each scheme, and for what harms most alone."""
+        panels = [Panel("quantized", [_mark_row(found) for found in self.schemes])]
+        if self.alone:
+            worst = sorted(self.alone, key=lambda found: found.error.mean, reverse=True)[:IN_A_TABLE]
+            panels.append(Panel("activations in 8 bits alone", [_mark_row(found) for found in worst]))
+        note = (
+            "Length of what the output changes by over the output's own, with 95% intervals. To the right it moves "
+            "less; the axis is logarithmic."
+        )
+        return forest_svg(title, note, panels, [ERROR], near=0)
+
+
+def _mark_row(found: Quantized) -> Row:
+    name = found.what if len(found.what) <= LABEL_CHARACTERS else "…" + found.what[1 - LABEL_CHARACTERS :]
+    return Row(name, [Mark(ERROR.name, found.error.mean, found.error.margin)])
 
 
 def _row(found: Quantized) -> list[str]:
@@ -151,8 +166,12 @@ def _short(estimate: Estimate | None) -> str:
     return "" if estimate is None else str(estimate)
 
 
-def _harm(found: Quantized) -> float:
-    return found.error.mean if found.change is None else found.change.mean
+def _harm(found: Quantized) -> Estimate:
+    return found.error if found.change is None else found.change
+
+
+def _margin(estimate: Estimate) -> str:
+    return "" if estimate.margin is None else f" ± {estimate.margin:.2g}"
 
 
 class QuantizedMeasurement(Measurement[QuantizationLoss]):

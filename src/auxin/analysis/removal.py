@@ -34,7 +34,7 @@ from auxin.analysis.measurement import (
     logits_of,
     without_loss,
 )
-from auxin.analysis.parts import SERIES, WHOLE
+from auxin.analysis.parts import KINDS, SERIES, WHOLE
 from auxin.analysis.spread import Estimate, Spread
 from auxin.analysis.targets import label_rows, refuse_without_targets
 from auxin.errors import DataError, PlanError
@@ -47,6 +47,14 @@ from auxin.settings import Settings
 Candidates = Literal["all", "attention", "feed-forward", "layers"]
 LISTED = 3
 """How many removals the findings name."""
+WORDS: dict[Distance, str] = {
+    "js": "The Jensen-Shannon divergence from the whole model's output (js, nats)",
+    "kl": "The Kullback-Leibler divergence from the whole model's output (kl, nats)",
+    "angular": "The angle between the logits and the whole model's (angular, radians)",
+    "norm": "The length of what the logits change by (norm)",
+    "perplexity": "The rise of the loss, the log of the ratio of perplexities (perplexity, nats; it may fall)",
+}
+"""Distances, as findings begin with them."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,12 @@ class RemovalEffect(Settings):
     distances: dict[str, Estimate]
     """By their names."""
 
+    @property
+    def words(self) -> str:
+        """What is removed, for people: the module that adds a part to the stream may be named after its last matrix."""
+        layer = f"{self.stack}.{self.number}"
+        return layer if self.kind == "layer" else f"the {KINDS.get(self.kind, self.kind)} of {layer}"
+
 
 class Removals(Result):
     """The effects of all removals, each alone."""
@@ -144,8 +158,8 @@ class Removals(Result):
     def findings(self) -> list[str]:
         """What can go at the least distance, by each measure."""
         return [
-            f"Least {name} without: "
-            + ", ".join(f"{e.path} {e.distances[name].mean:.4f}" for e in self.ranking(name)[:LISTED])
+            f"{WORDS[name]} is least without "
+            + ", ".join(f"{e.words} ({e.distances[name]})" for e in self.ranking(name)[:LISTED])
             + "."
             for name in DISTANCES
             if name in self.effects[0].distances

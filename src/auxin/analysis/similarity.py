@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, Tap, token_means, wide
-from auxin.analysis.parts import SERIES, WHOLE, Kind, StackParts, refuse_blocks, refuse_maps, stack_parts
+from auxin.analysis.parts import KINDS, SERIES, WHOLE, Kind, StackParts, refuse_blocks, refuse_maps, stack_parts
 from auxin.analysis.spread import Estimate, Spread
 from auxin.errors import PlanError
 from auxin.report.forest import Mark, Panel, Row, forest_svg
@@ -99,13 +99,14 @@ class Similarities(Result):
 
     def findings(self) -> list[str]:
         """The parts and the layers that change the stream least."""
-        alike = sorted(self.parts(), key=lambda part: -part.similarity.mean)[:LISTED]
         layers = sorted((layer for stack in self.stacks for layer in stack.layers), key=lambda layer: layer.influence)
-        said = ", ".join(f"{part.module} {part.similarity.mean:.4f}" for part in alike)
+        placed = [(part, layer.path) for stack in self.stacks for layer in stack.layers for part in layer.parts]
+        alike = sorted(placed, key=lambda found: -found[0].similarity.mean)[:LISTED]
+        said = ", ".join(f"the {KINDS.get(part.kind, part.kind)} of {path} ({part.similarity})" for part, path in alike)
         return [
             *([f"Parts that change the stream least: {said}."] if said else []),
             "Layers that change it least: "
-            + ", ".join(f"{layer.path} {layer.similarity.mean:.4f}" for layer in layers[:LISTED])
+            + ", ".join(f"{layer.path} ({layer.similarity})" for layer in layers[:LISTED])
             + ".",
         ]
 

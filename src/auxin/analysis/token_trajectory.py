@@ -42,7 +42,7 @@ from auxin.analysis.parts import refuse_blocks, stack_parts
 from auxin.analysis.spread import Estimates
 from auxin.analysis.together import TogetherObserver
 from auxin.analysis.trajectory import AT_ONCE
-from auxin.analysis.unit_scores import COLUMNS, LISTED, OfLayer
+from auxin.analysis.unit_scores import COLUMNS, LISTED, OfLayer, numbered, told
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy
 from auxin.models.anatomy.vit import tokens_before_patches
@@ -77,11 +77,11 @@ class TokenTrajectories(Result):
     def findings(self) -> list[str]:
         """The tokens that move least."""
         ranked = sorted(
-            (score, layer.scope, self.first + place)
+            (score.mean, layer.scope, self.first + place, told(score))
             for layer in self.layers
-            for place, score in enumerate(layer.scores.means)
+            for place, score in enumerate(layer.scores.each())
         )
-        least = ", ".join(f"{scope} {position} {score:.3g}" for score, scope, position in ranked[:LISTED])
+        least = ", ".join(f"{numbered(place, scope)} ({score})" for _, scope, place, score in ranked[:LISTED])
         return [f"Tokens that matter least by trajectory: {least}."]
 
     def picture(self, title: str) -> str:

@@ -5,7 +5,7 @@ from itertools import groupby, pairwise
 from statistics import median
 
 from auxin.analysis.measurement import Result, Table
-from auxin.analysis.spread import Estimates
+from auxin.analysis.spread import Estimate, Estimates
 from auxin.analysis.units import WORDS, Kind
 from auxin.errors import PlanError
 from auxin.report.heat_map import Panel, Row, heat_map_svg
@@ -15,6 +15,16 @@ LISTED = 3
 """How many units of a kind the findings name."""
 COLUMNS = 40
 """Units that a row of the picture has room for; where there are more, neighbours in the order of size share a cell."""
+
+
+def numbered(number: int, scope: str) -> str:
+    """One of several in a layer, in words: "number 2 of model.layers.3"; of what runs through all layers its number."""
+    return f"number {number} of {scope}" if scope else f"number {number}"
+
+
+def told(score: Estimate) -> str:
+    """A score with its margin, in three digits."""
+    return f"{score.mean:.3g}" + ("" if score.margin is None else f" ± {score.margin:.2g}")
 
 
 class OfLayer(Settings):
@@ -40,8 +50,8 @@ class UnitImportance(OfLayer):
     stream: Kind
     """What they are; "expert": whole experts."""
     scores: Estimates
-    """By unit, over samples. Of a root of a mean, the deviation is that of the mean, to first order. A fluctuation has
-    none: it is a variance over the tokens of all samples."""
+    """By unit, over samples. Of a root of a mean, the deviation is that of the mean, to first order; of what is no mean
+    over samples (fluctuation, activations) that of the jackknife."""
 
     @property
     def uncertainty(self) -> float | None:
@@ -90,9 +100,11 @@ class UnitScores(Result):
         said = []
         for kind, of_kind in groupby(self.groups, key=lambda group: group.stream):
             ranked = sorted(
-                (score, group.scope, unit) for group in of_kind for unit, score in enumerate(group.scores.means)
+                (score.mean, group.scope, unit, told(score))
+                for group in of_kind
+                for unit, score in enumerate(group.scores.each())
             )
-            least = ", ".join(f"{scope or 'all layers'} {unit} {score:.3g}" for score, scope, unit in ranked[:LISTED])
+            least = ", ".join(f"{numbered(unit, scope)} ({score})" for _, scope, unit, score in ranked[:LISTED])
             said.append(f"{WORDS[kind].capitalize()} that matter least by {self.by}: {least}.")
         return said + [f"Not measured: {words}. {why}" for words, why in self.missing.items()]
 
@@ -102,7 +114,8 @@ class UnitScores(Result):
         return heat_map_svg(
             title,
             panels,
-            "Light units matter more. Colours are logarithmic, and each map has its own; compare its rows.",
+            "Light units matter more. Colours are logarithmic, and each map has its own; compare its rows. Beside each "
+            "row, how sure its scores are: the margin of half of its units is no larger.",
         )
 
     def _panels(self) -> Iterator[tuple[str, list[UnitImportance]]]:
@@ -112,7 +125,15 @@ class UnitScores(Result):
     def _panel(self, name: str, groups: list[UnitImportance]) -> Panel:
         count = max(len(group.scores.means) for group in groups)
         few = count <= COLUMNS
-        rows = [Row(g.label, g.scores.means if few else _by_size(g.scores.means)) for g in groups]
+        rows = [
+            Row(
+                g.label,
+                g.scores.means if few else _by_size(g.scores.means),
+                margins=(g.scores.margins or ()) if few else (),
+                aside="" if g.uncertainty is None else f"± {g.uncertainty:.0%}",
+            )
+            for g in groups
+        ]
         labels = [str(n) for n in range(count)] if few else [f"{100 * n // COLUMNS}%" for n in range(COLUMNS)]
         across = "number of the unit" if few else "units by size; each cell is the median of its share of them"
         return Panel(name, rows, labels, across, self.by, logarithmic=True)

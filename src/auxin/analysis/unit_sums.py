@@ -96,22 +96,23 @@ class Gradients(_Sums):
 
 
 class Uses(_Sums):
-    """Adds up how routers use experts: by layer, over all samples, for each expert how many tokens get it, the sum of
-    the weights with which they do, and the sum of the norms of what it gives them, times these weights."""
+    """Adds up how routers use experts, (samples, experts, 1 or 2): by layer and sample, for each expert how many tokens
+    get it, the sum of the weights with which they do, and the sum of the norms of what it gives them, times these
+    weights."""
 
     def __init__(self, samples: int, kept: Mapping[bool, Tensor | None]) -> None:
         super().__init__(samples, kept)
-        self.tokens: dict[str, float] = {}
-        """Of all samples, by layer."""
+        self.tokens: dict[str, Tensor] = {}
+        """Of each sample, by layer."""
 
     def __call__(self, place: Place, rows: Rows) -> Tensor:
         cells, tokens = self.cells(place, rows)
         if rows.gates is not None:  # between the matrices of experts
-            self.tokens[place.group[1]] = tokens.sum().item()
+            self.tokens[place.group[1]] = tokens
             values = torch.cat([torch.ones_like(rows.gates), rows.gates], dim=1)
         else:  # behind them
             values = rows.values.norm(dim=1, keepdim=True)
-        add_up(self.sums, place.group, self.by_cell(cells, wide(values).to(cells), rows).sum(0))
+        add_up(self.sums, place.group, self.by_cell(cells, wide(values).to(cells), rows))
         return rows.values
 
 

@@ -13,6 +13,7 @@ from auxin.report.svg import CHARACTER, GREY, MARGIN, NARROW, document, escaped,
 
 WIDTH = NARROW
 LEFT, RIGHT = 40, 24
+"""Room beside the axis: for labels at least so much, and more for long ones."""
 MARK_HEIGHT, ROW_SPACE = 8, 6
 """Of a mark, and between rows."""
 NEAREST = 1e-5
@@ -68,11 +69,12 @@ def forest_svg(title: str, note: str, panels: list[Panel], series: list[Series],
         near: the number that they are close to, at the right end.
     """
     body, y = heading(title, note)
+    labels = [len(row.label) for panel in panels for row in panel.rows]
     marks = [mark for panel in panels for row in panel.rows for mark in row.marks]
     used = {mark.series for mark in marks}
     looks = {item.name: item for item in series if item.name in used}
     legend, y = _legend(list(looks.values()), y + 24)
-    axis = _Axis.around(marks, near)
+    axis = _Axis.around(marks, near, max(LEFT, MARGIN + 8 + math.ceil(CHARACTER * max(labels, default=0))))
     body += legend
     for panel in panels:
         drawn, y = _panel(panel, axis, looks, y + 28)
@@ -90,22 +92,24 @@ class _Axis:
     """Decade of the largest distance, at the left."""
     last: float
     """Of the smallest one; what is closer lies at the right end."""
+    left: int
+    """Where it begins."""
 
     @classmethod
-    def around(cls, marks: list[Mark], near: int) -> "_Axis":
+    def around(cls, marks: list[Mark], near: int, left: int) -> "_Axis":
         """All marks, and all intervals; those around one up to where the distance is 2, that of opposites."""
         apart = [_apart(mark.value, near) for mark in marks]
         last = math.log10(min((distance for distance in apart if distance > NEAREST), default=0.1)) - 0.2
         farthest = max((d + (mark.margin or 0) for d, mark in zip(apart, marks, strict=True)), default=0.0)
         first = math.log10(min(max(farthest, NEAREST), 2.0 if near else math.inf)) + 0.06
-        return cls(near, max(first, last + 1), last)
+        return cls(near, max(first, last + 1), last, left)
 
     def x(self, value: float) -> float:
         distance = _apart(value, self.near)
         decade = math.log10(distance) if distance > 0 else -math.inf
         # The number at the end is at no finite place of the axis: it has the end of a last stretch.
         share = (self.first - max(decade, self.last - 0.3)) / (self.first - self.last + 0.3)
-        return LEFT + (WIDTH - LEFT - RIGHT) * min(max(share, 0.0), 1.0)
+        return self.left + (WIDTH - self.left - RIGHT) * min(max(share, 0.0), 1.0)
 
     def ticks(self) -> list[tuple[float, str]]:
         """Values with their labels: the one at the end and what is a power of ten from it, and halfway where there is
@@ -159,7 +163,7 @@ def _panel(panel: Panel, axis: _Axis, looks: dict[str, Series], y: float) -> tup
                 f'<rect x="{MARGIN}" y="{place:.1f}" width="{WIDTH - 2 * MARGIN + 8}" height="{height}" fill="{GREY}" '
                 'fill-opacity="0.1"/>'
             )
-        parts.append(text(LEFT - 8, place + height / 2 + 4, row.label, size=11, anchor="end"))
+        parts.append(text(axis.left - 8, place + height / 2 + 4, row.label, size=11, anchor="end"))
         for index, mark in enumerate(row.marks):
             parts += _mark(mark, axis, looks[mark.series], place + ROW_SPACE / 2 + MARK_HEIGHT * (index + 0.5))
         place += height

@@ -31,6 +31,10 @@ class Row:
     """Short: a layer's number."""
     values: Sequence[float | None]
     """Finite numbers; None leaves a cell empty. Rows may end before others."""
+    margins: Sequence[float] = ()
+    """Half the widths of their intervals, told to whoever points at a cell; empty: they are not known."""
+    aside: str = ""
+    """A few characters at the right of the cells."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,9 @@ def _panel(panel: Panel, y: float) -> tuple[list[str], float, float]:
     left = MARGIN + math.ceil(CHARACTER * max((len(row.label) for row in panel.rows), default=0)) + 8
     count = max((len(row.values) for row in panel.rows), default=0)
     narrowest, widest = CELL_WIDTHS
-    cell = min(max((NARROW - MARGIN - left) // max(count, 1), narrowest), widest)
+    asides = max((len(row.aside) for row in panel.rows), default=0)
+    right = math.ceil(CHARACTER * asides) + 8 if asides else 0
+    cell = min(max((NARROW - MARGIN - left - right) // max(count, 1), narrowest), widest)
     height = CELL_HEIGHT if len(panel.rows) <= MANY_ROWS else LOW_CELL_HEIGHT
     if panel.across:
         y += 18
@@ -129,9 +135,11 @@ def _panel(panel: Panel, y: float) -> tuple[list[str], float, float]:
     for number, row in enumerate(panel.rows):
         if number % step == 0:
             parts.append(text(left - 8, y + height / 2 + 4, row.label, size=11, anchor="end"))
+            if row.aside:
+                parts.append(text(left + cell * count + 8, y + height / 2 + 4, row.aside, size=11))
         parts += _row(panel, row, scale, left, y, cell, height)
         y += height
-    return parts, left + cell * count + MARGIN, y
+    return parts, left + cell * count + right + MARGIN, y
 
 
 def _scale(scale: _Scale, unit: str, y: float) -> tuple[list[str], float]:
@@ -168,7 +176,8 @@ def _row(panel: Panel, row: Row, scale: _Scale, x: float, y: float, width: float
         if value is None:
             continue
         column = panel.columns[number] if number < len(panel.columns) else str(number)
-        told = f"{row.label}, {column}: {value:.4g}"
+        margin = f" ± {row.margins[number]:.2g}" if row.margins else ""
+        told = f"{row.label}, {column}: {value:.4g}{margin}"
         parts.append(_cell(x + width * number, y, width, height, _colour(scale.share(value)), told))
     return [*parts, _frame(x, y, width * len(row.values), height)]
 
