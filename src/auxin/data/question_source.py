@@ -120,14 +120,14 @@ def question_documents(settings: QuestionAnsweringSettings) -> Iterator[Document
         if answer is None:
             yield Document(row.name, None, NO_ANSWER)
             continue
-        places = _places(context, answer) if start is None else [start]
-        if start is None and not places:
+        begin, places = _found(context, answer) if start is None else (start, 1)
+        if not places:
             yield Document(row.name, None, NOT_THERE)
-        elif not context.startswith(answer, places[0]):
+        elif not context.startswith(answer, begin):
             yield Document(row.name, None, ELSEWHERE)
         else:
             contents = [text.data for text in texts if text.data is not None]
-            found = Question(question, context, places[0], places[0] + len(answer), len(places))
+            found = Question(question, context, begin, begin + len(answer), places)
             yield Document(row.name, json.dumps(found).encode(), content=_BETWEEN.join(contents), side=contents[1])
 
 
@@ -185,10 +185,12 @@ def _start(value: Any, row: str) -> int | None:
     return value
 
 
-def _places(context: str, answer: str) -> list[int]:
-    """Where the answer stands in the context, by its first character: as words of their own, or else anywhere."""
+def _found(context: str, answer: str) -> tuple[int, int]:
+    """The first character of the first place where the answer stands in the context, and at how many places it does: as
+    words of their own, or else anywhere."""
     anywhere = re.escape(answer)
     for pattern in (rf"(?<!\w){anywhere}(?!\w)", anywhere):
-        if found := [match.start() for match in re.finditer(pattern, context)]:
-            return found
-    return []
+        matches = re.finditer(pattern, context)
+        if (first := next(matches, None)) is not None:
+            return first.start(), 1 + sum(1 for _ in matches)
+    return 0, 0

@@ -50,6 +50,9 @@ class QuestionAnsweringObjective(TaskObjective):
         found = torch.stack([best // tokens, best % tokens], 1)
         return found.masked_fill(both.isnan().flatten(1).any(1)[:, None], NOT_A_NUMBER)
 
+    def _labels(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([inputs[name] for name in ANSWER], 1)
+
     def describe(self) -> dict[str, str]:
         """What is told apart."""
         return {"answers": f"where they begin and end, of {self.form.length:,} tokens"}
