@@ -34,8 +34,9 @@ def labelled_rows(examples: int = 120, seed: int = 0, labels: Sequence[str] = tu
     return found
 
 
-def question_rows(examples: int = 120, seed: int = 0) -> list[dict[str, Any]]:
-    """Questions for the word of a class; the context has one of each class among others that say nothing."""
+def question_rows(examples: int = 120, seed: int = 0, wrong: int = 0) -> list[dict[str, Any]]:
+    """Questions for the word of a class; the context has one of each class among others that say nothing. Of `wrong`
+    questions one, where it is not 0, has the word of another class as its answer."""
     draw = np.random.default_rng(seed)
     found = []
     for number in range(examples):
@@ -44,8 +45,9 @@ def question_rows(examples: int = 120, seed: int = 0) -> list[dict[str, Any]]:
         words = [*chosen.values(), *draw.choice(["the", "was", "of", "it"], draw.integers(1, 5))]
         draw.shuffle(words)
         context = f"{number}: {' '.join(words)}"
-        start = context.index(f" {chosen[asked]}") + 1
-        found.append({"question": f"which {asked}", "context": context, "answer": chosen[asked], "start": start})
+        told = list(WORDS)[(number + bool(wrong and number % wrong == 0)) % len(WORDS)]
+        start = context.index(f" {chosen[told]}") + 1
+        found.append({"question": f"which {asked}", "context": context, "answer": chosen[told], "start": start})
     return found
 
 

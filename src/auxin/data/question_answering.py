@@ -124,7 +124,7 @@ class QuestionData(PaddedText[_Manifest]):
             "source": self.settings.source,
             "examples": f"{sum(split.examples for split in splits):,}",
             "left out": "; ".join(parts),
-            "answers": f"{repeated:,} stand at several places of their context, and the first is taken",
+            "answers at several places": f"{repeated:,}, of which the first is taken",
             "vocabulary": f"{self.vocab_size:,}",
             "context length": self.describe_length("contexts"),
             "training examples": f"{report.train.examples:,}",
