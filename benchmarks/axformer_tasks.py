@@ -1,4 +1,7 @@
-"""Three small tasks of telling texts apart, of what is inside packages: texts by class, and as data to train on."""
+"""Three small tasks of telling texts apart, of what is inside packages: texts by class, and as data to train on.
+
+`axformer_answers` has one of finding answers in them.
+"""
 
 import html
 import json
@@ -6,12 +9,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from auxin.data import SampleForm
 from auxin.data.labelled_text import LabelledRows
+from auxin.data.padded_text import PaddedRows
+from auxin.objectives.classification import Classification
 
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 TOPICS = {
@@ -33,6 +40,23 @@ class Task:
     """The different texts of each class, in the files' order."""
     length: int
     """Tokens of a text, longer ones cut off."""
+    objective: ClassVar[Classification] = Classification()
+
+    def rows(self, tokenizer: Any, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and facts of so many texts."""
+        return encoded(tokenizer, drawn(self.texts, count, seed), self.length)
+
+    def data(self, rows: tuple[np.ndarray, np.ndarray], held: tuple[np.ndarray, np.ndarray], tokenizer: Any) -> "Texts":
+        """Texts to learn from, and others for the lines of metrics."""
+        return Texts(rows, held, tokenizer.pad_token_id, len(tokenizer), len(self.texts))
+
+    def pretrained(self, home: Path) -> PreTrainedModel:
+        """The model of a folder with a new head."""
+        return AutoModelForSequenceClassification.from_pretrained(home, num_labels=len(self.texts), dtype=torch.float32)
+
+    def judged(self, model: PreTrainedModel, data: "Texts") -> dict[str, float]:
+        """Loss and accuracy on what is to be learnt of data."""
+        return judged(model, data.split("train"))
 
 
 def tasks(wordnet: Path, mails: Path) -> list[Task]:
@@ -94,8 +118,47 @@ def encoded(tokenizer: Any, chosen: Sequence[tuple[str, int]], length: int) -> t
     return np.array(told["input_ids"]), np.stack([labels, lengths, lengths], 1).astype(np.int32)
 
 
-class Texts:
-    """Texts in memory as training wants its data; see `auxin.data.Dataset`.
+def judged(model: PreTrainedModel, rows: LabelledRows) -> dict[str, float]:
+    """Loss and accuracy on texts."""
+    losses, right = [], 0
+    with torch.inference_mode():
+        for start in range(0, len(rows), 80):
+            batch = rows.rows(range(start, min(start + 80, len(rows))))
+            output = model(**batch)
+            losses.append(output.loss.item() * len(batch["labels"]))
+            right += int((output.logits.argmax(-1) == batch["labels"]).sum())
+    return {"loss": sum(losses) / len(rows), "accuracy": 100 * right / len(rows)}
+
+
+class InMemory:
+    """Samples in memory as training wants its data; see `auxin.data.Dataset`.
+
+    Args:
+        form: of the samples.
+        rows: what is learnt.
+        held: for the lines of metrics.
+    """
+
+    bytes_per_unit = None
+    fingerprint = "texts"
+
+    def __init__(self, form: SampleForm, rows: PaddedRows, held: PaddedRows) -> None:
+        self.form, self._splits = form, {"train": rows, "validation": held}
+
+    def split(self, name: str) -> PaddedRows:
+        """One side."""
+        return self._splits[name]
+
+    def processor(self) -> None:
+        """None: the tokenizer is the package's."""
+
+    def describe(self) -> dict[str, str]:
+        """Nothing that a report would want."""
+        return {}
+
+
+class Texts(InMemory):
+    """Texts with classes.
 
     Args:
         rows: ids (texts, length) and label, length and length again of each (texts, 3).
@@ -105,9 +168,6 @@ class Texts:
         classes: how many there are.
     """
 
-    bytes_per_unit = None
-    fingerprint = "texts"
-
     def __init__(
         self,
         rows: tuple[np.ndarray, np.ndarray],
@@ -116,8 +176,7 @@ class Texts:
         vocabulary: int,
         classes: int,
     ) -> None:
-        self._splits = {"train": rows, "validation": held}
-        self.form = SampleForm(
+        form = SampleForm(
             "example",
             1,
             ("input_ids", "attention_mask", "labels"),
@@ -126,14 +185,4 @@ class Texts:
             labels=tuple(map(str, range(classes))),
             config_values={"vocab_size": vocabulary, "pad_token_id": padding},
         )
-
-    def split(self, name: str) -> LabelledRows:
-        """One side."""
-        return LabelledRows(*self._splits[name], self.form.tensors)
-
-    def processor(self) -> None:
-        """None: the tokenizer is the package's."""
-
-    def describe(self) -> dict[str, str]:
-        """Nothing that a report would want."""
-        return {}
+        super().__init__(form, *(LabelledRows(*split, form.tensors) for split in (rows, held)))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measuring import write_results
+from measuring import both_machines, write_results
 from scipy.stats import linregress, t
 
 from auxin.accounting.comparison import BranchComparison, Comparison
@@ -171,10 +171,7 @@ def added(found: PartResults, recorded: PartResults, arguments: argparse.Namespa
         difference = None if name == found.main_branch else paired_difference(branch.values, main)
         branches[name] = branch.model_copy(update={"difference": difference})
     seeds = sorted({seed for branch in branches.values() for seed in branch.seeds})
-    # Another machine gives other bits, and the same numbers within the noise of the seeds; both are named.
-    machine = {}
-    for key, value in found.machine.items():
-        machine[key] = "; ".join(dict.fromkeys([value, *recorded.machine.get(key, value).split("; ")]))
+    machine = both_machines(found.machine, recorded.machine)
     changes: dict[str, Any] = {
         "branches": list(branches.values()),
         "seeds": seeds,

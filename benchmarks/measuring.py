@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,12 @@ def mean_and_range(numbers: Sequence[float], form: str = ".4f") -> str:
 def made_by(command: str, **versions: str) -> dict[str, Any]:
     """What numbers were made by: the command line, the machine, and the versions, further ones among them."""
     return {"command": command, "machine": describe_machine(), "versions": {**software_versions(), **versions}}
+
+
+def both_machines(now: Mapping[str, str], before: Mapping[str, str]) -> dict[str, str]:
+    """What numbers were measured on, some now and some before: another machine gives other bits, and the same numbers
+    within the noise of the seeds; both are named."""
+    return {key: "; ".join(dict.fromkeys([value, *before.get(key, value).split("; ")])) for key, value in now.items()}
 
 
 def made_by_line(results: dict[str, Any]) -> str:

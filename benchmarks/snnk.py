@@ -29,9 +29,9 @@ from typing import Any
 
 import peft
 import torch
-from axformer import PACKAGE, judged, learnt, milliseconds
+from axformer import PACKAGE, learnt, milliseconds
 from axformer import Trial as Training
-from axformer_tasks import Texts, drawn, encoded, tasks
+from axformer_tasks import Texts, drawn, encoded, judged, tasks
 from measuring import made_by, made_by_line, mean_and_range, write_results
 from optin_vit import Digits, digits, vit
 from torch import Tensor, nn

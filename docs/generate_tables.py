@@ -25,6 +25,7 @@ from auxin.accounting import Electricity
 from auxin.data import CorpusSettings, DatasetSettings
 from auxin.data.image_source import LabelledImagesSettings
 from auxin.data.labelled_source import LabelledTextSettings
+from auxin.data.question_source import QuestionAnsweringSettings
 from auxin.methods.factorize.structured_ffn import GuideFadeSettings
 from auxin.methods.grow.masked import MaskRampSettings
 from auxin.methods.grow.tokenformer import OldTokenRatesSettings, TauAnnealSettings, TokenGrowth
@@ -35,8 +36,9 @@ from auxin.objectives.causal import Causal
 from auxin.objectives.classification import Classification
 from auxin.objectives.distillation import Distillation
 from auxin.objectives.masked_language import MaskedLanguage
-from auxin.objectives.measures import Accuracy, Loss, MacroF1, Measure
+from auxin.objectives.measures import Accuracy, ExactMatch, Loss, MacroF1, Measure, TokenF1
 from auxin.objectives.objective import ObjectiveSettings
+from auxin.objectives.question_answering import QuestionAnswering
 from auxin.objectives.span_corruption import SpanCorruption
 from auxin.planning.hooks import ExactRatesSettings, HookSettings, OldRatesSettings, TrainOnlySettings
 from auxin.recipes.schema import Branch, BuildStage, ChangeStage, EvaluateStage, Recipe, TrainStage
@@ -52,6 +54,7 @@ SETTINGS: tuple[type[BaseModel], ...] = (
     Electricity,
     CorpusSettings,
     LabelledTextSettings,
+    QuestionAnsweringSettings,
     LabelledImagesSettings,
     Branch,
     BuildStage,
@@ -66,6 +69,8 @@ SETTINGS: tuple[type[BaseModel], ...] = (
     Loss,
     Accuracy,
     MacroF1,
+    ExactMatch,
+    TokenF1,
     OldRatesSettings,
     OldTokenRatesSettings,
     TauAnnealSettings,
@@ -75,6 +80,7 @@ SETTINGS: tuple[type[BaseModel], ...] = (
     TrainOnlySettings,
     ExactRatesSettings,
     Classification,
+    QuestionAnswering,
     GuardSettings,
     TokenGrowth,
     MaskedLanguage,

@@ -1,4 +1,4 @@
-"""Small sets of labelled samples: rows for files, prepared texts in memory, and images."""
+"""Small sets of labelled samples: rows for files, prepared texts and questions in memory, and images."""
 
 import json
 from collections.abc import Sequence
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from auxin.data import SampleForm
 from auxin.data.labelled_text import LabelledRows
+from auxin.data.question_answering import QuestionRows
+from auxin.data.question_source import ANSWER, CONTEXT
 
 WORDS = {
     "nature": ["season", "light", "tree", "leaf", "spring", "winter"],
@@ -29,6 +31,23 @@ def labelled_rows(examples: int = 120, seed: int = 0, labels: Sequence[str] = tu
         words = [*draw.choice(WORDS[label], 3), *draw.choice(["the", "was", "of", "it"], draw.integers(1, 5))]
         draw.shuffle(words)
         found.append({"text": " ".join(words) + f" {number}", "label": label})
+    return found
+
+
+def question_rows(examples: int = 120, seed: int = 0, wrong: int = 0) -> list[dict[str, Any]]:
+    """Questions for the word of a class; the context has one of each class among others that say nothing. Of `wrong`
+    questions one, where it is not 0, has the word of another class as its answer."""
+    draw = np.random.default_rng(seed)
+    found = []
+    for number in range(examples):
+        chosen = {label: str(draw.choice(words)) for label, words in WORDS.items()}
+        asked = list(WORDS)[number % len(WORDS)]
+        words = [*chosen.values(), *draw.choice(["the", "was", "of", "it"], draw.integers(1, 5))]
+        draw.shuffle(words)
+        context = f"{number}: {' '.join(words)}"
+        told = list(WORDS)[(number + bool(wrong and number % wrong == 0)) % len(WORDS)]
+        start = context.index(f" {chosen[told]}") + 1
+        found.append({"question": f"which {asked}", "context": context, "answer": chosen[told], "start": start})
     return found
 
 
@@ -100,6 +119,50 @@ class TinyLabelled:
     def split(self, name: str) -> LabelledRows:
         rows = self._splits[name]
         return LabelledRows(self._tokens[rows], self._facts[rows], self.form.tensors)
+
+    def processor(self) -> None:
+        return None
+
+    def describe(self) -> dict[str, str]:
+        return {}
+
+
+class TinyQuestions:
+    """Questions of one token, 1 to 9, behind token 61, and a context behind token 62 that has it once, in which an even
+    one is the answer and an odd one with the token behind it, all padded with token 0.
+
+    Args:
+        examples: of the training split.
+    """
+
+    length, vocabulary = 12, 64
+    bytes_per_unit = None
+    fingerprint = "questions"
+
+    def __init__(self, examples: int = 64) -> None:
+        draw, rows = np.random.default_rng(0), examples + 16
+        tokens, facts = np.zeros((rows, self.length), np.uint16), np.zeros((rows, 6), np.int32)
+        for row in range(rows):
+            asked, context = int(draw.integers(1, 10)), draw.integers(10, 60, draw.integers(3, 8))
+            place = int(draw.integers(len(context) - 1))
+            context[place] = asked
+            text = [61, asked, 62, *context, 62]
+            tokens[row, : len(text)] = text
+            facts[row] = 3 + place, 3 + place + asked % 2, 3, len(text) - 1, len(text), 3
+        self.form = SampleForm(
+            "example",
+            1,
+            ("input_ids", "attention_mask", "token_type_ids", CONTEXT, *ANSWER),
+            length=self.length,
+            vocab_size=self.vocabulary,
+            config_values={"vocab_size": self.vocabulary, "pad_token_id": 0},
+        )
+        self._splits = {"train": slice(0, examples), "validation": slice(examples, None)}
+        self._tokens, self._facts = tokens, facts
+
+    def split(self, name: str) -> QuestionRows:
+        rows = self._splits[name]
+        return QuestionRows(self._tokens[rows], self._facts[rows], self.form.tensors)
 
     def processor(self) -> None:
         return None

@@ -16,11 +16,16 @@ from pathlib import Path
 from auxin.data import CorpusSettings, prepare
 from auxin.data.labelled_source import LabelledTextSettings
 from auxin.data.labelled_text import prepare as prepare_labelled
+from auxin.data.question_answering import prepare as prepare_questions
+from auxin.data.question_source import QuestionAnsweringSettings
 
 def prepared(path, output, kind):
     values = {"paths": [path], "tokenizer": sys.argv[1], "context_length": 64, "validation_fraction": 0.4}
     if kind == "labelled_text":
         return prepare_labelled(LabelledTextSettings(**values), output)
+    if kind == "question_answering":
+        fields = {"question_field": "name", "context_field": "text", "answer_field": "answer"}
+        return prepare_questions(QuestionAnsweringSettings(**values, **fields), output)
     return prepare(CorpusSettings(source="files", **values), output)
 
 def peak():
@@ -56,10 +61,11 @@ def rows(path: Path, count: int, length: int, *longer: int) -> None:
     with path.open("w") as file:
         for number, size in enumerate([*([length] * count), *longer]):
             text = f"{number} {WORDS * (size // len(WORDS) + 1)}"
-            file.write(json.dumps({"text": text, "label": number % 2}) + "\n")
+            row = {"text": text, "label": number % 2, "name": f"which {number}", "answer": "cat"}
+            file.write(json.dumps(row) + "\n")
 
 
-@pytest.mark.parametrize("kind", ["text", "labelled_text"])
+@pytest.mark.parametrize("kind", ["text", "labelled_text", "question_answering"])
 @pytest.mark.parametrize("megabytes", [6, pytest.param(60, marks=pytest.mark.whole)])
 def test_a_long_line(megabytes, kind, tmp_path):
     """A few copies of the text, and the tokens of a part of it."""

@@ -2,10 +2,6 @@
 from a checkpoint; killed and finished to the same bits; and what does not fit."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from auxin.errors import ConfigError, DataError
 from auxin.models.loading import load_model
 from auxin.recipes import Recipe, price_recipe, run_recipe
 from labelled import BARS, write_bars
+from recipes.killed import check_killed_and_finished
 
 VIT = {
     "hidden_size": 32,
@@ -125,39 +121,13 @@ def test_the_price_is_what_was_paid_and_the_report_speaks_of_images(run, bars):
     assert "8 x 8, grey" in report
 
 
-DIES_WHILE_IT_MENDS = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from auxin.recipes import load_recipe, run_recipe
-
-torch.set_num_threads(1)
-recipe, output = sys.argv[1:]
-
-def announce(line):
-    if (Path(output) / "branches/taylor/02-mend/checkpoints").exists():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-run_recipe(load_recipe(recipe), output, "", announce=announce)
-"""
-
-
 def test_a_killed_run_goes_on_to_the_same_bits(run, bars, tmp_path):
     directory, _, _ = run
     whole = whole_recipe(bars).model_dump(mode="json")
     whole["branches"] = [branch for branch in whole["branches"] if branch["name"] in ("main", "taylor")]
     recipe = Recipe.parse(whole)
-    recipe.to_yaml(tmp_path / "v.yaml")
-    command = [sys.executable, "-c", DIES_WHILE_IT_MENDS, str(tmp_path / "v.yaml"), str(tmp_path / "out")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, env=environment)
-    assert done.returncode == -signal.SIGKILL
-    assert not (tmp_path / "out/results.json").exists()
-    run_recipe(recipe, tmp_path / "out", "", announce=lambda line: None)
-    final = "branches/taylor/03-evaluate/checkpoint/model.safetensors"
-    left, right = load_file(directory / final), load_file(tmp_path / "out" / final)
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in left)
+    begun, final = "branches/taylor/02-mend/checkpoints", "branches/taylor/03-evaluate/checkpoint/model.safetensors"
+    check_killed_and_finished(recipe, tmp_path, begun, final, directory)
 
 
 def test_a_checkpoint_is_trained_on_with_its_own_processor(run, bars, tmp_path):

@@ -30,7 +30,7 @@ from auxin.shrinking.page import front
 from auxin.shrinking.shrink import MODEL, OUTCOME, PAGE, PICTURE, TRIALS
 from auxin.shrinking.trials import Records, Trial, Workbench, measured_sizes
 from auxin.training.run_folder import latest_checkpoint
-from labelled import labelled_rows, write_rows
+from labelled import labelled_rows, question_rows, write_rows
 
 METHODS = ["shortgpt", "taylor", "greenformers"]
 
@@ -287,9 +287,16 @@ def test_a_way_that_fails_in_torch_ends_no_search(trained, found, tmp_path, monk
     assert trial.loss is None
 
 
-def test_a_classifier_is_compared_by_the_loss_of_its_labels(tmp_path):
-    texts = {"kind": "labelled_text", "paths": [str(write_rows(tmp_path / "rows.jsonl", labelled_rows()))]}
-    texts |= {"context_length": 20, "validation_fraction": 0.25}
+@pytest.mark.parametrize(
+    ("kind", "objective", "rows", "methods"),
+    [
+        ("labelled_text", "classification", labelled_rows(), ["finercut", "taylor"]),
+        ("question_answering", "question_answering", question_rows(), ["taylor", "random"]),
+    ],
+)
+def test_a_model_of_one_task_is_compared_by_the_loss_of_its_samples(tmp_path, kind, objective, rows, methods):
+    texts = {"kind": kind, "paths": [str(write_rows(tmp_path / "rows.jsonl", rows))]}
+    texts |= {"context_length": 24, "validation_fraction": 0.25}
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
     stages = [
         {"kind": "build", "model_type": "bert", "config": {**sizes, "max_position_embeddings": 24}},
@@ -301,18 +308,18 @@ def test_a_classifier_is_compared_by_the_loss_of_its_labels(tmp_path):
             "name": "base",
             "title": "base",
             "data": {**texts, "vocab_size": 400},
-            "training": {"objective": "classification"},
+            "training": {"objective": objective},
             "branches": [{"name": "main", "title": "main", "stages": stages}],
         }
     )
     run_recipe(recipe, tmp_path / "run", "", announce=lambda line: None)
     model = tmp_path / "run/branches/main/03-evaluate/checkpoint"
-    values = {"methods": ["finercut", "taylor"], "trials": 3, "samples": 8, "choosing_samples": 12, "budget": 64}
+    values = {"methods": methods, "trials": 3, "samples": 8, "choosing_samples": 12, "budget": 64}
     settings = {"model": str(model), "target": {"flops": 0.8}, "data": {**texts, "tokenizer": str(model)}, **values}
     outcome, _ = done(ShrinkSettings.parse(settings), tmp_path / "smaller")
     assert outcome.target == "example"
     assert outcome.chosen.flops <= 0.8 * outcome.whole.flops
-    assert 0 < outcome.chosen.loss < 2
+    assert 0 < outcome.chosen.loss < (2 if kind == "labelled_text" else 4)
 
 
 def test_no_way_in_the_front_is_beaten_by_another():

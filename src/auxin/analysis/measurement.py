@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from auxin.accounting.inputs import without_cache
+from auxin.data.question_source import ANSWER
 from auxin.errors import DataError, PlanError
-from auxin.objectives.given_batches import ANSWER
 from auxin.settings import Settings
 from auxin.words.registry import Registry
 

@@ -10,9 +10,9 @@ from auxin.analysis.measurement import Batch, kept_tokens, logits_of, wide
 from auxin.analysis.sample_losses import output_losses
 from auxin.analysis.spread import Estimate, Spread
 from auxin.analysis.targets import label_rows
+from auxin.data.question_source import ANSWER
 from auxin.errors import PlanError
 from auxin.models.loading import is_ctc
-from auxin.objectives.given_batches import ANSWER
 from auxin.objectives.objective import IGNORED
 from auxin.settings import Settings
 

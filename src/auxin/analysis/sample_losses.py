@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 
 from auxin.analysis.measurement import Batch, kept_tokens, logits_of, wide
 from auxin.analysis.targets import label_rows, refuse_without_targets
+from auxin.data.question_source import ANSWER
 from auxin.errors import DataError
 from auxin.models.loading import is_ctc
-from auxin.objectives.given_batches import ANSWER
 from auxin.objectives.objective import IGNORED
 
 SEVERAL = "multi_label_classification"

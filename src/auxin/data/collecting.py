@@ -13,7 +13,7 @@ from auxin.errors import DataError
 from auxin.settings import Settings
 
 _MAX_EXAMPLES = 10
-CONFLICT = "another label than an earlier one of the same content"
+CONFLICT = "another label or answer than an earlier one of the same content"
 
 
 class Skipped(Settings):
@@ -132,7 +132,8 @@ def collect(
             break
         seen[key] = rest
         size += len(content)
-        spool = collected.validation if is_validation(key, settings) else collected.train
+        side = key if document.side is None else document_key(document.side, settings.seed)
+        spool = collected.validation if is_validation(side, settings) else collected.train
         spool.add(key + rest, document.data)
         advance("read", size, None)
     collected.train.finish()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -10,11 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from auxin.data.dataset import SampleForm
 from auxin.data.labels import LabelSettings
-from auxin.data.padding import padding_tokenizer
+from auxin.data.padding import padded_form
 from auxin.data.settings import TextSettings
 from auxin.data.sources import Document, read_rows, text_document
-from auxin.data.tokenizer import vocabulary_fields
-from auxin.errors import placed
 
 _BETWEEN = b"\xff"
 """Stands between the texts of a pair; no byte of UTF-8."""
@@ -56,19 +55,12 @@ class LabelledTextSettings(LabelSettings, TextSettings):
 
     def form(self) -> SampleForm:
         """Labelled texts; the vocabulary is the one asked for, or that of the tokenizer named if it is there."""
-        if self.tokenizer is None:
-            return labelled_form(self, self.label_names, self.vocab_size)
-        if not self.tokenizer.exists():
-            return labelled_form(self, self.label_names, None)
-        with placed("tokenizer: "):
-            tokenizer = padding_tokenizer(self.tokenizer)
-        return labelled_form(self, self.label_names, None, tokenizer)
+        return labelled_form(self, self.label_names)
 
 
 def labelled_form(
     settings: LabelledTextSettings,
     labels: tuple[str, ...] | None,
-    vocab_size: int | None,
     tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> SampleForm:
     """The form of labelled texts of `settings`.
@@ -76,25 +68,10 @@ def labelled_form(
     Args:
         settings: the settings.
         labels: the classes, where they are known.
-        vocab_size: of a tokenizer that is not there yet.
-        tokenizer: the tokenizer, where it is there.
+        tokenizer: as of `padded_form`.
     """
-    fields = {} if vocab_size is None else {"vocab_size": vocab_size}
-    tensors = ["input_ids", "attention_mask", "labels"]
-    if tokenizer is not None:
-        fields = vocabulary_fields(tokenizer)
-        if settings.text_pair_field is not None and "token_type_ids" in tokenizer.model_input_names:
-            tensors.insert(2, "token_type_ids")
-    return SampleForm(
-        unit="example",
-        units=1,
-        tensors=tuple(tensors),
-        length=settings.context_length,
-        vocab_size=fields.get("vocab_size"),
-        mask_token_id=None if tokenizer is None else tokenizer.mask_token_id,
-        labels=labels,
-        config_values=fields,
-    )
+    form = padded_form(settings, settings.text_pair_field is not None, ("labels",), tokenizer)
+    return replace(form, labels=labels)
 
 
 def labelled_documents(settings: LabelledTextSettings) -> Iterator[Document]:

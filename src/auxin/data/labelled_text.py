@@ -7,13 +7,12 @@ to it, so that every batch has one shape, and prices and books are exact; how mu
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -21,39 +20,34 @@ from auxin.data.collecting import Collected
 from auxin.data.dataset import DatasetKind, ProgressCallback, SampleForm, SplitName
 from auxin.data.labelled_source import LabelledTextSettings, labelled_documents, labelled_form
 from auxin.data.labels import classes_of, counted
-from auxin.data.packing import ContextWriter, DocumentSpool, token_dtype
-from auxin.data.padding import PaddingEncoder, padding_tokenizer
-from auxin.data.prepared_text import PreparedText, TextManifest, TextReport, with_tokenizer
-from auxin.data.preparing import Manifest, Steps, open_array, prepare_folder, write_array
+from auxin.data.packing import DocumentSpool
+from auxin.data.padded_text import (
+    PaddedManifest,
+    PaddedReport,
+    PaddedRows,
+    PaddedSplitReport,
+    PaddedText,
+    json_batches,
+    write_padded,
+)
+from auxin.data.padding import Padded, PaddingEncoder, padding_tokenizer
+from auxin.data.prepared_text import with_tokenizer
+from auxin.data.preparing import Manifest, Steps, prepare_folder
 from auxin.data.tokenizer import tokenizer_digest
-from auxin.settings import Settings
 
 FORMAT = 1
-_BATCH, _BATCH_CHARACTERS = 1024, 2**21
-"""Texts encoded at a time, and about how many characters of them."""
-LABEL, TOKENS = 0, 1
-"""Columns of what is kept beside a text's ids: its class, its tokens without padding, and where the second text
-begins."""
+LABEL = 0
+"""The column of what is kept beside a text's ids in which its class stands."""
 
 
-class LabelledSplitReport(Settings):
+class LabelledSplitReport(PaddedSplitReport):
     """What one split holds."""
 
-    examples: int
-    """Labelled texts."""
     labels: tuple[int, ...]
-    """How many of them each class has, in the order of the classes."""
-    cut: int
-    """Texts that were longer than the context and lost their end."""
-    tokens: int
-    """Tokens without padding, special ones included."""
-    sha256: str
-    """Digest of the tokens."""
-    rows_sha256: str
-    """Digest of the labels and lengths."""
+    """How many of its texts each class has, in the order of the classes."""
 
 
-class LabelledReport(TextReport):
+class LabelledReport(PaddedReport):
     """What became of every row of the source, and what the splits hold."""
 
     labels: tuple[str, ...]
@@ -62,69 +56,32 @@ class LabelledReport(TextReport):
     validation: LabelledSplitReport
 
 
-class _Manifest(TextManifest):
+class _Manifest(PaddedManifest):
     """What labelled_text.json holds."""
 
     settings: LabelledTextSettings
     report: LabelledReport
 
 
-class LabelledRows:
-    """Padded texts and their labels as a split of samples; see `dataset.Split`.
+class LabelledRows(PaddedRows):
+    """Padded texts and their labels as a split of samples.
 
-    Args:
-        tokens: ids, (texts, context_length).
-        facts: label, length and start of the second text, (texts, 3).
-        tensors: names of what a batch holds.
+    Facts of a text are its label, its length and the start of the second text.
     """
 
-    def __init__(self, tokens: np.ndarray, facts: np.ndarray, tensors: tuple[str, ...]) -> None:
-        self.tokens, self.facts, self.tensors = tokens, facts, tensors
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def rows(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` and, of pairs, `token_type_ids` (rows, context_length); `labels` (rows,); all
-        64-bit integers."""
-        chosen = list(rows)
-        tokens = torch.from_numpy(self.tokens[chosen].astype(np.int64))
-        labels, lengths, seconds = torch.from_numpy(self.facts[chosen].astype(np.int64)).unbind(1)
-        places = torch.arange(tokens.shape[1])
-        mask = places < lengths[:, None]
-        found = {
-            "input_ids": tokens,
-            "attention_mask": mask.long(),
-            "token_type_ids": (mask & (places >= seconds[:, None])).long(),
-            "labels": labels,
-        }
-        return {name: found[name] for name in self.tensors}
+    def _wanted(self, facts: Tensor) -> dict[str, Tensor]:
+        return {"labels": facts[:, LABEL]}
 
 
-class LabelledData(PreparedText[_Manifest]):
+class LabelledData(PaddedText[_Manifest]):
     """Prepared labelled texts: two memory-mapped arrays of tokens with their labels, and what they were made of."""
 
     noun: ClassVar[str] = "set of labelled texts"
     manifest_file: ClassVar[str] = "labelled_text.json"
     manifest_class: ClassVar[type[Manifest]] = _Manifest
     version: ClassVar[int] = FORMAT
-    bytes_per_unit: ClassVar[None] = None
-    """Losses are those of classes, not of a text."""
-
-    def _open(self) -> None:
-        self._arrays: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        for name in ("train", "validation"):
-            examples = self._of(name).examples
-            tokens = open_array(self.directory / f"{name}.npy", (examples, self.context_length), (np.uint16, np.uint32))
-            self._arrays[name] = tokens, open_array(self.directory / f"{name}-labels.npy", (examples, 3), (np.int32,))
-
-    def _of(self, name: str) -> LabelledSplitReport:
-        return self.report.train if name == "train" else self.report.validation
-
-    def _digests(self) -> Iterator[tuple[str, np.ndarray, str]]:
-        for name, (tokens, facts) in self._arrays.items():
-            yield f"{name}.npy", tokens, self._of(name).sha256
-            yield f"{name}-labels.npy", facts, self._of(name).rows_sha256
+    facts: ClassVar[str] = "labels"
+    columns: ClassVar[int] = 3
 
     @property
     def settings(self) -> LabelledTextSettings:
@@ -139,7 +96,7 @@ class LabelledData(PreparedText[_Manifest]):
     @cached_property
     def form(self) -> SampleForm:
         """Labelled texts."""
-        return labelled_form(self.settings, self.report.labels, None, self.tokenizer())
+        return labelled_form(self.settings, self.report.labels, self.tokenizer())
 
     def split(self, name: SplitName) -> LabelledRows:
         """The texts of one split."""
@@ -148,14 +105,12 @@ class LabelledData(PreparedText[_Manifest]):
     def describe(self) -> dict[str, str]:
         """What the texts are, how many each class has, and what became of the others."""
         report = self.report
-        cut, tokens = report.train.cut + report.validation.cut, report.train.tokens + report.validation.tokens
-        filled = tokens / (report.documents * self.context_length)
         return {
             "source": self.settings.source,
             "examples": f"{report.documents:,}",
             "left out": report.describe_left_out(),
             "vocabulary": f"{self.vocab_size:,}",
-            "context length": f"{self.context_length:,}; {cut:,} texts cut to it, {1 - filled:.0%} of it padding",
+            "context length": self.describe_length("texts"),
             "training examples": counted(report.train.examples, report.labels, report.train.labels),
             "validation examples": counted(report.validation.examples, report.labels, report.validation.labels),
         }
@@ -223,41 +178,15 @@ def _write_split(
     directory: Path,
     advance: ProgressCallback,
 ) -> LabelledSplitReport:
-    writer = ContextWriter(directory / f"{name}.npy", encoder.length, token_dtype(encoder.vocab_size))
     numbers = {label: number for number, label in enumerate(labels)}
-    facts: list[tuple[int, int, int]] = []
-    cut = 0
-    for batch in _batches(spool):
-        for (label, *_), padded in zip(batch, encoder.encode([texts for _, *texts in batch]), strict=True):
-            writer.write(padded.ids)
-            facts.append((numbers[label], padded.tokens, padded.second))
-            cut += padded.is_cut
-        advance(name, len(facts), len(spool))
-    _, digest = writer.finish()
-    array = np.array(facts, dtype=np.int32)
-    write_array(directory / f"{name}-labels.npy", array)
-    return LabelledSplitReport(
-        examples=len(array),
-        labels=tuple(np.bincount(array[:, LABEL], minlength=len(labels)).tolist()),
-        cut=cut,
-        tokens=int(array[:, TOKENS].sum()),
-        sha256=digest,
-        rows_sha256=hashlib.sha256(array.tobytes()).hexdigest(),
-    )
 
+    def rows() -> Iterator[tuple[Padded, tuple[int, ...]]]:
+        for batch in json_batches(spool, name, advance):
+            for (label, *_), padded in zip(batch, encoder.encode([texts for _, *texts in batch]), strict=True):
+                yield padded, (numbers[label],)
 
-def _batches(spool: DocumentSpool) -> Iterator[list[list[str]]]:
-    """[label, text, ...] of the documents, many at a time."""
-    batch: list[list[str]] = []
-    waiting = 0
-    for written in spool.texts():
-        batch.append(json.loads(written))
-        waiting += len(written)
-        if len(batch) == _BATCH or waiting >= _BATCH_CHARACTERS:
-            yield batch
-            batch, waiting = [], 0
-    if batch:
-        yield batch
+    array, report = write_padded(LabelledData, directory, name, encoder, rows())
+    return LabelledSplitReport(**report, labels=tuple(np.bincount(array[:, LABEL], minlength=len(labels)).tolist()))
 
 
 DATASET = DatasetKind("labelled_text", LabelledTextSettings, prepare)

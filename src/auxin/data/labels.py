@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
 
-from auxin.data.settings import SourceSettings
+from auxin.data.settings import SourceSettings, without_stdlib
 from auxin.errors import DataError
 
 
@@ -25,9 +25,7 @@ class LabelSettings(SourceSettings):
     @field_validator("source", mode="before")
     @classmethod
     def _has_labels(cls, value: Any) -> Any:
-        if value == "stdlib":
-            raise ValueError("the standard library's files have no labels. Set source: files, or huggingface")
-        return value
+        return without_stdlib(value, "labels")
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Self:

@@ -11,9 +11,13 @@ from typing import NamedTuple
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from auxin.data.dataset import SampleForm
+from auxin.data.settings import TokenizedSettings
 from auxin.data.tokenizer import load_tokenizer, plain_backend, read_tokenizer, vocabulary_fields
-from auxin.errors import DataError
+from auxin.errors import DataError, placed
 
+SEGMENTS = "token_type_ids"
+"""What tells the second text of a pair from the first, where the model's tokenizer does."""
 _ENOUGH = 2**16
 """Characters at the begin of a text that are encoded at first."""
 
@@ -35,6 +39,39 @@ def padding_tokenizer(path: Path) -> PreTrainedTokenizerFast:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def padded_form(
+    settings: TokenizedSettings, is_pair: bool, wanted: tuple[str, ...], tokenizer: PreTrainedTokenizerFast | None
+) -> SampleForm:
+    """The form of texts that are padded to one length.
+
+    Args:
+        settings: of the texts.
+        is_pair: whether samples are pairs.
+        wanted: what a batch holds beside the texts.
+        tokenizer: the data's; None: the one that the settings name, if it is there, or else what they say of it.
+
+    Raises:
+        DataError: the tokenizer that is named can't be used.
+    """
+    if tokenizer is None and settings.tokenizer is not None and settings.tokenizer.exists():
+        with placed("tokenizer: "):
+            tokenizer = padding_tokenizer(settings.tokenizer)
+    fields = {"vocab_size": settings.vocab_size} if settings.tokenizer is None else {}
+    tensors = ["input_ids", "attention_mask"]
+    if tokenizer is not None:
+        fields = vocabulary_fields(tokenizer)
+        tensors += [SEGMENTS] if is_pair and SEGMENTS in tokenizer.model_input_names else []
+    return SampleForm(
+        unit="example",
+        units=1,
+        tensors=(*tensors, *wanted),
+        length=settings.context_length,
+        vocab_size=fields.get("vocab_size"),
+        mask_token_id=None if tokenizer is None else tokenizer.mask_token_id,
+        config_values=fields,
+    )
 
 
 class Padded(NamedTuple):

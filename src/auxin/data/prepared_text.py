@@ -10,7 +10,7 @@ from auxin.data.collecting import Collected, ReadReport
 from auxin.data.dataset import ProgressCallback, save_processor
 from auxin.data.packing import DocumentSpool
 from auxin.data.preparing import Begun, Manifest, Prepared
-from auxin.data.settings import TextSettings
+from auxin.data.settings import TokenizedSettings
 from auxin.data.tokenizer import read_tokenizer, tokenizer_digest, train_tokenizer
 from auxin.errors import DataError
 
@@ -30,7 +30,7 @@ class TextManifest(Manifest):
 
     tokenizer_digest: str
     loaded_tokenizer_digest: str | None
-    settings: TextSettings
+    settings: TokenizedSettings
     report: TextReport
 
 
@@ -80,7 +80,7 @@ class PreparedText(Prepared[TextManifestT]):
             raise DataError(f"{self.directory / TOKENIZER} has changed. Delete {self.directory} and prepare again.")
 
 
-SettingsT = TypeVar("SettingsT", bound=TextSettings)
+SettingsT = TypeVar("SettingsT", bound=TokenizedSettings)
 
 
 def with_tokenizer(

@@ -79,11 +79,17 @@ _BELONGS = {"paths": "files", "name": "huggingface"}
 """What a source goes by, and which one."""
 
 
-class TextSettings(SourceSettings):
+def without_stdlib(value: Any, lacking: str) -> Any:
+    """A `source` as it is given; ValueError where it is the standard library, whose files have none of what is
+    `lacking`, in the plural."""
+    if value == "stdlib":
+        raise ValueError(f"the standard library's files have no {lacking}. Set source: files, or huggingface")
+    return value
+
+
+class TokenizedSettings(SourceSettings):
     """Texts, and what turns them into samples of equally many tokens."""
 
-    text_field: str = "text"
-    """The field that holds a document's text, in files of rows and Hugging Face datasets."""
     tokenizer: Path | None = None
     """A tokenizer to load (a folder or a `tokenizer.json`); None trains a byte-level BPE on the training split."""
     vocab_size: int = Field(default=4096, ge=257)
@@ -91,6 +97,13 @@ class TextSettings(SourceSettings):
     corpus may not fill it. Not used when `tokenizer` is given."""
     context_length: int = Field(default=512, ge=2)
     """Tokens per sample."""
+
+
+class TextSettings(TokenizedSettings):
+    """Texts that each are in a field of their own."""
+
+    text_field: str = "text"
+    """The field that holds a document's text, in files of rows and Hugging Face datasets."""
 
 
 class CorpusSettings(TextSettings):

@@ -27,6 +27,8 @@ class Document(NamedTuple):
     skipped: str | None = None
     content: bytes | None = None
     """What makes it another document than others, where that is not all of `data`."""
+    side: bytes | None = None
+    """What decides whether it is held out, where that is not all that makes it another document."""
 
 
 def read_documents(settings: TextSettings) -> Iterator[Document]:

@@ -22,6 +22,7 @@ from auxin.accounting.inputs import text_length
 from auxin.data import CorpusSettings, Dataset, prepare
 from auxin.data.dataset import SampleForm
 from auxin.data.loader import ShuffledBatches
+from auxin.data.question_source import ANSWER
 from auxin.errors import ConfigError, DataError
 from auxin.models.loading import task_classes
 from auxin.objectives.causal import Causal
@@ -51,9 +52,15 @@ class CalibrationSettings(Settings):
     """Seed of which contexts, in which order, and of the objective's noise; a seed that is not set is the run's."""
 
     def shortened(self, form: SampleForm, field: str) -> SampleForm:
-        """`form` of samples of this length; ConfigError where that is longer than they are, which `field` sets."""
+        """`form` of samples of this length; ConfigError where that is longer than they are, which `field` sets, or
+        would cut off answers."""
         if self.length is None:
             return form
+        if set(ANSWER) & set(form.tensors) and self.length != form.length:
+            raise ConfigError(
+                f"calibration.length: of {self.length} tokens samples would lose their answers. Leave it out, or "
+                f"set {field}."
+            )
         if form.length is None or self.length > form.length:
             raise ConfigError(
                 f"calibration.length is {self.length}, but {field} is {form.length}. Give at most that, or leave it "

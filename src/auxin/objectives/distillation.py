@@ -173,7 +173,7 @@ class DistillationObjective(Wrapping):
         with torch.no_grad():
             told = self.teacher(**inputs, **self.call, **maps)
         if settings.weight:
-            loss = loss + settings.weight * self.soft_loss(answers[-1].logits, told.logits, inputs)
+            loss = loss + settings.weight * self.soft_loss(self.logits(answers[-1]), self.logits(told), inputs)
         weights, mask = self.sample_targets(inputs), inputs.get("attention_mask")
         if watch.pairs:
             loss = loss + watch.distance(settings, answers[-1], told, weights, mask)

@@ -18,13 +18,12 @@ from auxin.accounting.inputs import (
     text_config,
     text_positions,
 )
+from auxin.data.question_source import ANSWER
 from auxin.errors import DataError
 from auxin.models.loading import is_ctc
 from auxin.objectives.objective import IGNORED, is_encoder_decoder
 
 Batch = Tensor | Mapping[str, Tensor]
-ANSWER = ("start_positions", "end_positions")
-"""What models that find answers in texts call the numbers of an answer's first and last token."""
 NUMBERS = (PIXELS, "input_features", "input_values")
 """Inputs that are numbers: images, spectrograms and waveforms."""
 

@@ -1,18 +1,20 @@
 """What branches are compared by: numbers that are measured on the held-out split, whatever a stage has learnt."""
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from auxin.data.dataset import Split
-from auxin.errors import DataError
+from auxin.data.question_source import ANSWER, CONTEXT
+from auxin.errors import ConfigError, DataError
 from auxin.models.evaluating import evaluating
-from auxin.objectives.objective import NOT_A_NUMBER, Objective, held_out_noise
+from auxin.objectives.objective import NOT_A_NUMBER, Answers, Objective, held_out_noise
 from auxin.settings import Settings
 from auxin.words.one_of import kinds_of
 from auxin.words.registry import Registry
@@ -27,6 +29,8 @@ class Measure(Settings):
 
     kind: str
     """Which measure this is."""
+    of: ClassVar[Answers | None] = None
+    """What it is a measure of: answers of this kind; None: anything."""
 
     @property
     def name(self) -> str:
@@ -41,6 +45,15 @@ class Measure(Settings):
     def better(self) -> Literal["lower", "higher"]:
         """Which way is better."""
         return "higher"
+
+    def check(self, objective: Objective) -> None:
+        """Refuse an objective that has not what this is a measure of; ConfigError."""
+        if self.of not in (None, objective.answers):
+            fitting = [of.model_fields["kind"].default for of in MEASURES if of.of in (None, objective.answers)]
+            raise ConfigError(
+                f"measures: {self.kind!r} is of {self.of}, and here the answers are {objective.answers}. Choose of "
+                f"{', '.join(fitting)}."
+            )
 
     def __call__(
         self, model: nn.Module, split: Split, objective: Objective, batch_size: int, max_batches: int | None = None
@@ -96,6 +109,7 @@ class Accuracy(Measure):
 
     kind: Literal["accuracy"] = "accuracy"
     """Says that this is the accuracy."""
+    of: ClassVar[Answers | None] = "classes"
 
     def __call__(
         self, model: nn.Module, split: Split, objective: Objective, batch_size: int, max_batches: int | None = None
@@ -115,6 +129,7 @@ class MacroF1(Measure):
 
     kind: Literal["macro_f1"] = "macro_f1"
     """Says that this is macro-averaged F1."""
+    of: ClassVar[Answers | None] = "classes"
 
     @property
     def name(self) -> str:
@@ -135,10 +150,65 @@ class MacroF1(Measure):
         return float((2 * hits[seen > 0] / seen[seen > 0].double()).mean())
 
 
+class ExactMatch(Measure):
+    """Share of the questions whose likeliest answer has the tokens of the right one, 0 to 1; not a number where a
+    model's logits are none."""
+
+    kind: Literal["exact_match"] = "exact_match"
+    """Says that this is the share of exact answers."""
+    of: ClassVar[Answers | None] = "spans"
+
+    def __call__(
+        self, model: nn.Module, split: Split, objective: Objective, batch_size: int, max_batches: int | None = None
+    ) -> float:
+        """Every question weighs the same."""
+        return _mean_of_answers(
+            model, split, objective, batch_size, max_batches, lambda found, right: float(found == right)
+        )
+
+
+class TokenF1(Measure):
+    """The mean over questions of the F1 of the likeliest answer's tokens, 0 to 1.
+
+    That is 2 S / (P + R), of P tokens of this answer and R of the right one, which share S, equal ones counted as often
+    as both have them: SQuAD's F1 (arXiv 1606.05250, section 6.1) by tokens in place of words.
+    """
+
+    kind: Literal["token_f1"] = "token_f1"
+    """Says that this is F1 of an answer's tokens."""
+    of: ClassVar[Answers | None] = "spans"
+
+    @property
+    def name(self) -> str:
+        """As papers write it."""
+        return "token F1"
+
+    def __call__(
+        self, model: nn.Module, split: Split, objective: Objective, batch_size: int, max_batches: int | None = None
+    ) -> float:
+        """Every question weighs the same."""
+
+        def f1(found: list[int], right: list[int]) -> float:
+            return 2 * (Counter(found) & Counter(right)).total() / (len(found) + len(right))
+
+        return _mean_of_answers(model, split, objective, batch_size, max_batches, f1)
+
+
 def held_out_inputs(
     split: Split, objective: Objective, batch_size: int, max_batches: int | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """What a model is called with to be measured on `split`: batches in the split's order, on the CPU.
+
+    Raises:
+        DataError: as of `held_out_batches`.
+    """
+    return (inputs for _, inputs in held_out_batches(split, objective, batch_size, max_batches))
+
+
+def held_out_batches(
+    split: Split, objective: Objective, batch_size: int, max_batches: int | None = None
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """The batches of `split` in its order, and what a model is called with for each, on the CPU.
 
     Raises:
         DataError: there is no sample, or a number is out of range.
@@ -151,7 +221,8 @@ def held_out_inputs(
     rows = len(split) if max_batches is None else min(len(split), max_batches * batch_size)
     noise: np.random.Generator = held_out_noise()
     for start in range(0, rows, batch_size):
-        yield objective.inputs(split.rows(range(start, min(start + batch_size, rows))), noise)
+        batch = split.rows(range(start, min(start + batch_size, rows)))
+        yield batch, objective.inputs(batch, noise)
 
 
 def _predictions(
@@ -166,6 +237,28 @@ def _predictions(
     return predicted, right
 
 
+def _mean_of_answers(
+    model: nn.Module,
+    split: Split,
+    objective: Objective,
+    batch_size: int,
+    max_batches: int | None,
+    value: Callable[[list[int], list[int]], float],
+) -> float:
+    """The mean over questions of a value of (ids of the likeliest answer, ids of the right one); not a number where
+    there is no likeliest one."""
+    values: list[float] = []
+    with evaluating(model):
+        for batch, inputs in held_out_batches(split, objective, batch_size, max_batches):
+            found = objective.spans(model, inputs, batch[CONTEXT]).tolist()
+            right = torch.stack([batch[name] for name in ANSWER], 1).tolist()
+            for ids, guess, answer in zip(batch["input_ids"].tolist(), found, right, strict=True):
+                if NOT_A_NUMBER in guess:
+                    return math.nan
+                values.append(value(*(ids[start : end + 1] for start, end in (guess, answer))))
+    return math.fsum(values) / len(values)
+
+
 def _measures_in(loaded: Any) -> Iterator[tuple[str, type[Measure]]]:
     found = getattr(loaded, "MEASURES", ()) if isinstance(loaded, ModuleType) else (loaded,)
     for item in found:
@@ -175,7 +268,7 @@ def _measures_in(loaded: Any) -> Iterator[tuple[str, type[Measure]]]:
             yield kind, item
 
 
-MEASURES: tuple[type[Measure], ...] = (Loss, Accuracy, MacroF1)
+MEASURES: tuple[type[Measure], ...] = (Loss, Accuracy, MacroF1, ExactMatch, TokenF1)
 """Those of this module."""
 REGISTRY: Registry[type[Measure]] = Registry("measure", "auxin.objectives", _measures_in)
 """Every measure, by name."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -30,7 +30,15 @@ from auxin.words.registry import Registry
 IGNORED = -100
 """The label of what is not predicted, as everywhere in transformers."""
 NOT_A_NUMBER = -1
-"""In place of a class that a model has not named, since its logits are not numbers."""
+"""In place of a class, or of an answer's tokens, that a model has not named, since its logits are not numbers."""
+Answers = Literal["classes", "spans"]
+"""What a model's answers are: a class of several, or a part of a text."""
+_LEARNT = {
+    "start_positions": "question_answering",
+    "labels": "classification",
+    "input_ids": "causal (or masked_language, span_corruption)",
+}
+"""By something that samples hold, the objectives that learn from such."""
 HELD_OUT_SEED = 0
 """The noise of held-out inputs is the same for every model and every seed of training."""
 
@@ -80,6 +88,8 @@ class Objective:
     """Whether the logits of a place are those of the label after it."""
     whole_text: ClassVar[bool] = False
     """Whether the losses are those of every token of a text given those before it, so that they measure compression."""
+    answers: ClassVar[Answers] = "classes"
+    """What measures may ask for: `predictions`, or `spans`."""
     noisy: ClassVar[bool] = False
     """Whether `inputs` draws from the noise."""
     adds_up: bool = True
@@ -131,8 +141,24 @@ class Objective:
         # The largest of numbers that are none is the first of them, which would pass for an answer.
         return logits.argmax(-1).masked_fill(logits.isnan().any(-1), NOT_A_NUMBER), labels
 
+    def spans(self, model: nn.Module, inputs: Mapping[str, Tensor], context: Tensor) -> Tensor:
+        """Where `answers` are spans: the first and the last token of the likeliest answer of each sample, (samples, 2),
+        NOT_A_NUMBER where its logits are none.
+
+        Args:
+            model: the model.
+            inputs: of it.
+            context: 1 for tokens in which an answer may lie, else 0, (samples, tokens).
+        """
+        raise NotImplementedError
+
+    def logits(self, output: Any) -> Tensor:
+        """Of what a model gives, the logits over the classes of each label."""
+        logits: Tensor = output.logits
+        return logits
+
     def at_targets(self, logits: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Of the logits that a model gives for `inputs` those of the targets, (targets, classes), and the right
+        """Of the `logits` that a model gives for `inputs` those of the targets, (targets, classes), and the right
         classes, (targets,)."""
         labels = self._labels(inputs)
         logits = logits[:, :-1] if self.shifted else logits
@@ -167,7 +193,7 @@ class Objective:
         """Of the targets alone: (targets, classes) and (targets,)."""
         device = next(model.parameters()).device
         inputs = {name: value.to(device) for name, value in inputs.items()}
-        return self.at_targets(model(**inputs, **self.call).logits, inputs)
+        return self.at_targets(self.logits(model(**inputs, **self.call)), inputs)
 
 
 class ObjectiveSettings(Settings):
@@ -292,9 +318,13 @@ def packed_text(settings: ObjectiveSettings, form: SampleForm) -> None:
     if form.tensors != ("input_ids",):
         raise ConfigError(
             f"objective: {settings.kind!r} learns from packed text, and a sample of this data holds "
-            f"{', '.join(form.tensors)}. Set data.kind: text, or "
-            + ("training.objective: classification." if "labels" in form.tensors else f"an objective for {form.unit}s.")
+            f"{', '.join(form.tensors)}. Set data.kind: text, or training.objective: {learnt_from(form)}."
         )
+
+
+def learnt_from(form: SampleForm) -> str:
+    """The objective of this package that learns from samples of `form`, for a message or a default."""
+    return next((kind for name, kind in _LEARNT.items() if name in form.tensors), f"one for {form.unit}s")
 
 
 def zeros(samples: int, length: int) -> Tensor:

@@ -13,7 +13,7 @@ from auxin.objectives.causal import Causal
 from auxin.objectives.objective import OBJECTIVES, Objective, ObjectiveSettings
 from auxin.words.one_of import OneOf
 
-_OF_THE_CLASS = ("target", "shifted", "whole_text", "noisy", "call")
+_OF_THE_CLASS = ("target", "shifted", "whole_text", "answers", "noisy", "call")
 
 
 class WrappingSettings(ObjectiveSettings):
@@ -79,6 +79,14 @@ class Wrapping(Objective):
     def sample_targets(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """As of the wrapped objective."""
         return self.wrapped.sample_targets(inputs)
+
+    def spans(self, model: nn.Module, inputs: Mapping[str, Tensor], context: Tensor) -> Tensor:
+        """As of the wrapped objective."""
+        return self.wrapped.spans(model, inputs, context)
+
+    def logits(self, output: Any) -> Tensor:
+        """As of the wrapped objective."""
+        return self.wrapped.logits(output)
 
     def at_targets(self, logits: Tensor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """As of the wrapped objective."""

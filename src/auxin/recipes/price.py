@@ -204,8 +204,14 @@ class _Pricing:
         if isinstance(stage, TrainStage):
             return self._trained(branch, price, stage, config, spent, totals)
         if not isinstance(stage, BuildStage) or stage.checkpoint is not None:
-            self.recipe.objective.bind(config, self.form)
+            self._check_compared(config)
         return price
+
+    def _check_compared(self, config: PreTrainedConfig) -> None:
+        """Refuse a model that can't be measured by what branches are compared by; ConfigError."""
+        objective = self.recipe.objective.bind(config, self.form)
+        for measure in self.recipe.measures:
+            measure.check(objective)
 
     def _before(self, branch: Branch, stage: Stage) -> PreTrainedConfig:
         """The config of the model that `stage`, which is no build, starts from."""
@@ -225,8 +231,7 @@ class _Pricing:
         """`price` with what a train stage costs."""
         budget = remaining_flops(stage, totals[stage.flops_of], spent) if stage.flops_of is not None else None
         settings = self.recipe.training_settings(stage, flops=budget)
-        # What branches are compared by has to fit too.
-        self.recipe.objective.bind(config, self.form)
+        self._check_compared(config)
         references = reference_shapes(self.recipe, self.structures, branch, stage, settings.objective)
         per_sample = self._flops(config, settings.objective, self.form, references, stage.lora)
         with self.recipe.at_setting(stage):

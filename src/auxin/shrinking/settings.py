@@ -17,6 +17,8 @@ from auxin.settings import Settings
 from auxin.training import TrainingSettings
 from auxin.training.settings import BUDGETS
 
+QUESTIONS = "question_answering"
+"""What both the data and what is learnt from it are called."""
 MASKED = "ForMaskedLM"
 """How the classes of models end that learn hidden tokens."""
 
@@ -109,7 +111,7 @@ class ShrinkSettings(Settings):
     def _objective(self, config: PreTrainedConfig) -> str:
         """What models of `config` learn from data of this kind."""
         if not self._is_text:
-            return "classification"
+            return QUESTIONS if self.data.get("kind") == QUESTIONS else "classification"
         masked = (config.architectures or [""])[0].endswith(MASKED)
         return "masked_language" if masked else objective_for(config).kind
 

@@ -29,6 +29,11 @@ class HeldOut:
     told: Callable[[int, int], None] = lambda done, total: None
     """Is told of how many samples out of how many are measured, at the beginning and the end of each measure too."""
 
+    def __post_init__(self) -> None:
+        """Refuse measures of something else than the objective's answers; ConfigError."""
+        for measure in self.measures:
+            measure.check(self.objective)
+
     @property
     def part(self) -> int | None:
         """Samples that an evaluation on the way takes, the first ones of the split; None: all of it."""
