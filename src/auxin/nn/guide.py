@@ -107,6 +107,28 @@ class GuidedMaking(Making):
         strength = new[STRENGTH].double()
         return {WEIGHT: (strength * new[WEIGHT].double() + (1 - strength) * whole.double()).to(new[WEIGHT].dtype)}
 
+    def moments_back(  # type: ignore[override]
+        self,
+        new: Tensors,
+        moments: Tensors,
+        order: int,
+        product: str,
+        guide: str = "weight",
+        skip: bool = False,
+        **settings: Any,
+    ) -> dict[str, Tensor] | None:
+        """Those of W by a to the power of the order: the gradient of W is a times that of the merged matrix. Exact for
+        a strength that stood still; one that has fallen was larger when they were made. At 0, where W learns nothing,
+        as the product's."""
+        strength = float(new[STRENGTH])
+        if strength == 0:
+            has_some = any(name.startswith(PRODUCT) for name in moments)
+            return _making(product).moments_back(kept(new), kept(moments), order, **settings) if has_some else None
+        if WEIGHT not in moments:
+            return None
+        moment = moments[WEIGHT].double() / strength**order
+        return {WEIGHT: moment.to(moments[WEIGHT].dtype)}
+
     def keeps(self, old: Shapes, **settings: Any) -> set[str]:
         """Bias and weight."""
         return {"bias", WEIGHT}
