@@ -32,7 +32,7 @@ from auxin.accounting.latency import chosen_clock
 from auxin.models.loading import load_model
 from auxin.objectives.span_corruption import SpanCorruption
 from auxin.recipes import Recipe
-from auxin.recipes.folder import left_checkpoint, seed_directory
+from auxin.recipes.folder import branch_checkpoint, seed_directory
 from auxin.report.comparison import unit_words
 from auxin.report.markdown import markdown_table, origin
 
@@ -54,7 +54,7 @@ def step_times(
     for branch in recipe.branches:
         if branch.name not in finished or branch.name.endswith("-flops"):
             continue  # the latter are the same models as other branches'
-        model = load_model(left_checkpoint(folder, branch, branch.stages[-1]), dtype=torch.float32).train()
+        model = load_model(branch_checkpoint(folder, branch), dtype=torch.float32).train()
         forward = model if kind == "eager" else torch.compile(model, dynamic=False)
         optimizer = AdamW(model.parameters(), lr=1e-4, fused=True)
         runs[branch.name] = (forward, optimizer, batch(recipe, model))

@@ -32,7 +32,7 @@ from auxin.data.dataset import DATASETS
 from auxin.models.loading import load_model
 from auxin.objectives.objective import Objective, held_out_noise
 from auxin.recipes import Recipe
-from auxin.recipes.folder import DATA, left_checkpoint, seed_directory
+from auxin.recipes.folder import DATA, branch_checkpoint, seed_directory
 from auxin.report.markdown import markdown_table, origin
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,8 +130,7 @@ def activations(recipe: Recipe, comparison: Comparison, runs: Path) -> Measured:
 
 def trained(recipe: Recipe, name: str, run: Path) -> Path:
     """The checkpoint that a branch left in the folder of a seed's run."""
-    branch = recipe.branch(name)
-    return left_checkpoint(run, branch, branch.stages[-1])
+    return branch_checkpoint(run, recipe.branch(name))
 
 
 def columns(model: PreTrainedModel, data: HeldOut, recipe: Recipe) -> dict[str, float]:

@@ -9,7 +9,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import auxin
 from auxin.accounting import count_parameters
-from auxin.edits import MergeModule, Plan, apply_to_checkpoint
+from auxin.edits import MergeModule, Plan, ReplaceModule, apply_to_checkpoint
 from auxin.edits.structure import structural_edits
 from auxin.errors import ConfigError, PlanError
 from auxin.methods.factorize.structured_ffn import METHOD, GuideFade, StructuredFeedForward
@@ -154,6 +154,72 @@ def test_guides_can_be_merged_at_any_strength(tmp_path):
     auxin.apply(Plan(method="x", promise="exact", edits=[MergeModule(module=path) for path in paths]), loaded)
     torch.testing.assert_close(logits(loaded), before, rtol=0, atol=1e-12)
     assert structural_edits(loaded.config) == []
+
+
+def merging(model) -> Plan:
+    paths = [name for name, module in model.named_modules() if isinstance(module, Guided)]
+    return Plan(method="x", promise="exact", edits=[MergeModule(module=path) for path in paths])
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.25])
+def test_merged_layers_have_the_moments_that_they_would_have_had(strength):
+    """Where the strength stands still: what the guides saw at every step, the merged matrices would have seen."""
+    model = tiny("llama")
+    changed(model, form="low-rank", guide="product")
+    guides = {name: module for name, module in model.named_modules() if isinstance(module, Guided)}
+    for guide in guides.values():
+        guide.set_strength(strength)
+    optimizer, twin = torch.optim.AdamW(model.parameters(), lr=0.0), copy.deepcopy(model)  # steps that move nothing
+    auxin.apply(merging(twin), twin)
+    other = torch.optim.AdamW(twin.parameters(), lr=0.0)
+    for _ in range(3):
+        step(model, optimizer)
+        step(twin, other)
+    receipt = auxin.apply(merging(model), model, optimizer=optimizer)
+    assert receipt.fresh_moments == []
+    expected = dict(twin.named_parameters())
+    for name, value in model.named_parameters():
+        assert optimizer.state[value]["step"] == 3
+        for moment in ("exp_avg", "exp_avg_sq"):
+            ours, theirs = optimizer.state[value][moment], other.state[expected[name]][moment]
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-15)
+
+
+def test_guides_that_have_faded_are_merged_with_the_moments_of_their_products():
+    model = tiny("llama")
+    changed(model, form="low-rank", guide="weight")
+    for guide in (module for module in model.modules() if isinstance(module, Guided)):
+        guide.set_strength(0.0)
+    plain = copy.deepcopy(model)
+    optimizers = [torch.optim.AdamW(one.parameters(), lr=1e-3) for one in (model, plain)]
+    for one, optimizer in zip((model, plain), optimizers, strict=True):
+        step(one, optimizer)
+    auxin.apply(auxin.plan(plain, NAME, finish=True), plain, optimizer=optimizers[1])
+    paths = [name for name, module in plain.named_modules() if isinstance(module, LowRank)]
+    merged = Plan(method="x", promise="exact", edits=[MergeModule(module=path) for path in paths])
+    auxin.apply(merged, plain, optimizer=optimizers[1])
+    assert structural_edits(plain.config) == []  # nor are the guides there again, which the products had replaced
+    receipt = auxin.apply(merging(model), model, optimizer=optimizers[0])
+    assert receipt.fresh_moments == []
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        assert torch.equal(optimizers[0].state[ours]["exp_avg"], optimizers[1].state[theirs]["exp_avg"]), name
+
+
+def test_the_receipt_names_what_starts_with_fresh_moments():
+    model, path = tiny("llama"), "model.layers.1.mlp.down_proj"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    step(model, optimizer)
+    drawn = {"blocks": 2, "rank": 4, "start": "orthogonal"}
+    put = ReplaceModule(module=path, brick="block_dense_linear", settings=drawn)
+    receipt = auxin.apply(Plan(method="x", promise="none", edits=[put]), model, optimizer=optimizer)
+    named = [f"{path}.output_factor", f"{path}.input_factor"]
+    assert sorted(receipt.fresh_moments) == sorted(named)
+    assert "2 parameters start with fresh moments (" in str(receipt)
+    assert all(model.get_parameter(name) not in optimizer.state for name in named)
+    back = Plan(method="x", promise="exact", edits=[MergeModule(module=path)])
+    follows = auxin.apply(back, model, optimizer=optimizer)
+    assert follows.fresh_moments == []  # there was nothing to lose any more
+    assert "fresh" not in str(follows)
 
 
 def test_a_target_is_met_by_the_largest_rank_that_meets_it():

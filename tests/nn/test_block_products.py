@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.pytorch_utils import Conv1D
 
-from auxin.accounting import flops_per_token
+from auxin.accounting import ExecutedFlops, flops_per_token
+from auxin.accounting.flops import forward_flops
 from auxin.errors import PlanError
 from auxin.nn.block_products import BlockDenseLinear, BlockShuffleConv1D, BlockShuffleLinear
 from auxin.nn.bricks import find_brick
@@ -234,3 +236,76 @@ def test_the_guide_breaks_the_plateau_of_small_factors(seed):
 
     assert error(100, guide=False) > 0.95
     assert error(100, guide=True) < 0.55
+
+
+def in_one_graph(module: nn.Module) -> tuple[nn.Module, CompileCounterWithBackend]:
+    """`module` compiled, and a counter of the graphs."""
+    torch.compiler.reset()
+    counted = CompileCounterWithBackend("aot_eager")
+    return torch.compile(module, backend=counted, fullgraph=True), counted
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_guided_layer_compiles_in_one_graph_and_follows_the_strength(dtype):
+    new, x = guided(a_linear(8, 12)).to(dtype), torch.randn(5, 8, dtype=dtype)
+    with torch.no_grad():
+        new.weight.normal_()
+    compiled, graphs = in_one_graph(new)
+    exact = {"rtol": 0, "atol": 0.05 if dtype == torch.bfloat16 else 1e-12}  # eager bfloat16 rounds thrice
+    counts = []
+    for strength in (1.0, 0.75, 0.3, 0.01):
+        new.set_strength(strength)
+        torch.testing.assert_close(compiled(x), new(x), **exact)
+        counts.append(graphs.frame_count)
+    assert counts == counts[:1] * 4  # compiled at the first call, and not again
+    new.set_strength(0)
+    assert torch.equal(compiled(x), new(x))
+    assert graphs.frame_count > counts[0]
+    other = copy.deepcopy(new)
+    other.set_strength(0.5)
+    new.load_state_dict(other.state_dict())  # the strength has come back by another way
+    torch.testing.assert_close(compiled(x), other(x), **exact)
+    assert (new(x) - new.product(x) - new.bias).abs().max() > 0.01
+    compiled(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in new.parameters())
+
+
+def test_a_compiled_guide_is_skipped_by_the_same_chance():
+    new, x = guided(a_linear(8, 12), skip=True), torch.randn(5, 8, dtype=torch.float64)
+    with torch.no_grad():
+        new.weight.normal_()
+    compiled, graphs = in_one_graph(new)
+    new.set_strength(0.25)
+    torch.manual_seed(0)
+    outputs = [compiled(x)]
+    first = graphs.frame_count
+    outputs += [compiled(x) for _ in range(399)]
+    assert graphs.frame_count == first
+    mixed, alone = copy.deepcopy(new).eval()(x), new.product(x) + new.bias
+    counted = [bool(torch.isclose(output, mixed, atol=1e-12).all()) for output in outputs]
+    assert all(
+        torch.allclose(output, mixed if with_guide else alone)
+        for output, with_guide in zip(outputs, counted, strict=True)
+    )
+    assert abs(sum(counted) - 100) < 3 * math.sqrt(400 * 0.25 * 0.75)
+
+
+def test_a_guide_that_has_faded_is_neither_computed_nor_counted():
+    new = guided(a_linear(8, 12))
+    x, product = torch.randn(5, 8, dtype=torch.float64), 2 * 3 * (8 + 12)
+
+    def counted() -> float:
+        return forward_flops(new, {"x": x}) / len(x)
+
+    def executed() -> float:
+        with ExecutedFlops() as counter:
+            new(x)
+        return counter.total / len(x)
+
+    new.set_strength(0.5)
+    assert counted() == executed() == product + 2 * 8 * 12
+    new.set_strength(0)
+    assert counted() == executed() == product
+    again = copy.deepcopy(new)
+    again.reset_buffers()
+    assert forward_flops(again, {"x": x}) / len(x) == product + 2 * 8 * 12

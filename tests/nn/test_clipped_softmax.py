@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, BertConfig
 from transformers.models.bert.modeling_bert import BertSelfAttention
@@ -199,6 +200,24 @@ def test_a_saved_model_is_clipped_again_and_reads_padded_texts_as_alone_with_and
     with torch.no_grad():
         assert torch.equal(between(ids).logits, model(ids).logits)
         assert torch.equal(between(ids).logits, clipped_copy(soft, gamma=GAMMA / 4)(ids).logits)
+
+
+def test_it_compiles_in_one_graph_and_follows_the_strength():
+    model = clipped_copy(tiny("llama", max_position_embeddings=64), gamma=GAMMA)
+    torch.compiler.reset()
+    counted = CompileCounterWithBackend("aot_eager")
+    compiled, told = torch.compile(model, backend=counted, fullgraph=True), set()
+    for strength in (1.0, 0.5, 0.25, 0.0):
+        for module in model.modules():
+            if isinstance(module, ClippedSoftmax):
+                module.set_strength(strength)
+        with torch.no_grad():
+            expected = output(model(**inputs(model)))
+            # Without clipping the model's own kernel is compared with the architecture's, whose softmax is in float32.
+            exact = 1e-12 if strength else 1e-5
+            torch.testing.assert_close(output(compiled(**inputs(model))), expected, rtol=0, atol=exact)
+        told.add(counted.frame_count)
+    assert len(told) == 1
 
 
 def test_it_is_taken_back_and_changed_by_a_second_one():

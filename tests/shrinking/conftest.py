@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from auxin.recipes import Recipe, run_recipe
-from auxin.recipes.folder import left_checkpoint
+from auxin.recipes.folder import branch_checkpoint
 from corpora import small_corpus, write_documents
 
 
@@ -27,5 +27,5 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     branch = {"name": "main", "title": "main", "stages": stages}
     recipe = Recipe.parse({"name": "base", "title": "base", "data": data, "branches": [branch]})
     run_recipe(recipe, folder / "run", "", announce=lambda line: None)
-    checkpoint = left_checkpoint(folder / "run", recipe.branches[0], recipe.branches[0].stages[-1])
+    checkpoint = branch_checkpoint(folder / "run", recipe.branches[0])
     return Trained(checkpoint, {key: value for key, value in data.items() if key != "vocab_size"})

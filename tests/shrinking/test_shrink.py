@@ -13,11 +13,11 @@ import torch
 from typer.testing import CliRunner
 
 import auxin
-from auxin.accounting import count_parameters
+from auxin.accounting import count_parameters, flops_per_token
 from auxin.cli import app
 from auxin.data.corpus import PackedData
 from auxin.edits import Plan
-from auxin.errors import CheckpointError, ConfigError, DataError, PlanError
+from auxin.errors import CheckpointError, ConfigError, DataError, PlanError, TrainingError
 from auxin.objectives.causal import Causal
 from auxin.objectives.measures import Loss
 from auxin.planning.target import Target
@@ -25,12 +25,12 @@ from auxin.recipes import Recipe, run_recipe
 from auxin.recipes.folder import DATA
 from auxin.shrinking import Outcome, ShrinkSettings, shrink
 from auxin.shrinking.candidates import Candidate, Step
+from auxin.shrinking.folder import MODEL, OUTCOME, PAGE, PICTURE, TRIALS
 from auxin.shrinking.outcome import Measured
 from auxin.shrinking.page import front
-from auxin.shrinking.shrink import MODEL, OUTCOME, PAGE, PICTURE, TRIALS
 from auxin.shrinking.trials import Records, Trial, Workbench, measured_sizes
 from auxin.training.run_folder import latest_checkpoint
-from labelled import labelled_rows, question_rows, write_rows
+from labelled import BARS, labelled_rows, question_rows, write_bars, write_rows
 
 METHODS = ["shortgpt", "taylor", "greenformers"]
 
@@ -144,7 +144,7 @@ def test_it_goes_on_with_more_trials_and_does_nothing_twice(trained, found):
 def test_other_settings_are_refused(trained, found):
     output, _, _ = found
     for changes in ({"seed": 1}, {"budget": 320}, {"target": {"parameters": 0.6}}):
-        with pytest.raises(ConfigError, match=f"other settings \\({next(iter(changes))}\\)"):
+        with pytest.raises(ConfigError, match=f"other settings \\({next(iter(changes))}.*: .* there, .* asked\\)"):
             done(asked(trained, **changes), output)
 
 
@@ -190,19 +190,79 @@ def test_a_line_that_is_no_trial_is_named(tmp_path):
 
 
 def test_what_no_way_reaches_is_refused_with_the_reasons(trained, tmp_path):
-    settings = asked(trained, methods=["shortgpt", "taylor"], trials=2, target={"parameters": 0.01})
-    with pytest.raises(PlanError, match=r"None of 2 ways reaches the target\. shortgpt: .* the smallest"):
-        done(settings, tmp_path / "smaller")
+    settings, output = asked(trained, methods=["shortgpt", "taylor"], trials=2, target=TOO_SMALL), tmp_path / "smaller"
+    with pytest.raises(PlanError, match=r"None of 2 ways reaches target\.parameters = 0\.01\. shortgpt: .*") as told:
+        done(settings, output)
+    reasons = [trial.refused for trial in Records(output / TRIALS).trials]
+    assert reasons[0] in str(told.value)
+    assert reasons[1] not in str(told.value)  # it stands where the message says
+
+
+TOO_SMALL = {"parameters": 0.01}
+
+
+def test_a_search_in_which_nothing_reached_the_target_makes_way_for_another(trained, tmp_path):
+    few = {"methods": ["shortgpt", "taylor"], "trials": 2, "budget": None}
+    output = tmp_path / "smaller"
+    with pytest.raises(PlanError, match="with the same --output"):
+        done(asked(trained, **few, target=TOO_SMALL), output)
+    with pytest.raises(ConfigError, match=r"seed: 0 there, 1 asked\)\. Give another --output, or remove ") as told:
+        done(asked(trained, **few, seed=1), output)
+    assert len(str(told.value).replace(str(output), "")) < 250
+    alone, _ = done(asked(trained, **few), tmp_path / "alone")
+    outcome, lines = done(asked(trained, **few), output)
+    begun = "The search begins anew (target.parameters: 0.01 there, 0.7 asked)."
+    assert f"No trial here has reached its target. {begun}" in lines
+    assert outcome.model_dump(exclude={"seconds"}) == alone.model_dump(exclude={"seconds"})
+    with pytest.raises(ConfigError, match="other settings"):  # now there is something to keep
+        done(asked(trained, **few, target=TOO_SMALL), output)
+
+
+def test_what_has_nothing_to_do_is_refused_before_work_starts(trained, tmp_path):
+    with pytest.raises(PlanError, match=r"the model has [0-9,]+ already, so that nothing has to go"):
+        done(asked(trained, target={"parameters": 10**9}), tmp_path / "smaller")
+    assert not (tmp_path / "smaller").exists()
+
+
+def test_a_run_without_a_search_and_trials_without_settings_are_refused(trained, found, tmp_path):
+    for left in ("shrink.yaml", "trials.jsonl"):
+        shutil.copytree(found[0], tmp_path / left)
+        (tmp_path / left / "shrink.yaml").unlink()
+        (tmp_path / left / left).unlink(missing_ok=True)
+        with pytest.raises(ConfigError, match=r"holds a run, and no search with its shrink\.yaml\. Give another"):
+            done(asked(trained), tmp_path / left)
+
+
+def test_nobody_else_gets_into_the_folder_from_the_first_step_to_the_last(trained, tmp_path):
+    output, tried = tmp_path / "smaller", []
+    settings = asked(trained, methods=["shortgpt", "taylor"], trials=2, budget=None)
+
+    def told(line: str) -> None:
+        tried.append(line)
+        second = a_search if line.startswith("Trial 1") else a_run
+        with pytest.raises(TrainingError, match=r"is in use: process .* Wait for it or choose another folder"):
+            second()
+
+    def a_search() -> None:
+        done(settings, output)
+
+    def a_run() -> None:
+        run_recipe(settings.recipe(), output, "", announce=lambda line: None)
+
+    shrink(settings, output, announce=told, progress=False)
+    assert {"No budget: what is chosen is not mended.", "\nthe whole model"} <= set(tried)
+    assert sum(line.startswith("Trial") for line in tried) == 2
+    assert not [line for line in tried if "Recipe changed" in line]
 
 
 def test_too_few_samples_and_wrong_settings_are_refused_before_work_starts(trained, tmp_path):
     with pytest.raises(DataError, match="choosing_samples = 100000"):
         done(asked(trained, choosing_samples=100_000), tmp_path / "a")
     with pytest.raises(ConfigError, match=r"training\.steps: how long the model is mended is said by budget"):
-        done(asked(trained, training={"steps": 5}), tmp_path / "b")
+        asked(trained, training={"steps": 5})
+    assert asked(trained, training={"steps": None}).training == {"steps": None}
     with pytest.raises(ConfigError, match="latency"):
         asked(trained, target={"latency": 2})
-    assert not (tmp_path / "b").exists()
 
 
 def test_without_the_library_that_searches_it_says_what_to_install(trained, tmp_path, monkeypatch):
@@ -270,8 +330,9 @@ def model_of(losses: list[float], title: str = "a way") -> Measured:
 def test_the_verdict_says_what_the_losses_say(chosen, single, alone, said):
     other = None if single is None else model_of(single, "taylor")
     outcome = Outcome(
-        target="token", seconds=1.0, trials=9, alone=alone, whole=model_of([1.0]), chosen=model_of(chosen), single=other
-    )
+        **dict.fromkeys(("target", "unit", "flops_unit"), "token"), seconds=1.0, trials=9, alone=alone,
+        whole=model_of([1.0]), chosen=model_of(chosen), single=other,
+    )  # fmt: skip
     assert said in outcome.verdict
 
 
@@ -320,6 +381,29 @@ def test_a_model_of_one_task_is_compared_by_the_loss_of_its_samples(tmp_path, ki
     assert outcome.target == "example"
     assert outcome.chosen.flops <= 0.8 * outcome.whole.flops
     assert 0 < outcome.chosen.loss < (2 if kind == "labelled_text" else 4)
+    assert (outcome.unit, outcome.flops_unit) == ("example", "token")
+    told = (tmp_path / "smaller" / PAGE).read_text()
+    assert "Mended on 64 examples." in told
+    assert "FLOPs per token" in told
+
+
+def test_flops_of_an_image_are_not_called_those_of_a_token(tmp_path):
+    images = {"kind": "labelled_images", "paths": [str(write_bars(tmp_path / "bars", 90, size=9))], "image_size": 8}
+    images |= {"num_channels": 1, "labels": list(BARS), "validation_fraction": 0.25}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    build = {"kind": "build", "model_type": "vit", "config": {**sizes, "patch_size": 4}}
+    branch = {"name": "main", "title": "main", "stages": [build, {"kind": "evaluate"}]}
+    values = {"name": "base", "title": "base", "data": images, "training": {"objective": "classification"}}
+    run_recipe(Recipe.parse({**values, "branches": [branch]}), tmp_path / "run", "", announce=lambda line: None)
+    model = tmp_path / "run/branches/main/02-evaluate/checkpoint"
+    few = {"methods": ["shortgpt", "taylor"], "trials": 2, "samples": 8, "choosing_samples": 12, "budget": 32}
+    asked_of = {"model": str(model), "target": {"parameters": 0.8}, "data": images, **few}
+    outcome, _ = done(ShrinkSettings.parse(asked_of), tmp_path / "smaller")
+    assert (outcome.unit, outcome.flops_unit, outcome.target) == ("image", "image", "example")
+    assert outcome.whole.flops == flops_per_token(auxin.load(model), 1).forward  # of all its patches
+    told = [(tmp_path / "smaller" / name).read_text() for name in (PAGE, PICTURE)]
+    assert "Mended on 32 images." in told[0]
+    assert all("FLOPs per image" in text and "per token" not in text for text in told)
 
 
 def test_no_way_in_the_front_is_beaten_by_another():

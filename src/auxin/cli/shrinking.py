@@ -26,7 +26,7 @@ def shrink(
     ] = "parameters",
     budget: Annotated[
         int | None,
-        typer.Option(min=1, metavar="TOKENS", help="Mend the chosen model on so many; default: none."),
+        typer.Option(min=1, metavar="N", help="Mend the chosen model on so many tokens (classifiers: texts, images)."),
     ] = None,
     methods: Annotated[
         list[str] | None, typer.Option(metavar="NAME ...", help="Try these; default: a dozen that are quick.")

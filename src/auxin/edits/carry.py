@@ -59,7 +59,7 @@ class TensorStore(Protocol):
         """Take what `carrier` makes: the value and the states of the new tensor called `name`."""
 
 
-def carry(resolved: ResolvedPlan, seed: int, store: TensorStore) -> None:
+def carry(resolved: ResolvedPlan, seed: int, store: TensorStore) -> list[str]:
     """Make every tensor of the edited model, and the optimizer's state for it, out of those in `store`.
 
     One tensor, or the tensors of one brick, are in memory at a time, beside what the store keeps.
@@ -68,11 +68,16 @@ def carry(resolved: ResolvedPlan, seed: int, store: TensorStore) -> None:
         resolved: the plan.
         seed: of what is random.
         store: where old tensors come from and new ones go.
+
+    Returns:
+        The parameters that are made of others which had an optimizer's state, and start without any.
     """
     carrier = Carrier(resolved, seed, store)
     with without_autocast():
         for name in store.order():
             store.write(name, carrier)
+    parameters = {name for name, _ in resolved.after.named_parameters()}
+    return [name for name in carrier.lost if name in parameters]
 
 
 def check_tensors(resolved: ResolvedPlan, store: TensorStore, names: Iterable[str]) -> None:
@@ -166,6 +171,10 @@ class Carrier:
         self.resolved, self.seed, self._store = resolved, seed, store
         self.fresh = FreshValues(resolved, seed)
         self._made: dict[tuple[Group, str | None], dict[str, Any]] = {}
+        self._live_on = {origin.kept for origin in resolved.origins.values()} - {None}
+        self.lost: dict[str, None] = {}
+        """The tensors asked for that are made of others, of which an optimizer's state was there and could not follow,
+        in order."""
 
     def origin(self, name: str) -> Origin:
         """Where the new tensor called `name` comes from."""
@@ -183,7 +192,15 @@ class Carrier:
         to is the old state itself.
         """
         origin = self.origin(name)
-        return {} if origin.fresh_moments else self._states(origin)
+        found = {} if origin.fresh_moments else self._states(origin)
+        if not found and isinstance(origin.source, Made) and self._had_states(origin.source.group):
+            self.lost[name] = None
+        return found
+
+    def _had_states(self, group: Group) -> bool:
+        """Whether there is a state of what a group is made of, and not only of what lives on beside it."""
+        parts = (part for part in group.inputs.values() if part.kept not in self._live_on)
+        return any(self._states(part) for part in parts)
 
     def _begun(self, name: str, origin: Origin) -> Tensor:
         read = self._store.read

@@ -47,6 +47,8 @@ class Receipt(Settings):
     training alone, or, with a warning where something was promised, parts of layers that the probe did not reach."""
     continuation: dict[str, Rate] = {}
     """How AdamW must go on with those parameters for which it is not as before, by name; see `continue_exactly`."""
+    fresh_moments: list[str] = []
+    """Parameters that are made of others and start with fresh moments, since those of the others can't follow."""
     notes: list[str] = []
     """Of a folder: what was left out of the new one since it is of the old model, and why; given as warnings, too."""
     replayed: bool = False
@@ -70,9 +72,11 @@ class Receipt(Settings):
         moved = "were not compared with those before" if change is None else f"moved by {change:.1e} relative"
         promised = change is not None and self.plan.promise != "none"
         allowed = f" (allowed for an exact plan: {self.tolerance:.0e})" if promised else ""
+        first, count = next(iter(self.fresh_moments), ""), len(self.fresh_moments)
+        fresh = f" {count} parameters start with fresh moments ({first}{', ...' * (count > 1)})." if count else ""
         return (
             f"{self.parameters_before:,} -> {self.parameters_after:,} parameters in {self.seconds:.1f} s. "
-            f"Promise {self.plan.promise!r}: the outputs on the probe {moved}{allowed}."
+            f"Promise {self.plan.promise!r}: the outputs on the probe {moved}{allowed}.{fresh}"
         ) + f" {REPLAYED}" * self.replayed
 
 
@@ -142,7 +146,7 @@ def _applied(
         probe, reference = probe_and_outputs(plan, model, probe)
     change: float | None = None
     unread: list[str] = []
-    carry(resolved, plan.seed, store)
+    fresh = carry(resolved, plan.seed, store)
     rebuild_tree(model, resolved, store.tensors, undo)
     change_generation(model, generation, undo)
     store.join_groups()
@@ -159,6 +163,7 @@ def _applied(
         unread=unread,
         continuation=rates,
         replayed=bool(structural_edits(model.config)),
+        fresh_moments=fresh,
         seconds=time.perf_counter() - start,
     )
     for note in (*plan.notes, *about_unread(plan, unread)):

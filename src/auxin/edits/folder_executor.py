@@ -98,9 +98,9 @@ def apply_to_checkpoint(
         remove_sums(folder)
         notes += forget_best(folder)
         store.open(folder)
-        carry(resolved, plan.seed, store)
+        fresh = carry(resolved, plan.seed, store)
         store.close(folder)
-        notes += _carry_trainer_optimizer(plan, source, folder, resolved, store)
+        notes += _carry_trainer_optimizer(plan, source, folder, resolved, store, fresh)
         for name, content in followed.items():
             (folder / name).write_bytes(content)
         write_generation_file(folder, generation)
@@ -125,6 +125,7 @@ def apply_to_checkpoint(
             tolerance=allowed,
             unread=unread,
             continuation=continuation(resolved),
+            fresh_moments=fresh,
             notes=notes,
             replayed=bool(structural_edits(config)),
             seconds=time.perf_counter() - start,
@@ -137,16 +138,18 @@ def apply_to_checkpoint(
 
 
 def _carry_trainer_optimizer(
-    plan: Plan, source: Path, target: Path, resolved: ResolvedPlan, store: FolderStore
+    plan: Plan, source: Path, target: Path, resolved: ResolvedPlan, store: FolderStore, fresh: list[str]
 ) -> list[str]:
-    """Carry the optimizer's state of transformers' Trainer along, where there is one; a sentence where it can't be."""
+    """Carry the optimizer's state of transformers' Trainer along, where there is one; a sentence where it can't be.
+    Parameters that start without any are added to `fresh`."""
     path = source / TRAINER_OPTIMIZER
     if not path.is_file():
         return []
     try:
-        carry_trainer_optimizer(path, target / TRAINER_OPTIMIZER, resolved, plan.seed, store)
+        anew = carry_trainer_optimizer(path, target / TRAINER_OPTIMIZER, resolved, plan.seed, store)
     except (CheckpointError, PlanError) as error:
         return [f"{TRAINER_OPTIMIZER} was left out. {error} {WITHOUT_MOMENTS}"]
+    fresh += [name for name in anew if name not in fresh]
     return []
 
 

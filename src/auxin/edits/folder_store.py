@@ -19,6 +19,7 @@ from auxin.edits.tensor_names import shapes_of, tensor_names
 from auxin.errors import CheckpointError, reason
 from auxin.models.stored_form import StoredForm
 from auxin.models.weight_files import INDEX_ENDING, read_tensor, weight_files, weight_map
+from auxin.nn.bricks import is_wide, wide_type
 
 TRAINING_FOLDER = "training"
 SAVED_OFFSETS = '"saved_offsets"'
@@ -112,7 +113,8 @@ class FolderStore:
         value = carrier.value(name)
         stored = self._stored[origin.reads[0]] if origin.reads else []
         if origin.is_fresh and value.is_floating_point():
-            value = value.to(self._floating_type_in(home, value.dtype))
+            dtype = self._floating_type_in(home, value.dtype)
+            value = value.to(wide_type(dtype) if is_wide(self.resolved.after, name) else dtype)
         # A tensor of several names may lie in the file under each of them.
         kept = [alias for alias in stored if self._loaded_as[alias] in self._aliases[name]]
         parts = dict.fromkeys(kept, value) or self._in_files(name, origin, value)

@@ -13,6 +13,7 @@ from auxin.edits.origin import Origin
 from auxin.edits.resolution import ResolvedPlan
 from auxin.edits.tree import Undo
 from auxin.errors import PlanError
+from auxin.nn.bricks import is_wide, wide_type
 
 
 class ModuleStore:
@@ -74,7 +75,8 @@ class ModuleStore:
         near = self.old[relative]
         data = carrier.value(name)
         if origin.is_fresh:
-            data = data.to(device=near.device, dtype=near.dtype if after.is_floating_point() else None)
+            dtype = wide_type(near.dtype) if is_wide(self.resolved.after, name) else near.dtype
+            data = data.to(device=near.device, dtype=dtype if after.is_floating_point() else None)
             trainable = isinstance(after, nn.Parameter)
         else:
             # What a brick's tensors were made of, or are made together with, may share their memory.

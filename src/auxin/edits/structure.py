@@ -26,6 +26,7 @@ from auxin.models.configs import refuse_endless
 from auxin.models.deferred import undeferred
 from auxin.models.loading import REFUSALS, skeleton
 from auxin.models.ties import configs_with_ties, unmarked
+from auxin.nn.bricks import Brick
 
 Watcher = Callable[[Any, PreTrainedModel], None]
 
@@ -284,6 +285,8 @@ def fill_brick_buffers(model: nn.Module) -> None:
                 module._buffers[name] = torch.zeros_like(buffer, device="cpu")
         cast(Any, module).reset_buffers()
         module._buffers.update(loaded)
+        if isinstance(module, Brick):
+            module.filled()
 
 
 def _stored(config: PreTrainedConfig) -> dict[str, Any]:

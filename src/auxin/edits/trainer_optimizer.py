@@ -29,7 +29,9 @@ MADE_AT_ONCE = {"sum"}
 """States that an optimizer (Adagrad) has from the beginning, and not from a parameter's first step."""
 
 
-def carry_trainer_optimizer(path: Path, target: Path, resolved: ResolvedPlan, seed: int, weights: TensorStore) -> None:
+def carry_trainer_optimizer(
+    path: Path, target: Path, resolved: ResolvedPlan, seed: int, weights: TensorStore
+) -> list[str]:
     """Write to `target` the state that `path` holds, as the Trainer would have it for the new model.
 
     Parameters that are new, and those whose moments start anew, have no state there; the optimizer makes it at their
@@ -42,6 +44,9 @@ def carry_trainer_optimizer(path: Path, target: Path, resolved: ResolvedPlan, se
         seed: of what is random.
         weights: where the old weights lie; what bricks are made of is looked at.
 
+    Returns:
+        As `carry`.
+
     Raises:
         CheckpointError: the file can't be read so, or its parameters are not those of the old model in an order that is
             known.
@@ -51,9 +56,10 @@ def carry_trainer_optimizer(path: Path, target: Path, resolved: ResolvedPlan, se
     checked: set[Group] = set()
     for origin in resolved.origins.values():
         check_states(origin, store, checked)
-    carry(resolved, seed, store)
+    fresh = carry(resolved, seed, store)
     # As the Trainer writes it, which reads no other format.
     torch.save(store.new_state(), target)
+    return fresh
 
 
 class _TrainerOptimizer:

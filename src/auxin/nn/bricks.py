@@ -9,7 +9,7 @@ type that its parameters ask for.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,9 @@ class Brick(nn.Module):
     temporary: ClassVar[str | None] = None
     """What the module has that it wraps only for a while, in words that follow "have "; it is taken off again as
     `plain_form` says, with whatever was put on it by then. None: it stays."""
+    wide: ClassVar[Collection[str]] = ()
+    """The names of those of its buffers that are in float32 at least, whatever type the model is cast to or loaded in:
+    they move in steps that a shorter type does not have."""
     in_float: ClassVar[Collection[str]] = ()
     """The names of those of its matrices that make gates: where others are quantized, these are not."""
     pre_merges: ClassVar[bool] = False
@@ -179,6 +182,32 @@ class Brick(nn.Module):
     def overwritten_with(self, other: nn.Module) -> None:
         """Its tensors were overwritten in place with those of `other`, a module of the same class: what it keeps beside
         them has to follow."""
+
+    def filled(self) -> None:
+        """Its buffers have got their values, those of a checkpoint or by `reset_buffers`: what it keeps beside them has
+        to follow."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = {name: buffer for name in self.wide if (buffer := self._buffers.get(name)) is not None}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            assert new is not None
+            if new.dtype != (dtype := wide_type(new.dtype)):  # a cast must not round it
+                self._buffers[name] = new.to(dtype) if old.is_meta else old.to(new.device, dtype)
+        return self
+
+
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """The type of a `Brick.wide` buffer in a model of type `dtype`."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def is_wide(model: nn.Module, name: str) -> bool:
+    """Whether the tensor called `name` is a `Brick.wide` buffer."""
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    return isinstance(module, Brick) and key in module.wide
 
 
 BRICKS: Registry[type[Brick]] = Registry("brick", "auxin.nn", error=PlanError)

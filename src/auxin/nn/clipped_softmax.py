@@ -8,7 +8,7 @@ whose m weights that are left hold S of the probability sums up to (1 - gamma) S
 all clipped reads nothing, which is what the clipping is for.
 
 Dropout of weights, where a model is trained with some, comes behind the clipping. Where nothing is clipped (gamma = 0,
-zeta = 1) the model's own implementation computes what it always does.
+zeta = 1) the model's own implementation computes what it always does; compiled code treats all limits alike.
 """
 
 from typing import Any, Self
@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from auxin.errors import PlanError
 from auxin.nn.attention_functions import handed, handing_to, reading, refuse_others
-from auxin.nn.bricks import Brick, NothingMade, brick
+from auxin.nn.bricks import Brick, NothingMade, brick, wide_type
 from auxin.nn.extension import extended
 
 CLIPPED = "auxin_clipped_softmax"
@@ -35,10 +35,11 @@ class ClippedSoftmax(Brick):
     is P'.
 
     The buffer `strength` a (), saved with the model, stands between softmax (0) and the clipping that the settings say
-    (1): gamma and zeta - 1 are multiplied by it.
+    (1): gamma and zeta - 1 are multiplied by it. It is in float32 at least.
     """
 
     making = NothingMade()
+    wide = (STRENGTH,)
     gamma: float
     zeta: float
     begin: float
@@ -67,7 +68,7 @@ class ClippedSoftmax(Brick):
         new = extended(module, cls, gamma=gamma, zeta=zeta, begin=begin)
         if STRENGTH not in new._buffers:
             like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
-            new.register_buffer(STRENGTH, torch.full((), begin, device=like.device, dtype=like.dtype))
+            new.register_buffer(STRENGTH, torch.full((), begin, device=like.device, dtype=wide_type(like.dtype)))
         return new
 
     def set_strength(self, strength: float) -> None:
@@ -78,8 +79,11 @@ class ClippedSoftmax(Brick):
         """As at the start. A new tensor: one that was loaded may be kept."""
         self.strength = torch.full_like(self.strength, self.begin)
 
-    def limits(self) -> tuple[float, float]:
-        """Gamma and zeta at the present strength; on shapes alone those of the settings."""
+    def limits(self) -> tuple[float | Tensor, float | Tensor]:
+        """Gamma and zeta at the present strength: numbers, on shapes alone those of the settings; while torch compiles
+        tensors (), of which a graph needs no values."""
+        if torch.compiler.is_compiling():
+            return self.strength * self.gamma, 1 + self.strength * (self.zeta - 1)
         known = not (self.strength.is_meta or isinstance(self.strength, FakeTensor))
         strength = float(self.strength) if known else 1.0
         return strength * self.gamma, 1 + strength * (self.zeta - 1)
@@ -98,7 +102,7 @@ class ClippedSoftmax(Brick):
         return f"gamma={self.gamma:.6g}, zeta={self.zeta:.6g}, begin={self.begin:.6g}"
 
 
-def clipped(probabilities: Tensor, gamma: float, zeta: float = 1.0) -> Tensor:
+def clipped(probabilities: Tensor, gamma: float | Tensor, zeta: float | Tensor = 1.0) -> Tensor:
     """P' of P, of any shape; the sum is made in float32 at least."""
     wide = probabilities.to(torch.promote_types(probabilities.dtype, torch.float32))
     return ((zeta - gamma) * wide + gamma).clamp(0, 1).to(probabilities.dtype)
@@ -113,7 +117,7 @@ def clipped_attention(
         What the heads give, (samples, queries, heads, head width), and P', (samples, heads, queries, keys).
     """
     (gamma, zeta), attend = handed(module)
-    if gamma == 0 and zeta == 1:
+    if isinstance(gamma, float) and gamma == 0 and zeta == 1:
         return attend(module, query, key, value, attention_mask, **named)
     dropout = named.pop("dropout", None) or 0.0
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from auxin.errors import PlanError
-from auxin.nn.bricks import Brick, Making, Roles, Shapes, Tensors, brick, find_brick
+from auxin.nn.bricks import Brick, Making, Roles, Shapes, Tensors, brick, find_brick, wide_type
 from auxin.nn.linear import linear_class, with_bias
 from auxin.words.roles import ParameterRole
 from auxin.words.widths import Stream
@@ -107,6 +107,28 @@ class GuidedMaking(Making):
         strength = new[STRENGTH].double()
         return {WEIGHT: (strength * new[WEIGHT].double() + (1 - strength) * whole.double()).to(new[WEIGHT].dtype)}
 
+    def moments_back(  # type: ignore[override]
+        self,
+        new: Tensors,
+        moments: Tensors,
+        order: int,
+        product: str,
+        guide: str = "weight",
+        skip: bool = False,
+        **settings: Any,
+    ) -> dict[str, Tensor] | None:
+        """Those of W by a to the power of the order: the gradient of W is a times that of the merged matrix. Exact for
+        a strength that stood still; one that has fallen was larger when they were made. At 0, where W learns nothing,
+        as the product's."""
+        strength = float(new[STRENGTH])
+        if strength == 0:
+            has_some = any(name.startswith(PRODUCT) for name in moments)
+            return _making(product).moments_back(kept(new), kept(moments), order, **settings) if has_some else None
+        if WEIGHT not in moments:
+            return None
+        moment = moments[WEIGHT].double() / strength**order
+        return {WEIGHT: moment.to(moments[WEIGHT].dtype)}
+
     def keeps(self, old: Shapes, **settings: Any) -> set[str]:
         """Bias and weight."""
         return {"bias", WEIGHT}
@@ -124,7 +146,10 @@ class Guided(Brick):
     """See the module.
 
     Parameters `weight` W and `bias` of the layer that it replaces, and below `product` those of P; the buffer
-    `strength` a (), saved with the model.
+    `strength` a (), saved with the model, in float32 at least.
+
+    Compiled code mixes both whatever a is, and with `skip` makes up for chance in what it gives, not in what it takes;
+    where a is 0 it leaves W out. It is compiled anew when `set_strength` comes to 0, and for no other strength.
 
     Args:
         module: the layer that it replaces.
@@ -138,6 +163,7 @@ class Guided(Brick):
         "finish = true; or merge them back (merge_module) into dense layers"
     )
     temporary = "guides of an earlier change"
+    wide = (STRENGTH,)
     weight: nn.Parameter
     bias: nn.Parameter | None
     strength: Tensor
@@ -149,7 +175,9 @@ class Guided(Brick):
         self.product = product
         product.register_parameter("bias", None)
         self.skip, self.transposed = skip, cast(Any, product.making).transposed
-        self.register_buffer(STRENGTH, torch.ones((), device=self.weight.device, dtype=self.weight.dtype))
+        dtype = wide_type(self.weight.dtype)
+        self.register_buffer(STRENGTH, torch.ones((), device=self.weight.device, dtype=dtype))
+        self._faded = False  # what is known without a look at values: that W does not count
 
     @classmethod
     def replacing(
@@ -185,10 +213,23 @@ class Guided(Brick):
     def set_strength(self, strength: float) -> None:
         """Let W count `strength`, 1 (alone) to 0 (not at all)."""
         self.strength.fill_(strength)
+        self._faded = strength == 0
 
     def reset_buffers(self) -> None:
         """As at the start. A new tensor: one that was loaded may be kept."""
-        self.strength = torch.ones_like(self.strength)
+        self.strength, self._faded = torch.ones_like(self.strength), False
+
+    def filled(self) -> None:
+        """Whether W counts is looked at again."""
+        self._faded = not self.shapes_alone and float(self.strength) == 0
+
+    def overwritten_with(self, other: nn.Module) -> None:
+        """As `filled`."""
+        self.filled()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.filled()
 
     @property
     def shapes_alone(self) -> bool:
@@ -203,22 +244,41 @@ class Guided(Brick):
         return [WEIGHT] if strength == 0 else []
 
     def _known_strength(self) -> float:
-        """a; on shapes alone some number at which all counts."""
-        return 0.5 if self.shapes_alone else float(self.strength)
+        """a; on shapes alone 0 or some number at which all counts."""
+        if self.shapes_alone:
+            return 0.0 if self._faded else 0.5
+        return float(self.strength)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        if torch.compiler.is_compiling():
+            return self._compiled(x)
         strength = self._known_strength()
         if self.training and self.skip and 0 < strength < 1 and torch.rand(()) >= strength:
             strength = 0.0
         if strength == 0:
-            output = self.product(x)
-            return with_bias(output, self.bias)
-        weight = self.weight.mT if self.transposed else self.weight
+            return with_bias(self.product(x), self.bias)
         if strength == 1:
-            return F.linear(x, weight, self.bias)
-        output = strength * F.linear(x, weight) + (1 - strength) * self.product(x)
+            return F.linear(x, self._matrix, self.bias)
+        output = strength * F.linear(x, self._matrix) + (1 - strength) * self.product(x)
         return with_bias(output, self.bias)
+
+    def _compiled(self, x: Tensor) -> Tensor:
+        """`forward` without a look at the strength's value, at which a graph would break."""
+        product = self.product(x)
+        if self._faded:
+            return with_bias(product, self.bias)
+        whole, strength = F.linear(x, self._matrix), self.strength
+        if self.training and self.skip:
+            strength = torch.where(torch.rand_like(strength) < strength, strength, 0.0)
+        # Beside short types a tensor without axes would be rounded to these.
+        wide = wide_type(whole.dtype)
+        output = (strength * whole.to(wide) + (1 - strength) * product.to(wide)).to(whole.dtype)
+        return with_bias(output, self.bias)
+
+    @property
+    def _matrix(self) -> Tensor:
+        return self.weight.mT if self.transposed else self.weight
 
     def roles(self, replaced: Roles) -> Roles:
         """Those of the product's factors, below it."""

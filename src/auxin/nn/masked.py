@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from auxin.errors import ConfigError, PlanError
-from auxin.nn.bricks import Around, brick
+from auxin.nn.bricks import Around, brick, wide_type
 from auxin.nn.calls import as_if_called
 from auxin.words.widths import Stream
 
@@ -35,6 +35,7 @@ class Masked(Around):
         "train with the hook MaskRamp until the masks are at 1, then take them off: method masked with finish = true"
     )
     temporary = "masks of an earlier growth"
+    wide = ("mask", "input_mask", "output_mask")
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__(inner)
@@ -75,7 +76,7 @@ class Masked(Around):
             raise ConfigError(f"{type(self).__name__}: the new units {list(spans)} don't lie within 0..{size}.")
         reference = next((p for p in self.inner.parameters() if p.is_floating_point()), torch.empty(0))
         self._spans[name] = [tuple(span) for span in spans]
-        self.register_buffer(name, torch.ones(size, device=reference.device, dtype=reference.dtype))
+        self.register_buffer(name, torch.ones(size, device=reference.device, dtype=wide_type(reference.dtype)))
         self.set_strength(0.0)
 
 
@@ -109,11 +110,11 @@ class MaskedModule(Masked):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the inner module returns, masked."""
         if self.input_mask is not None:
-            x = x * self.input_mask.to(x.dtype)
+            x = _masked(x, self.input_mask)
         result = self.inner(x, *args, **kwargs)
         if self.output_mask is None:
             return result
-        return _with_first(result, _first(result) * self.output_mask.to(_first(result).dtype))
+        return _with_first(result, _masked(_first(result), self.output_mask))
 
 
 @brick("masked_norm")
@@ -205,11 +206,16 @@ class MaskedBlock(Masked):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The inner layer's result with its first tensor mixed, or of an input that is masked."""
         if self.input_mask is not None:
-            return self.inner(x * self.input_mask.to(x.dtype), *args, **kwargs)
+            return self.inner(_masked(x, self.input_mask), *args, **kwargs)
         assert self.mask is not None
         result = self.inner(x, *args, **kwargs)
-        strength, new = self.mask.to(x.dtype), _first(result)
-        return _with_first(result, strength * new + (1 - strength) * x)
+        mixed = self.mask * _first(result) + (1 - self.mask) * x
+        return _with_first(result, mixed.to(x.dtype))
+
+
+def _masked(x: Tensor, mask: Tensor) -> Tensor:
+    """The product, rounded to the type of x once, so that a mask on its way has all its values."""
+    return (x * mask).to(x.dtype)
 
 
 def _first(result: Any) -> Tensor:

@@ -110,8 +110,7 @@ def _gauge(model: PreTrainedModel, wanted: HowMuch, offered: Mapping[str, str], 
     if (target := wanted.target) is None:
         return None
     gauge = Gauge(target, model)
-    if gauge.have <= gauge.limit:
-        raise PlanError(f"{target}: the model is no larger, so that nothing has to go. Ask for less.")
+    target.refuse_met(gauge.have)
     most = wanted.most(offered)
     smallest = gauge.of(removal(model, edits(most))) if most else gauge.have
     if smallest > gauge.limit:

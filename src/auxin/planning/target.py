@@ -71,8 +71,12 @@ class Target(Settings):
             )
         if self.latency is not None and self.latency >= 1:
             raise ValueError(f"latency = {self.latency:g} is no share below 1. A time is given as latency_ms.")
-        whole = self.latency_ms is not None or self.asked < 1 or self.asked == int(self.asked)
-        if not whole or (self.asked == 1 and self.latency_ms is None):
+        if self.asked == 1 and self.latency_ms is None:
+            raise ValueError(
+                f"{given[0]} = 1 as a share is the whole model, so that nothing has to go, and as a number it is no "
+                "model. Give the share that stays (0.7), or how many."
+            )
+        if self.latency_ms is None and self.asked > 1 and self.asked != int(self.asked):
             raise ValueError(
                 f"{given[0]} = {self.asked:g} is neither a share below 1 nor a whole number. Give the share that stays "
                 "(0.7), or how many."
@@ -145,6 +149,14 @@ class Target(Settings):
         """What a model of which `of` is `have` may have left, exactly."""
         asked = Fraction(str(self.asked))  # 0.57 of 100 is 57
         return asked * Fraction(have) if asked < 1 and self.latency_ms is None else asked
+
+    def refuse_met(self, have: float) -> None:
+        """PlanError where a model of which `of` is `have` meets the target as it is."""
+        if have <= self.limit(have):
+            raise PlanError(
+                f"{self}: the model has {self.in_words(have)} already, so that nothing has to go. Ask for less, or for "
+                "a share below 1."
+            )
 
     def in_words(self, value: float | Fraction) -> str:
         """What `of` or `limit` gave: a time, or a number without what is behind the point."""
@@ -288,11 +300,7 @@ def least_removal(
             leaves, or edits do not fit.
     """
     model, target, have, limit = gauge.model, gauge.target, gauge.have, gauge.limit
-    if have <= limit:
-        raise PlanError(
-            f"{target}: the model has {target.in_words(have)} already, so that nothing has to go. Ask for less, or for "
-            "a share below 1."
-        )
+    target.refuse_met(have)
     if most < 1:
         raise PlanError(f"{target}: there is nothing in this model that {what} could remove.")
     best = removal(model, family(most), most)

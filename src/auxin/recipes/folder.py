@@ -70,6 +70,15 @@ def left_checkpoint(directory: Path, branch: Branch, stage: Stage) -> Path:
     return checkpoint
 
 
+def branch_checkpoint(directory: Path, branch: Branch) -> Path:
+    """The checkpoint that the last stage of a finished branch left.
+
+    Raises:
+        CheckpointError: as `left_checkpoint`.
+    """
+    return left_checkpoint(directory, branch, branch.stages[-1])
+
+
 def is_done(directory: Path, branch: Branch, stage: Stage) -> bool:
     """Whether `stage` of `branch` has left its outcome in the run's folder `directory`."""
     return (stage_directory(directory, branch, stage) / OUTCOME_FILE).exists()
@@ -215,7 +224,7 @@ def _how_to_go_on(recipe: Recipe, directory: Path, changed: Iterable[str]) -> st
         return ""
     for branch in recipe.branches:
         with contextlib.suppress(CheckpointError):  # not finished, or damaged, which is not what is asked here
-            checkpoint = left_checkpoint(directory, branch, branch.stages[-1])
+            checkpoint = branch_checkpoint(directory, branch)
             return f" To train a finished model on, start from it: auxin train --model {checkpoint} -o ANOTHER."
     return ""
 

@@ -74,18 +74,33 @@ def run_recipe(
         raise ConfigError(f"seeds: {recipe.seeds}: a run has one seed. Use run_seeds, or give the recipe one as seed.")
     wanted = recipe.needed(branches)
     with opened_run(recipe, output, announce) as run:
-        check_builds(run, wanted)
         if jobs == 1:
-            run = replace(run, course=run.course.of_branches(wanted))
-            for name in wanted:
-                run_branch(run, recipe.branch(name))
-            return finish_run(run, command)
+            return run_here(run, command, wanted)
+        check_builds(run, wanted)
         failures = run_cells(
             [Cell(run.directory, run.directory / DATA, recipe, name) for name in wanted], jobs, announce
         )
         results = finish_run(run, command, threads=1)
         raise_failures(failures)
         return results
+
+
+def run_here(run: Run, command: str, wanted: list[str]) -> RunResults:
+    """Do the branches `wanted` in this process, which holds the folder of `run`, and report.
+
+    Args:
+        run: is ready, its folder held.
+        command: the command line that reproduces it, for the report.
+        wanted: names of branches, those that they need before them.
+
+    Raises:
+        ConfigError, CheckpointError, TrainingError: as `run_recipe`.
+    """
+    check_builds(run, wanted)
+    run = replace(run, course=run.course.of_branches(wanted))
+    for name in wanted:
+        run_branch(run, run.recipe.branch(name))
+    return finish_run(run, command)
 
 
 @contextmanager

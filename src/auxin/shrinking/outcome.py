@@ -14,7 +14,7 @@ class Measured(Settings):
     """What the target is given in."""
     parameters: int
     flops: float | None = None
-    """Per token, or sample, of a forward pass; None where they can't be counted."""
+    """Of a forward pass per `Outcome.flops_unit`; None where they can't be counted."""
     memory: int | None = None
     """Bytes of the weights and of the cache."""
     before: float | None = None
@@ -30,6 +30,10 @@ class Outcome(Settings):
 
     target: str
     """What a loss is a mean over, in the singular."""
+    unit: str
+    """What a budget is in, in the singular: a token, or what the data calls a sample."""
+    flops_unit: str
+    """What FLOPs are counted per, in the singular: a token, a frame, or what the data calls a sample."""
     seconds: float
     """That the trials took."""
     trials: int

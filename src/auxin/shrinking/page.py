@@ -13,7 +13,6 @@ from auxin.shrinking.trials import Trial
 
 CHOSEN, FRONT, OTHER = "#d1242f", "#0969da", GREY
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM = 480.0, 300.0, 60.0, 24.0, 44.0
-SIZES = {"flops": "FLOPs per token, forward", "parameters": "parameters", "memory": "bytes of weights and cache"}
 
 
 def other_size(settings: ShrinkSettings) -> str:
@@ -35,8 +34,8 @@ def front(trials: Sequence[Trial], size: str) -> list[Trial]:
 def page(outcome: Outcome, settings: ShrinkSettings, trials: Sequence[Trial]) -> str:
     """All of it as Markdown."""
     chosen, whole = outcome.chosen, outcome.whole
-    mended = f" Mended on {settings.budget:,} {outcome.target}s." if settings.budget is not None else " Not mended."
-    size = other_size(settings)
+    mended = f" Mended on {settings.budget:,} {outcome.unit}s." if settings.budget is not None else " Not mended."
+    size, flops = other_size(settings), f"FLOPs per {outcome.flops_unit}"
     lines = [
         f"# {settings.model.resolve().name}: {settings.target}",
         "",
@@ -49,7 +48,7 @@ def page(outcome: Outcome, settings: ShrinkSettings, trials: Sequence[Trial]) ->
         "## What came of it",
         "",
         *markdown_table(
-            ("model", settings.target.name, "parameters", "FLOPs per token", "bytes", "loss before mending", "loss"),
+            ("model", settings.target.name, "parameters", flops, "bytes", "loss before mending", "loss"),
             [_measured_row(model, settings) for model in (whole, chosen, outcome.single) if model is not None],
         ),
         "",
@@ -69,7 +68,7 @@ def page(outcome: Outcome, settings: ShrinkSettings, trials: Sequence[Trial]) ->
     best = {trial.number for trial in front(trials, size)}
     done = sorted((t for t in trials if t.loss is not None), key=lambda t: t.loss or 0.0)
     lines += markdown_table(
-        ("trial", "what is done", "parameters", "FLOPs per token", "loss", "took"),
+        ("trial", "what is done", "parameters", flops, "loss", "took"),
         [
             [
                 f"{trial.number}{' *' if trial.number in best else ''}",
@@ -101,13 +100,14 @@ def _measured_row(model: Measured, settings: ShrinkSettings) -> list[str]:
     ]
 
 
-def front_picture(trials: Sequence[Trial], settings: ShrinkSettings, chosen: int | None) -> str:
+def front_picture(outcome: Outcome, settings: ShrinkSettings, trials: Sequence[Trial]) -> str:
     """Every way as a point: its loss against what it leaves. Those that no other beats are joined; a way is named where
     it is pointed at."""
     size = other_size(settings)
+    across_in_words = f"FLOPs per {outcome.flops_unit}, forward" if size == "flops" else size
     points = [t for t in trials if t.loss is not None and getattr(t, size) is not None]
     title = f"Ways to {settings.target}"
-    note = f"Loss before mending against {SIZES[size]}. Joined: no other way is better in both. Red: chosen."
+    note = f"Loss before mending against {across_in_words}. Joined: no other way is better in both. Red: chosen."
     body, top = heading(title, note)
     top += 16
     if not points:
@@ -128,7 +128,7 @@ def front_picture(trials: Sequence[Trial], settings: ShrinkSettings, chosen: int
         body.append(text(LEFT - 6, place(low_x, y)[1] + 4, f"{y:.2f}", size=11, anchor="end"))
     for x, anchor in ((low_x, "start"), (high_x, "end")):
         body.append(text(place(x, low_y)[0], floor + 16, power(x), size=11, anchor=anchor))
-    body.append(text((LEFT + WIDTH) / 2, floor + 32, SIZES[size], size=11, anchor="middle"))
+    body.append(text((LEFT + WIDTH) / 2, floor + 32, across_in_words, size=11, anchor="middle"))
     joined = front(points, size)
     path = [place(float(getattr(t, size)), float(t.loss or 0)) for t in joined]
     for (x1, y1), (x2, y2) in pairwise(path):
@@ -137,7 +137,7 @@ def front_picture(trials: Sequence[Trial], settings: ShrinkSettings, chosen: int
         )
     for trial in points:
         x, y = place(float(getattr(trial, size)), float(trial.loss or 0))
-        colour = CHOSEN if trial.number == chosen else FRONT if trial in joined else OTHER
+        colour = CHOSEN if trial.number == outcome.chosen.number else FRONT if trial in joined else OTHER
         told = escaped(f"{trial.candidate.title}: {trial.loss:.4f}")
         body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"><title>{told}</title></circle>')
     return document(title, WIDTH, floor + 44, body)

@@ -1,13 +1,12 @@
 """What is asked of a search for the way in which a model becomes smaller."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from transformers import PreTrainedConfig
 
 from auxin.data import CorpusSettings
-from auxin.errors import ConfigError
 from auxin.methods import method as find_method
 from auxin.models.loading import load_config
 from auxin.objectives.calibration import STANDARD_BYTES, STANDARD_LENGTH, objective_for
@@ -70,6 +69,13 @@ class ShrinkSettings(Settings):
             raise ValueError(f"methods must differ; given: {', '.join(names)}")
         return names
 
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        for name in BUDGETS:
+            if self.training.get(name) is not None:
+                raise ValueError(f"training.{name}: how long the model is mended is said by budget. Give that instead")
+        return self
+
     def recipe(self, branches: list[dict[str, Any]] | None = None, main: str | None = None) -> Recipe:
         """The recipe of the data, the objective and the mending, with `branches` beside the whole model's.
 
@@ -114,11 +120,3 @@ class ShrinkSettings(Settings):
             return QUESTIONS if self.data.get("kind") == QUESTIONS else "classification"
         masked = (config.architectures or [""])[0].endswith(MASKED)
         return "masked_language" if masked else objective_for(config).kind
-
-    def check_budget(self) -> None:
-        """ConfigError where training says how long it is."""
-        for name in BUDGETS:
-            if self.training.get(name) is not None:
-                raise ConfigError(
-                    f"training.{name}: how long the model is mended is said by budget. Give that instead."
-                )

@@ -9,32 +9,37 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from auxin.accounting.inputs import unit_of_cost
 from auxin.accounting.ledger import books_in
 from auxin.analysis.fingerprint import model_fingerprint
-from auxin.data.dataset import DATASETS, Dataset
 from auxin.edits.plan import Plan
-from auxin.errors import CheckpointError, ConfigError, PlanError
-from auxin.files import remove_folder, write_text
-from auxin.locks import exclusive
+from auxin.errors import PlanError
+from auxin.files import write_text
 from auxin.models.loading import load_model
-from auxin.recipes import Recipe, run_recipe
-from auxin.recipes.folder import DATA, RECIPE_FILE, left_checkpoint, stage_directory
+from auxin.recipes import Recipe, price_recipe
+from auxin.recipes.beforehand import check_needs
+from auxin.recipes.folder import DATA, branch_checkpoint, claim_directory, held, stage_directory
+from auxin.recipes.runner import prepared_run, run_here
+from auxin.recipes.stages import Run
 from auxin.shrinking.candidates import Space
+from auxin.shrinking.folder import (
+    MODEL,
+    OUTCOME,
+    PAGE,
+    PICTURE,
+    SETTINGS,
+    TRIALS,
+    WHOLE,
+    begin,
+    earlier_branches,
+    put_model,
+    refuse_other_model,
+)
 from auxin.shrinking.outcome import Measured, Outcome
 from auxin.shrinking.page import front_picture, page
 from auxin.shrinking.search import candidates, refuse_without_optuna
 from auxin.shrinking.settings import ShrinkSettings
 from auxin.shrinking.trials import Records, Trial, Workbench, measured_sizes
-from auxin.sums import damage, has_sums, names_without_sums
-from auxin.training.checkpoint import copy_checkpoint
-
-SETTINGS, TRIALS, OUTCOME, PAGE, PICTURE, MODEL = (
-    *("shrink.yaml", "trials.jsonl", "outcome.json", "shrink.md", "front.svg", "model"),
-)
-"""Files and folders beside those of the run that mends."""
-WHOLE = "whole"
-MAY_GROW = ("trials", "minutes")
-"""Settings that another call may change: the search goes on."""
 
 
 def shrink(
@@ -49,8 +54,9 @@ def shrink(
     Args:
         settings: the model, how small it shall be, and what may be spent.
         output: a folder that does not exist, is empty, or holds a search with the same settings, which goes on:
-            `trials` and `minutes` may be others. It gets the trials, a page, a picture, the plans, the run that mends,
-            and the model.
+            `trials` and `minutes` may be others. A search in which nothing reached its target makes way for another
+            one of the same model and data. The folder gets the trials, a page, a picture, the plans, the run that
+            mends, and the model.
         command: the command line that reproduces it, for the report.
         announce: is told what happens, a line at a time.
         progress: whether a bar is shown on standard error.
@@ -61,52 +67,47 @@ def shrink(
     Raises:
         ConfigError, DataError, CheckpointError: something of the settings, the data or the model is wrong, or the
             folder holds something else.
-        PlanError: no way that was tried reaches the target.
+        PlanError: the model meets the target already, or no way that was tried reaches it.
+        TrainingError: another process is at work in `output`, or a signal came.
     """
     refuse_without_optuna()
-    settings.check_budget()
     output = Path(output)
     space = Space(settings.methods)
     model = load_model(settings.model)
-    settings.target.of(model)  # what can't be measured is refused before work starts
-    _check_folder(settings, output)
-    if settings.budget is None:
-        announce("No budget: what is chosen is not mended.")
-    earlier = _earlier(output)
-    base = settings.recipe(earlier)
-    run_recipe(base, output, command, _but_changes(announce), branches=[WHOLE])
-    with exclusive(output):
+    settings.target.refuse_met(settings.target.of(model))
+    base = settings.recipe()
+    check_needs(base, output / DATA)
+    price_recipe(base, memory=False)
+    with held(output):
+        begin(settings, output, announce)
+        if settings.budget is None:
+            announce("No budget: what is chosen is not mended.")
+        earlier = earlier_branches(output)
+        run = _claimed(settings.recipe(earlier), output, announce)
         settings.to_yaml(output / SETTINGS)
-        records = _records(output, model_fingerprint(model), settings)
-        bench = Workbench(model, _data(base, output), base.objective, settings)
+        run_here(run, command, [WHOLE])
+        refuse_other_model(output, model_fingerprint(model), settings)
+        records = Records(output / TRIALS)
+        bench = Workbench(model, run.data, base.objective, settings)
         _search(bench, space, records, output, announce, progress)
-    chosen, single = chosen_of(records.trials)
-    branches = {f"trial-{trial.number}": _branch(bench, trial) for trial in (chosen, single) if trial is not None}
-    main = f"trial-{chosen.number}"
-    new = [branch for name, branch in branches.items() if name not in {branch["name"] for branch in earlier}]
-    recipe = settings.recipe([*earlier, *new], main)
-    run_recipe(recipe, output, command, _but_changes(announce), branches=[WHOLE, *branches])
-    outcome = Outcome(
-        target=bench.objective.bind(model.config, bench.data.form).target,
-        seconds=sum(trial.seconds for trial in records.trials),
-        trials=len(records.trials),
-        alone=sum(trial.loss is not None and trial.candidate.is_plain for trial in records.trials),
-        whole=_measured(bench, recipe, output, WHOLE, "the whole model"),
-        chosen=_measured(bench, recipe, output, main, chosen.candidate.title, chosen),
-        single=None
-        if single is None
-        else _measured(bench, recipe, output, f"trial-{single.number}", single.candidate.title, single),
-    )
-    _write(outcome, settings, records.trials, output, recipe, main)
+        chosen, single = chosen_of(records.trials, settings)
+        branches = {f"trial-{trial.number}": _branch(bench, trial) for trial in (chosen, single) if trial is not None}
+        main = f"trial-{chosen.number}"
+        new = [branch for name, branch in branches.items() if name not in {branch["name"] for branch in earlier}]
+        run = _claimed(settings.recipe([*earlier, *new], main), output, announce)
+        run_here(run, command, [WHOLE, *branches])
+        outcome = _outcome(bench, run, records.trials, chosen, single)
+        _write(outcome, settings, records.trials, run)
     return outcome
 
 
-def _but_changes(announce: Callable[[str], None]) -> Callable[[str], None]:
-    """Tells all but that the recipe has got branches, which is what the search was for."""
-    return lambda line: None if line.startswith("Recipe changed") else announce(line)
+def _claimed(recipe: Recipe, output: Path, announce: Callable[[str], None]) -> Run:
+    """The run of `recipe` in the held folder. That it has got branches is not told: they are what is searched for."""
+    claim_directory(recipe, output, lambda line: None)
+    return prepared_run(recipe, output, output / DATA, announce)
 
 
-def chosen_of(trials: list[Trial]) -> tuple[Trial, Trial | None]:
+def chosen_of(trials: list[Trial], settings: ShrinkSettings) -> tuple[Trial, Trial | None]:
     """The trial of the least loss, and the best of those of one method at default settings where that is another.
 
     Raises:
@@ -114,8 +115,11 @@ def chosen_of(trials: list[Trial]) -> tuple[Trial, Trial | None]:
     """
     done = [trial for trial in trials if trial.loss is not None]
     if not done:
-        reasons = "; ".join(f"{trial.candidate.title}: {trial.refused}" for trial in trials[:3])
-        raise PlanError(f"None of {len(trials)} ways reaches the target. {reasons}")
+        first = trials[0]
+        raise PlanError(
+            f"None of {len(trials)} ways reaches {settings.target}. {first.candidate.title}: {first.refused} Give "
+            f"another --target or other --methods, with the same --output; all reasons are in its {TRIALS}."
+        )
     best = min(done, key=_by_loss)
     single = min((trial for trial in done if trial.candidate.is_plain), key=_by_loss, default=None)
     return best, single if single is not best else None
@@ -124,43 +128,6 @@ def chosen_of(trials: list[Trial]) -> tuple[Trial, Trial | None]:
 def _by_loss(trial: Trial) -> tuple[float, int]:
     assert trial.loss is not None
     return trial.loss, trial.number
-
-
-def _check_folder(settings: ShrinkSettings, output: Path) -> None:
-    path = output / SETTINGS
-    if not path.exists():
-        return
-    saved = ShrinkSettings.from_yaml(path).model_dump(exclude=set(MAY_GROW))
-    asked = settings.model_dump(exclude=set(MAY_GROW))
-    if changed := [name for name in asked if asked[name] != saved[name]]:
-        raise ConfigError(
-            f"{output} holds a search with other settings ({', '.join(changed)}). Give another --output, or the "
-            f"settings in {path}; {' and '.join(MAY_GROW)} may be others."
-        )
-
-
-def _records(output: Path, fingerprint: str, settings: ShrinkSettings) -> Records:
-    """The trials that were done before, of this model."""
-    path = output / "searched.txt"
-    if path.exists() and path.read_text(encoding="utf-8").strip() != fingerprint:
-        raise ConfigError(
-            f"{settings.model} is not the model that it was when the search in {output} began. Give another --output."
-        )
-    write_text(path, fingerprint + "\n")
-    return Records(output / TRIALS)
-
-
-def _earlier(output: Path) -> list[dict[str, Any]]:
-    """The branches of ways that were chosen before, when there were fewer trials: a begun run keeps them."""
-    path = output / RECIPE_FILE
-    if not (output / SETTINGS).exists() or not path.exists():
-        return []
-    branches = Recipe.from_yaml(path).model_dump(mode="json", exclude_unset=True)["branches"]
-    return [branch for branch in branches if branch["name"] != WHOLE]
-
-
-def _data(recipe: Recipe, output: Path) -> Dataset:
-    return DATASETS.find(recipe.data.kind).prepare(recipe.data, output / DATA, False)
 
 
 def _search(
@@ -239,17 +206,31 @@ def _branch(bench: Workbench, trial: Trial) -> dict[str, Any]:
     }
 
 
-def _measured(
-    bench: Workbench, recipe: Recipe, output: Path, name: str, title: str, trial: Trial | None = None
-) -> Measured:
-    """A finished branch on the held-out split."""
-    branch = recipe.branch(name)
-    checkpoint = left_checkpoint(output, branch, branch.stages[-1])
+def _outcome(bench: Workbench, run: Run, trials: list[Trial], chosen: Trial, single: Trial | None) -> Outcome:
+    """What the finished branches measure on the held-out split."""
+    form, cost = bench.data.form, unit_of_cost(bench.model)
+    return Outcome(
+        target=bench.objective.bind(bench.model.config, form).target,
+        unit=form.unit,
+        flops_unit=form.unit if cost == "sample" else cost,
+        seconds=sum(trial.seconds for trial in trials),
+        trials=len(trials),
+        alone=sum(trial.loss is not None and trial.candidate.is_plain for trial in trials),
+        whole=_measured(bench, run, None),
+        chosen=_measured(bench, run, chosen),
+        single=None if single is None else _measured(bench, run, single),
+    )
+
+
+def _measured(bench: Workbench, run: Run, trial: Trial | None) -> Measured:
+    """A finished branch, that of the whole model or of a trial, on the held-out split."""
+    name = WHOLE if trial is None else f"trial-{trial.number}"
+    checkpoint = branch_checkpoint(run.directory, run.recipe.branch(name))
     model, split = load_model(checkpoint), bench.data.split("validation")
     losses, loss = bench.losses(model, split, range(len(split)))
     changes = [record for record in books_in(checkpoint).stages if record.kind == "change"]
     return Measured(
-        title=title,
+        title="the whole model" if trial is None else trial.candidate.title,
         number=None if trial is None else trial.number,
         before=changes[-1].value_after if trial is not None and bench.settings.budget is not None else None,
         loss=loss,
@@ -259,41 +240,17 @@ def _measured(
     )
 
 
-def _write(
-    outcome: Outcome, settings: ShrinkSettings, trials: list[Trial], output: Path, recipe: Recipe, main: str
-) -> None:
+def _write(outcome: Outcome, settings: ShrinkSettings, trials: list[Trial], run: Run) -> None:
     """The model, and everything that a person reads."""
-    branch = recipe.branch(main)
-    checkpoint = left_checkpoint(output, branch, branch.stages[-1])
+    output, branch = run.directory, run.recipe.branch(f"trial-{outcome.chosen.number}")
+    checkpoint = branch_checkpoint(output, branch)
     records = books_in(checkpoint).stages[-len(branch.stages) :]
     for stage in branch.stages:
         if stage.kind == "change":  # beside its files
             folder = stage_directory(output, branch, stage)
             planned = next(record.plan for record in records if record.name == stage.name)
             Plan.model_validate(planned).beside(folder).to_yaml(folder / "plan.yaml")
-    _put(checkpoint, output / MODEL)
+    put_model(checkpoint, output / MODEL)
     write_text(output / OUTCOME, outcome.model_dump_json(indent=1) + "\n")
-    write_text(output / PICTURE, front_picture(trials, settings, outcome.chosen.number))
+    write_text(output / PICTURE, front_picture(outcome, settings, trials))
     write_text(output / PAGE, page(outcome, settings, trials))
-
-
-def _put(checkpoint: Path, target: Path) -> None:
-    """Copy the checkpoint to `target`, in the place of that of an earlier choice, but of nothing else.
-
-    Raises:
-        CheckpointError: what is there is not as it was written.
-    """
-    books = books_in(checkpoint)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        why = damage(target) if has_sums(target) else "it is no model of this search"
-        if (others := names_without_sums(target)) and why is None:
-            why = f"{others[0]} was added"
-        if why is not None:
-            raise CheckpointError(
-                f"{target} is not as it was written: {why}. Move it away and run again: the chosen model is copied "
-                "there."
-            )
-        if books_in(target) == books:
-            return
-        remove_folder(target)
-    copy_checkpoint(checkpoint, target, books)

@@ -260,7 +260,10 @@ def plan_structured_ffn(bench: Bench, settings: StructuredFeedForward) -> Plan:
     edits, said = list(found.edits), [f"{len(parts.layers)} matrices of feed-forward parts become products."]
     if settings.guide is not None:
         edits = list(parts.edits(least, guided=True))
-        said.append(f"That is without their guides; with them the model has {_size(bench.model, edits)} parameters.")
+        said.append(
+            f"That is without their guides; with them the model has {_size(bench.model, edits)} parameters. Prices and "
+            "the books of a training count them until they are taken off."
+        )
     if settings.measure:
         said.append(parts.timed(least))
     return Plan(

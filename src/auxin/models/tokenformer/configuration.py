@@ -28,8 +28,9 @@ class TokenFormerConfig(PreTrainedConfig):
     """Shape and constants of a TokenFormer (arXiv 2410.23168, section 3).
 
     The default size is the released 150M model's. Three defaults are not the paper's, because in short trainings a
-    small TokenFormer then learns as well as a dense Transformer, and much worse with the paper's (docs/parity.md): scores become weights
-    without a norm, keys are therefore drawn so that scores start at a size of 1, and each head is rotated whole.
+    small TokenFormer then learns as well as a dense Transformer, and much worse with the paper's (docs/parity.md):
+    scores become weights without a norm, keys are therefore drawn so that scores start at a size of 1, and each head is
+    rotated whole.
     `PUBLISHED` asks for the paper's; the presets, converted checkpoints, and whatever was saved before have them.
 
     Parameter tokens are given per slot: `qkv` (query, key and value have this many each), `proj` (the output projection
