@@ -237,6 +237,15 @@ def test_spans_and_measures_are_those_of_an_oracle(samples, tokens, ids, levels,
     assert ExactMatch()(model, split, objective, size, 1) == pytest.approx(np.mean(exact[:size]))
 
 
+def test_an_answer_has_thirty_tokens_at_most() -> None:
+    logits = torch.zeros(1, 2, 40)
+    logits[0, 0, 2], logits[0, 1, 31], logits[0, 1, 32] = 9, 1, 2
+    batch = {"attention_mask": torch.zeros(1, 40, dtype=torch.long)}
+    batch |= {name: torch.zeros(1, dtype=torch.long) for name in ANSWER}
+    found = answering("bert")[1].spans(Fixed(logits), batch, torch.ones(1, 40))
+    assert found.tolist() == [[2, 31]]
+
+
 def test_logits_that_are_no_numbers_give_no_answer() -> None:
     objective, split = answering("bert")[1], Numbered(*vars(DATA.split("validation")).values())
     logits = torch.zeros(16, 2, 12)
