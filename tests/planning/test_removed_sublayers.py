@@ -136,6 +136,13 @@ def test_it_writes_with_a_cache_and_padding_and_comes_back(family, tmp_path):
     assert torch.equal(
         loaded.generate(ids, use_cache=True, **settings), loaded.generate(ids, use_cache=False, **settings)
     )
+    # Padding on the left changes nothing of the text beside it, which is written on as alone.
+    told = {"output_logits": True, "return_dict_in_generate": True}
+    padded = loaded.generate(ids, use_cache=True, **settings, **told)
+    alone = loaded.generate(ids[:1, 2:], use_cache=True, **{**settings, "attention_mask": mask[:1, 2:]}, **told)
+    assert torch.equal(padded.sequences[0, -5:], alone.sequences[0, -5:])
+    for one, other in zip(padded.logits, alone.logits, strict=True):
+        torch.testing.assert_close(one[:1], other, rtol=1e-4, atol=1e-4)
     loaded.train()
     loaded.gradient_checkpointing_enable()
     labels = ids.clone()
