@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from auxin.analysis import measure
-from auxin.analysis.outliers import Outliers
+from auxin.analysis.outlier_results import Outliers
 from auxin.analysis.quantized import QuantizationLoss, QuantizedMeasurement
 from auxin.analysis.quantized_losses import Losses, Quantized
 from auxin.models.evaluating import evaluating

@@ -1,7 +1,7 @@
 """Messages about wrong settings: the field as it was written, and the nearest right name."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import Field
@@ -60,13 +60,21 @@ class Bed(Settings):
     covered: bool = False
     label: str = ""
     any_of: list[bool] | float = 1.0
+    edges: list[Annotated[int, Field(ge=0)]] | None = None
+    corner: tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0)]] = (0, 1.0)
+    plots: list[list[int]] = []
+    seeds: dict[Annotated[int, Field(ge=0)], float] = {}
+    notes: dict[str, Any] = {}
 
 
 def test_true_is_no_number():
-    for values in ({"rows": True}, {"width": False}, {"gaps": [1, True]}, {"label": True}):
+    of_lists = ({"edges": [True]}, {"corner": (1, True)}, {"plots": [[1], [2, False]]}, {"seeds": {True: 1.0}})
+    of_one = ({"rows": True}, {"width": False}, {"gaps": [1, True]}, {"label": True}, {"seeds": {1: True}})
+    for values in (*of_one, *of_lists):
         with pytest.raises(ConfigError, match=f"^{next(iter(values))}: must be"):
             Bed.parse(values)
     assert Bed.parse({"covered": True, "any_of": [True]}).any_of == [True]
+    assert Bed.parse({"notes": {"true": True}, "corner": [1, 1], "edges": [0, 1]}).edges == [0, 1]
 
 
 def test_a_list_is_asked_for_as_one_writes_it():

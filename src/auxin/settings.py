@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_args
+from typing import Annotated, Any, ClassVar, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -21,10 +21,9 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_truth_for_a_number(cls, values: Any) -> Any:
-        """`true` is no 1, which pydantic takes it for; also in lists."""
+        """`true` is no 1, which pydantic takes it for; also in lists and mappings, and in those within them."""
         for name, value in values.items() if isinstance(values, dict) else ():
-            given = value if isinstance(value, list | tuple) else [value]
-            truth = next((one for one in given if isinstance(one, bool)), None)
+            truth = next((one for one in _leaves(value) if isinstance(one, bool)), None)
             if truth is not None and name in cls.model_fields and _is_of_numbers(cls.model_fields[name].annotation):
                 raise ValueError(f"{name}: must be a number (received {str(truth).lower()})")
         return values
@@ -80,9 +79,23 @@ def _is_of_numbers(annotation: Any) -> bool:
     return len(parts) > len(names) and all(part in (int, float) for part in parts if part not in names)
 
 
+def _leaves(value: Any) -> Iterator[Any]:
+    """What lists and mappings hold, keys too; any other value itself."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        for one in value:
+            yield from _leaves(one)
+    else:
+        yield value
+
+
 def _parts(annotation: Any) -> Iterator[Any]:
-    """What an annotation is made of, but None and "...": classes, and what a Literal lists."""
+    """What an annotation is made of, but None, "..." and what is said beside a type: classes, and what a Literal
+    lists."""
     inner = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        inner = inner[:1]
     for part in inner:
         yield from _parts(part)
     if not inner and annotation not in (type(None), ...):

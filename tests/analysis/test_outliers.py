@@ -15,7 +15,8 @@ from torch import Tensor
 from analysis.hand_written import by_hand
 from analysis.samples import Samples
 from auxin.analysis import measure
-from auxin.analysis.outliers import OutlierMeasurement, Outliers
+from auxin.analysis.outlier_results import Outliers
+from auxin.analysis.outliers import OutlierMeasurement
 from auxin.analysis.similarity import Similarity
 from auxin.edits import apply
 from auxin.errors import ConfigError, DataError, PlanError

@@ -17,8 +17,8 @@ import auxin
 from analysis.samples import Samples
 from auxin.analysis import measure
 from auxin.analysis.quantized import QuantizationLoss, QuantizedMeasurement
-from auxin.analysis.quantized_pass import Site
 from auxin.analysis.quantized_run import Follower
+from auxin.analysis.quantized_sites import Site
 from auxin.analysis.quantized_weights import Weights
 from auxin.edits import apply
 from auxin.errors import ConfigError, DataError, PlanError

@@ -222,6 +222,25 @@ def test_the_receipt_names_what_starts_with_fresh_moments():
     assert "fresh" not in str(follows)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_units_are_not_pruned_behind_products_and_the_mend_that_is_named_works(form, method):
+    model = tiny("llama")
+    changed(model, form=form)
+    path = "model.layers.0.mlp.gate_proj"
+    said = rf"{path} of the llama model is (low_rank|block_\w+)_linear since an earlier change, .* First merge it back"
+    with pytest.raises(PlanError, match=said) as told:
+        auxin.plan(model, method, ffn=0.5)
+    assert "Or make this change before that one" in str(told.value)
+    products = [name for name, module in model.named_modules() if isinstance(module, LowRank | BlockProduct)]
+    merged = Plan(method="x", promise="exact", edits=[MergeModule(module=name) for name in products])
+    auxin.apply(merged, model)
+    auxin.apply(auxin.plan(model, method, ffn=0.5), model)
+    other = tiny("llama")
+    auxin.apply(auxin.plan(other, method, ffn=8), other)
+    changed(other, form=form, **({"rank": 2} if form != "block-shuffle" else {}))
+
+
 def test_a_target_is_met_by_the_largest_rank_that_meets_it():
     model, before = tiny("gpt_neox", hidden_size=32, intermediate_size=128), None
     for share in (0.9, 0.8):

@@ -187,7 +187,10 @@ def test_what_stands_before_the_head_and_behind_the_ids_is_found_below_its_wrapp
 @pytest.mark.parametrize(
     ("tells", "message"),
     [
-        ("nothing", r"a parameter model\.layers\.0\.mlp\.up_proj\.factors .* nor does the brick 'test_factors' at"),
+        (
+            "nothing",
+            r"up_proj of the llama model is test_factors since .* entries of model\.layers\.0\.mlp\.up_proj\.factors",
+        ),
         (
             "nonsense",
             r"up_proj\.factors has shape \[12\], and the role that the brick 'test_factors' gives .* \[12, 16\]",

@@ -2,7 +2,7 @@
 
 W8A8 as Bondarenko et al. (arXiv 2306.12929) measure it: every weight of a linear layer, an embedding and a norm is on a
 grid of 8 bits around zero, and every tensor that integer arithmetic stores on one of its own, one for the whole tensor
-(`auxin.analysis.quantized_pass` has the list), whose range is set beforehand and stays. Ranges come from the first
+(`auxin.analysis.quantized_sites` has the list), whose range is set beforehand and stays. Ranges come from the first
 samples, losses from the others. What a model gives in floating point is what it gives; in the same sense every number
 here is that of a simulation: values are rounded to the grids and computed with in floating point.
 
@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, samples_of, wide, without_loss
 from auxin.analysis.parts import refuse_blocks
 from auxin.analysis.quantized_losses import Losses, Quantized
-from auxin.analysis.quantized_pass import Family, Site
 from auxin.analysis.quantized_run import Follower
+from auxin.analysis.quantized_sites import Family, Site
 from auxin.analysis.quantized_weights import Weights
 from auxin.analysis.quantizers import (
     ActivationRanges,

@@ -1,117 +1,36 @@
-"""Which tensors of a run integer arithmetic holds: what a model's operations give is followed from one to the next.
-
-Where a product reads two operands, these have to be integers, and what it gives is stored as integers again. So the
-tensors that are told are (Bondarenko et al. 2023, arXiv 2306.12929)
-
-| family | the tensors |
-|---|---|
-| linear | what a linear layer, a convolution, an expert gives, behind its bias and activation function |
-| norm | what a norm gives |
-| embedding | the sum of the embeddings |
-| scores | the product of queries and keys, before the mask |
-| probabilities | the attention's probabilities |
-| context | their product with the values |
-| sum | the residual stream behind each part's addition |
-| input | what a product or a layer reads that is none of these |
-
-An activation function belongs to the linear layer before it where it reads all of that and nothing comes between. BERT
-and OPT have nothing in `input`; it is rotated queries and keys, what the two halves of a gated feed-forward part give
-together, pixels. The output head and gates (routers, weights of a single row) compute in floating point. Moving
-entries about, and multiplying all of a tensor by one number, leaves it on its grid.
-"""
+"""One run of a model in which what its operations give is followed from one to the next, and changed where integer
+arithmetic would hold it (`auxin.analysis.quantized_sites` says where)."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from auxin.analysis.quantized_sites import (
+    ACTIVATIONS,
+    CLIPS,
+    FUSED,
+    MOVES,
+    NOTHING,
+    PRODUCTS,
+    SCALES,
+    SUMMANDS,
+    Change,
+    Family,
+    Mark,
+    Site,
+    Structure,
+    aten,
+    by_one_number,
+    kind_of,
+    tensors_in,
+)
 from auxin.analysis.quantized_weights import Weights
 from auxin.errors import PlanError
-
-Family = Literal["linear", "norm", "embedding", "scores", "probabilities", "context", "sum", "input"]
-aten = torch.ops.aten
-_PRODUCTS = {
-    aten.mm: (0, 1),
-    aten.bmm: (0, 1),
-    aten.mv: (0, 1),
-    aten.addmm: (1, 2),
-    aten.baddbmm: (1, 2),
-    aten.addmv: (1, 2),
-    aten.convolution: (0, 1),
-    aten._grouped_mm: (0, 1),
-}
-"""Where the operands are."""
-_MOVES = {
-    *(aten.view, aten._unsafe_view, aten._reshape_alias, aten.expand, aten.t, aten.transpose, aten.permute),
-    *(aten.slice, aten.select, aten.split, aten.split_with_sizes, aten.unbind, aten.unsqueeze, aten.squeeze),
-    *(aten.clone, aten._to_copy, aten.alias, aten.detach, aten.lift_fresh, aten.as_strided, aten.unfold),
-    *(aten.cat, aten.stack, aten.index, aten.index_select, aten.gather, aten.roll, aten.flip, aten.repeat),
-    *(aten.constant_pad_nd, aten.diagonal),
-}
-"""What moves entries, or writes zeros beside them."""
-_SCALES = {aten.mul, aten.mul_, aten.div, aten.div_, aten.neg}
-_ACTIVATIONS = {
-    *(aten.relu, aten.relu_, aten.gelu, aten.silu, aten.silu_, aten.tanh, aten.tanh_, aten.sigmoid, aten.sigmoid_),
-    *(aten.elu, aten.elu_, aten.leaky_relu, aten.leaky_relu_, aten.hardtanh, aten.hardtanh_, aten.softplus),
-    *(aten.hardswish, aten.hardswish_, aten.mish),
-}
-_CLIPS = {aten.clamp, aten.add, aten.add_, aten.mul, aten.mul_}
-"""What, with numbers alone, makes other probabilities of a softmax's: clipped ones."""
-_SUMMANDS = ("linear", "norm", "sum", "embedding", "input")
-_FUSED = "_scaled_dot_product"
-"""What the names of kernels begin with that compute a whole attention."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """A tensor that arises in every run."""
-
-    name: str
-    """The module or parameter that gives it, or where it arises."""
-    family: Family
-
-
-Change = Callable[[Site, Tensor], Tensor]
-"""What is made of a tensor; itself, where nothing is."""
-
-
-@dataclass(frozen=True)
-class _Mark:
-    """What is known of a tensor in a run."""
-
-    weight: str = ""
-    """The parameter that it is, or that it was made of."""
-    plain: bool = True
-    """Whether it is that parameter, or some of its entries, as they are."""
-    hidden: bool = False
-    """Whether it depends on the model's inputs."""
-    grid: bool = False
-    """Whether it is on a grid."""
-    pending: tuple[str, int] | None = None
-    """The site's stage that it is all of."""
-    embedding: bool = False
-    """Whether it is made of embeddings alone."""
-    part: str = ""
-    """The part of a layer that gave it, up to factors."""
-    family: Family | Literal[""] = ""
-    """Of the site that it was, or is some of."""
-    probabilities: tuple[str, int] | None = None
-    """The softmax that gave it."""
-
-
-@dataclass
-class Structure:
-    """What one run of the model tells about all others."""
-
-    passed_on: set[tuple[str, int]] = field(default_factory=set)
-    """Stages of sites that are not stored: something that belongs to them is computed of them at once."""
-    read: set[tuple[str, int]] = field(default_factory=set)
-    """Softmaxes that a product reads."""
 
 
 class Pass(TorchDispatchMode):
@@ -139,10 +58,10 @@ class Pass(TorchDispatchMode):
     def begin(self, inputs: dict[str, Any]) -> None:
         """Mark what the run begins with."""
         for name, tensor, kind in self._weights.tensors():
-            self._marks[tensor] = _Mark(weight=name, grid=kind != "full", embedding=kind == "embedding")
+            self._marks[tensor] = Mark(weight=name, grid=kind != "full", embedding=kind == "embedding")
         for value in inputs.values():
             if isinstance(value, Tensor) and value.is_floating_point():
-                self._marks[value] = _Mark(hidden=True)
+                self._marks[value] = Mark(hidden=True)
 
     # What modules do.
 
@@ -153,7 +72,7 @@ class Pass(TorchDispatchMode):
         if self._quiet == 0 and path in self._layers:
             self._in_layers = True
             arguments, named = self._on_grid(path, arguments, named)
-        kind = _kind_of(module)
+        kind = kind_of(module)
         if kind == "activation" and self._quiet == 0:
             mark = self._mark(next((x for x in (*arguments, *named.values()) if isinstance(x, Tensor)), None))
             self._activated.append(mark.pending)
@@ -165,7 +84,7 @@ class Pass(TorchDispatchMode):
         """It has given `output`."""
         self._inside.pop()
         self._counted.pop()
-        kind = _kind_of(module)
+        kind = kind_of(module)
         if kind:
             self._quiet -= 1
         if self._quiet or not isinstance(output, Tensor | tuple | list):
@@ -199,38 +118,38 @@ class Pass(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         packet = func.overloadpacket
-        if packet.__name__.startswith(_FUSED):
+        if packet.__name__.startswith(FUSED):
             raise PlanError(
                 f"{self._inside[-1] if self._inside else 'The model'} computes attention in one kernel, in which "
                 "nothing can be quantized. Measure a model whose attention has an eager implementation."
             )
         # Which entries are taken is no matter of grids.
-        marks = [self._mark(x) for x in _tensors(args) if x.is_floating_point()]
+        marks = [self._mark(x) for x in tensors_in(args) if x.is_floating_point()]
         if not any(mark.hidden or mark.weight for mark in marks):
             return func(*args, **kwargs)
         if self._quiet:
             return self._follow(func(*args, **kwargs), marks)
-        if packet in _PRODUCTS:
-            return self._product(func, args, kwargs, *_PRODUCTS[packet])
+        if packet in PRODUCTS:
+            return self._product(func, args, kwargs, *PRODUCTS[packet])
         result = func(*args, **kwargs)
-        if packet in _MOVES or (packet in _SCALES and _by_one_number(args)):
-            source = next(x for x in _tensors(args) if x.is_floating_point())
-            return self._moved(result, source, marks, scaled=packet in _SCALES)
+        if packet in MOVES or (packet in SCALES and by_one_number(args)):
+            source = next(x for x in tensors_in(args) if x.is_floating_point())
+            return self._moved(result, source, marks, scaled=packet in SCALES)
         if packet is aten.embedding:
             return self._embedded(result, self._mark(args[0]))
-        if packet in _CLIPS and len(marks) == 1 and marks[0].probabilities:
+        if packet in CLIPS and len(marks) == 1 and marks[0].probabilities:
             # Not those, but what is made of them, is what a product reads.
-            return self._follow(result, marks, _Mark(probabilities=marks[0].probabilities))
+            return self._follow(result, marks, Mark(probabilities=marks[0].probabilities))
         if packet in (aten.add, aten.add_):
             return self._added(result, args, packet is aten.add_)
         if packet is aten._softmax or packet is aten._safe_softmax:
             return self._softmax(result)
-        if packet in _ACTIVATIONS:
+        if packet in ACTIVATIONS:
             return self._behind_activation(marks[0].pending, result, packet.__name__.endswith("_"))
-        kept = _Mark()
-        if packet in _SCALES:
+        kept = NOTHING
+        if packet in SCALES:
             # A layer's scale: a factor for each unit.
-            kept = next((_Mark(part=mark.part, embedding=mark.embedding) for mark in marks if mark.hidden), kept)
+            kept = next((Mark(part=mark.part, embedding=mark.embedding) for mark in marks if mark.hidden), kept)
         return self._follow(result, marks, kept)
 
     def _product(self, func: Any, args: Any, kwargs: Any, left: int, right: int) -> Any:
@@ -275,7 +194,7 @@ class Pass(TorchDispatchMode):
         self._marks[new] = replace(mark, grid=True, family="input")
         return new
 
-    def _embedded(self, result: Tensor, weight: _Mark) -> Any:
+    def _embedded(self, result: Tensor, weight: Mark) -> Any:
         name = weight.weight.removesuffix(".weight")
         if not weight.embedding:
             self._marks[result] = replace(weight, plain=False)
@@ -283,14 +202,14 @@ class Pass(TorchDispatchMode):
         return self._store(Site(name, "embedding"), 0, result, in_place=False, embedding=True)
 
     def _added(self, result: Tensor, args: Any, in_place: bool) -> Any:
-        one, other = (self._mark(x) if isinstance(x, Tensor) else _Mark() for x in args[:2])
+        one, other = (self._mark(x) if isinstance(x, Tensor) else Mark() for x in args[:2])
         both = [one, other]
         for mark, bias in ((one, other), (other, one)):
             if mark.pending is not None and mark.family == "linear" and bias.weight and not bias.embedding:
                 name, stage = self._pass_on(mark.pending)
                 return self._store(Site(name, "linear"), stage + 1, result, in_place)
         if one.part and other.part:  # parallel parts, whose sum is added to the stream
-            return self._follow(result, both, _Mark(part=other.part))
+            return self._follow(result, both, Mark(part=other.part))
         if (part := one.part or other.part) and one.hidden and other.hidden:
             return self._store(Site(f"{part}.sum", "sum"), 0, result, in_place)
         if one.embedding or other.embedding:
@@ -300,7 +219,7 @@ class Pass(TorchDispatchMode):
                     stage = max(stage, self._pass_on(mark.pending)[1] + 1)
             name = ".".join(filter(None, (self._inside[-1], "embeddings")))
             return self._store(Site(name, "embedding"), stage, result, in_place, embedding=True)
-        if all(mark.hidden and mark.grid and mark.family in _SUMMANDS for mark in both):
+        if all(mark.hidden and mark.grid and mark.family in SUMMANDS for mark in both):
             # A layer of which no parts are known, or the sum that enters the first one.
             return self._store(
                 Site(self._numbered("sum"), "sum" if self._in_layers else "embedding"), 0, result, in_place
@@ -312,13 +231,13 @@ class Pass(TorchDispatchMode):
         if self._tracing or key in self._structure.read:
             result = self._store(Site(key[0], "probabilities"), 0, result, in_place=False)
         else:
-            self._marks[result] = _Mark(hidden=True)
+            self._marks[result] = Mark(hidden=True)
         self._marks[result] = replace(self._mark(result), probabilities=key)
         return result
 
     def _behind_activation(self, pending: tuple[str, int] | None, result: Tensor, in_place: bool) -> Tensor:
         if pending is None:
-            self._marks[result] = _Mark(hidden=True)
+            self._marks[result] = Mark(hidden=True)
             return result
         name, stage = self._pass_on(pending)
         return self._store(Site(name, "linear"), stage + 1, result, in_place)
@@ -336,15 +255,15 @@ class Pass(TorchDispatchMode):
             # Who has written in place may not look at what comes back.
             x = x.copy_(new) if in_place and new is not x else new
         pending = key if site.family in ("linear", "embedding") else None
-        self._marks[x] = _Mark(hidden=True, grid=True, pending=pending, embedding=embedding, family=site.family)
+        self._marks[x] = Mark(hidden=True, grid=True, pending=pending, embedding=embedding, family=site.family)
         return x
 
-    def _moved(self, result: Any, source: Tensor, marks: Sequence[_Mark], scaled: bool) -> Any:
+    def _moved(self, result: Any, source: Tensor, marks: Sequence[Mark], scaled: bool) -> Any:
         marks = [mark for mark in marks if mark.hidden or mark.weight]
         mark = marks[0]
         if len(marks) > 1 and not scaled:
             hidden = any(one.hidden for one in marks)
-            mark = _Mark(
+            mark = Mark(
                 weight="" if hidden else mark.weight,
                 plain=all(one.plain for one in marks),
                 hidden=hidden,
@@ -355,21 +274,21 @@ class Pass(TorchDispatchMode):
             )
         elif scaled:
             mark = replace(mark, plain=False if mark.weight else mark.plain)
-        for new in _tensors((result,)):
+        for new in tensors_in((result,)):
             # A convolution's margin may have been cut off, but half of a matrix (a gate) is another thing.
             most = isinstance(result, Tensor) and 2 * new.numel() > source.numel()
             self._marks[new] = mark if most else replace(mark, pending=None)
         return result
 
-    def _follow(self, result: Any, marks: Sequence[_Mark], kept: _Mark = _Mark()) -> Any:
+    def _follow(self, result: Any, marks: Sequence[Mark], kept: Mark = NOTHING) -> Any:
         """What came of marked tensors otherwise."""
         hidden = any(mark.hidden for mark in marks)
         weight = "" if hidden else next(mark.weight for mark in marks if mark.weight)
-        for new in _tensors((result,)):
+        for new in tensors_in((result,)):
             self._marks[new] = replace(kept, hidden=hidden, weight=weight, plain=False)
             base = new._base
             if base is not None and hidden and not self._mark(base).hidden:
-                self._marks[base] = _Mark(hidden=True)
+                self._marks[base] = Mark(hidden=True)
         return result
 
     def _numbered(self, family: str) -> str:
@@ -378,33 +297,5 @@ class Pass(TorchDispatchMode):
         count = self._counted[-1][family]
         return f"{self._inside[-1]}.{family}" + ("" if count == 1 else f".{count}")
 
-    def _mark(self, x: Any) -> _Mark:
-        return self._marks.get(x, _NOTHING) if isinstance(x, Tensor) else _NOTHING
-
-
-_NOTHING = _Mark()
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
-
-
-def _by_one_number(args: Any) -> bool:
-    """Whether all but one of the factors are single numbers."""
-    return sum(isinstance(x, Tensor) and x.numel() > 1 for x in args) <= 1 and len(args) <= 2
-
-
-def _kind_of(module: nn.Module) -> Literal["norm", "activation", ""]:
-    if next(module.children(), None) is not None:
-        return ""
-    cls = type(module)
-    if "Norm" in cls.__name__:
-        return "norm"
-    in_place = cls.__module__ in ("transformers.activations", "torch.nn.modules.activation")
-    if (in_place and "Softmax" not in cls.__name__) or "gelu" in cls.__name__.lower():
-        return "activation"
-    return ""
+    def _mark(self, x: Any) -> Mark:
+        return self._marks.get(x, NOTHING) if isinstance(x, Tensor) else NOTHING

@@ -1,5 +1,5 @@
 """A model run in which the tensors that integer arithmetic holds are told and may be changed, without a line of its
-code; `auxin.analysis.quantized_pass` says which they are."""
+code; `auxin.analysis.quantized_sites` says which they are."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from auxin.analysis.quantized_pass import Change, Pass, Structure
+from auxin.analysis.quantized_pass import Pass
+from auxin.analysis.quantized_sites import Change, Structure
 from auxin.analysis.quantized_weights import Weights
 from auxin.models.anatomy import anatomy
 from auxin.models.eager import asked_for_maps, eager_attention

@@ -101,11 +101,15 @@ class _Told:
         for name in self.shapes:
             inside = [path for path in self.bricks if name.startswith(f"{path}.")]
             if inside and not any(role.matches(name) for role in whole.roles):
-                brick = self.bricks[inside[-1]].brick_name
+                brick = self.bricks[inside[-1]]
+                mend = (
+                    f"First {brick.plain_form}. Or make this change before that one."
+                    if brick.plain_form is not None
+                    else "Make this change before that one, or choose a method that takes layers as they are."
+                )
                 raise PlanError(
-                    f"The {whole.family} model has a parameter {name} that its anatomy does not know, nor does the "
-                    f"brick {brick!r} at {inside[-1]} give a role to it. Only methods that treat layers as black boxes "
-                    "can change this model."
+                    f"{inside[-1]} of the {whole.family} model is {brick.brick_name} since an earlier change, and to "
+                    f"which units of the model the entries of {name} belong is not known. {mend}"
                 )
 
     def _of_architecture(self, place: str) -> dict[str, ParameterRole]:
