@@ -6,8 +6,8 @@ as long.
     python benchmarks/growth_factors.py --jobs 2
     python benchmarks/growth_factors.py --parts short --seeds 0 --branches grown-4 small-4
 
-Finished branches are not run again; the page has what is finished. A short seed takes half an hour of one core, a long
-one an hour.
+Finished branches are not run again; the page has what is finished. A short seed takes an hour of one core, a long
+one three.
 """
 
 from pathlib import Path
