@@ -279,7 +279,8 @@ def test_a_person_can_read_it():
             assert sum(widths) + 2 * (len(widths) - 1) <= 80
             assert table.rows[1][-1].startswith(f"{stack.layers[1].similarity.mean:.4f} ± ")
         best = max(result.parts(), key=lambda part: part.similarity.mean)
-        assert f"least: {best.module} {best.similarity.mean:.4f}," in result.findings()[0]
+        assert f"least: the {KINDS.get(best.kind, best.kind)} of " in result.findings()[0]
+        assert f" ({best.similarity}), the " in result.findings()[0]
         root = ElementTree.fromstring(result.picture("A model"))
         texts = ["".join(element.itertext()) for element in root.iter() if element.tag.endswith("}text")]
         assert {"A model", *(stack.path for stack in result.stacks), "attention", "whole layer"} <= set(texts)
