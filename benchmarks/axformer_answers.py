@@ -44,8 +44,8 @@ class Answers:
     meanings: Sequence[Meaning]
     name: str = "answers"
     told: str = (
-        f"a definition of WordNet as the question, {SENTENCES} example sentences of different words as the context, "
-        "the word that is defined as the answer"
+        f"a definition of WordNet as the question, {SENTENCES} example sentences of different words as the context "
+        f"({SENTENCES * WORDS[0]} to {SENTENCES * WORDS[1]} words), the word that is defined as the answer"
     )
     length: int = 30
     objective: ClassVar[QuestionAnswering] = QuestionAnswering()

@@ -194,6 +194,17 @@ def test_a_search_that_finds_nothing_and_a_method_without_logits_say_so(run, row
             run_recipe(recipe, tmp_path / method, "", lambda line: None)
 
 
+def test_a_checkpoint_is_trained_on_by_one_command(run, rows, tmp_path):
+    checkpoint = run[0] / "branches/main/02-train/checkpoints/step-00000400"
+    values = ["data.kind=question_answering", "data.context_length=32"]
+    values += ["training.objective=question_answering", "measures=[token_f1]", "training.tensorboard=false"]
+    changes = [word for value in values for word in ("--set", value)]
+    given = ["--model", str(checkpoint), "--corpus", str(rows), "--steps", "2"]
+    done = CliRunner().invoke(app, ["train", *given, "-o", str(tmp_path / "out"), *changes])
+    assert done.exit_code == 0, done.output
+    assert "token F1" in done.stdout
+
+
 def test_other_commands_say_what_they_are_for(run, rows):
     checkpoint = str(run[0] / "branches/main/02-train/checkpoints/step-00000400")
     assert type(load_model(checkpoint)).__name__ == "BertForQuestionAnswering"
