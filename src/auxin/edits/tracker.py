@@ -22,8 +22,8 @@ from auxin.edits.kinds.module_edits import (
     ResizeModule,
     TieParameters,
     WrapModule,
-    elsewhere,
     shortest,
+    without_bricks,
 )
 from auxin.edits.kinds.parameter_edits import ParameterEdit
 from auxin.edits.origin import Blend, Group, Joined, Kept, Made, Origin, Step
@@ -293,27 +293,11 @@ class Tracker:
         gone = {f"{path}.{key}" for key in inputs.keys() - made.keys() - kept}
         self.used_up |= dict.fromkeys(gone, index)
         have = shapes | {key: origin.shape for key, origin in inputs.items() if key in kept}
-        for ended_here in [stored, *self._bricks_below(stored, path, have)]:
-            place = next(i for i, e in enumerate(self.structure) if e is ended_here)
-            self.structure[place : place + 1] = elsewhere(ended_here, path, self.modules)
+        self.structure = without_bricks(self.structure, stored, path, self.modules, have)
         ended = [e for e in self.structure if isinstance(e, TieParameters) and gone & {e.parameter, e.to}]
         self.structure = [e for e in self.structure if e not in ended]
         for tie in ended:
             self.shared_by_merged |= {tie.parameter.rpartition(".")[0]: path, tie.to.rpartition(".")[0]: path}
-
-    def _bricks_below(self, stored: Any, path: str, have: Mapping[str, tuple[int, ...]]) -> list[Any]:
-        """The edits before `stored` whose bricks it replaced, the last first, as long as these are not had back: of
-        their tensors there are none when it was merged into those of the module that they replaced themselves."""
-        found: list[Any] = []
-        place = next(i for i, e in enumerate(self.structure) if e is stored)
-        for edit in reversed(self.structure[:place]):
-            if edit.kind not in BRICK_EDITS or not edit.matches(path):
-                continue
-            making = find_brick(edit.brick).making if edit.kind == "replace_module" else None
-            if making is None or making.shapes(have, **edit.settings).keys() <= have.keys():
-                break
-            found.append(edit)
-        return found
 
     def _below(self, path: str) -> dict[str, Origin]:
         """The tensors of the module at `path` and below, by their names in it; those that are used up are gone."""

@@ -1,6 +1,6 @@
 """Edits of the module tree: what a config can't say, kept in the checkpoint and done again when it is loaded."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -327,6 +327,33 @@ def shortest(edits: list[Any]) -> list[Any]:
 def elsewhere(edit: Any, path: str, modules: Iterable[str]) -> list[Any]:
     """The structural edit `edit` for all of the `modules` that it means but the one at `path`."""
     return [edit.model_copy(update={"module": other}) for other in edit.paths(modules) if other != path]
+
+
+def without_bricks(
+    structure: list[Any], merged: Any, path: str, modules: Iterable[str], have: Mapping[str, tuple[int, ...]]
+) -> list[Any]:
+    """`structure` without the brick at `path` that the edit `merged` of it put there, nor those before it that this one
+    had replaced and that are not had back: their tensors are not among those that merging gives, which are of the
+    module that they replaced themselves.
+
+    Args:
+        structure: structural edits.
+        merged: one of them.
+        path: of the module.
+        modules: all paths there are.
+        have: shapes of the tensors that the module has when it is merged.
+    """
+    place = next(i for i, edit in enumerate(structure) if edit is merged)
+    gone = [place]
+    for i in reversed(range(place)):
+        if structure[i].kind not in BRICK_EDITS or not structure[i].matches(path):
+            continue
+        making = find_brick(structure[i].brick).making if structure[i].kind == "replace_module" else None
+        if making is None or making.shapes(have, **structure[i].settings).keys() <= have.keys():
+            break
+        gone.append(i)
+    left = [elsewhere(edit, path, modules) if i in gone else [edit] for i, edit in enumerate(structure)]
+    return [edit for edits in left for edit in edits]
 
 
 def _with_configuration(edits: list[Any], new: ConfigureModule) -> list[Any]:
