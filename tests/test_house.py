@@ -112,6 +112,20 @@ def test_files_are_short_and_named_for_what_is_in_them():
     assert not wrong, "\n".join(wrong)
 
 
+def test_no_shape_that_does_not_fit_is_passed_over():
+    """transformers would fill such parameters at random, without an error: a model loaded so is another one."""
+    wrong = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = {
+                getattr(node, "arg", None),
+                getattr(node, "value", None) if isinstance(node, ast.Constant) else None,
+            }
+            if "ignore_mismatched_sizes" in names:
+                wrong.append(f"{short(path)}, line {node.lineno}: ignore_mismatched_sizes")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_modules_form_no_cycle():
     graph = {}
     for path in FILES:

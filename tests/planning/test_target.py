@@ -4,13 +4,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig
 
-from auxin.accounting import count_parameters, flops_per_token
-from auxin.edits import ArrangeLayers
+import auxin
+from auxin.accounting import count_parameters, flops_per_token, serving_memory
+from auxin.edits import ArrangeLayers, apply_to_checkpoint
+from auxin.edits.structure import edited_skeleton
 from auxin.errors import ConfigError, PlanError
 from auxin.planning.cutting import cut
 from auxin.planning.target import Gauge, Target, least_removal, removal
-from tiny_models import tiny
+from tiny_models import inputs, tiny
 
 UNITS = 12
 PER_UNIT = 2 * 3 * 16
@@ -66,6 +69,35 @@ def test_flops_are_counted_at_the_length_that_is_said(model):
     assert 1 < few.amount < many.amount
     assert long.of(many.after) <= 0.9 * long.of(model) < long.of(removal(model, family(many.amount - 1)).after)
     assert "at 30 tokens" in many.reached(long)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("magnitude", {"heads": 0.5, "ffn": 0.5}),
+        ("magnitude", {"ffn": 0.5, "uniform": False}),
+        ("random", {"hidden": 0.5}),
+        ("finercut", {"removed": 2}),
+        ("slicegpt", {"hidden": 0.75}),  # whose head gets a table of its own
+        ("vocabulary-pruning", {"ids": list(range(8)), "multiple_of": 1}),
+    ],
+)
+def test_the_bytes_that_a_plan_predicts_are_those_of_the_file(method, settings, dtype, tmp_path):
+    """Told from shapes alone, before anything is written; but for the file's header, which holds names and shapes."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    tiny("llama", dtype=dtype, tie_word_embeddings=True).save_pretrained(old)
+    data = {"data": [inputs(tiny("llama"))["input_ids"]]} if method in ("finercut", "slicegpt") else {}
+    plan = auxin.plan(old, method, folder=tmp_path, **settings, **data)
+    config = AutoConfig.from_pretrained(old)
+    after = removal(edited_skeleton(config), plan.edits).after
+    predicted = serving_memory(after, dtype=dtype).weights
+    apply_to_checkpoint(plan, old, new)
+    (file,) = new.glob("*.safetensors")
+    with file.open("rb") as content:
+        header = int.from_bytes(content.read(8), "little")
+    assert file.stat().st_size == 8 + header + predicted
+    assert predicted < serving_memory(tiny("llama", tie_word_embeddings=True), dtype=dtype).weights
 
 
 def test_memory_is_that_of_weights_and_of_the_cache(model):

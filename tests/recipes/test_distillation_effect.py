@@ -1,4 +1,5 @@
-"""What a teacher buys: a Llama that lost two of its four layers is mended by what it was before, on an equal budget.
+"""What a teacher buys: a Llama that lost two of its four layers, or half of its heads and feed-forward units by a
+score, is mended by what it was before, on an equal budget.
 
 The page on objectives has the figures.
 """
@@ -16,8 +17,15 @@ SEEDS = (0, 1, 2)
 STEPS = 50
 
 
-def mended(name: str, objective: dict[str, Any] | None, budget: str) -> dict[str, Any]:
-    cut = {"kind": "change", "name": "cut", "method": "drop-layers", "settings": {"drop": [1, 2]}}
+LAYERS = {"method": "drop-layers", "settings": {"drop": [1, 2]}}
+SCORED = {"method": "taylor", "settings": {"heads": 0.5, "ffn": 0.5}}
+"""Units that matter least by a score, of every layer."""
+
+
+def mended(
+    name: str, objective: dict[str, Any] | None, budget: str, removed: dict[str, Any] = LAYERS
+) -> dict[str, Any]:
+    cut = {"kind": "change", "name": "cut", **removed}
     train: dict[str, Any] = {"kind": "train", "name": "repair", "settings": {"warmup_steps": 5}}
     if budget == "flops":
         train["flops_of"] = "plain"
@@ -44,19 +52,22 @@ def recipe(seed: int) -> Recipe:
                 mended("plain", None, "steps"),
                 mended("steps", {"weight": 0.9}, "steps"),
                 mended("flops", {"weight": 0.9}, "flops"),
+                mended("scored-plain", None, "steps", SCORED),
+                mended("scored-steps", {"weight": 0.9}, "steps", SCORED),
             ],
         }
     )
 
 
 def losses(seed: int, folder: Path) -> dict[str, float]:
-    """The held-out loss that each branch ends with; the cut model's under "cut"."""
+    """The held-out loss that each branch ends with; the cut models' under "cut" and "scored-cut"."""
     found = {}
     with opened_run(recipe(seed), folder, lambda line: None) as run:
         for branch in run.recipe.branches:
             run_branch(run, branch)
             record = Ledger.load(run.final_checkpoint(branch.name)).stages[-1]
-            found[branch.name], found["cut"] = record.value_after, record.value_before
+            cut = "scored-cut" if branch.name.startswith("scored") else "cut"
+            found[branch.name], found[cut] = record.value_after, record.value_before
     return found
 
 
@@ -68,3 +79,5 @@ def test_a_cut_model_is_mended_better_by_what_it_was(tmp_path, monkeypatch):
         # In as many steps, and at as many FLOPs, of which the teacher's own passes take a share.
         assert one["steps"] < one["plain"]
         assert one["flops"] < one["plain"]
+        # Likewise behind a cut by a score, which leaves all layers.
+        assert one["scored-steps"] < min(one["scored-plain"], one["scored-cut"])
