@@ -1,19 +1,29 @@
 """`auxin analyse`: a table, a folder that a person can read, messages for what can't be measured."""
 
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from typer.testing import CliRunner
 
+import auxin
 from auxin import cli
 from auxin.analysis import measurements
 from auxin.analysis.similarity import Similarities
 from auxin.cli.analysing import measurement_names
+from auxin.edits import apply_to_checkpoint
 from auxin.errors import AuxinError, ConfigError, DataError
 from auxin.objectives import calibration
 from plugins import install
@@ -55,6 +65,33 @@ def test_it_prints_a_table_that_fits_a_terminal(llama, monkeypatch):
     assert [line.split()[0] for line in lines[2:5]] == ["0", "1", "2"]
     assert max(map(len, lines[:6])) <= 80
     assert "Parts that change the stream least: the " in printed.out
+
+
+def test_a_bert_without_a_mask_token_is_measured_where_none_is_needed_and_told_what_to_do_elsewhere(tmp_path):
+    """Its vocabulary is as large as its tokenizer, which names no token to hide others behind."""
+    folder, tokenizer = tmp_path / "bert", tiny_tokenizer("byte_level")
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(**{**SMALL, "vocab_size": len(tokenizer)}, intermediate_size=24)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for measurement in ("similarity", "outliers"):
+        printed = call(folder, measurement, *QUICK, "--json")
+        assert "The texts are whole, with no token masked" in printed.err
+        assert json.loads(printed.out)["subject"]["samples"] == 5
+    with pytest.raises(ConfigError, match=r"has no room for the 1 tokens that masked_language") as refused:
+        call(folder, "importance", *QUICK)
+    rows = re.search(
+        r"Name one of the tokenizer's .*\[MASK\].*, or .* vocabulary with rows = (\d+)\.", str(refused.value)
+    )[1]
+    # What is advised helps.
+    plan = auxin.plan(folder, "vocabulary", rows=int(rows), folder=tmp_path)
+    apply_to_checkpoint(plan, folder, tmp_path / "larger")
+    assert call(tmp_path / "larger", "importance", *QUICK).out
+    tokenizer.mask_token = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
+    tokenizer.save_pretrained(folder)
+    printed = call(folder, "similarity", *QUICK)
+    assert printed.out
+    assert "no token masked" not in printed.err
+    assert call(folder, "importance", *QUICK).out
 
 
 def test_it_writes_a_folder_that_a_person_can_read(llama, tmp_path):

@@ -11,7 +11,7 @@ import typer
 
 from auxin.cli.app import LARGEST_SEED, AsJson, Overrides, app, refuse_swapped
 from auxin.cli.listed import SetOptions
-from auxin.cli.printing import escaped, print_table, print_wide
+from auxin.cli.printing import escaped, print_table, print_wide, to_stderr
 from auxin.errors import ConfigError, DataError
 
 
@@ -84,7 +84,11 @@ def analyse(
     wanted = find_measurement(measurement, **values)
     loaded = load_model(model, device=choose_device("auto"))
     asked = CorpusCalibration(samples=samples, length=length, batch_size=batch_size, seed=seed)
-    data = None if wanted.needs == "weights" else Calibration.of_corpus(loaded, model, asked)
+    # What layers give is asked for without labels; a measurement that runs the model itself may look at them.
+    labelled = wanted.needs == "batches"
+    data = None if wanted.needs == "weights" else Calibration.of_corpus(loaded, model, asked, labelled=labelled)
+    if data is not None and getattr(data.objective, "mask_share", 1) == 0:
+        to_stderr("The texts are whole, with no token masked: neither the tokenizer nor the model has one for that.")
     if data is not None and data.distinct is not None and samples > data.distinct:
         raise DataError(
             f"--samples: the text makes {data.distinct} samples of {length} tokens, and the same ones again would tell "

@@ -181,6 +181,7 @@ class Calibration:
         settings: CorpusCalibration | None = None,
         objective: ObjectiveSettings | None = None,
         seed: int = 0,
+        labelled: bool = True,
     ) -> "Calibration":
         """Contexts of the training split of a corpus, in the tokens of the model's own tokenizer.
 
@@ -192,6 +193,8 @@ class Calibration:
             settings: the corpus, and how much of it; default: the standard library's source.
             objective: what the labels ask for; default: what models of this class are trained with here.
             seed: as `of_split`.
+            labelled: whether labels are looked at. Where they are not, the texts of a masked language model come whole
+                if it has no room for the mask token that its tokenizer lacks.
 
         Raises:
             ConfigError: as `of_split`.
@@ -209,6 +212,12 @@ class Calibration:
                     f"There is no data to look at: {error} Save the model with its tokenizer, name another corpus, or "
                     "make a calibration of batches in Python (Calibration.of_batches)."
                 ) from error
+            if (
+                not labelled
+                and isinstance(objective, MaskedLanguage)
+                and not objective.has_room(model.config, data.form)
+            ):
+                objective = objective.model_copy(update={"mask_share": 0.0, "random_share": 0.0})
             made = cls.of_split(data, model.config, asked, objective, seed)
             batches = tuple(made.read())
         return replace(made, read=lambda: (dict(batch) for batch in batches), text=corpus.text)

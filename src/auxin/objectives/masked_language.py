@@ -33,6 +33,9 @@ class MaskedLanguage(ObjectiveSettings):
 
     kind: Literal["masked_language"] = "masked_language"
     """Says that this is masked language modelling."""
+    instead_of_room: ClassVar[str] = (
+        "name one of the tokenizer's tokens as its mask token (mask_token: [MASK] in tokenizer_config.json)"
+    )
     mask_probability: float = Field(default=0.15, gt=0, lt=1)
     """Share of a context's tokens that are to be named, rounded to whole tokens, at least one."""
     mask_share: float = Field(default=0.8, ge=0, le=1)
@@ -78,8 +81,8 @@ class MaskedLanguage(ObjectiveSettings):
         packed_text(self, form)
 
     def extra_tokens(self, form: SampleForm) -> int:
-        """A mask token, where the tokenizer has none."""
-        return int(form.mask_token_id is None)
+        """A mask token, where the tokenizer has none and one is shown."""
+        return int(form.mask_token_id is None and self.mask_share > 0)
 
     def _bound(self, config: PreTrainedConfig, form: SampleForm, references: References) -> Objective:
         return MaskedLanguageObjective(self, config, form)

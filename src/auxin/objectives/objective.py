@@ -205,6 +205,8 @@ class ObjectiveSettings(Settings):
 
     kind: str
     """Which objective this is."""
+    instead_of_room: ClassVar[str] = ""
+    """What a tokenizer can name, so that no extra tokens are needed, in a clause; empty: nothing."""
 
     def auto_class(self, form: SampleForm) -> Any:
         """The Auto class of transformers whose models learn this from samples of `form`."""
@@ -259,6 +261,11 @@ class ObjectiveSettings(Settings):
     def _bound(self, config: PreTrainedConfig, form: SampleForm, references: References) -> Objective:
         raise NotImplementedError
 
+    def has_room(self, config: PreTrainedConfig, form: SampleForm) -> bool:
+        """Whether a model of `config` has rows for the ids after the tokenizer's own that this needs."""
+        rows = vocabulary_rows(config)
+        return form.vocab_size is None or rows is None or form.vocab_size + self.extra_tokens(form) <= rows
+
     def _check_room(self, config: PreTrainedConfig, form: SampleForm) -> None:
         """Refuse samples that are longer than the model's positions, or tokens that it does not have."""
         positions = getattr(config, "max_position_embeddings", None)
@@ -270,7 +277,7 @@ class ObjectiveSettings(Settings):
                 f"data.context_length is {form.length}{made}, but the model's max_position_embeddings is "
                 f"{positions}{holds}. Lower the first or raise the second."
             )
-        rows = getattr(config.get_text_config(), "vocab_size", None)
+        rows = vocabulary_rows(config)
         if form.vocab_size is None or rows is None:
             return
         if form.vocab_size > rows:
@@ -278,12 +285,22 @@ class ObjectiveSettings(Settings):
                 f"The data's tokenizer has {form.vocab_size} tokens, but the model's vocab_size is {rows}. Use the "
                 "model's tokenizer for the data (data.tokenizer), or build the model with the data's vocabulary."
             )
-        if form.vocab_size + self.extra_tokens(form) > rows:
+        if not self.has_room(config, form):
             needed = form.vocab_size + self.extra_tokens(form)
+            mends = [self.instead_of_room] if self.instead_of_room else []
+            mends += [f"build the model with a vocab_size of {needed} or more"]
+            mends += [f"give one that is there more rows, by the method vocabulary with rows = {needed - rows}"]
+            mends[0] = mends[0][0].upper() + mends[0][1:]
             raise ConfigError(
                 f"vocab_size: {rows} has no room for the {self.extra_tokens(form)} tokens that {self.kind} needs "
-                f"after the tokenizer's {form.vocab_size}. Build the model with a vocab_size of {needed} or more."
+                f"after the tokenizer's {form.vocab_size}. {', or '.join(mends)}."
             )
+
+
+def vocabulary_rows(config: PreTrainedConfig) -> int | None:
+    """How many ids a model of `config` reads; None: it says no number."""
+    rows: int | None = getattr(config.get_text_config(), "vocab_size", None)
+    return rows
 
 
 def _room(config: PreTrainedConfig, positions: int, longest: int) -> int:
