@@ -22,6 +22,10 @@ MASKED = "ForMaskedLM"
 """How the classes of models end that learn hidden tokens."""
 
 
+OTHER_TOKENS = ("vocabulary-pruning",)
+"""Methods with a target behind which a text is other tokens."""
+
+
 class ShrinkSettings(Settings):
     """A model, how small it shall be, and what may be spent on finding out how."""
 
@@ -65,6 +69,11 @@ class ShrinkSettings(Settings):
         for name in names or []:
             if "target" not in find_method(name).settings.model_fields:
                 raise ValueError(f"{name} has no target to be given. Leave it out")
+            if name in OTHER_TOKENS:
+                raise ValueError(
+                    f"{name} changes the tokenizer, and losses of other tokens are not compared. Leave it out, and plan "
+                    "and apply it before or after"
+                )
         if names is not None and len(set(names)) < len(names):
             raise ValueError(f"methods must differ; given: {', '.join(names)}")
         return names
