@@ -71,8 +71,8 @@ class ShrinkSettings(Settings):
                 raise ValueError(f"{name} has no target to be given. Leave it out")
             if name in OTHER_TOKENS:
                 raise ValueError(
-                    f"{name} changes the tokenizer, and losses of other tokens are not compared. Leave it out, and plan "
-                    "and apply it before or after"
+                    f"{name} changes the tokenizer, and losses of other tokens are not compared. Leave it out, and "
+                    "apply it before or after"
                 )
         if names is not None and len(set(names)) < len(names):
             raise ValueError(f"methods must differ; given: {', '.join(names)}")
