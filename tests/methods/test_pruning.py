@@ -17,6 +17,7 @@ import auxin
 from auxin import cli
 from auxin.accounting import count_parameters, flops_per_token
 from auxin.edits import SliceParameter, apply
+from auxin.edits.resolution import resolve
 from auxin.edits.structure import structural_edits
 from auxin.errors import ConfigError, PlanError
 from auxin.methods import method
@@ -320,6 +321,27 @@ def test_a_target_is_met_and_a_unit_more_would_miss_it(streams, uniform):
 
 def widths(heads, units):
     return {"num_attention_heads": heads, "num_key_value_heads": heads, "intermediate_size": units}
+
+
+@pytest.mark.parametrize("feed_forward", [256, 12])
+def test_a_target_that_coarse_steps_overshoot_is_told_with_what_comes_nearer(feed_forward):
+    """BERT's heads go with their share of the residual, in all layers. Where feed-forward units are few, they alone
+    can't do it, and are not named."""
+    model = tiny("bert", hidden_size=min(64, feed_forward), num_attention_heads=4, intermediate_size=feed_forward)
+    have, asked = model.num_parameters(), {"target": {"parameters": 0.8}}
+    plan = auxin.plan(model, "magnitude", **asked, streams=["heads", "ffn", "hidden"])
+    left = resolve(plan.edits, model).after.num_parameters()
+    assert 0.8 - left / have > 0.02
+    assert f"{left:,} ({left / have:.1%}) are left, since heads and ffn and hidden go in large" in plan.findings[-1]
+    if feed_forward == 12:
+        assert "streams" not in plan.findings[-1]
+        with pytest.raises(PlanError, match="the smallest that"):
+            auxin.plan(model, "magnitude", **asked, streams=["ffn"])
+        return
+    assert plan.findings[-1].endswith("Feed-forward units alone come nearer: streams = [ffn].")
+    nearer = auxin.plan(model, "magnitude", **asked, streams=["ffn"])
+    assert 0 <= 0.8 - resolve(nearer.edits, model).after.num_parameters() / have <= 0.02
+    assert "in large steps" not in " ".join(nearer.findings)
 
 
 def test_a_target_of_flops_takes_from_all_streams_alike():

@@ -22,6 +22,7 @@ least of them is lost (`auxin.planning.shared_limit`), or by one ranking of all 
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -39,6 +40,7 @@ from auxin.planning.kept_paths import is_kept, refuse_impossible
 from auxin.planning.pruned_sublayers import pruned_sublayers
 from auxin.planning.pruning_settings import STREAMS, Part
 from auxin.planning.pruning_settings import Pruning as Pruning
+from auxin.planning.target import Removal
 from auxin.planning.unit_order import Course, Line, Place, Scores, alike, line, ranked
 from auxin.planning.width_removal import Courses, Split, Subject
 from auxin.planning.width_targets import example_tower, refuse_without_tower
@@ -46,6 +48,8 @@ from auxin.words.anatomy import Anatomy
 from auxin.words.paths import encloses
 from auxin.words.widths import FEED_FORWARD, SETTINGS, Stream
 
+COARSE = Fraction(2, 100)
+"""Of the model: where more goes than that beyond a target, a finding says so."""
 LEAST = 0.1
 """Of a layer's units: where a ranking leaves a smaller share, a note says so."""
 
@@ -104,6 +108,7 @@ class Prunable(Subject):
                 *done.findings(self.settings.target),
                 *([f"Gone as a whole: {', '.join(gone)}."] if gone else []),
                 *findings,
+                *self._about_coarse_steps(done),
             ],
             made_for=config_values(self.model.config),
         ).beside(folder if files else None)
@@ -146,6 +151,31 @@ class Prunable(Subject):
             gone = [] if target is not None else self.whole.gone(found[0].keep(len(found[0].moves)))
         courses = [course for place in self._streams() for course in self._courses(*place, scores, gone)]
         return Courses(self, [*courses, *found], given.edits)
+
+    def _about_coarse_steps(self, done: Removal) -> Iterator[str]:
+        """That much less is left than was asked for, since units go many at a time, and whether others would come
+        nearer."""
+        if self.settings.target is None:
+            return
+        gauge, left, parts = self.gauge, self.gauge.of(done), self.settings.chosen
+        if gauge.limit - Fraction(left) <= COARSE * Fraction(gauge.have):
+            return
+        yield (
+            f"{gauge.target} allows {gauge.target.in_words(gauge.limit)}, and {gauge.target.in_words(left)} "
+            f"({left / gauge.have:.1%}) are left, since {' and '.join(parts)} go in large steps."
+            + (" Feed-forward units alone come nearer: streams = [ffn]." if self._alone("ffn") else "")
+        )
+
+    def _alone(self, part: Part) -> bool:
+        """Whether a target can be met by units of one part instead of several."""
+        if part in self.refused or part not in self.settings.chosen or len(self.settings.chosen) == 1:
+            return False
+        try:
+            settings = self.settings.model_copy(update={"streams": [part]})
+            prunable(self.model, settings, self.refused).refuse_impossible("")
+        except PlanError:
+            return False
+        return True
 
     def _notes_on_emptied(self, kept: Mapping[Place, Sequence[int]], gone: Collection[str]) -> Iterator[str]:
         """Which layers one ranking has left hardly anything of."""
