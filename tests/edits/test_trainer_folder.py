@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import auxin
-from auxin.edits import ArrangeLayers, Plan, apply, apply_to_checkpoint
+from auxin.edits import ArrangeLayers, Plan, ReplaceModule, apply, apply_to_checkpoint
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
 from transformers import Trainer, TrainingArguments
@@ -157,6 +157,16 @@ def test_an_optimizer_made_by_hand_is_followed(tmp_path):
     for suffix in ("mlp.up_proj.weight", "input_layernorm.weight"):
         moved = states[f"model.layers.0.{suffix}"]["momentum_buffer"]
         assert torch.equal(moved, old[f"model.layers.1.{suffix}"]["momentum_buffer"])
+
+
+def test_what_starts_with_fresh_moments_is_named(checkpoint, tmp_path):
+    path = "model.layers.1.mlp.down_proj"
+    for start, fresh in (("orthogonal", ["input_factor", "output_factor"]), ("weight", [])):
+        settings = {"blocks": 2, "rank": 4, "start": start}
+        put = ReplaceModule(module=path, brick="block_dense_linear", settings=settings)
+        plan = Plan(method="x", promise="none", edits=[put])
+        receipt = apply_to_checkpoint(plan, checkpoint, tmp_path / start)
+        assert sorted(receipt.fresh_moments) == [f"{path}.{name}" for name in fresh]
 
 
 def test_copies_of_a_layer_have_moments_of_their_own(checkpoint, tmp_path):
