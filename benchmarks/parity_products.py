@@ -24,7 +24,6 @@ feed-forward part; they have as many parameters.
 Finished cells are not measured again. About four minutes of one core per way and seed.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from auxin.methods.factorize.structured_ffn import faded
 from auxin.nn import Pattention
 from auxin.planning.hooks import Ramp
 
@@ -173,7 +173,7 @@ class Fading(Ramp):
     def move(self, step: int) -> None:
         """Set the share that `step` sees."""
         for guide in self._guides:
-            guide.share = (1 + math.cos(math.pi * step / self.steps)) / 2
+            guide.share = faded(step, self.steps)
 
 
 FORMS: dict[str, Any] = {

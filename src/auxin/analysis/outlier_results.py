@@ -128,7 +128,7 @@ class Outliers(Result):
                     layer.path.removeprefix(f"{stack.path}."),
                     found.kind,
                     *(f"{item.mean:.3g}" for item in (found.infinity_norm, found.peak, found.kurtosis)),
-                    "" if found.kurtosis.margin is None else f"± {found.kurtosis.margin:.2g}",
+                    found.kurtosis.plus_minus.strip(),
                     f"{100 * found.beyond.mean:.2g}%",
                     _named(found.dimensions, IN_A_TABLE),
                 ]

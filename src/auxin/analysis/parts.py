@@ -25,6 +25,11 @@ SERIES = {
 """What the parts of layers, and whole layers, look like in pictures."""
 
 
+def part_in_words(kind: str, layer: str) -> str:
+    """A part of the layer at a path, as findings call it."""
+    return f"the {KINDS.get(kind, kind)} of {layer}"
+
+
 @dataclass(frozen=True)
 class StackParts:
     """The layers of one stack."""

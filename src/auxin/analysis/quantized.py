@@ -115,12 +115,12 @@ class QuantizationLoss(Result):
         for found in self.schemes:
             by = f"the output by {100 * found.error.mean:.2g}%"
             if found.change is not None:
-                by = f"the loss by {found.change.mean:+.4f}{_margin(found.change)} and {by}"
+                by = f"the loss by {found.change.mean:+.4f}{found.change.plus_minus} and {by}"
             told.append(f"{found.what.upper()} changes {by}.")
         if self.alone:
             what = "output error" if self.float_loss is None else "change of the loss"
             worst = ", ".join(
-                f"{one.what} ({_harm(one).mean:.2g}{_margin(_harm(one))})" for one in self._most_harmful[:LISTED]
+                f"{one.what} ({_harm(one).mean:.2g}{_harm(one).plus_minus})" for one in self._most_harmful[:LISTED]
             )
             told.append(f"Most harm alone, by the {what}: {worst}.")
         counts = dict.fromkeys(tensor.family for tensor in self.tensors)
@@ -168,10 +168,6 @@ def _short(estimate: Estimate | None) -> str:
 
 def _harm(found: Quantized) -> Estimate:
     return found.error if found.change is None else found.change
-
-
-def _margin(estimate: Estimate) -> str:
-    return "" if estimate.margin is None else f" ± {estimate.margin:.2g}"
 
 
 class QuantizedMeasurement(Measurement[QuantizationLoss]):

@@ -34,7 +34,7 @@ from auxin.analysis.measurement import (
     logits_of,
     without_loss,
 )
-from auxin.analysis.parts import KINDS, SERIES, WHOLE
+from auxin.analysis.parts import SERIES, WHOLE, part_in_words
 from auxin.analysis.spread import Estimate, Spread
 from auxin.analysis.targets import label_rows, refuse_without_targets
 from auxin.errors import DataError, PlanError
@@ -125,7 +125,7 @@ class RemovalEffect(Settings):
     def words(self) -> str:
         """What is removed, for people: the module that adds a part to the stream may be named after its last matrix."""
         layer = f"{self.stack}.{self.number}"
-        return layer if self.kind == "layer" else f"the {KINDS.get(self.kind, self.kind)} of {layer}"
+        return layer if self.kind == "layer" else part_in_words(self.kind, layer)
 
 
 class Removals(Result):

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, Tap, token_means, wide
-from auxin.analysis.parts import KINDS, SERIES, WHOLE, Kind, StackParts, refuse_blocks, refuse_maps, stack_parts
+from auxin.analysis.parts import SERIES, WHOLE, Kind, StackParts, part_in_words, refuse_blocks, refuse_maps, stack_parts
 from auxin.analysis.spread import Estimate, Spread
 from auxin.errors import PlanError
 from auxin.report.forest import Mark, Panel, Row, forest_svg
@@ -102,7 +102,7 @@ class Similarities(Result):
         layers = sorted((layer for stack in self.stacks for layer in stack.layers), key=lambda layer: layer.influence)
         placed = [(part, layer.path) for stack in self.stacks for layer in stack.layers for part in layer.parts]
         alike = sorted(placed, key=lambda found: -found[0].similarity.mean)[:LISTED]
-        said = ", ".join(f"the {KINDS.get(part.kind, part.kind)} of {path} ({part.similarity})" for part, path in alike)
+        said = ", ".join(f"{part_in_words(part.kind, path)} ({part.similarity})" for part, path in alike)
         return [
             *([f"Parts that change the stream least: {said}."] if said else []),
             "Layers that change it least: "

@@ -31,6 +31,11 @@ class Estimate(Settings):
     def __str__(self) -> str:
         return f"{self.mean:.4f}" + ("" if self.margin is None else f" ± {self.margin:.4f}")
 
+    @property
+    def plus_minus(self) -> str:
+        """What goes behind the mean, in two digits: " ± 0.12"; empty without a margin."""
+        return "" if self.margin is None else f" ± {self.margin:.2g}"
+
 
 class Estimates(Settings):
     """Estimates of many numbers over the same samples, in order: what a list of `Estimate` says, as plain lists."""

@@ -24,7 +24,7 @@ def numbered(number: int, scope: str) -> str:
 
 def told(score: Estimate) -> str:
     """A score with its margin, in three digits."""
-    return f"{score.mean:.3g}" + ("" if score.margin is None else f" ± {score.margin:.2g}")
+    return f"{score.mean:.3g}{score.plus_minus}"
 
 
 class OfLayer(Settings):

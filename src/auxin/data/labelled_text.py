@@ -4,7 +4,6 @@ Texts are cut at the end to `context_length` tokens, special ones included (see 
 to it, so that every batch has one shape, and prices and books are exact; how much is padding is told in the report.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -28,12 +27,12 @@ from auxin.data.padded_text import (
     PaddedSplitReport,
     PaddedText,
     json_batches,
+    padded_fingerprint,
     write_padded,
 )
 from auxin.data.padding import Padded, PaddingEncoder, padding_tokenizer
 from auxin.data.prepared_text import with_tokenizer
 from auxin.data.preparing import Manifest, Steps, prepare_folder
-from auxin.data.tokenizer import tokenizer_digest
 
 FORMAT = 1
 LABEL = 0
@@ -156,17 +155,7 @@ def _build(
         train=splits["train"],
         validation=splits["validation"],
     )
-    content = {
-        "format": FORMAT,
-        "documents": collected.digest(),
-        "tokenizer": tokenizer_digest(tokenizer),
-        "padding": encoder.padding,
-        "validation_fraction": settings.validation_fraction,
-        "seed": settings.seed,
-        "labels": labels,
-        "splits": [[split.sha256, split.rows_sha256] for split in splits.values()],
-    }
-    fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    fingerprint = padded_fingerprint(FORMAT, settings, collected, tokenizer, encoder, splits, labels=labels)
     return {"fingerprint": fingerprint, "report": report}
 
 

@@ -3,19 +3,23 @@ batches."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
+from auxin.data.collecting import Collected
 from auxin.data.dataset import ProgressCallback
 from auxin.data.packing import ContextWriter, DocumentSpool, token_dtype
 from auxin.data.padding import SEGMENTS, Padded, PaddingEncoder
 from auxin.data.prepared_text import PreparedText, TextManifest, TextReport
 from auxin.data.preparing import open_array, write_array
+from auxin.data.settings import TokenizedSettings
+from auxin.data.tokenizer import tokenizer_digest
 from auxin.settings import Settings
 
 _BATCH, _BATCH_CHARACTERS = 1024, 2**21
@@ -125,6 +129,38 @@ class PaddedText(PreparedText[ManifestT]):
         cut, examples = one.cut + other.cut, one.examples + other.examples
         padding = 1 - (one.tokens + other.tokens) / (examples * self.context_length)
         return f"{self.context_length:,}; {cut:,} {texts} cut to it, {padding:.0%} of it padding"
+
+
+def padded_fingerprint(
+    version: int,
+    settings: TokenizedSettings,
+    collected: Collected,
+    tokenizer: PreTrainedTokenizerFast,
+    encoder: PaddingEncoder,
+    splits: Mapping[str, PaddedSplitReport],
+    **also: Any,
+) -> str:
+    """Hex SHA-256 of what padded texts depend on, and of what they are.
+
+    Args:
+        version: of the kind's format.
+        settings: the settings.
+        collected: the documents.
+        tokenizer, encoder: what made tokens of them.
+        splits: what was written.
+        also: what else tells two of them apart.
+    """
+    content = {
+        "format": version,
+        "documents": collected.digest(),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "padding": encoder.padding,
+        "validation_fraction": settings.validation_fraction,
+        "seed": settings.seed,
+        "splits": [[split.sha256, split.rows_sha256] for split in splits.values()],
+        **also,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_padded(

@@ -4,7 +4,6 @@ All questions about a text lie on one side of the split, so that no held-out ans
 What is left out for its length is counted: there are no windows over texts that are too long; see `answer_encoder`.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from auxin.data.padded_text import (
     PaddedSplitReport,
     PaddedText,
     json_batches,
+    padded_fingerprint,
     write_padded,
 )
 from auxin.data.padding import Padded, padding_tokenizer
@@ -40,7 +40,6 @@ from auxin.data.question_source import (
     question_documents,
     question_form,
 )
-from auxin.data.tokenizer import tokenizer_digest
 from auxin.errors import DataError
 
 FORMAT = 1
@@ -165,16 +164,7 @@ def _build(
     report = QuestionReport(
         **collected.report(), vocab_size=encoder.vocab_size, train=splits["train"], validation=splits["validation"]
     )
-    content = {
-        "format": FORMAT,
-        "documents": collected.digest(),
-        "tokenizer": tokenizer_digest(tokenizer),
-        "padding": encoder.padding,
-        "validation_fraction": settings.validation_fraction,
-        "seed": settings.seed,
-        "splits": [[split.sha256, split.rows_sha256] for split in splits.values()],
-    }
-    fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    fingerprint = padded_fingerprint(FORMAT, settings, collected, tokenizer, encoder, splits)
     return {"fingerprint": fingerprint, "report": report}
 
 

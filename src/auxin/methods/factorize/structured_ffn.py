@@ -350,9 +350,13 @@ class GuideFade(Ramp):
 
     def move(self, step: int) -> None:
         """Set the strength that `step` sees."""
-        strength = 0.0 if step == self.steps else (1 + math.cos(math.pi * step / self.steps)) / 2
         for guide in self._guides:
-            guide.set_strength(strength)
+            guide.set_strength(faded(step, self.steps))
+
+
+def faded(step: int, steps: int) -> float:
+    """The strength of guides in `step` (0-based), where they fade in so many `steps`; see `GuideFade`."""
+    return 0.0 if step == steps else (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def _guides(model: nn.Module) -> Iterator[tuple[str, Guided]]:
