@@ -1,5 +1,6 @@
 """Messages about wrong settings: the field as it was written, and the nearest right name."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -67,12 +68,26 @@ class Bed(Settings):
     notes: dict[str, Any] = {}
 
 
-def test_true_is_no_number():
-    of_lists = ({"edges": [True]}, {"corner": (1, True)}, {"plots": [[1], [2, False]]}, {"seeds": {True: 1.0}})
-    of_one = ({"rows": True}, {"width": False}, {"gaps": [1, True]}, {"label": True}, {"seeds": {1: True}})
-    for values in (*of_one, *of_lists):
-        with pytest.raises(ConfigError, match=f"^{next(iter(values))}: must be"):
-            Bed.parse(values)
+@pytest.mark.parametrize(
+    ("values", "place"),
+    [
+        ({"rows": True}, "rows"),
+        ({"width": False}, "width"),
+        ({"label": True}, "label"),
+        ({"gaps": [1, True]}, "gaps.1"),
+        ({"edges": [True]}, "edges.0"),
+        ({"corner": (1, True)}, "corner.1"),
+        ({"plots": [[1], [2, False]]}, "plots.1.1"),
+        ({"seeds": {True: 1.0}}, "seeds"),
+        ({"seeds": {1: True}}, "seeds.1"),
+    ],
+)
+def test_true_is_no_number(values, place):
+    with pytest.raises(ConfigError, match=f"^{re.escape(place)}: must be .*received (True|False|true|false)"):
+        Bed.parse(values)
+
+
+def test_true_is_what_it_says_elsewhere():
     assert Bed.parse({"covered": True, "any_of": [True]}).any_of == [True]
     assert Bed.parse({"notes": {"true": True}, "corner": [1, 1], "edges": [0, 1]}).edges == [0, 1]
 

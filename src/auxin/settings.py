@@ -23,9 +23,10 @@ class Settings(BaseModel):
     def _no_truth_for_a_number(cls, values: Any) -> Any:
         """`true` is no 1, which pydantic takes it for; also in lists and mappings, and in those within them."""
         for name, value in values.items() if isinstance(values, dict) else ():
-            truth = next((one for one in _leaves(value) if isinstance(one, bool)), None)
-            if truth is not None and name in cls.model_fields and _is_of_numbers(cls.model_fields[name].annotation):
-                raise ValueError(f"{name}: must be a number (received {str(truth).lower()})")
+            if name in cls.model_fields and _is_of_numbers(cls.model_fields[name].annotation):
+                for where, one in _leaves(value, name):
+                    if isinstance(one, bool):
+                        raise ValueError(f"{where}: must be a number (received {str(one).lower()})")
         return values
 
     @classmethod
@@ -79,15 +80,15 @@ def _is_of_numbers(annotation: Any) -> bool:
     return len(parts) > len(names) and all(part in (int, float) for part in parts if part not in names)
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    """What lists and mappings hold, keys too; any other value itself."""
+def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """What lists and mappings hold, keys too, or any other value itself, each behind its place."""
     if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, list | tuple):
-        for one in value:
-            yield from _leaves(one)
-    else:
-        yield value
+        yield from ((where, key) for key in value)
+    elif not isinstance(value, list | tuple):
+        yield where, value
+        return
+    for name, one in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _leaves(one, f"{where}.{name}")
 
 
 def _parts(annotation: Any) -> Iterator[Any]:

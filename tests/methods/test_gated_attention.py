@@ -208,7 +208,7 @@ def test_what_can_t_have_gates_is_refused(make, values, words):
         ({"opening": 0}, "opening"),
         ({"opening": 1}, "opening"),
         ({"opening": 1e-320}, "opening: must be 0.001 or more"),
-        ({"layers": [True]}, "layers: must be a number .received true"),
+        ({"layers": [True]}, "layers.0: must be a number .received true"),
         ({"gate": "sum"}, "gate"),
         ({"hidden": 3}, "hidden is of gate = mlp, and the gate is all-heads. Leave hidden out"),
         ({"gate": "elementwise", "opening": 0.25}, "has no bias and begins at 0.5. Leave opening out"),
