@@ -26,10 +26,22 @@ RESULTS = ROOT / "benchmarks" / "results" / "growth_factors.json"
 TABLE = ROOT / "docs" / "results" / "growth_factors.md"
 LONGER = 6
 """How many times the FLOPs of the recipe the long part has."""
-FACTORS = (2, 4, 8)
+COLUMNS = ("trained on", "from scratch", "dense", "started over")
+"""What a grown model is compared with."""
+GROWTHS = {
+    "by 2": ("grown-2", "small-2", "scratch", "dense", "restarted"),
+    "by 4": ("grown-4", "small-4", "scratch", "dense", "restarted"),
+    "by 8": ("grown-8", "small-8", "scratch", "dense", "restarted"),
+    "by 4, output projection linear and wide": (
+        "grown-4-linear",
+        "small-4-linear",
+        "scratch-4-linear",
+        "dense",
+        "restarted-4-linear",
+    ),
+}
+"""For each growth its branch, and those of COLUMNS."""
 HEADER = ("model", "parameters", "training FLOPs", "seeds", "final loss")
-OTHERS = {"small-{}": "trained on", "scratch": "from scratch", "dense": "dense", "restarted": "started over"}
-"""What a grown model is compared with; `{}` stands for the factor."""
 
 
 def _long() -> Part:
@@ -39,9 +51,8 @@ def _long() -> Part:
         for place, stage in enumerate(branch.stages):
             if (flops := getattr(stage, "settings", {}).get("flops")) is not None:
                 changes.append(f"branches.{number}.stages.{place}.settings.flops={LONGER * flops}")
-    return Part(
-        f"{LONGER} times as long", RECIPE, tuple(changes), ("scratch", "dense", "grown-4", "small-4", "restarted")
-    )
+    branches = ("scratch", "dense", "grown-4", "small-4", "restarted", "grown-4-linear", "scratch-4-linear")
+    return Part(f"{LONGER} times as long", RECIPE, tuple(changes), branches)
 
 
 PARTS = {"short": Part("7.2e12 FLOPs", RECIPE), "long": _long()}
@@ -77,7 +88,7 @@ def page(found: dict[str, Comparison]) -> str:
         ]
         lines += ["", f"## {PARTS[name].heading}", "", origin(comparison), "", *markdown_table(HEADER, rows)]
         lines += ["", "A grown model's loss minus that of", ""]
-        lines += markdown_table(("growth", *OTHERS.values()), gaps(comparison))
+        lines += markdown_table(("growth", *COLUMNS), gaps(comparison))
     return "\n".join(lines) + "\n"
 
 
@@ -85,12 +96,12 @@ def gaps(comparison: Comparison) -> list[list[str]]:
     """A row for each growth: its loss minus each alternative's, and the seeds' own differences."""
     values = {branch.name: branch.values for branch in comparison.branches}
     rows = []
-    for factor in FACTORS:
-        if (grown := values.get(f"grown-{factor}")) is None:
+    for label, (growth, *others) in GROWTHS.items():
+        if (grown := values.get(growth)) is None:
             continue
-        row = [f"by {factor}"]
-        for name in OTHERS:
-            against = values.get(name.format(factor), {})
+        row = [label]
+        for name in others:
+            against = values.get(name, {})
             pairs = [(loss, against.get(seed)) for seed, loss in grown.items()]
             found = [loss - other for loss, other in pairs if loss is not None and other is not None]
             each = ", ".join(map(signed, found))
