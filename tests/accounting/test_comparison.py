@@ -7,7 +7,7 @@ import pytest
 from auxin.accounting.comparison import Comparison, compare, mean_curve
 from auxin.accounting.results import CurvePoint
 from auxin.accounting.statistics import Estimate
-from report.made_up_run import results, seeded
+from report.made_up_run import results, results_of_images, seeded
 
 
 def points(*rows, stage="base"):
@@ -66,6 +66,25 @@ def test_branches_are_compared_seed_by_seed():
     # Not paired, the interval would be that of what the seeds shift.
     assert small.value.half_width > 10 * small.difference.half_width
     assert Comparison.parse(json.loads(comparison.model_dump_json())) == comparison
+
+
+def test_every_measure_has_its_interval():
+    runs = [results_of_images(), results_of_images()]
+    runs[1] = with_loss_of_main(runs[1], 0.75).model_copy(update={"seed": 1})
+    comparison = compare(runs, "")
+    assert [measure.kind for measure in comparison.other_measures] == ["loss"]
+    main, other = comparison.branches[0].measures["loss"], comparison.branches[1].measures["loss"]
+    losses = [run.branches[0].measures["loss"] for run in runs]
+    assert (main.mean, main.half_width) == (pytest.approx(sum(losses) / 2), Estimate.of(losses).half_width)
+    assert other.half_width == 0
+    # A mean of the others would hide that one was no number.
+    runs[1] = with_loss_of_main(runs[1], None)
+    assert compare(runs, "").branches[0].measures["loss"] is None
+
+
+def with_loss_of_main(run, loss):
+    main, *others = run.branches
+    return run.model_copy(update={"branches": [main.model_copy(update={"measures": {"loss": loss}}), *others]})
 
 
 def test_a_branch_is_compared_over_the_seeds_that_finished_it():

@@ -1,5 +1,7 @@
 """The ledger sums what stages cost, survives a round trip and is never half-written."""
 
+import math
+
 import pytest
 
 from auxin.accounting import Ledger, StageRecord
@@ -27,6 +29,13 @@ def test_round_trip(tmp_path):
     ledger.save(tmp_path)
     assert Ledger.load(tmp_path) == Ledger.load(tmp_path / "ledger.json") == ledger
     assert [path.name for path in tmp_path.iterdir()] == ["ledger.json"]
+
+
+def test_a_measure_that_is_no_number_is_read_as_none(tmp_path):
+    # JSON has no NaN; a branch of broken numbers must not take away the books of the others.
+    Ledger().append(stage(value_after=math.nan, measures={"loss": math.nan, "accuracy": 0.5})).save(tmp_path)
+    last = Ledger.load(tmp_path).stages[-1]
+    assert (last.value_after, last.measures) == (None, {"loss": None, "accuracy": 0.5})
 
 
 def test_versions_are_recorded():

@@ -156,7 +156,8 @@ def results() -> RunResults:
 
 
 def results_of_images() -> RunResults:
-    """The same branches as classifiers of images, compared by an accuracy that rises as the losses fall."""
+    """The same branches as classifiers of images, compared by an accuracy that rises as the losses fall; their losses
+    in nats per image were measured, too."""
     run = results()
 
     def accuracy(loss: float | None) -> float | None:
@@ -183,7 +184,8 @@ def results_of_images() -> RunResults:
         curve = [point.model_copy(update={"value": accuracy(point.value)}) for point in branch.curve]
         values = {"ledger": Ledger(stages=stages), "growths": growths, "curve": curve}
         none = {"perplexity": None, "bits_per_byte": None}
-        return branch.model_copy(update={**values, **none, "value": accuracy(branch.value)})
+        measures = {"accuracy": accuracy(branch.value), "loss": branch.value}
+        return branch.model_copy(update={**values, **none, "value": accuracy(branch.value), "measures": measures})
 
     return run.model_copy(
         update={
@@ -191,6 +193,7 @@ def results_of_images() -> RunResults:
             "description": "One model grows twice.",
             "unit": "image",
             "measure": MeasureDescription(kind="accuracy", name="accuracy", unit="", better="higher"),
+            "other_measures": [MeasureDescription(unit="nats/image")],
             "branches": [relabelled(branch) for branch in run.branches],
         }
     )

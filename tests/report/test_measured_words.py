@@ -5,9 +5,11 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from auxin.accounting.comparison import compare
 from auxin.accounting.results import MeasureDescription
 from auxin.report.findings import findings, growth_sentence, headline, standing
 from auxin.report.html import render_report
+from auxin.report.markdown import results_table
 from auxin.report.picture import chart_svg
 from report.made_up_run import results, results_of_images
 
@@ -31,8 +33,8 @@ def pages() -> tuple[str, str]:
 
 
 def test_a_run_of_images_says_nothing_of_losses_or_tokens(pages):
-    _, page = pages
-    run = results_of_images()
+    run = results_of_images().model_copy(update={"other_measures": []})
+    page = render_report(run)
     for text in (visible(page), words_of(page), chart_svg(run), *findings(run)):
         assert not re.search(r"loss|token(?!former)|nats|perplexity|bits per byte", text, re.IGNORECASE)
 
@@ -84,6 +86,28 @@ def test_the_largest_accuracy_is_the_best_one(pages):
     table = pages[1].split('<section id="results">')[1].split("</section>")[0]
     best = max(branch.value for branch in results_of_images().branches)
     assert re.findall(r'class="best">([\d.]+)<', table) == [f"{best:.4f}"]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_else_was_measured_has_a_column(several):
+    run = results_of_images()
+    page = render_report(compare([run, run.model_copy(update={"seed": 1})], "") if several else run)
+    table = page.split('<section id="results">')[1].split("</section>")[0]
+    assert "Loss, nats per image" in re.findall(r'<th scope="col">([^<]*)</th>', table)
+    rows = table.split("<tbody>")[1].split("</tr>")
+    for branch in run.branches:
+        (row,) = (row for row in rows if branch.title in row)
+        assert f"<td>{branch.measures['loss']:.4f}" in row
+        assert row.count("<td") == table.count("<th ")
+    assert "Perplexity" not in table
+
+
+def test_what_else_was_measured_stands_in_the_table_in_markdown():
+    run = results_of_images()
+    head, rule, *rows = results_table(compare([run], ""))
+    assert "| loss, nats per image |" in head
+    assert all(row.count("|") == rule.count("|") == head.count("|") for row in rows)
+    assert f"| {run.branches[0].measures['loss']:.3f} |" in rows[0]
 
 
 def test_more_accuracy_is_better_and_more_loss_is_worse():

@@ -57,6 +57,8 @@ class BranchComparison(Settings):
     """Of `values`."""
     difference: Estimate | None = None
     """The branch's final measure minus the main branch's, seed by seed; None for the main branch itself."""
+    measures: dict[str, Estimate | None] = {}
+    """All measures at the end, by kind."""
     perplexity: Estimate | None = None
     bits_per_byte: Estimate | None = None
     curve: list[MeanPoint] = []
@@ -78,6 +80,8 @@ class Comparison(Settings):
     """Of the data, in the singular."""
     measure: MeasureDescription = MeasureDescription()
     """What the branches are compared by."""
+    other_measures: list[MeasureDescription] = []
+    """What else was measured of them at the end."""
     data: dict[str, str]
     """Source, fingerprint, sizes."""
     main_branch: str
@@ -106,7 +110,17 @@ def compare(runs: Sequence[RunResults], command: str) -> Comparison:
     return Comparison(
         **{
             name: getattr(first, name)
-            for name in ("name", "title", "description", "machine", "versions", "unit", "measure", "data")
+            for name in (
+                "name",
+                "title",
+                "description",
+                "machine",
+                "versions",
+                "unit",
+                "measure",
+                "other_measures",
+                "data",
+            )
         },
         command=command,
         seeds=[run.seed for run in runs],
@@ -129,6 +143,7 @@ def _branch(by_seed: Mapping[int, BranchResult], main: Mapping[int, float | None
         values={seed: value if value is not None and math.isfinite(value) else None for seed, value in values.items()},
         value=Estimate.of(values.values()),
         difference=None if main is None else paired_difference(values, main),
+        measures={kind: Estimate.of(branch.measures.get(kind) for branch in branches) for kind in first.measures},
         perplexity=Estimate.of(branch.perplexity for branch in branches),
         bits_per_byte=Estimate.of(branch.bits_per_byte for branch in branches),
         curve=mean_curve([branch.curve for branch in branches]),

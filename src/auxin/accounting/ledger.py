@@ -43,8 +43,8 @@ class StageRecord(Settings):
     """It at the start; None where it was not measured."""
     value_after: float | None = None
     """It at the end."""
-    measures: dict[str, float] = {}
-    """All that was measured at the end, by name."""
+    measures: dict[str, float | None] = {}
+    """All that was measured at the end, by kind; None where JSON has no number for it."""
     plan: dict[str, Any] | None = None
     """The plan that a growth applied."""
     receipt: dict[str, Any] | None = None

@@ -75,8 +75,8 @@ class BranchResult(Settings):
     seconds: float
     value: float | None = None
     """The run's measure on the held-out split at the end."""
-    measures: dict[str, float] = {}
-    """All measures at the end, by name."""
+    measures: dict[str, float | None] = {}
+    """All measures at the end, by kind; None where JSON has no number for one."""
     perplexity: float | None = None
     """exp of a loss in nats per token, infinite where that is too large for a number (JSON then has null)."""
     bits_per_byte: float | None = None
@@ -129,6 +129,8 @@ class RunResults(Settings):
     """Of the data, in the singular."""
     measure: MeasureDescription = MeasureDescription()
     """What the branches are compared by."""
+    other_measures: list[MeasureDescription] = []
+    """What else was measured of them at the end."""
     data: dict[str, str]
     """Source, fingerprint, sizes."""
     main_branch: str

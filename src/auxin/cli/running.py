@@ -262,12 +262,15 @@ def _print_comparison(comparison: "Comparison", directory: Path, as_json: bool) 
         [
             "branch",
             measure_words(comparison.measure).replace("validation", "val."),
-            *("difference", "training FLOPs", "parameters"),
+            "difference",
+            *(other.name for other in comparison.other_measures),
+            *("training FLOPs", "parameters"),
         ],
         [
             [
                 *(row.branch.title, estimate_text(row.branch.value, 3)),
                 "" if row.standing == "main" else estimate_text(row.branch.difference, 3, signed=True),
+                *(estimate_text(row.branch.measures.get(other.kind), 3) for other in comparison.other_measures),
                 *(f"{row.branch.flops:.2e}", f"{row.branch.parameters:,}"),
             ]
             for row in comparison_rows(comparison)
@@ -290,12 +293,15 @@ def _print_results(results: Any, directory: Path, as_json: bool) -> None:
     print()
     print_table(
         [
-            *("branch", f"val. {measure.name}", "training FLOPs", "parameters", f"{results.unit}s", "seconds"),
+            *("branch", f"val. {measure.name}", *(other.name for other in results.other_measures)),
+            *("training FLOPs", "parameters", f"{results.unit}s", "seconds"),
             *(("perplexity", "bits/byte") if measure.per_token else ()),
         ],
         [
             [
-                *(branch.title, number(branch.value, 4), f"{branch.flops:.3e}", f"{branch.parameters:,}"),
+                *(branch.title, number(branch.value, 4)),
+                *(number(branch.measures.get(other.kind), 4) for other in results.other_measures),
+                *(f"{branch.flops:.3e}", f"{branch.parameters:,}"),
                 *(f"{branch.units:,}", f"{branch.seconds:.0f}"),
                 *((number(branch.perplexity, 3), number(branch.bits_per_byte, 4)) if measure.per_token else ()),
             ]

@@ -71,6 +71,7 @@ def collect_results(
         versions=software_versions(),
         unit=data.form.unit,
         measure=describe_measure(recipe.measures[0], objective),
+        other_measures=[describe_measure(measure, objective) for measure in recipe.measures[1:]],
         data={**data.describe(), **objective.describe(), "fingerprint": data.fingerprint},
         main_branch=recipe.main_branch or recipe.branches[0].name,
         branches=branches,

@@ -64,12 +64,14 @@ def results_table(comparison: Comparison) -> list[str]:
     """The table of results, the main branch first."""
     header = ["branch", "parameters", f"{comparison.unit}s", "training FLOPs", "seconds"]
     header += [measure_words(comparison.measure), "minus main branch"]
+    header += [other.with_unit for other in comparison.other_measures]
     optional = [name for name in ("perplexity", "bits_per_byte") if any(getattr(b, name) for b in comparison.branches)]
     rows = []
     for branch, standing in comparison_rows(comparison):
         row = [branch.title, f"{branch.parameters:,}", short(branch.units), f"{branch.flops:.3g}"]
         row += [f"{branch.seconds:.0f}", estimate_text(branch.value, 3)]
         row += [DASH if standing == "main" else estimate_text(branch.difference, 3, signed=True)]
+        row += [estimate_text(branch.measures.get(other.kind), 3) for other in comparison.other_measures]
         rows.append(row + [estimate_text(getattr(branch, name), 3) for name in optional])
     return markdown_table([*header, *(name.replace("_", " ") for name in optional)], rows)
 

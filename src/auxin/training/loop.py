@@ -226,7 +226,10 @@ class _Loop:
             # A kill may have come between naming the checkpoint and removing what it made superfluous.
             self._prune(checkpoint)
             if saved["finished"]:
-                return self._result(checkpoint, self.parent.stages[-1].measures, self.parent)
+                found = self.parent.stages[-1].measures
+                none = math.nan  # as JSON says it
+                measured = {kind: none if value is None else value for kind, value in found.items()}
+                return self._result(checkpoint, measured, self.parent)
         else:
             self._start(optimizer_from)
             gone_back += self._keep_later(None)
@@ -481,7 +484,7 @@ class _Loop:
             measure=measure.kind,
             value_before=state.value_before,
             value_after=final.get(measure.kind),
-            measures=final,
+            measures={**final},
             data_fingerprint=self.identity.data_fingerprint,
             seed=self.settings.seed,
             started_at=state.started_at,
