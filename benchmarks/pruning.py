@@ -61,17 +61,18 @@ LLAMA: Methods = {
     "products-by-weights": ("Greenformers, by weights", "greenformers", {"solver": "svd"}),
 }
 WIDTHS = {"streams": ["heads", "ffn", "hidden"]}
-"""Of a BERT, whose heads go with the residual, of which Wanda has no scores."""
-CLASSIFIER: Methods = {
-    **{name: (*LLAMA[name][:2], WIDTHS) for name in ("random", "magnitude", "taylor", "fisher", "minitron")},
-    **{name: LLAMA[name] for name in ("finercut", "finercut-layers", "shortgpt", "products", "products-by-weights")},
-}
 VIT: Methods = {
     **{name: LLAMA[name] for name in ("random", "magnitude", "taylor", "fisher", "wanda", "fluctuation")},
     **{name: LLAMA[name] for name in ("minitron", "optin", "finercut", "finercut-layers", "shortgpt")},
     "taylor-widths": ("Taylor, heads and residual too", "taylor", WIDTHS),
 }
-"""Of a ViT, whose feed-forward units alone go where nothing else is said."""
+"""Of a ViT, whose feed-forward units alone go where nothing else is said, as those of a BERT do."""
+CLASSIFIER: Methods = {
+    **VIT,
+    "magnitude-widths": ("magnitude, heads and residual too", "magnitude", WIDTHS),
+    "vtrans": ("VTrans, gates alone", "vtrans", {}),
+    **{name: LLAMA[name] for name in ("products", "products-by-weights")},
+}
 HEADER = ("method", "parameters", "seeds", "loss without training", "loss when mended", "minus from scratch")
 
 
@@ -249,6 +250,8 @@ def page(comparison: Comparison, grid: Grid) -> str:
         interval(branches[name].values.values()) if name in branches else "-" for name in ("dense", "dense-on")
     )
     best = front(comparison)
+    others = comparison.other_measures
+    header = *HEADER[:-1], *(f"{other.with_unit} when mended" for other in others), HEADER[-1]
     lines = [
         f"# {grid.heading}",
         "",
@@ -274,9 +277,10 @@ def page(comparison: Comparison, grid: Grid) -> str:
             cells = estimate_text(without_training(branch), 3), estimate_text(branch.value, 3)
             shape = f"{branch.parameters:,}", str(len(branch.seeds))
             title = f"**{branch.title}**" if branch.name in best else branch.title
-            rows.append([title, *shape, *cells, estimate_text(gap, 3, signed=True)])
+            also = [estimate_text(branch.measures.get(other.kind), 3) for other in others]
+            rows.append([title, *shape, *cells, *also, estimate_text(gap, 3, signed=True)])
         if rows:
-            lines += ["", f"## {size} % to go", "", *markdown_table(HEADER, rows)]
+            lines += ["", f"## {size} % to go", "", *markdown_table(header, rows)]
     return "\n".join(lines) + "\n"
 
 
