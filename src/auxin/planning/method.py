@@ -57,6 +57,8 @@ class Method:
     """Whether `plan` looks at the weights."""
     promise: str = ""
     """What its plans promise and under which conditions, in a few words; the plan itself says what it is."""
+    other_tokens: bool = False
+    """Whether a text is other tokens behind its plans, so that losses before and after can't be compared."""
     calibration: Callable[[Any], CalibrationSettings | None] | None = None
     """(settings) -> how much data `plan` wants to look at or to learn from, unless the user says otherwise; None, or no
     function: none. The bench's data is then made of it, and its meter counts what is really drawn."""

@@ -22,10 +22,6 @@ MASKED = "ForMaskedLM"
 """How the classes of models end that learn hidden tokens."""
 
 
-OTHER_TOKENS = ("vocabulary-pruning",)
-"""Methods with a target behind which a text is other tokens."""
-
-
 class ShrinkSettings(Settings):
     """A model, how small it shall be, and what may be spent on finding out how."""
 
@@ -67,9 +63,10 @@ class ShrinkSettings(Settings):
     @classmethod
     def _known(cls, names: list[str] | None) -> list[str] | None:
         for name in names or []:
-            if "target" not in find_method(name).settings.model_fields:
+            method = find_method(name)
+            if "target" not in method.settings.model_fields:
                 raise ValueError(f"{name} has no target to be given. Leave it out")
-            if name in OTHER_TOKENS:
+            if method.other_tokens:
                 raise ValueError(
                     f"{name} changes the tokenizer, and losses of other tokens are not compared. Leave it out, and "
                     "apply it before or after"

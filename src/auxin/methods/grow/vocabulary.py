@@ -272,4 +272,5 @@ METHOD = Method(
     examples=_examples,
     promise="exact over the old vocabulary: the logits of old tokens; the softmax has more terms",
     outline=outline_vocabulary,
+    other_tokens=True,
 )

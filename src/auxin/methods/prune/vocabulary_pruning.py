@@ -293,8 +293,7 @@ class _Room:
         if settings.target is None:
             return None
         gauge, shapes = Gauge(settings.target, model), shapes_of(model)
-        if gauge.have <= gauge.limit:
-            raise PlanError(f"{settings.target}: the model is no larger, so that nothing has to go. Ask for less.")
+        settings.target.refuse_met(gauge.have)
         parameters = {name for name, _ in model.named_parameters()}
         tables = [table for table in token_tables(model) if table.name in parameters]
         sizes = [prod(shapes[table.name]) for table in tables]
@@ -346,4 +345,5 @@ METHOD = Method(
     examples=_examples,
     promise="exact over the tokens that stay: their logits, for texts of them; the softmax has fewer terms",
     outline=outline_pruning,
+    other_tokens=True,
 )
