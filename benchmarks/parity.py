@@ -94,6 +94,16 @@ SIZES = {
 }
 """Of each size the TokenFormers in the paper's proportions that trained for 4,200 steps, and the dense models in the
 usual ones; of several the best counts."""
+CHANGES = {
+    "new": (
+        *("new-0017", "new-0060", "new-0120", "new-quarter", "new-keys", "new-values", "new-embedding", "new-no-decay"),
+        *("new-no-clip", "new-cosine", "new-half", "new-tokens", "new-ffn", "new-deep", "narrow", "linear"),
+    ),
+    "rotated": (
+        *("softmax", "gelu-first", "epsilon", "half-scale", "normed-no-decay", "normed-no-clip", "rotated-0030"),
+    ),
+}
+"""Branches that differ from one other in one thing."""
 LONG = tuple(SIZES)
 """The parts of which the page has losses on the way."""
 DIFFERENCES = (
@@ -107,21 +117,20 @@ DIFFERENCES = (
     ("no-norm-proj", "rotated"),
     ("new", "no-norm-proj"),
     ("new", "published"),
-    ("rotated-0030", "rotated"),
     ("rotated", "new"),
     ("keys", "rotated-0030"),
     ("no-norm-proj", "keys"),
     ("no-norm-qkv", "rotated-0030"),
     ("no-norm-ffn", "rotated-0030"),
     ("no-norm-proj", "rotated-0030"),
-    ("new-0060", "new"),
-    ("new-quarter", "new"),
-    ("new-keys", "new"),
     ("dense-wide-0060", "dense-0060"),
     ("new", "dense-wide-0060"),
-    ("linear", "new"),
     ("linear-proj-wide", "new"),
     ("linear-proj-wide", "dense-0060"),
+    ("published-0010", "published"),
+    ("llama-0030", "llama"),
+    ("llama-0120", "llama"),
+    *((changed, branch) for branch, changes in CHANGES.items() for changed in changes),
 )
 """Pairs of branches: what docs/parity.md says about one beside the other."""
 
