@@ -39,7 +39,7 @@ PARTS = {
         RECIPE,
         branches=(
             *("dense", "dense-0060", "dense-0030", "dense-0240", "dense-quarter", "dense-wide", "dense-wide-0060"),
-            *("llama", "llama-0120", "llama-0030", "published", "published-0010", "published-0030"),
+            *("llama", "llama-0120", "llama-0030", "llama-0015", "published", "published-0010", "published-0030"),
             *("rotated", "rotated-0030", "keys", "no-norm-qkv", "no-norm-ffn", "no-norm-proj", "no-norm-proj-0060"),
             *("softmax", "gelu-first", "epsilon", "half-scale", "normed-no-decay", "normed-no-clip"),
             *("new", "new-0017", "new-0060", "new-0120", "new-quarter", "new-keys", "new-values", "new-embedding"),
@@ -55,7 +55,7 @@ PARTS = {
             "data.vocab_size=257",  # the bytes and a separator
             "description=The models of the first part with the bytes for a vocabulary.",
         ),
-        ("dense", "dense-0060", "dense-0030", "llama", "published", "new", "new-0060"),
+        ("dense", "dense-0060", "dense-0030", "llama", "llama-0030", "llama-0015", "published", "new", "new-0060"),
     ),
     "long": Part(
         "590,000 parameters, six times as long",
@@ -70,7 +70,7 @@ PARTS = {
             *("dense-0030", "dense-0060", "dense-0060-decay", "dense-wide-0060"),
             *("new-0017", "new", "new-0060", "new-tokens", "new-ffn", "new-no-decay", "new-cosine", "new-half"),
             *("linear-proj-decay", "linear-proj-wide", "linear-proj-wide-decay", "proj-wide", "narrow"),
-            *("rotated", "published"),
+            *("rotated", "published", "llama-0030", "llama-0015"),
         ),
     ),
     "large-long": Part(
@@ -130,6 +130,13 @@ DIFFERENCES = (
     ("published-0010", "published"),
     ("llama-0030", "llama"),
     ("llama-0120", "llama"),
+    ("llama-0015", "llama-0030"),
+    ("llama-0010", "llama-0020"),
+    ("new", "llama"),
+    ("new", "llama-0030"),
+    ("new", "llama-0015"),
+    ("new", "llama-0010"),
+    ("llama-0030", "dense-0060"),
     *((changed, branch) for branch, changes in CHANGES.items() for changed in changes),
 )
 """Pairs of branches: what docs/parity.md says about one beside the other."""
