@@ -26,17 +26,18 @@ RESULTS = ROOT / "benchmarks" / "results" / "growth_factors.json"
 TABLE = ROOT / "docs" / "results" / "growth_factors.md"
 LONGER = 6
 """How many times the FLOPs of the recipe the long part has."""
-COLUMNS = ("trained on", "from scratch", "dense", "started over")
+COLUMNS = ("trained on", "from scratch", "dense", "Llama", "started over")
 """What a grown model is compared with."""
 GROWTHS = {
-    "by 2": ("grown-2", "small-2", "scratch", "dense", "restarted"),
-    "by 4": ("grown-4", "small-4", "scratch", "dense", "restarted"),
-    "by 8": ("grown-8", "small-8", "scratch", "dense", "restarted"),
+    "by 2": ("grown-2", "small-2", "scratch", "dense", "llama", "restarted"),
+    "by 4": ("grown-4", "small-4", "scratch", "dense", "llama", "restarted"),
+    "by 8": ("grown-8", "small-8", "scratch", "dense", "llama", "restarted"),
     "by 4, output projection linear and wide": (
         "grown-4-linear",
         "small-4-linear",
         "scratch-4-linear",
         "dense",
+        "llama",
         "restarted-4-linear",
     ),
 }
@@ -51,7 +52,7 @@ def _long() -> Part:
         for place, stage in enumerate(branch.stages):
             if (flops := getattr(stage, "settings", {}).get("flops")) is not None:
                 changes.append(f"branches.{number}.stages.{place}.settings.flops={LONGER * flops}")
-    branches = ("scratch", "dense", "grown-4", "small-4", "restarted", "grown-4-linear", "scratch-4-linear")
+    branches = ("scratch", "dense", "grown-4", "small-4", "restarted", "grown-4-linear", "scratch-4-linear", "llama")
     return Part(f"{LONGER} times as long", RECIPE, tuple(changes), branches)
 
 
