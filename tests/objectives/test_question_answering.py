@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForQuestionAnswering, BertForSequenceClassification, PreTrainedModel
 
 from auxin.accounting import count_parameters, training_memory
@@ -254,6 +256,35 @@ def test_logits_that_are_no_numbers_give_no_answer() -> None:
     found = objective.spans(model, objective.inputs(batch, np.random.default_rng(0)), batch[CONTEXT])
     assert (found == NOT_A_NUMBER).all(1).nonzero().flatten().tolist() == [3]
     assert np.isnan([measure(model, split, objective, 5) for measure in (ExactMatch(), TokenF1())]).all()
+
+
+@pytest.mark.parametrize(("begins", "ends"), [(-torch.inf, -torch.inf), (-torch.inf, 0.0), (torch.inf, 0.0)])
+def test_sums_that_are_not_finite_give_no_answer_and_none_outside_of_the_context(begins, ends) -> None:
+    logits, context = torch.zeros(2, 2, 12), torch.zeros(2, 12)
+    context[:, 4:8] = 1
+    logits[0, 0, 4:8], logits[0, 1, 4:8] = begins, ends
+    logits[1, :, 5:], logits[1, :, 5] = -torch.inf, 1.0  # what a model rules out is no number that is missing
+    batch = {"attention_mask": torch.tensor([[0] * 11 + [0], [0] * 11 + [1]])}
+    batch |= {name: torch.zeros(2, dtype=torch.long) for name in ANSWER}
+    found = answering("bert")[1].spans(Fixed(logits), batch, context)
+    assert found.tolist() == [[NOT_A_NUMBER] * 2, [5, 5]]
+
+
+def test_looking_for_answers_takes_memory_by_the_tokens_and_not_by_their_square() -> None:
+    tokens, sizes = 512, []
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            sizes.extend(x.untyped_storage().nbytes() for x in tree_leaves(made) if isinstance(x, torch.Tensor))
+            return made
+
+    batch = {"attention_mask": torch.zeros(1, tokens, dtype=torch.long)}
+    batch |= {name: torch.zeros(1, dtype=torch.long) for name in ANSWER}
+    objective, model = answering("bert")[1], Fixed(torch.zeros(1, 2, tokens))
+    with Largest():
+        objective.spans(model, batch, torch.ones(1, tokens))
+    assert 4 * tokens * LONGEST <= max(sizes) <= 8 * tokens * LONGEST
 
 
 @pytest.mark.parametrize(
