@@ -231,11 +231,14 @@ def test_all_forms_of_rows_are_read_alike(tmp_path: Path) -> None:
     lines += [f'"{row["question"]}","{row["context"]}",{row["answer"]},{row["start"]}' for row in ROWS]
     (tmp_path / "a.csv").write_text("\n".join(lines))
     csv = QuestionAnsweringSettings(paths=(tmp_path / "a.csv",), answer_start_field="start", **common)
-    # As a column with gaps is written, and as people write lines.
+    # As a column with gaps is written, and as people write lines; what lies in a gap is looked for.
+    numbers = [{**row, "start": float(row["start"]) if n else None} for n, row in enumerate(ROWS)]
+    found.append(asked(tmp_path / "gaps.jsonl", numbers, answer_start_field="start"))
     lines = [
         lines[0],
         *(f"{line[: line.rindex(',')]}, {row['start']}.0" for line, row in zip(lines[1:], ROWS, strict=True)),
     ]
+    lines[1] = f"{lines[1][: lines[1].rindex(',')]},"
     (tmp_path / "gaps.csv").write_text("\n".join(lines))
     gaps = QuestionAnsweringSettings(paths=(tmp_path / "gaps.csv",), answer_start_field="start", **common)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(SQUAD), tmp_path / "a.parquet")
