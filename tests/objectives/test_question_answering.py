@@ -333,6 +333,15 @@ def test_what_does_not_fit_is_refused_with_the_mend(config, form, message) -> No
         QuestionAnswering().bind(config(), form)
 
 
+def test_an_architecture_without_a_limit_to_its_positions_is_none_of_no_positions() -> None:
+    """XLNet's config says -1."""
+    config = AutoConfig.for_model("xlnet", d_model=32, d_inner=64, n_layer=2, n_head=2, **FORM.config_values)
+    model, objective = AutoModelForQuestionAnswering.from_config(config).eval(), QuestionAnswering().bind(config, FORM)
+    inputs = inputs_of(objective)
+    with torch.no_grad():
+        assert float(objective.losses(model, inputs).mean()) == pytest.approx(float(objective.loss(model, inputs)))
+
+
 @pytest.mark.parametrize("made", [Causal(), MaskedLanguage()])
 def test_questions_are_no_packed_text(made) -> None:
     with pytest.raises(ConfigError, match=r"Set data.kind: text, or training.objective: question_answering\.$"):
