@@ -282,6 +282,19 @@ def test_blanks_around_an_answer_are_no_part_of_it(tmp_path: Path, tokenizers: d
     assert [told.strip() for _, _, of, told in found if "tree" in of] == [answer] * len(rows)
 
 
+def test_answers_that_are_too_long_to_be_found_are_counted(tmp_path: Path) -> None:
+    """They are learnt; how many tokens of the tokenizer an answer has nobody sees in the rows."""
+    rows = [{**row, "context": f"{row['context']} {'x' * n}y", "answer": "x" * n + "y"} for n, row in enumerate(ROWS)]
+    rows = [*ROWS, *rows[30:34]]
+    data = prepare(asked(tmp_path / "a.jsonl", rows, context_length=128, vocab_size=257), tmp_path / "data")
+    # A token is a byte: answers have 31 to 34.
+    assert (
+        data.describe()["tokens of the longest answer"] == "34; 4 answers have more than 30, and no measure finds them"
+    )
+    short = prepare(asked(tmp_path / "b.jsonl"), tmp_path / "b")
+    assert "; 0 answers have more" in short.describe()["tokens of the longest answer"]
+
+
 def test_what_is_skipped_is_counted_and_named(tmp_path: Path) -> None:
     good = SQUAD[0]
     text, start = good["answers"]["text"][0], good["answers"]["answer_start"][0]

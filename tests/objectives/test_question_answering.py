@@ -20,7 +20,7 @@ from auxin.accounting import count_parameters, training_memory
 from auxin.accounting.flops import forward_flops
 from auxin.data.dataset import SampleForm
 from auxin.data.question_answering import QuestionRows
-from auxin.data.question_source import ANSWER, CONTEXT
+from auxin.data.question_source import ANSWER, CONTEXT, LONGEST
 from auxin.errors import ConfigError
 from auxin.models.loading import load_model
 from auxin.objectives.calibration import Calibration, CalibrationSettings
@@ -30,7 +30,7 @@ from auxin.objectives.distillation import Distillation
 from auxin.objectives.masked_language import MaskedLanguage
 from auxin.objectives.measures import Accuracy, ExactMatch, Loss, MacroF1, TokenF1
 from auxin.objectives.objective import NOT_A_NUMBER, Objective, Reference
-from auxin.objectives.question_answering import LONGEST, QuestionAnswering
+from auxin.objectives.question_answering import QuestionAnswering
 from auxin.training import train
 from labelled import Images, TinyLabelled, TinyQuestions
 from oracles import answers as oracle

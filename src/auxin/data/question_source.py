@@ -20,6 +20,8 @@ ANSWER = ("start_positions", "end_positions")
 """What models that find answers in texts call the numbers of an answer's first and last token."""
 CONTEXT = "context_mask"
 """What a batch calls the tokens in which an answer may lie: those of the context, special ones left out."""
+LONGEST = 30
+"""Tokens of the longest answer that measures look for, as in transformers' run_qa."""
 NO_ANSWER = "no answer"
 NOT_THERE = "the answer is not in the context"
 ELSEWHERE = "the answer is not where its start says"

@@ -8,13 +8,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering, PreTrainedConfig
 
 from auxin.data.dataset import SampleForm
-from auxin.data.question_source import ANSWER, CONTEXT
+from auxin.data.question_source import ANSWER, CONTEXT, LONGEST
 from auxin.errors import ConfigError
 from auxin.objectives.objective import NOT_A_NUMBER, Answers, learnt_from
 from auxin.objectives.task import TaskObjective, TaskSettings
-
-LONGEST = 30
-"""Tokens of the longest answer that is looked for, as in transformers' run_qa."""
 
 
 class QuestionAnsweringObjective(TaskObjective):
