@@ -109,6 +109,18 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def listed(names: Iterable[Any], whole: bool = False) -> str:
+    """The first of some names for a message, and how many more there are.
+
+    Args:
+        names: the names.
+        whole: long ones are not cut, such as paths, which nobody could then give.
+    """
+    told = list(map(str, names))
+    rest = f" and {len(told) - MOST_NAMES:,} more" if len(told) > MOST_NAMES else ""
+    return ", ".join(name if whole else shown(name, quoted=False) for name in told[:MOST_NAMES]) + rest
+
+
 def near_name(name: Any, known: Iterable[str]) -> str:
     """The hint at the name of `known` that is nearest to `name`, behind a space; empty where none is near."""
     # Longer words take long to compare, and nothing that anybody meant.
@@ -125,5 +137,4 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     if near and len(names) > MOST_NAMES:
         return f"Unknown {kind} {shown(name)}.{hint}"
-    rest = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return f"Unknown {kind} {shown(name)}.{hint} Known: {', '.join(names[:MOST_NAMES])}{rest}."
+    return f"Unknown {kind} {shown(name)}.{hint} Known: {listed(names)}."

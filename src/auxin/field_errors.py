@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from auxin.errors import MOST_NAMES, near_name, shown
+from auxin.errors import MOST_NAMES, listed, near_name, shown
 
 MOST_LINES = 6
 """Wrong fields that one message tells of: what follows is most often wrong for the same reason."""
@@ -140,8 +140,7 @@ def _meant(loc: Sequence[str | int], cls: type[BaseModel]) -> str:
     for inner in elsewhere:
         if near_name(name, [inner]):
             return f" Did you mean {elsewhere[inner]!r}?"
-    rest = f" and {len(own) - MOST_NAMES} more" if len(own) > MOST_NAMES else ""
-    return f" Known: {', '.join(own[:MOST_NAMES])}{rest}."
+    return f" Known: {listed(own)}."
 
 
 def _holders(cls: type[BaseModel], loc: Sequence[str | int]) -> list[type[BaseModel]]:

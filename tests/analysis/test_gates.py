@@ -281,7 +281,9 @@ def test_what_has_no_loss_is_refused():
     start = torch.zeros(2, dtype=torch.long)
     data = Calibration.of_batches(answers, [{**inputs(answers), "start_positions": start, "end_positions": start}])
     with (
-        pytest.raises(PlanError, match=r"gives no logits to compare\. Set distillation = 0\."),
+        pytest.raises(
+            PlanError, match=r"gives start_logits and end_logits, and logits of one kind are.*\. Set distillation = 0\."
+        ),
         losses_of(answers, data, "the test", teacher=answers) as task,
     ):
         task()

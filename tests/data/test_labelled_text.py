@@ -291,6 +291,14 @@ def one_class_held_out(seed: int = 0) -> list[dict[str, str]]:
         ([{**row, "label": "a"} for row in ROWS], {}, "All texts have the label 'a': there is nothing to tell apart"),
         ([{"text": "x", "label": [1]}], {}, r"a.jsonl:1: label is \[1\], and a class is text.*Set `label_field`"),
         ([{"text": "x", "label": 0.5}], {}, r"a.jsonl:1: label is 0.5, and a class is text"),
+        # What is long would bury what is said about it.
+        (
+            [{"text": "x", "label": [0] * 10**5}],
+            {},
+            r"label is \[0, .{60,90} \.\.\. \(300,000 characters\), and a class",
+        ),
+        (ROWS, {"labels": [f"c{n}" for n in range(100)]}, r"`labels` \(c0, c1, [^)]*, c23 and 76 more\)\. Add"),
+        ([{f"f{n:03}": 0 for n in range(300)}], {}, "no field 'text'.*one of: f000, .*, f023 and 276 more"),
         (ROWS, {"label_field": "class"}, "a.jsonl:1 has no field 'class'. Set `label_field` to one of: label, text"),
         (ROWS, {"text_field": "body"}, "no field 'body'. Set `text_field`"),
         (ROWS, {"text_pair_field": "b"}, "no field 'b'. Set `text_pair_field`"),

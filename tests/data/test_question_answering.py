@@ -231,12 +231,22 @@ def test_all_forms_of_rows_are_read_alike(tmp_path: Path) -> None:
     lines += [f'"{row["question"]}","{row["context"]}",{row["answer"]},{row["start"]}' for row in ROWS]
     (tmp_path / "a.csv").write_text("\n".join(lines))
     csv = QuestionAnsweringSettings(paths=(tmp_path / "a.csv",), answer_start_field="start", **common)
+    # As a column with gaps is written, and as people write lines; what lies in a gap is looked for.
+    numbers = [{**row, "start": float(row["start"]) if n else None} for n, row in enumerate(ROWS)]
+    found.append(asked(tmp_path / "gaps.jsonl", numbers, answer_start_field="start"))
+    lines = [
+        lines[0],
+        *(f"{line[: line.rindex(',')]}, {row['start']}.0" for line, row in zip(lines[1:], ROWS, strict=True)),
+    ]
+    lines[1] = f"{lines[1][: lines[1].rindex(',')]},"
+    (tmp_path / "gaps.csv").write_text("\n".join(lines))
+    gaps = QuestionAnsweringSettings(paths=(tmp_path / "gaps.csv",), answer_start_field="start", **common)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(SQUAD), tmp_path / "a.parquet")
     parquet = QuestionAnsweringSettings(paths=(tmp_path / "a.parquet",), answer_field="answers", **common)
     (tmp_path / "hub").mkdir()
     write_rows(tmp_path / "hub" / "train.jsonl", SQUAD)
     hub = QuestionAnsweringSettings(source="huggingface", name=str(tmp_path / "hub"), answer_field="answers", **common)
-    prints = [prepare(one, tmp_path / str(n)).fingerprint for n, one in enumerate([*found, csv, parquet, hub])]
+    prints = [prepare(one, tmp_path / str(n)).fingerprint for n, one in enumerate([*found, csv, gaps, parquet, hub])]
     assert len(set(prints)) == 1
 
 
@@ -245,15 +255,44 @@ def test_an_answer_is_looked_for_as_a_word_first(tmp_path: Path) -> None:
         {"question": "a", "context": "concatenate the cat with a cat", "answer": "cat"},
         {"question": "b", "context": "concatenate and duplicate", "answer": "cat"},
         {"question": "c", "context": "the cat, and the cat", "answer": "cat", "start": 17},
+        # The second place begins within the first.
+        {"question": "d", "context": "la la la", "answer": "la la"},
     ]
     data = prepare(asked(tmp_path / "a.jsonl", [*ROWS, *rows], answer_start_field=None), tmp_path / "data")
     spooled = {row.name: json.loads(row.data) for row in answering.question_documents(data.settings)}
-    starts = [values[2:] for name, values in spooled.items() if values[0] in "abc"]
-    assert starts == [[16, 19, 2], [3, 6, 2], [4, 7, 2]]
-    assert data.report.train.repeated + data.report.validation.repeated == 3
-    assert data.describe()["answers at several places"] == "3, of which the first is taken"
+    starts = [values[2:] for name, values in spooled.items() if values[0] in "abcd"]
+    assert starts == [[16, 19, 2], [3, 6, 2], [4, 7, 2], [0, 5, 2]]
+    assert data.report.train.repeated + data.report.validation.repeated == 4
+    assert data.describe()["answers at several places"] == "4, of which the first is taken"
     known = asked(tmp_path / "b.jsonl", [*ROWS, rows[2]], answer_start_field="start")
     assert [json.loads(row.data)[2:] for row in answering.question_documents(known)][-1] == [17, 20, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blanks_around_an_answer_are_no_part_of_it(tmp_path: Path, tokenizers: dict[str, Path], kind: str) -> None:
+    """The next word's token begins with the blank before it, which would make it one of the answer's."""
+    context, answer = "the best tree of the season", "tree"
+    spelled = [answer, f"{answer} ", f" {answer}", f" {answer} ", f"{answer}\t"]
+    rows: list[Any] = [{"question": f"the {n}", "context": context, "answer": text} for n, text in enumerate(spelled)]
+    rows += [{**row, "question": f"leaf {n}", "start": context.find(row["answer"])} for n, row in enumerate(rows[:4])]
+    others = [{"question": "name", "context": f"{n} light", "answer": "light"} for n in range(20)]
+    wanted = asked(tmp_path / "a.jsonl", [{"start": None, **row} for row in rows + others])
+    wanted = wanted.model_copy(update={"tokenizer": tokenizers[kind], "answer_start_field": "start"})
+    found = samples_of(prepare(wanted, tmp_path / "data"))
+    assert [told.strip() for _, _, of, told in found if "tree" in of] == [answer] * len(rows)
+
+
+def test_answers_that_are_too_long_to_be_found_are_counted(tmp_path: Path) -> None:
+    """They are learnt; how many tokens of the tokenizer an answer has nobody sees in the rows."""
+    rows = [{**row, "context": f"{row['context']} {'x' * n}y", "answer": "x" * n + "y"} for n, row in enumerate(ROWS)]
+    rows = [*ROWS, *rows[30:34]]
+    data = prepare(asked(tmp_path / "a.jsonl", rows, context_length=128, vocab_size=257), tmp_path / "data")
+    # A token is a byte: answers have 31 to 34.
+    assert (
+        data.describe()["tokens of the longest answer"] == "34; 4 answers have more than 30, and no measure finds them"
+    )
+    short = prepare(asked(tmp_path / "b.jsonl"), tmp_path / "b")
+    assert "; 0 answers have more" in short.describe()["tokens of the longest answer"]
 
 
 def test_what_is_skipped_is_counted_and_named(tmp_path: Path) -> None:
@@ -274,7 +313,13 @@ def test_what_is_skipped_is_counted_and_named(tmp_path: Path) -> None:
     ]
     data = prepare(asked(tmp_path / "a.jsonl", [*SQUAD, *bad], answer_field="answers"), tmp_path / "data")
     counts = {reason: skipped.count for reason, skipped in data.report.skipped.items()}
-    expected = {NO_ANSWER: 3, NOT_THERE: 1, ELSEWHERE: 2, "empty": 1, "text field is not a string": 1}
+    expected = {
+        NO_ANSWER: 3,
+        NOT_THERE: 1,
+        ELSEWHERE: 2,
+        "question: empty": 1,
+        "context: text field is not a string": 1,
+    }
     assert counts == {**expected, "no field 'answers'": 1, CONFLICT: 1}
     assert data.report.duplicates == 1
     assert data.report.skipped[NO_ANSWER].examples[0].endswith("a.jsonl:61")
@@ -289,17 +334,35 @@ def test_what_is_skipped_is_counted_and_named(tmp_path: Path) -> None:
         (ROWS, {"context_field": "text"}, "no field 'text'. Set `context_field`"),
         (ROWS, {"answer_start_field": "at"}, "no field 'at'. Set `answer_start_field`"),
         ([{**ROWS[0], "answer": 3}], {}, r"a.jsonl:1: answer is 3, and an answer is text.*Set `answer_field`"),
-        ([{**ROWS[0], "answer": {"words": "x"}}], {}, "answer is a mapping of words, and has no text"),
+        (
+            [{**ROWS[0], "answer": list(range(10**5))}],
+            {},
+            r"answer is \[0, 1, .{60,90} \.\.\. \(688,890 characters\), and an answer is text",
+        ),
+        ([{**ROWS[0], "answer": {"words": "x"}}], {}, "answer is {'words': 'x'}, a mapping that has no text"),
         (SQUAD[:1], {"answer_field": "answers", "answer_start_field": "context"}, "must differ"),
         (
             [{**SQUAD[0], "start": 1}],
             {"answer_field": "answers", "answer_start_field": "start"},
             "answers is a mapping, which says itself where the answer starts. Leave answer_start_field out",
         ),
-        ([{**ROWS[0], "start": "soon"}], {"answer_start_field": "start"}, "a.jsonl:1: the answer starts at 'soon'"),
-        ([{**ROWS[0], "start": -1}], {"answer_start_field": "start"}, "starts at -1, and that has to be the number"),
-        ([{**ROWS[0], "start": True}], {"answer_start_field": "start"}, "starts at True"),
-        ([{**ROWS[0], "start": 1.5}], {"answer_start_field": "start"}, "starts at 1.5"),
+        (
+            [{**ROWS[0], "start": "soon"}],
+            {"answer_start_field": "start"},
+            "a.jsonl:1: start is 'soon', and has to be the number of the answer's.*or leave answer_start_field out",
+        ),
+        (
+            [{**ROWS[0], "answer": {"text": ["x"], "answer_start": ["soon"]}}],
+            {},
+            "a.jsonl:1: answer.answer_start is 'soon', and has to be.*or leave it out of the mapping",
+        ),
+        ([{**ROWS[0], "start": -1}], {"answer_start_field": "start"}, "start is -1, and has to be the number"),
+        ([{**ROWS[0], "start": True}], {"answer_start_field": "start"}, "start is true"),
+        ([{**ROWS[0], "start": 1.5}], {"answer_start_field": "start"}, "start is 1.5"),
+        ([{**ROWS[0], "start": "1.5"}], {"answer_start_field": "start"}, "start is '1.5'"),
+        ([{**ROWS[0], "start": float("nan")}], {"answer_start_field": "start"}, "start is nan"),
+        # More digits than Python makes a number of.
+        ([{**ROWS[0], "start": "9" * 5000}], {"answer_start_field": "start"}, r"start is '9{79} \.\.\. \(5,002 char"),
         ([{**ROWS[0], "answer": ""}], {}, "no usable document: 0 distinct documents .*1 no answer"),
         (ROWS, {"context_length": 4}, r"context_length: with 4 tokens no question of the train split is left \("),
         (ROWS, {"context_length": 3}, "context_length: 3 has no room for 2 special tokens and one of each text"),

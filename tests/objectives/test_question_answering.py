@@ -12,13 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForQuestionAnswering, BertForSequenceClassification, PreTrainedModel
 
 from auxin.accounting import count_parameters, training_memory
 from auxin.accounting.flops import forward_flops
 from auxin.data.dataset import SampleForm
 from auxin.data.question_answering import QuestionRows
-from auxin.data.question_source import ANSWER, CONTEXT
+from auxin.data.question_source import ANSWER, CONTEXT, LONGEST
 from auxin.errors import ConfigError
 from auxin.models.loading import load_model
 from auxin.objectives.calibration import Calibration, CalibrationSettings
@@ -28,7 +30,7 @@ from auxin.objectives.distillation import Distillation
 from auxin.objectives.masked_language import MaskedLanguage
 from auxin.objectives.measures import Accuracy, ExactMatch, Loss, MacroF1, TokenF1
 from auxin.objectives.objective import NOT_A_NUMBER, Objective, Reference
-from auxin.objectives.question_answering import LONGEST, QuestionAnswering
+from auxin.objectives.question_answering import QuestionAnswering
 from auxin.training import train
 from labelled import Images, TinyLabelled, TinyQuestions
 from oracles import answers as oracle
@@ -256,6 +258,35 @@ def test_logits_that_are_no_numbers_give_no_answer() -> None:
     assert np.isnan([measure(model, split, objective, 5) for measure in (ExactMatch(), TokenF1())]).all()
 
 
+@pytest.mark.parametrize(("begins", "ends"), [(-torch.inf, -torch.inf), (-torch.inf, 0.0), (torch.inf, 0.0)])
+def test_sums_that_are_not_finite_give_no_answer_and_none_outside_of_the_context(begins, ends) -> None:
+    logits, context = torch.zeros(2, 2, 12), torch.zeros(2, 12)
+    context[:, 4:8] = 1
+    logits[0, 0, 4:8], logits[0, 1, 4:8] = begins, ends
+    logits[1, :, 5:], logits[1, :, 5] = -torch.inf, 1.0  # what a model rules out is no number that is missing
+    batch = {"attention_mask": torch.tensor([[0] * 11 + [0], [0] * 11 + [1]])}
+    batch |= {name: torch.zeros(2, dtype=torch.long) for name in ANSWER}
+    found = answering("bert")[1].spans(Fixed(logits), batch, context)
+    assert found.tolist() == [[NOT_A_NUMBER] * 2, [5, 5]]
+
+
+def test_looking_for_answers_takes_memory_by_the_tokens_and_not_by_their_square() -> None:
+    tokens, sizes = 512, []
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            sizes.extend(x.untyped_storage().nbytes() for x in tree_leaves(made) if isinstance(x, torch.Tensor))
+            return made
+
+    batch = {"attention_mask": torch.zeros(1, tokens, dtype=torch.long)}
+    batch |= {name: torch.zeros(1, dtype=torch.long) for name in ANSWER}
+    objective, model = answering("bert")[1], Fixed(torch.zeros(1, 2, tokens))
+    with Largest():
+        objective.spans(model, batch, torch.ones(1, tokens))
+    assert 4 * tokens * LONGEST <= max(sizes) <= 8 * tokens * LONGEST
+
+
 @pytest.mark.parametrize(
     ("measure", "data", "objective", "message"),
     [
@@ -300,6 +331,15 @@ PACKED = SampleForm("token", 12, ("input_ids",), length=12, vocab_size=64, confi
 def test_what_does_not_fit_is_refused_with_the_mend(config, form, message) -> None:
     with pytest.raises(ConfigError, match=message):
         QuestionAnswering().bind(config(), form)
+
+
+def test_an_architecture_without_a_limit_to_its_positions_is_none_of_no_positions() -> None:
+    """XLNet's config says -1."""
+    config = AutoConfig.for_model("xlnet", d_model=32, d_inner=64, n_layer=2, n_head=2, **FORM.config_values)
+    model, objective = AutoModelForQuestionAnswering.from_config(config).eval(), QuestionAnswering().bind(config, FORM)
+    inputs = inputs_of(objective)
+    with torch.no_grad():
+        assert float(objective.losses(model, inputs).mean()) == pytest.approx(float(objective.loss(model, inputs)))
 
 
 @pytest.mark.parametrize("made", [Causal(), MaskedLanguage()])

@@ -185,7 +185,12 @@ def test_a_search_that_finds_nothing_and_a_method_without_logits_say_so(run, row
     source = run[0] / "branches/main/02-train/checkpoints"
     source = max(source.glob("step-*"))
     for method, settings, error, message in (
-        ("finercut", {"target": {"parameters": 0.9}}, PlanError, "gives no logits to compare"),
+        (
+            "finercut",
+            {"target": {"parameters": 0.9}},
+            PlanError,
+            "gives start_logits and end_logits, and logits of one kind",
+        ),
         ("axformer", {"candidates": "attention", "streams": [], "benefit": 0.99}, PlanError, "Nothing goes: of 2"),
     ):
         stage = {"kind": "change", "method": method, "settings": settings, "calibration": {"samples": 8}}
@@ -214,4 +219,9 @@ def test_other_commands_say_what_they_are_for(run, rows):
         assert "is a BertForQuestionAnswering" in str(asked.exception)
     planned = CliRunner().invoke(app, ["plan", checkpoint, "axformer"])
     assert isinstance(planned.exception, DataError)
-    assert "do it in a recipe, whose data has labels" in str(planned.exception)
+    assert '"start_positions": start_positions, "end_positions": end_positions}]' in str(planned.exception)
+    assert "do it in a recipe, whose data has answers" in str(planned.exception)
+    # The data of its run is what this asks for by name, and no text.
+    scored = CliRunner().invoke(app, ["evaluate", checkpoint, "--corpus", str(run[0] / "data")])
+    assert isinstance(scored.exception, DataError)
+    assert "holds data of the kind question_answering, and what is asked for is a prepared" in str(scored.exception)

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from auxin.analysis.measurement import Batch, check_mask, kept_tokens, logits_of, samples_of, wide
+from auxin.analysis.measurement import GIVE_A_HEAD, Batch, check_mask, kept_tokens, logits_of, samples_of, wide
 from auxin.errors import PlanError
 
 
@@ -27,7 +27,7 @@ def log_probabilities(
         PlanError: there are no logits, or none of classes.
         DataError: a mask has another form.
     """
-    logits = logits_of(model, output, "Give a model with a head, or set logits_weight = 0.")
+    logits = logits_of(model, output, f"{GIVE_A_HEAD}, or set logits_weight = 0.")
     if logits.dim() == 4:
         logits = logits.flatten(2).mT
     if logits.dim() not in (2, 3) or logits.shape[-1] == 1:

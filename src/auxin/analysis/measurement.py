@@ -204,8 +204,12 @@ def without_loss(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name not in unneeded} | without_cache(model)
 
 
-def logits_of(model: PreTrainedModel, output: Any, mend: str = "Give a model with a head.") -> Tensor:
-    """The logits in an output of `model`.
+GIVE_A_HEAD = "Give a model whose head gives such, a language model or a classifier say"
+"""What to do where a model gives no logits, or several kinds."""
+
+
+def logits_of(model: PreTrainedModel, output: Any, mend: str = GIVE_A_HEAD + ".") -> Tensor:
+    """The logits in an output of `model`, where they are of one kind.
 
     Args:
         model: the model.
@@ -217,7 +221,9 @@ def logits_of(model: PreTrainedModel, output: Any, mend: str = "Give a model wit
     """
     logits = output.get("logits") if hasattr(output, "get") else None
     if not isinstance(logits, Tensor):
-        raise PlanError(f"The {type(model).__name__} gives no logits to compare. {mend}")
+        several = [name for name in output or () if str(name).endswith("_logits")]
+        found = f"{' and '.join(several)}, and logits of one kind are compared" if several else "no logits to compare"
+        raise PlanError(f"The {type(model).__name__} gives {found}. {mend}")
     return logits
 
 

@@ -34,7 +34,7 @@ def output_losses(model: PreTrainedModel, batch: Batch, output: Any, asked_by: s
         PlanError: there are no logits.
     """
     if not {"start_logits", "end_logits"} <= output.keys() or not set(ANSWER) <= batch.keys():
-        return sample_losses(model, batch, logits_of(model, output, "Give a model with a head."), asked_by)
+        return sample_losses(model, batch, logits_of(model, output), asked_by)
     start, end = (
         F.cross_entropy(wide(output[logits]), batch[position], reduction="none").double()
         for logits, position in zip(("start_logits", "end_logits"), ANSWER, strict=True)

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
 
 from auxin.data.settings import SourceSettings, without_stdlib
-from auxin.errors import DataError
+from auxin.errors import DataError, listed, shown
 
 
 class LabelSettings(SourceSettings):
@@ -31,7 +31,7 @@ class LabelSettings(SourceSettings):
     def _labels_differ(self) -> Self:
         names = self.label_names or ()
         if len(set(names)) != len(names):
-            raise ValueError(f"labels must differ; given: {', '.join(names)}")
+            raise ValueError(f"labels must differ; given: {listed(names)}")
         return self
 
     @property
@@ -49,7 +49,7 @@ class LabelSettings(SourceSettings):
             value = int(value)
         if not isinstance(value, bool | int | str):
             raise DataError(
-                f"{row}: {self.label_field} is {value!r}, and a class is text, a whole number, true or false. Set "
+                f"{row}: {self.label_field} is {shown(value)}, and a class is text, a whole number, true or false. Set "
                 "`label_field` to a field of classes."
             )
         name, known = _written(value), self.label_names
@@ -60,8 +60,8 @@ class LabelSettings(SourceSettings):
         if is_place and not any(other.removeprefix("-").isdecimal() for other in known):
             return known[int(value)]
         raise DataError(
-            f"{row}: {self.label_field} is {value!r}, which is none of `labels` ({', '.join(known)}). Add it there, or "
-            "leave the row out."
+            f"{row}: {self.label_field} is {shown(value)}, which is none of `labels` ({listed(known)}). Add it there, "
+            "or leave the row out."
         )
 
 
@@ -82,14 +82,14 @@ def classes_of(
     labels = settings.label_names or _sorted_labels(counts["train"] | counts["validation"])
     if len(labels) == 1:
         raise DataError(
-            f"All {samples} have the {settings.label_field} {labels[0]!r}: there is nothing to tell apart. Give "
+            f"All {samples} have the {settings.label_field} {shown(labels[0])}: there is nothing to tell apart. Give "
             f"{samples} of two classes or more{otherwise}."
         )
     if missing := [label for label in labels if not counts["train"][label]]:
         held_out = counts["validation"][missing[0]]
         raise DataError(
-            f"The class {missing[0]!r} has no training example ({held_out} held out), so that it can't be learnt. Give "
-            "more of them, a smaller validation_fraction or another seed, or leave the class out."
+            f"The class {shown(missing[0])} has no training example ({held_out} held out), so that it can't be "
+            "learnt. Give more of them, a smaller validation_fraction or another seed, or leave the class out."
         )
     return labels
 

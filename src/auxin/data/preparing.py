@@ -74,6 +74,12 @@ class Prepared(Generic[ManifestT]):
         directory = existing_folder(directory, f"the folder of a prepared {cls.noun}", cls.manifest_file, DataError)
         path = directory / cls.manifest_file
         if not path.exists():
+            if (kind := _kind_of(directory)) is not None:
+                raise DataError(
+                    f"{directory} holds data of the kind {kind}, and what is asked for is a prepared {cls.noun} "
+                    f"({cls.manifest_file}). Give the folder data/ of a run that has one; a run's own data is measured "
+                    "by the stages of its recipe."
+                )
             below = ", ".join(str(found.parent) for found in sorted(directory.glob(f"*/{cls.manifest_file}")))
             mend = f"Give the one in it: {below}" if below else "Give one that a run has prepared, its folder data/."
             raise DataError(f"{directory} holds no prepared {cls.noun} ({cls.manifest_file} is missing). {mend}")
@@ -111,6 +117,16 @@ class Prepared(Generic[ManifestT]):
                 digest.update(array[start : start + 4096].tobytes())
             if digest.hexdigest() != expected:
                 raise DataError(f"{self.directory / name} is damaged. Delete {self.directory} and prepare again.")
+
+
+def _kind_of(directory: Path) -> str | None:
+    """The kind of data that was prepared in a folder, by a manifest of whatever name; None where there is none."""
+    for path in sorted(directory.glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, RecursionError, LookupError, TypeError):
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if "documents_digest" in manifest:
+                return str(manifest["settings"]["kind"])
+    return None
 
 
 SettingsT = TypeVar("SettingsT", bound=SourceSettings)

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -35,6 +36,7 @@ from auxin.data.preparing import Manifest, Steps, prepare_folder
 from auxin.data.question_source import (
     ANSWER,
     CONTEXT,
+    LONGEST,
     Question,
     QuestionAnsweringSettings,
     question_documents,
@@ -119,11 +121,14 @@ class QuestionData(PaddedText[_Manifest]):
             left_out.update(split.left_out)
         parts = [report.describe_left_out(), *(f"{count:,} for their length: {why}" for why, count in left_out.items())]
         repeated = sum(split.repeated for split in splits)
+        tokens = np.concatenate([facts[:, 1] - facts[:, 0] + 1 for _, facts in self._arrays.values()])
         return {
             "source": self.settings.source,
             "examples": f"{sum(split.examples for split in splits):,}",
             "left out": "; ".join(parts),
             "answers at several places": f"{repeated:,}, of which the first is taken",
+            "tokens of the longest answer": f"{tokens.max():,}; {(tokens > LONGEST).sum():,} answers have more than "
+            f"{LONGEST}, and no measure finds them",
             "vocabulary": f"{self.vocab_size:,}",
             "context length": self.describe_length("contexts"),
             "training examples": f"{report.train.examples:,}",

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -13,17 +14,21 @@ from auxin.data.dataset import SampleForm
 from auxin.data.padding import padded_form
 from auxin.data.settings import TokenizedSettings, without_stdlib
 from auxin.data.sources import Document, read_rows, text_document
-from auxin.errors import DataError
+from auxin.errors import DataError, shown
 
 ANSWER = ("start_positions", "end_positions")
 """What models that find answers in texts call the numbers of an answer's first and last token."""
 CONTEXT = "context_mask"
 """What a batch calls the tokens in which an answer may lie: those of the context, special ones left out."""
+LONGEST = 30
+"""Tokens of the longest answer that measures look for, as in transformers' run_qa."""
 NO_ANSWER = "no answer"
 NOT_THERE = "the answer is not in the context"
 ELSEWHERE = "the answer is not where its start says"
 _BETWEEN = b"\xff"
 """Stands between question and context; no byte of UTF-8."""
+_NUMBER = re.compile(r"([0-9]{1,18})(?:\.0*)?")
+"""The number of a character as a cell of CSV has it, in a column with gaps too. No text has more characters."""
 
 
 class QuestionAnsweringSettings(TokenizedSettings):
@@ -56,7 +61,8 @@ class QuestionAnsweringSettings(TokenizedSettings):
     """The field that holds the text in which the answer stands."""
     answer_field: str = "answer"
     """The field that holds the answer as it stands in the context, or SQuAD's mapping of `text` and `answer_start`,
-    each a list or a single one: of several answers the first is taken. A row without an answer is skipped."""
+    each a list or a single one: of several answers the first is taken. Blanks around it are no part of it. A row
+    without an answer is skipped."""
     answer_start_field: str | None = None
     """The field that holds the number of the answer's first character in the context, counted from 0. None, or null in
     a row: the first place where the answer stands as words of their own, or else the first place at all."""
@@ -98,7 +104,7 @@ class Question(NamedTuple):
     end: int
     """The one behind its last."""
     places: int
-    """At how many places of the context the answer stands; 1 where the row says which is meant."""
+    """At how many places of the context the answer stands, 2 for more; 1 where the row says which is meant."""
 
 
 def question_documents(settings: QuestionAnsweringSettings) -> Iterator[Document]:
@@ -113,14 +119,16 @@ def question_documents(settings: QuestionAnsweringSettings) -> Iterator[Document
             continue
         question, context, value, *more = row.values
         texts = [text_document(row.name, text) for text in (question, context)]
-        if skipped := next((text.skipped for text in texts if text.data is None), None):
-            yield Document(row.name, None, skipped)
+        if (reason := _unusable(settings, texts)) is not None:
+            yield Document(row.name, None, reason)
             continue
-        answer, start = _answer(settings, value, more, row.name)
-        if answer is None:
+        written, start = _answer(settings, value, more, row.name)
+        if written is None:
             yield Document(row.name, None, NO_ANSWER)
             continue
-        begin, places = _found(context, answer) if start is None else (start, 1)
+        # A token that begins with the blank behind an answer would be one of its tokens.
+        answer, before = written.strip(), len(written) - len(written.lstrip())
+        begin, places = _found(context, answer) if start is None else (start + before, 1)
         if not places:
             yield Document(row.name, None, NOT_THERE)
         elif not context.startswith(answer, begin):
@@ -129,6 +137,13 @@ def question_documents(settings: QuestionAnsweringSettings) -> Iterator[Document
             contents = [text.data for text in texts if text.data is not None]
             found = Question(question, context, begin, begin + len(answer), places)
             yield Document(row.name, json.dumps(found).encode(), content=_BETWEEN.join(contents), side=contents[1])
+
+
+def _unusable(settings: QuestionAnsweringSettings, texts: Iterable[Document]) -> str | None:
+    """Why a row's question and context can't be used, with the field; None where they can."""
+    fields = settings.question_field, settings.context_field
+    reasons = (f"{field}: {text.skipped}" for field, text in zip(fields, texts, strict=True) if text.data is None)
+    return next(reasons, None)
 
 
 def _answer(
@@ -146,23 +161,24 @@ def _answer(
         DataError: what the field holds is no answer, or its start is no number.
     """
     field, start = settings.answer_field, more[0] if more else None
-    text = value
+    text, place, without = value, settings.answer_start_field, "leave answer_start_field out"
     if isinstance(value, Mapping):
         if more:
             raise DataError(
                 f"{row}: {field} is a mapping, which says itself where the answer starts. Leave answer_start_field out."
             )
         if "text" not in value:
-            raise DataError(f"{row}: {field} is a mapping of {', '.join(map(str, value))}, and has no text. Give that.")
+            raise DataError(f"{row}: {field} is {shown(dict(value))}, a mapping that has no text. Give that.")
         text, start = _first(value["text"]), _first(value.get("answer_start"))
+        place, without = f"{field}.answer_start", "leave it out of the mapping"
     if text is None or (isinstance(text, str) and not text.strip()):
         return None, None
     if not isinstance(text, str):
         raise DataError(
-            f"{row}: {field} is {text!r}, and an answer is text, or a mapping of text and answer_start. Set "
+            f"{row}: {field} is {shown(value)}, and an answer is text, or a mapping of text and answer_start. Set "
             "`answer_field` to a field of answers."
         )
-    return text, _start(start, row)
+    return text, _start(start, f"{row}: {place}", without)
 
 
 def _first(value: Any) -> Any:
@@ -170,27 +186,34 @@ def _first(value: Any) -> Any:
     return (value[0] if value else None) if isinstance(value, list | tuple) else value
 
 
-def _start(value: Any, row: str) -> int | None:
-    if value is None or value == "":  # as in a cell of CSV
+def _start(value: Any, where: str, without: str) -> int | None:
+    """The number of a character, None where none is given; DataError, which says `where` and how to do `without` it,
+    where it is no such number."""
+    number = value
+    if isinstance(value, str):  # as in a cell of CSV
+        if not value.strip():
+            return None
+        found = _NUMBER.fullmatch(value.strip())
+        number = int(found[1]) if found else None
+    elif isinstance(value, float) and value.is_integer():  # columns of whole numbers with gaps are read so
+        number = int(value)
+    elif value is None:
         return None
-    if isinstance(value, str) and value.isdecimal():
-        return int(value)
-    if isinstance(value, float) and value.is_integer():  # columns of whole numbers with gaps are read so
-        value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise DataError(
-            f"{row}: the answer starts at {value!r}, and that has to be the number of a character, from 0. Mend it, or "
-            "leave answer_start_field out: the answer is then looked for."
+            f"{where} is {shown(value)}, and has to be the number of the answer's first character, from 0. Mend it, or "
+            f"{without}: the answer is then looked for."
         )
-    return value
+    return number
 
 
 def _found(context: str, answer: str) -> tuple[int, int]:
-    """The first character of the first place where the answer stands in the context, and at how many places it does: as
-    words of their own, or else anywhere."""
+    """The first character of the first place where the answer stands in the context, and at how many places it does, 2
+    for more: as words of their own, or else anywhere."""
     anywhere = re.escape(answer)
-    for pattern in (rf"(?<!\w){anywhere}(?!\w)", anywhere):
-        matches = re.finditer(pattern, context)
-        if (first := next(matches, None)) is not None:
-            return first.start(), 1 + sum(1 for _ in matches)
+    # Looked ahead at, and not taken, so that a place that lies over the end of another one counts.
+    for pattern in (rf"(?<!\w)(?={anywhere}(?!\w))", rf"(?={anywhere})"):
+        places = [match.start() for match in islice(re.finditer(pattern, context), 2)]
+        if places:
+            return places[0], len(places)
     return 0, 0

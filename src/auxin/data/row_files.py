@@ -17,7 +17,7 @@ from json.decoder import WHITESPACE  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from auxin.errors import DataError, reason
+from auxin.errors import DataError, listed, reason
 
 _OPEN: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".lzma": lzma.open}
 """By the last ending of a name, what opens a compressed file."""
@@ -80,7 +80,7 @@ def require_fields(fields: Fields, known: Collection[str], where: str) -> None:
     """Refuse rows that lack one of `fields`; DataError."""
     for setting, field in fields.items():
         if field not in known:
-            names = ", ".join(known) or "(none)"
+            names = listed(known) or "(none)"
             raise DataError(f"{where} has no field {field!r}. Set `{setting}` to one of: {names}.")
 
 

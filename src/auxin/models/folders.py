@@ -4,7 +4,7 @@ import os
 from collections import deque
 from pathlib import Path
 
-from auxin.errors import MOST_NAMES, CheckpointError
+from auxin.errors import CheckpointError, listed
 from auxin.files import existing_folder as _existing_folder
 from auxin.models.weight_files import first_file
 
@@ -36,9 +36,9 @@ def model_folder(path: str | Path) -> Path:
             "save that."
         )
     if found := _newest_below(folder):
-        more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
-        names = ", ".join(map(str, found[:MOST_NAMES]))
-        raise CheckpointError(f"{folder} holds checkpoints and is none itself. Give one of those in it: {names}{more}")
+        raise CheckpointError(
+            f"{folder} holds checkpoints and is none itself. Give one of those in it: {listed(found, whole=True)}"
+        )
     raise CheckpointError(f"{folder} has no {CONFIG_FILE}: it is no model folder, or an incomplete copy of one.")
 
 

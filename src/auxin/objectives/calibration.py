@@ -26,7 +26,7 @@ from auxin.data.question_source import ANSWER
 from auxin.errors import ConfigError, DataError
 from auxin.models.loading import task_classes
 from auxin.objectives.causal import Causal
-from auxin.objectives.given_batches import Batch, given_batches
+from auxin.objectives.given_batches import Batch, finds_answers, given_batches
 from auxin.objectives.masked_language import MaskedLanguage
 from auxin.objectives.objective import ObjectiveSettings, References, is_encoder_decoder, training_noise
 from auxin.objectives.span_corruption import SpanCorruption
@@ -265,10 +265,13 @@ def _text_objective(model: PreTrainedModel) -> ObjectiveSettings:
         return objective_for(model.config)
     if isinstance(model, task_classes(AutoModelForMaskedLM, model.config)):
         return MaskedLanguage()
+    lacking, names = ("answers", ANSWER) if finds_answers(model) else ("labels", ("labels",))
+    given = ", ".join(f'"{name}": {name}' for name in names)
     raise DataError(
-        f"Text has no labels for a {type(model).__name__}: alone it is for language models, causal or masked, and "
-        'encoder-decoders. Give batches with labels in Python, data=[{"input_ids": ids, "labels": labels}] of '
-        "`auxin.plan` (elsewhere Calibration.of_batches(model, batches)), or do it in a recipe, whose data has labels."
+        f"Text has no {lacking} for a {type(model).__name__}: alone it is for language models, causal or masked, and "
+        f'encoder-decoders. Give batches with {lacking} in Python, data=[{{"input_ids": ids, {given}}}] of '
+        "`auxin.plan` (elsewhere Calibration.of_batches(model, batches)), or do it in a recipe, whose data has "
+        f"{lacking}."
     )
 
 

@@ -269,6 +269,8 @@ class ObjectiveSettings(Settings):
     def _check_room(self, config: PreTrainedConfig, form: SampleForm) -> None:
         """Refuse samples that are longer than the model's positions, or tokens that it does not have."""
         positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and positions < 0:  # XLNet says -1, for no limit
+            positions = None
         longest = self.longest(form)
         if positions is not None and longest is not None and longest > (room := _room(config, positions, longest)):
             made = "" if longest == form.length else f" ({longest} after what {self.kind} makes of it)"

@@ -8,13 +8,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering, PreTrainedConfig
 
 from auxin.data.dataset import SampleForm
-from auxin.data.question_source import ANSWER, CONTEXT
+from auxin.data.question_source import ANSWER, CONTEXT, LONGEST
 from auxin.errors import ConfigError
 from auxin.objectives.objective import NOT_A_NUMBER, Answers, learnt_from
 from auxin.objectives.task import TaskObjective, TaskSettings
-
-LONGEST = 30
-"""Tokens of the longest answer that is looked for, as in transformers' run_qa."""
 
 
 class QuestionAnsweringObjective(TaskObjective):
@@ -37,18 +34,18 @@ class QuestionAnsweringObjective(TaskObjective):
 
     def spans(self, model: nn.Module, inputs: Mapping[str, Tensor], context: Tensor) -> Tensor:
         """Those with the largest sum of both logits of all that begin and end in the context, of `LONGEST` tokens at
-        most; of equal ones the first."""
+        most; of equal ones the first. NOT_A_NUMBER where a logit is none, or no sum is finite."""
         logits, _ = self._logits_and_labels(model, inputs)
         both = logits.float().unflatten(0, (-1, len(ANSWER)))
-        begins, ends = both.unbind(1)
-        inside = context.to(both.device).bool()
-        tokens = inside.shape[1]
-        near = torch.ones(tokens, tokens, dtype=torch.bool, device=both.device).triu().tril(LONGEST - 1)
-        allowed = inside[:, :, None] & inside[:, None] & near
-        sums = (begins[:, :, None] + ends[:, None]).masked_fill(~allowed, -torch.inf)
-        best = sums.flatten(1).argmax(1)
-        found = torch.stack([best // tokens, best % tokens], 1)
-        return found.masked_fill(both.isnan().flatten(1).any(1)[:, None], NOT_A_NUMBER)
+        outside = ~context.to(both.device).bool()
+        begins, ends = both.masked_fill(outside[:, None], -torch.inf).unbind(1)
+        # By where a span begins and how far from there it ends: what is too long is not even looked at.
+        near = nn.functional.pad(ends, (0, LONGEST - 1), value=-torch.inf).unfold(1, LONGEST, 1)
+        sums = (begins[:, :, None] + near).flatten(1)
+        largest, best = sums.max(1)
+        begin, further = best // LONGEST, best % LONGEST
+        none = both.isnan().flatten(1).any(1) | ~largest.isfinite()
+        return torch.stack([begin, begin + further], 1).masked_fill(none[:, None], NOT_A_NUMBER)
 
     def _labels(self, inputs: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([inputs[name] for name in ANSWER], 1)
