@@ -70,7 +70,7 @@ PARTS = {
             *("dense-0030", "dense-0060", "dense-0060-decay", "dense-wide-0060"),
             *("new-0017", "new", "new-0060", "new-tokens", "new-ffn", "new-no-decay", "new-cosine", "new-half"),
             *("linear-proj-decay", "linear-proj-wide", "linear-proj-wide-decay", "proj-wide", "narrow"),
-            *("rotated", "published", "llama-0030", "llama-0015"),
+            *("rotated", "published", "llama", "llama-0030"),
         ),
     ),
     "large-long": Part(
