@@ -127,6 +127,8 @@ DIFFERENCES = (
     ("new", "dense-wide-0060"),
     ("linear-proj-wide", "new"),
     ("linear-proj-wide", "dense-0060"),
+    ("linear-proj-wide", "llama"),
+    ("linear-proj-wide", "llama-0030"),
     ("published-0010", "published"),
     ("llama-0030", "llama"),
     ("llama-0120", "llama"),
