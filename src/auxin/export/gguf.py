@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
@@ -232,8 +233,9 @@ def _refuse_uncarried(folder: Path, name: str, model: PreTrainedModel) -> None:
     try:
         with offline():
             read = AutoConfig.from_pretrained(folder, gguf_file=name, local_files_only=True)
-    except (*REFUSALS, OSError) as error:
-        raise ConfigError(f"transformers can't read a GGUF file of this model: {error}.") from error
+    except (*REFUSALS, OSError, StrictDataclassError) as error:
+        why = " ".join(str(error).split()).rstrip(".")
+        raise ConfigError(f"The model has no GGUF form that transformers reads: {why}. Change those sizes.") from error
     reasons = list(not_carried(model.config, read))
     if not reasons:
         shapes = {key: value.shape for key, value in skeleton(read, model.__class__).named_parameters()}

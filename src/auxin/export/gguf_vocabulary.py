@@ -92,10 +92,12 @@ class Vocabulary:
         writer.add_token_list(tokens)
         writer.add_token_types(types)
         writer.add_add_space_prefix(False)
-        # The library reads a tokenizer in the files that transformers writes.
+        # The library reads a tokenizer in the files that transformers writes, and in the config the special tokens that
+        # the tokenizer has no name for.
         files = folder / "tokenizer"
         self.tokenizer.save_pretrained(files)
-        self.config.save_pretrained(files)
+        ids = {name: getattr(self.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        (files / "config.json").write_text(json.dumps(ids), encoding="utf-8")
         special = gguf.SpecialVocab(files, load_merges=True, n_vocab=self.config.vocab_size)
         # It guesses these from the template; here they are known.
         special.add_special_token = {"bos": self.begins, "eos": self.ends}
