@@ -12,7 +12,6 @@ beside torchao's INT8, whose activations have a grid for each token that is made
 """
 
 import argparse
-import copy
 import importlib.util
 import os
 import sys
@@ -28,14 +27,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from measuring import made_by, made_by_line, publish
 from smollm2_pruning import source, spread, texts
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from auxin.analysis import measure
 from auxin.analysis.outlier_results import Outliers
 from auxin.analysis.quantized import QuantizationLoss, QuantizedMeasurement
-from auxin.analysis.quantized_losses import Losses, Quantized
-from auxin.models.evaluating import evaluating
+from auxin.analysis.quantized_losses import Quantized
 from auxin.report.markdown import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +48,6 @@ RANGES: dict[str, dict[str, Any]] = {
     "min-max": {},
     "99.99 %": {"activation_ranges": "percentile", "percentile": 99.99},
 }
-REAL = {"W8": "Int8WeightOnlyConfig", "W8A8": "Int8DynamicActivationInt8WeightConfig"}
 SMALL: dict[str, dict[str, Any]] = {
     "99.9 %": {"activation_ranges": "percentile", "percentile": 99.9},
     "least error, of weights too": {"activation_ranges": "mse", "weight_ranges": "mse"},
@@ -74,9 +71,9 @@ class Pieces:
 def measured(name: str, model: PreTrainedModel, tokenizer: Any, quick: bool) -> dict[str, Any]:
     """All that is found of a model."""
     counts = {"looked_at": 4, "held_out": 4} if quick else {"looked_at": CALIBRATED, "held_out": MEASURED[name]}
-    found = texts()
+    corpora = texts()
     pieces = {
-        side: torch.cat([spread(kind[side], tokenizer, count // 2, LENGTH) for kind in found.values()])
+        side: torch.cat([spread(kind[side], tokenizer, count // 2, LENGTH) for kind in corpora.values()])
         for side, count in counts.items()
     }
     data = Pieces(torch.cat([pieces["looked_at"], pieces["held_out"]]), labelled=name == SMOLLM2)
@@ -88,14 +85,17 @@ def measured(name: str, model: PreTrainedModel, tokenizer: Any, quick: bool) -> 
             calibration_samples=counts["looked_at"],
             calibration_batch=1,
             alone="families" if first else "nothing",
+            real=["w8", "w8a8"] if first and importlib.util.find_spec(TORCHAO) else [],
             **values,
         )
         began = time.process_time()
-        results["ranges"][words] = measure(asked, model, data, cache=False).model_dump(mode="json")
+        found = measure(asked, model, data, cache=False)
+        results["ranges"][words] = found.model_dump(mode="json", exclude={"real"})
+        results["torchao"] = results.get("torchao", {}) | {
+            one.what.upper(): one.model_dump(mode="json") for one in found.real
+        }
         print(f"{name}, {words}: {time.process_time() - began:.0f} s", flush=True)
     results["outliers"] = outliers(measure("outliers", model, Pieces(pieces["held_out"], False), cache=False))
-    if importlib.util.find_spec(TORCHAO):
-        results["torchao"] = {scheme: real(model, config, pieces["held_out"]) for scheme, config in REAL.items()}
     return results
 
 
@@ -103,26 +103,6 @@ def outliers(found: Outliers) -> dict[str, float]:
     """The largest infinity norm behind a layer, and the mean kurtosis."""
     (stack,) = found.stacks
     return {"infinity_norm": stack.largest.stream.infinity_norm.mean, "kurtosis": stack.kurtosis}
-
-
-def real(model: PreTrainedModel, config: str, held_out: Tensor) -> dict[str, Any]:
-    """What torchao's integers give: all linear layers but the head."""
-    import torchao.quantization as torchao
-
-    def chosen(module: nn.Module, path: str) -> bool:
-        return isinstance(module, nn.Linear) and module is not made.get_output_embeddings()
-
-    made = copy.deepcopy(model)
-    torchao.quantize_(made, getattr(torchao, config)(), filter_fn=chosen)
-    plain = Losses(model)
-    losses = Losses(model, plain)
-    for ids in held_out.split(BATCH):
-        batch = {"input_ids": ids, "labels": ids}
-        with evaluating(model), evaluating(made):
-            whole, output = model(input_ids=ids), made(input_ids=ids)
-        plain.add(batch, whole, whole)
-        losses.add(batch, output, whole)
-    return losses.found(config).model_dump(mode="json")
 
 
 def page(results: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from auxin import cli
@@ -26,8 +27,22 @@ from auxin.methods.grow.tokenformer import TokenGrowth
 from auxin.models import TokenFormerForCausalLM
 from auxin.models.tokenformer import PUBLISHED
 from corpora import write_documents
+from tiny_tokenizers import tiny_tokenizer
 
-COMMANDS = ["run", "recipes", "train", "grow", "methods", "plan", "apply", "diff", "convert", "generate", "evaluate"]
+COMMANDS = [
+    "run",
+    "recipes",
+    "train",
+    "grow",
+    "methods",
+    "plan",
+    "apply",
+    "diff",
+    "convert",
+    "export",
+    "generate",
+    "evaluate",
+]
 COMMANDS += ["show", "doctor", "report", "analyse"]
 CONFIG = {
     **PUBLISHED,  # others have no official form
@@ -444,6 +459,25 @@ def test_convert_there_and_back(trained, tmp_path):
         TokenFormerForCausalLM.from_pretrained(path).state_dict() for path in (trained.checkpoint, tmp_path / "back")
     )
     assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_export_writes_a_file_and_says_what_is_in_it(tmp_path):
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=310, num_hidden_layers=1, **sizes))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = tiny_tokenizer("byte_level")
+    tokenizer.save_pretrained(tmp_path / "words")
+    arguments = ("export", tmp_path / "model", "-o", tmp_path / "m.gguf", "--type", "q8_0")
+    with pytest.raises(AuxinError, match="the model comes with none"):
+        call(*arguments)
+    out = call(*arguments, "--tokenizer", tmp_path / "words").out
+    assert "F16, since their rows are no multiple of 32: token_embd.weight" in out
+    assert out.splitlines()[-1].startswith(f"Written to {tmp_path / 'm.gguf'}: ")
+    with pytest.raises(AuxinError, match="exists already"):
+        call(*arguments)
+    again = json.loads(call(*arguments, "--tokenizer", tmp_path / "words", "--overwrite", "--json").out)
+    assert again["tensors"] == {"F16": 8, "F32": 3, "Q8_0": 1}
+    assert again["bytes"] == (tmp_path / "m.gguf").stat().st_size
 
 
 def test_a_checkpoint_says_whether_it_is_whole(trained, tmp_path, monkeypatch, capfd):

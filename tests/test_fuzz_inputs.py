@@ -250,6 +250,7 @@ LINES = [
     "report model",
     "recipes --json",
     "convert model -o out",
+    "export model -o out.gguf --type q8_0",
     "analyse model similarity --samples 2 -o out",
 ]
 

@@ -18,7 +18,7 @@ FLOORS = [
     {"data", "models"},
     {"objectives"},
     {"edits", "report"},
-    {"planning", "analysis", "evaluation"},
+    {"planning", "analysis", "evaluation", "export"},
     {"methods", "training"},
     {"recipes", "doctor"},
     {"face", "shrinking"},

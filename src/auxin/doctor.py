@@ -12,7 +12,7 @@ from auxin.accounting.machine import choose_device, describe_machine
 from auxin.settings import Settings
 from auxin.training.hardware import choose_precision, peak_flops
 
-EXTRAS = {"lm_eval": "benchmarks of the field", "peft": "adapters", "torchao": "quantization", "gguf": "GGUF weights"}
+EXTRAS = {"lm_eval": "benchmarks of the field", "peft": "adapters", "torchao": "quantization", "gguf": "GGUF files"}
 
 
 class Diagnosis(Settings):

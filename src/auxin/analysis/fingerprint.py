@@ -19,7 +19,7 @@ from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from auxin.edits.structure import config_values
+from auxin.edits.structure import config_values, refuse_quantized
 from auxin.models.evaluating import configs_of
 from auxin.models.fingerprint import add_weights
 
@@ -49,6 +49,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
     Raises:
         ConfigError: the model has no weights.
+        PlanError: they are packed by a quantizer.
     """
     digest = hashlib.sha256(f"{type(model).__name__}\n".encode())
     for config in configs_of(model):
@@ -58,7 +59,11 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         names = [getattr(config, name, None) for name in _IMPLEMENTATIONS]
         attention = ALL_ATTENTION_FUNCTIONS.get(names[0])
         digest.update(f"{json.dumps(values, sort_keys=True)} {names} {_told(attention)}\n".encode())
-    add_weights(digest, model)
+    try:
+        add_weights(digest, model)
+    except NotImplementedError:  # tensors of torchao's hold no bytes to be read in order
+        refuse_quantized(model)
+        raise
     for fact in _facts(model):
         digest.update(f"{fact}\n".encode())
     return digest.hexdigest()

@@ -23,11 +23,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from auxin.analysis.measurement import Batch, Measurement, Needs, Result, Table, samples_of, wide, without_loss
+from auxin.analysis.measurement import Batch, Measurement, Needs, Result, samples_of, wide, without_loss
 from auxin.analysis.parts import refuse_blocks
-from auxin.analysis.quantized_losses import Losses, Quantized
+from auxin.analysis.quantized_losses import Losses
+from auxin.analysis.quantized_real import RealModels, RealScheme
+from auxin.analysis.quantized_result import QuantizationLoss, Scheme, TensorNoise
 from auxin.analysis.quantized_run import Follower
-from auxin.analysis.quantized_sites import Family, Site
+from auxin.analysis.quantized_sites import Site
 from auxin.analysis.quantized_weights import Weights
 from auxin.analysis.quantizers import (
     ActivationRanges,
@@ -38,136 +40,8 @@ from auxin.analysis.quantizers import (
     percentile_range,
     whole_range,
 )
-from auxin.analysis.spread import Estimate
 from auxin.edits.structure import refuse_quantized
 from auxin.errors import DataError
-from auxin.report.forest import Mark, Panel, Row, Series, forest_svg
-from auxin.settings import Settings
-
-Scheme = Literal["w8a8", "w8", "a8", "w4"]
-LISTED = 3
-"""How many tensors the findings name."""
-IN_A_TABLE = 12
-"""How many tensors a table, and the picture, has."""
-LABEL_CHARACTERS = 32
-"""Of a row of the picture, the last ones of a tensor's name."""
-ERROR = Series("output error", "#2F8AC9", "circle")
-
-
-class TensorNoise(Settings):
-    """An activation on its grid."""
-
-    name: str
-    """Where it arises."""
-    family: Family
-    low: float
-    """Where its range begins."""
-    high: float
-    """Where it ends."""
-    noise: float
-    """Root of the sum of squares of what the round trip changes, over that of the tensor, on the samples that are
-    looked at."""
-
-
-class QuantizationLoss(Result):
-    """What quantization costs."""
-
-    float_loss: Estimate | None
-    """In floating point."""
-    float_accuracy: Estimate | None
-    schemes: list[Quantized]
-    """Each scheme."""
-    alone: list[Quantized]
-    """With one family of activations, or one tensor, quantized and all else in floating point."""
-    tensors: list[TensorNoise]
-    """All activations, in the order in which they arise."""
-    weights: int
-    """How many weights are quantized."""
-
-    def of(self, scheme: Scheme) -> Quantized:
-        """What was found for `scheme`."""
-        return next(found for found in self.schemes if found.what == scheme)
-
-    def tables(self) -> list[Table]:
-        """Losses by scheme, what is quantized alone by its harm, and the noisiest tensors."""
-        has_loss, has_accuracy = self.float_loss is not None, self.float_accuracy is not None
-        header = ["quantized", *(["loss", "change"] if has_loss else []), *(["accuracy"] if has_accuracy else [])]
-        none = ["nothing", *([_mean(self.float_loss), ""] if has_loss else [])]
-        none += [_short(self.float_accuracy)] if has_accuracy else []
-        tables = [Table("loss", [*header, "output error"], [[*none, ""], *(_row(found) for found in self.schemes)])]
-        if self.alone:
-            rows = [[found.what, _short(found.change or found.error)] for found in self._most_harmful[:IN_A_TABLE]]
-            tables.append(
-                Table("activations in 8 bits alone", ["quantized", "change" if has_loss else "output error"], rows)
-            )
-        noisy = sorted(self.tensors, key=lambda found: -found.noise)[:IN_A_TABLE]
-        rows = [[found.name, f"{max(-found.low, found.high):.3g}", f"{found.noise:.2g}"] for found in noisy]
-        tables.append(Table("activations that change most on their grids", ["tensor", "reach", "noise"], rows))
-        return tables
-
-    @property
-    def _most_harmful(self) -> list[Quantized]:
-        return sorted(self.alone, key=lambda found: _harm(found).mean, reverse=True)
-
-    def findings(self) -> list[str]:
-        """What it costs, and where."""
-        told = []
-        for found in self.schemes:
-            by = f"the output by {100 * found.error.mean:.2g}%"
-            if found.change is not None:
-                by = f"the loss by {found.change.mean:+.4f}{found.change.plus_minus} and {by}"
-            told.append(f"{found.what.upper()} changes {by}.")
-        if self.alone:
-            what = "output error" if self.float_loss is None else "change of the loss"
-            worst = ", ".join(
-                f"{one.what} ({_harm(one).mean:.2g}{_harm(one).plus_minus})" for one in self._most_harmful[:LISTED]
-            )
-            told.append(f"Most harm alone, by the {what}: {worst}.")
-        counts = dict.fromkeys(tensor.family for tensor in self.tensors)
-        told.append(
-            f"Quantized: {self.weights} weights; of activations "
-            + ", ".join(f"{sum(t.family == family for t in self.tensors)} {family}" for family in counts)
-            + "."
-        )
-        return told
-
-    def picture(self, title: str) -> str:
-        """How far the output moves: a row for each scheme, and for what harms most alone."""
-        panels = [Panel("quantized", [_mark_row(found) for found in self.schemes])]
-        if self.alone:
-            worst = sorted(self.alone, key=lambda found: found.error.mean, reverse=True)[:IN_A_TABLE]
-            panels.append(Panel("activations in 8 bits alone", [_mark_row(found) for found in worst]))
-        note = (
-            "Length of what the output changes by over the output's own, with 95% intervals. To the right it moves "
-            "less; the axis is logarithmic."
-        )
-        return forest_svg(title, note, panels, [ERROR], near=0)
-
-
-def _mark_row(found: Quantized) -> Row:
-    name = found.what if len(found.what) <= LABEL_CHARACTERS else "…" + found.what[1 - LABEL_CHARACTERS :]
-    return Row(name, [Mark(ERROR.name, found.error.mean, found.error.margin)])
-
-
-def _row(found: Quantized) -> list[str]:
-    cells = [found.what]
-    if found.loss is not None:
-        cells += [_mean(found.loss), _short(found.change)]
-    if found.accuracy is not None:
-        cells.append(_short(found.accuracy))
-    return [*cells, _short(found.error)]
-
-
-def _mean(estimate: Estimate | None) -> str:
-    return "" if estimate is None else f"{estimate.mean:.4f}"
-
-
-def _short(estimate: Estimate | None) -> str:
-    return "" if estimate is None else str(estimate)
-
-
-def _harm(found: Quantized) -> Estimate:
-    return found.error if found.change is None else found.change
 
 
 class QuantizedMeasurement(Measurement[QuantizationLoss]):
@@ -199,10 +73,16 @@ class QuantizedMeasurement(Measurement[QuantizationLoss]):
     """What is quantized alone beside the schemes: each family of activations, or each activation, which takes a run of
     the model for each."""
 
+    real: list[RealScheme] = []
+    """What torchao computes in integers beside the simulation, in copies of the model: w8, or w8a8 with a grid for each
+    token's activations that is made as they come. Linear layers but the output head. Its time is told, too."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if repeated := [scheme for scheme in dict.fromkeys(self.schemes) if self.schemes.count(scheme) > 1]:
-            raise ValueError(f"schemes names {repeated[0]} more than once. Name each once.")
+        asked: dict[str, Sequence[str]] = {"schemes": self.schemes, "real": self.real}
+        for field, names in asked.items():
+            if repeated := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{field} names {repeated[0]} more than once. Name each once.")
         default = type(self).model_fields["percentile"].default
         if self.percentile != default and self.activation_ranges != "percentile":
             raise ValueError(
@@ -217,7 +97,9 @@ class QuantizedMeasurement(Measurement[QuantizationLoss]):
         """An observer of `model`.
 
         Raises:
-            PlanError: the architecture is not known, its residual stream has several blocks, or it is quantized.
+            PlanError: the architecture is not known, its residual stream has several blocks, it is quantized, or has no
+                linear layers for `real`.
+            ConfigError: `real` asks for torchao, which is not installed.
         """
         return QuantizedObserver(model, self)
 
@@ -233,7 +115,7 @@ class QuantizedObserver:
         settings: of the measurement.
 
     Raises:
-        PlanError: as `QuantizedMeasurement.observe`.
+        PlanError, ConfigError: as `QuantizedMeasurement.observe`.
     """
 
     taps: Sequence[Any] = ()
@@ -250,6 +132,7 @@ class QuantizedObserver:
         self._noise: dict[Site, list[float]] = {}
         self._float = Losses(model)
         self._found: dict[str, Losses] = {}
+        self._real = RealModels(model, settings.real, self._float)
 
     def before(self, batch: Batch) -> None:
         """Nothing."""
@@ -286,6 +169,8 @@ class QuantizedObserver:
             alone=[one for what, one in found.items() if what not in schemes],
             tensors=[self._tensor(site) for site in self._ranges],
             weights=len(self._weights.quantized()),
+            real=self._real.found(),
+            seconds=self._real.seconds(),
         )
 
     def _tensor(self, site: Site) -> TensorNoise:
@@ -343,6 +228,7 @@ class QuantizedObserver:
 
         whole = self._follower.run(inputs, note)
         self._float.add(batch, whole, whole)
+        self._real.add(batch, inputs, whole)
         for one in self._variants(grids):
 
             def change(site: Site, x: Tensor, chosen: Collection[Site] = one.activations) -> Tensor:

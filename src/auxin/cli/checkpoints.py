@@ -1,4 +1,4 @@
-"""Commands that read a checkpoint: what it is, what it writes, how well it predicts; and conversion."""
+"""Commands that read a checkpoint: what it is, what it writes, how well it predicts; conversion and export."""
 
 import json
 import os
@@ -44,6 +44,38 @@ def convert(
     for note in report.notes:
         print(note)
     print(f"Written to {output}")
+
+
+@app.command(
+    epilog="Example: [bold]auxin export CKPT -o small.gguf --type q8_0[/]\n\n"
+    "It needs the gguf library: [bold]pip install 'auxin\\[gguf]'[/]"
+)
+def export(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write, *.gguf.")],
+    to_type: Annotated[
+        str, typer.Option("--type", help="Of the matrices: f32, f16, bf16, q8_0 or q4_0; see docs/gguf.md.")
+    ] = "f16",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of a tokenizer, or its tokenizer.json; default: the checkpoint's.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file of that name.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint as a GGUF file, for llama.cpp and its like; judged by what transformers reads in it."""
+    from auxin.export import export_gguf
+
+    report = export_gguf(checkpoint, output, type=to_type, tokenizer=tokenizer, overwrite=overwrite)
+    if as_json:
+        print(report.model_dump_json(indent=2))
+        return
+    kinds = ", ".join(f"{count} tensors in {kind}" for kind, count in report.tensors.items())
+    print(f"{kinds}; weights change by {report.largest_change:.1e} of the largest in their tensor at most.")
+    if report.unblocked:
+        print(f"F16, since their rows are no multiple of 32: {', '.join(report.unblocked)}")
+    for note in report.notes:
+        print(note)
+    print(f"Written to {report.path}: {report.bytes:,} bytes")
 
 
 @app.command(epilog='Example: [bold]auxin generate CKPT "import os" --max-new-tokens 40[/]')

@@ -34,7 +34,7 @@ def about_runtimes(config: PreTrainedConfig, weights: str = EDITED) -> str:
         return "An ordinary checkpoint: config.json says all of it, and it loads without auxin."
     return (
         f"config.json keeps structural edits, under quant_method {REPLAY_METHOD!r}. vLLM and other runtimes refuse a "
-        f"quant_method that they don't know. A form that they take, by kind of edit: {'; '.join(_ways_out(edits))}. "
+        f"quant_method that they don't know. A form that they take, by kind of edit: {'; '.join(ways_out(edits))}. "
         f"{without_auxin(config, weights)}"
     )
 
@@ -59,7 +59,7 @@ def without_auxin(config: PreTrainedConfig, weights: str = EDITED) -> str | None
     )
 
 
-def _ways_out(edits: Iterable[Any]) -> Iterator[str]:
+def ways_out(edits: Iterable[Any]) -> Iterator[str]:
     """For each kind of edit, the way to a checkpoint without it, or why there is none."""
     bricks = Counter(edit.brick for edit in edits if isinstance(edit, ReplaceModule | WrapModule))
     for name, count in bricks.items():

@@ -150,8 +150,8 @@ def refuse_quantized(model: PreTrainedModel) -> None:
         method = next((f"{found.__module__}.{found.__name__}" for found in packed), None)
     if method is not None:
         raise PlanError(
-            f"The model is quantized ({method}); its packed weights can't be changed. Dequantize it first, save it, "
-            "and remove quantization_config from its config."
+            f"The model is quantized ({method}); its packed weights can't be changed or measured. Dequantize it first, "
+            "save it, and remove quantization_config from its config."
         )
 
 

@@ -1,0 +1,343 @@
+"""GGUF files, which llama.cpp and what is built on it run, by the `gguf` library (`pip install "auxin[gguf]"`).
+
+The library knows the format: names of tensors and keys, block types, how text is packed. Here stands which tensor of a
+model is which (by the library's map of names), what llama.cpp wants arranged otherwise, and what has no place in a
+file. transformers' own reader of GGUF judges the result: a file counts as written when that reader's config, its
+tokenizer and every one of its weights are the model's.
+"""
+
+import contextlib
+import io
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
+
+from auxin.data.tokenizer import has_tokenizer, read_tokenizer
+from auxin.edits.runtimes import ways_out
+from auxin.edits.structure import refuse_quantized, structural_edits
+from auxin.errors import CheckpointError, ConfigError, DataError, shown
+from auxin.export.gguf_families import Family, family_of, not_carried
+from auxin.export.gguf_vocabulary import Vocabulary, cut_otherwise
+from auxin.files import flush, temporary_folder
+from auxin.foreign import offline
+from auxin.models.loading import REFUSALS, load_config, load_model, no_progress_bar, skeleton
+from auxin.settings import Settings
+from auxin.sums import refuse_damaged_tensors
+
+TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+NEEDED = ("gguf", "accelerate")
+"""accelerate is what transformers reads such files with."""
+_HALF_LARGEST = 65504.0
+_HALF_STEP = 2.0**-11
+"""What rounding to float16 changes, of a value, at most; below 2^-14 it is 2^-25."""
+_LARGEST = {"F16": _HALF_LARGEST, "Q8_0": 127 * _HALF_LARGEST, "Q4_0": 8 * _HALF_LARGEST}
+_CHANGES = {
+    "F32": (0.0, 0.0),
+    "F16": (_HALF_STEP, 2.0**-25),
+    "BF16": (2.0**-8, 0.0),
+    # Half a step of the grid, whose own step is a float16.
+    "Q8_0": (0.5 / 127 + _HALF_STEP, 127 * 2.0**-25),
+    # From -8 to 7 steps, the largest entry at -8: one as large with the other sign loses a whole step.
+    "Q4_0": (1 / 8 + _HALF_STEP, 8 * 2.0**-25),
+}
+"""By how much a weight may differ: a share of the largest of its tensor, and so much whatever that is."""
+
+
+class GgufReport(Settings):
+    """What `export_gguf` wrote."""
+
+    path: str
+    """The file."""
+    type: str
+    """The type that was asked for."""
+    bytes: int
+    """Of the file."""
+    tensors: dict[str, int]
+    """How many tensors have which type."""
+    unblocked: list[str]
+    """Tensors whose rows are no multiple of the type's block of 32, by their names in the file; they are F16."""
+    largest_change: float
+    """Largest change of a weight as transformers reads it, of the largest in its tensor."""
+    notes: list[str]
+    """What else the reader should know."""
+
+
+def export_gguf(
+    model: PreTrainedModel | str | Path,
+    path: str | Path,
+    *,
+    type: str = "f16",
+    tokenizer: PreTrainedTokenizerFast | str | Path | None = None,
+    overwrite: bool = False,
+) -> GgufReport:
+    """Write a model and its tokenizer as one GGUF file.
+
+        export_gguf("small", "small.gguf", type="q8_0")
+
+    Norms, biases and learnt positions are F32 in every type, as llama.cpp has them; q4_0 has embeddings and head in
+    Q8_0. Tensors are written one after the other, so that what is needed besides the model is one of them; reading the
+    file back takes the model in float32 once more.
+
+    Args:
+        model: the folder of a checkpoint, or a model in memory: a Llama, Qwen2, Qwen3 or GPT-2 with its language head.
+        path: the file, named *.gguf. It appears when everything has succeeded, and as a whole.
+        type: of the matrices. f32 is exact; f16 and bf16 round; q8_0 and q4_0 share a scale among 32 entries of a row.
+        tokenizer: one with byte-level BPE, or its folder or tokenizer.json; default: that of the folder.
+        overwrite: whether a file of that name is replaced.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigError: the path, the type or the model's structure is not one that can be written; the message lists why,
+            and nothing was written.
+        CheckpointError: the folder can't be read, a file of that name is there, or what was read back is another model.
+        DataError: there is no tokenizer, or none that a GGUF file has a form for.
+        PlanError: the model is quantized.
+    """
+    target = _target(Path(path), overwrite)
+    if type not in TYPES:
+        raise ConfigError(f"type = {shown(type)}: there is no such type here. Give one of {', '.join(TYPES)}.")
+    _require_libraries()
+    config = model.config if isinstance(model, PreTrainedModel) else load_config(model)
+    family = _family(config)
+    whole = _loaded(model, config, family)
+    words = Vocabulary.of(_tokenizer(model, tokenizer), config)
+    with temporary_folder(target) as folder, no_progress_bar():
+        # Metadata alone come first: what they can't say is found before a weight is written.
+        header = _writer(folder / "header.gguf", family, config, words, type)
+        header.write_header_to_file()
+        header.write_kv_data_to_file()
+        header.close()
+        _refuse_uncarried(folder, "header.gguf", whole)
+        notes = [*words.notes, *cut_otherwise(folder, "header.gguf", words)]
+        types = _types(whole, family, type)
+        _refuse_unholdable(whole, family, types)
+        writer = _writer(folder / "model.gguf", family, config, words, type)
+        _write_tensors(writer, whole, family, types)
+        change = _largest_change(folder, "model.gguf", whole, family, types)
+        written = folder / "model.gguf"
+        flush(written)
+        size = written.stat().st_size
+        os.replace(written, target)
+        flush(target.parent)
+    blocked = type in ("q8_0", "q4_0")
+    unblocked = [name for name, kind in types.items() if blocked and kind == "F16"]
+    return GgufReport(
+        path=str(target),
+        type=type,
+        bytes=size,
+        tensors=dict(Counter(types.values())),
+        unblocked=unblocked,
+        largest_change=change,
+        notes=notes,
+    )
+
+
+def _target(path: Path, overwrite: bool) -> Path:
+    """The file to write."""
+    if path.suffix != ".gguf":
+        raise ConfigError(
+            f"{shown(str(path), quoted=False)} is not named as a GGUF file. Give a path that ends in .gguf."
+        )
+    path = path.resolve()
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder. Give the path of a file.")
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path} exists already. Remove it, give another path, or ask for overwrite.")
+    return path
+
+
+def _require_libraries() -> None:
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f'A GGUF file needs {" and ".join(missing)}: pip install "auxin[gguf]".')
+
+
+def _family(config: PreTrainedConfig) -> Family:
+    """The family of `config`; ConfigError where its models have no form in a GGUF file."""
+    if edits := structural_edits(config):
+        raise ConfigError(
+            f"The model has no GGUF form: its config holds {len(edits)} structural edit(s), and a GGUF file has one "
+            f"size for all layers and no layers of another kind. A form without them, by kind of edit: "
+            f"{'; '.join(ways_out(edits))}."
+        )
+    return family_of(config)
+
+
+def _loaded(model: PreTrainedModel | str | Path, config: PreTrainedConfig, family: Family) -> PreTrainedModel:
+    """The model with its weights, when every one of them has a name in a GGUF file."""
+    expected = skeleton(config)
+    refuse_quantized(expected)
+    if not isinstance(model, PreTrainedModel):
+        refuse_damaged_tensors(Path(model))
+    else:
+        refuse_quantized(model)
+    found = model if isinstance(model, PreTrainedModel) else load_model(model)
+    name = found.__class__.__name__
+    if name != family.model_class:
+        raise ConfigError(
+            f"The model is a {name}; a GGUF file of this family holds a {family.model_class}. Load it as one, with "
+            "adapters merged."
+        )
+    shapes = {key: value.shape for key, value in skeleton(config, found.__class__).named_parameters()}
+    for key, value in found.named_parameters():
+        if key != "lm_head.weight" and shapes.get(key) != value.shape:
+            has = "no such tensor" if key not in shapes else f"the shape {tuple(shapes[key])} for it"
+            raise ConfigError(
+                f"The model was changed behind its config: {key} has the shape {tuple(value.shape)}, and the config "
+                f"has {has}. Merge adapters, take off what was added, or write the sizes into the config."
+            )
+    return found
+
+
+def _tokenizer(
+    model: PreTrainedModel | str | Path, given: PreTrainedTokenizerFast | str | Path | None
+) -> PreTrainedTokenizerFast:
+    if isinstance(given, PreTrainedTokenizerFast):
+        return given
+    if given is not None:
+        return read_tokenizer(Path(given))
+    if isinstance(model, PreTrainedModel) or not has_tokenizer(Path(model)):
+        raise DataError("A GGUF file holds its tokenizer, and the model comes with none. Give one: tokenizer=...")
+    return read_tokenizer(Path(model))
+
+
+def _writer(path: Path, family: Family, config: PreTrainedConfig, words: Vocabulary, type: str) -> Any:
+    """The library's writer with all metadata, and no tensor yet. The file gets no `general.name`: transformers makes
+    another architecture of a Llama that is called mistral."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, family.architecture)
+    family.describe(writer, config)
+    words.describe(writer, path.parent)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_file_type(gguf.LlamaFileType[{"f32": "ALL_F32"}.get(type, f"MOSTLY_{type.upper()}")])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    return writer
+
+
+def _refuse_uncarried(folder: Path, name: str, model: PreTrainedModel) -> None:
+    """ConfigError where the config that transformers reads in a file is another one than the model's."""
+    try:
+        with offline():
+            read = AutoConfig.from_pretrained(folder, gguf_file=name, local_files_only=True)
+    except (*REFUSALS, OSError, StrictDataclassError) as error:
+        why = " ".join(str(error).split()).rstrip(".")
+        raise ConfigError(f"The model has no GGUF form that transformers reads: {why}. Change those sizes.") from error
+    reasons = list(not_carried(model.config, read))
+    if not reasons:
+        shapes = {key: value.shape for key, value in skeleton(read, model.__class__).named_parameters()}
+        reasons = [
+            f"{key} has the shape {tuple(value.shape)}, and would be read as {tuple(shapes[key])}"
+            for key, value in model.named_parameters()
+            if key != "lm_head.weight" and value.shape != shapes[key]
+        ][:3]
+    if reasons:
+        raise ConfigError(
+            f"The model has no GGUF form that transformers reads as it is: {'; '.join(reasons)}. llama.cpp's own "
+            "convert_hf_to_gguf.py, on the checkpoint's folder, may know a key that transformers does not read."
+        )
+
+
+def _named(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, str, Tensor]]:
+    """Each tensor to write: its name in the file, its name in the model, and its values as they lie in the file, in the
+    model's type. A tied head is written once, as the embedding."""
+    import gguf
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.architecture.upper()], model.config.num_hidden_layers)
+    for key, value in model.named_parameters():
+        name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise ConfigError(f"The model has no GGUF form: the tensor {key} has no name in a file of this family.")
+        module = model.get_submodule(key.rpartition(".")[0])
+        laid = value.detach().T if isinstance(module, Conv1D) and value.dim() == 2 else value.detach()
+        yield name, key, family.arranged(key, laid, model.config)
+
+
+def _types(model: PreTrainedModel, family: Family, type: str) -> dict[str, str]:
+    """The type of each tensor, by its name in the file."""
+    import gguf
+
+    types = {}
+    for name, _, value in _named(model, family):
+        kind = type.upper()
+        if value.dim() < 2 or name.startswith("position_embd"):
+            kind = "F32"
+        elif kind == "Q4_0" and name in ("token_embd.weight", "output.weight"):
+            kind = "Q8_0"
+        block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+        types[name] = kind if value.shape[-1] % block == 0 else "F16"
+    return types
+
+
+def _refuse_unholdable(model: PreTrainedModel, family: Family, types: dict[str, str]) -> None:
+    """ConfigError where a weight is no number, or is beyond what its type holds."""
+    for name, key, value in _named(model, family):
+        largest, limit = value.float().abs().max().item(), _LARGEST.get(types[name], torch.finfo(torch.float32).max)
+        if not largest <= limit:  # so that NaN is refused
+            holds = f"{types[name]} holds {limit:.4g} at most"
+            mend = "Give bf16 or f32." if math.isfinite(largest) else "Mend the model first."
+            raise ConfigError(f"{key} has entries of {largest:.4g}, and {holds}. {mend}")
+
+
+def _write_tensors(writer: Any, model: PreTrainedModel, family: Family, types: dict[str, str]) -> None:
+    import gguf
+
+    for name, _, value in _named(model, family):
+        kind, shape = gguf.GGMLQuantizationType[types[name]], tuple(value.shape)
+        dtype = np.dtype({"F32": "float32", "F16": "float16"}.get(types[name], "uint8"))
+        stored = gguf.quant_shape_to_byte_shape(shape, kind) if dtype == np.uint8 else shape
+        writer.add_tensor_info(name, stored, dtype, math.prod(stored) * dtype.itemsize, kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, _, value in _named(model, family):
+            array = value.to("cpu", torch.float32).contiguous().numpy()
+            writer.write_tensor_data(gguf.quants.quantize(array, gguf.GGMLQuantizationType[types[name]]))
+    finally:
+        writer.close()
+
+
+def _largest_change(folder: Path, name: str, model: PreTrainedModel, family: Family, types: dict[str, str]) -> float:
+    """The largest change of a weight that transformers reads, of the largest in its tensor; CheckpointError where it is
+    more than rounding to the tensor's type can make, or a weight is not there."""
+    reader: Any = model.__class__
+    # The reader draws a bar of its own, whatever transformers is told about bars.
+    with offline(), contextlib.redirect_stderr(io.StringIO()):
+        read, found = reader.from_pretrained(
+            folder, gguf_file=name, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    theirs, largest = dict(cast(PreTrainedModel, read).named_parameters()), 0.0
+    missing = sorted(found["missing_keys"])
+    for place, key, value in _named(model, family):
+        ours = model.get_parameter(key).detach().to("cpu", torch.float32)
+        missing += [] if key in theirs else [key]
+        if missing:
+            raise CheckpointError(
+                f"transformers finds no {missing[0]} in the file that was written. Nothing is kept of it: the versions "
+                "of gguf and transformers that are installed don't agree."
+            )
+        scale = ours.abs().max().item()
+        change = (theirs[key] - ours).abs().max().item() if value.numel() else 0.0
+        share, floor = _CHANGES[types[place]]
+        if not change <= share * scale + floor:  # so that NaN fails
+            raise CheckpointError(
+                f"{key} as transformers reads it differs by {change:.3g}, more than {types[place]} rounds. Nothing is "
+                "kept of the file. Weights that are all close to zero are lost in blocks: give f32 or bf16. Else the "
+                "versions of gguf and transformers that are installed don't agree."
+            )
+        largest = max(largest, change / scale if scale else 0.0)
+    return largest
