@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 TESTS = $(TEST_ENVIRONMENT) $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: install demo test test-all lint format clean
+.PHONY: install demo test test-all test-torchao lint format clean
 
 install: $(VENV)/installed
 
@@ -27,6 +27,12 @@ test: install
 
 test-all: install
 	$(TESTS) --all
+
+# What is measured by torchao. It lies beside the environment, since transformers loads it, where it is installed, with
+# every model, which takes time and lines on the screen.
+test-torchao: install
+	$(RUN) -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target build/torchao torchao
+	PYTHONPATH=build/torchao $(TEST_ENVIRONMENT) $(RUN) -m pytest tests/analysis/test_quantized_real.py
 
 lint: install
 	$(RUN) -m ruff check .

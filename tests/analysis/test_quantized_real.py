@@ -8,7 +8,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
-from torchao import quantization
 from transformers import PreTrainedModel
 
 import auxin
@@ -20,6 +19,8 @@ from auxin.errors import ConfigError, PlanError
 from auxin.export import export_gguf
 from tiny_models import change, inputs, labels, logits, tiny
 from tiny_tokenizers import tiny_tokenizer
+
+quantization = pytest.importorskip("torchao.quantization", reason="`make test-torchao` installs it")
 
 
 def measured(model: PreTrainedModel, **values: Any) -> QuantizationLoss:
