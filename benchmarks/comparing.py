@@ -187,7 +187,8 @@ def added(found: PartResults, recorded: PartResults, arguments: argparse.Namespa
 
 
 def _both(found: BranchComparison, recorded: BranchComparison) -> BranchComparison:
-    """One branch, measured on some seeds now and on some before. What is no value by seed stays that of now."""
+    """One branch, measured on some seeds now and on some before. What is no value by seed
+    is left out, or stays that of now."""
     for field in ("title", "parameters", "parent"):
         if getattr(found, field) != getattr(recorded, field):
             raise SystemExit(
@@ -198,7 +199,8 @@ def _both(found: BranchComparison, recorded: BranchComparison) -> BranchComparis
     if set(values) == set(found.values):
         return found
     changes = {"values": values, "seeds": list(values), "value": Estimate.of(values.values())}
-    return found.model_copy(update={**changes, "perplexity": None, "bits_per_byte": None, "growths": []})
+    by_mean = {"measures": {}, "perplexity": None, "bits_per_byte": None, "growths": []}
+    return found.model_copy(update={**changes, **by_mean})
 
 
 def by_loss(comparison: Comparison) -> list[BranchComparison]:
