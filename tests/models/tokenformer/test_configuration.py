@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 import auxin.models  # noqa: F401 - registers the Auto classes
 from auxin.errors import ConfigError
-from auxin.models.tokenformer import TokenFormerConfig
+from auxin.models.tokenformer import PUBLISHED, TokenFormerConfig
 
 groups = st.one_of(st.integers(1, 40), st.lists(st.integers(1, 40), min_size=1, max_size=3))
 
@@ -26,6 +26,20 @@ def test_survives_save_and_load(tmp_path_factory, qkv, proj, ffn, tied, with_tau
     assert isinstance(loaded, TokenFormerConfig)
     assert loaded.to_json_string() == config.to_json_string()
     assert loaded.group_tau("ffn") == config.group_tau("ffn")
+
+
+def test_a_new_model_has_no_norm_of_scores_and_rotates_whole_heads():
+    config = TokenFormerConfig()
+    assert [config.slot_score_function(slot) for slot in ("qkv", "proj", "ffn")] == ["gelu"] * 3
+    assert (config.partial_rotary_factor, config.rotary_dim) == (1.0, 64)
+
+
+@pytest.mark.parametrize("constants", [PUBLISHED, {}])
+def test_a_saved_config_says_its_constants_whatever_later_defaults_are(constants, tmp_path):
+    config = TokenFormerConfig(**constants)
+    config.save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text())
+    assert {field: said[field] for field in PUBLISHED} == {field: getattr(config, field) for field in PUBLISHED}
 
 
 def test_an_int_is_one_group():

@@ -5,6 +5,7 @@ import torch
 
 from auxin.errors import ConfigError, PlanError
 from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
+from auxin.models.tokenformer.configuration import SLOTS
 from auxin.models.tokenformer.presets import PRESETS, check_growable, preset_config
 
 PUBLISHED = {
@@ -30,6 +31,14 @@ def test_counts(name):
     total = sum(parameter.numel() for parameter in parameters.values())
     assert (tokens, total) == PUBLISHED[name]
     assert model.config.num_parameters() == total
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_constants_are_the_papers_and_not_a_new_models(name):
+    config = preset_config(name)
+    assert [config.slot_score_function(slot) for slot in SLOTS] == ["l2_norm_gelu"] * 3
+    assert (config.partial_rotary_factor, config.gelu, config.layer_norm_eps) == (0.25, "erf", 1e-5)
+    assert (config.initializer_range, config.key_initializer_range) == (0.02, None)
 
 
 def test_rotary_dimensions_of_the_released_models():
