@@ -1,6 +1,6 @@
 """The base of every settings class: strict, immutable, with errors that name the field and the nearest right one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, get_args, get_origin
 
@@ -23,10 +23,10 @@ class Settings(BaseModel):
     def _no_truth_for_a_number(cls, values: Any) -> Any:
         """`true` is no 1, which pydantic takes it for; also in lists and mappings, and in those within them."""
         for name, value in values.items() if isinstance(values, dict) else ():
-            if name in cls.model_fields and _is_of_numbers(cls.model_fields[name].annotation):
-                for where, one in _leaves(value, name):
-                    if isinstance(one, bool):
-                        raise ValueError(f"{where}: must be a number (received {str(one).lower()})")
+            found = _truth_in(value)  # asked first: of most fields there is none, and annotations take longer to read
+            if found is not None and name in cls.model_fields and _is_of_numbers(cls.model_fields[name].annotation):
+                where, truth = found
+                raise ValueError(f"{name}{where}: must be a number (received {str(truth).lower()})")
         return values
 
     @classmethod
@@ -80,15 +80,23 @@ def _is_of_numbers(annotation: Any) -> bool:
     return len(parts) > len(names) and all(part in (int, float) for part in parts if part not in names)
 
 
-def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
-    """What lists and mappings hold, keys too, or any other value itself, each behind its place."""
+def _truth_in(value: Any) -> tuple[str, bool] | None:
+    """The first true or false that is `value`, or that lists and mappings in it hold, keys too, behind its place in
+    them (".1.0", empty for the value itself); None where there is none."""
+    if isinstance(value, bool):
+        return "", value
     if isinstance(value, dict):
-        yield from ((where, key) for key in value)
-    elif not isinstance(value, list | tuple):
-        yield where, value
-        return
-    for name, one in value.items() if isinstance(value, dict) else enumerate(value):
-        yield from _leaves(one, f"{where}.{name}")
+        if (key := next((key for key in value if isinstance(key, bool)), None)) is not None:
+            return "", key
+        entries: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list | tuple):
+        entries = enumerate(value)
+    else:
+        return None
+    for name, one in entries:
+        if (found := _truth_in(one)) is not None:
+            return f".{name}{found[0]}", found[1]
+    return None
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
