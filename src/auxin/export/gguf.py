@@ -252,8 +252,9 @@ def _refuse_uncarried(folder: Path, name: str, model: PreTrainedModel) -> None:
 
 
 def _named(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, str, Tensor]]:
-    """Each tensor to write: its name in the file, its name in the model, and its values as they lie in the file, in the
-    model's type. A tied head is written once, as the embedding."""
+    """Each tensor to write: its name in the file, its name in the model, and its values in the shape that they have in
+    the file, in the model's type; rows are arranged when they are written. A tied head is written once, as the
+    embedding."""
     import gguf
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.architecture.upper()], model.config.num_hidden_layers)
@@ -262,8 +263,7 @@ def _named(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, str, T
         if name is None:
             raise ConfigError(f"The model has no GGUF form: the tensor {key} has no name in a file of this family.")
         module = model.get_submodule(key.rpartition(".")[0])
-        laid = value.detach().T if isinstance(module, Conv1D) and value.dim() == 2 else value.detach()
-        yield name, key, family.arranged(key, laid, model.config)
+        yield name, key, value.detach().T if isinstance(module, Conv1D) and value.dim() == 2 else value.detach()
 
 
 def _types(model: PreTrainedModel, family: Family, type: str) -> dict[str, str]:
@@ -304,8 +304,8 @@ def _write_tensors(writer: Any, model: PreTrainedModel, family: Family, types: d
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, _, value in _named(model, family):
-            array = value.to("cpu", torch.float32).contiguous().numpy()
+        for name, key, value in _named(model, family):
+            array = family.arranged(key, value.to("cpu", torch.float32), model.config).contiguous().numpy()
             writer.write_tensor_data(gguf.quants.quantize(array, gguf.GGMLQuantizationType[types[name]]))
     finally:
         writer.close()
