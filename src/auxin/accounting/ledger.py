@@ -4,6 +4,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -43,7 +44,7 @@ class StageRecord(Settings):
     """It at the start; None where it was not measured."""
     value_after: float | None = None
     """It at the end."""
-    measures: dict[str, float | None] = {}
+    measures: Mapping[str, float | None] = {}
     """All that was measured at the end, by kind; None where JSON has no number for it."""
     plan: dict[str, Any] | None = None
     """The plan that a growth applied."""

@@ -1,6 +1,7 @@
 """What a run of several branches measured: the content of `results.json` and of the report."""
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 from auxin.accounting.ledger import Ledger
@@ -75,7 +76,7 @@ class BranchResult(Settings):
     seconds: float
     value: float | None = None
     """The run's measure on the held-out split at the end."""
-    measures: dict[str, float | None] = {}
+    measures: Mapping[str, float | None] = {}
     """All measures at the end, by kind; None where JSON has no number for one."""
     perplexity: float | None = None
     """exp of a loss in nats per token, infinite where that is too large for a number (JSON then has null)."""

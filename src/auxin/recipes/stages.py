@@ -239,7 +239,7 @@ def evaluate(run: Run, stage: EvaluateStage, directory: Path, previous: Path) ->
         parameters=ledger.stages[-1].parameters,
         measure=first,
         value_after=found[first],
-        measures={**found},
+        measures=found,
         data_fingerprint=run.data.fingerprint,
         seconds=time.perf_counter() - started,
     )

@@ -484,7 +484,7 @@ class _Loop:
             measure=measure.kind,
             value_before=state.value_before,
             value_after=final.get(measure.kind),
-            measures={**final},
+            measures=final,
             data_fingerprint=self.identity.data_fingerprint,
             seed=self.settings.seed,
             started_at=state.started_at,
