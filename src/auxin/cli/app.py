@@ -69,7 +69,9 @@ def main() -> None:
         if os.environ.get("AUXIN_DEBUG"):
             raise
         message = str(error) if isinstance(error, AuxinError) else _of_a_file(error)
-        Console(stderr=True, highlight=False).print(f"[bold red]auxin:[/] {escaped(message)}", soft_wrap=True)
+        # Of processes that torchrun has started one speaks for all: what goes wrong in another it is told.
+        if os.environ.get("RANK", "0") == "0":
+            Console(stderr=True, highlight=False).print(f"[bold red]auxin:[/] {escaped(message)}", soft_wrap=True)
         sys.exit(error.exit_code if isinstance(error, AuxinError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

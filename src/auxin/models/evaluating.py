@@ -94,7 +94,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients."""
-    with evaluation_mode(model), torch.inference_mode():
+    # The room that FSDP2 gathers parameters in is made by the first pass, and has to serve training, too.
+    in_pieces = any(base.__name__ == "FSDPModule" for base in type(model).__mro__)
+    with evaluation_mode(model), torch.no_grad() if in_pieces else torch.inference_mode():
         yield
 
 

@@ -38,6 +38,7 @@ from auxin.recipes.stage_models import stage_configs
 from auxin.recipes.stages import STAGE_CHECKPOINT, Announce, Run, describe_last_stage, run_stage
 from auxin.recipes.workers import Cell, raise_failures, run_cells
 from auxin.sums import damage
+from auxin.training.ranks import ALONE, Ranks
 from auxin.training.run_folder import aside_name
 
 
@@ -48,6 +49,7 @@ def run_recipe(
     announce: Announce = print,
     jobs: int = 1,
     branches: Sequence[str] | None = None,
+    ranks: Ranks = ALONE,
 ) -> RunResults:
     """Run `recipe` into the folder `output`, or go on where an earlier run into it stopped.
 
@@ -59,6 +61,8 @@ def run_recipe(
         jobs: branches that are run at a time. 1: in this process, with all its threads; more: in processes of one
             thread each, whose numbers are therefore the same to rounding only.
         branches: names of the branches to run, with those that they need; None: all.
+        ranks: the processes that train each stage together; this is the one that leads, and the others `follow`
+            (`auxin.recipes.together`).
 
     Returns:
         What the finished branches measured; also written to `results.json` and `report.html` in `output`.
@@ -73,7 +77,7 @@ def run_recipe(
     if recipe.seeds is not None:
         raise ConfigError(f"seeds: {recipe.seeds}: a run has one seed. Use run_seeds, or give the recipe one as seed.")
     wanted = recipe.needed(branches)
-    with opened_run(recipe, output, announce) as run:
+    with ranks.leading(), opened_run(recipe, output, announce, ranks) as run:
         if jobs == 1:
             return run_here(run, command, wanted)
         check_builds(run, wanted)
@@ -104,7 +108,7 @@ def run_here(run: Run, command: str, wanted: list[str]) -> RunResults:
 
 
 @contextmanager
-def opened_run(recipe: Recipe, output: str | Path, announce: Announce = print) -> Iterator[Run]:
+def opened_run(recipe: Recipe, output: str | Path, announce: Announce = print, ranks: Ranks = ALONE) -> Iterator[Run]:
     """Within the context, the folder `output` is this process's alone and ready for the branches of `recipe`: the
     recipe is checked, the corpus prepared. `run_branch` does them, here or, by `prepared_run`, in other processes.
 
@@ -116,10 +120,12 @@ def opened_run(recipe: Recipe, output: str | Path, announce: Announce = print) -
     price_recipe(recipe, memory=False)
     with held(directory):
         claim_directory(recipe, directory, announce)
-        yield prepared_run(recipe, directory, directory / DATA, announce)
+        yield prepared_run(recipe, directory, directory / DATA, announce, ranks)
 
 
-def prepared_run(recipe: Recipe, directory: Path, data_directory: Path, announce: Announce) -> Run:
+def prepared_run(
+    recipe: Recipe, directory: Path, data_directory: Path, announce: Announce, ranks: Ranks = ALONE
+) -> Run:
     """The run of `recipe` in its folder `directory`, which is claimed; the data is prepared where it is not yet.
 
     Raises:
@@ -135,7 +141,7 @@ def prepared_run(recipe: Recipe, directory: Path, data_directory: Path, announce
     # Again, now that it is known what the data decides.
     structures = stage_configs(recipe, data.form)
     price = price_recipe(recipe, memory=False, form=data.form, structures=structures)
-    return Run(recipe, directory, data, structures, announce, Course.of(recipe, directory, price))
+    return Run(recipe, directory, data, structures, announce, Course.of(recipe, directory, price), ranks)
 
 
 def finish_run(run: Run, command: str, threads: int | None = None) -> RunResults:

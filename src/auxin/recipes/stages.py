@@ -32,6 +32,7 @@ from auxin.training import train, write_checkpoint_folder
 from auxin.training.checkpoint import copy_checkpoint, read_state
 from auxin.training.held_out import HeldOut
 from auxin.training.lora import add_lora, merge_lora
+from auxin.training.ranks import ALONE, Ranks
 from auxin.training.run_folder import refuse_damaged
 
 STAGE_CHECKPOINT = "checkpoint"
@@ -52,6 +53,8 @@ class Run:
     structures: StageConfigs
     announce: Announce
     course: Course
+    ranks: Ranks = ALONE
+    """The processes that train each stage together."""
 
     def stage_directory(self, branch: Branch, stage: Stage) -> Path:
         """Where `stage` of `branch` keeps everything it writes."""
@@ -126,6 +129,9 @@ def run_stage(run: Run, branch: Branch, stage: Stage, directory: Path, previous:
     assert previous is not None  # the schema: what does not begin with a build is forked
     if isinstance(stage, TrainStage):
         run.announce(f"  {run.course.describe_start(branch, stage, run.data, Ledger.load(previous))}")
+        run.ranks.order({"branch": branch.name, "stage": stage.name, "previous": str(previous)})
+        with run.ranks.together():
+            pass  # they prepare what this process has
         return train_stage(run, branch, stage, directory, previous)
     if isinstance(stage, ChangeStage):
         return change(run, branch, stage, directory, previous)
@@ -149,19 +155,22 @@ def build(run: Run, stage: BuildStage, directory: Path, config: PreTrainedConfig
 
 
 def train_stage(run: Run, branch: Branch, stage: TrainStage, directory: Path, previous: Path) -> Path:
-    """Train on; the data goes on where the ancestors that learnt from the same data stopped."""
-    ledger = Ledger.load(previous)
-    flops = None
-    if stage.flops_of is not None:
-        total = Ledger.load(run.final_checkpoint(stage.flops_of)).total_flops
-        with run.recipe.at(branch, stage):
-            flops = remaining_flops(stage, total, ledger.total_flops)
-    settings = run.recipe.training_settings(stage, flops=flops)
-    carried = stage.lora is None and not stage.fresh_optimizer and (previous / TRAINING_FOLDER).exists()
-    model, processor = load_model(previous, dtype=torch.float32), own_processor(run, previous)
-    if stage.lora is not None:
-        with run.recipe.at(branch, stage):
-            add_lora(model, stage.lora, settings.seed)
+    """Train on; the data goes on where the ancestors that learnt from the same data stopped. Several processes call it
+    together."""
+    with run.ranks.together():
+        ledger = Ledger.load(previous)
+        flops = None
+        if stage.flops_of is not None:
+            total = Ledger.load(run.final_checkpoint(stage.flops_of)).total_flops
+            with run.recipe.at(branch, stage):
+                flops = remaining_flops(stage, total, ledger.total_flops)
+        settings = run.recipe.training_settings(stage, flops=flops)
+        carried = stage.lora is None and not stage.fresh_optimizer and (previous / TRAINING_FOLDER).exists()
+        model, processor = load_model(previous, dtype=torch.float32), own_processor(run, previous)
+        if stage.lora is not None:
+            with run.recipe.at(branch, stage):
+                add_lora(model, stage.lora, settings.seed)
+        references = run.references(settings.objective, ledger)
     result = train(
         model,
         run.data,
@@ -169,7 +178,7 @@ def train_stage(run: Run, branch: Branch, stage: TrainStage, directory: Path, pr
         directory,
         measures=run.recipe.measures,
         measured_objective=run.recipe.objective,
-        references=run.references(settings.objective, ledger),
+        references=references,
         processor=processor,
         optimizer_from=previous if carried else None,
         ledger=ledger,
@@ -177,8 +186,9 @@ def train_stage(run: Run, branch: Branch, stage: TrainStage, directory: Path, pr
         stage_name=stage.name,
         data_position=ledger.units_seen(run.data.fingerprint) // run.data.form.amount(settings.batch_size),
         place=run.course.place(branch, stage),
+        ranks=run.ranks,
     )
-    if stage.lora is None:
+    if stage.lora is None or not run.ranks.leads:
         return result.checkpoint
     return merged(model, result.checkpoint, directory / STAGE_CHECKPOINT, processor)
 

@@ -18,7 +18,9 @@ from auxin.recipes.schema import Recipe, TrainStage
 from auxin.recipes.stage_models import StageConfigs, stage_configs
 from auxin.training.gradients import BatchGradients
 from auxin.training.optimizer import build_optimizer
+from auxin.training.ranks import ALONE
 from auxin.training.settings import TrainingSettings
+from auxin.training.strategies import Copies
 
 PATIENCE = 10.0
 """Seconds that all timing may take, about; one model gets a third of what is left of them."""
@@ -114,7 +116,7 @@ def seconds_per_step(
     optimizer = build_optimizer(model, settings)
     example = {name: value.to(device) for name, value in objective.example(settings.samples_per_forward).items()}
     # What compiling takes is no part of a step, and more than anybody waits for.
-    gradients = BatchGradients(model, objective, settings.model_copy(update={"compile": False}))
+    gradients = BatchGradients(model, objective, settings.model_copy(update={"compile": False}), Copies(ALONE))
     started = time.perf_counter()
     times: list[float] = []
     with objective.learning(model), without_autocast():

@@ -38,6 +38,7 @@ from auxin.sums import STATE, SUMMED, write_sums
 from auxin.training.adapters import load_adapter
 from auxin.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from auxin.training.settings import TrainingSettings
+from auxin.training.strategies import in_pieces_like, plain_class
 
 TRAINING = STATE.parent
 TENSORS_FILE = "state.safetensors"
@@ -204,7 +205,7 @@ def load_weights(checkpoint: str | Path, model: PreTrainedModel) -> None:
     if has_adapter(model):
         load_adapter(Path(checkpoint), model)
         return
-    saved = load_model(checkpoint, dtype=model.dtype, model_class=type(model))
+    saved = load_model(checkpoint, dtype=model.dtype, model_class=plain_class(model))
     for kind in ("named_parameters", "named_buffers"):
         source = dict(getattr(saved, kind)())
         target = dict(getattr(model, kind)())
@@ -217,7 +218,7 @@ def load_weights(checkpoint: str | Path, model: PreTrainedModel) -> None:
                 )
         with torch.no_grad():
             for name, tensor in target.items():
-                tensor.copy_(source[name])
+                tensor.copy_(in_pieces_like(source[name], tensor))
     for name, module in model.named_modules():
         if isinstance(module, Brick):
             module.overwritten_with(saved.get_submodule(name))

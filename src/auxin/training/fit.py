@@ -13,6 +13,7 @@ from auxin.models.evaluating import about_inference_tensors
 from auxin.objectives.objective import Objective
 from auxin.training.adapters import check_adapter
 from auxin.training.optimizer import optimizer_tensors
+from auxin.training.strategies import whole
 
 
 def check_fit(model: PreTrainedModel, objective: Objective) -> None:
@@ -56,13 +57,13 @@ def refuse_non_finite(model: PreTrainedModel, optimizer: Optimizer | None, origi
     tensors = {**dict(_suspects(model)), **({} if optimizer is None else optimizer_tensors(model, optimizer))}
     checked = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.is_meta}
     buffers = {name for name, _ in model.named_buffers()}
-    bad = {name: _bad(tensor, name in buffers).any() for name, tensor in checked.items()}
+    bad = {name: whole(_bad(tensor, name in buffers).any()) for name, tensor in checked.items()}
     # One transfer, whatever the number of tensors.
     flags = torch.stack([flag.to(model.device) for flag in bad.values()]).tolist() if bad else []
     names = [name for name, flag in zip(bad, flags, strict=True) if flag]
     if names:
         first = checked[names[0]]
-        count = int(_bad(first, names[0] in buffers).sum())
+        count = int(whole(_bad(first, names[0] in buffers).sum()))
         more = f", and of {len(names) - 1} more tensors" if len(names) > 1 else ""
         raise CheckpointError(
             f"{origin}: {count:,} of {first.numel():,} values of {names[0]}{more} are NaN or infinite. Training would "

@@ -12,6 +12,7 @@ from auxin.nn.autocast import bfloat16_autocast
 from auxin.objectives.objective import Objective
 from auxin.training.hardware import choose_precision
 from auxin.training.settings import TrainingSettings
+from auxin.training.strategies import Copies, samples_per_pass, whole
 
 
 class BatchGradients:
@@ -21,10 +22,14 @@ class BatchGradients:
         model: on the device on which it learns.
         objective: what it learns, bound to it.
         settings: of the stage: precision, micro-batch, clipping, compilation.
+        strategy: how the model lies in the processes that train it together.
     """
 
-    def __init__(self, model: PreTrainedModel, objective: Objective, settings: TrainingSettings) -> None:
+    def __init__(
+        self, model: PreTrainedModel, objective: Objective, settings: TrainingSettings, strategy: Copies
+    ) -> None:
         self.objective, self.settings, self.device = objective, settings, model.device
+        self.model, self.strategy, self.ranks = model, strategy, strategy.ranks
         self.precision = choose_precision(settings.precision, self.device)
         """Of matrix products."""
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -34,36 +39,59 @@ class BatchGradients:
         """In which the model runs, to learn and to be measured."""
         return bfloat16_autocast(self.device.type, self.precision == torch.bfloat16)
 
-    def of(self, inputs: dict[str, Tensor]) -> tuple[float, float]:
+    def of(self, inputs: dict[str, Tensor], seed: int) -> tuple[float, float]:
         """Leave the clipped gradients of the mean loss over the batch's targets; return loss and norm before clipping,
         both NaN where there is nothing to learn from.
 
         A micro-batch weighs as many targets as it has, so that how a batch is cut changes nothing but rounding, where
-        the objective adds up (`Objective.adds_up`).
+        the objective adds up (`Objective.adds_up`). Several processes take turns at the micro-batches; all of them get
+        the same loss and norm.
 
         Args:
             inputs: the objective's, by name, each with the batch as its first axis, on any device.
+            seed: of what several processes draw in the passes, such as dropout: each micro-batch draws its own numbers,
+                whichever process has it. One process goes on from where torch's generator stands.
         """
         for parameter in self.parameters:
             parameter.grad = None
-        parts = _parts(inputs, self.settings.samples_per_forward)
+        parts = _parts(inputs, samples_per_pass(self.settings, self.ranks))
         counts = [self.objective.targets(part) for part in parts]
-        if self.device.type == "cuda":
-            parts = [
-                {name: value.pin_memory().to(self.device, non_blocking=True) for name, value in part.items()}
-                for part in parts
-            ]
         total = sum(counts)
         if not total:
             return math.nan, math.nan
         # A mean over nothing is not a number.
-        losses = [self.add(part, count / total) for part, count in zip(parts, counts, strict=True) if count]
+        shares = [(number, count / total) for number, count in enumerate(counts) if count]
+        mine = self._own(shares)
+        for number, _ in mine:
+            parts[number] = self._here(parts[number])
+        losses = []
+        for place, (number, share) in enumerate(mine):
+            if self.ranks.several:
+                torch.manual_seed((seed + number) % 2**63)
+            self.strategy.begin_pass(self.model, place == len(mine) - 1)
+            losses.append(self.add(parts[number], share))
+        loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
+        self.ranks.wait_for_others()
+        self.ranks.add_up(loss)
+        self.strategy.add_up(self.parameters)
         norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.settings.gradient_clip is not None:
             clip_grads_with_norm_(self.parameters, self.settings.gradient_clip, norm)
         # One transfer, so that CUDA is waited for once per step.
-        values = torch.stack([torch.stack(losses).sum(), norm.to(losses[0].dtype)]).tolist()
+        values = torch.stack([loss, whole(norm).to(loss.dtype)]).tolist()
         return values[0], values[1]
+
+    def _own(self, shares: list[tuple[int, float]]) -> list[tuple[int, float]]:
+        """Of (micro-batch, its share of the loss) those of this process. Where a pass is one of all processes together,
+        each has as many; what is there twice weighs nothing the second time."""
+        own = shares[self.ranks.rank :: self.ranks.size]
+        most = math.ceil(len(shares) / self.ranks.size)
+        return own + [(shares[0][0], 0.0)] * (most - len(own)) if self.strategy.in_step else own
+
+    def _here(self, part: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.device.type != "cuda":
+            return part
+        return {name: value.pin_memory().to(self.device, non_blocking=True) for name, value in part.items()}
 
     def add(self, part: dict[str, Tensor], share: float) -> Tensor:
         """Add the gradients of one micro-batch, on the model's device, of which the batch's loss has `share`; returns

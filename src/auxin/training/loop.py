@@ -1,12 +1,14 @@
 """The training loop of one stage: steps, evaluations, checkpoints, resumption."""
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -30,27 +32,17 @@ from auxin.training.guard import Guard, GuardEvent
 from auxin.training.hardware import peak_flops
 from auxin.training.held_out import HeldOut
 from auxin.training.identity import RunIdentity
-from auxin.training.metrics import MetricsLog
+from auxin.training.keeper import Keeper
 from auxin.training.optimizer import build_optimizer, restore_optimizer
 from auxin.training.progress import Place, ProgressDisplay, TimeLeft
-from auxin.training.run_folder import (
-    CHECKPOINTS,
-    announce_saving,
-    checkpoint_name,
-    checkpoint_to_resume,
-    keep_later,
-    latest_checkpoint,
-    name_latest,
-    own_checkpoints,
-    pick_up,
-    prune_checkpoints,
-    refuse_damaged,
-    start_over,
-)
+from auxin.training.ranks import ALONE, Ranks
 from auxin.training.schedule import learning_rate
 from auxin.training.settings import TrainingSettings
 from auxin.training.speed import Speed
 from auxin.training.state import TrainingState
+from auxin.training.strategies import Copies, choose_strategy
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,6 +91,7 @@ def train(
     data_position: int = 0,
     progress: bool = True,
     place: Place | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainingResult:
     """Train a model for one stage, in place; resume where `output_dir` holds a started run.
 
@@ -127,6 +120,8 @@ def train(
         data_position: batch of the data order to start at, so that a stage need not see again what its parent saw.
         progress: show the progress on standard error.
         place: where the stage stands in a run of several, for the progress.
+        ranks: the processes that train together (`auxin.training.ranks.joined`); each calls this with the same
+            arguments and sees the same files, of which the leader writes all.
 
     Raises:
         ConfigError: settings, model and data do not fit together.
@@ -136,22 +131,27 @@ def train(
         TrainingInterrupted: a signal came (`auxin.interruption`); the state was saved.
     """
     output_dir = Path(output_dir)
-    device = choose_device(settings.device)
     form = data.form
-    objective = settings.objective.bind(model.config, form, references)
-    check_fit(model, objective)
-    for name, reference in (references or {}).items():
-        refuse_non_finite(reference.model, None, name)
-    measured = objective if measured_objective is None else measured_objective.bind(model.config, form, references)
-    flops = objective.training_flops(model)
-    total_steps = settings.total_steps(form, flops)
+    with ranks.together():
+        device = choose_device(settings.device)
+        objective = settings.objective.bind(model.config, form, references)
+        check_fit(model, objective)
+        for name, reference in (references or {}).items():
+            refuse_non_finite(reference.model, None, name)
+        measured = objective if measured_objective is None else measured_objective.bind(model.config, form, references)
+        flops = objective.training_flops(model)
+        total_steps = settings.total_steps(form, flops)
+        strategy = choose_strategy(settings, ranks, device, model, objective, hooks)
     facts = objective.identity()
     if not objective.adds_up:  # a setting that may change elsewhere, and here is part of what is learnt
         facts["samples per forward pass"] = str(settings.samples_per_forward)
     identity = RunIdentity.of(stage_name, settings, data.fingerprint, data_position, model.config, facts)
     output_dir.mkdir(parents=True, exist_ok=True)
-    with exclusive(output_dir), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    held = exclusive(output_dir) if ranks.leads else contextlib.nullcontext()
+    with held, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.nn.Module.to(model, device)
+        num_parameters = count_parameters(model).total
+        strategy.place(model)
         state = TrainingState(
             model=model,
             optimizer=build_optimizer(model, settings),
@@ -164,8 +164,10 @@ def train(
             tuple(measures) or (Loss(),), measured, data, settings.samples_per_forward, settings.evaluation_batches
         )
         processor = data.processor() if processor is None else processor
+        keeper = Keeper(output_dir, ranks, settings.keep_checkpoints, settings.tensorboard)
         loop = _Loop(
-            state, data, objective, evaluation, settings, output_dir, identity, total_steps, flops, processor, ledger
+            *(state, data, objective, evaluation, settings, keeper, strategy),
+            *(identity, total_steps, flops, num_parameters, processor, ledger),
         )
         with objective.learning(model), without_autocast():
             return loop.run(optimizer_from, stop_after, progress, place or Place())
@@ -181,10 +183,12 @@ class _Loop:
         objective: Objective,
         evaluation: HeldOut,
         settings: TrainingSettings,
-        output_dir: Path,
+        keeper: Keeper,
+        strategy: Copies,
         identity: RunIdentity,
         total_steps: int,
         flops_per_sample: float,
+        num_parameters: int,
         processor: Processor | None,
         ledger: Ledger | None,
     ) -> None:
@@ -194,7 +198,7 @@ class _Loop:
         self.objective = objective
         self.evaluation = evaluation
         self.settings = settings
-        self.output_dir = output_dir
+        self.keeper = keeper
         self.identity = identity
         self.total_steps = total_steps
         self.units_per_step = self.form.amount(settings.batch_size)
@@ -203,9 +207,11 @@ class _Loop:
         self.parent = ledger or Ledger()
         self.model = state.model
         self.device = state.model.device
-        self.gradients = BatchGradients(self.model, objective, settings)
-        self.peak = peak_flops(self.device, self.gradients.precision)
-        self.num_parameters = count_parameters(self.model).total
+        self.strategy, self.ranks = strategy, strategy.ranks
+        self.gradients = BatchGradients(self.model, objective, settings, strategy)
+        peak = peak_flops(self.device, self.gradients.precision)
+        self.peak = None if peak is None else peak * self.ranks.size
+        self.num_parameters = num_parameters
 
     # The course of a call.
 
@@ -214,7 +220,7 @@ class _Loop:
     ) -> TrainingResult:
         """Start or resume, train, evaluate, save."""
         self.clock = time.perf_counter()
-        checkpoint, gone_back = checkpoint_to_resume(self.output_dir, self.settings.guard.action == "rewind")
+        checkpoint, gone_back = self.keeper.to_resume(self.settings.guard.action == "rewind")
         for hook in self.state.hooks:
             hook.attach(self.model, self.state.optimizer)
         groups = self.state.optimizer.param_groups
@@ -224,7 +230,7 @@ class _Loop:
             saved = self._resume(checkpoint)
             gone_back += self._keep_later(checkpoint)
             # A kill may have come between naming the checkpoint and removing what it made superfluous.
-            self._prune(checkpoint)
+            self.keeper.prune(checkpoint, self.state.rewind_step)
             if saved["finished"]:
                 found = self.parent.stages[-1].measures
                 none = math.nan  # as JSON says it
@@ -236,10 +242,8 @@ class _Loop:
         refuse_non_finite(self.model, self.state.optimizer, str(checkpoint or self.model.name_or_path or "the model"))
         was_training = self.model.training
         step, position = self.state.step, self.state.data_position
-        self.metrics = MetricsLog(
-            self.output_dir, self.settings.tensorboard, None if checkpoint is None else position, step
-        )
-        self.display = self._display(progress, place)
+        self.keeper.open_metrics(None if checkpoint is None else position, step)
+        self.display = self._display(progress and self.ranks.leads, place)
         self.evaluation = dataclasses.replace(self.evaluation, told=self.display.evaluating)
         for note in gone_back:
             self.display.line(note)
@@ -251,12 +255,12 @@ class _Loop:
                     self._begin()
                 result = self._train(interruption, stop_after)
             # In the last step or while the end was measured and saved: who asked to stop wants no next stage.
-            if interruption.signal_name is not None:
-                self._interrupted(interruption.signal_name)
+            if self.ranks.any(interruption.signal_name is not None):
+                self._interrupted(interruption.signal_name or "a signal to another process")
             return result
         finally:
             self.display.close()
-            self.metrics.close()
+            self.keeper.close()
             self.model.train(was_training)
 
     def _display(self, enabled: bool, place: Place) -> ProgressDisplay:
@@ -267,7 +271,7 @@ class _Loop:
 
     def _start(self, optimizer_from: str | Path | None) -> None:
         state = self.state
-        start_over(self.output_dir)
+        self.keeper.start_over()
         if optimizer_from is not None:
             fresh = restore_optimizer(self.model, state.optimizer, read_tensors(optimizer_from))
             if fresh:
@@ -286,12 +290,12 @@ class _Loop:
     def _resume(self, checkpoint: Path) -> dict[str, Any]:
         saved = read_state(checkpoint)
         try:
-            notes = self.identity.check(RunIdentity.model_validate(saved["identity"]), str(self.output_dir))
+            notes = self.identity.check(RunIdentity.model_validate(saved["identity"]), str(self.keeper.folder))
             self.parent = Ledger.load(checkpoint)
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{checkpoint} has no usable training state: {error}") from error
         self._load(checkpoint, saved)
-        pick_up(self.output_dir, checkpoint, self.state)
+        self.keeper.pick_up(checkpoint, self.state)
         if not saved["finished"]:
             # The record of the stage in progress is written anew with every checkpoint.
             self.parent = Ledger(stages=self.parent.stages[:-1])
@@ -299,7 +303,7 @@ class _Loop:
         return saved
 
     def _keep_later(self, checkpoint: Path | None) -> list[str]:
-        notes = keep_later(self.output_dir, checkpoint)
+        notes = self.keeper.keep_later(checkpoint)
         self.state.notes += [note for note in notes if note not in self.state.notes]
         return notes
 
@@ -318,8 +322,9 @@ class _Loop:
         self.model.train()
         self.speed = Speed(self.units_per_step, state.data_position)
         while state.step < last:
-            if interruption.signal_name is not None:
-                self._interrupted(interruption.signal_name)
+            self.ranks.begin_step(state.step)
+            if self.ranks.any(interruption.signal_name is not None):
+                self._interrupted(interruption.signal_name or "a signal to another process")
             if not self._step():
                 continue
             step = state.step
@@ -335,9 +340,8 @@ class _Loop:
                     self._save()
         if state.step < self.total_steps:
             return self._result(self._save_unplanned(), {}, self._books({}))
-        with self.gradients.autocast():
-            found = self.evaluation.all(self.model)
-            self._log(self.evaluation.last_line(self.model, found))
+        found = self._measured(self.evaluation.all)
+        self._log(self._measured(partial(self.evaluation.last_line, found=found)))
         checkpoint = self._save(found)
         shown = ", ".join(f"{measure.name} {found[measure.kind]:.4f}" for measure in self.evaluation.measures)
         self.display.line(f"{state.step} steps done, validation {shown}, saved in {checkpoint}")
@@ -356,7 +360,7 @@ class _Loop:
         noise = training_noise(settings.seed, state.data_position)
         inputs = self.objective.inputs(next(self.batches), noise)
         state.data_position += 1
-        loss, norm = self.gradients.of(inputs)
+        loss, norm = self.gradients.of(inputs, self._draws())
         self.rate, self.norm = rate, norm
         problem = state.guard.problem(loss, norm)
         if problem is not None:
@@ -388,9 +392,10 @@ class _Loop:
             raise TrainingError(
                 f"Training stopped at step {state.step}: more than {self.settings.guard.maximum_events} bad steps "
                 f"within {self.settings.guard.window} batches; the last: {problem}. The last good weights are in "
-                f"{latest_checkpoint(self.output_dir)}. Lower learning_rate or look at the batches named in "
-                f"{self.metrics.path}; if the data is right and the spikes harmless, raise guard.spike_multiple or "
-                "guard.maximum_events (--set training.guard.maximum_events=50) and give the same output folder again."
+                f"{self.keeper.latest()}. Lower learning_rate or look at the batches named in "
+                f"{self.keeper.metrics_path}; if the data is right and the spikes harmless, raise "
+                "guard.spike_multiple or guard.maximum_events (--set training.guard.maximum_events=50) and give the "
+                "same output folder again."
             )
         if action == "rewind":
             self._rewind()
@@ -406,14 +411,10 @@ class _Loop:
         state = self.state
         events, notes = state.guard.events, state.notes
         seconds = state.seconds
-        checkpoint = self.output_dir / CHECKPOINTS / checkpoint_name(state.rewind_step)
-        refuse_damaged(checkpoint, f"Run again: the run then goes back to an older one ({self.output_dir}).")
-        self.metrics.rewind(state.rewind_step)
-        # Before any newer checkpoint (of an interruption) is forgotten, `latest` must not name it any more.
-        name_latest(self.output_dir, checkpoint)
-        self._load(checkpoint, read_state(checkpoint), position=state.data_position)
+        checkpoint, saved = self.keeper.go_back(state.rewind_step)
+        self._load(checkpoint, saved, position=state.data_position)
         state.guard.events, state.notes, state.seconds = events, notes, seconds
-        self._prune(checkpoint)
+        self.keeper.prune(checkpoint, state.rewind_step)
 
     # Saving and measuring.
 
@@ -426,47 +427,42 @@ class _Loop:
 
     def _save_unplanned(self) -> Path:
         """Save between two periodic checkpoints; a rewind will not go there, as it would not without this one."""
-        newest = latest_checkpoint(self.output_dir)
-        if newest is not None and newest.name == checkpoint_name(self.state.step):
-            return newest
+        if self.keeper.newest_is(self.state.step):
+            return self.keeper.checkpoint(self.state.step)
         return self._save(periodic=False)
 
     def _save(self, final: dict[str, float] | None = None, periodic: bool = True) -> Path:
         state = self.state
         if periodic:
             state.rewind_step = state.step
-        checkpoint = self.output_dir / CHECKPOINTS / checkpoint_name(state.step)
         self._tick()
-        announce_saving(self.output_dir, checkpoint)
-        write_checkpoint_folder(
-            checkpoint,
-            self.model,
-            processor=self.processor,
-            ledger=self._books(final or {}),
-            tensors=state.tensors(),
-            state={
-                "version": 1,
-                "finished": final is not None,
-                "total_steps": self.total_steps,
-                "identity": self.identity.model_dump(),
-                "state": state.values(),
-            },
-        )
-        name_latest(self.output_dir, checkpoint)
-        self._prune(checkpoint)
-        return checkpoint
+        model, tensors = self.strategy.whole(state.model), state.tensors()
 
-    def _prune(self, newest: Path) -> None:
-        names = [folder.name for folder in own_checkpoints(self.output_dir) if folder.name <= newest.name]
-        keep = {*names[-self.settings.keep_checkpoints :], checkpoint_name(self.state.rewind_step)}
-        prune_checkpoints(self.output_dir, keep)
+        def write(checkpoint: Path) -> None:
+            write_checkpoint_folder(
+                checkpoint,
+                model,
+                processor=self.processor,
+                ledger=self._books(final or {}),
+                tensors=tensors,
+                state={
+                    "version": 1,
+                    "finished": final is not None,
+                    "total_steps": self.total_steps,
+                    "identity": self.identity.model_dump(),
+                    "state": state.values(),
+                },
+            )
+
+        return self.keeper.save(state.step, state.rewind_step, write)
 
     def _interrupted(self, signal_name: str) -> None:
         checkpoint = self._save_unplanned()
         done = "the stage is finished and saved" if self.state.step == self.total_steps else "saved"
         raise TrainingInterrupted(
             f"Interrupted by {signal_name} after step {self.state.step} of {self.total_steps}; {done} in {checkpoint}. "
-            f"Give the same command (or call train with the same output_dir, {self.output_dir}) to go on from there.",
+            f"Give the same command (or call train with the same output_dir, {self.keeper.folder}) to go on from "
+            "there.",
             checkpoint,
         )
 
@@ -517,10 +513,27 @@ class _Loop:
         )
 
     def _evaluate(self) -> float:
-        with self.gradients.autocast():
-            value = self.evaluation.first(self.model)
+        value = self._measured(self.evaluation.first)
         self._log(self.evaluation.line(value))
         return value
+
+    def _measured(self, measure: Callable[[PreTrainedModel], T]) -> T:
+        """What `measure` finds of the model, in the precision that it is trained in."""
+
+        def found() -> T:
+            with self.gradients.autocast():
+                return measure(self.model)
+
+        return self.strategy.measured(self.model, found)
+
+    def _draws(self) -> int:
+        """The seed of what several processes draw in the forward passes of a step, and set as torch's, so that they
+        draw alike what is drawn outside of them."""
+        if not self.ranks.several:
+            return 0
+        seed = int(training_noise(self.settings.seed, self.state.data_position).integers(2**62))
+        torch.manual_seed(seed)
+        return seed + 1
 
     def _measurements(self) -> dict[str, Any]:
         """Loss (mean over the good steps since the last line), rate, gradient norm and speed."""
@@ -542,7 +555,7 @@ class _Loop:
     def _log(self, values: dict[str, Any]) -> None:
         self._tick()
         state = self.state
-        self.metrics.write(
+        self.keeper.write(
             {
                 "step": state.step,
                 "data_position": state.data_position,

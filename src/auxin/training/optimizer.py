@@ -8,6 +8,7 @@ from torch.optim import AdamW, Optimizer
 
 from auxin.errors import CheckpointError
 from auxin.training.settings import TrainingSettings
+from auxin.training.strategies import in_pieces_like, whole
 
 PREFIX = "optimizer."
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -44,13 +45,14 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> AdamW:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as tensors named after the parameters; parameters without state yet are left out."""
+    """The optimizer's state as tensors named after the parameters; parameters without state yet are left out. Where it
+    lies in pieces, all processes call this together, and get whole tensors."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         state = optimizer.state.get(parameter)
         if state:
             for moment in MOMENTS:
-                tensors[f"{PREFIX}{moment}.{name}"] = state[moment]
+                tensors[f"{PREFIX}{moment}.{name}"] = whole(state[moment])
     return tensors
 
 
@@ -91,5 +93,6 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Mapping[s
             # AdamW keeps its step counter in float32 and, unless the kernel is fused, on the CPU.
             like = torch.float32 if moment == "step" else parameter.dtype
             device = parameter.device if fused or moment != "step" else torch.device("cpu")
-            optimizer.state[parameter][moment] = tensor.to(device=device, dtype=like, copy=True)
+            copied = tensor.to(device=device, dtype=like, copy=True)
+            optimizer.state[parameter][moment] = copied if moment == "step" else in_pieces_like(copied, parameter)
     return fresh

@@ -1,0 +1,279 @@
+"""The processes that train one model together, started by torchrun: which of them leads, and what they tell each other.
+
+Rank 0 leads: it alone writes into a run's folder and talks to whoever waits. What it does alone, the others learn the
+outcome of through the store that torchrun keeps, so that they can wait for as long as it takes, and hear signals.
+"""
+
+import contextlib
+import datetime
+import itertools
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from auxin.errors import AuxinError, ConfigError, TrainingError, first_line
+
+T = TypeVar("T")
+STEP_SECONDS = 600.0
+"""Longest wait for the others within a step, unless AUXIN_STEP_SECONDS says another: whoever takes longer hangs."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
+"""Seconds between looks into the store."""
+_FAREWELL = 10.0
+"""Seconds that the leader waits at the end for those that may be gone."""
+_END = "end"
+
+
+class Ranks:
+    """The processes, as one of them sees them. Without a store it is alone.
+
+    Args:
+        rank: which one this is, from 0.
+        size: how many there are.
+        store: what all of them read and write.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None) -> None:
+        self.rank, self.size, self._store = rank, size, store
+        self._told = self._met = self._ordered = self._step = 0
+        if self.several:
+            self.say(f"process/{rank}", {"host": platform.node(), "number": os.getpid()})
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    @property
+    def several(self) -> bool:
+        """Whether there are others."""
+        return self.size > 1
+
+    def add_up(self, values: Tensor) -> None:
+        """Replace `values`, on any device, by their sum over the processes; the same bits in all of them."""
+        if self.several:
+            dist.all_reduce(values)
+
+    def begin_step(self, step: int) -> None:
+        """Note that this process is at work on a step, for whoever has to say which one they wait for."""
+        self._step = step
+        self._note(waits=False)
+
+    def wait_for_others(self) -> None:
+        """Note that what this process does alone in a step is done."""
+        self._note(waits=True)
+
+    def _note(self, waits: bool) -> None:
+        if self.several:
+            self.say(f"at/{self.rank}", {"step": self._step, "waits": waits})
+
+    def behind(self) -> str:
+        """Which processes the others wait for, in a sentence; empty where that is not known."""
+        assert self._store is not None
+        places: list[tuple[int, bool]] = []
+        try:
+            for rank in range(self.size):
+                known = self._store.check([f"at/{rank}"])
+                places.append(tuple(self.hear(f"at/{rank}", rank).values()) if known else (-1, False))
+        except (AuxinError, RuntimeError):  # the store is gone, too
+            return ""
+        late = [rank for rank, place in enumerate(places) if place < max(places)]
+        names = [f"{rank} ({'not begun' if places[rank][0] < 0 else f'at step {places[rank][0]}'})" for rank in late]
+        return f"They wait for process {', '.join(names)}." if late else ""
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set in one of them; all of them ask together."""
+        if not self.several:
+            return flag
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags)
+
+    def told(self, make: Callable[[], T]) -> T:
+        """What `make`, which the leader alone calls, returns: something that JSON has a form for.
+
+        Raises:
+            AuxinError: it raised one; in the others a TrainingError of the same words.
+        """
+        if not self.several:
+            return make()
+        self._told += 1
+        key = f"told/{self._told}"
+        if self.leads:
+            try:
+                value = make()
+            except AuxinError as error:
+                self.say(key, {"error": str(error)})
+                raise
+            self.say(key, {"value": value})
+            return value
+        message = self.hear(key)
+        if "error" in message:
+            raise TrainingError(message["error"])
+        told: T = message["value"]
+        return told
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What goes wrong within the context in one process goes wrong in all of them, so that none waits for it.
+
+        Raises:
+            AuxinError: its own error, or else a TrainingError with that of another, which it names.
+        """
+        error: AuxinError | None = None
+        try:
+            yield
+        except AuxinError as raised:
+            error = raised
+        if self.several:
+            self._met += 1
+            keys = [f"met/{self._met}/{rank}" for rank in range(self.size)]
+            self.say(keys[self.rank], {"error": None if error is None else str(error)})
+            others = {rank: self.hear(key, rank)["error"] for rank, key in enumerate(keys) if rank != self.rank}
+            if error is None:
+                for rank, message in others.items():
+                    if message is not None:
+                        raise TrainingError(f"process {rank} of {self.size}: {message}")
+        if error is not None:
+            raise error
+
+    @contextlib.contextmanager
+    def leading(self) -> Iterator[None]:
+        """Within the context the others, which follow, wait for orders of this process; at its end they go home."""
+        try:
+            yield
+        finally:
+            # Where the others are gone already, nobody has to be told.
+            with contextlib.suppress(RuntimeError):
+                self.order({_END: True})
+
+    def order(self, message: Mapping[str, Any]) -> None:
+        """Give the others, which follow, an order."""
+        if self.several:
+            self.say(f"order/{self._ordered}", message)
+            self._ordered += 1
+
+    def orders(self) -> Iterator[dict[str, Any]]:
+        """The leader's orders, as they come, up to the last."""
+        for number in itertools.count():
+            order = self.hear(f"order/{number}")
+            if _END in order:
+                return
+            yield order
+
+    def say(self, key: str, message: Mapping[str, Any]) -> None:
+        """Leave a message for whoever asks for `key`."""
+        assert self._store is not None
+        self._store.set(key, json.dumps(message))
+
+    def hear(self, key: str, of: int = 0) -> dict[str, Any]:
+        """The message that process `of` leaves under `key`, as soon as it is there.
+
+        Raises:
+            TrainingError: that process has died, as far as can be seen from here.
+        """
+        assert self._store is not None
+        self._wait(key, of, math.inf)
+        message: dict[str, Any] = json.loads(self._store.get(key))
+        return message
+
+    def part(self) -> None:
+        """Leave the others. The leader, with whom the store may end, lets them read what it said last."""
+        self.say(f"left/{self.rank}", {})
+        if self.leads:
+            until = time.monotonic() + _FAREWELL
+            for rank in range(1, self.size):
+                with contextlib.suppress(TrainingError):
+                    self._wait(f"left/{rank}", rank, until)
+
+    def _wait(self, key: str, of: int, until: float) -> None:
+        """Until there is a message of process `of` under `key`, or so long; TrainingError where it has died."""
+        assert self._store is not None
+        pause = _FIRST_PAUSE
+        while not self._store.check([key]) and time.monotonic() < until:
+            time.sleep(pause)
+            if pause == _LONGEST_PAUSE and self._has_died(of) and not self._store.check([key]):
+                raise TrainingError(f"process {of} of {self.size} has died. What was saved before is kept: run again.")
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _has_died(self, rank: int) -> bool:
+        """Whether a process of this machine is there no more; of another machine torchrun tells."""
+        assert self._store is not None
+        if not self._store.check([f"process/{rank}"]):
+            return False
+        process = json.loads(self._store.get(f"process/{rank}"))
+        if process["host"] != platform.node():
+            return False
+        try:
+            os.kill(process["number"], 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+
+ALONE = Ranks()
+"""One process that trains by itself."""
+
+
+def started_together() -> bool:
+    """Whether torchrun, or what sets the same environment, has started this process with others."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1 and "RANK" in os.environ
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Ranks]:
+    """Within the context, the processes that torchrun has started know each other; ALONE where it has started none.
+
+    On CUDA each takes the device of its local rank.
+
+    Raises:
+        ConfigError: the environment says that there are others, and not where they meet.
+    """
+    if not started_together():
+        yield ALONE
+        return
+    try:
+        store, rank, size = next(iter(dist.rendezvous("env://")))
+        # torchrun may keep its store when it starts them again.
+        store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes can't meet: {error} Start them by torchrun "
+            "(torchrun --nproc-per-node 2 -m auxin run ...), or unset WORLD_SIZE for one process."
+        ) from error
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=float(os.environ.get("AUXIN_STEP_SECONDS", STEP_SECONDS))),
+    )
+    ranks = Ranks(rank, size, dist.PrefixStore("auxin", store))
+    try:
+        try:
+            yield ranks
+        except AuxinError:
+            ranks.part()
+            raise
+        except RuntimeError as error:
+            if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            told = (
+                f"Process {rank} of {size} waited in vain for the others ({first_line(error)}).",
+                ranks.behind(),
+                "What was saved before is kept: run again to go on from there.",
+            )
+            raise TrainingError(" ".join(filter(None, told))) from error
+        ranks.part()
+    finally:
+        dist.destroy_process_group()

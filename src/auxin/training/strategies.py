@@ -1,0 +1,230 @@
+"""How a model that several processes train lies in them: a copy in each (`Copies`), or in pieces (`Sharded`).
+
+Either way a step is the one that a single process would take with the same batch, but for the order of sums: the batch
+is cut into the same parts, each part weighs as many targets as it has, and gradients are added up before they are
+clipped.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from auxin.errors import ConfigError, PlanError
+from auxin.models.adapters import has_adapter
+from auxin.models.layers import layer_paths
+from auxin.objectives.objective import Objective
+from auxin.training.ranks import Ranks
+from auxin.training.settings import TrainingSettings
+
+T = TypeVar("T")
+BUCKET = 2**23
+"""Values of gradients that are added up at a time."""
+
+
+class Copies:
+    """Every process has the whole model and the whole optimizer, and takes the same steps.
+
+    Args:
+        ranks: the processes; one alone keeps everything to itself.
+    """
+
+    name: Literal["replicated", "sharded"] = "replicated"
+    in_step = False
+    """Whether a forward pass of the model is one of all processes together."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def place(self, model: PreTrainedModel) -> None:
+        """Bring `model`, whole and on its device, into the form that it is trained in."""
+
+    def begin_pass(self, model: nn.Module, is_last: bool) -> None:
+        """A forward and backward pass follows, the last one of a step or not."""
+
+    def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add up the gradients that the processes have. A parameter that has one in none of them keeps none."""
+        if not self.ranks.several:
+            return
+        device = parameters[0].device
+        used = torch.tensor([parameter.grad is not None for parameter in parameters], device=device).float()
+        self.ranks.add_up(used)
+        wanted = [parameter for parameter, flag in zip(parameters, used.tolist(), strict=True) if flag]
+        for bucket in _buckets(wanted):
+            flat = torch.cat([_gradient(parameter).flatten() for parameter in bucket])
+            self.ranks.add_up(flat)
+            pieces = flat.split([parameter.numel() for parameter in bucket])
+            for parameter, piece in zip(bucket, pieces, strict=True):
+                parameter.grad = piece.view_as(parameter)
+
+    def measured(self, model: PreTrainedModel, find: Callable[[], T]) -> T:
+        """What `find` finds of the model: something that JSON has a form for. The leader looks alone."""
+        return self.ranks.told(find)
+
+    def whole(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model to save, in the leader; all processes call it together."""
+        return model
+
+
+class Sharded(Copies):
+    """Every process has a piece of each parameter, gradient and moment, by torch's FSDP2; a layer is whole only while
+    it computes. What the leader saves it gathers tensor by tensor into a copy of the model in its own memory."""
+
+    name = "sharded"
+    in_step = True
+
+    def place(self, model: PreTrainedModel) -> None:
+        """Cut the parameters into pieces, layer by layer."""
+        self._copy = copy.deepcopy(model).cpu() if self.ranks.leads else None
+        mesh = init_device_mesh(model.device.type, (self.ranks.size,))
+        try:
+            paths = layer_paths(model)
+        except PlanError:  # an architecture without known layers is one piece
+            paths = ()
+        for path in paths:
+            fully_shard(model.get_submodule(path), mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for module in _sharded(model):
+            # Parts of a batch weigh what they weigh; a mean over processes would divide by how many there are.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no sum that divides
+
+    def begin_pass(self, model: nn.Module, is_last: bool) -> None:
+        """Gradients go round after the last pass of a step alone."""
+        assert isinstance(model, FSDPModule)
+        model.set_requires_gradient_sync(is_last)
+
+    def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
+        """The last backward pass has done it."""
+
+    def measured(self, model: PreTrainedModel, find: Callable[[], T]) -> T:
+        """All of them look, since a pass is one of all."""
+        found = find()
+        for module in _sharded(model):
+            module.reshard()  # without a backward pass behind it the outermost part stays whole
+        return found
+
+    def whole(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The leader's copy, with the weights as they are now; in the others the model as it is."""
+        for kind in ("named_parameters", "named_buffers"):
+            target = dict(getattr(self._copy, kind)()) if self._copy is not None else {}
+            for name, tensor in getattr(model, kind)():
+                value = whole(tensor.detach())
+                if self._copy is not None:
+                    target[name].data.copy_(value)
+        return model if self._copy is None else self._copy
+
+
+def choose_strategy(
+    settings: TrainingSettings,
+    ranks: Ranks,
+    device: torch.device,
+    model: PreTrainedModel,
+    objective: Objective,
+    hooks: Sequence[object],
+) -> Copies:
+    """The strategy that `settings` ask for, to train `model` on `device`.
+
+    Raises:
+        ConfigError: several processes can't train this as one would.
+    """
+    if not ranks.several:
+        return Copies(ranks)
+    _check(settings, ranks, model, objective)
+    against = _against_pieces(settings, model, hooks)
+    if settings.strategy == "sharded" and against is not None:
+        raise ConfigError(f"strategy: 'sharded' cuts parameters into pieces, and {against} Set strategy: replicated.")
+    sharded = settings.strategy == "sharded" or (settings.strategy == "auto" and device.type == "cuda")
+    return Sharded(ranks) if sharded and against is None else Copies(ranks)
+
+
+def _against_pieces(settings: TrainingSettings, model: PreTrainedModel, hooks: Sequence[object]) -> str | None:
+    """Why the parameters of `model` have to stay whole, in a sentence that goes on; None: they need not."""
+    if hooks:
+        names = ", ".join(type(hook).__name__ for hook in hooks)
+        return f"what takes part in this stage reads or changes whole ones ({names})."
+    if has_adapter(model):
+        return "an adapter is merged into whole ones."
+    if settings.compile:
+        return "compiling them was never tried."
+    return None
+
+
+def _check(settings: TrainingSettings, ranks: Ranks, model: PreTrainedModel, objective: Objective) -> None:
+    """Refuse what would be something else if a batch were cut into parts for several processes."""
+    if settings.batch_size < ranks.size:
+        raise ConfigError(
+            f"batch_size: {settings.batch_size} samples can't be shared by {ranks.size} processes. Raise it, or start "
+            "fewer processes."
+        )
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ConfigError(
+                f"{path} is a batch norm, whose statistics would be those of one process's samples. Train this model "
+                "by one process."
+            )
+    config = model.config.get_text_config()
+    reason = ""
+    if not objective.adds_up:
+        reason = "what is learnt is of the samples of a forward pass together"
+    elif getattr(config, "output_router_logits", False):
+        reason = "the balance of the experts is one of the samples of a forward pass together"
+    parts = math.ceil(settings.batch_size / settings.samples_per_forward)
+    if reason and parts < ranks.size:
+        raise ConfigError(
+            f"micro_batch_size: {reason}, and a batch of {settings.batch_size} is {parts} of them for {ranks.size} "
+            f"processes. Set micro_batch_size to {settings.batch_size // ranks.size} or less; one process learns the "
+            "same with it."
+        )
+
+
+def samples_per_pass(settings: TrainingSettings, ranks: Ranks) -> int:
+    """Samples of a forward pass: those of the settings, fewer where some process had none otherwise."""
+    return min(settings.samples_per_forward, math.ceil(settings.batch_size / ranks.size))
+
+
+def plain_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The class of `model` as it was before its parameters were cut, which gives it one of its own."""
+    found = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
+    return cast(type[PreTrainedModel], found)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that lies in pieces, gathered in every process; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def in_pieces_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole `tensor`, which every process has, cut as `other` is; as it is where that is whole."""
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+
+
+def _sharded(model: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """`parameters` in turn, of one type and up to BUCKET values together; a larger one by itself."""
+    bucket: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        if bucket and (parameter.dtype != bucket[0].dtype or size + parameter.numel() > BUCKET):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += parameter.numel()
+    if bucket:
+        yield bucket

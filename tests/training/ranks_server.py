@@ -1,0 +1,132 @@
+"""Trains in several forked processes together on request: see fork_server.py, of which this is the other half.
+
+Reads one JSON request per line from standard input, and answers with the exit code and the message of each process.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from auxin.errors import AuxinError, ConfigError
+from auxin.training import train
+from auxin.training.ranks import Ranks, joined
+from training.tiny import VOCABULARY, TinyData, poisoned_llama, tiny_gpt2, tiny_llama, tiny_settings, tiny_tokenformer
+
+
+def masked_bert() -> BertForMaskedLM:
+    """Micro-batches of its objective have unequal numbers of targets."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    tokens = {"vocab_size": VOCABULARY + 1, "max_position_embeddings": 16, "pad_token_id": 0}
+    return BertForMaskedLM(BertConfig(**sizes, **dropout, **tokens))
+
+
+MODELS = {
+    "llama": tiny_llama,
+    "tied": lambda: tiny_llama(tie_word_embeddings=True),
+    "tokenformer": tiny_tokenformer,
+    "masked": masked_bert,
+    "dropout": tiny_gpt2,
+    "poisoned": poisoned_llama,
+}
+
+
+class Signalled:
+    """A hook that hits its own process at a step; or, with SIGSTOP, lets it hang until the others have given up."""
+
+    def __init__(self, step: int, number: int) -> None:
+        self.step, self.number = step, number
+
+    def attach(self, model, optimizer) -> None: ...
+
+    def before_step(self, step: int) -> None:
+        if step == self.step:
+            if self.number == signal.SIGSTOP:
+                time.sleep(3 * float(os.environ["AUXIN_STEP_SECONDS"]))
+            else:
+                signal.raise_signal(self.number)
+
+    def after_step(self, step: int) -> None: ...
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+def do_train(ranks: Ranks, folder: Path, request: dict) -> None:
+    model = MODELS[request["model"]]().to(getattr(torch, request.get("dtype", "float64")))
+    hooks = []
+    if "signal" in request:
+        rank, step, name = request["signal"]
+        hooks.append(Signalled(step if rank == ranks.rank else -1, getattr(signal, name)))
+    settings = tiny_settings(**{"log_interval": 1, **request["settings"]})
+    data = TinyData(poisoned_rows=tuple(request.get("poisoned", ())))
+    train(model, data, settings, folder, hooks=hooks, progress=False, ranks=ranks, stop_after=request.get("stop_after"))
+
+
+def do_tell(ranks: Ranks, folder: Path, request: dict) -> None:
+    """The leader fails in what it does alone; all of them say so."""
+
+    def make() -> None:
+        raise ConfigError("the disk is full")
+
+    ranks.told(make)
+
+
+def do_meet(ranks: Ranks, folder: Path, request: dict) -> None:
+    """One of them fails in what all do."""
+    with ranks.together():
+        if ranks.rank == request["failing"]:
+            raise ConfigError("no such file here")
+
+
+SCENARIOS = {"train": do_train, "tell": do_tell, "meet": do_meet}
+
+
+def child(rank: int, port: int, request: dict) -> int:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(request["size"]), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"AUXIN_STEP_SECONDS": str(request.get("step_seconds", 600))}
+    errors = Path(f"{request['folder']}.{rank}.err")
+    try:
+        with joined() as ranks:
+            SCENARIOS[request["scenario"]](ranks, Path(request["folder"]), request)
+    except AuxinError as error:
+        errors.write_text(f"{type(error).__name__}: {error}")
+        return error.exit_code
+    except BaseException:
+        errors.write_text(traceback.format_exc())
+        return 98
+    errors.write_text("")
+    return 0
+
+
+def serve(request: dict) -> dict:
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        port = chosen.getsockname()[1]
+    children = []
+    for rank in range(request["size"]):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(child(rank, port, request))
+        children.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    errors = [Path(f"{request['folder']}.{rank}.err") for rank in range(request["size"])]
+    return {"codes": codes, "messages": [path.read_text() if path.exists() else "" for path in errors]}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print(json.dumps(serve(json.loads(line))), flush=True)

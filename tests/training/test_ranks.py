@@ -1,0 +1,233 @@
+"""Several real processes that train together, beside one that trains alone."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from auxin.training import latest_checkpoint
+from training.tiny import checkpoint_bits, read_metrics
+
+TESTS = Path(__file__).parents[1]
+SOURCES = Path(__file__).parents[2] / "src"
+STEPS = 50
+FIFTY = {"steps": STEPS, "batch_size": 8, "warmup_steps": 5, "checkpoint_interval": 20, "evaluation_interval": 20}
+ROUNDED = 1e-6
+"""Of the losses that transformers' models compute: in single precision, whatever the model's is."""
+Run = Callable[..., dict]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Ask the server for a run."""
+    paths = os.pathsep.join([str(SOURCES), str(TESTS)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE"):
+        environment.pop(name, None)
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(TESTS / "training" / "ranks_server.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def ask(folder: Path, size: int, scenario: str = "train", **request: object) -> dict:
+            request |= {"folder": str(folder), "size": size, "scenario": scenario}
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield ask
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def trained(run, tmp_path_factory) -> Callable[..., Path]:
+    """The folder of a finished training by so many processes; each is done once."""
+    done: dict[str, Path] = {}
+
+    def of(size: int, model: str, **request: object) -> Path:
+        key = json.dumps([size, model, request], sort_keys=True)
+        if key not in done:
+            folder = tmp_path_factory.mktemp("trained") / "run"
+            answer = run(folder, size, model=model, **request)
+            assert answer["codes"] == [0] * size, answer["messages"]
+            done[key] = folder
+        return done[key]
+
+    return of
+
+
+def apart(one: Path, other: Path) -> tuple[float, float]:
+    """How far losses, and how far weights and moments, of two runs lie apart at most."""
+    lines = [read_metrics(folder) for folder in (one, other)]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+    names = ("loss", "gradient_norm", "validation_loss")
+    pairs = [(a[name], b[name]) for a, b in zip(*lines, strict=True) for name in names if name in a]
+    assert len(pairs) >= 2 * STEPS
+    losses = max(abs(a - b) for a, b in pairs)
+    files = ("model.safetensors", "training/state.safetensors")
+    tensors = [[load_file(latest_checkpoint(folder) / name) for name in files] for folder in (one, other)]
+    worst = 0.0
+    for a, b in zip(*tensors, strict=True):
+        assert a.keys() == b.keys()
+        worst = max(worst, *(float((a[name] - b[name]).abs().max()) for name in a if a[name].is_floating_point()))
+    return losses, worst
+
+
+@pytest.mark.parametrize("strategy", ["replicated", "sharded"])
+@pytest.mark.parametrize(
+    ("size", "model", "changes"),
+    [
+        (2, "tokenformer", {}),
+        (2, "tied", {"micro_batch_size": 2}),
+        # Eight samples in parts of three: some processes have fewer, and one has nothing to do but to take part.
+        (3, "tokenformer", {"micro_batch_size": 3}),
+        (2, "masked", {"objective": "masked_language", "micro_batch_size": 1}),
+    ],
+)
+def test_processes_learn_what_one_learns(trained, strategy, size, model, changes):
+    """Fifty steps in double precision: losses, norms, weights and moments, whatever a part's number of targets is."""
+    settings = {**FIFTY, **changes}
+    alone = trained(1, model, settings=settings)
+    together = trained(size, model, settings={**settings, "strategy": strategy})
+    losses, tensors = apart(alone, together)
+    assert losses < (1e-10 if model == "tokenformer" else ROUNDED)
+    assert tensors < 1e-10
+
+
+def test_single_precision_stays_near(trained):
+    """To 1e-5, as rounding lets it."""
+    alone = trained(1, "tokenformer", dtype="float32", settings=FIFTY)
+    for strategy in ("replicated", "sharded"):
+        together = trained(2, "tokenformer", dtype="float32", settings={**FIFTY, "strategy": strategy})
+        assert apart(alone, together)[0] < 1e-5
+
+
+def test_the_same_bits_every_time_and_dropout_alike_however_the_model_lies(trained, run, tmp_path):
+    """Of equally many processes; the parts of a batch draw the same numbers wherever they are computed."""
+    settings = {**FIFTY, "strategy": "replicated"}
+    first = trained(2, "dropout", settings=settings)
+    assert run(tmp_path / "again", 2, model="dropout", settings=settings)["codes"] == [0, 0]
+    assert checkpoint_bits(latest_checkpoint(first)) == checkpoint_bits(latest_checkpoint(tmp_path / "again"))
+    assert read_metrics(first) == read_metrics(tmp_path / "again")
+    sharded = trained(2, "dropout", settings={**settings, "strategy": "sharded"})
+    losses, tensors = apart(first, sharded)
+    assert losses < ROUNDED
+    assert tensors < 1e-10
+    losses = [line["loss"] for line in read_metrics(first) if "loss" in line]
+    undropped = [line["loss"] for line in read_metrics(trained(1, "dropout", settings=FIFTY)) if "loss" in line]
+    assert max(abs(a - b) for a, b in zip(losses, undropped, strict=True)) > 1e-3, "one process draws other numbers"
+
+
+@pytest.mark.parametrize("strategy", ["replicated", "sharded"])
+def test_goes_on_with_another_number_of_processes(trained, run, tmp_path, strategy):
+    """Stopped at step 30 of two processes, gone on with by three, and by one."""
+    settings = {**FIFTY, "strategy": strategy}
+    alone = trained(1, "tokenformer", settings=FIFTY)
+    for size in (3, 1):
+        folder = tmp_path / str(size)
+        for answer in (
+            run(folder, 2, model="tokenformer", settings=settings, stop_after=30),
+            run(folder, size, model="tokenformer", settings=settings),
+        ):
+            assert not any(answer["codes"]), answer["messages"]
+        assert apart(alone, folder)[0] < 1e-10
+
+
+@pytest.mark.parametrize("strategy", ["replicated", "sharded"])
+def test_stopped_and_gone_on_with_ends_in_the_same_bits(trained, run, tmp_path, strategy):
+    """Of equally many processes, dropout included."""
+    settings = {**FIFTY, "strategy": strategy}
+    whole = trained(2, "dropout", settings=settings)
+    folder = tmp_path / "run"
+    for stop in (23, None):
+        answer = run(folder, 2, model="dropout", settings=settings, stop_after=stop)
+        assert answer["codes"] == [0, 0], answer["messages"]
+    assert checkpoint_bits(latest_checkpoint(whole)) == checkpoint_bits(latest_checkpoint(folder))
+
+
+@pytest.mark.parametrize("strategy", ["replicated", "sharded"])
+def test_a_bad_step_is_taken_back_by_all(trained, strategy):
+    """Rewinding goes back to a checkpoint in every process; they end where one ends."""
+    guard = {"action": "rewind", "maximum_events": 50}
+    request = {"poisoned": [5], "settings": {**FIFTY, "checkpoint_interval": 2, "guard": guard}}
+    alone = trained(1, "poisoned", **request)
+    assert any(line.get("event") == "rewind" for line in read_metrics(alone))
+    request["settings"] = {**request["settings"], "strategy": strategy}
+    together = trained(2, "poisoned", **request)
+    last = [read_metrics(folder)[-1]["validation_loss"] for folder in (alone, together)]
+    assert math.isclose(*last, abs_tol=ROUNDED)
+
+
+def test_a_signal_to_one_process_stops_all_of_them_with_their_work_saved(trained, run, tmp_path):
+    """Whichever it comes to; the same command goes on and ends in the same bits."""
+    settings = {**FIFTY, "strategy": "replicated"}
+    whole = trained(2, "dropout", settings=settings)
+    for rank in (0, 1):
+        folder = tmp_path / str(rank)
+        answer = run(folder, 2, model="dropout", settings=settings, signal=[rank, 17, "SIGTERM"])
+        assert answer["codes"] == [130, 130], answer["messages"]
+        assert "after step 18 of 50; saved in" in answer["messages"][0]
+        assert run(folder, 2, model="dropout", settings=settings, signal=[rank, -5, "SIGTERM"])["codes"] == [0, 0]
+        assert checkpoint_bits(latest_checkpoint(whole)) == checkpoint_bits(latest_checkpoint(folder))
+
+
+def test_a_process_that_hangs_is_named(run, tmp_path):
+    """By those that wait for it, with the step that it is at."""
+    settings = {**FIFTY, "strategy": "replicated"}
+    answer = run(tmp_path / "run", 3, model="llama", settings=settings, signal=[2, 21, "SIGSTOP"], step_seconds=3)
+    assert answer["codes"][:2] == [1, 1]
+    for rank in (0, 1):
+        assert answer["messages"][rank].startswith(f"TrainingError: Process {rank} of 3 waited in vain for the others")
+    assert "They wait for process 2 (at step 21)." in answer["messages"][0]
+    assert latest_checkpoint(tmp_path / "run").name == "step-00000020"
+
+
+def test_what_the_leader_alone_does_fails_in_all(run, tmp_path):
+    """Nobody waits for a leader that has given up."""
+    answer = run(tmp_path / "run", 3, "tell")
+    assert answer["messages"] == ["ConfigError: the disk is full", *["TrainingError: the disk is full"] * 2]
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_what_fails_in_one_fails_in_all_and_names_it(run, tmp_path, failing):
+    """Nobody waits for a process that has given up."""
+    messages = run(tmp_path / "run", 3, "meet", failing=failing)["messages"]
+    assert messages.pop(failing) == "ConfigError: no such file here"
+    assert messages == [f"TrainingError: process {failing} of 3: no such file here"] * 2
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"settings": {**FIFTY, "batch_size": 1, "warmup_steps": 5}}, "batch_size: 1 samples can't be shared by 2"),
+        (
+            {"settings": {**FIFTY, "strategy": "sharded"}, "signal": [0, -5, "SIGTERM"]},
+            "strategy: 'sharded' cuts parameters into pieces, and what takes part in this stage reads or changes whole "
+            "ones (Signalled). Set strategy: replicated.",
+        ),
+        ({"settings": {**FIFTY, "strategy": "sharded", "compile": True}}, "compiling them was never tried"),
+    ],
+)
+def test_what_several_processes_can_not_do_is_refused_before_anything_is_written(run, tmp_path, request_, message):
+    """By all of them, in the same words."""
+    answer = run(tmp_path / "run", 2, model="llama", **request_)
+    assert answer["codes"] == [2, 2]
+    assert all(message in told for told in answer["messages"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_threads_and_devices_are_left_alone():
+    """One process is as it was: nothing of torch.distributed is set up."""
+    assert not torch.distributed.is_initialized()
