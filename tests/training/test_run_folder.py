@@ -42,7 +42,7 @@ def kill_at_the_start(run: Path, monkeypatch) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("auxin.training.loop.MetricsLog", killed)
+        patch.setattr("auxin.training.keeper.MetricsLog", killed)
         with pytest.raises(KeyboardInterrupt):
             go(run)
 
@@ -152,7 +152,7 @@ def test_what_was_saved_and_not_yet_named_is_no_former_checkpoint(stopped, alone
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("auxin.training.loop.name_latest", killed)
+        patch.setattr("auxin.training.keeper.name_latest", killed)
         with pytest.raises(KeyboardInterrupt):
             go(stopped)
     assert (stopped / "latest").read_text() == "checkpoints/step-00000005\n"
