@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from gguf import GGUFReader, TokenType
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -19,7 +19,7 @@ TEXTS = [*TEXT, "3 and 27, 1999.5", "it's\n\n  what   we'll 🙂 say", "<|endoft
 @pytest.fixture(scope="module")
 def model():
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=330, hidden_size=32, intermediate_size=32, **sizes))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=590, hidden_size=32, intermediate_size=32, **sizes))
 
 
 def split_by(*parts: Any, **values: Any) -> PreTrainedTokenizerFast:
@@ -97,14 +97,23 @@ def test_kinds_of_tokens(model, tmp_path):
     assert kinds["<|im_start|>"] == kinds["<|endoftext|>"] == TokenType.CONTROL
     assert kinds["<think>"] == kinds["leafy"] == TokenType.USER_DEFINED
     assert kinds["a"] == TokenType.NORMAL
-    assert kinds["[PAD329]"] == TokenType.UNUSED
+    assert kinds["[PAD589]"] == TokenType.UNUSED
 
 
 def test_smollms_rule_is_named_and_what_transformers_makes_of_it_told(model, tmp_path):
-    tokenizer = split_by(pre_tokenizers.Digits(individual_digits=True))
+    tokenizer = smollms()
     report = export_gguf(model, tmp_path / "m.gguf", tokenizer=tokenizer)
     assert GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.pre"].contents() == "smollm"
     assert any("'smollm', which transformers does not know: it cuts" in note for note in report.notes)
+
+
+def test_tokens_that_a_file_has_no_key_for_are_no_news(model, tmp_path, caplog):
+    tokenizer = tiny_tokenizer("byte_level")
+    tokenizer.add_special_tokens({"cls_token": "<cls>", "mask_token": "<mask>"})
+    export_gguf(model, tmp_path / "m.gguf", tokenizer=tokenizer)
+    fields = GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["tokenizer.ggml.mask_token_id"].contents() == tokenizer.mask_token_id
+    assert not [record for record in caplog.records if record.name.startswith("gguf")]
 
 
 def test_a_chats_template_goes_along(model, tmp_path):
@@ -120,9 +129,38 @@ def taking_spaces() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def taking_spaces_last() -> PreTrainedTokenizerFast:
+    """The last of as many tokens as Llama 3 has in reserve."""
+    tokenizer = tiny_tokenizer("byte_level")
+    tokenizer.add_tokens([f"<{number}>" for number in range(256)])
+    tokenizer.add_tokens([AddedToken("<gap>", rstrip=True)])
+    return tokenizer
+
+
+def whole_word() -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer("byte_level")
+    tokenizer.add_tokens([AddedToken("zzz", single_word=True)])
+    return tokenizer
+
+
+def smollms(token: AddedToken | None = None, lower: bool = False) -> PreTrainedTokenizerFast:
+    tokenizer = split_by(pre_tokenizers.Digits(individual_digits=True))
+    tokenizer.add_tokens([] if token is None else [token])
+    if lower:
+        tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    return tokenizer
+
+
+def of_bytes() -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer("byte_level")
+    alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer.backend_tokenizer.model = models.BPE(vocab=alphabet, merges=[])
+    return tokenizer
+
+
 def too_long() -> PreTrainedTokenizerFast:
     tokenizer = tiny_tokenizer("byte_level")
-    tokenizer.add_tokens([f"<{number}>" for number in range(30)])
+    tokenizer.add_tokens([f"<{number}>" for number in range(300)])
     return tokenizer
 
 
@@ -148,7 +186,15 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "merges that llama.cpp leaves out": (lambda: regex(LLAMA3), "ignore_merges is False"),
     "two tokens before a text": (lambda: with_ends("<s> <s>"), "makes .* of the text 'a'"),
     "a token that takes spaces along": (taking_spaces, "texts are cut otherwise .*<gap>"),
-    "more ids than rows": (too_long, "has the id 339, and the model has 330 tokens.*method vocabulary"),
+    "one of many that does": (taking_spaces_last, "1 of .* texts are cut otherwise .*<gap>"),
+    "a token that is a word of its own alone": (whole_word, "texts are cut otherwise .*zzz"),
+    "one in a tokenizer like SmolLM's": (
+        lambda: smollms(AddedToken("<gap>", lstrip=True)),
+        "1 of .* texts are cut otherwise .*<gap>",
+    ),
+    "one like SmolLM's that writes small letters": (lambda: smollms(lower=True), "texts are cut otherwise .*The quick"),
+    "no merges": (of_bytes, "has no merges"),
+    "more ids than rows": (too_long, "has the id 609, and the model has 590 tokens.*method vocabulary"),
 }
 
 
