@@ -34,6 +34,7 @@ from auxin.errors import AuxinError, CheckpointError, ConfigError, DataError, Pl
 from auxin.export import export_gguf
 from auxin.export import gguf as writing
 from auxin.export.gguf_families import Family
+from auxin.sums import write_sums
 from tiny_models import change, tiny
 from tiny_tokenizers import tiny_tokenizer
 
@@ -255,7 +256,9 @@ def test_keys_are_those_that_llama_cpp_reads(tokenizer, tmp_path):
     fields = {key: field.contents() for key, field in GGUFReader(tmp_path / "m.gguf").fields.items()}
     expected = {
         "general.architecture": "llama",
+        "general.type": "model",
         "general.file_type": 7,
+        "general.quantization_version": 2,
         "llama.block_count": 2,
         "llama.context_length": 48,
         "llama.embedding_length": 64,
@@ -269,13 +272,30 @@ def test_keys_are_those_that_llama_cpp_reads(tokenizer, tmp_path):
         "llama.vocab_size": ROWS,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.add_space_prefix": False,
         "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_eos_token": False,
         "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
     }
     assert {key: fields[key] for key in expected} == expected
     assert fields["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(3e-4, rel=1e-6)
     assert len(fields["tokenizer.ggml.tokens"]) == ROWS
     assert fields["tokenizer.ggml.token_type"][-3:] == [gguf.TokenType.UNUSED] * 3
+
+
+def test_keys_of_gpt2_are_those_that_llama_cpp_reads(tokenizer, tmp_path):
+    export_gguf(made("gpt2"), tmp_path / "m.gguf", tokenizer=tokenizer)
+    fields = {key: field.contents() for key, field in GGUFReader(tmp_path / "m.gguf").fields.items()}
+    expected = {
+        "general.architecture": "gpt2",
+        "gpt2.block_count": 2,
+        "gpt2.context_length": 1024,
+        "gpt2.embedding_length": 64,
+        "gpt2.feed_forward_length": 256,
+        "gpt2.attention.head_count": 4,
+    }
+    assert {key: fields[key] for key in expected} == expected
+    assert fields["gpt2.attention.layer_norm_epsilon"] == pytest.approx(3e-4, rel=1e-6)
 
 
 # -------------------------------------------------------------------------------------------------- what Auxin has made
@@ -294,6 +314,18 @@ def test_a_pruned_model_goes_out_of_its_folder(tokenizer, tmp_path):
     assert report.tensors == {"F32": len(list(model.parameters()))}
     ids = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")("for leaf in tree: 40 naïve")["input_ids"]
     assert ids == tokenizer("for leaf in tree: 40 naïve")["input_ids"]
+
+
+def test_a_damaged_folder_is_not_exported(tokenizer, tmp_path):
+    auxin.save(made("llama"), tmp_path / "saved")
+    write_sums(tmp_path / "saved")
+    weights = tmp_path / "saved" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"is damaged: model\.safetensors"):
+        export_gguf(tmp_path / "saved", tmp_path / "m.gguf", tokenizer=tokenizer)
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def uneven(model: PreTrainedModel) -> None:

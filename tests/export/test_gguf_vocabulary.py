@@ -31,8 +31,8 @@ def split_by(*parts: Any, **values: Any) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def regex(pattern: str) -> PreTrainedTokenizerFast:
-    return split_by(pre_tokenizers.Split(Regex(pattern), behavior="isolated"), use_regex=False)
+def regex(pattern: str, behavior: str = "isolated", invert: bool = False) -> PreTrainedTokenizerFast:
+    return split_by(pre_tokenizers.Split(Regex(pattern), behavior, invert), use_regex=False)
 
 
 def llama3() -> PreTrainedTokenizerFast:
@@ -80,6 +80,8 @@ def test_transformers_reads_the_same_ids(case, model, tmp_path):
     report = export_gguf(model, tmp_path / "m.gguf", tokenizer=tokenizer)
     fields = GGUFReader(tmp_path / "m.gguf").fields
     assert fields["tokenizer.ggml.pre"].contents() == rule
+    assert fields["tokenizer.ggml.add_bos_token"].contents() == (case in ("begun", "both"))
+    assert fields["tokenizer.ggml.add_eos_token"].contents() == (case in ("ended", "both"))
     read = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
     for text in TEXTS:
         assert read(text)["input_ids"] == tokenizer(text)["input_ids"], text
@@ -182,6 +184,15 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "unigram": (lambda: tiny_tokenizer("unigram"), "of the kind Unigram"),
     "words": (whole_words, "of the kind WordLevel"),
     "another regex": (lambda: regex(r"\p{L}+|\s+"), "cuts texts into words by .*no name"),
+    "numbers kept together": (
+        lambda: split_by(pre_tokenizers.Digits(individual_digits=False)),
+        "cuts texts into words by .*Digits",
+    ),
+    "what Qwen2's regex leaves": (lambda: regex(PRETOKENIZE_REGEX, invert=True), "cuts texts into words by .*no name"),
+    "Qwen2's regex thrown away": (
+        lambda: regex(PRETOKENIZE_REGEX, behavior="removed"),
+        "cuts texts into words by .*no name",
+    ),
     "a space before a text": (prefixed, "cuts texts into words by .*add_prefix_space"),
     "merges that llama.cpp leaves out": (lambda: regex(LLAMA3), "ignore_merges is False"),
     "two tokens before a text": (lambda: with_ends("<s> <s>"), "makes .* of the text 'a'"),
