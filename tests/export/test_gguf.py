@@ -12,7 +12,7 @@ import torch
 from gguf import GGUFReader
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -34,6 +34,7 @@ from auxin.errors import AuxinError, CheckpointError, ConfigError, DataError, Pl
 from auxin.export import export_gguf
 from auxin.export import gguf as writing
 from auxin.export.gguf_families import Family
+from auxin.sums import write_sums
 from tiny_models import change, tiny
 from tiny_tokenizers import tiny_tokenizer
 
@@ -100,6 +101,9 @@ def rounded(weight: np.ndarray, kind: str) -> np.ndarray:
     """By the definitions of the types (ggml-quants.c), in NumPy: rows in blocks of 32 with a float16 step each."""
     if kind == "f16":
         return weight.astype(np.float16).astype(np.float32)
+    if kind == "bf16":  # the upper half of the bits, to the nearest, to even where two are as near
+        bits = weight.view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).astype(np.uint32).view(np.float32)
     blocks = weight.reshape(-1, 32)
     if kind == "q8_0":
         step = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
@@ -111,7 +115,7 @@ def rounded(weight: np.ndarray, kind: str) -> np.ndarray:
     return (step.astype(np.float16).astype(np.float32) * steps).reshape(weight.shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("family", MODELS)
 def test_other_types_round_each_matrix_by_their_definition(family, kind, tokenizer, tmp_path):
     model = made(family)
@@ -127,7 +131,11 @@ def test_other_types_round_each_matrix_by_their_definition(family, kind, tokeniz
         # One step of the grid where an entry lies halfway between two.
         off = np.abs(found.get_parameter(name).detach().numpy() - value) > 1e-6
         assert off.mean() < 1e-3, name
-    assert 0 < report.largest_change < {"f16": 2**-11, "q8_0": 0.5 / 127 + 2**-11, "q4_0": 1 / 8 + 2**-11}[kind]
+    assert (
+        0
+        < report.largest_change
+        < {"f16": 2**-11, "bf16": 2**-8, "q8_0": 0.5 / 127 + 2**-11, "q4_0": 1 / 8 + 2**-11}[kind]
+    )
     assert set(report.tensors) == {"F32", kind.upper()} | ({"Q8_0"} if kind == "q4_0" else set())
 
 
@@ -136,6 +144,47 @@ def test_bf16_is_exact_for_a_bf16_model(tokenizer, tmp_path):
     report = export_gguf(model, tmp_path / "m.gguf", type="bf16", tokenizer=tokenizer)
     assert report.largest_change == 0
     assert torch.equal(logits(read(tmp_path / "m.gguf").to(torch.bfloat16)), logits(model))
+
+
+def test_a_float64_model_is_rounded_to_float32_and_the_report_says_so(tokenizer, tmp_path):
+    model = made("llama").double()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(2.0**-30)
+    report = export_gguf(model, tmp_path / "m.gguf", type="f32", tokenizer=tokenizer)
+    assert 0 < report.largest_change <= 2**-24
+
+
+def test_a_matrix_too_small_for_its_type_is_named(tokenizer, tmp_path):
+    model = made("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1e-9)
+    report = export_gguf(model, tmp_path / "m.gguf", type="q8_0", tokenizer=tokenizer)
+    assert report.largest_change == 1
+    assert "layers.0.mlp.up_proj.weight are so small that Q8_0 changes them by up to 100%" in report.notes[-1]
+    report = export_gguf(model, tmp_path / "m.gguf", type="bf16", tokenizer=tokenizer, overwrite=True)
+    assert report.largest_change < 2**-8
+    assert len(report.notes) == 1
+
+
+def test_gpt2_may_say_its_feed_forward_width(tokenizer, tmp_path):
+    model = made("gpt2", n_inner=4 * 64)
+    export_gguf(model, tmp_path / "m.gguf", type="f32", tokenizer=tokenizer)
+    assert torch.equal(logits(read(tmp_path / "m.gguf")), logits(model))
+
+
+def test_ids_that_no_token_has_are_left_out(tokenizer, tmp_path, caplog):
+    """LlamaConfig's default ids are those of another vocabulary, and some configs say -1 where there is none."""
+    model = made("llama")
+    model.config.update({"bos_token_id": ROWS, "pad_token_id": -1})
+    export_gguf(model, tmp_path / "m.gguf", tokenizer=tokenizer)
+    fields = GGUFReader(tmp_path / "m.gguf").fields
+    assert not {"tokenizer.ggml.bos_token_id", "tokenizer.ggml.padding_token_id"} & fields.keys()
+    model.config.update({"bos_token_id": ROWS - 1, "pad_token_id": 0})
+    export_gguf(model, tmp_path / "m.gguf", tokenizer=tokenizer, overwrite=True)
+    fields = GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["tokenizer.ggml.bos_token_id"].contents() == ROWS - 1
+    assert fields["tokenizer.ggml.padding_token_id"].contents() == 0
+    assert not [record for record in caplog.records if record.name.startswith("gguf")]
 
 
 def test_q8_moves_logits_by_no_more_than_its_grid(tokenizer, tmp_path):
@@ -207,7 +256,9 @@ def test_keys_are_those_that_llama_cpp_reads(tokenizer, tmp_path):
     fields = {key: field.contents() for key, field in GGUFReader(tmp_path / "m.gguf").fields.items()}
     expected = {
         "general.architecture": "llama",
+        "general.type": "model",
         "general.file_type": 7,
+        "general.quantization_version": 2,
         "llama.block_count": 2,
         "llama.context_length": 48,
         "llama.embedding_length": 64,
@@ -221,13 +272,30 @@ def test_keys_are_those_that_llama_cpp_reads(tokenizer, tmp_path):
         "llama.vocab_size": ROWS,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.add_space_prefix": False,
         "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_eos_token": False,
         "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
     }
     assert {key: fields[key] for key in expected} == expected
     assert fields["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(3e-4, rel=1e-6)
     assert len(fields["tokenizer.ggml.tokens"]) == ROWS
     assert fields["tokenizer.ggml.token_type"][-3:] == [gguf.TokenType.UNUSED] * 3
+
+
+def test_keys_of_gpt2_are_those_that_llama_cpp_reads(tokenizer, tmp_path):
+    export_gguf(made("gpt2"), tmp_path / "m.gguf", tokenizer=tokenizer)
+    fields = {key: field.contents() for key, field in GGUFReader(tmp_path / "m.gguf").fields.items()}
+    expected = {
+        "general.architecture": "gpt2",
+        "gpt2.block_count": 2,
+        "gpt2.context_length": 1024,
+        "gpt2.embedding_length": 64,
+        "gpt2.feed_forward_length": 256,
+        "gpt2.attention.head_count": 4,
+    }
+    assert {key: fields[key] for key in expected} == expected
+    assert fields["gpt2.attention.layer_norm_epsilon"] == pytest.approx(3e-4, rel=1e-6)
 
 
 # -------------------------------------------------------------------------------------------------- what Auxin has made
@@ -246,6 +314,18 @@ def test_a_pruned_model_goes_out_of_its_folder(tokenizer, tmp_path):
     assert report.tensors == {"F32": len(list(model.parameters()))}
     ids = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")("for leaf in tree: 40 naïve")["input_ids"]
     assert ids == tokenizer("for leaf in tree: 40 naïve")["input_ids"]
+
+
+def test_a_damaged_folder_is_not_exported(tokenizer, tmp_path):
+    auxin.save(made("llama"), tmp_path / "saved")
+    write_sums(tmp_path / "saved")
+    weights = tmp_path / "saved" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"is damaged: model\.safetensors"):
+        export_gguf(tmp_path / "saved", tmp_path / "m.gguf", tokenizer=tokenizer)
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def uneven(model: PreTrainedModel) -> None:
@@ -296,6 +376,23 @@ def with_weight(value: float) -> PreTrainedModel:
     return model
 
 
+def with_head(head: nn.Module) -> PreTrainedModel:
+    model = made("llama")
+    model.lm_head = head
+    return model
+
+
+def with_layers(*numbers: int) -> PreTrainedModel:
+    model = made("llama")
+    model.model.layers = nn.ModuleList(model.model.layers[number] for number in numbers)
+    return model
+
+
+def without_weights() -> PreTrainedModel:
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**SIZES))
+
+
 def with_heads_that_fit_no_width() -> PreTrainedModel:
     """LlamaConfig takes no such number of heads, but may be told so afterwards."""
     model = made("llama", hidden_size=66, num_attention_heads=6, head_dim=8)
@@ -332,6 +429,25 @@ REFUSED: dict[str, tuple[Any, type[AuxinError], str]] = {
     "an adapter": (lambda: with_adapter(made("llama")), ConfigError, "changed behind its config.*Merge adapters"),
     "no number": (lambda: with_weight(float("nan")), ConfigError, "up_proj.*entries of nan.*Mend the model"),
     "more than float16 holds": (lambda: with_weight(1e5), ConfigError, "up_proj.*65504|6.55e.*Give bf16 or f32"),
+    "a layer that is not there": (
+        lambda: with_layers(0),
+        ConfigError,
+        r"behind its config: model\.layers\.1.*not there",
+    ),
+    "one layer twice": (lambda: with_layers(0, 0), ConfigError, r"layers\.1.*is another tensor"),
+    "a head of other rows": (
+        lambda: with_head(nn.Linear(64, 400, bias=False)),
+        ConfigError,
+        r"lm_head\.weight has the shape \(400, 64\).*\(313, 64\)",
+    ),
+    "no head at all": (lambda: with_head(nn.Identity()), ConfigError, r"lm_head\.weight is not there"),
+    "a GPT-2 of another feed-forward width": (lambda: made("gpt2", n_inner=96), ConfigError, "n_inner is 96"),
+    "no weights": (without_weights, ConfigError, "meta device"),
+    "what peft wraps": (
+        lambda: get_peft_model(made("llama"), LoraConfig(r=2, target_modules=["q_proj"])),
+        ConfigError,
+        "is a PeftModel.*merge_and_unload",
+    ),
     "packed weights": (packed, PlanError, r"quantized \(torchao\)"),
 }
 
@@ -352,8 +468,9 @@ def test_paths_and_types_are_checked_first(tokenizer, tmp_path):
         ("m.bin", {}, ConfigError, "ends in .gguf"),
         ("folder.gguf", {}, ConfigError, "is a folder"),
         ("there.gguf", {}, CheckpointError, "exists already"),
-        ("m.gguf", {"type": "q4_k"}, ConfigError, "type = 'q4_k'.*f32, f16, bf16, q8_0, q4_0"),
+        ("m.gguf", {"type": "q4_k"}, ConfigError, "type = 'q4_k'.*f32, f16, bf16, q8_0, q4_0.*llama-quantize"),
         ("m.gguf", {"tokenizer": None}, DataError, "holds its tokenizer"),
+        ("m.gguf", {"tokenizer": tokenizer.backend_tokenizer}, DataError, "is a Tokenizer, and has to be"),
     ):
         with pytest.raises(error, match=message):
             export_gguf(model, tmp_path / name, **{"tokenizer": tokenizer, **options})
@@ -374,10 +491,16 @@ def test_an_old_file_stays_when_writing_fails(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "m.gguf").write_text("old")
 
     def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError("960 requested and 32 written")  # NumPy's words for a full disk
 
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
-    with pytest.raises(OSError, match="No space"):
+    for step in ("write_kv_data_to_file", "write_tensor_data"):
+        with monkeypatch.context() as patch:
+            patch.setattr(gguf.GGUFWriter, step, full)
+            with pytest.raises(CheckpointError, match=r"m\.gguf can't be .*: 960 requested"):
+                export_gguf(made("llama"), tmp_path / "m.gguf", tokenizer=tokenizer, overwrite=True)
+    usage = writing.disk_usage(tmp_path)
+    monkeypatch.setattr(writing, "disk_usage", lambda folder: usage._replace(free=99))
+    with pytest.raises(CheckpointError, match=r"m\.gguf needs 2\d\d,\d\d\d bytes, and its disk has room for 99"):
         export_gguf(made("llama"), tmp_path / "m.gguf", tokenizer=tokenizer, overwrite=True)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("m.gguf", "old")]
 
@@ -385,6 +508,9 @@ def test_an_old_file_stays_when_writing_fails(tokenizer, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["f32", "q8_0", "q4_0"])
 def test_rows_in_another_order_are_found_by_reading_the_file(kind, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(Family, "arranged", lambda self, key, value, config: value)
+    model = made("llama")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0, 0] = 1e3  # of this block alone the grid is as coarse
     with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj\.weight as transformers reads it differs"):
-        export_gguf(made("llama"), tmp_path / "m.gguf", type=kind, tokenizer=tokenizer)
+        export_gguf(model, tmp_path / "m.gguf", type=kind, tokenizer=tokenizer)
     assert not list(tmp_path.iterdir())

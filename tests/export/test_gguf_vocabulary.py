@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from gguf import GGUFReader, TokenType
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -19,7 +19,7 @@ TEXTS = [*TEXT, "3 and 27, 1999.5", "it's\n\n  what   we'll 🙂 say", "<|endoft
 @pytest.fixture(scope="module")
 def model():
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=330, hidden_size=32, intermediate_size=32, **sizes))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=590, hidden_size=32, intermediate_size=32, **sizes))
 
 
 def split_by(*parts: Any, **values: Any) -> PreTrainedTokenizerFast:
@@ -31,8 +31,8 @@ def split_by(*parts: Any, **values: Any) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def regex(pattern: str) -> PreTrainedTokenizerFast:
-    return split_by(pre_tokenizers.Split(Regex(pattern), behavior="isolated"), use_regex=False)
+def regex(pattern: str, behavior: str = "isolated", invert: bool = False) -> PreTrainedTokenizerFast:
+    return split_by(pre_tokenizers.Split(Regex(pattern), behavior, invert), use_regex=False)
 
 
 def llama3() -> PreTrainedTokenizerFast:
@@ -80,6 +80,8 @@ def test_transformers_reads_the_same_ids(case, model, tmp_path):
     report = export_gguf(model, tmp_path / "m.gguf", tokenizer=tokenizer)
     fields = GGUFReader(tmp_path / "m.gguf").fields
     assert fields["tokenizer.ggml.pre"].contents() == rule
+    assert fields["tokenizer.ggml.add_bos_token"].contents() == (case in ("begun", "both"))
+    assert fields["tokenizer.ggml.add_eos_token"].contents() == (case in ("ended", "both"))
     read = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
     for text in TEXTS:
         assert read(text)["input_ids"] == tokenizer(text)["input_ids"], text
@@ -97,14 +99,23 @@ def test_kinds_of_tokens(model, tmp_path):
     assert kinds["<|im_start|>"] == kinds["<|endoftext|>"] == TokenType.CONTROL
     assert kinds["<think>"] == kinds["leafy"] == TokenType.USER_DEFINED
     assert kinds["a"] == TokenType.NORMAL
-    assert kinds["[PAD329]"] == TokenType.UNUSED
+    assert kinds["[PAD589]"] == TokenType.UNUSED
 
 
 def test_smollms_rule_is_named_and_what_transformers_makes_of_it_told(model, tmp_path):
-    tokenizer = split_by(pre_tokenizers.Digits(individual_digits=True))
+    tokenizer = smollms()
     report = export_gguf(model, tmp_path / "m.gguf", tokenizer=tokenizer)
     assert GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.pre"].contents() == "smollm"
     assert any("'smollm', which transformers does not know: it cuts" in note for note in report.notes)
+
+
+def test_tokens_that_a_file_has_no_key_for_are_no_news(model, tmp_path, caplog):
+    tokenizer = tiny_tokenizer("byte_level")
+    tokenizer.add_special_tokens({"cls_token": "<cls>", "mask_token": "<mask>"})
+    export_gguf(model, tmp_path / "m.gguf", tokenizer=tokenizer)
+    fields = GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["tokenizer.ggml.mask_token_id"].contents() == tokenizer.mask_token_id
+    assert not [record for record in caplog.records if record.name.startswith("gguf")]
 
 
 def test_a_chats_template_goes_along(model, tmp_path):
@@ -120,9 +131,38 @@ def taking_spaces() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def taking_spaces_last() -> PreTrainedTokenizerFast:
+    """The last of as many tokens as Llama 3 has in reserve."""
+    tokenizer = tiny_tokenizer("byte_level")
+    tokenizer.add_tokens([f"<{number}>" for number in range(256)])
+    tokenizer.add_tokens([AddedToken("<gap>", rstrip=True)])
+    return tokenizer
+
+
+def whole_word() -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer("byte_level")
+    tokenizer.add_tokens([AddedToken("zzz", single_word=True)])
+    return tokenizer
+
+
+def smollms(token: AddedToken | None = None, lower: bool = False) -> PreTrainedTokenizerFast:
+    tokenizer = split_by(pre_tokenizers.Digits(individual_digits=True))
+    tokenizer.add_tokens([] if token is None else [token])
+    if lower:
+        tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    return tokenizer
+
+
+def of_bytes() -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer("byte_level")
+    alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer.backend_tokenizer.model = models.BPE(vocab=alphabet, merges=[])
+    return tokenizer
+
+
 def too_long() -> PreTrainedTokenizerFast:
     tokenizer = tiny_tokenizer("byte_level")
-    tokenizer.add_tokens([f"<{number}>" for number in range(30)])
+    tokenizer.add_tokens([f"<{number}>" for number in range(300)])
     return tokenizer
 
 
@@ -144,11 +184,28 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "unigram": (lambda: tiny_tokenizer("unigram"), "of the kind Unigram"),
     "words": (whole_words, "of the kind WordLevel"),
     "another regex": (lambda: regex(r"\p{L}+|\s+"), "cuts texts into words by .*no name"),
+    "numbers kept together": (
+        lambda: split_by(pre_tokenizers.Digits(individual_digits=False)),
+        "cuts texts into words by .*Digits",
+    ),
+    "what Qwen2's regex leaves": (lambda: regex(PRETOKENIZE_REGEX, invert=True), "cuts texts into words by .*no name"),
+    "Qwen2's regex thrown away": (
+        lambda: regex(PRETOKENIZE_REGEX, behavior="removed"),
+        "cuts texts into words by .*no name",
+    ),
     "a space before a text": (prefixed, "cuts texts into words by .*add_prefix_space"),
     "merges that llama.cpp leaves out": (lambda: regex(LLAMA3), "ignore_merges is False"),
     "two tokens before a text": (lambda: with_ends("<s> <s>"), "makes .* of the text 'a'"),
     "a token that takes spaces along": (taking_spaces, "texts are cut otherwise .*<gap>"),
-    "more ids than rows": (too_long, "has the id 339, and the model has 330 tokens.*method vocabulary"),
+    "one of many that does": (taking_spaces_last, "1 of .* texts are cut otherwise .*<gap>"),
+    "a token that is a word of its own alone": (whole_word, "texts are cut otherwise .*zzz"),
+    "one in a tokenizer like SmolLM's": (
+        lambda: smollms(AddedToken("<gap>", lstrip=True)),
+        "1 of .* texts are cut otherwise .*<gap>",
+    ),
+    "one like SmolLM's that writes small letters": (lambda: smollms(lower=True), "texts are cut otherwise .*The quick"),
+    "no merges": (of_bytes, "has no merges"),
+    "more ids than rows": (too_long, "has the id 609, and the model has 590 tokens.*method vocabulary"),
 }
 
 

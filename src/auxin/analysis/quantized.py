@@ -51,6 +51,7 @@ class QuantizedMeasurement(Measurement[QuantizationLoss]):
     title: ClassVar[str] = "the loss with weights and activations in simulated INT8, and the tensors that are to blame"
     needs: ClassVar[Needs] = "batches"
     result_type: ClassVar[type[Result]] = QuantizationLoss
+    version: ClassVar[int] = 2
 
     schemes: list[Scheme] = Field(default=["w8a8", "w8", "a8"], min_length=1)
     """What is quantized, one after the other."""
@@ -75,7 +76,7 @@ class QuantizedMeasurement(Measurement[QuantizationLoss]):
 
     real: list[RealScheme] = []
     """What torchao computes in integers beside the simulation, in copies of the model: w8, or w8a8 with a grid for each
-    token's activations that is made as they come. Linear layers but the output head. Its time is told, too."""
+    token's activations that is made as they come. Linear layers but heads and gates. Its time is told, too."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -98,7 +99,7 @@ class QuantizedMeasurement(Measurement[QuantizationLoss]):
 
         Raises:
             PlanError: the architecture is not known, its residual stream has several blocks, it is quantized, or has no
-                linear layers for `real`.
+                linear layers for `real`, or has them in float64.
             ConfigError: `real` asks for torchao, which is not installed.
         """
         return QuantizedObserver(model, self)
@@ -132,7 +133,7 @@ class QuantizedObserver:
         self._noise: dict[Site, list[float]] = {}
         self._float = Losses(model)
         self._found: dict[str, Losses] = {}
-        self._real = RealModels(model, settings.real, self._float)
+        self._real = RealModels(model, settings.real, self._weights.linear_layers(), self._float)
 
     def before(self, batch: Batch) -> None:
         """Nothing."""
@@ -169,6 +170,7 @@ class QuantizedObserver:
             alone=[one for what, one in found.items() if what not in schemes],
             tensors=[self._tensor(site) for site in self._ranges],
             weights=len(self._weights.quantized()),
+            real_weights=self._real.weights,
             real=self._real.found(),
             seconds=self._real.seconds(),
         )

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ from auxin.models.evaluating import evaluating
 RealScheme = Literal["w8a8", "w8"]
 _CONFIGS = {"w8": "Int8WeightOnlyConfig", "w8a8": "Int8DynamicActivationInt8WeightConfig"}
 """torchao's names: each output of a weight has a grid, and with a8 each token of what a layer reads."""
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""In which torchao takes a weight."""
 FLOAT = "nothing"
 
 
@@ -27,15 +29,21 @@ class RealModels:
     Args:
         model: it is left as it is.
         schemes: which copies are made; each takes a model's memory.
+        layers: the linear layers of `model` to quantize.
         plain: losses in floating point, of the samples that are added.
 
     Raises:
         ConfigError: torchao is not installed.
-        PlanError: the model has no linear layer beside its head, as GPT-2, whose matrices are of another class.
+        PlanError: there are no such layers, as in GPT-2, whose matrices are of another class, or they are in float64.
     """
 
-    def __init__(self, model: PreTrainedModel, schemes: Sequence[RealScheme], plain: Losses) -> None:
-        self._models = {FLOAT: model} | {scheme: _quantized(model, scheme) for scheme in schemes} if schemes else {}
+    def __init__(
+        self, model: PreTrainedModel, schemes: Sequence[RealScheme], layers: Collection[nn.Linear], plain: Losses
+    ) -> None:
+        self.weights = len(layers) if schemes else 0
+        """How many weights are quantized."""
+        self._models = {FLOAT: model} if schemes else {}
+        self._models |= {scheme: _quantized(model, scheme, layers) for scheme in schemes}
         self._losses: dict[str, Losses] = {scheme: Losses(model, plain) for scheme in schemes}
         self._times: dict[str, list[float]] = {name: [] for name in self._models}
 
@@ -60,20 +68,24 @@ class RealModels:
         return {name: min(times) for name, times in self._times.items()}
 
 
-def _quantized(model: PreTrainedModel, scheme: RealScheme) -> PreTrainedModel:
+def _quantized(model: PreTrainedModel, scheme: RealScheme, layers: Collection[nn.Linear]) -> PreTrainedModel:
     if find_spec("torchao") is None:
         raise ConfigError('real = ["w8", ...] needs torchao: pip install "auxin[torchao]", or leave real out.')
     from torchao import quantization
 
-    made = copy.deepcopy(model)
-    head = made.get_output_embeddings()
-    chosen = [module for module in made.modules() if isinstance(module, nn.Linear) and module is not head]
-    if not chosen:
+    if not layers:
         raise PlanError(
             f"real: torchao quantizes linear layers, and the {type(model).__name__} has none beside its head. Leave "
             "real out."
         )
-    ids = set(map(id, chosen))
+    if other := next((layer.weight.dtype for layer in layers if layer.weight.dtype not in _TYPES), None):
+        raise PlanError(
+            f"real: torchao quantizes {', '.join(map(str, _TYPES))}, and the model has weights in {other}. Convert "
+            "the model, or leave real out."
+        )
+    ids = set(map(id, layers))
+    paths = {path for path, module in model.named_modules() if id(module) in ids}
+    made = copy.deepcopy(model)
     config = getattr(quantization, _CONFIGS[scheme])()
-    quantization.quantize_(made, config, filter_fn=lambda module, path: id(module) in ids)
+    quantization.quantize_(made, config, filter_fn=lambda module, path: path in paths)
     return made

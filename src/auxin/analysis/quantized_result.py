@@ -48,6 +48,8 @@ class QuantizationLoss(Result):
     """All activations, in the order in which they arise."""
     weights: int
     """How many weights are quantized."""
+    real_weights: int = 0
+    """How many of them torchao quantizes; 0 where it was not asked to."""
     real: list[Quantized] = []
     """With what torchao computes in integers, by scheme."""
     seconds: dict[str, float] = {}
@@ -97,8 +99,9 @@ class QuantizationLoss(Result):
             )
             told.append(f"Most harm alone, by the {what}: {worst}.")
         counts = dict.fromkeys(tensor.family for tensor in self.tensors)
+        by_torchao = f", {self.real_weights} by torchao" if self.real else ""
         told.append(
-            f"Quantized: {self.weights} weights; of activations "
+            f"Quantized: {self.weights} weights{by_torchao}; of activations "
             + ", ".join(f"{sum(t.family == family for t in self.tensors)} {family}" for family in counts)
             + "."
         )

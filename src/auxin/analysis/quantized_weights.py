@@ -89,6 +89,11 @@ class Weights:
         """The names of those that get a grid."""
         return {name: kind for name, kind in self._kinds.items() if kind in _WEIGHTS}
 
+    def linear_layers(self) -> list[nn.Linear]:
+        """The linear layers whose weights get a grid."""
+        places = [place for place in self._places if place.kind in _WEIGHTS and place.entry == "weight"]
+        return [place.module for place in places if isinstance(place.module, nn.Linear)]
+
     def is_full(self, name: str) -> bool:
         """Whether products with the parameter `name` are computed in floating point."""
         return self._kinds.get(name) == "full"

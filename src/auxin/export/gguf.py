@@ -7,31 +7,28 @@ tokenizer and every one of its weights are the model's.
 """
 
 import contextlib
-import io
 import math
 import os
 from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from shutil import disk_usage
+from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from auxin.data.tokenizer import has_tokenizer, read_tokenizer
 from auxin.edits.runtimes import ways_out
 from auxin.edits.structure import refuse_quantized, structural_edits
-from auxin.errors import CheckpointError, ConfigError, DataError, shown
-from auxin.export.gguf_families import Family, family_of, not_carried
+from auxin.errors import CheckpointError, ConfigError, DataError, reason, shown
+from auxin.export.gguf_families import Family, family_of
+from auxin.export.gguf_reading import changes, refuse_uncarried
 from auxin.export.gguf_vocabulary import Vocabulary, cut_otherwise
 from auxin.files import flush, temporary_folder
-from auxin.foreign import offline
-from auxin.models.loading import REFUSALS, load_config, load_model, no_progress_bar, skeleton
+from auxin.models.loading import load_config, load_model, no_progress_bar, skeleton
 from auxin.settings import Settings
 from auxin.sums import refuse_damaged_tensors
 
@@ -39,19 +36,13 @@ TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 NEEDED = ("gguf", "accelerate")
 """accelerate is what transformers reads such files with."""
 _HALF_LARGEST = 65504.0
-_HALF_STEP = 2.0**-11
-"""What rounding to float16 changes, of a value, at most; below 2^-14 it is 2^-25."""
-_LARGEST = {"F16": _HALF_LARGEST, "Q8_0": 127 * _HALF_LARGEST, "Q4_0": 8 * _HALF_LARGEST}
-_CHANGES = {
-    "F32": (0.0, 0.0),
-    "F16": (_HALF_STEP, 2.0**-25),
-    "BF16": (2.0**-8, 0.0),
-    # Half a step of the grid, whose own step is a float16.
-    "Q8_0": (0.5 / 127 + _HALF_STEP, 127 * 2.0**-25),
-    # From -8 to 7 steps, the largest entry at -8: one as large with the other sign loses a whole step.
-    "Q4_0": (1 / 8 + _HALF_STEP, 8 * 2.0**-25),
+_LARGEST = {
+    "F16": _HALF_LARGEST,
+    "BF16": torch.finfo(torch.bfloat16).max,
+    "Q8_0": 127 * _HALF_LARGEST,
+    "Q4_0": 8 * _HALF_LARGEST,
 }
-"""By how much a weight may differ: a share of the largest of its tensor, and so much whatever that is."""
+"""Beyond which a type holds no weight; the others hold what float32 does."""
 
 
 class GgufReport(Settings):
@@ -108,27 +99,36 @@ def export_gguf(
     """
     target = _target(Path(path), overwrite)
     if type not in TYPES:
-        raise ConfigError(f"type = {shown(type)}: there is no such type here. Give one of {', '.join(TYPES)}.")
+        raise ConfigError(
+            f"type = {shown(type)}: there is no such type here. Give one of {', '.join(TYPES)}. llama.cpp's "
+            "llama-quantize makes others of an f16 file."
+        )
     _require_libraries()
+    if not isinstance(model, PreTrainedModel | str | Path):
+        raise ConfigError(
+            f"The model is a {model.__class__.__name__}, and has to be a folder, or a model of transformers with "
+            "adapters merged (merge_and_unload)."
+        )
     config = model.config if isinstance(model, PreTrainedModel) else load_config(model)
     family = _family(config)
     whole = _loaded(model, config, family)
     words = Vocabulary.of(_tokenizer(model, tokenizer), config)
     with temporary_folder(target) as folder, no_progress_bar():
         # Metadata alone come first: what they can't say is found before a weight is written.
-        header = _writer(folder / "header.gguf", family, config, words, type)
-        header.write_header_to_file()
-        header.write_kv_data_to_file()
-        header.close()
-        _refuse_uncarried(folder, "header.gguf", whole)
+        with _writing(target):
+            header = _writer(folder / "header.gguf", family, config, words, type)
+            header.write_header_to_file()
+            header.write_kv_data_to_file()
+            header.close()
+        refuse_uncarried(folder, "header.gguf", whole)
         notes = [*words.notes, *cut_otherwise(folder, "header.gguf", words)]
         types = _types(whole, family, type)
         _refuse_unholdable(whole, family, types)
-        writer = _writer(folder / "model.gguf", family, config, words, type)
-        _write_tensors(writer, whole, family, types)
-        change = _largest_change(folder, "model.gguf", whole, family, types)
         written = folder / "model.gguf"
-        flush(written)
+        with _writing(target):
+            _write_tensors(_writer(written, family, config, words, type), whole, family, types, target)
+            flush(written)
+        change, lost = changes(folder, "model.gguf", whole, family, types)
         size = written.stat().st_size
         os.replace(written, target)
         flush(target.parent)
@@ -141,7 +141,7 @@ def export_gguf(
         tensors=dict(Counter(types.values())),
         unblocked=unblocked,
         largest_change=change,
-        notes=notes,
+        notes=[*notes, *lost],
     )
 
 
@@ -191,15 +191,29 @@ def _loaded(model: PreTrainedModel | str | Path, config: PreTrainedConfig, famil
             f"The model is a {name}; a GGUF file of this family holds a {family.model_class}. Load it as one, with "
             "adapters merged."
         )
-    shapes = {key: value.shape for key, value in skeleton(config, found.__class__).named_parameters()}
-    for key, value in found.named_parameters():
-        if key != "lm_head.weight" and shapes.get(key) != value.shape:
-            has = "no such tensor" if key not in shapes else f"the shape {tuple(shapes[key])} for it"
-            raise ConfigError(
-                f"The model was changed behind its config: {key} has the shape {tuple(value.shape)}, and the config "
-                f"has {has}. Merge adapters, take off what was added, or write the sizes into the config."
-            )
+    _refuse_changed(found, skeleton(config, found.__class__))
     return found
+
+
+def _refuse_changed(model: PreTrainedModel, made: PreTrainedModel) -> None:
+    """ConfigError where `model` has other tensors than `made`, which its config makes, or no values in them. Whether
+    the head is tied is said by the file, and not by its config."""
+    expected = {key: value.shape for key, value in made.named_parameters(remove_duplicate=False)}
+    every = dict(model.named_parameters(remove_duplicate=False))
+    once = dict(model.named_parameters())
+    for key in {**expected, **every}:
+        what = f"has the shape {tuple(every[key].shape)}" if key in every else "is not there"
+        if key in every and key not in once and key != "lm_head.weight":
+            what = "is another tensor, which a file can say of the head alone"
+        elif key in every and every[key].shape == expected.get(key):
+            continue
+        has = f"the shape {tuple(expected[key])} for it" if key in expected else "no such tensor"
+        raise ConfigError(
+            f"The model was changed behind its config: {key} {what}, and the config has {has}. Merge adapters, "
+            "take off what was added, or write the sizes into the config."
+        )
+    if any(value.is_meta for value in once.values()):
+        raise ConfigError("The model has no weights: it lies on the meta device. Load it with its weights.")
 
 
 def _tokenizer(
@@ -207,8 +221,13 @@ def _tokenizer(
 ) -> PreTrainedTokenizerFast:
     if isinstance(given, PreTrainedTokenizerFast):
         return given
-    if given is not None:
+    if isinstance(given, str | Path):
         return read_tokenizer(Path(given))
+    if given is not None:
+        raise DataError(
+            f"The tokenizer is a {given.__class__.__name__}, and has to be a PreTrainedTokenizerFast, a folder or a "
+            "tokenizer.json."
+        )
     if isinstance(model, PreTrainedModel) or not has_tokenizer(Path(model)):
         raise DataError("A GGUF file holds its tokenizer, and the model comes with none. Give one: tokenizer=...")
     return read_tokenizer(Path(model))
@@ -228,50 +247,12 @@ def _writer(path: Path, family: Family, config: PreTrainedConfig, words: Vocabul
     return writer
 
 
-def _refuse_uncarried(folder: Path, name: str, model: PreTrainedModel) -> None:
-    """ConfigError where the config that transformers reads in a file is another one than the model's."""
-    try:
-        with offline():
-            read = AutoConfig.from_pretrained(folder, gguf_file=name, local_files_only=True)
-    except (*REFUSALS, OSError, StrictDataclassError) as error:
-        why = " ".join(str(error).split()).rstrip(".")
-        raise ConfigError(f"The model has no GGUF form that transformers reads: {why}. Change those sizes.") from error
-    reasons = list(not_carried(model.config, read))
-    if not reasons:
-        shapes = {key: value.shape for key, value in skeleton(read, model.__class__).named_parameters()}
-        reasons = [
-            f"{key} has the shape {tuple(value.shape)}, and would be read as {tuple(shapes[key])}"
-            for key, value in model.named_parameters()
-            if key != "lm_head.weight" and value.shape != shapes[key]
-        ][:3]
-    if reasons:
-        raise ConfigError(
-            f"The model has no GGUF form that transformers reads as it is: {'; '.join(reasons)}. llama.cpp's own "
-            "convert_hf_to_gguf.py, on the checkpoint's folder, may know a key that transformers does not read."
-        )
-
-
-def _named(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, str, Tensor]]:
-    """Each tensor to write: its name in the file, its name in the model, and its values in the shape that they have in
-    the file, in the model's type; rows are arranged when they are written. A tied head is written once, as the
-    embedding."""
-    import gguf
-
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.architecture.upper()], model.config.num_hidden_layers)
-    for key, value in model.named_parameters():
-        name = names.get_name(key, try_suffixes=(".weight", ".bias"))
-        if name is None:
-            raise ConfigError(f"The model has no GGUF form: the tensor {key} has no name in a file of this family.")
-        module = model.get_submodule(key.rpartition(".")[0])
-        yield name, key, value.detach().T if isinstance(module, Conv1D) and value.dim() == 2 else value.detach()
-
-
 def _types(model: PreTrainedModel, family: Family, type: str) -> dict[str, str]:
     """The type of each tensor, by its name in the file."""
     import gguf
 
     types = {}
-    for name, _, value in _named(model, family):
+    for name, _, value in family.tensors(model):
         kind = type.upper()
         if value.dim() < 2 or name.startswith("position_embd"):
             kind = "F32"
@@ -284,60 +265,47 @@ def _types(model: PreTrainedModel, family: Family, type: str) -> dict[str, str]:
 
 def _refuse_unholdable(model: PreTrainedModel, family: Family, types: dict[str, str]) -> None:
     """ConfigError where a weight is no number, or is beyond what its type holds."""
-    for name, key, value in _named(model, family):
+    for name, key, value in family.tensors(model):
         largest, limit = value.float().abs().max().item(), _LARGEST.get(types[name], torch.finfo(torch.float32).max)
         if not largest <= limit:  # so that NaN is refused
             holds = f"{types[name]} holds {limit:.4g} at most"
-            mend = "Give bf16 or f32." if math.isfinite(largest) else "Mend the model first."
+            wider = "Give f32." if types[name] == "BF16" else "Give bf16 or f32."
+            mend = wider if math.isfinite(largest) else "Mend the model first."
             raise ConfigError(f"{key} has entries of {largest:.4g}, and {holds}. {mend}")
 
 
-def _write_tensors(writer: Any, model: PreTrainedModel, family: Family, types: dict[str, str]) -> None:
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """What the system says of a full or broken disk names `target`, which the library's message does not."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} can't be written whole: {reason(error)}. Nothing is kept of it. Make room, or give another path."
+        ) from error
+
+
+def _write_tensors(writer: Any, model: PreTrainedModel, family: Family, types: dict[str, str], target: Path) -> None:
     import gguf
 
-    for name, _, value in _named(model, family):
+    needed = 0
+    for name, _, value in family.tensors(model):
         kind, shape = gguf.GGMLQuantizationType[types[name]], tuple(value.shape)
         dtype = np.dtype({"F32": "float32", "F16": "float16"}.get(types[name], "uint8"))
         stored = gguf.quant_shape_to_byte_shape(shape, kind) if dtype == np.uint8 else shape
-        writer.add_tensor_info(name, stored, dtype, math.prod(stored) * dtype.itemsize, kind)
+        size = math.prod(stored) * dtype.itemsize
+        writer.add_tensor_info(name, stored, dtype, size, kind)
+        needed += size
+    if needed > (free := disk_usage(target.parent).free):
+        raise CheckpointError(
+            f"{target} needs {needed:,} bytes, and its disk has room for {free:,}. Make room, or give another path."
+        )
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, key, value in _named(model, family):
+        for name, key, value in family.tensors(model):
             array = family.arranged(key, value.to("cpu", torch.float32), model.config).contiguous().numpy()
             writer.write_tensor_data(gguf.quants.quantize(array, gguf.GGMLQuantizationType[types[name]]))
     finally:
         writer.close()
-
-
-def _largest_change(folder: Path, name: str, model: PreTrainedModel, family: Family, types: dict[str, str]) -> float:
-    """The largest change of a weight that transformers reads, of the largest in its tensor; CheckpointError where it is
-    more than rounding to the tensor's type can make, or a weight is not there."""
-    reader: Any = model.__class__
-    # The reader draws a bar of its own, whatever transformers is told about bars.
-    with offline(), contextlib.redirect_stderr(io.StringIO()):
-        read, found = reader.from_pretrained(
-            folder, gguf_file=name, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-    theirs, largest = dict(cast(PreTrainedModel, read).named_parameters()), 0.0
-    missing = sorted(found["missing_keys"])
-    for place, key, value in _named(model, family):
-        ours = model.get_parameter(key).detach().to("cpu", torch.float32)
-        missing += [] if key in theirs else [key]
-        if missing:
-            raise CheckpointError(
-                f"transformers finds no {missing[0]} in the file that was written. Nothing is kept of it: the versions "
-                "of gguf and transformers that are installed don't agree."
-            )
-        scale = ours.abs().max().item()
-        change = (theirs[key] - ours).abs().max().item() if value.numel() else 0.0
-        share, floor = _CHANGES[types[place]]
-        if not change <= share * scale + floor:  # so that NaN fails
-            raise CheckpointError(
-                f"{key} as transformers reads it differs by {change:.3g}, more than {types[place]} rounds. Nothing is "
-                "kept of the file. Weights that are all close to zero are lost in blocks: give f32 or bf16. Else the "
-                "versions of gguf and transformers that are installed don't agree."
-            )
-        largest = max(largest, change / scale if scale else 0.0)
-    return largest

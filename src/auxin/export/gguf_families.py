@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from auxin.errors import ConfigError, shown
 
@@ -46,6 +47,24 @@ class Family:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_rope_dimension_count(head_dim)
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+
+    def tensors(self, model: PreTrainedModel) -> Iterator[tuple[str, str, Tensor]]:
+        """Each tensor to write: its name in the file, its name in the model, and its values in the shape that they have
+        in the file, in the model's type; rows are arranged when they are written. A tied head is written once, as the
+        embedding.
+
+        Raises:
+            ConfigError: one has no name in a file.
+        """
+        import gguf
+
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[self.architecture.upper()], model.config.num_hidden_layers)
+        for key, value in model.named_parameters():
+            name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+            if name is None:
+                raise ConfigError(f"The model has no GGUF form: the tensor {key} has no name in a file of this family.")
+            module = model.get_submodule(key.rpartition(".")[0])
+            yield name, key, value.detach().T if isinstance(module, Conv1D) and value.dim() == 2 else value.detach()
 
     def arranged(self, key: str, value: Tensor, config: PreTrainedConfig) -> Tensor:
         """`value`, the tensor called `key`, with its rows in the order of the file."""
@@ -94,6 +113,8 @@ def family_of(config: PreTrainedConfig) -> Family:
 def not_carried(config: PreTrainedConfig, read: PreTrainedConfig) -> Iterator[str]:
     """What `read`, the config that transformers finds in a GGUF file, says otherwise than `config`, field by field."""
     ours, theirs = config.to_dict(), read.to_dict()
+    if ours.get("n_inner") == 4 * config.hidden_size:
+        ours["n_inner"] = None  # GPT-2's way to say the same
     for field in config.__class__().to_dict():
         if field in _WITHOUT_EFFECT or any(part in field for part in _TRAINING):
             continue

@@ -1,11 +1,13 @@
 """The tokenizer in a GGUF file: byte-level BPE, with the name of the rule by which llama.cpp cuts a text into words."""
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -32,8 +34,8 @@ SAMPLES = (
     "x" * 40 + "_-=+*/\\|<>{}[]()!?@#$%^&~`",
 )
 """Texts on which two tokenizers are compared."""
-MOST_ADDED = 64
-"""Added tokens that are compared in texts of their own."""
+_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
+"""Tokens that a file has a key for."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Vocabulary:
     def of(cls, tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig) -> "Vocabulary":
         """DataError where `tokenizer` has no form in a GGUF file, or ids that a model of `config` has no row for."""
         notes = []
-        rows, last = config.vocab_size, max(tokenizer.get_vocab().values())
+        rows, last = config.vocab_size, max(tokenizer.get_vocab().values(), default=-1)
         if last >= rows:
             raise DataError(
                 f"The tokenizer has the id {last}, and the model has {rows} tokens. Give the model's tokenizer, or "
@@ -97,8 +99,10 @@ class Vocabulary:
         files = folder / "tokenizer"
         self.tokenizer.save_pretrained(files)
         ids = {name: getattr(self.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        (files / "config.json").write_text(json.dumps(ids), encoding="utf-8")
-        special = gguf.SpecialVocab(files, load_merges=True, n_vocab=self.config.vocab_size)
+        # Some configs say -1 where there is none, and default ids are those of larger vocabularies.
+        held = {name: one for name, one in ids.items() if isinstance(one, int) and 0 <= one < self.config.vocab_size}
+        (files / "config.json").write_text(json.dumps(held), encoding="utf-8")
+        special = gguf.SpecialVocab(files, load_merges=True, special_token_types=_SPECIAL)
         # It guesses these from the template; here they are known.
         special.add_special_token = {"bos": self.begins, "eos": self.ends}
         special.add_to_gguf(writer, quiet=True)
@@ -112,25 +116,33 @@ def cut_otherwise(folder: Path, name: str, words: Vocabulary) -> Iterator[str]:
     """
     with offline():
         read = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
-    added = [token.content for token in words.tokenizer.added_tokens_decoder.values()][:MOST_ADDED]
+    added = [token.content for token in words.tokenizer.added_tokens_decoder.values()]
     texts = [*SAMPLES, *(f"a {token} b" for token in added), *(f"a{token}b" for token in added)]
-    wrong = [text for text in texts if not _same(words.tokenizer, read, text)]
-    if not wrong:
-        return
-    if words.rule not in UNKNOWN_TO_TRANSFORMERS:
+    known = words.rule not in UNKNOWN_TO_TRANSFORMERS
+    if wrong := _otherwise(words.tokenizer if known else _by_gpt2s_rule(words.tokenizer), read, texts):
         raise DataError(
             f"The tokenizer has no GGUF form: {len(wrong)} of {len(texts)} texts are cut otherwise by what "
             f"transformers reads in the file, the first {wrong[0]!r}. A file has no place for spaces that "
             "a token takes along, nor for rules of the tokenizer's own."
         )
-    yield (
-        f"The file says how texts are cut by llama.cpp's name {words.rule!r}, which transformers does not know: it "
-        f"cuts {len(wrong)} of {len(texts)} texts otherwise, the first {wrong[0]!r}."
-    )
+    if wrong := _otherwise(words.tokenizer, read, texts):
+        yield (
+            f"The file says how texts are cut by llama.cpp's name {words.rule!r}, which transformers does not know: it "
+            f"cuts {len(wrong)} of {len(texts)} texts otherwise, the first {wrong[0]!r}."
+        )
 
 
-def _same(one: Any, other: Any, text: str) -> bool:
-    return one(text)["input_ids"] == other(text)["input_ids"]
+def _otherwise(one: Any, other: Any, texts: list[str]) -> list[str]:
+    """The texts that two tokenizers cut differently."""
+    ids = zip(texts, one(texts)["input_ids"], other(texts)["input_ids"], strict=True)
+    return [text for text, first, second in ids if first != second]
+
+
+def _by_gpt2s_rule(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A copy that cuts texts into words as GPT-2's does."""
+    made = copy.deepcopy(tokenizer)
+    made.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    return made
 
 
 def _rule(described: dict[str, Any]) -> str:
@@ -142,6 +154,11 @@ def _rule(described: dict[str, Any]) -> str:
         raise DataError(
             f"The tokenizer is of the kind {model['type']} over {' and '.join(map(str, kinds))}. Here a GGUF file "
             "takes byte-level BPE: GPT-2, Llama 3, Qwen, SmolLM2. Others: llama.cpp's convert_hf_to_gguf.py."
+        )
+    if not model["merges"]:
+        raise DataError(
+            "The tokenizer has no merges, without which transformers reads none in a GGUF file. Give the one that the "
+            "model was trained with."
         )
     last, rule = parts[-1], None
     if kinds == ["ByteLevel"] and last["use_regex"]:
