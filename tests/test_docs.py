@@ -1,9 +1,9 @@
 """The documentation tells the truth: its code runs, its commands run, its output is what is printed, its links lead.
 
 Fenced blocks of a page run in order, in one namespace and one temporary folder. `python` blocks are executed; in `sh`
-blocks, lines of `auxin` go through the command line as written and lines of `make` must name a target. A `text` block
-right after one of them is its output, `...` standing for anything. A block after `<!-- file: NAME -->` becomes that
-file; one after `<!-- not run: reason -->` is skipped.
+blocks, lines of `auxin` go through the command line as written, those of `torchrun` start processes, and lines of
+`make` must name a target. A `text` block right after one of them is its output, `...` standing for anything. A block
+after `<!-- file: NAME -->` becomes that file; one after `<!-- not run: reason -->` is skipped.
 
 Nothing is downloaded: `hf download MODEL --local-dir FOLDER` writes a narrow Llama as deep as SmolLM2-135M to it
 (tests/stand_in.py). What a page says of a real model stands apart from the commands, and other tests hold it.
@@ -13,8 +13,10 @@ import contextlib
 import doctest
 import importlib.util
 import io
+import os
 import re
 import shlex
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -132,10 +134,22 @@ def run_shell(block: Block) -> str:
         elif words[:2] == ["hf", "download"]:
             assert words[3] == "--local-dir", f"line {block.line}: {line}: a folder by name, which later lines can read"
             write_stand_in(Path(words[4]))
+        elif words[0] == "torchrun":
+            output += run_processes(words[1:])
         else:
-            assert words[0] == "auxin", f"line {block.line}: only auxin, make, hf can be run; mark the block as not run"
+            known = "auxin, torchrun, make, hf"
+            assert words[0] == "auxin", f"line {block.line}: only {known} can be run; mark the block as not run"
             output += run_auxin(line)
     return output
+
+
+def run_processes(words: list[str]) -> str:
+    """What torchrun does with these words, at a port that is free."""
+    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", *words]
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    ended = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, **threads})
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
 
 
 def run_python(block: Block, page: Path, namespace: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from auxin.models.loading import load_model
 from auxin.planning.hooks import ExactRates, Hook, OldRates, TrainOnly
 from auxin.training.checkpoint import load_optimizer, write_checkpoint_folder
 from auxin.training.loop import TrainingResult, train
+from auxin.training.ranks import Ranks, joined
 from auxin.training.run_folder import latest_checkpoint
 from auxin.training.schedule import learning_rate
 from auxin.training.settings import GuardSettings, TrainingSettings
@@ -14,10 +15,12 @@ __all__ = [
     "GuardSettings",
     "Hook",
     "OldRates",
+    "Ranks",
     "TrainOnly",
     "TrainingInterrupted",
     "TrainingResult",
     "TrainingSettings",
+    "joined",
     "latest_checkpoint",
     "learning_rate",
     "load_model",
