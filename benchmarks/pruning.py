@@ -246,11 +246,19 @@ def front(comparison: Comparison, pruned: bool = False) -> set[str]:
 def page(comparison: Comparison, grid: Grid) -> str:
     """The results as Markdown."""
     branches = {branch.name: branch for branch in comparison.branches}
-    whole, trained_on = (
-        interval(branches[name].values.values()) if name in branches else "-" for name in ("dense", "dense-on")
-    )
     best = front(comparison)
     others = comparison.other_measures
+    whole, trained_on = (
+        ", ".join(
+            [
+                interval(branches[name].values.values()),
+                *(f"{other.with_unit} {estimate_text(branches[name].measures.get(other.kind), 3)}" for other in others),
+            ]
+        )
+        if name in branches
+        else "-"
+        for name in ("dense", "dense-on")
+    )
     header = *HEADER[:-1], *(f"{other.with_unit} when mended" for other in others), HEADER[-1]
     lines = [
         f"# {grid.heading}",
