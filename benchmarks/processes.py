@@ -39,7 +39,7 @@ from auxin.training.strategies import Sharded
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "processes.json"
 PAGE = ROOT / "docs" / "results" / "processes.md"
-LENGTH, BATCH, STEPS, QUICK = 64, 16, 50, 4
+LENGTH, BATCH, PART, STEPS, QUICK = 64, 16, 4, 50, 4
 MODELS = ("TokenFormer", "Llama")
 TYPES = ("float64", "float32")
 TOGETHER = [(size, strategy) for size in (2, 3, 4) for strategy in ("replicated", "sharded")]
@@ -101,8 +101,8 @@ def take_part(arguments: argparse.Namespace) -> None:
         (arguments.folder / f"{os.getpid()}.json").write_text(json.dumps(size))
         return
     settings = TrainingSettings(
-        steps=arguments.steps, batch_size=BATCH, learning_rate=3e-3, warmup_steps=2, log_interval=1, tensorboard=False,
-        strategy=arguments.strategy,
+        steps=arguments.steps, batch_size=BATCH, micro_batch_size=PART, learning_rate=3e-3, warmup_steps=2,
+        log_interval=1, tensorboard=False, strategy=arguments.strategy,
     )  # fmt: skip
     with joined() as ranks:
         train(model, text(), settings, arguments.folder, ranks=ranks, progress=False)
@@ -169,10 +169,10 @@ def page_of(results: dict[str, Any]) -> str:
     return "\n".join([
         "# Several processes beside one",
         "",
-        f"{STEPS} steps of {BATCH} contexts of {LENGTH} bytes, by torchrun and gloo on one machine, against one "
-        "process with the same batch: the largest difference of a step's training loss, of a held-out loss, and at the "
-        "end of a weight and of a moment of the optimizer. transformers computes a Llama's loss in single precision, "
-        "whatever the model's is.",
+        f"{STEPS} steps of {BATCH} contexts of {LENGTH} bytes in micro-batches of {PART}, by torchrun and gloo on one "
+        "machine, against one process: the largest difference of a step's training loss, of a held-out loss, and at "
+        "the end of a weight and of a moment of the optimizer. transformers computes a Llama's loss in single "
+        "precision, whatever the model's is.",
         "",
         made_by_line(results),
         "",
