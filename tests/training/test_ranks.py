@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from auxin.accounting import Ledger
 from auxin.training import latest_checkpoint
 from training.tiny import checkpoint_bits, read_metrics
 
@@ -143,6 +144,10 @@ def test_goes_on_with_another_number_of_processes(trained, run, tmp_path, strate
         ):
             assert not any(answer["codes"]), answer["messages"]
         assert apart(alone, folder)[0] < 1e-10
+        later = "3 processes" if size == 3 else "1 process"
+        later += f" ({strategy})" if size == 3 else ""
+        notes = Ledger.load(latest_checkpoint(folder)).stages[-1].notes
+        assert notes == [f"trained by 2 processes ({strategy})", f"trained by {later} from step 30"]
 
 
 @pytest.mark.parametrize("strategy", ["replicated", "sharded"])

@@ -240,6 +240,7 @@ class _Loop:
             self._start(optimizer_from)
             gone_back += self._keep_later(None)
         refuse_non_finite(self.model, self.state.optimizer, str(checkpoint or self.model.name_or_path or "the model"))
+        self._note_processes(checkpoint is not None)
         was_training = self.model.training
         step, position = self.state.step, self.state.data_position
         self.keeper.open_metrics(None if checkpoint is None else position, step)
@@ -262,6 +263,14 @@ class _Loop:
             self.display.close()
             self.keeper.close()
             self.model.train(was_training)
+
+    def _note_processes(self, resumed: bool) -> None:
+        """Say in the books how many processes train from here on, where they are several, or others than before."""
+        words = f"{self.ranks.size} process{'es' if self.ranks.several else ''}"
+        now = f"trained by {words}{f' ({self.strategy.name})' if self.ranks.several else ''}"
+        before = [note.partition(" from step ")[0] for note in self.state.notes if note.startswith("trained by ")]
+        if (before and before[-1] != now) or (not before and self.ranks.several):
+            self.state.notes.append(f"{now} from step {self.state.step}" if resumed else now)
 
     def _display(self, enabled: bool, place: Place) -> ProgressDisplay:
         flops = self.settings.batch_size * self.flops_per_sample
