@@ -1,10 +1,8 @@
-"""What norms with parameters, a norm on queries and keys, and keys without weight decay would bring.
+"""What norms with parameters, and a norm on queries and keys, would bring a TokenFormer and a dense Transformer.
 
 The models, data, steps and rates are those of `parity.yaml`. The norms inside a TokenFormer's layers have no
 parameters, those of a GPT-NeoX have; here each gets a weight and a bias. A norm on queries and keys divides each head's
 query and key by its root mean square before the rotation, times a weight per dimension, as Qwen3 and others have it.
-Under a norm of scores the common length of the keys changes nothing, so that decay can only make a step turn them
-further: there, and in a new model, where their length counts, keys alone are left out of the decay.
 
     python benchmarks/parity_norms.py --jobs 2
     python benchmarks/parity_norms.py --quick
@@ -19,7 +17,6 @@ import torch
 from measuring import made_by_line, publish
 from parity_cells import ROOT, Cell, Task, Way, asked, excess, learnt, measured, values
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from auxin.accounting.statistics import Estimate
@@ -32,17 +29,10 @@ WAYS = {
     "weights": Way("and norms with parameters", "new", "weights"),
     "heads": Way("and a norm on queries and keys", "new", "heads"),
     "both": Way("and both", "new", "weights heads"),
-    "keys": Way("and no weight decay of keys", "new", "undecayed"),
     "dense": Way("GPT-NeoX, rate 6e-3", "dense-0060"),
     "dense-heads": Way("and a norm on queries and keys", "dense-0060", "heads"),
-    "rotated": Way("TokenFormer with norms of scores, rate 1.7e-3", "rotated"),
-    "rotated-keys": Way("and no weight decay of keys", "rotated", "undecayed"),
 }
-AGAINST = {
-    **dict.fromkeys(("weights", "heads", "both", "keys", "dense", "rotated"), "new"),
-    "dense-heads": "dense",
-    "rotated-keys": "rotated",
-}
+AGAINST = {"weights": "new", "heads": "new", "both": "new", "dense": "new", "dense-heads": "dense"}
 """With which way each is compared."""
 
 
@@ -92,43 +82,15 @@ def with_head_norms(model: PreTrainedModel) -> None:
             module.register_forward_hook(after)
 
 
-class UndecayedKeys:
-    """Training hook: the keys of parameter tokens leave the optimizer's group that decays."""
-
-    def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Move them to a group of their own."""
-        keys = {parameter for name, parameter in model.named_parameters() if name.endswith("key_tokens")}
-        for group in list(optimizer.param_groups):
-            if found := [parameter for parameter in group["params"] if parameter in keys]:
-                group["params"] = [parameter for parameter in group["params"] if parameter not in keys]
-                optimizer.add_param_group({**group, "params": found, "weight_decay": 0.0})
-
-    def before_step(self, step: int) -> None:
-        """Nothing."""
-
-    def after_step(self, step: int) -> None:
-        """Nothing."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: an attached optimizer has its groups."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing."""
-
-
 CHANGES = {"weights": with_norm_parameters, "heads": with_head_norms}
-HOOKS = {"undecayed": UndecayedKeys}
 
 
 def measure(task: Task) -> Cell:
     """Train one way with one seed."""
     model = task.model()
-    changes = (task.way.form or "").split()
-    for change in changes:
-        if change in CHANGES:
-            CHANGES[change](model)
-    return learnt(task, model, [HOOKS[change]() for change in changes if change in HOOKS])
+    for change in (task.way.form or "").split():
+        CHANGES[change](model)
+    return learnt(task, model)
 
 
 def page_of(results: dict[str, Any]) -> str:
@@ -142,7 +104,7 @@ def page_of(results: dict[str, Any]) -> str:
         loss = Estimate.of(values(results, name, "loss")).text(3)
         rows.append([way.title, f"{values(results, name, 'parameters')[0]:,}", loss, gap])
     lines = [
-        "# Norms with parameters, a norm on queries and keys, and keys without weight decay",
+        "# Norms with parameters, and a norm on queries and keys",
         "",
         "Models, data, steps and rates are those of [parity.md](parity.md). Held-out loss in nats per token: mean over "
         "the seeds and 95 % interval (Student's t); differences are taken seed by seed.",

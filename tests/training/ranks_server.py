@@ -13,11 +13,14 @@ import traceback
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertForMaskedLM
 
 from auxin.errors import AuxinError, ConfigError
 from auxin.training import train
+from auxin.training.optimizer import build_optimizer
 from auxin.training.ranks import Ranks, joined
+from auxin.training.strategies import Sharded
 from training.tiny import VOCABULARY, TinyData, poisoned_llama, tiny_gpt2, tiny_llama, tiny_settings, tiny_tokenformer
 
 
@@ -90,7 +93,28 @@ def do_meet(ranks: Ranks, folder: Path, request: dict) -> None:
             raise ConfigError("no such file here")
 
 
-SCENARIOS = {"train": do_train, "tell": do_tell, "meet": do_meet}
+def do_flow(ranks: Ranks, folder: Path, request: dict) -> None:
+    """What a process holds after a step in pieces, and what goes between the processes in it; in bytes."""
+    model = MODELS[request["model"]]()
+    strategy = Sharded(ranks)
+    strategy.place(model)
+    optimizer = build_optimizer(model, tiny_settings(steps=1))
+    ids = torch.zeros(2, 16, dtype=torch.long)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        for number in range(request["passes"]):
+            strategy.begin_pass(model, number == request["passes"] - 1)
+            model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    events = [(event.name, event.input_shapes) for event in profiler.events()]
+    gathered = sum(4 * shapes[0][0] for name, shapes in events if name == "c10d::_allgather_base_")
+    added = sum(4 * shapes[1][0] for name, shapes in events if name == "c10d::_reduce_scatter_base_")
+    parameters = list(model.parameters())
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    held = sum(4 * tensor.to_local().numel() for tensor in [*parameters, *(p.grad for p in parameters), *moments])
+    ranks.told(lambda: Path(f"{folder}.json").write_text(json.dumps([held, gathered, added])))
+
+
+SCENARIOS = {"train": do_train, "tell": do_tell, "meet": do_meet, "flow": do_flow}
 
 
 def child(rank: int, port: int, request: dict) -> int:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from auxin.accounting import Ledger
+from auxin.recipes.several_gpus import held_and_sent
 from auxin.training import latest_checkpoint
-from training.tiny import checkpoint_bits, read_metrics
+from training.tiny import checkpoint_bits, read_metrics, tiny_llama, tiny_tokenformer
 
 TESTS = Path(__file__).parents[1]
 SOURCES = Path(__file__).parents[2] / "src"
@@ -231,6 +233,21 @@ def test_what_several_processes_can_not_do_is_refused_before_anything_is_written
     assert answer["codes"] == [2, 2]
     assert all(message in told for told in answer["messages"])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("model", "size", "passes"), [("llama", 2, 2), ("tied", 3, 1), ("tokenformer", 2, 1)])
+def test_what_is_computed_for_several_gpus_is_what_processes_hold_and_send(run, tmp_path, model, size, passes):
+    """To the byte where sizes divide; where rows don't, FSDP2 fills up what goes between the processes."""
+    answer = run(tmp_path / "flow", size, "flow", model=model, passes=passes)
+    assert answer["codes"] == [0] * size, answer["messages"]
+    held, gathered, added = json.loads((tmp_path / "flow.json").read_text())
+    untrained = {"llama": tiny_llama, "tied": partial(tiny_llama, tie_word_embeddings=True)}.get(
+        model, tiny_tokenformer
+    )
+    state, _, sent = held_and_sent(untrained(), size, passes, sharded=True)
+    assert state == held
+    flow = (gathered + added) * (size - 1) / size
+    assert sent == flow if size == 2 else sent == pytest.approx(flow, rel=0.05)
 
 
 def test_threads_and_devices_are_left_alone():

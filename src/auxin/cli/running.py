@@ -48,6 +48,10 @@ def run(
             "--dry-run", help="Print stages, costs, memory and time, for which a few steps are timed; train nothing."
         ),
     ] = False,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: compute memory and time of so many GPUs.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="Their kind: b200, h200, h100, a100, ...")] = "h100",
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: train, change and compare its branches, and write a report. Resumes where it stopped."""
@@ -70,6 +74,13 @@ def run(
             f"--seed {seed}: the recipe has seeds {loaded.seeds}. Give --seeds {seed}, or --set seeds=null for a run "
             "with one seed."
         )
+    if gpus is not None:
+        if not dry_run:
+            raise ConfigError(
+                f"--gpus {gpus} is for --dry-run. A run takes the GPUs of the processes that torchrun starts."
+            )
+        _print_shared(part_of(loaded, branches), gpus, gpu, as_json)
+        return
     if dry_run:
         from auxin.recipes.timing import Timer
 
@@ -99,6 +110,21 @@ def run(
     else:
         directory = output or Path("runs") / f"{loaded.name}-seeds"
         _print_comparison(run_seeds(loaded, directory, shlex.join(arguments), **how), directory, as_json)
+
+
+def _print_shared(recipe: Any, gpus: int, name: str, as_json: bool) -> None:
+    from auxin.recipes.several_gpus import find_gpu, price_shared, shared_notes, shared_table
+
+    gpu = find_gpu(name)
+    prices = price_shared(recipe, gpus, gpu)
+    if as_json:
+        print(
+            json.dumps([{**one.model_dump(), "total": one.total, "seconds": one.seconds} for one in prices], indent=2)
+        )
+        return
+    header, *rows = shared_table(prices, gpu)
+    print_table(header, rows, optional=5)
+    print_line("\n".join(shared_notes(prices, gpus, gpu)))
 
 
 def _print_price(price: Any, as_json: bool) -> None:
