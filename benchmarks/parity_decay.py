@@ -1,8 +1,8 @@
 """Whether the weight decay of its keys matters to a TokenFormer.
 
 Under a norm of scores the common length of the keys changes nothing, so that decay can only make a step turn them
-further; in a new model, without norms, their length counts. The models, data, steps and rates are those of `parity.yaml`;
-beside each stands itself with keys left out of the decay.
+further; in a new model, without norms, their length counts. The models, data, steps and rates are those of
+`parity.yaml`; beside each stands itself with keys left out of the decay.
 
     python benchmarks/parity_decay.py --jobs 2
     python benchmarks/parity_decay.py --quick

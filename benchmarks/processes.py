@@ -1,8 +1,8 @@
 """Several processes that train a model together beside one: how far apart losses, weights and moments are, and what a
 process holds.
 
-A TokenFormer (its own loss, in the model's precision) and a Llama with a tied head (transformers' loss, which is in
-single precision always) learn bytes of Python's standard library, in double and in single precision.
+A TokenFormer and a Llama with a tied head learn bytes of Python's standard library, in double and in single precision.
+In double precision the Llama's loss is, too; transformers' own is in single precision always.
 
     python benchmarks/processes.py
     python benchmarks/processes.py --quick
@@ -65,6 +65,11 @@ def model_of(name: str) -> PreTrainedModel:
     return TokenFormerForCausalLM(TokenFormerConfig(**sizes, **tokens, max_position_embeddings=LENGTH))
 
 
+def loss(logits: torch.Tensor, labels: torch.Tensor, **unused: object) -> torch.Tensor:
+    """A language model's, in the model's own precision."""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
 def text() -> Excerpt:
     """Contexts of bytes."""
     data = b"".join(content for _, content in islice(source_code(), 40))
@@ -96,6 +101,8 @@ def bytes_of(tensor: torch.Tensor) -> int:
 def take_part(arguments: argparse.Namespace) -> None:
     """What a process of torchrun does."""
     model = model_of(arguments.model).to(getattr(torch, arguments.type))
+    if arguments.type == "float64" and arguments.model == "Llama":
+        model.loss_function = loss
     if arguments.strategy == "held":
         size = held_here(model)
         (arguments.folder / f"{os.getpid()}.json").write_text(json.dumps(size))
@@ -171,8 +178,8 @@ def page_of(results: dict[str, Any]) -> str:
         "",
         f"{STEPS} steps of {BATCH} contexts of {LENGTH} bytes in micro-batches of {PART}, by torchrun and gloo on one "
         "machine, against one process: the largest difference of a step's training loss, of a held-out loss, and at "
-        "the end of a weight and of a moment of the optimizer. transformers computes a Llama's loss in single "
-        "precision, whatever the model's is.",
+        "the end of a weight and of a moment of the optimizer. In double precision the Llama's loss is, too, where "
+        "transformers would compute it in single precision.",
         "",
         made_by_line(results),
         "",
