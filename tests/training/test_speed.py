@@ -18,3 +18,11 @@ def test_what_is_paused_does_not_count(monkeypatch):
     measured.start(9)
     now[0] += 1
     assert measured.units_per_second(11) == pytest.approx(200)
+    with measured.drawing():
+        now[0] += 3
+    with measured.paused():
+        now[0] += 9
+    assert measured.data_share() == pytest.approx(3 / 4)
+    measured.start(11)
+    now[0] += 1
+    assert measured.data_share() == 0

@@ -223,5 +223,5 @@ def checkpoint_bits(checkpoint: Path) -> dict[str, bytes]:
 def read_metrics(output_dir: Path, timed: bool = False) -> list[dict]:
     """The lines of metrics.jsonl; without what depends on the clock unless `timed`."""
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    clock = () if timed else ("seconds", "units_per_second", "flops_per_second")
+    clock = () if timed else ("seconds", "units_per_second", "flops_per_second", "data_share")
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]

@@ -5,7 +5,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +35,7 @@ from auxin.training.keeper import Keeper
 from auxin.training.optimizer import build_optimizer, restore_optimizer
 from auxin.training.progress import Place, ProgressDisplay, TimeLeft
 from auxin.training.ranks import ALONE, Ranks
+from auxin.training.result import TrainingResult
 from auxin.training.schedule import learning_rate
 from auxin.training.settings import TrainingSettings
 from auxin.training.speed import Speed
@@ -43,32 +43,6 @@ from auxin.training.state import TrainingState
 from auxin.training.strategies import Copies, choose_strategy
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a stage of training gave."""
-
-    checkpoint: Path
-    """Folder of the last checkpoint."""
-    value: float | None
-    """What the first measure gives on the whole held-out split, the loss where none was named; None when `stop_after`
-    ended the call before the stage."""
-    measures: dict[str, float]
-    """All measures at the end, by name; empty where `value` is None."""
-    units: int
-    """Units of data (tokens, examples, ...) of the stage, those of skipped and rewound steps included: they cost as
-    much. Of text they are tokens of the text, whatever the objective makes of them."""
-    flops: float
-    """Training FLOPs of the stage, forward and backward."""
-    seconds: float
-    """Wall time of the stage, evaluations included, summed over its pieces."""
-    steps: int
-    """Optimizer steps done."""
-    data_position: int
-    """Batch of the data order that a next stage with the same batch size would start at to see new data."""
-    ledger: Ledger
-    """The parent's books with this stage at their end."""
 
 
 @torch.inference_mode(False)
@@ -367,7 +341,8 @@ class _Loop:
         for hook in state.hooks:
             hook.before_step(state.step)
         noise = training_noise(settings.seed, state.data_position)
-        inputs = self.objective.inputs(next(self.batches), noise)
+        with self.speed.drawing():
+            inputs = self.objective.inputs(next(self.batches), noise)
         state.data_position += 1
         loss, norm = self.gradients.of(inputs, self._draws())
         self.rate, self.norm = rate, norm
@@ -547,7 +522,7 @@ class _Loop:
     def _measurements(self) -> dict[str, Any]:
         """Loss (mean over the good steps since the last line), rate, gradient norm and speed."""
         state = self.state
-        speed = self.speed.units_per_second(state.data_position)
+        speed, data_share = self.speed.units_per_second(state.data_position), self.speed.data_share()
         flops = speed / self.form.units * self.flops_per_sample
         mean = state.loss_sum / state.loss_count if state.loss_count else math.nan
         state.loss_sum, state.loss_count = 0.0, 0
@@ -558,6 +533,7 @@ class _Loop:
             "gradient_norm": self.norm,
             "units_per_second": speed,
             "flops_per_second": flops,
+            "data_share": data_share,
         }
         return values if self.peak is None else {**values, "mfu": flops / self.peak}
 

@@ -22,6 +22,7 @@ TAGS = {
     "units_per_second": "speed/units_per_second",
     "flops_per_second": "speed/flops_per_second",
     "mfu": "speed/mfu",
+    "data_share": "speed/data_share",
 }
 """TensorBoard's tags of the metrics; what begins with VALIDATION or WHOLE_SPLIT is tagged by the rest of its name."""
 VALIDATION = "validation_"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 class Speed:
-    """Units of data per second since the last line of metrics.
+    """Units of data per second since the last line of metrics, and how long they were waited for.
 
     Args:
         units_per_step: that a batch has.
@@ -19,12 +19,25 @@ class Speed:
 
     def start(self, position: int) -> None:
         """Measure from here on."""
-        self._since, self._position, self._pause = time.perf_counter(), position, 0.0
+        self._since, self._position, self._pause, self._waited = time.perf_counter(), position, 0.0, 0.0
 
     def units_per_second(self, position: int) -> float:
         """Of the time since the start in which it learnt."""
-        elapsed = time.perf_counter() - self._since - self._pause
-        return (position - self._position) * self._units_per_step / max(elapsed, 1e-9)
+        return (position - self._position) * self._units_per_step / max(self._elapsed(), 1e-9)
+
+    def data_share(self) -> float:
+        """Share of that time in which it waited for a batch, 0 to 1."""
+        return self._waited / max(self._elapsed(), 1e-9)
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._since - self._pause
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Within the context a batch is drawn, and what the objective makes of it."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
