@@ -1,8 +1,9 @@
 """Several processes that train a model together beside one: how far apart losses, weights and moments are, and what a
 process holds.
 
-A TokenFormer and a Llama with a tied head learn bytes of Python's standard library, in double and in single precision.
-In double precision the Llama's loss is, too; transformers' own is in single precision always.
+A TokenFormer, a GPT-2 and a Llama, the latter with tied heads, learn bytes of Python's standard library, in single and,
+but for the Llama, in double precision. GPT-2's loss is then in double precision, too. transformers computes losses, and
+the norms and the rotation of a Llama, in single precision always.
 
     python benchmarks/processes.py
     python benchmarks/processes.py --quick
@@ -26,7 +27,7 @@ from excerpt import Excerpt, source_code, spread_rows
 from measuring import made_by, made_by_line, publish
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from auxin.models import TokenFormerConfig, TokenFormerForCausalLM
 from auxin.report.markdown import markdown_table
@@ -40,8 +41,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "processes.json"
 PAGE = ROOT / "docs" / "results" / "processes.md"
 LENGTH, BATCH, PART, STEPS, QUICK = 64, 16, 4, 50, 4
-MODELS = ("TokenFormer", "Llama")
-TYPES = ("float64", "float32")
+MODELS = {"TokenFormer": ("float64", "float32"), "GPT-2": ("float64", "float32"), "Llama": ("float32",)}
+"""In what precision each is trained."""
 TOGETHER = [(size, strategy) for size in (2, 3, 4) for strategy in ("replicated", "sharded")]
 APART = ("model", "type", "processes", "strategy", "loss", "held-out", "weights", "moments")
 Row = dict[str, Any]
@@ -61,6 +62,9 @@ def model_of(name: str) -> PreTrainedModel:
             eos_token_id=None,
         )
         return LlamaForCausalLM(config)
+    if name == "GPT-2":
+        none = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
+        return GPT2LMHeadModel(GPT2Config(**sizes, n_positions=LENGTH, **none))
     tokens = {"qkv_tokens": 64, "proj_tokens": 64, "ffn_tokens": 256}
     return TokenFormerForCausalLM(TokenFormerConfig(**sizes, **tokens, max_position_embeddings=LENGTH))
 
@@ -101,7 +105,7 @@ def bytes_of(tensor: torch.Tensor) -> int:
 def take_part(arguments: argparse.Namespace) -> None:
     """What a process of torchrun does."""
     model = model_of(arguments.model).to(getattr(torch, arguments.type))
-    if arguments.type == "float64" and arguments.model == "Llama":
+    if arguments.type == "float64" and arguments.model == "GPT-2":
         model.loss_function = loss
     if arguments.strategy == "held":
         size = held_here(model)
@@ -140,8 +144,8 @@ def apart(one: Path, other: Path) -> dict[str, float]:
 def measured(work: Path, steps: int) -> dict[str, list[Row]]:
     """All trainings, beside that of one process."""
     rows, held = [], []
-    for model in MODELS:
-        for type in TYPES:
+    for model, types in MODELS.items():
+        for type in types:
             alone = started(work / f"{model}-{type}-1", 1, "replicated", model, type, steps)
             for size, strategy in TOGETHER:
                 folder = started(work / f"{model}-{type}-{size}-{strategy}", size, strategy, model, type, steps)
@@ -178,8 +182,9 @@ def page_of(results: dict[str, Any]) -> str:
         "",
         f"{STEPS} steps of {BATCH} contexts of {LENGTH} bytes in micro-batches of {PART}, by torchrun and gloo on one "
         "machine, against one process: the largest difference of a step's training loss, of a held-out loss, and at "
-        "the end of a weight and of a moment of the optimizer. In double precision the Llama's loss is, too, where "
-        "transformers would compute it in single precision.",
+        "the end of a weight and of a moment of the optimizer. In double precision GPT-2's loss is, too, where "
+        "transformers would compute it in single precision; a Llama's norms and rotation are in single precision in "
+        "any case, so that it is not among those in double.",
         "",
         made_by_line(results),
         "",
