@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.profiler import ProfilerActivity, profile
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, GPT2LMHeadModel, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
-from auxin.errors import AuxinError, ConfigError
-from auxin.training import train
+from auxin.errors import AuxinError, CheckpointError, ConfigError
+from auxin.training import loop, train
 from auxin.training.optimizer import build_optimizer
 from auxin.training.ranks import Ranks, joined
 from auxin.training.strategies import Sharded
@@ -40,6 +42,38 @@ def loss_in_the_models_precision(logits: Tensor, labels: Tensor, **unused: objec
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
+class Scarce(GPT2LMHeadModel):
+    """`odd` gets a gradient from parts of a batch whose first token is odd, `never` from none; `factor`, if there is
+    one, is a single number."""
+
+    def __init__(self, factor: bool = False) -> None:
+        torch.manual_seed(0)
+        super().__init__(tiny_gpt2(dropout=0.0).config)
+        self.odd, self.never = nn.Parameter(torch.zeros(VOCABULARY)), nn.Parameter(torch.ones(3, 4))
+        if factor:
+            self.factor = nn.Parameter(torch.tensor(1.0))
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: object
+    ) -> CausalLMOutputWithCrossAttentions:
+        output = super().forward(input_ids=input_ids, **kwargs)
+        counted = isinstance(input_ids, FakeTensor) or input_ids.is_meta
+        if self.training and not counted and input_ids[0, 0] % 2:
+            output.logits = output.logits + self.odd
+        if labels is not None:
+            logits = output.logits[:, :-1].flatten(0, 1)
+            output.loss = nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+        return output
+
+
+def strided_llama() -> LlamaForCausalLM:
+    """One of its matrices lies in memory column by column."""
+    model = tiny_llama()
+    up = model.model.layers[0].mlp.up_proj
+    up.weight = nn.Parameter(up.weight.detach().t().contiguous().t())
+    return model
+
+
 MODELS = {
     "llama": tiny_llama,
     "tied": lambda: tiny_gpt2(dropout=0.0),
@@ -47,7 +81,31 @@ MODELS = {
     "masked": masked_bert,
     "dropout": tiny_gpt2,
     "poisoned": lambda: poisoned(tiny_gpt2(dropout=0.0)),
+    "scarce": Scarce,
+    "factor": lambda: Scarce(factor=True),
+    "strided": strided_llama,
 }
+
+
+class Drawing:
+    """A hook that draws numbers where a hook may, and keeps them in a file of its process."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.drawn = file, []
+
+    def attach(self, model, optimizer) -> None: ...
+
+    def before_step(self, step: int) -> None:
+        self.drawn.append(float(torch.rand(())))
+
+    def after_step(self, step: int) -> None:
+        self.before_step(step)
+        self.file.write_text(json.dumps(self.drawn))
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None: ...
 
 
 class Signalled:
@@ -81,9 +139,17 @@ def do_train(ranks: Ranks, folder: Path, request: dict) -> None:
     if "signal" in request:
         rank, step, name = request["signal"]
         hooks.append(Signalled(step if rank == ranks.rank else -1, getattr(signal, name)))
+    if "drawing" in request:
+        hooks.append(Drawing(Path(f"{folder}.{ranks.rank}.drawn")))
+    if request.get("blind") == ranks.rank:
+        loop.read_state = unreadable
     settings = tiny_settings(**{"log_interval": 1, **request["settings"]})
     data = TinyData(poisoned_rows=tuple(request.get("poisoned", ())))
     train(model, data, settings, folder, hooks=hooks, progress=False, ranks=ranks, stop_after=request.get("stop_after"))
+
+
+def unreadable(checkpoint: Path) -> dict:
+    raise CheckpointError(f"{checkpoint.name} can't be read")
 
 
 def do_tell(ranks: Ranks, folder: Path, request: dict) -> None:

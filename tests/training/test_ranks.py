@@ -14,8 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from auxin.accounting import Ledger
+from auxin.errors import ConfigError
+from auxin.locks import exclusive
 from auxin.recipes.several_gpus import held_and_sent
-from auxin.training import latest_checkpoint
+from auxin.training import TrainingSettings, latest_checkpoint
+from auxin.training.ranks import Ranks, joined, speaks
+from auxin.training.strategies import samples_per_pass
 from training.tiny import checkpoint_bits, read_metrics, tiny_gpt2, tiny_llama, tiny_tokenformer
 
 TESTS = Path(__file__).parents[1]
@@ -92,8 +96,10 @@ def apart(one: Path, other: Path) -> tuple[float, float]:
     [
         (2, "tokenformer", {}),
         (2, "tied", {"micro_batch_size": 2}),
-        # Eight samples in parts of three: some processes have fewer, and one has nothing to do but to take part.
-        (3, "tokenformer", {"micro_batch_size": 3}),
+        # Four samples in two parts: the third process has nothing to do but to take part.
+        (3, "tokenformer", {"batch_size": 4}),
+        # What gets a gradient in the parts of one process, and not in those of the other.
+        (2, "scarce", {"batch_size": 4, "micro_batch_size": 2}),
         (2, "masked", {"objective": "masked_language", "micro_batch_size": 1}),
     ],
 )
@@ -105,6 +111,28 @@ def test_processes_learn_what_one_learns(trained, strategy, size, model, changes
     losses, tensors = apart(alone, together)
     assert losses < 1e-10
     assert tensors < 1e-10
+
+
+def test_a_matrix_that_lies_by_columns_learns_the_same(trained):
+    """The optimizer reads a gradient as its parameter lies in memory."""
+    settings = {**FIFTY, "strategy": "replicated"}
+    assert apart(trained(1, "strided", settings=settings), trained(2, "strided", settings=settings))[1] < 1e-10
+
+
+def test_hooks_draw_alike(run, tmp_path):
+    """Before and after a step, although the passes between draw other numbers in each process."""
+    settings = {**FIFTY, "steps": 6, "strategy": "replicated"}
+    assert run(tmp_path / "run", 2, model="dropout", settings=settings, drawing=True)["codes"] == [0, 0]
+    drawn = [json.loads((tmp_path / f"run.{rank}.drawn").read_text()) for rank in (0, 1)]
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) == 12
+
+
+def test_a_pass_has_as_many_samples_as_are_asked_for_where_each_process_has_one():
+    """Ten parts of a hundred samples for ten processes stay ten parts of eleven, as one process cuts them."""
+    ranks = Ranks(0, 10, torch.distributed.HashStore())
+    for asked, found in ((11, 11), (12, 10), (None, 10), (3, 3)):
+        assert samples_per_pass(TrainingSettings(steps=1, batch_size=100, micro_batch_size=asked), ranks) == found
 
 
 def test_single_precision_stays_near(trained):
@@ -213,6 +241,69 @@ def test_what_fails_in_one_fails_in_all_and_names_it(run, tmp_path, failing):
     assert messages == [f"TrainingError: process {failing} of 3: no such file here"] * 2
 
 
+def test_a_folder_in_use_ends_all_of_them(run, tmp_path):
+    """The leader alone asks for it."""
+    (tmp_path / "run").mkdir()
+    with exclusive(tmp_path / "run"):
+        answer = run(tmp_path / "run", 2, model="llama", settings=FIFTY, step_seconds=60)
+    assert answer["codes"] == [1, 1]
+    assert answer["messages"][1] == answer["messages"][0].replace("TrainingError: ", "TrainingError: process 0 of 2: ")
+
+
+@pytest.mark.parametrize("strategy", ["replicated", "sharded"])
+def test_a_checkpoint_that_one_can_not_read_ends_all_of_them(run, tmp_path, strategy):
+    """Before the first step, and not when the others have waited for it."""
+    request = {"model": "llama", "settings": {**FIFTY, "strategy": strategy}, "step_seconds": 60}
+    assert run(tmp_path / "run", 2, stop_after=3, **request)["codes"] == [0, 0]
+    answer = run(tmp_path / "run", 2, blind=1, **request)
+    assert answer["messages"] == [
+        "TrainingError: process 1 of 2: step-00000003 can't be read",
+        "CheckpointError: step-00000003 can't be read",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE is 'two' and RANK '0' in the environment"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "WORLD_SIZE is '2' and RANK '2' in the environment"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "WORLD_SIZE is '2' and RANK '-1' in the environment"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "the processes can't meet"),
+        *(
+            ({"WORLD_SIZE": "2", "RANK": "0", "AUXIN_STEP_SECONDS": value}, f"AUXIN_STEP_SECONDS is '{value}'")
+            for value in ("soon", "0", "-1", "nan", "inf")
+        ),
+    ],
+)
+def test_an_environment_that_is_wrong_is_named(monkeypatch, environment, message):
+    """At once: nobody waits for processes that are not there."""
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message), joined():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, True),
+        ({"RANK": "1"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, True),  # not a process of one: it says so itself
+        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, False),
+        ({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, False),
+    ],
+)
+def test_one_process_of_a_machine_speaks(monkeypatch, environment, expected):
+    """One that is alone always does."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert speaks() is expected
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
@@ -223,11 +314,16 @@ def test_what_fails_in_one_fails_in_all_and_names_it(run, tmp_path, failing):
             "ones (Signalled). Set strategy: replicated.",
         ),
         ({"settings": {**FIFTY, "strategy": "sharded", "compile": True}}, "compiling them was never tried"),
+        ({"model": "factor", "settings": {**FIFTY, "strategy": "sharded"}}, "factor, which is a single number, can't"),
+        (
+            {"model": "strided", "settings": {**FIFTY, "strategy": "sharded"}},
+            "up_proj.weight, which is not contiguous in memory, can't be cut",
+        ),
     ],
 )
 def test_what_several_processes_can_not_do_is_refused_before_anything_is_written(run, tmp_path, request_, message):
     """By all of them, in the same words."""
-    answer = run(tmp_path / "run", 2, model="llama", **request_)
+    answer = run(tmp_path / "run", 2, **{"model": "llama", **request_})
     assert answer["codes"] == [2, 2]
     assert all(message in told for told in answer["messages"])
     assert not (tmp_path / "run").exists()

@@ -69,12 +69,20 @@ def main() -> None:
         if os.environ.get("AUXIN_DEBUG"):
             raise
         message = str(error) if isinstance(error, AuxinError) else _of_a_file(error)
-        # Of processes that torchrun has started one speaks for all: what goes wrong in another it is told.
-        if os.environ.get("RANK", "0") == "0":
+        if _speaks():
             Console(stderr=True, highlight=False).print(f"[bold red]auxin:[/] {escaped(message)}", soft_wrap=True)
         sys.exit(error.exit_code if isinstance(error, AuxinError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _speaks() -> bool:
+    """Of processes that torchrun has started one of a machine speaks for all: what goes wrong in another it is told."""
+    if os.environ.get("RANK", "0") == "0":
+        return True
+    from auxin.training.ranks import speaks
+
+    return speaks()
 
 
 def _of_a_file(error: OSError) -> str:
@@ -113,6 +121,8 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """A warning of the package's own is for whoever runs the command: one line, without the place in the code."""
+    if not _speaks():
+        return
     if issubclass(category, UserWarning) and Path(filename).is_relative_to(Path(__file__).parents[1]):
         to_stderr(f"auxin: warning: {message}")
     else:

@@ -57,7 +57,7 @@ def run(
     """Run a recipe: train, change and compare its branches, and write a report. Resumes where it stopped."""
     from auxin.recipes import follow, load_recipe, part_of, price_seeds, refuse_together, run_recipe, run_seeds
     from auxin.recipes.beforehand import check_devices, check_sources
-    from auxin.training.ranks import joined, started_together
+    from auxin.training.ranks import joined, speaks, started_together
 
     changes, given = list(overrides or []), _seeds(seeds)
     if seed is not None and given is not None:
@@ -82,6 +82,8 @@ def run(
         _print_shared(part_of(loaded, branches), gpus, gpu, as_json)
         return
     if dry_run:
+        if not speaks():
+            return
         from auxin.recipes.timing import Timer
 
         check_devices(loaded)

@@ -50,7 +50,8 @@ class BatchGradients:
         Args:
             inputs: the objective's, by name, each with the batch as its first axis, on any device.
             seed: of what several processes draw in the passes, such as dropout: each micro-batch draws its own numbers,
-                whichever process has it. One process goes on from where torch's generator stands.
+                whichever process has it, and behind them all draw alike. One process goes on from where torch's
+                generator stands.
         """
         for parameter in self.parameters:
             parameter.grad = None
@@ -67,12 +68,15 @@ class BatchGradients:
         losses = []
         for place, (number, share) in enumerate(mine):
             if self.ranks.several:
-                torch.manual_seed((seed + number) % 2**63)
+                torch.manual_seed(seed + 1 + number)
             self.strategy.begin_pass(self.model, place == len(mine) - 1)
             losses.append(self.add(parts[number], share))
         loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.device)
-        self.ranks.wait_for_others()
-        self.ranks.add_up(loss)
+        if self.ranks.several:
+            torch.manual_seed(seed + 1 + len(parts))
+            self.ranks.wait_for_others()
+            loss = loss.double()  # of what type the losses are, a process without a part does not know
+            self.ranks.add_up(loss)
         self.strategy.add_up(self.parameters)
         norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.settings.gradient_clip is not None:

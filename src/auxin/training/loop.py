@@ -120,9 +120,12 @@ def train(
     if not objective.adds_up:  # a setting that may change elsewhere, and here is part of what is learnt
         facts["samples per forward pass"] = str(settings.samples_per_forward)
     identity = RunIdentity.of(stage_name, settings, data.fingerprint, data_position, model.config, facts)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    held = exclusive(output_dir) if ranks.leads else contextlib.nullcontext()
-    with held, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with contextlib.ExitStack() as held:
+        with ranks.together():
+            output_dir.mkdir(parents=True, exist_ok=True)
+            if ranks.leads:
+                held.enter_context(exclusive(output_dir))
+        held.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         torch.nn.Module.to(model, device)
         num_parameters = count_parameters(model).total
         strategy.place(model)
@@ -200,8 +203,13 @@ class _Loop:
         groups = self.state.optimizer.param_groups
         # A hook may have given some parameters a rate of their own; it stays in proportion to the schedule's.
         self.relative_rates = [group["lr"] / self.settings.learning_rate for group in groups]
+        saved: dict[str, Any] = {}
+        with self.ranks.together():  # what one can't read ends all of them
+            if checkpoint is None:
+                self._start(optimizer_from)
+            else:
+                saved = self._resume(checkpoint)
         if checkpoint is not None:
-            saved = self._resume(checkpoint)
             gone_back += self._keep_later(checkpoint)
             # A kill may have come between naming the checkpoint and removing what it made superfluous.
             self.keeper.prune(checkpoint, self.state.rewind_step)
@@ -211,7 +219,6 @@ class _Loop:
                 measured = {kind: none if value is None else value for kind, value in found.items()}
                 return self._result(checkpoint, measured, self.parent)
         else:
-            self._start(optimizer_from)
             gone_back += self._keep_later(None)
         refuse_non_finite(self.model, self.state.optimizer, str(checkpoint or self.model.name_or_path or "the model"))
         self._note_processes(checkpoint is not None)
@@ -335,6 +342,7 @@ class _Loop:
     def _step(self) -> bool:
         """Draw a batch and learn from it; return whether the step counter moved on (not so after a rewind)."""
         state, settings = self.state, self.settings
+        seed = self._draws()
         rate = learning_rate(settings, state.step, self.total_steps)
         for group, relative in zip(state.optimizer.param_groups, self.relative_rates, strict=True):
             group["lr"] = rate * relative
@@ -344,7 +352,7 @@ class _Loop:
         with self.speed.drawing():
             inputs = self.objective.inputs(next(self.batches), noise)
         state.data_position += 1
-        loss, norm = self.gradients.of(inputs, self._draws())
+        loss, norm = self.gradients.of(inputs, seed)
         self.rate, self.norm = rate, norm
         problem = state.guard.problem(loss, norm)
         if problem is not None:
@@ -396,7 +404,8 @@ class _Loop:
         events, notes = state.guard.events, state.notes
         seconds = state.seconds
         checkpoint, saved = self.keeper.go_back(state.rewind_step)
-        self._load(checkpoint, saved, position=state.data_position)
+        with self.ranks.together():
+            self._load(checkpoint, saved, position=state.data_position)
         state.guard.events, state.notes, state.seconds = events, notes, seconds
         self.keeper.prune(checkpoint, state.rewind_step)
 
@@ -511,13 +520,13 @@ class _Loop:
         return self.strategy.measured(self.model, found)
 
     def _draws(self) -> int:
-        """The seed of what several processes draw in the forward passes of a step, and set as torch's, so that they
-        draw alike what is drawn outside of them."""
+        """The seed of what several processes draw in the forward passes of the next step, and set as torch's, so that
+        they draw alike what is drawn outside of them."""
         if not self.ranks.several:
             return 0
-        seed = int(training_noise(self.settings.seed, self.state.data_position).integers(2**62))
+        seed = int(training_noise(self.settings.seed, self.state.data_position + 1).integers(2**62))
         torch.manual_seed(seed)
-        return seed + 1
+        return seed
 
     def _measurements(self) -> dict[str, Any]:
         """Loss (mean over the good steps since the last line), rate, gradient norm and speed."""

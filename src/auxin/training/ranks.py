@@ -24,6 +24,7 @@ from auxin.errors import AuxinError, ConfigError, TrainingError, first_line
 T = TypeVar("T")
 STEP_SECONDS = 600.0
 """Longest wait for the others within a step, unless AUXIN_STEP_SECONDS says another: whoever takes longer hangs."""
+_LONGEST_STEP = 10**7
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
 """Seconds between looks into the store."""
 _FAREWELL = 10.0
@@ -223,8 +224,39 @@ ALONE = Ranks()
 
 
 def started_together() -> bool:
-    """Whether torchrun, or what sets the same environment, has started this process with others."""
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1 and "RANK" in os.environ
+    """Whether torchrun, or what sets the same environment, has started this process with others.
+
+    Raises:
+        ConfigError: the environment does not say which one of how many this is.
+    """
+    if not os.environ.get("WORLD_SIZE") or "RANK" not in os.environ:
+        return False
+    size, rank = os.environ["WORLD_SIZE"], os.environ["RANK"]
+    if not (size.isdecimal() and rank.isdecimal() and int(rank) < int(size)):
+        raise ConfigError(
+            f"WORLD_SIZE is {size!r} and RANK {rank!r} in the environment: that is no process of so many. Start by "
+            "torchrun, which sets them, or unset both for one process."
+        )
+    return int(size) > 1
+
+
+def speaks() -> bool:
+    """Whether this process says what is for a person to read: of those of a machine one does, for all of them."""
+    try:
+        return not started_together() or os.environ.get("LOCAL_RANK", os.environ["RANK"]) == "0"
+    except ConfigError:
+        return True
+
+
+def _step_seconds() -> float:
+    given = os.environ.get("AUXIN_STEP_SECONDS", str(STEP_SECONDS))
+    with contextlib.suppress(ValueError):
+        if 0 < float(given) <= _LONGEST_STEP:
+            return float(given)
+    raise ConfigError(
+        f"AUXIN_STEP_SECONDS is {given!r} in the environment: no number of seconds from above 0 to {_LONGEST_STEP:,}. "
+        f"Unset it for {STEP_SECONDS:g}."
+    )
 
 
 @contextlib.contextmanager
@@ -234,11 +266,13 @@ def joined() -> Iterator[Ranks]:
     On CUDA each takes the device of its local rank.
 
     Raises:
-        ConfigError: the environment says that there are others, and not where they meet.
+        ConfigError: the environment says that there are others, and not where they meet, or something else is wrong
+            with it.
     """
     if not started_together():
         yield ALONE
         return
+    timeout = datetime.timedelta(seconds=_step_seconds())
     try:
         store, rank, size = next(iter(dist.rendezvous("env://")))
         # torchrun may keep its store when it starts them again.
@@ -256,7 +290,7 @@ def joined() -> Iterator[Ranks]:
         store=dist.PrefixStore("group", store),
         rank=rank,
         world_size=size,
-        timeout=datetime.timedelta(seconds=float(os.environ.get("AUXIN_STEP_SECONDS", STEP_SECONDS))),
+        timeout=timeout,
     )
     ranks = Ranks(rank, size, dist.PrefixStore("auxin", store))
     try:

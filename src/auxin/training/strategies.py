@@ -62,7 +62,10 @@ class Copies:
             self.ranks.add_up(flat)
             pieces = flat.split([parameter.numel() for parameter in bucket])
             for parameter, piece in zip(bucket, pieces, strict=True):
-                parameter.grad = piece.view_as(parameter)
+                # AdamW's fused kernel goes through a parameter and its gradient in the order of memory.
+                gradient = piece.view_as(parameter)
+                dense = parameter.is_contiguous()
+                parameter.grad = gradient if dense else torch.empty_like(parameter).copy_(gradient)
 
     def measured(self, model: PreTrainedModel, find: Callable[[], T]) -> T:
         """What `find` finds of the model: something that JSON has a form for. The leader looks alone."""
@@ -95,6 +98,25 @@ class Sharded(Copies):
             # Parts of a batch weigh what they weigh; a mean over processes would divide by how many there are.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no sum that divides
+            # Behind FSDP2's own, which makes its parameters whole.
+            cast(nn.Module, module).register_forward_pre_hook(self._watch)
+        # Else each would send what it has a gradient of. Older versions of torch can't.
+        send_unused = getattr(model, "set_reduce_scatter_unused_params", None)
+        if send_unused is not None:
+            send_unused(True)
+        self._trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+        self._used: set[str] = set()
+        self._watched: set[str] = set()
+
+    def _watch(self, module: nn.Module, inputs: object) -> None:
+        """Note from now on which of the parameters that are whole within `module` get a gradient."""
+        if not torch.is_grad_enabled():
+            return
+        for name, parameter in module.named_parameters(prefix=self._names[module]):
+            if parameter.requires_grad and name not in self._watched and not isinstance(parameter, DTensor):
+                self._watched.add(name)
+                parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._used.add(name))
 
     def begin_pass(self, model: nn.Module, is_last: bool) -> None:
         """Gradients go round after the last pass of a step alone."""
@@ -102,7 +124,14 @@ class Sharded(Copies):
         model.set_requires_gradient_sync(is_last)
 
     def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
-        """The last backward pass has done it."""
+        """The last backward pass has done it; a parameter that has a gradient in none of them gets back that it has
+        none."""
+        used = torch.tensor([name in self._used for name, _ in self._trained]).float()
+        self._used.clear()
+        self.ranks.add_up(used)
+        for (_, parameter), flag in zip(self._trained, used.tolist(), strict=True):
+            if not flag:
+                parameter.grad = None
 
     def measured(self, model: PreTrainedModel, find: Callable[[], T]) -> T:
         """All of them look, since a pass is one of all."""
@@ -154,6 +183,10 @@ def _against_pieces(settings: TrainingSettings, model: PreTrainedModel, hooks: S
         return "an adapter is merged into whole ones."
     if settings.compile:
         return "compiling them was never tried."
+    for name, parameter in model.named_parameters():
+        if not parameter.ndim or not parameter.is_contiguous():
+            kind = "not contiguous in memory" if parameter.ndim else "a single number"
+            return f"{name}, which is {kind}, can't be cut."
     return None
 
 
@@ -186,8 +219,10 @@ def _check(settings: TrainingSettings, ranks: Ranks, model: PreTrainedModel, obj
 
 
 def samples_per_pass(settings: TrainingSettings, ranks: Ranks) -> int:
-    """Samples of a forward pass: those of the settings, fewer where some process had none otherwise."""
-    return min(settings.samples_per_forward, math.ceil(settings.batch_size / ranks.size))
+    """Samples of a forward pass: those of the settings, fewer where there would be fewer passes than processes."""
+    size = settings.samples_per_forward
+    enough = math.ceil(settings.batch_size / size) >= ranks.size
+    return size if enough else math.ceil(settings.batch_size / ranks.size)
 
 
 def plain_class(model: PreTrainedModel) -> type[PreTrainedModel]:
