@@ -19,6 +19,7 @@ from auxin.recipes.stage_models import stage_configs
 from auxin.settings import Settings
 from auxin.training.hardware import PEAK_FLOPS
 from auxin.training.progress import hours
+from auxin.training.strategies import samples_per_pass
 
 UTILIZATION = 0.4
 """Share of a GPU's peak that a training step is taken to reach."""
@@ -134,7 +135,7 @@ def price_shared(recipe: Recipe, gpus: int, gpu: Gpu) -> list[Shared]:
         references = reference_shapes(recipe, structures, branch, one, settings.objective)
         objective = settings.objective.bind(model.config, form, references)
         teachers = sum(FLOAT32_BYTES * count_parameters(other.model).total for other in references.values())
-        micro = min(settings.samples_per_forward, math.ceil(settings.batch_size / gpus))
+        micro = samples_per_pass(settings, gpus)
 
         def activations(samples: int) -> int:
             inputs = {**objective.example(samples), **objective.call}  # noqa: B023

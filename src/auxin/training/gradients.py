@@ -55,7 +55,7 @@ class BatchGradients:
         """
         for parameter in self.parameters:
             parameter.grad = None
-        parts = _parts(inputs, samples_per_pass(self.settings, self.ranks))
+        parts = _parts(inputs, samples_per_pass(self.settings, self.ranks.size))
         counts = [self.objective.targets(part) for part in parts]
         total = sum(counts)
         if not total:

@@ -218,11 +218,11 @@ def _check(settings: TrainingSettings, ranks: Ranks, model: PreTrainedModel, obj
         )
 
 
-def samples_per_pass(settings: TrainingSettings, ranks: Ranks) -> int:
+def samples_per_pass(settings: TrainingSettings, processes: int) -> int:
     """Samples of a forward pass: those of the settings, fewer where there would be fewer passes than processes."""
     size = settings.samples_per_forward
-    enough = math.ceil(settings.batch_size / size) >= ranks.size
-    return size if enough else math.ceil(settings.batch_size / ranks.size)
+    enough = math.ceil(settings.batch_size / size) >= processes
+    return size if enough else math.ceil(settings.batch_size / processes)
 
 
 def plain_class(model: PreTrainedModel) -> type[PreTrainedModel]:
