@@ -18,7 +18,7 @@ from auxin.errors import ConfigError
 from auxin.locks import exclusive
 from auxin.recipes.several_gpus import held_and_sent
 from auxin.training import TrainingSettings, latest_checkpoint
-from auxin.training.ranks import Ranks, joined, speaks
+from auxin.training.ranks import joined, speaks
 from auxin.training.strategies import samples_per_pass
 from training.tiny import checkpoint_bits, read_metrics, tiny_gpt2, tiny_llama, tiny_tokenformer
 
