@@ -135,6 +135,8 @@ def do_train(ranks: Ranks, folder: Path, request: dict) -> None:
     model = MODELS[request["model"]]().to(getattr(torch, request.get("dtype", "float64")))
     if request["model"] not in ("tokenformer", "masked"):  # whose own losses are in their precision
         model.loss_function = loss_in_the_models_precision
+    if request.get("differs") == ranks.rank:
+        model.get_input_embeddings().weight.data[0] += 1e-6
     hooks = []
     if "signal" in request:
         rank, step, name = request["signal"]

@@ -226,6 +226,15 @@ def test_a_process_that_hangs_is_named(run, tmp_path):
     assert latest_checkpoint(tmp_path / "run").name == "step-00000020"
 
 
+def test_processes_that_begin_with_other_weights_are_told_before_anything_is_written(run, tmp_path):
+    """A script that forgets its seed would train copies that differ, in silence."""
+    answer = run(tmp_path / "run", 3, model="llama", settings=FIFTY, differs=1)
+    assert answer["codes"] == [1, 2, 1]
+    assert answer["messages"][1].startswith("ConfigError: The weights of this process differ from those of process 0.")
+    assert answer["messages"][0].startswith("TrainingError: process 1 of 3: The weights of this process differ")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_the_leader_alone_does_fails_in_all(run, tmp_path):
     """Nobody waits for a leader that has given up."""
     answer = run(tmp_path / "run", 3, "tell")

@@ -20,6 +20,7 @@ from auxin.data.loader import make_loader
 from auxin.errors import CheckpointError, TrainingError
 from auxin.interruption import Interruption, TrainingInterrupted
 from auxin.locks import exclusive
+from auxin.models.fingerprint import weights_fingerprint
 from auxin.nn.autocast import without_autocast
 from auxin.objectives.measures import Loss, Measure
 from auxin.objectives.objective import Objective, ObjectiveSettings, References, training_noise
@@ -120,6 +121,9 @@ def train(
     if not objective.adds_up:  # a setting that may change elsewhere, and here is part of what is learnt
         facts["samples per forward pass"] = str(settings.samples_per_forward)
     identity = RunIdentity.of(stage_name, settings, data.fingerprint, data_position, model.config, facts)
+    if ranks.several:
+        ranks.same("The settings, data or config", identity.model_dump_json())
+        ranks.same("The weights", weights_fingerprint(model))
     with contextlib.ExitStack() as held:
         with ranks.together():
             output_dir.mkdir(parents=True, exist_ok=True)

@@ -145,6 +145,21 @@ class Ranks:
         if error is not None:
             raise error
 
+    def same(self, what: str, value: str) -> None:
+        """Make sure that all processes have the same `value` of `what`, which is named in the message.
+
+        Raises:
+            ConfigError: this one has another than the leader.
+            TrainingError: another one has.
+        """
+        led = self.told(lambda: value)
+        with self.together():
+            if value != led:
+                raise ConfigError(
+                    f"{what} of this process differ from those of process 0. Give all the same: the same files and "
+                    "settings, and a seed set (torch.manual_seed) before a model is made."
+                )
+
     @contextlib.contextmanager
     def leading(self) -> Iterator[None]:
         """Within the context the others, which follow, wait for orders of this process; at its end they go home."""
