@@ -1,8 +1,10 @@
 """The application: its options that several commands share, and how it ends when something is wrong."""
 
+import contextlib
 import os
 import shlex
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -53,7 +55,27 @@ Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="Folder of a ch
 
 
 def main() -> None:
-    """Entry point: an error of the user's is one message and an exit code, never a traceback (unless AUXIN_DEBUG=1)."""
+    """Entry point; see `_main`. Of several processes each ends without the interpreter's own end, at which torch now
+    and then turned a finished run into SIGABRT ("terminate called without an active exception")."""
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+        _main()
+        return
+    code = 0
+    try:
+        _main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _main() -> None:
+    """An error of the user's is one message and an exit code, never a traceback (unless AUXIN_DEBUG=1)."""
     try:
         try:
             with warnings.catch_warnings(), ended_by_signals():
