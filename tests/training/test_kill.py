@@ -1,11 +1,8 @@
 """Real processes that are really killed, interrupted, or out of disk, and what is left of their runs."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -14,10 +11,9 @@ import pytest
 
 from auxin.accounting import Ledger
 from auxin.training import latest_checkpoint
+from training.servers import served
 from training.tiny import checkpoint_bits, read_metrics
 
-TESTS = Path(__file__).parents[1]
-SOURCES = Path(__file__).parents[2] / "src"
 SIGKILLED = -signal.SIGKILL
 TIMED_OUT = -signal.SIGPROF
 
@@ -27,29 +23,8 @@ Run = Callable[..., dict]
 @pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
     """Ask the fork server for a run."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(SOURCES), str(TESTS)]),
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-    }
-    with subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(TESTS / "training" / "fork_server.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-
-        def ask(output_dir: Path, **request: object) -> dict:
-            process.stdin.write(json.dumps({"output_dir": str(output_dir), **request}) + "\n")
-            process.stdin.flush()
-            return json.loads(process.stdout.readline())
-
-        yield ask
-        process.stdin.close()
+    with served("fork_server.py") as ask:
+        yield lambda output_dir, **request: ask({"output_dir": str(output_dir), **request})
 
 
 Alone = tuple[Path, int, float]

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,10 +17,9 @@ from auxin.recipes.several_gpus import held_and_sent
 from auxin.training import TrainingSettings, latest_checkpoint
 from auxin.training.ranks import joined, speaks
 from auxin.training.strategies import samples_per_pass
+from training.servers import served
 from training.tiny import checkpoint_bits, read_metrics, tiny_gpt2, tiny_llama, tiny_tokenformer
 
-TESTS = Path(__file__).parents[1]
-SOURCES = Path(__file__).parents[2] / "src"
 STEPS = 50
 FIFTY = {"steps": STEPS, "batch_size": 8, "warmup_steps": 5, "checkpoint_interval": 20, "evaluation_interval": 20}
 Run = Callable[..., dict]
@@ -32,28 +28,10 @@ Run = Callable[..., dict]
 @pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
     """Ask the server for a run."""
-    paths = os.pathsep.join([str(SOURCES), str(TESTS)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    for name in ("RANK", "WORLD_SIZE"):
-        environment.pop(name, None)
-    with subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(TESTS / "training" / "ranks_server.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-
-        def ask(folder: Path, size: int, scenario: str = "train", **request: object) -> dict:
-            request |= {"folder": str(folder), "size": size, "scenario": scenario}
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-            return json.loads(process.stdout.readline())
-
-        yield ask
-        process.stdin.close()
+    with served("ranks_server.py") as ask:
+        yield lambda folder, size, scenario="train", **request: ask(
+            {**request, "folder": str(folder), "size": size, "scenario": scenario}
+        )
 
 
 @pytest.fixture(scope="module")

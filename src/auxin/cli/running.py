@@ -55,9 +55,9 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: train, change and compare its branches, and write a report. Resumes where it stopped."""
-    from auxin.recipes import follow, load_recipe, part_of, price_seeds, refuse_together, run_recipe, run_seeds
+    from auxin.recipes import load_recipe, part_of, price_seeds, refuse_together, run_seeds, run_together
     from auxin.recipes.beforehand import check_devices, check_sources
-    from auxin.training.ranks import joined, speaks, started_together
+    from auxin.training.ranks import speaks, started_together
 
     changes, given = list(overrides or []), _seeds(seeds)
     if seed is not None and given is not None:
@@ -103,12 +103,8 @@ def run(
         refuse_together(loaded, jobs)
     if loaded.seeds is None:
         directory = output or Path("runs") / loaded.name
-        with joined() as ranks:
-            if not ranks.leads:
-                follow(loaded, directory, ranks)
-                return
-            results = run_recipe(loaded, directory, shlex.join(arguments), ranks=ranks, **how)
-        _print_results(results, directory, as_json)
+        if (results := run_together(loaded, directory, shlex.join(arguments), **how)) is not None:
+            _print_results(results, directory, as_json)
     else:
         directory = output or Path("runs") / f"{loaded.name}-seeds"
         _print_comparison(run_seeds(loaded, directory, shlex.join(arguments), **how), directory, as_json)
@@ -197,8 +193,7 @@ def train(
 ) -> None:
     """Train a model on text. Further settings: --set training.warmup_steps=100 and so on, as in a recipe."""
     from auxin.models.loading import load_config
-    from auxin.recipes import follow, run_recipe, training_recipe
-    from auxin.training.ranks import joined
+    from auxin.recipes import run_together, training_recipe
 
     if Path(model).is_dir():
         load_config(model)  # what is wrong with the folder is said before its tokenizer is missed
@@ -222,13 +217,9 @@ def train(
             seed=seed,
             overrides=overrides or [],
         )
-        with joined() as ranks:
-            if not ranks.leads:
-                follow(recipe, output, ranks)
-                return
-            announce = to_stderr if as_json else print_line
-            results = run_recipe(recipe, output, command, announce=announce, ranks=ranks)
-    _print_results(results, output, as_json)
+        results = run_together(recipe, output, command, announce=to_stderr if as_json else print_line)
+    if results is not None:
+        _print_results(results, output, as_json)
 
 
 _OPTIONS = {

@@ -6,14 +6,13 @@ from auxin.recipes.results import rewrite_report
 from auxin.recipes.runner import run_recipe
 from auxin.recipes.schema import Recipe
 from auxin.recipes.seeds import SeedsPrice, part_of, price_seeds, read_comparison, run_seeds, seed_results
-from auxin.recipes.together import follow, refuse_together
+from auxin.recipes.together import refuse_together, run_together
 
 __all__ = [
     "Recipe",
     "RecipePrice",
     "SeedsPrice",
     "builtin_recipes",
-    "follow",
     "load_recipe",
     "part_of",
     "price_recipe",
@@ -23,6 +22,7 @@ __all__ = [
     "rewrite_report",
     "run_recipe",
     "run_seeds",
+    "run_together",
     "seed_results",
     "training_recipe",
 ]

@@ -6,11 +6,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.accounting import Electricity, Ledger, count_parameters, training_memory
 from auxin.accounting.ledger import LEDGER_FILE
-from auxin.accounting.memory import FLOAT32_BYTES
+from auxin.accounting.memory import FLOAT32_BYTES, TrainingMemory
 from auxin.data.dataset import SampleForm
 from auxin.edits.structure import edited_skeleton
 from auxin.errors import ConfigError
 from auxin.objectives import ObjectiveSettings, References
+from auxin.objectives.objective import Objective
 from auxin.recipes.references import reference_shapes
 from auxin.recipes.schema import Branch, BuildStage, ChangeStage, Recipe, Stage, TrainStage
 from auxin.recipes.stage_models import StageConfigs, change_data, estimated_stages, stage_configs
@@ -240,10 +241,8 @@ class _Pricing:
         memory = None
         if self.memory:
             objective = settings.objective.bind(config, self.form, references)
-            inputs = {**objective.example(settings.samples_per_forward), **objective.call}
             skeleton = trained_skeleton(config, stage.lora)
-            memory = training_memory(skeleton, settings.samples_per_forward, inputs=inputs).total
-            memory += sum(FLOAT32_BYTES * count_parameters(other.model).total for other in references.values())
+            memory = pass_memory(skeleton, objective, settings.samples_per_forward).total + reference_bytes(references)
         return price.model_copy(
             update={
                 "steps": steps,
@@ -294,6 +293,16 @@ def trained_skeleton(config: PreTrainedConfig, lora: Lora | None) -> PreTrainedM
     if lora is not None:
         add_lora(model, lora, seed=0)
     return model
+
+
+def pass_memory(model: PreTrainedModel, objective: Objective, samples: int) -> TrainingMemory:
+    """Bytes to train `model`, without weights, on so many samples in a forward pass."""
+    return training_memory(model, samples, inputs={**objective.example(samples), **objective.call})
+
+
+def reference_bytes(references: References) -> int:
+    """Bytes of the other models that an objective goes by, in float32."""
+    return sum(FLOAT32_BYTES * count_parameters(other.model).total for other in references.values())
 
 
 def remaining_flops(stage: TrainStage, total: float, spent: float) -> float:

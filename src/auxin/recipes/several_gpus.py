@@ -8,11 +8,10 @@ from typing import Literal
 from torch import nn
 from transformers import PreTrainedModel
 
-from auxin.accounting import count_parameters, training_memory
 from auxin.accounting.memory import ADAM_MOMENTS, FLOAT32_BYTES
 from auxin.errors import ConfigError, PlanError, unknown_name
 from auxin.models.layers import layer_paths
-from auxin.recipes.price import price_recipe, trained_skeleton
+from auxin.recipes.price import pass_memory, price_recipe, reference_bytes, trained_skeleton
 from auxin.recipes.references import reference_shapes
 from auxin.recipes.schema import Recipe, TrainStage
 from auxin.recipes.stage_models import stage_configs
@@ -134,19 +133,14 @@ def price_shared(recipe: Recipe, gpus: int, gpu: Gpu) -> list[Shared]:
         model = trained_skeleton(structures[stage.branch][stage.stage], one.lora)
         references = reference_shapes(recipe, structures, branch, one, settings.objective)
         objective = settings.objective.bind(model.config, form, references)
-        teachers = sum(FLOAT32_BYTES * count_parameters(other.model).total for other in references.values())
+        teachers = reference_bytes(references)
         micro = samples_per_pass(settings, gpus)
-
-        def activations(samples: int) -> int:
-            inputs = {**objective.example(samples), **objective.call}  # noqa: B023
-            return training_memory(model, samples, inputs=inputs).activations  # noqa: B023
-
         passes = math.ceil(math.ceil(settings.batch_size / micro) / gpus)
-        of_one, of_two = activations(1), activations(2)
+        kept = {samples: pass_memory(model, objective, samples).activations for samples in {1, 2, micro}}
         for strategy in ("replicated", "sharded"):
             state, gathered, sent = held_and_sent(model, gpus, passes, strategy == "sharded")
-            room = gpu.memory * (1 - RESERVED) - state - gathered - teachers - of_one
-            largest = 0 if room < 0 else 1 + int(room / max(1, of_two - of_one))
+            room = gpu.memory * (1 - RESERVED) - state - gathered - teachers - kept[1]
+            largest = 0 if room < 0 else 1 + int(room / max(1, kept[2] - kept[1]))
             found.append(
                 Shared(
                     branch=stage.branch,
@@ -154,7 +148,7 @@ def price_shared(recipe: Recipe, gpus: int, gpu: Gpu) -> list[Shared]:
                     strategy=strategy,
                     state=state + teachers,
                     gathered=gathered,
-                    activations=activations(micro),
+                    activations=kept[micro],
                     micro_batch=micro,
                     largest=largest,
                     sent=sent,

@@ -6,13 +6,15 @@ They see the same files. What a follower needs for a stage it reads from the run
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
+from auxin.accounting.results import RunResults
 from auxin.errors import AuxinError, ConfigError
 from auxin.recipes.folder import DATA
-from auxin.recipes.runner import prepared_run
+from auxin.recipes.runner import prepared_run, run_recipe
 from auxin.recipes.schema import Recipe, TrainStage
 from auxin.recipes.stages import Run, train_stage
-from auxin.training.ranks import Ranks
+from auxin.training.ranks import Ranks, joined
 
 
 def refuse_together(recipe: Recipe, jobs: int) -> None:
@@ -27,6 +29,16 @@ def refuse_together(recipe: Recipe, jobs: int) -> None:
             f"jobs: {jobs}: torchrun's processes train one model together, and jobs run branches side by side. Leave "
             "--jobs out, or start without torchrun."
         )
+
+
+def run_together(recipe: Recipe, output: str | Path, command: str, **how: Any) -> RunResults | None:
+    """`run_recipe` with whoever torchrun has started beside this process, or alone: what it returns where this process
+    leads, None where it follows."""
+    with joined() as ranks:
+        if ranks.leads:
+            return run_recipe(recipe, output, command, ranks=ranks, **how)
+        follow(recipe, output, ranks)
+        return None
 
 
 def follow(recipe: Recipe, output: str | Path, ranks: Ranks) -> None:
