@@ -30,7 +30,7 @@ from auxin.edits.saved import save_model
 from auxin.files import flush_tree
 from auxin.sums import damage, write_sums
 from auxin.training import TrainingSettings, write_checkpoint_folder
-from auxin.training.checkpoint import read_tensors, write_tensors
+from auxin.training.checkpoint import read_training, write_tensors
 from auxin.training.optimizer import build_optimizer, optimizer_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,7 +85,7 @@ def programs(model: PreTrainedModel, optimizer: Optimizer, folder: Path) -> dict
         "`save_pretrained` + `torch.save`": as_a_trainer,
         "the moments by torch.distributed.checkpoint": by_dcp,
         "reading: Auxin's sums compared": lambda: damage(parts),
-        "reading: Auxin's moments": lambda: read_tensors(parts),
+        "reading: Auxin's moments": lambda: read_training(parts),
         "reading: `torch.load` of the moments": lambda: torch.load(trainer / "optimizer.pt", weights_only=True),
     }
 

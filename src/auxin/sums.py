@@ -7,6 +7,7 @@ many lines, is told by the state of the training, where there is one.
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,24 @@ SUMMED = "summed_files"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
-def write_sums(folder: Path) -> None:
-    """Write the sums of all files in `folder` and below, in place of those that are there."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS_FILE)
+def write_sums(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Write the sums of all files in `folder` and below, in place of those that are there.
+
+    Args:
+        folder: the folder.
+        known: sums of files that need not be read, by their paths in the folder.
+    """
+    found = (path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS_FILE)
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(found)}
     _tell(folder, len(paths))
-    write_text(folder / SUMS_FILE, "".join(f"{_sum(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths))
+    sums = {name: (known or {}).get(name) or sum_of(path) for name, path in paths.items()}
+    write_text(folder / SUMS_FILE, "".join(f"{value}  {name}\n" for name, value in sums.items()))
+
+
+def sum_of(path: Path) -> str:
+    """The SHA-256 sum of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove_sums(folder: Path) -> None:
@@ -133,13 +147,8 @@ def _state(path: Path, expected: str) -> str:
     try:
         if path.exists() and not path.is_file():
             return "is no file"
-        return "" if _sum(path) == expected else f"differs from its sum in {SUMS_FILE}"
+        return "" if sum_of(path) == expected else f"differs from its sum in {SUMS_FILE}"
     except FileNotFoundError:
         return f"is missing (it is named in {SUMS_FILE})"
     except OSError as error:
         return f"can't be read ({reason(error)})"
-
-
-def _sum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

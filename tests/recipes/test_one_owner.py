@@ -15,7 +15,7 @@ from auxin.models.loading import load_model
 from auxin.recipes import Recipe, run_recipe, run_seeds
 from auxin.recipes.folder import held
 from auxin.sums import damage
-from auxin.training.checkpoint import read_tensors
+from auxin.training.checkpoint import read_training
 from corpora import small_corpus, write_documents
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
@@ -266,7 +266,7 @@ def test_a_signal_while_moments_are_read_is_no_damage(finished, monkeypatch):
 
     monkeypatch.setattr(HuggingFaceStorageReader, "read_data", signalled)
     with pytest.raises(Interrupted, match="Interrupted by SIGTERM while reading"), ended_by_signals("reading"):
-        read_tensors(checkpoint)
+        read_training(checkpoint)
 
 
 @pytest.mark.parametrize("line", ["{}", "null", '{"step": 1, "seconds": "x"}', "cut", "\\xff"])

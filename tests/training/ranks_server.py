@@ -3,6 +3,7 @@
 Reads one JSON request per line from standard input, and answers with the exit code and the message of each process.
 """
 
+import errno
 import json
 import os
 import signal
@@ -10,21 +11,32 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile
-from transformers import BertConfig, BertForMaskedLM, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import BertConfig, BertForMaskedLM, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
+import auxin
+from auxin.edits import Plan
+from auxin.edits.carry import carry
+from auxin.edits.resolution import ResolvedPlan
 from auxin.errors import AuxinError, CheckpointError, ConfigError
-from auxin.training import loop, train
-from auxin.training.optimizer import build_optimizer
+from auxin.models.pieces import write_pieces
+from auxin.training import apply_in_pieces, growth, loop, saving, train
+from auxin.training.optimizer import build_optimizer, optimizer_tensors
 from auxin.training.ranks import Ranks, joined
-from auxin.training.strategies import Sharded
-from training.tiny import VOCABULARY, TinyData, poisoned, tiny_gpt2, tiny_llama, tiny_settings, tiny_tokenformer
+from auxin.training.strategies import Sharded, fill, whole
+from tiny_models import tiny
+from training.tiny import VOCABULARY, TinyData, bits, poisoned, tiny_gpt2, tiny_llama, tiny_settings, tiny_tokenformer
 
 
 def masked_bert() -> BertForMaskedLM:
@@ -145,6 +157,20 @@ def do_train(ranks: Ranks, folder: Path, request: dict) -> None:
         hooks.append(Drawing(Path(f"{folder}.{ranks.rank}.drawn")))
     if request.get("blind") == ranks.rank:
         loop.read_state = unreadable
+    if "slow" in request:
+        rank, seconds = request["slow"]
+        saving.write_pieces = partial(slow_pieces, seconds if rank == ranks.rank else 0)
+    if "until" in request:
+        rank, saved, step = request["until"]
+        mark = Path(f"{folder}.begun")
+        ranks.begin_step = partial(begin_and_mark, ranks.begin_step, step, mark)
+        saving.write_pieces = partial(pieces_when_marked, saved if rank == ranks.rank else -1, mark)
+    if "kill" in request:
+        rank, step = request["kill"]
+        ranks.begin_step = partial(begin_or_die, ranks.begin_step, step if rank == ranks.rank else -1)
+    if "full" in request:
+        rank, step = request["full"]
+        saving.write_pieces = partial(pieces_on_a_full_disk, step if rank == ranks.rank else -1)
     settings = tiny_settings(**{"log_interval": 1, **request["settings"]})
     data = TinyData(poisoned_rows=tuple(request.get("poisoned", ())))
     train(model, data, settings, folder, hooks=hooks, progress=False, ranks=ranks, stop_after=request.get("stop_after"))
@@ -152,6 +178,38 @@ def do_train(ranks: Ranks, folder: Path, request: dict) -> None:
 
 def unreadable(checkpoint: Path) -> dict:
     raise CheckpointError(f"{checkpoint.name} can't be read")
+
+
+def slow_pieces(seconds: float, folder: Path, rank: int, size: int, pieces: dict) -> Path:
+    time.sleep(seconds)
+    return write_pieces(folder, rank, size, pieces)
+
+
+def begin_and_mark(begin: Callable[[int], None], marked: int, mark: Path, step: int) -> None:
+    if step == marked:
+        mark.touch()
+    begin(step)
+
+
+def pieces_when_marked(step: int, mark: Path, folder: Path, rank: int, size: int, pieces: dict) -> Path:
+    """What is to be written of a checkpoint waits until another step has begun."""
+    until = time.monotonic() + 60
+    while f"step-{step:08d}" in folder.name and not mark.exists():
+        assert time.monotonic() < until, "training waits for what is written"
+        time.sleep(0.01)
+    return write_pieces(folder, rank, size, pieces)
+
+
+def begin_or_die(begin: Callable[[int], None], last: int, step: int) -> None:
+    if step == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    begin(step)
+
+
+def pieces_on_a_full_disk(step: int, folder: Path, rank: int, size: int, pieces: dict) -> Path:
+    if f"step-{step:08d}" in folder.name:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+    return write_pieces(folder, rank, size, pieces)
 
 
 def do_tell(ranks: Ranks, folder: Path, request: dict) -> None:
@@ -191,7 +249,113 @@ def do_flow(ranks: Ranks, folder: Path, request: dict) -> None:
     ranks.told(lambda: Path(f"{folder}.json").write_text(json.dumps([held, gathered, added])))
 
 
-SCENARIOS = {"train": do_train, "tell": do_tell, "meet": do_meet, "flow": do_flow}
+def with_moments(model: PreTrainedModel) -> AdamW:
+    """An optimizer in the middle of a training."""
+    optimizer = build_optimizer(model, tiny_settings(steps=1))
+    drawn = torch.Generator().manual_seed(7)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            first, second = (torch.rand(parameter.shape, generator=drawn, dtype=parameter.dtype) for _ in range(2))
+            step = torch.tensor(3.0)
+            optimizer.state[parameter] = {"step": step, "exp_avg": first - 0.5, "exp_avg_sq": second}
+    return optimizer
+
+
+def found_in(model: PreTrainedModel, optimizer: AdamW) -> dict[str, Tensor]:
+    """Weights, buffers and states, whole, by name."""
+    found = {name: whole(tensor.detach()) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    return found | {name: whole(tensor) for name, tensor in optimizer_tensors(model, optimizer).items()}
+
+
+def grouped(model: PreTrainedModel, optimizer: AdamW) -> list[list[str]]:
+    """Which parameters each group of an optimizer has."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [sorted(names[id(parameter)] for parameter in group["params"]) for group in optimizer.param_groups]
+
+
+def in_pieces(model: PreTrainedModel, ranks: Ranks) -> tuple[PreTrainedModel, AdamW]:
+    """The model and its optimizer, cut."""
+    tensors = optimizer_tensors(model, with_moments(model))
+    Sharded(ranks).place(model)
+    optimizer = with_moments(model)
+    for name, piece in optimizer_tensors(model, optimizer).items():
+        if name.startswith("optimizer.step"):
+            continue
+        _, moment, parameter = name.split(".", 2)
+        place = dict(model.named_parameters())[parameter]
+        piece = torch.zeros_like(place, requires_grad=False)
+        fill(piece, tensors[name])
+        optimizer.state[place][moment] = piece
+    return model, optimizer
+
+
+def do_grow(ranks: Ranks, folder: Path, request: dict) -> None:
+    """Plans applied to a whole model, and to one in pieces; what differs, by plan, goes to a file."""
+    differences: dict[str, list[str]] = {}
+    for file in request["plans"]:
+        plan = Plan.from_yaml(file)
+        expected, optimizer = (model := tiny(request["family"], seed=0)), with_moments(model)
+        receipt = auxin.apply(plan, expected, optimizer=optimizer)
+        model, own = in_pieces(tiny(request["family"], seed=0), ranks)
+        made, found = apply_in_pieces(plan, model, own)
+        wanted, got = found_in(expected, optimizer), found_in(made, own)
+        wrong = sorted(wanted.keys() ^ got.keys())
+        wrong += [name for name in wanted.keys() & got.keys() if not same_bits(wanted[name], got[name])]
+        wrong += ["groups"] if grouped(expected, optimizer) != grouped(made, own) else []
+        trained = [{name for name, p in each.named_parameters() if p.requires_grad} for each in (expected, made)]
+        wrong += ["trainable"] if trained[0] != trained[1] else []
+        wrong += ["config"] if expected.config.to_dict() != made.config.to_dict() else []
+        same = ("parameters_after", "continuation", "fresh_moments", "replayed")
+        wrong += [name for name in same if getattr(receipt, name) != getattr(found, name)]
+        if wrong:
+            differences[file] = wrong
+    ranks.told(lambda: Path(f"{folder}.json").write_text(json.dumps(differences)))
+
+
+def do_bounded(ranks: Ranks, folder: Path, request: dict) -> None:
+    """The most that a process holds while a model in pieces becomes another, by torch's tracker, and what it holds
+    before and after; in bytes. The runs on the probe are not in it."""
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "vocab_size": 1024}
+    whole_model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=4))
+    plan = auxin.plan(whole_model, request["method"], **request["settings"])
+    model, optimizer = in_pieces(whole_model, ranks)
+    del whole_model
+    before = {id(tensor): tensor.nbytes for tensor in local(model, optimizer)}
+    peaks: list[int] = []
+
+    def tracked(resolved: ResolvedPlan, seed: int, store: growth._Pieces) -> list[str]:
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer, store.made)
+        with tracker:
+            fresh = carry(resolved, seed, store)
+        peaks.append(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
+        return fresh
+
+    growth.carry = tracked
+    made, _ = apply_in_pieces(plan, model, optimizer)
+    after = sum(tensor.nbytes for tensor in local(made, optimizer))
+    largest = [max(p.numel() * p.element_size() for p in each.parameters()) for each in (model, made)]
+    ranks.told(lambda: Path(f"{folder}.json").write_text(json.dumps([*peaks, sum(before.values()), after, *largest])))
+
+
+def local(model: PreTrainedModel, optimizer: AdamW) -> list[Tensor]:
+    """What lies in this process of a model and its optimizer."""
+    tensors = [*model.parameters(), *optimizer_tensors(model, optimizer).values()]
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and bits(one) == bits(other)
+
+
+SCENARIOS = {
+    "train": do_train,
+    "tell": do_tell,
+    "meet": do_meet,
+    "flow": do_flow,
+    "grow": do_grow,
+    "bounded": do_bounded,
+}
 
 
 def child(rank: int, port: int, request: dict) -> int:

@@ -19,7 +19,7 @@ from auxin.errors import CheckpointError
 from auxin.nn.bricks import Brick, brick
 from auxin.sums import SUMS_FILE
 from auxin.training import latest_checkpoint, load_model, load_optimizer, write_checkpoint_folder
-from auxin.training.checkpoint import load_weights, read_state, read_tensors
+from auxin.training.checkpoint import load_weights, read_state, read_training
 from auxin.training.optimizer import optimizer_tensors
 from auxin.training.run_folder import name_latest, prune_checkpoints
 from training.tiny import MODELS, bits, stepped, tiny_llama, tiny_settings, weights
@@ -49,7 +49,7 @@ def test_everything_comes_back(tmp_path):
     )
     assert Ledger.load(folder) == ledger
     assert read_state(folder) == {"step": 7}
-    assert torch.equal(read_tensors(folder)["x"], torch.arange(3))
+    assert torch.equal(read_training(folder)["x"], torch.arange(3))
     restored = load_optimizer(folder, model, tiny_settings(steps=1))
     before, after = optimizer_tensors(model, optimizer), optimizer_tensors(model, restored)
     assert before.keys() == after.keys()
@@ -82,10 +82,10 @@ def test_what_torch_distributed_checkpoint_has_written_is_read_and_grown(written
     plan = auxin.plan(ours, "hypercloning", factor=2)
     grown = []
     for folder in (written_by_dcp, ours):
-        found = read_tensors(folder)
+        found = read_training(folder)
         assert {name: bits(tensor) for name, tensor in found.items()} == {n: bits(t) for n, t in expected.items()}
         auxin.apply(plan, folder, output=tmp_path / f"grown-{folder.name}")
-        tensors = read_tensors(tmp_path / f"grown-{folder.name}")
+        tensors = read_training(tmp_path / f"grown-{folder.name}")
         grown.append({name: bits(tensor) for name, tensor in tensors.items()})
     assert grown[0] == grown[1]
     name = "optimizer.exp_avg.model.norm.weight"
@@ -96,7 +96,7 @@ def test_tensors_in_one_memory_and_transposed_ones_come_back(tmp_path):
     table = torch.arange(12.0).view(3, 4)
     tensors = {"a": table, "b": table[1:], "c": table.T, "d": table, "e": torch.zeros(0), "f": torch.tensor(3.0)}
     folder = write_checkpoint_folder(tmp_path / "c", tiny_llama(), tensors=tensors)
-    found = read_tensors(folder)
+    found = read_training(folder)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
@@ -205,10 +205,10 @@ def cut(path: Path) -> None:
         (lambda c: (c / "model.safetensors").unlink(), load_model, "can't be loaded as LlamaForCausalLM"),
         (lambda c: cut(c / "model.safetensors"), load_model, "can't be loaded as LlamaForCausalLM"),
         (lambda c: shutil.rmtree(c / "training"), read_state, "a model without training state"),
-        (lambda c: shutil.rmtree(c / "training"), read_tensors, "no optimizer state"),
+        (lambda c: shutil.rmtree(c / "training"), read_training, "no optimizer state"),
         (lambda c: cut(c / "training/state.json"), read_state, "can't be read"),
         (lambda c: (c / "training/state.json").write_text("3"), read_state, "holds no mapping"),
-        (lambda c: cut(next((c / "training").glob("*.safetensors"))), read_tensors, "is damaged"),
+        (lambda c: cut(next((c / "training").glob("*.safetensors"))), read_training, "is damaged"),
     ],
 )
 def test_a_damaged_folder_says_so(tmp_path, harm, read, message):

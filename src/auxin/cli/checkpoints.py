@@ -52,7 +52,7 @@ def convert(
 )
 def export(
     checkpoint: Checkpoint,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write, *.gguf.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write, *.gguf; of pieces, the folder.")],
     to_type: Annotated[
         str, typer.Option("--type", help="Of the matrices: f32, f16, bf16, q8_0 or q4_0; see docs/gguf.md.")
     ] = "f16",
@@ -62,9 +62,16 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file of that name.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a checkpoint as a GGUF file, for llama.cpp and its like; judged by what transformers reads in it."""
+    """Write a checkpoint as a GGUF file, for llama.cpp and its like, judged by what transformers reads in it; or one
+    whose tensors several processes left in pieces as a whole folder."""
     from auxin.export import export_gguf
+    from auxin.models.pieces import lies_in_pieces
+    from auxin.training.whole import whole_checkpoint
 
+    if lies_in_pieces(checkpoint):
+        written = whole_checkpoint(checkpoint, output)
+        print(json.dumps({"path": str(written)}) if as_json else f"Made whole in {written}")
+        return
     report = export_gguf(checkpoint, output, type=to_type, tokenizer=tokenizer, overwrite=overwrite)
     if as_json:
         print(report.model_dump_json(indent=2))

@@ -182,6 +182,6 @@ def _refuse_sharded(parameters: dict[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         if isinstance(parameter, DTensor):
             raise PlanError(
-                f"{name} is distributed over several processes (DTensor). Edit the model before it is sharded, or its "
-                "checkpoint."
+                f"{name} is distributed over several processes (DTensor). Call auxin.training.apply_in_pieces in all "
+                "of them, or edit the model before it is sharded, or its checkpoint."
             )

@@ -34,7 +34,7 @@ from auxin.files import new_folder
 from auxin.foreign import refuse_links_out_anywhere
 from auxin.models.folders import model_folder
 from auxin.models.loading import load_config, load_model
-from auxin.models.weight_files import weight_files
+from auxin.models.weight_files import refuse_pieces, weight_files
 from auxin.sums import refuse_damaged_tensors, remove_sums
 
 
@@ -160,6 +160,7 @@ def _check_folders(source: Path, output: Path) -> None:
             f"{source} holds an adapter ({ADAPTER}), which is a part of the model that transformers loads from it. "
             "Merge it into the weights (merge_and_unload) and save that, or take the adapter's files out."
         )
+    refuse_pieces(source)
     if not weight_files(source):
         raise CheckpointError(
             f"{source} holds no *.safetensors file. Convert its weights first: load the model and call save_pretrained."

@@ -15,7 +15,7 @@ from auxin.edits.carry import Carrier, OnDemand
 from auxin.edits.origin import Origin
 from auxin.edits.resolution import ResolvedPlan
 from auxin.edits.safetensors_file import SafetensorsWriter, torch_dtype
-from auxin.edits.tensor_names import shapes_of, tensor_names
+from auxin.edits.tensor_names import saved_name, shapes_of, tensor_names
 from auxin.errors import CheckpointError, reason
 from auxin.models.stored_form import StoredForm
 from auxin.models.weight_files import INDEX_ENDING, read_tensor, weight_files, weight_map
@@ -246,7 +246,7 @@ class FolderStore:
     def _in_files(self, name: str, origin: Origin, value: Tensor) -> dict[str, Tensor]:
         """A new tensor as it is written: as transformers would where the old one lies under other names than in the
         model or in pieces; of a fresh one, where any does."""
-        alias, stored = self._unshared(self._aliases[name]), self._lying_as(origin)
+        alias, stored = saved_name(self.resolved.after, self._aliases[name]), self._lying_as(origin)
         other_form = any(self._loaded_as[old] != old or old not in self._canonical for old in stored)
         if not (other_form if stored else self._any_other_form):
             return {alias: value}
@@ -257,11 +257,6 @@ class FolderStore:
         types = {place.dtype for place in self._places.values() if place.file == path}
         floating = sorted((dtype for dtype in types if dtype.is_floating_point), key=str)
         return floating[0] if floating else default
-
-    def _unshared(self, aliases: list[str]) -> str:
-        """The name under which transformers saves a tensor of several names."""
-        shared = self.resolved.after.all_tied_weights_keys
-        return next((alias for alias in aliases if alias not in shared), aliases[0])
 
     def _indices(self) -> list[Path]:
         """The indices of the files that are rewritten; one that names others is not the model's."""

@@ -71,7 +71,7 @@ class ModuleStore:
     def _new(self, name: str, origin: Origin, carrier: Carrier) -> Tensor:
         """A tensor that no old one becomes: a copy, a blend, one of a brick's, or a fresh one."""
         after = carrier.fresh.placeholder(name)
-        relative = origin.relative or self._relative_name(name, after)
+        relative = near_tensor(name, origin, after, self.old)
         near = self.old[relative]
         data = carrier.value(name)
         if origin.is_fresh:
@@ -184,20 +184,30 @@ class ModuleStore:
         self.undo.add(put_back)
         del optimizer.state[parameter]
 
-    def _relative_name(self, name: str, placeholder: Tensor) -> str:
-        """The old parameter whose place in the tree is nearest to that of the fresh one called `name`, one with as many
-        axes (weight decay is often decided by those) if there is one."""
-        parts = name.split(".")
 
-        def distance(candidate: str) -> tuple[bool, int]:
-            shared = 0
-            for one, other in zip(parts, candidate.split("."), strict=False):
-                if one != other:
-                    break
-                shared += 1
-            return self.old[candidate].dim() != placeholder.dim(), -shared
+def near_tensor(name: str, origin: Origin, placeholder: Tensor, old: Mapping[str, Tensor]) -> str:
+    """The old tensor that a new one is nearest to: what it comes from, or else the parameter whose place in the tree is
+    nearest, one with as many axes (weight decay is often decided by those) if there is one.
 
-        return min((key for key, value in self.old.items() if isinstance(value, nn.Parameter)), key=distance)
+    Args:
+        name: of the new tensor.
+        origin: where it comes from.
+        placeholder: of its shape.
+        old: the old parameters and buffers, by name.
+    """
+    if origin.relative is not None:
+        return origin.relative
+    parts = name.split(".")
+
+    def distance(candidate: str) -> tuple[bool, int]:
+        shared = 0
+        for one, other in zip(parts, candidate.split("."), strict=False):
+            if one != other:
+                break
+            shared += 1
+        return old[candidate].dim() != placeholder.dim(), -shared
+
+    return min((key for key, value in old.items() if isinstance(value, nn.Parameter)), key=distance)
 
 
 def leading(tensor: Tensor, block: tuple[int, ...]) -> Tensor:

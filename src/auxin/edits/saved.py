@@ -7,16 +7,21 @@ there is none loading fails: "no file named model.safetensors". A section of the
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.edits.mark import REPLAY_METHOD
 from auxin.edits.model_card import mark_model_card
 from auxin.edits.other_files import TRAINER_STATE
+from auxin.edits.safetensors_file import SafetensorsWriter
 from auxin.edits.structure import structural_edits
+from auxin.edits.tensor_names import saved_name, tensor_names
 from auxin.files import write_text
 from auxin.models.loading import no_progress_bar
+from auxin.models.stored_form import StoredForm
 from auxin.models.weight_files import EDITED, INDEX_ENDING, PLAIN, first_file
 
 CONFIG = "config.json"
@@ -26,6 +31,32 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     """`save_pretrained`, and what else belongs into the folder of an edited model."""
     with no_progress_bar():
         model.save_pretrained(folder)
+    complete(folder, model.config)
+
+
+def save_configs(model: PreTrainedModel, folder: Path) -> None:
+    """What `save_pretrained` writes beside the weights."""
+    with no_progress_bar():
+        model.save_pretrained(folder, state_dict={})
+
+
+def save_weights(model: PreTrainedModel, read: Callable[[str], Tensor], folder: Path) -> None:
+    """The weights as `save_model` would write them, one tensor in memory at a time, to what `save_configs` has written.
+
+    Args:
+        model: the model, of which the shapes are enough.
+        read: gives a parameter or persistent buffer by the first of its names.
+        folder: where they go.
+    """
+    form, names, state = StoredForm(model), tensor_names(model), model.state_dict()
+    skipped = set(model._keys_to_ignore_on_save or ())
+    chosen = {name: saved_name(model, aliases) for name, aliases in names.items() if name not in skipped}
+    stored = [part for alias in chosen.values() for part in form.saved(alias, state[alias].to("meta"))]
+    with SafetensorsWriter(folder / PLAIN, stored) as writer:
+        for name, alias in chosen.items():
+            for part, tensor in form.saved(alias, read(name)).items():
+                writer.add(part, tensor)
+        writer.finish({"format": "pt"})
     complete(folder, model.config)
 
 

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from itertools import groupby
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from auxin.words.paths import dotted
 
@@ -20,6 +21,12 @@ def tensor_names(model: nn.Module) -> dict[str, list[str]]:
             if buffer is not None and key not in module._non_persistent_buffers_set:
                 names.setdefault(id(buffer), []).append(dotted(path, key))
     return {aliases[0]: aliases for aliases in names.values()}
+
+
+def saved_name(model: PreTrainedModel, aliases: list[str]) -> str:
+    """The name, of the several of one tensor, under which transformers saves it."""
+    shared = model.all_tied_weights_keys
+    return next((alias for alias in aliases if alias not in shared), aliases[0])
 
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")

@@ -39,7 +39,7 @@ from auxin.models.configs import refuse_endless
 from auxin.models.folders import CONFIG_FILE, model_folder
 from auxin.models.stored_form import StoredForm
 from auxin.models.ties import TIED, UNTIED, configs_with_ties, unmarked, untie, untied_on_loading
-from auxin.models.weight_files import read_tensor, stored_tensors
+from auxin.models.weight_files import read_tensor, refuse_pieces, stored_tensors
 
 _TASKS = (
     (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
@@ -197,6 +197,7 @@ def _below_head(name: str, model: PreTrainedModel) -> str:
 
 def _from_pretrained(folder: Path, model_class: Any, **options: Any) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of the weights that the folder lacks."""
+    refuse_pieces(folder)
     try:
         with no_progress_bar(), offline():
             model, info = model_class.from_pretrained(

@@ -14,6 +14,8 @@ EDITED = "edited_model.safetensors"
 """The whole file of a model that is not what its config's class builds: transformers looks for no such name, so that
 loading fails where `auxin`, which tells it (`auxin.edits.replay`), is not imported."""
 INDEX_ENDING = ".index.json"
+PIECES = "pieces"
+"""The folder in a checkpoint where its tensors lie that are in pieces (`auxin.models.pieces`)."""
 
 
 EDITED_NAMES = (EDITED, EDITED + INDEX_ENDING)
@@ -37,6 +39,15 @@ def _told(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return str(told)
+
+
+def refuse_pieces(folder: Path) -> None:
+    """Raise CheckpointError where the weights in `folder` lie in pieces, which transformers can't read."""
+    if first_file(folder) is None and (folder / PIECES).is_dir():
+        raise CheckpointError(
+            f"{folder} keeps its tensors in pieces, as the processes of a run wrote them: that run goes on from it. "
+            f"For anything else make a whole checkpoint of it: auxin export {folder} -o FOLDER"
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:

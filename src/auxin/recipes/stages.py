@@ -29,11 +29,10 @@ from auxin.recipes.schema import Branch, BuildStage, ChangeStage, EvaluateStage,
 from auxin.recipes.stage_hooks import stage_hooks
 from auxin.recipes.stage_models import StageConfigs, built_config, change_data, change_plan, estimated_stages
 from auxin.training import train, write_checkpoint_folder
-from auxin.training.checkpoint import copy_checkpoint, read_state
+from auxin.training.checkpoint import copy_checkpoint, read_state, refuse_damaged
 from auxin.training.held_out import HeldOut
 from auxin.training.lora import add_lora, merge_lora
 from auxin.training.ranks import ALONE, Ranks
-from auxin.training.run_folder import refuse_damaged
 
 STAGE_CHECKPOINT = "checkpoint"
 """Folder in a stage's that holds what it left; a train stage keeps several in `checkpoints` instead, and here what a

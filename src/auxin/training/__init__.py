@@ -4,6 +4,7 @@ from auxin.interruption import TrainingInterrupted
 from auxin.models.loading import load_model
 from auxin.planning.hooks import ExactRates, Hook, OldRates, TrainOnly
 from auxin.training.checkpoint import load_optimizer, write_checkpoint_folder
+from auxin.training.growth import apply_in_pieces
 from auxin.training.loop import train
 from auxin.training.ranks import Ranks, joined
 from auxin.training.result import TrainingResult
@@ -21,6 +22,7 @@ __all__ = [
     "TrainingInterrupted",
     "TrainingResult",
     "TrainingSettings",
+    "apply_in_pieces",
     "joined",
     "latest_checkpoint",
     "learning_rate",

@@ -4,47 +4,46 @@ Layout of a folder: the Hugging Face model at its root (config.json, the weights
 `auxin.models.weight_files`, tokenizer files); `training/` with the tensors of the training state as safetensors, which
 torch.distributed.checkpoint reads, and `state.json`; `ledger.json`; and `SHA256SUMS`, by which a damaged one is known
 (`auxin.sums`). It is not changed after it was written.
+
+One that processes write while they train a model in pieces has `pieces/` (`auxin.models.pieces`) in place of the
+weights and moments; only their run goes on from it, until it is made whole (`auxin.training.whole`).
 """
 
 import contextlib
 import json
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from auxin.accounting.ledger import Ledger
 from auxin.data.dataset import Processor, save_processor
 from auxin.edits.saved import save_model
-from auxin.errors import CheckpointError, first_line, reason
+from auxin.edits.structure import edited_skeleton
+from auxin.edits.tensor_names import shapes_of, tensor_names
+from auxin.errors import CheckpointError, reason
 from auxin.files import flush, flush_tree, new_folder, temporary_folder
 from auxin.models.adapters import has_adapter
-from auxin.models.folders import existing_folder
-from auxin.models.loading import load_model
+from auxin.models.folders import existing_folder, model_folder
+from auxin.models.loading import load_config, load_model
+from auxin.models.pieces import FAILURES, StoredTensors, failure, lies_in_pieces, stored_pieces
 from auxin.nn.bricks import Brick
-from auxin.sums import STATE, SUMMED, write_sums
+from auxin.sums import STATE, SUMMED, damage, write_sums
 from auxin.training.adapters import load_adapter
 from auxin.training.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from auxin.training.settings import TrainingSettings
-from auxin.training.strategies import in_pieces_like, plain_class
+from auxin.training.strategies import fill, plain_class
 
 TRAINING = STATE.parent
 TENSORS_FILE = "state.safetensors"
-
-# CheckpointException wraps what happened on each rank and is no Exception.
-_FAILURES = (OSError, SafetensorError, CheckpointException)
+WEIGHT = "model."
+"""What the names of weights in pieces begin with."""
 
 
 def write_checkpoint_folder(
@@ -74,35 +73,75 @@ def write_checkpoint_folder(
     Raises:
         CheckpointError: the disk is full or can't be written; what was there before is as it was.
     """
-    directory = Path(directory)
+    training = dict(tensors or {})
+    if optimizer is not None:
+        training |= optimizer_tensors(model, optimizer)
+    with new_checkpoint(Path(directory)) as folder:
+        save_model(model, folder)
+        write_beside_weights(folder, processor, ledger, training, state)
+    return Path(directory)
+
+
+@contextlib.contextmanager
+def new_checkpoint(directory: Path, sums: Mapping[str, str] | None = None) -> Iterator[Path]:
+    """An empty sibling of `directory` that takes its name, with the sums of its files and flushed to the disk, when the
+    body succeeds, and vanishes else. An existing folder is replaced.
+
+    Args:
+        directory: where the checkpoint shall be.
+        sums: those that are known when the body ends, of files by their paths in the folder.
+
+    Raises:
+        CheckpointError: the disk is full or can't be written; what was there before is as it was.
+    """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         _restore(directory)
         with temporary_folder(directory) as partial:
-            (partial / TRAINING).mkdir()
-            save_model(model, partial)
-            if processor is not None:
-                save_processor(processor, partial)
-            if ledger is not None:
-                ledger.save(partial)
-            training = dict(tensors or {})
-            if optimizer is not None:
-                training |= optimizer_tensors(model, optimizer)
-            if training:
-                write_tensors(training, partial / TRAINING)
-            if state is not None:
-                (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-            if not any((partial / TRAINING).iterdir()):
-                (partial / TRAINING).rmdir()
-            write_sums(partial)
+            yield partial
+            write_sums(partial, sums)
             flush_tree(partial)
             _move_into_place(partial, directory)
-    except _FAILURES as error:
-        raise CheckpointError(
-            f"{directory} could not be saved: {_reason(error)}. Nothing saved before was touched. Free space on "
-            "the disk or choose another output folder, then run again."
-        ) from error
-    return directory
+    except FAILURES as error:
+        raise not_saved(directory, error) from error
+
+
+def not_saved(directory: Path, error: BaseException) -> CheckpointError:
+    """That the checkpoint `directory` could not be written, and what to do."""
+    return CheckpointError(
+        f"{directory} could not be saved: {failure(error)}. Nothing saved before was touched. Free space on the disk "
+        "or choose another output folder, then run again."
+    )
+
+
+def write_beside_weights(
+    folder: Path,
+    processor: Processor | None,
+    ledger: Ledger | None,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any] | None,
+) -> None:
+    """Write what a checkpoint holds beside the model: as `write_checkpoint_folder` has it."""
+    if processor is not None:
+        save_processor(processor, folder)
+    if ledger is not None:
+        ledger.save(folder)
+    if tensors or state is not None:
+        (folder / TRAINING).mkdir(exist_ok=True)
+    if tensors:
+        write_tensors(tensors, folder / TRAINING)
+    if state is not None:
+        (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+
+def refuse_damaged(checkpoint: Path, mend: str) -> None:
+    """Make sure that a checkpoint is as it was written, as far as it says; see `auxin.sums`.
+
+    Raises:
+        CheckpointError: it is gone, or a file of it is missing or has changed; `mend` says what to do.
+    """
+    if (reason := damage(checkpoint)) is not None:
+        raise CheckpointError(f"{checkpoint} is damaged: {reason}. {mend}")
 
 
 def copy_checkpoint(source: Path, directory: Path, ledger: Ledger) -> Path:
@@ -157,31 +196,32 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
     save_file(packed, folder / TENSORS_FILE, metadata={"format": "pt"})
 
 
-def read_tensors(checkpoint: str | Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint's training state, on the CPU.
+def read_training(checkpoint: str | Path) -> dict[str, Tensor]:
+    """The tensors in the `training/` of a checkpoint, on the CPU: all of the training state, but for what lies in
+    pieces.
 
     Raises:
         CheckpointError: there are none, or a file is cut short or damaged.
     """
-    folder = existing_folder(checkpoint) / TRAINING
+    stored = _stored_training(existing_folder(checkpoint))
+    return stored.read(*stored.shapes)
+
+
+def stored_moments(checkpoint: str | Path) -> StoredTensors:
+    """Where the optimizer's state of a checkpoint lies, whole or in pieces.
+
+    Raises:
+        CheckpointError: there is none, or a file is cut short or damaged.
+    """
+    folder = existing_folder(checkpoint)
+    return stored_pieces(folder) if lies_in_pieces(folder) else _stored_training(folder)
+
+
+def _stored_training(checkpoint: Path) -> StoredTensors:
+    folder = checkpoint / TRAINING
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder} holds no tensors: the checkpoint has no optimizer state.")
-    try:
-        reader = HuggingFaceStorageReader(str(folder))
-        metadata = reader.read_metadata().state_dict_metadata
-        tensors = {
-            name: torch.empty(item.size, dtype=item.properties.dtype)
-            for name, item in metadata.items()
-            if isinstance(item, TensorStorageMetadata)
-        }
-        with _one_process():
-            dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
-    except (*_FAILURES, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        _raise_what_is_no_error(error)
-        raise CheckpointError(
-            f"{folder} is damaged: {_reason(error)}. Restore it or use another checkpoint."
-        ) from error
-    return tensors
+    return StoredTensors(folder)
 
 
 def load_optimizer(checkpoint: str | Path, model: PreTrainedModel, settings: TrainingSettings) -> AdamW:
@@ -191,7 +231,7 @@ def load_optimizer(checkpoint: str | Path, model: PreTrainedModel, settings: Tra
         CheckpointError: there are no moments, they are damaged, or they belong to a model of another structure.
     """
     optimizer = build_optimizer(model, settings)
-    restore_optimizer(model, optimizer, read_tensors(checkpoint))
+    restore_optimizer(model, optimizer, stored_moments(checkpoint))
     return optimizer
 
 
@@ -205,20 +245,19 @@ def load_weights(checkpoint: str | Path, model: PreTrainedModel) -> None:
     if has_adapter(model):
         load_adapter(Path(checkpoint), model)
         return
-    saved = load_model(checkpoint, dtype=model.dtype, model_class=plain_class(model))
-    for kind in ("named_parameters", "named_buffers"):
-        source = dict(getattr(saved, kind)())
-        target = dict(getattr(model, kind)())
-        for name in sorted(source.keys() | target.keys()):
-            shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (source, target)]
-            if shapes[0] != shapes[1]:
-                raise CheckpointError(
-                    f"{checkpoint}: {name} has shape {shapes[0]} there and {shapes[1]} in the model given (None: it "
-                    "does not exist). Give the model that this run was started with."
-                )
-        with torch.no_grad():
-            for name, tensor in target.items():
-                tensor.copy_(in_pieces_like(source[name], tensor))
+    folder = model_folder(checkpoint)
+    target = dict(model.named_parameters()) | dict(model.named_buffers())
+    if lies_in_pieces(folder):
+        saved = edited_skeleton(load_config(folder), plain_class(model))
+        pieces = pieces_of(folder, model)
+        pieces.read_into({WEIGHT + name: target[name].detach() for name in tensor_names(model)})
+    else:
+        saved = load_model(folder, dtype=model.dtype, model_class=plain_class(model))
+        source = dict(saved.named_parameters()) | dict(saved.named_buffers())
+        shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (source, target)]
+        _refuse_other_shapes(folder, *shapes)
+        for name, tensor in target.items():
+            fill(tensor, source[name])
     for name, module in model.named_modules():
         if isinstance(module, Brick):
             module.overwritten_with(saved.get_submodule(name))
@@ -230,12 +269,27 @@ def load_weights(checkpoint: str | Path, model: PreTrainedModel) -> None:
                 setattr(model.config, key, value)
 
 
-@contextlib.contextmanager
-def _one_process() -> Iterator[None]:
-    """Without torch.distributed, DCP warns at every call that it saves from one process, which is what is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        yield
+def pieces_of(checkpoint: Path, model: PreTrainedModel) -> StoredTensors:
+    """The pieces in a checkpoint, which must be those of `model`: weights and moments.
+
+    Raises:
+        CheckpointError: a file is damaged or missing, or the weights have other names or shapes.
+    """
+    pieces = stored_pieces(checkpoint)
+    saved = {name: shape for name, shape in pieces.shapes.items() if name.startswith(WEIGHT)}
+    _refuse_other_shapes(checkpoint, saved, {WEIGHT + name: shape for name, shape in shapes_of(model).items()})
+    return pieces
+
+
+def _refuse_other_shapes(
+    checkpoint: Path, saved: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+    for name in sorted(saved.keys() | wanted.keys()):
+        if saved.get(name) != wanted.get(name):
+            raise CheckpointError(
+                f"{checkpoint}: {name} has shape {saved.get(name)} there and {wanted.get(name)} in the model given "
+                "(None: it does not exist). Give the model that this run was started with."
+            )
 
 
 def _move_into_place(folder: Path, target: Path) -> None:
@@ -264,17 +318,3 @@ def _restore(target: Path) -> None:
     if replaced.exists() and not target.exists():
         replaced.rename(target)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _raise_what_is_no_error(error: BaseException) -> None:
-    """Raise what torch.distributed.checkpoint has wrapped as if it were a failure: an interrupt, an exit."""
-    for failure, _ in error.failures.values() if isinstance(error, CheckpointException) else ():
-        if not isinstance(failure, Exception):
-            raise failure from None
-
-
-def _reason(error: BaseException) -> str:
-    """One line that says what went wrong, from below the wrapper of torch.distributed.checkpoint."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return first_line(error).rstrip(".")

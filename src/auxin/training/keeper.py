@@ -3,11 +3,11 @@
 Of several processes the leader alone writes; what it finds there all of them learn.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from auxin.training.checkpoint import read_state
+from auxin.training.checkpoint import read_state, refuse_damaged
 from auxin.training.metrics import METRICS_FILE, MetricsLog
 from auxin.training.ranks import Ranks
 from auxin.training.run_folder import (
@@ -21,7 +21,6 @@ from auxin.training.run_folder import (
     own_checkpoints,
     pick_up,
     prune_checkpoints,
-    refuse_damaged,
     start_over,
 )
 from auxin.training.state import TrainingState
@@ -94,18 +93,14 @@ class Keeper:
 
         return self._ranks.told(newest)
 
-    def save(self, step: int, rewind_step: int, write: Callable[[Path], object]) -> Path:
-        """Let the leader `write` the checkpoint after `step` steps, name it, and remove what it makes superfluous."""
-        checkpoint = self.checkpoint(step)
+    def announce(self, checkpoint: Path) -> None:
+        """Say, as the leader, that `checkpoint` is about to be written."""
+        announce_saving(self.folder, checkpoint)
 
-        def kept() -> None:
-            announce_saving(self.folder, checkpoint)
-            write(checkpoint)
-            name_latest(self.folder, checkpoint)
-            self._prune(checkpoint, rewind_step)
-
-        self._ranks.told(kept)
-        return checkpoint
+    def name(self, checkpoint: Path, rewind_step: int) -> None:
+        """Name, as the leader, the newest checkpoint, which is written, and remove what it makes superfluous."""
+        name_latest(self.folder, checkpoint)
+        self._prune(checkpoint, rewind_step)
 
     def prune(self, newest: Path, rewind_step: int) -> None:
         """Remove what `newest`, the newest checkpoint, makes superfluous: a kill may have come before it was done."""

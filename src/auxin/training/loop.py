@@ -25,7 +25,7 @@ from auxin.nn.autocast import without_autocast
 from auxin.objectives.measures import Loss, Measure
 from auxin.objectives.objective import Objective, ObjectiveSettings, References, training_noise
 from auxin.planning.hooks import Hook
-from auxin.training.checkpoint import load_weights, read_state, read_tensors, write_checkpoint_folder
+from auxin.training.checkpoint import load_weights, read_state, read_training, stored_moments
 from auxin.training.fit import check_fit, refuse_non_finite
 from auxin.training.gradients import BatchGradients
 from auxin.training.guard import Guard, GuardEvent
@@ -37,6 +37,7 @@ from auxin.training.optimizer import build_optimizer, restore_optimizer
 from auxin.training.progress import Place, ProgressDisplay, TimeLeft
 from auxin.training.ranks import ALONE, Ranks
 from auxin.training.result import TrainingResult
+from auxin.training.saving import Saver
 from auxin.training.schedule import learning_rate
 from auxin.training.settings import TrainingSettings
 from auxin.training.speed import Speed
@@ -184,11 +185,11 @@ class _Loop:
         self.total_steps = total_steps
         self.units_per_step = self.form.amount(settings.batch_size)
         self.flops_per_sample = flops_per_sample
-        self.processor = processor
         self.parent = ledger or Ledger()
         self.model = state.model
         self.device = state.model.device
         self.strategy, self.ranks = strategy, strategy.ranks
+        self.saver = Saver(keeper, strategy, processor)
         self.gradients = BatchGradients(self.model, objective, settings, strategy)
         peak = peak_flops(self.device, self.gradients.precision)
         self.peak = None if peak is None else peak * self.ranks.size
@@ -246,6 +247,7 @@ class _Loop:
             return result
         finally:
             self.display.close()
+            self.saver.close()
             self.keeper.close()
             self.model.train(was_training)
 
@@ -267,7 +269,7 @@ class _Loop:
         state = self.state
         self.keeper.start_over()
         if optimizer_from is not None:
-            fresh = restore_optimizer(self.model, state.optimizer, read_tensors(optimizer_from))
+            fresh = restore_optimizer(self.model, state.optimizer, stored_moments(optimizer_from))
             if fresh:
                 state.notes.append(f"{len(fresh)} parameters start with fresh moments: {', '.join(fresh)}")
         self._draw_from(state.data_position)
@@ -280,6 +282,7 @@ class _Loop:
             # The books set it beside the final value, which is that of the whole split.
             self.state.value_before = value
         self._save()
+        self.saver.settle()
 
     def _resume(self, checkpoint: Path) -> dict[str, Any]:
         saved = read_state(checkpoint)
@@ -308,7 +311,7 @@ class _Loop:
         if position is not None:
             self.state.data_position = position
         self._draw_from(self.state.data_position)
-        self.state.load_tensors(read_tensors(checkpoint))
+        self.state.load_tensors(stored_moments(checkpoint), read_training(checkpoint))
 
     def _train(self, interruption: Interruption, stop_after: int | None) -> TrainingResult:
         state, settings = self.state, self.settings
@@ -317,6 +320,7 @@ class _Loop:
         self.speed = Speed(self.units_per_step, state.data_position)
         while state.step < last:
             self.ranks.begin_step(state.step)
+            self.saver.look()
             if self.ranks.any(interruption.signal_name is not None):
                 self._interrupted(interruption.signal_name or "a signal to another process")
             if not self._step():
@@ -373,6 +377,7 @@ class _Loop:
 
     def _bad_step(self, problem: str) -> bool:
         state, action = self.state, self.settings.guard.action
+        self.saver.settle()  # what follows goes back to it, or ends with it
         state.optimizer.zero_grad(set_to_none=True)
         event = GuardEvent(
             step=state.step,
@@ -424,34 +429,26 @@ class _Loop:
 
     def _save_unplanned(self) -> Path:
         """Save between two periodic checkpoints; a rewind will not go there, as it would not without this one."""
+        self.saver.settle()
         if self.keeper.newest_is(self.state.step):
             return self.keeper.checkpoint(self.state.step)
-        return self._save(periodic=False)
+        checkpoint = self._save(periodic=False)
+        self.saver.settle()
+        return checkpoint
 
     def _save(self, final: dict[str, float] | None = None, periodic: bool = True) -> Path:
         state = self.state
         if periodic:
             state.rewind_step = state.step
         self._tick()
-        model, tensors = self.strategy.whole(state.model), state.tensors()
-
-        def write(checkpoint: Path) -> None:
-            write_checkpoint_folder(
-                checkpoint,
-                model,
-                processor=self.processor,
-                ledger=self._books(final or {}),
-                tensors=tensors,
-                state={
-                    "version": 1,
-                    "finished": final is not None,
-                    "total_steps": self.total_steps,
-                    "identity": self.identity.model_dump(),
-                    "state": state.values(),
-                },
-            )
-
-        return self.keeper.save(state.step, state.rewind_step, write)
+        values = {
+            "version": 1,
+            "finished": final is not None,
+            "total_steps": self.total_steps,
+            "identity": self.identity.model_dump(),
+            "state": state.values(),
+        }
+        return self.saver.save(state, self._books(final or {}), values, is_last=final is not None)
 
     def _interrupted(self, signal_name: str) -> None:
         checkpoint = self._save_unplanned()

@@ -1,14 +1,12 @@
 """AdamW: which parameters decay, and its moments by parameter name."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from auxin.errors import CheckpointError
+from auxin.models.pieces import StoredTensors
 from auxin.training.settings import TrainingSettings
-from auxin.training.strategies import in_pieces_like, whole
 
 PREFIX = "optimizer."
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -45,54 +43,57 @@ def build_optimizer(model: nn.Module, settings: TrainingSettings) -> AdamW:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as tensors named after the parameters; parameters without state yet are left out. Where it
-    lies in pieces, all processes call this together, and get whole tensors."""
+    """The optimizer's state as tensors named after the parameters, in pieces where those are; parameters without state
+    yet are left out."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         state = optimizer.state.get(parameter)
         if state:
             for moment in MOMENTS:
-                tensors[f"{PREFIX}{moment}.{name}"] = whole(state[moment])
+                tensors[f"{PREFIX}{moment}.{name}"] = state[moment]
     return tensors
 
 
-def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Replace the optimizer's state by `tensors` (as `optimizer_tensors` names them).
+def restore_optimizer(model: nn.Module, optimizer: Optimizer, stored: StoredTensors) -> list[str]:
+    """Replace the optimizer's state by tensors that are stored under the names of `optimizer_tensors`; of a model in
+    pieces each process reads its own.
 
     Returns:
-        The names of trainable parameters that have no state in `tensors` and start with fresh moments.
+        The names of trainable parameters that have no state there and start with fresh moments.
 
     Raises:
         CheckpointError: a tensor belongs to no parameter of the model or has another shape than its parameter.
     """
     expected = {
-        f"{PREFIX}{moment}.{name}": parameter.shape if moment != "step" else torch.Size()
+        f"{PREFIX}{moment}.{name}": tuple(parameter.shape) if moment != "step" else ()
         for name, parameter in model.named_parameters()
         for moment in MOMENTS
     }
-    for key, value in tensors.items():
-        if key.startswith(PREFIX) and value.shape != expected.get(key):
-            wanted = f"has shape {tuple(expected[key])}" if key in expected else "does not exist in this model"
+    for key, shape in stored.shapes.items():
+        if key.startswith(PREFIX) and shape != expected.get(key):
+            wanted = f"has shape {expected[key]}" if key in expected else "does not exist in this model"
             raise CheckpointError(
-                f"The optimizer state {key} has shape {tuple(value.shape)}, but its parameter {wanted}. Grow the "
-                "optimizer together with the model, or train without the old optimizer state."
+                f"The optimizer state {key} has shape {shape}, but its parameter {wanted}. Grow the optimizer together "
+                "with the model, or train without the old optimizer state."
             )
     optimizer.state.clear()
     fresh: list[str] = []
+    found: dict[str, Tensor] = {}
     fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        saved = {moment: tensors.get(f"{PREFIX}{moment}.{name}") for moment in MOMENTS}
-        if all(tensor is None for tensor in saved.values()):
+        names = {moment: f"{PREFIX}{moment}.{name}" for moment in MOMENTS}
+        if not stored.shapes.keys() & names.values():
             fresh.append(name)
             continue
-        for moment, tensor in saved.items():
-            if tensor is None:
+        for moment, key in names.items():
+            if key not in stored.shapes:
                 raise CheckpointError(f"The optimizer state of {name} lacks {moment}. Restore the checkpoint.")
             # AdamW keeps its step counter in float32 and, unless the kernel is fused, on the CPU.
-            like = torch.float32 if moment == "step" else parameter.dtype
-            device = parameter.device if fused or moment != "step" else torch.device("cpu")
-            copied = tensor.to(device=device, dtype=like, copy=True)
-            optimizer.state[parameter][moment] = copied if moment == "step" else in_pieces_like(copied, parameter)
+            device = parameter.device if fused else torch.device("cpu")
+            counter = torch.zeros((), dtype=torch.float32, device=device)
+            found[key] = counter if moment == "step" else torch.zeros_like(parameter, requires_grad=False)
+            optimizer.state[parameter][moment] = found[key]
+    stored.read_into(found)
     return fresh

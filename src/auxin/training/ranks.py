@@ -121,6 +121,15 @@ class Ranks:
         told: T = message["value"]
         return told
 
+    def each(self, value: T) -> list[T]:
+        """What each of them has, by rank: something that JSON has a form for."""
+        if not self.several:
+            return [value]
+        self._met += 1
+        keys = [f"met/{self._met}/{rank}" for rank in range(self.size)]
+        self.say(keys[self.rank], {"value": value})
+        return [self.hear(key, rank)["value"] for rank, key in enumerate(keys)]
+
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """What goes wrong within the context in one process goes wrong in all of them, so that none waits for it.
@@ -133,15 +142,11 @@ class Ranks:
             yield
         except AuxinError as raised:
             error = raised
-        if self.several:
-            self._met += 1
-            keys = [f"met/{self._met}/{rank}" for rank in range(self.size)]
-            self.say(keys[self.rank], {"error": None if error is None else str(error)})
-            others = {rank: self.hear(key, rank)["error"] for rank, key in enumerate(keys) if rank != self.rank}
-            if error is None:
-                for rank, message in others.items():
-                    if message is not None:
-                        raise TrainingError(f"process {rank} of {self.size}: {message}")
+        said = self.each(None if error is None else str(error))
+        if error is None:
+            for rank, message in enumerate(said):
+                if message is not None:
+                    raise TrainingError(f"process {rank} of {self.size}: {message}")
         if error is not None:
             raise error
 

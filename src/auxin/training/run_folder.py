@@ -256,16 +256,6 @@ def pick_up(output_dir: Path, checkpoint: Path, state: TrainingState) -> None:
     write_since(output_dir, checkpoint, seconds, [*since.notes, note])
 
 
-def refuse_damaged(checkpoint: Path, mend: str) -> None:
-    """Make sure that a checkpoint is as it was written, as far as it says; see `auxin.sums`.
-
-    Raises:
-        CheckpointError: it is gone, or a file of it is missing or has changed; `mend` says what to do.
-    """
-    if (reason := damage(checkpoint)) is not None:
-        raise CheckpointError(f"{checkpoint} is damaged: {reason}. {mend}")
-
-
 def prune_checkpoints(output_dir: Path, keep: Collection[str]) -> None:
     """Remove all checkpoints of a run's folder but those named in `keep`, and what killed processes left unfinished."""
     for folder in own_checkpoints(output_dir):

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from auxin.errors import CheckpointError
+from auxin.models.pieces import StoredTensors
 from auxin.planning.hooks import Hook
 from auxin.training.guard import Guard
 from auxin.training.optimizer import optimizer_tensors, restore_optimizer
@@ -47,11 +48,7 @@ class TrainingState:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the state but for the model's weights: moments by parameter name, random generators."""
-        tensors = optimizer_tensors(self.model, self.optimizer)
-        tensors[RNG_CPU] = torch.get_rng_state()
-        if self.model.device.type == "cuda":
-            tensors[RNG_CUDA] = torch.cuda.get_rng_state(self.model.device)
-        return tensors
+        return optimizer_tensors(self.model, self.optimizer) | self.random_tensors()
 
     def values(self) -> dict[str, Any]:
         """The rest of the state, as JSON."""
@@ -61,13 +58,20 @@ class TrainingState:
             "hooks": [hook.state_dict() for hook in self.hooks],
         }
 
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+    def random_tensors(self) -> dict[str, Tensor]:
+        """The states of the random generators."""
+        tensors = {RNG_CPU: torch.get_rng_state()}
+        if self.model.device.type == "cuda":
+            tensors[RNG_CUDA] = torch.cuda.get_rng_state(self.model.device)
+        return tensors
+
+    def load_tensors(self, moments: StoredTensors, tensors: Mapping[str, Tensor]) -> None:
         """Restore moments and random generators. To be called last: loading a model or its data may draw numbers."""
         if RNG_CPU not in tensors:
             raise CheckpointError(
                 f"The training state lacks the tensor {RNG_CPU}. Restore it or use another checkpoint."
             )
-        restore_optimizer(self.model, self.optimizer, tensors)
+        restore_optimizer(self.model, self.optimizer, moments)
         torch.set_rng_state(tensors[RNG_CPU])
         if self.model.device.type == "cuda" and RNG_CUDA in tensors:
             torch.cuda.set_rng_state(tensors[RNG_CUDA], self.model.device)

@@ -12,9 +12,9 @@ from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from auxin.errors import ConfigError, PlanError
@@ -39,6 +39,8 @@ class Copies:
     name: Literal["replicated", "sharded"] = "replicated"
     in_step = False
     """Whether a forward pass of the model is one of all processes together."""
+    skeleton: PreTrainedModel | None = None
+    """Where the model lies in pieces: its shapes, as it was before."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -71,29 +73,19 @@ class Copies:
         """What `find` finds of the model: something that JSON has a form for. The leader looks alone."""
         return self.ranks.told(find)
 
-    def whole(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The model to save, in the leader; all processes call it together."""
-        return model
-
 
 class Sharded(Copies):
     """Every process has a piece of each parameter, gradient and moment, by torch's FSDP2; a layer is whole only while
-    it computes. What the leader saves it gathers tensor by tensor into a copy of the model in its own memory."""
+    it computes."""
 
     name = "sharded"
     in_step = True
 
     def place(self, model: PreTrainedModel) -> None:
         """Cut the parameters into pieces, layer by layer."""
-        self._copy = copy.deepcopy(model).cpu() if self.ranks.leads else None
+        self.skeleton = _shapes(model)
         mesh = init_device_mesh(model.device.type, (self.ranks.size,))
-        try:
-            paths = layer_paths(model)
-        except PlanError:  # an architecture without known layers is one piece
-            paths = ()
-        for path in paths:
-            fully_shard(model.get_submodule(path), mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        cut_by_layers(model, mesh)
         for module in _sharded(model):
             # Parts of a batch weigh what they weigh; a mean over processes would divide by how many there are.
             module.set_gradient_divide_factor(1.0)
@@ -136,19 +128,8 @@ class Sharded(Copies):
     def measured(self, model: PreTrainedModel, find: Callable[[], T]) -> T:
         """All of them look, since a pass is one of all."""
         found = find()
-        for module in _sharded(model):
-            module.reshard()  # without a backward pass behind it the outermost part stays whole
+        reshard(model)
         return found
-
-    def whole(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The leader's copy, with the weights as they are now; in the others the model as it is."""
-        for kind in ("named_parameters", "named_buffers"):
-            target = dict(getattr(self._copy, kind)()) if self._copy is not None else {}
-            for name, tensor in getattr(model, kind)():
-                value = whole(tensor.detach())
-                if self._copy is not None:
-                    target[name].data.copy_(value)
-        return model if self._copy is None else self._copy
 
 
 def choose_strategy(
@@ -236,11 +217,44 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def in_pieces_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole `tensor`, which every process has, cut as `other` is; as it is where that is whole."""
-    if not isinstance(other, DTensor):
-        return tensor
-    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+def fill(tensor: Tensor, value: Tensor) -> None:
+    """Copy `value`, whole, into a tensor of its shape: where that lies in pieces, into the own one."""
+    with torch.no_grad():
+        if not isinstance(tensor, DTensor):
+            tensor.copy_(value)
+            return
+        local = tensor.to_local()
+        if local.numel():
+            (chunk,) = tensor.__create_chunk_list__()
+            place = zip(chunk.offsets, chunk.sizes, strict=True)
+            local.copy_(value[tuple(slice(begin, begin + length) for begin, length in place)])
+
+
+def reshard(model: nn.Module) -> None:
+    """Let all of a model lie in pieces: after a forward pass without a backward one its outermost part is whole."""
+    for module in _sharded(model):
+        module.reshard()
+
+
+def cut_by_layers(model: PreTrainedModel, mesh: DeviceMesh | None = None) -> None:
+    """Lay a model in pieces by torch's FSDP2, each layer and the rest; one without known layers is one piece."""
+    try:
+        paths = layer_paths(model)
+    except PlanError:
+        paths = ()
+    for path in paths:
+        fully_shard(model.get_submodule(path), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def _shapes(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `model` on the meta device that shares its config."""
+    parameters = {
+        id(parameter): nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        for parameter in model.parameters()
+    }
+    buffers = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    return copy.deepcopy(model, {**parameters, **buffers, id(model.config): model.config})
 
 
 def _sharded(model: nn.Module) -> Iterator[FSDPModule]:
