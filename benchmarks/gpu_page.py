@@ -77,10 +77,10 @@ def training_table(rows: Sequence[Row]) -> list[str]:
     return [
         "Steps of `auxin.training.train` with the settings of the recipe tokenformer-124m-to-1.4b: autocast in "
         "bfloat16, fused AdamW, a whole batch in one pass; medians of the steps behind the warm-up. MFU: model FLOPs "
-        "per second, as the engine writes them, of the dense peak in the device's data sheet; attention counts over the "
-        "whole square. Products alone: the share of the step that its products of matrices, attention left out, take "
-        "each by itself. Peak: most memory that torch had allocated; told: what `auxin run --dry-run` computes, with "
-        "activations in float32.",
+        "per second, as the engine writes them, of the dense peak in the device's data sheet; attention counts over "
+        "the whole square. Products alone: the share of the step that its products of matrices, attention left out, "
+        "take each by itself. Peak: most memory that torch had allocated; told: what `auxin run --dry-run` computes, "
+        "with activations in float32.",
         "",
         *markdown_table(header, found, words=2),
         *(["", *notes] if notes else []),
