@@ -1,10 +1,10 @@
-"""Every check of the project that needs a GPU, in under eight minutes.
+"""Every check of the project that needs a GPU, in less than eight minutes.
 
     python benchmarks/gpu.py                              all parts; writes the results, the page and what they rest on
     python benchmarks/gpu.py --parts tests training       some of them; the others' results stay
     python benchmarks/gpu.py --quick                      a rehearsal on the CPU, everything tiny; see below
 
-Nobody has run it on a GPU yet: whether it ends in eight minutes there is computed, not measured.
+Nobody has run it on a GPU yet: whether all parts are done there before they are cut off is not known.
 
 The parts, in the order of what matters most, each with a time of its own, within which it is cut off; what one leaves
 of its time the next ones have:
@@ -35,7 +35,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from gpu_page import page_of
+from gpu_parts import PARTS
 from measuring import made_by, write_results
 
 from auxin.files import write_text
@@ -87,9 +89,6 @@ def found_in(rows: Path) -> dict[str, Any]:
 
 def take(part: str, rows: Path, quick: bool, seed: int) -> int:
     """Measure a part in this process, writing all rows so far after each."""
-    import torch
-    from gpu_parts import PARTS
-
     device = "cpu" if quick else "cuda"
     found: dict[str, Any] = {**made_by(command_line(quick, [part])), "device": device, "quick": quick, "rows": []}
     if device == "cuda":
@@ -166,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.take is not None:
         return take(options.take, options.rows, options.quick, options.seed)
-    if not options.quick and not has_gpu():
+    if not options.quick and not torch.cuda.is_available():
         print(
             "device: torch finds no CUDA device. Run this where there is one, or give --quick --output FOLDER for a "
             "rehearsal on the CPU.",
@@ -182,13 +181,6 @@ def main(arguments: list[str] | None = None) -> int:
     measured(options, results, lambda: write_results(results, path, page_of(results), page))
     print(f"written to {path} and {page}", flush=True)
     return 0 if went_well(results) else 1
-
-
-def has_gpu() -> bool:
-    """Whether torch finds one."""
-    import torch
-
-    return torch.cuda.is_available()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def page_of(results: dict[str, Any]) -> str:
         lines = [
             "# A rehearsal on a CPU",
             "",
-            "**Nothing here is a figure of a GPU, or of a model that anybody uses.**",
+            "**Nothing here is a figure of a GPU, or of a model that anybody uses, or compiled.**",
         ]
     for name, (title, table) in TABLES.items():
         part = results["parts"].get(name)

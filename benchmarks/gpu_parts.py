@@ -1,10 +1,12 @@
 """The parts of `gpu.py`: each yields its rows, as they are measured."""
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,37 +17,48 @@ from gpu_training import training_rows
 from measuring import exact_clock
 
 ROOT = Path(__file__).resolve().parents[1]
+WORKERS, PAUSE = 4, 0.1
+"""Processes that run tests, and seconds between looks at what they say."""
 Row = dict[str, Any]
 
 
 def test_rows(device: str, quick: bool, seed: int) -> Iterator[Row]:
-    """The tests that are marked `gpu`, by pytest; all of them are skipped where there is none."""
-    # What forbids kernels that are not deterministic asks cuBLAS for its workspaces, before the first product.
-    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "junit.xml"
-        options = ["-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        command = [sys.executable, "-m", "pytest", *options, "tests/gpu"]
-        result = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-        )
-        print(result.stdout, flush=True)
-        if result.returncode > 1 or not report.exists():
-            raise RuntimeError(f"pytest ended with code {result.returncode}: {result.stdout.strip()[-500:]}")
-        yield from junit_rows(report.read_text(encoding="utf-8"))
-
-
-def junit_rows(text: str) -> Iterator[Row]:
-    """What a JUnit file says of each test: passed, failed or skipped, and why."""
-    for case in ElementTree.fromstring(text).iter("testcase"):
-        told = next((part for part in case if part.tag in ("failure", "error", "skipped")), None)
-        outcome = "passed" if told is None else "skipped" if told.tag == "skipped" else "failed"
-        yield {
-            "test": f"{case.get('classname')}.{case.get('name')}",
-            "outcome": outcome,
-            "seconds": float(case.get("time", 0)),
-            "message": "" if told is None else told.get("message", ""),
-        }
+    """The tests that are marked `gpu`, by pytest, as they end; all of them are skipped where there is none."""
+    folder = Path(tempfile.mkdtemp())
+    outcomes, output = folder / "outcomes.jsonl", folder / "output"
+    outcomes.touch()
+    environment = {
+        **os.environ,
+        "AUXIN_OUTCOMES": str(outcomes),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]),
+        # What forbids kernels that are not deterministic asks cuBLAS for its workspaces, before the first product.
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-p",
+        "gpu_outcomes",
+        "-p",
+        "no:cacheprovider",
+        "tests/on_gpu",
+    ]
+    if not quick and importlib.util.find_spec("xdist") is not None:  # most of the time goes into compiling
+        command += ["--numprocesses", str(WORKERS), "--dist", "worksteal"]
+    with output.open("w") as file, outcomes.open(encoding="utf-8") as told:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        running = True
+        while running:
+            running = process.poll() is None
+            yield from map(json.loads, told)
+            time.sleep(PAUSE)
+    words = output.read_text(encoding="utf-8", errors="replace")
+    print(words, flush=True)
+    if process.returncode > 1:
+        raise RuntimeError(f"pytest ended with code {process.returncode}: {words.strip()[-500:]}")
 
 
 def pattention_rows(device: str, quick: bool, seed: int) -> Iterator[Row]:

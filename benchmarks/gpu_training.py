@@ -110,8 +110,10 @@ def fitting_row(one: Trained, compiled: bool, device: str, steps: int, seed: int
     """
     batch, tried = one.batch, []
     while True:
+        _free(device)
         try:
             row = training_row(one, batch, compiled, device, steps, seed)
+            _free(device)
             if batch not in alone:
                 alone[batch] = products_alone(one, batch, device)
             row["products_alone"] = alone[batch] / row["step_seconds"]
@@ -122,11 +124,6 @@ def fitting_row(one: Trained, compiled: bool, device: str, steps: int, seed: int
             batch //= 2
         else:
             return {**row, "out_of_memory_at": tried}
-        finally:
-            torch.compiler.reset()
-            gc.collect()
-            if device == "cuda":
-                torch.cuda.empty_cache()
 
 
 def training_row(one: Trained, batch: int, compiled: bool, device: str, steps: int, seed: int) -> Row:
@@ -180,6 +177,14 @@ def products_alone(one: Trained, batch: int, device: str) -> float:
     products = Products.of(partial(gradients.add, {"input_ids": ids, "labels": ids}, 1.0))
     del model, gradients  # they and their gradients would stand in the way of large factors
     return products.seconds(device)
+
+
+def _free(device: str) -> None:
+    """Give back the memory of what nobody needs any more, compiled code and its constants among it."""
+    torch.compiler.reset()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _made(one: Trained, seed: int) -> PreTrainedModel:

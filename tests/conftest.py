@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 import torch
 
-GPU_TESTS = Path(__file__).parent / "gpu"
+GPU_TESTS = Path(__file__).parent / "on_gpu"
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile(

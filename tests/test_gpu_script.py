@@ -2,6 +2,7 @@
 cut off, and nothing of a rehearsal looks like a figure of a GPU."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +15,8 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import gpu
 import gpu_training
-from gpu_parts import PARTS, junit_rows
+from gpu_parts import PARTS
+from measuring import exact_clock, median_seconds
 from products import Products
 
 
@@ -26,7 +28,7 @@ def test_a_rehearsal_runs_every_part_and_is_not_taken_for_a_gpu(tmp_path, monkey
 
     start = gpu.start
     monkeypatch.setattr(gpu, "start", lambda part, *rest: (start if part == "pattention" else here)(part, *rest))
-    assert gpu.main(["--quick", "--output", str(tmp_path)]) == 0
+    assert gpu.main(["--quick", "--output", str(tmp_path), "--seconds", "1e6"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu-quick.json", "gpu-quick.md"]
     results = json.loads((tmp_path / "gpu-quick.json").read_text())
     assert results["quick"] is True
@@ -138,6 +140,34 @@ def test_trainings_have_the_recipe_s_settings_and_one_pass_for_each_step():
     assert settings.samples_per_forward == settings.batch_size == 64
 
 
+def test_a_gpu_s_time_is_that_between_its_own_events(monkeypatch):
+    """Of a GPU that is none: an event is done when it is waited for, and each comes 2 ms behind the one before."""
+    queued, done = [], set()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            queued.append(self)
+
+        def synchronize(self):
+            done.update(queued[: queued.index(self) + 1])
+
+        def elapsed_time(self, later):
+            assert {self, later} <= done
+            return 2.0 * (queued.index(later) - queued.index(self))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: queued.append("wait"))
+    assert median_seconds(lambda: queued.append("work"), "cuda", rounds=3) == pytest.approx(4e-3)
+    assert [one if isinstance(one, str) else "event" for one in queued[-4:]] == ["wait", "event", "work", "event"]
+    assert queued.count("work") == 6
+    clock = exact_clock("cuda")[1]
+    start, middle, end = clock(), clock(), clock()
+    assert (middle - start, end - start) == pytest.approx((2e-3, 4e-3))
+
+
 def test_the_products_of_two_linear_layers_are_six():
     rows, width, inner = 5, 3, 7
     x = torch.randn(rows, width, requires_grad=True)
@@ -158,17 +188,26 @@ def test_a_tokenformer_s_products_are_its_tokens_and_its_head():
     assert products.flops == 3 * 2 * ids.numel() * weights
 
 
-def test_outcomes_of_a_junit_file():
-    text = """<testsuites><testsuite>
-    <testcase classname="tests.a" name="one" time="0.5"/>
-    <testcase classname="tests.a" name="two" time="1"><failure message="assert 1 == 2">...</failure></testcase>
-    <testcase classname="tests.a" name="three" time="0"><skipped message="needs a CUDA device"/></testcase>
-    <testcase classname="tests.a" name="four" time="0"><error message="no such file"/></testcase>
-    </testsuite></testsuites>"""
-    found = [(row["test"], row["outcome"], row["message"]) for row in junit_rows(text)]
-    assert found == [
-        ("tests.a.one", "passed", ""),
-        ("tests.a.two", "failed", "assert 1 == 2"),
-        ("tests.a.three", "skipped", "needs a CUDA device"),
-        ("tests.a.four", "failed", "no such file"),
+def test_outcomes_are_told_as_they_come(tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "def test_right(): pass\n"
+        "def test_wrong(): assert 1 == 2\n"
+        "@pytest.mark.skip(reason='needs a CUDA device')\n"
+        "def test_left_out(): pass\n"
+        "@pytest.fixture\n"
+        "def broken(): raise OSError('no such file')\n"
+        "def test_without_its_fixture(broken): pass\n"
+    )
+    told = tmp_path / "told"
+    folder = Path(gpu.__file__).parent
+    environment = {**os.environ, "AUXIN_OUTCOMES": str(told), "PYTHONPATH": str(folder)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_outcomes", "--noconftest", "test_some.py"]
+    assert subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False).returncode == 1
+    rows = [json.loads(line) for line in told.read_text().splitlines()]
+    assert [(row["test"], row["outcome"], row["message"]) for row in rows] == [
+        ("test_some.py::test_right", "passed", ""),
+        ("test_some.py::test_wrong", "failed", "assert 1 == 2"),
+        ("test_some.py::test_left_out", "skipped", "needs a CUDA device"),
+        ("test_some.py::test_without_its_fixture", "failed", "OSError: no such file"),
     ]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from auxin.nn.pattention import Pattention
-from gpu.devices import on_either, on_gpu
+from on_gpu.devices import on_either, on_gpu
 
 ROWS, WIDTH, OUT = 300, 64, 48
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -36,7 +36,7 @@ def assert_near(found: list[torch.Tensor], wanted: list[torch.Tensor], tolerance
 
 
 @on_either
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
 def test_the_layer_computes_what_it_does_in_double_precision(score_function, dtype, device):
     groups = [96, 32, 160]
@@ -46,7 +46,7 @@ def test_the_layer_computes_what_it_does_in_double_precision(score_function, dty
 
 @on_gpu
 @pytest.mark.parametrize("groups", [[256], [64, 64, 64, 64], [96, 32, 160]], ids=["one", "equal", "uneven"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_for_a_gpu_the_layer_computes_the_same(dtype, groups):
     torch.compiler.reset()
     wanted = results(groups, "l2_norm_gelu", "cpu", torch.float64)

@@ -17,7 +17,7 @@ from auxin.training.optimizer import build_optimizer
 from auxin.training.ranks import Ranks
 from auxin.training.state import RNG_CUDA
 from auxin.training.strategies import Copies, Sharded
-from gpu.devices import on_either, on_gpu
+from on_gpu.devices import on_either, on_gpu
 from training.tiny import (
     CONTEXT,
     Look,

@@ -12,7 +12,7 @@ from auxin.planning.target import Target, removal
 from auxin.recipes.timing import seconds_per_step
 from auxin.training.hardware import peak_flops
 from auxin.training.optimizer import build_optimizer
-from gpu.devices import on_either, on_gpu
+from on_gpu.devices import on_either, on_gpu
 from training.tiny import TinyData, tiny_llama, tiny_settings, tiny_tokenformer, weights
 
 CHANGES = {
