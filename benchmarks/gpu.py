@@ -40,7 +40,8 @@ from gpu_page import page_of
 from gpu_parts import PARTS
 from measuring import made_by, write_results
 
-from auxin.files import write_text
+from auxin.errors import ConfigError
+from auxin.files import make_folder, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "results"
@@ -153,7 +154,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.quick and options.output is None and options.take is None:
         parser.error("--quick: a rehearsal's figures are none of a GPU. Give --output FOLDER to put them apart.")
-    if options.seconds < 0:
+    if not 0 <= options.seconds < float("inf"):
         parser.error(f"--seconds: {options.seconds:g} is no time. Give 0 or more.")
     options.parts = [part for part in SECONDS if part in options.parts]
     options.scale = options.seconds / sum(SECONDS[part] for part in options.parts)
@@ -175,12 +176,28 @@ def main(arguments: list[str] | None = None) -> int:
     name = "gpu-quick" if options.quick else "gpu"
     path = (options.output or RESULTS) / f"{name}.json"
     page = (options.output or PAGES) / f"{name}.md"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"parts": {}}
-    results: dict[str, Any] = {"quick": options.quick, "parts": before["parts"]}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        for file in (path, page):
+            make_folder(file.parent)
+        results: dict[str, Any] = {"quick": options.quick, "parts": known_parts(path)}
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     measured(options, results, lambda: write_results(results, path, page_of(results), page))
     print(f"written to {path} and {page}", flush=True)
     return 0 if went_well(results) else 1
+
+
+def known_parts(path: Path) -> dict[str, Any]:
+    """What is known of each part from before; ConfigError where the file is another one."""
+    try:
+        parts = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.exists() else {}
+        assert isinstance(parts, dict)
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise ConfigError(f"{path} holds no results of this script. Move it, or give another --output.") from None
+    return parts
 
 
 if __name__ == "__main__":

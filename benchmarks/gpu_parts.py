@@ -24,16 +24,6 @@ Row = dict[str, Any]
 
 def test_rows(device: str, quick: bool, seed: int) -> Iterator[Row]:
     """The tests that are marked `gpu`, by pytest, as they end; all of them are skipped where there is none."""
-    folder = Path(tempfile.mkdtemp())
-    outcomes, output = folder / "outcomes.jsonl", folder / "output"
-    outcomes.touch()
-    environment = {
-        **os.environ,
-        "AUXIN_OUTCOMES": str(outcomes),
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]),
-        # What forbids kernels that are not deterministic asks cuBLAS for its workspaces, before the first product.
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    }
     command = [
         sys.executable,
         "-m",
@@ -48,14 +38,24 @@ def test_rows(device: str, quick: bool, seed: int) -> Iterator[Row]:
     ]
     if not quick and importlib.util.find_spec("xdist") is not None:  # most of the time goes into compiling
         command += ["--numprocesses", str(WORKERS), "--dist", "worksteal"]
-    with output.open("w") as file, outcomes.open(encoding="utf-8") as told:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
-        running = True
-        while running:
-            running = process.poll() is None
-            yield from map(json.loads, told)
-            time.sleep(PAUSE)
-    words = output.read_text(encoding="utf-8", errors="replace")
+    with tempfile.TemporaryDirectory() as folder:
+        outcomes, output = Path(folder) / "outcomes.jsonl", Path(folder) / "output"
+        outcomes.touch()
+        environment = {
+            **os.environ,
+            "AUXIN_OUTCOMES": str(outcomes),
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]),
+            # What forbids kernels that are not deterministic asks cuBLAS for its workspaces, before the first product.
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        }
+        with output.open("w") as file, outcomes.open(encoding="utf-8") as told:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            running = True
+            while running:
+                running = process.poll() is None
+                yield from map(json.loads, told)
+                time.sleep(PAUSE)
+        words = output.read_text(encoding="utf-8", errors="replace")
     print(words, flush=True)
     if process.returncode > 1:
         raise RuntimeError(f"pytest ended with code {process.returncode}: {words.strip()[-500:]}")

@@ -66,7 +66,7 @@ MODELS = (
     Trained("TokenFormer 354M", partial(preset_config, "354m"), TokenFormerForCausalLM, 32),
     Trained("GPT-2 124M", _gpt2, GPT2LMHeadModel, 64),
 )
-"""The last one is dense, for comparison. Batches by what is computed of their memory: some two thirds of an H200's."""
+"""The last one is dense, for comparison. What is told of the memory of these batches is half of an H200's."""
 TINY = (Trained("tiny TokenFormer", _tiny, TokenFormerForCausalLM, 4, 16),)
 
 

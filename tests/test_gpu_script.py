@@ -3,6 +3,7 @@ cut off, and nothing of a rehearsal looks like a figure of a GPU."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -70,6 +71,44 @@ def test_a_part_without_time_is_cut_off_and_says_so_and_others_stay(tmp_path):
     assert "The part: cut off after 0 s" in page
     assert "1 passed, 0 failed, 0 skipped." in page
     assert page.count("Not run.") == 2
+
+
+def test_a_run_that_is_interrupted_ends_what_it_has_started_and_leaves_what_there_is(tmp_path, monkeypatch):
+    started = []
+
+    def start(part, rows, options):
+        rows.write_text('{"rows": [], "failed": "not yet"}')
+        started.append(subprocess.Popen(["sleep", "1000"], start_new_session=True))
+        return started[-1]
+
+    def ended(process, seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "start", start)
+    monkeypatch.setattr(gpu, "ended", ended)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--quick", "--output", str(tmp_path)])
+    assert [process.poll() for process in started] == [-signal.SIGTERM]
+    parts = json.loads((tmp_path / "gpu-quick.json").read_text())["parts"]
+    assert {name: (part["ended"], part["failed"]) for name, part in parts.items()} == {
+        "tests": ("interrupted", "not yet")
+    }
+
+
+def test_what_is_in_the_way_is_named_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "start", lambda *_: pytest.fail("something was measured"))
+    (tmp_path / "file").write_text("")
+    assert gpu.main(["--quick", "--output", str(tmp_path / "file")]) == 2
+    assert "file is a file" in capsys.readouterr().err
+    for content in ("{", "[]", '{"parts": 1}'):
+        (tmp_path / "gpu-quick.json").write_text(content)
+        assert gpu.main(["--quick", "--output", str(tmp_path)]) == 2
+        assert "gpu-quick.json holds no results of this script" in capsys.readouterr().err
+        assert (tmp_path / "gpu-quick.json").read_text() == content
+    for seconds in ("-1", "nan", "inf"):
+        with pytest.raises(SystemExit):
+            gpu.main(["--quick", "--output", str(tmp_path), "--seconds", seconds])
+        assert "--seconds" in capsys.readouterr().err
 
 
 def test_what_a_part_had_found_is_kept_when_it_is_cut_off_with_all_that_it_started(tmp_path, monkeypatch):

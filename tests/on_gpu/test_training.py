@@ -1,6 +1,6 @@
 """The training engine on a GPU: its bits, its types, its generators, its memory, its processes."""
 
-import copy
+import gc
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from auxin.training.hardware import peak_flops
 from auxin.training.optimizer import build_optimizer
 from auxin.training.ranks import Ranks
 from auxin.training.state import RNG_CUDA
-from auxin.training.strategies import Copies, Sharded
+from auxin.training.strategies import Copies, Sharded, whole
 from on_gpu.devices import on_either, on_gpu
 from training.tiny import (
     CONTEXT,
@@ -128,24 +128,33 @@ def test_bfloat16_learns_nearly_what_float32_does_and_leaves_weights_in_float32(
 
 
 @on_gpu
-def test_what_memory_is_told_is_what_is_allocated():
-    """Weights, gradients, moments and what the backward pass keeps, in float32; blocks of the allocator on top."""
+def test_what_memory_is_told_is_what_is_asked_of_the_allocator():
+    """Weights, gradients, moments and what the backward pass keeps, in float32."""
     config = TokenFormerConfig(
         vocab_size=2048, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=256,
         qkv_tokens=[192, 64], proj_tokens=[192, 64], ffn_tokens=[768, 256],
     )  # fmt: skip
-    before = torch.cuda.memory_allocated()
-    model = TokenFormerForCausalLM(config).cuda().train()
-    told = training_memory(model, 8, 256)
-    optimizer = build_optimizer(model, tiny_settings(steps=1))
     ids = torch.zeros(8, 256, dtype=torch.long, device="cuda")
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    optimizer.step()
-    state = torch.cuda.memory_allocated() - before
-    assert state == pytest.approx(told.weights + told.gradients + told.optimizer, rel=0.03)
+
+    def asked() -> int:
+        gc.collect()
+        return torch.cuda.memory_stats()["requested_bytes.all.current"]
+
+    def stepped() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = TokenFormerForCausalLM(config).cuda().train()
+        optimizer = build_optimizer(model, tiny_settings(steps=1))
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        return model, optimizer
+
+    stepped()  # cuBLAS keeps workspaces from the first product on
+    before = asked()
+    model, optimizer = stepped()
+    told, state = training_memory(model, 8, 256), asked() - before
+    assert state == pytest.approx(told.weights + told.gradients + told.optimizer, rel=0.01)
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    assert torch.cuda.memory_allocated() - before - state == pytest.approx(told.activations, rel=0.05)
-    del loss
+    assert asked() - before - state == pytest.approx(told.activations, rel=0.05)
+    del loss, optimizer  # until here both have to be there
 
 
 @pytest.fixture
@@ -169,11 +178,14 @@ def test_in_pieces_one_process_learns_what_it_learns_with_a_copy(one_process, de
         objective = Causal().bind(model.config, TinyData().form)
         optimizer = build_optimizer(model, settings)
         inputs = {**rows, "labels": rows["input_ids"]}
-        loss, norm = BatchGradients(model, objective, settings, strategy).of(copy.deepcopy(inputs), seed=0)
+        loss, norm = BatchGradients(model, objective, settings, strategy).of(inputs, seed=0)
+        gradients = torch.cat([whole(parameter.grad).flatten() for parameter in model.parameters()])
         optimizer.step()
-        found[strategy.name] = loss, norm, weights(strategy.whole(model).cpu())
+        found[strategy.name] = loss, norm, gradients, weights(strategy.whole(model).cpu())
     assert found["sharded"][:2] == pytest.approx(found["replicated"][:2], rel=1e-5)
-    torch.testing.assert_close(found["sharded"][2], found["replicated"][2], rtol=1e-4, atol=1e-5)
+    # What AdamW makes of a gradient that is nearly nothing goes by its rounding.
+    for one, other, tolerance in zip(found["sharded"][2:], found["replicated"][2:], (1e-5, 1e-3), strict=True):
+        assert float((one - other).norm() / other.norm()) < tolerance
     sums = torch.full((3,), 2.0, device=device)
     dist.all_reduce(sums)
     assert sums.tolist() == [2.0] * 3
