@@ -1,8 +1,8 @@
 """Every check of the project that needs a GPU, in less than eight minutes.
 
-    python benchmarks/gpu.py                              all parts; writes the results, the page and what they rest on
+    python benchmarks/gpu.py                              all parts; writes the results and their page
     python benchmarks/gpu.py --parts tests training       some of them; the others' results stay
-    python benchmarks/gpu.py --quick                      a rehearsal on the CPU, everything tiny; see below
+    python benchmarks/gpu.py --quick --output FOLDER      a rehearsal on the CPU, everything tiny; see below
 
 Nobody has run it on a GPU yet: whether all parts are done there before they are cut off is not known.
 
@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,9 @@ from gpu_page import page_of
 from gpu_parts import PARTS
 from measuring import made_by, write_results
 
-from auxin.errors import ConfigError
+from auxin.errors import AuxinError, ConfigError
 from auxin.files import make_folder, write_text
+from auxin.interruption import ended_by_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "results"
@@ -60,19 +61,17 @@ def start(part: str, rows: Path, options: argparse.Namespace) -> subprocess.Pope
 
 
 def ended(process: subprocess.Popen[bytes], seconds: float) -> str:
-    """How a process ended, in words: "done", that it was cut off, or its code. Its group ends with it."""
+    """How a process ended, in words: "done", its code, or that so many seconds were too few for it."""
     began = time.monotonic()
     try:
         code = process.wait(max(0.0, seconds))
     except subprocess.TimeoutExpired:
         return f"cut off after {time.monotonic() - began:.0f} s"
-    finally:
-        stop(process)
     return "done" if code == 0 else f"ended with code {code}"
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and whatever it has started."""
+    """End a process, where it has not ended, and whatever it has started."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -114,7 +113,7 @@ def command_line(quick: bool, parts: Iterable[str]) -> str:
     return " ".join(["python benchmarks/gpu.py", *(["--quick"] if quick else []), "--parts", *parts])
 
 
-def measured(options: argparse.Namespace, results: dict[str, Any], write: Any) -> None:
+def measured(options: argparse.Namespace, results: dict[str, Any], write: Callable[[], None]) -> None:
     """Run the parts that are asked for one after the other, and write after each."""
     until = time.monotonic()
     for part in options.parts:
@@ -134,9 +133,8 @@ def measured(options: argparse.Namespace, results: dict[str, Any], write: Any) -
         print(f"{part}: {how}, {len(found['rows'])} rows, {found['seconds']:.0f} s", flush=True)
 
 
-def went_well(results: dict[str, Any]) -> bool:
-    """Whether every part was done and no test failed."""
-    parts = results["parts"].values()
+def went_well(parts: Sequence[dict[str, Any]]) -> bool:
+    """Whether each of these parts was done and no test failed."""
     failed = [row for part in parts for row in part["rows"] if row.get("outcome") == "failed"]
     return all(part["ended"] == "done" for part in parts) and not failed
 
@@ -180,23 +178,25 @@ def main(arguments: list[str] | None = None) -> int:
         for file in (path, page):
             make_folder(file.parent)
         results: dict[str, Any] = {"quick": options.quick, "parts": known_parts(path)}
-    except ConfigError as error:
+        with ended_by_signals():
+            measured(options, results, lambda: write_results(results, path, page_of(results), page))
+    except AuxinError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    measured(options, results, lambda: write_results(results, path, page_of(results), page))
     print(f"written to {path} and {page}", flush=True)
-    return 0 if went_well(results) else 1
+    return 0 if went_well([results["parts"][part] for part in options.parts]) else 1
 
 
 def known_parts(path: Path) -> dict[str, Any]:
     """What is known of each part from before; ConfigError where the file is another one."""
+    if not path.exists():
+        return {}
     try:
-        parts = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.exists() else {}
-        assert isinstance(parts, dict)
-    except (ValueError, KeyError, TypeError, AssertionError):
-        raise ConfigError(f"{path} holds no results of this script. Move it, or give another --output.") from None
+        parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
+    except (ValueError, KeyError, TypeError):
+        parts = None
+    if not isinstance(parts, dict):
+        raise ConfigError(f"{path} holds no results of this script. Move it, or give another --output.")
     return parts
 
 

@@ -37,7 +37,9 @@ def page_of(results: dict[str, Any]) -> str:
 
 
 def _failure(part: dict[str, Any]) -> str:
-    return f" It failed: {' '.join(part['failed'].split())}" if "failed" in part else ""
+    """What went wrong; not what a part that was cut off said to that."""
+    went_wrong = "failed" in part and part["ended"].startswith("ended")
+    return f" It failed: {' '.join(part['failed'].split())}" if went_wrong else ""
 
 
 def tests_table(rows: Sequence[Row]) -> list[str]:

@@ -22,29 +22,19 @@ WORKERS, PAUSE = 4, 0.1
 Row = dict[str, Any]
 
 
-def test_rows(device: str, quick: bool, seed: int) -> Iterator[Row]:
+def outcome_rows(device: str, quick: bool, seed: int) -> Iterator[Row]:
     """The tests that are marked `gpu`, by pytest, as they end; all of them are skipped where there is none."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "-p",
-        "gpu_outcomes",
-        "-p",
-        "no:cacheprovider",
-        "tests/on_gpu",
-    ]
+    options = ["-m", "gpu", "-p", "gpu_outcomes", "-p", "no:cacheprovider"]
     if not quick and importlib.util.find_spec("xdist") is not None:  # most of the time goes into compiling
-        command += ["--numprocesses", str(WORKERS), "--dist", "worksteal"]
+        options += ["--numprocesses", str(WORKERS), "--dist", "worksteal"]
+    command = [sys.executable, "-m", "pytest", *options, "tests/on_gpu"]
     with tempfile.TemporaryDirectory() as folder:
         outcomes, output = Path(folder) / "outcomes.jsonl", Path(folder) / "output"
         outcomes.touch()
         environment = {
             **os.environ,
             "AUXIN_OUTCOMES": str(outcomes),
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")])),
             # What forbids kernels that are not deterministic asks cuBLAS for its workspaces, before the first product.
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         }
@@ -92,7 +82,7 @@ def altup_rows(device: str, quick: bool, seed: int) -> Iterator[Row]:
 
 
 PARTS: dict[str, Callable[[str, bool, int], Iterator[Row]]] = {
-    "tests": test_rows,
+    "tests": outcome_rows,
     "training": training_rows,
     "pattention": pattention_rows,
     "altup": altup_rows,

@@ -73,7 +73,7 @@ def test_a_part_without_time_is_cut_off_and_says_so_and_others_stay(tmp_path):
     assert page.count("Not run.") == 2
 
 
-def test_a_run_that_is_interrupted_ends_what_it_has_started_and_leaves_what_there_is(tmp_path, monkeypatch):
+def test_a_run_that_is_interrupted_ends_what_it_has_started_and_leaves_what_there_is(tmp_path, monkeypatch, capsys):
     started = []
 
     def start(part, rows, options):
@@ -82,12 +82,12 @@ def test_a_run_that_is_interrupted_ends_what_it_has_started_and_leaves_what_ther
         return started[-1]
 
     def ended(process, seconds):
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(gpu, "start", start)
     monkeypatch.setattr(gpu, "ended", ended)
-    with pytest.raises(KeyboardInterrupt):
-        gpu.main(["--quick", "--output", str(tmp_path)])
+    assert gpu.main(["--quick", "--output", str(tmp_path)]) == 128 + signal.SIGTERM
+    assert "Ended by SIGTERM" in capsys.readouterr().err
     assert [process.poll() for process in started] == [-signal.SIGTERM]
     parts = json.loads((tmp_path / "gpu-quick.json").read_text())["parts"]
     assert {name: (part["ended"], part["failed"]) for name, part in parts.items()} == {
@@ -120,6 +120,7 @@ def test_what_a_part_had_found_is_kept_when_it_is_cut_off_with_all_that_it_start
         time.sleep(0.01)
     monkeypatch.setattr(gpu, "GRACE", 0.1)
     assert gpu.ended(process, 0).startswith("cut off")
+    gpu.stop(process)
     assert gpu.found_in(rows) == {"rows": [1]}
     number = int(child.read_text())
     while Path(f"/proc/{number}").exists() and "Z" not in Path(f"/proc/{number}/stat").read_text().split():
@@ -135,6 +136,10 @@ def test_a_part_that_fails_says_why(tmp_path, monkeypatch):
     assert gpu.take("altup", tmp_path / "rows.json", quick=True, seed=0) == 1
     found = gpu.found_in(tmp_path / "rows.json")
     assert (found["rows"], found["failed"]) == ([{"test": 1}], "RuntimeError: no such kernel")
+    part = {**found, "rows": [], "seconds": 1.0}
+    for how, said in (("ended with code 1", True), ("cut off after 9 s", False)):
+        page = gpu.page_of({"quick": False, "parts": {"altup": {**part, "ended": how}}})
+        assert ("It failed: RuntimeError: no such kernel" in page) is said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for CUDA where there is none")
