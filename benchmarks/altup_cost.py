@@ -3,11 +3,14 @@
     python benchmarks/altup_cost.py --threads 1                 all widths; in CPU time, for busy machines
     python benchmarks/altup_cost.py --threads 1 --widths 768    one width
 
+On a GPU, where nobody has run it yet, `gpu.py` measures some of it.
+
 A Llama of a few layers with a small vocabulary, so that the layers and not the head are what is timed. All contenders
 of a width and a kind (eager, compiled) take turns in shuffled order within each repetition, and each is compared with
 the plain model of the same repetition. Reported are medians of the ratios with quartiles; decoding is one token at a
 time with a static cache. Peak memory counts everything that is allocated during a forward and backward pass, gradients
-included. "mixing alone" is the updates of all layers without the layers.
+included. "mixing alone" is the updates of all layers without the layers; "products alone" the products of matrices of a
+forward and backward pass, attention's left out, each timed by itself.
 """
 
 import argparse
@@ -24,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import machine, peak_bytes, quartiles
+from measuring import exact_clock, machine, peak_bytes, quartiles, run_ahead
+from products import Products
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from auxin.accounting import count_parameters, flops_per_token
-from auxin.accounting.latency import chosen_clock
 from auxin.edits import apply
 from auxin.methods.grow.altup import AltUpSettings, plan_altup
 from auxin.nn.altup_updates import AltUp
@@ -38,6 +41,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "altup_cost.json"
 TABLE = ROOT / "docs" / "results" / "altup_cost.md"
 PLAIN = "plain"
+RECORDED = ("layers", "batch", "tokens", "decoded", "repetitions", "dtype", "seed")
+"""Options that stand beside the numbers."""
 BOUND_WIDTH, BOUND = 768, 1.06
 """Recycled AltUp with K = 2, compiled, costs at most so much of the plain model's training step at this width."""
 
@@ -79,55 +84,61 @@ def altup(width: int, layers: int, **settings: Any) -> LlamaForCausalLM:
     return model
 
 
-def models(width: int, layers: int, dense: bool) -> dict[str, LlamaForCausalLM]:
-    """The contenders of one width."""
-    found = {
-        PLAIN: llama(width, layers),
-        "recycled, K = 2": altup(width, layers, blocks=2),
-        "recycled, K = 4": altup(width, layers, blocks=4),
-        "wide, K = 2": altup(width, layers, blocks=2, conversion="random"),
-        "dynamic, K = 2": altup(width, layers, blocks=2, coefficients="dynamic"),
-    }
-    return found | ({"dense, 2 times as wide": llama(2 * width, layers)} if dense else {})
+MODELS: dict[str, Callable[[int, int], LlamaForCausalLM]] = {
+    PLAIN: llama,
+    "recycled, K = 2": partial(altup, blocks=2),
+    "recycled, K = 4": partial(altup, blocks=4),
+    "wide, K = 2": partial(altup, blocks=2, conversion="random"),
+    "dynamic, K = 2": partial(altup, blocks=2, coefficients="dynamic"),
+    "dense, 2 times as wide": lambda width, layers: llama(2 * width, layers),
+}
+"""The contenders, by width and layers."""
 
 
-def train_step(entry: Contender, ids: Tensor, clock: Callable[[], float]) -> None:
+def train_step(entry: Contender, ids: Tensor, clock: Callable[[], Any]) -> None:
     """Time one forward and backward pass."""
     entry.model.zero_grad()
+    run_ahead(ids.device.type)
     start = clock()
     loss = entry.run(input_ids=ids, labels=ids, use_cache=False).loss
     middle = clock()
     loss.backward()
+    end = clock()
     entry.times["forward"].append(middle - start)
-    entry.times["both"].append(clock() - start)
+    entry.times["both"].append(end - start)
 
 
-def train_once(entry: Contender, ids: Tensor) -> None:
+def train_once(run: Callable[..., Any], ids: Tensor) -> None:
     """One forward and backward pass."""
-    entry.run(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    run(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
 
 @torch.no_grad()
-def decode(entry: Contender, prompt: Tensor, tokens: int, clock: Callable[[], float]) -> None:
-    """Time decoding, per token."""
+def decode(entry: Contender, prompt: Tensor, tokens: int, clock: Callable[[], Any]) -> None:
+    """Time decoding, per token; nothing where there are none to decode."""
+    if not tokens:
+        return
     model = entry.model
     cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + tokens)
     model(input_ids=prompt, past_key_values=cache, use_cache=True)
     token = prompt[:, -1:]
     start = clock()
     for step in range(tokens):
-        position = torch.tensor([[prompt.shape[1] + step]])
+        position = torch.tensor([[prompt.shape[1] + step]], device=prompt.device)
         entry.run(input_ids=token, past_key_values=cache, use_cache=True, position_ids=position)
     entry.times["decode"].append((clock() - start) / tokens)
 
 
-def mixing_alone(width: int, layers: int, blocks: int, tokens: int, kind: str, clock: Callable[[], float]) -> float:
+def mixing_alone(width: int, blocks: int, kind: str, options: argparse.Namespace, clock: Callable[[], Any]) -> float:
     """Seconds of the updates of all layers, forward and backward."""
-    updates = nn.ModuleList(AltUp(blocks, layer % blocks) for layer in range(layers))
+    updates = nn.ModuleList(AltUp(blocks, layer % blocks) for layer in range(options.layers))
     for parameter in updates.parameters():
         nn.init.normal_(parameter, 0, 0.02)
-    streams, output = torch.randn(blocks, 1, tokens, width, requires_grad=True), torch.randn(1, tokens, width)
-    output.requires_grad_()
+    dtype = getattr(torch, options.dtype)
+    updates.to(options.device, dtype)
+    size = (options.batch, options.tokens, width)
+    streams = torch.randn(blocks, *size).to(options.device, dtype).requires_grad_()
+    output = torch.randn(*size).to(options.device, dtype).requires_grad_()
 
     def one(update: AltUp, streams: Tensor, output: Tensor) -> Tensor:
         return update.correct(streams, output)
@@ -136,6 +147,7 @@ def mixing_alone(width: int, layers: int, blocks: int, tokens: int, kind: str, c
     gradient = torch.randn_like(streams)
     seconds = []
     for _ in range(7):
+        run_ahead(options.device)
         start = clock()
         for update in updates:
             run(update, streams, output).backward(gradient)
@@ -143,16 +155,19 @@ def mixing_alone(width: int, layers: int, blocks: int, tokens: int, kind: str, c
     return statistics.median(seconds[2:])
 
 
-def measure(width: int, kind: str, options: argparse.Namespace, clock: Callable[[], float]) -> list[dict[str, Any]]:
+def measure(width: int, kind: str, options: argparse.Namespace, clock: Callable[[], Any]) -> list[dict[str, Any]]:
     """The rows of one width and kind."""
     torch.compiler.reset()
+    # One code object serves all contenders, for training and for decoding.
+    torch._dynamo.config.recompile_limit = 64
     entries = []
-    for name, model in models(width, options.layers, dense=True).items():
+    for name in options.contenders:
+        model = MODELS[name](width, options.layers).to(options.device, getattr(torch, options.dtype))
         run = model if kind == "eager" else torch.compile(model, dynamic=False)
         entries.append(Contender(name, kind, model, run))
     generator = torch.Generator().manual_seed(options.seed)
-    ids = torch.randint(256, (1, options.tokens), generator=generator)
-    prompt = torch.randint(256, (1, 64), generator=generator)
+    ids = torch.randint(256, (options.batch, options.tokens), generator=generator).to(options.device)
+    prompt = torch.randint(256, (1, 64), generator=generator).to(options.device)
     order, shuffle = list(entries), random.Random(options.seed)
     for repetition in range(options.repetitions + 1):
         shuffle.shuffle(order)
@@ -169,16 +184,20 @@ def measure(width: int, kind: str, options: argparse.Namespace, clock: Callable[
     for entry in entries:
         row: dict[str, Any] = {"width": width, "kind": kind, "name": entry.name}
         for part, values in entry.times.items():
+            if not values:
+                continue
             low, middle, high = quartiles([a / b for a, b in zip(values, entries[0].times[part], strict=True)])
             row[part] = {"seconds": statistics.median(values), "ratio": middle, "quartiles": [low, high]}
         entry.model.train()
         entry.model.zero_grad()
-        row["peak_bytes"] = peak_bytes(partial(train_once, entry, ids), "cpu")
+        row["peak_bytes"] = peak_bytes(partial(train_once, entry.run, ids), options.device)
+        products = Products.of(partial(train_once, entry.model, ids))
+        row["products_alone"] = products.seconds(options.device) / row["both"]["seconds"]
         row["parameters"] = count_parameters(entry.model).total
         row["flops"] = flops_per_token(entry.model, options.tokens).forward
         if entry.name.startswith("recycled"):
             blocks = int(entry.name[-1])
-            alone = mixing_alone(width, options.layers, blocks, options.tokens, kind, clock)
+            alone = mixing_alone(width, blocks, kind, options, clock)
             row["mixing_alone"] = alone / statistics.median(entries[0].times["both"])
         rows.append(row)
         print(describe(row), flush=True)
@@ -187,7 +206,7 @@ def measure(width: int, kind: str, options: argparse.Namespace, clock: Callable[
 
 def describe(row: dict[str, Any]) -> str:
     """One line of progress."""
-    parts = [f"{part} {row[part]['ratio']:.3f}" for part in ("forward", "both", "decode")]
+    parts = [f"{part} {row[part]['ratio']:.3f}" for part in ("forward", "both", "decode") if part in row]
     return f"{row['width']:5} {row['kind']:9} {row['name']:24} {'  '.join(parts)}  {row['peak_bytes'] / 2**20:.0f} MiB"
 
 
@@ -208,24 +227,26 @@ def table(record: dict[str, Any]) -> str:
         "# What alternating updates cost",
         "",
         f"Command: `{record['command']}`. Machine: {where['cpu']}, {where['threads']} thread(s), {record['clock']} "
-        f"time, float32, Python {where['python']}, torch {where['torch']}, seed {record['seed']}. Llamas of "
-        f"{record['layers']} layers, one sequence of {record['tokens']} tokens, {record['repetitions']} repetitions; "
+        f"time, {record['dtype']}, Python {where['python']}, torch {where['torch']}, seed {record['seed']}. Llamas of "
+        f"{record['layers']} layers, {record['batch']} sequence(s) of {record['tokens']} tokens, "
+        f"{record['repetitions']} repetitions; "
         "ratios are medians over the repetitions, each to the plain model of the same kind and repetition.",
         "",
         "| width | kind | model | parameters | FLOPs per token | forward | forward and backward | quartiles | mixing "
-        "alone | decoding a token | peak memory, MiB |",
-        "|--:|---|---|--:|--:|--:|--:|---|--:|--:|--:|",
+        "alone | products alone | decoding a token | peak memory, MiB |",
+        "|--:|---|---|--:|--:|--:|--:|---|--:|--:|--:|--:|",
     ]
     for row in record["results"]:
         low, high = row["both"]["quartiles"]
         alone = f"{row['mixing_alone']:.3f}" if "mixing_alone" in row else ""
-        seconds = {part: row[part]["seconds"] * 1e3 for part in ("forward", "both", "decode")}
+        seconds = {part: row[part]["seconds"] * 1e3 for part in ("forward", "both", "decode") if part in row}
+        decoding = f"{row['decode']['ratio']:.3f} ({seconds['decode']:.1f} ms)" if "decode" in row else ""
         cells = [
             str(row["width"]), row["kind"], row["name"],
             f"{row['parameters'] / 1e6:.2f}M", f"{row['flops'] / 1e6:.2f}M",
             f"{row['forward']['ratio']:.3f} ({seconds['forward']:.0f} ms)",
             f"{row['both']['ratio']:.3f} ({seconds['both']:.0f} ms)", f"{low:.3f} - {high:.3f}", alone,
-            f"{row['decode']['ratio']:.3f} ({seconds['decode']:.1f} ms)", f"{row['peak_bytes'] / 2**20:.0f}",
+            f"{row['products_alone']:.2f}", decoding, f"{row['peak_bytes'] / 2**20:.0f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *([f"- {message}" for message in record["broken"]] or ["The bound holds."]), ""]
@@ -236,10 +257,10 @@ def write(options: argparse.Namespace, clock: str, rows: list[dict[str, Any]]) -
     """The rows so far, as JSON and as a page."""
     record = {
         "command": " ".join(["python", "benchmarks/altup_cost.py", *sys.argv[1:]]),
-        "machine": machine("cpu"),
+        "machine": machine(options.device),
         "load_average": os.getloadavg()[0],
         "clock": clock,
-        **{key: getattr(options, key) for key in ("layers", "tokens", "decoded", "repetitions", "seed")},
+        **{key: getattr(options, key) for key in RECORDED},
         "broken": over_bound(rows),
         "results": rows,
     }
@@ -249,26 +270,33 @@ def write(options: argparse.Namespace, clock: str, rows: list[dict[str, Any]]) -
     print(f"written to {options.results} and {options.table}", flush=True)
 
 
-def main() -> int:
-    """Measure, print, write."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options, of the command line where none are given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 512, 768, 1024])
     parser.add_argument("--kinds", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    parser.add_argument("--contenders", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--decoded", type=int, default=8)
+    parser.add_argument("--decoded", type=int, default=8, help="tokens; 0 leaves decoding out")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, help="CPU threads; with 1, CPU time is measured instead of wall time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--check", action="store_true", help="exit with 1 when the bound is broken")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", type=Path, default=TABLE)
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Measure, print, write."""
+    options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)
-    # One code object serves all contenders, for training and for decoding.
-    torch._dynamo.config.recompile_limit = 64
-    name, clock = chosen_clock("cpu")
+    name, clock = exact_clock(options.device)
     rows: list[dict[str, Any]] = []
     for width in options.widths:
         for kind in options.kinds:

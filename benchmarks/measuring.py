@@ -1,4 +1,4 @@
-"""What the benchmarks share: peaks of memory, the machine, how repeated numbers are written, results on the
+"""What the benchmarks share: peaks of memory, clocks, the machine, how repeated numbers are written, results on the
 disk."""
 
 import argparse
@@ -10,13 +10,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
+from auxin.accounting.latency import chosen_clock
 from auxin.accounting.ledger import software_versions
 from auxin.accounting.machine import describe_machine, processor_name
 from auxin.files import write_text
@@ -110,6 +111,49 @@ class StepCosts:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing."""
+
+
+AHEAD = 4_000_000
+"""Cycles of a GPU, some two milliseconds, that it waits so that work is queued before it begins."""
+ROUNDS = 21
+"""Of which the median counts."""
+
+
+class Instant:
+    """A place in the queue of a GPU: the difference of two is the seconds of what was queued between them."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record()
+
+    def __sub__(self, earlier: Self) -> float:
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1e3
+
+
+def exact_clock(device: str) -> tuple[str, Callable[[], Any]]:
+    """A clock whose differences are seconds, and its name: on a GPU its own events, so that what the host takes to
+    queue work (see `run_ahead`) is not counted; else `chosen_clock`."""
+    return ("GPU", Instant) if device == "cuda" else chosen_clock(device)
+
+
+def run_ahead(device: str) -> None:
+    """Keep a GPU waiting for a moment, so that the host has queued what is timed, or much of it, before it begins."""
+    if device == "cuda":
+        torch.cuda._sleep(AHEAD)
+
+
+def median_seconds(run: Callable[[], object], device: str, rounds: int = ROUNDS) -> float:
+    """What `run` takes, by `exact_clock`: the median of so many rounds, after three that warm up."""
+    clock = exact_clock(device)[1]
+    taken = []
+    for number in range(-3, rounds):
+        run_ahead(device)
+        start = clock()
+        run()
+        if number >= 0:
+            taken.append(clock() - start)
+    return statistics.median(taken)
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:

@@ -6,9 +6,13 @@ os.environ.pop("COLUMNS", None)  # test processes side by side get the width of 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from pathlib import Path
+
 import hypothesis
 import pytest
 import torch
+
+GPU_TESTS = Path(__file__).parent / "on_gpu"
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile(
@@ -33,7 +37,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without --all, leave out what is marked `whole`."""
+    """Without --all, leave out what is marked `whole`; without a GPU, skip what needs one."""
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            if GPU_TESTS not in item.path.parents:  # where benchmarks/gpu.py looks for them
+                raise pytest.UsageError(f"{item.nodeid} is marked gpu: put it into {GPU_TESTS}.")
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     if config.getoption("--all"):
         return
     left_out = [item for item in items if item.get_closest_marker("whole")]

@@ -54,6 +54,11 @@ def diagnose(folder: str | Path = ".") -> Diagnosis:
     warnings = []
     if device.type == "cpu":
         warnings.append("No CUDA device: models of more than some million parameters will train slowly.")
+    else:
+        warnings.append(
+            "Nothing of Auxin has run on CUDA yet. In a clone of its repository, python benchmarks/gpu.py checks and "
+            "measures everything there, in less than eight minutes: see docs/gpu.md."
+        )
     if free < 2 * 2**30:
         warnings.append("Less than 2 GiB of disk are free: checkpoints may not fit. Give --output on another disk.")
     return Diagnosis(
