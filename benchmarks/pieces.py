@@ -2,8 +2,8 @@
 
 Saving: a Llama of some 25 million parameters with its moments, by one process and by two; how long training waits for a
 checkpoint that is written in pieces in the background, when that is there, and how long for one that is written whole.
-Growing: the most that a process of two and of four holds while a plan is carried out, by torch's MemTracker, beside what
-it holds of the old and the new model and their moments. Weights, gradients and moments are random.
+Growing: the most that a process of two and of four holds while a plan is carried out, by torch's MemTracker, beside
+what it holds of the old and the new model and their moments. Weights, gradients and moments are random.
 
     python benchmarks/pieces.py
     python benchmarks/pieces.py --quick
@@ -205,8 +205,8 @@ def page(results: dict[str, Any]) -> str:
         "",
         "## Saving",
         "",
-        f"A Llama of {saving[0]['parameters']:,} parameters and AdamW's moments of all of them, in float32: seconds for "
-        "which training waits for a checkpoint, until it is there, and for the last checkpoint of a stage, which is "
+        f"A Llama of {saving[0]['parameters']:,} parameters and AdamW's moments of all of them, in float32: seconds "
+        "for which training waits for a checkpoint, until it is there, and for the last one of a stage, which is "
         f"whole; medians of {results['rounds']}. All processes share one disk and two cores, on which training would "
         "go on.",
         "",
@@ -214,10 +214,10 @@ def page(results: dict[str, Any]) -> str:
         "",
         "## Growing",
         "",
-        "Megabytes of tensors that the leader holds: weights and moments before, those after, and the most while a plan "
-        "is carried out (torch's MemTracker, without the runs on the probe). What is beyond both, in units of the "
-        "largest tensor before and the largest after together: what a tensor is gathered from, is made of, and becomes. "
-        "Beside it what the new model and its moments take whole.",
+        "Megabytes of tensors that the leader holds: weights and moments before, those after, and the most while a "
+        "plan is carried out (torch's MemTracker, without the runs on the probe). What is beyond both, in units of the "
+        "largest tensor before and the largest after together: what a tensor is gathered from, is made of, and "
+        "becomes. Beside it what the new model and its moments take whole.",
         "",
         *markdown_table(
             ["plan", "processes", "before", "after", "peak", "beyond, in tensors", "new, whole"], bytes_held
