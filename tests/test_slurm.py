@@ -11,15 +11,23 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from auxin.training import latest_checkpoint
-from corpora import small_corpus, write_documents
-from recipes.torchruns import TORCHRUN, descendants, needs_proc, outcome, started, wait_until
-from training.tiny import checkpoint_bits
+from recipes.torchruns import (
+    STAGE,
+    TORCHRUN,
+    descendants,
+    needs_proc,
+    outcome,
+    run_alone,
+    same_end,
+    saved,
+    started,
+    wait_until,
+    write_recipe,
+)
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "slurm.sh"
-STAGE = "branches/main/02-train"
 SRUN = """
 import os, subprocess, sys
 command = sys.argv[1:]
@@ -55,38 +63,14 @@ pytestmark = needs_proc
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
-    """A TokenFormer that is trained long enough to be stopped on the way."""
-    folder = tmp_path_factory.mktemp("recipe")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
-    stages = [
-        {
-            "kind": "build",
-            "model_type": "tokenformer",
-            "config": {**sizes, "qkv_tokens": 8, "proj_tokens": 8, "ffn_tokens": 8},
-        },
-        {"kind": "train", "name": "train", "settings": {"steps": 200}},
-    ]
-    values = {
-        "name": "queued",
-        "title": "Queued",
-        "data": small_corpus(write_documents(folder / "documents")),
-        "training": {"batch_size": 4, "tensorboard": False, "checkpoint_interval": 10},
-        "branches": [{"name": "main", "title": "main", "stages": stages}],
-        "main_branch": "main",
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
+    """What the jobs do."""
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
 @pytest.fixture(scope="module")
 def alone(recipe, tmp_path_factory) -> Path:
     """What one torchrun with two workers comes to, left alone."""
-    output = tmp_path_factory.mktemp("alone") / "run"
-    launch = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "auxin", "run", str(recipe), "-o", str(output)]
-    how = outcome(started(launch))
-    assert how.returncode == 0, how.stdout
-    return output
+    return run_alone(recipe, tmp_path_factory.mktemp("alone") / "run")
 
 
 class Job:
@@ -120,10 +104,6 @@ class Job:
         for one in descendants(srun):
             os.kill(one, number)
 
-    def saved(self, step: int) -> bool:
-        """Whether the checkpoint after so many steps is there."""
-        return (self.output / STAGE / "checkpoints" / f"step-{step:08}").is_dir()
-
     def queued_again(self) -> int:
         """How often."""
         return len(self._requeued.read_text().splitlines()) if self._requeued.exists() else 0
@@ -136,15 +116,11 @@ def command_line(process: int) -> bytes:
         return b"\0\0\0"
 
 
-def same_end(one: Path, other: Path) -> bool:
-    return checkpoint_bits(latest_checkpoint(one / STAGE)) == checkpoint_bits(latest_checkpoint(other / STAGE))
-
-
 def test_a_job_that_has_to_go_saves_and_is_queued_again_and_ends_in_the_same_bits(recipe, alone, tmp_path):
     """SIGTERM reaches the workers twice: from Slurm, and from torchrun, which has it from Slurm too."""
     job = Job(tmp_path, recipe)
     process = job.start()
-    wait_until(lambda: job.saved(20), process)
+    wait_until(lambda: saved(job.output, 20), process)
     job.signal(process, signal.SIGTERM)
     how = outcome(process)
     assert how.returncode == 75, how.stdout
@@ -163,10 +139,10 @@ def test_a_job_that_has_to_go_saves_and_is_queued_again_and_ends_in_the_same_bit
 def test_a_job_that_is_cancelled_saves_and_stays_cancelled(recipe, tmp_path):
     job = Job(tmp_path, recipe)
     process = job.start(state="COMPLETING")
-    wait_until(lambda: job.saved(10), process)
+    wait_until(lambda: saved(job.output, 10), process)
     job.signal(process, signal.SIGTERM)
     assert outcome(process).returncode == 75
-    assert not job.saved(200)
+    assert not saved(job.output, 200)
     assert job.queued_again() == 0
 
 
@@ -174,7 +150,7 @@ def test_a_job_that_fails_is_not_queued_again(recipe, tmp_path):
     """A worker of the second node dies: the first node's gives up, too."""
     job = Job(tmp_path, recipe)
     process = job.start()
-    wait_until(lambda: job.saved(10), process)
+    wait_until(lambda: saved(job.output, 10), process)
     (worker,) = [one for one in descendants(process.pid) if b"RANK=1" in variables(one)]
     os.kill(worker, signal.SIGKILL)
     how = outcome(process)

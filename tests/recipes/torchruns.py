@@ -9,8 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
+
+from auxin.training import latest_checkpoint
+from corpora import small_corpus, write_documents
+from training.tiny import checkpoint_bits
 
 SOURCES = Path(__file__).parents[2] / "src"
+STAGE = "branches/main/02-train"
 LONGEST = 300
 """Seconds that a run may take on a machine that is busy with others."""
 TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
@@ -84,3 +90,42 @@ def workers(of: int) -> dict[int, int]:
             continue
         found |= {int(value.removeprefix(b"RANK=")): child for value in values if value[:5] == b"RANK="}
     return found
+
+
+def write_recipe(folder: Path) -> Path:
+    """The file of a recipe that trains a TokenFormer in 200 steps, long enough to be stopped on the way."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
+    config = {**sizes, "qkv_tokens": 8, "proj_tokens": 8, "ffn_tokens": 8}
+    stages = [
+        {"kind": "build", "model_type": "tokenformer", "config": config},
+        {"kind": "train", "name": "train", "settings": {"steps": 200}},
+    ]
+    values = {
+        "name": "short",
+        "title": "Short",
+        "data": small_corpus(write_documents(folder / "documents")),
+        "training": {"batch_size": 4, "tensorboard": False, "checkpoint_interval": 10},
+        "branches": [{"name": "main", "title": "main", "stages": stages}],
+        "main_branch": "main",
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def run_alone(recipe: Path, output: Path) -> Path:
+    """The folder of what one torchrun with two workers comes to, left alone."""
+    launch = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "auxin", "run", str(recipe), "-o", str(output)]
+    how = outcome(started(launch))
+    assert how.returncode == 0, how.stdout
+    return output
+
+
+def saved(output: Path, step: int) -> bool:
+    """Whether the checkpoint after so many steps is there."""
+    return (output / STAGE / "checkpoints" / f"step-{step:08}").is_dir()
+
+
+def same_end(one: Path, other: Path) -> bool:
+    """Whether weights and the whole training state are equal to the bit."""
+    return checkpoint_bits(latest_checkpoint(one / STAGE)) == checkpoint_bits(latest_checkpoint(other / STAGE))

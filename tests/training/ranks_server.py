@@ -3,8 +3,11 @@
 Reads one JSON request per line from standard input, and answers with the exit code and the message of each process.
 """
 
+import ctypes
 import json
 import os
+import platform
+import resource
 import signal
 import socket
 import sys
@@ -108,20 +111,27 @@ class Drawing:
     def load_state_dict(self, state: dict) -> None: ...
 
 
-class Signalled:
-    """A hook that hits its own process at a step; or, with SIGSTOP, lets it hang until the others have given up."""
+class Struck:
+    """A hook that hits its own process before a step: by a signal, a full disk, or by letting it hang until the others
+    have given up, with Python's lock or without."""
 
-    def __init__(self, step: int, number: int) -> None:
-        self.step, self.number = step, number
+    def __init__(self, step: int, how: str) -> None:
+        self.step, self.how = step, how
 
     def attach(self, model, optimizer) -> None: ...
 
     def before_step(self, step: int) -> None:
-        if step == self.step:
-            if self.number == signal.SIGSTOP:
-                time.sleep(3 * float(os.environ["AUXIN_STEP_SECONDS"]))
-            else:
-                signal.raise_signal(self.number)
+        if step != self.step:
+            return
+        long = 2 * float(os.environ["AUXIN_STEP_SECONDS"])
+        if self.how == "asleep":
+            time.sleep(long)
+        elif self.how == "asleep with the lock":
+            ctypes.PyDLL(None).sleep(int(long))
+        elif self.how == "disk full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        else:
+            signal.raise_signal(getattr(signal, self.how))
 
     def after_step(self, step: int) -> None: ...
 
@@ -138,9 +148,9 @@ def do_train(ranks: Ranks, folder: Path, request: dict) -> None:
     if request.get("differs") == ranks.rank:
         model.get_input_embeddings().weight.data[0] += 1e-6
     hooks = []
-    if "signal" in request:
-        rank, step, name = request["signal"]
-        hooks.append(Signalled(step if rank == ranks.rank else -1, getattr(signal, name)))
+    if "struck" in request:
+        rank, step, how = request["struck"]
+        hooks.append(Struck(step if rank == ranks.rank else -1, how))
     if "drawing" in request:
         hooks.append(Drawing(Path(f"{folder}.{ranks.rank}.drawn")))
     if request.get("blind") == ranks.rank:
@@ -170,6 +180,14 @@ def do_meet(ranks: Ranks, folder: Path, request: dict) -> None:
             raise ConfigError("no such file here")
 
 
+def do_vanish(ranks: Ranks, folder: Path, request: dict) -> None:
+    """One of them, on a machine of its own, is there no more when the others ask for it."""
+    if ranks.rank == 1:
+        os._exit(0)
+    with ranks.together():
+        pass
+
+
 def do_flow(ranks: Ranks, folder: Path, request: dict) -> None:
     """What a process holds after a step in pieces, and what goes between the processes in it; in bytes."""
     model = MODELS[request["model"]]()
@@ -191,7 +209,7 @@ def do_flow(ranks: Ranks, folder: Path, request: dict) -> None:
     ranks.told(lambda: Path(f"{folder}.json").write_text(json.dumps([held, gathered, added])))
 
 
-SCENARIOS = {"train": do_train, "tell": do_tell, "meet": do_meet, "flow": do_flow}
+SCENARIOS = {"train": do_train, "tell": do_tell, "meet": do_meet, "vanish": do_vanish, "flow": do_flow}
 
 
 def child(rank: int, port: int, request: dict) -> int:
@@ -199,6 +217,9 @@ def child(rank: int, port: int, request: dict) -> int:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"AUXIN_STEP_SECONDS": str(request.get("step_seconds", 600))}
     errors = Path(f"{request['folder']}.{rank}.err")
+    os.dup2(os.open(f"{request['folder']}.{rank}.said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    if request.get("machines"):
+        platform.node = lambda: f"machine{rank}"
     try:
         with joined() as ranks:
             SCENARIOS[request["scenario"]](ranks, Path(request["folder"]), request)
@@ -223,8 +244,11 @@ def serve(request: dict) -> dict:
             os._exit(child(rank, port, request))
         children.append(pid)
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-    errors = [Path(f"{request['folder']}.{rank}.err") for rank in range(request["size"])]
-    return {"codes": codes, "messages": [path.read_text() if path.exists() else "" for path in errors]}
+    answer = {"codes": codes}
+    for name, ending in (("messages", "err"), ("said", "said")):
+        files = [Path(f"{request['folder']}.{rank}.{ending}") for rank in range(request["size"])]
+        answer[name] = [path.read_text() if path.exists() else "" for path in files]
+    return answer
 
 
 if __name__ == "__main__":
