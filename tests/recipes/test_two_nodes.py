@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from recipes.torchruns import (
     SOURCES,
     TORCHRUN,
+    free_port,
     needs_proc,
     outcome,
     run_alone,
@@ -40,12 +40,6 @@ def recipe(tmp_path_factory) -> Path:
 def alone(recipe, tmp_path_factory) -> Path:
     """What one torchrun with two workers comes to."""
     return run_alone(recipe, tmp_path_factory.mktemp("alone") / "run")
-
-
-def free_port() -> int:
-    with socket.socket() as chosen:
-        chosen.bind(("127.0.0.1", 0))
-        return chosen.getsockname()[1]
 
 
 def nodes(recipe: Path, output: Path, names: Path, *options: str) -> list[subprocess.Popen[str]]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -61,6 +62,14 @@ def wait_until(found: Callable[[], object], *processes: subprocess.Popen[str]) -
         for process in processes:
             assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        port: int = chosen.getsockname()[1]
+        return port
 
 
 def children(of: int) -> list[int]:
