@@ -45,7 +45,8 @@ def test_the_example_is_what_the_api_knows(kind, written):
 
 
 def test_a_wrong_field_or_value_would_be_seen():
-    assert read("V1Job", {**JOB, "spec": {**JOB["spec"], "completionMod": "Indexed"}}) != JOB
+    mistyped = {**JOB, "spec": {**JOB["spec"], "completionMod": "Indexed"}}
+    assert read("V1Job", mistyped) != mistyped
     with pytest.raises(ValueError, match="parallelism"):
         read("V1Job", {**JOB, "spec": {**JOB["spec"], "parallelism": "two"}})
 
