@@ -113,7 +113,7 @@ class Drawing:
 
 class Struck:
     """A hook that hits its own process before a step: by a signal, a full disk, or by letting it hang until the others
-    have given up, with Python's lock or without."""
+    have given up, with Python's lock or without, before the step or behind it."""
 
     def __init__(self, step: int, how: str) -> None:
         self.step, self.how = step, how
@@ -123,17 +123,21 @@ class Struck:
     def before_step(self, step: int) -> None:
         if step != self.step:
             return
-        long = 2 * float(os.environ["AUXIN_STEP_SECONDS"])
         if self.how == "asleep":
-            time.sleep(long)
+            time.sleep(self.long())
         elif self.how == "asleep with the lock":
-            ctypes.PyDLL(None).sleep(int(long))
+            ctypes.PyDLL(None).sleep(int(self.long()))
         elif self.how == "disk full":
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        else:
+        elif self.how != "asleep afterwards":
             signal.raise_signal(getattr(signal, self.how))
 
-    def after_step(self, step: int) -> None: ...
+    def after_step(self, step: int) -> None:
+        if step == self.step and self.how == "asleep afterwards":
+            time.sleep(self.long())
+
+    def long(self) -> float:
+        return 2 * float(os.environ["AUXIN_STEP_SECONDS"])
 
     def state_dict(self) -> dict:
         return {}

@@ -195,8 +195,15 @@ def test_a_signal_to_one_process_stops_all_of_them_with_their_work_saved(trained
         assert checkpoint_bits(latest_checkpoint(whole)) == checkpoint_bits(latest_checkpoint(folder))
 
 
-@pytest.mark.parametrize("how", ["asleep", "asleep with the lock"])
-def test_a_process_that_hangs_is_named(run, tmp_path, how):
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ("asleep", ": before_step at ranks_server.py:"),
+        ("asleep afterwards", ": after_step at ranks_server.py:"),
+        ("asleep with the lock", ", and does not say where: it is stopped, or lets no other thread of Python run)."),
+    ],
+)
+def test_a_process_that_hangs_is_named(run, tmp_path, how, named):
     """By those that wait for it, with the step that it is at and the place in the code; its stack is in what it says
     itself, also where its own threads can't run."""
     settings = {**FIFTY, "strategy": "replicated"}
@@ -204,19 +211,16 @@ def test_a_process_that_hangs_is_named(run, tmp_path, how):
     assert answer["codes"][:2] == [1, 1]
     for rank in (0, 1):
         assert answer["messages"][rank].startswith(f"TrainingError: Process {rank} of 3 waited in vain for the others")
-    named = {
-        "asleep": "They wait for process 2 (at step 21: before_step at ranks_server.py:",
-        "asleep with the lock": "They wait for process 2 (at step 21, and does not say where: it is stopped, or lets",
-    }
-    assert named[how] in answer["messages"][0]
-    assert "in before_step" in answer["said"][2]
-    assert "before_step" not in answer["said"][0] + answer["said"][1]
+    assert f"They wait for process 2 (at step 21{named}" in answer["messages"][0]
+    hook = "after_step" if how == "asleep afterwards" else "before_step"
+    assert f"in {hook}" in answer["said"][2]
+    assert hook not in answer["said"][0] + answer["said"][1]
     assert latest_checkpoint(tmp_path / "run").name == "step-00000020"
 
 
 def test_a_process_of_another_machine_that_says_nothing_any_more_is_taken_for_dead(run, tmp_path):
     """Though nobody can look for it there."""
-    answer = run(tmp_path / "run", 2, "vanish", machines=True, step_seconds=1)
+    answer = run(tmp_path / "run", 2, "vanish", machines=True, step_seconds=4)
     assert answer["messages"][0].startswith("TrainingError: process 1 of 2 has died.")
 
 

@@ -49,7 +49,10 @@ class Ranks:
     ) -> None:
         self.rank, self.size, self._store, self._silence = rank, size, store, silence
         self._told = self._met = self._ordered = self._step = 0
-        self._working_since: float | None = None
+        self._since: float | None = None
+        """Since when this process works alone within a step; None while it waits, and outside of steps."""
+        self._waited = 0.0
+        """When it began to wait last."""
         self._signs: dict[int, tuple[Any, float, float]] = {}
         """By rank: its last sign of life, when it was looked for last, and for how long it has been the last."""
         if self.several:
@@ -68,21 +71,28 @@ class Ranks:
     def add_up(self, values: Tensor) -> None:
         """Replace `values`, on any device, by their sum over the processes; the same bits in all of them."""
         if self.several:
-            dist.all_reduce(values)
+            with self._exchange():
+                dist.all_reduce(values)
+
+    @contextlib.contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Within the context this process may wait for the others, for whom it did its work of the step until now."""
+        works, self._since, self._waited = self._since is not None, None, time.monotonic()
+        yield
+        self._since = time.monotonic() if works else None
 
     def begin_step(self, step: int) -> None:
         """Note that this process is at work on a step, for whoever has to say which one they wait for."""
-        self._step, self._working_since = step, time.monotonic()
+        self._step, self._since = step, time.monotonic()
         self._note(waits=False)
 
     def wait_for_others(self) -> None:
         """Note that what this process does alone in a step is done."""
-        self._working_since = None
         self._note(waits=True)
 
     def working(self) -> tuple[int, float] | None:
         """The step that this process is at work on alone, and since when by `time.monotonic`; None while it waits."""
-        since = self._working_since
+        since = self._since
         return None if since is None else (self._step, since)
 
     def _note(self, waits: bool) -> None:
@@ -113,6 +123,8 @@ class Ranks:
                 told = self.hear(f"where/{rank}", rank)
                 if told["step"] == step:
                     return f"at step {step}: {told['where']}"
+        if time.monotonic() - self._waited < self._silence:  # it has not been late for long
+            return f"at step {step}"
         return f"at step {step}, and does not say where: it is stopped, or lets no other thread of Python run"
 
     def any(self, flag: bool) -> bool:
@@ -120,7 +132,8 @@ class Ranks:
         if not self.several:
             return flag
         flags = torch.tensor(int(flag))
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        with self._exchange():
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags)
 
     def told(self, make: Callable[[], T]) -> T:
@@ -131,6 +144,7 @@ class Ranks:
         """
         if not self.several:
             return make()
+        self._since = None  # the leader may take as long as it needs
         self._told += 1
         key = f"told/{self._told}"
         if self.leads:

@@ -1,7 +1,6 @@
 """A thread beside the training of one of several processes: it says that the process lives and, when a step takes too
 long, where in the code it is."""
 
-import contextlib
 import faulthandler
 import itertools
 import sys
@@ -50,26 +49,25 @@ class Watch(threading.Thread):
         """Until `stop`, or until nobody is there to be told."""
         shown: int | None = None
         late, pause = _LATE * self._seconds, min(_LONGEST_PAUSE, self._seconds / 20)
-        with contextlib.suppress(RuntimeError):
+        try:
             for number in itertools.count():
                 faulthandler.dump_traceback_later(late, file=2)
                 self._say(f"alive/{self._rank}", {"number": number})
                 working = self._working()
-                if (
-                    working is not None
-                    and working[0] != shown
-                    and time.monotonic() - working[1] > _LATE * self._seconds
-                ):
+                if working is not None and working[0] != shown and time.monotonic() - working[1] > late:
                     shown = working[0]
                     self._show(shown)
                 if self._ended.wait(pause):
-                    break
-        faulthandler.cancel_dump_traceback_later()
+                    return
+        except RuntimeError:  # the store is gone, and with it who could be told
+            return
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     def stop(self) -> None:
-        """Say no more."""
+        """Say no more. A store that does not answer is not waited for."""
         self._ended.set()
-        self.join()
+        self.join(_LONGEST_PAUSE)
 
     def _show(self, step: int) -> None:
         frame = sys._current_frames().get(self._watched)
@@ -77,8 +75,8 @@ class Watch(threading.Thread):
             return
         self._say(f"where/{self._rank}", {"step": step, "where": where(frame)})
         stack = "".join(traceback.format_stack(frame))
-        told = f"Process {self._rank} has been at step {step} for {_LATE * self._seconds:g} s. It is here:\n{stack}"
-        print(told, file=sys.stderr, flush=True)
+        told = f"Process {self._rank} works at step {step} for more than {_LATE * self._seconds:g} s. It is here:"
+        print(told, stack, sep="\n", file=sys.stderr, flush=True)
 
 
 def where(frame: FrameType) -> str:
