@@ -3,9 +3,10 @@
 #
 #     sbatch examples/slurm.sh RECIPE OUTPUT [OPTIONS of auxin run]
 #
-# Three minutes before the job's time is over, or when it is preempted, Slurm sends SIGTERM to the processes. They finish
-# the step, save and end, and the job goes back into the queue, to go on from there. A job that is cancelled
-# (scancel JOB) saves too, and stays cancelled. To have it save and queue again: scancel --signal=TERM JOB.
+# Three minutes before the job's time is over, or when it is preempted with a grace time, Slurm sends SIGTERM to the
+# processes of the step. They finish their step of training, save and end, and the job goes back into the queue, to go on
+# from there. By hand: scancel --signal=TERM JOB. A job that is cancelled (scancel JOB) stays cancelled, and keeps what was
+# saved before: srun, which is signalled with it, kills its processes.
 #
 #SBATCH --job-name=auxin
 #SBATCH --nodes=2
@@ -37,7 +38,8 @@ node() {
     exit "$code"
 }
 
-# Some sites signal this script, too; it has to live until the processes have saved.
+# Where this script is signalled, too, it has to live until the processes have saved. It passes nothing on to srun, which
+# kills its processes when it gets SIGTERM.
 trap : TERM
 srun --wait=300 bash -c "$(declare -f node)"'; node "$@"' node "$@"
 code=$?

@@ -136,7 +136,7 @@ def test_a_job_that_has_to_go_saves_and_is_queued_again_and_ends_in_the_same_bit
     assert same_end(job.output, alone)
 
 
-def test_a_job_that_is_cancelled_saves_and_stays_cancelled(recipe, tmp_path):
+def test_a_job_that_is_cancelled_is_not_queued_again(recipe, tmp_path):
     job = Job(tmp_path, recipe)
     process = job.start(state="COMPLETING")
     wait_until(lambda: saved(job.output, 10), process)
