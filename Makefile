@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 TESTS = $(TEST_ENVIRONMENT) $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: install demo test test-all test-torchao lint format clean
+.PHONY: install demo test test-all test-torchao test-kubernetes lint format clean
 
 install: $(VENV)/installed
 
@@ -33,6 +33,11 @@ test-all: install
 test-torchao: install
 	$(RUN) -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target build/torchao torchao
 	PYTHONPATH=build/torchao $(TEST_ENVIRONMENT) $(RUN) -m pytest tests/analysis/test_quantized_real.py
+
+# The models of Kubernetes' API, by which the example is checked.
+test-kubernetes: install
+	$(RUN) -m pip install --quiet --constraint constraints.txt --upgrade --target build/kubernetes kubernetes
+	PYTHONPATH=build/kubernetes $(TEST_ENVIRONMENT) $(RUN) -m pytest tests/test_kubernetes.py
 
 lint: install
 	$(RUN) -m ruff check .

@@ -3,8 +3,9 @@ SIGUSR2, by which schedulers say that the time is nearly over.
 
 The first one ends the work in an order that loses nothing. A second SIGINT or SIGTERM ends it at once; the others never
 do, since they come again: shells send SIGHUP to what the terminal has sent it to already, schedulers signal every
-process of a job. The others are also taken only where they would kill: one that is ignored (`nohup`) stays so, and a
-program may have a meaning of its own for them.
+process of a job. Nor does a second SIGTERM of a process that torchrun has started: a scheduler sends one to it and one
+to torchrun, which passes it on, and kills whoever takes too long. The others are also taken only where they would kill:
+one that is ignored (`nohup`) stays so, and a program may have a meaning of its own for them.
 """
 
 import contextlib
@@ -22,6 +23,8 @@ from auxin.errors import TrainingError
 REQUEST = signal.SIGUSR1
 """What a process asks its children by: none of them is ended at once by it, whatever else they are sent."""
 _INSISTING = frozenset({signal.SIGINT, signal.SIGTERM})
+_LAUNCHED = "TORCHELASTIC_RUN_ID"
+"""Set in the environment of what torchrun starts."""
 SIGNALS = (*sorted(_INSISTING), signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -56,11 +59,12 @@ class Interruption:
     Args:
         ignored: whether SIGINT and SIGTERM are taken even where they are ignored, as SIGINT is by what a shell starts
             in the background: for what saves, and goes on when it is called again.
+        says: whether the person who asks is told that it was heard; of several processes one does.
     """
 
-    def __init__(self, ignored: bool = True) -> None:
+    def __init__(self, ignored: bool = True, says: bool = True) -> None:
         self.signal_name: str | None = None
-        self._ignored = ignored
+        self._ignored, self._says = ignored, says
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -82,7 +86,8 @@ class Interruption:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number in _INSISTING:
-            self._restore(*self._former.keys() & _INSISTING)
+            passed_on = {number} if number == signal.SIGTERM and _LAUNCHED in os.environ else set()
+            self._restore(*self._former.keys() & _INSISTING - passed_on)
         for other in self._former.keys() - _INSISTING:
             signal.signal(other, signal.SIG_IGN)
         _leave_closed_terminal()
@@ -91,6 +96,8 @@ class Interruption:
             self._begin_to_stop()
 
     def _begin_to_stop(self) -> None:
+        if not self._says:
+            return
         # Written past Python's buffers: the handler may run in the middle of a print.
         with contextlib.suppress(OSError):
             os.write(2, b"\nStopping after this step; press Ctrl-C again to quit at once without saving.\n")

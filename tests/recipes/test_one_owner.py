@@ -132,6 +132,30 @@ def test_a_scheduler_may_signal_often_and_only_a_second_insistence_ends_at_once(
             signal.signal(number, handler)
 
 
+def test_a_process_of_torchrun_hears_sigterm_twice_and_lives(monkeypatch):
+    """From the scheduler, and from torchrun, which kills it if it takes too long; Ctrl-C behind it ends it at once."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    told, ended = [], []
+    monkeypatch.setattr("auxin.interruption.os.write", lambda descriptor, text: told.append(text))
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    former = {number: signal.signal(number, lambda number, _: ended.append(number)) for number in numbers}
+    try:
+        with Interruption(says=False) as interruption:
+            for _ in range(3):
+                signal.raise_signal(signal.SIGTERM)
+            assert (interruption.signal_name, ended, told) == ("SIGTERM", [], [])
+            signal.raise_signal(signal.SIGINT)
+            assert ended == [signal.SIGINT]
+        with Interruption():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+        assert ended == [signal.SIGINT, signal.SIGTERM], "who insists by Ctrl-C is asked no further"
+        assert len(told) == 1
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
 @ended_by_signals("boiling eggs")
 def boil(work):
     work()

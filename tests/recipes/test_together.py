@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,15 +16,13 @@ from auxin.errors import ConfigError
 from auxin.recipes import load_recipe, refuse_together
 from auxin.training import latest_checkpoint
 from corpora import small_corpus, write_documents
+from recipes.torchruns import TORCHRUN, children, needs_proc, outcome, started, wait_until, workers
 from training.tiny import checkpoint_bits
 
-SOURCES = Path(__file__).parents[2] / "src"
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 16}
 TOKENS = {"qkv_tokens": 8, "proj_tokens": 8, "ffn_tokens": 32}
 MORE = {"qkv_tokens": 16, "proj_tokens": 16, "ffn_tokens": 64}
 LAST = "branches/grown/04-after"
-LONGEST = 300
-"""Seconds that a run may take on a machine that is busy with others."""
 
 
 @pytest.fixture(scope="module")
@@ -60,34 +57,16 @@ def recipe(tmp_path_factory) -> Path:
     return path
 
 
-def environment() -> dict[str, str]:
-    left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in left_out}
-    return {**kept, "PYTHONPATH": str(SOURCES), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-
 def command(recipe: Path, output: Path, *options: str, processes: int = 2, restarts: int = 0) -> list[str]:
     """What a user types; with one process, without torchrun."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    launch += [f"--max-restarts={restarts}"]
-    return [
-        *(sys.executable, "-W", "ignore", *(launch if processes > 1 else [])),
-        *("-m", "auxin", "run", str(recipe), "-o", str(output), *options),
-    ]
+    launch = [*TORCHRUN, "--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+    alone = [sys.executable, "-W", "ignore"]
+    return [*(launch if processes > 1 else alone), *("-m", "auxin", "run", str(recipe), "-o", str(output), *options)]
 
 
 def finished(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """How the command ended; what hangs is told by who waits for it, and does not outlive the test."""
-    with subprocess.Popen(
-        arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=LONGEST)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGTERM)
-            out, err = process.communicate()
-            raise AssertionError(f"still at work after {LONGEST} s: {out}{err}") from None
-    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+    """How the command ended."""
+    return outcome(started(arguments))
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +74,7 @@ def together(recipe, tmp_path_factory) -> Path:
     """The run of two processes with copies of the model, left alone."""
     output = tmp_path_factory.mktemp("together") / "run"
     ended = finished(command(recipe, output, "--set", "training.strategy=replicated"))
-    assert ended.returncode == 0, ended.stderr
+    assert ended.returncode == 0, ended.stdout
     return output
 
 
@@ -108,7 +87,7 @@ def test_a_recipe_with_a_growth_ends_where_one_process_ends(recipe, together, tm
     """To rounding, in pieces too; the books are the same, and the report is there."""
     assert finished(command(recipe, tmp_path / "alone", processes=1)).returncode == 0
     ended = finished(command(recipe, tmp_path / "sharded", "--set", "training.strategy=sharded", "--branches", "grown"))
-    assert ended.returncode == 0, ended.stderr
+    assert ended.returncode == 0, ended.stdout
     ledgers = []
     for folder in (tmp_path / "alone", together, tmp_path / "sharded"):
         assert far(tmp_path / "alone", folder) < 1e-5
@@ -121,48 +100,84 @@ def test_a_recipe_with_a_growth_ends_where_one_process_ends(recipe, together, tm
     assert ledgers[0] == ledgers[1] == ledgers[2]
 
 
-def workers(of: int) -> dict[int, int]:
-    """The living processes that a torchrun has started, by rank."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int(folder.joinpath("stat").read_text().rpartition(")")[2].split()[1])
-            values = folder.joinpath("environ").read_bytes().split(b"\0") if parent == of else []
-        except (OSError, ValueError):
-            continue
-        found |= {int(value.removeprefix(b"RANK=")): int(folder.name) for value in values if value[:5] == b"RANK="}
-    return found
+def same_end(one: Path, other: Path) -> bool:
+    """Whether weights and the whole training state of the last stage are equal to the bit."""
+    return checkpoint_bits(latest_checkpoint(one / LAST)) == checkpoint_bits(latest_checkpoint(other / LAST))
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="workers are found in /proc, which this system does not have")
-@pytest.mark.parametrize(("rank", "strategy"), [(0, "replicated"), (1, "sharded")])
-def test_a_worker_that_is_killed_changes_no_bit(recipe, together, tmp_path, rank, strategy):
-    """SIGKILL in the middle of the second training; torchrun starts both again, and they go on from what is saved."""
+def begun(output: Path) -> bool:
+    """Whether the second training has saved on the way."""
+    return (output / LAST / "checkpoints" / "step-00000010").is_dir()
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    ("rank", "strategy", "number"),
+    [(0, "replicated", signal.SIGKILL), (1, "sharded", signal.SIGKILL), (1, "replicated", signal.SIGTERM)],
+)
+def test_a_worker_that_is_ended_changes_no_bit(recipe, together, tmp_path, rank, strategy, number):
+    """By a signal to it alone in the middle of the second training; torchrun starts both again, and they go on from
+    what is saved."""
     output = tmp_path / "run"
     options = ("--set", f"training.strategy={strategy}", "--branches", "grown")
-    with subprocess.Popen(
-        command(recipe, output, *options, restarts=1),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    ) as process:
-        while process.poll() is None and not (output / LAST / "checkpoints" / "step-00000010").is_dir():
-            time.sleep(0.01)
-        os.kill(workers(process.pid)[rank], signal.SIGKILL)
-        told, _ = process.communicate(timeout=LONGEST)
-    assert process.returncode == 0, told.decode()
+    process = started(command(recipe, output, *options, restarts=1))
+    wait_until(lambda: begun(output), process)
+    os.kill(workers(process.pid)[rank], number)
+    how = outcome(process)
+    assert how.returncode == 0, how.stdout
     assert (output / "report.html").exists()
+    if number == signal.SIGTERM:
+        assert "Interrupted by a signal to another process after step" in how.stdout
     if strategy == "replicated":
-        assert checkpoint_bits(latest_checkpoint(output / LAST)) == checkpoint_bits(latest_checkpoint(together / LAST))
+        assert same_end(output, together)
     else:
         assert far(output, together) < 1e-5
+
+
+@needs_proc
+def test_all_processes_are_killed_and_the_same_command_ends_in_the_same_bits(recipe, together, tmp_path):
+    """torchrun and its workers at once, as when a machine goes down."""
+    output = tmp_path / "run"
+    arguments = command(recipe, output, "--set", "training.strategy=replicated", "--branches", "grown")
+    process = started(arguments)
+    wait_until(lambda: begun(output), process)
+    for one in (process.pid, *children(process.pid)):
+        os.kill(one, signal.SIGKILL)
+    assert outcome(process).returncode == -signal.SIGKILL
+    how = finished(arguments)
+    assert how.returncode == 0, how.stdout
+    assert "goes on from step" in how.stdout
+    assert same_end(output, together)
+
+
+@needs_proc
+def test_a_second_torchrun_on_the_same_folder_is_told_and_the_first_ends_as_it_would_have(recipe, together, tmp_path):
+    """The second ends at once, its follower with it, and touches nothing."""
+    output = tmp_path / "run"
+    arguments = command(recipe, output, "--set", "training.strategy=replicated", "--branches", "grown")
+    first = started(arguments)
+    wait_until(lambda: begun(output), first)
+    at_work = workers(first.pid)
+    for one in at_work.values():
+        os.kill(one, signal.SIGSTOP)  # however long the second takes to start
+    before = sorted(output.rglob("*"))
+    second = finished(arguments)
+    assert second.returncode == 1
+    assert second.stdout.count("auxin:") == 1
+    assert f"process {at_work[0]}" in second.stdout
+    assert sorted(output.rglob("*")) == before
+    for one in at_work.values():
+        os.kill(one, signal.SIGCONT)
+    how = outcome(first)
+    assert how.returncode == 0, how.stdout
+    assert same_end(output, together)
 
 
 def test_a_mistake_is_told_once_and_nothing_is_begun(recipe, tmp_path):
     """One process speaks for all."""
     ended = finished(command(recipe, tmp_path / "run", "--set", "training.batch_size=1"))
     assert ended.returncode != 0
-    assert (ended.stdout + ended.stderr).count("batch_size: 1 samples can't be shared by 2 processes") == 1
+    assert ended.stdout.count("batch_size: 1 samples can't be shared by 2 processes") == 1
     assert not (tmp_path / "run" / LAST).exists()
 
 

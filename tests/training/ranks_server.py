@@ -3,9 +3,12 @@
 Reads one JSON request per line from standard input, and answers with the exit code and the message of each process.
 """
 
+import ctypes
 import errno
 import json
 import os
+import platform
+import resource
 import signal
 import socket
 import sys
@@ -18,25 +21,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from torch.distributed._tools.mem_tracker import MemTracker
-from torch.distributed.tensor import DTensor
-from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile
-from transformers import BertConfig, BertForMaskedLM, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import BertConfig, BertForMaskedLM, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
-import auxin
-from auxin.edits import Plan
-from auxin.edits.carry import carry
-from auxin.edits.resolution import ResolvedPlan
 from auxin.errors import AuxinError, CheckpointError, ConfigError
 from auxin.models.pieces import write_pieces
-from auxin.training import apply_in_pieces, growth, loop, saving, train
-from auxin.training.optimizer import build_optimizer, optimizer_tensors
+from auxin.training import loop, saving, train
+from auxin.training.optimizer import build_optimizer
 from auxin.training.ranks import Ranks, joined
-from auxin.training.strategies import Sharded, fill, whole
-from tiny_models import tiny
-from training.tiny import VOCABULARY, TinyData, bits, poisoned, tiny_gpt2, tiny_llama, tiny_settings, tiny_tokenformer
+from auxin.training.strategies import Sharded
+from training.tiny import VOCABULARY, TinyData, poisoned, tiny_gpt2, tiny_llama, tiny_settings, tiny_tokenformer
 
 
 def masked_bert() -> BertForMaskedLM:
@@ -120,22 +115,33 @@ class Drawing:
     def load_state_dict(self, state: dict) -> None: ...
 
 
-class Signalled:
-    """A hook that hits its own process at a step; or, with SIGSTOP, lets it hang until the others have given up."""
+class Struck:
+    """A hook that hits its own process before a step: by a signal, a full disk, or by letting it hang until the others
+    have given up, with Python's lock or without, before the step or behind it."""
 
-    def __init__(self, step: int, number: int) -> None:
-        self.step, self.number = step, number
+    def __init__(self, step: int, how: str) -> None:
+        self.step, self.how = step, how
 
     def attach(self, model, optimizer) -> None: ...
 
     def before_step(self, step: int) -> None:
-        if step == self.step:
-            if self.number == signal.SIGSTOP:
-                time.sleep(3 * float(os.environ["AUXIN_STEP_SECONDS"]))
-            else:
-                signal.raise_signal(self.number)
+        if step != self.step:
+            return
+        if self.how == "asleep":
+            time.sleep(self.long())
+        elif self.how == "asleep with the lock":
+            ctypes.PyDLL(None).sleep(int(self.long()))
+        elif self.how == "disk full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        elif self.how != "asleep afterwards":
+            signal.raise_signal(getattr(signal, self.how))
 
-    def after_step(self, step: int) -> None: ...
+    def after_step(self, step: int) -> None:
+        if step == self.step and self.how == "asleep afterwards":
+            time.sleep(self.long())
+
+    def long(self) -> float:
+        return 2 * float(os.environ["AUXIN_STEP_SECONDS"])
 
     def state_dict(self) -> dict:
         return {}
@@ -150,9 +156,9 @@ def do_train(ranks: Ranks, folder: Path, request: dict) -> None:
     if request.get("differs") == ranks.rank:
         model.get_input_embeddings().weight.data[0] += 1e-6
     hooks = []
-    if "signal" in request:
-        rank, step, name = request["signal"]
-        hooks.append(Signalled(step if rank == ranks.rank else -1, getattr(signal, name)))
+    if "struck" in request:
+        rank, step, how = request["struck"]
+        hooks.append(Struck(step if rank == ranks.rank else -1, how))
     if "drawing" in request:
         hooks.append(Drawing(Path(f"{folder}.{ranks.rank}.drawn")))
     if request.get("blind") == ranks.rank:
@@ -228,6 +234,14 @@ def do_meet(ranks: Ranks, folder: Path, request: dict) -> None:
             raise ConfigError("no such file here")
 
 
+def do_vanish(ranks: Ranks, folder: Path, request: dict) -> None:
+    """One of them, on a machine of its own, is there no more when the others ask for it."""
+    if ranks.rank == 1:
+        os._exit(0)
+    with ranks.together():
+        pass
+
+
 def do_flow(ranks: Ranks, folder: Path, request: dict) -> None:
     """What a process holds after a step in pieces, and what goes between the processes in it; in bytes."""
     model = MODELS[request["model"]]()
@@ -249,113 +263,7 @@ def do_flow(ranks: Ranks, folder: Path, request: dict) -> None:
     ranks.told(lambda: Path(f"{folder}.json").write_text(json.dumps([held, gathered, added])))
 
 
-def with_moments(model: PreTrainedModel) -> AdamW:
-    """An optimizer in the middle of a training."""
-    optimizer = build_optimizer(model, tiny_settings(steps=1))
-    drawn = torch.Generator().manual_seed(7)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            first, second = (torch.rand(parameter.shape, generator=drawn, dtype=parameter.dtype) for _ in range(2))
-            step = torch.tensor(3.0)
-            optimizer.state[parameter] = {"step": step, "exp_avg": first - 0.5, "exp_avg_sq": second}
-    return optimizer
-
-
-def found_in(model: PreTrainedModel, optimizer: AdamW) -> dict[str, Tensor]:
-    """Weights, buffers and states, whole, by name."""
-    found = {name: whole(tensor.detach()) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    return found | {name: whole(tensor) for name, tensor in optimizer_tensors(model, optimizer).items()}
-
-
-def grouped(model: PreTrainedModel, optimizer: AdamW) -> list[list[str]]:
-    """Which parameters each group of an optimizer has."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [sorted(names[id(parameter)] for parameter in group["params"]) for group in optimizer.param_groups]
-
-
-def in_pieces(model: PreTrainedModel, ranks: Ranks) -> tuple[PreTrainedModel, AdamW]:
-    """The model and its optimizer, cut."""
-    tensors = optimizer_tensors(model, with_moments(model))
-    Sharded(ranks).place(model)
-    optimizer = with_moments(model)
-    for name, piece in optimizer_tensors(model, optimizer).items():
-        if name.startswith("optimizer.step"):
-            continue
-        _, moment, parameter = name.split(".", 2)
-        place = dict(model.named_parameters())[parameter]
-        piece = torch.zeros_like(place, requires_grad=False)
-        fill(piece, tensors[name])
-        optimizer.state[place][moment] = piece
-    return model, optimizer
-
-
-def do_grow(ranks: Ranks, folder: Path, request: dict) -> None:
-    """Plans applied to a whole model, and to one in pieces; what differs, by plan, goes to a file."""
-    differences: dict[str, list[str]] = {}
-    for file in request["plans"]:
-        plan = Plan.from_yaml(file)
-        expected, optimizer = (model := tiny(request["family"], seed=0)), with_moments(model)
-        receipt = auxin.apply(plan, expected, optimizer=optimizer)
-        model, own = in_pieces(tiny(request["family"], seed=0), ranks)
-        made, found = apply_in_pieces(plan, model, own)
-        wanted, got = found_in(expected, optimizer), found_in(made, own)
-        wrong = sorted(wanted.keys() ^ got.keys())
-        wrong += [name for name in wanted.keys() & got.keys() if not same_bits(wanted[name], got[name])]
-        wrong += ["groups"] if grouped(expected, optimizer) != grouped(made, own) else []
-        trained = [{name for name, p in each.named_parameters() if p.requires_grad} for each in (expected, made)]
-        wrong += ["trainable"] if trained[0] != trained[1] else []
-        wrong += ["config"] if expected.config.to_dict() != made.config.to_dict() else []
-        same = ("parameters_after", "continuation", "fresh_moments", "replayed")
-        wrong += [name for name in same if getattr(receipt, name) != getattr(found, name)]
-        if wrong:
-            differences[file] = wrong
-    ranks.told(lambda: Path(f"{folder}.json").write_text(json.dumps(differences)))
-
-
-def do_bounded(ranks: Ranks, folder: Path, request: dict) -> None:
-    """The most that a process holds while a model in pieces becomes another, by torch's tracker, and what it holds
-    before and after; in bytes. The runs on the probe are not in it."""
-    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "vocab_size": 1024}
-    whole_model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=4))
-    plan = auxin.plan(whole_model, request["method"], **request["settings"])
-    model, optimizer = in_pieces(whole_model, ranks)
-    del whole_model
-    before = {id(tensor): tensor.nbytes for tensor in local(model, optimizer)}
-    peaks: list[int] = []
-
-    def tracked(resolved: ResolvedPlan, seed: int, store: growth._Pieces) -> list[str]:
-        tracker = MemTracker()
-        tracker.track_external(model, optimizer, store.made)
-        with tracker:
-            fresh = carry(resolved, seed, store)
-        peaks.append(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
-        return fresh
-
-    growth.carry = tracked
-    made, _ = apply_in_pieces(plan, model, optimizer)
-    after = sum(tensor.nbytes for tensor in local(made, optimizer))
-    largest = [max(p.numel() * p.element_size() for p in each.parameters()) for each in (model, made)]
-    ranks.told(lambda: Path(f"{folder}.json").write_text(json.dumps([*peaks, sum(before.values()), after, *largest])))
-
-
-def local(model: PreTrainedModel, optimizer: AdamW) -> list[Tensor]:
-    """What lies in this process of a model and its optimizer."""
-    tensors = [*model.parameters(), *optimizer_tensors(model, optimizer).values()]
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and bits(one) == bits(other)
-
-
-SCENARIOS = {
-    "train": do_train,
-    "tell": do_tell,
-    "meet": do_meet,
-    "flow": do_flow,
-    "grow": do_grow,
-    "bounded": do_bounded,
-}
+SCENARIOS = {"train": do_train, "tell": do_tell, "meet": do_meet, "vanish": do_vanish, "flow": do_flow}
 
 
 def child(rank: int, port: int, request: dict) -> int:
@@ -363,6 +271,9 @@ def child(rank: int, port: int, request: dict) -> int:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"AUXIN_STEP_SECONDS": str(request.get("step_seconds", 600))}
     errors = Path(f"{request['folder']}.{rank}.err")
+    os.dup2(os.open(f"{request['folder']}.{rank}.said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    if request.get("machines"):
+        platform.node = lambda: f"machine{rank}"
     try:
         with joined() as ranks:
             SCENARIOS[request["scenario"]](ranks, Path(request["folder"]), request)
@@ -387,11 +298,19 @@ def serve(request: dict) -> dict:
             os._exit(child(rank, port, request))
         children.append(pid)
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-    errors = [Path(f"{request['folder']}.{rank}.err") for rank in range(request["size"])]
-    return {"codes": codes, "messages": [path.read_text() if path.exists() else "" for path in errors]}
+    found = {"codes": codes}
+    for name, ending in (("messages", "err"), ("said", "said")):
+        files = [Path(f"{request['folder']}.{rank}.{ending}") for rank in range(request["size"])]
+        found[name] = [path.read_text() if path.exists() else "" for path in files]
+    return found
 
 
-if __name__ == "__main__":
+def answer() -> None:
+    """Answer requests until there are no more."""
     torch.set_num_threads(1)
     for line in sys.stdin:
         print(json.dumps(serve(json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    answer()

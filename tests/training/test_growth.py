@@ -24,7 +24,7 @@ FAMILIES = [
 def asked(tmp_path_factory):
     """What processes find out together."""
     folder = tmp_path_factory.mktemp("grown")
-    with served("ranks_server.py") as ask:
+    with served("growth_server.py") as ask:
 
         def of(scenario: str, size: int, **request: object) -> Any:
             answer = ask({**request, "size": size, "folder": str(folder / "found"), "scenario": scenario})

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from auxin.accounting import Ledger
-from auxin.errors import ConfigError
+from auxin.errors import ConfigError, TrainingError
 from auxin.locks import exclusive
 from auxin.recipes.several_gpus import held_and_sent
 from auxin.training import TrainingSettings, latest_checkpoint
+from auxin.training.meeting import meet
 from auxin.training.ranks import joined, speaks
 from auxin.training.strategies import samples_per_pass
 from training.servers import served
@@ -186,22 +188,63 @@ def test_a_signal_to_one_process_stops_all_of_them_with_their_work_saved(trained
     whole = trained(2, "dropout", settings=settings)
     for rank in (0, 1):
         folder = tmp_path / str(rank)
-        answer = run(folder, 2, model="dropout", settings=settings, signal=[rank, 17, "SIGTERM"])
+        answer = run(folder, 2, model="dropout", settings=settings, struck=[rank, 17, "SIGTERM"])
         assert answer["codes"] == [130, 130], answer["messages"]
         assert "after step 18 of 50; saved in" in answer["messages"][0]
-        assert run(folder, 2, model="dropout", settings=settings, signal=[rank, -5, "SIGTERM"])["codes"] == [0, 0]
+        assert run(folder, 2, model="dropout", settings=settings, struck=[rank, -5, "SIGTERM"])["codes"] == [0, 0]
         assert checkpoint_bits(latest_checkpoint(whole)) == checkpoint_bits(latest_checkpoint(folder))
 
 
-def test_a_process_that_hangs_is_named(run, tmp_path):
-    """By those that wait for it, with the step that it is at."""
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ("asleep", ": before_step at ranks_server.py:"),
+        ("asleep afterwards", ": after_step at ranks_server.py:"),
+        ("asleep with the lock", ", and does not say where: it is stopped, or lets no other thread of Python run)."),
+    ],
+)
+def test_a_process_that_hangs_is_named(run, tmp_path, how, named):
+    """By those that wait for it, with the step that it is at and the place in the code; its stack is in what it says
+    itself, also where its own threads can't run."""
     settings = {**FIFTY, "strategy": "replicated"}
-    answer = run(tmp_path / "run", 3, model="llama", settings=settings, signal=[2, 21, "SIGSTOP"], step_seconds=3)
+    answer = run(tmp_path / "run", 3, model="llama", settings=settings, struck=[2, 21, how], step_seconds=5)
     assert answer["codes"][:2] == [1, 1]
     for rank in (0, 1):
         assert answer["messages"][rank].startswith(f"TrainingError: Process {rank} of 3 waited in vain for the others")
-    assert "They wait for process 2 (at step 21)." in answer["messages"][0]
+    assert f"They wait for process 2 (at step 21{named}" in answer["messages"][0]
+    hook = "after_step" if how == "asleep afterwards" else "before_step"
+    assert f"in {hook}" in answer["said"][2]
+    assert hook not in answer["said"][0] + answer["said"][1]
     assert latest_checkpoint(tmp_path / "run").name == "step-00000020"
+
+
+def test_a_process_of_another_machine_that_says_nothing_any_more_is_taken_for_dead(run, tmp_path):
+    """Though nobody can look for it there."""
+    answer = run(tmp_path / "run", 2, "vanish", machines=True, step_seconds=4)
+    assert answer["messages"][0].startswith("TrainingError: process 1 of 2 has died.")
+
+
+def test_who_meets_in_a_store_that_others_have_met_in_meets_nobody_of_them():
+    """Whatever is left in it: torchrun keeps its store when it starts the processes again."""
+    store = torch.distributed.HashStore()
+    store.set("here/2", "long gone")
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            parts = list(pool.map(lambda rank: meet(store, rank, 3, 60.0), range(3)))
+        for rank, part in enumerate(parts):
+            assert not part.check(["said"]), "nothing of an earlier attempt"
+            part.set(f"said/{rank}", str(rank))
+        assert all(part.check([f"said/{rank}" for rank in range(3)]) for part in parts), "they read each other"
+        parts[0].set("said", "")
+
+
+def test_who_does_not_come_is_named():
+    """Instead of a wait without end."""
+    store = torch.distributed.HashStore()
+    with pytest.raises(TrainingError, match="Processes 1, 2 of 3 have not come in the time"):
+        meet(store, 0, 3, 0.1)
+    with pytest.raises(TrainingError, match="Process 0 has not called the others together"):
+        meet(store, 1, 3, 0.1)
 
 
 def test_processes_that_begin_with_other_weights_are_told_before_anything_is_written(run, tmp_path):
@@ -211,6 +254,21 @@ def test_processes_that_begin_with_other_weights_are_told_before_anything_is_wri
     assert answer["messages"][1].startswith("ConfigError: The weights of this process differ from those of process 0.")
     assert answer["messages"][0].startswith("TrainingError: process 1 of 3: The weights of this process differ")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_is_full_ends_all_of_them_and_what_was_saved_goes_on_to_the_same_bits(trained, run, tmp_path):
+    """The leader's, whose writes really fail; the other, which waits for it, says the same."""
+    settings = {**FIFTY, "strategy": "replicated"}
+    whole = trained(2, "dropout", settings=settings)
+    folder = tmp_path / "run"
+    answer = run(folder, 2, model="dropout", settings=settings, struck=[0, 30, "disk full"], step_seconds=60)
+    assert answer["codes"] == [1, 1], answer["messages"]
+    for message in answer["messages"]:
+        assert "step-00000040 could not be saved" in message
+        assert "File too large" in message
+    assert latest_checkpoint(folder).name == "step-00000020"
+    assert run(folder, 2, model="dropout", settings=settings, struck=[0, -5, "disk full"])["codes"] == [0, 0]
+    assert checkpoint_bits(latest_checkpoint(whole)) == checkpoint_bits(latest_checkpoint(folder))
 
 
 def test_what_the_leader_alone_does_fails_in_all(run, tmp_path):
@@ -295,9 +353,9 @@ def test_one_process_of_a_machine_speaks(monkeypatch, environment, expected):
     [
         ({"settings": {**FIFTY, "batch_size": 1, "warmup_steps": 5}}, "batch_size: 1 samples can't be shared by 2"),
         (
-            {"settings": {**FIFTY, "strategy": "sharded"}, "signal": [0, -5, "SIGTERM"]},
+            {"settings": {**FIFTY, "strategy": "sharded"}, "struck": [0, -5, "SIGTERM"]},
             "strategy: 'sharded' cuts parameters into pieces, and what takes part in this stage reads or changes whole "
-            "ones (Signalled). Set strategy: replicated.",
+            "ones (Struck). Set strategy: replicated.",
         ),
         ({"settings": {**FIFTY, "strategy": "sharded", "compile": True}}, "compiling them was never tried"),
         ({"model": "factor", "settings": {**FIFTY, "strategy": "sharded"}}, "factor, which is a single number, can't"),

@@ -35,7 +35,7 @@ from auxin.training.identity import RunIdentity
 from auxin.training.keeper import Keeper
 from auxin.training.optimizer import build_optimizer, restore_optimizer
 from auxin.training.progress import Place, ProgressDisplay, TimeLeft
-from auxin.training.ranks import ALONE, Ranks
+from auxin.training.ranks import ALONE, Ranks, speaks
 from auxin.training.result import TrainingResult
 from auxin.training.saving import Saver
 from auxin.training.schedule import learning_rate
@@ -237,7 +237,7 @@ class _Loop:
         if checkpoint is not None:
             self.display.line(f"goes on from step {step} of {self.total_steps}, saved in {checkpoint}")
         try:
-            with Interruption() as interruption:
+            with Interruption(says=speaks()) as interruption:
                 if checkpoint is None:
                     self._begin()
                 result = self._train(interruption, stop_after)

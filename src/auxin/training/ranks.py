@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from auxin.errors import AuxinError, ConfigError, TrainingError, first_line
+from auxin.training.meeting import meet
+from auxin.training.watch import Watch
 
 T = TypeVar("T")
 STEP_SECONDS = 600.0
@@ -39,11 +41,20 @@ class Ranks:
         rank: which one this is, from 0.
         size: how many there are.
         store: what all of them read and write.
+        silence: seconds without a sign of life from a process of another machine after which it is taken for dead.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None) -> None:
-        self.rank, self.size, self._store = rank, size, store
+    def __init__(
+        self, rank: int = 0, size: int = 1, store: dist.Store | None = None, silence: float = STEP_SECONDS
+    ) -> None:
+        self.rank, self.size, self._store, self._silence = rank, size, store, silence
         self._told = self._met = self._ordered = self._step = 0
+        self._since: float | None = None
+        """Since when this process works alone within a step; None while it waits, and outside of steps."""
+        self._waited = 0.0
+        """When it began to wait last."""
+        self._signs: dict[int, tuple[Any, float, float]] = {}
+        """By rank: its last sign of life, when it was looked for last, and for how long it has been the last."""
         if self.several:
             self.say(f"process/{rank}", {"host": platform.node(), "number": os.getpid()})
 
@@ -60,16 +71,29 @@ class Ranks:
     def add_up(self, values: Tensor) -> None:
         """Replace `values`, on any device, by their sum over the processes; the same bits in all of them."""
         if self.several:
-            dist.all_reduce(values)
+            with self._exchange():
+                dist.all_reduce(values)
+
+    @contextlib.contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Within the context this process may wait for the others, for whom it did its work of the step until now."""
+        works, self._since, self._waited = self._since is not None, None, time.monotonic()
+        yield
+        self._since = time.monotonic() if works else None
 
     def begin_step(self, step: int) -> None:
         """Note that this process is at work on a step, for whoever has to say which one they wait for."""
-        self._step = step
+        self._step, self._since = step, time.monotonic()
         self._note(waits=False)
 
     def wait_for_others(self) -> None:
         """Note that what this process does alone in a step is done."""
         self._note(waits=True)
+
+    def working(self) -> tuple[int, float] | None:
+        """The step that this process is at work on alone, and since when by `time.monotonic`; None while it waits."""
+        since = self._since
+        return None if since is None else (self._step, since)
 
     def _note(self, waits: bool) -> None:
         if self.several:
@@ -86,15 +110,30 @@ class Ranks:
         except (AuxinError, RuntimeError):  # the store is gone, too
             return ""
         late = [rank for rank, place in enumerate(places) if place < max(places)]
-        names = [f"{rank} ({'not begun' if places[rank][0] < 0 else f'at step {places[rank][0]}'})" for rank in late]
+        names = [f"{rank} ({self._at(rank, places[rank][0])})" for rank in late]
         return f"They wait for process {', '.join(names)}." if late else ""
+
+    def _at(self, rank: int, step: int) -> str:
+        """Where process `rank` is in a step, as far as it has said so."""
+        assert self._store is not None
+        if step < 0:
+            return "not begun"
+        with contextlib.suppress(AuxinError, RuntimeError):
+            if self._store.check([f"where/{rank}"]):
+                told = self.hear(f"where/{rank}", rank)
+                if told["step"] == step:
+                    return f"at step {step}: {told['where']}"
+        if time.monotonic() - self._waited < self._silence:  # it has not been late for long
+            return f"at step {step}"
+        return f"at step {step}, and does not say where: it is stopped, or lets no other thread of Python run"
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set in one of them; all of them ask together."""
         if not self.several:
             return flag
         flags = torch.tensor(int(flag))
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        with self._exchange():
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags)
 
     def told(self, make: Callable[[], T]) -> T:
@@ -105,6 +144,7 @@ class Ranks:
         """
         if not self.several:
             return make()
+        self._since = None  # the leader may take as long as it needs
         self._told += 1
         key = f"told/{self._told}"
         if self.leads:
@@ -225,18 +265,28 @@ class Ranks:
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _has_died(self, rank: int) -> bool:
-        """Whether a process of this machine is there no more; of another machine torchrun tells."""
+        """Whether a process of this machine is there no more, or one of another machine has long said nothing."""
         assert self._store is not None
         if not self._store.check([f"process/{rank}"]):
             return False
         process = json.loads(self._store.get(f"process/{rank}"))
         if process["host"] != platform.node():
-            return False
+            return self._is_silent(rank)
         try:
             os.kill(process["number"], 0)
         except ProcessLookupError:
             return True
         return False
+
+    def _is_silent(self, rank: int) -> bool:
+        assert self._store is not None
+        sign = self._store.get(f"alive/{rank}") if self._store.check([f"alive/{rank}"]) else None
+        now = time.monotonic()
+        known, looked, silent = self._signs.get(rank, (None, now, 0.0))
+        # A look that comes late counts little: this process may have been suspended, and the other one with it.
+        silent = silent + min(now - looked, 10 * _LONGEST_PAUSE) if sign == known else 0.0
+        self._signs[rank] = (sign, now, silent)
+        return silent > self._silence
 
 
 ALONE = Ranks()
@@ -292,11 +342,10 @@ def joined() -> Iterator[Ranks]:
     if not started_together():
         yield ALONE
         return
-    timeout = datetime.timedelta(seconds=_step_seconds())
+    seconds = _step_seconds()
     try:
         store, rank, size = next(iter(dist.rendezvous("env://")))
-        # torchrun may keep its store when it starts them again.
-        store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = meet(store, rank, size, seconds)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes can't meet: {error} Start them by torchrun "
@@ -305,14 +354,22 @@ def joined() -> Iterator[Ranks]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=dist.PrefixStore("group", store),
-        rank=rank,
-        world_size=size,
-        timeout=timeout,
-    )
-    ranks = Ranks(rank, size, dist.PrefixStore("auxin", store))
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(seconds=seconds),
+        )
+    except RuntimeError as error:
+        raise TrainingError(
+            f"Process {rank} of {size} can't reach the others ({first_line(error)}). Start all of them again; where "
+            "machines have several networks, name the one between them (GLOO_SOCKET_IFNAME=eth0, NCCL_SOCKET_IFNAME)."
+        ) from error
+    ranks = Ranks(rank, size, dist.PrefixStore("auxin", store), silence=seconds)
+    watch = Watch(ranks.say, ranks.working, rank, seconds)
+    watch.start()
     try:
         try:
             yield ranks
@@ -330,4 +387,5 @@ def joined() -> Iterator[Ranks]:
             raise TrainingError(" ".join(filter(None, told))) from error
         ranks.part()
     finally:
+        watch.stop()
         dist.destroy_process_group()
