@@ -3,28 +3,44 @@
 Reads one JSON request per line from standard input, and answers with the exit code and the message of each process.
 """
 
+import hashlib
 import json
+import math
 import os
 import signal
 import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertForMaskedLM, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from auxin.errors import AuxinError, CheckpointError, ConfigError
+from auxin.models import TokenFormerForCausalLM
 from auxin.training import loop, train
 from auxin.training.optimizer import build_optimizer
 from auxin.training.ranks import Ranks, joined
 from auxin.training.strategies import Sharded
-from training.tiny import VOCABULARY, TinyData, poisoned, tiny_gpt2, tiny_llama, tiny_settings, tiny_tokenformer
+from auxin.training.tensor_parallel import Split
+from training.tiny import (
+    NORMED,
+    VOCABULARY,
+    TinyData,
+    bits,
+    poisoned,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_settings,
+    tiny_tokenformer,
+)
 
 
 def masked_bert() -> BertForMaskedLM:
@@ -78,6 +94,10 @@ MODELS = {
     "llama": tiny_llama,
     "tied": lambda: tiny_gpt2(dropout=0.0),
     "tokenformer": tiny_tokenformer,
+    "normed": lambda: tiny_tokenformer(**NORMED),
+    "frozen": lambda: frozen(tiny_tokenformer(**NORMED)),
+    "poisoned_tokens": lambda: poisoned(tiny_tokenformer(**NORMED)),
+    "softmax": lambda: tiny_tokenformer(score_function="softmax"),
     "masked": masked_bert,
     "dropout": tiny_gpt2,
     "poisoned": lambda: poisoned(tiny_gpt2(dropout=0.0)),
@@ -85,6 +105,13 @@ MODELS = {
     "factor": lambda: Scarce(factor=True),
     "strided": strided_llama,
 }
+
+
+def frozen(model: TokenFormerForCausalLM) -> TokenFormerForCausalLM:
+    """What comes before the first tokens and some of the tokens stay as they are."""
+    model.model.embed_tokens.weight.requires_grad_(False)
+    model.model.layers[0].mlp.key_tokens.requires_grad_(False)
+    return model
 
 
 class Drawing:
@@ -133,7 +160,8 @@ class Signalled:
 
 def do_train(ranks: Ranks, folder: Path, request: dict) -> None:
     model = MODELS[request["model"]]().to(getattr(torch, request.get("dtype", "float64")))
-    if request["model"] not in ("tokenformer", "masked"):  # whose own losses are in their precision
+    # The losses of these are in their precision.
+    if not isinstance(model, TokenFormerForCausalLM | BertForMaskedLM):
         model.loss_function = loss_in_the_models_precision
     if request.get("differs") == ranks.rank:
         model.get_input_embeddings().weight.data[0] += 1e-6
@@ -148,6 +176,10 @@ def do_train(ranks: Ranks, folder: Path, request: dict) -> None:
     settings = tiny_settings(**{"log_interval": 1, **request["settings"]})
     data = TinyData(poisoned_rows=tuple(request.get("poisoned", ())))
     train(model, data, settings, folder, hooks=hooks, progress=False, ranks=ranks, stop_after=request.get("stop_after"))
+    if "digest" in request:
+        kept = [tensor for tensor in model.state_dict().values() if not isinstance(tensor, DTensor)]
+        digest = hashlib.sha256(b"".join(bits(tensor) for tensor in kept)).hexdigest()
+        Path(f"{folder}.{ranks.rank}.digest").write_text(f"{len(kept)} {digest}")
 
 
 def unreadable(checkpoint: Path) -> dict:
@@ -191,7 +223,28 @@ def do_flow(ranks: Ranks, folder: Path, request: dict) -> None:
     ranks.told(lambda: Path(f"{folder}.json").write_text(json.dumps([held, gathered, added])))
 
 
-SCENARIOS = {"train": do_train, "tell": do_tell, "meet": do_meet, "flow": do_flow}
+def do_reductions(ranks: Ranks, folder: Path, request: dict) -> None:
+    """How many numbers each of the reductions adds up that a pass takes, forward and backward."""
+    model = tiny_tokenformer(**request["changes"])
+    strategy = Split(ranks)
+    strategy.place(model)
+    ids = torch.zeros(2, 16, dtype=torch.long)
+    found = []
+
+    def reductions(run: Callable[[], Tensor]) -> Tensor:
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+            result = run()
+        found.append(
+            [math.prod(event.input_shapes[0]) for event in profiler.events() if event.name == "gloo:all_reduce"]
+        )
+        return result
+
+    loss = reductions(lambda: model(input_ids=ids, labels=ids).loss)
+    reductions(loss.backward)
+    ranks.told(lambda: Path(f"{folder}.json").write_text(json.dumps(found)))
+
+
+SCENARIOS = {"reductions": do_reductions, "train": do_train, "tell": do_tell, "meet": do_meet, "flow": do_flow}
 
 
 def child(rank: int, port: int, request: dict) -> int:

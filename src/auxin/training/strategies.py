@@ -25,6 +25,7 @@ from auxin.training.ranks import Ranks
 from auxin.training.settings import TrainingSettings
 
 T = TypeVar("T")
+StrategyName = Literal["replicated", "sharded", "tensor"]
 BUCKET = 2**23
 """Values of gradients that are added up at a time."""
 
@@ -36,12 +37,14 @@ class Copies:
         ranks: the processes; one alone keeps everything to itself.
     """
 
-    name: Literal["replicated", "sharded"] = "replicated"
+    name: StrategyName = "replicated"
     in_step = False
     """Whether a forward pass of the model is one of all processes together."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
+        self.sharers = ranks
+        """The processes among which the parts of a batch are divided."""
 
     def place(self, model: PreTrainedModel) -> None:
         """Bring `model`, whole and on its device, into the form that it is trained in."""
@@ -67,6 +70,10 @@ class Copies:
                 dense = parameter.is_contiguous()
                 parameter.grad = gradient if dense else torch.empty_like(parameter).copy_(gradient)
 
+    def total(self, loss: Tensor) -> None:
+        """Replace `loss`, of the parts that this process has computed, by that of the whole batch."""
+        self.ranks.add_up(loss)
+
     def measured(self, model: PreTrainedModel, find: Callable[[], T]) -> T:
         """What `find` finds of the model: something that JSON has a form for. The leader looks alone."""
         return self.ranks.told(find)
@@ -80,7 +87,7 @@ class Sharded(Copies):
     """Every process has a piece of each parameter, gradient and moment, by torch's FSDP2; a layer is whole only while
     it computes. What the leader saves it gathers tensor by tensor into a copy of the model in its own memory."""
 
-    name = "sharded"
+    name: StrategyName = "sharded"
     in_step = True
 
     def place(self, model: PreTrainedModel) -> None:
@@ -167,14 +174,14 @@ def choose_strategy(
     if not ranks.several:
         return Copies(ranks)
     _check(settings, ranks, model, objective)
-    against = _against_pieces(settings, model, hooks)
+    against = against_pieces(settings, model, hooks)
     if settings.strategy == "sharded" and against is not None:
         raise ConfigError(f"strategy: 'sharded' cuts parameters into pieces, and {against} Set strategy: replicated.")
     sharded = settings.strategy == "sharded" or (settings.strategy == "auto" and device.type == "cuda")
     return Sharded(ranks) if sharded and against is None else Copies(ranks)
 
 
-def _against_pieces(settings: TrainingSettings, model: PreTrainedModel, hooks: Sequence[object]) -> str | None:
+def against_pieces(settings: TrainingSettings, model: PreTrainedModel, hooks: Sequence[object]) -> str | None:
     """Why the parameters of `model` have to stay whole, in a sentence that goes on; None: they need not."""
     if hooks:
         names = ", ".join(type(hook).__name__ for hook in hooks)
@@ -241,6 +248,14 @@ def in_pieces_like(tensor: Tensor, other: Tensor) -> Tensor:
     if not isinstance(other, DTensor):
         return tensor
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+
+
+def apart(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """`parameters` that lie in pieces, and those that do not: torch's functions of many tensors take one kind."""
+    kinds: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for parameter in parameters:
+        kinds[not isinstance(parameter, DTensor)].append(parameter)
+    return [kind for kind in kinds if kind]
 
 
 def _sharded(model: nn.Module) -> Iterator[FSDPModule]:
