@@ -1,7 +1,8 @@
 """Tensor parallelism: every process computes its part of each layer, for the whole batch.
 
-Layers say themselves how they are divided (`auxin.nn.shared_rows`, for the parameter tokens of a TokenFormer). The
-other parameters are whole in every process, which computes the same with them as the others do.
+Layers of parameter tokens say themselves how they are divided (`auxin.nn.shared_rows`), linear ones by transformers'
+plan of the model (`auxin.training.divided_linear`). The other parameters are whole in every process, which computes the
+same with them as the others do.
 """
 
 import copy
@@ -17,6 +18,7 @@ from auxin.errors import ConfigError
 from auxin.nn.bricks import Brick
 from auxin.nn.shared_rows import Processes
 from auxin.objectives.objective import Objective
+from auxin.training.divided_linear import DividedLinear
 from auxin.training.ranks import ALONE, Ranks
 from auxin.training.settings import TrainingSettings
 from auxin.training.strategies import Copies, Sharded, against_pieces
@@ -28,9 +30,10 @@ class Split(Sharded):
 
     name = "tensor"
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, linear: DividedLinear) -> None:
         super().__init__(ranks)
         self.sharers = ALONE
+        self._linear = linear
 
     def place(self, model: PreTrainedModel) -> None:
         """Cut the parameters of layers that can be divided."""
@@ -49,6 +52,7 @@ class Split(Sharded):
                 module.get_submodule(owner).register_parameter(key, pieces[parameter])
             if isinstance(module, Brick) and names:
                 module.share(processes)
+        self._summed = self._linear.apply(model, mesh)
 
     def begin_pass(self, model: nn.Module, is_last: bool) -> None:
         """Nothing goes round but what the layers send."""
@@ -58,7 +62,7 @@ class Split(Sharded):
         the leader's counts, so that the copies stay alike."""
         alike = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
         for parameter in alike if not self.ranks.leads else ():
-            if parameter.grad is not None:
+            if parameter.grad is not None and parameter not in self._summed:
                 parameter.grad.zero_()
         if alike:
             Copies.add_up(self, alike)
@@ -88,9 +92,10 @@ def choose_tensor_parallel(
     against = against_pieces(settings, model, hooks)
     if against is not None:
         raise ConfigError(f"strategy: 'tensor' cuts parameters into pieces, and {against} Set strategy: replicated.")
-    if not any(module.shared_rows() for module in model.modules() if isinstance(module, Brick)):
+    linear = DividedLinear(model, ranks.size)
+    if not linear and not any(module.shared_rows() for module in model.modules() if isinstance(module, Brick)):
         raise ConfigError(
-            f"strategy: 'tensor' divides layers of parameter tokens, and this model ({model.config.model_type}) has "
-            "none. Set strategy: sharded."
+            "strategy: 'tensor' divides layers of parameter tokens, and linear ones by transformers' plan (tp_plan); "
+            f"this model ({model.config.model_type}) has neither. Set strategy: sharded."
         )
-    return Split(ranks)
+    return Split(ranks, linear)
