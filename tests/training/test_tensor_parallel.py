@@ -7,7 +7,8 @@ import pytest
 
 from auxin.accounting import Ledger
 from auxin.training import latest_checkpoint
-from training.tiny import FIFTY, NORMED, apart, checkpoint_bits, read_metrics
+from auxin.training.checkpoint import write_checkpoint_folder
+from training.tiny import FIFTY, NORMED, apart, checkpoint_bits, read_metrics, tiny_llama
 
 TENSOR = {**FIFTY, "strategy": "tensor"}
 
@@ -114,10 +115,10 @@ def test_the_gradients_of_divided_heads_and_units_are_those_of_whole_ones(run, t
 
 
 def test_a_model_of_transformers_learns_what_one_process_teaches_it(trained, run, tmp_path):
-    """Stopped at step 30 of two processes and gone on with by one: moments of columns, of rows and of whole ones."""
+    """Stopped, gone on with by two and by one: moments of columns, of rows and of what is whole."""
     alone = trained(1, "qwen3", settings=FIFTY)
     together = trained(2, "qwen3", settings=TENSOR)
-    for size, stop in ((2, 30), (1, None)):
+    for size, stop in ((2, 15), (2, 30), (1, None)):
         answer = run(tmp_path / "run", size, model="qwen3", settings=TENSOR, stop_after=stop)
         assert not any(answer["codes"]), answer["messages"]
     for folder in (together, tmp_path / "run"):
@@ -143,3 +144,16 @@ def test_what_can_not_be_divided_is_refused_before_anything_is_written(run, tmp_
     assert set(answer["codes"]) == {2}
     assert all(message in told for told in answer["messages"])
     assert not (tmp_path / "run").exists()
+
+
+def test_heads_that_are_compared_with_a_teacher_s_are_not_divided(run, tmp_path):
+    """In a process that has some of them, there is nothing to compare."""
+    teacher = write_checkpoint_folder(tmp_path / "teacher", tiny_llama())
+    objective = {"kind": "distillation", "teacher": str(teacher), "relations": 1.0}
+    answer = run(tmp_path / "run", 2, model="qwen3", dtype="float32", settings={**TENSOR, "objective": objective})
+    assert answer["codes"] == [2, 2], answer["messages"]
+    assert all("divides the heads of attentions, and what is learnt compares them" in t for t in answer["messages"])
+    objective = {**objective, "relations": 0.0}
+    steps = {**TENSOR, "steps": 5, "warmup_steps": 0}
+    answer = run(tmp_path / "run", 2, model="qwen3", dtype="float32", settings={**steps, "objective": objective})
+    assert answer["codes"] == [0, 0], answer["messages"]

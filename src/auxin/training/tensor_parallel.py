@@ -98,4 +98,9 @@ def choose_tensor_parallel(
             "strategy: 'tensor' divides layers of parameter tokens, and linear ones by transformers' plan (tp_plan); "
             f"this model ({model.config.model_type}) has neither. Set strategy: sharded."
         )
+    if linear and objective.sees_heads:
+        raise ConfigError(
+            "strategy: 'tensor' divides the heads of attentions, and what is learnt compares them. Set strategy: "
+            "sharded."
+        )
     return Split(ranks, linear)
