@@ -147,6 +147,7 @@ MODELS = {
     "normed": lambda: tiny_tokenformer(**NORMED),
     "frozen": lambda: frozen(tiny_tokenformer(**NORMED)),
     "poisoned_tokens": lambda: poisoned(tiny_tokenformer(**NORMED)),
+    "dropped": lambda: dropped(tiny_tokenformer(**NORMED)),
     "softmax": lambda: tiny_tokenformer(score_function="softmax"),
     "qwen3": lambda: small("qwen3"),
     "dropping": lambda: small("llama", attention_dropout=0.1),
@@ -158,6 +159,14 @@ MODELS = {
     "factor": lambda: Scarce(factor=True),
     "strided": strided_llama,
 }
+
+
+def dropped(model: TokenFormerForCausalLM) -> TokenFormerForCausalLM:
+    """While it trains, some of what comes out of the embedding is zero."""
+    model.model.embed_tokens.register_forward_hook(
+        lambda module, _, out: nn.functional.dropout(out, 0.1, module.training)
+    )
+    return model
 
 
 def frozen(model: TokenFormerForCausalLM) -> TokenFormerForCausalLM:

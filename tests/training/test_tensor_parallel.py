@@ -40,6 +40,16 @@ def test_single_precision_stays_near(trained):
     assert apart(alone, trained(2, "tokenformer", dtype="float32", settings=TENSOR))[0] < 1e-5
 
 
+def test_all_draw_what_copies_draw(trained):
+    """Dropout of each part of a batch, wherever it is computed."""
+    settings = {**FIFTY, "micro_batch_size": 4}
+    copies = trained(2, "dropped", settings={**settings, "strategy": "replicated"})
+    losses, tensors = apart(copies, trained(2, "dropped", settings={**settings, "strategy": "tensor"}))
+    assert losses < 1e-10
+    assert tensors < 1e-10
+    assert apart(copies, trained(1, "normed", settings=settings))[0] > 1e-3, "nothing was dropped"
+
+
 def test_what_each_has_whole_stays_alike_to_the_bit(run, tmp_path):
     """Of three processes, in single precision."""
     answer = run(tmp_path / "run", 3, model="normed", dtype="float32", settings=TENSOR, digest=True)
