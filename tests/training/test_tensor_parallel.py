@@ -4,10 +4,13 @@ import json
 import math
 
 import pytest
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from auxin.accounting import Ledger
+from auxin.errors import ConfigError
 from auxin.training import latest_checkpoint
 from auxin.training.checkpoint import write_checkpoint_folder
+from auxin.training.divided_linear import DividedLinear
 from training.tiny import FIFTY, NORMED, apart, checkpoint_bits, read_metrics, tiny_llama
 
 TENSOR = {**FIFTY, "strategy": "tensor"}
@@ -124,12 +127,13 @@ def test_the_gradients_of_divided_heads_and_units_are_those_of_whole_ones(run, t
         assert gradients < 1e-12, name
 
 
-def test_a_model_of_transformers_learns_what_one_process_teaches_it(trained, run, tmp_path):
+@pytest.mark.parametrize("model", ["qwen3", "biased"])
+def test_a_model_of_transformers_learns_what_one_process_teaches_it(trained, run, tmp_path, model):
     """Stopped, gone on with by two and by one: moments of columns, of rows and of what is whole."""
-    alone = trained(1, "qwen3", settings=FIFTY)
-    together = trained(2, "qwen3", settings=TENSOR)
+    alone = trained(1, model, settings=FIFTY)
+    together = trained(2, model, settings=TENSOR)
     for size, stop in ((2, 15), (2, 30), (1, None)):
-        answer = run(tmp_path / "run", size, model="qwen3", settings=TENSOR, stop_after=stop)
+        answer = run(tmp_path / "run", size, model=model, settings=TENSOR, stop_after=stop)
         assert not any(answer["codes"]), answer["messages"]
     for folder in (together, tmp_path / "run"):
         losses, tensors = apart(alone, folder)
@@ -167,3 +171,13 @@ def test_heads_that_are_compared_with_a_teacher_s_are_not_divided(run, tmp_path)
     steps = {**TENSOR, "steps": 5, "warmup_steps": 0}
     answer = run(tmp_path / "run", 2, model="qwen3", dtype="float32", settings={**steps, "objective": objective})
     assert answer["codes"] == [0, 0], answer["messages"]
+
+
+def test_a_parameter_beside_divided_heads_that_the_plan_does_not_name_is_refused():
+    """Each process would train it by its own heads alone."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64, "head_dim": 8}
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    assert DividedLinear(model, 2)
+    model.tp_plan = {path: style for path, style in model.tp_plan.items() if not path.endswith("k_norm")}
+    with pytest.raises(ConfigError, match=r"can't train model\.layers\.0\.self_attn\.k_norm\.weight"):
+        DividedLinear(model, 2)

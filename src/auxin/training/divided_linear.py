@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from transformers import PreTrainedModel
 
 from auxin.errors import ConfigError
-from auxin.words.paths import path_pattern
+from auxin.words.paths import encloses, path_pattern
 
 _BY_COLUMNS, _BY_ROWS, _GATHERED = "colwise", "rowwise", "colwise_gather_output"
 _STYLES: Mapping[str, Callable[[], ParallelStyle]] = {
@@ -70,6 +70,9 @@ class DividedLinear:
                     f"strategy: 'tensor' can't divide {name}, whose weights are another module's, too. Set strategy: "
                     "sharded."
                 )
+        for name in self._styles:
+            if self._styles[name] == _BY_COLUMNS:
+                self._check_beside(model, name.rpartition(".")[0])
         config: Any = model.config.get_text_config()
         dropout: float = getattr(config, "attention_dropout", 0.0)
         if self._styles and dropout:
@@ -77,6 +80,17 @@ class DividedLinear:
                 f"attention_dropout: {dropout} is drawn for all heads at once, which strategy: "
                 "'tensor' divides. Set it to 0, or strategy: sharded."
             )
+
+    def _check_beside(self, model: PreTrainedModel, scope: str) -> None:
+        """Refuse parameters in `scope`, where each process has some of the heads or units, of which the plan does not
+        say what becomes of their gradients; ConfigError."""
+        known = [*self._styles, *self._summed]
+        for name, _ in model.get_submodule(scope).named_parameters(scope):
+            if not any(encloses(path, name) for path in known):
+                raise ConfigError(
+                    f"strategy: 'tensor' can't train {name}: transformers' plan divides layers beside it, and does not "
+                    "say what it is to do. Set strategy: sharded."
+                )
 
     def __bool__(self) -> bool:
         return bool(self._styles)

@@ -93,7 +93,8 @@ def choose_tensor_parallel(
     if against is not None:
         raise ConfigError(f"strategy: 'tensor' cuts parameters into pieces, and {against} Set strategy: replicated.")
     linear = DividedLinear(model, ranks.size)
-    if not linear and not any(module.shared_rows() for module in model.modules() if isinstance(module, Brick)):
+    rows = [module.shared_rows() for module in model.modules() if isinstance(module, Brick)]
+    if not linear and not any(rows):
         raise ConfigError(
             "strategy: 'tensor' divides layers of parameter tokens, and linear ones by transformers' plan (tp_plan); "
             f"this model ({model.config.model_type}) has neither. Set strategy: sharded."
