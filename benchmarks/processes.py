@@ -31,6 +31,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from auxin.files import write_text
 from auxin.models import TokenFormerConfig, TokenFormerForCausalLM
+from auxin.models.tokenformer import PUBLISHED
 from auxin.report.markdown import markdown_table
 from auxin.training import TrainingSettings, latest_checkpoint, train
 from auxin.training.metrics import metrics_in
@@ -44,6 +45,8 @@ PAGE = ROOT / "docs" / "results" / "processes.md"
 LENGTH, BATCH, PART, STEPS, QUICK = 64, 16, 4, 50, 4
 MODELS = {"TokenFormer": ("float64", "float32"), "GPT-2": ("float64", "float32"), "Llama": ("float32",)}
 """In what precision each is trained."""
+NORMS = "TokenFormer with norms"
+"""Of scores, as the paper's."""
 TOGETHER = [(size, strategy) for size in (2, 3, 4) for strategy in ("replicated", "sharded")]
 APART = ("model", "type", "processes", "strategy", "loss", "held-out", "weights", "moments")
 Row = dict[str, Any]
@@ -66,7 +69,7 @@ def model_of(name: str) -> PreTrainedModel:
     if name == "GPT-2":
         none = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
         return GPT2LMHeadModel(GPT2Config(**sizes, n_positions=LENGTH, **none))
-    tokens = {"qkv_tokens": 64, "proj_tokens": 64, "ffn_tokens": 256}
+    tokens = {"qkv_tokens": 64, "proj_tokens": 64, "ffn_tokens": 256, **(PUBLISHED if name == NORMS else {})}
     return TokenFormerForCausalLM(TokenFormerConfig(**sizes, **tokens, max_position_embeddings=LENGTH))
 
 

@@ -167,6 +167,8 @@ def test_grow_has_every_setting_of_the_method(trained):
     given = [word for name, value in rules.items() for word in (f"--{name}", value)]
     plan = json.loads(call("grow", trained.checkpoint, "--ffn-tokens", 48, *given, "--dry-run", "--json").out)
     assert plan["settings"] == {"ffn_tokens": 48, **rules}
+    plan = json.loads(call("grow", trained.checkpoint, "--regime", "padding", "--dry-run", "--json").out)
+    assert plan["edits"][0]["values"]["ffn_tokens"] == [64], "of each slot the next multiple of 64"
     with pytest.raises(ConfigError, match=r"keys: .*'nothing'"):
         call("grow", trained.checkpoint, "--ffn-tokens", 48, "--keys", "nothing", "--dry-run")
 

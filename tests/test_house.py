@@ -88,6 +88,7 @@ NO_BRICKS = {
     "reading_few",
     "resizing",
     "scores",
+    "shared_rows",
     "universal_features",
 }
 KNOWN_BY_NAME = {"edits": {"stand_ins"}, "models": {"pattention", "stand_ins"}}

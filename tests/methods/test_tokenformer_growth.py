@@ -328,6 +328,7 @@ def config(**values):
         ({"keys": "copies"}, "copied keys .* when the values are copied, too"),
         ({"regime": "duplicate", "scale": "own_group"}, "copies raise the norm.* Use regime 'duplicate'"),
         ({"regime": "official", "values": "copies"}, "without copied keys are none"),
+        ({"regime": "padding", "keys": "matched"}, "random keys raise the norm"),
         ({"noise": 0.1}, r"noise = 0\.1 has no effect"),
     ],
 )
@@ -381,7 +382,7 @@ def test_slots_that_have_different_score_functions_grow_by_the_stricter_ones_rul
     assert change(before, logits(model)) <= 1e-6
 
 
-@pytest.mark.parametrize("regime", ["zero_keys", "annealed"])
+@pytest.mark.parametrize("regime", ["zero_keys", "annealed", "padding"])
 def test_zero_keys_are_refused_under_softmax(regime):
     with pytest.raises(PlanError, match=r"exp\(0\) = 1"):
         plan_token_growth(config(score_function="softmax"), TokenGrowth(ffn_tokens=40, regime=regime))
@@ -443,3 +444,64 @@ def test_a_scale_that_is_not_the_stored_one_is_caught():
         apply(wrong, model)
     assert model.config.ffn_tokens == [20]
     assert torch.equal(model.model.layers[0].mlp.tau, torch.tensor([math.sqrt(20)]))
+
+
+PADDABLE = ["l2_norm_gelu", "gelu_l2_norm", "gelu", "linear"]
+
+
+def token_parameters(model):
+    return {name: p for name, p in model.named_parameters() if name.endswith(("key_tokens", "value_tokens"))}
+
+
+@pytest.mark.parametrize("score_function", PADDABLE)
+def test_padding_changes_nothing_and_stays_zero_whatever_is_learnt(score_function):
+    """Beside a twin without it: the same function now and after twenty steps with weight decay, moments carried."""
+    twins = [tiny_model(3, torch.float64, score_function=score_function, ffn_tokens=[13, 7]) for _ in range(2)]
+    optimizers = [trained(twin, 3, weight_decay=0.5) for twin in twins]
+    receipt = auxin.grow(twins[1], regime="padding", optimizer=optimizers[1])
+    assert receipt.plan.promise == "exact"
+    assert (twins[1].config.qkv_tokens, twins[1].config.proj_tokens, twins[1].config.ffn_tokens) == (
+        [64],
+        [64],
+        [13, 51],
+    )
+    assert twins[1].config.ffn_tau == [13**0.5, 7**0.5]
+    assert change(logits(twins[0]), logits(twins[1])) <= 1e-14
+    for step in range(20):
+        for twin, optimizer in zip(twins, optimizers, strict=True):
+            training_step(twin, optimizer, 50 + step)
+        for name, parameter in token_parameters(twins[1]).items():
+            awake = len(token_parameters(twins[0])[name])
+            assert not parameter.grad[awake:].any()
+            assert not parameter[awake:].any()
+            assert parameter.grad[:awake].any()
+    assert change(logits(twins[0]), logits(twins[1])) <= 1e-10
+
+
+@pytest.mark.parametrize("regime", EXACT)
+@pytest.mark.parametrize("score_function", PADDABLE)
+def test_a_padded_model_grows_behind_its_padding(score_function, regime):
+    model = tiny_model(score_function=score_function)
+    auxin.grow(model, regime="padding")
+    before = logits(model)
+    receipt = auxin.grow(model, 128, 128, 128, regime)
+    assert receipt.plan.promise == "exact"
+    assert change(before, logits(model)) <= 1e-5
+    assert model.config.qkv_tokens == ([64, 64] if regime == "grouped" else [128])
+    keys, values = model.model.layers[0].mlp.key_tokens, model.model.layers[0].mlp.value_tokens
+    assert not keys[20:64].any()
+    assert not values[20:64].any()
+    assert bool(keys[64:].any() or values[64:].any())
+    with pytest.raises(PlanError, match="nothing to grow: the model already has qkv_tokens = 128"):
+        auxin.grow(model, regime="padding")
+
+
+def test_padding_the_paper_s_sizes():
+    """Its scales stay those of the tokens that do something."""
+    plan = plan_token_growth(preset_config("354m"), TokenGrowth(regime="padding"))
+    assert plan.edits[0].values == {
+        **{f"{slot}_tokens": [2176] for slot in ("qkv", "proj")},
+        **{f"{slot}_tau": [math.sqrt(2140)] for slot in ("qkv", "proj")},
+        "ffn_tokens": [8576],
+        "ffn_tau": [math.sqrt(8560)],
+    }

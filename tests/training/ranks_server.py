@@ -5,7 +5,9 @@ Reads one JSON request per line from standard input, and answers with the exit c
 
 import ctypes
 import errno
+import hashlib
 import json
+import math
 import os
 import platform
 import resource
@@ -21,17 +23,53 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
-from transformers import BertConfig, BertForMaskedLM, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from auxin.errors import AuxinError, CheckpointError, ConfigError
+from auxin.models import TokenFormerForCausalLM
 from auxin.models.pieces import write_pieces
 from auxin.training import loop, saving, train
+from auxin.training.divided_linear import DividedLinear
 from auxin.training.optimizer import build_optimizer
 from auxin.training.ranks import Ranks, joined
-from auxin.training.strategies import Sharded
-from training.tiny import VOCABULARY, TinyData, poisoned, tiny_gpt2, tiny_llama, tiny_settings, tiny_tokenformer
+from auxin.training.strategies import Sharded, whole
+from auxin.training.tensor_parallel import Split
+from training.tiny import (
+    NORMED,
+    VOCABULARY,
+    TinyData,
+    bits,
+    poisoned,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_settings,
+    tiny_tokenformer,
+)
 
 
 def masked_bert() -> BertForMaskedLM:
@@ -43,10 +81,37 @@ def masked_bert() -> BertForMaskedLM:
     return BertForMaskedLM(BertConfig(**sizes, **dropout, **tokens))
 
 
-def loss_in_the_models_precision(logits: Tensor, labels: Tensor, **unused: object) -> Tensor:
+def loss_in_the_models_precision(logits: Tensor, labels: Tensor, *unused: object, **named: object) -> Tensor:
     """A language model's loss. transformers' own is in single precision, as are the norms and the rotation of a Llama,
     which is no model to compare in double precision for that: optimizers make much of rounding."""
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel], dict[str, object]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "llama, biases, one embedding": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 8}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {"head_dim": 8}),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {}),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {}),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {}),
+}
+
+
+def small(family: str, **changes: object) -> PreTrainedModel:
+    """Of four heads that share two of keys and values, and a vocabulary that no number of processes divides."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": VOCABULARY + 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    tokens = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    config, model, own = FAMILIES[family]
+    return model(config(**{**sizes, **heads, **tokens, **own, **changes}))
 
 
 class Scarce(GPT2LMHeadModel):
@@ -85,6 +150,15 @@ MODELS = {
     "llama": tiny_llama,
     "tied": lambda: tiny_gpt2(dropout=0.0),
     "tokenformer": tiny_tokenformer,
+    "normed": lambda: tiny_tokenformer(**NORMED),
+    "frozen": lambda: frozen(tiny_tokenformer(**NORMED)),
+    "poisoned_tokens": lambda: poisoned(tiny_tokenformer(**NORMED)),
+    "dropped": lambda: dropped(tiny_tokenformer(**NORMED)),
+    "softmax": lambda: tiny_tokenformer(ffn_score_function="softmax"),
+    "biased": lambda: small("llama, biases, one embedding"),
+    "qwen3": lambda: small("qwen3"),
+    "dropping": lambda: small("llama", attention_dropout=0.1),
+    "experts": lambda: small("mixtral"),
     "masked": masked_bert,
     "dropout": tiny_gpt2,
     "poisoned": lambda: poisoned(tiny_gpt2(dropout=0.0)),
@@ -92,6 +166,21 @@ MODELS = {
     "factor": lambda: Scarce(factor=True),
     "strided": strided_llama,
 }
+
+
+def dropped(model: TokenFormerForCausalLM) -> TokenFormerForCausalLM:
+    """While it trains, some of what comes out of the embedding is zero."""
+    model.model.embed_tokens.register_forward_hook(
+        lambda module, _, out: nn.functional.dropout(out, 0.1, module.training)
+    )
+    return model
+
+
+def frozen(model: TokenFormerForCausalLM) -> TokenFormerForCausalLM:
+    """What comes before the first tokens and some of the tokens stay as they are."""
+    model.model.embed_tokens.weight.requires_grad_(False)
+    model.model.layers[0].mlp.key_tokens.requires_grad_(False)
+    return model
 
 
 class Drawing:
@@ -151,7 +240,8 @@ class Struck:
 
 def do_train(ranks: Ranks, folder: Path, request: dict) -> None:
     model = MODELS[request["model"]]().to(getattr(torch, request.get("dtype", "float64")))
-    if request["model"] not in ("tokenformer", "masked"):  # whose own losses are in their precision
+    # The losses of these are in their precision.
+    if not isinstance(model, TokenFormerForCausalLM | BertForMaskedLM):
         model.loss_function = loss_in_the_models_precision
     if request.get("differs") == ranks.rank:
         model.get_input_embeddings().weight.data[0] += 1e-6
@@ -180,6 +270,10 @@ def do_train(ranks: Ranks, folder: Path, request: dict) -> None:
     settings = tiny_settings(**{"log_interval": 1, **request["settings"]})
     data = TinyData(poisoned_rows=tuple(request.get("poisoned", ())))
     train(model, data, settings, folder, hooks=hooks, progress=False, ranks=ranks, stop_after=request.get("stop_after"))
+    if "digest" in request:
+        kept = [tensor for tensor in model.state_dict().values() if not isinstance(tensor, DTensor)]
+        digest = hashlib.sha256(b"".join(bits(tensor) for tensor in kept)).hexdigest()
+        Path(f"{folder}.{ranks.rank}.digest").write_text(f"{len(kept)} {digest}")
 
 
 def unreadable(checkpoint: Path) -> dict:
@@ -263,7 +357,62 @@ def do_flow(ranks: Ranks, folder: Path, request: dict) -> None:
     ranks.told(lambda: Path(f"{folder}.json").write_text(json.dumps([held, gathered, added])))
 
 
-SCENARIOS = {"train": do_train, "tell": do_tell, "meet": do_meet, "vanish": do_vanish, "flow": do_flow}
+def do_reductions(ranks: Ranks, folder: Path, request: dict) -> None:
+    """How many numbers each of the reductions adds up that a pass takes, forward and backward."""
+    model = tiny_tokenformer(**request["changes"])
+    strategy = Split(ranks, DividedLinear(model, ranks.size))
+    strategy.place(model)
+    ids = torch.zeros(2, 16, dtype=torch.long)
+    found = []
+
+    def reductions(run: Callable[[], Tensor]) -> Tensor:
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+            result = run()
+        found.append(
+            [math.prod(event.input_shapes[0]) for event in profiler.events() if event.name == "gloo:all_reduce"]
+        )
+        return result
+
+    loss = reductions(lambda: model(input_ids=ids, labels=ids).loss)
+    reductions(loss.backward)
+    ranks.told(lambda: Path(f"{folder}.json").write_text(json.dumps(found)))
+
+
+def do_gradients(ranks: Ranks, folder: Path, request: dict) -> None:
+    """How far loss and gradients of divided models are from those of whole ones, in turn, relative to the largest."""
+    found = {}
+    ids = torch.arange(32).view(2, 16) * 7 % VOCABULARY
+    for name in request["families"]:
+        model = small(name).double()
+        model.loss_function = loss_in_the_models_precision
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        losses, gradients = [], []
+        for strategy in (None, Split(ranks, DividedLinear(model, ranks.size))):
+            model.zero_grad(set_to_none=True)
+            if strategy is not None:
+                strategy.place(model)
+            losses.append(model(input_ids=ids, labels=ids).loss)
+            losses[-1].backward()
+            parameters = list(model.parameters())
+            if strategy is not None:
+                strategy.add_up(parameters)
+            gradients.append([whole(parameter.grad) for parameter in parameters])
+        divided = sum(isinstance(parameter, DTensor) for parameter in parameters)
+        apart = [float((a - b).abs().max() / a.abs().max()) for a, b in zip(*gradients, strict=True)]
+        found[name] = [divided, float(losses[0] - losses[1]), max(apart)]
+    ranks.told(lambda: Path(f"{folder}.json").write_text(json.dumps(found)))
+
+
+SCENARIOS = {
+    "train": do_train,
+    "tell": do_tell,
+    "meet": do_meet,
+    "vanish": do_vanish,
+    "flow": do_flow,
+    "reductions": do_reductions,
+    "gradients": do_gradients,
+}
 
 
 def child(rank: int, port: int, request: dict) -> int:

@@ -2,14 +2,11 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from auxin.accounting import Ledger
 from auxin.errors import ConfigError, TrainingError
@@ -19,55 +16,7 @@ from auxin.training import TrainingSettings, latest_checkpoint
 from auxin.training.meeting import meet
 from auxin.training.ranks import joined, speaks
 from auxin.training.strategies import samples_per_pass
-from training.servers import served
-from training.tiny import checkpoint_bits, read_metrics, tiny_gpt2, tiny_llama, tiny_tokenformer
-
-STEPS = 50
-FIFTY = {"steps": STEPS, "batch_size": 8, "warmup_steps": 5, "checkpoint_interval": 20, "evaluation_interval": 20}
-Run = Callable[..., dict]
-
-
-@pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
-    """Ask the server for a run."""
-    with served("ranks_server.py") as ask:
-        yield lambda folder, size, scenario="train", **request: ask(
-            {**request, "folder": str(folder), "size": size, "scenario": scenario}
-        )
-
-
-@pytest.fixture(scope="module")
-def trained(run, tmp_path_factory) -> Callable[..., Path]:
-    """The folder of a finished training by so many processes; each is done once."""
-    done: dict[str, Path] = {}
-
-    def of(size: int, model: str, **request: object) -> Path:
-        key = json.dumps([size, model, request], sort_keys=True)
-        if key not in done:
-            folder = tmp_path_factory.mktemp("trained") / "run"
-            answer = run(folder, size, model=model, **request)
-            assert answer["codes"] == [0] * size, answer["messages"]
-            done[key] = folder
-        return done[key]
-
-    return of
-
-
-def apart(one: Path, other: Path) -> tuple[float, float]:
-    """How far losses, and how far weights and moments, of two runs lie apart at most."""
-    lines = [read_metrics(folder) for folder in (one, other)]
-    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
-    names = ("loss", "gradient_norm", "validation_loss")
-    pairs = [(a[name], b[name]) for a, b in zip(*lines, strict=True) for name in names if name in a]
-    assert len(pairs) >= 2 * STEPS
-    losses = max(abs(a - b) for a, b in pairs)
-    files = ("model.safetensors", "training/state.safetensors")
-    tensors = [[load_file(latest_checkpoint(folder) / name) for name in files] for folder in (one, other)]
-    worst = 0.0
-    for a, b in zip(*tensors, strict=True):
-        assert a.keys() == b.keys()
-        worst = max(worst, *(float((a[name] - b[name]).abs().max()) for name in a if a[name].is_floating_point()))
-    return losses, worst
+from training.tiny import FIFTY, apart, checkpoint_bits, read_metrics, tiny_gpt2, tiny_llama, tiny_tokenformer
 
 
 @pytest.mark.parametrize("strategy", ["replicated", "sharded"])

@@ -25,7 +25,7 @@ from auxin.models import TokenFormerConfig, TokenFormerForCausalLM
 from auxin.objectives import ObjectiveSettings
 from auxin.objectives.causal import Causal
 from auxin.objectives.measures import Loss
-from auxin.training import TrainingSettings
+from auxin.training import TrainingSettings, latest_checkpoint
 from auxin.training.optimizer import build_optimizer
 from tiny_models import fresh_llama
 
@@ -83,19 +83,25 @@ def tiny_gpt2(seed: int = 0, dropout: float = 0.1) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-def tiny_tokenformer(seed: int = 0) -> TokenFormerForCausalLM:
+def tiny_tokenformer(seed: int = 0, **changes: object) -> TokenFormerForCausalLM:
     torch.manual_seed(seed)
-    config = TokenFormerConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        qkv_tokens=[24, 8],
-        proj_tokens=[24, 8],
-        ffn_tokens=[48, 16],
-        max_position_embeddings=64,
-    )
-    return TokenFormerForCausalLM(config)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    tokens = {"qkv_tokens": [24, 8], "proj_tokens": [24, 8], "ffn_tokens": [48, 16]}
+    return TokenFormerForCausalLM(TokenFormerConfig(**{"vocab_size": VOCABULARY, **sizes, **tokens, **changes}))
+
+
+NORMED = {
+    "score_function": "l2_norm_gelu",
+    "proj_score_function": "gelu_l2_norm",
+    "qkv_tokens": [7, 6],
+    "proj_tokens": [5],
+    "ffn_tokens": [13, 5, 9],
+    "qkv_tau": [2.0, 3.5],
+    "ffn_eps": [1e-6, 1e-3, 1e-6],
+    "value_initializer_range": 0.1,
+}
+"""A TokenFormer's changes so that its groups have norms, scales and epsilons of their own, and few numbers divide how
+many tokens it has."""
 
 
 SPANS = {"objective": {"kind": "span_corruption", "noise_density": 0.3, "mean_span_length": 2.0}}
@@ -225,3 +231,25 @@ def read_metrics(output_dir: Path, timed: bool = False) -> list[dict]:
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     clock = () if timed else ("seconds", "units_per_second", "flops_per_second", "data_share")
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+
+
+STEPS = 50
+FIFTY = {"steps": STEPS, "batch_size": 8, "warmup_steps": 5, "checkpoint_interval": 20, "evaluation_interval": 20}
+"""A training that several processes and one are compared by."""
+
+
+def apart(one: Path, other: Path) -> tuple[float, float]:
+    """How far losses, and how far weights and moments, of two runs lie apart at most."""
+    lines = [read_metrics(folder) for folder in (one, other)]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+    names = ("loss", "gradient_norm", "validation_loss")
+    pairs = [(a[name], b[name]) for a, b in zip(*lines, strict=True) for name in names if name in a]
+    assert len(pairs) >= 2 * STEPS
+    losses = max(abs(a - b) for a, b in pairs)
+    files = ("model.safetensors", "training/state.safetensors")
+    tensors = [[load_file(latest_checkpoint(folder) / name) for name in files] for folder in (one, other)]
+    worst = 0.0
+    for a, b in zip(*tensors, strict=True):
+        assert a.keys() == b.keys()
+        worst = max(worst, *(float((a[name] - b[name]).abs().max()) for name in a if a[name].is_floating_point()))
+    return losses, worst

@@ -40,7 +40,8 @@ def grow(
 
     config: Any = load_config(checkpoint)
     counts = {"qkv_tokens": qkv_tokens, "proj_tokens": proj_tokens, "ffn_tokens": ffn_tokens}
-    if (to is None) == all(count is None for count in counts.values()):
+    uncounted = all(count is None for count in counts.values())
+    if (to is None) == uncounted and not (uncounted and regime == "padding"):
         raise ConfigError("Give either --to PRESET or token counts (--qkv-tokens, --proj-tokens, --ffn-tokens).")
     rules = {"regime": regime, "keys": keys, "values": values, "scale": scale, "noise": noise, "seed": seed}
     settings = TokenGrowth.parse({**counts, **rules}) if to is None else token_growth_to(config, to, **rules)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from auxin.errors import PlanError
+from auxin.nn.shared_rows import Processes
 from auxin.words.anatomy import ResidualBlocks
 from auxin.words.registry import Registry
 from auxin.words.roles import ParameterRole
@@ -178,6 +179,19 @@ class Brick(nn.Module):
             args, kwargs: what `forward` was called with; tensors have shapes and no values.
         """
         return counted
+
+    def shared_rows(self) -> Collection[str]:
+        """Names in it of the parameters whose rows several processes can share, so that each computes with its own
+        (tensor parallelism). Default: none; each process then computes the same with all of it.
+
+        Raises:
+            ConfigError: it is set in a way that leaves no sums for that; the message says what would do.
+        """
+        return ()
+
+    def share(self, processes: Processes) -> None:
+        """Compute with `processes` from now on: those parameters then hold this one's rows, as DTensors."""
+        raise NotImplementedError
 
     def overwritten_with(self, other: nn.Module) -> None:
         """Its tensors were overwritten in place with those of `other`, a module of the same class: what it keeps beside

@@ -9,25 +9,18 @@ sum of the group sizes.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self, cast, get_args
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Self, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from auxin.errors import ConfigError, unknown_name
 from auxin.nn.bricks import Brick
 from auxin.nn.scores import Gelu, ScoreFunction
-
-# On a CPU the elementwise work goes through blocks of rows that stay in the cache (and are still large enough to be
-# shared between threads); elsewhere the blocks only bound the temporaries.
-CPU_BLOCK_ELEMENTS_PER_THREAD = 2**18
-DEVICE_BLOCK_ELEMENTS = 2**24
-# Below this width (a vector register of float32) compiled code gains nothing from looking at rows as pieces.
-SMALLEST_PIECE = 16
+from auxin.nn.shared_rows import Processes, local, seen_by_all, summed
+from auxin.nn.token_weights import Rule, norm_dtype, token_weights
 
 
 def pattention(
@@ -78,9 +71,9 @@ def pattention(
         )
     # Compilers may take a number for a variable, which can't be checked; `Pattention` checks its own when it is made.
     checked = eps if torch.compiler.is_compiling() else _checked_eps(eps, tuple(group_sizes))
-    rule = _Rule(score_function, gelu, checked, tuple(group_sizes))
+    rule = Rule(score_function, gelu, checked, tuple(group_sizes))
     scores = F.linear(x.reshape(-1, x.shape[-1]), key_tokens)
-    return (_weights(scores, tau, rule) @ value_tokens).reshape(*x.shape[:-1], value_tokens.shape[1])
+    return (token_weights(scores, tau, rule) @ value_tokens).reshape(*x.shape[:-1], value_tokens.shape[1])
 
 
 class Pattention(Brick):
@@ -104,6 +97,8 @@ class Pattention(Brick):
     """
 
     tau: Tensor
+    processes: Processes | None = None
+    """Those that have the other tokens, where this one has a piece of them; see `auxin.nn.shared_rows`."""
 
     def __init__(
         self,
@@ -125,7 +120,7 @@ class Pattention(Brick):
         self.value_tokens = nn.Parameter(torch.empty(sum(group_sizes), out_features, device=device, dtype=dtype))
         self.register_buffer(
             "tau",
-            torch.empty(len(self.group_sizes), dtype=_norm_dtype(self.key_tokens.dtype), device=device),
+            torch.empty(len(self.group_sizes), dtype=norm_dtype(self.key_tokens.dtype), device=device),
             persistent=False,
         )
         self.set_tau([math.sqrt(size) for size in group_sizes] if tau is None else tau)
@@ -133,6 +128,8 @@ class Pattention(Brick):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
+        if self.processes is not None:
+            return _shared_outputs(x, [self], self.processes)[0]
         return pattention(
             x, self.key_tokens, self.value_tokens, self.tau, self.group_sizes, self.score_function, self.gelu, self.eps
         )
@@ -147,7 +144,7 @@ class Pattention(Brick):
         """Fill the buffer with the configured scales, as is needed after a meta-device or empty initialisation.
 
         In place, unless the parameters have got another type than the buffer was made for."""
-        dtype = _norm_dtype(self.key_tokens.dtype)
+        dtype = norm_dtype(self.key_tokens.dtype)
         if self.tau.dtype != dtype:
             self.tau = torch.empty_like(self.tau, dtype=dtype)
         self.tau.copy_(torch.tensor(self.initial_tau, dtype=dtype, device="cpu"))
@@ -164,6 +161,31 @@ class Pattention(Brick):
         """The plain numbers: epsilons, and those that the scales were set from, which the buffer may have rounded."""
         self.eps = cast(Pattention, other).eps
         self.set_tau(cast(Pattention, other).initial_tau)
+
+    def shared_rows(self) -> Collection[str]:
+        """Keys and values: each process can weigh tokens of its own."""
+        if self.score_function == "softmax":
+            raise ConfigError(
+                "score_function 'softmax' weighs each token by its share among all, for which processes that have some "
+                "of them each have no sums. Set strategy: replicated or sharded."
+            )
+        return ("key_tokens", "value_tokens")
+
+    def share(self, processes: Processes) -> None:
+        """From now on keys and values hold the tokens of this process."""
+        self.processes = processes
+
+    def sizes_here(self) -> list[int]:
+        """Tokens of each group that this process has: groups lie one after the other, and are cut where the rows are.
+        So each process has as many tokens as the others, whatever the groups, and a group may lie in a few of them."""
+        if self.processes is None:
+            return list(self.group_sizes)
+        mine = self.processes.rows(sum(self.group_sizes))
+        starts = [sum(self.group_sizes[:number]) for number in range(len(self.group_sizes))]
+        return [
+            max(0, min(start + size, mine.stop) - max(start, mine.start))
+            for start, size in zip(starts, self.group_sizes, strict=True)
+        ]
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Keys N(0, 1/in_features) and values N(0, 1/n), as the JAX reference draws them in its attention layers: with
@@ -182,11 +204,58 @@ class Pattention(Brick):
         before = self.tau
         super()._apply(fn, recurse)
         unfilled = before.is_meta and not self.tau.is_meta  # `to_empty` leaves no values
-        if unfilled or before.dtype != _norm_dtype(self.key_tokens.dtype):
+        if unfilled or before.dtype != norm_dtype(self.key_tokens.dtype):
             self.reset_tau()  # float64 has digits that float32 would not give back
         elif self.tau.dtype != before.dtype:  # a cast must not round the scales
             self.tau = before.to(self.tau.device)
         return self
+
+
+def outputs_of(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """What each of `layers` gives of the same input. Where processes share their tokens, those of all layers are
+    weighed together, so that the processes meet as often as for one of them.
+
+    Args:
+        x: (..., in_features).
+        layers: Pattention layers, or what stands in their place.
+    """
+    first = layers[0]
+    if (
+        isinstance(first, Pattention)
+        and first.processes is not None
+        and all(isinstance(layer, Pattention) and _weighs_like(layer, first) for layer in layers)
+    ):
+        return _shared_outputs(x, cast(Sequence[Pattention], layers), first.processes)
+    return [layer(x) for layer in layers]
+
+
+def _weighs_like(layer: Pattention, other: Pattention) -> bool:
+    """Whether the scores of both become weights alike, and nobody watches `layer` being called."""
+    alike = (layer.processes, layer.score_function, layer.gelu) == (other.processes, other.score_function, other.gelu)
+    return alike and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
+def _shared_outputs(x: Tensor, layers: Sequence[Pattention], processes: Processes) -> list[Tensor]:
+    """What `layers` give of `x`, of which `processes` have tokens each: see `auxin.nn.shared_rows`."""
+    sizes = [layer.sizes_here() for layer in layers]
+    groups = tuple(size for layer in sizes for size in layer)
+    each = [[layer.eps] * len(layer.group_sizes) if isinstance(layer.eps, float) else layer.eps for layer in layers]
+    eps = _checked_eps([number for numbers in each for number in numbers], groups)
+    rule = Rule(layers[0].score_function, layers[0].gelu, eps, groups, processes)
+    rows = seen_by_all(x.reshape(-1, x.shape[-1]), processes)
+    scores = F.linear(rows, _together([local(layer.key_tokens) for layer in layers]))
+    weights = token_weights(scores, _together([layer.tau for layer in layers]), rule)
+    parts = weights.split([sum(layer) for layer in sizes], dim=-1) if len(layers) > 1 else [weights]
+    outputs = [part @ local(layer.value_tokens) for part, layer in zip(parts, layers, strict=True)]
+    if len(layers) == 1:
+        return [summed(outputs[0], processes).view(*x.shape[:-1], -1)]
+    added = summed(torch.cat([output.flatten() for output in outputs]), processes)
+    pieces = added.split([output.numel() for output in outputs])
+    return [piece.view(*x.shape[:-1], output.shape[-1]) for piece, output in zip(pieces, outputs, strict=True)]
+
+
+def _together(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _check_settings(group_sizes: Sequence[int], score_function: str, gelu: str) -> None:
@@ -228,215 +297,3 @@ def _checked_tau(values: Sequence[float], group_sizes: tuple[int, ...]) -> tuple
             f"tau must be positive and finite, got {list(tau)}; the usual value is the square root of the group's size."
         )
     return tau
-
-
-class _Rule:
-    """How scores become weights: the settings that are no tensors."""
-
-    __slots__ = ("approximate", "eps", "group_sizes", "score_function")
-
-    def __init__(
-        self, score_function: ScoreFunction, gelu: Gelu, eps: float | Sequence[float], group_sizes: tuple[int, ...]
-    ) -> None:
-        self.score_function, self.group_sizes = score_function, group_sizes
-        self.eps = eps
-        self.approximate = "none" if gelu == "erf" else "tanh"
-
-    def beside(self, norms: Tensor) -> float | Tensor:
-        """What is added to `norms` (groups, rows)."""
-        if isinstance(self.eps, float):
-            return self.eps
-        return torch.cat([norms.new_full((1, 1), eps) for eps in self.eps])
-
-
-def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _weights(scores: Tensor, tau: Tensor, rule: _Rule) -> Tensor:
-    """S = f(A) for scores (rows, n) that nobody else uses: eager mode overwrites them."""
-    if rule.score_function == "gelu":
-        return F.gelu(scores, approximate=rule.approximate)
-    if rule.score_function == "linear":
-        return scores
-    tau = tau.to(_norm_dtype(scores.dtype))
-    if torch.compiler.is_compiling() or type(scores) not in (Tensor, FakeTensor) or tau.requires_grad:
-        return _plain_weights(scores, tau, rule)
-    if torch.is_grad_enabled() and scores.requires_grad:
-        return _Weights.apply(scores, tau, rule)
-    _compute_weights(scores, tau, rule, out=scores)
-    return scores
-
-
-def _plain_weights(scores: Tensor, tau: Tensor, rule: _Rule) -> Tensor:
-    """The formula as written, for compilers (which fuse it and derive its gradient) and for tensor subclasses.
-
-    Compilers make a loop of its own from each group that is a slice of the scores, and those loops run across memory.
-    Where the group sizes have a large common divisor, whole rows are handled instead, seen as pieces of that size."""
-    sizes, eps = list(rule.group_sizes), rule.eps
-    piece = math.gcd(*sizes)
-    if isinstance(eps, float) and piece == max(sizes):
-        groups = scores.unflatten(-1, (len(sizes), piece))
-        return _formula(groups, tau.unsqueeze(-1), rule, [eps]).flatten(-2)
-    each = [eps] * len(sizes) if isinstance(eps, float) else eps
-    if rule.score_function != "softmax" and piece >= SMALLEST_PIECE:
-        pieces = [size // piece for size in sizes]
-        return _formula(scores.unflatten(-1, (-1, piece)), tau, rule, each, pieces).flatten(-2)
-    blocks = zip(scores.split(sizes, dim=-1), tau.split(1), each, strict=True)
-    return torch.cat([_formula(block, factor, rule, [number]) for block, factor, number in blocks], dim=-1)
-
-
-def _formula(scores: Tensor, tau: Tensor, rule: _Rule, eps: Sequence[float], pieces: Sequence[int] = ()) -> Tensor:
-    """f(A) over the last dimension, or, if `pieces` says how many of them make up each group, over the last two.
-
-    `eps` has one number for each of those groups."""
-    dtype = _norm_dtype(scores.dtype)
-    if rule.score_function == "softmax":
-        return (torch.softmax(scores, dim=-1, dtype=dtype) * tau.square()).to(scores.dtype)
-    if rule.score_function == "gelu_l2_norm":
-        scores = F.gelu(scores, approximate=rule.approximate)
-    # The root of a sum, kept off zero where its slope is infinite: its gradient costs one factor for each row, that of
-    # `vector_norm` a division for each score.
-    squares = scores.to(dtype).square().sum(dim=-1, keepdim=True)
-    sums = [part.sum(dim=-2, keepdim=True) for part in squares.split(list(pieces), dim=-2)] if pieces else [squares]
-    scales = [
-        factor / (total.clamp_min(torch.finfo(dtype).tiny).sqrt() + number)
-        for factor, total, number in zip(tau.split(1) if pieces else [tau], sums, eps, strict=True)
-    ]
-    if scores.dtype == torch.float16:
-        scales = [scale.masked_fill(total == 0, 0) for scale, total in zip(scales, sums, strict=True)]
-    scale = scales[0]
-    if pieces:
-        scale = torch.cat([one.expand(-1, count, -1) for one, count in zip(scales, pieces, strict=True)], dim=-2)
-    normalised = (scores * scale).to(scores.dtype)
-    return F.gelu(normalised, approximate=rule.approximate) if rule.score_function == "l2_norm_gelu" else normalised
-
-
-def _row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Slices of rows that hold about as many elements as are worth handling at once."""
-    rows, columns = matrix.shape
-    if type(matrix) is FakeTensor:  # shapes alone have no cache to stay in
-        yield slice(0, rows)
-        return
-    limit = (
-        CPU_BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads()
-        if matrix.device.type == "cpu"
-        else DEVICE_BLOCK_ELEMENTS
-    )
-    step = max(1, limit // columns)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
-def _compute_weights(scores: Tensor, tau: Tensor, rule: _Rule, out: Tensor) -> Tensor | None:
-    """Write S = f(A) to `out`, which may be `scores`, and return the norms (groups, rows), None for softmax.
-
-    l2_norm_gelu leaves Z = tau A / (||A|| + eps) in `scores`, the others leave `scores` as they are (unless overwritten
-    as `out`)."""
-    sizes, dtype = list(rule.group_sizes), _norm_dtype(scores.dtype)
-    if rule.score_function == "softmax":
-        for rows in _row_blocks(scores):
-            blocks = zip(scores[rows].split(sizes, dim=-1), out[rows].split(sizes, dim=-1), tau.square(), strict=True)
-            for block, target, factor in blocks:
-                torch.mul(torch.softmax(block, dim=-1, dtype=dtype), factor, out=target)
-        return None
-    norms = torch.empty(len(sizes), scores.shape[0], dtype=dtype, device=scores.device)
-    norm_first = rule.score_function == "l2_norm_gelu"
-    normalised = scores if norm_first else out
-    for rows in _row_blocks(scores):
-        if not norm_first:
-            torch.ops.aten.gelu.out(scores[rows], approximate=rule.approximate, out=out[rows])
-        blocks = normalised[rows].split(sizes, dim=-1)
-        for norm, block in zip(norms[:, rows], blocks, strict=True):
-            torch.linalg.vector_norm(block, dim=-1, dtype=dtype, out=norm)
-        scale = _scale(norms[:, rows], tau, rule)
-        for factor, block in zip(scale.unsqueeze(-1), blocks, strict=True):
-            block.mul_(factor)
-        if norm_first:
-            torch.ops.aten.gelu.out(scores[rows], approximate=rule.approximate, out=out[rows])
-    return norms
-
-
-def _scale(norms: Tensor, tau: Tensor, rule: _Rule) -> Tensor:
-    return tau.unsqueeze(-1) / (norms + rule.beside(norms))
-
-
-class _Weights(torch.autograd.Function):
-    """S = f(A), keeping one matrix of the scores' size and the norms.
-
-    Two things go on in place. The forward pass overwrites the scores. The backward pass overwrites the gradient of S: S
-    has one consumer, the value GEMM, whose backward pass has just made that gradient for this function alone.
-    """
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, scores: Tensor, tau: Tensor, rule: _Rule) -> Tensor:
-        weights = torch.empty_like(scores)
-        norms = _compute_weights(scores, tau, rule, out=weights)
-        ctx.rule = rule  # type: ignore[attr-defined]
-        ctx.save_for_backward(weights if norms is None else scores, tau, *([] if norms is None else [norms]))
-        return weights
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        rule, (kept, tau, *norms) = ctx.rule, ctx.saved_tensors
-        for rows in _row_blocks(kept):
-            if rule.score_function == "softmax":
-                _softmax_backward(gradient[rows], kept[rows], tau, rule)
-            elif rule.score_function == "gelu_l2_norm":
-                _gelu_l2_norm_backward(gradient[rows], kept[rows], norms[0][:, rows], tau, rule)
-            else:
-                _l2_norm_gelu_backward(gradient[rows], kept[rows], norms[0][:, rows], tau, rule)
-        return gradient, None, None
-
-
-def _softmax_backward(gradient: Tensor, weights: Tensor, tau: Tensor, rule: _Rule) -> None:
-    """S = tau^2 p:  dA = S (dS - <S, dS> / tau^2)."""
-    sums = _group_sums(gradient * weights, rule, tau.dtype) / tau.square().unsqueeze(-1)
-    for sum_, block in zip(sums.unsqueeze(-1), gradient.split(list(rule.group_sizes), dim=-1), strict=True):
-        block.sub_(sum_)
-    gradient.mul_(weights)
-
-
-def _l2_norm_gelu_backward(gradient: Tensor, normalised: Tensor, norms: Tensor, tau: Tensor, rule: _Rule) -> None:
-    """Z = s A, s = tau / (||A|| + eps):  dA = s dZ - Z <Z, dZ> / (tau ||A||), eq. 25 of the paper with eps."""
-    _gelu_backward_(gradient, normalised, rule)
-    along = _group_sums(gradient * normalised, rule, norms.dtype) / _positive(norms) / tau.unsqueeze(-1)
-    _subtract_projection_(gradient, normalised, _backward_scale(gradient, norms, tau, rule), along, rule)
-
-
-def _gelu_l2_norm_backward(gradient: Tensor, scores: Tensor, norms: Tensor, tau: Tensor, rule: _Rule) -> None:
-    """S = s G, s = tau / (||G|| + eps), G = GELU(A):  dG = s (dS - G <G, dS> / (||G|| (||G|| + eps))), dA from dG."""
-    activated = F.gelu(scores, approximate=rule.approximate)
-    scale = _backward_scale(gradient, norms, tau, rule)
-    along = _group_sums(gradient * activated, rule, norms.dtype) / _positive(norms) * scale
-    along = along / (norms + rule.beside(norms))
-    _subtract_projection_(gradient, activated, scale, along, rule)
-    _gelu_backward_(gradient, scores, rule)
-
-
-def _gelu_backward_(gradient: Tensor, preactivation: Tensor, rule: _Rule) -> None:
-    torch.ops.aten.gelu_backward.grad_input(gradient, preactivation, approximate=rule.approximate, grad_input=gradient)
-
-
-def _group_sums(products: Tensor, rule: _Rule, dtype: torch.dtype) -> Tensor:
-    """(rows, n) -> (groups, rows)."""
-    return torch.stack([block.sum(dim=-1, dtype=dtype) for block in products.split(list(rule.group_sizes), dim=-1)])
-
-
-def _subtract_projection_(gradient: Tensor, vectors: Tensor, scale: Tensor, along: Tensor, rule: _Rule) -> None:
-    """gradient <- scale gradient - along vectors, group by group."""
-    sizes = list(rule.group_sizes)
-    columns = (scale.unsqueeze(-1), along.unsqueeze(-1), gradient.split(sizes, dim=-1), vectors.split(sizes, dim=-1))
-    for factor, coefficient, block, vector in zip(*columns, strict=True):
-        block.mul_(factor).addcmul_(vector, coefficient, value=-1)
-
-
-def _positive(norms: Tensor) -> Tensor:
-    """Norms fit for a division: where the norm is zero so is what is divided."""
-    return norms.clamp_min(torch.finfo(norms.dtype).tiny)
-
-
-def _backward_scale(gradient: Tensor, norms: Tensor, tau: Tensor, rule: _Rule) -> Tensor:
-    scale = _scale(norms, tau, rule)
-    return scale.masked_fill_(norms == 0, 0) if gradient.dtype == torch.float16 else scale

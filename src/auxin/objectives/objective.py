@@ -95,6 +95,8 @@ class Objective:
     adds_up: bool = True
     """Whether a batch's loss is the mean of that of its parts, weighed by their targets, so that how it is cut changes
     nothing but rounding."""
+    sees_heads: bool = False
+    """Whether it looks into attentions, so that a process that learns by it needs all their heads."""
     call: ClassVar[dict[str, Any]] = {}
     """Further keyword arguments of the model's forward pass."""
 

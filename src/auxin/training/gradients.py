@@ -12,7 +12,7 @@ from auxin.nn.autocast import bfloat16_autocast
 from auxin.objectives.objective import Objective
 from auxin.training.hardware import choose_precision
 from auxin.training.settings import TrainingSettings
-from auxin.training.strategies import Copies, samples_per_pass, whole
+from auxin.training.strategies import Copies, apart, samples_per_pass, whole
 
 
 class BatchGradients:
@@ -55,7 +55,7 @@ class BatchGradients:
         """
         for parameter in self.parameters:
             parameter.grad = None
-        parts = _parts(inputs, samples_per_pass(self.settings, self.ranks.size))
+        parts = _parts(inputs, samples_per_pass(self.settings, self.strategy.sharers.size))
         counts = [self.objective.targets(part) for part in parts]
         total = sum(counts)
         if not total:
@@ -76,11 +76,14 @@ class BatchGradients:
             torch.manual_seed(seed + 1 + len(parts))
             self.ranks.wait_for_others()
             loss = loss.double()  # of what type the losses are, a process without a part does not know
-            self.ranks.add_up(loss)
+            self.strategy.total(loss)
         self.strategy.add_up(self.parameters)
-        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        kinds = [kind for kind in apart(self.parameters) if any(p.grad is not None for p in kind)] or [self.parameters]
+        norms = [get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds]
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([whole(norm) for norm in norms]))
         if self.settings.gradient_clip is not None:
-            clip_grads_with_norm_(self.parameters, self.settings.gradient_clip, norm)
+            for kind in kinds:
+                clip_grads_with_norm_(kind, self.settings.gradient_clip, norm)
         # One transfer, so that CUDA is waited for once per step.
         values = torch.stack([loss, whole(norm).to(loss.dtype)]).tolist()
         return values[0], values[1]
@@ -88,8 +91,9 @@ class BatchGradients:
     def _own(self, shares: list[tuple[int, float]]) -> list[tuple[int, float]]:
         """Of (micro-batch, its share of the loss) those of this process. Where a pass is one of all processes together,
         each has as many; what is there twice weighs nothing the second time."""
-        own = shares[self.ranks.rank :: self.ranks.size]
-        most = math.ceil(len(shares) / self.ranks.size)
+        sharers = self.strategy.sharers
+        own = shares[sharers.rank :: sharers.size]
+        most = math.ceil(len(shares) / sharers.size)
         return own + [(shares[0][0], 0.0)] * (most - len(own)) if self.strategy.in_step else own
 
     def _here(self, part: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -43,6 +43,7 @@ from auxin.training.settings import TrainingSettings
 from auxin.training.speed import Speed
 from auxin.training.state import TrainingState
 from auxin.training.strategies import Copies, choose_strategy
+from auxin.training.tensor_parallel import choose_tensor_parallel
 
 T = TypeVar("T")
 
@@ -117,7 +118,8 @@ def train(
         measured = objective if measured_objective is None else measured_objective.bind(model.config, form, references)
         flops = objective.training_flops(model)
         total_steps = settings.total_steps(form, flops)
-        strategy = choose_strategy(settings, ranks, device, model, objective, hooks)
+        choose = choose_tensor_parallel if settings.strategy == "tensor" else choose_strategy
+        strategy = choose(settings, ranks, device, model, objective, hooks)
     facts = objective.identity()
     if not objective.adds_up:  # a setting that may change elsewhere, and here is part of what is learnt
         facts["samples per forward pass"] = str(settings.samples_per_forward)

@@ -1,5 +1,7 @@
 """AdamW: which parameters decay, and its moments by parameter name."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -7,6 +9,7 @@ from torch.optim import AdamW, Optimizer
 from auxin.errors import CheckpointError
 from auxin.models.pieces import StoredTensors
 from auxin.training.settings import TrainingSettings
+from auxin.training.strategies import apart
 
 PREFIX = "optimizer."
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -31,7 +34,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 def build_optimizer(model: nn.Module, settings: TrainingSettings) -> AdamW:
     """AdamW over all trainable parameters of `model`, with the fused kernel where there is one."""
-    groups = [group for group in parameter_groups(model, settings.weight_decay) if group["params"]]
+    groups = [
+        {**group, "params": kind}
+        for group in parameter_groups(model, settings.weight_decay)
+        for kind in apart(cast(list[nn.Parameter], group["params"]))
+    ]
     devices = {parameter.device.type for parameter in model.parameters()}
     return AdamW(
         groups,

@@ -98,9 +98,10 @@ class TrainingSettings(Settings):
     """auto: CUDA where there is one."""
     compile: bool = False
     """Run the model through torch.compile."""
-    strategy: Literal["auto", "replicated", "sharded"] = "auto"
+    strategy: Literal["auto", "replicated", "sharded", "tensor"] = "auto"
     """How the model lies in several processes that torchrun has started. replicated: a copy in each. sharded:
-    parameters, gradients and moments in pieces (FSDP2). auto: sharded on CUDA where nothing stands against it, else
+    parameters, gradients and moments in pieces (FSDP2). tensor: in pieces, each of which computes its part of a layer
+    for the whole batch (tensor parallelism). auto: sharded on CUDA where nothing stands against it, else
     replicated. Without meaning for one process."""
     num_workers: int = Field(default=0, ge=0, le=MOST_WORKERS)
     """Processes that read batches ahead of the training; 0 reads them in the training's own. The order of samples does

@@ -25,6 +25,7 @@ from auxin.training.ranks import Ranks
 from auxin.training.settings import TrainingSettings
 
 T = TypeVar("T")
+StrategyName = Literal["replicated", "sharded", "tensor"]
 BUCKET = 2**23
 """Values of gradients that are added up at a time."""
 
@@ -36,7 +37,7 @@ class Copies:
         ranks: the processes; one alone keeps everything to itself.
     """
 
-    name: Literal["replicated", "sharded"] = "replicated"
+    name: StrategyName = "replicated"
     in_step = False
     """Whether a forward pass of the model is one of all processes together."""
     skeleton: PreTrainedModel | None = None
@@ -44,6 +45,8 @@ class Copies:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
+        self.sharers = ranks
+        """The processes among which the parts of a batch are divided."""
 
     def place(self, model: PreTrainedModel) -> None:
         """Bring `model`, whole and on its device, into the form that it is trained in."""
@@ -69,6 +72,10 @@ class Copies:
                 dense = parameter.is_contiguous()
                 parameter.grad = gradient if dense else torch.empty_like(parameter).copy_(gradient)
 
+    def total(self, loss: Tensor) -> None:
+        """Replace `loss`, of the parts that this process has computed, by that of the whole batch."""
+        self.ranks.add_up(loss)
+
     def measured(self, model: PreTrainedModel, find: Callable[[], T]) -> T:
         """What `find` finds of the model: something that JSON has a form for. The leader looks alone."""
         return self.ranks.told(find)
@@ -78,12 +85,12 @@ class Sharded(Copies):
     """Every process has a piece of each parameter, gradient and moment, by torch's FSDP2; a layer is whole only while
     it computes."""
 
-    name = "sharded"
+    name: StrategyName = "sharded"
     in_step = True
 
     def place(self, model: PreTrainedModel) -> None:
         """Cut the parameters into pieces, layer by layer."""
-        self.skeleton = _shapes(model)
+        self.skeleton = shapes_alone(model)
         mesh = init_device_mesh(model.device.type, (self.ranks.size,))
         cut_by_layers(model, mesh)
         for module in _sharded(model):
@@ -148,14 +155,14 @@ def choose_strategy(
     if not ranks.several:
         return Copies(ranks)
     _check(settings, ranks, model, objective)
-    against = _against_pieces(settings, model, hooks)
+    against = against_pieces(settings, model, hooks)
     if settings.strategy == "sharded" and against is not None:
         raise ConfigError(f"strategy: 'sharded' cuts parameters into pieces, and {against} Set strategy: replicated.")
     sharded = settings.strategy == "sharded" or (settings.strategy == "auto" and device.type == "cuda")
     return Sharded(ranks) if sharded and against is None else Copies(ranks)
 
 
-def _against_pieces(settings: TrainingSettings, model: PreTrainedModel, hooks: Sequence[object]) -> str | None:
+def against_pieces(settings: TrainingSettings, model: PreTrainedModel, hooks: Sequence[object]) -> str | None:
     """Why the parameters of `model` have to stay whole, in a sentence that goes on; None: they need not."""
     if hooks:
         names = ", ".join(type(hook).__name__ for hook in hooks)
@@ -247,7 +254,7 @@ def cut_by_layers(model: PreTrainedModel, mesh: DeviceMesh | None = None) -> Non
     fully_shard(model, mesh=mesh)
 
 
-def _shapes(model: PreTrainedModel) -> PreTrainedModel:
+def shapes_alone(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of `model` on the meta device that shares its config."""
     parameters = {
         id(parameter): nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
@@ -255,6 +262,14 @@ def _shapes(model: PreTrainedModel) -> PreTrainedModel:
     }
     buffers = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     return copy.deepcopy(model, {**parameters, **buffers, id(model.config): model.config})
+
+
+def apart(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """`parameters` that lie in pieces, and those that do not: torch's functions of many tensors take one kind."""
+    kinds: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for parameter in parameters:
+        kinds[not isinstance(parameter, DTensor)].append(parameter)
+    return [kind for kind in kinds if kind]
 
 
 def _sharded(model: nn.Module) -> Iterator[FSDPModule]:

@@ -10,6 +10,7 @@ A rule says where new keys and new values come from and how the scores of the ne
 | duplicate | copies | copies; all divided | one norm, tau times sqrt(n'/n), so sqrt(n') if it was sqrt(n) | exact |
 | random_keys_zero_values | random at the old keys' scale | zeros | one norm, tau = sqrt(n') | approximate |
 | official (as released) | random as at initialisation | random as at initialisation | one norm, tau = sqrt(n') | none |
+| padding | zeros | zeros | one norm, the old tau kept | exact, and no token is gained |
 
 The table is of models whose scores have a norm. Where they have none (score functions "gelu" and "linear") a token has
 no part in what the others weigh: scale has no effect, and whatever begins with keys or values of zero, or copies both,
@@ -19,6 +20,11 @@ All but "grouped" enlarge the newest group of each slot; older groups stay as th
 Copies raise the norm of a group, and the epsilon beside it is stored anew for that group. Groups of very few tokens
 have norms near zero now and then, which magnify rounding: with fewer than four, "exact" becomes "approximate" and a
 note says so.
+
+"padding" makes matrices of a size that is handled faster, and nothing else. A key of zeros scores zero, which has no
+part in the norm and weighs nothing; its value gets no gradient for that, and the key none because the value is zero. So
+AdamW, weight decay included, leaves both at zero. Padding is of the newest group, whose stored scale stays that of the
+tokens that do something. A later growth goes on behind it.
 """
 
 import math
@@ -44,7 +50,7 @@ from auxin.planning.lineage import last_changes
 from auxin.planning.method import Method
 from auxin.settings import Settings
 
-Regime = Literal["grouped", "zero_keys", "annealed", "duplicate", "random_keys_zero_values", "official"]
+Regime = Literal["grouped", "zero_keys", "annealed", "duplicate", "random_keys_zero_values", "official", "padding"]
 KeyRule = Literal["matched", "initial", "zeros", "copies"]
 ValueRule = Literal["zeros", "initial", "copies"]
 ScaleRule = Literal["own_group", "kept", "recomputed"]
@@ -56,9 +62,14 @@ REGIMES: dict[Regime, tuple[KeyRule, ValueRule, ScaleRule]] = {
     "duplicate": ("copies", "copies", "recomputed"),
     "random_keys_zero_values": ("matched", "zeros", "recomputed"),
     "official": ("initial", "initial", "recomputed"),
+    "padding": ("zeros", "zeros", "kept"),
 }
 """Keys, values and scale of every regime."""
 
+
+PADDED_TO = 64
+"""A multiple of this are tokens padded to where no number is asked for: whole rows of vector registers and of the tiles
+in which GPUs multiply."""
 
 FEWEST_TOKENS = 4
 """In a group for which exactness is promised. Measured in float32 on three sequences of 64 tokens, 40 models each: the
@@ -70,7 +81,8 @@ class TokenGrowth(Settings):
     """How many parameter tokens a TokenFormer shall have, and by which rule it gets them."""
 
     qkv_tokens: int | None = Field(default=None, gt=0)
-    """Tokens of query, key and value each after the growth, all groups together; None leaves them."""
+    """Tokens of query, key and value each after the growth, all groups together; None leaves them, under the regime
+    "padding" makes a multiple of 64 of them, as for the next two."""
     proj_tokens: int | None = Field(default=None, gt=0)
     """Tokens of the attention's output projection after the growth; None leaves them."""
     ffn_tokens: int | None = Field(default=None, gt=0)
@@ -97,6 +109,11 @@ class TokenGrowth(Settings):
         """Keys, values and scale, overrides applied."""
         keys, values, scale = REGIMES[self.regime]
         return self.keys or keys, self.values or values, self.scale or scale
+
+    @property
+    def pads(self) -> bool:
+        """Whether the new tokens are to stay without effect."""
+        return self.regime == "padding" and self.rules == REGIMES["padding"]
 
 
 def token_growth_to(config: TokenFormerConfig, preset: str, **settings: Any) -> TokenGrowth:
@@ -227,7 +244,7 @@ def _check_rules(config: TokenFormerConfig, settings: TokenGrowth, grown: Iterab
     keys, values, scale = settings.rules
     mixture = f"keys {keys!r}, values {values!r}, scale {scale!r}"
     functions = {config.slot_score_function(slot) for slot in grown}
-    if reason := _harm(functions, keys, values, scale):
+    if reason := _harm(functions, keys, values, scale, settings.pads):
         raise PlanError(f"The mixture {mixture} is refused: {reason}")
     if settings.noise and keys != "copies":
         raise PlanError(
@@ -256,11 +273,14 @@ def _magnified_rounding(config: TokenFormerConfig) -> str | None:
     )
 
 
-def _harm(functions: set[ScoreFunction], keys: KeyRule, values: ValueRule, scale: ScaleRule) -> str | None:
+def _harm(functions: set[ScoreFunction], keys: KeyRule, values: ValueRule, scale: ScaleRule, pads: bool) -> str | None:
     """Why a mixture of rules is refused where scores become weights by `functions`, and what to do instead; None when
     it is not."""
-    if keys == "zeros" and values == "zeros":
-        return "with keys and values both zero, neither gets a gradient and the new tokens never wake. Make one random."
+    if keys == "zeros" and values == "zeros" and not pads:
+        return (
+            "with keys and values both zero, neither gets a gradient and the new tokens never wake. Make one random, "
+            "or say regime 'padding' where that is what is wanted."
+        )
     unscaled = functions.isdisjoint(SCALED)
     if values == "copies" and keys != "copies":
         return "copied values are divided between copies, which without copied keys are none. Use regime 'duplicate'."
@@ -299,6 +319,8 @@ def _grown_slots(config: TokenFormerConfig, settings: TokenGrowth) -> dict[Slot,
     for slot in SLOTS:
         field, now = f"{slot}_tokens", sum(config.group_sizes(slot))
         wanted = getattr(settings, field)
+        if wanted is None and settings.pads:
+            wanted = math.ceil(now / PADDED_TO) * PADDED_TO
         if wanted is None or wanted == now:
             continue
         if wanted < now:

@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from auxin.errors import ConfigError, PlanError
 from auxin.models.tokenformer.configuration import SLOTS, Slot, TokenFormerConfig
-from auxin.nn.pattention import Pattention
+from auxin.nn.pattention import Pattention, outputs_of
 
 SLOT_OF_MODULE: dict[str, Slot] = {
     "attention.query": "qkv",
@@ -123,8 +123,8 @@ class TokenFormerAttention(nn.Module):
         """Attend over (batch, sequence, hidden_size); returns the output and, with eager attention, the weights."""
         shape = hidden_states.shape[:-1]
         query, key, value = (
-            patt(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
-            for patt in (self.query, self.key, self.value)
+            output.view(*shape, -1, self.head_dim).transpose(1, 2)
+            for output in outputs_of(hidden_states, self.query, self.key, self.value)
         )
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if past_key_values is not None:
