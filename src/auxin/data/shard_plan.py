@@ -80,7 +80,8 @@ class ShardPlan(Settings):
         name = self.files[first].name
         if not stop:
             return name if files == 1 else f"{name} to {self.files[first + files - 1].name}"
-        return f"{name}, {'row groups' if self.files[first].is_parquet else 'bytes'} {start} to {stop - 1}"
+        unit = "row group" if self.files[first].is_parquet else "byte"
+        return f"{name}, {unit} {start}" if stop == start + 1 else f"{name}, {unit}s {start} to {stop - 1}"
 
     @property
     def size(self) -> int | None:

@@ -13,6 +13,8 @@ from pathlib import Path
 _PACKAGES = Path(__file__).resolve().parents[2]
 """Where the process finds this package, too."""
 _WORK = "from auxin.data.tokenizing_ahead import work; work()"
+END = b"null\n"
+"""The line that ends it."""
 _FAREWELL = 5.0
 """Seconds in which it has ended when it is told to."""
 
@@ -66,7 +68,9 @@ def _end(process: "subprocess.Popen[bytes]", owner: int) -> None:
     if os.getpid() != owner:
         return
     assert process.stdin is not None
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
+        # Processes that read batches were forked with the pipe open, so that closing it here may not be the end of it.
+        process.stdin.write(END)
         process.stdin.close()
     try:
         process.wait(_FAREWELL)

@@ -1,7 +1,7 @@
 """What the process does that tokenizes shards ahead; `shards_ahead` starts it and talks to it.
 
-Its input has a line for each wish: a list of shards in place of those before. It ends when its input does, and its
-input does when whoever started it ends, however that is."""
+Its input has a line for each wish: a list of shards in place of those before, or null for the end. It ends, too, when
+its input does, and its input does when whoever started it ends, however that is."""
 
 import json
 import os
@@ -44,8 +44,11 @@ class _Wishes:
 
     def _read(self) -> None:
         for line in sys.stdin:
+            wish = json.loads(line)
+            if wish is None:
+                break
             with self._changed:
-                self._newest = json.loads(line)
+                self._newest = wish
                 self._changed.notify()
         with self._changed:
             self.over = True
