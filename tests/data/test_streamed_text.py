@@ -194,9 +194,12 @@ def test_a_damaged_index_is_mended(corpus, tmp_path, nobody_ahead):
     assert len(lines) > 4
     wrong = lines[1].replace(b'"contexts": ', b'"contexts": 1')
     assert wrong != lines[1]
+    (index.parent / ".00000003.npy.tmp").write_bytes(b"half")  # of a process that was killed
     index.write_bytes(b"".join([lines[0], wrong, b"\xff\x00\n", b"[]\n", *lines[3:-1], lines[-1][:40]]))
     assert batches(opened(tmp_path, **corpus), 30) == whole
     assert batches(opened(tmp_path, **corpus), 30) == whole  # a line was written behind the half one
+    assert batches(opened(tmp_path, **corpus), 200)
+    assert not list(index.parent.glob(".*.tmp"))
 
 
 def test_held_out_documents_are_those_of_the_sample_and_no_training_sees_them(corpus, tmp_path, nobody_ahead):
