@@ -95,7 +95,9 @@ def test_without_the_cache_and_with_other_readers_it_ends_in_the_same_bits(value
     """Stopped after the first stage, all of the cache is gone, processes read, and room is for nothing but windows."""
     output = tmp_path / "run"
     first = {**values, "branches": [{**values["branches"][0], "stages": values["branches"][0]["stages"][:2]}]}
-    run_recipe(Recipe.parse(first), output, "", announce=lambda line: None)
+    told: list[str] = []
+    run_recipe(Recipe.parse(first), output, "", announce=told.append)
+    assert any("about" in line and line.endswith("tokens to learn from") for line in told), told
     shutil.rmtree(output / "data" / SHARDS)
     changed = {**values["training"], "num_workers": 2}
     rest = {**values, "training": changed, "data": {**values["data"], "cache_bytes": 0}}
