@@ -26,6 +26,7 @@ from auxin.data import CorpusSettings, DatasetSettings
 from auxin.data.image_source import LabelledImagesSettings
 from auxin.data.labelled_source import LabelledTextSettings
 from auxin.data.question_source import QuestionAnsweringSettings
+from auxin.data.streamed_settings import StreamedTextSettings
 from auxin.methods.factorize.structured_ffn import GuideFadeSettings
 from auxin.methods.grow.masked import MaskRampSettings
 from auxin.methods.grow.tokenformer import OldTokenRatesSettings, TauAnnealSettings, TokenGrowth
@@ -53,6 +54,7 @@ SETTINGS: tuple[type[BaseModel], ...] = (
     Recipe,
     Electricity,
     CorpusSettings,
+    StreamedTextSettings,
     LabelledTextSettings,
     QuestionAnsweringSettings,
     LabelledImagesSettings,

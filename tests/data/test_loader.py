@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from auxin.data import make_loader
 from auxin.data.dataset import Split
-from auxin.data.loader import Contexts, ShuffledBatches
+from auxin.data.loader import Batches, Contexts, ShuffledBatches
 from auxin.errors import DataError
 
 ARRAY = np.arange(23 * 4, dtype=np.uint16).reshape(23, 4)
@@ -31,7 +31,7 @@ def test_each_epoch_holds_every_row_once(rows: int, batch_size: int, seed: int, 
     for epoch in range(len(flat) // rows):
         assert sorted(flat[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
     # A jump lands where walking leads.
-    jumped = ShuffledBatches(rows, batch_size, seed, position=start)
+    jumped = Batches(ShuffledBatches(rows, batch_size, seed), start)
     assert next(iter(jumped)) == sampler.batch(start)
 
 

@@ -1,10 +1,13 @@
 """What text needs of memory does not grow with a document's length or with the number of files."""
 
+import gzip
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from auxin.data.tokenizer import train_tokenizer
@@ -100,3 +103,55 @@ def test_many_files(files, tmp_path):
     found, documents = added(tmp_path / "texts", tmp_path)
     assert documents == files
     assert found < 100 + files * 0.003, found
+
+
+STREAM = """
+import itertools, json, sys
+from pathlib import Path
+from auxin.data import make_loader
+from auxin.data.shards_ahead import ShardsAhead
+from auxin.data.streamed_settings import StreamedTextSettings
+from auxin.data.streamed_text import prepare
+
+ShardsAhead.ask = lambda self, shards: None  # all of the work is done here
+
+def read(paths, output, count):
+    values = {"paths": paths, "tokenizer": sys.argv[1], "context_length": 64, "validation_fraction": 0.4}
+    data = prepare(StreamedTextSettings.parse({**values, "sample_bytes": 100_000, "shuffle_shards": 1}), output)
+    for _ in itertools.islice(make_loader(data.split("train"), 32, 0), count):
+        pass
+    return sum(record.bytes for record in data.cache.records())
+
+def peak():  # of this program alone: getrusage's begins with that of whoever has started it
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+source, small, folder = map(str, sys.argv[2:5])
+read([small], Path(folder) / "small", 5)
+before = peak()
+size = read([source], Path(folder) / "data", 5)
+print(json.dumps([peak() - before, size]))
+"""
+
+
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".parquet"])
+def test_a_shard_that_can_not_be_cut(ending, tmp_path):
+    """Rows of one large shard, a compressed file or a single row group, become tokens without all of them being there
+    at once."""
+    train_tokenizer([WORDS * 3], 300, 64).save_pretrained(tmp_path / "tokenizer")
+    large, small = tmp_path / f"large{ending}", tmp_path / f"small{ending}"
+    for path, count in ((large, 12_000), (small, 100)):
+        texts = [f"{number} {WORDS * 40}" for number in range(count)]
+        if ending == ".parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=count)
+        else:
+            path.write_bytes(gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode(), 1))
+    words = [str(place) for place in (tmp_path / "tokenizer", large, small, tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", STREAM, *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    megabytes, size = json.loads(done.stdout)
+    assert size > 0.5 * 12_000 * 40 * len(WORDS)
+    # Held as a whole, the texts alone would take 31, their tokens a multiple of that.
+    assert megabytes < 70, megabytes

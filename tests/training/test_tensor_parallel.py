@@ -149,7 +149,7 @@ def test_a_model_of_transformers_learns_what_one_process_teaches_it(trained, run
         ({"model": "dropping"}, "attention_dropout: 0.1 is drawn for all heads at once"),
         ({"model": "experts", "dtype": "float32"}, "which transformers' plan divides as '"),
         ({"model": "qwen3", "size": 4}, "k_proj has 2 heads, which 4 processes can't divide"),
-        ({"model": "normed", "signal": [0, -5, "SIGTERM"]}, "reads or changes whole ones (Signalled)"),
+        ({"model": "normed", "struck": [0, -5, "SIGTERM"]}, "reads or changes whole ones (Struck)"),
     ],
 )
 def test_what_can_not_be_divided_is_refused_before_anything_is_written(run, tmp_path, request_, message):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, overload
 
 from torch import Tensor
 
@@ -78,6 +78,28 @@ class Split(Protocol):
         """The samples of these numbers as a batch on the CPU, by the names of `SampleForm.tensors`."""
 
 
+class BatchOrder(Protocol):
+    """Endless batches in a fixed order."""
+
+    def batch(self, position: int) -> list[int]:
+        """The numbers of the samples of batch number `position`."""
+
+
+class Stream(Protocol):
+    """Samples that nobody has counted: what is learnt of data too large to be prepared before it is. They have an order
+    of their own, which goes through all of them, and then again in another way."""
+
+    @property
+    def about(self) -> int | None:
+        """How many samples there are, estimated; None: nothing is known of that."""
+
+    def order(self, batch_size: int, seed: int, position: int = 0) -> BatchOrder:
+        """Batches by `seed`; what those from number `position` on need first is made ready at once."""
+
+    def rows(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """The samples of these numbers of an order, as `Split.rows` gives them."""
+
+
 class Dataset(Protocol):
     """Prepared data. Training, evaluation, prices and reports know no more of it than this."""
 
@@ -94,7 +116,13 @@ class Dataset(Protocol):
         """UTF-8 bytes of text per unit of the held-out split, by which losses of a whole text become bits per byte;
         None: not text alone."""
 
-    def split(self, name: SplitName) -> Split:
+    @overload
+    def split(self, name: Literal["validation"]) -> Split: ...
+
+    @overload
+    def split(self, name: Literal["train"]) -> Split | Stream: ...
+
+    def split(self, name: SplitName) -> Split | Stream:
         """What is learnt, or what is held out."""
 
     def processor(self) -> Processor | None:
@@ -109,6 +137,8 @@ class DatasetSettings(Settings):
 
     kind: str
     """Which kind of data this is."""
+    decide_no_sample: ClassVar[frozenset[str]] = frozenset()
+    """Fields with other values of which prepared data, and a run that has begun, can be used."""
 
     def form(self) -> SampleForm:
         """What a sample will look like, as far as the settings tell; nothing is read but a tokenizer that is named."""

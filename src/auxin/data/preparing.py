@@ -112,10 +112,7 @@ class Prepared(Generic[ManifestT]):
             DataError: a file's content has changed.
         """
         for name, array, expected in self._digests():
-            digest = hashlib.sha256()
-            for start in range(0, len(array), 4096):
-                digest.update(array[start : start + 4096].tobytes())
-            if digest.hexdigest() != expected:
+            if array_digest(array) != expected:
                 raise DataError(f"{self.directory / name} is damaged. Delete {self.directory} and prepare again.")
 
 
@@ -235,9 +232,7 @@ def _reuse(steps: Steps[SettingsT, PreparedT], settings: SettingsT, directory: P
     if not has_sums(directory):
         data.verify()
     manifest: Manifest = data.manifest
-    if manifest.settings != settings:
-        old, new = manifest.settings.model_dump(mode="json"), settings.model_dump(mode="json")
-        changes = ", ".join(f"{key}: {old[key]!r} there, {new[key]!r} asked" for key in new if old[key] != new[key])
+    if changes := other_settings(manifest.settings, settings):
         raise DataError(
             f"{directory} holds a prepared {noun} of other settings ({changes}). Give another folder or delete it."
         )
@@ -258,6 +253,13 @@ def _reuse(steps: Steps[SettingsT, PreparedT], settings: SettingsT, directory: P
             f"{begun.named} is not the one that {directory} was prepared with. Give that one, or another folder."
         )
     return data
+
+
+def other_settings(there: SourceSettings, asked: SourceSettings) -> str:
+    """Which settings of prepared data differ from those asked for, in words; those left out that decide no sample."""
+    free = set(asked.decide_no_sample)
+    old, new = (one.model_dump(mode="json", exclude=free) for one in (there, asked))
+    return ", ".join(f"{key}: {old[key]!r} there, {new[key]!r} asked" for key in new if old[key] != new[key])
 
 
 def _digest(steps: Steps[SettingsT, PreparedT], settings: SettingsT) -> str:
@@ -283,6 +285,14 @@ def open_array(path: Path, shape: tuple[int, ...], types: Collection[Any]) -> np
     if array.shape != shape or array.dtype not in types:
         raise DataError(f"{path} is {array.dtype} of shape {array.shape}, expected {shape}. {mend}")
     return array
+
+
+def array_digest(array: np.ndarray) -> str:
+    """Hex SHA-256 of the numbers of an array, a part of which is in memory at a time."""
+    digest = hashlib.sha256()
+    for start in range(0, len(array), 4096):
+        digest.update(array[start : start + 4096].tobytes())
+    return digest.hexdigest()
 
 
 def write_array(path: Path, array: np.ndarray) -> None:

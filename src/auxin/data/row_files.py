@@ -17,7 +17,7 @@ from json.decoder import WHITESPACE  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from auxin.errors import DataError, listed, reason
+from auxin.errors import DataError, first_line, listed, reason
 
 _OPEN: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".lzma": lzma.open}
 """By the last ending of a name, what opens a compressed file."""
@@ -112,8 +112,9 @@ class _Found(NamedTuple):
     skipped: str | None = None
 
 
-def _rows_of_objects(name: str, found: Iterable[_Found], fields: Fields) -> Iterator[Row]:
-    seen_a_row = seen_the_fields = False
+def _rows_of_objects(name: str, found: Iterable[_Found], fields: Fields, inside: bool = False) -> Iterator[Row]:
+    """The rows of JSON values; those of a part `inside` of a file, whose first row decides nothing."""
+    seen_a_row, seen_the_fields = False, inside
     for row_name, value, skipped in found:
         seen_a_row = True
         if skipped is not None or not isinstance(value, dict):
@@ -133,15 +134,44 @@ def _rows_of_objects(name: str, found: Iterable[_Found], fields: Fields) -> Iter
 def _json_lines(name: str, path: Path) -> Iterator[_Found]:
     with _opened(path) as lines:
         for number, line in enumerate(lines, start=1):
-            row_name = f"{name}:{number}"
-            if not line.strip():
-                continue
-            try:
-                yield _Found(row_name, json.loads(line))
-            except UnicodeDecodeError:
-                yield _Found(row_name, None, "not UTF-8")
-            except (ValueError, RecursionError):
-                yield _Found(row_name, None, "not valid JSON")
+            if line.strip():
+                yield _json_line(f"{name}:{number}", line)
+
+
+def _json_line(row_name: str, line: bytes) -> _Found:
+    try:
+        return _Found(row_name, json.loads(line))
+    except UnicodeDecodeError:
+        return _Found(row_name, None, "not UTF-8")
+    except (ValueError, RecursionError):
+        return _Found(row_name, None, "not valid JSON")
+
+
+def is_cut_by_lines(path: Path) -> bool:
+    """Whether parts of a file can be read by `json_lines_between`."""
+    return _endings(path) in ((".jsonl", ""), (".ndjson", ""))
+
+
+def json_lines_between(name: str, path: Path, fields: Fields, start: int, stop: int) -> Iterator[Row]:
+    """The rows of the lines of a JSON lines file, not compressed, that begin at a byte from `start` on and before
+    `stop`; each is called by its first byte.
+
+    Raises:
+        DataError: the file can't be read, or the first row of the file lacks a field.
+    """
+    return _rows_of_objects(name, _lines_between(name, path, start, stop), fields, inside=start > 0)
+
+
+def _lines_between(name: str, path: Path, start: int, stop: int) -> Iterator[_Found]:
+    with _opened(path) as file:
+        if start > 0:
+            file.seek(start - 1)
+            file.readline()  # the end of the line before; of one that ends right before `start`, its end alone
+        at = file.tell()
+        while at < stop and (line := file.readline()):
+            if line.strip():
+                yield _json_line(f"{name}, byte {at}", line)
+            at += len(line)
 
 
 def _is_array(path: Path) -> bool:
@@ -284,23 +314,74 @@ def _csv_first_fields(path: Path, delimiter: str = ",") -> Collection[str] | Non
     return None
 
 
-def _parquet_rows(name: str, path: Path, fields: Fields) -> Iterator[Row]:
+class RowGroup(NamedTuple):
+    """A part of a Parquet file that can be read without those before it."""
+
+    rows: int
+    size: int
+    """Bytes of the fields asked for, as they are before compression."""
+
+
+def parquet_groups(name: str, path: Path, fields: Fields) -> list[RowGroup]:
+    """The parts of a Parquet file whose `fields` are texts, by its footer.
+
+    Raises:
+        DataError: it can't be read, lacks a field, or has something else than texts in one.
+    """
+    import pyarrow
+
+    types = pyarrow.types
+    with _parquet(path) as file:
+        require_fields(fields, file.schema_arrow.names, name)
+        for setting, field in fields.items():
+            kind = file.schema_arrow.field(field).type
+            kind = kind.value_type if types.is_dictionary(kind) else kind
+            if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+                raise DataError(
+                    f"{name} has a field {field!r} of the type {kind}, not of texts. Set `{setting}` to one of texts."
+                )
+        found = []
+        for number in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(number)
+            columns = (group.column(index) for index in range(group.num_columns))
+            sizes = (one.total_uncompressed_size for one in columns if one.path_in_schema in fields.values())
+            found.append(RowGroup(group.num_rows, sum(sizes)))
+        return found
+
+
+def parquet_rows(name: str, path: Path, fields: Fields, groups: range | None = None) -> Iterator[Row]:
+    """The rows of a Parquet file; of its row groups of these numbers alone, where they are given.
+
+    Raises:
+        DataError: it can't be read, or lacks a field.
+    """
+    with _parquet(path) as file:
+        require_fields(fields, file.schema_arrow.names, name)
+        if file.metadata.num_rows == 0:
+            yield Row(name, None, "empty")
+        wanted = range(file.metadata.num_row_groups) if groups is None else groups
+        number = sum(file.metadata.row_group(before).num_rows for before in range(wanted.start))
+        columns = sorted(set(fields.values()))
+        for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, row_groups=list(wanted), columns=columns):
+            values_of = [batch.column(field).to_pylist() for field in fields.values()]
+            for values in zip(*values_of, strict=True):
+                number += 1
+                yield Row(f"{name}:{number}", values)
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
+    """An open Parquet file; DataError when it can't be read, then or later."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            require_fields(fields, file.schema_arrow.names, name)
-            if file.metadata.num_rows == 0:
-                yield Row(name, None, "empty")
-            number = 0
-            for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=sorted(set(fields.values()))):
-                columns = [batch.column(field).to_pylist() for field in fields.values()]
-                for values in zip(*columns, strict=True):
-                    number += 1
-                    yield Row(f"{name}:{number}", values)
+            yield file
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}") from error
+        raise DataError(
+            f"{path} is not a readable Parquet file: {first_line(error).rstrip('.')}. Restore it or leave it out."
+        ) from error
 
 
 _FORMATS = {
@@ -309,5 +390,5 @@ _FORMATS = {
     ".json": RowFormat(_json_rows, _json_first_fields),
     ".csv": RowFormat(_csv_rows, _csv_first_fields),
     ".tsv": RowFormat(partial(_csv_rows, delimiter="\t"), partial(_csv_first_fields, delimiter="\t")),
-    ".parquet": RowFormat(_parquet_rows),
+    ".parquet": RowFormat(parquet_rows),
 }

@@ -120,16 +120,21 @@ class CorpusSettings(TextSettings):
     """Tokens per packed context."""
 
     def form(self) -> SampleForm:
-        """Contexts of tokens; the vocabulary is the one asked for, or that of the tokenizer named if it is there."""
-        if self.tokenizer is None or not self.tokenizer.exists():
-            return packed_form(self, self.vocab_size if self.tokenizer is None else None)
-        with placed("tokenizer: "):
-            tokenizer = load_tokenizer(self.tokenizer)
-        return packed_form(self, vocabulary_fields(tokenizer)["vocab_size"], tokenizer)
+        """See `asked_form`."""
+        return asked_form(self)
+
+
+def asked_form(settings: TokenizedSettings) -> SampleForm:
+    """Contexts of tokens; the vocabulary is the one asked for, or that of the tokenizer named if it is there."""
+    if settings.tokenizer is None or not settings.tokenizer.exists():
+        return packed_form(settings, settings.vocab_size if settings.tokenizer is None else None)
+    with placed("tokenizer: "):
+        tokenizer = load_tokenizer(settings.tokenizer)
+    return packed_form(settings, vocabulary_fields(tokenizer)["vocab_size"], tokenizer)
 
 
 def packed_form(
-    settings: CorpusSettings, vocab_size: int | None, tokenizer: PreTrainedTokenizerFast | None = None
+    settings: TokenizedSettings, vocab_size: int | None, tokenizer: PreTrainedTokenizerFast | None = None
 ) -> SampleForm:
     """The form of packed text of `settings`, with `vocab_size` tokens of a `tokenizer` that may be there already."""
     fields = {} if vocab_size is None else {"vocab_size": vocab_size}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from auxin.data.row_files import Fields, Row, packed, read_file, require_fields, row_format
+from auxin.data.row_files import Fields, Row, RowFormat, packed, read_file, require_fields, row_format
 from auxin.data.settings import SourceSettings, TextSettings
 from auxin.errors import DataError
 
@@ -42,32 +42,52 @@ def read_documents(settings: TextSettings) -> Iterator[Document]:
     """
     fields = {"text_field": settings.text_field}
     if settings.source == "huggingface":
-        yield from map(_row_document, _huggingface_rows(settings, fields))
+        yield from map(row_document, _huggingface_rows(settings, fields))
         return
-    named = {path.expanduser() for path in settings.paths}
     whole: list[str] = []
     for file in source_files(settings):
         name, path = file.name, file.path
         if file.skipped is not None:
             yield Document(name, None, file.skipped)
             continue
-        form = row_format(path)
-        if form is not None and form.first_fields is not None:
-            found = form.first_fields(path)
-            if found is None:
-                form = None
-            elif settings.text_field not in found and path not in named:
-                form = None  # in a folder of sources it may be text like all else
-                whole.append(name)
+        form = rows_of_texts(path, settings)
         if form is None:
-            yield _checked(name, read_file(path))
+            yield whole_document(name, path)
+            if has_other_rows(path):
+                whole.append(name)
         else:
-            yield from map(_row_document, form.rows(name, path, fields))
+            yield from map(row_document, form.rows(name, path, fields))
     if whole:
-        _warn_of(whole, settings.text_field)
+        warn_of_other_rows(whole, settings.text_field)
 
 
-def _warn_of(whole: list[str], field: str) -> None:
+def rows_of_texts(path: Path, settings: TextSettings) -> RowFormat | None:
+    """How a file that a source names holds a document in each row; None where it is one document."""
+    form = row_format(path)
+    if form is None or form.first_fields is None:
+        return form
+    found = form.first_fields(path)
+    named = (other.expanduser() for other in settings.paths)
+    # In a folder of sources, rows of other fields may be text like all else.
+    return form if found is not None and (settings.text_field in found or path in named) else None
+
+
+def has_other_rows(path: Path) -> bool:
+    """Whether a file that is one document holds rows all the same, of other fields than the text's."""
+    form = row_format(path)
+    return form is not None and form.first_fields is not None and form.first_fields(path) is not None
+
+
+def whole_document(name: str, path: Path) -> Document:
+    """The document that a file is.
+
+    Raises:
+        DataError: it can't be read.
+    """
+    return _checked(name, read_file(path))
+
+
+def warn_of_other_rows(whole: list[str], field: str) -> None:
     """Say which files are one document each although they hold rows."""
     names = ", ".join(whole[:_MOST_NAMES]) + (", ..." if len(whole) > _MOST_NAMES else "")
     warnings.warn(
@@ -202,7 +222,8 @@ def text_document(name: str, value: Any) -> Document:
         return Document(name, None, "not valid Unicode")
 
 
-def _row_document(row: Row) -> Document:
+def row_document(row: Row) -> Document:
+    """The document of a row that holds a text alone."""
     return Document(row.name, None, row.skipped) if row.values is None else text_document(row.name, row.values[0])
 
 

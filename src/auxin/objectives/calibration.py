@@ -21,7 +21,7 @@ from transformers import AutoModelForMaskedLM, GenerationMixin, PreTrainedConfig
 from auxin.accounting.inputs import text_length
 from auxin.data import CorpusSettings, Dataset, prepare
 from auxin.data.dataset import SampleForm
-from auxin.data.loader import ShuffledBatches
+from auxin.data.loader import batch_order, samples_of
 from auxin.data.question_source import ANSWER
 from auxin.errors import ConfigError, DataError
 from auxin.models.loading import task_classes
@@ -159,9 +159,9 @@ class Calibration:
         form, split = data.form, data.split("train")
         form = settings.shortened(form, "the data's context_length")
         bound = objective.bind(config, form, references)
-        order = ShuffledBatches(len(split), settings.batch_size, settings.seed)
 
         def read() -> Iterator[dict[str, Tensor]]:
+            order = batch_order(split, settings.batch_size, settings.seed)
             for position, start in enumerate(range(0, settings.samples, settings.batch_size)):
                 rows = order.batch(position)[: settings.samples - start]
                 batch = {name: _shortened(tensor, form.length) for name, tensor in split.rows(rows).items()}
@@ -171,7 +171,7 @@ class Calibration:
         # Noise goes by batches; without it their size changes nothing but how many samples come at once.
         facts |= {"batch_size": settings.batch_size} if bound.noisy else {}
         found = _fingerprint(settings, objective, facts)
-        return cls(settings, objective, found, read, form.unit, form.units, distinct=len(split))
+        return cls(settings, objective, found, read, form.unit, form.units, distinct=samples_of(split))
 
     @classmethod
     def of_corpus(

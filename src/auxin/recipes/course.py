@@ -1,5 +1,6 @@
 """The course of a run: which stages it does, one after the other, and what of them is still to come."""
 
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,14 +40,19 @@ class Course:
         """What the train stage `stage` is about to do, in one line: its steps and data, and how often it goes through
         the data, some of which the model with the books `before` may have seen."""
         index = self._index(branch, stage)
-        price, there = self.stages[index], data.form.amount(len(data.split("train")))
+        price, split = self.stages[index], data.split("train")
         seen = before.units_seen(data.fingerprint)
         about = "about " if price.estimate else ""
-        passes = f"{about}{_passes(price.units / there)} over the {there:,} {data.form.unit}s to learn from"
-        earlier = f", after {_passes(seen / there)} in earlier stages" if seen else ""
+        counted = isinstance(split, Sized)
+        there = data.form.amount((len(split) if isinstance(split, Sized) else split.about) or 0)
+        nearly = about if counted else "about "
+        passes = f"{nearly}{_passes(price.units / there)} over the " if there else "of a stream of unknown length"
+        learnt = f"{'' if counted else 'about '}{there:,} {data.form.unit}s to learn from" if there else ""
+        before_this = _passes(seen / there) if there else f"{seen:,} {data.form.unit}s"
+        earlier = f", after {before_this} in earlier stages" if seen else ""
         return (
             f"{stage.name}: stage {index + 1} of {len(self.stages)}, {about}{price.steps:,} steps, "
-            f"{about}{price.units:,} {data.form.unit}s: {passes}{earlier}"
+            f"{about}{price.units:,} {data.form.unit}s: {passes}{learnt}{earlier}"
         )
 
     def _index(self, branch: Branch, stage: Stage) -> int:

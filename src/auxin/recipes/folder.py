@@ -247,6 +247,8 @@ def _may_change(field: str, saved: Recipe, recipe: Recipe, directory: Path) -> b
         return True
     if field.startswith("training.") and _is_free_setting(field.removeprefix("training.")):
         return True
+    if field.startswith("data.") and field.removeprefix("data.") in recipe.data.decide_no_sample:
+        return True
     match = re.fullmatch(r"branches\.(\d+)(?:\.(.*))?", field)
     if match is None:
         return False

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from auxin.accounting import count_parameters, flops_per_token, serving_memory
-from auxin.data.dataset import Dataset, Split
-from auxin.data.loader import ShuffledBatches
+from auxin.data.dataset import Dataset, Split, Stream
+from auxin.data.loader import batch_order, samples_of
 from auxin.edits import executor
 from auxin.errors import AuxinError, CheckpointError, DataError, PlanError, first_line
 from auxin.files import temporary_folder
@@ -72,8 +72,8 @@ class Workbench:
     settings: ShrinkSettings
 
     def __post_init__(self) -> None:
-        have, wanted = len(self.data.split("train")), self.settings.samples + self.settings.choosing_samples
-        if have < wanted:
+        have, wanted = samples_of(self.data.split("train")), self.settings.samples + self.settings.choosing_samples
+        if have is not None and have < wanted:
             raise DataError(
                 f"The training split has {have} samples, and samples = {self.settings.samples} for the methods and "
                 f"choosing_samples = {self.settings.choosing_samples} of others need {wanted}. Give more data, or ask "
@@ -88,7 +88,7 @@ class Workbench:
     @cached_property
     def choosing_rows(self) -> list[int]:
         """Rows of the training split behind those that methods look at, in the order of the seed."""
-        order = ShuffledBatches(len(self.data.split("train")), 1, self.settings.seed)
+        order = batch_order(self.data.split("train"), 1, self.settings.seed)
         first = self.settings.samples
         return [order.batch(position)[0] for position in range(first, first + self.settings.choosing_samples)]
 
@@ -150,14 +150,14 @@ class Workbench:
             update = {"refused": f"{kind}{first_line(error)}"}
         return found.model_copy(update={**update, "seconds": time.perf_counter() - started})
 
-    def losses(self, model: PreTrainedModel, split: Split, rows: Sequence[int]) -> tuple[list[float], float]:
+    def losses(self, model: PreTrainedModel, split: Split | Stream, rows: Sequence[int]) -> tuple[list[float], float]:
         """The mean loss of each of these samples, and that of all their targets."""
         objective = self.objective.bind(model.config, self.data.form)
         sums, counts = [torch.cat(parts) for parts in zip(*self._summed(model, objective, split, rows), strict=True)]
         return (sums / counts).tolist(), float(sums.sum() / counts.sum())
 
     def _summed(
-        self, model: PreTrainedModel, objective: Objective, split: Split, rows: Sequence[int]
+        self, model: PreTrainedModel, objective: Objective, split: Split | Stream, rows: Sequence[int]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         noise, size = held_out_noise(), 8
         with evaluating(model):

@@ -16,7 +16,6 @@ from auxin.accounting.ledger import Ledger, StageRecord
 from auxin.accounting.machine import choose_device
 from auxin.accounting.parameters import count_parameters
 from auxin.data.dataset import Dataset, Processor
-from auxin.data.loader import make_loader
 from auxin.errors import CheckpointError, TrainingError
 from auxin.interruption import Interruption, TrainingInterrupted
 from auxin.locks import exclusive
@@ -25,6 +24,7 @@ from auxin.nn.autocast import without_autocast
 from auxin.objectives.measures import Loss, Measure
 from auxin.objectives.objective import Objective, ObjectiveSettings, References, training_noise
 from auxin.planning.hooks import Hook
+from auxin.training.batches import Batches
 from auxin.training.checkpoint import load_weights, read_state, read_training, stored_moments
 from auxin.training.fit import check_fit, refuse_non_finite
 from auxin.training.gradients import BatchGradients
@@ -104,6 +104,7 @@ def train(
         ConfigError: settings, model and data do not fit together.
         CheckpointError: the run in `output_dir` is another one, or none of its checkpoints is whole; weights or moments
             are not finite; a checkpoint can't be written.
+        DataError: a batch can't be read; what was learnt before is saved.
         TrainingError: too many bad steps; the checkpoint named in `latest` is good.
         TrainingInterrupted: a signal came (`auxin.interruption`); the state was saved.
     """
@@ -323,7 +324,12 @@ class _Loop:
         while state.step < last:
             self.ranks.begin_step(state.step)
             self.saver.look()
-            if self.ranks.any(interruption.signal_name is not None):
+            with self.speed.drawing():
+                self.batches.draw()
+            if self.ranks.any(self.batches.unread is not None or interruption.signal_name is not None):
+                checkpoint, done = self._save_unplanned(), f"after step {state.step} of {self.total_steps}"
+                with self.ranks.together():
+                    self.batches.refuse_unread(done, checkpoint)
                 self._interrupted(interruption.signal_name or "a signal to another process")
             if not self._step():
                 continue
@@ -350,7 +356,7 @@ class _Loop:
     # One step.
 
     def _step(self) -> bool:
-        """Draw a batch and learn from it; return whether the step counter moved on (not so after a rewind)."""
+        """Learn from the batch that was drawn; return whether the step counter moved on (not so after a rewind)."""
         state, settings = self.state, self.settings
         seed = self._draws()
         rate = learning_rate(settings, state.step, self.total_steps)
@@ -360,7 +366,7 @@ class _Loop:
             hook.before_step(state.step)
         noise = training_noise(settings.seed, state.data_position)
         with self.speed.drawing():
-            inputs = self.objective.inputs(next(self.batches), noise)
+            inputs = self.objective.inputs(self.batches.batch, noise)
         state.data_position += 1
         loss, norm = self.gradients.of(inputs, seed)
         self.rate, self.norm = rate, norm
@@ -571,8 +577,4 @@ class _Loop:
         self.clock = now
 
     def _draw_from(self, position: int) -> None:
-        settings = self.settings
-        loader = make_loader(
-            self.data.split("train"), settings.batch_size, settings.seed, position, settings.num_workers
-        )
-        self.batches = iter(loader)
+        self.batches = Batches(self.data, self.settings, position)
