@@ -191,11 +191,16 @@ def test_a_spike_of_finite_loss_is_found(tmp_path):
 
     class TurnAround(StepHook):
         def before_step(self, step: int) -> None:
-            if step in (bad_step, bad_step + 1):
-                data.train[:] = data.train[:, ::-1].copy()
+            if step == bad_step:  # whose batch is drawn by now
+                self.turn()
 
         def after_step(self, step: int) -> None:
             assert step != bad_step
+            if step == bad_step - 1:
+                self.turn()
+
+        def turn(self) -> None:
+            data.train[:] = data.train[:, ::-1].copy()
 
     settings = tiny_settings(steps=64, learning_rate=1e-2, guard=GuardSettings(minimum_history=16, window=16))
     result = train(tiny_llama(), data, settings, tmp_path, hooks=[TurnAround()], progress=False)
