@@ -218,6 +218,8 @@ def test_who_can_not_read_pieces_says_what_makes_them_whole(stopped, alone, tmp_
     wanted = f"auxin export {re.escape(str(source))} -o FOLDER"
     with pytest.raises(CheckpointError, match=wanted):
         auxin.load(source)
+    refused = CliRunner().invoke(app, ["export", str(source), "-o", str(tmp_path / "small.gguf")])
+    assert re.search(wanted, str(refused.exception))
     with pytest.raises(CheckpointError, match=wanted):
         auxin.apply(plan, source, output=tmp_path / "grown")
 

@@ -68,7 +68,7 @@ def export(
     from auxin.models.pieces import lies_in_pieces
     from auxin.training.whole import whole_checkpoint
 
-    if lies_in_pieces(checkpoint):
+    if lies_in_pieces(checkpoint) and output.suffix != ".gguf":
         written = whole_checkpoint(checkpoint, output)
         print(json.dumps({"path": str(written)}) if as_json else f"Made whole in {written}")
         return
