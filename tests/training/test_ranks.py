@@ -137,6 +137,17 @@ def test_the_same_bits_every_time_and_dropout_alike_however_the_model_lies(train
 
 
 @pytest.mark.parametrize("strategy", ["replicated", "sharded"])
+def test_layers_that_are_computed_again_learn_the_same_bits(trained, strategy):
+    """Each part of a batch draws its numbers of dropout a second time."""
+    settings = {**FIFTY, "strategy": strategy}
+    plain, again = (
+        trained(2, "dropout", settings={**settings, **changes}) for changes in ({}, {"activation_checkpointing": True})
+    )
+    assert read_metrics(plain) == read_metrics(again)
+    assert checkpoint_bits(latest_checkpoint(plain)) == checkpoint_bits(latest_checkpoint(again))
+
+
+@pytest.mark.parametrize("strategy", ["replicated", "sharded"])
 def test_goes_on_with_another_number_of_processes(trained, run, tmp_path, strategy):
     """Stopped at step 30 of two processes, gone on with by three, and by one."""
     settings = {**FIFTY, "strategy": strategy}

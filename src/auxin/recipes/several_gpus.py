@@ -136,7 +136,8 @@ def price_shared(recipe: Recipe, gpus: int, gpu: Gpu) -> list[Shared]:
         teachers = reference_bytes(references)
         micro = samples_per_pass(settings, gpus)
         passes = math.ceil(math.ceil(settings.batch_size / micro) / gpus)
-        kept = {samples: pass_memory(model, objective, samples).activations for samples in {1, 2, micro}}
+        again = settings.activation_checkpointing
+        kept = {samples: pass_memory(model, objective, samples, again).activations for samples in {1, 2, micro}}
         for strategy in ("replicated", "sharded"):
             state, gathered, sent = held_and_sent(model, gpus, passes, strategy == "sharded")
             room = gpu.memory * (1 - RESERVED) - state - gathered - teachers - kept[1]

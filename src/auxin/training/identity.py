@@ -14,6 +14,7 @@ MAY_CHANGE = frozenset(
         "micro_batch_size",
         "device",
         "compile",
+        "activation_checkpointing",
         "strategy",
         "num_workers",
         "evaluation_interval",

@@ -98,6 +98,9 @@ class TrainingSettings(Settings):
     """auto: CUDA where there is one."""
     compile: bool = False
     """Run the model through torch.compile."""
+    activation_checkpointing: bool = False
+    """Keep the inputs of layers alone, and compute each layer again in the backward pass: less memory, up to a third
+    more time, the same numbers to the bit. What is computed again is not counted in FLOPs."""
     strategy: Literal["auto", "replicated", "sharded"] = "auto"
     """How the model lies in several processes that torchrun has started. replicated: a copy in each. sharded:
     parameters, gradients and moments in pieces (FSDP2). auto: sharded on CUDA where nothing stands against it, else
