@@ -196,6 +196,8 @@ SCENARIOS = {"train": do_train, "tell": do_tell, "meet": do_meet, "flow": do_flo
 
 def child(rank: int, port: int, request: dict) -> int:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(request["size"]), "LOCAL_RANK": str(rank)}
+    machine = request.get("machine", request["size"])  # how many are on it; of each process, if they see it otherwise
+    os.environ |= {"LOCAL_WORLD_SIZE": str(machine[rank] if isinstance(machine, list) else machine)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"AUXIN_STEP_SECONDS": str(request.get("step_seconds", 600))}
     errors = Path(f"{request['folder']}.{rank}.err")

@@ -91,6 +91,28 @@ def test_processes_learn_what_one_learns(trained, strategy, size, model, changes
     assert tensors < 1e-10
 
 
+@pytest.mark.parametrize(
+    ("model", "changes", "machine"),
+    [
+        ("tokenformer", {}, 2),
+        # What gets a gradient in the parts of some processes, and not in those of others.
+        ("scarce", {"micro_batch_size": 1}, 2),
+        # Four processes of a machine with a copy of two each.
+        ("tied", {"micro_batch_size": 2, "processes_per_copy": 2}, 4),
+    ],
+)
+def test_a_copy_on_each_machine_learns_what_one_learns(trained, model, changes, machine):
+    """Four processes, two to a machine: pieces within, copies between them."""
+    settings = {**FIFTY, **changes}
+    settings.pop("processes_per_copy", None)
+    alone = trained(1, model, settings=settings)
+    together = trained(4, model, machine=machine, settings={**FIFTY, **changes, "strategy": "hybrid"})
+    losses, tensors = apart(alone, together)
+    assert losses < 1e-10
+    assert tensors < 1e-10
+    assert Ledger.load(latest_checkpoint(together)).stages[-1].notes == ["trained by 4 processes (hybrid, 2 a copy)"]
+
+
 def test_a_matrix_that_lies_by_columns_learns_the_same(trained):
     """The optimizer reads a gradient as its parameter lies in memory."""
     settings = {**FIFTY, "strategy": "replicated"}
@@ -166,6 +188,21 @@ def test_goes_on_with_another_number_of_processes(trained, run, tmp_path, strate
         assert notes == [f"trained by 2 processes ({strategy})", f"trained by {later} from step 30"]
 
 
+def test_copies_of_machines_go_on_as_anything_else(trained, run, tmp_path):
+    """Stopped at step 30 as four processes of two machines; and begun by two in pieces."""
+    alone = trained(1, "tokenformer", settings=FIFTY)
+    hybrid = (4, {**FIFTY, "strategy": "hybrid"})
+    others = [(2, {**FIFTY, "strategy": "sharded"}), (3, {**FIFTY, "strategy": "replicated"}), (1, FIFTY)]
+    for number, courses in enumerate([[hybrid, other] for other in others] + [[others[0], hybrid]]):
+        folder = tmp_path / str(number)
+        for stop, (size, settings) in zip((30, None), courses, strict=True):
+            answer = run(folder, size, model="tokenformer", settings=settings, stop_after=stop, machine=2)
+            assert not any(answer["codes"]), answer["messages"]
+        losses, tensors = apart(alone, folder)
+        assert losses < 1e-10
+        assert tensors < 1e-10
+
+
 @pytest.mark.parametrize("strategy", ["replicated", "sharded"])
 def test_stopped_and_gone_on_with_ends_in_the_same_bits(trained, run, tmp_path, strategy):
     """Of equally many processes, dropout included."""
@@ -221,6 +258,15 @@ def test_processes_that_begin_with_other_weights_are_told_before_anything_is_wri
     assert answer["codes"] == [1, 2, 1]
     assert answer["messages"][1].startswith("ConfigError: The weights of this process differ from those of process 0.")
     assert answer["messages"][0].startswith("TrainingError: process 1 of 3: The weights of this process differ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_machines_of_unlike_sizes_are_told_before_they_wait_for_each_other(run, tmp_path):
+    """Which processes have a copy between them, all have to see alike."""
+    settings = {**FIFTY, "strategy": "hybrid"}
+    answer = run(tmp_path / "run", 4, model="llama", settings=settings, machine=[2, 2, 1, 1])
+    assert answer["codes"] == [1, 1, 2, 2]
+    assert answer["messages"][2].startswith("ConfigError: The devices, or the processes of a machine (LOCAL_WORLD_SIZE")
     assert not (tmp_path / "run").exists()
 
 
@@ -310,6 +356,11 @@ def test_one_process_of_a_machine_speaks(monkeypatch, environment, expected):
             "strategy: 'sharded' cuts parameters into pieces, and what takes part in this stage reads or changes whole "
             "ones (Signalled). Set strategy: replicated.",
         ),
+        (
+            {"settings": {**FIFTY, "strategy": "hybrid", "processes_per_copy": 3}},
+            "processes_per_copy: copies of 3 processes don't divide 2. Set a divisor of 2",
+        ),
+        ({"settings": {**FIFTY, "strategy": "hybrid"}, "machine": "two"}, "LOCAL_WORLD_SIZE is 'two' in the environ"),
         ({"settings": {**FIFTY, "strategy": "sharded", "compile": True}}, "compiling them was never tried"),
         ({"model": "factor", "settings": {**FIFTY, "strategy": "sharded"}}, "factor, which is a single number, can't"),
         (

@@ -16,6 +16,7 @@ MAY_CHANGE = frozenset(
         "compile",
         "activation_checkpointing",
         "strategy",
+        "processes_per_copy",
         "num_workers",
         "evaluation_interval",
         "evaluation_batches",

@@ -126,6 +126,7 @@ def train(
     identity = RunIdentity.of(stage_name, settings, data.fingerprint, data_position, model.config, facts)
     if ranks.several:
         ranks.same("The settings, data or config", identity.model_dump_json())
+        ranks.same("The devices, or the processes of a machine (LOCAL_WORLD_SIZE),", strategy.name)
         ranks.same("The weights", weights_fingerprint(model))
     with contextlib.ExitStack() as held:
         with ranks.together():

@@ -1,4 +1,5 @@
-"""How a model that several processes train lies in them: a copy in each (`Copies`), or in pieces (`Sharded`).
+"""How a model that several processes train lies in them: a copy in each (`Copies`), in pieces (`Sharded`), or a copy in
+the pieces of each machine (`Hybrid`).
 
 Either way a step is the one that a single process would take with the same batch, but for the order of sums: the batch
 is cut into the same parts, each part weighs as many targets as it has, and gradients are added up before they are
@@ -8,7 +9,7 @@ clipped.
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from auxin.errors import ConfigError, PlanError
 from auxin.models.adapters import has_adapter
 from auxin.models.layers import layer_paths
 from auxin.objectives.objective import Objective
-from auxin.training.ranks import Ranks
+from auxin.training.ranks import Ranks, processes_here
 from auxin.training.settings import TrainingSettings
 
 T = TypeVar("T")
@@ -36,7 +37,7 @@ class Copies:
         ranks: the processes; one alone keeps everything to itself.
     """
 
-    name: Literal["replicated", "sharded"] = "replicated"
+    name: str = "replicated"
     in_step = False
     """Whether a forward pass of the model is one of all processes together."""
 
@@ -83,10 +84,15 @@ class Sharded(Copies):
     name = "sharded"
     in_step = True
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the mesh of processes: copies, where there are several, and pieces of each."""
+        return (self.ranks.size,)
+
     def place(self, model: PreTrainedModel) -> None:
         """Cut the parameters into pieces, layer by layer."""
         self._copy = copy.deepcopy(model).cpu() if self.ranks.leads else None
-        mesh = init_device_mesh(model.device.type, (self.ranks.size,))
+        mesh = init_device_mesh(model.device.type, self.shape, mesh_dim_names=("copies", "pieces")[-len(self.shape) :])
         try:
             paths = layer_paths(model)
         except PlanError:  # an architecture without known layers is one piece
@@ -151,6 +157,25 @@ class Sharded(Copies):
         return model if self._copy is None else self._copy
 
 
+class Hybrid(Sharded):
+    """As `Sharded`, within groups of processes that follow one another, such as those of a machine: each group has a
+    whole copy between them. Layers are gathered within a group; of gradients each piece is added up with its copies.
+
+    Args:
+        ranks: the processes.
+        group: processes of a group; they divide the processes.
+    """
+
+    def __init__(self, ranks: Ranks, group: int) -> None:
+        super().__init__(ranks)
+        self.group = group
+        self.name = f"hybrid, {group} a copy"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.ranks.size // self.group, self.group
+
+
 def choose_strategy(
     settings: TrainingSettings,
     ranks: Ranks,
@@ -168,10 +193,30 @@ def choose_strategy(
         return Copies(ranks)
     _check(settings, ranks, model, objective)
     against = _against_pieces(settings, model, hooks)
-    if settings.strategy == "sharded" and against is not None:
-        raise ConfigError(f"strategy: 'sharded' cuts parameters into pieces, and {against} Set strategy: replicated.")
+    if settings.strategy in ("sharded", "hybrid") and against is not None:
+        raise ConfigError(
+            f"strategy: {settings.strategy!r} cuts parameters into pieces, and {against} Set strategy: replicated."
+        )
+    if settings.strategy == "hybrid":
+        return Hybrid(ranks, _group(settings, ranks))
     sharded = settings.strategy == "sharded" or (settings.strategy == "auto" and device.type == "cuda")
     return Sharded(ranks) if sharded and against is None else Copies(ranks)
+
+
+def _group(settings: TrainingSettings, ranks: Ranks) -> int:
+    """Processes that have a copy between them: what the settings say, else those of this machine."""
+    group = settings.processes_per_copy or processes_here()
+    if group is None:
+        raise ConfigError(
+            "strategy: 'hybrid' keeps a copy on each machine, and how many processes a machine has is not known: "
+            "LOCAL_WORLD_SIZE is not set. Start by torchrun, or set processes_per_copy."
+        )
+    if ranks.size % group:
+        raise ConfigError(
+            f"processes_per_copy: copies of {group} processes don't divide {ranks.size}. Set a divisor of "
+            f"{ranks.size}; unset, it is the number of processes of a machine."
+        )
+    return group
 
 
 def _against_pieces(settings: TrainingSettings, model: PreTrainedModel, hooks: Sequence[object]) -> str | None:
