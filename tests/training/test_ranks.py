@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from auxin.accounting import Ledger
 from auxin.errors import ConfigError
 from auxin.locks import exclusive
-from auxin.recipes.several_gpus import held_and_sent
+from auxin.recipes.process_costs import Layout, process_costs
 from auxin.training import TrainingSettings, latest_checkpoint
 from auxin.training.ranks import joined, speaks
 from auxin.training.strategies import samples_per_pass
@@ -377,17 +377,48 @@ def test_what_several_processes_can_not_do_is_refused_before_anything_is_written
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("model", "size", "passes"), [("llama", 2, 2), ("tied", 3, 1), ("tokenformer", 2, 1)])
-def test_what_is_computed_for_several_gpus_is_what_processes_hold_and_send(run, tmp_path, model, size, passes):
-    """To the byte where sizes divide; where rows don't, FSDP2 fills up what goes between the processes."""
-    answer = run(tmp_path / "flow", size, "flow", model=model, passes=passes)
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize(
+    ("model", "size", "group", "passes"),
+    [("llama", 2, 2, 2), ("tied", 3, 3, 1), ("tokenformer", 2, 2, 1), ("llama", 4, 2, 2)],
+)
+def test_what_is_computed_for_several_gpus_is_what_processes_hold_and_send(
+    run, tmp_path, model, size, group, passes, once
+):
+    """To the byte where sizes divide; where rows don't, FSDP2 fills up what goes between the processes. A step of
+    several passes adds gradients up once, and gathers what is to be gathered once in it no more often."""
+    strategy = "sharded" if group == size else "hybrid"
+    settings = {"strategy": strategy, "gather_once": once}
+    answer = run(tmp_path / "flow", size, "flow", model=model, passes=passes, settings=settings, machine=group)
     assert answer["codes"] == [0] * size, answer["messages"]
-    held, gathered, added = json.loads((tmp_path / "flow.json").read_text())
+    found = json.loads((tmp_path / "flow.json").read_text())
     models = {"llama": tiny_llama, "tied": partial(tiny_gpt2, dropout=0.0), "tokenformer": tiny_tokenformer}
-    state, _, sent = held_and_sent(models[model](), size, passes, sharded=True)
-    assert state == held
-    flow = (gathered + added) * (size - 1) / size
-    assert sent == flow if size == 2 else sent == pytest.approx(flow, rel=0.05)
+    costs = process_costs(models[model](), Layout(size, group, once), passes)
+    assert costs.state == found["held"]
+    gathered, added, around = (
+        found["bytes"][name] for name in ("_allgather_base_", "_reduce_scatter_base_", "allreduce_")
+    )
+    within = (gathered + added) * (group - 1) / group
+    assert costs.within == within if group == 2 else costs.within == pytest.approx(within, rel=0.05)
+    copies = size // group
+    assert costs.between == 2 * around * (copies - 1) / copies
+    groups = 2 + 1  # both layers, and what lies outside of them
+    assert found["calls"] == {
+        "_allgather_base_": groups if once else passes * (2 * 2 + 1),
+        "_reduce_scatter_base_": groups,
+        "allreduce_": groups if copies > 1 else 0,
+    }
+    assert found["stepped"] == ["_fused_adamw_"]
+    assert not found["sent by the optimizer"], "each process steps on its pieces"
+
+
+@pytest.mark.parametrize("model", ["scarce", "dropout"])
+def test_layers_that_are_gathered_once_in_a_step_learn_the_same_bits(trained, model):
+    """Weights are the same, wherever they are kept."""
+    settings = {**FIFTY, "micro_batch_size": 2, "strategy": "sharded"}
+    plain, once = (trained(2, model, settings={**settings, **changes}) for changes in ({}, {"gather_once": True}))
+    assert read_metrics(plain) == read_metrics(once)
+    assert checkpoint_bits(latest_checkpoint(plain)) == checkpoint_bits(latest_checkpoint(once))
 
 
 def test_threads_and_devices_are_left_alone():

@@ -17,6 +17,7 @@ MAY_CHANGE = frozenset(
         "activation_checkpointing",
         "strategy",
         "processes_per_copy",
+        "gather_once",
         "num_workers",
         "evaluation_interval",
         "evaluation_batches",

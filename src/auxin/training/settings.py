@@ -109,6 +109,9 @@ class TrainingSettings(Settings):
     processes_per_copy: int | None = Field(default=None, ge=1)
     """Processes that have a copy between them where the strategy is hybrid; they divide all. None: those of a
     machine."""
+    gather_once: bool = False
+    """In pieces (sharded, hybrid): layers stay whole from the first forward pass of a step to its last backward pass,
+    in place of being gathered twice in each. Less is sent; a process holds all weights whole in a step."""
     num_workers: int = Field(default=0, ge=0, le=MOST_WORKERS)
     """Processes that read batches ahead of the training; 0 reads them in the training's own. The order of samples does
     not depend on it."""
@@ -143,6 +146,10 @@ class TrainingSettings(Settings):
             raise ValueError(
                 f"processes_per_copy ({self.processes_per_copy}) has a meaning for strategy: hybrid alone, not for "
                 f"{self.strategy}. Leave it out."
+            )
+        if self.gather_once and self.strategy == "replicated":
+            raise ValueError(
+                "gather_once has no meaning for strategy: replicated, whose copies are whole. Leave it out."
             )
         for beta in self.adam_betas:
             if not 0 <= beta < 1:

@@ -79,10 +79,19 @@ class Copies:
 
 class Sharded(Copies):
     """Every process has a piece of each parameter, gradient and moment, by torch's FSDP2; a layer is whole only while
-    it computes. What the leader saves it gathers tensor by tensor into a copy of the model in its own memory."""
+    it computes. What the leader saves it gathers tensor by tensor into a copy of the model in its own memory.
+
+    Args:
+        ranks: the processes.
+        gather_once: whether a layer that is whole stays so until the last pass of a step is through with it.
+    """
 
     name = "sharded"
     in_step = True
+
+    def __init__(self, ranks: Ranks, gather_once: bool = False) -> None:
+        super().__init__(ranks)
+        self.gather_once = gather_once
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -98,7 +107,7 @@ class Sharded(Copies):
         except PlanError:  # an architecture without known layers is one piece
             paths = ()
         for path in paths:
-            fully_shard(model.get_submodule(path), mesh=mesh)
+            fully_shard(model.get_submodule(path), mesh=mesh, reshard_after_forward=not self.gather_once)
         fully_shard(model, mesh=mesh)
         for module in _sharded(model):
             # Parts of a batch weigh what they weigh; a mean over processes would divide by how many there are.
@@ -125,9 +134,10 @@ class Sharded(Copies):
                 parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._used.add(name))
 
     def begin_pass(self, model: nn.Module, is_last: bool) -> None:
-        """Gradients go round after the last pass of a step alone."""
+        """Gradients go round after the last pass of a step alone; until then layers may stay whole."""
         assert isinstance(model, FSDPModule)
         model.set_requires_gradient_sync(is_last)
+        model.set_reshard_after_backward(is_last or not self.gather_once)
 
     def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
         """The last backward pass has done it; a parameter that has a gradient in none of them gets back that it has
@@ -164,10 +174,11 @@ class Hybrid(Sharded):
     Args:
         ranks: the processes.
         group: processes of a group; they divide the processes.
+        gather_once: as of `Sharded`.
     """
 
-    def __init__(self, ranks: Ranks, group: int) -> None:
-        super().__init__(ranks)
+    def __init__(self, ranks: Ranks, group: int, gather_once: bool = False) -> None:
+        super().__init__(ranks, gather_once)
         self.group = group
         self.name = f"hybrid, {group} a copy"
 
@@ -198,9 +209,9 @@ def choose_strategy(
             f"strategy: {settings.strategy!r} cuts parameters into pieces, and {against} Set strategy: replicated."
         )
     if settings.strategy == "hybrid":
-        return Hybrid(ranks, _group(settings, ranks))
+        return Hybrid(ranks, _group(settings, ranks), settings.gather_once)
     sharded = settings.strategy == "sharded" or (settings.strategy == "auto" and device.type == "cuda")
-    return Sharded(ranks) if sharded and against is None else Copies(ranks)
+    return Sharded(ranks, settings.gather_once) if sharded and against is None else Copies(ranks)
 
 
 def _group(settings: TrainingSettings, ranks: Ranks) -> int:
