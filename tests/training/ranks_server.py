@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -57,7 +58,7 @@ from auxin.training import loop, saving, train
 from auxin.training.divided_linear import DividedLinear
 from auxin.training.optimizer import build_optimizer
 from auxin.training.ranks import Ranks, joined
-from auxin.training.strategies import Sharded, whole
+from auxin.training.strategies import choose_strategy, whole
 from auxin.training.tensor_parallel import Split
 from training.tiny import (
     NORMED,
@@ -336,25 +337,53 @@ def do_vanish(ranks: Ranks, folder: Path, request: dict) -> None:
         pass
 
 
+class Traffic(TorchDispatchMode):
+    """Counts what goes between the processes: calls, and bytes of what is whole afterwards or was before."""
+
+    KINDS = {"_allgather_base_": 0, "_reduce_scatter_base_": 1, "allreduce_": 0}
+    """By the place of the whole tensor among the arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.bytes = dict.fromkeys(self.KINDS, 0), dict.fromkeys(self.KINDS, 0)
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        space, _, name = function.name().partition("::")
+        if space == "c10d" and name in self.KINDS:
+            whole = args[self.KINDS[name]]
+            self.calls[name] += 1
+            self.bytes[name] += sum(tensor.nbytes for tensor in (whole if isinstance(whole, list) else [whole]))
+        self.names.add(name)
+        return function(*args, **(kwargs or {}))
+
+
 def do_flow(ranks: Ranks, folder: Path, request: dict) -> None:
     """What a process holds after a step in pieces, and what goes between the processes in it; in bytes."""
     model = MODELS[request["model"]]()
-    strategy = Sharded(ranks)
+    settings = tiny_settings(steps=1, batch_size=64, **request["settings"])
+    objective = settings.objective.bind(model.config, TinyData().form)
+    strategy = choose_strategy(settings, ranks, model.device, model, objective, ())
     strategy.place(model)
-    optimizer = build_optimizer(model, tiny_settings(steps=1))
+    optimizer = build_optimizer(model, settings)
     ids = torch.zeros(2, 16, dtype=torch.long)
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+    with Traffic() as traffic:
         for number in range(request["passes"]):
             strategy.begin_pass(model, number == request["passes"] - 1)
             model(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
-    events = [(event.name, event.input_shapes) for event in profiler.events()]
-    gathered = sum(4 * shapes[0][0] for name, shapes in events if name == "c10d::_allgather_base_")
-    added = sum(4 * shapes[1][0] for name, shapes in events if name == "c10d::_reduce_scatter_base_")
+    with Traffic() as stepped:
+        optimizer.step()
     parameters = list(model.parameters())
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    held = sum(4 * tensor.to_local().numel() for tensor in [*parameters, *(p.grad for p in parameters), *moments])
-    ranks.told(lambda: Path(f"{folder}.json").write_text(json.dumps([held, gathered, added])))
+    held = sum(tensor.to_local().nbytes for tensor in [*parameters, *(p.grad for p in parameters), *moments])
+    found = {
+        "held": held,
+        "calls": traffic.calls,
+        "bytes": traffic.bytes,
+        "stepped": sorted(name for name in stepped.names if "adam" in name),
+        "sent by the optimizer": sum(stepped.calls.values()),
+    }
+    ranks.told(lambda: Path(f"{folder}.json").write_text(json.dumps(found)))
 
 
 def do_reductions(ranks: Ranks, folder: Path, request: dict) -> None:
@@ -417,6 +446,8 @@ SCENARIOS = {
 
 def child(rank: int, port: int, request: dict) -> int:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(request["size"]), "LOCAL_RANK": str(rank)}
+    machine = request.get("machine", request["size"])  # how many are on it; of each process, if they see it otherwise
+    os.environ |= {"LOCAL_WORLD_SIZE": str(machine[rank] if isinstance(machine, list) else machine)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"AUXIN_STEP_SECONDS": str(request.get("step_seconds", 600))}
     errors = Path(f"{request['folder']}.{rank}.err")

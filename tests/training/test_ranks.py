@@ -11,7 +11,7 @@ import torch
 from auxin.accounting import Ledger
 from auxin.errors import ConfigError, TrainingError
 from auxin.locks import exclusive
-from auxin.recipes.several_gpus import held_and_sent
+from auxin.recipes.process_costs import Layout, process_costs
 from auxin.training import TrainingSettings, latest_checkpoint
 from auxin.training.meeting import meet
 from auxin.training.ranks import joined, speaks
@@ -40,6 +40,28 @@ def test_processes_learn_what_one_learns(trained, strategy, size, model, changes
     losses, tensors = apart(alone, together)
     assert losses < 1e-10
     assert tensors < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "machine"),
+    [
+        ("tokenformer", {}, 2),
+        # What gets a gradient in the parts of some processes, and not in those of others.
+        ("scarce", {"micro_batch_size": 1}, 2),
+        # Four processes of a machine with a copy of two each.
+        ("tied", {"micro_batch_size": 2, "processes_per_copy": 2}, 4),
+    ],
+)
+def test_a_copy_on_each_machine_learns_what_one_learns(trained, model, changes, machine):
+    """Four processes, two to a machine: pieces within, copies between them."""
+    settings = {**FIFTY, **changes}
+    settings.pop("processes_per_copy", None)
+    alone = trained(1, model, settings=settings)
+    together = trained(4, model, machine=machine, settings={**FIFTY, **changes, "strategy": "hybrid"})
+    losses, tensors = apart(alone, together)
+    assert losses < 1e-10
+    assert tensors < 1e-10
+    assert Ledger.load(latest_checkpoint(together)).stages[-1].notes == ["trained by 4 processes (hybrid, 2 a copy)"]
 
 
 def test_a_matrix_that_lies_by_columns_learns_the_same(trained):
@@ -88,6 +110,17 @@ def test_the_same_bits_every_time_and_dropout_alike_however_the_model_lies(train
 
 
 @pytest.mark.parametrize("strategy", ["replicated", "sharded"])
+def test_layers_that_are_computed_again_learn_the_same_bits(trained, strategy):
+    """Each part of a batch draws its numbers of dropout a second time."""
+    settings = {**FIFTY, "strategy": strategy}
+    plain, again = (
+        trained(2, "dropout", settings={**settings, **changes}) for changes in ({}, {"activation_checkpointing": True})
+    )
+    assert read_metrics(plain) == read_metrics(again)
+    assert checkpoint_bits(latest_checkpoint(plain)) == checkpoint_bits(latest_checkpoint(again))
+
+
+@pytest.mark.parametrize("strategy", ["replicated", "sharded"])
 def test_goes_on_with_another_number_of_processes(trained, run, tmp_path, strategy):
     """Stopped at step 30 of two processes, gone on with by three, and by one."""
     settings = {**FIFTY, "strategy": strategy}
@@ -104,6 +137,21 @@ def test_goes_on_with_another_number_of_processes(trained, run, tmp_path, strate
         later += f" ({strategy})" if size == 3 else ""
         notes = Ledger.load(latest_checkpoint(folder)).stages[-1].notes
         assert notes == [f"trained by 2 processes ({strategy})", f"trained by {later} from step 30"]
+
+
+def test_copies_of_machines_go_on_as_anything_else(trained, run, tmp_path):
+    """Stopped at step 30 as four processes of two machines; and begun by two in pieces."""
+    alone = trained(1, "tokenformer", settings=FIFTY)
+    hybrid = (4, {**FIFTY, "strategy": "hybrid"})
+    others = [(2, {**FIFTY, "strategy": "sharded"}), (3, {**FIFTY, "strategy": "replicated"}), (1, FIFTY)]
+    for number, courses in enumerate([[hybrid, other] for other in others] + [[others[0], hybrid]]):
+        folder = tmp_path / str(number)
+        for stop, (size, settings) in zip((30, None), courses, strict=True):
+            answer = run(folder, size, model="tokenformer", settings=settings, stop_after=stop, machine=2)
+            assert not any(answer["codes"]), answer["messages"]
+        losses, tensors = apart(alone, folder)
+        assert losses < 1e-10
+        assert tensors < 1e-10
 
 
 @pytest.mark.parametrize("strategy", ["replicated", "sharded"])
@@ -220,6 +268,15 @@ def test_a_disk_that_is_full_ends_all_of_them_and_what_was_saved_goes_on_to_the_
     assert checkpoint_bits(latest_checkpoint(whole)) == checkpoint_bits(latest_checkpoint(folder))
 
 
+def test_machines_of_unlike_sizes_are_told_before_they_wait_for_each_other(run, tmp_path):
+    """Which processes have a copy between them, all have to see alike."""
+    settings = {**FIFTY, "strategy": "hybrid"}
+    answer = run(tmp_path / "run", 4, model="llama", settings=settings, machine=[2, 2, 1, 1])
+    assert answer["codes"] == [1, 1, 2, 2]
+    assert answer["messages"][2].startswith("ConfigError: The devices, or the processes of a machine (LOCAL_WORLD_SIZE")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_the_leader_alone_does_fails_in_all(run, tmp_path):
     """Nobody waits for a leader that has given up."""
     answer = run(tmp_path / "run", 3, "tell")
@@ -306,6 +363,11 @@ def test_one_process_of_a_machine_speaks(monkeypatch, environment, expected):
             "strategy: 'sharded' cuts parameters into pieces, and what takes part in this stage reads or changes whole "
             "ones (Struck). Set strategy: replicated.",
         ),
+        (
+            {"settings": {**FIFTY, "strategy": "hybrid", "processes_per_copy": 3}},
+            "processes_per_copy: copies of 3 processes don't divide 2. Set a divisor of 2",
+        ),
+        ({"settings": {**FIFTY, "strategy": "hybrid"}, "machine": "two"}, "LOCAL_WORLD_SIZE is 'two' in the environ"),
         ({"settings": {**FIFTY, "strategy": "sharded", "compile": True}}, "compiling them was never tried"),
         ({"model": "factor", "settings": {**FIFTY, "strategy": "sharded"}}, "factor, which is a single number, can't"),
         (
@@ -322,17 +384,48 @@ def test_what_several_processes_can_not_do_is_refused_before_anything_is_written
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("model", "size", "passes"), [("llama", 2, 2), ("tied", 3, 1), ("tokenformer", 2, 1)])
-def test_what_is_computed_for_several_gpus_is_what_processes_hold_and_send(run, tmp_path, model, size, passes):
-    """To the byte where sizes divide; where rows don't, FSDP2 fills up what goes between the processes."""
-    answer = run(tmp_path / "flow", size, "flow", model=model, passes=passes)
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize(
+    ("model", "size", "group", "passes"),
+    [("llama", 2, 2, 2), ("tied", 3, 3, 1), ("tokenformer", 2, 2, 1), ("llama", 4, 2, 2)],
+)
+def test_what_is_computed_for_several_gpus_is_what_processes_hold_and_send(
+    run, tmp_path, model, size, group, passes, once
+):
+    """To the byte where sizes divide; where rows don't, FSDP2 fills up what goes between the processes. A step of
+    several passes adds gradients up once, and gathers what is to be gathered once in it no more often."""
+    strategy = "sharded" if group == size else "hybrid"
+    settings = {"strategy": strategy, "gather_once": once}
+    answer = run(tmp_path / "flow", size, "flow", model=model, passes=passes, settings=settings, machine=group)
     assert answer["codes"] == [0] * size, answer["messages"]
-    held, gathered, added = json.loads((tmp_path / "flow.json").read_text())
+    found = json.loads((tmp_path / "flow.json").read_text())
     models = {"llama": tiny_llama, "tied": partial(tiny_gpt2, dropout=0.0), "tokenformer": tiny_tokenformer}
-    state, _, sent = held_and_sent(models[model](), size, passes, sharded=True)
-    assert state == held
-    flow = (gathered + added) * (size - 1) / size
-    assert sent == flow if size == 2 else sent == pytest.approx(flow, rel=0.05)
+    costs = process_costs(models[model](), Layout(size, group, once), passes)
+    assert costs.state == found["held"]
+    gathered, added, around = (
+        found["bytes"][name] for name in ("_allgather_base_", "_reduce_scatter_base_", "allreduce_")
+    )
+    within = (gathered + added) * (group - 1) / group
+    assert costs.within == within if group == 2 else costs.within == pytest.approx(within, rel=0.05)
+    copies = size // group
+    assert costs.between == 2 * around * (copies - 1) / copies
+    groups = 2 + 1  # both layers, and what lies outside of them
+    assert found["calls"] == {
+        "_allgather_base_": groups if once else passes * (2 * 2 + 1),
+        "_reduce_scatter_base_": groups,
+        "allreduce_": groups if copies > 1 else 0,
+    }
+    assert found["stepped"] == ["_fused_adamw_"]
+    assert not found["sent by the optimizer"], "each process steps on its pieces"
+
+
+@pytest.mark.parametrize("model", ["scarce", "dropout"])
+def test_layers_that_are_gathered_once_in_a_step_learn_the_same_bits(trained, model):
+    """Weights are the same, wherever they are kept."""
+    settings = {**FIFTY, "micro_batch_size": 2, "strategy": "sharded"}
+    plain, once = (trained(2, model, settings={**settings, **changes}) for changes in ({}, {"gather_once": True}))
+    assert read_metrics(plain) == read_metrics(once)
+    assert checkpoint_bits(latest_checkpoint(plain)) == checkpoint_bits(latest_checkpoint(once))
 
 
 def test_threads_and_devices_are_left_alone():

@@ -1,13 +1,16 @@
 """Bytes a model takes to train and to serve, counted on shapes alone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from auxin.accounting.inputs import call_arguments, example_inputs, needs_length, without_cache
+from auxin.accounting.recomputation import recomputed
 from auxin.accounting.shapes import shape_only_copy, without_data
 from auxin.errors import ConfigError
 from auxin.settings import Settings
@@ -79,7 +82,8 @@ class TrainingMemory(Settings):
     """Of the parameters that are trained."""
     optimizer: int
     activations: int
-    """What the backward pass keeps of the forward pass; without activation checkpointing."""
+    """What the backward pass keeps of the forward pass; where layers are computed again, what is kept of them, and all
+    that the largest keeps while it is."""
 
     @property
     def total(self) -> int:
@@ -101,6 +105,7 @@ def training_memory(
     decoder_length: int | None = None,
     *,
     inputs: Mapping[str, Any] | None = None,
+    recompute: bool = False,
 ) -> TrainingMemory:
     """Count the bytes to train `model` on batches of `batch_size` samples.
 
@@ -114,36 +119,52 @@ def training_memory(
         decoder_length: tokens that the decoder sees; None: as many.
         inputs: keyword arguments of the forward pass, labels among them, in place of made-up ones; of tensors only
             shape and type count.
+        recompute: whether the backward pass computes layers again (activation checkpointing).
 
     Raises:
         ConfigError: a length is needed, or the model's code looks at values, as wav2vec2's does to drop layers.
         PlanError: no inputs of the model can be made up.
     """
-    saved: dict[int, tuple[Tensor, int]] = {}
+    # The tensors are held, so that no later storage can be given the address of their own.
+    saved: dict[int, Tensor] = {}
+    largest = 0
     # Without data, torch takes grouped products of experts in bfloat16 only, which has half of float32's bytes.
     dtype, factor = (torch.bfloat16, 2) if has_experts(model) else (None, 1)
     with shape_only_copy(model, dtype) as copy:
         parameters = {p.untyped_storage()._cdata for p in copy.parameters()}
 
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in parameters:
-                # The tensor is held, so that no later storage can be given the address of its own.
-                saved[storage._cdata] = tensor, storage.nbytes()
+        def keep(kept: dict[int, Tensor], tensor: Tensor) -> Tensor:
+            if (place := tensor.untyped_storage()._cdata) not in parameters:
+                kept[place] = tensor
             return tensor
+
+        def layer(forward: Callable[..., Any], *arguments: Any) -> Any:
+            nonlocal largest
+            for tensor in _tensors([*arguments, *getattr(forward, "keywords", {}).values()]):
+                keep(saved, tensor)
+            within: dict[int, Tensor] = {}
+            with saved_tensors_hooks(partial(keep, within), lambda tensor: tensor):
+                result = forward(*arguments)
+            largest = max(largest, _bytes({place: within[place] for place in within.keys() - saved.keys()}))
+            return result
 
         if inputs is None:
             inputs = _inputs(copy, batch_size, sequence_length, decoder_length)
         given = without_data(inputs)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with recomputed(copy, recompute, layer), saved_tensors_hooks(partial(keep, saved), lambda tensor: tensor):
             copy.train()(**given)
     trained_bytes = FLOAT32_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
     return TrainingMemory(
         weights=FLOAT32_BYTES * sum(p.numel() for p in model.parameters()),
         gradients=trained_bytes,
         optimizer=ADAM_MOMENTS * trained_bytes,
-        activations=factor * sum(size for _, size in saved.values()),
+        activations=factor * (_bytes(saved) + largest),
     )
+
+
+def _bytes(tensors: Mapping[int, Tensor]) -> int:
+    """Of their storages, by which they are named."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
 
 
 def _inputs(model: nn.Module, batch_size: int, length: int | None, decoder_length: int | None) -> dict[str, Any]:

@@ -116,9 +116,7 @@ def _print_shared(recipe: Any, gpus: int, name: str, as_json: bool) -> None:
     gpu = find_gpu(name)
     prices = price_shared(recipe, gpus, gpu)
     if as_json:
-        print(
-            json.dumps([{**one.model_dump(), "total": one.total, "seconds": one.seconds} for one in prices], indent=2)
-        )
+        print(json.dumps([{**one.model_dump(), "seconds": one.seconds} for one in prices], indent=2))
         return
     header, *rows = shared_table(prices, gpu)
     print_table(header, rows, optional=5)

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from auxin.accounting import Electricity, Ledger, count_parameters, training_memory
 from auxin.accounting.ledger import LEDGER_FILE
 from auxin.accounting.memory import FLOAT32_BYTES, TrainingMemory
+from auxin.accounting.recomputation import check_recomputable
 from auxin.data.dataset import SampleForm
 from auxin.edits.structure import edited_skeleton
 from auxin.errors import ConfigError
@@ -35,7 +36,7 @@ class StagePrice(Settings):
     """Training FLOPs, forward and backward."""
     memory_bytes: int | None = None
     """Of one process that holds the whole model: float32 weights, gradients and moments, and the activations of one
-    micro-batch in float32 without checkpointing; and the weights of a teacher."""
+    micro-batch in float32; and the weights of a teacher."""
     seconds: float | None = None
     """Of the stage's steps on this machine, where they were timed."""
     estimate: bool = False
@@ -237,12 +238,15 @@ class _Pricing:
         per_sample = self._flops(config, settings.objective, self.form, references, stage.lora)
         with self.recipe.at_setting(stage):
             steps = settings.total_steps(self.form, per_sample)
+            if again := settings.activation_checkpointing:
+                check_recomputable(trained_skeleton(config, stage.lora))
         samples = steps * settings.batch_size
         memory = None
         if self.memory:
             objective = settings.objective.bind(config, self.form, references)
             skeleton = trained_skeleton(config, stage.lora)
-            memory = pass_memory(skeleton, objective, settings.samples_per_forward).total + reference_bytes(references)
+            memory = pass_memory(skeleton, objective, settings.samples_per_forward, again).total
+            memory += reference_bytes(references)
         return price.model_copy(
             update={
                 "steps": steps,
@@ -295,9 +299,11 @@ def trained_skeleton(config: PreTrainedConfig, lora: Lora | None) -> PreTrainedM
     return model
 
 
-def pass_memory(model: PreTrainedModel, objective: Objective, samples: int) -> TrainingMemory:
-    """Bytes to train `model`, without weights, on so many samples in a forward pass."""
-    return training_memory(model, samples, inputs={**objective.example(samples), **objective.call})
+def pass_memory(model: PreTrainedModel, objective: Objective, samples: int, recompute: bool = False) -> TrainingMemory:
+    """Bytes to train `model`, without weights, on so many samples in a forward pass, whose layers the backward pass
+    computes again or not."""
+    inputs = {**objective.example(samples), **objective.call}
+    return training_memory(model, samples, inputs=inputs, recompute=recompute)
 
 
 def reference_bytes(references: References) -> int:

@@ -5,26 +5,26 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
-from transformers import PreTrainedModel
-
-from auxin.accounting.memory import ADAM_MOMENTS, FLOAT32_BYTES
-from auxin.errors import ConfigError, PlanError, unknown_name
-from auxin.models.layers import layer_paths
+from auxin.errors import ConfigError, unknown_name
 from auxin.recipes.price import pass_memory, price_recipe, reference_bytes, trained_skeleton
+from auxin.recipes.process_costs import Layout, ProcessCosts, process_costs
 from auxin.recipes.references import reference_shapes
 from auxin.recipes.schema import Recipe, TrainStage
 from auxin.recipes.stage_models import stage_configs
 from auxin.settings import Settings
 from auxin.training.hardware import PEAK_FLOPS
 from auxin.training.progress import hours
+from auxin.training.settings import TrainingSettings
 from auxin.training.strategies import samples_per_pass
 
+Strategy = Literal["replicated", "sharded", "hybrid"]
 UTILIZATION = 0.4
 """Share of a GPU's peak that a training step is taken to reach."""
 NODE, NETWORK = 8, 50e9
 """GPUs of a machine, and the bytes per second that each sends to other machines: 400 Gb/s, as in clusters that are sold
 for training."""
+AGAIN = 4 / 3
+"""Times as long that a step computes whose layers are computed again: a forward pass is a third of it."""
 RESERVED = 0.1
 """Share of a GPU's memory that is left for temporaries, fragments and the system."""
 
@@ -66,36 +66,34 @@ class Shared(Settings):
 
     branch: str
     stage: str
-    strategy: Literal["replicated", "sharded"]
+    strategy: Strategy
+    group: int
+    """GPUs that have a copy between them."""
     state: int
-    """Bytes of weights, gradients and moments that a process holds between steps, in float32."""
-    gathered: int
-    """Bytes that are whole while they compute: what lies outside of the layers; two layers, of which one comes while
-    the other computes, and one's gradients; and all gradients, where a step has several passes. 0 for copies."""
+    """Bytes of weights, gradients and moments that a process holds between steps, in float32, and of a teacher."""
     activations: int
     """Bytes that the backward pass keeps of the forward pass of a micro-batch, in float32: an upper bound for
     bfloat16."""
+    total: int
+    """Bytes at once, with what is whole while it computes or is added up."""
     micro_batch: int
     """Samples of a forward pass."""
     largest: int
     """Samples of the largest forward pass that fits; 0 where none does."""
     sent: float
     """Bytes that each process sends in a step."""
+    sent_between: float
+    """Of them, those between the copies of a hybrid, over the network alone where each machine has one."""
     steps: int
     """Of the stage."""
     compute_seconds: float
-    """Of a step, at `UTILIZATION` of the GPU's peak."""
+    """Of a step, at `UTILIZATION` of the GPU's peak; with what layers compute again."""
     link_seconds: float
-    """Of what is sent in it, at the link's full speed."""
-
-    @property
-    def total(self) -> int:
-        """Bytes at once."""
-        return self.state + self.gathered + self.activations
+    """Of what is sent in it, at the links' full speed."""
 
     @property
     def seconds(self) -> float:
-        """Of a step: copies send behind the backward pass, pieces while others compute."""
+        """Of a step: copies send behind the backward pass, pieces of a layer while another computes."""
         both = (self.compute_seconds, self.link_seconds)
         return sum(both) if self.strategy == "replicated" else max(both)
 
@@ -136,70 +134,60 @@ def price_shared(recipe: Recipe, gpus: int, gpu: Gpu) -> list[Shared]:
         teachers = reference_bytes(references)
         micro = samples_per_pass(settings, gpus)
         passes = math.ceil(math.ceil(settings.batch_size / micro) / gpus)
-        kept = {samples: pass_memory(model, objective, samples).activations for samples in {1, 2, micro}}
-        for strategy in ("replicated", "sharded"):
-            state, gathered, sent = held_and_sent(model, gpus, passes, strategy == "sharded")
-            room = gpu.memory * (1 - RESERVED) - state - gathered - teachers - kept[1]
-            largest = 0 if room < 0 else 1 + int(room / max(1, kept[2] - kept[1]))
+        again = settings.activation_checkpointing
+        kept = {samples: pass_memory(model, objective, samples, again).activations for samples in {1, 2, micro}}
+        compute = stage.flops / stage.steps / (gpus * gpu.peak * UTILIZATION)
+        for strategy, layout in layouts(settings, gpus).items():
+            costs = process_costs(model, layout, passes)
+            room = costs.room(gpu.memory * (1 - RESERVED) - teachers)
+            largest = 0 if room < kept[1] else 1 + int((room - kept[1]) / max(1, kept[2] - kept[1]))
             found.append(
                 Shared(
                     branch=stage.branch,
                     stage=stage.stage,
                     strategy=strategy,
-                    state=state + teachers,
-                    gathered=gathered,
+                    group=layout.group,
+                    state=costs.state + teachers,
                     activations=kept[micro],
+                    total=costs.at_once(kept[micro]) + teachers,
                     micro_batch=micro,
                     largest=largest,
-                    sent=sent,
+                    sent=costs.sent,
+                    sent_between=costs.between if strategy == "hybrid" else 0.0,
                     steps=stage.steps,
-                    compute_seconds=stage.flops / stage.steps / (gpus * gpu.peak * UTILIZATION),
-                    link_seconds=sent / link_between(gpus, gpu),
+                    compute_seconds=compute * (AGAIN if again else 1.0),
+                    link_seconds=link_seconds(costs, layout, gpu),
                 )
             )
     return found
 
 
+def layouts(settings: TrainingSettings, gpus: int) -> dict[Strategy, Layout]:
+    """By strategy; a hybrid where there are several machines, or the settings say how many have a copy."""
+    found: dict[Strategy, Layout] = {
+        "replicated": Layout(gpus, 1),
+        "sharded": Layout(gpus, gpus, settings.gather_once),
+    }
+    group = settings.processes_per_copy or NODE
+    if group < gpus and gpus % group == 0:
+        found["hybrid"] = Layout(gpus, group, settings.gather_once)
+    return found
+
+
 def link_between(gpus: int, gpu: Gpu) -> float:
-    """Bytes per second that one of so many sends to the next: by the network, where one machine does not hold them."""
-    return gpu.link if gpus <= NODE else min(gpu.link, NETWORK)
+    """Bytes per second that one of so many sends to the next. Rings leave and enter a machine by all of its network
+    cards, each by another (as NCCL lays them), so that they go as fast as those together, or as the machine's links."""
+    return gpu.link if gpus <= NODE else min(gpu.link, NODE * NETWORK)
 
 
-def held_and_sent(model: PreTrainedModel, gpus: int, passes: int, sharded: bool) -> tuple[int, int, float]:
-    """Bytes that the process that holds most has between steps, that it has whole while it computes, and that it sends
-    in a step of so many passes; in float32.
-
-    In a ring each of N processes sends (N - 1) / N of what is gathered or added up, and twice that where all are to
-    have the sum. FSDP2 gathers a layer for the forward and once more for the backward pass of each micro-batch, what
-    lies outside of the layers once, and adds gradients up in the last pass of a step.
-    """
-    trained = FLOAT32_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    whole = FLOAT32_BYTES * sum(p.numel() for p in model.parameters())
-    ring = (gpus - 1) / gpus
-    if not sharded:
-        return whole + (1 + ADAM_MOMENTS) * trained, 0, 2 * ring * trained
-    state = sum(
-        FLOAT32_BYTES * _piece(parameter, gpus) * (2 + ADAM_MOMENTS if parameter.requires_grad else 1)
-        for parameter in model.parameters()
-    )
-    layers = [FLOAT32_BYTES * sum(p.numel() for p in layer.parameters()) for layer in _layers(model)]
-    outside = whole - sum(layers)
-    sent = ring * (passes * (2 * sum(layers) + outside) + trained)
-    return state, outside + 3 * max(layers, default=0) + (trained if passes > 1 else 0), sent
-
-
-def _piece(parameter: nn.Parameter, gpus: int) -> int:
-    """Values of the largest piece: rows are not cut."""
-    if parameter.ndim == 0:
-        return 1
-    return math.ceil(parameter.shape[0] / gpus) * (parameter.numel() // max(1, parameter.shape[0]))
-
-
-def _layers(model: PreTrainedModel) -> list[nn.Module]:
-    try:
-        return [model.get_submodule(path) for path in layer_paths(model)]
-    except PlanError:
-        return []
+def link_seconds(costs: ProcessCosts, layout: Layout, gpu: Gpu) -> float:
+    """Of what a process sends in a step. Where machines have a copy each, every process adds its piece up with those of
+    the other machines by a network card of its own."""
+    within = costs.within / link_between(layout.group, gpu)
+    if layout.group == 1:
+        return costs.between / link_between(layout.processes, gpu)
+    apart = layout.processes > NODE
+    return within + costs.between / (min(gpu.link, NETWORK) if apart else gpu.link)
 
 
 def shared_table(prices: list[Shared], gpu: Gpu) -> list[list[str]]:
@@ -224,18 +212,35 @@ def shared_notes(prices: list[Shared], gpus: int, gpu: Gpu) -> list[str]:
         "",
         f"Computed, not measured: {gpus} x {gpu.name} of {gpu.memory / 1e9:.0f} GB, a tenth left free; weights, "
         f"gradients and AdamW's moments in float32, activations counted so, too; {UTILIZATION:.0%} of "
-        f"{gpu.peak / 1e12:,.0f} TFLOPs in bfloat16; {link_between(gpus, gpu) / 1e9:.0f} GB/s from one to the next "
-        f"({'in one machine' if gpus <= NODE else 'between machines of eight'}). Small models wait for kernels to be "
+        f"{gpu.peak / 1e12:,.0f} TFLOPs in bfloat16; {network(gpus, gpu)}. Small models wait for kernels to be "
         "launched, which is not counted. A pass: samples of a forward pass; at most: of the largest that fits.",
     ]
+    if any(one.strategy == "hybrid" for one in prices):
+        group = next(one.group for one in prices if one.strategy == "hybrid")
+        lines.append(f"hybrid: {group} GPUs have a copy between them, pieces of which are added up with other copies.")
     for name in dict.fromkeys((one.branch, one.stage) for one in prices):
-        both = {one.strategy: one for one in prices if (one.branch, one.stage) == name}
-        fitting = [one for one in both.values() if one.total <= limit]
+        fitting = [one.strategy for one in prices if (one.branch, one.stage) == name and one.total <= limit]
         if not fitting:
-            lines.append(f"{'/'.join(name)} does not fit. Set micro_batch_size lower, or give more or larger GPUs.")
-        elif len(fitting) == 1:
-            lines.append(f"{'/'.join(name)} fits by {fitting[0].strategy} alone.")
-    if all(one.total <= limit for one in prices):
-        best = {name: sum(one.seconds for one in prices if one.strategy == name) for name in ("replicated", "sharded")}
-        lines.append(f"Everything fits either way; {min(best, key=lambda name: best[name])} takes less time.")
+            lines.append(
+                f"{'/'.join(name)} does not fit. Set activation_checkpointing: true, micro_batch_size lower, or give "
+                "more or larger GPUs."
+            )
+    seconds = {
+        strategy: sum(one.steps * one.seconds for one in prices if one.strategy == strategy)
+        for strategy in dict.fromkeys(one.strategy for one in prices)
+        if all(one.total <= limit for one in prices if one.strategy == strategy)
+    }
+    if seconds:
+        best = min(seconds, key=lambda strategy: seconds[strategy])
+        others = [strategy for strategy in seconds if strategy != best]
+        than = f", in less time than by {' or '.join(others)}" if others else ", and by no other strategy"
+        lines.append(f"Recommended: strategy: {best}. Everything fits{than}.")
     return lines
+
+
+def network(gpus: int, gpu: Gpu) -> str:
+    """How fast one sends to the next, in words."""
+    if gpus <= NODE:
+        return f"{gpu.link / 1e9:.0f} GB/s from one to the next, in one machine"
+    machine = f"{gpu.link / 1e9:.0f} GB/s from one to the next in a machine of {NODE}"
+    return f"{machine}, and {NETWORK / 1e9:.0f} GB/s by each of its {NODE} network cards"

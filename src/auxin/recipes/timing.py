@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from auxin.accounting.machine import available_memory, choose_device
+from auxin.accounting.recomputation import recomputed
 from auxin.data.dataset import SampleForm
 from auxin.models.weights_of_no_meaning import fill
 from auxin.nn.autocast import without_autocast
@@ -26,6 +27,8 @@ PATIENCE = 10.0
 """Seconds that all timing may take, about; one model gets a third of what is left of them."""
 TIMED = 3
 """Micro-batches that are timed, after a first one that warms up."""
+COSTLY = {"objective", "batch_size", "micro_batch_size", "precision", "device", "activation_checkpointing"}
+"""Settings that a step's time depends on."""
 MOST_MEMORY = 0.8
 """Share of the machine's memory that a model may fill to be timed."""
 
@@ -72,7 +75,7 @@ class Timer:
         found = branch.stage(stage.stage)
         assert isinstance(found, TrainStage)
         settings = recipe.training_settings(found, flops=stage.flops if found.flops_of is not None else None)
-        same = settings.model_dump(include={"objective", "batch_size", "micro_batch_size", "precision", "device"})
+        same = settings.model_dump(include=COSTLY)
         key = config.to_json_string(), f"{same} {found.lora}"
         if key not in self._speeds:
             began, room = time.perf_counter(), self._left / 3
@@ -119,7 +122,7 @@ def seconds_per_step(
     gradients = BatchGradients(model, objective, settings.model_copy(update={"compile": False}), Copies(ALONE))
     started = time.perf_counter()
     times: list[float] = []
-    with objective.learning(model), without_autocast():
+    with objective.learning(model), without_autocast(), recomputed(model, settings.activation_checkpointing):
         while not times or (len(times) <= TIMED and time.perf_counter() - started < room):
             began = time.perf_counter()
             gradients.add(example, 1.0)

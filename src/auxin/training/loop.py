@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from auxin.accounting.ledger import Ledger, StageRecord
 from auxin.accounting.machine import choose_device
 from auxin.accounting.parameters import count_parameters
+from auxin.accounting.recomputation import RECOMPUTATION_NOTE, check_recomputable, recomputed
 from auxin.data.dataset import Dataset, Processor
 from auxin.errors import CheckpointError, TrainingError
 from auxin.interruption import Interruption, TrainingInterrupted
@@ -114,6 +115,8 @@ def train(
         device = choose_device(settings.device)
         objective = settings.objective.bind(model.config, form, references)
         check_fit(model, objective)
+        if settings.activation_checkpointing:
+            check_recomputable(model)
         for name, reference in (references or {}).items():
             refuse_non_finite(reference.model, None, name)
         measured = objective if measured_objective is None else measured_objective.bind(model.config, form, references)
@@ -127,6 +130,7 @@ def train(
     identity = RunIdentity.of(stage_name, settings, data.fingerprint, data_position, model.config, facts)
     if ranks.several:
         ranks.same("The settings, data or config", identity.model_dump_json())
+        ranks.same("The devices, or the processes of a machine (LOCAL_WORLD_SIZE),", strategy.name)
         ranks.same("The weights", weights_fingerprint(model))
     with contextlib.ExitStack() as held:
         with ranks.together():
@@ -154,7 +158,7 @@ def train(
             *(state, data, objective, evaluation, settings, keeper, strategy),
             *(identity, total_steps, flops, num_parameters, processor, ledger),
         )
-        with objective.learning(model), without_autocast():
+        with objective.learning(model), without_autocast(), recomputed(model, settings.activation_checkpointing):
             return loop.run(optimizer_from, stop_after, progress, place or Place())
 
 
@@ -255,7 +259,10 @@ class _Loop:
             self.model.train(was_training)
 
     def _note_processes(self, resumed: bool) -> None:
-        """Say in the books how many processes train from here on, where they are several, or others than before."""
+        """Say in the books how many processes train from here on, where they are several, or others than before, and
+        that layers are computed again."""
+        if self.settings.activation_checkpointing and RECOMPUTATION_NOTE not in self.state.notes:
+            self.state.notes.append(RECOMPUTATION_NOTE)
         words = f"{self.ranks.size} process{'es' if self.ranks.several else ''}"
         now = f"trained by {words}{f' ({self.strategy.name})' if self.ranks.several else ''}"
         before = [note.partition(" from step ")[0] for note in self.state.notes if note.startswith("trained by ")]

@@ -310,6 +310,21 @@ def started_together() -> bool:
     return int(size) > 1
 
 
+def processes_here() -> int | None:
+    """How many processes torchrun has started on this machine; None where it does not say.
+
+    Raises:
+        ConfigError: what the environment says is no such number.
+    """
+    given = os.environ.get("LOCAL_WORLD_SIZE")
+    if given is not None and not (given.isdecimal() and int(given) > 0):
+        raise ConfigError(
+            f"LOCAL_WORLD_SIZE is {given!r} in the environment: no number of processes. Start by torchrun, which sets "
+            "it, or unset it."
+        )
+    return None if given is None else int(given)
+
+
 def speaks() -> bool:
     """Whether this process says what is for a person to read: of those of a machine one does, for all of them."""
     try:

@@ -98,11 +98,21 @@ class TrainingSettings(Settings):
     """auto: CUDA where there is one."""
     compile: bool = False
     """Run the model through torch.compile."""
-    strategy: Literal["auto", "replicated", "sharded", "tensor"] = "auto"
+    activation_checkpointing: bool = False
+    """Keep the inputs of layers alone, and compute each layer again in the backward pass: less memory, up to a third
+    more time, the same numbers to the bit. What is computed again is not counted in FLOPs."""
+    strategy: Literal["auto", "replicated", "sharded", "hybrid", "tensor"] = "auto"
     """How the model lies in several processes that torchrun has started. replicated: a copy in each. sharded:
-    parameters, gradients and moments in pieces (FSDP2). tensor: in pieces, each of which computes its part of a layer
-    for the whole batch (tensor parallelism). auto: sharded on CUDA where nothing stands against it, else
-    replicated. Without meaning for one process."""
+    parameters, gradients and moments in pieces (FSDP2). hybrid: in the pieces of each machine, so that layers are
+    gathered within a machine. tensor: in pieces, each of which computes its part of a layer for the whole batch (tensor
+    parallelism). auto: sharded on CUDA where nothing stands against it, else replicated. Without meaning for one
+    process."""
+    processes_per_copy: int | None = Field(default=None, ge=1)
+    """Processes that have a copy between them where the strategy is hybrid; they divide all. None: those of a
+    machine."""
+    gather_once: bool = False
+    """In pieces (sharded, hybrid): layers stay whole from the first forward pass of a step to its last backward pass,
+    in place of being gathered twice in each. Less is sent; a process holds all weights whole in a step."""
     num_workers: int = Field(default=0, ge=0, le=MOST_WORKERS)
     """Processes that read batches ahead of the training; 0 reads them in the training's own. The order of samples does
     not depend on it."""
@@ -132,6 +142,15 @@ class TrainingSettings(Settings):
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ValueError(
                 f"micro_batch_size ({self.micro_batch_size}) is larger than batch_size ({self.batch_size}). Lower it."
+            )
+        if self.processes_per_copy is not None and self.strategy != "hybrid":
+            raise ValueError(
+                f"processes_per_copy ({self.processes_per_copy}) has a meaning for strategy: hybrid alone, not for "
+                f"{self.strategy}. Leave it out."
+            )
+        if self.gather_once and self.strategy == "replicated":
+            raise ValueError(
+                "gather_once has no meaning for strategy: replicated, whose copies are whole. Leave it out."
             )
         for beta in self.adam_betas:
             if not 0 <= beta < 1:

@@ -1,4 +1,5 @@
-"""How a model that several processes train lies in them: a copy in each (`Copies`), or in pieces (`Sharded`).
+"""How a model that several processes train lies in them: a copy in each (`Copies`), in pieces (`Sharded`), or a copy in
+the pieces of each machine (`Hybrid`).
 
 Either way a step is the one that a single process would take with the same batch, but for the order of sums: the batch
 is cut into the same parts, each part weighs as many targets as it has, and gradients are added up before they are
@@ -8,7 +9,7 @@ clipped.
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,10 @@ from auxin.errors import ConfigError, PlanError
 from auxin.models.adapters import has_adapter
 from auxin.models.layers import layer_paths
 from auxin.objectives.objective import Objective
-from auxin.training.ranks import Ranks
+from auxin.training.ranks import Ranks, processes_here
 from auxin.training.settings import TrainingSettings
 
 T = TypeVar("T")
-StrategyName = Literal["replicated", "sharded", "tensor"]
 BUCKET = 2**23
 """Values of gradients that are added up at a time."""
 
@@ -37,7 +37,7 @@ class Copies:
         ranks: the processes; one alone keeps everything to itself.
     """
 
-    name: StrategyName = "replicated"
+    name: str = "replicated"
     in_step = False
     """Whether a forward pass of the model is one of all processes together."""
     skeleton: PreTrainedModel | None = None
@@ -83,16 +83,30 @@ class Copies:
 
 class Sharded(Copies):
     """Every process has a piece of each parameter, gradient and moment, by torch's FSDP2; a layer is whole only while
-    it computes."""
+    it computes.
 
-    name: StrategyName = "sharded"
+    Args:
+        ranks: the processes.
+        gather_once: whether a layer that is whole stays so until the last pass of a step is through with it.
+    """
+
+    name = "sharded"
     in_step = True
+
+    def __init__(self, ranks: Ranks, gather_once: bool = False) -> None:
+        super().__init__(ranks)
+        self.gather_once = gather_once
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the mesh of processes: copies, where there are several, and pieces of each."""
+        return (self.ranks.size,)
 
     def place(self, model: PreTrainedModel) -> None:
         """Cut the parameters into pieces, layer by layer."""
         self.skeleton = shapes_alone(model)
-        mesh = init_device_mesh(model.device.type, (self.ranks.size,))
-        cut_by_layers(model, mesh)
+        mesh = init_device_mesh(model.device.type, self.shape, mesh_dim_names=("copies", "pieces")[-len(self.shape) :])
+        cut_by_layers(model, mesh, stays_whole=self.gather_once)
         for module in _sharded(model):
             # Parts of a batch weigh what they weigh; a mean over processes would divide by how many there are.
             module.set_gradient_divide_factor(1.0)
@@ -118,9 +132,10 @@ class Sharded(Copies):
                 parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._used.add(name))
 
     def begin_pass(self, model: nn.Module, is_last: bool) -> None:
-        """Gradients go round after the last pass of a step alone."""
+        """Gradients go round after the last pass of a step alone; until then layers may stay whole."""
         assert isinstance(model, FSDPModule)
         model.set_requires_gradient_sync(is_last)
+        model.set_reshard_after_backward(is_last or not self.gather_once)
 
     def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
         """The last backward pass has done it; a parameter that has a gradient in none of them gets back that it has
@@ -137,6 +152,26 @@ class Sharded(Copies):
         found = find()
         reshard(model)
         return found
+
+
+class Hybrid(Sharded):
+    """As `Sharded`, within groups of processes that follow one another, such as those of a machine: each group has a
+    whole copy between them. Layers are gathered within a group; of gradients each piece is added up with its copies.
+
+    Args:
+        ranks: the processes.
+        group: processes of a group; they divide the processes.
+        gather_once: as of `Sharded`.
+    """
+
+    def __init__(self, ranks: Ranks, group: int, gather_once: bool = False) -> None:
+        super().__init__(ranks, gather_once)
+        self.group = group
+        self.name = f"hybrid, {group} a copy"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.ranks.size // self.group, self.group
 
 
 def choose_strategy(
@@ -156,10 +191,30 @@ def choose_strategy(
         return Copies(ranks)
     _check(settings, ranks, model, objective)
     against = against_pieces(settings, model, hooks)
-    if settings.strategy == "sharded" and against is not None:
-        raise ConfigError(f"strategy: 'sharded' cuts parameters into pieces, and {against} Set strategy: replicated.")
+    if settings.strategy in ("sharded", "hybrid") and against is not None:
+        raise ConfigError(
+            f"strategy: {settings.strategy!r} cuts parameters into pieces, and {against} Set strategy: replicated."
+        )
+    if settings.strategy == "hybrid":
+        return Hybrid(ranks, _group(settings, ranks), settings.gather_once)
     sharded = settings.strategy == "sharded" or (settings.strategy == "auto" and device.type == "cuda")
-    return Sharded(ranks) if sharded and against is None else Copies(ranks)
+    return Sharded(ranks, settings.gather_once) if sharded and against is None else Copies(ranks)
+
+
+def _group(settings: TrainingSettings, ranks: Ranks) -> int:
+    """Processes that have a copy between them: what the settings say, else those of this machine."""
+    group = settings.processes_per_copy or processes_here()
+    if group is None:
+        raise ConfigError(
+            "strategy: 'hybrid' keeps a copy on each machine, and how many processes a machine has is not known: "
+            "LOCAL_WORLD_SIZE is not set. Start by torchrun, or set processes_per_copy."
+        )
+    if ranks.size % group:
+        raise ConfigError(
+            f"processes_per_copy: copies of {group} processes don't divide {ranks.size}. Set a divisor of "
+            f"{ranks.size}; unset, it is the number of processes of a machine."
+        )
+    return group
 
 
 def against_pieces(settings: TrainingSettings, model: PreTrainedModel, hooks: Sequence[object]) -> str | None:
@@ -243,14 +298,20 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
-def cut_by_layers(model: PreTrainedModel, mesh: DeviceMesh | None = None) -> None:
-    """Lay a model in pieces by torch's FSDP2, each layer and the rest; one without known layers is one piece."""
+def cut_by_layers(model: PreTrainedModel, mesh: DeviceMesh | None = None, stays_whole: bool = False) -> None:
+    """Lay a model in pieces by torch's FSDP2, each layer and the rest; one without known layers is one piece.
+
+    Args:
+        model: also on the meta device.
+        mesh: the processes; None: all.
+        stays_whole: whether a layer stays whole between a forward pass and the backward one.
+    """
     try:
         paths = layer_paths(model)
     except PlanError:
         paths = ()
     for path in paths:
-        fully_shard(model.get_submodule(path), mesh=mesh)
+        fully_shard(model.get_submodule(path), mesh=mesh, reshard_after_forward=not stays_whole)
     fully_shard(model, mesh=mesh)
 
 
