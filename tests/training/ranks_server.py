@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -367,17 +368,31 @@ def do_flow(ranks: Ranks, folder: Path, request: dict) -> None:
     strategy.place(model)
     optimizer = build_optimizer(model, settings)
     ids = torch.zeros(2, 16, dtype=torch.long)
+
+    def learn(number: int) -> None:
+        strategy.begin_pass(model, number == request["passes"] - 1)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
     with Traffic() as traffic:
         for number in range(request["passes"]):
-            strategy.begin_pass(model, number == request["passes"] - 1)
-            model(input_ids=ids, labels=ids).loss.backward()
+            learn(number)
     with Traffic() as stepped:
         optimizer.step()
     parameters = list(model.parameters())
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     held = sum(tensor.to_local().nbytes for tensor in [*parameters, *(p.grad for p in parameters), *moments])
+    for parameter in parameters:
+        parameter.grad = None
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
+        for number in range(request["passes"]):
+            tracker.reset_mod_stats()  # of modules, which it knows one pass of
+            learn(number)
+        optimizer.step()
     found = {
         "held": held,
+        "peak": tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"],
         "calls": traffic.calls,
         "bytes": traffic.bytes,
         "stepped": sorted(name for name in stepped.names if "adam" in name),

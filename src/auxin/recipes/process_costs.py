@@ -1,6 +1,7 @@
 """What each of several processes holds and sends while they train a model together, computed on its shapes."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
@@ -71,7 +72,7 @@ def process_costs(model: PreTrainedModel, layout: Layout, passes: int) -> Proces
     While a layer's backward pass is computed, its weights are whole, those of the next, and its gradients; so are the
     weights and gradients of what lies outside of the layers, and in a step of several passes all gradients. What is
     added up is copied into one tensor before: a bucket of gradients of copies, a layer's, and in the end what lies
-    outside of the layers.
+    outside of the layers. A table of embeddings that is the head's, too, gets its second gradient beside the first.
 
     Args:
         model: any; its weights are not looked at.
@@ -83,7 +84,7 @@ def process_costs(model: PreTrainedModel, layout: Layout, passes: int) -> Proces
     around = 2 * _ring(layout.copies)
     if layout.group == 1:
         bucket = min(trained, max(FLOAT32_BYTES * BUCKET, *(size for size, _ in sizes)))
-        adding = bucket if layout.processes > 1 else 0
+        adding = max(bucket if layout.processes > 1 else 0, 2 * _tied(model))
         kept = trained if passes > 1 else 0
         return ProcessCosts(whole + (1 + ADAM_MOMENTS) * trained, trained, kept, adding, 0.0, around * trained)
     pieces = [(FLOAT32_BYTES * _piece(p, layout.group), p.requires_grad) for p in model.parameters()]
@@ -111,6 +112,13 @@ def _piece(parameter: nn.Parameter, processes: int) -> int:
     if parameter.ndim == 0:
         return 1
     return math.ceil(parameter.shape[0] / processes) * (parameter.numel() // max(1, parameter.shape[0]))
+
+
+def _tied(model: PreTrainedModel) -> int:
+    """Bytes of the largest trained parameter that has several names, such as the table of embeddings and head."""
+    names = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
+    tied = (parameter.numel() for parameter, number in names.items() if number > 1 and parameter.requires_grad)
+    return FLOAT32_BYTES * max(tied, default=0)
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:
