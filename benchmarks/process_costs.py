@@ -262,7 +262,8 @@ def page_of(results: Row) -> str:
         "## Resident memory and time",
         "",
         "MiB of the resident set at its highest in a step of one pass, less that of a process that trains a "
-        f"{EMPTY} the same way (parameters, with 32,768 tokens: {sizes}); what building the model left behind was given back to the system before. The leader "
+        f"{EMPTY} the same way (parameters, with 32,768 tokens: {sizes}); what building the model left behind was "
+        "given back to the system before. The leader "
         "is left out where there are others. By default glibc's malloc keeps freed blocks of up to 32 MB, and pieces "
         "leave many holes; mapped, with MALLOC_MMAP_THRESHOLD_=65536, every larger block goes back to the system when "
         f"it is freed. The share is of the latter. Seconds are of the fastest of {TIMED} steps, of the slower process. "
