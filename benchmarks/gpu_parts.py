@@ -32,7 +32,7 @@ def outcome_rows(device: str, quick: bool, seed: int) -> Iterator[Row]:
         outcomes, output = Path(folder) / "outcomes.jsonl", Path(folder) / "output"
         outcomes.touch()
         environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"},
             "AUXIN_OUTCOMES": str(outcomes),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")])),
             # What forbids kernels that are not deterministic asks cuBLAS for its workspaces, before the first product.

@@ -246,6 +246,7 @@ def test_outcomes_are_told_as_they_come(tmp_path):
     told = tmp_path / "told"
     folder = Path(gpu.__file__).parent
     environment = {**os.environ, "AUXIN_OUTCOMES": str(told), "PYTHONPATH": str(folder)}
+    environment.pop("PYTEST_XDIST_WORKER", None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_outcomes", "--noconftest", "test_some.py"]
     assert subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False).returncode == 1
     rows = [json.loads(line) for line in told.read_text().splitlines()]

@@ -15,7 +15,8 @@ from auxin.data.shard_cache import INDEX
 from auxin.data.streamed_text import SHARDS, StreamedText
 from auxin.errors import ConfigError
 from auxin.recipes import Recipe, run_recipe
-from recipes.test_together import LONGEST, command, environment, finished
+from recipes.test_together import command
+from recipes.torchruns import LONGEST, environment, outcome, started
 from streams import documents, stream_of, write_parquet
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 16}
@@ -125,7 +126,7 @@ def test_what_was_learnt_is_the_stream_and_the_books_say_how_much(whole):
 def test_several_processes_share_the_cache_and_end_where_one_ends(values, whole, tmp_path):
     """To rounding. Each shard is tokenized once."""
     Recipe.parse(values).to_yaml(tmp_path / "recipe.yaml")
-    ended = finished(command(tmp_path / "recipe.yaml", tmp_path / "run"))
+    ended = outcome(started(command(tmp_path / "recipe.yaml", tmp_path / "run")))
     assert ended.returncode == 0, ended.stderr
     left, right = load_file(whole / FINAL), load_file(tmp_path / "run" / FINAL)
     assert max(float((left[name] - right[name]).abs().max()) for name in left) < 1e-5

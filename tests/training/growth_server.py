@@ -44,7 +44,7 @@ def found_in(model: PreTrainedModel, optimizer: AdamW) -> dict[str, Tensor]:
 def grouped(model: PreTrainedModel, optimizer: AdamW) -> list[list[str]]:
     """Which parameters each group of an optimizer has."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [sorted(names[id(parameter)] for parameter in group["params"]) for group in optimizer.param_groups]
+    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
 def in_pieces(model: PreTrainedModel, ranks: Ranks) -> tuple[PreTrainedModel, AdamW]:
@@ -63,14 +63,32 @@ def in_pieces(model: PreTrainedModel, ranks: Ranks) -> tuple[PreTrainedModel, Ad
     return model, optimizer
 
 
+def base(request: dict) -> PreTrainedModel:
+    """The model; one whose embedding alone is trained, and that has settings beside its config, where that is asked."""
+    model = tiny(request["family"], seed=0)
+    if request.get("frozen"):
+        model.set_attn_implementation("eager")
+        model.requires_grad_(False)
+        model.get_input_embeddings().requires_grad_(True)
+        model.train()
+        next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))[0].eval()
+    return model
+
+
+def modes(model: PreTrainedModel) -> tuple[str, list[tuple[str, bool]]]:
+    """What is set on a model beside its config."""
+    return model.config._attn_implementation, [(name, module.training) for name, module in model.named_modules()]
+
+
 def do_grow(ranks: Ranks, folder: Path, request: dict) -> None:
     """Plans applied to a whole model, and to one in pieces; what differs, by plan, goes to a file."""
     differences: dict[str, list[str]] = {}
     for file in request["plans"]:
         plan = Plan.from_yaml(file)
-        expected, optimizer = (model := tiny(request["family"], seed=0)), with_moments(model)
+        expected = base(request)
+        optimizer = with_moments(expected)
         receipt = auxin.apply(plan, expected, optimizer=optimizer)
-        model, own = in_pieces(tiny(request["family"], seed=0), ranks)
+        model, own = in_pieces(base(request), ranks)
         made, found = apply_in_pieces(plan, model, own)
         wanted, got = found_in(expected, optimizer), found_in(made, own)
         wrong = sorted(wanted.keys() ^ got.keys())
@@ -78,6 +96,7 @@ def do_grow(ranks: Ranks, folder: Path, request: dict) -> None:
         wrong += ["groups"] if grouped(expected, optimizer) != grouped(made, own) else []
         trained = [{name for name, p in each.named_parameters() if p.requires_grad} for each in (expected, made)]
         wrong += ["trainable"] if trained[0] != trained[1] else []
+        wrong += ["modes"] if modes(expected) != modes(made) else []
         wrong += ["config"] if expected.config.to_dict() != made.config.to_dict() else []
         same = ("parameters_after", "continuation", "fresh_moments", "replayed")
         wrong += [name for name in same if getattr(receipt, name) != getattr(found, name)]

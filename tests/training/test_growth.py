@@ -49,6 +49,15 @@ def test_every_method_makes_of_pieces_what_it_makes_of_the_whole(asked, request,
     assert asked("grow", 3, family=family, plans=plans) == {}
 
 
+def test_what_is_frozen_and_what_is_set_beside_the_config_stay(asked, tmp_path):
+    """New parameters are trained, whatever is around them; the kind of attention and a layer in evaluation mode."""
+    plans = []
+    for name in ("graft", "altup", "hypercloning", "stacking"):
+        plans.append(str(tmp_path / f"{name}.yaml"))
+        probe(name, "llama").plan.to_yaml(plans[-1])
+    assert asked("grow", 2, family="llama", plans=plans, frozen=True) == {}
+
+
 @pytest.mark.parametrize(
     ("size", "method", "settings"),
     [(2, "hypercloning", {"factor": 2}), (4, "hypercloning", {"factor": 2}), (3, "stacking", {"layers": 8})],

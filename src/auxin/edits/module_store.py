@@ -28,7 +28,7 @@ class ModuleStore:
         self.old: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
         self.tensors: dict[str, Tensor] = {}
         """The new model's parameters and persistent buffers by name, those that are made already."""
-        self._heirs = self._found_heirs()
+        self._heirs = heirs_of(resolved)
         self._relatives: list[tuple[nn.Parameter, str]] = []
 
     def read(self, name: str) -> Tensor:
@@ -58,15 +58,6 @@ class ModuleStore:
         known = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         if not known & {id(parameter) for parameter in self.model.parameters()}:
             raise PlanError("The optimizer holds no parameter of this model. Give the one that trains it, or none.")
-
-    def _found_heirs(self) -> dict[str, str]:
-        """The new tensor that each old one lives on in; where its name lives on, that is the one."""
-        heirs: dict[str, str] = {}
-        for name, origin in self.resolved.origins.items():
-            if origin.kept is not None:
-                heirs.setdefault(origin.kept, name)
-        origins = self.resolved.origins
-        return heirs | {old: old for old in heirs if old in origins and origins[old].kept == old}
 
     def _new(self, name: str, origin: Origin, carrier: Carrier) -> Tensor:
         """A tensor that no old one becomes: a copy, a blend, one of a brick's, or a fresh one."""
@@ -183,6 +174,16 @@ class ModuleStore:
 
         self.undo.add(put_back)
         del optimizer.state[parameter]
+
+
+def heirs_of(resolved: ResolvedPlan) -> dict[str, str]:
+    """The new tensor that each old one lives on in; where its name lives on, that is the one."""
+    heirs: dict[str, str] = {}
+    for name, origin in resolved.origins.items():
+        if origin.kept is not None:
+            heirs.setdefault(origin.kept, name)
+    origins = resolved.origins
+    return heirs | {old: old for old in heirs if old in origins and origins[old].kept == old}
 
 
 def near_tensor(name: str, origin: Origin, placeholder: Tensor, old: Mapping[str, Tensor]) -> str:

@@ -6,6 +6,7 @@ plan's seed and the tensor's name, so that all draw alike, and the result is, to
 """
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -22,7 +24,7 @@ from transformers import PreTrainedModel
 from auxin.accounting.parameters import count_parameters
 from auxin.edits.carry import Carrier, OnDemand, carry, check_tensors
 from auxin.edits.executor import Receipt, continuation
-from auxin.edits.module_store import near_tensor
+from auxin.edits.module_store import heirs_of, near_tensor
 from auxin.edits.plan import Plan
 from auxin.edits.probe import Probe, edited_outputs, probe_and_outputs, settings_kept
 from auxin.edits.promise import measured_change, tolerance
@@ -35,6 +37,9 @@ from auxin.edits.tree import Undo
 from auxin.errors import PlanError
 from auxin.nn.bricks import Brick, is_wide, wide_type
 from auxin.training.strategies import cut_by_layers, fill, plain_class, reshard, whole
+
+_CHOICES = ("_attn_implementation_internal", "_experts_implementation_internal")
+"""What configs keep of how a model is computed, and don't write."""
 
 
 @torch.inference_mode(False)
@@ -58,10 +63,12 @@ def apply_in_pieces(
         optimizer: trains it. Its groups and its state, which lies in pieces, become those of the new model.
         probe: as `auxin.apply`, the same in every process.
         cut: lays a model of the new shapes, on the meta device, in pieces by `fully_shard`; default: each layer and
-            the rest, over the processes that the old one lies in.
+            the rest, over the processes that the old one lies in, in the types of their weights: give it where the old
+            one has a policy of mixed precision, or parameters that are not cut.
 
     Returns:
-        The new model, with the hooks that `cut` has put on it and none that the old one had, and the receipt.
+        The new model, with the hooks that `cut` has put on it and none that the old one had, and the receipt, in which
+        nothing is told of parameters that the probe did not reach.
 
     Raises:
         PlanError: the plan is an estimate or does not fit the model, or a weight is not finite.
@@ -84,7 +91,7 @@ def apply_in_pieces(
     probe, reference = probe_and_outputs(plan, model, probe)
     reshard(model)
     made = store.begin(cut or partial(cut_by_layers, mesh=mesh))
-    made.generation_config = copy.deepcopy(model.generation_config)
+    store.follow(made)
     change_generation(made, generation, Undo())
     fresh = carry(resolved, plan.seed, store)
     for module in made.modules():
@@ -92,7 +99,6 @@ def apply_in_pieces(
             module.filled()
     change = measured_change(plan, reference, edited_outputs(plan, made, probe), allowed)
     reshard(made)
-    made.train(model.training)
     store.join_groups()
     receipt = Receipt(
         plan=plan,
@@ -106,7 +112,7 @@ def apply_in_pieces(
         seconds=time.perf_counter() - start,
     )
     for note in plan.notes:
-        warnings.warn(note, stacklevel=3)
+        warnings.warn(note, stacklevel=4)  # two contexts are between this and the caller
     return made, receipt
 
 
@@ -116,7 +122,7 @@ def _mesh(model: nn.Module) -> DeviceMesh:
     Raises:
         PlanError: it lies whole in this one.
     """
-    for parameter in model.parameters():
+    for parameter in model.parameters() if isinstance(model, FSDPModule) else ():
         if isinstance(parameter, DTensor):
             return parameter.device_mesh
     raise PlanError("The model does not lie in pieces (torch's FSDP2). Use auxin.apply.")
@@ -158,7 +164,8 @@ class _Pieces:
         near = self.old[self.near[name]]
         dtype = near.dtype if shape.is_floating_point() else shape.dtype
         empty = torch.empty(shape.shape, dtype=dtype, device="meta")
-        return nn.Parameter(empty, requires_grad=near.requires_grad and empty.is_floating_point())
+        trainable = self.resolved.origins[name].is_fresh or near.requires_grad
+        return nn.Parameter(empty, requires_grad=trainable and empty.is_floating_point())
 
     def _derived(self, path: str, module: nn.Module) -> tuple[dict[str, Tensor], bool]:
         """The buffers of a module of the new model that no checkpoint holds, and whether they are those that it had
@@ -223,22 +230,53 @@ class _Pieces:
         if made:
             self.states_made[target] = made
 
+    def follow(self, made: PreTrainedModel) -> None:
+        """Let the new model have what was set on the old one beside its config: the kind of attention, the loss, what
+        is computed again, which modules are in training mode."""
+        made.generation_config = copy.deepcopy(self.model.generation_config)
+        made.name_or_path = self.model.name_or_path
+        for key in ("_loss_function", "loss_type"):
+            if key in vars(self.model):
+                setattr(made, key, vars(self.model)[key])
+        old = dict(self.model.named_modules())
+        for path, module in made.named_modules():
+            old_path = self.resolved.modules.get(path)
+            before = None if old_path is None else old.get(old_path)
+            module.training = self.model.training if before is None else before.training
+            for key in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+                if before is not None and hasattr(before, key):
+                    setattr(module, key, getattr(before, key))
+            config, former = vars(module).get("config"), None if before is None else vars(before).get("config")
+            for key in _CHOICES if config is not None and former is not None else ():
+                if key in vars(former):
+                    vars(config)[key] = vars(former)[key]
+
     def join_groups(self) -> None:
         """Give the optimizer the new parameters, each in the group of its relative, and their states."""
         if self.optimizer is None:
             return
-        old = {id(tensor) for tensor in self.old.values()}
+        known = {id(tensor) for tensor in self.old.values()}
         homes = {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
-        others = [[p for p in group["params"] if id(p) not in old] for group in self.optimizer.param_groups]
+        others = [[p for p in group["params"] if id(p) not in known] for group in self.optimizer.param_groups]
         for tensor in self.old.values():
             self.optimizer.state.pop(tensor, None)
-        joined = {id(group): members for group, members in zip(self.optimizer.param_groups, others, strict=True)}
+        place = {id(tensor): number for number, tensor in enumerate(self.old.values())}
+        joined: dict[int, list[tuple[float, nn.Parameter]]] = {id(group): [] for group in self.optimizer.param_groups}
+        heirs = heirs_of(self.resolved)
+        orders = {id(group): [place.get(id(p), -1) for p in group["params"]] for group in self.optimizer.param_groups}
         for name, parameter in self.new.items():
-            home = homes.get(id(self.old[self.near[name]]))
+            old = self.old[self.near[name]]
+            home = homes.get(id(old))
             if home is not None:
-                joined[id(home)].append(parameter)
-        for group in self.optimizer.param_groups:
-            group["params"] = joined[id(group)]
+                lives_on = heirs.get(self.near[name]) == name
+                # Where the old one stood; behind all of them what is new.
+                at = next(n for n, p in enumerate(home["params"]) if p is old) if lives_on else math.inf
+                joined[id(home)].append((at, parameter))
+        for group, own in zip(self.optimizer.param_groups, others, strict=True):
+            members = joined[id(group)]
+            if orders[id(group)] != sorted(orders[id(group)]):  # not as an optimizer built anew would have them
+                members = sorted(members, key=lambda member: member[0])
+            group["params"] = own + [parameter for _, parameter in members]
         self.optimizer.state.update(self.states_made)
 
 

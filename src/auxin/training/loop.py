@@ -329,8 +329,8 @@ class _Loop:
         self.model.train()
         self.speed = Speed(self.units_per_step, state.data_position)
         while state.step < last:
-            self.ranks.begin_step(state.step)
             self.saver.look()
+            self.ranks.begin_step(state.step)
             with self.speed.drawing():
                 self.batches.draw()
             if self.ranks.any(self.batches.unread is not None or interruption.signal_name is not None):
@@ -347,12 +347,14 @@ class _Loop:
                 break
             if settings.evaluation_interval is not None and step % settings.evaluation_interval == 0:
                 with self.speed.paused():
+                    self.saver.settle()  # what is written by now is not to be lost by what comes
                     self.display.show_validation(self._evaluate())
             if self._checkpoint_due():
                 with self.speed.paused():
                     self._save()
         if state.step < self.total_steps:
             return self._result(self._save_unplanned(), {}, self._books({}))
+        self.saver.settle()
         found = self._measured(self.evaluation.all)
         self._log(self._measured(partial(self.evaluation.last_line, found=found)))
         checkpoint = self._save(found)

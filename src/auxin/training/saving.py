@@ -109,7 +109,7 @@ class Saver:
             with self._ranks.together():
                 try:
                     own = writing.written.result()
-                except FAILURES as error:
+                except (Exception, *FAILURES) as error:  # of whatever kind: the others wait for this process
                     raise not_saved(writing.checkpoint, error) from error
             self._sums |= dict(self._ranks.each(own))
             self._ranks.told(lambda: self._name(writing))
