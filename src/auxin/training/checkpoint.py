@@ -203,7 +203,7 @@ def read_training(checkpoint: str | Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: there are none, or a file is cut short or damaged.
     """
-    stored = _stored_training(existing_folder(checkpoint))
+    stored = stored_training(checkpoint)
     return stored.read(*stored.shapes)
 
 
@@ -214,11 +214,16 @@ def stored_moments(checkpoint: str | Path) -> StoredTensors:
         CheckpointError: there is none, or a file is cut short or damaged.
     """
     folder = existing_folder(checkpoint)
-    return stored_pieces(folder) if lies_in_pieces(folder) else _stored_training(folder)
+    return stored_pieces(folder) if lies_in_pieces(folder) else stored_training(folder)
 
 
-def _stored_training(checkpoint: Path) -> StoredTensors:
-    folder = checkpoint / TRAINING
+def stored_training(checkpoint: str | Path) -> StoredTensors:
+    """Where the tensors in the `training/` of a checkpoint lie.
+
+    Raises:
+        CheckpointError: there are none, or a file is cut short or damaged.
+    """
+    folder = existing_folder(checkpoint) / TRAINING
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder} holds no tensors: the checkpoint has no optimizer state.")
     return StoredTensors(folder)

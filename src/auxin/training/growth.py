@@ -255,28 +255,26 @@ class _Pieces:
         """Give the optimizer the new parameters, each in the group of its relative, and their states."""
         if self.optimizer is None:
             return
+        groups = self.optimizer.param_groups
+        homes = {id(parameter): group for group in groups for parameter in group["params"]}
+        places = {id(parameter): place for group in groups for place, parameter in enumerate(group["params"])}
+        heirs = heirs_of(self.resolved)
+        joined: dict[int, list[tuple[float, nn.Parameter]]] = {id(group): [] for group in groups}
+        for name, parameter in self.new.items():
+            near = self.near[name]
+            old = id(self.old[near])
+            if old in homes:
+                # Where the old one stood that lives on in it; behind all of those what is new.
+                joined[id(homes[old])].append((places[old] if heirs.get(near) == name else math.inf, parameter))
         known = {id(tensor) for tensor in self.old.values()}
-        homes = {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
-        others = [[p for p in group["params"] if id(p) not in known] for group in self.optimizer.param_groups]
+        for group in groups:
+            members, others = joined[id(group)], [p for p in group["params"] if id(p) not in known]
+            before = [places[id(tensor)] for tensor in self.old.values() if homes.get(id(tensor)) is group]
+            if before != sorted(before):  # not in the model's order, as an optimizer built anew would have them
+                members.sort(key=lambda member: member[0])
+            group["params"] = others + [parameter for _, parameter in members]
         for tensor in self.old.values():
             self.optimizer.state.pop(tensor, None)
-        place = {id(tensor): number for number, tensor in enumerate(self.old.values())}
-        joined: dict[int, list[tuple[float, nn.Parameter]]] = {id(group): [] for group in self.optimizer.param_groups}
-        heirs = heirs_of(self.resolved)
-        orders = {id(group): [place.get(id(p), -1) for p in group["params"]] for group in self.optimizer.param_groups}
-        for name, parameter in self.new.items():
-            old = self.old[self.near[name]]
-            home = homes.get(id(old))
-            if home is not None:
-                lives_on = heirs.get(self.near[name]) == name
-                # Where the old one stood; behind all of them what is new.
-                at = next(n for n, p in enumerate(home["params"]) if p is old) if lives_on else math.inf
-                joined[id(home)].append((at, parameter))
-        for group, own in zip(self.optimizer.param_groups, others, strict=True):
-            members = joined[id(group)]
-            if orders[id(group)] != sorted(orders[id(group)]):  # not as an optimizer built anew would have them
-                members = sorted(members, key=lambda member: member[0])
-            group["params"] = own + [parameter for _, parameter in members]
         self.optimizer.state.update(self.states_made)
 
 

@@ -26,7 +26,7 @@ from auxin.objectives.measures import Loss, Measure
 from auxin.objectives.objective import Objective, ObjectiveSettings, References, training_noise
 from auxin.planning.hooks import Hook
 from auxin.training.batches import Batches
-from auxin.training.checkpoint import load_weights, read_state, read_training, stored_moments
+from auxin.training.checkpoint import load_weights, read_state, stored_moments, stored_training
 from auxin.training.fit import check_fit, refuse_non_finite
 from auxin.training.gradients import BatchGradients
 from auxin.training.guard import Guard, GuardEvent
@@ -321,7 +321,7 @@ class _Loop:
         if position is not None:
             self.state.data_position = position
         self._draw_from(self.state.data_position)
-        self.state.load_tensors(stored_moments(checkpoint), read_training(checkpoint))
+        self.state.load_tensors(stored_moments(checkpoint), stored_training(checkpoint))
 
     def _train(self, interruption: Interruption, stop_after: int | None) -> TrainingResult:
         state, settings = self.state, self.settings

@@ -65,16 +65,16 @@ class TrainingState:
             tensors[RNG_CUDA] = torch.cuda.get_rng_state(self.model.device)
         return tensors
 
-    def load_tensors(self, moments: StoredTensors, tensors: Mapping[str, Tensor]) -> None:
+    def load_tensors(self, moments: StoredTensors, training: StoredTensors) -> None:
         """Restore moments and random generators. To be called last: loading a model or its data may draw numbers."""
-        if RNG_CPU not in tensors:
+        if RNG_CPU not in training.shapes:
             raise CheckpointError(
                 f"The training state lacks the tensor {RNG_CPU}. Restore it or use another checkpoint."
             )
         restore_optimizer(self.model, self.optimizer, moments)
-        torch.set_rng_state(tensors[RNG_CPU])
-        if self.model.device.type == "cuda" and RNG_CUDA in tensors:
-            torch.cuda.set_rng_state(tensors[RNG_CUDA], self.model.device)
+        torch.set_rng_state(training.read(RNG_CPU)[RNG_CPU])
+        if self.model.device.type == "cuda" and RNG_CUDA in training.shapes:
+            torch.cuda.set_rng_state(training.read(RNG_CUDA)[RNG_CUDA], self.model.device)
 
     def load_values(self, values: Mapping[str, Any]) -> None:
         """Restore what `values()` gave.

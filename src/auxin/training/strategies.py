@@ -191,10 +191,8 @@ def choose_strategy(
         return Copies(ranks)
     _check(settings, ranks, model, objective)
     against = against_pieces(settings, model, hooks)
-    if settings.strategy in ("sharded", "hybrid") and against is not None:
-        raise ConfigError(
-            f"strategy: {settings.strategy!r} cuts parameters into pieces, and {against} Set strategy: replicated."
-        )
+    if settings.strategy in ("sharded", "hybrid"):
+        refuse_to_cut(settings, against)
     if settings.strategy == "hybrid":
         return Hybrid(ranks, _group(settings, ranks), settings.gather_once)
     sharded = settings.strategy == "sharded" or (settings.strategy == "auto" and device.type == "cuda")
@@ -231,6 +229,14 @@ def against_pieces(settings: TrainingSettings, model: PreTrainedModel, hooks: Se
             kind = "not contiguous in memory" if parameter.ndim else "a single number"
             return f"{name}, which is {kind}, can't be cut."
     return None
+
+
+def refuse_to_cut(settings: TrainingSettings, against: str | None) -> None:
+    """ConfigError where `against_pieces` has found something."""
+    if against is not None:
+        raise ConfigError(
+            f"strategy: {settings.strategy!r} cuts parameters into pieces, and {against} Set strategy: replicated."
+        )
 
 
 def _check(settings: TrainingSettings, ranks: Ranks, model: PreTrainedModel, objective: Objective) -> None:

@@ -20,7 +20,7 @@ from auxin.objectives.objective import Objective
 from auxin.training.divided_linear import DividedLinear
 from auxin.training.ranks import ALONE, Ranks
 from auxin.training.settings import TrainingSettings
-from auxin.training.strategies import Copies, Sharded, against_pieces, shapes_alone
+from auxin.training.strategies import Copies, Sharded, against_pieces, refuse_to_cut, shapes_alone
 
 
 class Split(Sharded):
@@ -88,9 +88,7 @@ def choose_tensor_parallel(
     """
     if not ranks.several:
         return Copies(ranks)
-    against = against_pieces(settings, model, hooks)
-    if against is not None:
-        raise ConfigError(f"strategy: 'tensor' cuts parameters into pieces, and {against} Set strategy: replicated.")
+    refuse_to_cut(settings, against_pieces(settings, model, hooks))
     linear = DividedLinear(model, ranks.size)
     rows = [module.shared_rows() for module in model.modules() if isinstance(module, Brick)]
     if not linear and not any(rows):
