@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from auxin.data import make_loader, shards_ahead
 from auxin.data.shard_cache import INDEX
 from auxin.data.shard_plan import plan_files, read_files
+from auxin.data.stream_order import place_of
 from auxin.data.streamed_settings import StreamedTextSettings
 from auxin.data.streamed_text import SHARDS, StreamedText, prepare
 from auxin.errors import DataError
@@ -175,6 +176,38 @@ def test_the_cache_is_bounded_and_what_was_removed_is_made_again(corpus, tmp_pat
     early = order.batch(0)
     shutil.rmtree(tmp_path / "data" / SHARDS)
     assert small.split("train").rows(early)["input_ids"].tolist() == whole[0]
+
+
+def test_the_window_before_stays_for_readers_that_are_behind(corpus, tmp_path, nobody_ahead):
+    """In the first epoch too, in which windows are made ready to be counted, and then once more to be learnt."""
+    data = opened(tmp_path, **corpus, cache_bytes=0)
+    stream, width = data.split("train"), data.settings.shuffle_shards
+    order, windows = stream.order(1, 5), []
+    for position in range(200):
+        shard = place_of(order.batch(position)[0])[0]
+        if not windows or shard not in windows[-1]:
+            windows.append(order._in_window(order._epoch, order._window))
+        kept = {int(path.stem) for path in (tmp_path / "data" / SHARDS).glob("*.npy")}
+        assert {shard for window in windows[-2:] for shard in window} <= kept
+        assert len(kept) <= 2 * width  # nobody works ahead here
+    assert len(windows) > 16 / width  # more than an epoch
+
+
+def test_a_reader_maps_no_more_than_it_may_need(corpus, tmp_path, nobody_ahead):
+    """The room of a file that was removed is free only when nobody maps it any more."""
+    order, reader = opened(tmp_path, **corpus).split("train").order(3, 5), opened(tmp_path, **corpus)
+    for position in range(100):
+        reader.split("train").rows(order.batch(position))
+    assert len(reader.cache._open) == 2 * reader.settings.shuffle_shards < 16
+
+
+def test_the_process_ahead_ends_with_the_training_and_another_one_begins(corpus, tmp_path):
+    data = opened(tmp_path, **corpus)
+    alone, process = batches(data, 3), data.ahead._process
+    data.split("train").close()
+    assert process.poll() is not None
+    assert batches(data, 3) == alone
+    assert data.ahead._process.poll() is None
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "other shape", "empty"])

@@ -1,6 +1,7 @@
 """Recipes that learn a stream: killed in the middle of a shard, without the cache, by several processes."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from auxin.data.streamed_text import SHARDS, StreamedText
 from auxin.errors import ConfigError
 from auxin.recipes import Recipe, run_recipe
 from recipes.test_together import command
-from recipes.torchruns import LONGEST, environment, outcome, started
+from recipes.torchruns import LONGEST, children, environment, outcome, started
 from streams import documents, stream_of, write_parquet
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 16}
@@ -99,6 +100,7 @@ def test_without_the_cache_and_with_other_readers_it_ends_in_the_same_bits(value
     told: list[str] = []
     run_recipe(Recipe.parse(first), output, "", announce=told.append)
     assert any("about" in line and line.endswith("tokens to learn from") for line in told), told
+    assert not working_ahead(output)
     shutil.rmtree(output / "data" / SHARDS)
     changed = {**values["training"], "num_workers": 2}
     rest = {**values, "training": changed, "data": {**values["data"], "cache_bytes": 0}}
@@ -106,6 +108,13 @@ def test_without_the_cache_and_with_other_readers_it_ends_in_the_same_bits(value
     assert same_weights(whole, output)
     kept = list((output / "data" / SHARDS).glob("*.npy"))
     assert len(kept) <= 3 * 3
+    assert not working_ahead(output)
+
+
+def working_ahead(output: Path) -> list[int]:
+    """Processes of this one that tokenize for a run."""
+    folder = str(output / "data").encode()
+    return [child for child in children(os.getpid()) if folder in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def test_what_was_learnt_is_the_stream_and_the_books_say_how_much(whole):

@@ -99,6 +99,9 @@ class Stream(Protocol):
     def rows(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """The samples of these numbers of an order, as `Split.rows` gives them."""
 
+    def close(self) -> None:
+        """End what works ahead, since nothing is drawn for now."""
+
 
 class Dataset(Protocol):
     """Prepared data. Training, evaluation, prices and reports know no more of it than this."""

@@ -146,6 +146,7 @@ class ShardCache:
         read: the documents of a shard.
         cutting: what makes contexts of them.
         named: how messages call a shard.
+        most_open: arrays that are mapped at a time. One whose file somebody removes takes room as long as it is.
     """
 
     def __init__(
@@ -154,8 +155,10 @@ class ShardCache:
         read: Callable[[int], Iterable[Document]],
         cutting: Cutting,
         named: Callable[[int], str],
+        most_open: int,
     ) -> None:
         self.folder, self._read, self._cutting, self._named = folder, read, cutting, named
+        self._most_open = most_open
         self._records: dict[int, ShardRecord] = {}
         self._read_up_to = 0
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -216,6 +219,8 @@ class ShardCache:
                 with contextlib.suppress(OSError):
                     os.utime(self._path(number))
         self._open.move_to_end(number)
+        while len(self._open) > self._most_open:
+            self._open.popitem(last=False)
         return self._open[number]
 
     def keep(self, needed: Collection[int], limit: int) -> None:

@@ -22,7 +22,7 @@ _FAREWELL = 5.0
 class ShardsAhead:
     """Asks a process of its own for shards. Nothing depends on it: what it has not made is made where it is needed.
 
-    The process is started when it is first asked for something, and ends with this object, or this process.
+    The process is started when it is first asked for something, and ends with `end`, this object, or this process.
 
     Args:
         directory: of the prepared stream.
@@ -31,6 +31,7 @@ class ShardsAhead:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
+        self._ends: weakref.finalize[..., ShardsAhead] | None = None
 
     def ask(self, shards: Sequence[int]) -> None:
         """Let it tokenize these shards, in this order, in place of what it was asked for before."""
@@ -42,6 +43,12 @@ class ShardsAhead:
                 process.stdin.write(line)
                 process.stdin.flush()
                 return
+
+    def end(self) -> None:
+        """Let the process end, so that nothing is written any more; the next wish starts another one."""
+        if self._ends is not None:
+            self._ends()
+        self._process = self._ends = None
 
     def _running(self) -> "subprocess.Popen[bytes]":
         if self._process is not None and (code := self._process.poll()) is not None:
@@ -59,7 +66,7 @@ class ShardsAhead:
                 stdout=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": path, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"},
             )
-            weakref.finalize(self, _end, self._process, os.getpid())
+            self._ends = weakref.finalize(self, _end, self._process, os.getpid())
         return self._process
 
 

@@ -147,7 +147,7 @@ class StreamedText(PreparedText[_Manifest]):
         """The tokenized shards, of documents that `read` yields."""
         backend, dtype = plain_backend(self.tokenizer()), token_dtype(self.vocab_size)
         cutting = Cutting(self.settings, backend, self.manifest.separator, self.context_length, dtype)
-        return ShardCache(self.directory / SHARDS, read, cutting, self.plan.named)
+        return ShardCache(self.directory / SHARDS, read, cutting, self.plan.named, 2 * self.settings.shuffle_shards)
 
     @cached_property
     def cache(self) -> ShardCache:
@@ -178,6 +178,7 @@ class TextStream:
 
     def __init__(self, data: StreamedText) -> None:
         self._data = data
+        self._window: list[int] = []
         self._before: list[int] = []
 
     @property
@@ -208,6 +209,10 @@ class TextStream:
         found = np.stack([self._data.cache.array(shard)[row] for shard, row in places])
         return {"input_ids": torch.from_numpy(found.astype(np.int64))}
 
+    def close(self) -> None:
+        """End the process that works ahead; the next window starts it again."""
+        self._data.ahead.end()
+
     def _contexts(self, shard: int) -> int | None:
         record = self._data.cache.known(shard)
         return None if record is None else record.contexts
@@ -218,9 +223,10 @@ class TextStream:
         self._data.ahead.ask([*reversed(shards[1:]), *behind])
         for shard in shards:
             cache.ensure(shard)
+        if list(shards) != self._window:  # which is made ready twice where its contexts had to be counted
+            self._before, self._window = self._window, list(shards)
         # Processes that read batches may be behind by a window.
         cache.keep({*self._before, *shards, *behind}, self._data.settings.cache_bytes)
-        self._before = list(shards)
 
 
 def prepare(

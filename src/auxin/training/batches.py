@@ -1,5 +1,6 @@
 """The batches of a stage, one at a time, and what keeps the next one from being read."""
 
+from collections.abc import Iterator, Sized
 from pathlib import Path
 
 from torch import Tensor
@@ -23,8 +24,9 @@ class Batches:
     """
 
     def __init__(self, data: Dataset, settings: TrainingSettings, position: int) -> None:
-        loader = make_loader(data.split("train"), settings.batch_size, settings.seed, position, settings.num_workers)
-        self._walk = iter(loader)
+        self._split = data.split("train")
+        loader = make_loader(self._split, settings.batch_size, settings.seed, position, settings.num_workers)
+        self._walk: Iterator[dict[str, Tensor]] = iter(loader)
         self.batch: dict[str, Tensor] = {}
         """The one that was drawn last."""
         self.unread: DataError | None = None
@@ -36,6 +38,12 @@ class Batches:
             self.batch = next(self._walk)
         except DataError as error:
             self.unread = error
+
+    def close(self) -> None:
+        """Let what reads or works ahead end: nothing more is drawn."""
+        self._walk = iter(())
+        if not isinstance(self._split, Sized):
+            self._split.close()
 
     def refuse_unread(self, done: str, checkpoint: Path) -> None:
         """DataError where the batch could not be read.

@@ -254,6 +254,7 @@ class _Loop:
             return result
         finally:
             self.display.close()
+            self.batches.close()
             self.saver.close()
             self.keeper.close()
             self.model.train(was_training)
