@@ -55,12 +55,14 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from auxin.errors import AuxinError, CheckpointError, ConfigError
 from auxin.models import TokenFormerForCausalLM
 from auxin.models.pieces import write_pieces
+from auxin.objectives.measures import Accuracy, Loss, MacroF1
 from auxin.training import loop, saving, train
 from auxin.training.divided_linear import DividedLinear
+from auxin.training.held_out import HeldOut, SharedAmong
 from auxin.training.optimizer import build_optimizer
 from auxin.training.ranks import Ranks, joined
 from auxin.training.strategies import choose_strategy, whole
-from auxin.training.tensor_parallel import Split
+from auxin.training.tensor_parallel import Split, choose_tensor_parallel
 from training.tiny import (
     NORMED,
     VOCABULARY,
@@ -140,6 +142,29 @@ class Scarce(GPT2LMHeadModel):
         return output
 
 
+class Normed(GPT2LMHeadModel):
+    """Channels of logits go through batch norms: over samples and places, and over samples alone. Of these there are
+    two in a pass at least, whose difference a small epsilon would make 1 however small it is, rounding and all."""
+
+    def __init__(self, **settings: object) -> None:
+        torch.manual_seed(0)
+        super().__init__(tiny_gpt2(dropout=0.0).config)
+        self.over_places, self.over_samples = nn.BatchNorm1d(VOCABULARY, **settings), nn.BatchNorm1d(VOCABULARY, 1.0)
+        for norm in (self.over_places, self.over_samples):
+            if norm.affine:
+                nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: object
+    ) -> CausalLMOutputWithCrossAttentions:
+        output = super().forward(input_ids=input_ids, **kwargs)
+        logits = self.over_places(output.logits.transpose(1, 2)).transpose(1, 2)
+        output.logits = logits + self.over_samples(output.logits[:, 0])[:, None]
+        if labels is not None:
+            output.loss = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return output
+
+
 def strided_llama() -> LlamaForCausalLM:
     """One of its matrices lies in memory column by column."""
     model = tiny_llama()
@@ -166,6 +191,8 @@ MODELS = {
     "poisoned": lambda: poisoned(tiny_gpt2(dropout=0.0)),
     "scarce": Scarce,
     "factor": lambda: Scarce(factor=True),
+    "batch norms": Normed,
+    "other batch norms": lambda: Normed(momentum=None, affine=False, eps=0.1),
     "strided": strided_llama,
 }
 
@@ -448,6 +475,25 @@ def do_gradients(ranks: Ranks, folder: Path, request: dict) -> None:
     ranks.told(lambda: Path(f"{folder}.json").write_text(json.dumps(found)))
 
 
+def do_measure(ranks: Ranks, folder: Path, request: dict) -> None:
+    """What each process finds of the first `batches` held-out batches of two, and how many passes it takes for each."""
+    model = MODELS[request["model"]]().double()
+    settings = tiny_settings(**{"steps": 1, **request["settings"]})
+    data = TinyData(poisoned_rows=tuple(request.get("poisoned", ())))
+    objective = settings.objective.bind(model.config, data.form)
+    choose = choose_tensor_parallel if settings.strategy == "tensor" else choose_strategy
+    strategy = choose(settings, ranks, model.device, model, objective, ())
+    strategy.place(model)
+    passes = []
+    model.register_forward_pre_hook(lambda module, inputs: passes.append(module.training))
+    held_out = HeldOut((Loss(),), objective, data, 2, request["batches"], sharing=SharedAmong(strategy))
+    loss = held_out.first(model)
+    found = {"loss": loss.hex(), "passes": len(passes), "training": any(passes)}
+    whole_split = HeldOut((Accuracy(), MacroF1()), objective, data, 3, sharing=SharedAmong(strategy)).all(model)
+    found |= {kind: value.hex() for kind, value in whole_split.items()}
+    Path(f"{folder}.{ranks.rank}.json").write_text(json.dumps(found))
+
+
 SCENARIOS = {
     "train": do_train,
     "tell": do_tell,
@@ -456,6 +502,7 @@ SCENARIOS = {
     "flow": do_flow,
     "reductions": do_reductions,
     "gradients": do_gradients,
+    "measure": do_measure,
 }
 
 

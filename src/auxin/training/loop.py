@@ -25,13 +25,14 @@ from auxin.nn.autocast import without_autocast
 from auxin.objectives.measures import Loss, Measure
 from auxin.objectives.objective import Objective, ObjectiveSettings, References, training_noise
 from auxin.planning.hooks import Hook
+from auxin.training.batch_norms import batch_norms, normed_together
 from auxin.training.batches import Batches
 from auxin.training.checkpoint import load_weights, read_state, stored_moments, stored_training
 from auxin.training.fit import check_fit, refuse_non_finite
 from auxin.training.gradients import BatchGradients
 from auxin.training.guard import Guard, GuardEvent
 from auxin.training.hardware import peak_flops
-from auxin.training.held_out import HeldOut
+from auxin.training.held_out import HeldOut, SharedAmong
 from auxin.training.identity import RunIdentity
 from auxin.training.keeper import Keeper
 from auxin.training.optimizer import build_optimizer, restore_optimizer
@@ -125,7 +126,8 @@ def train(
         choose = choose_tensor_parallel if settings.strategy == "tensor" else choose_strategy
         strategy = choose(settings, ranks, device, model, objective, hooks)
     facts = objective.identity()
-    if not objective.adds_up:  # a setting that may change elsewhere, and here is part of what is learnt
+    # A setting that may change elsewhere, and here is part of what is learnt.
+    if not objective.adds_up or batch_norms(model):
         facts["samples per forward pass"] = str(settings.samples_per_forward)
     identity = RunIdentity.of(stage_name, settings, data.fingerprint, data_position, model.config, facts)
     if ranks.several:
@@ -150,7 +152,8 @@ def train(
             data_position=data_position,
         )
         evaluation = HeldOut(
-            tuple(measures) or (Loss(),), measured, data, settings.samples_per_forward, settings.evaluation_batches
+            *(tuple(measures) or (Loss(),), measured, data, settings.samples_per_forward, settings.evaluation_batches),
+            sharing=SharedAmong(strategy),
         )
         processor = data.processor() if processor is None else processor
         keeper = Keeper(output_dir, ranks, settings.keep_checkpoints, settings.tensorboard)
@@ -158,7 +161,12 @@ def train(
             *(state, data, objective, evaluation, settings, keeper, strategy),
             *(identity, total_steps, flops, num_parameters, processor, ledger),
         )
-        with objective.learning(model), without_autocast(), recomputed(model, settings.activation_checkpointing):
+        with (
+            objective.learning(model),
+            without_autocast(),
+            recomputed(model, settings.activation_checkpointing),
+            normed_together(model, ranks if strategy.shares_passes else ALONE),
+        ):
             return loop.run(optimizer_from, stop_after, progress, place or Place())
 
 
