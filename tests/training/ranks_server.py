@@ -52,12 +52,14 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
+from auxin.accounting.recomputation import recomputed
 from auxin.errors import AuxinError, CheckpointError, ConfigError
 from auxin.models import TokenFormerForCausalLM
 from auxin.models.pieces import write_pieces
 from auxin.objectives.measures import Accuracy, Loss, MacroF1
 from auxin.training import loop, saving, train
 from auxin.training.divided_linear import DividedLinear
+from auxin.training.gradients import BatchGradients
 from auxin.training.held_out import HeldOut, SharedAmong
 from auxin.training.optimizer import build_optimizer
 from auxin.training.ranks import Ranks, joined
@@ -73,6 +75,7 @@ from training.tiny import (
     tiny_llama,
     tiny_settings,
     tiny_tokenformer,
+    wide_llama,
 )
 
 
@@ -428,6 +431,30 @@ def do_flow(ranks: Ranks, folder: Path, request: dict) -> None:
     ranks.told(lambda: Path(f"{folder}.json").write_text(json.dumps(found)))
 
 
+def do_converted(ranks: Ranks, folder: Path, request: dict) -> None:
+    """What a process holds more at the end of a forward pass in bfloat16 than before it; in bytes, without the layers
+    being computed again and with."""
+    found = []
+    for again in (False, True):
+        model = wide_llama()
+        settings = tiny_settings(steps=1, batch_size=2, precision="bfloat16", **request["settings"])
+        objective = settings.objective.bind(model.config, TinyData().form)
+        strategy = choose_strategy(settings, ranks, model.device, model, objective, ())
+        strategy.place(model)
+        gradients = BatchGradients(model, objective, settings, strategy)
+        ids = torch.zeros(2, 16, dtype=torch.long)
+        strategy.begin_pass(model, True)
+        tracker = MemTracker()
+        tracker.track_external(model)
+        with recomputed(model, again), tracker, gradients.autocast():
+            held = [tracker.get_tracker_snapshot()[torch.device("cpu")]["Total"]]
+            loss = objective.loss(model, {"input_ids": ids, "labels": ids})
+            held.append(tracker.get_tracker_snapshot()[torch.device("cpu")]["Total"])
+        loss.backward()
+        found.append(held[1] - held[0])
+    ranks.told(lambda: Path(f"{folder}.json").write_text(json.dumps(found)))
+
+
 def do_reductions(ranks: Ranks, folder: Path, request: dict) -> None:
     """How many numbers each of the reductions adds up that a pass takes, forward and backward."""
     model = tiny_tokenformer(**request["changes"])
@@ -500,6 +527,7 @@ SCENARIOS = {
     "meet": do_meet,
     "vanish": do_vanish,
     "flow": do_flow,
+    "converted": do_converted,
     "reductions": do_reductions,
     "gradients": do_gradients,
     "measure": do_measure,

@@ -11,12 +11,21 @@ import torch
 from auxin.accounting import Ledger, training_memory
 from auxin.errors import ConfigError, TrainingError
 from auxin.locks import exclusive
-from auxin.recipes.process_costs import Layout, process_costs
+from auxin.recipes.process_costs import Layout, converted_bytes, process_costs
 from auxin.training import TrainingSettings, latest_checkpoint
 from auxin.training.meeting import meet
 from auxin.training.ranks import joined, speaks
 from auxin.training.strategies import samples_per_pass
-from training.tiny import FIFTY, apart, checkpoint_bits, read_metrics, tiny_gpt2, tiny_llama, tiny_tokenformer
+from training.tiny import (
+    FIFTY,
+    apart,
+    checkpoint_bits,
+    read_metrics,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_tokenformer,
+    wide_llama,
+)
 
 
 @pytest.mark.parametrize("strategy", ["replicated", "sharded"])
@@ -447,6 +456,22 @@ def test_what_is_computed_for_several_gpus_is_what_processes_hold_and_send(
     }
     assert found["stepped"] == ["_fused_adamw_"]
     assert not found["sent by the optimizer"], "each process steps on its pieces"
+
+
+@pytest.mark.parametrize(("strategy", "group"), [("replicated", 1), ("sharded", 2)])
+def test_what_products_take_of_weights_in_bfloat16_is_held_as_computed(run, tmp_path, strategy, group):
+    """Up to the backward pass; of pieces whose layers are computed again, that of what lies outside of them alone, and
+    no cache keeps the rest."""
+    answer = run(tmp_path / "run", 2, "converted", settings={"strategy": strategy})
+    assert answer["codes"] == [0, 0], answer["messages"]
+    model = wide_llama()
+    matrices = 2 * sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
+    whole = 4 * 3 * model.lm_head.weight.numel() if group > 1 else 0  # at most, of what lies outside of the layers
+    for again, held in enumerate(json.loads((tmp_path / "run.json").read_text())):
+        kept = training_memory(model, 2, 16, recompute=bool(again)).activations
+        converted = converted_bytes(model, Layout(2, group), bool(again))
+        assert held < kept + converted + whole
+        assert (converted > matrices) is (held > matrices) is (group == 1 or not again)
 
 
 @pytest.mark.parametrize("model", ["scarce", "dropout"])

@@ -37,7 +37,9 @@ class BatchGradients:
 
     def autocast(self) -> AbstractContextManager[None]:
         """In which the model runs, to learn and to be measured."""
-        return bfloat16_autocast(self.device.type, self.precision == torch.bfloat16)
+        on = self.precision == torch.bfloat16
+        # The cache would hold on to what was made of every layer, when the layer itself lies in pieces again.
+        return bfloat16_autocast(self.device.type, on, cached=not self.strategy.gathers)
 
     def of(self, inputs: dict[str, Tensor], seed: int) -> tuple[float, float]:
         """Leave the clipped gradients of the mean loss over the batch's targets; return loss and norm before clipping,

@@ -41,6 +41,8 @@ class Copies:
     name: str = "replicated"
     in_step = False
     """Whether a forward pass of the model is one of all processes together."""
+    gathers = False
+    """Whether a layer is whole only while it computes."""
     skeleton: PreTrainedModel | None = None
     """Where the model lies in pieces: its shapes, as it was before."""
 
@@ -94,7 +96,7 @@ class Sharded(Copies):
     """
 
     name = "sharded"
-    in_step = True
+    in_step = gathers = True
 
     def __init__(self, ranks: Ranks, gather_once: bool = False) -> None:
         super().__init__(ranks)

@@ -28,6 +28,7 @@ class Split(Sharded):
     moments, and all of the others. All see the whole batch."""
 
     name = "tensor"
+    gathers = False
 
     def __init__(self, ranks: Ranks, linear: DividedLinear) -> None:
         super().__init__(ranks)
