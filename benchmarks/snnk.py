@@ -77,8 +77,8 @@ class Trial:
     features: int = 8
     part_features: int = 16
     pooler_features: int = 64
-    whole_rates: tuple[float, ...] = (1e-4, 3e-4)
-    part_rates: tuple[float, ...] = (1e-3, 3e-3)
+    whole_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    part_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     vit_width: int = 96
     vit_epochs: int = 6
     """Over the digits that the ViT knows before."""
