@@ -5,9 +5,9 @@
     python benchmarks/structured_ffn.py --parts short --seeds 0 --branches middle middle-low-rank
 
 The slope of a form is that of its held-out losses over the logarithm of training FLOPs, all sizes and lengths together,
-by least squares. The branches that begin with `middle-wide` are of equal training FLOPs. Spikes of the loss are counted
-in all parts; `fast` is there for them alone. Finished branches are not run again. The short part of a seed
-takes about 20 minutes of one core, the long one 40, and `fast` eight.
+by least squares. Branches that begin with `middle-equal` or `middle-wide` have the training FLOPs of a dense one.
+Spikes of the loss are counted in all parts; `fast` is there for them alone. Finished branches are not run again. The
+short part of a seed takes about 25 minutes of one core, the long one 50, and `fast` eight.
 """
 
 import math
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from comparing import Part, PartResults, by_loss, compare_parts, fitted, options
 
+from auxin.accounting.comparison import BranchComparison
 from auxin.accounting.results import BranchResult
 from auxin.recipes import Recipe, load_recipe
 from auxin.report.comparison import estimate_text
@@ -29,8 +30,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "structured_ffn.json"
 TABLE = ROOT / "docs" / "results" / "structured_ffn.md"
 FORMS = {"": "dense", "-low-rank": "low rank", "-block-dense": "BlockDense", "-block-shuffle": "BlockShuffle"}
 SIZES = ("small", "middle", "large")
-WIDE = "middle-wide"
-"""What the branches begin with that are compared at equal FLOPs."""
+EQUAL = {"middle-equal": "the middle size", "middle-wide": "wide and structured, with grouped queries"}
+"""What the branches begin with that are compared at equal FLOPs, and what the page calls them."""
 SPIKE = GuardSettings(spike_multiple=5.0, window=32, minimum_history=8)
 """What is called a spike. These trainings are short and their losses fall all the time, so that the guard's default
 window would reach back to losses above every spike."""
@@ -52,9 +53,8 @@ def twice_as_long(recipe: Recipe) -> tuple[str, ...]:
 
 def guided_and_not(recipe: Recipe) -> tuple[str, ...]:
     """The branches of the middle size: dense, every form, and every form guided."""
-    return tuple(
-        branch.name for branch in recipe.branches if branch.name.startswith("middle") and WIDE not in branch.name
-    )
+    names = [branch.name for branch in recipe.branches if branch.name.startswith("middle")]
+    return tuple(name for name in names if not name.startswith(tuple(EQUAL)))
 
 
 _READ = load_recipe(str(RECIPE))
@@ -120,22 +120,29 @@ HEADER = ("model", "parameters at the end", "training FLOPs", "held-out loss", "
 
 def part_tables(part: PartResults) -> list[str]:
     """The tables of one part, those of equal FLOPs by themselves."""
-    rows: dict[bool, list[list[str]]] = {False: [], True: []}
-    for branch in by_loss(part):
-        counted = list((part.counted or {}).get(branch.name, {}).values())
-        means = {name: statistics.mean(one[name] for one in counted) for name in ("spikes", "rise")} if counted else {}
-        rows[branch.name.startswith(WIDE)].append([
-            branch.title,
-            f"{branch.parameters:,}",
-            f"{branch.flops:.3g}",
-            estimate_text(branch.value, 3),
-            f"{means['spikes']:g}" if means else "-",
-            f"{means['rise']:.2f}" if means else "-",
-        ])  # fmt: skip
-    lines = markdown_table(HEADER, rows[False]) if rows[False] else []
-    if rows[True]:
-        lines += ["", "At equal training FLOPs:", "", *markdown_table(HEADER, rows[True])]
+    rows = {branch.name: row_of(branch, (part.counted or {}).get(branch.name, {})) for branch in by_loss(part)}
+    lines = markdown_table(HEADER, [row for name, row in rows.items() if not name.startswith(tuple(EQUAL))])
+    for beginning, title in EQUAL.items():
+        if equal := [name for name in rows if name.startswith(beginning)]:
+            beside = ["middle"] if beginning == "middle-equal" else []
+            chosen = [row for name, row in rows.items() if name in {*equal, *beside}]
+            lines += ["", f"At equal training FLOPs, {title}:", "", *markdown_table(HEADER, chosen)]
     return lines
+
+
+def row_of(branch: BranchComparison, counted: dict[int, dict[str, float]]) -> list[str]:
+    """A branch in the tables; `counted` by seed."""
+    spikes, rise = (
+        statistics.mean(one[name] for one in counted.values()) if counted else None for name in ("spikes", "rise")
+    )
+    return [
+        branch.title,
+        f"{branch.parameters:,}",
+        f"{branch.flops:.3g}",
+        estimate_text(branch.value, 3),
+        "-" if spikes is None else f"{spikes:g}",
+        "-" if rise is None else f"{rise:.2f}",
+    ]
 
 
 def slopes_of(found: dict[str, PartResults]) -> list[list[str]]:
