@@ -191,29 +191,19 @@ def choose_strategy(
     Raises:
         ConfigError: several processes can't train this as one would.
     """
-    found = _strategy(settings, ranks, device, model, objective, hooks)
-    found.shares_passes = ranks.several and bool(batch_norms(model))
-    return found
-
-
-def _strategy(
-    settings: TrainingSettings,
-    ranks: Ranks,
-    device: torch.device,
-    model: PreTrainedModel,
-    objective: Objective,
-    hooks: Sequence[object],
-) -> Copies:
     if not ranks.several:
         return Copies(ranks)
     _check(settings, ranks, model, objective)
     against = against_pieces(settings, model, hooks)
     if settings.strategy in ("sharded", "hybrid"):
         refuse_to_cut(settings, against)
-    if settings.strategy == "hybrid":
-        return Hybrid(ranks, _group(settings, ranks), settings.gather_once)
     sharded = settings.strategy == "sharded" or (settings.strategy == "auto" and device.type == "cuda")
-    return Sharded(ranks, settings.gather_once) if sharded and against is None else Copies(ranks)
+    if settings.strategy == "hybrid":
+        found: Copies = Hybrid(ranks, _group(settings, ranks), settings.gather_once)
+    else:
+        found = Sharded(ranks, settings.gather_once) if sharded and against is None else Copies(ranks)
+    found.shares_passes = bool(batch_norms(model))
+    return found
 
 
 def _group(settings: TrainingSettings, ranks: Ranks) -> int:
