@@ -236,9 +236,9 @@ def page(results: dict[str, Any]) -> str:
         f"(`vtrans`), by derivatives on {SEEN['taylor']} of them (`taylor`), or by what moves behind them on "
         f"{SEEN['optin']} (`optin`). They are silenced, and nothing is trained after it.",
         f"It is measured on {LOOKED_AT} texts that nobody has seen, in the whole model, where each head attends: mean "
-        "shares over all query tokens, [CLS] and [SEP] being special. Words that matter are the quarter of a text's "
-        "ordinary tokens without which the label becomes least probable, each taken away alone; of them the share is "
-        "that of the attention that ordinary tokens get.",
+        "shares over all query tokens, [CLS] and [SEP] being special, for themselves too. Words that matter are the "
+        "quarter of a text's ordinary tokens without which the label becomes least probable, each taken away alone; of "
+        "them the share is that of the attention that ordinary tokens get.",
         "Figures are means over the seeds, which draw the texts, the new head, the order of training and the noise of "
         f"gates; ± is their 95 % interval (Student's t). By chance: of {SHUFFLES:,} shuffles of the heads, alike in "
         "all seeds as they have the same pretrained heads, and within the layers where half of each goes, the share "

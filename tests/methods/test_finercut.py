@@ -104,6 +104,14 @@ def test_how_sure_the_distances_are_is_said_beside_them(samples_read):
     assert f"of ± {min(layers, key=lambda layer: layer.influence).similarity.margin:.2g}." in influence
 
 
+def test_a_part_that_is_named_after_its_last_matrix_is_said_to_be_what_it_is():
+    model = tiny("bert", dtype=torch.float32)
+    data = Texts(model, inputs(model, batch=2)["input_ids"], labels=True)
+    kinds = {one.path: one.kind for one in sublayers(model)}
+    found = order(planned(model, data, removed=2))
+    assert [said.partition(": ")[0] for _, said in found] == [kinds[path] for path, _ in found]
+
+
 def test_more_begins_with_less_and_is_measured_on_top_of_it():
     model = fresh_llama(0, num_hidden_layers=4)
     data = samples(model)
