@@ -16,7 +16,7 @@ from auxin.errors import ConfigError
 from auxin.recipes import load_recipe, refuse_together
 from auxin.training import latest_checkpoint
 from corpora import small_corpus, write_documents
-from recipes.torchruns import TORCHRUN, children, needs_proc, outcome, started, wait_until, workers
+from recipes.torchruns import SOURCES, TORCHRUN, children, needs_proc, outcome, started, wait_until, workers
 from training.tiny import checkpoint_bits
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 16}
@@ -179,6 +179,38 @@ def test_a_mistake_is_told_once_and_nothing_is_begun(recipe, tmp_path):
     assert ended.returncode != 0
     assert ended.stdout.count("batch_size: 1 samples can't be shared by 2 processes") == 1
     assert not (tmp_path / "run" / LAST).exists()
+
+
+LATE = """
+import os, time
+if os.environ.get("RANK") == "0":
+    time.sleep(2)
+"""
+ELSEWHERE = """
+import os
+if os.environ.get("RANK") == "1":
+    os.chdir("/")
+"""
+
+
+@pytest.mark.parametrize(
+    ("what_happens", "options", "message"),
+    [
+        (LATE, ["--set", "training.strategy=shraded"], "training.strategy: must be"),
+        (ELSEWHERE, [], "recipe.yaml does not exist"),
+    ],
+    ids=["late", "elsewhere"],
+)
+def test_a_mistake_is_told_whichever_process_meets_it_first(
+    recipe, tmp_path, monkeypatch, what_happens, options, message
+):
+    """torchrun ends the others when one has ended: also where the one that speaks is late, or has nothing to say."""
+    (tmp_path / "sitecustomize.py").write_text(what_happens)
+    monkeypatch.chdir(recipe.parent)
+    launch = command(Path(recipe.name), tmp_path / "run", *options)
+    ended = outcome(started(launch, PYTHONPATH=f"{tmp_path}:{SOURCES}"))
+    assert ended.returncode != 0
+    assert ended.stdout.count(message) == 1, ended.stdout
 
 
 def test_what_runs_side_by_side_is_not_for_processes_that_train_together(recipe):
