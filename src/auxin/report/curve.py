@@ -19,7 +19,7 @@ class Step:
     name: str
     """What it took, in a few characters."""
     value: float
-    """What it led to; 0 before the first one, and not below."""
+    """What it led to; before the first one it was 0."""
     margin: float | None = None
     """Half the width of its interval."""
 
@@ -34,16 +34,17 @@ def curve_svg(title: str, note: str, steps: Sequence[Step]) -> str:
     """
     width = LEFT + CELL * (len(steps) + 1)
     highest = 1.06 * max(max(step.value + (step.margin or 0.0) for step in steps), 1e-12)
+    lowest = min(0.0, *(1.06 * step.value for step in steps))
 
     def x(number: float) -> float:
         return LEFT + CELL * number
 
     def y(value: float) -> float:
-        return TOP + HEIGHT * (1 - value / highest)
+        return TOP + HEIGHT * (highest - value) / (highest - lowest)
 
     body = [text(MARGIN, 28, title, size=16, weight=600)]
     body += [text(MARGIN, 50 + 16 * row, words, size=12) for row, words in enumerate(textwrap.wrap(note, width // 7))]
-    for value, word in ticks(0, highest, 8):
+    for value, word in ticks(lowest, highest, 8):
         body.append(line(LEFT, y(value), width, y(value), opacity=0.25))
         body.append(text(LEFT - 6, y(value) + 4, word, size=11, anchor="end"))
     places = " ".join(f"{x(number):.1f},{y(value):.1f}" for number, value in enumerate([0, *(s.value for s in steps)]))
@@ -52,7 +53,7 @@ def curve_svg(title: str, note: str, steps: Sequence[Step]) -> str:
         said = f"{number} gone, {step.name} last: {step.value:.3g}"
         if step.margin is not None:
             said += f" ± {step.margin:.2g}"
-            low, high = y(max(0.0, step.value - step.margin)), y(step.value + step.margin)
+            low, high = y(max(lowest, step.value - step.margin)), y(step.value + step.margin)
             body.append(f'<path d="M{x(number):.1f} {low:.1f}V{high:.1f}" stroke="{BLUE}" stroke-opacity="0.6"/>')
         body.append(
             f'<circle cx="{x(number):.1f}" cy="{y(step.value):.1f}" r="3" fill="{BLUE}">'
