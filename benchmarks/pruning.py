@@ -213,7 +213,7 @@ def recorded(results: Path) -> PartResults:
 
 
 def refuse_another_model(now: PartResults, before: PartResults) -> None:
-    """Whether the rows of both are of the same trained models, so that they may stand in one table.
+    """Check that the rows of both are of the same trained models, so that they may stand in one table.
 
     Raises:
         SystemExit: the whole model of a seed has another loss than it had.
@@ -248,6 +248,8 @@ def whole_recipe(grid: Grid, arguments: argparse.Namespace) -> Recipe:
     branches: list[dict[str, Any]] = [branch.model_dump(mode="json") for branch in base.branches]
     for name, (title, method, settings) in grid.methods.items():
         for size in SIZES:
+            if f"{name}-{size}" in grid.out_of_reach:
+                continue
             target = {"parameters": (100 - size) / 100}
             change = {"kind": "change", "method": method, "settings": {"target": target, **settings}}
             stages = [change, repair]
@@ -255,8 +257,6 @@ def whole_recipe(grid: Grid, arguments: argparse.Namespace) -> Recipe:
                 change["settings"] |= {"guide_steps": repair["settings"]["steps"] // 2}
                 finish = {"kind": "change", "name": "unguided", "method": method, "settings": {"finish": True}}
                 stages += [finish, {"kind": "evaluate"}]
-            if f"{name}-{size}" in grid.out_of_reach:
-                continue
             branches.append({"name": f"{name}-{size}", "title": title, "fork": "dense/train", "stages": stages})
     for size in SIZES:
         like = f"taylor-{size}"
