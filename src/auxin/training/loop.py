@@ -43,8 +43,8 @@ from auxin.training.schedule import learning_rate
 from auxin.training.settings import TrainingSettings
 from auxin.training.speed import Speed
 from auxin.training.state import TrainingState
-from auxin.training.strategies import Copies, choose_strategy
-from auxin.training.tensor_parallel import choose_tensor_parallel
+from auxin.training.strategies import Copies
+from auxin.training.tensor_parallel import choose_any_strategy
 
 T = TypeVar("T")
 
@@ -122,8 +122,7 @@ def train(
         measured = objective if measured_objective is None else measured_objective.bind(model.config, form, references)
         flops = objective.training_flops(model)
         total_steps = settings.total_steps(form, flops)
-        choose = choose_tensor_parallel if settings.strategy == "tensor" else choose_strategy
-        strategy = choose(settings, ranks, device, model, objective, hooks)
+        strategy = choose_any_strategy(settings, ranks, device, model, objective, hooks)
     facts = objective.identity()
     if not objective.adds_up:  # a setting that may change elsewhere, and here is part of what is learnt
         facts["samples per forward pass"] = str(settings.samples_per_forward)
