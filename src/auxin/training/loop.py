@@ -44,8 +44,8 @@ from auxin.training.schedule import learning_rate
 from auxin.training.settings import TrainingSettings
 from auxin.training.speed import Speed
 from auxin.training.state import TrainingState
-from auxin.training.strategies import Copies, choose_strategy
-from auxin.training.tensor_parallel import choose_tensor_parallel
+from auxin.training.strategies import Copies
+from auxin.training.tensor_parallel import choose_any_strategy
 
 T = TypeVar("T")
 
@@ -123,8 +123,7 @@ def train(
         measured = objective if measured_objective is None else measured_objective.bind(model.config, form, references)
         flops = objective.training_flops(model)
         total_steps = settings.total_steps(form, flops)
-        choose = choose_tensor_parallel if settings.strategy == "tensor" else choose_strategy
-        strategy = choose(settings, ranks, device, model, objective, hooks)
+        strategy = choose_any_strategy(settings, ranks, device, model, objective, hooks)
     facts = objective.identity()
     # A setting that may change elsewhere, and here is part of what is learnt.
     if not objective.adds_up or batch_norms(model):

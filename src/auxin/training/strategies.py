@@ -223,9 +223,10 @@ def _group(settings: TrainingSettings, ranks: Ranks) -> int:
 
 
 def against_pieces(settings: TrainingSettings, model: PreTrainedModel, hooks: Sequence[object]) -> str | None:
-    """Why the parameters of `model` have to stay whole, in a sentence that goes on; None: they need not."""
+    """Why the parameters of `model` have to stay whole, in a sentence that goes on; None: they need not. Of hooks their
+    settings are enough."""
     if hooks:
-        names = ", ".join(type(hook).__name__ for hook in hooks)
+        names = ", ".join(getattr(hook, "kind", type(hook).__name__) for hook in hooks)
         return f"what takes part in this stage reads or changes whole ones ({names})."
     if has_adapter(model):
         return "an adapter is merged into whole ones."
