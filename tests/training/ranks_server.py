@@ -64,7 +64,7 @@ from auxin.training.held_out import HeldOut, SharedAmong
 from auxin.training.optimizer import build_optimizer
 from auxin.training.ranks import Ranks, joined
 from auxin.training.strategies import choose_strategy, whole
-from auxin.training.tensor_parallel import Split, choose_tensor_parallel
+from auxin.training.tensor_parallel import Split, choose_any_strategy
 from training.tiny import (
     NORMED,
     VOCABULARY,
@@ -508,8 +508,7 @@ def do_measure(ranks: Ranks, folder: Path, request: dict) -> None:
     settings = tiny_settings(**{"steps": 1, **request["settings"]})
     data = TinyData(poisoned_rows=tuple(request.get("poisoned", ())))
     objective = settings.objective.bind(model.config, data.form)
-    choose = choose_tensor_parallel if settings.strategy == "tensor" else choose_strategy
-    strategy = choose(settings, ranks, model.device, model, objective, ())
+    strategy = choose_any_strategy(settings, ranks, model.device, model, objective, ())
     strategy.place(model)
     passes = []
     model.register_forward_pre_hook(lambda module, inputs: passes.append(module.training))
