@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from safetensors.torch import load_file
 from torch.distributed import HashStore
 
 from auxin.accounting import Ledger
-from auxin.errors import ConfigError
+from auxin.errors import ConfigError, TrainingError
 from auxin.recipes import load_recipe, refuse_together
 from auxin.recipes.beforehand import check_strategies
 from auxin.recipes.schema import Recipe
+from auxin.recipes.together import follow
 from auxin.training import latest_checkpoint
 from auxin.training.ranks import ALONE, Ranks
 from corpora import small_corpus, write_documents
@@ -218,6 +220,21 @@ def test_what_processes_can_not_train_is_known_before(recipe, tmp_path, training
     where = r"grown/after: (training|settings)\." if hooks else "grown/base: training."
     with pytest.raises(ConfigError, match=where + ".*" + message):
         check_strategies(loaded, tmp_path, ["grown"], two)
+
+
+def test_a_folder_that_one_machine_does_not_see_is_named(recipe, tmp_path):
+    """Before it prepares data of its own."""
+    store, loaded = HashStore(), load_recipe(str(recipe))
+    leader, follower = Ranks(0, 2, store), Ranks(1, 2, store)
+    with ThreadPoolExecutor(1) as threads:
+        with leader.leading():
+            done = threads.submit(follow, loaded, tmp_path / "run", follower)
+            leader.order({"branch": "grown", "stage": "base", "previous": "unseen"})
+            unseen = r"process 1 of 2: .*/run, the folder of the run, is not there on"
+            with pytest.raises(TrainingError, match=unseen), leader.together():
+                pass
+        done.result()
+    assert not (tmp_path / "run").exists()
 
 
 LATE = """

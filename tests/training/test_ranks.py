@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -360,6 +361,17 @@ def test_an_environment_that_is_wrong_is_named(monkeypatch, environment, message
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message), joined():
         pass
+
+
+def test_who_is_started_alone_does_not_wait_longer_than_a_step_may_take(monkeypatch):
+    """Of two that are started by hand the other one never comes."""
+    alone = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "AUXIN_STEP_SECONDS": "1"}
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="the processes can't meet"), joined():
+        pass
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ They see the same files. What a follower needs for a stage it reads from the run
 """
 
 import contextlib
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ def follow(recipe: Recipe, output: str | Path, ranks: Ranks) -> None:
     for order in ranks.orders():
         with contextlib.suppress(AuxinError):
             with ranks.together():
+                if not directory.is_dir():
+                    raise ConfigError(
+                        f"{directory.absolute()}, the folder of the run, is not there on {platform.node()}. Give all "
+                        "processes one folder that all of their machines see."
+                    )
                 run = run or prepared_run(recipe, directory, directory / DATA, _quietly, ranks)
             branch = recipe.branch(order["branch"])
             stage = branch.stage(order["stage"])

@@ -363,7 +363,8 @@ def joined() -> Iterator[Ranks]:
         return
     seconds = _step_seconds()
     try:
-        store, rank, size = next(iter(dist.rendezvous("env://")))
+        longest = datetime.timedelta(seconds=seconds)
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=longest)))
         store = meet(store, rank, size, seconds)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
@@ -379,7 +380,7 @@ def joined() -> Iterator[Ranks]:
             store=dist.PrefixStore("group", store),
             rank=rank,
             world_size=size,
-            timeout=datetime.timedelta(seconds=seconds),
+            timeout=longest,
         )
     except RuntimeError as error:
         raise TrainingError(
