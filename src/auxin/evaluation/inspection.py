@@ -13,8 +13,8 @@ from auxin.data.tokenizer import load_tokenizer
 from auxin.edits.structure import edited_skeleton
 from auxin.evaluation.corpus import score_held_out
 from auxin.models.loading import load_config, load_model
-from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
-from auxin.models.tokenformer.configuration import SLOTS
+from auxin.models.tokenformer.layers import ParameterTokensModel
+from auxin.models.tokenformer.slots import SLOTS, ParameterTokensConfig
 from auxin.models.weight_files import readable_files
 from auxin.settings import Settings
 
@@ -103,7 +103,7 @@ def describe_checkpoint(folder: str | Path, corpus: PackedData | None = None) ->
     length = counted_length(model, LONGEST_SEQUENCE)
     groups: list[TokenGroups] = []
     nested: list[NestedModel] = []
-    if isinstance(config, TokenFormerConfig):
+    if isinstance(config, ParameterTokensConfig):
         groups = [
             TokenGroups(
                 slot=slot,
@@ -130,11 +130,11 @@ def describe_checkpoint(folder: str | Path, corpus: PackedData | None = None) ->
     )
 
 
-def _nested_models(folder: Path, config: TokenFormerConfig, corpus: PackedData | None) -> list[NestedModel]:
+def _nested_models(folder: Path, config: ParameterTokensConfig, corpus: PackedData | None) -> list[NestedModel]:
     if corpus is None:
-        model, tokenizer = cast(TokenFormerForCausalLM, edited_skeleton(config)), None
+        model, tokenizer = cast(ParameterTokensModel, edited_skeleton(config)), None
     else:
-        model, tokenizer = cast(TokenFormerForCausalLM, load_model(folder)), load_tokenizer(folder)
+        model, tokenizer = cast(ParameterTokensModel, load_model(folder)), load_tokenizer(folder)
     nested = []
     for num_groups in range(1, config.num_groups + 1):
         smaller = model.truncate_groups(num_groups)

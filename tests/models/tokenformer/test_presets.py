@@ -5,8 +5,8 @@ import torch
 
 from auxin.errors import ConfigError, PlanError
 from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
-from auxin.models.tokenformer.configuration import SLOTS
 from auxin.models.tokenformer.presets import PRESETS, check_growable, preset_config
+from auxin.models.tokenformer.slots import SLOTS
 
 PUBLISHED = {
     "124m": (84_934_656, 123_569_664),
