@@ -11,10 +11,12 @@ from auxin.accounting.ledger import LEDGER_FILE
 from auxin.data import PackedData
 from auxin.data.tokenizer import load_tokenizer
 from auxin.edits.structure import edited_skeleton
+from auxin.errors import DataError
 from auxin.evaluation.corpus import score_held_out
 from auxin.models.loading import load_config, load_model
 from auxin.models.tokenformer.layers import ParameterTokensModel
 from auxin.models.tokenformer.slots import SLOTS, ParameterTokensConfig
+from auxin.models.tokenformer.vision_configuration import VisionTokenFormerConfig
 from auxin.models.weight_files import readable_files
 from auxin.settings import Settings
 
@@ -91,14 +93,20 @@ def describe_checkpoint(folder: str | Path, corpus: PackedData | None = None) ->
 
     Args:
         folder: a checkpoint.
-        corpus: with it, the nested models of a TokenFormer are scored on its held-out split; that reads the weights.
+        corpus: with it, the nested models of a TokenFormer of text are scored on its held-out split; that reads the
+            weights.
 
     Raises:
         CheckpointError: the folder is missing or holds no readable config or ledger, or its weights are cut off.
-        DataError: the corpus was prepared with another tokenizer than the checkpoint's.
+        DataError: the corpus was prepared with another tokenizer than the checkpoint's, or the model reads no text.
     """
     folder = Path(folder)
     config = load_config(folder)
+    if corpus is not None and isinstance(config, VisionTokenFormerConfig):
+        raise DataError(
+            f"corpus: {folder} holds a {config.model_type}, which reads images and has no loss on a text. Leave the "
+            "corpus out."
+        )
     model = edited_skeleton(config)
     length = counted_length(model, LONGEST_SEQUENCE)
     groups: list[TokenGroups] = []

@@ -18,6 +18,7 @@ from auxin.errors import ConfigError, PlanError, first_line, placed, unknown_nam
 from auxin.foreign import refuse_setting
 from auxin.methods import method as find_method
 from auxin.methods.grow.tokenformer import plan_token_growth, token_growth_to
+from auxin.models.anatomy.parts import base_prefix
 from auxin.models.configs import refuse_endless
 from auxin.models.loading import REFUSALS, load_config, task_classes
 from auxin.models.tokenformer.presets import preset_config
@@ -131,7 +132,8 @@ def change_plan(stage: ChangeStage, bench: Bench) -> Plan:
         with placed("tokens: " if stage.to is None else "to: "):
             if not isinstance(config, ParameterTokensConfig):
                 raise PlanError(f"only a TokenFormer grows by tokens, this is a {config.model_type}.")
-            return plan_token_growth(config, bench.seeded(stage.tokens or token_growth_to(config, str(stage.to))))
+            growth = bench.seeded(stage.tokens or token_growth_to(config, str(stage.to)))
+            return plan_token_growth(config, growth, base_prefix(bench.model))
     method, settings = _asked_method(stage, stage.method)
     make = estimate_plan if next(bench.model.parameters()).is_meta else make_plan
     with placed("settings: " if stage.settings else "method: "):
@@ -224,6 +226,7 @@ def built_config(
     if stage.preset is not None:
         with placed("preset: "):
             preset = preset_config(stage.preset)
+            architecture_of(preset, form, objective)
         with placed("config: "):
             return edited_config(preset, {**decided, **stage.config})
     config = _configured(stage, {**decided, **stage.config})

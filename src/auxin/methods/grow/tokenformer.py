@@ -39,6 +39,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from auxin.edits import Edit, NormalFill, PadParameter, Plan, Promise, Receipt, RepeatFill, SetConfig, ZeroFill, apply
 from auxin.edits.structure import config_from_values, config_values
 from auxin.errors import PlanError
+from auxin.models.anatomy.parts import base_prefix
 from auxin.models.tokenformer.layers import SLOT_OF_MODULE, ParameterTokensModel
 from auxin.models.tokenformer.presets import check_growable, preset_config
 from auxin.models.tokenformer.slots import SLOTS, ParameterTokensConfig, Slot
@@ -134,8 +135,13 @@ def token_growth_to(config: ParameterTokensConfig, preset: str, **settings: Any)
     return TokenGrowth.parse({**tokens, **settings})
 
 
-def plan_token_growth(config: PreTrainedConfig, settings: TokenGrowth) -> Plan:
+def plan_token_growth(config: PreTrainedConfig, settings: TokenGrowth, prefix: str = "model.") -> Plan:
     """Plan the growth of a TokenFormer of `config`; weights are not needed.
+
+    Args:
+        config: the model's, of text or of images.
+        settings: what to grow, and by which rule.
+        prefix: what the paths of its layers begin with: "" for a model without a head.
 
     Raises:
         PlanError: no TokenFormer, nothing to grow, fewer tokens than there are, copies that do not come out even, or a
@@ -150,7 +156,7 @@ def plan_token_growth(config: PreTrainedConfig, settings: TokenGrowth) -> Plan:
     for module, slot in SLOT_OF_MODULE.items():
         if slot in grown:
             for name, fill in _fills(config, settings, slot).items():
-                path = f"model.layers.*.{module}.{name}"
+                path = f"{prefix}layers.*.{module}.{name}"
                 edits.append(PadParameter(parameter=path, axis=0, size=grown[slot], fill=fill))
     return Plan(
         method="tokenformer",
@@ -209,7 +215,8 @@ def grow(
         "values": values,
         "scale": scale,
     }
-    return apply(plan_token_growth(model.config, TokenGrowth.parse(wanted)), model, optimizer, probe)
+    plan = plan_token_growth(model.config, TokenGrowth.parse(wanted), base_prefix(model))
+    return apply(plan, model, optimizer, probe)
 
 
 def _example(model: PreTrainedModel) -> dict[str, Any]:
@@ -223,7 +230,9 @@ METHOD = Method(
     paper="arXiv 2410.23168, section 3.3",
     intent="grow",
     settings=TokenGrowth,
-    plan=lambda bench, settings: plan_token_growth(bench.model.config, bench.seeded(settings)),
+    plan=lambda bench, settings: plan_token_growth(
+        bench.model.config, bench.seeded(settings), base_prefix(bench.model)
+    ),
     examples=_example,
     promise="exact with regimes grouped, zero_keys, annealed, duplicate; else less",
 )

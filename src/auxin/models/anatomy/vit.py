@@ -62,6 +62,8 @@ PATCHES = {
     "audio-spectrogram-transformer": Patches(),
 }
 """By model type."""
+WITH_PATCHES = (*PATCHES, "vision_tokenformer")
+"""Those whose `embeddings` make the tokens of patches, whatever their layers are."""
 
 
 def patches(model: PreTrainedModel, own: Patches) -> Anatomy:
@@ -128,10 +130,10 @@ def tokens_before_patches(model: PreTrainedModel) -> int:
         PlanError: it is no encoder of patches all of whose layers can do without some of them.
     """
     family = model.config.model_type
-    if family not in PATCHES:
+    if family not in WITH_PATCHES:
         raise PlanError(
-            f"{family} is no encoder of patches ({', '.join(PATCHES)}), and only these can do without some of their "
-            "tokens. Leave tokens as they are."
+            f"{family} is no encoder of patches ({', '.join(WITH_PATCHES)}), and only these can do without some of "
+            "their tokens. Leave tokens as they are."
         )
     if table := next((name for name, _ in model.named_parameters() if name.endswith(RELATIVE)), None):
         raise PlanError(

@@ -145,9 +145,10 @@ class TokenFormerLayer(GradientCheckpointingLayer):
             self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
             self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Map (batch, sequence, hidden_size) to the same shape; the rest goes to the attention."""
-        attended = self.attention(self._norm(hidden_states, "attention_norm"), **kwargs)[0]
+        normed = self._norm(hidden_states, "attention_norm")
+        attended = self.attention(normed, attention_mask=attention_mask, **kwargs)[0]
         hidden_states = hidden_states + self._dropped(attended)
         return hidden_states + self._dropped(self.mlp(self._norm(hidden_states, "mlp_norm")))
 
