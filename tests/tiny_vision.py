@@ -1,5 +1,6 @@
 """Configs of tiny encoders of images and of spectrograms, with and without heads, with what is peculiar to each: two
-class tokens, a layer scale away from 1, registers, gated feed-forward parts, relative positions; networks of stages."""
+class tokens, a layer scale away from 1, registers, gated feed-forward parts, relative positions; networks of stages;
+parameter tokens."""
 
 from typing import Any
 
@@ -79,13 +80,6 @@ MODELS: dict[str, Made] = {
         "Beit",
         {**_COMMON, "use_relative_position_bias": True, "use_absolute_position_embeddings": True},
     ),
-    "vision_tokenformer": (VisionTokenFormerForImageClassification, VisionTokenFormerConfig, _TOKENS),
-    "vision_tokenformer norms": (
-        VisionTokenFormerForImageClassification,
-        VisionTokenFormerConfig,
-        {**_TOKENS, "norm_parameters": True, "score_function": "softmax", "ffn_tokens": [8, 6]},
-    ),
-    "vision_tokenformer base": (VisionTokenFormerModel, VisionTokenFormerConfig, _TOKENS),
     "audio-spectrogram-transformer": _made("ASTForAudioClassification", "AST", {**_COMMON, **_AST}),
     "segformer": _made("SegformerForSemanticSegmentation", "Segformer", _SEGFORMER),
     "resnet": _made("ResNetForImageClassification", "ResNet", {**_RESNET, "layer_type": "basic"}),
@@ -98,6 +92,13 @@ MODELS: dict[str, Made] = {
     "siglip images": _made("SiglipForImageClassification", "Siglip", _SIGLIP),
     "siglip_text_model": _made("SiglipTextModel", "SiglipText", _SIGLIP_TEXT),
     "siglip_vision_model": _made("SiglipVisionModel", "SiglipVision", _SIGLIP_IMAGE),
+    "vision_tokenformer": (VisionTokenFormerForImageClassification, VisionTokenFormerConfig, _TOKENS),
+    "vision_tokenformer norms": (
+        VisionTokenFormerForImageClassification,
+        VisionTokenFormerConfig,
+        {**_TOKENS, "norm_parameters": True, "score_function": "softmax", "ffn_tokens": [8, 6]},
+    ),
+    "vision_tokenformer base": (VisionTokenFormerModel, VisionTokenFormerConfig, _TOKENS),
 }
 """Model class, config class and values of the config, by the model type and a word for what else it is."""
 
