@@ -31,7 +31,7 @@ from auxin.methods.factorize.structured_ffn import GuideFadeSettings
 from auxin.methods.grow.masked import MaskRampSettings
 from auxin.methods.grow.tokenformer import OldTokenRatesSettings, TauAnnealSettings, TokenGrowth
 from auxin.methods.restructure.clipped_softmax import GammaRampSettings
-from auxin.models.tokenformer.presets import PRESETS
+from auxin.models.tokenformer.presets import PRESETS, VISION_PRESETS
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.objectives.causal import Causal
 from auxin.objectives.classification import Classification
@@ -47,7 +47,7 @@ from auxin.training import GuardSettings, TrainingSettings
 from auxin.training.lora import Lora
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/recipes.md", "docs/tokenformer.md", "docs/results/pattention.md")
+PAGES = ("README.md", "docs/recipes.md", "docs/tokenformer.md", "docs/vision.md", "docs/results/pattention.md")
 DEMO_PAGE = ROOT / "docs" / "results" / "demo.md"
 MEASURED = ROOT / "benchmarks" / "results"
 SETTINGS: tuple[type[BaseModel], ...] = (
@@ -130,6 +130,19 @@ def presets_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def vision_presets_table() -> str:
+    """One row for each TokenFormer preset of images, with the count that its shape gives."""
+    lines = [
+        "| preset | layers | width | heads | tokens q, k, v, o | tokens FFN | patch | parameters |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, preset in VISION_PRESETS.items():
+        sizes = (preset.num_hidden_layers, preset.hidden_size, preset.num_attention_heads)
+        numbers = [*sizes, preset.tokens, 4 * preset.tokens, preset.patch_size, preset.config().num_parameters()]
+        lines.append(f"| `{name}` | " + " | ".join(f"{number:,}" for number in numbers) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def pattention_tables() -> str:
     """What benchmarks/pattention.py measured: a table for each device that it has a record of."""
     parts = [
@@ -180,6 +193,7 @@ def _pattention_table(record: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "presets": presets_table,
+    "vision-presets": vision_presets_table,
     "pattention": pattention_tables,
     **{settings.__name__: (lambda settings=settings: fields_table(settings)) for settings in SETTINGS},
 }

@@ -20,6 +20,7 @@ from auxin.edits.promise import TOLERANCE
 from auxin.edits.structure import structural_edits
 from auxin.errors import DataError, PlanError
 from auxin.methods import methods
+from auxin.models.tokenformer.slots import ParameterTokensConfig
 from auxin.objectives.calibration import Calibration
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
@@ -84,7 +85,7 @@ class Result:
     @property
     def is_plain(self) -> bool:
         """Whether the config alone says what the model is, so that it loads without auxin."""
-        return not structural_edits(self.model.config) and self.model.config.model_type != "tokenformer"
+        return not structural_edits(self.model.config) and not isinstance(self.model.config, ParameterTokensConfig)
 
 
 def built_in() -> dict[str, Method]:

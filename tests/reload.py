@@ -22,7 +22,8 @@ def check(folder: Path, model_class: str) -> str | None:
     from safetensors.torch import load_file
 
     try:
-        model: Any = getattr(transformers, model_class).from_pretrained(folder, dtype="auto")
+        owner = transformers if hasattr(transformers, model_class) else sys.modules["auxin.models"]
+        model: Any = getattr(owner, model_class).from_pretrained(folder, dtype="auto")
         inputs = load_file(folder / "probe.safetensors")
         expected = inputs.pop("expected")
         for parameter in model.parameters():

@@ -1,5 +1,6 @@
 """Configs of tiny encoders of images and of spectrograms, with and without heads, with what is peculiar to each: two
-class tokens, a layer scale away from 1, registers, gated feed-forward parts, relative positions; networks of stages."""
+class tokens, a layer scale away from 1, registers, gated feed-forward parts, relative positions; networks of stages;
+parameter tokens."""
 
 from typing import Any
 
@@ -8,6 +9,11 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from auxin.models.tokenformer import (
+    VisionTokenFormerConfig,
+    VisionTokenFormerForImageClassification,
+    VisionTokenFormerModel,
+)
 from tiny_decoders import EPSILON, Made
 
 TITLE = "Images, towers and spectrograms"
@@ -31,6 +37,15 @@ _CLIP = {"text_config": _CLIP_TEXT, "vision_config": _CLIP_IMAGE, "projection_di
 _SIGLIP_TEXT = {**_TEXT, "projection_size": 24}
 _SIGLIP_IMAGE = {key: value for key, value in _CLIP_IMAGE.items() if key != "projection_dim"}
 _SIGLIP = {"text_config": _SIGLIP_TEXT, "vision_config": _SIGLIP_IMAGE, "num_labels": 3}
+_TOKENS = {
+    **{key: value for key, value in _COMMON.items() if key != "intermediate_size"},
+    "qkv_tokens": 10,
+    "proj_tokens": 9,
+    "ffn_tokens": 14,
+    # The paper's layer in two slots, a new model's in the third.
+    "score_function": "l2_norm_gelu",
+    "proj_score_function": "gelu",
+}
 _AST = {"max_length": 16, "num_mel_bins": 8, "frequency_stride": 4, "time_stride": 4}
 
 _SEGFORMER = {
@@ -77,6 +92,13 @@ MODELS: dict[str, Made] = {
     "siglip images": _made("SiglipForImageClassification", "Siglip", _SIGLIP),
     "siglip_text_model": _made("SiglipTextModel", "SiglipText", _SIGLIP_TEXT),
     "siglip_vision_model": _made("SiglipVisionModel", "SiglipVision", _SIGLIP_IMAGE),
+    "vision_tokenformer": (VisionTokenFormerForImageClassification, VisionTokenFormerConfig, _TOKENS),
+    "vision_tokenformer norms": (
+        VisionTokenFormerForImageClassification,
+        VisionTokenFormerConfig,
+        {**_TOKENS, "norm_parameters": True, "score_function": "softmax", "ffn_tokens": [8, 6]},
+    ),
+    "vision_tokenformer base": (VisionTokenFormerModel, VisionTokenFormerConfig, _TOKENS),
 }
 """Model class, config class and values of the config, by the model type and a word for what else it is."""
 
@@ -112,6 +134,7 @@ def _pair(model: PreTrainedModel, batch: int, length: int, generator: torch.Gene
 
 INPUTS = {
     **dict.fromkeys(("vit", "deit", "dinov2", "dinov2_with_registers", "beit", "segformer", "resnet"), _pixels),
+    "vision_tokenformer": _pixels,
     "audio-spectrogram-transformer": _spectrogram,
     **dict.fromkeys(("clip", "siglip"), _pair),
     **dict.fromkeys(("clip_text_model", "siglip_text_model"), _text),

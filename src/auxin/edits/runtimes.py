@@ -16,7 +16,7 @@ from auxin.edits.kinds.module_edits import (
 )
 from auxin.edits.mark import REPLAY_METHOD
 from auxin.edits.structure import structural_edits
-from auxin.models.tokenformer import TokenFormerConfig
+from auxin.models.tokenformer.slots import ParameterTokensConfig
 from auxin.models.weight_files import EDITED
 from auxin.nn.bricks import find_brick
 
@@ -26,7 +26,7 @@ def about_runtimes(config: PreTrainedConfig, weights: str = EDITED) -> str:
     `weights`."""
     edits = structural_edits(config)
     if not edits:
-        if isinstance(config, TokenFormerConfig):
+        if isinstance(config, ParameterTokensConfig):
             return (
                 "Loads in transformers after `import auxin`. Other runtimes have no TokenFormer, and no architecture "
                 "of theirs computes what it does: serve it through transformers."
@@ -44,7 +44,7 @@ def without_auxin(config: PreTrainedConfig, weights: str = EDITED) -> str | None
     the config holds no structural edits."""
     if not structural_edits(config):
         return None
-    if isinstance(config, TokenFormerConfig):
+    if isinstance(config, ParameterTokensConfig):
         return "In transformers, `import auxin` before from_pretrained: it knows no TokenFormer without it."
     before = "In transformers, `import auxin` before from_pretrained."
     if weights.startswith(EDITED):

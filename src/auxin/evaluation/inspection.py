@@ -12,10 +12,12 @@ from auxin.data.corpus import PackedData
 from auxin.data.streamed_text import StreamedText
 from auxin.data.tokenizer import load_tokenizer
 from auxin.edits.structure import edited_skeleton
+from auxin.errors import DataError
 from auxin.evaluation.corpus import score_held_out
 from auxin.models.loading import load_config, load_model
-from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
-from auxin.models.tokenformer.configuration import SLOTS
+from auxin.models.tokenformer.layers import ParameterTokensModel
+from auxin.models.tokenformer.slots import SLOTS, ParameterTokensConfig
+from auxin.models.tokenformer.vision_configuration import VisionTokenFormerConfig
 from auxin.models.weight_files import readable_files
 from auxin.settings import Settings
 
@@ -92,19 +94,25 @@ def describe_checkpoint(folder: str | Path, corpus: PackedData | StreamedText | 
 
     Args:
         folder: a checkpoint.
-        corpus: with it, the nested models of a TokenFormer are scored on its held-out split; that reads the weights.
+        corpus: with it, the nested models of a TokenFormer of text are scored on its held-out split; that reads the
+            weights.
 
     Raises:
         CheckpointError: the folder is missing or holds no readable config or ledger, or its weights are cut off.
-        DataError: the corpus was prepared with another tokenizer than the checkpoint's.
+        DataError: the corpus was prepared with another tokenizer than the checkpoint's, or the model reads no text.
     """
     folder = Path(folder)
     config = load_config(folder)
+    if corpus is not None and isinstance(config, VisionTokenFormerConfig):
+        raise DataError(
+            f"corpus: {folder} holds a {config.model_type}, which reads images and has no loss on a text. Leave the "
+            "corpus out."
+        )
     model = edited_skeleton(config)
     length = counted_length(model, LONGEST_SEQUENCE)
     groups: list[TokenGroups] = []
     nested: list[NestedModel] = []
-    if isinstance(config, TokenFormerConfig):
+    if isinstance(config, ParameterTokensConfig):
         groups = [
             TokenGroups(
                 slot=slot,
@@ -132,12 +140,12 @@ def describe_checkpoint(folder: str | Path, corpus: PackedData | StreamedText | 
 
 
 def _nested_models(
-    folder: Path, config: TokenFormerConfig, corpus: PackedData | StreamedText | None
+    folder: Path, config: ParameterTokensConfig, corpus: PackedData | StreamedText | None
 ) -> list[NestedModel]:
     if corpus is None:
-        model, tokenizer = cast(TokenFormerForCausalLM, edited_skeleton(config)), None
+        model, tokenizer = cast(ParameterTokensModel, edited_skeleton(config)), None
     else:
-        model, tokenizer = cast(TokenFormerForCausalLM, load_model(folder)), load_tokenizer(folder)
+        model, tokenizer = cast(ParameterTokensModel, load_model(folder)), load_tokenizer(folder)
     nested = []
     for num_groups in range(1, config.num_groups + 1):
         smaller = model.truncate_groups(num_groups)

@@ -55,9 +55,9 @@ class BuildStage(Settings):
     name: StageName = "build"
     """Lower case letters, digits, dots, _ and -; unique in its branch."""
     preset: str | None = None
-    """A TokenFormer preset by name ("124m", "pile-450m", ...)."""
+    """A TokenFormer preset by name ("124m", "pile-450m", "vit-b16-86m", ...)."""
     model_type: str | None = None
-    """A transformers model type ("tokenformer", "gpt_neox", "llama", "t5", ...), configured by `config`."""
+    """A transformers model type ("tokenformer", "vision_tokenformer", "llama", "t5", ...), configured by `config`."""
     config: dict[str, Any] = {}
     """Fields of the model's config; the vocabulary and the special tokens come from the data."""
     pad_to_multiple_of: int = Field(default=1, ge=1)

@@ -18,10 +18,11 @@ from auxin.errors import ConfigError, PlanError, first_line, placed, unknown_nam
 from auxin.foreign import refuse_setting
 from auxin.methods import method as find_method
 from auxin.methods.grow.tokenformer import plan_token_growth, token_growth_to
+from auxin.models.anatomy.parts import base_prefix
 from auxin.models.configs import refuse_endless
 from auxin.models.loading import REFUSALS, load_config, task_classes
-from auxin.models.tokenformer import TokenFormerConfig
 from auxin.models.tokenformer.presets import preset_config
+from auxin.models.tokenformer.slots import ParameterTokensConfig
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.objectives.objective import ObjectiveSettings, is_encoder_decoder
 from auxin.planning.bench import Bench
@@ -129,9 +130,10 @@ def change_plan(stage: ChangeStage, bench: Bench) -> Plan:
     if stage.method is None:
         config = bench.model.config
         with placed("tokens: " if stage.to is None else "to: "):
-            if not isinstance(config, TokenFormerConfig):
+            if not isinstance(config, ParameterTokensConfig):
                 raise PlanError(f"only a TokenFormer grows by tokens, this is a {config.model_type}.")
-            return plan_token_growth(config, bench.seeded(stage.tokens or token_growth_to(config, str(stage.to))))
+            growth = bench.seeded(stage.tokens or token_growth_to(config, str(stage.to)))
+            return plan_token_growth(config, growth, base_prefix(bench.model))
     method, settings = _asked_method(stage, stage.method)
     make = estimate_plan if next(bench.model.parameters()).is_meta else make_plan
     with placed("settings: " if stage.settings else "method: "):
@@ -224,6 +226,7 @@ def built_config(
     if stage.preset is not None:
         with placed("preset: "):
             preset = preset_config(stage.preset)
+            architecture_of(preset, form, objective)
         with placed("config: "):
             return edited_config(preset, {**decided, **stage.config})
     config = _configured(stage, {**decided, **stage.config})
@@ -323,7 +326,7 @@ def _configured(stage: BuildStage, values: dict[str, Any]) -> PreTrainedConfig:
 
 def _ungrown(config: PreTrainedConfig) -> PreTrainedConfig:
     """The same size as it is built from scratch: a TokenFormer's groups are one."""
-    if not isinstance(config, TokenFormerConfig):
+    if not isinstance(config, ParameterTokensConfig):
         return config
     one_group = {f"{part}_tokens": [sum(getattr(config, f"{part}_tokens"))] for part in ("qkv", "proj", "ffn")}
     usual = {f"{part}_{number}": None for part in ("qkv", "proj", "ffn") for number in ("tau", "eps")}

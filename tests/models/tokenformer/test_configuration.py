@@ -6,7 +6,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 import auxin.models  # noqa: F401 - registers the Auto classes
 from auxin.errors import ConfigError
@@ -40,6 +40,38 @@ def test_a_saved_config_says_its_constants_whatever_later_defaults_are(constants
     config.save_pretrained(tmp_path)
     said = json.loads((tmp_path / "config.json").read_text())
     assert {field: said[field] for field in PUBLISHED} == {field: getattr(config, field) for field in PUBLISHED}
+
+
+def test_a_saved_config_has_these_fields_and_no_others():
+    """What is there beside what every config has: checkpoints of all versions say these."""
+    config = TokenFormerConfig(vocab_size=20, num_hidden_layers=1, qkv_tokens=[2, 3], ffn_tau=[2.0])
+    every = PreTrainedConfig().to_dict()
+    tokens = {"qkv_tokens": [2, 3], "proj_tokens": [768], "ffn_tokens": [3072]}
+    unset = {f"{slot}_{what}": None for slot in ("qkv", "proj", "ffn") for what in ("tau", "eps", "score_function")}
+    assert {field: value for field, value in config.to_dict().items() if field not in every} == {
+        **unset,
+        **tokens,
+        "ffn_tau": [2.0],
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "gelu": "erf",
+        "hidden_size": 768,
+        "initializer_range": 0.02,
+        "key_initializer_range": None,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 2048,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 1,
+        "pad_token_id": None,
+        "partial_rotary_factor": 1.0,
+        "pattention_eps": 1e-06,
+        "rope_theta": 10000.0,
+        "score_function": "gelu",
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "value_initializer_range": None,
+        "vocab_size": 20,
+    }
 
 
 def test_an_int_is_one_group():

@@ -15,7 +15,8 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFas
 import auxin.models  # noqa: F401 - registers the Auto classes
 from auxin.errors import ConfigError, PlanError
 from auxin.models.tokenformer import PUBLISHED, TokenFormerConfig, TokenFormerForCausalLM, TokenFormerModel
-from auxin.models.tokenformer.modeling import rotary_cos_sin, rotate
+from auxin.models.tokenformer.layers import rotate
+from auxin.models.tokenformer.modeling import rotary_cos_sin
 
 VOCABULARY = 97
 

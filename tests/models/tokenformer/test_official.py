@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 import auxin.models  # noqa: F401 - registers the Auto classes
 from auxin.errors import CheckpointError, ConfigError
 from auxin.models.tokenformer import PUBLISHED, TokenFormerConfig, TokenFormerForCausalLM, official
-from auxin.models.tokenformer.modeling import TokenFormerAttention, rotary_cos_sin
+from auxin.models.tokenformer.layers import TokenFormerAttention
+from auxin.models.tokenformer.modeling import rotary_cos_sin
 from auxin.models.tokenformer.official import export_official, import_official, infer_config, reference_logits
 from oracles import tokenformer as oracle
 

@@ -4,9 +4,13 @@ import pytest
 import torch
 
 from auxin.errors import ConfigError, PlanError
-from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
-from auxin.models.tokenformer.configuration import SLOTS
-from auxin.models.tokenformer.presets import PRESETS, check_growable, preset_config
+from auxin.models.tokenformer import (
+    TokenFormerConfig,
+    TokenFormerForCausalLM,
+    VisionTokenFormerForImageClassification,
+)
+from auxin.models.tokenformer.presets import PRESETS, VISION_PRESETS, check_growable, preset_config
+from auxin.models.tokenformer.slots import SLOTS
 
 PUBLISHED = {
     "124m": (84_934_656, 123_569_664),
@@ -39,6 +43,50 @@ def test_constants_are_the_papers_and_not_a_new_models(name):
     assert [config.slot_score_function(slot) for slot in SLOTS] == ["l2_norm_gelu"] * 3
     assert (config.partial_rotary_factor, config.gelu, config.layer_norm_eps) == (0.25, "erf", 1e-5)
     assert (config.initializer_range, config.key_initializer_range) == (0.02, None)
+
+
+VISION = {"vit-b16-86m": 86_447_848, "vit-b16-115m": 114_759_400, "vit-l16-405m": 404_670_440}
+
+
+@pytest.mark.parametrize("name", VISION_PRESETS)
+def test_counts_of_models_of_images(name):
+    """With 1000 classes and images of 224 pixels: from shapes, from the config, and from the numbers themselves."""
+    preset = VISION_PRESETS[name]
+    with torch.device("meta"):
+        model = VisionTokenFormerForImageClassification(preset_config(name))
+    d, layers, n = preset.hidden_size, preset.num_hidden_layers, preset.tokens
+    tokens = layers * 2 * d * (4 * n + 4 * n)
+    rest = (3 * 16 * 16 * d + d) + d + (14 * 14 + 1) * d + 2 * d + (1000 * d + 1000)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert total == VISION[name] == tokens + rest == model.config.num_parameters()
+    assert (model.config.layer_norm_eps, model.config.norm_parameters) == (1e-6, False)
+    assert [model.config.slot_score_function(slot) for slot in SLOTS] == ["l2_norm_gelu"] * 3
+
+
+def test_what_the_paper_s_counts_would_take():
+    """109M and 407M are met to half a million by no token counts that are a ViT's widths."""
+    for name, claimed, tokens in (("vit-b16-115m", 109e6, 5832), ("vit-l16-405m", 407e6, 8240)):
+        preset = VISION_PRESETS[name]
+        each = 2 * preset.num_hidden_layers * preset.hidden_size
+        rest = VISION[name] - each * 8 * preset.tokens
+        assert round((claimed - rest) / each) == pytest.approx(tokens, abs=2)
+
+
+def test_growth_stages_of_models_of_images():
+    check_growable("vit-b16-86m", "VIT-B16-115M")
+    config = preset_config("vit-b16-86m")
+    config.image_size, config.num_labels = 32, 10
+    check_growable(config, "vit-b16-115m")
+    config.patch_size = 8
+    for pair, reason in (
+        ((config, "vit-b16-115m"), r"patch_size 8 against 16"),
+        (("vit-b16-115m", "vit-b16-86m"), "fewer parameter tokens"),
+        (("vit-b16-115m", "vit-l16-405m"), "num_hidden_layers 12 against 24"),
+        (("vit-b16-86m", "354m"), r"a vision_tokenformer, and the preset is a tokenformer. .*vit-b16-115m"),
+        (("124m", "vit-b16-115m"), r"a tokenformer, and the preset is a vision_tokenformer. .*354m"),
+    ):
+        with pytest.raises(PlanError, match=reason):
+            check_growable(*pair)
 
 
 def test_rotary_dimensions_of_the_released_models():

@@ -36,6 +36,7 @@ from auxin.edits.kinds.module_edits import ModuleEdit
 from auxin.edits.structure import config_values, structural_edits
 from auxin.errors import PlanError
 from auxin.models.anatomy import anatomy, norm_epsilon
+from auxin.models.tokenformer.slots import ParameterTokensConfig
 from auxin.nn.bricks import Brick
 from auxin.nn.masked import Masked
 from auxin.planning.bench import from_model
@@ -548,7 +549,7 @@ def _examples(model: PreTrainedModel) -> dict[str, Any]:
     values: dict[str, Any] = {**chosen}
     if can_deepen(body):
         values["layers"] = 1 + deepest(model, body)
-    if body.family == "tokenformer":
+    if isinstance(model.config, ParameterTokensConfig) and not body.norm_has_gain:
         return values
     return values | somewhat_wider(body)
 

@@ -39,10 +39,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from auxin.edits import Edit, NormalFill, PadParameter, Plan, Promise, Receipt, RepeatFill, SetConfig, ZeroFill, apply
 from auxin.edits.structure import config_from_values, config_values
 from auxin.errors import PlanError
-from auxin.models.tokenformer import TokenFormerConfig, TokenFormerForCausalLM
-from auxin.models.tokenformer.configuration import SLOTS, Slot
-from auxin.models.tokenformer.modeling import SLOT_OF_MODULE, TokenFormerPreTrainedModel
+from auxin.models.anatomy.parts import base_prefix
+from auxin.models.tokenformer.layers import SLOT_OF_MODULE, ParameterTokensModel
 from auxin.models.tokenformer.presets import check_growable, preset_config
+from auxin.models.tokenformer.slots import SLOTS, ParameterTokensConfig, Slot
 from auxin.nn.pattention import Pattention
 from auxin.nn.scores import NORMED, SCALED, ScoreFunction
 from auxin.planning.hooks import Hook, HookContext, HookSettings, OldRates, Ramp
@@ -116,7 +116,7 @@ class TokenGrowth(Settings):
         return self.regime == "padding" and self.rules == REGIMES["padding"]
 
 
-def token_growth_to(config: TokenFormerConfig, preset: str, **settings: Any) -> TokenGrowth:
+def token_growth_to(config: ParameterTokensConfig, preset: str, **settings: Any) -> TokenGrowth:
     """The growth that turns a model of `config` into the size of the preset called `preset`.
 
     Args:
@@ -135,8 +135,13 @@ def token_growth_to(config: TokenFormerConfig, preset: str, **settings: Any) -> 
     return TokenGrowth.parse({**tokens, **settings})
 
 
-def plan_token_growth(config: PreTrainedConfig, settings: TokenGrowth) -> Plan:
+def plan_token_growth(config: PreTrainedConfig, settings: TokenGrowth, prefix: str = "model.") -> Plan:
     """Plan the growth of a TokenFormer of `config`; weights are not needed.
+
+    Args:
+        config: the model's, of text or of images.
+        settings: what to grow, and by which rule.
+        prefix: what the paths of its layers begin with: "" for a model without a head.
 
     Raises:
         PlanError: no TokenFormer, nothing to grow, fewer tokens than there are, copies that do not come out even, or a
@@ -151,7 +156,7 @@ def plan_token_growth(config: PreTrainedConfig, settings: TokenGrowth) -> Plan:
     for module, slot in SLOT_OF_MODULE.items():
         if slot in grown:
             for name, fill in _fills(config, settings, slot).items():
-                path = f"model.layers.*.{module}.{name}"
+                path = f"{prefix}layers.*.{module}.{name}"
                 edits.append(PadParameter(parameter=path, axis=0, size=grown[slot], fill=fill))
     return Plan(
         method="tokenformer",
@@ -165,7 +170,7 @@ def plan_token_growth(config: PreTrainedConfig, settings: TokenGrowth) -> Plan:
 
 
 def grow(
-    model: TokenFormerForCausalLM,
+    model: ParameterTokensModel,
     qkv_tokens: int | None = None,
     proj_tokens: int | None = None,
     ffn_tokens: int | None = None,
@@ -181,7 +186,7 @@ def grow(
     """Append parameter tokens to `model` in place; the state of `optimizer` follows.
 
     Args:
-        model: a TokenFormer.
+        model: a TokenFormer, of text or of images.
         qkv_tokens: tokens of query, key and value each after the growth; None leaves them, as for the next two.
         proj_tokens: tokens of the output projection after the growth.
         ffn_tokens: tokens of the feed-forward part after the growth.
@@ -189,7 +194,7 @@ def grow(
         optimizer: the optimizer that trains the model, if there is one.
         seed: seed of the new tokens' random numbers.
         noise: relative noise on copied values, for the regime "duplicate".
-        probe: token ids (batch, sequence) on which the promise is checked; default: three random sequences.
+        probe: inputs on which the promise is checked, token ids (batch, sequence) for text; default: three random ones.
         keys, values, scale: override those of the regime, see `TokenGrowth`.
 
     Returns:
@@ -210,7 +215,8 @@ def grow(
         "values": values,
         "scale": scale,
     }
-    return apply(plan_token_growth(model.config, TokenGrowth.parse(wanted)), model, optimizer, probe)
+    plan = plan_token_growth(model.config, TokenGrowth.parse(wanted), base_prefix(model))
+    return apply(plan, model, optimizer, probe)
 
 
 def _example(model: PreTrainedModel) -> dict[str, Any]:
@@ -224,14 +230,16 @@ METHOD = Method(
     paper="arXiv 2410.23168, section 3.3",
     intent="grow",
     settings=TokenGrowth,
-    plan=lambda bench, settings: plan_token_growth(bench.model.config, bench.seeded(settings)),
+    plan=lambda bench, settings: plan_token_growth(
+        bench.model.config, bench.seeded(settings), base_prefix(bench.model)
+    ),
     examples=_example,
     promise="exact with regimes grouped, zero_keys, annealed, duplicate; else less",
 )
 
 
-def _check_config(config: PreTrainedConfig) -> TokenFormerConfig:
-    if not isinstance(config, TokenFormerConfig):
+def _check_config(config: PreTrainedConfig) -> ParameterTokensConfig:
+    if not isinstance(config, ParameterTokensConfig):
         raise PlanError(
             f"Only a TokenFormer can grow by parameter tokens, received a model of type "
             f"{getattr(config, 'model_type', type(config).__name__)!r}. The method 'graft' gives others such tokens."
@@ -239,7 +247,7 @@ def _check_config(config: PreTrainedConfig) -> TokenFormerConfig:
     return config
 
 
-def _check_rules(config: TokenFormerConfig, settings: TokenGrowth, grown: Iterable[Slot]) -> Promise:
+def _check_rules(config: ParameterTokensConfig, settings: TokenGrowth, grown: Iterable[Slot]) -> Promise:
     """What the combination of rules promises for the slots that are `grown`; PlanError for those that damage them."""
     keys, values, scale = settings.rules
     mixture = f"keys {keys!r}, values {values!r}, scale {scale!r}"
@@ -259,7 +267,7 @@ def _check_rules(config: TokenFormerConfig, settings: TokenGrowth, grown: Iterab
     return "approximate" if values == "zeros" else "none"
 
 
-def _magnified_rounding(config: TokenFormerConfig) -> str | None:
+def _magnified_rounding(config: ParameterTokensConfig) -> str | None:
     """Why an exact growth of a model of `config` is exact only without rounding; None where it can be promised."""
     normed = [slot for slot in SLOTS if config.slot_score_function(slot) in NORMED]
     sizes = [(slot, min(config.group_sizes(slot))) for slot in normed]
@@ -313,7 +321,7 @@ def _harm(functions: set[ScoreFunction], keys: KeyRule, values: ValueRule, scale
     return None
 
 
-def _grown_slots(config: TokenFormerConfig, settings: TokenGrowth) -> dict[Slot, int]:
+def _grown_slots(config: ParameterTokensConfig, settings: TokenGrowth) -> dict[Slot, int]:
     """Total tokens after the growth of each slot that grows."""
     grown: dict[Slot, int] = {}
     for slot in SLOTS:
@@ -347,7 +355,7 @@ def _check_even_copies(field: str, wanted: int, now: int, newest: int) -> None:
         )
 
 
-def _new_config_values(config: TokenFormerConfig, settings: TokenGrowth, grown: dict[Slot, int]) -> dict[str, Any]:
+def _new_config_values(config: ParameterTokensConfig, settings: TokenGrowth, grown: dict[Slot, int]) -> dict[str, Any]:
     """Group sizes and scales after the growth, for every slot that grows."""
     keys, _, scale = settings.rules
     values: dict[str, Any] = {}
@@ -378,7 +386,7 @@ def _recomputed_tau(tau: float, old_size: int, new_size: int, keys: KeyRule) -> 
     return tau * math.sqrt(new_size / old_size)
 
 
-def _fills(config: TokenFormerConfig, settings: TokenGrowth, slot: Slot) -> dict[str, Any]:
+def _fills(config: ParameterTokensConfig, settings: TokenGrowth, slot: Slot) -> dict[str, Any]:
     """Where the new rows of keys and values come from."""
     key_rule, value_rule, _ = settings.rules
     first = sum(config.group_sizes(slot)[:-1])
@@ -396,8 +404,8 @@ def _fills(config: TokenFormerConfig, settings: TokenGrowth, slot: Slot) -> dict
     return {"key_tokens": keys[key_rule], "value_tokens": values[value_rule]}
 
 
-def _tokenformer(model: nn.Module) -> TokenFormerPreTrainedModel:
-    if not isinstance(model, TokenFormerPreTrainedModel):
+def _tokenformer(model: nn.Module) -> ParameterTokensModel:
+    if not isinstance(model, ParameterTokensModel):
         raise PlanError(f"This hook works on a TokenFormer, received a {type(model).__name__}. Leave the hook out.")
     return model
 
@@ -409,14 +417,14 @@ def _token_modules(model: nn.Module) -> Iterator[tuple[str, Slot, Pattention]]:
             yield path, next(slot for end, slot in SLOT_OF_MODULE.items() if path.endswith(end)), module
 
 
-def _hooked(config: PreTrainedConfig, hook: str) -> TokenFormerConfig:
+def _hooked(config: PreTrainedConfig, hook: str) -> ParameterTokensConfig:
     """`config`, if it is a TokenFormer's; PlanError."""
-    if not isinstance(config, TokenFormerConfig):
+    if not isinstance(config, ParameterTokensConfig):
         raise PlanError(f"{hook} is for a TokenFormer, and this is a {config.model_type}. Leave the hook out.")
     return config
 
 
-def _check_scaled(config: TokenFormerConfig) -> None:
+def _check_scaled(config: ParameterTokensConfig) -> None:
     """Refuse a model whose scores have no scale that could move; PlanError."""
     if SCALED.isdisjoint(config.slot_score_function(slot) for slot in SLOTS):
         raise PlanError(
@@ -502,7 +510,7 @@ class OldTokenRatesSettings(HookSettings):
         """For the tokens before the last changes that no training lies between."""
         plans = last_changes(context.ledger, f"{context.place}: old_token_rates")
         assert plans[0].made_for is not None  # methods say what a plan is made for
-        before = cast(TokenFormerConfig, config_from_values(plans[0].made_for))
+        before = cast(ParameterTokensConfig, config_from_values(plans[0].made_for))
         return OldTokenRates(self.ratio, {slot: sum(before.group_sizes(slot)) for slot in SLOTS}, self.steps)
 
 
@@ -533,7 +541,7 @@ class OldTokenRates(OldRates):
         }
         super().attach(model, optimizer)
 
-    def _counts(self, config: TokenFormerConfig) -> dict[Slot, int]:
+    def _counts(self, config: ParameterTokensConfig) -> dict[Slot, int]:
         if self.old_counts is not None:
             for slot, count in self.old_counts.items():
                 have = sum(config.group_sizes(slot)) if slot in SLOTS else 0

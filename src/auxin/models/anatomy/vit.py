@@ -62,6 +62,8 @@ PATCHES = {
     "audio-spectrogram-transformer": Patches(),
 }
 """By model type."""
+WITH_PATCHES = (*PATCHES, "vision_tokenformer")
+"""Those whose `embeddings` make the tokens of patches, whatever their layers are."""
 
 
 def patches(model: PreTrainedModel, own: Patches) -> Anatomy:
@@ -128,10 +130,10 @@ def tokens_before_patches(model: PreTrainedModel) -> int:
         PlanError: it is no encoder of patches all of whose layers can do without some of them.
     """
     family = model.config.model_type
-    if family not in PATCHES:
+    if family not in WITH_PATCHES:
         raise PlanError(
-            f"{family} is no encoder of patches ({', '.join(PATCHES)}), and only these can do without some of their "
-            "tokens. Leave tokens as they are."
+            f"{family} is no encoder of patches ({', '.join(WITH_PATCHES)}), and only these can do without some of "
+            "their tokens. Leave tokens as they are."
         )
     if table := next((name for name, _ in model.named_parameters() if name.endswith(RELATIVE)), None):
         raise PlanError(
@@ -143,6 +145,16 @@ def tokens_before_patches(model: PreTrainedModel) -> int:
     return sum(parameter.shape[1] for parameter in found if parameter is not None)
 
 
+def patch_embeddings(prefix: str, axes: Axes) -> tuple[ParameterRole, ...]:
+    """The roles of what `embeddings` below `prefix` makes the tokens of an image with."""
+    projection = f"{prefix}embeddings.patch_embeddings.projection"
+    return (
+        *(embedding(f"{prefix}embeddings.{token}", (), (), axes.residual) for token in TOKENS),
+        embedding(f"{projection}.weight", axes.residual, (), (), ()),
+        embedding(f"{projection}.bias", axes.residual),
+    )
+
+
 def _following(config: Any) -> FollowingWidth:
     if config.use_swiglu_ffn:
         return FollowingWidth(Fraction(config.mlp_ratio) * Fraction(2, 3), 8)
@@ -151,12 +163,10 @@ def _following(config: Any) -> FollowingWidth:
 
 def _roles(model: PreTrainedModel, own: Patches, sizes: Sizes) -> tuple[ParameterRole, ...]:
     axes, prefix = Axes.of(sizes, 0), base_prefix(model)
-    layer, projection = f"{prefix}{own.layers}.*", f"{prefix}embeddings.patch_embeddings.projection"
+    layer = f"{prefix}{own.layers}.*"
     roles = [
-        *(embedding(f"{prefix}embeddings.{token}", (), (), axes.residual) for token in TOKENS),
+        *patch_embeddings(prefix, axes),
         embedding(f"{prefix}embeddings.mask_token", *[()] * (own.mask_axes - 1), axes.residual),
-        embedding(f"{projection}.weight", axes.residual, (), (), ()),
-        embedding(f"{projection}.bias", axes.residual),
         *attention_roles(f"{layer}.attention", axes, ("q_proj", "k_proj", "v_proj", "o_proj")),
         *dense_feed_forward(f"{layer}.mlp", axes.ffn, axes.residual),
         *(role for name in NORMS for role in norm(f"{layer}.{name}", axes.residual)),

@@ -26,9 +26,10 @@ from torch import Tensor
 from auxin.errors import CheckpointError, ConfigError
 from auxin.files import flush, new_folder
 from auxin.models.loading import load_config, load_model
-from auxin.models.tokenformer.configuration import PUBLISHED, SLOTS, TokenFormerConfig
+from auxin.models.tokenformer.configuration import PUBLISHED, TokenFormerConfig
 from auxin.models.tokenformer.modeling import TokenFormerForCausalLM
 from auxin.models.tokenformer.presets import PRESETS
+from auxin.models.tokenformer.slots import SLOTS
 from auxin.settings import Settings
 
 EMBEDDING = "sequential.0.word_embeddings.weight"
