@@ -299,7 +299,8 @@ def do_train(ranks: Ranks, folder: Path, request: dict) -> None:
     if "full" in request:
         rank, step = request["full"]
         saving.write_pieces = partial(pieces_on_a_full_disk, step if rank == ranks.rank else -1)
-    settings = tiny_settings(**{"log_interval": 1, **request["settings"]})
+    own = request["own_settings"][ranks.rank] if "own_settings" in request else {}
+    settings = tiny_settings(**{"log_interval": 1, **request["settings"], **own})
     data = TinyData(poisoned_rows=tuple(request.get("poisoned", ())))
     train(model, data, settings, folder, hooks=hooks, progress=False, ranks=ranks, stop_after=request.get("stop_after"))
     if "digest" in request:

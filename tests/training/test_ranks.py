@@ -273,6 +273,17 @@ def test_who_does_not_come_is_named():
         meet(store, 1, 3, 0.1)
 
 
+def test_processes_with_other_settings_are_told_which(run, tmp_path):
+    """As of two machines whose files of a recipe differ."""
+    own = [{}, {"learning_rate": 0.004}]
+    answer = run(tmp_path / "run", 2, model="llama", settings=FIFTY, own_settings=own)
+    assert answer["codes"] == [1, 2]
+    told = "settings.learning_rate is 0.004 in this process, and 0.003 in process 0. Give all the same files and"
+    assert answer["messages"][1].startswith(f"ConfigError: {told}")
+    assert answer["messages"][0].startswith(f"TrainingError: process 1 of 2: {told}")
+    assert not (tmp_path / "run").exists()
+
+
 def test_processes_that_begin_with_other_weights_are_told_before_anything_is_written(run, tmp_path):
     """A script that forgets its seed would train copies that differ, in silence."""
     answer = run(tmp_path / "run", 3, model="llama", settings=FIFTY, differs=1)

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from transformers import PreTrainedConfig
 
-from auxin.errors import CheckpointError
+from auxin.errors import CheckpointError, ConfigError
 from auxin.settings import Settings
 from auxin.training.settings import TrainingSettings
 
@@ -76,22 +76,8 @@ class RunIdentity(Settings):
         Raises:
             CheckpointError: something differs that must not.
         """
-        pairs: dict[str, tuple[Any, Any]] = {
-            "stage_name": (saved.stage_name, self.stage_name),
-            "data fingerprint": (saved.data_fingerprint, self.data_fingerprint),
-            "data_position": (saved.data_position, self.data_position),
-        }
-        for prefix, old, new in (
-            ("settings", saved.settings, self.settings),
-            ("objective", saved.objective, self.objective),
-            ("model config", saved.model_config_values, self.model_config_values),
-        ):
-            for key in sorted(old.keys() | new.keys()):
-                pairs[f"{prefix}.{key}"] = (old.get(key), new.get(key))
         notes = []
-        for field, (old, new) in pairs.items():
-            if old == new:
-                continue
+        for field, (old, new) in self._differences(saved).items():
             if field.removeprefix("settings.") in MAY_CHANGE:
                 notes.append(f"resumed with {field} {new!r} instead of {old!r}")
                 continue
@@ -100,3 +86,31 @@ class RunIdentity(Settings):
                 "train into another folder (from this run's checkpoint, if you like)."
             )
         return notes
+
+    def check_alike(self, led: Self) -> None:
+        """Compare with the identity that process 0 has of the same stage.
+
+        Raises:
+            ConfigError: something differs.
+        """
+        for field, (theirs, own) in self._differences(led).items():
+            raise ConfigError(
+                f"{field} is {own!r} in this process, and {theirs!r} in process 0. Give all the same files and "
+                "settings."
+            )
+
+    def _differences(self, other: Self) -> dict[str, tuple[Any, Any]]:
+        """What differs, by name: the other's value, and the own one."""
+        pairs: dict[str, tuple[Any, Any]] = {
+            "stage_name": (other.stage_name, self.stage_name),
+            "data fingerprint": (other.data_fingerprint, self.data_fingerprint),
+            "data_position": (other.data_position, self.data_position),
+        }
+        for prefix, old, new in (
+            ("settings", other.settings, self.settings),
+            ("objective", other.objective, self.objective),
+            ("model config", other.model_config_values, self.model_config_values),
+        ):
+            for key in sorted(old.keys() | new.keys()):
+                pairs[f"{prefix}.{key}"] = (old.get(key), new.get(key))
+        return {field: (old, new) for field, (old, new) in pairs.items() if old != new}

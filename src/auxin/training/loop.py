@@ -130,7 +130,9 @@ def train(
         facts["samples per forward pass"] = str(settings.samples_per_forward)
     identity = RunIdentity.of(stage_name, settings, data.fingerprint, data_position, model.config, facts)
     if ranks.several:
-        ranks.same("The settings, data or config", identity.model_dump_json())
+        led = RunIdentity.model_validate(ranks.told(lambda: identity.model_dump(mode="json")))
+        with ranks.together():
+            identity.check_alike(led)
         ranks.same("The devices, or the processes of a machine (LOCAL_WORLD_SIZE),", strategy.name)
         ranks.same("The weights", weights_fingerprint(model))
     with contextlib.ExitStack() as held:
