@@ -34,7 +34,7 @@ from auxin.training import TrainingSettings, train
 
 RESULTS = ROOT / "benchmarks" / "results" / "vision_parity.json"
 PAGE = ROOT / "docs" / "results" / "vision_parity.md"
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3)
 LAYERS, WIDTH, HEADS, TOKENS = 4, 64, 4, 48
 """TOKENS of a projection, and four times as many of the feed-forward part: as many numbers as a ViT's matrices have."""
 STEPS, BATCH, WARMUP = 800, 32, 60

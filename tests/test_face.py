@@ -277,7 +277,9 @@ def test_what_is_for_the_other_kind_of_model_is_refused(folder, tmp_path):
 
 NEEDED_LATER = {
     "auxin.face",
+    "auxin.models.tokenformer.layers",
     "auxin.models.tokenformer.modeling",
+    "auxin.models.tokenformer.vision",
     "auxin.models.loading",
     "auxin.nn.bricks",
     "auxin.nn.pattention",

@@ -128,7 +128,8 @@ print(model.config.ffn_tokens, receipt.max_relative_change < 1e-5)
 def test_a_grown_model_loads_in_a_new_process_and_grows_on(tmp_path: Path) -> None:
     model: Any = tiny("vision_tokenformer", dtype=torch.float32)
     auxin.grow(model, *GROWN)
-    auxin.grow(model, ffn_tokens=40, regime="grouped")
+    receipt = auxin.grow(model, ffn_tokens=40, probe=inputs(model, batch=5))
+    assert receipt.max_relative_change < 1e-5
     model.save_pretrained(tmp_path)
     save_file({**inputs(model), "logits": logits(model)}, tmp_path / "probe.safetensors")
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True)

@@ -13,6 +13,7 @@ from auxin.cli import app
 from auxin.errors import ConfigError, PlanError
 from auxin.models.tokenformer.presets import preset_config
 from auxin.recipes import Recipe, price_recipe, run_recipe
+from auxin.recipes.library import training_recipe
 from labelled import BARS, write_bars
 
 SMALL = {
@@ -119,3 +120,6 @@ def test_presets_of_other_data_are_refused_before_work_starts(bars: Path, tmp_pa
     with pytest.raises(PlanError, match=r"to: .*the preset is a tokenformer"):
         price_recipe(other)
     assert not (tmp_path / "out").exists()
+    words = training_recipe("vit-b16-86m", {"paths": [str(bars)]}, {"steps": 2})
+    with pytest.raises(ConfigError, match=r"preset: vision_tokenformer has no class for the objective 'causal'"):
+        run_recipe(words, tmp_path / "out", "", print)

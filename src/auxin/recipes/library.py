@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from auxin.errors import ConfigError, reason, shown, unknown_name
-from auxin.models.tokenformer.presets import PRESETS
+from auxin.models.tokenformer.presets import PRESETS, VISION_PRESETS
 from auxin.recipes.folder import RECIPE_FILE
 from auxin.recipes.schema import Recipe
 from auxin.training import TrainingSettings
@@ -88,13 +88,13 @@ def training_recipe(
         ConfigError: there is no such model, or a field is unknown or wrong.
     """
     corpus = {key: value for key, value in corpus.items() if value is not None}
-    path = Path(model)
+    path, presets = Path(model), {*PRESETS, *VISION_PRESETS}
     if path.is_dir():
         build: dict[str, Any] = {"checkpoint": model}
         corpus.setdefault("tokenizer", model)
     elif path.suffix == ".json":
         build = _configured(path)
-    elif model.lower() in PRESETS:
+    elif model.lower() in presets:
         build = {"preset": model}
     elif path.is_file():
         run = f" A recipe is run by: auxin run {model}" if path.suffix in SUFFIXES else ""
@@ -104,7 +104,7 @@ def training_recipe(
         )
     else:
         raise ConfigError(
-            f"--model {shown(model)} is no folder and no config.json. " + unknown_name("preset", model.lower(), PRESETS)
+            f"--model {shown(model)} is no folder and no config.json. " + unknown_name("preset", model.lower(), presets)
         )
     stages = [
         {"kind": "build", **build},

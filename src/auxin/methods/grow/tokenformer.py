@@ -32,11 +32,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, cast
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from auxin.edits import Edit, NormalFill, PadParameter, Plan, Promise, Receipt, RepeatFill, SetConfig, ZeroFill, apply
+from auxin.edits.probe import Probe
 from auxin.edits.structure import config_from_values, config_values
 from auxin.errors import PlanError
 from auxin.models.anatomy.parts import base_prefix
@@ -178,7 +179,7 @@ def grow(
     optimizer: Optimizer | None = None,
     seed: int = 0,
     noise: float = 0.0,
-    probe: Tensor | None = None,
+    probe: Probe | None = None,
     keys: KeyRule | None = None,
     values: ValueRule | None = None,
     scale: ScaleRule | None = None,
@@ -194,7 +195,8 @@ def grow(
         optimizer: the optimizer that trains the model, if there is one.
         seed: seed of the new tokens' random numbers.
         noise: relative noise on copied values, for the regime "duplicate".
-        probe: inputs on which the promise is checked, token ids (batch, sequence) for text; default: three random ones.
+        probe: token ids (batch, sequence) on which the promise is checked, or inputs by name; default: three random
+            sequences or images.
         keys, values, scale: override those of the regime, see `TokenGrowth`.
 
     Returns:
