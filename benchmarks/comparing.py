@@ -82,6 +82,8 @@ class Part:
 
 Curves = dict[str, dict[int, dict[int, float]]]
 """By branch, seed and units of data trained on: the measure."""
+Counts = dict[str, dict[int, dict[str, float]]]
+"""By branch, seed and name: what a benchmark counted."""
 
 
 class PartResults(Comparison):
@@ -89,6 +91,8 @@ class PartResults(Comparison):
 
     on_the_way: Curves | None = None
     """None where the results don't hold it."""
+    counted: Counts | None = None
+    """None where the benchmark counts nothing."""
 
 
 def compare_parts(
@@ -96,6 +100,7 @@ def compare_parts(
     parts: Mapping[str, Part],
     page: Callable[[dict[str, PartResults]], str],
     on_the_way: Collection[str] = (),
+    count: Callable[[BranchResult], dict[str, float]] | None = None,
 ) -> None:
     """Run what is missing of the parts that are asked for, then write the results and the page of all that were run.
 
@@ -104,6 +109,7 @@ def compare_parts(
         parts: by name.
         page: the page of what was found, by part.
         on_the_way: the parts of which the results hold what was measured before the end, too.
+        count: what else the results hold of every branch of a seed, by name; None: nothing.
     """
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument(
@@ -124,7 +130,7 @@ def compare_parts(
         compared(parts[name].chosen(arguments), argparse.Namespace(**{**vars(arguments), **own}))
     # A part that was begun may have nothing finished.
     finished = [name for name in parts if (arguments.runs / name / RESULTS_FILE).is_file()]
-    found = {name: read_part(arguments.runs / name, name in on_the_way) for name in finished}
+    found = {name: read_part(arguments.runs / name, name in on_the_way, count) for name in finished}
     if arguments.add:
         for name, recorded in json.loads(arguments.results.read_text(encoding="utf-8")).items():
             own = argparse.Namespace(**{**vars(arguments), "parts": [name]})
@@ -133,22 +139,27 @@ def compare_parts(
         found = {name: found[name] for name in parts if name in found}
     record = {}
     for name, results in found.items():
-        left_out: dict[str, Any] = {"branches": {"__all__": {"curve"}}}
-        if results.on_the_way is None:
-            left_out["on_the_way"] = True
+        empty = [field for field in ("on_the_way", "counted") if getattr(results, field) is None]
+        left_out: dict[str, Any] = {"branches": {"__all__": {"curve"}}, **dict.fromkeys(empty, True)}
         record[name] = results.model_dump(mode="json", exclude=left_out)
     write_results(record, arguments.results, page(found), arguments.table)
     print(f"Written to {arguments.table} and {arguments.results}", file=sys.stderr)
 
 
-def read_part(output: Path, has_curves: bool) -> PartResults:
-    """What the runs in a folder of `run_seeds` show, and their curves where they are asked for."""
+def read_part(
+    output: Path, has_curves: bool, count: Callable[[BranchResult], dict[str, float]] | None = None
+) -> PartResults:
+    """What the runs in a folder of `run_seeds` show, their curves where they are asked for, and what `count` finds."""
     curves: Curves = {}
-    for seed, results in seed_results(output).items() if has_curves else ():
+    counted: Counts = {}
+    for seed, results in seed_results(output).items() if has_curves or count is not None else ():
         for branch in results.branches:
-            points = {point.units: point.value for point in branch.curve if point.value is not None}
-            curves.setdefault(branch.name, {})[seed] = points
-    return PartResults(**dict(read_comparison(output)), on_the_way=curves or None)
+            if has_curves:
+                points = {point.units: point.value for point in branch.curve if point.value is not None}
+                curves.setdefault(branch.name, {})[seed] = points
+            if count is not None:
+                counted.setdefault(branch.name, {})[seed] = count(branch)
+    return PartResults(**dict(read_comparison(output)), on_the_way=curves or None, counted=counted or None)
 
 
 def added(found: PartResults, recorded: PartResults, arguments: argparse.Namespace) -> PartResults:
@@ -177,12 +188,12 @@ def added(found: PartResults, recorded: PartResults, arguments: argparse.Namespa
         "seeds": seeds,
         "command": command_of(arguments, seeds),
     }
-    if recorded.on_the_way is not None:
-        now = found.on_the_way or {}
-        names = {**recorded.on_the_way, **now}
-        changes["on_the_way"] = {
-            name: dict(sorted({**recorded.on_the_way.get(name, {}), **now.get(name, {})}.items())) for name in names
-        }
+    for field in ("on_the_way", "counted"):
+        if (held := getattr(recorded, field)) is not None:
+            new = getattr(found, field) or {}
+            changes[field] = {
+                name: dict(sorted({**held.get(name, {}), **new.get(name, {})}.items())) for name in {**held, **new}
+            }
     return found.model_copy(update={**changes, "machine": machine})
 
 

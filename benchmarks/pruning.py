@@ -1,4 +1,5 @@
-"""What is left of a small model that methods prune to four sizes, before and after it is mended, over seeds.
+"""What is left of a small model that methods prune or factorize to four sizes, before and after it is mended, over
+seeds, and what eight bits do to the best of them.
 
     python benchmarks/pruning.py llama --jobs 2
     python benchmarks/pruning.py llama --seeds 0 --branches taylor-30 finercut-30 scratch-30
@@ -10,7 +11,8 @@
 `llama` is a language model of Python code, `classifier` a BERT that tells from which package a few lines of it are,
 `vit` a ViT that reads the handwritten digits of an npm package, unpacked where this is run or at --digits. Finished
 branches are not run again; the page has what is finished; with --page it is written anew, with its picture, of the
-numbers that there are. A seed takes an hour of one core (`llama`) or a quarter of
+numbers that there are. With --add the page keeps what the results hold of branches and seeds that the folder of runs
+has not. A seed takes an hour of one core (`llama`) or a quarter of
 one (the others).
 """
 
@@ -23,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comparing import chosen_recipe, compared, interval, options
+from comparing import PartResults, added, chosen_recipe, compared, interval, options
 from excerpt import modules
 from measuring import write_results
 from PIL import Image
+from pruning_int8 import counted, section
 from pruning_pictures import Method, Point, pruning_svg
 
 from auxin.accounting.comparison import BranchComparison, Comparison
@@ -59,20 +62,28 @@ LLAMA: Methods = {
     "shortgpt": ("ShortGPT", "shortgpt", {}),
     "products": ("Greenformers, by samples", "greenformers", {}),
     "products-by-weights": ("Greenformers, by weights", "greenformers", {"solver": "svd"}),
+    "structured": ("structured-ffn, low rank", "structured-ffn", {}),
+    "structured-blocks": ("structured-ffn, BlockDense", "structured-ffn", {"form": "block-dense"}),
+    "structured-guided": ("structured-ffn, low rank, guided", "structured-ffn", {"guide": "weight"}),
 }
+"""Guides fade over the first half of the mending."""
+FACTORIZED = ("products", "products-by-weights", "structured", "structured-blocks", "structured-guided")
 WIDTHS = {"streams": ["heads", "ffn", "hidden"]}
 VIT: Methods = {
     **{name: LLAMA[name] for name in ("random", "magnitude", "taylor", "fisher", "wanda", "fluctuation")},
     **{name: LLAMA[name] for name in ("minitron", "optin", "finercut", "finercut-layers", "shortgpt")},
     "taylor-widths": ("Taylor, heads and residual too", "taylor", WIDTHS),
+    **{name: LLAMA[name] for name in FACTORIZED},
 }
 """Of a ViT, whose feed-forward units alone go where nothing else is said, as those of a BERT do."""
 CLASSIFIER: Methods = {
     **VIT,
     "magnitude-widths": ("magnitude, heads and residual too", "magnitude", WIDTHS),
     "vtrans": ("VTrans, gates alone", "vtrans", {}),
-    **{name: LLAMA[name] for name in ("products", "products-by-weights")},
+    "vocabulary": ("the embedding as a product", "factorised-embedding", {}),
 }
+OUT_OF_REACH = ("structured-50", "structured-blocks-50", "structured-guided-50")
+"""Of models whose attentions hold too much for feed-forward parts alone to make up for."""
 HEADER = ("method", "parameters", "seeds", "loss without training", "loss when mended", "minus from scratch")
 
 
@@ -89,6 +100,8 @@ class Grid:
     """Those that are mended by the whole model's answers, too, at the sizes `TAUGHT_AT`."""
     target: str
     """What a loss is a mean over."""
+    out_of_reach: tuple[str, ...] = ()
+    """Branches that there are not, since the method can't make the model that small."""
     data: Callable[[argparse.Namespace], Path] | None = None
     """Writes its data and returns where; None: the recipe says it."""
 
@@ -132,7 +145,8 @@ GRIDS = {
         CLASSIFIER,
         (),
         "text",
-        data=pieces_of_code,
+        (*OUT_OF_REACH, "vocabulary-20", "vocabulary-30", "vocabulary-50"),
+        pieces_of_code,
     ),
     "vit": Grid(
         RECIPES / "pruning_vit.yaml",
@@ -141,7 +155,8 @@ GRIDS = {
         VIT,
         (),
         "image",
-        data=digits,
+        OUT_OF_REACH,
+        digits,
     ),
 }
 TAUGHT_AT = (30, 50)
@@ -159,6 +174,7 @@ def main() -> None:
     parser.add_argument(
         "--page", action="store_true", help="run nothing; the page and picture of the numbers there are"
     )
+    parser.add_argument("--add", action="store_true", help="keep what the results hold and the folder of runs has not")
     arguments = parser.parse_args()
     grid = GRIDS[arguments.model]
     arguments.runs = arguments.runs or ROOT / "runs" / grid.page.replace("_", "-")
@@ -166,13 +182,49 @@ def main() -> None:
     arguments.table = arguments.table or ROOT / "docs" / "results" / f"{grid.page}.md"
     arguments.picture = arguments.picture or ROOT / "docs" / "images" / f"{grid.page}.svg"
     if arguments.page:
-        comparison = Comparison.model_validate(json.loads(arguments.results.read_text(encoding="utf-8")))
+        comparison = recorded(arguments.results)
     else:
-        comparison = compared(whole_recipe(grid, arguments), arguments)
-    record = comparison.model_dump(mode="json", exclude={"branches": {"__all__": {"curve"}}})
-    write_results(record, arguments.results, page(comparison, grid), arguments.table)
+        recipe = whole_recipe(grid, arguments)
+        comparison = PartResults(**dict(compared(recipe, arguments)))
+        if arguments.add:
+            before = recorded(arguments.results)
+            refuse_another_model(comparison, before)
+            comparison = added(comparison, before, arguments)
+        if not arguments.read_only:
+            best = front(comparison, pruned=True) | {"dense-on"}
+            eight = counted(recipe, comparison, best, arguments.runs)
+            kept = {name: seeds for name, seeds in (comparison.counted or {}).items() if name in best - set(eight)}
+            comparison = comparison.model_copy(update={"counted": {**kept, **eight} or None})
+    empty = [field for field in ("on_the_way", "counted") if getattr(comparison, field) is None]
+    left_out: dict[str, Any] = {"branches": {"__all__": {"curve"}}, **dict.fromkeys(empty, True)}
+    write_results(
+        comparison.model_dump(mode="json", exclude=left_out),
+        arguments.results,
+        page(comparison, grid),
+        arguments.table,
+    )
     write_text(arguments.picture, picture(comparison, grid))
     print(f"Written to {arguments.table}, {arguments.picture} and {arguments.results}", file=sys.stderr)
+
+
+def recorded(results: Path) -> PartResults:
+    """What the results hold."""
+    return PartResults.model_validate(json.loads(results.read_text(encoding="utf-8")))
+
+
+def refuse_another_model(now: PartResults, before: PartResults) -> None:
+    """Check that the rows of both are of the same trained models, so that they may stand in one table.
+
+    Raises:
+        SystemExit: the whole model of a seed has another loss than it had.
+    """
+    here, there = ({one.name: one.values for one in found.branches}.get("dense", {}) for found in (now, before))
+    for seed in here.keys() & there.keys():
+        if here[seed] != there[seed]:
+            raise SystemExit(
+                f"The whole model of seed {seed} has a loss of {here[seed]} here and of {there[seed]} in the results, "
+                "so that they are of two models. Run all branches, without --add."
+            )
 
 
 def pieces() -> Iterator[dict[str, str]]:
@@ -196,9 +248,15 @@ def whole_recipe(grid: Grid, arguments: argparse.Namespace) -> Recipe:
     branches: list[dict[str, Any]] = [branch.model_dump(mode="json") for branch in base.branches]
     for name, (title, method, settings) in grid.methods.items():
         for size in SIZES:
+            if f"{name}-{size}" in grid.out_of_reach:
+                continue
             target = {"parameters": (100 - size) / 100}
             change = {"kind": "change", "method": method, "settings": {"target": target, **settings}}
             stages = [change, repair]
+            if "guide" in settings:
+                change["settings"] |= {"guide_steps": repair["settings"]["steps"] // 2}
+                finish = {"kind": "change", "name": "unguided", "method": method, "settings": {"finish": True}}
+                stages += [finish, {"kind": "evaluate"}]
             branches.append({"name": f"{name}-{size}", "title": title, "fork": "dense/train", "stages": stages})
     for size in SIZES:
         like = f"taylor-{size}"
@@ -243,7 +301,7 @@ def front(comparison: Comparison, pruned: bool = False) -> set[str]:
     return found
 
 
-def page(comparison: Comparison, grid: Grid) -> str:
+def page(comparison: PartResults, grid: Grid) -> str:
     """The results as Markdown."""
     branches = {branch.name: branch for branch in comparison.branches}
     best = front(comparison)
@@ -289,7 +347,7 @@ def page(comparison: Comparison, grid: Grid) -> str:
             rows.append([title, *shape, *cells, *also, estimate_text(gap, 3, signed=True)])
         if rows:
             lines += ["", f"## {size} % to go", "", *markdown_table(header, rows)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *section(comparison)]) + "\n"
 
 
 def picture(comparison: Comparison, grid: Grid) -> str:

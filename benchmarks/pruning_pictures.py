@@ -6,7 +6,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from auxin.report.svg import CHARACTER, GREY, document, escaped, line, text
+from auxin.report.curve import Step, curve_svg
+from auxin.report.svg import CHARACTER, GREY, document, escaped, line, text, ticks
 
 ORANGE, BLUE = "#D55E00", "#2F8AC9"
 WIDTH, LEFT, RIGHT = 900, 56, 24
@@ -15,7 +16,6 @@ FRONT_HEIGHT, FRONT_RIGHT = 300, 316
 COLUMNS, PANEL_HEIGHT, GAP = 4, 100, 60
 """Of the pictures of single methods; the gap has room for a title of two lines."""
 TITLE_CHARACTERS = 30
-ROUND = (1, 2, 5, 10)
 Point = tuple[float, float]
 """(per cent of the parameters that went, loss)."""
 
@@ -72,15 +72,6 @@ class _Plane:
         said = escaped(f"{told}: {point[1]:.3f}, {point[0]:.1f} % gone")
         place = f'cx="{self.x(point[0]):.1f}" cy="{self.y(point[1]):.1f}"'
         return f'<circle {place} r="{radius}" fill="{colour}"><title>{said}</title></circle>'
-
-
-def ticks(low: float, high: float, most: int) -> list[tuple[float, str]]:
-    """Round numbers between two, and how they are written: multiples of 1, 2 or 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(power * one for one in ROUND if (high - low) / (power * one) <= most)
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    return [(number * step, f"{number * step:.{digits}f}") for number in numbers]
 
 
 def pruning_svg(
@@ -190,24 +181,4 @@ def removals_svg(title: str, note: str, distances: Sequence[tuple[str, float]]) 
         note: below the title.
         distances: of each removal, in their order, a short name of what it took, and the distance after it.
     """
-    cell, height, top = 40, 220, 92
-    width = LEFT + cell * (len(distances) + 1)
-    highest = 1.06 * max(value for _, value in distances)
-    plane = _Plane(LEFT, width, top, top + height, 0, len(distances) + 1, 0, highest)
-    body = [text(16, 28, title, size=16, weight=600)]
-    body += [text(16, 50 + 16 * row, words, size=12) for row, words in enumerate(textwrap.wrap(note, width // 7))]
-    for value, word in ticks(plane.low, plane.high, 8):
-        body.append(line(plane.left, plane.y(value), plane.right, plane.y(value), opacity=0.25))
-        body.append(text(plane.left - 6, plane.y(value) + 4, word, size=11, anchor="end"))
-    points: list[Point] = [(0, 0), *((number + 1, value) for number, (_, value) in enumerate(distances))]
-    places = " ".join(f"{plane.x(number):.1f},{plane.y(value):.1f}" for number, value in points)
-    body.append(f'<polyline points="{places}" fill="none" stroke="{BLUE}" stroke-width="1.6"/>')
-    for (number, value), (name, _) in zip(points[1:], distances, strict=True):
-        x = plane.x(number)
-        said = escaped(f"{number} gone, {name} last: {value:.3g}")
-        body.append(
-            f'<circle cx="{x:.1f}" cy="{plane.y(value):.1f}" r="3" fill="{BLUE}"><title>{said}</title></circle>'
-        )
-        body.append(text(x, plane.bottom + 16, f"{number:.0f}", size=11, anchor="middle"))
-        body.append(text(x, plane.bottom + 32, name, size=11, anchor="middle"))
-    return document(title, width + 16, plane.bottom + 44, body)
+    return curve_svg(title, note, [Step(name, value) for name, value in distances])

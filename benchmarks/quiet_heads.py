@@ -12,25 +12,22 @@ finished. A branch takes one to two minutes of one core per seed.
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from comparing import chosen_recipe, compared, interval, options
+from held_out import HeldOut
 from measuring import write_results
 from pruning import digits
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from auxin.accounting.comparison import Comparison
 from auxin.analysis import measure
 from auxin.analysis.quantized import QuantizationLoss, QuantizedMeasurement
 from auxin.analysis.quantizers import ActivationRanges
-from auxin.data import Dataset
 from auxin.data.dataset import DATASETS
 from auxin.models.loading import load_model
-from auxin.objectives.objective import Objective, held_out_noise
 from auxin.recipes import Recipe
 from auxin.recipes.folder import DATA, branch_checkpoint, seed_directory
 from auxin.report.markdown import markdown_table, origin
@@ -53,35 +50,6 @@ RANGES: dict[str, ActivationRanges] = {"w8a8": "min-max", "w8a8 percentiles": "p
 """How far the grids of activations reach."""
 Measured = dict[str, dict[str, dict[str, float]]]
 """By branch, by seed, by column."""
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The first held-out samples of prepared data, as measurements want them."""
-
-    data: Dataset
-    objective: Objective | None = None
-    """What labels ask for; None: there are none."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the data."""
-        return f"{self.data.fingerprint} held out"
-
-    @property
-    def samples(self) -> int:
-        """How many there are: with labels, as many again, on which losses are measured."""
-        return min(SAMPLES * (1 if self.objective is None else 2), len(self.data.split("validation")))
-
-    def batches(self) -> Iterator[dict[str, Tensor]]:
-        """Eight at a time, as the model reads them where nothing is hidden, or as it learns from them."""
-        split, noise = self.data.split("validation"), held_out_noise()
-        for start in range(0, self.samples, 8):
-            batch = split.rows(range(start, min(start + 8, self.samples)))
-            if self.objective is not None:
-                yield self.objective.inputs(batch, noise)
-            else:
-                yield {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 
 def main() -> None:
@@ -118,7 +86,7 @@ def with_data(name: str, arguments: argparse.Namespace) -> argparse.Namespace:
 
 def activations(recipe: Recipe, comparison: Comparison, runs: Path) -> Measured:
     """What is measured of the models that the branches left."""
-    data = HeldOut(DATASETS.find(recipe.data.kind).prepare(recipe.data, runs / DATA, False))
+    data = HeldOut(DATASETS.find(recipe.data.kind).prepare(recipe.data, runs / DATA, False), SAMPLES)
     return {
         branch.name: {
             str(seed): columns(load_model(trained(recipe, branch.name, seed_directory(runs, seed))), data, recipe)
@@ -136,7 +104,7 @@ def trained(recipe: Recipe, name: str, run: Path) -> Path:
 def columns(model: PreTrainedModel, data: HeldOut, recipe: Recipe) -> dict[str, float]:
     """`COLUMNS` of a model."""
     model = model.eval()
-    labelled: Any = HeldOut(data.data, recipe.objective.bind(model.config, data.data.form))
+    labelled: Any = HeldOut(data.data, SAMPLES, recipe.objective.bind(model.config, data.data.form))
     int8 = {
         name: measure(
             QuantizedMeasurement(

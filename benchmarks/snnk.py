@@ -1,5 +1,6 @@
 """Layers of random features in adaptation: adapters with a fifth of the parameters of bottleneck adapters beside these,
 LoRA, full fine-tuning and a trained head alone; and feed-forward parts and poolers that are replaced and trained on.
+Adapters and parts once more as plain layers of as many units, which learn their directions: are random ones better?
 
 MiniLM learns three small tasks on texts, and a small ViT that knows the digits 0 to 4 learns 5 to 9 from few images.
 
@@ -39,23 +40,26 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 import auxin
 from auxin.models.sublayers import sublayers
+from auxin.nn.feature_layers import DIRECTIONS
 from auxin.objectives.classification import Classification
 from auxin.report.markdown import markdown_table
 from auxin.words.paths import path_pattern
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "snnk.json", ROOT / "docs" / "results" / "snnk.md"
-HEAD, FULL, BOTTLENECK, LORA, ADAPTERS, PARTS, POOLER = (
+HEAD, FULL, BOTTLENECK, LORA, ADAPTERS, PLAIN_ADAPTERS, PARTS, PLAIN_PARTS, POOLER = (
     "head alone",
     "full fine-tuning",
     "bottleneck adapters",
     "LoRA",
     "adapters of random features",
+    "adapters of plain layers as wide",
     "last feed-forward parts replaced",
+    "last feed-forward parts replaced by plain layers as wide",
     "pooler replaced",
 )
-WAYS = (HEAD, FULL, BOTTLENECK, LORA, ADAPTERS, PARTS, POOLER)
-WHOLE = (FULL, PARTS, POOLER)
+WAYS = (HEAD, FULL, BOTTLENECK, LORA, ADAPTERS, PLAIN_ADAPTERS, PARTS, PLAIN_PARTS, POOLER)
+WHOLE = (FULL, PARTS, PLAIN_PARTS, POOLER)
 """Ways in which all is trained."""
 DIGITS = "new digits"
 
@@ -147,18 +151,29 @@ def ready(field: Field, way: str, trial: Trial, seed: int) -> PreTrainedModel:
         for one in [one for one in sublayers(model) if one.kind == "feed-forward"]:
             model.set_submodule(one.output, Bottleneck(model.get_submodule(one.output), trial.bottleneck))
             trained += (f"{one.output}.down", f"{one.output}.up")
-    elif way == ADAPTERS:
+    elif way in (ADAPTERS, PLAIN_ADAPTERS):
         plan = auxin.plan(model, "snnk", features=trial.features, seed=seed)
         auxin.apply(plan, model)
         trained += tuple(name for name, _ in model.named_modules() if name.endswith(".adapter"))
-    elif way == PARTS:
+    elif way in (PARTS, PLAIN_PARTS):
         auxin.apply(auxin.plan(model, "snnk", place="feed-forward", features=trial.part_features, seed=seed), model)
     elif way == POOLER:
         auxin.apply(auxin.plan(model, "snnk", place="pooler", features=trial.pooler_features, seed=seed), model)
+    if way in (PLAIN_ADAPTERS, PLAIN_PARTS):
+        learn_directions(model)
     patterns = [path_pattern(path, after=r"(\..*)?") for path in trained]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(way in WHOLE or any(pattern.fullmatch(name) for pattern in patterns))
     return model
+
+
+def learn_directions(model: nn.Module) -> None:
+    """Make plain layers of m units, x -> Y max(G x, c) / sqrt(m), of those of random features: they begin as the same
+    function, and G is trained, too."""
+    for module in [module for module in model.modules() if DIRECTIONS in dict(module.named_buffers(recurse=False))]:
+        directions = module.get_buffer(DIRECTIONS)
+        delattr(module, DIRECTIONS)
+        module.register_parameter(DIRECTIONS, nn.Parameter(directions))
 
 
 def adapted(field: Field, way: str, trial: Trial, seed: int, rate: float) -> dict[str, float]:
@@ -274,7 +289,8 @@ def page(results: dict[str, Any]) -> str:
         f"Adapters of random features: m = {trial.features}, behind attentions and feed-forward parts. Bottleneck "
         f"adapters: {trial.bottleneck} units, behind feed-forward parts. LoRA: rank {trial.rank}, beside queries and "
         f"values. Feed-forward parts: m = {trial.part_features} in the last half of the layers. Pooler: m = "
-        f"{trial.pooler_features}. Means over seeds, the least and the largest.",
+        f"{trial.pooler_features}. Plain layers as wide begin as the same function with the same m, and learn their "
+        "directions, too. Means over seeds, the least and the largest.",
         "",
     ]
     for task, told in results["tasks"].items():

@@ -23,7 +23,7 @@ from auxin.errors import TrainingError
 REQUEST = signal.SIGUSR1
 """What a process asks its children by: none of them is ended at once by it, whatever else they are sent."""
 _INSISTING = frozenset({signal.SIGINT, signal.SIGTERM})
-_LAUNCHED = "TORCHELASTIC_RUN_ID"
+LAUNCHED = "TORCHELASTIC_RUN_ID"
 """Set in the environment of what torchrun starts."""
 SIGNALS = (*sorted(_INSISTING), signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -86,7 +86,7 @@ class Interruption:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number in _INSISTING:
-            passed_on = {number} if number == signal.SIGTERM and _LAUNCHED in os.environ else set()
+            passed_on = {number} if number == signal.SIGTERM and LAUNCHED in os.environ else set()
             self._restore(*self._former.keys() & _INSISTING - passed_on)
         for other in self._former.keys() - _INSISTING:
             signal.signal(other, signal.SIG_IGN)

@@ -146,6 +146,25 @@ def test_with_a_task_alone_nothing_goes():
     assert (gates.log_alpha() < 0).all()
 
 
+def test_gates_are_learned_under_noise():
+    """The model's loss is that of draws, at every step of others; means alone would know nothing of the variances."""
+    model = tiny("llama", dtype=torch.float32)
+    gates, seen = gates_on(model), list[Tensor]()
+    set_to(gates, 1.0, -2.0)
+    whole = logits(model)
+    variances = gates.log_variance.detach().clone()
+
+    def task() -> Tensor:
+        seen.append(model(**inputs(model)).logits)
+        return seen[-1].square().mean()
+
+    learn(gates, task, GateSettings(steps=2, learning_rate=1e-9, beta=0.0), [])
+    assert all(not torch.allclose(found, whole, rtol=0.1) for found in seen)
+    assert not torch.allclose(*seen, rtol=0.1)
+    learn(gates, task, GateSettings(steps=1, learning_rate=0.1, beta=0.0), [])
+    assert (gates.log_variance != variances).float().mean() > 0.9, "the loss says something of the variances"
+
+
 def test_learning_changes_neither_model_nor_random_numbers_and_repeats_itself():
     model = tiny("llama", dtype=torch.float32)
     model.model.embed_tokens.weight.requires_grad_(False)

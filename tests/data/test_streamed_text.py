@@ -91,10 +91,12 @@ def test_lines_of_json_are_cut_by_bytes_and_none_is_lost(nobody_ahead, texts, sm
         values = stream_of(folder, folder / "corpus", shard_bytes=wanted, validation_fraction=0.01)
         data = StreamedTextSettings.parse(values)
         plan, _ = plan_files(data)
-        found = [[one.data.decode() for one in read_files(plan, n, data) if one.data] for n in range(len(plan.shards))]
+        read = [list(read_files(plan, n, data)) for n in range(len(plan.shards))]
+        found = [[one.data.decode() for one in shard if one.data] for shard in read]
         parts = oracle.lines_by_bytes(content, wanted)
         own = [[json.loads(line)["text"] for line in part if line.strip()] for part in parts]
         others = [text or "x" for text in small]
+        assert sum(map(len, read)) == len(texts) + len(small), "a part in which no line begins has no document"
         if len(content) <= wanted:  # the file is no larger than a shard
             assert [text for shard in found for text in shard] == [t for t in [*own[0], *others] if t.strip()]
         else:

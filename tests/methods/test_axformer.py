@@ -260,6 +260,14 @@ def test_the_result_has_the_loss_that_the_search_says(family):
     assert plan.cost is not None
     assert plan.cost.samples == 6
     assert plan.cost.flops > 0
+    # Nothing is trained: each row of what stays is one that was there, or, silenced, has zeros in it.
+    assert not plan.files
+    old = {name.rpartition(".")[2] + str(tensor.dim()): [] for name, tensor in model.named_parameters()}
+    for name, tensor in model.named_parameters():
+        old[name.rpartition(".")[2] + str(tensor.dim())].append(tensor.flatten())
+    for name, tensor in smaller.named_parameters():
+        values = torch.cat(old[name.rpartition(".")[2] + str(tensor.dim())])
+        assert torch.isin(tensor[tensor != 0], values).all()
 
 
 def test_padding_and_the_size_of_batches_change_nothing():

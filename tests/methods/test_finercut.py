@@ -18,6 +18,9 @@ from torch import Tensor
 
 import auxin
 from auxin.analysis import cache as kept
+from auxin.analysis import measure
+from auxin.analysis.removal import Removal
+from auxin.analysis.similarity import Similarity
 from auxin.edits import ArrangeLayers, apply
 from auxin.errors import ConfigError, PlanError
 from auxin.methods.prune.finercut import FinerCut, plan_finercut
@@ -75,6 +78,38 @@ def test_it_takes_what_a_search_written_out_takes(distance):
     assert [path for path, _ in found] == [f"model.layers.{n}.{part}" for (n, part), _ in expected]
     for (_, said), (_, far) in zip(found, expected, strict=True):
         assert float(said.removeprefix(f"{distance} ")) == pytest.approx(far, rel=6e-3)  # three digits are shown
+
+
+@pytest.mark.parametrize("samples_read", [1, 4])
+def test_how_sure_the_distances_are_is_said_beside_them(samples_read):
+    """Each is that of the removal that was measured at its step; of one sample nothing is known."""
+    model = fresh_llama(0, num_hidden_layers=4)
+    data = samples(model, samples_read)
+    plan = planned(model, data, removed=2)
+    (first, _), (second, _) = order(plan)
+    margins = []
+    for gone, path in (([], first), ([first], second)):
+        found = measure(Removal(distances=["js"], removed=gone), model, data.calibration)
+        margins += [one.distances["js"].margin for one in found.effects if one.path == path]
+    told = [line for line in plan.findings if "margins (95 %)" in line]
+    if samples_read == 1:
+        assert margins == [None, None]
+        assert not told
+        return
+    assert told == [
+        f"Over the samples these numbers have margins (95 %) of {', '.join(f'± {m:.2g}' for m in margins)}."
+    ]
+    influence = plan_shortgpt(Bench(model, data.calibration), ShortGPT(removed=1)).findings[2]
+    layers = measure(Similarity(parts=False), model, data.calibration).stacks[0].layers
+    assert f"of ± {min(layers, key=lambda layer: layer.influence).similarity.margin:.2g}." in influence
+
+
+def test_a_part_that_is_named_after_its_last_matrix_is_said_to_be_what_it_is():
+    model = tiny("bert", dtype=torch.float32)
+    data = Texts(model, inputs(model, batch=2)["input_ids"], labels=True)
+    kinds = {one.path: one.kind for one in sublayers(model)}
+    found = order(planned(model, data, removed=2))
+    assert [said.partition(": ")[0] for _, said in found] == [kinds[path] for path, _ in found]
 
 
 def test_more_begins_with_less_and_is_measured_on_top_of_it():

@@ -67,12 +67,19 @@ def test_the_search_is_that_of_all_pairs(heads, units, costs, share):
     assert of_heads.lost[got] + of_units.lost[partner] == pytest.approx(of_heads.lost[h] + of_units.lost[u], rel=1e-9)
 
 
+def of_ranking(by_layer: list[list[float]], layer: int, gone: int) -> int:
+    """How many of a layer stay when so many of the lowest of all layers go, of each layer all but its best one."""
+    lowest = sorted((score, number) for number, scores in enumerate(by_layer) for score in sorted(scores)[:-1])[:gone]
+    return len(by_layer[layer]) - sum(number == layer for _, number in lowest)
+
+
 @pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize(("head", "unit"), [(40.0, 0.2), (0.5, 3.0), (6.0, 1.0)])
 def test_a_limit_is_shared_so_that_what_stays_is_worth_most_and_one_more_would_miss_it(uniform, head, unit):
     """Over all numbers of heads, with what a head and a unit cost by hand; as many in all layers, or one ranking."""
     model, share = wide_llama(), 0.5
-    found = prunable(model, Pruning.parse({"target": {"flops": share, "sequence_length": LENGTH}, "uniform": uniform}))
+    asked = {"target": {"flops": share, "sequence_length": LENGTH}, "uniform": uniform, "normalised": False}
+    found = prunable(model, Pruning.parse(asked))
     generator = torch.Generator().manual_seed(5)
     scores = {
         place: ((head if place[0] == "query" else unit) * torch.rand(units, generator=generator)).tolist()
@@ -95,6 +102,9 @@ def test_a_limit_is_shared_so_that_what_stays_is_worth_most_and_one_more_would_m
         left = sum(one.key_value_heads for one in at) - 1, sum(one.ffn for one in at) - 1
     gone = oracle.least_lost(heads, units, *costs, (1 - share) * have)
     assert left == (len(heads) - gone[0], len(units) - gone[1])
+    if not uniform:  # which layer they stay in is told by their scores
+        of_layers = [(one.key_value_heads, one.ffn) for one in at]
+        assert of_layers == [(of_ranking(by_layer[0], n, gone[0]), of_ranking(by_layer[1], n, gone[1])) for n in (0, 1)]
     # Heads alone go in their own steps.
     assert reached <= share * have < reached + (costs[1] if gone[1] else costs[0])
 

@@ -405,6 +405,11 @@ def test_a_model_whose_layers_differ_generates_with_a_cache_as_without(family):
     asked = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     asked["attention_mask"] = torch.ones_like(ids)
     assert torch.equal(model.generate(ids, use_cache=True, **asked), model.generate(ids, use_cache=False, **asked))
+    # Padding on the left changes nothing of the text beside it, which is written on as alone.
+    asked["attention_mask"][0, :2] = 0
+    alone = {**asked, "attention_mask": asked["attention_mask"][:1, 2:]}
+    written = model.generate(ids, use_cache=True, **asked)[0, -6:]
+    assert torch.equal(written, model.generate(ids[:1, 2:], use_cache=True, **alone)[0, -6:])
 
 
 def test_a_model_whose_layers_differ_is_brought_to_one_size_again():

@@ -300,6 +300,9 @@ def test_a_recipe_trains_beside_guides_and_without_them(tmp_path):
         ({"form": "block-shuffle", "blocks": 3}, "blocks = 3 does not divide"),
         ({"form": "block-dense", "blocks": 4, "rank": 6}, "blocks = 4 does not divide the rank, 6."),
         ({"blocks": 2}, "low-rank has no blocks"),
+        ({"multiple_of": 16}, "multiple_of = 16: model.layers.0.mlp.gate_proj would have 16 inner units"),
+        ({"multiple_of": 16, "target": {"parameters": 0.9}}, "Keep it (keep: [model.layers.0.mlp.gate_proj])."),
+        ({"form": "block-shuffle", "multiple_of": 2}, "Give blocks alone."),
         ({"start": "orthogonal"}, "start = orthogonal is for forms that have"),
         ({"guide_steps": 5}, "guide_steps is about guides, and there are none."),
         ({"skip_guide": True}, "skip_guide is about guides"),
@@ -357,3 +360,43 @@ def test_a_plan_says_from_how_many_tokens_on_products_are_faster(values, form, m
     start = next(tokens for tokens in TOKENS if tokens * saved > 1000)
     widths = f"{layer.in_features} -> {layer.out_features}"
     assert f"{widths} {form} from {start:,} tokens on" in plan.findings[-1]
+
+
+@pytest.mark.parametrize(
+    ("values", "rank"),
+    [
+        ({"multiple_of": 6}, 30),  # half of 64, rounded down
+        ({"multiple_of": 6, "rank": 20}, 18),
+        ({"multiple_of": 3, "form": "block-dense", "blocks": 4}, 24),
+        ({"multiple_of": "machine"}, 32),
+        ({"multiple_of": "machine", "rank": 31}, 28),
+        ({"multiple_of": "machine", "rank": 31, "form": "block-dense", "blocks": 2}, 24),
+    ],
+)
+def test_ranks_are_multiples_of_what_is_asked_for_or_of_what_the_machine_likes(values, rank, monkeypatch):
+    """On a machine whose kernels compute four units of a product, or of a block, at once."""
+
+    def seconds(self, modules, tokens):
+        units = [len(module.input_factor) // getattr(module, "blocks", 1) for module in modules]
+        return [-(-count // 4) * 4.0 for count in units]
+
+    monkeypatch.setattr(ProductTimes, "seconds", seconds)
+    model = tiny("gpt_neox", hidden_size=64, intermediate_size=256)
+    plan = auxin.plan(model, NAME, **values)
+    assert {edit.settings["rank"] for edit in plan.edits} == {rank}
+    per_block = 4 * values.get("blocks", 1)
+    assert (f"Ranks are multiples of {per_block}, as this machine likes them." in plan.findings) == (
+        values["multiple_of"] == "machine"
+    )
+
+
+def test_a_target_is_met_by_the_largest_multiple_that_meets_it():
+    model, target = tiny("gpt_neox", hidden_size=64, intermediate_size=256), {"parameters": 0.8}
+    plan = auxin.plan(model, NAME, target=target, multiple_of=8)
+    (rank,) = {edit.settings["rank"] for edit in plan.edits}
+    assert rank % 8 == 0
+    left = [
+        count_parameters(removal(model, auxin.plan(model, NAME, rank=one).edits).after).total
+        for one in (rank, rank + 8)
+    ]
+    assert left[0] <= 0.8 * count_parameters(model).total < left[1]

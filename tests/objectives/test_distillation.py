@@ -14,12 +14,13 @@ from transformers import BertForSequenceClassification, BertLMHeadModel, BertMod
 from auxin.accounting.flops import forward_flops
 from auxin.errors import ConfigError
 from auxin.objectives.causal import Causal
-from auxin.objectives.distillation import Distillation
+from auxin.objectives.distillation import Distillation, DistillationObjective
 from auxin.objectives.layer_matching import fitted, mean_squared_distance
 from auxin.objectives.masked_language import MaskedLanguage
 from auxin.objectives.measures import Accuracy, Loss
 from auxin.objectives.objective import IGNORED, Reference, training_noise
 from auxin.objectives.span_corruption import SpanCorruption
+from auxin.objectives.wrapping import Wrapping
 from auxin.training.checkpoint import write_checkpoint_folder
 from objectives.tiny_encoders import tiny_bert
 from oracles.distillation import best_map, hard_loss, soft_gradient, soft_loss, squared_distance
@@ -162,6 +163,17 @@ def test_measures_and_counts_are_the_wrapped_objectives(kind):
         assert measure(student, held_out, objective, 4) == measure(student, held_out, plain, 4)
     asked = forward_flops(teacher, {**plain.example(1), **plain.call})
     assert objective.training_flops(student) == plain.training_flops(student) + asked
+
+
+def test_what_processes_have_to_know_of_the_wrapped_objective_is_said_of_the_wrapper():
+    """Whether parts of a batch add up, and whether it looks into attentions: else they would be divided."""
+    student = tiny_llama()
+    plain = Causal().bind(student.config, DATA.form)
+    assert (Wrapping(plain).adds_up, Wrapping(plain).sees_heads) == (True, False)
+    plain.adds_up, plain.sees_heads = False, True
+    assert (Wrapping(plain).adds_up, Wrapping(plain).sees_heads) == (False, True)
+    distilled = DistillationObjective(Distillation(teacher="main/base"), plain, Reference(student, "f1"))
+    assert (distilled.adds_up, distilled.sees_heads) == (False, True)
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked_language"])

@@ -89,8 +89,8 @@ class Percent(Accuracy):
     def unit(self, objective):
         return "% of " + objective.target + "s"
 
-    def __call__(self, model, split, objective, batch_size, max_batches=None):
-        return 100 * super().__call__(model, split, objective, batch_size, max_batches)
+    def value(self, found):
+        return 100 * super().value(found)
 """
 LLAMA = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 

@@ -373,6 +373,30 @@ def test_a_latency_is_met_by_the_real_clock_and_told_again_from_the_cache():
     assert auxin.plan(model, "random", **settings) == plan
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("random", {"ffn": 0.05}),
+        ("random", {"ffn": 0.05, "uniform": False}),
+        ("finercut", {"removed": 3, "candidates": "feed-forward"}),
+        ("shortgpt", {"removed": 3}),
+    ],
+)
+def test_parameters_flops_memory_and_time_by_the_clock_go_with_what_goes(method, settings):
+    """Nearly all of each here, so that a busy machine does not matter."""
+    wide = {"hidden_size": 64, "intermediate_size": 4096, "num_hidden_layers": 4, "max_position_embeddings": 64}
+    model = tiny("llama", dtype=torch.float32, **wide)
+    smaller = copy.deepcopy(model)
+    data = {} if method == "random" else {"data": [inputs(model)["input_ids"]]}
+    auxin.apply(auxin.plan(model, method, **data, **settings), smaller)
+    for asked in ({"parameters": 0.5}, {"flops": 0.5}, {"memory": 0.5}):
+        target = Target(**asked, **({} if "parameters" in asked else {"sequence_length": 64}))
+        assert target.of(smaller) < 0.5 * target.of(model)
+    table = Target(latency=0.5, sequence_length=64, device="cpu").table(model)
+    before, after = table.measured(skeleton_of(smaller))
+    assert after < 0.7 * before
+
+
 @pytest.mark.parametrize("phase", ["forward", "decoding"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen2_moe"])
 def test_parts_run_by_themselves_as_they_do_in_the_model(family, phase):

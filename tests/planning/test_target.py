@@ -13,6 +13,7 @@ from auxin.edits.structure import edited_skeleton
 from auxin.errors import ConfigError, PlanError
 from auxin.planning.cutting import cut
 from auxin.planning.target import Gauge, Target, least_removal, removal
+from capabilities import built_in
 from tiny_models import inputs, tiny
 
 UNITS = 12
@@ -69,6 +70,40 @@ def test_flops_are_counted_at_the_length_that_is_said(model):
     assert 1 < few.amount < many.amount
     assert long.of(many.after) <= 0.9 * long.of(model) < long.of(removal(model, family(many.amount - 1)).after)
     assert "at 30 tokens" in many.reached(long)
+
+
+PRUNING = {name for name, method in built_in().items() if method.intent == "prune"}
+WITHOUT_A_SIZE = {"axformer", "vocabulary-pruning"}
+"""The one stops by itself; what the other reaches goes by a text (test_vocabulary_pruning.py)."""
+OWN_WAYS = {"expert-dropping", "finercut", "optin", "random", "shortgpt", "slicegpt", "vtrans"}
+"""Methods with code of their own behind a target; the others share that of random."""
+
+
+@pytest.mark.parametrize(
+    ("method", "asked"),
+    [
+        pytest.param(method, asked, marks=[] if method in OWN_WAYS or asked == "parameters" else pytest.mark.whole)
+        for method in sorted(PRUNING - WITHOUT_A_SIZE)
+        for asked in ("parameters", "flops", "memory")
+        if (method, asked) != ("expert-dropping", "flops")  # a token gets as many experts as before
+    ],
+)
+def test_every_pruning_method_meets_a_target_and_says_what_it_reached(method, asked, tmp_path, monkeypatch):
+    """Latencies are those of test_latency.py."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AUXIN_CACHE", str(tmp_path / "cache"))
+    model = tiny("mixtral" if method == "expert-dropping" else "llama", num_hidden_layers=3, dtype=torch.float32)
+    told = {asked: 0.8, **({} if asked == "parameters" else {"sequence_length": 9})}
+    data = {} if built_in()[method].calibration is None else {"data": [inputs(model)["input_ids"]]}
+    steps = {"steps": 2} if method == "vtrans" else {}
+    target, plan = Target(**told), auxin.plan(model, method, target=told, **data, **steps)
+    before = target.of(model)
+    auxin.apply(plan, model)
+    after = target.of(model)
+    assert 0.3 * before < after <= 0.8 * before
+    assert plan.findings[0].startswith("Reached: ")
+    assert f"asked for: target.{asked} = 0.8" in plan.findings[0]
+    assert f"{count_parameters(model).total:,}" in plan.findings[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,6 +11,7 @@ from auxin.methods import methods
 from auxin.models.loading import skeleton
 from auxin.models.tokenformer import TokenFormerConfig
 from auxin.recipes import Recipe, builtin_recipes, load_recipe, price_recipe, training_recipe
+from auxin.recipes.seeds import part_of
 from auxin.recipes.stage_models import final_config, match_parameters, stage_configs
 
 DEMO = yaml.safe_load(load_recipe.__globals__["BUILTIN"].joinpath("demo.yaml").read_text())
@@ -108,6 +109,7 @@ def test_builtin_recipes_are_valid():
         "altup-t5",
         "demo",
         "shoot-out",
+        "structured-ffn-110m-to-1.3b",
         "tokenformer-124m-to-1.4b",
     }
 
@@ -179,6 +181,16 @@ def test_the_papers_recipe_has_its_sizes_and_budgets():
     per_token = 3 * (2 * (84_934_656 + 50304 * 768) + 4 * 12 * 768 * 1024)
     assert base.flops == pytest.approx(base.units * per_token, rel=1e-9)
     assert price.branch_flops["grown"] < price.branch_flops["scratch"]
+
+
+def test_the_recipe_of_structured_parts_has_the_papers_sizes_and_flops():
+    millions = {"dense-110m": 110, "dense-335m": 335, "dense-729m": 729, "dense-1274m": 1274}
+    millions |= {"low-rank-63-1274m": 985, "block-dense-63-1274m": 955, "low-rank-32-1274m": 744}
+    flops = {"dense-1274m": 2.10, "low-rank-63-1274m": 1.66, "block-dense-63-1274m": 1.61, "low-rank-32-1274m": 1.29}
+    price = price_recipe(part_of(load_recipe("structured-ffn-110m-to-1.3b"), list(millions)), memory=False)
+    trained = {stage.branch: stage for stage in price.stages if stage.kind == "train"}
+    assert {name: round(stage.parameters / 1e6) for name, stage in trained.items()} == millions
+    assert {name: round(trained[name].flops / 1e20, 2) for name in flops} == flops
 
 
 def test_an_impossible_growth_is_refused_before_anything_runs():

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from auxin import cli
 from auxin.data.shard_cache import INDEX
 from auxin.data.streamed_text import SHARDS, StreamedText
 from auxin.errors import ConfigError
@@ -130,6 +132,22 @@ def test_what_was_learnt_is_the_stream_and_the_books_say_how_much(whole):
     assert shares
     assert all(0 < share < 1 for share in shares)
     assert lines[-1]["data_position"] == sum(STEPS)
+
+
+def test_a_model_is_scored_on_what_was_held_out_of_a_stream(whole):
+    """As the stage has measured it."""
+    folder = (whole / FINAL).parent
+    (found,) = said("evaluate", folder, whole / "data").values()
+    (*_, last) = json.loads((folder / "ledger.json").read_text())["stages"]
+    assert found["nats_per_token"] == pytest.approx(last["value_after"], rel=1e-5)
+    (*_, largest) = said("show", folder, whole / "data")["nested"]
+    assert largest["validation_loss"] == pytest.approx(last["value_after"], rel=1e-5)
+
+
+def said(command: str, checkpoint: Path, corpus: Path) -> dict:
+    result = CliRunner().invoke(cli.app, [command, str(checkpoint), "--corpus", str(corpus), "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
 
 
 def test_several_processes_share_the_cache_and_end_where_one_ends(values, whole, tmp_path):

@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file
+from torch.distributed import HashStore
 
 from auxin.accounting import Ledger
 from auxin.errors import ConfigError
 from auxin.recipes import load_recipe, refuse_together
+from auxin.recipes.beforehand import check_strategies
+from auxin.recipes.schema import Recipe
 from auxin.training import latest_checkpoint
+from auxin.training.ranks import ALONE, Ranks
 from corpora import small_corpus, write_documents
-from recipes.torchruns import TORCHRUN, children, needs_proc, outcome, started, wait_until, workers
+from recipes.torchruns import SOURCES, TORCHRUN, children, needs_proc, outcome, started, wait_until, workers
 from training.tiny import checkpoint_bits
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 16}
@@ -173,12 +177,79 @@ def test_a_second_torchrun_on_the_same_folder_is_told_and_the_first_ends_as_it_w
     assert same_end(output, together)
 
 
-def test_a_mistake_is_told_once_and_nothing_is_begun(recipe, tmp_path):
-    """One process speaks for all."""
-    ended = finished(command(recipe, tmp_path / "run", "--set", "training.batch_size=1"))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("batch_size=1", "grown/base: training.batch_size: 1 samples can't be shared by 2 processes"),
+        # Only the last branch's stage, a LoRA, can't be trained so.
+        ("strategy=sharded", "tuned/lora: training.strategy: 'sharded' cuts parameters into pieces, and an adapter"),
+    ],
+)
+def test_a_mistake_is_told_once_and_nothing_is_begun(recipe, tmp_path, change, message):
+    """One process speaks for all; of whatever stage it is, before the first one."""
+    ended = finished(command(recipe, tmp_path / "run", "--set", f"training.{change}"))
     assert ended.returncode != 0
-    assert ended.stdout.count("batch_size: 1 samples can't be shared by 2 processes") == 1
-    assert not (tmp_path / "run" / LAST).exists()
+    assert ended.stdout.count(message) == 1, ended.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("training", "hooks", "message"),
+    [
+        ({"strategy": "sharded"}, [], None),
+        ({"strategy": "sharded"}, [{"kind": "old_rates", "ratio": 0.5}], r"reads or changes whole ones \(old_rates\)"),
+        ({"strategy": "tensor"}, [{"kind": "old_rates", "ratio": 0.5}], r"reads or changes whole ones \(old_rates\)"),
+        ({"strategy": "hybrid", "processes_per_copy": 3}, [], "processes_per_copy: copies of 3 processes don't divide"),
+        ({"strategy": "tensor"}, [], None),
+        ({"strategy": "replicated"}, [{"kind": "old_rates", "ratio": 0.5}], None),
+    ],
+)
+def test_what_processes_can_not_train_is_known_before(recipe, tmp_path, training, hooks, message):
+    """By shapes, of the stage behind a growth; what is done already is not asked for."""
+    values = yaml.safe_load(recipe.read_text())
+    values["training"] |= training
+    values["branches"][0]["stages"][-1]["hooks"] = hooks
+    loaded = Recipe.model_validate(values)
+    check_strategies(loaded, tmp_path, ["grown"], ALONE)
+    two = Ranks(0, 2, HashStore())
+    if message is None:
+        check_strategies(loaded, tmp_path, ["grown"], two)
+        return
+    where = r"grown/after: (training|settings)\." if hooks else "grown/base: training."
+    with pytest.raises(ConfigError, match=where + ".*" + message):
+        check_strategies(loaded, tmp_path, ["grown"], two)
+
+
+LATE = """
+import os, time
+if os.environ.get("RANK") == "0":
+    time.sleep(2)
+"""
+ELSEWHERE = """
+import os
+if os.environ.get("RANK") == "1":
+    os.chdir("/")
+"""
+
+
+@pytest.mark.parametrize(
+    ("what_happens", "options", "message"),
+    [
+        (LATE, ["--set", "training.strategy=shraded"], "training.strategy: must be"),
+        (ELSEWHERE, [], "recipe.yaml does not exist"),
+    ],
+    ids=["late", "elsewhere"],
+)
+def test_a_mistake_is_told_whichever_process_meets_it_first(
+    recipe, tmp_path, monkeypatch, what_happens, options, message
+):
+    """torchrun ends the others when one has ended: also where the one that speaks is late, or has nothing to say."""
+    (tmp_path / "sitecustomize.py").write_text(what_happens)
+    monkeypatch.chdir(recipe.parent)
+    launch = command(Path(recipe.name), tmp_path / "run", *options)
+    ended = outcome(started(launch, PYTHONPATH=f"{tmp_path}:{SOURCES}"))
+    assert ended.returncode != 0
+    assert ended.stdout.count(message) == 1, ended.stdout
 
 
 def test_what_runs_side_by_side_is_not_for_processes_that_train_together(recipe):

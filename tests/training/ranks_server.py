@@ -52,15 +52,19 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
+from auxin.accounting.recomputation import recomputed
 from auxin.errors import AuxinError, CheckpointError, ConfigError
 from auxin.models import TokenFormerForCausalLM
 from auxin.models.pieces import write_pieces
+from auxin.objectives.measures import Accuracy, Loss, MacroF1
 from auxin.training import loop, saving, train
 from auxin.training.divided_linear import DividedLinear
+from auxin.training.gradients import BatchGradients
+from auxin.training.held_out import HeldOut, SharedAmong
 from auxin.training.optimizer import build_optimizer
 from auxin.training.ranks import Ranks, joined
 from auxin.training.strategies import choose_strategy, whole
-from auxin.training.tensor_parallel import Split
+from auxin.training.tensor_parallel import Split, choose_any_strategy
 from training.tiny import (
     NORMED,
     VOCABULARY,
@@ -71,6 +75,7 @@ from training.tiny import (
     tiny_llama,
     tiny_settings,
     tiny_tokenformer,
+    wide_llama,
 )
 
 
@@ -140,6 +145,29 @@ class Scarce(GPT2LMHeadModel):
         return output
 
 
+class Normed(GPT2LMHeadModel):
+    """Channels of logits go through batch norms: over samples and places, and over samples alone. Of these there are
+    two in a pass at least, whose difference a small epsilon would make 1 however small it is, rounding and all."""
+
+    def __init__(self, **settings: object) -> None:
+        torch.manual_seed(0)
+        super().__init__(tiny_gpt2(dropout=0.0).config)
+        self.over_places, self.over_samples = nn.BatchNorm1d(VOCABULARY, **settings), nn.BatchNorm1d(VOCABULARY, 1.0)
+        for norm in (self.over_places, self.over_samples):
+            if norm.affine:
+                nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: object
+    ) -> CausalLMOutputWithCrossAttentions:
+        output = super().forward(input_ids=input_ids, **kwargs)
+        logits = self.over_places(output.logits.transpose(1, 2)).transpose(1, 2)
+        output.logits = logits + self.over_samples(output.logits[:, 0])[:, None]
+        if labels is not None:
+            output.loss = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return output
+
+
 def strided_llama() -> LlamaForCausalLM:
     """One of its matrices lies in memory column by column."""
     model = tiny_llama()
@@ -166,6 +194,8 @@ MODELS = {
     "poisoned": lambda: poisoned(tiny_gpt2(dropout=0.0)),
     "scarce": Scarce,
     "factor": lambda: Scarce(factor=True),
+    "batch norms": Normed,
+    "other batch norms": lambda: Normed(momentum=None, affine=False, eps=0.1),
     "strided": strided_llama,
 }
 
@@ -401,6 +431,30 @@ def do_flow(ranks: Ranks, folder: Path, request: dict) -> None:
     ranks.told(lambda: Path(f"{folder}.json").write_text(json.dumps(found)))
 
 
+def do_converted(ranks: Ranks, folder: Path, request: dict) -> None:
+    """What a process holds more at the end of a forward pass in bfloat16 than before it; in bytes, without the layers
+    being computed again and with."""
+    found = []
+    for again in (False, True):
+        model = wide_llama()
+        settings = tiny_settings(steps=1, batch_size=2, precision="bfloat16", **request["settings"])
+        objective = settings.objective.bind(model.config, TinyData().form)
+        strategy = choose_strategy(settings, ranks, model.device, model, objective, ())
+        strategy.place(model)
+        gradients = BatchGradients(model, objective, settings, strategy)
+        ids = torch.zeros(2, 16, dtype=torch.long)
+        strategy.begin_pass(model, True)
+        tracker = MemTracker()
+        tracker.track_external(model)
+        with recomputed(model, again), tracker, gradients.autocast():
+            held = [tracker.get_tracker_snapshot()[torch.device("cpu")]["Total"]]
+            loss = objective.loss(model, {"input_ids": ids, "labels": ids})
+            held.append(tracker.get_tracker_snapshot()[torch.device("cpu")]["Total"])
+        loss.backward()
+        found.append(held[1] - held[0])
+    ranks.told(lambda: Path(f"{folder}.json").write_text(json.dumps(found)))
+
+
 def do_reductions(ranks: Ranks, folder: Path, request: dict) -> None:
     """How many numbers each of the reductions adds up that a pass takes, forward and backward."""
     model = tiny_tokenformer(**request["changes"])
@@ -448,14 +502,34 @@ def do_gradients(ranks: Ranks, folder: Path, request: dict) -> None:
     ranks.told(lambda: Path(f"{folder}.json").write_text(json.dumps(found)))
 
 
+def do_measure(ranks: Ranks, folder: Path, request: dict) -> None:
+    """What each process finds of the first `batches` held-out batches of two, and how many passes it takes for each."""
+    model = MODELS[request["model"]]().double()
+    settings = tiny_settings(**{"steps": 1, **request["settings"]})
+    data = TinyData(poisoned_rows=tuple(request.get("poisoned", ())))
+    objective = settings.objective.bind(model.config, data.form)
+    strategy = choose_any_strategy(settings, ranks, model.device, model, objective, ())
+    strategy.place(model)
+    passes = []
+    model.register_forward_pre_hook(lambda module, inputs: passes.append(module.training))
+    held_out = HeldOut((Loss(),), objective, data, 2, request["batches"], sharing=SharedAmong(strategy))
+    loss = held_out.first(model)
+    found = {"loss": loss.hex(), "passes": len(passes), "training": any(passes)}
+    whole_split = HeldOut((Accuracy(), MacroF1()), objective, data, 3, sharing=SharedAmong(strategy)).all(model)
+    found |= {kind: value.hex() for kind, value in whole_split.items()}
+    Path(f"{folder}.{ranks.rank}.json").write_text(json.dumps(found))
+
+
 SCENARIOS = {
     "train": do_train,
     "tell": do_tell,
     "meet": do_meet,
     "vanish": do_vanish,
     "flow": do_flow,
+    "converted": do_converted,
     "reductions": do_reductions,
     "gradients": do_gradients,
+    "measure": do_measure,
 }
 
 

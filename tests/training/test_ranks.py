@@ -11,12 +11,21 @@ import torch
 from auxin.accounting import Ledger, training_memory
 from auxin.errors import ConfigError, TrainingError
 from auxin.locks import exclusive
-from auxin.recipes.process_costs import Layout, process_costs
+from auxin.recipes.process_costs import Layout, converted_bytes, process_costs
 from auxin.training import TrainingSettings, latest_checkpoint
 from auxin.training.meeting import meet
 from auxin.training.ranks import joined, speaks
 from auxin.training.strategies import samples_per_pass
-from training.tiny import FIFTY, apart, checkpoint_bits, read_metrics, tiny_gpt2, tiny_llama, tiny_tokenformer
+from training.tiny import (
+    FIFTY,
+    apart,
+    checkpoint_bits,
+    read_metrics,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_tokenformer,
+    wide_llama,
+)
 
 
 @pytest.mark.parametrize("strategy", ["replicated", "sharded"])
@@ -37,6 +46,25 @@ def test_processes_learn_what_one_learns(trained, strategy, size, model, changes
     settings = {**FIFTY, **changes}
     alone = trained(1, model, settings=settings)
     together = trained(size, model, settings={**settings, "strategy": strategy})
+    losses, tensors = apart(alone, together)
+    assert losses < 1e-10
+    assert tensors < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("size", "model", "changes"),
+    [
+        (2, "batch norms", {"strategy": "replicated"}),
+        (3, "batch norms", {"strategy": "sharded", "batch_size": 7}),
+        (2, "other batch norms", {"strategy": "replicated", "batch_size": 8, "micro_batch_size": 3}),
+        (4, "other batch norms", {"strategy": "hybrid", "processes_per_copy": 2, "batch_size": 10}),
+    ],
+)
+def test_batch_norms_look_at_the_samples_of_all(trained, size, model, changes):
+    """As those of one process look at all samples of its passes, whose running means and variances it keeps."""
+    one = {name: value for name, value in changes.items() if name not in ("strategy", "processes_per_copy")}
+    alone = trained(1, model, settings={**FIFTY, **one})
+    together = trained(size, model, settings={**FIFTY, **changes})
     losses, tensors = apart(alone, together)
     assert losses < 1e-10
     assert tensors < 1e-10
@@ -369,6 +397,15 @@ def test_one_process_of_a_machine_speaks(monkeypatch, environment, expected):
         ),
         ({"settings": {**FIFTY, "strategy": "hybrid"}, "machine": "two"}, "LOCAL_WORLD_SIZE is 'two' in the environ"),
         ({"settings": {**FIFTY, "strategy": "sharded", "compile": True}}, "compiling them was never tried"),
+        (
+            {"model": "batch norms", "settings": {**FIFTY, "micro_batch_size": 7}},
+            "micro_batch_size: over_places is a batch norm, so that 2 processes share the samples of each forward "
+            "pass, and one of a batch of 8 has 1. Leave it out.",
+        ),
+        (
+            {"model": "batch norms", "settings": {**FIFTY, "compile": True}},
+            "compile: over_places is a batch norm, which asks the other processes in the middle of a pass",
+        ),
         ({"model": "factor", "settings": {**FIFTY, "strategy": "sharded"}}, "factor, which is a single number, can't"),
         (
             {"model": "strided", "settings": {**FIFTY, "strategy": "sharded"}},
@@ -421,6 +458,22 @@ def test_what_is_computed_for_several_gpus_is_what_processes_hold_and_send(
     assert not found["sent by the optimizer"], "each process steps on its pieces"
 
 
+@pytest.mark.parametrize(("strategy", "group"), [("replicated", 1), ("sharded", 2)])
+def test_what_products_take_of_weights_in_bfloat16_is_held_as_computed(run, tmp_path, strategy, group):
+    """Up to the backward pass; of pieces whose layers are computed again, that of what lies outside of them alone, and
+    no cache keeps the rest."""
+    answer = run(tmp_path / "run", 2, "converted", settings={"strategy": strategy})
+    assert answer["codes"] == [0, 0], answer["messages"]
+    model = wide_llama()
+    matrices = 2 * sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
+    whole = 4 * 3 * model.lm_head.weight.numel() if group > 1 else 0  # at most, of what lies outside of the layers
+    for again, held in enumerate(json.loads((tmp_path / "run.json").read_text())):
+        kept = training_memory(model, 2, 16, recompute=bool(again)).activations
+        converted = converted_bytes(model, Layout(2, group), bool(again))
+        assert held < kept + converted + whole
+        assert (converted > matrices) is (held > matrices) is (group == 1 or not again)
+
+
 @pytest.mark.parametrize("model", ["scarce", "dropout"])
 def test_layers_that_are_gathered_once_in_a_step_learn_the_same_bits(trained, model):
     """Weights are the same, wherever they are kept."""
@@ -428,6 +481,44 @@ def test_layers_that_are_gathered_once_in_a_step_learn_the_same_bits(trained, mo
     plain, once = (trained(2, model, settings={**settings, **changes}) for changes in ({}, {"gather_once": True}))
     assert read_metrics(plain) == read_metrics(once)
     assert checkpoint_bits(latest_checkpoint(plain)) == checkpoint_bits(latest_checkpoint(once))
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "batches", "settings"),
+    [
+        ("tied", 2, 3, {"strategy": "replicated"}),
+        ("tokenformer", 3, 4, {"strategy": "sharded"}),
+        ("masked", 2, 3, {"strategy": "sharded", "objective": "masked_language"}),
+        ("masked", 3, 2, {"strategy": "replicated", "objective": "masked_language"}),
+        ("scarce", 4, 3, {"strategy": "hybrid", "processes_per_copy": 2}),
+    ],
+)
+def test_processes_share_what_is_held_out_and_find_the_same_bits(run, tmp_path, model, size, batches, settings):
+    """Also where some have no batch, and where the noise of a batch comes behind that of others' batches."""
+    request = {"model": model, "batches": batches}
+    alone = {name: value for name, value in settings.items() if name == "objective"}
+    expected = measured(run, tmp_path / "alone", 1, **request, settings=alone)
+    assert expected[0]["passes"] == batches
+    in_step = settings["strategy"] != "replicated"
+    passes = [len(range(0 if in_step else rank, batches, size)) for rank in range(size)]
+    assert measured(run, tmp_path / "run", size, **request, settings=settings) == [
+        {**expected[0], "passes": number} for number in passes
+    ]
+
+
+def test_processes_that_divide_layers_measure_every_batch_together(run, tmp_path):
+    one, two = measured(run, tmp_path / "run", 2, model="tokenformer", batches=3, settings={"strategy": "tensor"})
+    assert one == two
+    assert one["passes"] == 3
+    (alone,) = measured(run, tmp_path / "alone", 1, model="tokenformer", batches=3, settings={})
+    assert float.fromhex(one["loss"]) == pytest.approx(float.fromhex(alone["loss"]), rel=1e-12)
+
+
+def measured(run, folder, size: int, **request) -> list[dict]:
+    """What each of so many processes finds."""
+    answer = run(folder, size, "measure", **request)
+    assert answer["codes"] == [0] * size, answer["messages"]
+    return [json.loads(folder.with_name(f"{folder.name}.{rank}.json").read_text()) for rank in range(size)]
 
 
 def test_threads_and_devices_are_left_alone():

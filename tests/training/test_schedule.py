@@ -110,6 +110,7 @@ def test_phases_that_do_not_fit_are_refused():
         ({"steps": 1, "batch_size": 2, "micro_batch_size": 4}, r"micro_batch_size \(4\) is larger"),
         ({"steps": 1, "adam_betas": (0.9, 1.0)}, "adam_betas"),
         ({"steps": 1, "processes_per_copy": 2}, "has a meaning for strategy: hybrid alone, not for auto"),
+        ({"steps": 1, "gather_once": True, "strategy": "tensor"}, "gather_once has no meaning for strategy: tensor"),
         ({"steps": 1, "learning_rte": 1.0}, "learning_rate"),
         ({"steps": 1, "guard": {"window": 8, "minimum_history": 9}}, "minimum_history"),
     ],

@@ -4,7 +4,13 @@ import json
 import math
 
 import pytest
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
+    T5GemmaModuleConfig,
+)
 
 from auxin.accounting import Ledger
 from auxin.errors import ConfigError
@@ -146,7 +152,7 @@ def test_a_model_of_transformers_learns_what_one_process_teaches_it(trained, run
     [
         ({"model": "softmax"}, "score_function 'softmax' weighs each token by its share among all"),
         ({"model": "tied"}, "this model (gpt2) has neither. Set strategy: sharded."),
-        ({"model": "dropping"}, "attention_dropout: 0.1 is drawn for all heads at once"),
+        ({"model": "dropping"}, "attention_dropout: 0.1 is drawn for all heads or units at once"),
         ({"model": "experts", "dtype": "float32"}, "which transformers' plan divides as '"),
         ({"model": "qwen3", "size": 4}, "k_proj has 2 heads, which 4 processes can't divide"),
         ({"model": "normed", "struck": [0, -5, "SIGTERM"]}, "reads or changes whole ones (Struck)"),
@@ -180,4 +186,24 @@ def test_a_parameter_beside_divided_heads_that_the_plan_does_not_name_is_refused
     assert DividedLinear(model, 2)
     model.tp_plan = {path: style for path, style in model.tp_plan.items() if not path.endswith("k_norm")}
     with pytest.raises(ConfigError, match=r"can't train model\.layers\.0\.self_attn\.k_norm\.weight"):
+        DividedLinear(model, 2)
+
+
+def test_what_is_drawn_for_divided_heads_or_units_is_refused():
+    """All processes draw alike, so that each would drop the same of its own."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    decoder = T5GemmaModuleConfig(**sizes, cross_attention_hidden_size=32)
+    config = T5GemmaConfig(encoder=T5GemmaModuleConfig(**sizes), decoder=decoder, vocab_size=64)
+    config.dropout_rate = 0.0
+    model = T5GemmaForConditionalGeneration(config)
+    assert DividedLinear(model, 2)
+    layer = model.model.encoder.layers[0]
+    layer.dropout.p = 0.1  # of what all have whole
+    assert DividedLinear(model, 2)
+    layer.mlp.dropout.p = 0.2
+    with pytest.raises(ConfigError, match=r"^model\.encoder\.layers\.0\.mlp\.dropout: 0\.2 is drawn for all heads or"):
+        DividedLinear(model, 2)
+    layer.mlp.dropout.p, layer.self_attn.attention_dropout = 0.0, 0.3
+    with pytest.raises(ConfigError, match=r"^model\.encoder\.layers\.0\.self_attn\.attention_dropout: 0\.3 is drawn"):
         DividedLinear(model, 2)

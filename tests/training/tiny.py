@@ -66,6 +66,11 @@ def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
     return fresh_llama(seed, **{"vocab_size": VOCABULARY, **sizes, **changes})
 
 
+def wide_llama() -> LlamaForCausalLM:
+    """Its weights take far more than what a pass of few tokens leaves."""
+    return tiny_llama(hidden_size=128, intermediate_size=512, num_hidden_layers=6)
+
+
 def tiny_gpt2(seed: int = 0, dropout: float = 0.1) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
     config = GPT2Config(

@@ -37,6 +37,7 @@ from auxin.analysis.measurement import (
 from auxin.analysis.parts import SERIES, WHOLE, part_in_words
 from auxin.analysis.spread import Estimate, Spread
 from auxin.analysis.targets import label_rows, refuse_without_targets
+from auxin.analysis.unit_scores import told
 from auxin.errors import DataError, PlanError
 from auxin.models.sublayers import Sublayer, about_none, add_nothing, refuse_run_again, refuse_shared, sublayers
 from auxin.nn.calls import first_argument
@@ -150,7 +151,7 @@ class Removals(Result):
             for name in effects[0].distances:
                 rows = []
                 for number in dict.fromkeys(effect.number for effect in effects):
-                    cells = {e.kind: str(e.distances[name]) for e in effects if e.number == number}
+                    cells = {e.kind: told(e.distances[name]) for e in effects if e.number == number}
                     rows.append([str(number), *(cells.get(kind, "") for kind in columns)])
                 tables.append(Table(f"{stack}: {name}", ["layer", *columns], rows))
         return tables
@@ -159,7 +160,7 @@ class Removals(Result):
         """What can go at the least distance, by each measure."""
         return [
             f"{WORDS[name]} is least without "
-            + ", ".join(f"{e.words} ({e.distances[name]})" for e in self.ranking(name)[:LISTED])
+            + ", ".join(f"{e.words} ({told(e.distances[name])})" for e in self.ranking(name)[:LISTED])
             + "."
             for name in DISTANCES
             if name in self.effects[0].distances
@@ -241,33 +242,24 @@ class RemovalObserver:
                 f"removed: the model has no sublayer and no layer {unknown!r}. It has {', '.join(list(known)[:3])}, ..."
             )
         self._removed = _removable(model, [known[path] for path in settings.removed])
-        self._offered = [one for one in offered if one.path not in settings.removed]
-        if not self._offered:
+        self.offered = [one for one in offered if one.path not in settings.removed]
+        if not self.offered:
             raise PlanError("removed: nothing is left to remove. Name fewer.")
-        self._runs = PrefixedRuns(model, [one.layer for one in layers])
+        self.runs = PrefixedRuns(model, [one.layer for one in layers])
         self._spread, self._losses = Spread(), Spread()
 
     def before(self, batch: Batch) -> None:
         """Run the model on the batch: whole, without what is removed, and without each candidate beside."""
         inputs = without_loss(self._model, batch)
-        kept = kept_tokens(self._model, batch, decoder=True)
-        logits = self._runs.start(inputs, [])
-        labels = label_rows(self._model, batch, kept, logits.shape)
-        if labels is not None and "perplexity" in self._settings.distances:
-            refuse_without_targets(labels, "the distance perplexity")
-        whole = _rows(logits, kept)
-        told = [None] * len(whole) if labels is None else [*_rows(labels, kept)]
+        whole = Whole.of(self._model, batch, self.runs.start(inputs, []), self._settings.distances)
         if self._removed:
-            self._runs.start(inputs, self._removed)
-        if labels is not None and all((one != IGNORED).any() for one in told if one is not None):
-            self._losses.add(torch.tensor([loss(z.float(), y) for z, y in zip(whole, told, strict=True)]))
-        found = []
-        for one in self._offered:
-            changed = _rows(self._runs.without(inputs, self._removed, one), kept)
-            found.append([
-                [distance(name, *pair) for pair in zip(whole, changed, told, strict=True)]
-                for name in self._settings.distances
-            ])  # fmt: skip
+            self.runs.start(inputs, self._removed)
+        if all(labels is not None and (labels != IGNORED).any() for labels in whole.labels):
+            self._losses.add(torch.tensor([loss(z.float(), y) for z, y in zip(whole.rows, whole.labels, strict=True)]))
+        found = [
+            [whole.far(name, logits) for name in self._settings.distances]
+            for logits in (self.runs.without(inputs, self._removed, one) for one in self.offered)
+        ]
         self._spread.add(torch.tensor(found, dtype=torch.float64).permute(2, 0, 1))
 
     def after(self, batch: Batch, output: Any) -> None:
@@ -284,11 +276,41 @@ class RemovalObserver:
                 number=one.number,
                 distances={name: next(estimates) for name in self._settings.distances},
             )
-            for one in self._offered
+            for one in self.offered
         ]
         # A mean over those samples alone that have targets would be that of other data.
-        told = self._losses.samples == self._spread.samples
-        return Removals(loss=self._losses.estimates()[0] if told else None, effects=effects)
+        of_all = self._losses.samples == self._spread.samples
+        return Removals(loss=self._losses.estimates()[0] if of_all else None, effects=effects)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a model as it is gives for a batch, for other outputs to be held against."""
+
+    rows: list[Tensor]
+    """The logits of each sample's tokens."""
+    labels: list[Tensor | None]
+    """Of the same tokens; None where there is not a label for each of the logits."""
+    kept: Tensor | None
+    """Which tokens are none of padding."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, batch: Batch, logits: Tensor, distances: Sequence[Distance]) -> "Whole":
+        """Of the logits of a batch.
+
+        Raises:
+            ConfigError: one of the distances looks at labels, and there are none.
+        """
+        kept = kept_tokens(model, batch, decoder=True)
+        labels = label_rows(model, batch, kept, logits.shape)
+        if labels is not None and "perplexity" in distances:
+            refuse_without_targets(labels, "the distance perplexity")
+        rows = _rows(logits, kept)
+        return cls(rows, [None] * len(rows) if labels is None else [*_rows(labels, kept)], kept)
+
+    def far(self, name: Distance, logits: Tensor) -> list[float]:
+        """By sample, how far other logits of the batch are."""
+        return [distance(name, *each) for each in zip(self.rows, _rows(logits, self.kept), self.labels, strict=True)]
 
 
 class PrefixedRuns:

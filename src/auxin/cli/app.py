@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shlex
+import signal
 import sys
 import traceback
 import warnings
@@ -15,7 +16,7 @@ from typer.core import TyperGroup
 
 from auxin.cli.printing import escaped, to_stderr
 from auxin.errors import AuxinError, ConfigError, reason, shown
-from auxin.interruption import ended_by_signals
+from auxin.interruption import LAUNCHED, Interrupted, ended_by_signals
 
 
 class _Commands(TyperGroup):
@@ -51,6 +52,8 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value; repeatable.")
 ]
 LARGEST_SEED = 2**63 - 1
+_PATIENCE = 5.0
+"""Seconds in which a process that torchrun has started says what is wrong in the others, too."""
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="Folder of a checkpoint.")]
 
 
@@ -91,7 +94,7 @@ def _main() -> None:
         if os.environ.get("AUXIN_DEBUG"):
             raise
         message = str(error) if isinstance(error, AuxinError) else _of_a_file(error)
-        if _speaks():
+        if _speaks() or not (isinstance(error, Interrupted) or _said_elsewhere()):
             Console(stderr=True, highlight=False).print(f"[bold red]auxin:[/] {escaped(message)}", soft_wrap=True)
         sys.exit(error.exit_code if isinstance(error, AuxinError) else 1)
     except KeyboardInterrupt:
@@ -105,6 +108,15 @@ def _speaks() -> bool:
     from auxin.training.ranks import speaks
 
     return speaks()
+
+
+def _said_elsewhere() -> bool:
+    """Whether the process that speaks for this one has said what is wrong in both. torchrun ends all as soon as one has
+    ended, so that it goes first; where it does not end in time, what is wrong is wrong here alone, and said here."""
+    if LAUNCHED not in os.environ:
+        return True
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    return signal.sigtimedwait({signal.SIGTERM}, _PATIENCE) is not None
 
 
 def _of_a_file(error: OSError) -> str:

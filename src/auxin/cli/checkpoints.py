@@ -125,7 +125,7 @@ def evaluate(
     """Perplexity and bits per byte of a model on texts, with a strided window, or on a run's held-out split."""
     from pydantic import TypeAdapter
 
-    from auxin.data import PackedData
+    from auxin.data.streamed_text import held_out_text
     from auxin.evaluation import Perplexity
     from auxin.evaluation.corpus import score_held_out
     from auxin.evaluation.files import score_files
@@ -133,7 +133,7 @@ def evaluate(
     if not text and corpus is None:
         raise ConfigError("Nothing to score. Give --text FILE or --corpus FOLDER.")
     model, tokenizer = _load(checkpoint)
-    scores = {str(corpus): score_held_out(model, tokenizer, PackedData.load(corpus))} if corpus else {}
+    scores = {str(corpus): score_held_out(model, tokenizer, held_out_text(corpus))} if corpus else {}
     scores |= score_files(model, tokenizer, text or [], context_length, stride)
     if as_json:
         # Not the json module: it writes NaN and Infinity, which are no JSON.
@@ -161,14 +161,14 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """What a checkpoint is: structure, token groups, costs, and the lineage with what each stage cost."""
-    from auxin.data import PackedData
+    from auxin.data.streamed_text import held_out_text
     from auxin.evaluation.inspection import describe_checkpoint
     from auxin.models.folders import model_folder
     from auxin.nn.scores import SCALED
 
     if verify:
         _verify(model_folder(checkpoint))
-    found = describe_checkpoint(checkpoint, None if corpus is None else PackedData.load(corpus))
+    found = describe_checkpoint(checkpoint, None if corpus is None else held_out_text(corpus))
     if as_json:
         print(found.model_dump_json(indent=2))
         return

@@ -113,7 +113,8 @@ class _Found(NamedTuple):
 
 
 def _rows_of_objects(name: str, found: Iterable[_Found], fields: Fields, inside: bool = False) -> Iterator[Row]:
-    """The rows of JSON values; those of a part `inside` of a file, whose first row decides nothing."""
+    """The rows of JSON values; those of a part `inside` of a file, whose first row decides nothing, and in which no row
+    may begin."""
     seen_a_row, seen_the_fields = False, inside
     for row_name, value, skipped in found:
         seen_a_row = True
@@ -127,7 +128,7 @@ def _rows_of_objects(name: str, found: Iterable[_Found], fields: Fields, inside:
         else:
             seen_the_fields = True
             yield Row(row_name, tuple(value[field] for field in fields.values()))
-    if not seen_a_row:
+    if not seen_a_row and not inside:
         yield Row(name, None, "empty")
 
 

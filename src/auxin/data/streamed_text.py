@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from auxin.data.collecting import Collected
+from auxin.data.corpus import PackedData
 from auxin.data.dataset import DatasetKind, ProgressCallback, SampleForm, SplitName
 from auxin.data.huggingface_shards import plan_dataset, read_dataset
 from auxin.data.loader import Contexts, permutation
@@ -171,6 +172,16 @@ class StreamedText(PreparedText[_Manifest]):
             "context length": f"{self.context_length:,}",
             "validation tokens": f"{self.report.validation.tokens:,}",
         }
+
+
+def held_out_text(directory: str | Path) -> PackedData | StreamedText:
+    """The prepared text in `directory`, a corpus or a stream, whose held-out contexts are there to be scored.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+    """
+    kind = StreamedText if (Path(directory) / StreamedText.manifest_file).is_file() else PackedData
+    return kind.load(directory)
 
 
 class TextStream:

@@ -5,7 +5,8 @@ import math
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from auxin.accounting.results import perplexity_of
-from auxin.data import PackedData
+from auxin.data.corpus import PackedData
+from auxin.data.streamed_text import StreamedText
 from auxin.data.tokenizer import tokenizer_digest
 from auxin.errors import DataError
 from auxin.evaluation.perplexity import NO_TEXT_TO_SCORE, Perplexity, refuse_no_causal_model
@@ -14,14 +15,17 @@ from auxin.objectives.measures import Loss
 
 
 def score_held_out(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: PackedData, batch_size: int = 16
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    data: PackedData | StreamedText,
+    batch_size: int = 16,
 ) -> Perplexity:
     """Loss, perplexity and bits per byte on the whole held-out split, context by context, as training reports them.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer, which must be the corpus's.
-        data: a prepared corpus.
+        data: a prepared corpus, or a stream.
         batch_size: contexts per forward pass.
 
     Raises:

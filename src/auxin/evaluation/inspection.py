@@ -8,7 +8,8 @@ from transformers import PreTrainedConfig
 from auxin.accounting import Ledger, ParameterCount, count_parameters, flops_per_token
 from auxin.accounting.inputs import counted_length, unit_of_cost
 from auxin.accounting.ledger import LEDGER_FILE
-from auxin.data import PackedData
+from auxin.data.corpus import PackedData
+from auxin.data.streamed_text import StreamedText
 from auxin.data.tokenizer import load_tokenizer
 from auxin.edits.structure import edited_skeleton
 from auxin.evaluation.corpus import score_held_out
@@ -86,7 +87,7 @@ class CheckpointDescription(Widths):
     """The lineage, where the checkpoint carries one."""
 
 
-def describe_checkpoint(folder: str | Path, corpus: PackedData | None = None) -> CheckpointDescription:
+def describe_checkpoint(folder: str | Path, corpus: PackedData | StreamedText | None = None) -> CheckpointDescription:
     """Describe the model in `folder`.
 
     Args:
@@ -130,7 +131,9 @@ def describe_checkpoint(folder: str | Path, corpus: PackedData | None = None) ->
     )
 
 
-def _nested_models(folder: Path, config: TokenFormerConfig, corpus: PackedData | None) -> list[NestedModel]:
+def _nested_models(
+    folder: Path, config: TokenFormerConfig, corpus: PackedData | StreamedText | None
+) -> list[NestedModel]:
     if corpus is None:
         model, tokenizer = cast(TokenFormerForCausalLM, edited_skeleton(config)), None
     else:

@@ -36,14 +36,15 @@ def without_autocast() -> Iterator[None]:
 
 
 @contextmanager
-def bfloat16_autocast(device_type: str, enabled: bool) -> Iterator[None]:
+def bfloat16_autocast(device_type: str, enabled: bool, cached: bool = True) -> Iterator[None]:
     """Within the context, products are computed in bfloat16 where `enabled`, and else in the type of their factors.
 
-    The cache of converted weights is emptied at the end, which torch leaves to the outermost context: within one of
-    the caller's, a second step would be computed with the weights of the first.
+    Where `cached`, a weight is converted once, and what it became stays up to the end. The cache is emptied then, which
+    torch leaves to the outermost context: within one of the caller's, a second step would be computed with the weights
+    of the first.
     """
     try:
-        with torch.autocast(device_type, torch.bfloat16, enabled=enabled):
+        with torch.autocast(device_type, torch.bfloat16, enabled=enabled, cache_enabled=cached):
             yield
     finally:
         torch.clear_autocast_cache()

@@ -148,8 +148,8 @@ class DistillationObjective(Wrapping):
 
     def __init__(self, settings: Distillation, wrapped: Objective, reference: Reference) -> None:
         super().__init__(wrapped)
-        self.adds_up = wrapped.adds_up and not settings.projected  # a map is fitted to each part
-        self.sees_heads = bool(settings.attentions or settings.relations)
+        self.adds_up &= not settings.projected  # a map is fitted to each part
+        self.sees_heads |= bool(settings.attentions or settings.relations)
         self.settings, self.reference, self.teacher = settings, reference, reference.model
         self._watch: _Watch | None = None
 

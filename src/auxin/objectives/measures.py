@@ -2,19 +2,19 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from auxin.data.dataset import Split
 from auxin.data.question_source import ANSWER, CONTEXT
-from auxin.errors import ConfigError, DataError
+from auxin.errors import ConfigError
 from auxin.models.evaluating import evaluating
-from auxin.objectives.objective import NOT_A_NUMBER, Answers, Objective, held_out_noise
+from auxin.objectives.held_out_batches import ALONE, HeldOutBatches, Sharing
+from auxin.objectives.objective import NOT_A_NUMBER, Answers, Objective
 from auxin.settings import Settings
 from auxin.words.one_of import kinds_of
 from auxin.words.registry import Registry
@@ -55,8 +55,36 @@ class Measure(Settings):
                 f"{', '.join(fitting)}."
             )
 
+    def of_batch(
+        self, model: nn.Module, objective: Objective, batch: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        """What the value of all batches is made of, for one of them: numbers that float64 holds, (rows, columns), with
+        the same columns for each batch.
+
+        Args:
+            model: in evaluation mode, without gradients.
+            objective: bound to the model's config; says what the targets are.
+            batch: as the data gives it.
+            inputs: what the model is called with for it, on the CPU.
+        """
+        raise NotImplementedError
+
+    def value(self, found: Sequence[Tensor]) -> float:
+        """The measure of all samples together.
+
+        Args:
+            found: of each batch in its order what `of_batch` gives, as float64 on the CPU.
+        """
+        raise NotImplementedError
+
     def __call__(
-        self, model: nn.Module, split: Split, objective: Objective, batch_size: int, max_batches: int | None = None
+        self,
+        model: nn.Module,
+        split: Split,
+        objective: Objective,
+        batch_size: int,
+        max_batches: int | None = None,
+        sharing: Sharing = ALONE,
     ) -> float:
         """Measure `model` on held-out samples.
 
@@ -68,11 +96,17 @@ class Measure(Settings):
             objective: bound to the model's config; says what the targets are.
             batch_size: samples per forward pass.
             max_batches: batches to use; None: all.
+            sharing: who else measures the model; all get the same bits, which do not depend on how many they are.
 
         Raises:
             DataError: there is no sample, or a number is out of range.
         """
-        raise NotImplementedError
+        batches = HeldOutBatches(split, objective, batch_size, max_batches)
+        found: dict[int, Tensor] = {}
+        with evaluating(model), sharing.measuring():
+            for number, batch, inputs in sharing.own(batches):
+                found[number] = self.of_batch(model, objective, batch, inputs).double().cpu()
+        return self.value(sharing.all_of(found, len(batches)))
 
 
 class Loss(Measure):
@@ -90,38 +124,53 @@ class Loss(Measure):
         """Nats per target."""
         return f"nats/{objective.target}"
 
-    def __call__(
-        self, model: nn.Module, split: Split, objective: Objective, batch_size: int, max_batches: int | None = None
-    ) -> float:
+    def of_batch(
+        self, model: nn.Module, objective: Objective, batch: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The sum of the losses of its targets, and how many there are, (1, 2)."""
+        losses = objective.losses(model, inputs)
+        return torch.tensor([[losses.sum(dtype=torch.float64), losses.numel()]], dtype=torch.float64)
+
+    def value(self, found: Sequence[Tensor]) -> float:
         """Every target weighs the same."""
-        total, targets = 0.0, 0
-        with evaluating(model):
-            for inputs in held_out_inputs(split, objective, batch_size, max_batches):
-                losses = objective.losses(model, inputs)
-                total += float(losses.sum(dtype=torch.float64))
-                targets += losses.numel()
-        return total / targets
+        total, targets = (sum(column) for column in zip(*(one[0].tolist() for one in found), strict=True))
+        return float(total / targets)
 
 
-class Accuracy(Measure):
+class _OfPredictions(Measure):
+    """Of the likeliest classes of all targets; not a number where a model's logits are none."""
+
+    of: ClassVar[Answers | None] = "classes"
+
+    def of_batch(
+        self, model: nn.Module, objective: Objective, batch: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The likeliest class of each target, and the right one, (targets, 2)."""
+        return torch.stack(objective.predictions(model, inputs), 1)
+
+    def value(self, found: Sequence[Tensor]) -> float:
+        """Of all targets together."""
+        predicted, right = torch.cat(list(found)).long().unbind(1)
+        return math.nan if bool((predicted == NOT_A_NUMBER).any()) else self.of_right(predicted, right)
+
+    def of_right(self, predicted: Tensor, right: Tensor) -> float:
+        """The measure of predicted classes where others, or the same, are right; each (targets,)."""
+        raise NotImplementedError
+
+
+class Accuracy(_OfPredictions):
     """Share of the targets whose likeliest class is the right one, 0 to 1; not a number where a model's logits are
     none."""
 
     kind: Literal["accuracy"] = "accuracy"
     """Says that this is the accuracy."""
-    of: ClassVar[Answers | None] = "classes"
 
-    def __call__(
-        self, model: nn.Module, split: Split, objective: Objective, batch_size: int, max_batches: int | None = None
-    ) -> float:
+    def of_right(self, predicted: Tensor, right: Tensor) -> float:
         """Every target weighs the same."""
-        predicted, right = _predictions(model, split, objective, batch_size, max_batches)
-        if bool((predicted == NOT_A_NUMBER).any()):
-            return math.nan
         return float((predicted == right).double().mean())
 
 
-class MacroF1(Measure):
+class MacroF1(_OfPredictions):
     """The mean of the classes' F1, every class weighing the same, 0 to 1.
 
     A class's F1 is 2 TP / (2 TP + FP + FN). Classes that neither occur nor are predicted are left out.
@@ -129,20 +178,14 @@ class MacroF1(Measure):
 
     kind: Literal["macro_f1"] = "macro_f1"
     """Says that this is macro-averaged F1."""
-    of: ClassVar[Answers | None] = "classes"
 
     @property
     def name(self) -> str:
         """As papers write it."""
         return "macro F1"
 
-    def __call__(
-        self, model: nn.Module, split: Split, objective: Objective, batch_size: int, max_batches: int | None = None
-    ) -> float:
+    def of_right(self, predicted: Tensor, right: Tensor) -> float:
         """Of all samples together, not of batches."""
-        predicted, right = _predictions(model, split, objective, batch_size, max_batches)
-        if bool((predicted == NOT_A_NUMBER).any()):
-            return math.nan
         classes = int(max(predicted.max(), right.max())) + 1
         hits = torch.bincount(right[predicted == right], minlength=classes)
         # 2 TP + FP + FN is how often a class is predicted and how often it occurs, together.
@@ -150,24 +193,48 @@ class MacroF1(Measure):
         return float((2 * hits[seen > 0] / seen[seen > 0].double()).mean())
 
 
-class ExactMatch(Measure):
+class _OfAnswers(Measure):
+    """The mean over questions, each of which weighs the same; not a number where a model's logits are none."""
+
+    of: ClassVar[Answers | None] = "spans"
+
+    def of_batch(
+        self, model: nn.Module, objective: Objective, batch: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The value of each question, not a number where there is no likeliest answer, (questions, 1)."""
+        found = objective.spans(model, inputs, batch[CONTEXT]).tolist()
+        right = torch.stack([batch[name] for name in ANSWER], 1).tolist()
+        values = [
+            math.nan
+            if NOT_A_NUMBER in guess
+            else self.of_answer(*(ids[start : end + 1] for start, end in (guess, answer)))
+            for ids, guess, answer in zip(batch["input_ids"].tolist(), found, right, strict=True)
+        ]
+        return torch.tensor(values, dtype=torch.float64)[:, None]
+
+    def value(self, found: Sequence[Tensor]) -> float:
+        """Their mean."""
+        values = torch.cat(list(found)).flatten().tolist()
+        return math.fsum(values) / len(values)
+
+    def of_answer(self, found: list[int], right: list[int]) -> float:
+        """The value of a question, by the ids of the likeliest answer and of the right one."""
+        raise NotImplementedError
+
+
+class ExactMatch(_OfAnswers):
     """Share of the questions whose likeliest answer has the tokens of the right one, 0 to 1; not a number where a
     model's logits are none."""
 
     kind: Literal["exact_match"] = "exact_match"
     """Says that this is the share of exact answers."""
-    of: ClassVar[Answers | None] = "spans"
 
-    def __call__(
-        self, model: nn.Module, split: Split, objective: Objective, batch_size: int, max_batches: int | None = None
-    ) -> float:
-        """Every question weighs the same."""
-        return _mean_of_answers(
-            model, split, objective, batch_size, max_batches, lambda found, right: float(found == right)
-        )
+    def of_answer(self, found: list[int], right: list[int]) -> float:
+        """Whether they are the same."""
+        return float(found == right)
 
 
-class TokenF1(Measure):
+class TokenF1(_OfAnswers):
     """The mean over questions of the F1 of the likeliest answer's tokens, 0 to 1.
 
     That is 2 S / (P + R), of P tokens of this answer and R of the right one, which share S, equal ones counted as often
@@ -176,87 +243,15 @@ class TokenF1(Measure):
 
     kind: Literal["token_f1"] = "token_f1"
     """Says that this is F1 of an answer's tokens."""
-    of: ClassVar[Answers | None] = "spans"
 
     @property
     def name(self) -> str:
         """As papers write it."""
         return "token F1"
 
-    def __call__(
-        self, model: nn.Module, split: Split, objective: Objective, batch_size: int, max_batches: int | None = None
-    ) -> float:
-        """Every question weighs the same."""
-
-        def f1(found: list[int], right: list[int]) -> float:
-            return 2 * (Counter(found) & Counter(right)).total() / (len(found) + len(right))
-
-        return _mean_of_answers(model, split, objective, batch_size, max_batches, f1)
-
-
-def held_out_inputs(
-    split: Split, objective: Objective, batch_size: int, max_batches: int | None = None
-) -> Iterator[dict[str, Tensor]]:
-    """What a model is called with to be measured on `split`: batches in the split's order, on the CPU.
-
-    Raises:
-        DataError: as of `held_out_batches`.
-    """
-    return (inputs for _, inputs in held_out_batches(split, objective, batch_size, max_batches))
-
-
-def held_out_batches(
-    split: Split, objective: Objective, batch_size: int, max_batches: int | None = None
-) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """The batches of `split` in its order, and what a model is called with for each, on the CPU.
-
-    Raises:
-        DataError: there is no sample, or a number is out of range.
-    """
-    if not len(split):
-        raise DataError("The held-out split has no sample: there is nothing to measure.")
-    for name, value in (("batch_size", batch_size), ("max_batches", max_batches)):
-        if value is not None and value < 1:
-            raise DataError(f"{name} is {value}. Give 1 or more.")
-    rows = len(split) if max_batches is None else min(len(split), max_batches * batch_size)
-    noise: np.random.Generator = held_out_noise()
-    for start in range(0, rows, batch_size):
-        batch = split.rows(range(start, min(start + batch_size, rows)))
-        yield batch, objective.inputs(batch, noise)
-
-
-def _predictions(
-    model: nn.Module, split: Split, objective: Objective, batch_size: int, max_batches: int | None
-) -> tuple[Tensor, Tensor]:
-    with evaluating(model):
-        pairs = [
-            objective.predictions(model, inputs)
-            for inputs in held_out_inputs(split, objective, batch_size, max_batches)
-        ]
-    predicted, right = (torch.cat([pair[side].cpu() for pair in pairs]) for side in (0, 1))
-    return predicted, right
-
-
-def _mean_of_answers(
-    model: nn.Module,
-    split: Split,
-    objective: Objective,
-    batch_size: int,
-    max_batches: int | None,
-    value: Callable[[list[int], list[int]], float],
-) -> float:
-    """The mean over questions of a value of (ids of the likeliest answer, ids of the right one); not a number where
-    there is no likeliest one."""
-    values: list[float] = []
-    with evaluating(model):
-        for batch, inputs in held_out_batches(split, objective, batch_size, max_batches):
-            found = objective.spans(model, inputs, batch[CONTEXT]).tolist()
-            right = torch.stack([batch[name] for name in ANSWER], 1).tolist()
-            for ids, guess, answer in zip(batch["input_ids"].tolist(), found, right, strict=True):
-                if NOT_A_NUMBER in guess:
-                    return math.nan
-                values.append(value(*(ids[start : end + 1] for start, end in (guess, answer))))
-    return math.fsum(values) / len(values)
+    def of_answer(self, found: list[int], right: list[int]) -> float:
+        """F1 of the tokens of the two."""
+        return 2 * (Counter(found) & Counter(right)).total() / (len(found) + len(right))
 
 
 def _measures_in(loaded: Any) -> Iterator[tuple[str, type[Measure]]]:

@@ -13,7 +13,7 @@ from auxin.objectives.causal import Causal
 from auxin.objectives.objective import OBJECTIVES, Objective, ObjectiveSettings
 from auxin.words.one_of import OneOf
 
-_OF_THE_CLASS = ("target", "shifted", "whole_text", "answers", "noisy", "call")
+_OF_THE_CLASS = ("target", "shifted", "whole_text", "answers", "noisy", "adds_up", "sees_heads", "call")
 
 
 class WrappingSettings(ObjectiveSettings):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from math import ceil, floor
-from typing import Self
+from typing import NamedTuple, Self
 
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel
@@ -21,6 +21,17 @@ from auxin.settings import Settings
 
 Edits = Callable[[Sequence[str]], list[Edit]]
 """(paths of what goes) -> the edits that take it out."""
+
+
+class Going(NamedTuple):
+    """One that goes."""
+
+    path: str
+    """Of the part or the layer."""
+    about: str = ""
+    """What is to be said about it: the number by which it was chosen."""
+    margin: float | None = None
+    """Half the width of that number's 95 % interval over the samples; None where it is not known."""
 
 
 class HowMuch(Settings):
@@ -129,21 +140,21 @@ def last_ones(offered: Mapping[str, str], gone: Iterable[str]) -> set[str]:
     return {paths[0] for paths in left.values() if len(paths) == 1}
 
 
-def from_the_top(offered: Mapping[str, str], wanted: HowMuch) -> Iterator[tuple[str, str]]:
+def from_the_top(offered: Mapping[str, str], wanted: HowMuch) -> Iterator[Going]:
     """An order for outlines: what may go, the last one first, but what is kept and one of each stack. Which ones a
     method takes is not known without weights."""
     named, gone = wanted.kept(offered), list[str]()
     for path in reversed(list(offered)):
         if path not in named and path not in last_ones(offered, gone):
             gone.append(path)
-            yield path, ""
+            yield Going(path)
 
 
 def taken(
     model: PreTrainedModel,
     wanted: HowMuch,
     offered: Mapping[str, str],
-    order: Iterable[tuple[str, str]],
+    order: Iterable[Going],
     edits: Edits,
     method: str,
 ) -> Plan:
@@ -153,7 +164,7 @@ def taken(
         model: the model, on any device; weights are not looked at.
         wanted: how much is to go.
         offered: what may go: the stack of layers of each, by its path.
-        order: the paths of what goes, and what is to be said about each; drawn from as long as more has to go.
+        order: what goes; drawn from as long as more has to go.
         edits: what takes parts out.
         method: the method's name.
 
@@ -164,9 +175,11 @@ def taken(
     count, target = wanted.count(offered), wanted.target
     gone: list[str] = []
     words: list[str] = []
-    for path, about in order:
+    margins: list[float | None] = []
+    for path, about, margin in order:
         gone.append(path)
         words.append(f"{path} ({about})" if about else path)
+        margins.append(margin)
         if count is not None and len(gone) < count:
             continue
         found = removal(model, edits(gone))
@@ -177,10 +190,16 @@ def taken(
                 settings=wanted.model_dump(mode="json", exclude_defaults=True),
                 promise="none",
                 edits=list(found.edits),
-                findings=[reached, f"Removed, in this order: {', '.join(words)}.", *figures],
+                findings=[reached, f"Removed, in this order: {', '.join(words)}.", *_about(margins), *figures],
                 made_for=config_values(model.config),
             )
     raise PlanError(
         f"After {len(gone)} of {len(offered)} candidates nothing more can go: one of each stack of layers stays, and "
         "what is spared. Ask for less."
     )
+
+
+def _about(margins: Sequence[float | None]) -> list[str]:
+    """How sure the numbers are by which parts were chosen."""
+    known = [f"± {margin:.2g}" for margin in margins if margin is not None]
+    return [f"Over the samples these numbers have margins (95 %) of {', '.join(known)}."] if known else []

@@ -1,9 +1,10 @@
-"""What a run needs beside its recipe, looked for before anything is made: sources of the data, devices, and that what
-an earlier run has built is what the recipe still builds."""
+"""What a run needs beside its recipe, looked for before anything is made: sources of the data, devices, that several
+processes can train what they are to, and that what an earlier run has built is what the recipe still builds."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from auxin.accounting import Ledger
 from auxin.accounting.machine import choose_device
 from auxin.data.pictures import read_processor
 from auxin.data.settings import SourceSettings
@@ -14,9 +15,14 @@ from auxin.edits.structure import config_values, saved_and_read
 from auxin.errors import CheckpointError, ConfigError, placed
 from auxin.models.loading import load_config
 from auxin.recipes.folder import is_done, left_checkpoint
+from auxin.recipes.price import trained_skeleton
+from auxin.recipes.references import planned_books, reference_shapes
 from auxin.recipes.schema import BuildStage, Recipe, TrainStage
-from auxin.recipes.stage_models import estimated_stages
+from auxin.recipes.stage_hooks import asked_hooks
+from auxin.recipes.stage_models import estimated_stages, stage_configs
 from auxin.recipes.stages import Run
+from auxin.training.ranks import Ranks
+from auxin.training.tensor_parallel import choose_any_strategy
 
 
 def check_needs(recipe: Recipe, data_directory: Path) -> None:
@@ -57,6 +63,33 @@ def check_devices(recipe: Recipe) -> None:
                 place = recipe.at(branch, stage) if "device" in stage.settings else recipe.at()
                 with place, recipe.at_setting(stage):
                     choose_device(recipe.training_settings(stage, flops=1.0).device)
+
+
+def check_strategies(recipe: Recipe, directory: Path, wanted: Sequence[str], ranks: Ranks) -> None:
+    """Make sure that several processes can train what the branches `wanted` have still to train, by the strategies that
+    are asked for; on shapes.
+
+    Raises:
+        ConfigError: they can't.
+    """
+    if not ranks.several:
+        return
+    with recipe.at():
+        form = recipe.form()
+    structures = stage_configs(recipe, form)
+    for branch in recipe.branches:
+        for stage in branch.stages if branch.name in wanted else ():
+            if not isinstance(stage, TrainStage) or is_done(directory, branch, stage):
+                continue
+            with recipe.at(branch, stage):
+                settings = recipe.training_settings(stage, flops=1.0)
+                model = trained_skeleton(structures[branch.name][stage.name], stage.lora)
+                references = reference_shapes(recipe, structures, branch, stage, settings.objective)
+                objective = settings.objective.bind(model.config, form, references)
+                before = planned_books(recipe, structures, branch.name, stage.name).stages[:-1]
+                hooks = asked_hooks(stage, Ledger(stages=before))
+                with recipe.at_setting(stage):
+                    choose_any_strategy(settings, ranks, choose_device(settings.device), model, objective, hooks)
 
 
 def check_builds(run: Run, wanted: Sequence[str]) -> None:

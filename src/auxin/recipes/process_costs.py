@@ -103,6 +103,32 @@ def process_costs(model: PreTrainedModel, layout: Layout, passes: int) -> Proces
     )
 
 
+def converted_bytes(model: PreTrainedModel, layout: Layout, again: bool) -> int:
+    """Bytes of weights in bfloat16 that a process holds as the backward pass begins.
+
+    Autocast converts what products are with, and the graph keeps that for the backward pass, also of layers that lie in
+    pieces again. Where layers are computed again it is converted anew, of one layer at a time; of copies the cache of
+    autocast keeps all of it until the forward pass ends.
+
+    Args:
+        model: any; its weights are not looked at.
+        layout: how it lies.
+        again: whether the backward pass computes layers again.
+    """
+
+    def converted(module: nn.Module) -> int:
+        owners = [owner for owner in module.modules() if not isinstance(owner, nn.Embedding)]
+        return 2 * sum(
+            p.numel() for p in {p for owner in owners for p in owner.parameters(recurse=False) if p.ndim > 1}
+        )
+
+    whole = converted(model)
+    if layout.group == 1 or not again:
+        return whole
+    layers = [converted(layer) for layer in _layers(model)]
+    return whole - sum(layers) + max(layers, default=0)
+
+
 def _ring(processes: int) -> float:
     return (processes - 1) / processes
 

@@ -1,5 +1,6 @@
 """Run a recipe: every stage of every branch, each of which is done once however often the run is started."""
 
+import contextlib
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from auxin.errors import ConfigError
 from auxin.files import write_text
 from auxin.interruption import ended_by_signals
 from auxin.locks import exclusive
-from auxin.recipes.beforehand import check_builds, check_needs
+from auxin.recipes.beforehand import check_builds, check_needs, check_strategies
 from auxin.recipes.course import Course
 from auxin.recipes.folder import (
     BRANCHES,
@@ -77,7 +78,9 @@ def run_recipe(
     if recipe.seeds is not None:
         raise ConfigError(f"seeds: {recipe.seeds}: a run has one seed. Use run_seeds, or give the recipe one as seed.")
     wanted = recipe.needed(branches)
-    with ranks.leading(), opened_run(recipe, output, announce, ranks) as run:
+    with ranks.leading(), contextlib.ExitStack() as held_open:
+        check_strategies(recipe, Path(output), wanted, ranks)
+        run = held_open.enter_context(opened_run(recipe, output, announce, ranks))
         if jobs == 1:
             return run_here(run, command, wanted)
         check_builds(run, wanted)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from auxin.errors import ConfigError, unknown_name
 from auxin.recipes.price import pass_memory, price_recipe, reference_bytes, trained_skeleton
-from auxin.recipes.process_costs import Layout, ProcessCosts, process_costs
+from auxin.recipes.process_costs import Layout, ProcessCosts, converted_bytes, process_costs
 from auxin.recipes.references import reference_shapes
 from auxin.recipes.schema import Recipe, TrainStage
 from auxin.recipes.stage_models import stage_configs
@@ -75,7 +75,7 @@ class Shared(Settings):
     """Bytes that the backward pass keeps of the forward pass of a micro-batch, in float32: an upper bound for
     bfloat16."""
     total: int
-    """Bytes at once, with what is whole while it computes or is added up."""
+    """Bytes at once, with what is whole while it computes or is added up, and weights in bfloat16."""
     micro_batch: int
     """Samples of a forward pass."""
     largest: int
@@ -139,7 +139,8 @@ def price_shared(recipe: Recipe, gpus: int, gpu: Gpu) -> list[Shared]:
         compute = stage.flops / stage.steps / (gpus * gpu.peak * UTILIZATION)
         for strategy, layout in layouts(settings, gpus).items():
             costs = process_costs(model, layout, passes)
-            room = costs.room(gpu.memory * (1 - RESERVED) - teachers)
+            converted = 0 if settings.precision == "float32" else converted_bytes(model, layout, again)
+            room = costs.room(gpu.memory * (1 - RESERVED) - teachers) - converted
             largest = 0 if room < kept[1] else 1 + int((room - kept[1]) / max(1, kept[2] - kept[1]))
             found.append(
                 Shared(
@@ -149,7 +150,7 @@ def price_shared(recipe: Recipe, gpus: int, gpu: Gpu) -> list[Shared]:
                     group=layout.group,
                     state=costs.state + teachers,
                     activations=kept[micro],
-                    total=costs.at_once(kept[micro]) + teachers,
+                    total=costs.at_once(kept[micro] + converted) + teachers,
                     micro_batch=micro,
                     largest=largest,
                     sent=costs.sent,
@@ -211,9 +212,10 @@ def shared_notes(prices: list[Shared], gpus: int, gpu: Gpu) -> list[str]:
     lines = [
         "",
         f"Computed, not measured: {gpus} x {gpu.name} of {gpu.memory / 1e9:.0f} GB, a tenth left free; weights, "
-        f"gradients and AdamW's moments in float32, activations counted so, too; {UTILIZATION:.0%} of "
-        f"{gpu.peak / 1e12:,.0f} TFLOPs in bfloat16; {network(gpus, gpu)}. Small models wait for kernels to be "
-        "launched, which is not counted. A pass: samples of a forward pass; at most: of the largest that fits.",
+        "gradients and AdamW's moments in float32, activations counted so, too, and what products take of weights in "
+        f"bfloat16; {UTILIZATION:.0%} of {gpu.peak / 1e12:,.0f} TFLOPs in bfloat16; {network(gpus, gpu)}. Small models "
+        "wait for kernels to be launched, which is not counted. A pass: samples of a forward pass; at most: of the "
+        "largest that fits.",
     ]
     if any(one.strategy == "hybrid" for one in prices):
         group = next(one.group for one in prices if one.strategy == "hybrid")

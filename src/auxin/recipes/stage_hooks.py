@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from auxin.accounting import Ledger
 from auxin.errors import ConfigError
-from auxin.planning.hooks import Hook, HookContext, asked_by, made_hooks
+from auxin.planning.hooks import Hook, HookContext, HookSettings, asked_by, made_hooks
 from auxin.planning.lineage import changes_since_training
 from auxin.recipes.schema import TrainStage
 
@@ -19,10 +19,14 @@ def stage_hooks(stage: TrainStage, ledger: Ledger) -> list[Hook]:
             which leaves alone what hooks work on.
         PlanError: the change does not tell old entries from new ones.
     """
-    context = HookContext(f"{stage.name}: hooks", ledger)
-    asked = [hook for plan in changes_since_training(ledger) for hook in asked_by(plan)]
-    refuse_with_lora(stage, [hook.kind for hook in (*asked, *stage.hooks)])
-    return made_hooks([*asked, *stage.hooks], context)
+    asked = asked_hooks(stage, ledger)
+    refuse_with_lora(stage, [hook.kind for hook in asked])
+    return made_hooks(asked, HookContext(f"{stage.name}: hooks", ledger))
+
+
+def asked_hooks(stage: TrainStage, ledger: Ledger) -> list[HookSettings]:
+    """What the hooks of `stage` are made from; of the ledger the plans of changes are enough."""
+    return [*(hook for plan in changes_since_training(ledger) for hook in asked_by(plan)), *stage.hooks]
 
 
 def refuse_with_lora(stage: TrainStage, hooks: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """What every picture is made of: a document, text and lines, as SVG that reads on white and on black."""
 
+import math
 import textwrap
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
@@ -16,6 +17,8 @@ TITLE_CHARACTERS, NOTE_CHARACTERS = 50, 72
 """In a line of a narrow picture's title, and of the note below it."""
 CHARACTER = 6.6
 """Width of a small character, about."""
+ROUND = (1, 2, 5, 10)
+"""What numbers of an axis are multiples of, times a power of ten."""
 
 
 def document(title: str, width: float, height: float, body: Sequence[str]) -> str:
@@ -66,3 +69,12 @@ def line(x1: float, y1: float, x2: float, y2: float, opacity: float) -> str:
 def escaped(content: str) -> str:
     """Any text, to stand in an element."""
     return escape(printable(content))
+
+
+def ticks(low: float, high: float, most: int) -> list[tuple[float, str]]:
+    """Round numbers between two, and how they are written: multiples of 1, 2 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    step = next(power * one for one in ROUND if (high - low) / (power * one) <= most)
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    return [(number * step, f"{number * step:.{digits}f}") for number in numbers]

@@ -76,14 +76,11 @@ class DividedLinear:
         config: Any = model.config.get_text_config()
         dropout: float = getattr(config, "attention_dropout", 0.0)
         if self._styles and dropout:
-            raise ConfigError(
-                f"attention_dropout: {dropout} is drawn for all heads at once, which strategy: "
-                "'tensor' divides. Set it to 0, or strategy: sharded."
-            )
+            raise _drawn("attention_dropout", dropout)
 
     def _check_beside(self, model: PreTrainedModel, scope: str) -> None:
-        """Refuse parameters in `scope`, where each process has some of the heads or units, of which the plan does not
-        say what becomes of their gradients; ConfigError."""
+        """Refuse what is in `scope`, where each process has some of the heads or units: parameters of which the plan
+        does not say what becomes of their gradients, and what is drawn; ConfigError."""
         known = [*self._styles, *self._summed]
         for name, _ in model.get_submodule(scope).named_parameters(scope):
             if not any(encloses(path, name) for path in known):
@@ -91,6 +88,10 @@ class DividedLinear:
                     f"strategy: 'tensor' can't train {name}: transformers' plan divides layers beside it, and does not "
                     "say what it is to do. Set strategy: sharded."
                 )
+        for path, module in model.get_submodule(scope).named_modules(prefix=scope):
+            rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+            if rate:
+                raise _drawn(path if isinstance(module, nn.Dropout) else f"{path}.attention_dropout", rate)
 
     def __bool__(self) -> bool:
         return bool(self._styles)
@@ -100,6 +101,14 @@ class DividedLinear:
         styles = {name: _STYLES[style]() for name, style in self._styles.items()}
         parallelize_module(model, mesh, styles, src_data_rank=None)
         return {parameter for name in self._summed for parameter in model.get_submodule(name).parameters()}
+
+
+def _drawn(what: str, rate: float) -> ConfigError:
+    """Each process would drop the same of its own heads or units."""
+    return ConfigError(
+        f"{what}: {rate} is drawn for all heads or units at once, which strategy: 'tensor' divides. Set it to 0, or "
+        "strategy: sharded."
+    )
 
 
 def _shared_parameters(model: nn.Module) -> set[nn.Parameter]:

@@ -37,7 +37,9 @@ class BatchGradients:
 
     def autocast(self) -> AbstractContextManager[None]:
         """In which the model runs, to learn and to be measured."""
-        return bfloat16_autocast(self.device.type, self.precision == torch.bfloat16)
+        on = self.precision == torch.bfloat16
+        # The cache would hold on to what was made of every layer, when the layer itself lies in pieces again.
+        return bfloat16_autocast(self.device.type, on, cached=not self.strategy.gathers)
 
     def of(self, inputs: dict[str, Tensor], seed: int) -> tuple[float, float]:
         """Leave the clipped gradients of the mean loss over the batch's targets; return loss and norm before clipping,
@@ -55,13 +57,17 @@ class BatchGradients:
         """
         for parameter in self.parameters:
             parameter.grad = None
-        parts = _parts(inputs, samples_per_pass(self.settings, self.strategy.sharers.size))
+        together = self.strategy.shares_passes
+        parts = self._parts(inputs)
         counts = [self.objective.targets(part) for part in parts]
         total = sum(counts)
         if not total:
             return math.nan, math.nan
         # A mean over nothing is not a number.
-        shares = [(number, count / total) for number, count in enumerate(counts) if count]
+        shares = [(number, count / total) for number, count in enumerate(counts) if count or together]
+        for number, count in enumerate(counts):
+            if together and not count:  # it is passed for the sake of the others, and its loss weighs nothing
+                parts[number] = {**parts[number], "labels": torch.zeros_like(parts[number]["labels"])}
         mine = self._own(shares)
         for number, _ in mine:
             parts[number] = self._here(parts[number])
@@ -87,6 +93,18 @@ class BatchGradients:
         # One transfer, so that CUDA is waited for once per step.
         values = torch.stack([loss, whole(norm).to(loss.dtype)]).tolist()
         return values[0], values[1]
+
+    def _parts(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The parts of a batch, of which the processes take turns: its micro-batches, or what each process has of the
+        first one, of the second one and so on."""
+        size = self.strategy.sharers.size
+        if not self.strategy.shares_passes:
+            return _parts(inputs, samples_per_pass(self.settings, size))
+        return [
+            {name: value.tensor_split(size)[rank] for name, value in part.items()}
+            for part in _parts(inputs, self.settings.samples_per_forward)
+            for rank in range(size)
+        ]
 
     def _own(self, shares: list[tuple[int, float]]) -> list[tuple[int, float]]:
         """Of (micro-batch, its share of the loss) those of this process. Where a pass is one of all processes together,

@@ -1,16 +1,20 @@
 """What a stage measures on held-out samples, on the way and at its end."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from auxin.data.dataset import Dataset, Split
 from auxin.errors import TrainingError
+from auxin.objectives.held_out_batches import ALONE, Sharing
 from auxin.objectives.measures import Measure
 from auxin.objectives.objective import Objective
 from auxin.training.metrics import HELD_OUT_SAMPLES, VALIDATION, WHOLE_SPLIT
+from auxin.training.strategies import Copies
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class HeldOut:
     """Batches of an evaluation on the way; None: the whole split."""
     told: Callable[[int, int], None] = lambda done, total: None
     """Is told of how many samples out of how many are measured, at the beginning and the end of each measure too."""
+    sharing: Sharing = ALONE
+    """Who measures with this process."""
 
     def __post_init__(self) -> None:
         """Refuse measures of something else than the objective's answers; ConfigError."""
@@ -69,7 +75,7 @@ class HeldOut:
     def _measured(self, measure: Measure, model: nn.Module, part: int | None) -> float:
         split = _Watched(self.data.split("validation"), part, self.told)
         batches = None if part is None else self.max_batches
-        value = measure(model, split, self.objective, self.batch_size, batches)
+        value = measure(model, split, self.objective, self.batch_size, batches, self.sharing)
         self.told(split.total, split.total)
         return value
 
@@ -87,6 +93,41 @@ class HeldOut:
         if self.part is None:
             return {VALIDATION + kind: value for kind, value in found.items()}
         return {**self.line(self.first(model)), **{WHOLE_SPLIT + kind: value for kind, value in found.items()}}
+
+
+class SharedAmong(Sharing):
+    """The processes that train a model measure it together, each a part of the batches.
+
+    Args:
+        strategy: how it lies in them.
+    """
+
+    def __init__(self, strategy: Copies) -> None:
+        self._all, self._sharers = strategy.ranks, strategy.sharers
+        self.rank, self.size, self.in_step = self._sharers.rank, self._sharers.size, strategy.in_step
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """What goes wrong in one goes wrong in all, where they don't wait for one another in each pass."""
+        self._all.take_time()
+        if self.in_step:
+            yield
+        else:
+            with self._all.together():
+                yield
+
+    def all_of(self, found: Mapping[int, Tensor], count: int) -> list[Tensor]:
+        """As those who found it tell; the slowest is waited for as long as it lives."""
+        if not self._sharers.several:
+            return super().all_of(found, count)
+        own = {number: one for number, one in found.items() if number % self.size == self.rank}
+        shapes: dict[int, tuple[int, ...]] = {}
+        for each in self._sharers.each({number: list(one.shape) for number, one in own.items()}):
+            shapes |= {int(number): tuple(shape) for number, shape in each.items()}
+        parts = [own[number] if number in own else torch.zeros(shapes[number]) for number in range(count)]
+        flat = torch.cat([part.double().flatten() for part in parts])
+        self._sharers.add_up(flat)
+        return [part.view(shapes[number]) for number, part in enumerate(flat.split([part.numel() for part in parts]))]
 
 
 class _Watched:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from auxin.accounting.ledger import Ledger, StageRecord
+from auxin.accounting.ledger import Ledger
 from auxin.accounting.machine import choose_device
 from auxin.accounting.parameters import count_parameters
 from auxin.accounting.recomputation import RECOMPUTATION_NOTE, check_recomputable, recomputed
@@ -25,13 +24,15 @@ from auxin.nn.autocast import without_autocast
 from auxin.objectives.measures import Loss, Measure
 from auxin.objectives.objective import Objective, ObjectiveSettings, References, training_noise
 from auxin.planning.hooks import Hook
+from auxin.training.batch_norms import batch_norms, normed_together
 from auxin.training.batches import Batches
+from auxin.training.books import Books, Rates
 from auxin.training.checkpoint import load_weights, read_state, stored_moments, stored_training
 from auxin.training.fit import check_fit, refuse_non_finite
 from auxin.training.gradients import BatchGradients
 from auxin.training.guard import Guard, GuardEvent
 from auxin.training.hardware import peak_flops
-from auxin.training.held_out import HeldOut
+from auxin.training.held_out import HeldOut, SharedAmong
 from auxin.training.identity import RunIdentity
 from auxin.training.keeper import Keeper
 from auxin.training.optimizer import build_optimizer, restore_optimizer
@@ -43,8 +44,8 @@ from auxin.training.schedule import learning_rate
 from auxin.training.settings import TrainingSettings
 from auxin.training.speed import Speed
 from auxin.training.state import TrainingState
-from auxin.training.strategies import Copies, choose_strategy
-from auxin.training.tensor_parallel import choose_tensor_parallel
+from auxin.training.strategies import Copies
+from auxin.training.tensor_parallel import choose_any_strategy
 
 T = TypeVar("T")
 
@@ -122,10 +123,10 @@ def train(
         measured = objective if measured_objective is None else measured_objective.bind(model.config, form, references)
         flops = objective.training_flops(model)
         total_steps = settings.total_steps(form, flops)
-        choose = choose_tensor_parallel if settings.strategy == "tensor" else choose_strategy
-        strategy = choose(settings, ranks, device, model, objective, hooks)
+        strategy = choose_any_strategy(settings, ranks, device, model, objective, hooks)
     facts = objective.identity()
-    if not objective.adds_up:  # a setting that may change elsewhere, and here is part of what is learnt
+    # A setting that may change elsewhere, and here is part of what is learnt.
+    if not objective.adds_up or batch_norms(model):
         facts["samples per forward pass"] = str(settings.samples_per_forward)
     identity = RunIdentity.of(stage_name, settings, data.fingerprint, data_position, model.config, facts)
     if ranks.several:
@@ -150,15 +151,21 @@ def train(
             data_position=data_position,
         )
         evaluation = HeldOut(
-            tuple(measures) or (Loss(),), measured, data, settings.samples_per_forward, settings.evaluation_batches
+            *(tuple(measures) or (Loss(),), measured, data, settings.samples_per_forward, settings.evaluation_batches),
+            sharing=SharedAmong(strategy),
         )
         processor = data.processor() if processor is None else processor
         keeper = Keeper(output_dir, ranks, settings.keep_checkpoints, settings.tensorboard)
         loop = _Loop(
             *(state, data, objective, evaluation, settings, keeper, strategy),
-            *(identity, total_steps, flops, num_parameters, processor, ledger),
+            *(identity, total_steps, flops, num_parameters, processor, ledger or Ledger()),
         )
-        with objective.learning(model), without_autocast(), recomputed(model, settings.activation_checkpointing):
+        with (
+            objective.learning(model),
+            without_autocast(),
+            recomputed(model, settings.activation_checkpointing),
+            normed_together(model, ranks if strategy.shares_passes else ALONE),
+        ):
             return loop.run(optimizer_from, stop_after, progress, place or Place())
 
 
@@ -179,7 +186,7 @@ class _Loop:
         flops_per_sample: float,
         num_parameters: int,
         processor: Processor | None,
-        ledger: Ledger | None,
+        ledger: Ledger,
     ) -> None:
         self.state = state
         self.data = data
@@ -190,17 +197,15 @@ class _Loop:
         self.keeper = keeper
         self.identity = identity
         self.total_steps = total_steps
-        self.units_per_step = self.form.amount(settings.batch_size)
         self.flops_per_sample = flops_per_sample
-        self.parent = ledger or Ledger()
         self.model = state.model
         self.device = state.model.device
         self.strategy, self.ranks = strategy, strategy.ranks
         self.saver = Saver(keeper, strategy, processor)
         self.gradients = BatchGradients(self.model, objective, settings, strategy)
         peak = peak_flops(self.device, self.gradients.precision)
-        self.peak = None if peak is None else peak * self.ranks.size
-        self.num_parameters = num_parameters
+        rates = Rates(settings.batch_size, flops_per_sample, None if peak is None else peak * self.ranks.size)
+        self.books = Books(state, identity, self.form, rates, num_parameters, evaluation.measures, ledger)
 
     # The course of a call.
 
@@ -208,7 +213,7 @@ class _Loop:
         self, optimizer_from: str | Path | None, stop_after: int | None, progress: bool, place: Place
     ) -> TrainingResult:
         """Start or resume, train, evaluate, save."""
-        self.clock = time.perf_counter()
+        self.books.open()
         checkpoint, gone_back = self.keeper.to_resume(self.settings.guard.action == "rewind")
         for hook in self.state.hooks:
             hook.attach(self.model, self.state.optimizer)
@@ -226,10 +231,10 @@ class _Loop:
             # A kill may have come between naming the checkpoint and removing what it made superfluous.
             self.keeper.prune(checkpoint, self.state.rewind_step)
             if saved["finished"]:
-                found = self.parent.stages[-1].measures
+                found = self.books.parent.stages[-1].measures
                 none = math.nan  # as JSON says it
                 measured = {kind: none if value is None else value for kind, value in found.items()}
-                return self._result(checkpoint, measured, self.parent)
+                return self.books.result(checkpoint, measured, self.books.parent)
         else:
             gone_back += self._keep_later(None)
         refuse_non_finite(self.model, self.state.optimizer, str(checkpoint or self.model.name_or_path or "the model"))
@@ -299,14 +304,11 @@ class _Loop:
         saved = read_state(checkpoint)
         try:
             notes = self.identity.check(RunIdentity.model_validate(saved["identity"]), str(self.keeper.folder))
-            self.parent = Ledger.load(checkpoint)
+            self.books.go_on_from(Ledger.load(checkpoint), saved["finished"])
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{checkpoint} has no usable training state: {error}") from error
         self._load(checkpoint, saved)
         self.keeper.pick_up(checkpoint, self.state)
-        if not saved["finished"]:
-            # The record of the stage in progress is written anew with every checkpoint.
-            self.parent = Ledger(stages=self.parent.stages[:-1])
         self.state.notes += notes
         return saved
 
@@ -328,7 +330,7 @@ class _Loop:
         state, settings = self.state, self.settings
         last = self.total_steps if stop_after is None else min(stop_after, self.total_steps)
         self.model.train()
-        self.speed = Speed(self.units_per_step, state.data_position)
+        self.speed = Speed(self.books.units_per_step, state.data_position)
         while state.step < last:
             self.saver.look()
             self.ranks.begin_step(state.step)
@@ -343,7 +345,7 @@ class _Loop:
                 continue
             step = state.step
             if step % settings.log_interval == 0 or step == self.total_steps:
-                self._log(self._measurements())
+                self._log(self.books.measurements(self.speed, self.rate, self.norm))
             if step == self.total_steps:
                 break
             if settings.evaluation_interval is not None and step % settings.evaluation_interval == 0:
@@ -354,14 +356,14 @@ class _Loop:
                 with self.speed.paused():
                     self._save()
         if state.step < self.total_steps:
-            return self._result(self._save_unplanned(), {}, self._books({}))
+            return self.books.result(self._save_unplanned(), {})
         self.saver.settle()
         found = self._measured(self.evaluation.all)
         self._log(self._measured(partial(self.evaluation.last_line, found=found)))
         checkpoint = self._save(found)
         shown = ", ".join(f"{measure.name} {found[measure.kind]:.4f}" for measure in self.evaluation.measures)
         self.display.line(f"{state.step} steps done, validation {shown}, saved in {checkpoint}")
-        return self._result(checkpoint, found, self._books(found))
+        return self.books.result(checkpoint, found)
 
     # One step.
 
@@ -458,7 +460,7 @@ class _Loop:
         state = self.state
         if periodic:
             state.rewind_step = state.step
-        self._tick()
+        self.books.tick()
         values = {
             "version": 1,
             "finished": final is not None,
@@ -466,7 +468,7 @@ class _Loop:
             "identity": self.identity.model_dump(),
             "state": state.values(),
         }
-        return self.saver.save(state, self._books(final or {}), values, is_last=final is not None)
+        return self.saver.save(state, self.books.ledger(final or {}), values, is_last=final is not None)
 
     def _interrupted(self, signal_name: str) -> None:
         checkpoint = self._save_unplanned()
@@ -476,52 +478,6 @@ class _Loop:
             f"Give the same command (or call train with the same output_dir, {self.keeper.folder}) to go on from "
             "there.",
             checkpoint,
-        )
-
-    def _books(self, final: dict[str, float]) -> Ledger:
-        """The parent's books with a record of this stage as it stands, and at its end with what was measured."""
-        state, measure = self.state, self.evaluation.measures[0]
-        record = StageRecord(
-            name=self.identity.stage_name,
-            kind="train",
-            parameters=self.num_parameters,
-            units=self._units(),
-            unit=self.form.unit,
-            flops=self._flops(),
-            seconds=state.seconds,
-            measure=measure.kind,
-            value_before=state.value_before,
-            value_after=final.get(measure.kind),
-            measures=final,
-            data_fingerprint=self.identity.data_fingerprint,
-            seed=self.settings.seed,
-            started_at=state.started_at,
-            notes=[*state.notes, *(f"guard: {event}" for event in state.guard.events)],
-        )
-        return self.parent.append(record)
-
-    def _batches_drawn(self) -> int:
-        # Positions, not steps: a batch whose step was skipped or rewound was paid for too.
-        return self.state.data_position - self.state.start_position
-
-    def _units(self) -> int:
-        return self._batches_drawn() * self.units_per_step
-
-    def _flops(self) -> float:
-        return self._batches_drawn() * self.settings.batch_size * self.flops_per_sample
-
-    def _result(self, checkpoint: Path, final: dict[str, float], ledger: Ledger) -> TrainingResult:
-        state = self.state
-        return TrainingResult(
-            checkpoint,
-            final.get(self.evaluation.measures[0].kind),
-            final,
-            self._units(),
-            self._flops(),
-            state.seconds,
-            state.step,
-            state.data_position,
-            ledger,
         )
 
     def _evaluate(self) -> float:
@@ -547,44 +503,8 @@ class _Loop:
         torch.manual_seed(seed)
         return seed
 
-    def _measurements(self) -> dict[str, Any]:
-        """Loss (mean over the good steps since the last line), rate, gradient norm and speed."""
-        state = self.state
-        speed, data_share = self.speed.units_per_second(state.data_position), self.speed.data_share()
-        flops = speed / self.form.units * self.flops_per_sample
-        mean = state.loss_sum / state.loss_count if state.loss_count else math.nan
-        state.loss_sum, state.loss_count = 0.0, 0
-        self.speed.start(state.data_position)
-        values = {
-            "loss": mean,
-            "learning_rate": self.rate,
-            "gradient_norm": self.norm,
-            "units_per_second": speed,
-            "flops_per_second": flops,
-            "data_share": data_share,
-        }
-        return values if self.peak is None else {**values, "mfu": flops / self.peak}
-
     def _log(self, values: dict[str, Any]) -> None:
-        self._tick()
-        state = self.state
-        self.keeper.write(
-            {
-                "step": state.step,
-                "data_position": state.data_position,
-                "units": self._units(),
-                "flops": self._flops(),
-                "seconds": round(state.seconds, 3),
-                **values,
-            }
-        )
-
-    # Time.
-
-    def _tick(self) -> None:
-        now = time.perf_counter()
-        self.state.seconds += now - self.clock
-        self.clock = now
+        self.keeper.write(self.books.line(values))
 
     def _draw_from(self, position: int) -> None:
         self.batches = Batches(self.data, self.settings, position)

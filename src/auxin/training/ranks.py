@@ -90,6 +90,10 @@ class Ranks:
         """Note that what this process does alone in a step is done."""
         self._note(waits=True)
 
+    def take_time(self) -> None:
+        """Note that this process and the others may take as long as they need, up to the next step."""
+        self._since = None
+
     def working(self) -> tuple[int, float] | None:
         """The step that this process is at work on alone, and since when by `time.monotonic`; None while it waits."""
         since = self._since
@@ -144,7 +148,7 @@ class Ranks:
         """
         if not self.several:
             return make()
-        self._since = None  # the leader may take as long as it needs
+        self.take_time()
         self._told += 1
         key = f"told/{self._told}"
         if self.leads:

@@ -148,9 +148,9 @@ class TrainingSettings(Settings):
                 f"processes_per_copy ({self.processes_per_copy}) has a meaning for strategy: hybrid alone, not for "
                 f"{self.strategy}. Leave it out."
             )
-        if self.gather_once and self.strategy == "replicated":
+        if self.gather_once and self.strategy in ("replicated", "tensor"):
             raise ValueError(
-                "gather_once has no meaning for strategy: replicated, whose copies are whole. Leave it out."
+                f"gather_once has no meaning for strategy: {self.strategy}, which gathers nothing. Leave it out."
             )
         for beta in self.adam_betas:
             if not 0 <= beta < 1:

@@ -22,6 +22,7 @@ from auxin.errors import ConfigError, PlanError
 from auxin.models.adapters import has_adapter
 from auxin.models.layers import layer_paths
 from auxin.objectives.objective import Objective
+from auxin.training.batch_norms import batch_norms
 from auxin.training.ranks import Ranks, processes_here
 from auxin.training.settings import TrainingSettings
 
@@ -40,6 +41,8 @@ class Copies:
     name: str = "replicated"
     in_step = False
     """Whether a forward pass of the model is one of all processes together."""
+    gathers = False
+    """Whether a layer is whole only while it computes."""
     skeleton: PreTrainedModel | None = None
     """Where the model lies in pieces: its shapes, as it was before."""
 
@@ -47,6 +50,8 @@ class Copies:
         self.ranks = ranks
         self.sharers = ranks
         """The processes among which the parts of a batch are divided."""
+        self.shares_passes = False
+        """Whether these divide the samples of each pass, since the model looks at all of them together."""
 
     def place(self, model: PreTrainedModel) -> None:
         """Bring `model`, whole and on its device, into the form that it is trained in."""
@@ -77,8 +82,8 @@ class Copies:
         self.ranks.add_up(loss)
 
     def measured(self, model: PreTrainedModel, find: Callable[[], T]) -> T:
-        """What `find` finds of the model: something that JSON has a form for. The leader looks alone."""
-        return self.ranks.told(find)
+        """What `find` finds of the model, which all of them call."""
+        return find()
 
 
 class Sharded(Copies):
@@ -91,7 +96,7 @@ class Sharded(Copies):
     """
 
     name = "sharded"
-    in_step = True
+    in_step = gathers = True
 
     def __init__(self, ranks: Ranks, gather_once: bool = False) -> None:
         super().__init__(ranks)
@@ -148,7 +153,6 @@ class Sharded(Copies):
                 parameter.grad = None
 
     def measured(self, model: PreTrainedModel, find: Callable[[], T]) -> T:
-        """All of them look, since a pass is one of all."""
         found = find()
         reshard(model)
         return found
@@ -193,10 +197,13 @@ def choose_strategy(
     against = against_pieces(settings, model, hooks)
     if settings.strategy in ("sharded", "hybrid"):
         refuse_to_cut(settings, against)
-    if settings.strategy == "hybrid":
-        return Hybrid(ranks, _group(settings, ranks), settings.gather_once)
     sharded = settings.strategy == "sharded" or (settings.strategy == "auto" and device.type == "cuda")
-    return Sharded(ranks, settings.gather_once) if sharded and against is None else Copies(ranks)
+    if settings.strategy == "hybrid":
+        found: Copies = Hybrid(ranks, _group(settings, ranks), settings.gather_once)
+    else:
+        found = Sharded(ranks, settings.gather_once) if sharded and against is None else Copies(ranks)
+    found.shares_passes = bool(batch_norms(model))
+    return found
 
 
 def _group(settings: TrainingSettings, ranks: Ranks) -> int:
@@ -216,9 +223,10 @@ def _group(settings: TrainingSettings, ranks: Ranks) -> int:
 
 
 def against_pieces(settings: TrainingSettings, model: PreTrainedModel, hooks: Sequence[object]) -> str | None:
-    """Why the parameters of `model` have to stay whole, in a sentence that goes on; None: they need not."""
+    """Why the parameters of `model` have to stay whole, in a sentence that goes on; None: they need not. Of hooks their
+    settings are enough."""
     if hooks:
-        names = ", ".join(type(hook).__name__ for hook in hooks)
+        names = ", ".join(getattr(hook, "kind", type(hook).__name__) for hook in hooks)
         return f"what takes part in this stage reads or changes whole ones ({names})."
     if has_adapter(model):
         return "an adapter is merged into whole ones."
@@ -246,12 +254,6 @@ def _check(settings: TrainingSettings, ranks: Ranks, model: PreTrainedModel, obj
             f"batch_size: {settings.batch_size} samples can't be shared by {ranks.size} processes. Raise it, or start "
             "fewer processes."
         )
-    for path, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ConfigError(
-                f"{path} is a batch norm, whose statistics would be those of one process's samples. Train this model "
-                "by one process."
-            )
     config = model.config.get_text_config()
     reason = ""
     if not objective.adds_up:
@@ -259,11 +261,33 @@ def _check(settings: TrainingSettings, ranks: Ranks, model: PreTrainedModel, obj
     elif getattr(config, "output_router_logits", False):
         reason = "the balance of the experts is one of the samples of a forward pass together"
     parts = math.ceil(settings.batch_size / settings.samples_per_forward)
-    if reason and parts < ranks.size:
+    if norms := batch_norms(model):
+        _check_norms(settings, ranks, next(iter(norms)), reason)
+    elif reason and parts < ranks.size:
         raise ConfigError(
             f"micro_batch_size: {reason}, and a batch of {settings.batch_size} is {parts} of them for {ranks.size} "
             f"processes. Set micro_batch_size to {settings.batch_size // ranks.size} or less; one process learns the "
             "same with it."
+        )
+
+
+def _check_norms(settings: TrainingSettings, ranks: Ranks, path: str, reason: str) -> None:
+    """Refuse passes whose samples can't be divided; `path` is that of a batch norm."""
+    if settings.compile:
+        raise ConfigError(
+            f"compile: {path} is a batch norm, which asks the other processes in the middle of a pass; compiling that "
+            "was never tried. Set compile: false."
+        )
+    if reason:
+        raise ConfigError(
+            f"{path} is a batch norm, which looks at the samples of all processes, and {reason}. Train this model by "
+            "one process."
+        )
+    last = settings.batch_size % settings.samples_per_forward or settings.samples_per_forward
+    if last < ranks.size:
+        raise ConfigError(
+            f"micro_batch_size: {path} is a batch norm, so that {ranks.size} processes share the samples of each "
+            f"forward pass, and one of a batch of {settings.batch_size} has {last}. Leave it out."
         )
 
 

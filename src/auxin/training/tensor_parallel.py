@@ -20,7 +20,7 @@ from auxin.objectives.objective import Objective
 from auxin.training.divided_linear import DividedLinear
 from auxin.training.ranks import ALONE, Ranks
 from auxin.training.settings import TrainingSettings
-from auxin.training.strategies import Copies, Sharded, against_pieces, refuse_to_cut, shapes_alone
+from auxin.training.strategies import Copies, Sharded, against_pieces, choose_strategy, refuse_to_cut, shapes_alone
 
 
 class Split(Sharded):
@@ -28,6 +28,7 @@ class Split(Sharded):
     moments, and all of the others. All see the whole batch."""
 
     name = "tensor"
+    gathers = False
 
     def __init__(self, ranks: Ranks, linear: DividedLinear) -> None:
         super().__init__(ranks)
@@ -73,7 +74,7 @@ class Split(Sharded):
         super().total(loss)
 
 
-def choose_tensor_parallel(
+def choose_any_strategy(
     settings: TrainingSettings,
     ranks: Ranks,
     device: torch.device,
@@ -81,13 +82,14 @@ def choose_tensor_parallel(
     objective: Objective,
     hooks: Sequence[object],
 ) -> Copies:
-    """The strategy "tensor", to train `model` on `device`; where there is one process, its own.
+    """The strategy that `settings` ask for, to train `model`, of which shapes are enough, on `device`.
 
     Raises:
-        ConfigError: the model has no layers that can be divided, or something reads whole parameters.
+        ConfigError: several processes can't train this as one would; of tensor parallelism: the model has no layers
+            that can be divided, or something reads whole parameters.
     """
-    if not ranks.several:
-        return Copies(ranks)
+    if settings.strategy != "tensor" or not ranks.several:
+        return choose_strategy(settings, ranks, device, model, objective, hooks)
     refuse_to_cut(settings, against_pieces(settings, model, hooks))
     linear = DividedLinear(model, ranks.size)
     rows = [module.shared_rows() for module in model.modules() if isinstance(module, Brick)]

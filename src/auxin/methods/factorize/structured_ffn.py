@@ -27,7 +27,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, StrictFloat, StrictInt, model_validator
 from torch import nn
@@ -84,6 +84,10 @@ class StructuredFeedForward(Settings):
     model that is to be trained from the start."""
     first_layer: bool = False
     """Whether the feed-forward part of the first layer of every stack changes, too; the paper leaves it whole."""
+    multiple_of: Annotated[StrictInt, Field(gt=0)] | Literal["machine"] = 1
+    """Inner units of every product, or of each of its blocks, are multiples of it, which may suit a machine; `rank` is
+    rounded down to one. "machine": of the least power of 2 up to 64 whose multiples are fast on this one, which some
+    seconds of timing tell. Not of block-shuffle."""
     measure: bool = False
     """Whether products are timed beside the layers that they replace, on this machine: a finding then says from how
     many tokens at once on they are faster."""
@@ -108,7 +112,8 @@ class StructuredFeedForward(Settings):
             raise ValueError("give rank or target, and not both.")
         if isinstance(self.rank, float) and self.rank >= 1:
             raise ValueError(f"rank = {self.rank} is no share below 1. Give one (0.5), or a whole number.")
-        if self.form == "block-shuffle" and (self.rank is not None or self.target is not None):
+        sized = self.rank is not None or self.target is not None or self.multiple_of != 1
+        if self.form == "block-shuffle" and sized:
             raise ValueError("the number of blocks decides how large block-shuffle is. Give blocks alone.")
         if self.form == "low-rank" and (self.blocks is not None or self.start == "orthogonal"):
             raise ValueError(
@@ -170,6 +175,32 @@ class Parts:
         """Blocks on the diagonal."""
         return 1 if self.settings.form == "low-rank" else self.settings.blocks or 2
 
+    @cached_property
+    def step(self) -> int:
+        """What ranks are multiples of: the blocks, or as many multiples of what suits the machine."""
+        asked = self.settings.multiple_of
+        if asked != "machine":
+            return self.blocks * asked
+        largest = max(self.layers, key=self.most)
+        return self.blocks * self.times.liked_multiple(
+            lambda units: self.product(largest, {**self._told, "rank": units * self.blocks}),
+            max(self.most(largest) // self.blocks // 2, 1),
+        )
+
+    @cached_property
+    def times(self) -> ProductTimes:
+        """On this machine."""
+        return ProductTimes(next(iter(self.layers.values())).get_parameter("weight").dtype)
+
+    @property
+    def _told(self) -> dict[str, int]:
+        return {"blocks": self.blocks} if self.blocks > 1 else {}
+
+    def product(self, path: str, values: Mapping[str, int]) -> nn.Module:
+        """What stands in the place of the layer at `path`, without values."""
+        layer = self.layers[path]
+        return on_shapes(BRICKS[self.settings.form, known_class(layer)], layer, **values)
+
     def most(self, path: str) -> int:
         """The largest number of inner units, a multiple of the blocks, with which a product has fewer parameters."""
         inputs, outputs = widths(self.layers[path])
@@ -188,18 +219,23 @@ class Parts:
         """
         if self.settings.form == "block-shuffle":
             return {"blocks": self.blocks}
-        most, blocks = self.most(path), {"blocks": self.blocks} if self.blocks > 1 else {}
+        most, asked, step = self.most(path), self.settings.rank, self.step
         if least is not None:
-            return {**blocks, "rank": max(math.floor(least * most) // self.blocks, 1) * self.blocks}
-        asked = 0.5 if self.settings.rank is None else self.settings.rank
-        narrow = min(widths(self.layers[path]))
-        rank = asked if isinstance(asked, int) else max(math.floor(asked * narrow) // self.blocks, 1) * self.blocks
+            rank = max(math.floor(least * most) // step, 1) * step
+        elif isinstance(asked, int):
+            rank = asked if step == self.blocks else max(asked // step, 1) * step
+        else:
+            rank = max(math.floor((asked or 0.5) * min(widths(self.layers[path]))) // step, 1) * step
         if rank > most:
+            multiple = self.settings.multiple_of
+            wish = "target" if least is not None else f"rank = {asked or 0.5}"
+            if multiple != 1 and most < step:
+                wish = f"multiple_of = {multiple}"
             raise PlanError(
-                f"rank = {asked}: {path} would have {rank} inner units, and no fewer parameters than the whole matrix. "
-                + (f"Give {most} or less." if most else f"Keep it (keep: [{path}]).")
+                f"{wish}: {path} would have {rank} inner units, and no fewer parameters than the whole matrix. "
+                + (f"Give {most} or less." if most >= step else f"Keep it (keep: [{path}]).")
             )
-        return {**blocks, "rank": rank}
+        return {**self._told, "rank": rank}
 
     def edits(self, least: float | None = None, guided: bool = False) -> Iterator[Edit]:
         """What makes products of the layers.
@@ -223,17 +259,13 @@ class Parts:
     def timed(self, least: float | None) -> str:
         """From how many tokens on products are faster than their layers, in words."""
         made = {path: self.values(path, least) for path in self.layers}
-        products = {
-            path: on_shapes(BRICKS[self.settings.form, known_class(layer)], layer, **made[path])
-            for path, layer in self.layers.items()
-        }
+        products = {path: self.product(path, values) for path, values in made.items()}
         forms = {path: _form_in_words(self.settings.form, values) for path, values in made.items()}
-        dtype = next(iter(self.layers.values())).get_parameter("weight").dtype
-        return ProductTimes(dtype).findings(self.layers, products, forms)
+        return self.times.findings(self.layers, products, forms)
 
     def least(self, target: Target) -> tuple[float, Removal]:
         """The share of the largest rank that meets `target`, the largest that does, and what it leaves."""
-        count = max(self.most(path) // self.blocks for path in self.layers)
+        count = max(1, *(self.most(path) // self.step for path in self.layers))
 
         def share(amount: int) -> float:
             return (count - amount + 0.5) / count
@@ -264,6 +296,8 @@ def plan_structured_ffn(bench: Bench, settings: StructuredFeedForward) -> Plan:
             f"That is without their guides; with them the model has {_size(bench.model, edits)} parameters. Prices and "
             "the books of a training count them until they are taken off."
         )
+    if settings.multiple_of == "machine":
+        said.append(f"Ranks are multiples of {parts.step}, as this machine likes them.")
     if settings.measure:
         said.append(parts.timed(least))
     return Plan(

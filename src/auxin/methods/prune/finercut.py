@@ -26,13 +26,13 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from auxin.analysis.distances import Distance
-from auxin.analysis.removal import Candidates, Removal, candidates
+from auxin.analysis.removal import Candidates, Removal, RemovalEffect, candidates
 from auxin.analysis.run import measure
 from auxin.edits import Edit, Plan
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
-from auxin.planning.removal_order import HowMuch, from_the_top, last_ones, taken
+from auxin.planning.removal_order import Going, HowMuch, from_the_top, last_ones, taken
 from auxin.planning.removed_sublayers import layers_to_leave_out, refusals, without_layers, without_sublayers
 
 
@@ -70,23 +70,28 @@ def _outline(bench: Bench, settings: FinerCut) -> Plan:
     return taken(bench.model, settings, offered, from_the_top(offered, settings), edits, METHOD.name)
 
 
-def _search(bench: Bench, settings: FinerCut, offered: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """The paths of the candidates in the order in which they go, each with the distance that it leads to."""
+def _search(bench: Bench, settings: FinerCut, offered: dict[str, str]) -> Iterator[Going]:
+    """The candidates in the order in which they go, each with the distance that it leads to."""
     gone: list[str] = []
-    ranking: list[tuple[str, float]] = []
+    ranking: list[RemovalEffect] = []
     spared, kept = settings.spared_at_first(list(offered)), settings.kept(offered)
     while len(gone) < len(offered):
         if not ranking or not settings.one_shot:
             wanted = Removal(candidates=settings.candidates, distances=[settings.distance], removed=gone)
-            found = measure(wanted, bench.model, bench.data)
-            ranking = [(e.path, e.distances[settings.distance].mean) for e in found.ranking(settings.distance)]
+            ranking = measure(wanted, bench.model, bench.data).ranking(settings.distance)
         stays = {*gone, *kept, *(spared if len(gone) <= len(spared) else ()), *last_ones(offered, gone)}
-        possible = [(path, distance) for path, distance in ranking if path in offered and path not in stays]
+        possible = [effect for effect in ranking if effect.path in offered and effect.path not in stays]
         if not possible:
             return
-        path, distance = possible[0]
-        gone.append(path)
-        yield path, f"{settings.distance} {distance:.3g}"
+        gone.append(possible[0].path)
+        yield _going(bench.model, possible[0], settings.distance)
+
+
+def _going(model: PreTrainedModel, effect: RemovalEffect, name: Distance) -> Going:
+    """What is said of a part that goes; a part that is named after its last matrix (BERT's) doesn't say what it is."""
+    far = effect.distances[name]
+    kind = f"{effect.kind}: " if hasattr(model.get_submodule(effect.path), "weight") else ""
+    return Going(effect.path, f"{kind}{name} {far.mean:.3g}", far.margin)
 
 
 def _offered(model: PreTrainedModel, settings: FinerCut) -> dict[str, str]:

@@ -17,7 +17,7 @@ from auxin.edits import Plan
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.planning.bench import Bench
 from auxin.planning.method import Method
-from auxin.planning.removal_order import HowMuch, from_the_top, last_ones, taken
+from auxin.planning.removal_order import Going, HowMuch, from_the_top, last_ones, taken
 from auxin.planning.removed_sublayers import layers_to_leave_out, without_layers
 
 
@@ -41,8 +41,8 @@ def _outline(bench: Bench, settings: ShortGPT) -> Plan:
     return taken(bench.model, settings, offered, from_the_top(offered, settings), edits, METHOD.name)
 
 
-def _order(bench: Bench, settings: ShortGPT, offered: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """The paths of the layers, the least influential first, each with its influence."""
+def _order(bench: Bench, settings: ShortGPT, offered: dict[str, str]) -> Iterator[Going]:
+    """The layers, the least influential first, each with its influence."""
     found = measure(Similarity(parts=False), bench.model, bench.data)
     layers = sorted((layer for stack in found.stacks for layer in stack.layers), key=lambda layer: layer.influence)
     gone: list[str] = []
@@ -50,7 +50,7 @@ def _order(bench: Bench, settings: ShortGPT, offered: dict[str, str]) -> Iterato
     for layer in layers:
         if layer.path in may_go and layer.path not in last_ones(offered, gone):
             gone.append(layer.path)
-            yield layer.path, f"influence {layer.influence:.3g}"
+            yield Going(layer.path, f"influence {layer.influence:.3g}", layer.similarity.margin)
 
 
 def _examples(model: PreTrainedModel) -> dict[str, Any]:
