@@ -99,10 +99,16 @@ def measured(name: str, model: PreTrainedModel, tokenizer: Any, quick: bool) -> 
     return results
 
 
-def outliers(found: Outliers) -> dict[str, float]:
-    """The largest infinity norm behind a layer, and the mean kurtosis."""
-    (stack,) = found.stacks
-    return {"infinity_norm": stack.largest.stream.infinity_norm.mean, "kurtosis": stack.kurtosis}
+def outliers(found: Outliers) -> dict[str, dict[str, float]]:
+    """The largest infinity norm behind a layer, and the mean kurtosis, of each stack by the words that tell it from
+    others."""
+    return {
+        f" of the {stack.path.split('.')[-2]}" if len(found.stacks) > 1 else "": {
+            "infinity_norm": stack.largest.stream.infinity_norm.mean,
+            "kurtosis": stack.kurtosis,
+        }
+        for stack in found.stacks
+    }
 
 
 def page(results: dict[str, Any]) -> str:
@@ -118,11 +124,12 @@ def page(results: dict[str, Any]) -> str:
         "intervals. SmolLM2's weights are 4-bit ones expanded to floats: nothing here is about 4 bits.",
     ]
     for name, found in results["models"].items():
-        lines += ["", f"## {name}", "", *_schemes(found), "", *_words(found)]
+        lines += ["", f"## {name}", "", *schemes(found), "", *words(found)]
     return "\n".join(lines) + "\n"
 
 
-def _schemes(found: dict[str, Any]) -> list[str]:
+def schemes(found: dict[str, Any]) -> list[str]:
+    """A table of what each way of quantizing does."""
     rows, has_loss = [], True
     for words in (words for words in RANGES | SMALL if words in found["ranges"]):
         result = QuantizationLoss.model_validate(found["ranges"][words])
@@ -152,7 +159,8 @@ def _row(words: str, ranges: str, found: Quantized) -> list[str]:
     return [words, ranges, loss, change, f"{100 * found.error.mean:.1f} %"]
 
 
-def _words(found: dict[str, Any]) -> list[str]:
+def words(found: dict[str, Any]) -> list[str]:
+    """What the outliers are, and what is to blame."""
     result = QuantizationLoss.model_validate(found["ranges"]["min-max"])
     has_loss = result.float_loss is not None
     alone = [
@@ -165,8 +173,11 @@ def _words(found: dict[str, Any]) -> list[str]:
     ]
     noisy = sorted(result.tensors, key=lambda one: -one.noise)[:LISTED]
     return [
-        f"The stream behind the layers has an infinity norm of {found['outliers']['infinity_norm']:,.0f} at most and a "
-        f"kurtosis of {found['outliers']['kurtosis']:,.0f} on average.",
+        *(
+            f"The stream behind the layers{of} has an infinity norm of {one['infinity_norm']:,.0f} at most and a "
+            f"kurtosis of {one['kurtosis']:,.0f} on average."
+            for of, one in found["outliers"].items()
+        ),
         "",
         "One kind of activations alone, min-max:",
         "",
