@@ -115,6 +115,8 @@ def _said_elsewhere() -> bool:
     ended, so that it goes first; where it does not end in time, what is wrong is wrong here alone, and said here."""
     if LAUNCHED not in os.environ:
         return True
+    if not hasattr(signal, "sigtimedwait"):  # macOS has none
+        return False
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     return signal.sigtimedwait({signal.SIGTERM}, _PATIENCE) is not None
 
