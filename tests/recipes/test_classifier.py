@@ -319,7 +319,7 @@ def test_another_tokenizer_than_the_checkpoints_is_refused(rows, wordpiece, tmp_
         ({"data": {"source": "stdlib"}}, r"needs a class for each sample.*Set data.kind: labelled_text"),
         ({"model_type": "t5"}, r"t5 is an encoder-decoder"),
         ({"model_type": "clip_text_model"}, "has no class for the objective 'classification'"),
-        ({"preset": "124m"}, r"main/train: objective: 'classification': tokenformer has no class"),
+        ({"preset": "124m"}, r"main/build: preset: tokenformer has no class for the objective"),
         ({"tokens": 100}, r"tokens: 100 is no budget for data that is counted in examples\. Give samples"),
         ({"context_length": 64}, "context_length is 64, but the model's max_position_embeddings is 32"),
     ],
