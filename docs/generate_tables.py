@@ -31,7 +31,7 @@ from auxin.methods.factorize.structured_ffn import GuideFadeSettings
 from auxin.methods.grow.masked import MaskRampSettings
 from auxin.methods.grow.tokenformer import OldTokenRatesSettings, TauAnnealSettings, TokenGrowth
 from auxin.methods.restructure.clipped_softmax import GammaRampSettings
-from auxin.models.tokenformer.presets import PRESETS, VISION_PRESETS
+from auxin.models.tokenformer.presets import PRESETS, VISION_PRESETS, Preset, VisionPreset
 from auxin.objectives.calibration import CalibrationSettings
 from auxin.objectives.causal import Causal
 from auxin.objectives.classification import Classification
@@ -124,9 +124,7 @@ def presets_table() -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, preset in PRESETS.items():
-        sizes = (preset.num_hidden_layers, preset.hidden_size, preset.num_attention_heads)
-        numbers = [*sizes, preset.tokens, 4 * preset.tokens, preset.context_length, preset.config().num_parameters()]
-        lines.append(f"| `{name}` | {preset.family} | " + " | ".join(f"{number:,}" for number in numbers) + " |")
+        lines.append(f"| `{name}` | {preset.family} | " + _preset_numbers(preset, preset.context_length))
     return "\n".join(lines) + "\n"
 
 
@@ -137,10 +135,15 @@ def vision_presets_table() -> str:
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, preset in VISION_PRESETS.items():
-        sizes = (preset.num_hidden_layers, preset.hidden_size, preset.num_attention_heads)
-        numbers = [*sizes, preset.tokens, 4 * preset.tokens, preset.patch_size, preset.config().num_parameters()]
-        lines.append(f"| `{name}` | " + " | ".join(f"{number:,}" for number in numbers) + " |")
+        lines.append(f"| `{name}` | " + _preset_numbers(preset, preset.patch_size))
     return "\n".join(lines) + "\n"
+
+
+def _preset_numbers(preset: Preset | VisionPreset, own: int) -> str:
+    """The rest of a preset's row; `own` is the size that its kind alone has."""
+    sizes = (preset.num_hidden_layers, preset.hidden_size, preset.num_attention_heads)
+    numbers = [*sizes, preset.tokens, 4 * preset.tokens, own, preset.config().num_parameters()]
+    return " | ".join(f"{number:,}" for number in numbers) + " |"
 
 
 def pattention_tables() -> str:

@@ -58,7 +58,7 @@ class BatchGradients:
         for parameter in self.parameters:
             parameter.grad = None
         together = self.strategy.shares_passes
-        parts = self._parts(inputs)
+        parts = self._turns(inputs)
         counts = [self.objective.targets(part) for part in parts]
         total = sum(counts)
         if not total:
@@ -94,17 +94,17 @@ class BatchGradients:
         values = torch.stack([loss, whole(norm).to(loss.dtype)]).tolist()
         return values[0], values[1]
 
-    def _parts(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    def _turns(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """The parts of a batch, of which the processes take turns: its micro-batches, or what each process has of the
         first one, of the second one and so on."""
         size = self.strategy.sharers.size
         if not self.strategy.shares_passes:
             return _parts(inputs, samples_per_pass(self.settings, size))
-        return [
-            {name: value.tensor_split(size)[rank] for name, value in part.items()}
-            for part in _parts(inputs, self.settings.samples_per_forward)
-            for rank in range(size)
-        ]
+        turns = []
+        for part in _parts(inputs, self.settings.samples_per_forward):
+            shares = {name: value.tensor_split(size) for name, value in part.items()}
+            turns += [{name: pieces[rank] for name, pieces in shares.items()} for rank in range(size)]
+        return turns
 
     def _own(self, shares: list[tuple[int, float]]) -> list[tuple[int, float]]:
         """Of (micro-batch, its share of the loss) those of this process. Where a pass is one of all processes together,

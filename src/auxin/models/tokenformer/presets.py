@@ -8,7 +8,7 @@ Models of images are named by their counts with 1000 classes and images of 224 p
 (109M, 407M) that none of the shapes it allows for give, and no token counts: see docs/vision.md.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from auxin.errors import ConfigError, PlanError, unknown_name
 from auxin.models.tokenformer.configuration import PUBLISHED, TokenFormerConfig
@@ -19,64 +19,54 @@ from auxin.settings import Settings
 Family = Literal["growth", "owt2", "pile"]
 
 
-class Preset(Settings):
+class Shape(Settings):
+    """What presets of text and of images share."""
+
+    hidden_size: int
+    """Width of the residual stream."""
+    num_hidden_layers: int
+    """Number of layers."""
+    num_attention_heads: int
+    """Heads of the token-token attention."""
+    tokens: int
+    """Parameter tokens of query, key, value and output projection each; the feed-forward part has four times these."""
+
+    def sizes(self) -> dict[str, Any]:
+        """The config's fields that say it; every slot is one group, as from scratch."""
+        return {
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "qkv_tokens": self.tokens,
+            "proj_tokens": self.tokens,
+            "ffn_tokens": 4 * self.tokens,
+        }
+
+
+class Preset(Shape):
     """The shape of one published model."""
 
     family: Family
     """"growth" (table 6 of the paper; each a growth stage of the next), "owt2" (the OpenWebText2 pair, likewise) or
     "pile" (released models of four widths: not stages of each other)."""
-    hidden_size: int
-    """Width of the residual stream."""
-    num_hidden_layers: int
-    """Number of layers."""
-    num_attention_heads: int
-    """Heads of the token-token attention."""
-    tokens: int
-    """Parameter tokens of query, key, value and output projection each; the feed-forward part has four times these."""
     context_length: int
     """Tokens per training sequence."""
 
     def config(self) -> TokenFormerConfig:
-        """The model's config, with the released models' constants; every slot is one group, as from scratch."""
-        return TokenFormerConfig(
-            **PUBLISHED,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            qkv_tokens=self.tokens,
-            proj_tokens=self.tokens,
-            ffn_tokens=4 * self.tokens,
-            max_position_embeddings=self.context_length,
-        )
+        """The model's config, with the released models' constants."""
+        return TokenFormerConfig(**PUBLISHED, **self.sizes(), max_position_embeddings=self.context_length)
 
 
-class VisionPreset(Settings):
+class VisionPreset(Shape):
     """The shape of one model of images."""
 
-    hidden_size: int
-    """Width of the residual stream."""
-    num_hidden_layers: int
-    """Number of layers."""
-    num_attention_heads: int
-    """Heads of the token-token attention."""
-    tokens: int
-    """Parameter tokens of query, key, value and output projection each; the feed-forward part has four times these."""
     patch_size: int
     """Pixels on a patch's side."""
 
     def config(self) -> VisionTokenFormerConfig:
-        """The model's config, with the paper's constants; every slot is one group. It is made for images of 224 pixels
+        """The model's config, with the paper's constants. It is made for images of 224 pixels
         in colour of 1000 classes, as in ImageNet."""
-        config = VisionTokenFormerConfig(
-            **VISION_PUBLISHED,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            qkv_tokens=self.tokens,
-            proj_tokens=self.tokens,
-            ffn_tokens=4 * self.tokens,
-            patch_size=self.patch_size,
-        )
+        config = VisionTokenFormerConfig(**VISION_PUBLISHED, **self.sizes(), patch_size=self.patch_size)
         config.num_labels = 1000
         return config
 
@@ -104,7 +94,6 @@ PRESETS: dict[str, Preset] = {
     "pile-900m": _preset("pile", 32, 1280, 16, 1280, 2048),
     "pile-1.5b": _preset("pile", 40, 1536, 16, 1536, 2048),
 }
-
 """Models of text."""
 
 
